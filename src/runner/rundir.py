@@ -1,0 +1,173 @@
+"""The run folder: the only place that names the files of a run, and the only one that writes its state.
+
+    .hydra/ config.yaml manifest.json state.json metrics.jsonl system.jsonl samples.json train.log checkpoints/ model/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["pending", "running", "preempted", "completed", "failed", "killed"]
+UNFINISHED: tuple[Status, ...] = ("pending", "running", "preempted", "killed")
+
+
+def cache_dir(room: str) -> Path:
+    """A folder of the user's cache (``RUNNER_CACHE`` moves it), made if need be; what lies there can be made again."""
+    base = os.environ.get("RUNNER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "runner")
+    folder = Path(base).expanduser() / room
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class State:
+    """What state.json says: how far the run is and how it ended."""
+
+    status: Status = "pending"
+    step: int = 0
+    total_steps: int = 0
+    attempt: int = 0
+    reason: str = ""
+    """Why it stopped, in one line; empty while it runs and after success."""
+    pid: int = 0
+    host: str = ""
+    scheduler_id: str = ""
+    started: float = 0.0
+    """Seconds since the epoch at which the first attempt began."""
+    updated: float = 0.0
+    summary: dict[str, Any] = field(default_factory=dict)
+    """The numbers shown at the end: metric name → value."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Every path of one run hangs off this object."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def system(self) -> Path:
+        """Samples of CPU, memory and GPU by time, in the form of metrics.jsonl."""
+        return self.path / "system.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Generations before and after: a list of {prompt, reference, before, after}."""
+        return self.path / "samples.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def mirror_log(self) -> Path:
+        """What the process that mirrors this folder into MLflow had to say."""
+        return self.path / "mirror.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def dirty_diff(self) -> Path:
+        """``git diff HEAD`` at the start, where the working tree was dirty."""
+        return self.path / "dirty.diff"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "worker.lock"
+
+    def read_state(self) -> State:
+        """The state; ``pending`` where none was written yet."""
+        return State(**json.loads(self.state.read_text())) if self.state.exists() else State()
+
+    def write_state(self, **changes: Any) -> State:
+        """Change some fields of the state, atomically."""
+        state = State(**{**asdict(self.read_state()), **changes, "updated": time.time()})
+        write_atomic(self.state, json.dumps(asdict(state), indent=1))
+        return state
+
+    def read_manifest(self) -> dict[str, Any]:
+        return dict(json.loads(self.manifest.read_text())) if self.manifest.exists() else {}
+
+    def update_manifest(self, **changes: Any) -> dict[str, Any]:
+        """Add to the manifest under a lock: the submitter, the worker and the mirror all do."""
+        with locked(self.path / ".manifest.lock"):
+            manifest = {**self.read_manifest(), **changes}
+            write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
+        return manifest
+
+    def is_alive(self) -> bool:
+        """Whether a worker holds this folder; a worker that was killed holds it no more."""
+        if not self.lock.exists():
+            return False
+        with self.lock.open("r") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[bool]:
+        """Hold the folder for this worker while the block runs; yields False where another worker holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.lock.open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for, then hold, an advisory lock on ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("wb") as handle:
+            handle.write(content.encode() if isinstance(content, str) else content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
