@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from runner.rundir import RunDir
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -17,3 +20,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["RUNNER_CACHE"] = str(folder)
     return folder
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """The checked and frozen configuration of a command line, as a run folder would hold it."""
+    from runner import cli
+
+    with cli.composed(list(overrides)) as (_, jobs):
+        return dict(jobs[0].cfg)
+
+
+def prepared(folder: Path, *overrides: str) -> RunDir:
+    """A run folder ready for a worker."""
+    from runner import prepare
+
+    return prepare.prepare(composed(*overrides), folder, ["runner", *overrides], list(overrides))
+
+
+TINY = (
+    "model=tiny", "tracking=offline", "data.max_length=128", "data.train_rows=64", "data.eval_rows=4",
+    "train.sample_prompts=0",
+)  # fmt: skip
+"""A run of the default shape that takes seconds."""

@@ -49,10 +49,10 @@ def to_plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(node, DictConfig):
         return dict(node)
-    missing = sorted(OmegaConf.missing_keys(node))
-    if missing:
-        raise ConfigError(*(Fault(key, "needs a value", f"give it one: {key}=…") for key in missing))
     try:
+        missing = sorted(OmegaConf.missing_keys(node))
+        if missing:
+            raise ConfigError(*(Fault(key, "needs a value", f"give it one: {key}=…") for key in missing))
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or "")
@@ -94,6 +94,11 @@ def find_faults(
 def keys_of(function: Callable[..., Any]) -> list[str]:
     """The YAML keys an option takes: its keyword-only parameters."""
     return [name for name, parameter in _parameters(function).items() if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def bind_target(node: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function that the node's ``_target_`` names."""
+    return _resolve(node.get(TARGET))
 
 
 def _resolve(name: object) -> Callable[..., Any]:

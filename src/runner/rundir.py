@@ -16,15 +16,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from runner.errors import ConfigError, Fault
+
 Status = Literal["pending", "running", "preempted", "completed", "failed", "killed"]
 UNFINISHED: tuple[Status, ...] = ("pending", "running", "preempted", "killed")
 
 
 def cache_dir(room: str) -> Path:
-    """A folder of the user's cache (``RUNNER_CACHE`` moves it), made if need be; what lies there can be made again."""
+    """A folder of the user's cache (``RUNNER_CACHE`` moves it), made if need be; what lies there can be made again.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     base = os.environ.get("RUNNER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "runner")
     folder = Path(base).expanduser() / room
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "set RUNNER_CACHE to a folder that can be written"
+        raise ConfigError(Fault("", f"the cache folder {folder} cannot be made: {error.strerror}", remedy)) from error
     return folder
 
 
@@ -88,6 +98,16 @@ class RunDir:
     def mirror_log(self) -> Path:
         """What the process that mirrors this folder into MLflow had to say."""
         return self.path / "mirror.log"
+
+    @property
+    def mirror_report(self) -> Path:
+        """What that process has sent and what it has not: {sent, unsent, problem}."""
+        return self.path / "mirror.json"
+
+    @property
+    def mirror_lock(self) -> Path:
+        """Held by the process that mirrors this folder: there is never more than one."""
+        return self.path / ".mirror.lock"
 
     @property
     def checkpoints(self) -> Path:

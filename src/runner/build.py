@@ -1,0 +1,159 @@
+"""From a frozen configuration to the parts of a training: every option bound, every object made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from runner import compiling, config, data, lora, meters, models, optim, train
+from runner.checkpoint import Checkpoints
+from runner.errors import ConfigError, Fault
+from runner.rundir import RunDir
+from runner.schema import TrainSettings
+from runner.tasks import Task
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known without loading weights: enough for ``plan`` and to refuse what cannot train."""
+
+    task: Task
+    source: models.ModelSource
+    tokenizer: Any
+    settings: TrainSettings
+    splits: data.Splits
+    batches: data.Batches
+    evaluation: data.Batches
+    total_steps: int
+    device: torch.device
+
+
+def inputs(cfg: Mapping[str, Any]) -> Inputs:
+    """Data, tokenizer and the number of steps.
+
+    Raises:
+        ConfigError, DataError: something that would not train, in one message with its remedy.
+    """
+    device = pick_device()
+    settings = TrainSettings(**cfg["train"])
+    task = config.bind(cfg["task"], "task")()
+    source = models.resolve(config.bind(cfg["model"], "model")())
+    tokenizer = models.tokenizer(source)
+    splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings)
+    steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
+    return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
+
+
+def load_data(
+    cfg: Mapping[str, Any], task: Task, source: models.ModelSource, tokenizer: Any, settings: TrainSettings
+) -> tuple[data.Splits, data.Batches, data.Batches]:
+    settings_node, format_node, source_node = data.split_node(dict(cfg["data"]))
+    data_settings = config.bind(settings_node, "data", data.DataSettings)()
+    models.check_max_length(source, data_settings.max_length)
+    splits = data.load(
+        config.bind(source_node, "data"),
+        config.bind(format_node, "data.format"),
+        task,
+        tokenizer,
+        data_settings,
+        identity={"format": format_node, "task": cfg["task"]},
+    )
+    batches = partial(
+        data.Batches,
+        packing=data_settings.packing,
+        max_length=data_settings.max_length,
+        rows_per_batch=settings.per_device_batch_size,
+        seed=cfg["seed"],
+        pad_id=tokenizer.pad_token_id,
+    )
+    training = batches(
+        splits.train,
+        accumulation=settings.gradient_accumulation_steps,
+        shuffle=True,
+        epochs=settings.num_train_epochs,
+    )
+    return splits, training, batches(splits.eval, accumulation=1, shuffle=False)
+
+
+def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
+    """The model on its device, quantized and adapted as configured; its initial weights depend on the seed alone."""
+    quant = config.bind(cfg["quant"], "quant")()
+    torch.manual_seed(cfg["seed"])
+    base = models.load(made.source, quant, made.device)
+    torch.manual_seed(cfg["seed"])
+    model: torch.nn.Module = config.bind(cfg["lora"], "lora")(base)
+    if made.settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    return model
+
+
+def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> train.Parts:
+    """Everything the train loop takes."""
+    if made.settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    accelerator = Accelerator(cpu=made.device.type == "cpu", mixed_precision="no")
+    model = load_model(cfg, made)
+    weight_decay = cfg["optim"].get("weight_decay", 0.0)
+    optimizer = config.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
+    length = cfg["data"]["max_length"]
+    flops = meters.flops_per_token(model, length)
+    config.bind(cfg["compile"], "compile")(model)
+    return train.Parts(
+        model=model,
+        task=made.task,
+        batches=made.batches,
+        evaluation=made.evaluation,
+        optimizer=optimizer,
+        schedule=config.bind(cfg["schedule"], "schedule"),
+        settings=made.settings,
+        seed=cfg["seed"],
+        total_steps=made.total_steps,
+        accelerator=accelerator,
+        checkpoints=Checkpoints(rundir.checkpoints, made.settings.save_total_limit),
+        meter=meters.Meter(flops, meters.peak_flops(made.device, model_dtype(model))),
+        quote=partial(quote, made.tokenizer),
+        extra_metrics=meters.memory_metrics,
+    )
+
+
+def pick_device() -> torch.device:
+    """The rank's own accelerator, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def model_dtype(model: torch.nn.Module) -> torch.dtype:
+    return torch.float32 if next(model.parameters()).dtype == torch.float32 else torch.bfloat16
+
+
+def quote(tokenizer: Any, batch: Mapping[str, Any], length: int = 40) -> str:
+    """The first tokens of a batch as text."""
+    return str(tokenizer.decode(batch["input_ids"][0, :length].tolist()))
+
+
+def check_fits(needed: int, available: int) -> None:
+    """Refuse a model that cannot fit.
+
+    Raises:
+        ConfigError: with the ways to make it smaller.
+    """
+    if needed > available:
+        gib = 2**30
+        raise ConfigError(
+            Fault(
+                "model",
+                f"needs about {needed / gib:.1f} GiB, and the device has {available / gib:.1f} GiB",
+                "use quant=4bit, lora=lora, a smaller train.per_device_batch_size or data.max_length, "
+                "train.gradient_checkpointing=true",
+            )
+        )
+
+
+__all__ = ["Inputs", "check_fits", "compiling", "inputs", "load_model", "lora", "parts"]

@@ -1,0 +1,79 @@
+"""Every fault of a composed configuration, found before anything is written, loaded or queued."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runner import config, data
+from runner.errors import ConfigError, Fault
+from runner.schema import RunSettings, TrainSettings
+
+OPTION_GROUPS = (
+    "task", "model", "quant", "lora", "optim", "schedule", "compile", "parallel", "tracking", "launcher",
+)  # fmt: skip
+
+
+def check(cfg: Mapping[str, Any]) -> None:
+    """Check the whole configuration (plain, resolved, without ``hydra``).
+
+    Raises:
+        ConfigError: with all faults at once: of single values first, of combinations where the single values are right.
+    """
+    faults = list(_group_faults(cfg)) or list(_combination_faults(cfg))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def is_none(node: Mapping[str, Any]) -> bool:
+    """Whether a group's chosen option is its null option."""
+    return str(node.get(config.TARGET, "")).rpartition(".")[2] == "none"
+
+
+def _group_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    groups = {*OPTION_GROUPS, "train", "data"}
+    top = {key: value for key, value in cfg.items() if key not in groups}
+    for fault in config.find_faults(top, "", RunSettings):
+        known = fault.problem != "no such key"
+        yield fault if known else config.unknown_key(fault.key, [*config.keys_of(RunSettings), *groups], fault.value)
+    for group in sorted(groups):
+        node = cfg.get(group)
+        if not isinstance(node, Mapping):
+            remedy = f"choose an option with {group}=…, or set one of its keys with {group}.key=…"
+            yield Fault(group, "must be a group of keys", remedy, node)
+        elif group == "train":
+            yield from config.find_faults(node, group, TrainSettings)
+        elif group == "data":
+            yield from _data_faults(node)
+        else:
+            yield from config.find_faults(node, group)
+
+
+def _data_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
+    settings, form, source = data.split_node(dict(node))
+    yield from config.find_faults(settings, "data", data.DataSettings)
+    yield from config.find_faults(form, "data.format")
+    known = {*config.keys_of(data.DataSettings), "format"}
+    for fault in config.find_faults(source, "data"):
+        if fault.problem != "no such key":
+            yield fault
+            continue
+        own = config.keys_of(config.bind_target(source))
+        yield config.unknown_key(fault.key.removeprefix("data."), [*known, *own], fault.value).below("data")
+
+
+def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    train = cfg["train"]
+    if not is_none(cfg["quant"]) and is_none(cfg["lora"]):
+        yield Fault(
+            "lora",
+            "full fine-tuning cannot train quantized weights",
+            "train an adapter on them (lora=lora), or load them whole (quant=none)",
+            "none",
+        )
+    if train["max_steps"] is None and train["num_train_epochs"] is None and train["max_tokens"] is None:
+        remedy = "set one of train.max_steps, train.num_train_epochs, train.max_tokens"
+        yield Fault("train", "nothing says when training ends", remedy)
+    task = config.bind(cfg["task"], "task")()
+    if cfg["data"]["packing"] and not task.packable:
+        yield Fault("data.packing", f"task={task.name} cannot share a row between examples", "set it to false", True)

@@ -1,0 +1,170 @@
+"""What the person at the terminal sees: a header, a progress bar with loss and ETA, a summary and what to do next.
+
+Every line also goes into train.log; on something that is no terminal the bar becomes one line a record.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+log = logging.getLogger("runner")
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """While the block runs, ``runner``'s messages go to the terminal and, with everybody's warnings, to ``path``."""
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_file.setLevel(logging.INFO)
+    to_terminal = _Terminal()
+    to_terminal.setFormatter(_TerminalFormat())
+    to_terminal.addFilter(lambda record: record.name in ("runner", "py.warnings") and not hasattr(record, "quiet"))
+    root, own = logging.getLogger(), logging.getLogger("runner")
+    levels = root.level, own.level
+    for handler in (to_file, to_terminal):
+        root.addHandler(handler)
+    own.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for handler in (to_file, to_terminal):
+            root.removeHandler(handler)
+            handler.flush()
+        to_file.close()
+        root.setLevel(levels[0])
+        own.setLevel(levels[1])
+
+
+class _Terminal(logging.Handler):
+    """Writes to what ``sys.stderr`` is at that moment: a live progress bar stands in for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+class _TerminalFormat(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.name == "py.warnings":  # "path:line: Category: message\n  source line"
+            text = text.split(": ", 2)[-1].splitlines()[0]
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+class Display:
+    """The progress of one run."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.began = time.monotonic()
+        self.first_step: int | None = None
+
+    def __enter__(self) -> Display:
+        if sys.stderr.isatty():
+            self.bar = _bar()
+            self.task = self.bar.add_task("starting", total=self.total_steps, shown="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def evaluating(self, done: int, total: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, description=f"evaluating {done}/{total}" if done < total else "training")
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """One record: the bar moves, or a line is written."""
+        text = shown(metrics)
+        if self.first_step is None:
+            self.first_step, self.began = step, time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=step, shown=text, description="training")
+        line = f"step {step}/{self.total_steps}  {text}{self._eta(step)}"
+        log.info(line, extra={"quiet": True} if self.bar else {})
+
+    def _eta(self, step: int) -> str:
+        done = step - (self.first_step or 0)
+        if not done or step >= self.total_steps:
+            return ""
+        left = (time.monotonic() - self.began) / done * (self.total_steps - step)
+        return f"  eta {duration(left)}"
+
+
+def shown(metrics: dict[str, float]) -> str:
+    """The metrics worth a glance, in one line."""
+    picked = {
+        "train/loss": ("loss", "{:.4f}"),
+        "train/grad_norm": ("grad norm", "{:.3g}"),
+        "train/learning_rate": ("lr", "{:.2e}"),
+        "train/tokens_per_second": ("tok/s", "{:.0f}"),
+        "eval/loss": ("eval loss", "{:.4f}"),
+        "eval/token_accuracy": ("accuracy", "{:.3f}"),
+    }
+    return "  ".join(f"{label} {form.format(metrics[k])}" for k, (label, form) in picked.items() if k in metrics)
+
+
+def header(lines: dict[str, str]) -> None:
+    """What is about to happen, a line a fact."""
+    width = max(map(len, lines))
+    for label, text in lines.items():
+        log.info(f"{label:<{width}}  {text}")
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on the terminal (stdout) and, as plain lines, in the log."""
+    from rich.table import Table
+
+    drawn = Table(*columns, title=title, title_justify="left", show_header=any(columns))
+    for row in rows:
+        drawn.add_row(*row)
+    console().print(drawn)
+    for row in rows:
+        log.info("  ".join(cell.replace("\n", " ") for cell in row), extra={"quiet": True})
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=False)
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    seconds = int(seconds + 0.5)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

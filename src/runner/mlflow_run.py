@@ -1,0 +1,192 @@
+"""The MLflow run of a run folder: what it says is what the folder says.
+
+``MlflowRun.update`` may be called at any time, again and again, by one process after another: it looks at what MLflow
+has and sends the rest. So nothing depends on a process that lives to the end.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shlex
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner import prepare, store
+from runner.config import bind
+from runner.errors import RunnerError
+from runner.rundir import RunDir, State, write_atomic
+from runner.secrets import redact, take_credentials
+from runner.tracking import Tracking, read, store_uri, tail
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+STATUS = {
+    "running": "RUNNING", "completed": "FINISHED", "failed": "FAILED", "preempted": "KILLED", "killed": "KILLED"
+}  # fmt: skip
+ENDED = ("completed", "failed", "preempted", "killed")
+DIED = "the process died without saying so (killed, or out of memory)"
+TOLD_TAG = "runner.mirrored"
+"""Set last: the time stamp of the state up to which MLflow has everything."""
+
+
+@dataclass
+class MlflowRun:
+    """One run folder, the store it is mirrored into, and how far that got."""
+
+    rundir: RunDir
+    uri: str
+    tracking: Tracking
+    config: dict[str, Any]
+    packages: dict[str, str] = field(default_factory=dict)
+    """What is installed where the run runs; empty where that is not known."""
+    run: Run | None = None
+    status: str = ""
+    """What MLflow says of the run: RUNNING, FINISHED …"""
+    known: store.Known = field(default_factory=dict)
+    positions: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    """File → its inode, and the bytes of it that MLflow has."""
+    sent: int = 0
+    """Records of metrics.jsonl that MLflow has."""
+
+    @classmethod
+    def of(cls, rundir: RunDir, uri: str | None = None) -> MlflowRun:
+        """The run of a folder in the store at ``uri``, by default the one that its configuration names."""
+        config = prepare.read_config(rundir)
+        tracking = bind(config["tracking"], "tracking")()
+        return cls(rundir, uri or store_uri(tracking, config["outputs_dir"]), tracking, config)
+
+    def update(self) -> None:
+        """Bring MLflow up to what the folder says now; what is there already is not sent again."""
+        state, manifest = self.rundir.read_state(), self.rundir.read_manifest()
+        client, ended = store.connect(self.uri), state.status in ENDED
+        run = self.run = self.run or self._open(client, state, manifest)
+        if not ended:
+            self._send_status(client, run, state)
+        store.send_tags(client, run, tags(self.rundir, manifest, state))
+        store.send_dataset(client, run, manifest.get("data") or {})
+        for path in (self.rundir.metrics, self.rundir.system):
+            self._send_records(client, run, path)
+        try:
+            if ended and run.data.tags.get(TOLD_TAG) != str(state.updated):
+                self._send_results(client, run)
+                store.send_tags(client, run, {TOLD_TAG: str(state.updated)})
+        finally:  # a model that cannot be stored leaves no run RUNNING for ever
+            self._send_status(client, run, state)
+
+    def try_update(self) -> str:
+        """``update``, with what went wrong as a text; empty when nothing did."""
+        try:
+            self.update()
+        except Exception as error:  # a store fails in a hundred ways; none of them may end the mirror
+            self.run, self.positions = None, {}  # look anew at what is there
+            return _explained(error, self.uri)
+        return ""
+
+    def report(self, problem: str) -> int:
+        """Write down how far MLflow is behind the folder; returns the number of records it lacks."""
+        unsent = max(0, len(read(self.rundir)) - self.sent)
+        if self.rundir.path.exists():
+            said = {"sent": self.sent, "unsent": unsent, "problem": problem}
+            write_atomic(self.rundir.mirror_report, json.dumps(said))
+        return unsent
+
+    def _open(self, client: MlflowClient, state: State, manifest: dict[str, Any]) -> Run:
+        """Find the run or make it, and send what holds from its beginning to its end."""
+        artifacts = None if store.is_server(self.uri) else Path(self.config["outputs_dir"], "mlartifacts")
+        experiment = store.experiment_id(client, self.tracking.experiment, artifacts)
+        identity = str(manifest.get("id") or self.rundir.path)
+        run = store.find_run(client, experiment, identity, (manifest.get("mlflow") or {}).get("run_id"))
+        if run is None:
+            name = self.tracking.run_name or str(manifest.get("name") or self.rundir.path.name)
+            run = store.create_run(client, experiment, identity, name, state.started or time.time())
+        self._note(run)
+        store.send_params(client, run, self.config)
+        for path in (self.rundir.config, self.rundir.dirty_diff):
+            if path.exists():
+                client.log_artifact(run.info.run_id, str(path))
+        environment = {"versions": manifest.get("versions") or {}, "packages": self.packages}
+        client.log_text(run.info.run_id, json.dumps(environment, indent=1), "environment.json")
+        self.known, self.status = store.known_steps(client, run), run.info.status
+        return run
+
+    def _note(self, run: Run) -> None:
+        """Write into the manifest which run of MLflow this folder is."""
+        uri, _, _ = take_credentials(self.uri)
+        run_id, experiment = run.info.run_id, run.info.experiment_id
+        url = f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if store.is_server(uri) else None
+        noted = self.rundir.read_manifest().get("mlflow") or {}
+        self.rundir.update_manifest(
+            mlflow={**noted, "run_id": run_id, "experiment_id": experiment, "uri": uri, "url": url}
+        )
+
+    def _send_records(self, client: MlflowClient, run: Run, path: Path) -> None:
+        if not path.exists():
+            return
+        inode, (before, offset) = path.stat().st_ino, self.positions.get(path, (0, 0))
+        offset = offset if inode == before else 0  # another inode: cut back by a resume, read it all again
+        records, end = tail(path, offset)
+        store.send_metrics(client, run, records, self.known)
+        self.positions[path] = inode, end
+        if path == self.rundir.metrics:
+            self.sent = (self.sent if offset else 0) + len(records)
+
+    def _send_status(self, client: MlflowClient, run: Run, state: State) -> None:
+        if self.status == STATUS[state.status]:
+            return
+        # Nobody saw it die: it was at work until its last record, not until somebody looked.
+        unseen = state.reason == DIED and self.rundir.metrics.exists()
+        ended_at = self.rundir.metrics.stat().st_mtime if unseen else state.updated
+        store.set_status(client, run, STATUS[state.status], ended_at if state.status in ENDED else None)
+        self.status = STATUS[state.status]
+
+    def _send_results(self, client: MlflowClient, run: Run) -> None:
+        """What there is to show at the end: log, manifest, samples as a table, and the model if it is asked for."""
+        for path in (self.rundir.manifest, self.rundir.log):
+            if path.exists():
+                client.log_artifact(run.info.run_id, str(path))
+        if self.rundir.samples.exists():
+            store.send_table(client, run, json.loads(self.rundir.samples.read_text()), self.rundir.samples.name)
+        wanted, is_adapter = self.tracking.log_model, (self.rundir.model / "adapter_config.json").exists()
+        if self.rundir.model.is_dir() and (wanted is True or (wanted == "adapter" and is_adapter)):
+            client.log_artifacts(run.info.run_id, str(self.rundir.model), self.rundir.model.name)
+
+
+def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, Any]:
+    """The tags of a run; MLflow's own are set by us, as it would describe the process that mirrors."""
+    git, command = manifest.get("git") or {}, manifest.get("command") or []
+    return {
+        "runner.signature": manifest.get("signature"),
+        "runner.sweep": manifest.get("sweep"),
+        "runner.status": state.status,
+        "runner.reason": state.reason,
+        "runner.attempt": state.attempt,
+        "runner.folder": str(rundir.path),
+        "runner.host": state.host,
+        "runner.slurm_job_id": state.scheduler_id,
+        "runner.git_sha": git.get("sha"),
+        "runner.git_dirty": git.get("dirty"),
+        "mlflow.parentRunId": (manifest.get("mlflow") or {}).get("parent_run_id"),
+        "mlflow.source.name": command if isinstance(command, str) else shlex.join(command),
+        "mlflow.source.type": "JOB" if state.scheduler_id else "LOCAL",
+        "mlflow.source.git.commit": git.get("sha"),
+        "mlflow.user": _user(),
+    }
+
+
+def _explained(error: Exception, uri: str) -> str:
+    where = "the embedded database" if not store.is_server(uri) else "the server"
+    text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    return redact(f"MLflow ({where}, {take_credentials(uri)[0]}): {text[:600]}")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return str(os.getuid())

@@ -1,0 +1,258 @@
+"""Tokenised rows on disk, and the batches made of them: packed to a fixed length, or padded.
+
+A batch is a dict: ``input_ids`` and ``labels`` (B, T) int64, ``position_ids`` (B, T) int64, and the ints ``tokens``
+(useful ones, padding aside) and ``trained``. Labels are shifted: ``labels[b, t]`` is the token to predict at ``t``,
+or -100; the last token of a document predicts nothing. In packed rows position ids restart at 0 with each document,
+and the padding at the end is a document of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.errors import ConfigError, Fault
+
+Batch = dict[str, Any]
+IGNORED = -100
+PADDED_TO = 8
+"""Padded rows are a multiple of this long: tensor cores want it, and fewer shapes occur."""
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Which rows share a pack: ``rows[offsets[k] : offsets[k + 1]]`` are those of pack ``k``."""
+
+    rows: np.ndarray  # (rows,) int64
+    offsets: np.ndarray  # (packs + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of one split: flat columns, memory-mapped, cut into rows by offsets. Labels are not shifted."""
+
+    ids: np.ndarray  # (tokens,) int32
+    labels: np.ndarray  # (tokens,) int32
+    offsets: np.ndarray  # (rows + 1,) int64
+    packs: Packs
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels of one row."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        cut = slice(self.offsets[row], self.offsets[row + 1])
+        return self.ids[cut], self.labels[cut]
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write the columns as ``<name>.<column>.npy``, through to the disk."""
+        for column, values in self._columns().items():
+            with (folder / f"{name}.{column}.npy").open("wb") as file:
+                np.save(file, values)
+                file.flush()
+                os.fsync(file.fileno())
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> Rows:
+        """Map what ``save`` wrote into memory.
+
+        Raises:
+            OSError, ValueError: a file is missing or damaged.
+        """
+        ids, labels, offsets, rows, packs = (
+            np.load(folder / f"{name}.{column}.npy", mmap_mode="r")
+            for column in ("ids", "labels", "offsets", "pack_rows", "pack_offsets")
+        )
+        if not len(ids) == len(labels) == offsets[-1] or not len(rows) == packs[-1] == len(offsets) - 1:
+            raise ValueError(f"the columns of {name} do not fit each other")
+        return cls(ids, labels, offsets, Packs(rows, packs))
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets}
+        return {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, **packs}
+
+
+def pack(lengths: np.ndarray, capacity: int) -> Packs:
+    """Best-fit decreasing: the longest rows first, each into the fullest pack that has room. Deterministic.
+
+    O(n log n); no length may exceed ``capacity``. See Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
+    """
+    assert len(lengths) == 0 or 0 < lengths.min() <= lengths.max() <= capacity
+    packs: list[list[int]] = []
+    having: list[list[int]] = [[] for _ in range(capacity + 1)]  # by slots left: packs
+    open_spaces = 0  # bit s is set where some pack has s slots left
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        fitting = open_spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1  # the lowest bit: the tightest fit
+            number = having[space].pop()
+            if not having[space]:
+                open_spaces ^= 1 << space
+        else:
+            space, number = capacity, len(packs)
+            packs.append([])
+        packs[number].append(row)
+        having[space - length].append(number)
+        open_spaces |= 1 << (space - length)
+    rows = np.array([row for members in packs for row in members], dtype=np.int64)
+    return Packs(rows, np.cumsum([0, *map(len, packs)], dtype=np.int64))
+
+
+def one_by_one(count: int) -> Packs:
+    """Each row a pack of its own."""
+    return Packs(np.arange(count), np.arange(count + 1))
+
+
+class Batches:
+    """The batches of a training or an evaluation; those of step ``i`` are a pure function of (seed, i).
+
+    The packs (rows, where nothing is packed) of one epoch follow those of the last, each in an order of its own. A
+    step takes ``rows_per_batch * accumulation * world`` of them, and this rank its share. ``epochs`` ends the stream:
+    the last step is then shortened rather than running into the next epoch.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        packing: bool,
+        max_length: int,
+        rows_per_batch: int,
+        accumulation: int,
+        seed: int,
+        shuffle: bool,
+        pad_id: int,
+        rank: int = 0,
+        world: int = 1,
+        epochs: float | None = None,
+    ) -> None:
+        self.rows, self.packs = rows, rows.packs if packing else one_by_one(len(rows))
+        self.packing, self.max_length, self.pad_id = packing, max_length, pad_id
+        self.rows_per_batch, self.rank, self.world = rows_per_batch, rank, world
+        self.per_micro_batch = rows_per_batch * world
+        self.per_step = self.per_micro_batch * accumulation
+        self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
+        self.sizes = np.add.reduceat(rows.lengths[self.packs.rows], self.packs.offsets[:-1])  # useful tokens of each
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
+        self._tokens_before = functools.lru_cache(maxsize=2)(self._sum_tokens)
+
+    def step(self, i: int) -> list[Batch]:
+        """The micro-batches of optimizer step ``i``, counted from 0; the same number on every rank."""
+        positions = range(i * self.per_step, min((i + 1) * self.per_step, self._end()))
+        packs = [int(self._order(at // len(self.packs))[at % len(self.packs)]) for at in positions]
+        return list(self._cut(packs))
+
+    def one_pass(self) -> Iterator[Batch]:
+        """Every pack once, in the order of the first epoch: an evaluation."""
+        return self._cut(self._order(0).tolist())
+
+    def steps(self, max_steps: int | None = None, epochs: float | None = None, max_tokens: int | None = None) -> int:
+        """Optimizer steps until the first of these limits is reached.
+
+        Raises:
+            ConfigError: there is no limit.
+        """
+        limits = [max_steps] if max_steps is not None else []
+        for limit in (epochs, self.epochs):
+            if limit is not None:
+                limits.append(math.ceil(self._packs_of(limit) / self.per_step))
+        if max_tokens is not None:
+            limits.append(math.ceil(self._packs_until(max_tokens) / self.per_step))
+        if not limits:
+            remedy = "set one of train.max_steps, train.num_train_epochs, train.max_tokens"
+            raise ConfigError(Fault("train", "nothing says when training ends", remedy))
+        return max(1, min(limits))
+
+    def tokens_at(self, step: int) -> int:
+        """Useful tokens of the first ``step`` steps, over all ranks."""
+        epoch, packs = divmod(min(step * self.per_step, self._end()), len(self.packs))
+        return int(epoch * self.sizes.sum() + self._tokens_before(epoch)[packs])
+
+    def epoch(self, step: int) -> float:
+        """How many times the data has been gone through after ``step`` steps."""
+        return float(min(step * self.per_step, self._end()) / len(self.packs))
+
+    @property
+    def efficiency(self) -> float:
+        """Useful tokens for each slot computed, over the first epoch."""
+        if self.packing:
+            return float(self.sizes.sum() / (len(self.packs) * self.max_length))
+        parts = np.split(self.sizes[self._order(0)], range(self.rows_per_batch, len(self.packs), self.rows_per_batch))
+        return float(self.sizes.sum() / sum(len(part) * self._padded(int(part.max())) for part in parts))
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        """The order of the packs in one epoch; from a generator whose raw numbers numpy promises never to change."""
+        if not self.shuffle:
+            return np.arange(len(self.packs))
+        numbers = np.random.PCG64([self.seed % 2**64, epoch]).random_raw(len(self.packs))
+        return np.argsort(numbers, kind="stable")
+
+    def _sum_tokens(self, epoch: int) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.sizes[self._order(epoch)])])
+
+    def _packs_of(self, epochs: float) -> int:
+        return math.ceil(epochs * len(self.packs) - 1e-6)
+
+    def _packs_until(self, tokens: int) -> int:
+        epoch, rest = divmod(tokens, int(self.sizes.sum()))
+        return epoch * len(self.packs) + int(np.searchsorted(self._tokens_before(epoch), rest))
+
+    def _end(self) -> int:
+        return self._packs_of(self.epochs) if self.epochs is not None else 2**62
+
+    def _cut(self, packs: list[int]) -> Iterator[Batch]:
+        for at in range(0, len(packs), self.per_micro_batch):
+            yield self._build(packs[at : at + self.per_micro_batch][self.rank :: self.world])
+
+    def _build(self, packs: list[int]) -> Batch:
+        """One micro-batch: the packs given, and rows of nothing but padding where the shape asks for more."""
+        import torch
+
+        members = [self.packs.rows[self.packs.offsets[k] : self.packs.offsets[k + 1]] for k in packs]
+        # Packed batches keep one shape even at the end of an epoch: a new one would compile the model anew.
+        count = self.rows_per_batch if self.packing else max(len(members), 1)
+        length = self._padded(max((int(self.sizes[k]) for k in packs), default=0))
+        ids = np.full((count, length), self.pad_id, dtype=np.int64)
+        labels = np.full((count, length), IGNORED, dtype=np.int64)
+        positions = np.tile(np.arange(length), (count, 1))
+        for b, documents in enumerate(members):
+            start = 0
+            for row in documents:
+                row_ids, row_labels = self.rows[row]
+                end = start + len(row_ids)
+                ids[b, start:end] = row_ids
+                labels[b, start : end - 1] = row_labels[1:]
+                positions[b, start:end] -= start
+                start = end
+            if self.packing:
+                positions[b, start:] -= start
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(positions),
+            "tokens": int(self.sizes[packs].sum()) if packs else 0,
+            "trained": int((labels != IGNORED).sum()),
+        }
+
+    def _padded(self, length: int) -> int:
+        """How long the rows of a batch are whose longest has this many tokens."""
+        if self.packing:
+            return self.max_length
+        return max(length, min(-(-max(length, 1) // PADDED_TO) * PADDED_TO, self.max_length))

@@ -1,0 +1,176 @@
+"""From a checked configuration to a run folder that says everything a worker needs, and who the run is."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner.errors import Fault, ResumeError
+from runner.rundir import UNFINISHED, RunDir, write_atomic
+from runner.secrets import redact, redact_tree, take_credentials
+
+RUN_TIME_KEYS = ("name", "outputs_dir", "resume", "retry", "tracking", "launcher")
+"""Keys that say where and how a run happens, not what it computes: they do not change its identity."""
+
+PACKAGES = (
+    "runner", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "mlflow", "hydra-core",
+    "omegaconf", "numpy", "tokenizers", "safetensors",
+)  # fmt: skip
+
+
+def signature(cfg: Mapping[str, Any]) -> str:
+    """The identity of a run: 16 hexadecimal digits over all keys that change what is computed."""
+    identity = {key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with local paths made absolute and secrets taken out: what is written and handed over."""
+    frozen = redact_tree(json.loads(json.dumps(cfg)))
+    frozen["outputs_dir"] = os.path.abspath(os.path.expanduser(cfg["outputs_dir"]))
+    for group, key in (("data", "path"), ("data", "eval_path"), ("model", "path")):
+        value = frozen[group].get(key)
+        if isinstance(value, str) and (os.path.exists(os.path.expanduser(value)) or glob.glob(value)):
+            frozen[group][key] = os.path.abspath(os.path.expanduser(value))
+    return dict(frozen)
+
+
+def keep_credentials(cfg: dict[str, Any]) -> None:
+    """Move a user name and password from the tracking URI into this process's environment, where workers find them.
+
+    They must not stand in any file of the run, and a worker knows its run folder and its environment alone.
+    """
+    uri = cfg["tracking"].get("uri")
+    if uri:
+        cfg["tracking"]["uri"], user, password = take_credentials(uri)
+        for name, value in (("MLFLOW_TRACKING_USERNAME", user), ("MLFLOW_TRACKING_PASSWORD", password)):
+            if value:
+                os.environ[name] = value
+
+
+def prepare(cfg: Mapping[str, Any], folder: Path, command: list[str], overrides: list[str]) -> RunDir:
+    """Write the frozen configuration, the manifest and the state ``pending`` into ``folder``.
+
+    A folder that holds a run of the same signature is left as it is, for a worker to take up.
+
+    Raises:
+        ResumeError: the folder holds a run of another signature.
+    """
+    rundir, name = RunDir(folder), signature(cfg)
+    found = rundir.read_manifest().get("signature")
+    if found and found != name:
+        raise ResumeError(
+            Fault(
+                "hydra.run.dir",
+                f"holds a run of another configuration (signature {found}, this one is {name})",
+                "name another folder, or compare the two config.yaml",
+                folder,
+            )
+        )
+    if not found:
+        write_atomic(rundir.config, yaml.safe_dump(dict(cfg), sort_keys=False, allow_unicode=True))
+        rundir.update_manifest(**_manifest(cfg, rundir, name, command, overrides))
+        rundir.write_state(status="pending")
+    return rundir
+
+
+def read_config(rundir: RunDir) -> dict[str, Any]:
+    """The frozen configuration of a run folder.
+
+    Raises:
+        ResumeError: there is none, or it cannot be read.
+    """
+    try:
+        return dict(yaml.safe_load(rundir.config.read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        problem = f"is not a run folder: config.yaml cannot be read ({error})"
+        raise ResumeError(Fault("", f"{rundir.path} {problem}", "name the folder of a run")) from error
+
+
+def find_twin(outputs_dir: Path, name: str) -> RunDir | None:
+    """The latest unfinished run with this signature below ``outputs_dir``, if any."""
+    twins = []
+    for state in outputs_dir.glob("*/*/state.json"):
+        rundir = RunDir(state.parent)
+        if rundir.read_manifest().get("signature") == name and rundir.read_state().status in UNFINISHED:
+            twins.append(rundir)
+    return max(twins, key=lambda rundir: rundir.read_state().updated, default=None)
+
+
+def _manifest(
+    cfg: Mapping[str, Any], rundir: RunDir, name: str, command: list[str], overrides: list[str]
+) -> dict[str, Any]:
+    return {
+        "id": uuid.uuid4().hex,
+        "signature": name,
+        "name": cfg["name"] or _default_name(overrides),
+        "created": time.time(),
+        "command": [redact(word) for word in command],
+        "overrides": [redact(override) for override in overrides],
+        "git": _git(rundir),
+        "versions": _versions(),
+        "lock_sha256": _lock_hash(),
+        "hardware": {"host": platform.node(), "cpu": _cpu_name(), "cpus": os.cpu_count(), "system": platform.platform()},
+    }
+
+
+def _default_name(overrides: list[str]) -> str:
+    named = [o for o in overrides if not o.startswith(("hydra.", "outputs_dir=", "tracking", "resume=", "train.sample"))]
+    return redact(",".join(named))[:120] or "default"
+
+
+def _git(rundir: RunDir) -> dict[str, Any]:
+    """Commit and dirtiness of the project's checkout; the diff goes into the folder."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout
+
+    sha = git("rev-parse", "HEAD")
+    if sha is None:
+        return {"sha": None, "dirty": None}
+    diff = git("diff", "HEAD") or ""
+    if diff:
+        write_atomic(rundir.dirty_diff, redact(diff))
+    return {"sha": sha.strip(), "dirty": bool(diff)}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _lock_hash() -> str | None:
+    lock = Path(__file__).parents[2] / "uv.lock"
+    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

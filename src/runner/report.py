@@ -1,0 +1,147 @@
+"""What a run says of itself: the header before it, the summary after it, and the numbers both leave in the folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from runner import console, prepare, tracking
+from runner.rundir import RunDir
+
+if TYPE_CHECKING:
+    from runner.build import Inputs
+    from runner.checkpoint import Progress
+    from runner.train import Parts
+
+log = logging.getLogger("runner")
+
+
+def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -> None:
+    """What is about to be trained, on what, for how long."""
+    from runner import models
+
+    counts = models.describe(parts.model)
+    data = made.splits.report
+    console.header(
+        {
+            "run": f"{rundir.path}  (signature {prepare.signature(cfg)})",
+            "model": f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
+            f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
+            "device": f"{made.device}, weights {counts['dtype']}",
+            "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
+            f"{data.eval_rows} held out, {made.batches.efficiency:.0%} of each batch used"
+            + (f", {data.truncated} truncated" if data.truncated else "")
+            + (f", {data.dropped} dropped" if data.dropped else ""),
+            "steps": f"{made.total_steps} × about {made.batches.tokens_at(made.total_steps) // made.total_steps} tokens",
+        }
+    )
+
+
+def data_manifest(cfg: Mapping[str, Any], made: Inputs) -> dict[str, Any]:
+    """Lineage of the data, for the manifest and for MLflow."""
+    return {
+        "name": made.splits.name,
+        "uri": made.splits.uri,
+        "digest": made.splits.digest,
+        "report": asdict(made.splits.report),
+        "steps": made.total_steps,
+    }
+
+
+def hardware(rundir: RunDir, made: Inputs) -> dict[str, Any]:
+    """The machine, as the submitter saw it, and the worker's device."""
+    import torch
+
+    known = dict(rundir.read_manifest().get("hardware", {}))
+    name = torch.cuda.get_device_name(made.device) if made.device.type == "cuda" else known.get("cpu")
+    return {**known, "device": str(made.device), "device_name": name, "threads": torch.get_num_threads()}
+
+
+def summary(rundir: RunDir, parts: Parts, progress: Progress, wall_seconds: float) -> dict[str, Any]:
+    """The numbers at the end, read from the records: they are the same after a resume."""
+    evaluations = [record for record in tracking.read(rundir) if "eval/loss" in record]
+    first, last = evaluations[0], evaluations[-1]
+    return {
+        "eval/loss before": first["eval/loss"],
+        "eval/loss": last["eval/loss"],
+        "eval/perplexity before": first.get("eval/perplexity"),
+        "eval/perplexity": last.get("eval/perplexity"),
+        "steps": progress.step,
+        "train/tokens": progress.tokens,
+        "trained tokens": progress.trained_tokens,
+        "wall seconds": wall_seconds,
+        **{k: v for k, v in parts.meter.rates().items() if k in ("train/tokens_per_second", "train/mfu")},
+        **parts.extra_metrics(),
+    }
+
+
+def ending(rundir: RunDir, mirrored: tracking.MirrorResult, code: int) -> None:
+    """The last words: what came out, where it lies, and what to do next."""
+    state = rundir.read_state()
+    if code == 0:
+        console.table("", ["", ""], _summary_rows(state.summary))
+        _show_samples(rundir)
+        print(f"model    {rundir.model}")
+    print(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
+    if mirrored.url:
+        print(f"MLflow   {mirrored.url}")
+    if mirrored.unsent:
+        print(f"MLflow has not got {mirrored.unsent} records ({mirrored.message}); they are safe in the run folder.")
+        print(f"bring them: python -m runner sync {rundir.path}")
+    print(f"next     {_next_command(rundir, code)}")
+
+
+def sweep(rundirs: list[RunDir]) -> None:
+    """All runs of a sweep in one table."""
+    rows = []
+    for rundir in rundirs:
+        state, manifest = rundir.read_state(), rundir.read_manifest()
+        loss = state.summary.get("eval/loss")
+        shown = f"{loss:.4f}" if loss is not None else state.reason or "–"
+        rows.append([str(manifest.get("name", "")), state.status, shown, str(rundir.path)])
+    console.table("sweep", ["run", "status", "held-out loss", "folder"], rows)
+
+
+def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+    before, after = numbers["eval/loss before"], numbers["eval/loss"]
+    change = f"  ({(after - before) / before:+.1%})" if before else ""
+    rows = [
+        ["held-out loss", f"{before:.4f} → {after:.4f}{change}"],
+        ["perplexity", f"{numbers['eval/perplexity before']:.2f} → {numbers['eval/perplexity']:.2f}"],
+        ["steps, tokens", f"{numbers['steps']}, {numbers['train/tokens']} ({numbers['trained tokens']} trained)"],
+        ["time", console.duration(numbers["wall seconds"])],
+    ]
+    if rate := numbers.get("train/tokens_per_second"):
+        mfu = f"  ({numbers['train/mfu']:.0%} of peak FLOP/s)" if numbers.get("train/mfu") else ""
+        rows.append(["speed", f"{rate:.0f} tokens/s{mfu}"])
+    if peak := numbers.get("memory/peak_allocated_gib"):
+        rows.append(["peak memory", f"{peak:.2f} GiB"])
+    return rows
+
+
+def _show_samples(rundir: RunDir) -> None:
+    samples = json.loads(rundir.samples.read_text()) if rundir.samples.exists() else []
+    rows = [[_last_words(s["prompt"]), s["before"], s["after"], s["reference"]] for s in samples]
+    if rows:
+        console.table("held-out prompts", ["prompt", "before", "after", "reference"], rows)
+
+
+def _last_words(prompt: str, length: int = 160) -> str:
+    """The end of a prompt without its markup: what was asked."""
+    import re
+
+    text = re.sub(r"<\|[^|>]*\|>\w*\n?", "\n", prompt).strip().splitlines()
+    text = [line for line in text if line.strip() and line.strip() not in ("assistant", "user", "system")]
+    return text[-1][-length:] if text else prompt[-length:]
+
+
+def _next_command(rundir: RunDir, code: int) -> str:
+    if code == 0:
+        uri = rundir.read_manifest().get("mlflow", {}).get("uri", "")
+        return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else "python -m runner --help"
+    if code in (75, 130):
+        return f"python -m runner resume={rundir.path}"
+    return f"see {rundir.log}; then python -m runner resume={rundir.path} retry=true"

@@ -1,0 +1,41 @@
+"""The types of the keys that belong to no option: those at the top, and the group ``train``. Their values are in conf/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt
+
+Count = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The keys at the top of the configuration."""
+
+    name: str | None
+    seed: Annotated[int, Ge(0)]
+    outputs_dir: str
+    resume: str | None
+    retry: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long, how much at a time, and how often something is said or saved; the key comments are in conf/train."""
+
+    max_steps: Count | None
+    num_train_epochs: Annotated[float, Gt(0)] | None
+    max_tokens: Count | None
+    per_device_batch_size: Count
+    gradient_accumulation_steps: Count
+    max_grad_norm: Annotated[float, Gt(0)] | None
+    gradient_checkpointing: bool
+    logging_steps: Count
+    eval_steps: Count | None
+    save_steps: Count | None
+    save_total_limit: Count
+    deterministic: bool
+    sample_prompts: Annotated[int, Ge(0)]
+    sample_tokens: Count

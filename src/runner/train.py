@@ -1,0 +1,198 @@
+"""The train loop. It takes its parts ready made and knows no configuration, no tracker and no terminal.
+
+One step: micro-batches → summed loss of each, divided by the trained tokens of *all* of them → gradients → clip →
+update. Everything random at step ``i`` (order of the data, dropout) is a pure function of (seed, i); together with a
+checkpoint's weights and optimizer state that makes a run that was killed and continued the same run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from runner.checkpoint import Checkpoints, Progress
+from runner.data import Batches
+from runner.errors import Fault, Stopped, TrainingError
+from runner.meters import Meter
+from runner.schema import TrainSettings
+from runner.tasks import Task
+
+Record = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that training needs, built by ``build``."""
+
+    model: torch.nn.Module
+    task: Task
+    batches: Batches
+    evaluation: Batches
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int, int], float]
+    """(step, total steps) → factor on the learning rate."""
+    settings: TrainSettings
+    seed: int
+    total_steps: int
+    accelerator: Accelerator
+    checkpoints: Checkpoints
+    meter: Meter
+    quote: Callable[[dict[str, Any]], str]
+    """A batch → the beginning of its text, for an error message."""
+    extra_metrics: Callable[[], dict[str, float]]
+    """Memory and such, read when a record is written."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Whom the loop tells what happens, and who may stop it."""
+
+    record: Record
+    """(step, metrics): called at each logging step and after each evaluation."""
+    evaluating: Callable[[int, int], None]
+    """(batches done, batches in all) of an evaluation."""
+    check_stop: Callable[[], None]
+    """Raises Stopped when somebody asked for it; called where nothing would be lost."""
+
+
+def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
+    """Train from ``progress`` to the last step, evaluating and saving on the way.
+
+    Raises:
+        Stopped: as asked for by ``check_stop``, after the state was saved.
+        TrainingError: the loss is not a number, or a checkpoint cannot be written.
+    """
+    saved_step = progress.step
+    try:
+        while True:
+            if evaluation_is_due(progress.step, parts) and not progress.evaluated:
+                metrics = evaluate(parts, hooks)
+                progress.evaluated = True
+                hooks.record(progress.step, metrics)
+            if progress.step > saved_step and save_is_due(progress.step, parts):
+                parts.checkpoints.save(parts.model, parts.optimizer, progress)
+                saved_step = progress.step
+            if progress.step >= parts.total_steps:
+                return progress
+            hooks.check_stop()
+            optimizer_step(parts, progress, hooks)
+    except Stopped:
+        parts.checkpoints.save(parts.model, parts.optimizer, progress)
+        raise
+
+
+def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
+    """One update of the weights from all micro-batches of the step; ``progress`` moves only when it is done."""
+    step, settings = progress.step, parts.settings
+    parts.model.train()
+    torch.manual_seed(derived_seed(parts.seed, step))
+    began = time.perf_counter()
+    micro_batches = parts.batches.step(step)
+    waited = time.perf_counter() - began
+    learning_rate = set_learning_rate(parts.optimizer, parts.schedule(step, parts.total_steps))
+
+    sums = accumulate_gradients(parts, micro_batches, hooks)
+    limit = settings.max_grad_norm or math.inf
+    norm = float(parts.accelerator.clip_grad_norm_(parts.model.parameters(), limit))
+    check_finite(parts, step, micro_batches, sums["loss"], norm)
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+
+    tokens = sum(batch["tokens"] for batch in micro_batches)
+    progress.step += 1
+    progress.tokens += tokens
+    progress.trained_tokens += int(sums["count"])
+    progress.evaluated = False
+    progress.window = {name: progress.window.get(name, 0.0) + value for name, value in sums.items()}
+    parts.meter.step(tokens, waited)
+    if progress.step % settings.logging_steps == 0 or progress.step == parts.total_steps:
+        hooks.record(progress.step, training_metrics(parts, progress, learning_rate, norm))
+        progress.window = {}
+
+
+def accumulate_gradients(parts: Parts, micro_batches: list[dict[str, Any]], hooks: Hooks) -> dict[str, float]:
+    """Backward through every micro-batch; returns the step's sums.
+
+    Each summed loss is divided by the trained tokens of the whole step, so that four micro-batches of one row give
+    the gradient of one batch of four (transformers#34242 is the mistake of averaging means).
+    """
+    trained = sum(batch["trained"] for batch in micro_batches)
+    totals: dict[str, float] = {}
+    for batch in micro_batches:
+        hooks.check_stop()
+        sums = parts.task.loss(parts.model, on_device(batch, parts.accelerator.device))
+        parts.accelerator.backward(sums["loss"] / max(trained, 1))
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + float(value.detach())
+    return totals
+
+
+@torch.no_grad()
+def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
+    """The task's metrics over the whole evaluation split; sums are kept, never logits."""
+    parts.model.eval()
+    totals: dict[str, float] = {}
+    batches = list(parts.evaluation.one_pass())
+    for done, batch in enumerate(batches):
+        hooks.check_stop()
+        hooks.evaluating(done, len(batches))
+        for name, value in parts.task.loss(parts.model, on_device(batch, parts.accelerator.device)).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    hooks.evaluating(len(batches), len(batches))
+    parts.meter.pause()
+    return {f"eval/{name}": value for name, value in parts.task.metrics(totals).items()}
+
+
+def training_metrics(parts: Parts, progress: Progress, learning_rate: float, norm: float) -> dict[str, float]:
+    window = progress.window
+    return {
+        "train/loss": window["loss"] / max(window["count"], 1.0),
+        "train/grad_norm": norm,
+        "train/learning_rate": learning_rate,
+        "train/tokens": progress.tokens,
+        "train/epoch": parts.batches.epoch(progress.step),
+        **parts.meter.rates(),
+        **parts.extra_metrics(),
+    }
+
+
+def evaluation_is_due(step: int, parts: Parts) -> bool:
+    every = parts.settings.eval_steps
+    return step in (0, parts.total_steps) or (every is not None and step % every == 0)
+
+
+def save_is_due(step: int, parts: Parts) -> bool:
+    every = parts.settings.save_steps
+    return step == parts.total_steps or (every is not None and step % every == 0)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Scale every group's own learning rate; returns the first group's, for the record."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def derived_seed(seed: int, step: int) -> int:
+    """A seed for the random numbers of one step, unlike that of any other step or run seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
+
+
+def check_finite(parts: Parts, step: int, micro_batches: list[dict[str, Any]], loss: float, norm: float) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    texts = "; ".join(repr(parts.quote(batch)) for batch in micro_batches[:4])
+    remedy = "lower optim.learning_rate, set train.max_grad_norm, or look at these rows; the last checkpoint is sound"
+    raise TrainingError(Fault("", f"{what} at step {step + 1}, before the update. The batch begins: {texts}", remedy))
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

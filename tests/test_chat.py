@@ -1,0 +1,160 @@
+"""What is trained is decoded and compared letter by letter; ids are compared with transformers' own."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import pytest
+from fixtures.chat_tokenizer import build
+
+from runner import chat
+from runner.errors import ConfigError, DataError
+from runner.packing import IGNORED
+
+TALK = [
+    {"role": "user", "content": "Hello there!"},
+    {"role": "assistant", "content": "Hello. How are you?"},
+    {"role": "user", "content": "Fine — 好的, what is two and two?\n"},
+    {"role": "assistant", "content": "It is four.\n\nI think."},
+]
+WITH_SYSTEM = [{"role": "system", "content": "Be brief."}, *TALK]
+WITH_TOOL = [
+    {"role": "user", "content": "Add them."},
+    {"role": "assistant", "content": "add(2, 2)"},
+    {"role": "tool", "content": "4"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "Any time."},
+]
+THOUGHT = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "<think>\nA greeting.\n</think>\n\nHello."},
+    {"role": "user", "content": "Two and two?"},
+    {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\nFour."},
+]
+
+
+def trained(messages: list[dict[str, str]], template: str, train_on: chat.TrainOn = "assistant") -> list[str]:
+    """The runs of trained tokens, decoded; checks on the way that ids are transformers' and labels repeat them."""
+    tokenizer = build(template)
+    features = chat.encode(messages, tokenizer, train_on)
+    ids, labels = features["input_ids"], features["labels"]
+    assert ids == tokenizer.apply_chat_template(messages)["input_ids"]
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
+    return [tokenizer.decode([token for token, _ in run]) for is_trained, run in runs if is_trained]
+
+
+FIRST, SECOND = TALK[1]["content"], TALK[3]["content"]
+
+
+@pytest.mark.parametrize("messages", [TALK, WITH_SYSTEM], ids=["no-system", "system"])
+@pytest.mark.parametrize(
+    ("template", "start", "end"),
+    [
+        ("smollm2", "", "<|im_end|>"),
+        ("llama3", "", "<|eot_id|>"),
+        ("qwen", "", "<|im_end|>"),
+        ("marked", "", "<|im_end|>"),
+        ("mistral", " ", "</s>"),
+        ("r1", "", "</s>"),
+    ],
+)
+def test_answers_and_their_end_are_trained_and_nothing_else(messages, template, start, end):
+    assert trained(messages, template) == [f"{start}{FIRST}{end}", f"{start}{SECOND}{end}"]
+    assert trained(messages, template, "last") == [f"{start}{SECOND}{end}"]
+
+
+@pytest.mark.parametrize("template", ["smollm2", "llama3", "qwen", "marked", "mistral"])
+def test_all_trains_every_token(template):
+    tokenizer = build(template)
+    assert trained(TALK, template, "all") == [tokenizer.apply_chat_template(TALK, tokenize=False)]
+
+
+def test_several_answers_in_a_row_and_tools():
+    assert trained(WITH_TOOL, "qwen") == ["add(2, 2)<|im_end|>", "Four.<|im_end|>", "Any time.<|im_end|>"]
+
+
+def test_a_conversation_that_the_assistant_opens():
+    assert trained(TALK[1:], "smollm2") == [f"{FIRST}<|im_end|>", f"{SECOND}<|im_end|>"]
+
+
+def test_what_the_template_trims_is_not_trained():
+    padded = [TALK[0], {"role": "assistant", "content": "  Hello. \n"}]
+    assert trained(padded, "llama3") == ["Hello.<|eot_id|>"]
+    assert trained(padded, "qwen") == ["  Hello. \n<|im_end|>"]
+
+
+def test_a_token_that_begins_in_the_header_is_not_trained():
+    # "assistant\n" + "\n\nHello" holds the token "\n\n": the model is given "\n", it never has to say that token.
+    opened = [TALK[0], {"role": "assistant", "content": "\n\nHello"}]
+    tokenizer = build("qwen")
+    merged = tokenizer.encode("\n\n", add_special_tokens=False)
+    assert len(merged) == 1
+    assert merged[0] in tokenizer.apply_chat_template(opened)["input_ids"]
+    assert trained(opened, "qwen") == ["\nHello<|im_end|>"]
+
+
+def test_a_header_that_ends_in_a_space_keeps_it():
+    # "ASSISTANT: " + "Hello" is tokenised as ":", " Hello": that space was given, so the token is not trained, ...
+    assert trained(TALK[:2], "plain") == [". How are you?\n"]
+    # ... although its own offsets, trimmed, claim that it begins with the H.
+    ids, starts = chat._template(build("plain"), build("plain").get_chat_template()).tokenize(": Hello")
+    assert starts == [0, 1]
+    assert len(ids) == 2
+
+
+def test_marks_in_the_contents_do_not_confuse():
+    odd = [TALK[0], {"role": "assistant", "content": "\ue0001\ue001 and \ue0000\ue001"}, *TALK]
+    assert trained(odd, "smollm2")[0] == "\ue0001\ue001 and \ue0000\ue001<|im_end|>"
+
+
+def test_thinking_that_is_stripped_from_earlier_turns():
+    assert trained(THOUGHT, "qwen3") == ["Hello.<|im_end|>", "<think>\nEasy.\n</think>\n\nFour.<|im_end|>"]
+    # Without thinking the template writes an empty one in the last answer: it is for the model to write, too.
+    assert trained(TALK, "qwen3") == [f"{FIRST}<|im_end|>", f"<think>\n\n</think>\n\n{SECOND}<|im_end|>"]
+
+
+def test_a_generation_prompt_that_opens_a_thinking_which_the_answer_does_not_have():
+    assert trained(THOUGHT, "r1") == ["\n\nHello.</s>", "\n\nFour.</s>"]
+
+
+@pytest.mark.parametrize("template", ["smollm2", "llama3", "qwen", "qwen3", "mistral", "plain"])
+@pytest.mark.parametrize("messages", [TALK, WITH_SYSTEM, THOUGHT], ids=["talk", "system", "thought"])
+def test_the_two_ways_of_finding_answers_agree(messages, template):
+    found = chat._template(build(template), build(template).get_chat_template())
+    text = found.render(messages)
+    skeleton = found._skeleton(tuple(message["role"] for message in messages))
+    laid = skeleton.lay_over(messages, text) if skeleton else None
+    try:
+        by_prefixes = list(found._find_by_prefixes(messages, text))
+    except ConfigError:
+        assert template == "mistral"  # the system prompt wanders: no prefix of it is a prefix
+        return
+    assert laid is None or laid == by_prefixes
+
+
+def test_the_prompt_ends_where_the_answer_begins():
+    rendered = chat.prompt(TALK[:1], build("llama3"))
+    assert rendered == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHello there!<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_a_template_that_hides_its_answers_is_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match="writes earlier turns differently") as caught:
+        chat.encode(TALK, build("counting"), "assistant")
+    assert "task.train_on=all" in str(caught.value)
+    assert len(trained(TALK, "counting", "all")) == 1
+
+
+def test_a_tokenizer_without_template_is_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match="model.path.*no chat template") as caught:
+        chat.encode(TALK, build(None), "assistant")
+    assert "task=pretrain" in str(caught.value)
+
+
+def test_a_conversation_the_template_refuses():
+    with pytest.raises(DataError, match="roles must alternate"):
+        chat.encode([TALK[0], TALK[0], TALK[1]], build("mistral"), "assistant")

@@ -1,0 +1,81 @@
+"""The house stands: imports go down, and starting the program loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "runner"
+
+FLOORS = [
+    {"errors", "secrets"},
+    {"config", "rundir", "schema", "console", "stop"},
+    {"prepare", "precision", "quant", "lora", "formats", "sources", "optim", "schedules", "compiling", "tracking",
+     "parallel"},
+    {"models", "chat", "loss", "tasks", "data", "attention", "packing", "meters", "checkpoint", "samples"},
+    {"train"},
+    {"build", "checks", "report", "mirror"},
+    {"worker", "plan"},
+    {"launch"},
+    {"compose", "cli", "__main__"},
+]  # fmt: skip
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of the package that a module imports when it is loaded or later, type checking aside."""
+    found: set[str] = set()
+    for node in _walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "runner":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("runner."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def _walk(node: ast.AST):
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _walk(child)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+def test_every_room_has_a_floor():
+    assert {room_of(path) for path in MODULES} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_go_strictly_down(path: Path):
+    room = room_of(path)
+    for other in imported_rooms(path) - {room}:
+        assert FLOOR_OF[other] < FLOOR_OF[room], f"{room} imports {other}, which is not below it"
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+HEAVY = {"torch", "transformers", "mlflow", "peft", "bitsandbytes", "datasets", "pandas", "pyarrow"}
+
+
+def test_importing_the_command_line_loads_nothing_heavy():
+    assert not loaded_by("import runner.cli, runner.compose, runner.checks, runner.prepare, runner.worker") & HEAVY
+
+
+def test_composing_and_checking_the_default_run_loads_nothing_heavy():
+    statement = "from runner import cli\nwith cli.composed([]) as found: pass"
+    assert not loaded_by(statement) & HEAVY

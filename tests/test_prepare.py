@@ -1,0 +1,81 @@
+"""Identity, freezing and the manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner import prepare
+from runner.errors import ResumeError
+from runner.rundir import RunDir
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": None,
+        "seed": 0,
+        "outputs_dir": "outputs",
+        "resume": None,
+        "retry": False,
+        "tracking": {"uri": None},
+        "launcher": {},
+        "data": {"path": None},
+        "model": {"path": "org/name"},
+        **changes,
+    }
+
+
+def test_keys_that_change_nothing_computed_leave_the_signature_alone():
+    first = prepare.signature(config())
+    assert len(first) == 16
+    others = {"name": "x", "outputs_dir": "/a", "resume": "auto", "retry": True, "tracking": {"uri": "sqlite:///x"}}
+    for key, value in others.items():
+        assert prepare.signature(config(**{key: value})) == first, key
+    assert prepare.signature(config(seed=1)) != first
+    assert prepare.signature(config(model={"path": "org/other"})) != first
+
+
+def test_freezing_makes_paths_absolute_and_takes_secrets_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").touch()
+    token = "hf_" + "a1B2" * 9
+    frozen = prepare.freeze(config(data={"path": "rows.jsonl"}, name=f"with {token}"))
+    assert frozen["data"]["path"] == str(tmp_path / "rows.jsonl")
+    assert frozen["model"]["path"] == "org/name"
+    assert frozen["outputs_dir"] == str(tmp_path / "outputs")
+    assert token not in json.dumps(frozen)
+
+
+def test_a_folder_is_prepared_once_and_kept(tmp_path: Path):
+    rundir = prepare.prepare(config(), tmp_path / "run", ["runner", "seed=0"], ["seed=0"])
+    manifest = rundir.read_manifest()
+    assert manifest["signature"] == prepare.signature(config())
+    assert manifest["name"] == "seed=0"
+    assert manifest["versions"]["torch"]
+    assert manifest["git"].keys() == {"sha", "dirty"}
+    assert prepare.read_config(rundir) == config()
+    assert prepare.prepare(config(), tmp_path / "run", [], []).read_manifest()["id"] == manifest["id"]
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path: Path):
+    prepare.prepare(config(), tmp_path, [], [])
+    with pytest.raises(ResumeError, match="another configuration"):
+        prepare.prepare(config(seed=1), tmp_path, [], [])
+
+
+def test_the_latest_unfinished_twin_is_found(tmp_path: Path):
+    name = prepare.signature(config())
+    assert prepare.find_twin(tmp_path, name) is None
+    for number, status in enumerate(["completed", "killed", "failed", "preempted"]):
+        rundir = prepare.prepare(config(), tmp_path / "day" / str(number), [], [])
+        rundir.write_state(status=status)
+    prepare.prepare(config(seed=1), tmp_path / "day" / "other", [], [])
+    assert prepare.find_twin(tmp_path, name) == RunDir(tmp_path / "day" / "3")
+
+
+def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path):
+    with pytest.raises(ResumeError, match="is not a run folder"):
+        prepare.read_config(RunDir(tmp_path))

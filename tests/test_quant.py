@@ -1,0 +1,198 @@
+"""Quantized bases: what is stored in how many bits, that adapters really train on them, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from runner import config, models, precision, quant
+from runner.errors import ConfigError
+from runner.origins import ModelSource
+from runner.quant import Quant
+
+QUANTIZED = ("8bit", "4bit", "fp4")
+
+
+def option(group: str, name: str, **changes: Any) -> Any:
+    node = yaml.safe_load((config.config_dir() / group / f"{name}.yaml").read_text())
+    return config.bind({**node, **changes}, group)
+
+
+@pytest.fixture(scope="module")
+def source(cache: Path) -> ModelSource:
+    return models.resolve(option("model", "tiny")())
+
+
+def batch(rows: int = 2, length: int = 32) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 255, (rows, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids}
+
+
+def train(model: Any, inputs: dict[str, torch.Tensor], steps: int, learning_rate: float) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    losses = []
+    for _ in range(steps):
+        model.train()
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_linear_layers_are_stored_in_few_bits_and_the_head_is_not(source: ModelSource, name: str) -> None:
+    import bitsandbytes as bnb
+
+    plain = models.load(source, quant.none(), "cpu")
+    model = models.load(source, option("quant", name)(), "cpu")
+    expected = bnb.nn.Linear8bitLt if name == "8bit" else bnb.nn.Linear4bit
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert len(linear) == 14
+    assert all(isinstance(module, expected) for module in linear)
+    assert type(model.lm_head) is torch.nn.Linear
+    counts, before = models.describe(model), models.describe(plain)
+    assert counts["total"] == before["total"]
+    saved = before["bytes"] - counts["bytes"]
+    assert saved > counts["linear"] * (4 - {"8bit": 1, "4bit": 0.52, "fp4": 0.57}[name]) * 0.98
+
+
+@pytest.mark.parametrize("name", ["none", *QUANTIZED])
+def test_an_empty_model_takes_the_bytes_of_the_real_one(source: ModelSource, name: str) -> None:
+    chosen = option("quant", name)()
+    counted = models.describe(option("lora", "lora")(models.empty(source, chosen)))
+    real = models.describe(option("lora", "lora")(models.load(source, chosen, "cpu")))
+    assert counted["bytes"] == pytest.approx(real["bytes"], rel=0.03)
+    assert {**counted, "bytes": 0} == {**real, "bytes": 0}
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize("name", ["none", *QUANTIZED])
+def test_adapters_train_on_it(source: ModelSource, name: str, adapter: str) -> None:
+    torch.manual_seed(0)
+    model = option("lora", adapter)(models.load(source, option("quant", name)(), "cpu"))
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    losses = train(model, batch(), steps=6, learning_rate=1e-2)
+    assert losses[-1] < losses[0] - 0.2
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if not p.requires_grad)
+    model(**batch()).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_loss_is_near_that_of_the_whole_weights(source: ModelSource, name: str) -> None:
+    with torch.no_grad():
+        whole = models.load(source, quant.none(), "cpu").eval()(**batch()).loss
+        stored = models.load(source, option("quant", name)(), "cpu").eval()(**batch()).loss
+    assert stored == pytest.approx(whole.item(), rel=0.02)
+    assert stored != whole
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_an_evaluation_does_not_change_the_gradients_that_follow(source: ModelSource, name: str) -> None:
+    """On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for a kernel without a backward."""
+
+    def gradients(evaluate_first: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = option("lora", "lora")(models.load(source, option("quant", name)(), "cpu"))
+        if evaluate_first:
+            with torch.no_grad():
+                model.eval()(**batch())
+        model.train()(**batch()).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, after = gradients(False), gradients(True)
+    assert all(torch.equal(plain[n], after[n]) for n in plain)
+    assert sum(float(g.abs().sum()) for g in after.values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", *QUANTIZED])
+def test_smollm2_learns_on_it(cache: Path, name: str) -> None:
+    source = models.resolve(option("model", "smollm2")())
+    tokenizer = models.tokenizer(source)
+    talk = [{"role": "user", "content": "Who keeps the light?"}, {"role": "assistant", "content": "Old Maren, now."}]
+    text = tokenizer.apply_chat_template(talk, tokenize=False)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    torch.manual_seed(0)
+    model = option("lora", "lora")(models.load(source, option("quant", name)(), "cpu"))
+    losses = train(model, {"input_ids": ids, "labels": ids}, steps=6, learning_rate=1e-3)
+    assert losses[0] < 6
+    assert losses[-1] < 0.75 * losses[0]
+    with torch.no_grad():
+        assert model.eval()(input_ids=ids, labels=ids).loss < losses[0]
+
+
+def test_bytes_per_weight() -> None:
+    assert Quant("none").bytes_per_weight is None
+    assert option("quant", "8bit")().bytes_per_weight == 1
+    assert option("quant", "4bit")().bytes_per_weight == pytest.approx((4 + 0.127) / 8, abs=1e-3)  # QLoRA, section 3
+    assert option("quant", "fp4")().bytes_per_weight == pytest.approx(4.5 / 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("4bit", {"kind": "nf5"}, "did you mean 'nf4'?"),
+        ("4bit", {"double": "yes"}, "true or false"),
+        ("4bit", {"compute_dtype": "float16"}, "use compute_dtype=bfloat16"),
+        ("4bit", {"compute_dtyp": "auto"}, "did you mean 'compute_dtype'?"),
+        ("8bit", {"outlier_threshold": -1.0}, ">= 0"),
+        ("8bit", {"load_in_8bit": True}, "quant=8bit"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_loaded(name: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        option("quant", name, **changes)
+    assert said in str(refused.value)
+
+
+def test_without_bitsandbytes_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name, _package=None: None)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        option("quant", "4bit")
+
+
+def test_a_gpu_with_bfloat16_computes_in_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_is_fast_in_bfloat16", lambda _device: True)
+    slow = Quant("4bit", 4, compute_dtype="float32")
+    with pytest.raises(ConfigError, match="computes 4-bit layers in bfloat16"):
+        quant.library_config(slow, "cuda")
+    assert quant.library_config(Quant("4bit", 4), "cuda").bnb_4bit_compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("flags", ["", "avx512_bf16", "amx_bf16 avx512_bf16"])
+def test_auto_is_bfloat16_only_where_the_cpu_is_fast_in_it(
+    flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor: 0\nflags\t\t: fpu sse2 {flags}\n")
+    monkeypatch.setattr(precision, "CPU_INFO", info)
+    precision.cpu_flags.cache_clear()
+    try:
+        auto = precision.dtype_for("auto", "cpu")
+        assert auto == (torch.bfloat16 if "amx" in flags else torch.float32)
+        assert precision.dtype_for("bfloat16", "cpu") == torch.bfloat16
+        assert ("30 to 60 times slower" in caplog.text) == (flags == "")
+    finally:
+        precision.cpu_flags.cache_clear()
+
+
+def test_binding_imports_no_heavy_library() -> None:
+    code = (
+        "import sys, yaml; from runner import config, origins, quant, lora\n"
+        "d = config.config_dir()\n"
+        "for path in [*d.glob('quant/*.yaml'), *d.glob('model/*.yaml'), *d.glob('lora/*.yaml')]:\n"
+        "    if path.stem not in ('local', 'peft'): config.bind(yaml.safe_load(path.read_text()))()"
+        " if path.parent.name != 'lora' else config.bind(yaml.safe_load(path.read_text()))\n"
+        "print([m for m in ('torch', 'transformers', 'peft', 'bitsandbytes', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,122 @@
+"""kill -9 at random moments: the run that is continued ends as the one that was never disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import TINY, prepared
+from runner import tracking
+from runner.rundir import RunDir
+
+SERVER = Path(__file__).with_name("fork_server.py")
+OPTIONS = (
+    *TINY[:1], *TINY[2:4], "data.eval_rows=4", "train.sample_prompts=1", "train.sample_tokens=4",
+    "train.max_steps=24", "train.save_steps=3", "train.eval_steps=5", "train.gradient_accumulation_steps=2",
+    "data.packing=true", "lora.lora_dropout=0.2", "tracking.system_metrics=false", "optim.learning_rate=1e-2",
+)  # fmt: skip
+TIMES = ("time", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction", "train/mfu")
+
+
+def outcome(rundir: RunDir) -> dict[str, Any]:
+    """All that must not depend on what happened on the way."""
+    records = [
+        {k: v for k, v in record.items() if k not in TIMES and not k.startswith("memory/")}
+        for record in tracking.read(rundir)
+    ]
+    weights = (rundir.model / "adapter_model.safetensors").read_bytes()
+    return {"records": records, "weights": weights, "samples": rundir.samples.read_text()}
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(tmp_path: Path, cache: Path):
+    import mlflow
+
+    options = (*OPTIONS, f"outputs_dir={tmp_path}")
+    rundirs = [prepared(tmp_path / "runs" / str(number), *options) for number in range(11)]
+    command = [sys.executable, str(SERVER), "kill", "0", *(str(rundir.path) for rundir in rundirs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    reference, *killed = rundirs
+    expected = outcome(reference)
+    assert [r["step"] for r in expected["records"] if "train/loss" in r] == list(range(1, 25))
+    moments = {rundir.read_state().attempt for rundir in killed}
+    for rundir in killed:
+        assert rundir.read_state().status == "completed"
+        assert outcome(rundir) == expected, rundir.path
+    assert moments - {1}, "no kill came after training had begun"
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    assert len(runs) == len(rundirs), "one MLflow run each"
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
+        assert steps == list(range(1, 25)), "no gap and nothing twice"
+
+
+def worker_process(rundir: RunDir) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "runner.worker", str(rundir.path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(rundir: RunDir, step: int, process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        state = rundir.read_state()
+        if state.status == "running" and state.step >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("it never got there")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "status"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "killed")]
+)
+def test_signals_save_and_say_how_it_ended(tmp_path: Path, cache: Path, number: int, code: int, status: str):
+    rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=2000", "train.save_steps=null")
+    process = worker_process(rundir)
+    wait_for_step(rundir, 2, process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    state = rundir.read_state()
+    assert (process.returncode, state.status) == (code, status)
+    assert "the state is saved" in state.reason
+    assert f"resume={rundir.path}" in out
+    saved = json.loads(next(rundir.checkpoints.glob("step-*/progress.json")).read_text())
+    assert saved["step"] == state.step
+    assert tracking.read(rundir)[-1]["step"] == state.step
+
+
+def test_a_completed_run_is_left_alone(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]):
+    from runner import worker
+
+    rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=1")
+    assert worker.work(rundir) == 0
+    before = {path: path.stat().st_mtime_ns for path in rundir.path.rglob("*")}
+    assert worker.work(rundir) == 0
+    assert {path: path.stat().st_mtime_ns for path in rundir.path.rglob("*")} == before
+    assert "completed already" in capfd.readouterr().err
+
+
+def test_a_second_worker_follows_the_first(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=40")
+    first = worker_process(rundir)
+    wait_for_step(rundir, 1, first)
+    second = worker_process(rundir)
+    _, heard = second.communicate(timeout=120)
+    first.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert f"is being worked on (pid {first.pid})" in heard
+    assert rundir.read_state().attempt == 1
+    assert os.path.exists(rundir.model)

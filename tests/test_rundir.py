@@ -1,0 +1,78 @@
+"""The run folder: atomic writes, locks that die with their holder, and state that survives."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runner.rundir import RunDir, State, cache_dir, write_atomic
+
+
+def test_state_starts_pending_and_changes_field_by_field(tmp_path: Path):
+    rundir = RunDir(tmp_path)
+    assert rundir.read_state() == State()
+    rundir.write_state(status="running", step=3)
+    state = rundir.write_state(step=4)
+    assert (state.status, state.step) == ("running", 4)
+    assert rundir.read_state() == state
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _add(folder: Path, key: str) -> None:
+    for number in range(20):
+        RunDir(folder).update_manifest(**{f"{key}{number}": number})
+
+
+def test_concurrent_updates_of_the_manifest_lose_nothing(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_add, args=(tmp_path, key)) for key in "abc"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(RunDir(tmp_path).read_manifest()) == 60
+
+
+def test_a_folder_is_alive_only_while_its_holder_is(tmp_path: Path):
+    rundir = RunDir(tmp_path)
+    assert not rundir.is_alive()
+    code = f"import time\nfrom pathlib import Path\nfrom runner.rundir import RunDir\n\
+with RunDir(Path({str(tmp_path)!r})).held() as mine:\n    print(mine, flush=True)\n    time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline().strip() == "True"
+    assert rundir.is_alive()
+    with rundir.held() as mine:
+        assert not mine
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    time.sleep(0.05)
+    assert not rundir.is_alive()
+    with rundir.held() as mine:
+        assert mine
+
+
+def test_the_cache_moves_with_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "c"))
+    assert cache_dir("models") == tmp_path / "c" / "models"
+    assert cache_dir("models").is_dir()

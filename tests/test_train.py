@@ -1,0 +1,196 @@
+"""The loop against references: transformers' own loss, PEFT, and torch's own AdamW in a plain loop."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import TINY, composed
+from runner import build, train
+from runner.checkpoint import Progress
+from runner.errors import Preempted, TrainingError
+from runner.rundir import RunDir
+
+
+class Recorded:
+    """Hooks that keep what they are told."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.records: list[tuple[int, dict[str, float]]] = []
+        self.stop_at = stop_at
+
+    def hooks(self) -> train.Hooks:
+        return train.Hooks(lambda step, metrics: self.records.append((step, metrics)), lambda *_: None, self._check)
+
+    def _check(self) -> None:
+        if self.stop_at is not None and len(self.of("train/loss")) >= self.stop_at:
+            raise Preempted()
+
+    def of(self, name: str) -> list[float]:
+        return [metrics[name] for _, metrics in self.records if name in metrics]
+
+
+def parts_of(folder: Path, *overrides: str) -> tuple[build.Inputs, train.Parts]:
+    cfg = composed(*overrides)
+    made = build.inputs(cfg)
+    return made, build.parts(cfg, made, RunDir(folder))
+
+
+def trained(folder: Path, *overrides: str) -> tuple[train.Parts, Recorded]:
+    _, parts = parts_of(folder, *overrides)
+    recorded = Recorded()
+    train.train(parts, Progress(), recorded.hooks())
+    return parts, recorded
+
+
+def plain_loop(model: Any, batches: list[dict[str, Any]], learning_rate: float, factors: list[float]) -> list[float]:
+    """transformers' own loss and torch's own AdamW; nothing of ours."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    losses = []
+    model.train()
+    for batch, factor in zip(batches, factors, strict=True):
+        labels = torch.full_like(batch["labels"], -100)
+        labels[:, 1:] = batch["labels"][:, :-1]  # transformers shifts them itself
+        loss = model(input_ids=batch["input_ids"], labels=labels, use_cache=False).loss
+        losses.append(float(loss))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * factor
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def plain_model(made: build.Inputs, parts: train.Parts) -> Any:
+    """The same base and the same initial adapter, through transformers and PEFT alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(made.source.path, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    ours = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(ours.pop(name))
+    assert not ours
+    return model
+
+
+@pytest.mark.slow
+def test_twenty_steps_on_the_real_model_equal_a_plain_loop(tmp_path: Path, cache: Path):
+    made, parts = parts_of(
+        tmp_path, "model.dtype=float32", "data.packing=false", "data.max_length=48", "data.train_rows=60",
+        "data.eval_rows=2", "train.max_steps=20", "train.per_device_batch_size=2", "optim.learning_rate=1e-3",
+        "optim.weight_decay=0.0", "train.max_grad_norm=1.0", "tracking=offline", "lora.r=8",
+    )  # fmt: skip
+    batches = [parts.batches.step(step)[0] for step in range(20)]
+    factors = [parts.schedule(step, 20) for step in range(20)]
+    expected = plain_loop(plain_model(made, parts), batches, 1e-3, factors)
+    recorded = Recorded()
+    train.train(parts, Progress(), recorded.hooks())
+    assert recorded.of("train/loss") == pytest.approx(expected, abs=1e-4)
+    assert expected[-1] < expected[0]
+
+
+def test_four_rows_one_at_a_time_equal_four_rows_at_once(tmp_path: Path, cache: Path):
+    common = (*TINY, "train.max_steps=4", "data.packing=false", "optim.learning_rate=1e-2")
+    _, one = trained(tmp_path, *common, "train.per_device_batch_size=1", "train.gradient_accumulation_steps=4")
+    _, four = trained(tmp_path, *common, "train.per_device_batch_size=4", "train.gradient_accumulation_steps=1")
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert one.of(name) == pytest.approx(four.of(name), abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_packed_rows_have_the_losses_of_their_documents_on_the_real_model(tmp_path: Path, cache: Path):
+    common = ("model.dtype=float32", "data.max_length=256", "data.train_rows=40", "data.eval_rows=6", "tracking=offline")
+    _, packed = parts_of(tmp_path, *common, "data.packing=true")
+    _, alone = parts_of(tmp_path, *common, "data.packing=false", "train.per_device_batch_size=1")
+    packed.model.eval()
+    with torch.no_grad():
+        by_document = {
+            tuple(batch["input_ids"][0, : batch["tokens"]].tolist()): packed.task.loss(packed.model, batch)
+            for batch in alone.evaluation.one_pass()
+        }
+        checked = 0
+        for batch in packed.evaluation.one_pass():
+            expected = dict.fromkeys(("loss", "count"), 0.0)
+            for row, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+                for document in documents(row, positions):
+                    for name in expected:
+                        expected[name] += float(by_document[document][name]) if document in by_document else 0.0
+                    checked += document in by_document
+            sums = packed.task.loss(packed.model, batch)
+            assert float(sums["count"]) == expected["count"]
+            assert float(sums["loss"] / sums["count"]) == pytest.approx(expected["loss"] / expected["count"], abs=1e-4)
+    assert checked == len(by_document)
+
+
+def documents(row: torch.Tensor, positions: torch.Tensor) -> list[tuple[int, ...]]:
+    starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
+    return [tuple(row[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def test_the_records_are_complete_and_the_loss_falls(tmp_path: Path, cache: Path):
+    parts, recorded = trained(tmp_path, *TINY, "train.max_steps=12", "optim.learning_rate=5e-2", "train.eval_steps=6")
+    assert [step for step, metrics in recorded.records if "train/loss" in metrics] == list(range(1, 13))
+    assert [step for step, metrics in recorded.records if "eval/loss" in metrics] == [0, 6, 12]
+    last = dict(recorded.records[-2][1])
+    for name in ("train/grad_norm", "train/learning_rate", "train/tokens", "train/epoch", "train/step_seconds",
+                 "train/tokens_per_second", "train/data_wait_fraction", "memory/peak_allocated_gib"):  # fmt: skip
+        assert math.isfinite(last[name]), name
+    assert last["train/tokens"] == parts.batches.tokens_at(12)
+    assert recorded.of("eval/loss")[-1] < 0.97 * recorded.of("eval/loss")[0]
+    assert recorded.of("eval/perplexity")[0] == pytest.approx(math.exp(recorded.of("eval/loss")[0]))
+
+
+def test_logging_every_third_step_averages_over_the_window(tmp_path: Path, cache: Path):
+    _, every = trained(tmp_path / "a", *TINY, "train.max_steps=6", "train.logging_steps=1", "data.packing=false")
+    _, third = trained(tmp_path / "b", *TINY, "train.max_steps=6", "train.logging_steps=3", "data.packing=false")
+    assert [step for step, metrics in third.records if "train/loss" in metrics] == [3, 6]
+    first = every.of("train/loss")[:3]
+    assert min(first) <= third.of("train/loss")[0] <= max(first)
+
+
+def test_a_stop_saves_and_the_rest_is_the_same_run(tmp_path: Path, cache: Path):
+    options = (*TINY, "train.max_steps=8", "lora.lora_dropout=0.2", "train.eval_steps=3",
+               "train.gradient_accumulation_steps=2", "train.save_steps=null", "train.logging_steps=3")  # fmt: skip
+    whole, uninterrupted = trained(tmp_path / "whole", *options)
+    _, parts = parts_of(tmp_path / "halves", *options)
+    first = Recorded(stop_at=1)
+    with pytest.raises(Preempted):
+        train.train(parts, Progress(), first.hooks())
+    _, parts = parts_of(tmp_path / "halves", *options)
+    progress = parts.checkpoints.restore(parts.model, parts.optimizer)
+    assert progress.step == 3
+    second = Recorded()
+    train.train(parts, progress, second.hooks())
+    names = ("train/loss", "eval/loss", "train/grad_norm", "train/tokens")
+    for name in names:
+        assert first.of(name) + second.of(name) == uninterrupted.of(name), name
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_batch(tmp_path: Path, cache: Path):
+    _, parts = parts_of(tmp_path, *TINY, "train.max_steps=3")
+    weight = next(p for name, p in parts.model.named_parameters() if p.requires_grad and "lora_B" in name)
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    parts = replace(parts, settings=replace(parts.settings, eval_steps=None))
+    with pytest.raises(TrainingError, match="at step 1") as caught:
+        train.optimizer_step(parts, Progress(), Recorded().hooks())
+    assert "<|im_start|>" in str(caught.value)
+    assert json.dumps(str(caught.value))
+
+
+def test_seeds_of_steps_differ():
+    assert len({train.derived_seed(seed, step) for seed in range(20) for step in range(50)}) == 1000
