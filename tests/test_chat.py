@@ -96,10 +96,10 @@ def test_a_token_that_begins_in_the_header_is_not_trained():
 
 
 def test_a_header_that_ends_in_a_space_keeps_it():
-    # "ASSISTANT: " + "Hello" is tokenised as ":", " Hello": that space was given, so the token is not trained, ...
-    assert trained(TALK[:2], "plain") == [". How are you?\n"]
-    # ... although its own offsets, trimmed, claim that it begins with the H.
-    ids, starts = chat._template(build("plain"), build("plain").get_chat_template()).tokenize(": Hello")
+    # "ASSISTANT: " + "you" is tokenised as ":", " you": that space was given, so the token is not trained, ...
+    assert trained([TALK[0], {"role": "assistant", "content": "you and I"}], "plain") == [" and I\n"]
+    # ... although its own offsets, trimmed, claim that it begins with the y.
+    ids, starts = chat._template(build("plain"), build("plain").get_chat_template()).tokenize(": you")
     assert starts == [0, 1]
     assert len(ids) == 2
 

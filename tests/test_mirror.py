@@ -125,7 +125,8 @@ def test_a_whole_run(outputs: Path) -> None:
     assert run.data.params["tracking.uri"] == "null"
     expected = {
         "runner.signature": "0123456789abcdef", "runner.status": "completed", "runner.git_sha": "c0ffee",
-        "runner.git_dirty": "true", "runner.attempt": "1", "runner.folder": str(rundir.path), "runner.id": rundir.read_manifest()["id"],
+        "runner.git_dirty": "true", "runner.attempt": "1", "runner.folder": str(rundir.path),
+        "runner.id": rundir.read_manifest()["id"],
         "mlflow.source.name": "python -m runner lora.r=8", "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": "c0ffee", "mlflow.runName": "run",
     }  # fmt: skip

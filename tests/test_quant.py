@@ -124,7 +124,7 @@ def test_smollm2_learns_on_it(cache: Path, name: str) -> None:
     torch.manual_seed(0)
     model = option("lora", "lora")(models.load(source, option("quant", name)(), "cpu"))
     losses = train(model, {"input_ids": ids, "labels": ids}, steps=6, learning_rate=1e-3)
-    assert losses[0] < 6
+    assert losses[0] < 7  # a random model: ln 49152 = 10.8
     assert losses[-1] < 0.75 * losses[0]
     with torch.no_grad():
         assert model.eval()(input_ids=ids, labels=ids).loss < losses[0]

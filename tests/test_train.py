@@ -145,7 +145,7 @@ def test_the_records_are_complete_and_the_loss_falls(tmp_path: Path, cache: Path
     assert [step for step, metrics in recorded.records if "eval/loss" in metrics] == [0, 6, 12]
     last = dict(recorded.records[-2][1])
     for name in ("train/grad_norm", "train/learning_rate", "train/tokens", "train/epoch", "train/step_seconds",
-                 "train/tokens_per_second", "train/data_wait_fraction", "memory/peak_allocated_gib"):  # fmt: skip
+                 "train/tokens_per_second", "train/data_wait_fraction", "memory/peak_rss_gib"):  # fmt: skip
         assert math.isfinite(last[name]), name
     assert last["train/tokens"] == parts.batches.tokens_at(12)
     assert recorded.of("eval/loss")[-1] < 0.97 * recorded.of("eval/loss")[0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from runner import compiling, config, data, lora, meters, models, optim, train
+from runner import attention, config, data, meters, models, optim, train
 from runner.checkpoint import Checkpoints
 from runner.errors import ConfigError, Fault
 from runner.rundir import RunDir
@@ -103,8 +103,9 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> train.Parts:
     model = load_model(cfg, made)
     weight_decay = cfg["optim"].get("weight_decay", 0.0)
     optimizer = config.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
-    length = cfg["data"]["max_length"]
-    flops = meters.flops_per_token(model, length)
+    if cfg["data"]["packing"]:
+        attention.check_isolation(model)
+    flops = meters.flops_per_token(model, cfg["data"]["max_length"])
     config.bind(cfg["compile"], "compile")(model)
     return train.Parts(
         model=model,
@@ -155,5 +156,3 @@ def check_fits(needed: int, available: int) -> None:
             )
         )
 
-
-__all__ = ["Inputs", "check_fits", "compiling", "inputs", "load_model", "lora", "parts"]

@@ -67,7 +67,7 @@ def _hydra(argv: list[str]) -> int:
     from runner import compose
 
     args = compose.parse(argv)
-    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion or args.version:
+    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return _ask_hydra(args, argv)
     with composed(argv) as (hydra, jobs):
         return _run_all(hydra, jobs, argv) if args.multirun else _run_one(hydra, jobs[0], argv)

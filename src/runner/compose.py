@@ -51,13 +51,9 @@ class Job:
         return os.path.abspath(os.path.join(base, below))
 
     def move_to(self, folder: str) -> None:
-        """Give the run another folder than the one it was composed with."""
-        parent, name = os.path.split(folder)
-        with read_write(self.hydra_config), open_dict(self.hydra_config):
-            if self.subfolder_key:
-                self.hydra_config.hydra.sweep.dir, self.hydra_config.hydra.sweep.subdir = parent, name
-            else:
-                self.hydra_config.hydra.run.dir = folder
+        """Give a single run another folder than the one it was composed with."""
+        with _writable(self.hydra_config.hydra.run):
+            self.hydra_config.hydra.run.dir = folder
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -102,7 +98,7 @@ def sweep(hydra: Hydra, args: argparse.Namespace) -> list[Job]:
         jobs = []
         for number, overrides in enumerate(batch):
             composed = _compose(hydra, args, list(overrides), RunMode.MULTIRUN)
-            with read_write(composed), open_dict(composed):
+            with _writable(composed.hydra.job):
                 composed.hydra.job.num, composed.hydra.job.id = number, f"runner_{number}"
             jobs.append(_job(composed, "hydra.sweep.dir", "hydra.sweep.subdir"))
     return jobs
@@ -110,7 +106,7 @@ def sweep(hydra: Hydra, args: argparse.Namespace) -> list[Job]:
 
 def enter(hydra: Hydra, job: Job, function: Any) -> JobReturn:
     """Let Hydra make the folder, write ``.hydra/`` and call ``function`` inside its job environment."""
-    callbacks = Callbacks(job.hydra_config, check_cache=False)
+    callbacks = Callbacks(job.hydra_config)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
     return run_job(
         hydra_context=context,
@@ -127,8 +123,14 @@ def told(hydra: Hydra, args: argparse.Namespace) -> Iterator[None]:
     """Turn Hydra's and OmegaConf's complaints into ours."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(*_faults(hydra, args, error)) from error
+
+
+@contextmanager
+def _writable(node: DictConfig) -> Iterator[None]:
+    with read_write(node), open_dict(node):
+        yield
 
 
 def _compose(hydra: Hydra, args: argparse.Namespace, overrides: list[str], mode: RunMode) -> DictConfig:
@@ -144,7 +146,7 @@ def _job(composed: DictConfig, folder_key: str, subfolder_key: str | None = None
     ours = OmegaConf.masked_copy(composed, [key for key in composed if key not in ("hydra", "experiment")])
     HydraConfig.instance().set_config(composed)
     cfg = to_plain(ours)
-    with read_write(composed), open_dict(composed):  # what Hydra writes into .hydra/ shows no secrets either
+    with _writable(composed.hydra.overrides):  # what Hydra writes into .hydra/ shows no secrets either
         composed.hydra.overrides.task = [redact(override) for override in composed.hydra.overrides.task]
     return Job(composed, cfg, folder_key, subfolder_key)
 
@@ -162,42 +164,46 @@ def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
         yield from map(_syntax_fault, filter(lambda override: "=" not in override, args.overrides))
         return
     groups = {name for name in hydra.config_loader.list_groups("") if name != "hydra"}
-    known = _known_keys(hydra, args, [o for o in parsed if _is_choice(o, hydra)])
+    choices = [override for override in parsed if _is_choice(override.key_or_group, hydra)]
+    wrong = {id(override): list(_choice_faults(hydra, override)) for override in choices}
+    known = _known_keys(hydra, args, [o.input_line for o in choices if not wrong[id(o)] and not o.is_sweep_override()])
     for override in parsed:
-        key, value = override.key_or_group, override.get_value_element_as_str() if override.value() is not None else ""
-        if key.startswith("hydra") or override.is_add() or override.is_force_add():
+        key = override.key_or_group
+        if key.split(".")[0].split("/")[0] == "hydra" or override.is_add() or override.is_force_add():
             continue
-        if _is_choice(override, hydra):
-            yield from _choice_faults(hydra, key, value)
+        if id(override) in wrong:
+            yield from wrong[id(override)]
         elif known and key not in known:
-            yield _key_fault(key, value, known, groups)
+            yield _key_fault(key, _value_of(override), known, groups)
 
 
 def _syntax_fault(override: str) -> Fault:
     return Fault(override, "is neither a verb nor an override", "write key=value, or see python -m runner --help")
 
 
-def _is_choice(override: Any, hydra: Hydra) -> bool:
-    return bool(hydra.config_loader.list_groups(os.path.dirname(override.key_or_group))) and (
-        os.path.basename(override.key_or_group)
-        in hydra.config_loader.list_groups(os.path.dirname(override.key_or_group))
-    )
+def _value_of(override: Any) -> str:
+    return str(override.input_line or "").partition("=")[2]
 
 
-def _choice_faults(hydra: Hydra, group: str, value: str) -> Iterator[Fault]:
+def _is_choice(key: str, hydra: Hydra) -> bool:
+    parent, _, name = key.rpartition("/")
+    return name in hydra.config_loader.list_groups(parent)
+
+
+def _choice_faults(hydra: Hydra, override: Any) -> Iterator[Fault]:
+    group, value = override.key_or_group, _value_of(override)
     options = [name for name in hydra.config_loader.get_group_options(group) if name != "base"]
-    for chosen in value.split(",") if value not in ("", "null") else []:
-        if chosen.strip() not in options and not chosen.startswith(("choice(", "glob(")):
+    for chosen in value.split(",") if value not in ("", "null") and "(" not in value else []:
+        if chosen.strip() not in options:
             allowed = f"{suggest(chosen, options)} options here: {', '.join(options)}".strip()
             yield Fault(group, "no such option", allowed, chosen)
 
 
-def _known_keys(hydra: Hydra, args: argparse.Namespace, choices: list[Any]) -> set[str]:
+def _known_keys(hydra: Hydra, args: argparse.Namespace, choices: list[str]) -> set[str]:
     """All keys that exist under the chosen options; empty where even the choices do not compose."""
-    picked = [o.input_line for o in choices if not o.is_sweep_override()]
     try:
-        composed = _compose(hydra, args, picked, RunMode.RUN)
-    except (HydraException, OmegaConfBaseException):
+        composed = _compose(hydra, args, choices, RunMode.RUN)
+    except (HydraException, OmegaConfBaseException, ValueError):
         return set()
     ours = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
     return set(_flattened(ours))

@@ -117,8 +117,8 @@ def make_trainable(model: nn.Module) -> None:
 def _keep_scales(module: Any) -> None:
     """What ``Linear8bitLt.init_8bit_state`` does, but for scales that are not there.
 
-    The first call moves weights and scales to ``module.state``. Then PEFT's DoRA, on a CPU, puts the weights back without
-    their scales at every step (``dequantize_module_weight``, PEFT 0.21.2), and the original would overwrite them by None.
+    The first call moves weights and scales to ``module.state``. Then PEFT's DoRA, on a CPU, puts the weights back
+    without scales at every step (``dequantize_module_weight``, PEFT 0.21.2); the original would overwrite them by None.
     """
     if module.weight.SCB is not None:
         module.state.CB, module.state.SCB = module.weight.CB, module.weight.SCB

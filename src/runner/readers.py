@@ -119,7 +119,7 @@ def _read_json_lines(file: Path) -> Iterator[tuple[Place, Any]]:
             if line.isspace():
                 continue
             try:
-                yield Place(name, number), json.loads(line)
+                yield Place(name, number), json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 is_list = number == 1 and line.startswith("[")
                 remedy = "name it .json: it holds one list over several lines" if is_list else ""
@@ -143,7 +143,7 @@ def _read_table(file: Path, delimiter: str) -> Iterator[tuple[Place, Row]]:
                     raise DataError(Fault("", problem, 'correct that line; quote values that hold commas or quotes "'))
                 yield Place(str(file), reader.line_num), row
         except csv.Error as error:
-            problem = f"{file}:{reader.line_num}: malformed table: {error}"
+            problem = f"{file}:{reader.line_num + 1}: malformed table: {error}, in the row that begins here"
             raise DataError(Fault("", problem, "correct that line")) from None
 
 

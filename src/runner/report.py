@@ -24,20 +24,31 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
     from runner import models
 
     counts = models.describe(parts.model)
-    data = made.splits.report
+    data, tokens = made.splits.report, made.batches.tokens_at(made.total_steps)
     console.header(
         {
             "run": f"{rundir.path}  (signature {prepare.signature(cfg)})",
             "model": f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
-            "device": f"{made.device}, weights {counts['dtype']}",
+            "device": f"{made.device}, weights in {weights_in(parts)}",
             "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
             f"{data.eval_rows} held out, {made.batches.efficiency:.0%} of each batch used"
             + (f", {data.truncated} truncated" if data.truncated else "")
             + (f", {data.dropped} dropped" if data.dropped else ""),
-            "steps": f"{made.total_steps} × about {made.batches.tokens_at(made.total_steps) // made.total_steps} tokens",
+            "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens",
         }
     )
+
+
+def weights_in(parts: Parts) -> str:
+    """How most of the base weights are stored: their dtype, or the quantization."""
+    from collections import Counter
+
+    sizes: Counter[str] = Counter()
+    for parameter in parts.model.parameters():
+        if not parameter.requires_grad or len(sizes) == 0:
+            sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return sizes.most_common(1)[0][0]
 
 
 def data_manifest(cfg: Mapping[str, Any], made: Inputs) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     if rate := numbers.get("train/tokens_per_second"):
         mfu = f"  ({numbers['train/mfu']:.0%} of peak FLOP/s)" if numbers.get("train/mfu") else ""
         rows.append(["speed", f"{rate:.0f} tokens/s{mfu}"])
-    if peak := numbers.get("memory/peak_allocated_gib"):
+    if peak := numbers.get("memory/peak_allocated_gib", numbers.get("memory/peak_rss_gib")):
         rows.append(["peak memory", f"{peak:.2f} GiB"])
     return rows
 

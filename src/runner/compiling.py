@@ -1,0 +1,110 @@
+"""torch.compile, in place: a compiled module keeps its parameters' names, so checkpoints and adapters do not notice.
+
+What is compiled has shapes that stay the same from step to step. The head is left out on purpose: it sees only the
+positions that are trained, and their number is another one in each batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import TYPE_CHECKING, Any, Literal
+
+from runner.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
+
+
+def none(model: nn.Module) -> nn.Module:
+    """Every operation by itself, as PyTorch does without asking."""
+    return model
+
+
+def regional(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: bool) -> nn.Module:
+    """Compile one decoder layer and use it for all: the first step waits seconds, not minutes.
+
+    Raises:
+        ConfigError: the device cannot, no decoder layers are found, or ``fullgraph`` with 8-bit layers.
+    """
+    _check(model, mode, fullgraph)
+    for layer in decoder_layers(model):
+        layer.compile(mode=mode, dynamic=dynamic, fullgraph=fullgraph)
+    return model
+
+
+def whole(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: bool) -> nn.Module:
+    """Compile the decoder, all layers in one graph: the longest wait, and what CUDA graphs need.
+
+    Raises:
+        ConfigError: the device cannot, or ``fullgraph`` with 8-bit layers.
+    """
+    _check(model, mode, fullgraph)
+    _decoder(model).compile(mode=mode, dynamic=dynamic, fullgraph=fullgraph)
+    return model
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that make up the decoder: its largest list of modules of one class.
+
+    Raises:
+        ConfigError: there is no such list.
+    """
+    from torch import nn
+
+    lists = [
+        module
+        for module in _decoder(model).modules()
+        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
+    ]
+    if not lists:
+        name = type(model).__name__
+        raise ConfigError(Fault("compile", f"{name} has no list of equal layers", "use compile=default or compile=none"))
+    return list(max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters())))
+
+
+def graph_breaks() -> list[str]:
+    """Why compiled code had to go back to Python, each reason once, with how often it was met; empty when it never had."""
+    from torch._dynamo.utils import counters
+
+    return [f"{count} × {' '.join(reason.split())[:300]}" for reason, count in counters["graph_break"].items()]
+
+
+def graphs() -> int:
+    """How many graphs this process has compiled; more of them after the first steps are recompilations."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _check(model: nn.Module, mode: Mode, fullgraph: bool) -> None:
+    device = next(model.parameters()).device
+    if mode == "reduce-overhead" and device.type != "cuda":
+        problem = f"reduce-overhead records CUDA graphs, and the model is on {device}: it would change nothing"
+        raise ConfigError(Fault("compile.mode", problem, "use compile=regional or compile=default", mode))
+    if fullgraph and any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        problem = "the 8-bit layers of bitsandbytes cannot be compiled without a graph break"
+        raise ConfigError(Fault("compile.fullgraph", problem, "set it to false, or use quant=4bit", True))
+    _check_compiler(device)
+
+
+def _check_compiler(device: torch.device) -> None:
+    # Inductor writes C++ for a CPU and Triton for a GPU; Triton compiles its launcher with a C compiler.
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if device.type == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(Fault("compile", "needs Triton to write code for the GPU", "install triton, or compile=none"))
+    if not any(map(shutil.which, names)):
+        problem = f"needs a compiler on this machine, one of: {', '.join(names)}"
+        raise ConfigError(Fault("compile", problem, "install one (Debian: apt install g++), or use compile=none"))
+
+
+def _decoder(model: Any) -> nn.Module:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder: nn.Module = base.get_decoder() if hasattr(base, "get_decoder") else base
+    return decoder

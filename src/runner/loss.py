@@ -1,0 +1,104 @@
+"""Cross entropy of the next token, over the trained positions alone.
+
+Logits are the largest tensor of a step: (positions, V). They exist once, for trained positions only, in the model's
+dtype; their gradient is written over them. Plain cross entropy in float32 keeps up to five such tensors (logits, their
+float32 copy, log-probabilities, and the gradients of two of them).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask")
+CHUNK_VALUES = 2**25
+"""Logits taken to float32 at once: 128 MiB."""
+EVAL_POSITIONS = 8192
+"""Positions of one forward pass without gradients, unless a single row has more."""
+
+
+def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``loss`` (nats, summed in float32), ``count`` of trained positions, and how many of them were ``correct``.
+
+    ``batch`` holds ``labels`` (B, T), already shifted (``labels[t]`` is the token after ``input_ids[t]``, -100 where
+    nothing is trained), and the model's inputs. The model computes the logits itself, so that what it does behind
+    its head (soft-capping, scaling) holds. One read from the device: how many positions are trained.
+    """
+    asked = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
+    labels = batch["labels"].reshape(asked["input_ids"].shape)
+    if torch.is_grad_enabled():
+        return _sums(model, asked, labels)
+    rows = max(1, EVAL_POSITIONS // labels.shape[1])
+    parts = [
+        _sums(model, {name: value[at : at + rows] for name, value in asked.items()}, labels[at : at + rows])
+        for at in range(0, len(labels), rows)
+    ]
+    return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+
+
+def _sums(model: Any, asked: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+    logits, targets = _logits(model, asked, labels)
+    loss, correct = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    return {"loss": loss, "count": (targets != IGNORED).sum(), "correct": correct}
+
+
+def _logits(model: Any, asked: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the trained positions (or of more, where the model offers no less), and what they are to predict."""
+    trained = labels != IGNORED  # (B, T)
+    match _choice_offered(model):
+        case "mask":
+            logits = model(**asked, use_cache=False, logits_to_keep=trained).logits
+            return logits, labels[trained]  # (positions, V)
+        case "positions":
+            kept = trained.any(0).nonzero()[:, 0]  # trained in any row
+            logits = model(**asked, use_cache=False, logits_to_keep=kept).logits
+            return logits, labels[:, kept]  # (B, kept, V)
+        case "all":
+            logits = model(**asked, use_cache=False).logits
+            return logits[:, -labels.shape[1] :], labels  # (B, T, V): prompt tuning puts virtual tokens in front
+
+
+def _choice_offered(model: Any) -> Literal["mask", "positions", "all"]:
+    """How a model lets its caller choose the positions: each by a mask (transformers 5), columns, or not at all."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    prompted = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if prompted or "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+        return "all"
+    return "mask" if hasattr(sys.modules[type(base).__module__], "slice_logits_to_keep") else "positions"
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Summed cross entropy whose gradient takes the place of the logits, a chunk of rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+        correct = torch.zeros((), dtype=torch.int64, device=logits.device)
+        buffer = logits.detach()  # same memory, same version counter: autograd refuses if someone else needs the logits
+        rows = max(1, CHUNK_VALUES // logits.shape[1])
+        for start in range(0, len(logits), rows):
+            part, wanted = buffer[start : start + rows], targets[start : start + rows]
+            valid, wanted = wanted != IGNORED, wanted.clamp(min=0)
+            values = part.float()  # (rows, V)
+            normalizer = values.logsumexp(-1)
+            chosen = values.gather(-1, wanted[:, None])[:, 0]
+            loss += torch.where(valid, normalizer - chosen, 0.0).sum()
+            correct += (valid & (values.argmax(-1) == wanted)).sum()
+            if ctx.needs_input_grad[0]:
+                slope = (values - normalizer[:, None]).exp_()  # d loss / d logits = softmax - one-hot
+                slope[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+                part.copy_(slope.mul_(valid[:, None]))
+        ctx.slope = buffer
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        slope, ctx.slope = ctx.slope, None  # used up: a second backward pass would scale it twice
+        return slope.mul_(scale), None

@@ -1,0 +1,269 @@
+"""Adapters: what trains, what is refused, and that plain transformers and PEFT read back exactly what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from runner import config, lora, models, quant
+from runner.errors import ConfigError
+from runner.origins import ModelSource
+
+SMALL: dict[str, dict[str, Any]] = {
+    "adaption_prompt": {"adapter_layers": 2, "adapter_len": 4},
+    "c3a": {"block_size": 32},
+    "oft": {"oft_block_size": 8, "r": 0},
+    "randlora": {"r": 8},
+    "road": {"group_size": 32},
+    "shira": {"r": 2},
+    "trainable_tokens": {"token_indices": [65, 66, 67]},
+    "vblora": {"vector_length": 32, "num_vectors": 16},
+    "vera": {"target_modules": "all-linear", "r": 16},
+    "waveft": {"n_frequency": 100},
+}
+"""What a model as small as ours needs; every other method runs with its own defaults."""
+
+
+def option(group: str, name: str, **changes: Any) -> Any:
+    node = yaml.safe_load((config.config_dir() / group / f"{name}.yaml").read_text())
+    return config.bind({**node, **changes}, group)
+
+
+@pytest.fixture(scope="module")
+def source(cache: Path) -> ModelSource:
+    return models.resolve(option("model", "tiny")())
+
+
+@pytest.fixture(scope="module")
+def untied(cache: Path) -> ModelSource:
+    return models.resolve(option("model", "tiny", tie_word_embeddings=False)())
+
+
+def load(source: ModelSource, name: str = "none") -> Any:
+    return models.load(source, option("quant", name)(), "cpu")
+
+
+def packed_rows() -> dict[str, torch.Tensor]:
+    """Two packed rows of two documents each, as the data room makes them."""
+    ids = torch.randint(0, 255, (2, 24), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "position_ids": torch.cat([torch.arange(10), torch.arange(14)]).repeat(2, 1)}
+
+
+def train(model: Any, steps: int = 5, learning_rate: float = 1e-2) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    rows, losses = packed_rows(), []
+    model.train()
+    for _ in range(steps):
+        logits = model(**rows).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows["input_ids"][:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return torch.as_tensor(model.eval()(input_ids=packed_rows()["input_ids"]).logits)
+
+
+def reloaded(source: ModelSource, folder: Path) -> Any:
+    """In plain transformers and PEFT, knowing nothing of us."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(source.path)
+    return PeftModel.from_pretrained(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("lora", {}),
+        ("lora", {"modules_to_save": ["lm_head"]}),
+        ("lora", {"modules_to_save": ["embed_tokens"]}),
+        ("lora", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("lora", {"target_modules": r".*layers\.0\..*_proj", "init_lora_weights": "gaussian"}),
+        ("lora", {"init_lora_weights": "orthogonal"}),
+        ("lora", {"init_lora_weights": "olora"}),
+        ("dora", {}),
+        ("rslora", {}),
+        ("pissa", {}),
+        ("pissa", {"init_lora_weights": "pissa"}),
+        ("pissa", {"use_rslora": True, "lora_alpha": 16}),
+        ("pissa", {"use_dora": True}),
+        ("peft", {"method": "lora", "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "r": 4}),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_peft_reads_back_the_same_logits(
+    source: ModelSource, untied: ModelSource, tmp_path: Path, name: str, changes: dict[str, Any], tied: bool
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    torch.manual_seed(0)
+    where = source if tied else untied
+    model = option("lora", name, **changes)(load(where))
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.05
+    models.save(model, models.tokenizer(where), tmp_path / "model")
+    trained = logits(model)
+    torch.testing.assert_close(logits(reloaded(where, tmp_path / "model")), trained, atol=2e-4, rtol=1e-4)
+    # the adapter names its base, so that PEFT finds it alone
+    torch.testing.assert_close(
+        logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "model")), trained, atol=2e-4, rtol=1e-4
+    )
+
+
+def test_saving_leaves_the_model_alone(source: ModelSource, tmp_path: Path) -> None:
+    model = option("lora", "pissa")(load(source))
+    train(model, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    models.save(model, models.tokenizer(source), tmp_path / "model")
+    models.save(model, models.tokenizer(source), tmp_path / "model")
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_pissa_cuts_the_same_start_whatever_the_seed(source: ModelSource) -> None:
+    starts = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = option("lora", "pissa")(load(source))
+        drawn = torch.rand(1)
+        torch.manual_seed(seed)
+        assert torch.equal(drawn, torch.rand(1)), "the run's own random numbers must not move"
+        starts.append(model.initial_adapter)
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+
+
+def test_the_start_of_every_adapter_is_the_base(source: ModelSource) -> None:
+    base = logits(load(source))
+    for name in ("lora", "dora", "rslora", "pissa"):
+        torch.testing.assert_close(logits(option("lora", name)(load(source))), base, atol=1e-4, rtol=1e-4)
+
+
+def test_only_the_adapter_trains_and_in_float32(source: ModelSource) -> None:
+    half = models.load(ModelSource(source.path, None, "bfloat16", "auto", False, "tiny"), quant.none(), "cpu")
+    model = option("lora", "lora")(half)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert len(trained) == 2 * 14
+    counts = models.describe(model)
+    assert counts["trainable"] == counts["adapter"] == sum(p.numel() for p in trained.values())
+    assert counts["dtype"] == "bfloat16"
+
+
+def test_full_fine_tuning_trains_everything(source: ModelSource) -> None:
+    model = option("lora", "none")(load(source).requires_grad_(False))
+    assert all(p.requires_grad for p in model.parameters())
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("method", lora.methods())
+def test_every_peft_method_trains_and_is_read_back(source: ModelSource, method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = option("lora", "peft", method=method, **SMALL.get(method, {}))(load(source))
+    losses = train(model, 10)
+    assert losses[-1] < losses[0] or method == "pvera"  # PVeRA samples: its loss is noisy
+    models.save(model, models.tokenizer(source), tmp_path / "model")
+    torch.testing.assert_close(logits(reloaded(source, tmp_path / "model")), logits(model), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", lora.ON_QUANTIZED)
+@pytest.mark.parametrize("name", ["8bit", "4bit"])
+def test_methods_offered_on_quantized_weights_train_there(source: ModelSource, method: str, name: str) -> None:
+    torch.manual_seed(0)
+    base = logits(load(source, name))
+    model = option("lora", "peft", method=method, **SMALL.get(method, {}))(load(source, name))
+    torch.testing.assert_close(logits(model), base, atol=1e-3, rtol=1e-3)
+    losses = train(model, 10)
+    assert losses[-1] < losses[0] or method == "pvera"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("lora", {"r": 0}, ">= 1"),
+        ("lora", {"lora_dropout": 1.0}, "< 1"),
+        ("lora", {"lora_alpha": 0}, "> 0"),
+        ("lora", {"rank": 8}, "no such key"),
+        ("lora", {"lora_alhpa": 8}, "did you mean 'lora_alpha'?"),
+        ("lora", {"init_lora_weights": "pisa"}, "did you mean 'pissa'?"),
+        ("lora", {"init_lora_weights": "orthogonal", "r": 3}, "lora.r=3: must be even"),
+        ("peft", {"method": "iaa3"}, "did you mean 'ia3'?"),
+        ("peft", {"method": "nothing_like_it"}, "methods: adamss"),
+        ("peft", {"method": "prompt_tuning"}, "virtual tokens"),
+        ("peft", {"method": "adalora"}, "after every step"),
+        ("peft", {"method": "ia3", "target_module": ["q_proj"]}, "did you mean 'target_modules'?"),
+        ("peft", {"method": "vera", "r": "8"}, "lora.r=8: must be a whole number"),
+        ("peft", {"method": "ia3", "feedforward_modules": ["x"], "target_modules": ["y"]}, "subset"),
+        ("peft", {"method": "lora", "init_lora_weights": "eva"}, "passes over the data"),
+        ("peft", {"method": "lora", "corda_config": {}}, "more than this training loop"),
+        ("peft", {"method": "lora", "task_type": "SEQ_CLS"}, "follows from the run"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_loaded(name: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        option("lora", name, **changes)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("lora", {"target_modules": ["q_proj", "vproj"]}, "lora.target_modules=vproj: matches no module"),
+        ("lora", {"target_modules": ["vproj"]}, "did you mean 'v_proj'?"),
+        ("lora", {"target_modules": "q_proj"}, "linear modules: down_proj, gate_proj, k_proj, lm_head"),
+        ("lora", {"target_modules": "*proj"}, "is not a regular expression"),
+        ("lora", {"modules_to_save": ["score"]}, "lora.modules_to_save=score"),
+        ("lora", {"target_modules": ["self_attn"]}, "PEFT cannot put lora on this model"),
+        ("lora", {"bias": "all"}, "this model has no biases"),
+        ("peft", {"method": "c3a", "block_size": 7}, "PEFT cannot put c3a"),
+    ],
+)
+@pytest.mark.parametrize("real", [True, False])
+def test_what_does_not_fit_the_model_is_refused(
+    source: ModelSource, name: str, changes: dict[str, Any], said: str, real: bool
+) -> None:
+    model = load(source) if real else models.empty(source, quant.none())
+    with pytest.raises(ConfigError) as refused:
+        option("lora", name, **changes)(model)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("none", {}, "full fine-tuning cannot train quantized weights"),
+        ("pissa", {}, "would be quantized again"),
+        ("lora", {"init_lora_weights": "olora"}, "would be quantized again"),
+        ("peft", {"method": "lokr"}, "does not work on quantized weights"),
+    ],
+)
+def test_what_quantized_weights_cannot_do_is_refused_with_and_without_weights(
+    source: ModelSource, name: str, changes: dict[str, Any], said: str
+) -> None:
+    for model in (load(source, "4bit"), models.empty(source, option("quant", "4bit")())):
+        with pytest.raises(ConfigError) as refused:
+            option("lora", name, **changes)(model)
+        assert said in str(refused.value)
+
+
+def test_the_saved_pissa_adapter_is_a_plain_lora_of_twice_the_rank(source: ModelSource, tmp_path: Path) -> None:
+    model = option("lora", "pissa", r=4)(load(source))
+    models.save(model, models.tokenizer(source), tmp_path / "model")
+    written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (8, 16, True)
+    tensors = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert all(8 in tensor.shape for tensor in tensors.values())
+    torch.testing.assert_close(logits(reloaded(source, tmp_path / "model")), logits(load(source)), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,211 @@
+"""Loss and packing, against transformers' own loss and against every document alone. Covers attention.py as well."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor
+
+from runner import attention, loss
+from runner.errors import ConfigError
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA = {**SIZES, "num_key_value_heads": 2}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**GQA),
+    "mistral": transformers.MistralConfig(**GQA, sliding_window=4),
+    "qwen2": transformers.Qwen2Config(**GQA),
+    "qwen2-sliding": transformers.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "gemma2": transformers.Gemma2Config(**GQA, head_dim=8, sliding_window=4),
+    "gemma3": transformers.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=4),
+    "phi3": transformers.Phi3Config(**GQA, sliding_window=4),
+    "gpt-neox": transformers.GPTNeoXConfig(**SIZES),
+}
+MIXING = {
+    "opt": transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    ),
+    "falcon": transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "mamba": transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+}
+PACKS = [[7, 9, 4], [12, 1, 1, 6]]
+"""Lengths of the documents in each row of 20."""
+
+
+def build(config: transformers.PretrainedConfig, implementation: str | None = None) -> torch.nn.Module:
+    torch.manual_seed(0)
+    options = {"attn_implementation": implementation} if implementation else {}
+    return transformers.AutoModelForCausalLM.from_config(config, **options)
+
+
+def batch_of(packs: list[list[int]], trained: float = 0.5) -> dict[str, Tensor]:
+    """Random ids; labels shifted, never across documents, about ``trained`` of them kept."""
+    generator = torch.Generator().manual_seed(1)
+    length = sum(packs[0])
+    ids = torch.randint(3, 64, (len(packs), length), generator=generator)
+    positions = torch.tensor([[at for size in pack for at in range(size)] for pack in packs])
+    labels = ids.roll(-1, 1).masked_fill(positions.roll(-1, 1) == 0, loss.IGNORED)
+    labels[torch.rand(labels.shape, generator=generator) > trained] = loss.IGNORED
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+def unshifted(labels: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(labels[:, :1], loss.IGNORED), labels[:, :-1]], 1)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_are_transformers_own(family: str) -> None:
+    batch = batch_of([[20], [20]])
+    reference, ours = build(FAMILIES[family]), build(FAMILIES[family])
+    expected = reference(input_ids=batch["input_ids"], labels=unshifted(batch["labels"]), use_cache=False)
+    expected.loss.backward()
+    result = loss.sums(ours, batch)
+    (result["loss"] / result["count"]).backward()
+    assert result["count"] == (batch["labels"] != loss.IGNORED).sum()
+    assert result["correct"] == (expected.logits.argmax(-1) == batch["labels"]).sum()
+    torch.testing.assert_close(result["loss"] / result["count"], expected.loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(gradients(ours), gradients(reference), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("offered", ["mask", "positions", "all"])
+def test_every_way_to_choose_positions_is_the_same(offered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, model = batch_of(PACKS), build(FAMILIES["gemma2"])
+    assert loss._choice_offered(model) == "mask"
+    expected = loss.sums(model, batch)
+    monkeypatch.setattr(loss, "_choice_offered", lambda model: offered)
+    torch.testing.assert_close(loss.sums(model, batch), expected, atol=1e-5, rtol=1e-6)
+
+
+def test_chunks_and_eval_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, model, again = batch_of(PACKS), build(FAMILIES["llama"]), build(FAMILIES["llama"])
+    loss.sums(model, batch)["loss"].backward()
+    with torch.no_grad():
+        expected = loss.sums(model, batch)
+    monkeypatch.setattr(loss, "CHUNK_VALUES", 64 * 3)
+    monkeypatch.setattr(loss, "EVAL_POSITIONS", 20)
+    loss.sums(again, batch)["loss"].backward()
+    torch.testing.assert_close(gradients(again), gradients(model), atol=1e-6, rtol=1e-5)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with torch.no_grad():
+        torch.testing.assert_close(loss.sums(model, batch), expected, atol=1e-5, rtol=1e-6)
+    assert [shape[0] for shape in seen] == (batch["labels"] != loss.IGNORED).sum(1).tolist(), "one row at a time"
+
+
+def test_only_trained_positions_reach_the_head_and_logits_exist_once() -> None:
+    batch, model = batch_of(PACKS, trained=0.3), build(FAMILIES["llama"])
+    logits = []
+    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
+    result = loss.sums(model, batch)
+    assert logits[0].shape == (int(result["count"]), 64)
+    probabilities = logits[0].detach().clone()  # by now softmax - one-hot
+    torch.testing.assert_close(probabilities.sum(-1), torch.zeros(len(probabilities)), atol=1e-5, rtol=0)
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    batch, model = batch_of(PACKS), build(FAMILIES["llama"]).to(torch.bfloat16)
+    result = loss.sums(model, batch)
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    assert result["loss"].dtype == torch.float32
+    torch.testing.assert_close(result["loss"], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_batch_that_trains_nothing_gives_zero_and_a_gradient_of_zero() -> None:
+    batch, model = batch_of(PACKS, trained=0.0), build(FAMILIES["llama"])
+    result = loss.sums(model, batch)
+    result["loss"].backward()
+    assert result["loss"] == result["count"] == result["correct"] == 0
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+def test_prompt_tuning_is_scored_behind_its_virtual_tokens() -> None:
+    tuned = get_peft_model(
+        build(FAMILIES["llama"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, tokenizer_name_or_path=None)
+    )
+    batch = batch_of([[20]])
+    expected = tuned(input_ids=batch["input_ids"], labels=unshifted(batch["labels"]))
+    result = loss.sums(tuned, {"input_ids": batch["input_ids"], "labels": batch["labels"]})
+    torch.testing.assert_close(result["loss"] / result["count"], expected.loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_documents_are_as_alone(family: str, implementation: str) -> None:
+    if (family, implementation) == ("gemma2", "sdpa"):
+        pytest.skip("Gemma 2 caps its attention scores, which sdpa cannot")
+    model, batch = build(FAMILIES[family], implementation).eval(), batch_of(PACKS)
+    with torch.no_grad():
+        together = model(**attention.inputs(batch, True, model)).logits
+        for row, sizes in enumerate(PACKS):
+            for ids, logits in zip(batch["input_ids"][row].split(sizes), together[row].split(sizes), strict=True):
+                alone = model(input_ids=ids[None], use_cache=False).logits[0]
+                torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+    attention.check_isolation(model)
+
+
+@pytest.mark.parametrize("family", MIXING)
+def test_a_model_that_mixes_documents_is_refused(family: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.packing=True: .* see each other\n    → set data\.packing=false"):
+        attention.check_isolation(build(MIXING[family]))
+
+
+def test_the_check_leaves_no_trace_and_sees_through_lora() -> None:
+    model = get_peft_model(build(FAMILIES["mistral"]), LoraConfig(target_modules="all-linear", lora_dropout=0.5))
+    state = torch.get_rng_state()
+    attention.check_isolation(model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not gradients(model)
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_prompt_tuning_cannot_be_packed() -> None:
+    tuned = get_peft_model(
+        build(FAMILIES["llama"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, tokenizer_name_or_path=None)
+    )
+    with pytest.raises(ConfigError, match="packing"):
+        attention.check_isolation(tuned)
+
+
+def test_the_mask_for_an_older_transformers_isolates_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build(FAMILIES["llama"]), batch_of(PACKS)
+    expected = loss.sums(model, batch)
+    monkeypatch.setattr(attention, "_masks_by_position", lambda: False)
+    asked = attention.inputs(batch, True, model)
+    assert asked["attention_mask"].shape == (2, 1, 20, 20)
+    torch.testing.assert_close(loss.sums(model, {**batch, **asked}), expected, atol=1e-5, rtol=1e-6)
+    attention.check_isolation(model)
+    with pytest.raises(ConfigError, match="sliding window of 4"):
+        attention.inputs(batch, True, build(FAMILIES["mistral"]))
+
+
+def test_flash_attention_gets_one_row() -> None:
+    model, batch = build(FAMILIES["llama"]), batch_of(PACKS)
+    expected = loss.sums(model, batch)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    asked = attention.inputs(batch, True, model)
+    model.config._attn_implementation_internal = "sdpa"
+    assert asked["input_ids"].shape == asked["position_ids"].shape == (1, 40)
+    torch.testing.assert_close(loss.sums(model, {**batch, **asked}), expected, atol=1e-5, rtol=1e-6)
+
+
+def test_without_packing_attention_is_plainly_causal() -> None:
+    model, batch = build(FAMILIES["llama"]), batch_of([[20], [20]])
+    asked = attention.inputs(batch, False, model)
+    assert asked["input_ids"].shape == (2, 20)
+    assert "attention_mask" not in asked

@@ -1,0 +1,282 @@
+"""Every kind of file is read, and every bad one is refused by name and line."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from runner import sources
+from runner.errors import DataError
+
+ROWS = [{"text": "one"}, {"text": "two — 好"}, {"text": "three, with a comma"}]
+
+
+def local(path: Path | str, eval_path: Path | str | None = None, documents: str = "file") -> sources.Source:
+    return sources.local(path=str(path), eval_path=str(eval_path) if eval_path else None, documents=documents)
+
+
+def rows(source: sources.Source) -> list[dict]:
+    return [row for _, row in source.train]
+
+
+def places(source: sources.Source) -> list[str]:
+    return [str(place) for place, _ in source.train]
+
+
+def write(file: Path, content: str | bytes) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The same rows in every kind of file."""
+    lines = "\n".join(json.dumps(row) for row in ROWS)
+    write(tmp_path / "a.jsonl", lines + "\n\n")
+    write(tmp_path / "b.json", json.dumps(ROWS, indent=1))
+    write(tmp_path / "c.json", json.dumps({"version": 1, "data": ROWS}))
+    write(tmp_path / "d.csv", 'text\none\ntwo — 好\n"three, with a comma"\n')
+    write(tmp_path / "deep" / "e.tsv", "\ufefftext\none\ntwo — 好\nthree, with a comma\n")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "deep" / "f.parquet")
+    write(tmp_path / "README.md", "not data")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.json", "d.csv", "deep/e.tsv", "deep/f.parquet"])
+def test_every_kind_of_file_gives_the_same_rows(folder, name):
+    assert rows(local(folder / name)) == ROWS
+
+
+def test_folders_and_globs_mix_kinds(folder):
+    assert rows(local(folder)) == ROWS * 6
+    assert rows(local(folder / "*.json")) == ROWS * 2
+    assert rows(local(folder / "**" / "*.parquet")) == ROWS
+
+
+def test_rows_know_where_they_stand(folder):
+    assert places(local(folder / "a.jsonl"))[1] == f"{folder}/a.jsonl:2"
+    assert places(local(folder / "d.csv"))[0] == f"{folder}/d.csv:2"
+    assert places(local(folder / "deep/f.parquet"))[2] == f"{folder}/deep/f.parquet, row 3"
+
+
+def test_one_object_is_one_row(tmp_path):
+    assert rows(local(write(tmp_path / "one.json", '{"text": "one"}'))) == [{"text": "one"}]
+
+
+def test_text_by_file_and_by_paragraph(tmp_path):
+    file = write(tmp_path / "book.txt", "\nA first\nparagraph.\n\n  \nA second.\n")
+    assert rows(local(file)) == [{"text": "A first\nparagraph.\n\n  \nA second."}]
+    by_paragraph = local(file, documents="paragraph")
+    assert rows(by_paragraph) == [{"text": "A first\nparagraph."}, {"text": "A second."}]
+    assert places(by_paragraph) == [f"{file}:2", f"{file}:6"]
+
+
+def test_the_digest_is_of_the_content_not_of_the_place(folder, tmp_path):
+    moved = write(tmp_path / "elsewhere" / "z.jsonl", (folder / "a.jsonl").read_bytes())
+    before = local(folder / "a.jsonl").digest
+    assert local(moved).digest == before
+    assert local(moved, eval_path=moved).digest != before
+    moved.write_text('{"text": "changed"}')
+    assert local(moved).digest != before
+    assert len(before) <= 36  # what MLflow takes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "remedy"),
+    [
+        ("x.jsonl", '{"a": 1}\n{"a": 2\n', r"x\.jsonl:2: malformed JSON: .*column 8", "correct that line"),
+        ("x.jsonl", '[\n{"a": 1}\n]', r"x\.jsonl:1: malformed JSON", "name it .json"),
+        ("x.json", '[{"a": 1},\n {"a": }]', r"x\.json:2: malformed JSON", "correct that line"),
+        ("x.json", '{"a": 1}\n{"a": 2}\n', r"x\.json:2: malformed JSON: Extra data", "name it .jsonl"),
+        ("x.jsonl", '{"a": 1}\n[1, 2]\n', r"x\.jsonl:2: a row must be an object .* not list", '{"messages"'),
+        ("x.json", "[1, 2]", r"x\.json, row 1: a row must be an object .* not int", '{"text"'),
+        ("x.csv", "a,b\n1,2\n3\n", r"x\.csv:3: has not as many values as there are columns \(a, b\)", "quote"),
+        ("x.csv", "a,b\n1,2,3\n", r"x\.csv:2: has not as many values", "quote"),
+        ("x.csv", 'a,b\n1,"2\n', r"x\.csv:2: malformed table", "correct that line"),
+        ("x.jsonl", "", r"x\.jsonl: is empty", "fill it"),
+        ("x.json", " \n", r"x\.json: is empty", "fill it"),
+        ("x.txt", "\n", r"x\.txt: is empty", "fill it"),
+        ("x.csv", "a,b\n", r"x\.csv: is empty", "fill it"),
+        ("x.jsonl", b"\x80\x00\xff", r"x\.jsonl: is not UTF-8 text .* at byte 0", "iconv"),
+        ("x.parquet", b"PAR1 but not really", r"x\.parquet: is not a whole parquet file", "write it anew"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, name, content, message, remedy):
+    source = local(write(tmp_path / name, content))
+    with pytest.raises(DataError, match=message) as caught:
+        list(source.train)
+    assert remedy in caught.value.faults[0].remedy
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    write(tmp_path / "rows.jsonl", "{}")
+    write(tmp_path / "rows.xlsx", "{}")
+    (tmp_path / "empty").mkdir()
+    for path, problem in {
+        "row.jsonl": "no such file or folder. did you mean 'rows.jsonl'?",
+        "nowhere/row.jsonl": "no such file or folder.",
+        "rows.xlsx": "is of no kind that is read here.",
+        "empty": "holds no file that can be read (allowed: .json, .jsonl",
+        "*.csv": "holds no file that can be read",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            local(tmp_path / path)
+        assert problem in str(caught.value)
+        assert str(caught.value).startswith(f"data.path={tmp_path / path}: ")
+    faults = list(sources.check_local(path=str(tmp_path / "no.json"), eval_path=str(tmp_path / "x"), documents="file"))
+    assert [fault.key for fault in faults] == ["path", "eval_path"]
+    assert not list(sources.check_local(path=str(tmp_path / "rows.jsonl"), eval_path=None, documents="file"))
+
+
+def test_a_wrong_extension_suggests_the_right_one(tmp_path):
+    with pytest.raises(DataError, match=r"did you mean '\.jsonl'\?"):
+        local(write(tmp_path / "rows.jsonll", "{}"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path):
+    file = write(tmp_path / "x.jsonl", "{}")
+    file.chmod(0)
+    with pytest.raises(DataError, match=r"x\.jsonl: cannot be read: Permission denied"):
+        local(file)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose reading fails")
+def test_a_file_the_machine_cannot_read(tmp_path):
+    (tmp_path / "x.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"x\.jsonl: cannot be read: Input/output error"):
+        local(tmp_path / "x.jsonl")
+
+
+def test_chitchat_alternates_and_ends_with_an_answer():
+    source = sources.chitchat()
+    found = [row["messages"] for _, row in source.train]
+    assert len(found) > 3000
+    for messages in found:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert all(message["content"].strip() for message in messages)
+    assert source.uri.startswith("package:chitchat-dataset==")
+
+
+def test_chitchat_joins_turns_and_leaves_out_what_is_no_conversation(tmp_path):
+    def said(sender: str, *texts: str) -> list[dict[str, str]]:
+        return [{"sender": sender, "text": text, "timestamp": ""} for text in texts]
+
+    conversations = {
+        "joined": {"messages": [said("a", "Hi", " there "), said("b", "", "Yes?"), said("b", "Go on."), said("a", "Bye")]},
+        "empty answer": {"messages": [said("a", "Hi"), said("b", " "), said("a", "Anyone?")]},
+        "alone": {"messages": [said("a", "Hi")]},
+    }
+    file = write(tmp_path / "dataset.json", json.dumps(conversations))
+    [(place, row)] = sources._conversations(file)
+    assert str(place) == "dataset.json, row 1"
+    assert [message["content"] for message in row["messages"]] == ["Hi there", "Yes? Go on."]
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path) -> Path:
+    """A dataset in the Hub's layout: parquet files, and a README whose head says which split is which."""
+    (tmp_path / "data").mkdir()
+    for split, found in (("train", ROWS), ("test", ROWS[:1])):
+        pq.write_table(pa.Table.from_pylist(found), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    head = ["configs:", "- config_name: plain", "  data_files:"]
+    head += [f"  - split: {split}\n    path: data/{split}-*" for split in ("train", "test")]
+    write(tmp_path / "README.md", "---\n" + "\n".join(head) + "\n---\n")
+    return tmp_path
+
+
+def hub(path: object, **changes: str | None) -> sources.Source:
+    keys = {"name": None, "split": "train", "eval_split": None, "revision": None, **changes}
+    return sources.hub(path=str(path), **keys)
+
+
+def test_a_folder_in_the_hubs_layout(hub_folder):
+    source = hub(hub_folder, eval_split="test")
+    assert rows(source) == ROWS
+    assert [row for _, row in source.eval or ()] == ROWS[:1]
+    assert places(source)[2] == f"{hub_folder}[train], row 3"
+    assert source.digest == hub(hub_folder, eval_split="test").digest != hub(hub_folder).digest
+    assert rows(hub(hub_folder, split="train[:2]", name="plain")) == ROWS[:2]
+
+
+def test_splits_and_names_that_do_not_exist(hub_folder):
+    with pytest.raises(DataError, match=r'Unknown split "tset"') as caught:
+        hub(hub_folder, split="tset")
+    assert "data.split" in str(caught.value)
+    with pytest.raises(DataError, match="fancy"):
+        hub(hub_folder, name="fancy")
+
+
+def test_offline_and_not_in_the_cache():
+    with pytest.raises(DataError, match="not in the cache, and HF_HUB_OFFLINE is set") as caught:
+        hub("somebody/something")
+    assert "data=local data.path=" in str(caught.value)
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """A Hub that refuses each dataset in the way its name asks for."""
+
+    CODES = {"gated": (403, "GatedRepo"), "missing": (401, "RepoNotFound"), "branch": (404, "RevisionNotFound")}
+
+    def do_GET(self) -> None:
+        status, code = next(answer for word, answer in self.CODES.items() if word in self.path)
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing_hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def ask_hub(endpoint: str, path: str) -> tuple[str, float]:
+    """What `data=hub` says in a process of its own, online, against the given Hub; and after how many seconds."""
+    code = (
+        "import time; from runner import sources; import huggingface_hub; began = time.time()\n"
+        f"try: sources.hub(path={path!r}, name=None, split='train', eval_split=None, revision=None)\n"
+        "except Exception as error: print(type(error).__name__, error, time.time() - began, sep='\\n')"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    said, _, seconds = done.stdout.strip().rpartition("\n")
+    return said, float(seconds)
+
+
+def test_what_the_hub_refuses_is_said_with_its_remedy(refusing_hub):
+    said, _ = ask_hub(refusing_hub, "some/gated")
+    assert said.startswith("DataError\ndata.path=some/gated: is gated")
+    assert "hf auth login" in said
+    said, _ = ask_hub(refusing_hub, "some/missing")
+    assert "no such dataset on the Hub, or a private one" in said
+    said, _ = ask_hub(refusing_hub, "some/branch")
+    assert "has no such revision" in said
+
+
+def test_a_hub_out_of_reach_is_said_within_seconds():
+    began = time.time()
+    said, seconds = ask_hub("http://127.0.0.1:9", "some/thing")
+    assert "the Hub is out of reach" in said
+    assert "HF_HUB_OFFLINE=1" in said
+    assert seconds < 10, time.time() - began
