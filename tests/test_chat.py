@@ -150,7 +150,7 @@ def test_a_template_that_hides_its_answers_is_refused_with_the_remedy():
 
 
 def test_a_tokenizer_without_template_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match="model.path.*no chat template") as caught:
+    with pytest.raises(ConfigError, match=r"model\.path.*no chat template") as caught:
         chat.encode(TALK, build(None), "assistant")
     assert "task=pretrain" in str(caught.value)
 

@@ -13,15 +13,19 @@ PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 
 FLOORS = [
     {"errors", "secrets"},
-    {"config", "rundir", "schema", "console", "stop"},
-    {"prepare", "precision", "quant", "lora", "formats", "sources", "optim", "schedules", "compiling", "tracking",
-     "parallel"},
-    {"models", "chat", "loss", "tasks", "data", "attention", "packing", "meters", "checkpoint", "samples"},
+    {"config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter"},
+    {"prepare", "quant", "lora", "formats", "sources", "optim", "schedules", "compiling", "tracking",
+     "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system"},
+    {"chat", "attention", "origins", "store"},
+    {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run"},
+    {"tasks", "mirror"},
     {"train"},
-    {"build", "checks", "report", "mirror"},
-    {"worker", "plan"},
+    {"build", "checks", "report"},
+    {"worker", "plan", "folders"},
     {"launch"},
-    {"compose", "cli", "__main__"},
+    {"compose"},
+    {"cli"},
+    {"__main__"},
 ]  # fmt: skip
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -151,6 +151,14 @@ def test_the_start_of_every_adapter_is_the_base(source: ModelSource) -> None:
         torch.testing.assert_close(logits(option("lora", name)(load(source))), base, atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_on_a_hub_model_names_its_id_and_commit(source: ModelSource, tmp_path: Path) -> None:
+    base = load(source)
+    base.name_or_path, base.config._commit_hash = "owner/name", "0" * 40  # as load() leaves a Hub model
+    models.save(option("lora", "lora")(base), models.tokenizer(source), tmp_path / "model")
+    written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", "0" * 40)
+
+
 def test_only_the_adapter_trains_and_in_float32(source: ModelSource) -> None:
     half = models.load(ModelSource(source.path, None, "bfloat16", "auto", False, "tiny"), quant.none(), "cpu")
     model = option("lora", "lora")(half)

@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -174,7 +174,9 @@ def test_chitchat_joins_turns_and_leaves_out_what_is_no_conversation(tmp_path):
         return [{"sender": sender, "text": text, "timestamp": ""} for text in texts]
 
     conversations = {
-        "joined": {"messages": [said("a", "Hi", " there "), said("b", "", "Yes?"), said("b", "Go on."), said("a", "Bye")]},
+        "joined": {
+            "messages": [said("a", "Hi", " there "), said("b", "", "Yes?"), said("b", "Go on."), said("a", "Bye")]
+        },
         "empty answer": {"messages": [said("a", "Hi"), said("b", " "), said("a", "Anyone?")]},
         "alone": {"messages": [said("a", "Hi")]},
     }
@@ -227,7 +229,11 @@ def test_offline_and_not_in_the_cache():
 class _Answers(http.server.BaseHTTPRequestHandler):
     """A Hub that refuses each dataset in the way its name asks for."""
 
-    CODES = {"gated": (403, "GatedRepo"), "missing": (401, "RepoNotFound"), "branch": (404, "RevisionNotFound")}
+    CODES: ClassVar = {
+        "gated": (403, "GatedRepo"),
+        "missing": (401, "RepoNotFound"),
+        "branch": (404, "RevisionNotFound"),
+    }
 
     def do_GET(self) -> None:
         status, code = next(answer for word, answer in self.CODES.items() if word in self.path)
@@ -236,7 +242,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
         pass
@@ -275,8 +281,7 @@ def test_what_the_hub_refuses_is_said_with_its_remedy(refusing_hub):
 
 
 def test_a_hub_out_of_reach_is_said_within_seconds():
-    began = time.time()
     said, seconds = ask_hub("http://127.0.0.1:9", "some/thing")
     assert "the Hub is out of reach" in said
     assert "HF_HUB_OFFLINE=1" in said
-    assert seconds < 10, time.time() - began
+    assert seconds < 10

@@ -200,7 +200,7 @@ def test_offline_starts_nothing(tmp_path: Path) -> None:
     assert tracking.start_mirror(rundir, {"tracking": node}) is None
     result = tracking.wait_mirror(None, rundir)
     assert (result.url, result.unsent) == (None, 1)
-    assert "runner sync" in result.message
+    assert result.message == "tracking=offline"
 
 
 def test_importing_is_light() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from accelerate import Accelerator
 from runner import attention, config, data, meters, models, optim, train
 from runner.checkpoint import Checkpoints
 from runner.errors import ConfigError, Fault
+from runner.precision import dtype_for
 from runner.rundir import RunDir
 from runner.schema import TrainSettings
 from runner.tasks import Task
+
+log = logging.getLogger("runner")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> train.Parts:
     if made.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    check_fits(expect(cfg, made))
     accelerator = Accelerator(cpu=made.device.type == "cpu", mixed_precision="no")
     model = load_model(cfg, made)
     weight_decay = cfg["optim"].get("weight_decay", 0.0)
@@ -139,20 +144,63 @@ def quote(tokenizer: Any, batch: Mapping[str, Any], length: int = 40) -> str:
     return str(tokenizer.decode(batch["input_ids"][0, :length].tolist()))
 
 
-def check_fits(needed: int, available: int) -> None:
-    """Refuse a model that cannot fit.
+@dataclass(frozen=True)
+class Expected:
+    """What training will take, known before any weight is loaded."""
+
+    counts: dict[str, int]
+    """Parameters as ``models.describe`` counts them."""
+    memory: meters.MemoryEstimate
+    total_bytes: int
+    """What the device has, in use or not."""
+    free_bytes: int
+    flops_per_token: float
+
+
+def expect(cfg: Mapping[str, Any], made: Inputs) -> Expected:
+    """Count parameters and memory on a model without weights."""
+    quant = config.bind(cfg["quant"], "quant")()
+    shape = models.empty(made.source, quant)
+    model = config.bind(cfg["lora"], "lora")(shape)
+    counts = models.describe(model)
+    size = dtype_for(made.source.dtype, made.device).itemsize
+    linear = quant.bytes_per_weight or size
+    weights = counts["linear"] * linear + (counts["total"] - counts["linear"] - counts["adapter"]) * size
+    rows, length = made.settings.per_device_batch_size, cfg["data"]["max_length"]
+    report = made.splits.report
+    trained = report.train_trained_tokens / max(report.train_tokens, 1)
+    full = counts["adapter"] == 0
+    memory = meters.estimate(
+        trainable_params=counts["trainable"],
+        weight_bytes=int(weights + counts["adapter"] * 4),
+        config=shape.config,
+        rows=rows,
+        length=length,
+        logits_rows=int(rows * length * trained) + 1,
+        optimizer_bytes=optim.state_bytes(cfg["optim"]),
+        dtype_bytes=size,
+        checkpointing=made.settings.gradient_checkpointing,
+        full=full,
+        device=made.device.type,
+    )
+    total, free = meters.device_memory(made.device)
+    return Expected(counts, memory, total, free, meters.flops_per_token(model, length, trained))
+
+
+def check_fits(expected: Expected) -> None:
+    """Refuse a model that cannot fit; warn where it does not fit beside what else is running.
 
     Raises:
         ConfigError: with the ways to make it smaller.
     """
-    if needed > available:
-        gib = 2**30
-        raise ConfigError(
-            Fault(
-                "model",
-                f"needs about {needed / gib:.1f} GiB, and the device has {available / gib:.1f} GiB",
-                "use quant=4bit, lora=lora, a smaller train.per_device_batch_size or data.max_length, "
-                "train.gradient_checkpointing=true",
-            )
-        )
-
+    needed, gib = expected.memory.total, 2**30
+    remedy = (
+        "use quant=4bit, lora=lora, a smaller train.per_device_batch_size or data.max_length, or "
+        "train.gradient_checkpointing=true"
+    )
+    if needed > expected.total_bytes:
+        problem = f"needs about {needed / gib:.1f} GiB, and the device has {expected.total_bytes / gib:.1f} GiB"
+        raise ConfigError(Fault("model", problem, remedy))
+    if needed > expected.free_bytes:
+        free = f"{expected.free_bytes / gib:.1f} of {expected.total_bytes / gib:.1f} GiB are free"
+        log.warning(f"about {needed / gib:.1f} GiB will be needed, and {free}; if it runs out: {remedy}")

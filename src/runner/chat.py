@@ -111,9 +111,8 @@ class _Template:
             encoding = self.fast.encode(text, add_special_tokens=False)
             offsets = encoding.offsets
             # Many tokenizers leave a token's first space out of its offsets: it begins where the one before ended.
-            return encoding.ids, [
-                min(start, end) for (start, _), (_, end) in zip(offsets, [(0, 0), *offsets], strict=False)
-            ]
+            pairs = zip(offsets, [(0, 0), *offsets], strict=False)
+            return encoding.ids, [start if start < end else end for (start, _), (_, end) in pairs]
         return _ids(self.tokenizer, text), []
 
     def find_answers(self, messages: list[Message]) -> tuple[list[int], list[Span]]:

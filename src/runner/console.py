@@ -6,6 +6,7 @@ Every line also goes into train.log; on something that is no terminal the bar be
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def logging_to(path: Path) -> Iterator[None]:
     to_file.setLevel(logging.INFO)
     to_terminal = _Terminal()
     to_terminal.setFormatter(_TerminalFormat())
-    to_terminal.addFilter(lambda record: record.name in ("runner", "py.warnings") and not hasattr(record, "quiet"))
+    to_terminal.addFilter(_is_ours)
     root, own = logging.getLogger(), logging.getLogger("runner")
     levels = root.level, own.level
     for handler in (to_file, to_terminal):
@@ -45,6 +46,25 @@ def logging_to(path: Path) -> Iterator[None]:
         to_file.close()
         root.setLevel(levels[0])
         own.setLevel(levels[1])
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no chatter of libraries between our own lines."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """What the terminal shows: our messages, and warnings raised in our code. The log has everybody's."""
+    if record.name == "py.warnings":
+        return f"{os.sep}runner{os.sep}" in record.getMessage().partition(": ")[0]
+    return record.name.partition(".")[0] == "runner" and not hasattr(record, "quiet")
 
 
 class _Terminal(logging.Handler):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError, Fault
-from runner.precision import dtype_argument
 
 MAGIC = b"GGUF"
 STRING = 8
@@ -51,7 +50,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, **dtype_argument(torch.float32))
+    loaded = AutoModelForCausalLM.from_pretrained(**where)
     # A model from a GGUF counts as quantized and cannot be saved: its weights move into one that never was.
     config = loaded.config
     for leftover in ("quantization_config", "_model_name_or_path"):
@@ -59,7 +58,8 @@ def _read(file: Path) -> tuple[Any, Any]:
     config.architectures = [type(loaded).__name__]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
+    weights = {name: tensor.float() for name, tensor in loaded.state_dict().items()}
+    model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
     tokenizer = AutoTokenizer.from_pretrained(**where)

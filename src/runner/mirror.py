@@ -33,6 +33,11 @@ GRACE_S = 15.0
 LONGEST_PAUSE_S = 10.0
 GAVE_UP = 3
 
+SYNC_HELP = """python -m runner sync [FOLDER …] [uri=URI]
+
+Brings into MLflow what it has not got yet of the runs in FOLDER (a run folder, or a folder of them; by default
+outputs), and closes runs whose process died. Runs of tracking=offline go to the embedded database, or to URI."""
+
 
 @dataclass(frozen=True)
 class SyncResult:
@@ -45,6 +50,25 @@ class SyncResult:
     url: str | None
     problem: str
     """Why it is not all there; empty when it is."""
+
+
+def sync_command(argv: list[str]) -> int:
+    """The verb ``sync``; returns the exit code, 1 where something could not be brought.
+
+    Raises:
+        ConfigError: a word that is neither a folder nor ``uri=…``.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(SYNC_HELP)
+        return 0
+    uris = [word.partition("=")[2] for word in argv if word.startswith(("uri=", "tracking.uri="))]
+    folders = [word for word in argv if not word.startswith(("uri=", "tracking.uri="))]
+    if unknown := [word for word in folders if word.startswith("-") or ("=" in word and not os.path.exists(word))]:
+        raise ConfigError(*(Fault(word, "sync does not know this word", SYNC_HELP.splitlines()[0]) for word in unknown))
+    results = sync(map(Path, folders or ["outputs"]), uris[-1] if uris else None)
+    for result in results:
+        print(f"{result.folder}  {result.status}  {result.problem or result.url or 'is in MLflow'}")
+    return int(any(result.problem for result in results if result.status != "pending"))
 
 
 def sync(folders: Iterable[Path], uri: str | None = None) -> list[SyncResult]:

@@ -106,8 +106,8 @@ def check_pretrained(
         yield Fault(
             "revision", "is for Hub models, and model.path is on this machine", "set model.revision=null", revision
         )
-    if local.is_file() and local.suffix != ".gguf":
-        yield Fault("path", "is a file", "name the folder that holds config.json, or a .gguf file", path)
+    if local.is_file():
+        yield from _file_faults(local)
     if local.is_dir():
         yield from (replace(fault, key="path") for fault in modeldir.faults(local))
 
@@ -160,6 +160,16 @@ def _package_file(package: str, file: str) -> Path:
         remedy = f"pip install {package.replace('_', '-')}, or use another model"
         raise ConfigError(Fault("model.package", "is not installed", remedy, package))
     return Path(spec.submodule_search_locations[0], file)
+
+
+def _file_faults(file: Path) -> Iterator[Fault]:
+    if file.suffix != ".gguf":
+        yield Fault("path", "is a file", "name the folder that holds config.json, or a .gguf file", file)
+        return
+    try:
+        gguf_files.check(file)
+    except ConfigError as error:
+        yield from (replace(fault, key="path") for fault in error.faults)
 
 
 def _attention_faults(attention: Attention) -> Iterator[Fault]:

@@ -150,6 +150,7 @@ class Batches:
         self.per_step = self.per_micro_batch * accumulation
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.sizes = np.add.reduceat(rows.lengths[self.packs.rows], self.packs.offsets[:-1])  # useful tokens of each
+        assert packing is False or self.sizes.max() <= max_length, "the packs are larger than the rows of a batch"
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         self._tokens_before = functools.lru_cache(maxsize=2)(self._sum_tokens)
 

@@ -45,6 +45,10 @@ def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
         value = frozen[group].get(key)
         if isinstance(value, str) and (os.path.exists(os.path.expanduser(value)) or glob.glob(value)):
             frozen[group][key] = os.path.abspath(os.path.expanduser(value))
+    form = frozen["data"].get("format") or {}
+    file, colon, function = str(form.get("function") or "").rpartition(":")
+    if colon and os.path.exists(file):
+        form["function"] = f"{os.path.abspath(file)}:{function}"
     return dict(frozen)
 
 

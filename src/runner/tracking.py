@@ -168,14 +168,13 @@ class MirrorResult:
     unsent: int
     """Records that MLflow does not have."""
     message: str
-    """How to look at the run, or what is wrong and what to do about it."""
+    """How to look at the run, or why MLflow has not got it all; ``python -m runner sync`` brings the rest."""
 
 
 def wait_mirror(proc: subprocess.Popen[bytes] | None, rundir: RunDir, timeout_s: float = 60.0) -> MirrorResult:
     """Wait until the mirror has told MLflow all of it, has given up, or has taken too long."""
-    sync = f"python -m runner sync {rundir.path}"
     if proc is None:
-        return MirrorResult(None, len(read(rundir)), f"not in MLflow (tracking=offline); to bring it there: {sync}")
+        return MirrorResult(None, len(read(rundir)), "tracking=offline")
     try:
         code: int | None = proc.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -189,7 +188,7 @@ def wait_mirror(proc: subprocess.Popen[bytes] | None, rundir: RunDir, timeout_s:
     if code is None:
         return MirrorResult(url, unsent, f"process {proc.pid} is still telling MLflow, see {rundir.mirror_log}")
     problem = said.get("problem") or f"the mirror ended with code {code}, see {rundir.mirror_log}"
-    return MirrorResult(url, unsent, f"{problem}; the run folder has everything. To send it: {sync}")
+    return MirrorResult(url, unsent, problem)
 
 
 def read_report(rundir: RunDir) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def _attempt(rundir: RunDir, stop: Stop) -> int:
 def _train(rundir: RunDir, cfg: dict[str, Any], stop: Stop) -> dict[str, Any]:
     from runner import build, models, samples, train  # torch and all that, only now
 
+    console.quiet_libraries()
     made = build.inputs(cfg)
     parts = build.parts(cfg, made, rundir)
     report.header(cfg, made, parts, rundir)

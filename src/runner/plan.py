@@ -1,0 +1,115 @@
+"""The verb ``plan``: what a run would be. Everything is computed as in training; no weight is loaded or trained."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from runner import console
+
+HELP = """python -m runner plan [overrides]
+
+What the run of these overrides would be: parameters, memory against the device, rows, tokens and how well they are
+packed, steps and time, and one sample as the model sees it, with the trained tokens marked. Nothing is trained.
+Exit code 2 where the run would be refused: nothing to train on, rows too long, a model that cannot fit.
+
+    python -m runner plan
+    python -m runner plan quant=4bit model=llama model.path=/models/llama
+    python -m runner plan data=local data.path=my.jsonl data/format=alpaca train.num_train_epochs=3
+"""
+
+GIB = 2**30
+ASSUMED_UTILISATION = 0.4
+"""Part of the peak FLOP/s that training is assumed to reach, where the time is foretold."""
+
+
+def show(cfg: Mapping[str, Any]) -> None:
+    """Print the plan of one run.
+
+    Raises:
+        ConfigError, DataError: the run would be refused.
+    """
+    from runner import build
+
+    console.quiet_libraries()
+    made = build.inputs(cfg)
+    expected = build.expect(cfg, made)
+    rows = [*_model_rows(made, expected), *_data_rows(cfg, made), *_time_rows(made, expected)]
+    console.table("plan", ["", ""], [list(row) for row in rows])
+    print("one row of the first batch, with what is trained " + ("underlined" if _styled() else "in ⟦…⟧") + ":\n")
+    print(_marked(made, cfg["seed"]), "\n")
+    build.check_fits(expected)
+
+
+def _model_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
+    counts, memory = expected.counts, expected.memory
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "logits": memory.logits,
+        "libraries and buffers": memory.overhead,
+    }
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    free = f"{expected.free_bytes / GIB:.1f} free of {expected.total_bytes / GIB:.1f} on {made.device}"
+    return [
+        ("model", f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters"),
+        ("trained", f"{counts['trainable'] / 1e6:.2f} M ({counts['trainable'] / counts['total']:.2%})"),
+        ("memory, GiB", f"about {memory.total / GIB:.1f} ({free})\n{shown}"),
+    ]
+
+
+def _data_rows(cfg: Mapping[str, Any], made: Any) -> list[tuple[str, str]]:
+    report, layout = made.splits.report, "packed" if cfg["data"]["packing"] else "padded"
+    left_out = {
+        "duplicates": report.duplicates,
+        "truncated": report.truncated,
+        "too long, dropped": report.dropped,
+        "nothing to train": report.masked_out,
+        "prompts of the held-out set, dropped": report.leaked,
+    }
+    said = ", ".join(f"{count} {what}" for what, count in left_out.items() if count) or "none left out"
+    trained = report.train_trained_tokens / report.train_tokens
+    return [
+        ("data", f"{made.splits.name}: {report.rows_read} rows read; {said}"),
+        ("training", f"{report.train_rows} rows, {report.train_tokens} tokens, {trained:.0%} of them trained"),
+        ("held out", f"{report.eval_rows} rows, {report.eval_tokens} tokens"),
+        ("batches", f"{layout}, {made.batches.efficiency:.1%} of their slots are used"),
+    ]
+
+
+def _time_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
+    from runner import meters
+    from runner.precision import dtype_for
+
+    tokens = made.batches.tokens_at(made.total_steps)
+    peak = meters.peak_flops(made.device, dtype_for(made.source.dtype, made.device))
+    seconds = tokens * expected.flops_per_token / (peak * ASSUMED_UTILISATION)
+    return [
+        ("steps", f"{made.total_steps}, {tokens} tokens, {made.batches.epoch(made.total_steps):.2f} epochs"),
+        ("time", f"about {console.duration(seconds)} of training at {ASSUMED_UTILISATION:.0%} of {peak / 1e12:.2f} TFLOP/s"),
+    ]
+
+
+def _marked(made: Any, seed: int, limit: int = 300) -> str:
+    """The first row of the first step as text, with the spans that are learnt marked."""
+    batch = made.batches.step(0)[0]
+    ids, labels = batch["input_ids"][0].tolist()[:limit], batch["labels"][0].tolist()[:limit]
+    trained = [False, *(label != -100 for label in labels[:-1])]  # labels are shifted: they name the next token
+    text, start = "", 0
+    for at in range(1, len(ids) + 1):
+        if at == len(ids) or trained[at] != trained[start]:
+            piece = made.tokenizer.decode(ids[start:at])
+            text += _mark(piece) if trained[start] else piece
+            start = at
+    return text + (" …" if len(ids) == limit else "")
+
+
+def _mark(text: str) -> str:
+    return f"\033[4m{text}\033[0m" if _styled() else f"⟦{text}⟧"
+
+
+def _styled() -> bool:
+    return sys.stdout.isatty()

@@ -1,0 +1,178 @@
+"""Compiling for real, on the CPU: same numbers, same names, one graph for all layers, and breaks that are told."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from peft import LoraConfig, get_peft_model
+
+from runner import compiling, loss
+from runner.config import bind, find_faults
+from runner.errors import ConfigError
+
+CONF = Path(__file__).parents[1] / "conf" / "compile"
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+
+
+def option(name: str, **changes: object):
+    return bind({**yaml.safe_load((CONF / f"{name}.yaml").read_text()), **changes}, "compile")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def llama(layers: int = 3) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def with_lora(model: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    """Packed rows of 16 tokens whose documents and trained positions differ from batch to batch."""
+    made = []
+    for cut in (3, 5, 8, 11):
+        ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(cut))
+        positions = torch.cat([torch.arange(cut), torch.arange(16 - cut)]).repeat(2, 1)
+        labels = ids.roll(-1, 1).masked_fill(torch.arange(16) > cut, loss.IGNORED)
+        made.append({"input_ids": ids, "position_ids": positions, "labels": labels})
+    return made
+
+
+def losses_and_gradients(model: torch.nn.Module) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    losses = []
+    for batch in batches():
+        result = loss.sums(model, batch)
+        result["loss"].backward()
+        losses.append(result["loss"].detach())
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_compiles(name: str) -> None:
+    plain, model = with_lora(llama()), with_lora(llama())
+    names = [name for name, _ in model.named_parameters()]
+    assert option(name, fullgraph=True)(model) is model
+    assert [name for name, _ in model.named_parameters()] == names
+    expected = losses_and_gradients(plain)
+    torch.testing.assert_close(losses_and_gradients(model), expected, atol=1e-4, rtol=1e-4)
+    assert compiling.graph_breaks() == []
+
+
+@needs_compiler
+def test_regional_compiles_one_layer_for_all() -> None:
+    assert_compiles("regional")
+    assert compiling.graphs() <= 2, "the first layer has an input without a gradient; the others share a graph"
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_default_compiles_the_decoder_once() -> None:
+    assert_compiles("default")
+    assert compiling.graphs() == 1
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_gradient_checkpointing_goes_along() -> None:
+    plain, model = with_lora(llama(2)), with_lora(llama(2))
+    for each in (plain, model):
+        each.gradient_checkpointing_enable({"use_reentrant": False})
+        each.enable_input_require_grads()
+    option("regional")(model)
+    torch.testing.assert_close(losses_and_gradients(model), losses_and_gradients(plain), atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_layers(bits: int, tmp_path: Path) -> None:
+    """4-bit layers compile without a break; 8-bit ones break, which is told, and give the same numbers."""
+    llama().save_pretrained(tmp_path)
+    quantization = {
+        4: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        8: transformers.BitsAndBytesConfig(load_in_8bit=True),
+    }[bits]
+    plain, model = (
+        with_lora(
+            transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
+            )
+        ).train()
+        for _ in range(2)
+    )
+    if bits == 8:
+        with pytest.raises(ConfigError, match="cannot be compiled without a graph break"):
+            option("regional", fullgraph=True)(model)
+    option("regional", fullgraph=bits == 4)(model)
+    torch.testing.assert_close(losses_and_gradients(model), losses_and_gradients(plain), atol=1e-3, rtol=1e-3)
+    assert bool(compiling.graph_breaks()) == (bits == 8)
+
+
+@needs_compiler
+def test_a_graph_break_is_told() -> None:
+    class Layer(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model = torch.nn.Sequential(torch.nn.ModuleList([Layer(4, 4), Layer(4, 4)]))
+    option("regional")(model)
+    with torch.no_grad():
+        model[0][1](model[0][0](torch.zeros(2, 4)))
+    [told] = compiling.graph_breaks()
+    assert "graph_break" in told
+
+
+def test_none_changes_nothing() -> None:
+    model = llama()
+    assert option("none")(model) is model
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_decoder_layers_are_found_inside_lora() -> None:
+    model = llama()
+    layers = list(model.model.layers)
+    assert compiling.decoder_layers(model) == layers
+    assert compiling.decoder_layers(with_lora(model)) == layers
+    with pytest.raises(ConfigError, match="no list of equal layers"):
+        compiling.decoder_layers(torch.nn.Linear(2, 2))
+
+
+def test_cuda_graphs_are_refused_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="it would change nothing\n    → use compile=regional"):
+        option("reduce_overhead")(llama())
+
+
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for name in ("regional", "default", "max_autotune"):
+        with pytest.raises(ConfigError, match="one of: no-such-compiler\n    → install one"):
+            option(name)(llama())
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_wrong_mode_is_told(path: Path) -> None:
+    node = yaml.safe_load(path.read_text())
+    assert not list(find_faults(node, "compile"))
+    faults = list(find_faults({**node, "mode": "reduce_overhead"}, "compile"))
+    assert [fault.key for fault in faults] == ["compile.mode"]
+    assert path.stem == "none" or "did you mean 'reduce-overhead'?" in str(faults[0])

@@ -1,0 +1,191 @@
+"""Each format reads its rows, refuses the others' by name, and never lets an untrainable one through."""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Callable
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from runner import config, formats
+from runner.errors import ConfigError, DataError
+
+NAMES = ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+EXCHANGE = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
+ROWS = {
+    "messages": {"messages": EXCHANGE},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}]},
+    "alpaca": {"instruction": "Two and two?", "input": "", "output": "Four."},
+    "prompt_completion": {"prompt": "Two and two?", "completion": "Four."},
+    "text": {"text": "Two and two are four."},
+}
+
+
+@functools.cache
+def option(name: str, *overrides: str) -> Callable[..., formats.Example]:
+    """The format as its YAML configures it."""
+    with initialize_config_dir(str(config.config_dir() / "data"), version_base="1.3"):
+        return config.bind(config.to_plain(compose(f"format/{name}", list(overrides)))["format"], "data.format")
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_every_format_reads_the_same_conversation(name):
+    assert option(name)(ROWS[name]) == EXCHANGE
+
+
+def test_text_is_text():
+    assert option("text")(ROWS["text"]) == "Two and two are four."
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("other", NAMES)
+def test_a_row_of_another_format_is_refused_with_the_override_to_use(name, other):
+    if name == other:
+        assert formats.looks_like(ROWS[name]) == name
+        return
+    with pytest.raises(DataError) as caught:
+        option(name)(ROWS[other])
+    message = str(caught.value)
+    assert message.startswith(f"data/format={name}: ")
+    assert f"The row looks like {other}" in message
+    assert message.endswith(f"→ data/format={other}")
+
+
+def test_a_row_of_no_format_says_what_it_has():
+    with pytest.raises(DataError, match=r"finds nothing \(keys here: question, answer\) under 'instruction'") as caught:
+        option("alpaca")({"question": "?", "answer": "!"})
+    assert "data.format.instruction=KEY" in str(caught.value)
+    with pytest.raises(DataError, match="finds int under 'text'"):
+        option("text")({"text": 3})
+
+
+def test_keys_can_be_renamed():
+    read = option("alpaca", "format.instruction=question", "format.output=answer")
+    assert read({"question": "Two and two?", "answer": "Four."}) == EXCHANGE
+    read = option("sharegpt", "format.speaker=who", "format.value=says", "+format.roles.bot=assistant")
+    said = [{"who": "human", "says": "Two and two?"}, {"who": "bot", "says": "Four."}]
+    assert read({"conversations": said}) == EXCHANGE
+
+
+def test_alpaca_puts_the_input_below_the_instruction_and_takes_a_system_prompt():
+    row = {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Be brief."}
+    contents = [message["content"] for message in option("alpaca")(row)]
+    assert contents == ["Be brief.", "Add.\n\n2, 2", "4"]
+    assert len(option("alpaca")({**row, "input": None, "system": None})) == 2
+
+
+def test_sharegpt_takes_a_system_prompt_and_knows_its_speakers():
+    row = {**ROWS["sharegpt"], "system": "Be brief."}
+    assert option("sharegpt")(row)[0] == {"role": "system", "content": "Be brief."}
+    with pytest.raises(DataError, match="unknown speaker 'bing'") as caught:
+        option("sharegpt")({"conversations": [{"from": "bing", "value": "Hi"}]})
+    assert "+data.format.roles.bing=user" in str(caught.value)
+
+
+def test_prompt_and_completion_may_be_messages():
+    assert option("prompt_completion")({"prompt": EXCHANGE[:1], "completion": EXCHANGE[1:]}) == EXCHANGE
+    assert option("prompt_completion")({"prompt": EXCHANGE[:1], "completion": "Four."}) == EXCHANGE
+
+
+def test_contents_may_be_lists_of_text_parts():
+    parts = [{"type": "text", "text": "Two and "}, {"type": "text", "text": "two?"}]
+    assert option("messages")({"messages": [{"role": "user", "content": parts}, EXCHANGE[1]]}) == EXCHANGE
+    with pytest.raises(DataError, match="only text can be trained on"):
+        option("messages")({"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([*EXCHANGE[:1], {"role": "assistant", "content": " \n"}], "message 2, of the assistant, is empty"),
+        ([*EXCHANGE[:1], {"role": "assistant", "content": None}], "message 2, of the assistant, is empty"),
+        ([{"role": "assistent", "content": "Hi"}], "unknown role 'assistent'. did you mean 'assistant'"),
+        (EXCHANGE[:1], "has no assistant turn"),
+        ([], "has no assistant turn"),
+        ([{"role": "user"}], "message 1 needs role and content, it has role"),
+        (["Hi"], "message 1 needs role and content, it has str"),
+    ],
+)
+def test_conversations_that_cannot_be_trained_on(messages, problem):
+    with pytest.raises(DataError) as caught:
+        option("messages")({"messages": messages})
+    assert problem in str(caught.value)
+    assert caught.value.faults[0].remedy
+
+
+def test_an_empty_text():
+    with pytest.raises(DataError, match="the text under 'text' is empty"):
+        option("text")({"text": " "})
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A file of row functions."""
+    file = tmp_path / "rows.py"
+    file.write_text(
+        textwrap.dedent("""
+            def to_messages(row):
+                return [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
+
+            def to_text(row):
+                return row["q"]
+
+            def to_nothing(row):
+                return None
+
+            number = 3
+        """)
+    )
+    return file
+
+
+def custom(function: object) -> Callable[..., formats.Example]:
+    node = {"_target_": "runner.formats.custom", "function": str(function)}
+    return config.bind(node, "data.format")
+
+
+def test_a_function_of_ones_own_from_a_file(own):
+    row = {"q": "Two and two?", "a": "Four."}
+    assert custom(f"{own}:to_messages")(row) == EXCHANGE
+    assert custom(f"{own}:to_text")(row) == "Two and two?"
+    assert "def to_messages" in formats.source_text(f"{own}:to_messages")
+
+
+def test_a_function_of_ones_own_from_a_module(own, monkeypatch):
+    monkeypatch.syspath_prepend(own.parent)
+    assert custom("rows:to_messages")({"q": "Two and two?", "a": "Four."}) == EXCHANGE
+
+
+def test_what_a_function_gives_is_checked(own):
+    with pytest.raises(DataError, match="gave NoneType"):
+        custom(f"{own}:to_nothing")({})
+    with pytest.raises(DataError, match="failed on this row: KeyError: 'q'"):
+        custom(f"{own}:to_messages")({})
+    with pytest.raises(DataError, match="is empty"):
+        custom(f"{own}:to_messages")({"q": "?", "a": ""})
+
+
+def test_functions_that_cannot_be_had(own):
+    broken = own.with_name("broken.py")
+    broken.write_text("def f(:\n")
+    for function, problem in {
+        "rows": "must be path/to/file.py:name or package.module:name",
+        f"{own.parent}/none.py:f": "no such file or module",
+        "no.such.module:f": "no such file or module",
+        f"{own}:to_mesages": "did you mean 'to_messages'?",
+        f"{broken}:f": "is not Python",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            custom(function)
+        assert str(caught.value).startswith(f"data.format.function={function}: ")
+        assert problem in str(caught.value)
+
+
+def test_a_file_that_fails_when_it_is_run(own):
+    own.with_name("raises.py").write_text("import no_such_package\ndef f(row): return ''\n")
+    with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
+        custom(f"{own.parent}/raises.py:f")({})
+    with pytest.raises(ConfigError, match="defines no function 'number'"):
+        custom(f"{own}:number")({})
