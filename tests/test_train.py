@@ -26,7 +26,7 @@ class Recorded:
         self.stop_at = stop_at
 
     def hooks(self) -> train.Hooks:
-        return train.Hooks(lambda step, metrics: self.records.append((step, metrics)), lambda *_: None, self._check)
+        return train.Hooks(lambda step, metrics: self.records.append((step, metrics)), lambda *_: None, lambda: None, self._check)
 
     def _check(self) -> None:
         if self.stop_at is not None and len(self.of("train/loss")) >= self.stop_at:

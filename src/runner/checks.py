@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from runner import config, data
+from runner import config, data, lora
 from runner.errors import ConfigError, Fault
 from runner.schema import RunSettings, TrainSettings
 
@@ -71,6 +71,9 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
             "train an adapter on them (lora=lora), or load them whole (quant=none)",
             "none",
         )
+    elif not is_none(cfg["quant"]):
+        given = {key: value for key, value in cfg["lora"].items() if key in ("method", "init_lora_weights")}
+        yield from (fault.below("lora") for fault in lora.check_on_quantized(**given))
     if train["max_steps"] is None and train["num_train_epochs"] is None and train["max_tokens"] is None:
         remedy = "set one of train.max_steps, train.num_train_epochs, train.max_tokens"
         yield Fault("train", "nothing says when training ends", remedy)

@@ -51,18 +51,19 @@ def weights_in(parts: Parts) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def data_manifest(cfg: Mapping[str, Any], made: Inputs) -> dict[str, Any]:
-    """Lineage of the data, for the manifest and for MLflow."""
-    return {
+def manifest(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> dict[str, Any]:
+    """What only the worker knows: where model and data came from, and the machine it runs on."""
+    data = {
         "name": made.splits.name,
         "uri": made.splits.uri,
         "digest": made.splits.digest,
         "report": asdict(made.splits.report),
-        "steps": made.total_steps,
     }
+    model = {"name": made.source.name, "path": made.source.path, "revision": made.source.revision}
+    return {"data": data, "model": model, "hardware": _hardware(rundir, made)}
 
 
-def hardware(rundir: RunDir, made: Inputs) -> dict[str, Any]:
+def _hardware(rundir: RunDir, made: Inputs) -> dict[str, Any]:
     """The machine, as the submitter saw it, and the worker's device."""
     import torch
 

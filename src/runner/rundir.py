@@ -162,12 +162,15 @@ class RunDir:
         """Hold the folder for this worker while the block runs; yields False where another worker holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with self.lock.open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
+            for attempt in range(10):  # who only looks whether a worker lives holds the lock for an instant
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.05 if attempt < 9 else 0)
+                    continue
+                yield True
                 return
-            yield True
+            yield False
 
 
 @contextlib.contextmanager

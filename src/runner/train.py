@@ -58,6 +58,8 @@ class Hooks:
     """(step, metrics): called at each logging step and after each evaluation."""
     evaluating: Callable[[int, int], None]
     """(batches done, batches in all) of an evaluation."""
+    saving: Callable[[], None]
+    """Called before each checkpoint: what was recorded so far is to be as safe as the checkpoint will be."""
     check_stop: Callable[[], None]
     """Raises Stopped when somebody asked for it; called where nothing would be lost."""
 
@@ -77,15 +79,21 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
                 progress.evaluated = True
                 hooks.record(progress.step, metrics)
             if progress.step > saved_step and save_is_due(progress.step, parts):
-                parts.checkpoints.save(parts.model, parts.optimizer, progress)
+                save(parts, progress, hooks)
                 saved_step = progress.step
             if progress.step >= parts.total_steps:
                 return progress
             hooks.check_stop()
             optimizer_step(parts, progress, hooks)
     except Stopped:
-        parts.checkpoints.save(parts.model, parts.optimizer, progress)
+        save(parts, progress, hooks)
         raise
+
+
+def save(parts: Parts, progress: Progress, hooks: Hooks) -> None:
+    hooks.saving()
+    parts.checkpoints.save(parts.model, parts.optimizer, progress)
+    parts.meter.pause()
 
 
 def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:

@@ -101,7 +101,7 @@ def _train(rundir: RunDir, cfg: dict[str, Any], stop: Stop) -> dict[str, Any]:
     from runner import build, models, samples, train  # torch and all that, only now
 
     console.quiet_libraries()
-    made = build.inputs(cfg)
+    made = build.inputs(_pinned(cfg, rundir))
     parts = build.parts(cfg, made, rundir)
     report.header(cfg, made, parts, rundir)
     progress = parts.checkpoints.restore(parts.model, parts.optimizer)
@@ -109,7 +109,7 @@ def _train(rundir: RunDir, cfg: dict[str, Any], stop: Stop) -> dict[str, Any]:
     state = rundir.read_state()
     if progress.step:
         log.info(f"resumed at step {progress.step}/{made.total_steps}")
-    rundir.update_manifest(data=report.data_manifest(cfg, made), hardware=report.hardware(rundir, made))
+    rundir.update_manifest(**report.manifest(cfg, made, rundir))
     started = state.started or time.time()
     rundir.write_state(
         status="running", attempt=state.attempt + 1, pid=os.getpid(), host=os.uname().nodename, reason="",
@@ -126,10 +126,17 @@ def _train(rundir: RunDir, cfg: dict[str, Any], stop: Stop) -> dict[str, Any]:
             rundir.write_state(step=step)
             display.record(step, metrics)
 
-        progress = train.train(parts, progress, train.Hooks(record, display.evaluating, stop.check))
+        hooks = train.Hooks(record, display.evaluating, partial(tracking.sync_to_disk, rundir), stop.check)
+        progress = train.train(parts, progress, hooks)
     models.save(parts.model, made.tokenizer, rundir.model)
     _samples_after(rundir, ask, answered)
     return report.summary(rundir, parts, progress, time.time() - started)
+
+
+def _pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
+    """The configuration with the commit of the Hub model that the first attempt found: a branch may move meanwhile."""
+    found = rundir.read_manifest().get("model", {}).get("revision")
+    return {**cfg, "model": {**cfg["model"], "revision": found}} if found and "revision" in cfg["model"] else cfg
 
 
 def _samples_before(rundir: RunDir, made: Inputs, ask: Ask, step: int) -> list[dict[str, str]]:
