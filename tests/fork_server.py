@@ -36,14 +36,16 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_at_random(folder: str, chance: random.Random, duration: float) -> str:
-    """Kill -9 at any moment between the start and the end of the run; returns where it was."""
+def kill_at_random(folder: str, chance: random.Random) -> str:
+    """Kill -9 at a random moment: while the run is being built, or at some step and a little after; says where it was."""
+    rundir, target = RunDir(Path(folder)), chance.randrange(-3, 24)
     child = start(folder)
-    time.sleep(chance.uniform(0.0, duration))
+    while rundir.read_state().step < target and not rundir.model.exists():
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0.0, 0.05 if target > 0 else 2.0))
     os.kill(child, signal.SIGKILL)
-    code = finish(child)
-    state = RunDir(Path(folder)).read_state()
-    return f"code {code}, {state.status} at step {state.step}"
+    code, state = finish(child), rundir.read_state()
+    return f"exit code {code}, {state.status} at step {state.step}"
 
 
 def main() -> None:
@@ -52,11 +54,9 @@ def main() -> None:
         return
     chance = random.Random(int(sys.argv[2]))
     reference, *folders = sys.argv[3:]
-    began = time.monotonic()
     assert finish(start(reference)) == 0
-    duration = time.monotonic() - began
     for folder in folders:
-        killed = kill_at_random(folder, chance, 0.9 * duration)
+        killed = kill_at_random(folder, chance)
         print(f"{folder}: {killed}; continued with exit code {finish(start(folder))}", flush=True)
 
 

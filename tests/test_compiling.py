@@ -105,7 +105,7 @@ def test_gradient_checkpointing_goes_along() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_layers(bits: int, tmp_path: Path) -> None:
-    """4-bit layers compile without a break; 8-bit ones break, which is told, and give the same numbers."""
+    """4-bit layers compile whole; 8-bit ones break in evaluation, which is told, and give the same numbers."""
     llama().save_pretrained(tmp_path)
     quantization = {
         4: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -119,11 +119,18 @@ def test_quantized_layers(bits: int, tmp_path: Path) -> None:
         ).train()
         for _ in range(2)
     )
+    for module in (*plain.modules(), *model.modules()):
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = (
+                False  # bitsandbytes 0.50 repacks in evaluation, and trains wrongly after
+            )
     if bits == 8:
-        with pytest.raises(ConfigError, match="cannot be compiled without a graph break"):
+        with pytest.raises(ConfigError, match="8-bit layers of bitsandbytes break the graph"):
             option("regional", fullgraph=True)(model)
     option("regional", fullgraph=bits == 4)(model)
     torch.testing.assert_close(losses_and_gradients(model), losses_and_gradients(plain), atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(loss.sums(model.eval(), batches()[0]), loss.sums(plain.eval(), batches()[0]))
     assert bool(compiling.graph_breaks()) == (bits == 8)
 
 

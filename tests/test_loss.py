@@ -60,6 +60,10 @@ def batch_of(packs: list[list[int]], trained: float = 0.5) -> dict[str, Tensor]:
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
+def with_virtual_tokens(model: torch.nn.Module) -> torch.nn.Module:
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 def unshifted(labels: Tensor) -> Tensor:
     return torch.cat([torch.full_like(labels[:, :1], loss.IGNORED), labels[:, :-1]], 1)
 
@@ -87,7 +91,7 @@ def test_every_way_to_choose_positions_is_the_same(offered: str, monkeypatch: py
     batch, model = batch_of(PACKS), build(FAMILIES["gemma2"])
     assert loss._choice_offered(model) == "mask"
     expected = loss.sums(model, batch)
-    monkeypatch.setattr(loss, "_choice_offered", lambda model: offered)
+    monkeypatch.setattr(loss, "_choice_offered", lambda _: offered)
     torch.testing.assert_close(loss.sums(model, batch), expected, atol=1e-5, rtol=1e-6)
 
 
@@ -101,7 +105,7 @@ def test_chunks_and_eval_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     loss.sums(again, batch)["loss"].backward()
     torch.testing.assert_close(gradients(again), gradients(model), atol=1e-6, rtol=1e-5)
     seen = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model.lm_head.register_forward_hook(lambda _module, _args, output: seen.append(output.shape))
     with torch.no_grad():
         torch.testing.assert_close(loss.sums(model, batch), expected, atol=1e-5, rtol=1e-6)
     assert [shape[0] for shape in seen] == (batch["labels"] != loss.IGNORED).sum(1).tolist(), "one row at a time"
@@ -110,7 +114,7 @@ def test_chunks_and_eval_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 def test_only_trained_positions_reach_the_head_and_logits_exist_once() -> None:
     batch, model = batch_of(PACKS, trained=0.3), build(FAMILIES["llama"])
     logits = []
-    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
+    model.lm_head.register_forward_hook(lambda _module, _args, output: logits.append(output))
     result = loss.sums(model, batch)
     assert logits[0].shape == (int(result["count"]), 64)
     probabilities = logits[0].detach().clone()  # by now softmax - one-hot
@@ -121,7 +125,8 @@ def test_bfloat16_is_summed_in_float32() -> None:
     batch, model = batch_of(PACKS), build(FAMILIES["llama"]).to(torch.bfloat16)
     result = loss.sums(model, batch)
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-    expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    logits, labels = logits.float().flatten(0, 1), batch["labels"].flatten()
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     assert result["loss"].dtype == torch.float32
     torch.testing.assert_close(result["loss"], expected, atol=1e-3, rtol=1e-4)
 
@@ -135,9 +140,7 @@ def test_a_batch_that_trains_nothing_gives_zero_and_a_gradient_of_zero() -> None
 
 
 def test_prompt_tuning_is_scored_behind_its_virtual_tokens() -> None:
-    tuned = get_peft_model(
-        build(FAMILIES["llama"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, tokenizer_name_or_path=None)
-    )
+    tuned = with_virtual_tokens(build(FAMILIES["llama"]))
     batch = batch_of([[20]])
     expected = tuned(input_ids=batch["input_ids"], labels=unshifted(batch["labels"]))
     result = loss.sums(tuned, {"input_ids": batch["input_ids"], "labels": batch["labels"]})
@@ -175,9 +178,7 @@ def test_the_check_leaves_no_trace_and_sees_through_lora() -> None:
 
 
 def test_prompt_tuning_cannot_be_packed() -> None:
-    tuned = get_peft_model(
-        build(FAMILIES["llama"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, tokenizer_name_or_path=None)
-    )
+    tuned = with_virtual_tokens(build(FAMILIES["llama"]))
     with pytest.raises(ConfigError, match="packing"):
         attention.check_isolation(tuned)
 

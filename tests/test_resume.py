@@ -49,11 +49,11 @@ def test_ten_kills_change_nothing(tmp_path: Path, cache: Path):
     reference, *killed = rundirs
     expected = outcome(reference)
     assert [r["step"] for r in expected["records"] if "train/loss" in r] == list(range(1, 25))
-    moments = {rundir.read_state().attempt for rundir in killed}
+    attempts = [rundir.read_state().attempt for rundir in killed]
     for rundir in killed:
         assert rundir.read_state().status == "completed"
         assert outcome(rundir) == expected, rundir.path
-    assert moments - {1}, "no kill came after training had begun"
+    assert sum(attempts) >= len(killed) + 5, "too few kills came while it was training"
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

@@ -81,8 +81,8 @@ def _mask(positions: Tensor, model: Any) -> Tensor:
     length = positions.shape[1]
     window = getattr(model.config, "sliding_window", None)
     if window and window < length and getattr(model.config, "use_sliding_window", True):
-        problem = f"rows of {length} tokens do not go with this model's sliding window of {window} in this transformers"
-        raise ConfigError(Fault("data.packing", problem, "install transformers >= 4.53, or set data.packing=false", True))
+        problem = f"rows of {length} tokens do not go with a sliding window of {window} in this transformers"
+        raise ConfigError(Fault("data.packing", problem, "use transformers >= 4.53, or set data.packing=false", True))
     document = (positions == 0).cumsum(1)  # (B, T)
     same = document[:, :, None] == document[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()

@@ -56,19 +56,20 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """
     from torch import nn
 
-    lists = [
+    lists: list[nn.ModuleList] = [
         module
         for module in _decoder(model).modules()
         if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
     ]
     if not lists:
-        name = type(model).__name__
-        raise ConfigError(Fault("compile", f"{name} has no list of equal layers", "use compile=default or compile=none"))
-    return list(max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters())))
+        problem = f"{type(model).__name__} has no list of equal layers"
+        raise ConfigError(Fault("compile", problem, "use compile=default or compile=none"))
+    sizes = [sum(parameter.numel() for parameter in layers.parameters()) for layers in lists]
+    return list(lists[sizes.index(max(sizes))])
 
 
 def graph_breaks() -> list[str]:
-    """Why compiled code had to go back to Python, each reason once, with how often it was met; empty when it never had."""
+    """Why compiled code had to go back to Python: each reason with how often it was met; empty when it never had."""
     from torch._dynamo.utils import counters
 
     return [f"{count} × {' '.join(reason.split())[:300]}" for reason, count in counters["graph_break"].items()]
@@ -87,7 +88,7 @@ def _check(model: nn.Module, mode: Mode, fullgraph: bool) -> None:
         problem = f"reduce-overhead records CUDA graphs, and the model is on {device}: it would change nothing"
         raise ConfigError(Fault("compile.mode", problem, "use compile=regional or compile=default", mode))
     if fullgraph and any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        problem = "the 8-bit layers of bitsandbytes cannot be compiled without a graph break"
+        problem = "the 8-bit layers of bitsandbytes break the graph in evaluation"
         raise ConfigError(Fault("compile.fullgraph", problem, "set it to false, or use quant=4bit", True))
     _check_compiler(device)
 
@@ -98,7 +99,8 @@ def _check_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
         if importlib.util.find_spec("triton") is None:
-            raise ConfigError(Fault("compile", "needs Triton to write code for the GPU", "install triton, or compile=none"))
+            problem = "needs Triton to write code for the GPU"
+            raise ConfigError(Fault("compile", problem, "install triton, or use compile=none"))
     if not any(map(shutil.which, names)):
         problem = f"needs a compiler on this machine, one of: {', '.join(names)}"
         raise ConfigError(Fault("compile", problem, "install one (Debian: apt install g++), or use compile=none"))

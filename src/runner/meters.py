@@ -65,7 +65,7 @@ class MemoryEstimate:
 
 
 class Meter:
-    """Speed over the last steps. The first step of a process (compiling, warming up) counts only while it is the only one."""
+    """Speed over the last steps; a process's first (compiling, warming up) counts only while it is the only one."""
 
     def __init__(self, flops_per_token: float, peak_flops: float) -> None:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
@@ -90,7 +90,7 @@ class Meter:
         self._since = now
 
     def rates(self) -> dict[str, float]:
-        """Tokens per second, seconds per step, part of the time spent waiting for data, and the part of the peak used."""
+        """Useful tokens per second, seconds per step, the part of them spent waiting for data, and MFU."""
         if not self._steps:
             return {}
         tokens, seconds, waited = (sum(column) for column in zip(*self._steps, strict=True))
@@ -123,7 +123,7 @@ def flops_per_token(model: nn.Module, length: int, trained: float = 1.0) -> floa
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s: the maker's figure for a known GPU, else the best rate of a matrix product, measured once and cached."""
+    """Peak FLOP/s: the maker's figure for a known GPU, else the best rate of a matrix product, measured once."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     if device.type == "cuda":
         for known, (half, single) in PEAK_TFLOPS.items():
@@ -176,13 +176,15 @@ def estimate(
 ) -> MemoryEstimate:
     """The memory of training ``rows`` x ``length`` tokens at a time, before anything is loaded.
 
-    ``weight_bytes`` are all weights as stored, ``optimizer_bytes`` the state of one trained parameter (AdamW 8, in 8 bits
-    2, Muon 4), ``dtype_bytes`` those of an activation, ``logits_rows`` the trained positions of a batch, ``full``
-    whether the base itself trains. Kept for the backward pass of a layer, for each token, in values:
+    ``weight_bytes`` are all weights as stored, ``optimizer_bytes`` the state of one trained parameter (AdamW 8, in
+    8 bits 2, Muon 4), ``dtype_bytes`` those of an activation, ``logits_rows`` the trained positions of a batch, and
+    ``full`` whether the base itself trains. Kept for the backward pass of a layer, for each token, in values:
     the inputs of both norms and of what follows them (4 h, 6 h where the norms train), queries, keys, values and the
     result of attention (4 q), gate, up, activated gate and product of the MLP (4 m). Below float32 the norms keep
     their input in float32. With checkpointing: the input of each layer, and one layer in full. On top, the gradients
     of the widest place (3 m), and the mask of packed rows. Logits: once, and a chunk of them twice in float32.
+
+    Against the measured peak of SmolLM2's shapes on a CPU: 0.73 to 1.27 of it, LoRA below and full fine-tuning above.
     """
     text = _text(config)
     hidden, layers, tokens = text.hidden_size, text.num_hidden_layers, rows * length
@@ -192,14 +194,17 @@ def estimate(
     layer = tokens * (kept * dtype_bytes + (2 * hidden * 4 if dtype_bytes < 4 else 0))
     all_layers = layers * tokens * hidden * dtype_bytes + layer if checkpointing else layers * layer
     passing = tokens * 3 * wide * dtype_bytes + rows * length**2 * dtype_bytes
-    chunk = 2 * min(logits_rows * text.vocab_size, 2**25) * 4
+    activations = all_layers + passing
+    logits = logits_rows * text.vocab_size * dtype_bytes + 2 * min(logits_rows * text.vocab_size, 2**25) * 4
+    # A CPU's heap keeps holes between what lives in it, measured at 0 to 1.2 times the short-lived part (glibc 2.36).
+    base, holes = (0.7, 0.7) if device == "cpu" else (0.5, 0.05)
     return MemoryEstimate(
         weights=weight_bytes,
         gradients=trainable_params * dtype_bytes,
         optimizer=int(trainable_params * optimizer_bytes),
-        activations=all_layers + passing,
-        logits=logits_rows * text.vocab_size * dtype_bytes + chunk,
-        overhead=int((0.7 if device == "cpu" else 0.5) * GIB),
+        activations=activations,
+        logits=logits,
+        overhead=int(base * GIB + holes * (activations + logits)),
     )
 
 
@@ -222,7 +227,7 @@ def _head(model: Any) -> nn.Module:
 
 
 def _attention_flops(config: Any, length: int) -> float:
-    """Forward, one token, all layers: scores and weighted values (4 each way), half of which a causal mask leaves out."""
+    """Forward, one token, all layers: scores and weighted values, half of which a causal mask leaves out."""
     if config is None or not hasattr(config, "num_attention_heads"):
         return 0.0
     layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -253,10 +258,11 @@ def _text(config: Any) -> Any:
 def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    result, best, until = a[:64] @ b, math.inf, time.perf_counter() + seconds  # the first product warms up
+    result, best = a @ b, math.inf  # the first product warms up
+    until = time.perf_counter() + seconds
     while best == math.inf or time.perf_counter() < until:
         start = time.perf_counter()
-        torch.mm(a, b, out=result.resize_(size, size))
+        torch.mm(a, b, out=result)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
@@ -273,7 +279,7 @@ def _cpu_name() -> str:
 
 
 def _peak_rss() -> int:
-    """Bytes. Linux keeps getrusage's figure over exec, so that a child would report its parent's: ask for VmHWM there."""
+    """Bytes. On Linux getrusage survives exec, so that a child would report its parent's: VmHWM does not."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -172,8 +173,8 @@ def muon(
         )
     ]
     if others:
-        keys = {"learning_rate": learning_rate, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        parts.append(adamw(others, **keys, fused="auto"))
+        rest = adamw(others, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps, fused="auto")
+        parts.append(rest)
     return _joined(parts)
 
 
@@ -222,13 +223,12 @@ def check_muon(*, betas: list[float], nesterov: bool, momentum: float, **_: obje
         yield Fault("nesterov", "has no effect without momentum", "set optim.nesterov=false or raise optim.momentum")
 
 
-def check_torch_optimizer(
-    *, name: str, learning_rate: float, weight_decay: float, **options: Any
-) -> Iterator[Fault]:
+def check_torch_optimizer(*, name: str, learning_rate: float, weight_decay: float, **options: Any) -> Iterator[Fault]:
     known = _constructors()
     if name not in known:
         listed = ", ".join(sorted(set(known) - set(CLOSURE_OR_SPARSE)))
-        yield Fault("name", "torch.optim has no such class", f"{suggest(name, known)} there are: {listed}".strip(), name)
+        remedy = f"{suggest(name, known)} there are: {listed}".strip()
+        yield Fault("name", "torch.optim has no such class", remedy, name)
     elif name in CLOSURE_OR_SPARSE:
         better = "use optim=muon" if name == "Muon" else "choose another, such as AdamW or Adagrad"
         yield Fault("name", f"cannot train here: {CLOSURE_OR_SPARSE[name]}", better, name)
@@ -252,7 +252,10 @@ def _mismatch(value: object, annotation: str) -> str:
     # As written in torch's source: "float", "bool | None", "float | Tensor"; torch itself checks what is not plain.
     plain: dict[str, Any] = {"float": float, "int": int, "bool": bool, "str": str, "None": None, "Tensor": float}
     words = [word.strip() for word in annotation.split("|")]
-    return mismatch(value, Union[tuple(plain[word] for word in words)]) if set(words) <= set(plain) else ""
+    if not set(words) <= set(plain):
+        return ""
+    allowed: Any = functools.reduce(operator.or_, (plain[word] for word in words))
+    return mismatch(value, allowed)
 
 
 @functools.cache
@@ -264,7 +267,8 @@ def _constructors() -> dict[str, dict[str, str]]:
     classes = {}
     for path in (Path(spec.origin).parent / "optim").glob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and any(getattr(b, "id", "") in ("Optimizer", "Adam") for b in node.bases):
+            bases = [getattr(base, "id", "") for base in node.bases] if isinstance(node, ast.ClassDef) else []
+            if isinstance(node, ast.ClassDef) and {"Optimizer", "Adam"} & set(bases):
                 classes[node.name] = _options(node)
     return {name: options or classes["Adam"] for name, options in classes.items()}
 
@@ -287,7 +291,7 @@ def _joined(parts: list[Optimizer]) -> Optimizer:
             super().__init__([group for part in parts for group in part.param_groups], {})
             self._share()
 
-        def step(self, closure: None = None) -> None:  # type: ignore[override]
+        def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
             for part in parts:
                 part.step()
 

@@ -1,0 +1,192 @@
+"""FLOPs against torch's counter, memory against the process's real peak, speed against a clock set by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from runner import meters
+
+LENGTH = 64
+LLAMA = transformers.LlamaConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+
+
+def build(config: transformers.PretrainedConfig = LLAMA) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def with_lora(model: torch.nn.Module) -> torch.nn.Module:
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("adapt", [lambda model: model, with_lora], ids=["full", "lora"])
+def test_flops_are_what_torch_counts(adapt) -> None:
+    """Eager attention computes both halves and goes back at twice the cost: 12 T d a layer where we say 7 T d."""
+    model, ids = adapt(build()), torch.randint(0, 512, (2, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    attention = LENGTH * LLAMA.hidden_size * LLAMA.num_hidden_layers
+    expected = counter.get_total_flops() / ids.numel() + (7 - 12) * attention
+    # LoRA: torch spares the first layer's queries, keys and values the gradient of an input nobody trains.
+    assert meters.flops_per_token(model, LENGTH) == pytest.approx(expected, rel=0.03)
+
+
+def test_flops_of_a_known_model_by_hand() -> None:
+    """6 N of the matrices with the tied head, and 7 T d for the attention of each layer."""
+    hidden, wide, layers, vocabulary = 128, 384, 3, 512
+    matrices = layers * (2 * hidden * hidden + 2 * hidden * 64 + 3 * hidden * wide) + vocabulary * hidden
+    attention = 7 * LENGTH * hidden * layers
+    assert meters.flops_per_token(build(), LENGTH) == 6 * matrices + attention
+    half_the_head = 6 * vocabulary * hidden / 2
+    assert meters.flops_per_token(build(), LENGTH, trained=0.5) == 6 * matrices + attention - half_the_head
+
+
+def test_a_sliding_window_bounds_attention() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = build(transformers.MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=16))
+    assert meters.flops_per_token(model, 64) == meters.flops_per_token(model, 16)
+
+
+def test_only_the_experts_used_count() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4}
+
+    def flops(used: int) -> float:
+        return meters.flops_per_token(build(transformers.MixtralConfig(**sizes, **heads, num_experts_per_tok=used)), 8)
+
+    assert flops(2) - flops(1) == 6 * 3 * 32 * 48, "one more expert: three matrices"
+
+
+def test_peak_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, bf16, fp32 in (
+        ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA L4", 121e12, 30.3e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+        ("Tesla T4", 65e12, 8.1e12),
+        ("NVIDIA A10G", 70e12, 35e12),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert meters.peak_flops(torch.device("cuda"), torch.bfloat16) == bf16
+        assert meters.peak_flops(torch.device("cuda"), torch.float32) == fp32
+
+
+def test_peak_of_a_cpu_is_measured_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
+    first = meters.peak_flops(torch.device("cpu"), torch.float32)
+    assert 1e9 < first < 1e14
+    [file] = (tmp_path / "meters").iterdir()
+    began = time.perf_counter()
+    assert meters.peak_flops(torch.device("cpu"), torch.float32) == first == json.loads(file.read_text())["flops"]
+    assert time.perf_counter() - began < 0.1
+
+
+def test_meter_leaves_out_the_first_step_and_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 100.0, 102.0, 152.0, 156.0])
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
+    meter = meters.Meter(flops_per_token=10.0, peak_flops=10_000.0)
+    assert meter.rates() == {}
+    meter.step(500, waited=1.0)  # compiles: 100 s
+    assert meter.rates()["train/step_seconds"] == 100.0, "better than nothing while there is no other"
+    meter.step(500, waited=0.5)  # 2 s
+    assert meter.rates()["train/tokens_per_second"] == 250.0
+    meter.pause()  # an evaluation of 50 s
+    meter.step(700, waited=0.1)  # 4 s
+    assert meter.rates() == pytest.approx(
+        {
+            "train/tokens_per_second": 200.0,
+            "train/step_seconds": 3.0,
+            "train/data_wait_fraction": 0.1,
+            "train/mfu": 0.2,
+        }
+    )
+    assert meter.rates() == meter.rates(), "reading changes nothing"
+
+
+def test_memory_of_this_process_and_machine() -> None:
+    before = meters._peak_rss()
+    block = torch.ones(64 * 2**20)  # 256 MiB
+    if not torch.cuda.is_available():
+        assert meters.memory_metrics()["memory/peak_rss_gib"] * meters.GIB >= before
+    assert meters._peak_rss() >= block.nbytes
+    total, free = meters.device_memory(torch.device("cpu"))
+    assert 0 < free < total
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_memory_of_a_gpu() -> None:
+    torch.cuda.reset_peak_memory_stats()
+    block = torch.ones(2**20, device="cuda")
+    metrics = meters.memory_metrics()
+    assert block.nbytes / meters.GIB <= metrics["memory/peak_allocated_gib"] <= metrics["memory/peak_reserved_gib"]
+    total, free = meters.device_memory(torch.device("cuda"))
+    assert free < total
+
+
+def test_estimate_grows_with_what_it_should() -> None:
+    base = {"trainable_params": 1000, "weight_bytes": 4000, "config": LLAMA, "rows": 2, "length": 64, "logits_rows": 64}
+    plain = meters.estimate(**base)
+    assert (plain.gradients, plain.optimizer) == (4000, 8000)
+    assert plain.total == sum(vars(plain).values())
+    assert meters.estimate(**{**base, "rows": 4}).activations == 2 * plain.activations
+    assert meters.estimate(**base, checkpointing=True).activations < plain.activations
+    assert meters.estimate(**base, optimizer_bytes=2.0).optimizer == 2000
+    assert meters.estimate(**base, dtype_bytes=2).activations < plain.activations
+    assert meters.estimate(**base, full=True).activations > plain.activations
+
+
+TRAIN = """
+import json, sys
+import torch, transformers
+from peft import LoraConfig, get_peft_model
+from runner import loss, meters, optim
+kind, rows, length, layers, trained = sys.argv[1], *map(int, sys.argv[2:5]), float(sys.argv[5])
+config = transformers.LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+                                  num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+model = transformers.AutoModelForCausalLM.from_config(config).train()
+if kind == "lora":
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+groups = optim.parameter_groups(model, 0.0)
+optimizer = torch.optim.AdamW(groups, fused=True)
+ids = torch.randint(0, 49152, (rows, length))
+labels = ids.roll(-1, 1).masked_fill(torch.rand(ids.shape) > trained, loss.IGNORED)
+positions = torch.arange(length // 2).repeat(rows, 2)
+for _ in range(2):
+    sums = loss.sums(model, {"input_ids": ids, "position_ids": positions, "labels": labels})
+    (sums["loss"] / sums["count"]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+expected = meters.estimate(
+    trainable_params=sum(p.numel() for group in groups for p in group["params"]),
+    weight_bytes=4 * sum(p.numel() for p in model.parameters()), config=config, rows=rows, length=length,
+    logits_rows=int(sums["count"]), full=kind == "full")
+print(json.dumps([expected.total, meters._peak_rss()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's libraries alone take gigabytes of a process")
+@pytest.mark.parametrize("case", ["lora 2 512 12 0.5", "full 1 512 12 0.5", "full 1 64 12 0.5"])
+def test_estimate_is_near_the_real_peak(case: str) -> None:
+    done = subprocess.run([sys.executable, "-c", TRAIN, *case.split()], check=True, capture_output=True, text=True)
+    expected, real = json.loads(done.stdout.splitlines()[-1])
+    assert 0.7 < expected / real < 1.35, f"{expected / meters.GIB:.2f} GiB expected, {real / meters.GIB:.2f} seen"
