@@ -1,7 +1,7 @@
 """Work on run folders in processes forked from a warm one, and kill them: used by test_resume.
 
-    python fork_server.py run FOLDER            work to the end; prints the exit code
-    python fork_server.py kill SEED FOLDER...   kill -9 each at a random moment, then continue it to its end
+python fork_server.py run FOLDER            work to the end; prints the exit code
+python fork_server.py kill SEED FOLDER...   kill -9 each at a random moment, then continue it to its end
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def finish(child: int) -> int:
 
 
 def kill_at_random(folder: str, chance: random.Random) -> str:
-    """Kill -9 at a random moment: while the run is being built, or at some step and a little after; says where it was."""
+    """Kill -9 while the run is being built, or at some random step and a little after; says where it was."""
     rundir, target = RunDir(Path(folder)), chance.randrange(-3, 24)
     child = start(folder)
     while rundir.read_state().step < target and not rundir.model.exists():

@@ -76,7 +76,11 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("nothing ends the training", ["train.max_steps=null"], "nothing says when training ends"),
     ("quantized full fine-tuning", ["quant=4bit", "lora=none"], "full fine-tuning cannot train quantized weights"),
     ("device_map", ["+model.device_map=auto"], "inference only"),
-    ("a library class as an option", ["quant._target_=transformers.BitsAndBytesConfig"], "must be a function of runner"),
+    (
+        "a library class as an option",
+        ["quant._target_=transformers.BitsAndBytesConfig"],
+        "must be a function of runner",
+    ),
     ("unknown PEFT method", ["lora=peft", "lora.method=loraa"], "did you mean"),
     ("unknown PEFT option", ["lora=peft", "lora.method=ia3", "+lora.rank=3"], "rank"),
     ("unknown optimizer", ["optim=torch", "optim.name=AdamWW"], "did you mean"),
@@ -177,14 +181,18 @@ def test_the_traceback_is_there_for_those_who_ask(monkeypatch: pytest.MonkeyPatc
     assert "Traceback" in capfd.readouterr().err
 
 
-def test_an_unwritable_cache_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def test_an_unwritable_cache_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     assert "RUNNER_CACHE" in refused(capfd, "model=tiny", "tracking=offline")
 
 
 def test_a_typo_is_refused_without_loading_torch(tmp_path: Path):
-    code = "import sys; from runner import cli; c = cli.run(['quant=4bits']); print('torch' in sys.modules); sys.exit(c)"
+    code = (
+        "import sys; from runner import cli; c = cli.run(['quant=4bits']); print('torch' in sys.modules); sys.exit(c)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (2, "False")
 

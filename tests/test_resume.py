@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import TINY, prepared
+
 from runner import tracking
 from runner.rundir import RunDir
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -10,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from conftest import TINY, composed
+
 from runner import build, train
 from runner.checkpoint import Progress
 from runner.errors import Preempted, TrainingError
@@ -26,7 +27,9 @@ class Recorded:
         self.stop_at = stop_at
 
     def hooks(self) -> train.Hooks:
-        return train.Hooks(lambda step, metrics: self.records.append((step, metrics)), lambda *_: None, lambda: None, self._check)
+        return train.Hooks(
+            lambda step, metrics: self.records.append((step, metrics)), lambda *_: None, lambda: None, self._check
+        )
 
     def _check(self) -> None:
         if self.stop_at is not None and len(self.of("train/loss")) >= self.stop_at:
@@ -111,7 +114,13 @@ def test_four_rows_one_at_a_time_equal_four_rows_at_once(tmp_path: Path, cache: 
 
 @pytest.mark.slow
 def test_packed_rows_have_the_losses_of_their_documents_on_the_real_model(tmp_path: Path, cache: Path):
-    common = ("model.dtype=float32", "data.max_length=256", "data.train_rows=40", "data.eval_rows=6", "tracking=offline")
+    common = (
+        "model.dtype=float32",
+        "data.max_length=256",
+        "data.train_rows=40",
+        "data.eval_rows=6",
+        "tracking=offline",
+    )
     _, packed = parts_of(tmp_path, *common, "data.packing=true")
     _, alone = parts_of(tmp_path, *common, "data.packing=false", "train.per_device_batch_size=1")
     packed.model.eval()
@@ -136,7 +145,7 @@ def test_packed_rows_have_the_losses_of_their_documents_on_the_real_model(tmp_pa
 
 def documents(row: torch.Tensor, positions: torch.Tensor) -> list[tuple[int, ...]]:
     starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
-    return [tuple(row[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+    return [tuple(row[a:b].tolist()) for a, b in itertools.pairwise(starts)]
 
 
 def test_the_records_are_complete_and_the_loss_falls(tmp_path: Path, cache: Path):

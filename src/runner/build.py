@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from runner import attention, config, data, meters, models, optim, train
 from runner.checkpoint import Checkpoints
 from runner.errors import ConfigError, Fault
+from runner.origins import ModelSource
 from runner.precision import dtype_for
 from runner.rundir import RunDir
 from runner.schema import TrainSettings
@@ -28,7 +29,7 @@ class Inputs:
     """What is known without loading weights: enough for ``plan`` and to refuse what cannot train."""
 
     task: Task
-    source: models.ModelSource
+    source: ModelSource
     tokenizer: Any
     settings: TrainSettings
     splits: data.Splits
@@ -55,7 +56,7 @@ def inputs(cfg: Mapping[str, Any]) -> Inputs:
 
 
 def load_data(
-    cfg: Mapping[str, Any], task: Task, source: models.ModelSource, tokenizer: Any, settings: TrainSettings
+    cfg: Mapping[str, Any], task: Task, source: ModelSource, tokenizer: Any, settings: TrainSettings
 ) -> tuple[data.Splits, data.Batches, data.Batches]:
     settings_node, format_node, source_node = data.split_node(dict(cfg["data"]))
     data_settings = config.bind(settings_node, "data", data.DataSettings)()
@@ -93,8 +94,9 @@ def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
     torch.manual_seed(cfg["seed"])
     model: torch.nn.Module = config.bind(cfg["lora"], "lora")(base)
     if made.settings.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
+        enable: Any = base
+        enable.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable.enable_input_require_grads()
     return model
 
 
@@ -103,14 +105,14 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> train.Parts:
     if made.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    check_fits(expect(cfg, made))
+    expected = expect(cfg, made)
+    check_fits(expected)
     accelerator = Accelerator(cpu=made.device.type == "cpu", mixed_precision="no")
     model = load_model(cfg, made)
     weight_decay = cfg["optim"].get("weight_decay", 0.0)
     optimizer = config.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
     if cfg["data"]["packing"]:
         attention.check_isolation(model)
-    flops = meters.flops_per_token(model, cfg["data"]["max_length"])
     config.bind(cfg["compile"], "compile")(model)
     return train.Parts(
         model=model,
@@ -124,7 +126,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> train.Parts:
         total_steps=made.total_steps,
         accelerator=accelerator,
         checkpoints=Checkpoints(rundir.checkpoints, made.settings.save_total_limit),
-        meter=meters.Meter(flops, meters.peak_flops(made.device, model_dtype(model))),
+        meter=meters.Meter(expected.flops_per_token, meters.peak_flops(made.device, model_dtype(model))),
         quote=partial(quote, made.tokenizer),
         extra_metrics=meters.memory_metrics,
     )

@@ -126,9 +126,7 @@ def _prepared(hydra: Any, job: Any, argv: list[str]) -> Any:
     from runner import compose, prepare
 
     command = ["python", "-m", "runner", *argv]
-    entered = compose.enter(
-        hydra, job, lambda _: prepare.prepare(job.cfg, Path(job.folder()), command, job.overrides)
-    )
+    entered = compose.enter(hydra, job, lambda _: prepare.prepare(job.cfg, Path(job.folder()), command, job.overrides))
     return entered.return_value
 
 

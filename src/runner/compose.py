@@ -147,7 +147,7 @@ def _job(composed: DictConfig, folder_key: str, subfolder_key: str | None = None
     HydraConfig.instance().set_config(composed)
     cfg = to_plain(ours)
     with _writable(composed.hydra.overrides):  # what Hydra writes into .hydra/ shows no secrets either
-        composed.hydra.overrides.task = [redact(override) for override in composed.hydra.overrides.task]
+        composed.hydra.overrides.task = [redact(override) for override in map(str, composed.hydra.overrides.task)]
     return Job(composed, cfg, folder_key, subfolder_key)
 
 
@@ -166,7 +166,8 @@ def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
     groups = {name for name in hydra.config_loader.list_groups("") if name != "hydra"}
     choices = [override for override in parsed if _is_choice(override.key_or_group, hydra)]
     wrong = {id(override): list(_choice_faults(hydra, override)) for override in choices}
-    known = _known_keys(hydra, args, [o.input_line for o in choices if not wrong[id(o)] and not o.is_sweep_override()])
+    right = [override for override in choices if not wrong[id(override)] and not override.is_sweep_override()]
+    known = _known_keys(hydra, args, [str(override.input_line) for override in right])
     for override in parsed:
         key = override.key_or_group
         if key.split(".")[0].split("/")[0] == "hydra" or override.is_add() or override.is_force_add():
@@ -220,7 +221,9 @@ def _key_fault(key: str, value: str, known: set[str], groups: set[str]) -> Fault
     parent, _, last = key.rpartition(".")
     beside = sorted(k for k in known if k.rpartition(".")[0] == parent)
     if beside:
-        names = [k.rpartition(".")[2] for k in beside if not k.endswith("_target_")] + ([] if parent else sorted(groups))
+        names = [k.rpartition(".")[2] for k in beside if not k.endswith("_target_")] + (
+            [] if parent else sorted(groups)
+        )
         fault = unknown_key(last, names, value)
         if "did you mean" not in fault.remedy and (same := [k for k in known if k.rpartition(".")[2] == last]):
             return Fault(key, "no such key", f"did you mean {' or '.join(sorted(same))}?", value)

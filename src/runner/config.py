@@ -74,9 +74,7 @@ def bind(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | No
     return functools.partial(function, **values)
 
 
-def find_faults(
-    node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | None = None
-) -> Iterator[Fault]:
+def find_faults(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | None = None) -> Iterator[Fault]:
     """Every fault of ``node``: unknown, missing and wrongly typed keys, then what its ``check_`` companion says."""
     try:
         function = target or _resolve(node.get(TARGET))

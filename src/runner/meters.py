@@ -123,7 +123,7 @@ def flops_per_token(model: nn.Module, length: int, trained: float = 1.0) -> floa
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s: the maker's figure for a known GPU, else the best rate of a matrix product, measured once."""
+    """Peak FLOP/s: the maker's figure for a known GPU, else the best matrix product seen here, now or before."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     if device.type == "cuda":
         for known, (half, single) in PEAK_TFLOPS.items():
@@ -131,9 +131,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
                 return (single if dtype == torch.float32 else half) * 1e12
     key = f"{name}/{torch.get_num_threads()}/{dtype}/{torch.__version__}"
     file = cache_dir("meters") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if not file.exists():
-        write_atomic(file, json.dumps({"key": key, "flops": _measured_flops(device, dtype)}))
-    return float(json.loads(file.read_text())["flops"])
+    best = max(_measured_flops(device, dtype), json.loads(file.read_text())["flops"] if file.exists() else 0.0)
+    write_atomic(file, json.dumps({"key": key, "flops": best}))
+    return float(best)
 
 
 def memory_metrics() -> dict[str, float]:

@@ -200,7 +200,9 @@ def torch_optimizer(
 def state_bytes(node: Mapping[str, Any]) -> float:
     """About how many bytes the optimizer of this config node keeps for each trained parameter."""
     name = str(node.get("_target_", "")).rpartition(".")[2]
-    return {"adamw": 8.0, "adamw_bnb": 2.1, "lion": 4.0, "muon": 4.0}.get(name, 8.0)
+    in_8_bits = node.get("bits") == 8
+    known = {"adamw": 8.0, "adamw_bnb": 2.1 if in_8_bits else 8.0, "lion": 1.1 if in_8_bits else 4.0, "muon": 4.0}
+    return known.get(name, 8.0)
 
 
 def check_adamw(*, betas: list[float], **_: object) -> Iterator[Fault]:

@@ -248,6 +248,7 @@ class Batches:
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(positions),
+            "packed": self.packing,
             "tokens": int(self.sizes[packs].sum()) if packs else 0,
             "trained": int((labels != IGNORED).sum()),
         }

@@ -89,7 +89,10 @@ def _time_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
     seconds = tokens * expected.flops_per_token / (peak * ASSUMED_UTILISATION)
     return [
         ("steps", f"{made.total_steps}, {tokens} tokens, {made.batches.epoch(made.total_steps):.2f} epochs"),
-        ("time", f"about {console.duration(seconds)} of training at {ASSUMED_UTILISATION:.0%} of {peak / 1e12:.2f} TFLOP/s"),
+        (
+            "time",
+            f"about {console.duration(seconds)} of training at {ASSUMED_UTILISATION:.0%} of {peak / 1e12:.2f} TFLOP/s",
+        ),
     ]
 
 

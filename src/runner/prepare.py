@@ -127,12 +127,19 @@ def _manifest(
         "git": _git(rundir),
         "versions": _versions(),
         "lock_sha256": _lock_hash(),
-        "hardware": {"host": platform.node(), "cpu": _cpu_name(), "cpus": os.cpu_count(), "system": platform.platform()},
+        "hardware": {
+            "host": platform.node(),
+            "cpu": _cpu_name(),
+            "cpus": os.cpu_count(),
+            "system": platform.platform(),
+        },
     }
 
 
 def _default_name(overrides: list[str]) -> str:
-    named = [o for o in overrides if not o.startswith(("hydra.", "outputs_dir=", "tracking", "resume=", "train.sample"))]
+    named = [
+        o for o in overrides if not o.startswith(("hydra.", "outputs_dir=", "tracking", "resume=", "train.sample"))
+    ]
     return redact(",".join(named))[:120] or "default"
 
 

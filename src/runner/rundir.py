@@ -1,6 +1,6 @@
 """The run folder: the only place that names the files of a run, and the only one that writes its state.
 
-    .hydra/ config.yaml manifest.json state.json metrics.jsonl system.jsonl samples.json train.log checkpoints/ model/
+.hydra/ config.yaml manifest.json state.json metrics.jsonl system.jsonl samples.json train.log checkpoints/ model/
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The types of the keys that belong to no option: those at the top, and the group ``train``. Their values are in conf/."""
+"""The types of the keys that belong to no option: those at the top, and ``train``. Their values are in conf/."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Stop:
         if self.requested is not None:
             raise self.requested
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         again = self.requested is not None
         if number == signal.SIGTERM:
             self.requested = Preempted(Fault("", "stopped by SIGTERM; the state is saved"))

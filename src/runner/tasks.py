@@ -105,6 +105,7 @@ def token_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-    from runner import loss
+    from runner import attention, loss
 
-    return loss.sums(model, batch)
+    asked = attention.inputs(batch, batch["packed"], model)
+    return loss.sums(model, {**asked, "labels": batch["labels"].reshape(asked["input_ids"].shape)})
