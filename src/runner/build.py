@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -104,10 +104,11 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> train.Parts:
     """Everything the train loop takes."""
     if made.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
     expected = expect(cfg, made)
     check_fits(expected)
-    accelerator = Accelerator(cpu=made.device.type == "cpu", mixed_precision="no")
+    made, precision = keep_updates(made, full=expected.counts["adapter"] == 0)
+    accelerator = Accelerator(cpu=made.device.type == "cpu", mixed_precision=precision)
     model = load_model(cfg, made)
     weight_decay = cfg["optim"].get("weight_decay", 0.0)
     optimizer = config.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
@@ -130,6 +131,16 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> train.Parts:
         quote=partial(quote, made.tokenizer),
         extra_metrics=meters.memory_metrics,
     )
+
+
+def keep_updates(made: Inputs, *, full: bool) -> tuple[Inputs, str]:
+    """Weights that train whole are kept in float32 and computed with in bfloat16: pure bfloat16 loses small updates.
+
+    Returns the inputs and accelerate's ``mixed_precision``. A dtype that was asked for is left as it is.
+    """
+    if full and made.source.dtype == "auto" and dtype_for("auto", made.device) == torch.bfloat16:
+        return replace(made, source=replace(made.source, dtype="float32")), "bf16"
+    return made, "no"
 
 
 def pick_device() -> torch.device:
@@ -165,13 +176,13 @@ def expect(cfg: Mapping[str, Any], made: Inputs) -> Expected:
     shape = models.empty(made.source, quant)
     model = config.bind(cfg["lora"], "lora")(shape)
     counts = models.describe(model)
-    size = dtype_for(made.source.dtype, made.device).itemsize
+    full = counts["adapter"] == 0
+    size = dtype_for(keep_updates(made, full=full)[0].source.dtype, made.device).itemsize
     linear = quant.bytes_per_weight or size
     weights = counts["linear"] * linear + (counts["total"] - counts["linear"] - counts["adapter"]) * size
     rows, length = made.settings.per_device_batch_size, cfg["data"]["max_length"]
     report = made.splits.report
     trained = report.train_trained_tokens / max(report.train_tokens, 1)
-    full = counts["adapter"] == 0
     memory = meters.estimate(
         trainable_params=counts["trainable"],
         weight_bytes=int(weights + counts["adapter"] * 4),

@@ -147,7 +147,7 @@ def _job(composed: DictConfig, folder_key: str, subfolder_key: str | None = None
     HydraConfig.instance().set_config(composed)
     cfg = to_plain(ours)
     with _writable(composed.hydra.overrides):  # what Hydra writes into .hydra/ shows no secrets either
-        composed.hydra.overrides.task = [redact(override) for override in map(str, composed.hydra.overrides.task)]
+        composed.hydra.overrides.task = [redact(str(override)) for override in list(composed.hydra.overrides.task)]
     return Job(composed, cfg, folder_key, subfolder_key)
 
 

@@ -135,7 +135,8 @@ def accumulate_gradients(parts: Parts, micro_batches: list[dict[str, Any]], hook
     totals: dict[str, float] = {}
     for batch in micro_batches:
         hooks.check_stop()
-        sums = parts.task.loss(parts.model, on_device(batch, parts.accelerator.device))
+        with parts.accelerator.autocast():
+            sums = parts.task.loss(parts.model, on_device(batch, parts.accelerator.device))
         parts.accelerator.backward(sums["loss"] / max(trained, 1))
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value.detach())
@@ -151,7 +152,9 @@ def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
     for done, batch in enumerate(batches):
         hooks.check_stop()
         hooks.evaluating(done, len(batches))
-        for name, value in parts.task.loss(parts.model, on_device(batch, parts.accelerator.device)).items():
+        with parts.accelerator.autocast():
+            sums = parts.task.loss(parts.model, on_device(batch, parts.accelerator.device))
+        for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)
     hooks.evaluating(len(batches), len(batches))
     parts.meter.pause()

@@ -186,8 +186,10 @@ def _explained(error: Exception) -> Exception:
     """Failures of the machine in words that help; everything else as it is."""
     text = f"{type(error).__name__}: {error}"
     if "OutOfMemory" in text or "out of memory" in text or "can't allocate memory" in text:
-        remedy = "use a smaller train.per_device_batch_size or data.max_length, "
+        remedy = (
+            "use a smaller train.per_device_batch_size or data.max_length, "
             "train.gradient_checkpointing=true, or quant=4bit"
+        )
         return TrainingError(Fault("", f"out of memory: {error}".splitlines()[0], remedy))
     if isinstance(error, OSError) and error.errno == 28:
         return TrainingError(
