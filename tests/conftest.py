@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from runner.rundir import RunDir
 
@@ -20,6 +21,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["RUNNER_CACHE"] = str(folder)
     return folder
+
+
+def node(group: str, name: str, /, **changes: Any) -> dict[str, Any]:
+    """The YAML of an option on top of the one that it builds on, with some keys changed."""
+    from runner.config import config_dir
+
+    found = yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text())
+    below = [base for base in found.pop("defaults", []) if base != "_self_"]
+    return {**(node(group, below[0]) if below else {}), **found, **changes}
+
+
+def option(group: str, name: str, /, **changes: Any) -> Any:
+    """An option, bound: it waits for its run-time objects."""
+    from runner.config import bind
+
+    return bind(node(group, name, **changes), group)
 
 
 def composed(*overrides: str) -> dict[str, Any]:

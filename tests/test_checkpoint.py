@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ def take_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: 
         model(torch.randn(3, 4)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def shown(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def test_continuing_from_a_checkpoint_is_the_uninterrupted_run(tmp_path: Path):
@@ -75,7 +80,73 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_is_used(tmp_path: Pa
         broken.unlink()
     with pytest.warns(UserWarning, match="step-000002 is skipped"):
         assert checkpoints.restore(*small()).step == 1
-    assert checkpoints.last_step() == 1
+    assert shown(tmp_path) == ["step-000001"]
+
+
+def test_a_damaged_checkpoint_never_outlives_a_good_one(tmp_path: Path):
+    model, optimizer = small()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (10, 20):
+        broken = checkpoints.save(model, optimizer, Progress(step=step))
+    (broken / "optimizer.pt").write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with pytest.warns(UserWarning, match="step-000020 is skipped"):
+        assert checkpoints.restore(*small()).step == 10
+    checkpoints.save(model, optimizer, Progress(step=15))
+    assert shown(tmp_path) == ["step-000015"]
+    assert checkpoints.restore(*small()).step == 15
+    checkpoints.save(model, optimizer, Progress(step=20))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000020"], "what was put aside is gone too"
+
+
+def test_pruning_counts_steps_and_leaves_later_ones(tmp_path: Path):
+    model, optimizer = small()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (999_998, 1_000_001, 999_999, 1_000_000):
+        checkpoints.save(model, optimizer, Progress(step=step))
+    assert shown(tmp_path) == ["step-1000000", "step-1000001", "step-999999"]
+    assert checkpoints.restore(*small()).step == 1_000_001
+
+
+def test_a_step_is_saved_again_without_a_moment_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A kill at any of the renames leaves the old state or the new one."""
+    model, optimizer = small()
+    rename = Path.rename
+    for survived in (0, 1, 2):
+        folder = tmp_path / str(survived)
+        checkpoints = Checkpoints(folder, keep=1)
+        checkpoints.save(model, optimizer, Progress(step=5, evaluated=False))
+        left = [survived]
+
+        def killed(path: Path, target: Path, left: list[int] = left) -> Path:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return rename(path, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "rename", killed)
+            with contextlib.suppress(KeyboardInterrupt):
+                checkpoints.save(model, optimizer, Progress(step=5, evaluated=True))
+        assert checkpoints.restore(*small()) == Progress(step=5, evaluated=survived == 2)
+        assert [path.name for path in folder.iterdir()] == ["step-000005"]
+
+
+def test_what_cannot_be_renamed_into_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, optimizer = small()
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(model, optimizer, Progress(step=5, tokens=1))
+    rename = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(TrainingError, match="Input/output error"):
+        checkpoints.save(model, optimizer, Progress(step=5, tokens=2))
+    assert checkpoints.restore(*small()).tokens == 1
 
 
 def test_what_was_cut_short_while_being_written_is_never_seen(tmp_path: Path):
@@ -83,7 +154,7 @@ def test_what_was_cut_short_while_being_written_is_never_seen(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(model, optimizer, Progress(step=1)).rename(tmp_path / ".step-000002.partial")
     assert checkpoints.restore(model, optimizer) == Progress()
-    assert checkpoints.last_step() is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_space_left_is_told_and_earlier_checkpoints_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

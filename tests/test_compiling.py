@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import transformers
-import yaml
 from peft import LoraConfig, get_peft_model
 
 from runner import compiling, loss
-from runner.config import bind, find_faults
+from runner.config import config_dir, find_faults
 from runner.errors import ConfigError
 
-CONF = Path(__file__).parents[1] / "conf" / "compile"
+OPTIONS = sorted(path.stem for path in config_dir().glob("compile/*.yaml"))
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 
-
-def option(name: str, **changes: object):
-    return bind({**yaml.safe_load((CONF / f"{name}.yaml").read_text()), **changes}, "compile")
+option = functools.partial(conftest.option, "compile")
 
 
 @pytest.fixture(autouse=True)
@@ -176,10 +175,10 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             option(name)(llama())
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_wrong_mode_is_told(path: Path) -> None:
-    node = yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_wrong_mode_is_told(name: str) -> None:
+    node = conftest.node("compile", name)
     assert not list(find_faults(node, "compile"))
     faults = list(find_faults({**node, "mode": "reduce_overhead"}, "compile"))
     assert [fault.key for fault in faults] == ["compile.mode"]
-    assert path.stem == "none" or "did you mean 'reduce-overhead'?" in str(faults[0])
+    assert name == "none" or "did you mean 'reduce-overhead'?" in str(faults[0])

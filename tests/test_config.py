@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from runner import config
 from runner.errors import ConfigError, Fault, suggest
+from runner.schema import Seed
 
 
 def option(
@@ -50,8 +51,10 @@ def test_good_values_bind_and_wait_for_the_runtime_object():
         ({"bits": 5}, "one of 4, 8"),
         ({"bits": True}, "one of 4, 8"),
         ({"kind": "nf5"}, "did you mean 'nf4'?"),
-        ({"ratio": 1.0}, "a number >= 0 and < 1"),
-        ({"ratio": "x"}, "a number >= 0"),
+        ({"ratio": 1.0}, "a finite number >= 0 and < 1"),
+        ({"ratio": "x"}, "a finite number >= 0"),
+        ({"ratio": float("inf")}, "a finite number"),
+        ({"ratio": 10**400}, "a finite number"),
         ({"path": 3}, "a text or null"),
         ({"names": [1]}, "a list of a text or a text"),
         ({"double": 1}, "true or false"),
@@ -83,6 +86,18 @@ def test_bounds_of_all_four_kinds():
     said = [str(fault) for fault in config.find_faults({"a": 1, "b": 4}, "", bounded)]
     assert "whole number > 1" in said[0]
     assert "whole number <= 3" in said[1]
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 10**400])
+def test_numbers_that_are_none_fit_no_float(value: float):
+    assert config.mismatch(value, float) == "must be a finite number"
+    assert config.mismatch([1.0, value], list[float]) == "must be a list of a finite number"
+
+
+def test_a_seed_is_what_all_generators_take():
+    assert config.mismatch(2**63 - 1, Seed) == ""
+    assert f"<= {2**63 - 1}" in config.mismatch(2**63, Seed)
+    assert config.mismatch(-1, Seed)
 
 
 def test_the_companion_has_its_say_only_when_the_types_are_right():

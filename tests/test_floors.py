@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 FLOORS = [
     {"errors", "secrets"},
     {"config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter"},
-    {"prepare", "quant", "lora", "formats", "sources", "optim", "schedules", "compiling", "tracking",
+    {"prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling", "tracking",
      "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system"},
     {"chat", "attention", "origins", "store"},
     {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run"},

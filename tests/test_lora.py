@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import option
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from runner import config, lora, models, quant
+from runner import lora, models, quant
 from runner.errors import ConfigError
 from runner.origins import ModelSource
 
@@ -28,11 +29,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "waveft": {"n_frequency": 100},
 }
 """What a model as small as ours needs; every other method runs with its own defaults."""
-
-
-def option(group: str, name: str, **changes: Any) -> Any:
-    node = yaml.safe_load((config.config_dir() / group / f"{name}.yaml").read_text())
-    return config.bind({**node, **changes}, group)
 
 
 @pytest.fixture(scope="module")

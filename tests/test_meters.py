@@ -89,14 +89,19 @@ def test_peak_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert meters.peak_flops(torch.device("cuda"), torch.float32) == fp32
 
 
-def test_peak_of_a_cpu_is_measured_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_of_a_cpu_is_the_best_ever_seen(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
     first = meters.peak_flops(torch.device("cpu"), torch.float32)
     assert 1e9 < first < 1e14
     [file] = (tmp_path / "meters").iterdir()
-    began = time.perf_counter()
-    assert meters.peak_flops(torch.device("cpu"), torch.float32) == first == json.loads(file.read_text())["flops"]
-    assert time.perf_counter() - began < 0.1
+    kept = json.loads(file.read_text())
+    assert kept["flops"] == first
+    for earlier, expected in ((1e15, 1e15), (1.0, pytest.approx(first, rel=0.9))):
+        file.write_text(json.dumps({**kept, "flops": earlier}))
+        began = time.perf_counter()
+        assert meters.peak_flops(torch.device("cpu"), torch.float32) == expected
+        assert time.perf_counter() - began < 2, "each start measures anew, briefly"
+        assert json.loads(file.read_text())["flops"] == expected
 
 
 def test_meter_leaves_out_the_first_step_and_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ import pytest
 import yaml
 
 from runner import mirror, store, tracking
+from runner.data import DataReport
 from runner.errors import ConfigError
 from runner.mlflow_run import DIED, MlflowRun
 from runner.rundir import RunDir, State
-from runner.system import Sampler
+from runner.system import Sampler, _visible_gpus
 
 THIS = Path(__file__).resolve()
+
+
+REPORT = asdict(DataReport(rows_read=7, train_rows=5, eval_rows=2, train_tokens=99))
 
 
 def make_run(outputs: Path, name: str = "run", uri: str | None = None, **changes: Any) -> RunDir:
@@ -50,7 +55,7 @@ def make_run(outputs: Path, name: str = "run", uri: str | None = None, **changes
         command=["python", "-m", "runner", "lora.r=8"],
         git={"sha": "c0ffee", "dirty": True},
         versions={"torch": "2.5.1"},
-        data={"name": "chitchat", "digest": "d" * 64, "uri": "/data/rows.jsonl", "rows": 7, "tokens": 99},
+        data={"name": "chitchat", "digest": "d" * 64, "uri": "/data/rows.jsonl", "report": REPORT},
     )
     rundir.dirty_diff.write_text("+ a line\n")
     rundir.write_state(status="pending")
@@ -135,7 +140,7 @@ def test_a_whole_run(outputs: Path) -> None:
     assert "runner.reason" not in run.data.tags
     (given,) = run.inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest, given.dataset.source_type) == ("chitchat", "d" * 36, "local")
-    assert json.loads(given.dataset.profile) == {"rows": 7, "tokens": 99}
+    assert json.loads(given.dataset.profile) == REPORT
     assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
     kept = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert kept == {
@@ -323,7 +328,8 @@ def test_the_machine_is_sampled() -> None:
 
 @pytest.mark.gpu
 def test_only_our_gpus_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pynvml")
+    if not list(_visible_gpus()):
+        pytest.skip("no GPU that NVML can see")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     found = Sampler(Path()).sample(os.getpid())
     assert {name for name in found if name.endswith("memory_usage_megabytes")} >= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -16,21 +17,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runner import config, gguf, models, origins, quant, tiny
+from runner import gguf, models, origins, quant, tiny
 from runner.errors import ConfigError
 from runner.origins import ModelSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-
-def option(name: str, **changes: Any) -> Any:
-    node = yaml.safe_load((config.config_dir() / "model" / f"{name}.yaml").read_text())
-    return config.bind({**node, **changes}, "model")
+option = functools.partial(conftest.option, "model")
 
 
 @pytest.fixture(scope="module")

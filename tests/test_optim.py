@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import torch
-import yaml
 from torch import nn
 
-from runner import optim
-from runner.config import bind, find_faults
+from runner import optim, torch_optim
+from runner.config import find_faults
 from runner.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf" / "optim"
 ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "torch"]
-NAMES = sorted(set(optim._constructors()) - set(optim.CLOSURE_OR_SPARSE))
+NAMES = sorted(set(torch_optim._constructors()) - set(torch_optim.CLOSURE_OR_SPARSE))
 
 
-def option(option_name: str, **changes: Any):
-    return bind({**yaml.safe_load((CONF / f"{option_name}.yaml").read_text()), **changes}, "optim")
+option = functools.partial(conftest.option, "optim")
 
 
 def tiny() -> nn.Module:
@@ -145,7 +145,7 @@ def test_muon_is_torchs_muon_and_torchs_adamw_side_by_side() -> None:
     adamw = torch.optim.AdamW(groups, lr=2e-4, fused=True)
     for seed in range(4):
         step(theirs, adamw, seed, then=muon)
-    assert_same(trained(option("muon"), range(4)), theirs)
+    assert_same(trained(option("muon", learning_rate=2e-4), range(4)), theirs)
 
 
 def test_muon_is_one_optimizer() -> None:
@@ -200,7 +200,7 @@ def test_nothing_to_train_is_refused() -> None:
         ("adamw", {"learning_rate": 0}, "learning_rate", "> 0"),
         ("adamw", {"lr": 1e-3}, "lr", "learning_rate"),
         ("adamw", {"betas": [0.9]}, "betas", "two numbers"),
-        ("adamw", {"betas": [0.9, 1.0]}, "betas", "a list of a number >= 0 and < 1"),
+        ("adamw", {"betas": [0.9, 1.0]}, "betas", "a list of a finite number >= 0 and < 1"),
         ("adamw", {"fused": "yes"}, "fused", "one of auto or true or false"),
         ("adamw_8bit", {"bits": 4}, "bits", "one of 8, 32"),
         ("muon", {"momentum": 0}, "nesterov", "without momentum"),
@@ -210,14 +210,13 @@ def test_nothing_to_train_is_refused() -> None:
         ("torch", {"name": "Muon"}, "name", "optim=muon"),
         ("torch", {"name": "Adagrad", "lr_decy": 0.1}, "lr_decy", "did you mean 'lr_decay'?"),
         ("torch", {"name": "Adagrad", "lr": 0.1}, "lr", "set optim.learning_rate"),
-        ("torch", {"name": "SGD", "momentum": "high"}, "momentum", "must be a number"),
+        ("torch", {"name": "SGD", "momentum": "high"}, "momentum", "must be a finite number"),
         ("torch", {"name": "SGD", "nesterov": 1}, "nesterov", "must be true or false"),
         ("torch", {"name": "Rprop", "weight_decay": 0.1}, "weight_decay", "set optim.weight_decay=0"),
     ],
 )
 def test_faults_are_told(name: str, changes: dict, key: str, said: str) -> None:
-    node = {**yaml.safe_load((CONF / f"{name}.yaml").read_text()), **changes}
-    [fault] = find_faults(node, "optim")
+    [fault] = find_faults(conftest.node("optim", name, **changes), "optim")
     assert fault.key == f"optim.{key}"
     assert said in str(fault)
 

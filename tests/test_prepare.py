@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,14 @@ def test_keys_that_change_nothing_computed_leave_the_signature_alone():
     assert prepare.signature(config(model={"path": "org/other"})) != first
 
 
-def test_freezing_makes_paths_absolute_and_takes_secrets_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_freezing_makes_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").touch()
-    token = "hf_" + "a1B2" * 9
-    frozen = prepare.freeze(config(data={"path": "rows.jsonl"}, name=f"with {token}"))
+    frozen = prepare.freeze(config(data={"path": "rows.jsonl", "format": {"function": "rows.jsonl:convert"}}))
     assert frozen["data"]["path"] == str(tmp_path / "rows.jsonl")
     assert frozen["model"]["path"] == "org/name"
     assert frozen["outputs_dir"] == str(tmp_path / "outputs")
-    assert token not in json.dumps(frozen)
+    assert frozen["data"]["format"]["function"] == f"{tmp_path}/rows.jsonl:convert"
 
 
 def test_a_folder_is_prepared_once_and_kept(tmp_path: Path):

@@ -9,19 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from conftest import option
 
-from runner import config, models, precision, quant
+from runner import models, precision, quant
 from runner.errors import ConfigError
 from runner.origins import ModelSource
 from runner.quant import Quant
 
 QUANTIZED = ("8bit", "4bit", "fp4")
-
-
-def option(group: str, name: str, **changes: Any) -> Any:
-    node = yaml.safe_load((config.config_dir() / group / f"{name}.yaml").read_text())
-    return config.bind({**node, **changes}, group)
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +185,9 @@ def test_binding_imports_no_heavy_library() -> None:
         "import sys, yaml; from runner import config, origins, quant, lora\n"
         "d = config.config_dir()\n"
         "for path in [*d.glob('quant/*.yaml'), *d.glob('model/*.yaml'), *d.glob('lora/*.yaml')]:\n"
-        "    if path.stem not in ('local', 'peft'): config.bind(yaml.safe_load(path.read_text()))()"
-        " if path.parent.name != 'lora' else config.bind(yaml.safe_load(path.read_text()))\n"
+        "    node = yaml.safe_load(path.read_text())\n"
+        "    if path.stem not in ('local', 'peft') and 'defaults' not in node:\n"
+        "        config.bind(node)() if path.parent.name != 'lora' else config.bind(node)\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'bitsandbytes', 'tokenizers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -42,7 +42,7 @@ def test_ten_kills_change_nothing(tmp_path: Path, cache: Path):
 
     options = (*OPTIONS, f"outputs_dir={tmp_path}")
     rundirs = [prepared(tmp_path / "runs" / str(number), *options) for number in range(11)]
-    command = [sys.executable, str(SERVER), "kill", "0", *(str(rundir.path) for rundir in rundirs)]
+    command = [sys.executable, str(SERVER), "kill", "0", *(str(rundir.path) for rundir in rundirs), "--", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
@@ -91,7 +91,7 @@ def test_signals_save_and_say_how_it_ended(tmp_path: Path, cache: Path, number: 
     out, _ = process.communicate(timeout=60)
     state = rundir.read_state()
     assert (process.returncode, state.status) == (code, status)
-    assert "the state is saved" in state.reason
+    assert f"the state is saved at step {state.step}" in state.reason
     assert f"resume={rundir.path}" in out
     saved = json.loads(next(rundir.checkpoints.glob("step-*/progress.json")).read_text())
     assert saved["step"] == state.step
@@ -107,6 +107,30 @@ def test_a_completed_run_is_left_alone(tmp_path: Path, cache: Path, capfd: pytes
     assert worker.work(rundir) == 0
     assert {path: path.stat().st_mtime_ns for path in rundir.path.rglob("*")} == before
     assert "completed already" in capfd.readouterr().err
+
+
+def test_the_same_command_again_continues_and_then_leaves_alone(tmp_path: Path, cache: Path):
+    """From the command line as users give it: stopped by a signal, given again, and once more."""
+    options = (*TINY, f"outputs_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}", "train.max_steps=150")
+    command, rundir = [sys.executable, "-m", "runner", *options], RunDir(tmp_path / "run")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while rundir.read_state().step < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (process.returncode, rundir.read_state().status) == (75, "preempted")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, rundir.read_state().status) == (0, "completed"), done.stderr
+    assert "resumed at step" in done.stderr
+    assert rundir.read_state().attempt == 2
+    assert [r["step"] for r in tracking.read(rundir) if "train/loss" in r] == list(range(1, 151))
+
+    before = {path: path.stat().st_mtime_ns for path in rundir.path.rglob("*")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0
+    assert f"{rundir.path} is completed already: nothing to do" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in rundir.path.rglob("*")} == before
 
 
 def test_a_second_worker_follows_the_first(tmp_path: Path, cache: Path):

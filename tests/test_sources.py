@@ -136,7 +136,20 @@ def test_paths_that_lead_nowhere(tmp_path):
         assert str(caught.value).startswith(f"data.path={tmp_path / path}: ")
     faults = list(sources.check_local(path=str(tmp_path / "no.json"), eval_path=str(tmp_path / "x"), documents="file"))
     assert [fault.key for fault in faults] == ["path", "eval_path"]
-    assert not list(sources.check_local(path=str(tmp_path / "rows.jsonl"), eval_path=None, documents="file"))
+    rows = str(tmp_path / "rows.jsonl")
+    assert not list(sources.check_local(path=rows, eval_path=None, documents="file"))
+    [fault] = sources.check_local(path=rows, eval_path=None, documents="paragraph")
+    assert (fault.key, fault.value) == ("documents", "paragraph")
+    (tmp_path / "held_out.txt").write_text("a text")
+    assert not list(sources.check_local(path=rows, eval_path=str(tmp_path / "held_out.txt"), documents="paragraph"))
+
+
+def test_a_revision_of_local_files_is_refused(tmp_path):
+    more = {"name": None, "split": "train", "eval_split": None}
+    [fault] = sources.check_hub(path=str(tmp_path), revision="main", **more)
+    assert fault.key == "revision"
+    assert not list(sources.check_hub(path=str(tmp_path), revision=None, **more))
+    assert not list(sources.check_hub(path="owner/name", revision="main", **more))
 
 
 def test_a_wrong_extension_suggests_the_right_one(tmp_path):

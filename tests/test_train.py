@@ -24,11 +24,16 @@ class Recorded:
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.records: list[tuple[int, dict[str, float]]] = []
+        self.saves: list[None] = []
         self.stop_at = stop_at
 
     def hooks(self) -> train.Hooks:
         return train.Hooks(
-            lambda step, metrics: self.records.append((step, metrics)), lambda *_: None, lambda: None, self._check
+            record=lambda step, metrics: self.records.append((step, metrics)),
+            evaluating=lambda *_: None,
+            saving=lambda: self.saves.append(None),
+            check_stop=self._check,
+            warm=lambda: None,
         )
 
     def _check(self) -> None:
@@ -91,7 +96,7 @@ def plain_model(made: build.Inputs, parts: train.Parts) -> Any:
 @pytest.mark.slow
 def test_twenty_steps_on_the_real_model_equal_a_plain_loop(tmp_path: Path, cache: Path):
     made, parts = parts_of(
-        tmp_path, "model.dtype=float32", "data.packing=false", "data.max_length=32", "data.train_rows=60",
+        tmp_path, "model.dtype=float32", "data.packing=false", "data.max_length=64", "data.train_rows=60",
         "data.eval_rows=2", "train.max_steps=20", "train.per_device_batch_size=1", "optim.learning_rate=1e-3",
         "optim.weight_decay=0.0", "train.max_grad_norm=1.0", "tracking=offline", "lora.r=8",
     )  # fmt: skip
@@ -187,6 +192,47 @@ def test_a_stop_saves_and_the_rest_is_the_same_run(tmp_path: Path, cache: Path):
         assert first.of(name) + second.of(name) == uninterrupted.of(name), name
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_stop_where_nothing_is_new_saves_nothing(tmp_path: Path, cache: Path):
+    """Writing a checkpoint anew only puts it at risk: a stop right after a save, or before the first step, writes none."""
+    _, parts = parts_of(tmp_path, *TINY, "train.max_steps=6", "train.save_steps=2", "train.eval_steps=3")
+    recorded = Recorded(stop_at=2)
+    with pytest.raises(Preempted):
+        train.train(parts, Progress(), recorded.hooks())
+    assert len(recorded.saves) == 1
+    assert [path.name for path in parts.checkpoints.folder.iterdir()] == ["step-000002"]
+
+    _, parts = parts_of(tmp_path / "other", *TINY, "train.max_steps=6", "train.save_steps=2")
+    recorded = Recorded(stop_at=0)
+    with pytest.raises(Preempted):
+        train.train(parts, Progress(), recorded.hooks())
+    assert recorded.saves == []
+
+
+def test_a_stop_during_an_evaluation_is_taken_up_there(tmp_path: Path, cache: Path):
+    options = (*TINY, "train.max_steps=4", "train.eval_steps=2", "train.save_steps=2")
+    _, uninterrupted = trained(tmp_path / "whole", *options)
+    _, parts = parts_of(tmp_path / "halves", *options)
+    first = Recorded(stop_at=2)
+    hooks = replace(first.hooks(), check_stop=lambda: None, evaluating=lambda *_: first._check())
+    with pytest.raises(Preempted):
+        train.train(parts, Progress(), hooks)
+    _, parts = parts_of(tmp_path / "halves", *options)
+    progress = parts.checkpoints.restore(parts.model, parts.optimizer)
+    assert train.boundary(progress) == (2, False)
+    second = Recorded()
+    train.train(parts, progress, second.hooks())
+    assert first.of("eval/loss") + second.of("eval/loss") == uninterrupted.of("eval/loss")
+    assert len(second.saves) == 2, "step 2 once more, now evaluated, and the last"
+
+
+def test_an_evaluation_counts_its_batches_without_making_them(tmp_path: Path, cache: Path):
+    _, parts = parts_of(tmp_path, *TINY, "data.eval_rows=5", "data.packing=false", "train.per_device_batch_size=2")
+    told: list[tuple[int, int]] = []
+    train.evaluate(parts, replace(Recorded().hooks(), evaluating=lambda done, count: told.append((done, count))))
+    count = len(list(parts.evaluation.one_pass()))
+    assert told == [(done, count) for done in range(count + 1)]
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_batch(tmp_path: Path, cache: Path):

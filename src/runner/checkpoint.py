@@ -6,6 +6,7 @@ The schedule, the order of the data and all random numbers are pure functions of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from runner.errors import Fault, ResumeError, TrainingError
 
 WEIGHTS, OPTIMIZER, PROGRESS, CHECKSUMS = "trainable.safetensors", "optimizer.pt", "progress.json", "checksums.json"
+PARTIAL, BEFORE, DAMAGED = "partial", "before", "damaged"
+"""Endings of hidden folders: being written, about to be replaced, found unusable."""
 
 
 @dataclass
@@ -47,13 +50,13 @@ class Checkpoints:
     keep: int
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-        """Write a checkpoint of this step; older ones beyond ``keep`` are removed.
+        """Write a checkpoint of this step, in place of one of the same step; older ones beyond ``keep`` are removed.
 
         Raises:
             TrainingError: it could not be written (no space left, no permission); earlier checkpoints are untouched.
         """
         final = self.folder / f"step-{progress.step:06d}"
-        aside = self.folder / f".{final.name}.partial"
+        aside, before = (self.folder / f".{final.name}.{suffix}" for suffix in (PARTIAL, BEFORE))
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -64,38 +67,59 @@ class Checkpoints:
             (aside / CHECKSUMS).write_text(json.dumps(sums))
             for path in (*aside.iterdir(), aside):
                 _flush(path)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                final.rename(before)  # a kill from here to the next line costs nothing: `restore` takes it back
             aside.rename(final)
             _flush(self.folder)
         except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._tidy()
             remedy = "make room (or set outputs_dir elsewhere), then give the same command with this hydra.run.dir"
             raise TrainingError(Fault("", f"cannot write the checkpoint {final}: {error}", remedy)) from error
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._prune(progress.step)
         return final
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Load the newest whole checkpoint, or return a fresh Progress where there is none.
 
-        A corrupt or partial checkpoint is skipped with a warning, and the one before is used.
+        A damaged checkpoint is put aside with a warning, and the one before is used: were it left in its place, it
+        would count among those to keep.
         """
-        for folder in sorted(self.folder.glob("step-*"), reverse=True):
+        self._tidy()
+        for step in self._steps():
+            folder = self.folder / f"step-{step:06d}"
             problem = _problem(folder)
             if problem:
                 warnings.warn(f"checkpoint {folder.name} is skipped: {problem}", stacklevel=2)
+                damaged = folder.with_name(f".{folder.name}.{DAMAGED}")
+                shutil.rmtree(damaged, ignore_errors=True)
+                folder.rename(damaged)
                 continue
             _load_trainable(model, load_file(folder / WEIGHTS), folder)
             optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
             return Progress(**json.loads((folder / PROGRESS).read_text()))
         return Progress()
 
-    def last_step(self) -> int | None:
-        """The step of the newest whole checkpoint, without loading it."""
-        for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            if not _problem(folder):
-                return int(folder.name.removeprefix("step-"))
-        return None
+    def _steps(self) -> list[int]:
+        """The steps of which there are checkpoints, whole or damaged, the newest first."""
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def _tidy(self) -> None:
+        """Finish what a kill left half done: a checkpoint that was to be replaced, and one that was being written."""
+        for before in self.folder.glob(f".step-*.{BEFORE}"):
+            final = before.with_name(before.name[1:].removesuffix(f".{BEFORE}"))
+            shutil.rmtree(before, ignore_errors=True) if final.exists() else before.rename(final)
+        for partial in self.folder.glob(f".step-*.{PARTIAL}"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _prune(self, written: int) -> None:
+        """Remove what the checkpoint of step ``written`` makes superfluous; never that one, nor a later one."""
+        for step in [step for step in self._steps() if step < written][self.keep - 1 :]:
+            shutil.rmtree(self.folder / f"step-{step:06d}", ignore_errors=True)
+        for aside in (*self.folder.glob(f".step-*.{BEFORE}"), *self.folder.glob(f".step-*.{DAMAGED}")):
+            if int(aside.name.split("-")[1].partition(".")[0]) <= written:
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 def _trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:

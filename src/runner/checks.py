@@ -8,6 +8,7 @@ from typing import Any
 from runner import config, data, lora
 from runner.errors import ConfigError, Fault
 from runner.schema import RunSettings, TrainSettings
+from runner.secrets import find_secrets
 
 OPTION_GROUPS = (
     "task", "model", "quant", "lora", "optim", "schedule", "compile", "parallel", "tracking", "launcher",
@@ -18,11 +19,16 @@ def check(cfg: Mapping[str, Any]) -> None:
     """Check the whole configuration (plain, resolved, without ``hydra``).
 
     Raises:
-        ConfigError: with all faults at once: of single values first, of combinations where the single values are right.
+        ConfigError: with all faults at once.
     """
-    faults = list(_group_faults(cfg)) or list(_combination_faults(cfg))
+    faults = faults_of(cfg)
     if faults:
         raise ConfigError(*faults)
+
+
+def faults_of(cfg: Mapping[str, Any]) -> list[Fault]:
+    """All faults at once: of single values first, of combinations where the single values are right."""
+    return list(_group_faults(cfg)) or list(_combination_faults(cfg))
 
 
 def is_none(node: Mapping[str, Any]) -> bool:
@@ -63,6 +69,9 @@ def _data_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    for key in find_secrets(cfg):
+        remedy = "put it into the environment (HF_TOKEN, MLFLOW_TRACKING_USERNAME and _PASSWORD): it is found there"
+        yield Fault(key, "looks like a secret, and the configuration of a run is written down", remedy)
     train = cfg["train"]
     if not is_none(cfg["quant"]) and is_none(cfg["lora"]):
         yield Fault(

@@ -27,10 +27,14 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # a fault of ours, or of the machine: said in a line all the same
+        _tell(RunnerError(Fault("", f"{type(error).__name__}: {error}", "RUNNER_TRACEBACK=1 shows where")))
+        return 1
 
 
 def plan(argv: list[str]) -> int:
     """What the run would be, without training it."""
+    from runner import folders
     from runner import plan as planning
 
     if {"-h", "--help"} & set(argv):
@@ -38,7 +42,7 @@ def plan(argv: list[str]) -> int:
         return 0
     with composed(argv) as (_, jobs):
         for job in jobs:
-            planning.show(job.cfg)
+            planning.show(folders.configuration(job.cfg, job.overrides))
     return 0
 
 
@@ -70,7 +74,7 @@ def _hydra(argv: list[str]) -> int:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return _ask_hydra(args, argv)
     with composed(argv) as (hydra, jobs):
-        return _run_all(hydra, jobs, argv) if args.multirun else _run_one(hydra, jobs[0], argv)
+        return _run_all(hydra, jobs, argv) if jobs[0].is_of_sweep else _run_one(hydra, jobs[0], argv)
 
 
 @contextmanager
@@ -84,17 +88,15 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
 
     args = compose.parse(argv)
     with compose.opened(args) as hydra:
-        jobs = compose.sweep(hydra, args) if args.multirun else [compose.single(hydra, args)]
+        jobs = compose.jobs(hydra, args)
         faults: dict[str, Fault] = {}
         for job in jobs:
-            try:
-                checks.check(job.cfg)
-            except ConfigError as error:
-                faults.update({str(fault): fault for fault in error.faults})
+            prepare.keep_credentials(job.cfg)
+            for fault in checks.faults_of(job.cfg):
+                faults[str(fault)] = fault
         if faults:
             raise ConfigError(*faults.values())
         for job in jobs:
-            prepare.keep_credentials(job.cfg)
             job.cfg = prepare.freeze(job.cfg)
         yield hydra, jobs
 
@@ -103,30 +105,38 @@ def _run_one(hydra: Any, job: Any, argv: list[str]) -> int:
     from runner import folders
     from runner.launch import local
 
-    named = any(override.startswith("hydra.run.dir=") for override in job.hydra_config.hydra.overrides.hydra)
-    folder, job.cfg = folders.choose(job.cfg, Path(job.folder()), named=named, overrides=job.overrides)
-    job.move_to(str(folder))
-    return local.launch(_prepared(hydra, job, argv))
+    folder, job.cfg = folders.choose(job.cfg, Path(job.folder()), named=job.is_folder_named, overrides=job.overrides)
+    folders.refuse(folder, job.cfg)
+    return local.launch(_prepared(hydra, job, folder, argv))
 
 
 def _run_all(hydra: Any, jobs: list[Any], argv: list[str]) -> int:
     from runner import folders, report
     from runner.launch import local
 
-    for job in jobs:
-        folders.refuse_foreign(Path(job.folder()))
-    rundirs = [_prepared(hydra, job, argv) for job in jobs]
+    for job in jobs:  # all of them, before the first is prepared
+        folders.refuse_resume(job.cfg)
+        folders.refuse(Path(job.folder()), job.cfg)
+    rundirs = [_prepared(hydra, job, Path(job.folder()), argv) for job in jobs]
+    names = [str(rundir.read_manifest().get("name")) for rundir in rundirs]
     codes = local.launch_each(rundirs)
-    report.sweep(rundirs)
-    return next((code for code in (130, 75, 1, 2) if code in codes), 0)
+    report.sweep(names, rundirs, codes)
+    if set(codes) == {2}:
+        return 2
+    return next((code for code in (130, 75) if code in codes), int(any(codes)))
 
 
-def _prepared(hydra: Any, job: Any, argv: list[str]) -> Any:
-    """The run's folder, with Hydra's ``.hydra/`` and our frozen configuration in it."""
-    from runner import compose, prepare
+def _prepared(hydra: Any, job: Any, folder: Path, argv: list[str]) -> Any:
+    """The run's folder with ``.hydra/`` and our frozen configuration in it; that of an earlier run as it is."""
+    from runner import compose, folders, prepare
+    from runner.rundir import RunDir
 
+    if RunDir(folder).manifest.exists():
+        return RunDir(folder)
+    made = folders.make(folder)
+    job.move_to(str(folder))
     command = ["python", "-m", "runner", *argv]
-    entered = compose.enter(hydra, job, lambda _: prepare.prepare(job.cfg, Path(job.folder()), command, job.overrides))
+    entered = compose.enter(hydra, job, lambda _: prepare.prepare(job.cfg, folder, command, job.overrides, made))
     return entered.return_value
 
 

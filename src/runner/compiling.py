@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
@@ -68,6 +69,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(lists[sizes.index(max(sizes))])
 
 
+def is_compiled(model: nn.Module) -> bool:
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+
+
 def graph_breaks() -> list[str]:
     """Why compiled code had to go back to Python: each reason with how often it was met; empty when it never had."""
     from torch._dynamo.utils import counters
@@ -77,6 +82,8 @@ def graph_breaks() -> list[str]:
 
 def graphs() -> int:
     """How many graphs this process has compiled; more of them after the first steps are recompilations."""
+    if "torch._dynamo" not in sys.modules:  # takes a second to load, and nothing has been compiled without it
+        return 0
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

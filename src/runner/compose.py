@@ -20,14 +20,19 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.config import config_dir, to_plain, unknown_key
 from runner.errors import ConfigError, Fault, suggest
-from runner.secrets import redact
+from runner.secrets import redact, redact_tree
 
 CONFIG_NAME = "config"
+
+
+EFFECTIVE = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.searchpath",
+             "hydra.output_subdir", "hydra.callbacks")  # fmt: skip
+"""The keys of Hydra's own that do something here."""
 
 
 @dataclass
@@ -35,24 +40,28 @@ class Job:
     """One composed run: Hydra's own configuration, and ours as plain dicts."""
 
     hydra_config: DictConfig
+    """As Hydra writes it into ``.hydra/``: without secrets."""
     cfg: dict[str, Any]
-    folder_key: str
-    """Where Hydra's configuration names the run's folder."""
-    subfolder_key: str | None = None
+    is_of_sweep: bool
 
     @property
     def overrides(self) -> list[str]:
         return list(self.hydra_config.hydra.overrides.task)
 
+    @property
+    def is_folder_named(self) -> bool:
+        """Whether the user said where a single run goes."""
+        return any(override.startswith("hydra.run.dir=") for override in self.hydra_config.hydra.overrides.hydra)
+
     def folder(self) -> str:
         HydraConfig.instance().set_config(self.hydra_config)
-        base = str(OmegaConf.select(self.hydra_config, self.folder_key))
-        below = str(OmegaConf.select(self.hydra_config, self.subfolder_key)) if self.subfolder_key else ""
-        return os.path.abspath(os.path.join(base, below))
+        node = self.hydra_config.hydra
+        path = os.path.join(node.sweep.dir, node.sweep.subdir) if self.is_of_sweep else node.run.dir
+        return os.path.abspath(os.path.expanduser(path))
 
     def move_to(self, folder: str) -> None:
-        """Give a single run another folder than the one it was composed with."""
-        with _writable(self.hydra_config.hydra.run):
+        """Give the run this folder, whatever it was composed with."""
+        with _writable(self.hydra_config.hydra):
             self.hydra_config.hydra.run.dir = folder
 
 
@@ -79,29 +88,31 @@ def opened(args: argparse.Namespace) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
-def single(hydra: Hydra, args: argparse.Namespace) -> Job:
-    """Compose one run.
+def jobs(hydra: Hydra, args: argparse.Namespace) -> list[Job]:
+    """Compose the run of the command line, or every run of a sweep, in Hydra's order.
 
     Raises:
         ConfigError: an override that names nothing, with the nearest that exists.
     """
+    if args.experimental_rerun:
+        problem, remedy = "is not for this program", "python -m runner resume=RUN continues a run as it was configured"
+        raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
     with told(hydra, args):
-        composed = _compose(hydra, args, args.overrides, RunMode.RUN)
-    return _job(composed, "hydra.run.dir")
+        if not args.multirun:
+            composed = _compose(hydra, args, args.overrides, RunMode.RUN)
+            if composed.hydra.mode != RunMode.MULTIRUN:
+                return [_job(composed, is_of_sweep=False)]
+        return [_job(composed, is_of_sweep=True) for composed in _sweep(hydra, args)]
 
 
-def sweep(hydra: Hydra, args: argparse.Namespace) -> list[Job]:
-    """Compose every run of a ``-m`` command, in Hydra's order."""
-    with told(hydra, args):
-        parser = OverridesParser.create(config_loader=hydra.config_loader)
-        (batch,) = BasicSweeper.split_arguments(parser.parse_overrides(args.overrides), max_batch_size=None)
-        jobs = []
-        for number, overrides in enumerate(batch):
-            composed = _compose(hydra, args, list(overrides), RunMode.MULTIRUN)
-            with _writable(composed.hydra.job):
-                composed.hydra.job.num, composed.hydra.job.id = number, f"runner_{number}"
-            jobs.append(_job(composed, "hydra.sweep.dir", "hydra.sweep.subdir"))
-    return jobs
+def _sweep(hydra: Hydra, args: argparse.Namespace) -> Iterator[DictConfig]:
+    parser = OverridesParser.create(config_loader=hydra.config_loader)
+    (batch,) = BasicSweeper.split_arguments(parser.parse_overrides(args.overrides), max_batch_size=None)
+    for number, overrides in enumerate(batch):
+        composed = _compose(hydra, args, list(overrides), RunMode.MULTIRUN)
+        with _writable(composed.hydra):
+            composed.hydra.job.num, composed.hydra.job.id = number, f"runner_{number}"
+        yield composed
 
 
 def enter(hydra: Hydra, job: Job, function: Any) -> JobReturn:
@@ -112,8 +123,8 @@ def enter(hydra: Hydra, job: Job, function: Any) -> JobReturn:
         hydra_context=context,
         task_function=function,
         config=job.hydra_config,
-        job_dir_key=job.folder_key,
-        job_subdir_key=job.subfolder_key,
+        job_dir_key="hydra.run.dir",
+        job_subdir_key=None,
         configure_logging=False,
     )
 
@@ -123,7 +134,7 @@ def told(hydra: Hydra, args: argparse.Namespace) -> Iterator[None]:
     """Turn Hydra's and OmegaConf's complaints into ours."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, AttributeError) as error:
         raise ConfigError(*_faults(hydra, args, error)) from error
 
 
@@ -142,13 +153,36 @@ def _compose(hydra: Hydra, args: argparse.Namespace, overrides: list[str], mode:
     )
 
 
-def _job(composed: DictConfig, folder_key: str, subfolder_key: str | None = None) -> Job:
-    ours = OmegaConf.masked_copy(composed, [key for key in composed if key not in ("hydra", "experiment")])
+def _job(composed: DictConfig, *, is_of_sweep: bool) -> Job:
+    _refuse_without_effect(composed)
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("hydra", "experiment")])
     HydraConfig.instance().set_config(composed)
     cfg = to_plain(ours)
-    with _writable(composed.hydra.overrides):  # what Hydra writes into .hydra/ shows no secrets either
-        composed.hydra.overrides.task = [redact(str(override)) for override in list(composed.hydra.overrides.task)]
-    return Job(composed, cfg, folder_key, subfolder_key)
+    with _writable(composed), _writable(composed.hydra):
+        _redact(composed)
+    return Job(composed, cfg, is_of_sweep)
+
+
+def _refuse_without_effect(composed: DictConfig) -> None:
+    faults = []
+    for override in composed.hydra.overrides.hydra:
+        key, _, value = str(override).lstrip("+~").partition("=")
+        if not key.replace("/", ".").startswith(EFFECTIVE):
+            remedy = f"leave it out; of Hydra's own keys these work: {', '.join(EFFECTIVE)}"
+            faults.append(Fault(key, "has no effect here", remedy, value))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _redact(node: Any) -> None:
+    """Mask secrets in place, in whatever Hydra will write into ``.hydra/``."""
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        child = node._get_node(key)
+        if isinstance(child, DictConfig | ListConfig):
+            if not (child._is_none() or child._is_missing() or child._is_interpolation()):
+                _redact(child)
+        elif isinstance(child._value(), str):
+            child._set_value(redact_tree({str(key): child._value()})[str(key)])
 
 
 def _faults(hydra: Hydra, args: argparse.Namespace, error: Exception) -> list[Fault]:

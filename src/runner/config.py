@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -193,7 +194,8 @@ def _fits(value: object, annotation: Any) -> bool:
         inner = arguments[1] if arguments else Any
         return isinstance(value, Mapping) and all(_fits(item, inner) for item in value.values())
     if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        # Neither .inf nor .nan, nor a whole number that no float can hold.
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation is None or annotation is type(None):
@@ -236,7 +238,7 @@ def _allowed(annotation: Any) -> str:
         return "a list" + (f" of {_allowed(arguments[0])}" if arguments else "")
     if origin is not None and inspect.isclass(origin) and issubclass(origin, Mapping):
         return "a mapping"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

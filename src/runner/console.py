@@ -10,9 +10,11 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from runner.secrets import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +26,8 @@ log = logging.getLogger("runner")
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """While the block runs, ``runner``'s messages go to the terminal and, with everybody's warnings, to ``path``."""
-    to_file = logging.FileHandler(path, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_file = _File(path, encoding="utf-8")
+    to_file.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_file.setLevel(logging.INFO)
     to_terminal = _Terminal()
     to_terminal.setFormatter(_TerminalFormat())
@@ -42,21 +44,21 @@ def logging_to(path: Path) -> Iterator[None]:
         logging.captureWarnings(False)
         for handler in (to_file, to_terminal):
             root.removeHandler(handler)
-            handler.flush()
         to_file.close()
         root.setLevel(levels[0])
         own.setLevel(levels[1])
 
 
 def quiet_libraries() -> None:
-    """No progress bars and no chatter of libraries between our own lines."""
+    """No progress bars and no chatter of libraries between our own lines; what they warn of goes into the log."""
     import warnings
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
 
 
@@ -74,12 +76,35 @@ class _Terminal(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
+class _File(logging.FileHandler):
+    """train.log, which must not be what a run fails of: on a full disk its lines are lost; the terminal has them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+class _Redacted(logging.Formatter):
+    """Cuts secrets out of the finished record: message, arguments and traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 class _TerminalFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
         if record.name == "py.warnings":  # "path:line: Category: message\n  source line"
             text = text.split(": ", 2)[-1].splitlines()[0]
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return redact(text)
 
 
 class Display:
@@ -143,6 +168,13 @@ def header(lines: dict[str, str]) -> None:
     width = max(map(len, lines))
     for label, text in lines.items():
         log.info(f"{label:<{width}}  {text}")
+
+
+def say(text: str) -> None:
+    """A line on the terminal (stdout) and in the log."""
+    text = redact(text)
+    print(text)
+    log.info(text, extra={"quiet": True})
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

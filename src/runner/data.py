@@ -12,25 +12,26 @@ import logging
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from annotated_types import Ge, Lt
+from annotated_types import Ge
 
 from runner import formats, splits
 from runner.errors import DataError, Fault
 from runner.packing import IGNORED, Batch, Batches, Rows, one_by_one, pack
 from runner.rundir import cache_dir, locked, write_atomic
+from runner.schema import Count, Fraction
 from runner.splits import Item
 
 if TYPE_CHECKING:
     from runner.sources import Source
     from runner.tasks import Task
 
-__all__ = ["Batch", "Batches", "DataReport", "DataSettings", "Rows", "Splits", "load", "split_node"]
+__all__ = ["Batch", "Batches", "DataReport", "DataSettings", "Rows", "Splits", "check_node", "load", "split_node"]
 
 CODE_VERSION = 1
 """To be raised when the same data and settings give other tokens than before."""
@@ -49,9 +50,9 @@ class DataSettings:
     packing: bool
     overlong: Literal["truncate", "drop"]
     deduplicate: bool
-    eval_fraction: Annotated[float, Ge(0), Lt(1)]
-    eval_rows: Annotated[int, Ge(1)] | None
-    train_rows: Annotated[int, Ge(1)] | None
+    eval_fraction: Fraction
+    eval_rows: Count | None
+    train_rows: Count | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,8 @@ class Splits:
     uri: str
     samples: list[dict[str, str]]
     """A few held-out prompts as text, with what followed them: {prompt, reference}."""
+    revision: str | None = None
+    """The commit of a dataset of the Hub."""
 
 
 def split_node(node: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -102,6 +105,14 @@ def split_node(node: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     source = {key: value for key, value in node.items() if key not in names and key != "format"}
     form = node.get("format")
     return settings, dict(form) if isinstance(form, Mapping) else {}, source
+
+
+def check_node(node: Mapping[str, Any]) -> Iterator[Fault]:
+    """Faults of the node ``data`` that lie between its settings and its source, each of them right by itself."""
+    settings, _, source = split_node(node)
+    brings_rows = any(value is not None for key, value in source.items() if key.startswith("eval_"))
+    if not settings["eval_fraction"] and not brings_rows:
+        yield _nothing_held_out("leaves nothing to evaluate on: the source brings no rows for that", 0)
 
 
 def load(
@@ -133,7 +144,7 @@ def load(
         problem = f"the cache of tokenised data cannot be written: {error.strerror or error} ({error.filename or key})"
         raise DataError(Fault("", problem, "free space, or move the cache with RUNNER_CACHE=DIR")) from error
     assert found is not None, "what was just written can be read"
-    return Splits(**vars(found), name=source.name, digest=source.digest, uri=source.uri)
+    return Splits(**vars(found), name=source.name, digest=source.digest, uri=source.uri, revision=source.revision)
 
 
 @dataclass(frozen=True)
@@ -224,8 +235,7 @@ def _count_trained(rows: Rows) -> int:
 def _nothing_left(split: str, items: list[Item], counts: Counter[str], settings: DataSettings) -> DataError:
     read = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("rows_read", "duplicates", "leaked"))
     if not items and split == "eval":
-        remedy = "raise data.eval_fraction, or name rows to evaluate on (data.eval_path, data.eval_split)"
-        return DataError(Fault("data.eval_fraction", f"holds no row out ({read})", remedy, settings.eval_fraction))
+        return DataError(_nothing_held_out(f"holds no row out ({read})", settings.eval_fraction))
     if not items:
         return DataError(Fault("data", f"no row is left to train on ({read})", "give it more rows, or other ones"))
     kind = "training" if split == "train" else "evaluation"
@@ -238,6 +248,11 @@ def _nothing_left(split: str, items: list[Item], counts: Counter[str], settings:
         problem += f" ({counts['truncated']} were cut at data.max_length={settings.max_length})"
     remedy = "raise data.max_length, check that the answers are the assistant's, or set task.train_on=all"
     return DataError(Fault("task.train_on", problem, remedy))
+
+
+def _nothing_held_out(problem: str, fraction: float) -> Fault:
+    remedy = "raise data.eval_fraction, or name rows to evaluate on (data.eval_path, data.eval_split)"
+    return Fault("data.eval_fraction", problem, remedy, fraction)
 
 
 def _cache_key(source: Source, tokenizer: Any, settings: DataSettings, identity: Mapping[str, Any]) -> str:

@@ -6,10 +6,10 @@ RunnerError                 exit code 1
 ├── LaunchError             2   a launcher refused the job
 ├── ResumeError             2   a run folder cannot be taken up again
 ├── TrackingError           2   the tracking store cannot be used as asked
-├── TrainingError           1   training itself failed (a NaN loss, no memory, no space left)
-└── Stopped                     not a fault: training was asked to stop and saved its state
-    ├── Preempted           75  by SIGTERM (a scheduler)
-    └── Interrupted         130 by Ctrl-C (the user)
+└── TrainingError           1   training itself failed (a NaN loss, no memory, no space left)
+Stopped                         not an error: the run was asked to stop
+├── Preempted               75  by SIGTERM (a scheduler)
+└── Interrupted             130 by Ctrl-C (the user)
 """
 
 from __future__ import annotations
@@ -76,16 +76,20 @@ class TrainingError(RunnerError):
     exit_code = 1
 
 
-class Stopped(RunnerError):  # noqa: N818 - a request that was honoured, not an error
-    """Training stopped on request at a step boundary, with its state saved."""
+class Stopped(BaseException):
+    """A request to stop, on its way to whom it concerns: no ``except Exception`` of a library may eat it."""
+
+    exit_code: int
+    status: str
+    """What state.json says of a run that ended so."""
 
 
 class Preempted(Stopped):
-    exit_code = 75
+    exit_code, status = 75, "preempted"
 
 
 class Interrupted(Stopped):
-    exit_code = 130
+    exit_code, status = 130, "killed"
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

@@ -11,6 +11,8 @@ from runner.errors import ConfigError, Fault, ResumeError
 from runner.rundir import RunDir
 
 RESUME_KEYS = ("resume", "retry")
+BEFORE_THE_MANIFEST = {".hydra", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
+"""What a run that was killed while it was being prepared leaves behind."""
 
 
 def choose(cfg: dict[str, Any], composed: Path, *, named: bool, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
@@ -21,34 +23,75 @@ def choose(cfg: dict[str, Any], composed: Path, *, named: bool, overrides: list[
         named: whether the user named it.
 
     Raises:
-        ResumeError: the folder holds other files, a failed run (without ``retry=true``), or no run at all.
-        ConfigError: no folder can be made there.
+        ResumeError: there is no such run, or more was asked for than to continue it.
     """
-    folder = composed
     if cfg["resume"] == "auto":
-        folder = _twin_or_new(cfg, composed, named=named)
-    elif cfg["resume"]:
-        folder, cfg = _taken_up(cfg, Path(cfg["resume"]).resolve(), overrides)
-    elif not named:
-        _mention_twin(cfg)
-        folder = _new(composed)
-    refuse_foreign(folder)
-    refuse_failed(RunDir(folder), retry=cfg["retry"])
-    return folder, cfg
+        return _twin_or_new(cfg, composed, named=named), cfg
+    if cfg["resume"]:
+        if named:
+            raise ResumeError(Fault("hydra.run.dir", "a resumed run stays in its folder", "leave it out", composed))
+        return _resumed(cfg), configuration(cfg, overrides)
+    if named:
+        return composed, cfg
+    _mention_twin(cfg)
+    return _unused(composed), cfg
 
 
-def refuse_foreign(folder: Path) -> None:
-    """A folder with other things in it is not ours to write to, nor to clean up."""
-    if not RunDir(folder).manifest.exists() and folder.is_dir() and any(folder.iterdir()):
-        remedy = "name an empty folder, or the folder of a run"
-        raise ResumeError(Fault("hydra.run.dir", "holds other files and no run", remedy, folder))
+def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """What a run is configured as: with ``resume=RUN`` as it was frozen then, and nothing else may be asked for."""
+    if cfg["resume"] in (None, "auto"):
+        return cfg
+    others = [override for override in overrides if override.partition("=")[0] not in RESUME_KEYS]
+    if others:
+        problem = f"continues the run as it was configured and cannot take {', '.join(others)}"
+        raise ResumeError(Fault("resume", problem, "leave the others out, or start a new run with them", cfg["resume"]))
+    return {**prepare.read_config(RunDir(_resumed(cfg))), "retry": cfg["retry"]}
 
 
-def refuse_failed(rundir: RunDir, *, retry: bool) -> None:
+def refuse(folder: Path, cfg: dict[str, Any]) -> None:
+    """Refuse a folder that this run may not use.
+
+    Raises:
+        ResumeError: it holds other files, a run of another configuration, or a failed run (without ``retry=true``).
+    """
+    rundir = RunDir(folder)
+    if not rundir.manifest.exists() and folder.is_dir():
+        if {path.name for path in folder.iterdir()} - BEFORE_THE_MANIFEST:
+            remedy = "name an empty folder, or the folder of a run"
+            raise ResumeError(Fault("hydra.run.dir", "holds other files and no run", remedy, folder))
+        return
+    prepare.refuse_other(rundir, cfg)
     state = rundir.read_state()
-    if state.status == "failed" and not retry:
+    if state.status == "failed" and not cfg["retry"]:
         remedy = "add retry=true to continue from its last checkpoint"
-        raise ResumeError(Fault("", f"the run in {rundir.path} failed: {state.reason}", remedy))
+        raise ResumeError(Fault("", f"the run in {folder} failed: {state.reason}", remedy))
+
+
+def refuse_resume(cfg: dict[str, Any]) -> None:
+    """``resume`` names one run; a sweep is taken up by its folder."""
+    if cfg["resume"]:
+        remedy = "give the sweep's folder, hydra.sweep.dir=…: what is completed there is skipped, the rest goes on"
+        raise ResumeError(Fault("resume", "is for a single run, and this starts several", remedy, cfg["resume"]))
+
+
+def make(folder: Path) -> list[Path]:
+    """Make the folder and those above it; returns those that were not there, innermost first.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".hydra").mkdir(exist_ok=True)
+    except OSError as error:
+        remedy = "set outputs_dir (or hydra.run.dir) to a folder that can be written"
+        raise ConfigError(Fault("outputs_dir", f"cannot be written: {error.strerror}", remedy, folder)) from error
+    return missing
+
+
+def _resumed(cfg: dict[str, Any]) -> Path:
+    return Path(cfg["resume"]).expanduser().resolve()
 
 
 def _twin_or_new(cfg: dict[str, Any], composed: Path, *, named: bool) -> Path:
@@ -56,16 +99,7 @@ def _twin_or_new(cfg: dict[str, Any], composed: Path, *, named: bool) -> Path:
     if twin:
         return twin.path
     print("resume=auto: no unfinished run of this configuration here; starting a new one", file=sys.stderr)
-    return composed if named else _new(composed)
-
-
-def _taken_up(cfg: dict[str, Any], folder: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
-    """``resume=RUN``: the run's own frozen configuration counts, and nothing else may be asked for."""
-    others = [override for override in overrides if override.partition("=")[0] not in RESUME_KEYS]
-    if others:
-        problem = f"continues the run as it was configured and cannot take {', '.join(others)}"
-        raise ResumeError(Fault("resume", problem, "leave the others out, or start a new run with them", folder))
-    return folder, {**prepare.read_config(RunDir(folder)), "retry": cfg["retry"]}
+    return composed if named else _unused(composed)
 
 
 def _mention_twin(cfg: dict[str, Any]) -> None:
@@ -77,16 +111,7 @@ def _mention_twin(cfg: dict[str, Any]) -> None:
         print("      this is a new run; resume=auto would take up the old one", file=sys.stderr)
 
 
-def _new(wanted: Path) -> Path:
-    """``wanted``, or ``wanted-2`` … where two runs began in the same second; made, so that nobody else takes it."""
-    for number in range(1, 1000):
-        candidate = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        try:
-            candidate.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            remedy = "set outputs_dir to a folder that can be written"
-            raise ConfigError(Fault("outputs_dir", f"cannot be written: {error.strerror}", remedy, wanted)) from error
-        return candidate
-    raise AssertionError("a thousand runs in one second")
+def _unused(wanted: Path) -> Path:
+    """``wanted``, or ``wanted-2`` … where a run began there in the same second."""
+    candidates = (wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}") for number in range(1, 1000))
+    return next(path for path in candidates if not path.exists())

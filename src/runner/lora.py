@@ -10,13 +10,12 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from annotated_types import Ge, Gt, Lt
+from typing import TYPE_CHECKING, Any, Literal
 
 from runner import adapter
 from runner.config import mismatch, unknown_key
 from runner.errors import ConfigError, Fault, suggest
+from runner.schema import Count, Fraction, Positive
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,9 +63,9 @@ def none(model: nn.Module) -> nn.Module:
 def lora(
     model: nn.Module,
     *,
-    r: Annotated[int, Ge(1)],
-    lora_alpha: Annotated[float, Gt(0)],
-    lora_dropout: Annotated[float, Ge(0), Lt(1)],
+    r: Count,
+    lora_alpha: Positive,
+    lora_dropout: Fraction,
     target_modules: str | list[str],
     modules_to_save: list[str] | None,
     bias: Literal["none", "all", "lora_only"],

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from runner.packing import IGNORED
+
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask")
 CHUNK_VALUES = 2**25
 """Logits taken to float32 at once: 128 MiB."""

@@ -11,18 +11,16 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from annotated_types import Ge
+from typing import Any, Literal
 
 from runner import gguf as gguf_files
 from runner import modeldir, tiny
 from runner.errors import ConfigError, Fault
 from runner.precision import Precision, dtype_faults
 from runner.rundir import cache_dir, locked
+from runner.schema import Count, Seed
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
-Count = Annotated[int, Ge(1)]
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -70,7 +68,7 @@ def random(
     kv_heads: Count,
     max_position_embeddings: Count,
     tie_word_embeddings: bool,
-    seed: int,
+    seed: Seed,
     dtype: Precision,
     attention: Attention,
 ) -> ModelSource:

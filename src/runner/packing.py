@@ -22,6 +22,7 @@ from runner.errors import ConfigError, Fault
 
 Batch = dict[str, Any]
 IGNORED = -100
+"""The label of a position where nothing is trained, as in torch and transformers."""
 PADDED_TO = 8
 """Padded rows are a multiple of this long: tensor cores want it, and fewer shapes occur."""
 
@@ -163,6 +164,11 @@ class Batches:
     def one_pass(self) -> Iterator[Batch]:
         """Every pack once, in the order of the first epoch: an evaluation."""
         return self._cut(self._order(0).tolist())
+
+    @property
+    def batches_in_pass(self) -> int:
+        """How many batches ``one_pass`` yields."""
+        return math.ceil(len(self.packs) / self.per_micro_batch)
 
     def steps(self, max_steps: int | None = None, epochs: float | None = None, max_tokens: int | None = None) -> int:
         """Optimizer steps until the first of these limits is reached.

@@ -20,7 +20,7 @@ import yaml
 
 from runner.errors import Fault, ResumeError
 from runner.rundir import UNFINISHED, RunDir, write_atomic
-from runner.secrets import redact, redact_tree, take_credentials
+from runner.secrets import redact, take_credentials
 
 RUN_TIME_KEYS = ("name", "outputs_dir", "resume", "retry", "tracking", "launcher")
 """Keys that say where and how a run happens, not what it computes: they do not change its identity."""
@@ -38,8 +38,8 @@ def signature(cfg: Mapping[str, Any]) -> str:
 
 
 def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with local paths made absolute and secrets taken out: what is written and handed over."""
-    frozen = redact_tree(json.loads(json.dumps(cfg)))
+    """The configuration with local paths made absolute: what is written down and handed over."""
+    frozen = json.loads(json.dumps(cfg))
     frozen["outputs_dir"] = os.path.abspath(os.path.expanduser(cfg["outputs_dir"]))
     for group, key in (("data", "path"), ("data", "eval_path"), ("model", "path")):
         value = frozen[group].get(key)
@@ -65,30 +65,39 @@ def keep_credentials(cfg: dict[str, Any]) -> None:
                 os.environ[name] = value
 
 
-def prepare(cfg: Mapping[str, Any], folder: Path, command: list[str], overrides: list[str]) -> RunDir:
-    """Write the frozen configuration, the manifest and the state ``pending`` into ``folder``.
+def prepare(
+    cfg: Mapping[str, Any], folder: Path, command: list[str], overrides: list[str], made: list[Path] | None = None
+) -> RunDir:
+    """Write the frozen configuration, the state ``pending`` and, last, the manifest into ``folder``.
 
-    A folder that holds a run of the same signature is left as it is, for a worker to take up.
+    A folder that holds a run of the same signature is left as it is, for a worker to take up. ``made`` are the folders
+    that were made for this run: they go again should it be refused.
 
     Raises:
         ResumeError: the folder holds a run of another signature.
     """
-    rundir, name = RunDir(folder), signature(cfg)
-    found = rundir.read_manifest().get("signature")
+    rundir = RunDir(folder)
+    refuse_other(rundir, cfg)
+    if not rundir.manifest.exists():
+        write_atomic(rundir.config, yaml.safe_dump(dict(cfg), sort_keys=False, allow_unicode=True))
+        rundir.write_state(status="pending")
+        manifest = _manifest(cfg, rundir, command, overrides)
+        rundir.update_manifest(**manifest, made_folders=[str(path) for path in made or []])
+    return rundir
+
+
+def refuse_other(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds a run of another configuration."""
+    found, name = rundir.read_manifest().get("signature"), signature(cfg)
     if found and found != name:
         raise ResumeError(
             Fault(
                 "hydra.run.dir",
                 f"holds a run of another configuration (signature {found}, this one is {name})",
                 "name another folder, or compare the two config.yaml",
-                folder,
+                rundir.path,
             )
         )
-    if not found:
-        write_atomic(rundir.config, yaml.safe_dump(dict(cfg), sort_keys=False, allow_unicode=True))
-        rundir.update_manifest(**_manifest(cfg, rundir, name, command, overrides))
-        rundir.write_state(status="pending")
-    return rundir
 
 
 def read_config(rundir: RunDir) -> dict[str, Any]:
@@ -107,19 +116,21 @@ def read_config(rundir: RunDir) -> dict[str, Any]:
 def find_twin(outputs_dir: Path, name: str) -> RunDir | None:
     """The latest unfinished run with this signature below ``outputs_dir``, if any."""
     twins = []
-    for state in outputs_dir.glob("*/*/state.json"):
-        rundir = RunDir(state.parent)
-        if rundir.read_manifest().get("signature") == name and rundir.read_state().status in UNFINISHED:
-            twins.append(rundir)
-    return max(twins, key=lambda rundir: rundir.read_state().updated, default=None)
+    for manifest in outputs_dir.glob("*/*/manifest.json"):
+        rundir = RunDir(manifest.parent)
+        try:
+            state = rundir.read_state()
+            if rundir.read_manifest().get("signature") == name and state.status in UNFINISHED:
+                twins.append((state.updated, str(rundir.path), rundir))
+        except (OSError, ValueError, TypeError):
+            continue  # a damaged folder is no twin
+    return max(twins)[2] if twins else None
 
 
-def _manifest(
-    cfg: Mapping[str, Any], rundir: RunDir, name: str, command: list[str], overrides: list[str]
-) -> dict[str, Any]:
+def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overrides: list[str]) -> dict[str, Any]:
     return {
         "id": uuid.uuid4().hex,
-        "signature": name,
+        "signature": signature(cfg),
         "name": cfg["name"] or _default_name(overrides),
         "created": time.time(),
         "command": [redact(word) for word in command],

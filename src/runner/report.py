@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from runner import console, prepare, tracking
+from runner import compiling, console, prepare, tracking
 from runner.rundir import RunDir
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from runner.build import Inputs
     from runner.checkpoint import Progress
     from runner.train import Parts
@@ -53,14 +57,23 @@ def weights_in(parts: Parts) -> str:
 
 def manifest(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> dict[str, Any]:
     """What only the worker knows: where model and data came from, and the machine it runs on."""
-    data = {
-        "name": made.splits.name,
-        "uri": made.splits.uri,
-        "digest": made.splits.digest,
-        "report": asdict(made.splits.report),
-    }
+    data = {**data_identity(cfg, made), "name": made.splits.name, "report": asdict(made.splits.report)}
     model = {"name": made.source.name, "path": made.source.path, "revision": made.source.revision}
     return {"data": data, "model": model, "hardware": _hardware(rundir, made)}
+
+
+def data_identity(cfg: Mapping[str, Any], made: Inputs) -> dict[str, Any]:
+    """What must be the same in each attempt at a run; ``function`` is the hash of a custom format's source text."""
+    from runner import formats
+
+    function = (cfg["data"].get("format") or {}).get("function")
+    text = formats.source_text(function) if function else None
+    return {
+        "digest": made.splits.digest,
+        "revision": made.splits.revision,
+        "uri": made.splits.uri,
+        "function": hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
+    }
 
 
 def _hardware(rundir: RunDir, made: Inputs) -> dict[str, Any]:
@@ -72,8 +85,11 @@ def _hardware(rundir: RunDir, made: Inputs) -> dict[str, Any]:
     return {**known, "device": str(made.device), "device_name": name, "threads": torch.get_num_threads()}
 
 
-def summary(rundir: RunDir, parts: Parts, progress: Progress, wall_seconds: float) -> dict[str, Any]:
-    """The numbers at the end, read from the records: they are the same after a resume."""
+def summary(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) -> dict[str, Any]:
+    """The numbers at the end, read from the records: they are the same after a resume.
+
+    ``seconds`` are those of all attempts, without the time between them.
+    """
     evaluations = [record for record in tracking.read(rundir) if "eval/loss" in record]
     first, last = evaluations[0], evaluations[-1]
     return {
@@ -84,10 +100,23 @@ def summary(rundir: RunDir, parts: Parts, progress: Progress, wall_seconds: floa
         "steps": progress.step,
         "train/tokens": progress.tokens,
         "trained tokens": progress.trained_tokens,
-        "wall seconds": wall_seconds,
+        "training seconds": seconds,
         **{k: v for k, v in parts.meter.rates().items() if k in ("train/tokens_per_second", "train/mfu")},
         **parts.extra_metrics(),
     }
+
+
+def compiled(model: nn.Module, warm: int) -> dict[str, int]:
+    """What came of compiling, told and counted; ``warm`` are the graphs that there were after the first step."""
+    if not compiling.is_compiled(model):
+        return {}
+    breaks, later = compiling.graph_breaks(), compiling.graphs() - warm
+    for reason in breaks:
+        log.warning(f"graph break, {reason}")
+    if later:
+        remedy = "set data.packing=true, or compile.dynamic=true, if shapes differ from step to step"
+        log.warning(f"{later} graphs were compiled after the first step: {remedy}")
+    return {"compile/graph_breaks": len(breaks), "compile/graphs_after_first_step": later}
 
 
 def ending(rundir: RunDir, mirrored: tracking.MirrorResult, code: int) -> None:
@@ -96,24 +125,25 @@ def ending(rundir: RunDir, mirrored: tracking.MirrorResult, code: int) -> None:
     if code == 0:
         console.table("", ["", ""], _summary_rows(state.summary))
         _show_samples(rundir)
-        print(f"model    {rundir.model}")
-    print(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
+        console.say(f"model    {rundir.model}")
+    console.say(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
     if mirrored.url:
-        print(f"MLflow   {mirrored.url}")
+        console.say(f"MLflow   {mirrored.url}")
     if mirrored.unsent:
-        print(f"MLflow has not got {mirrored.unsent} records ({mirrored.message}); they are safe in the run folder.")
-        print(f"bring them: python -m runner sync {rundir.path}")
-    print(f"next     {_next_command(rundir, code)}")
+        lacking = f"{mirrored.unsent} records ({mirrored.message})"
+        console.say(f"MLflow has not got {lacking}; they are safe in the run folder.")
+        console.say(f"bring them: python -m runner sync {rundir.path}")
+    console.say(f"next     {_next_command(rundir, code)}")
 
 
-def sweep(rundirs: list[RunDir]) -> None:
-    """All runs of a sweep in one table."""
+def sweep(names: list[str], rundirs: list[RunDir], codes: list[int]) -> None:
+    """All runs of a sweep in one table; those that were refused have no folder any more, those after a stop no code."""
     rows = []
-    for rundir in rundirs:
-        state, manifest = rundir.read_state(), rundir.read_manifest()
+    for name, rundir, code in zip_longest(names, rundirs, codes):
+        state = rundir.read_state()
         loss = state.summary.get("eval/loss")
-        shown = f"{loss:.4f}" if loss is not None else state.reason or "–"
-        rows.append([str(manifest.get("name", "")), state.status, shown, str(rundir.path)])
+        status = "refused" if code == 2 and not rundir.manifest.exists() else state.status
+        rows.append([name, status, f"{loss:.4f}" if loss is not None else state.reason or "–", str(rundir.path)])
     console.table("sweep", ["run", "status", "held-out loss", "folder"], rows)
 
 
@@ -124,7 +154,7 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
         ["held-out loss", f"{before:.4f} → {after:.4f}{change}"],
         ["perplexity", f"{numbers['eval/perplexity before']:.2f} → {numbers['eval/perplexity']:.2f}"],
         ["steps, tokens", f"{numbers['steps']}, {numbers['train/tokens']} ({numbers['trained tokens']} trained)"],
-        ["time", console.duration(numbers["wall seconds"])],
+        ["time", console.duration(numbers["training seconds"])],
     ]
     if rate := numbers.get("train/tokens_per_second"):
         mfu = f"  ({numbers['train/mfu']:.0%} of peak FLOP/s)" if numbers.get("train/mfu") else ""

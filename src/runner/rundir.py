@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -54,6 +55,8 @@ class State:
     started: float = 0.0
     """Seconds since the epoch at which the first attempt began."""
     updated: float = 0.0
+    seconds: float = 0.0
+    """Spent on training, all attempts together; the hours in between do not count."""
     summary: dict[str, Any] = field(default_factory=dict)
     """The numbers shown at the end: metric name → value."""
 
@@ -145,6 +148,15 @@ class RunDir:
             manifest = {**self.read_manifest(), **changes}
             write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
         return manifest
+
+    def discard(self) -> None:
+        """Remove what this run wrote, and the folders that were made for it: it was refused before it started."""
+        made = [Path(path) for path in self.read_manifest().get("made_folders", [])]
+        for entry in list(self.path.iterdir()):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: another run is in it
+                folder.rmdir()
 
     def is_alive(self) -> bool:
         """Whether a worker holds this folder; a worker that was killed holds it no more."""

@@ -12,35 +12,35 @@ import math
 from collections.abc import Iterator
 from typing import Annotated
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Le
 
 from runner.errors import ConfigError, Fault
+from runner.schema import Fraction
 
 WarmupSteps = Annotated[int, Ge(0)] | None
-Ratio = Annotated[float, Ge(0), Lt(1)]
 Floor = Annotated[float, Ge(0), Le(1)]
 
 
-def cosine(step: int, total: int, *, warmup_steps: WarmupSteps, warmup_ratio: Ratio, min_ratio: Floor) -> float:
+def cosine(step: int, total: int, *, warmup_steps: WarmupSteps, warmup_ratio: Fraction, min_ratio: Floor) -> float:
     """Warm up, then half a cosine down to ``min_ratio`` of the peak (https://arxiv.org/abs/1608.03983)."""
     rise, done = _progress(step, total, warmup(total, warmup_steps, warmup_ratio))
     return rise * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def linear(step: int, total: int, *, warmup_steps: WarmupSteps, warmup_ratio: Ratio, min_ratio: Floor) -> float:
+def linear(step: int, total: int, *, warmup_steps: WarmupSteps, warmup_ratio: Fraction, min_ratio: Floor) -> float:
     """Warm up, then a straight line down to ``min_ratio`` of the peak."""
     rise, done = _progress(step, total, warmup(total, warmup_steps, warmup_ratio))
     return rise * (1 - (1 - min_ratio) * done)
 
 
-def constant(step: int, total: int, *, warmup_steps: WarmupSteps, warmup_ratio: Ratio) -> float:
+def constant(step: int, total: int, *, warmup_steps: WarmupSteps, warmup_ratio: Fraction) -> float:
     """Warm up, then stay at the peak."""
     rise, _ = _progress(step, total, warmup(total, warmup_steps, warmup_ratio))
     return rise
 
 
 def wsd(
-    step: int, total: int, *, warmup_steps: WarmupSteps, warmup_ratio: Ratio, decay_ratio: Floor, min_ratio: Floor
+    step: int, total: int, *, warmup_steps: WarmupSteps, warmup_ratio: Fraction, decay_ratio: Floor, min_ratio: Floor
 ) -> float:
     """Warm up, stay at the peak, and fall linearly over the last ``decay_ratio`` of the run.
 

@@ -1,13 +1,21 @@
-"""The types of the keys that belong to no option: those at the top, and ``train``. Their values are in conf/."""
+"""The types of the keys that belong to no option: those at the top, and ``train``. Their values are in conf/.
+
+Where several rooms ask for the same kind of number, it is named here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 
 Count = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
+"""What torch, NumPy and Python all take."""
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +23,7 @@ class RunSettings:
     """The keys at the top of the configuration."""
 
     name: str | None
-    seed: Annotated[int, Ge(0)]
+    seed: Seed
     outputs_dir: str
     resume: str | None
     retry: bool
@@ -26,11 +34,11 @@ class TrainSettings:
     """How long, how much at a time, and how often something is said or saved; the key comments are in conf/train."""
 
     max_steps: Count | None
-    num_train_epochs: Annotated[float, Gt(0)] | None
+    num_train_epochs: Positive | None
     max_tokens: Count | None
     per_device_batch_size: Count
     gradient_accumulation_steps: Count
-    max_grad_norm: Annotated[float, Gt(0)] | None
+    max_grad_norm: Positive | None
     gradient_checkpointing: bool
     logging_steps: Count
     eval_steps: Count | None

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 HIDDEN = "***"
-SHORTEST = 8
-"""An environment variable shorter than this is a word, not a secret: hiding it everywhere would maim texts."""
+SHORTEST = 12
+"""An environment variable shorter than this may stand in any text by chance: hiding it everywhere would maim texts."""
 
 
 def redact(text: str) -> str:
-    """The text without secrets: known kinds of tokens, credentials in URIs, ``password=…``, and whatever the
-    environment holds under a secret name (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD``)."""
+    """The text without secrets: known kinds of tokens, credentials in URIs and headers, ``password=…``, and what the
+    environment holds under a secret name (``HF_TOKEN``), unless that is a plain word, name or path."""
     for secret in _environment_secrets():
         text = text.replace(secret, HIDDEN)
     text = _IN_URI.sub(f"://{HIDDEN}@", text)
@@ -31,6 +31,11 @@ def redact_tree(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [redact_tree(item) for item in tree]
     return redact(tree) if isinstance(tree, str) else tree
+
+
+def find_secrets(tree: Any) -> list[str]:
+    """The dotted keys whose value ``redact_tree`` would change: ``["tracking.uri", "names.0"]``."""
+    return list(_differing(tree, redact_tree(tree), ""))
 
 
 def names_secret(key: str) -> bool:
@@ -61,9 +66,20 @@ def put_credentials(uri: str, user: str | None, password: str | None) -> str:
     return uri.replace("://", f"://{credentials}@", 1)
 
 
+def _differing(before: Any, after: Any, key: str) -> Iterator[str]:
+    if isinstance(before, Mapping | list | tuple):
+        below = before.items() if isinstance(before, Mapping) else enumerate(before)
+        for name, value in below:
+            yield from _differing(value, after[name], f"{key}.{name}" if key else str(name))
+    elif before is not after and before != after:
+        yield key
+
+
 def _hide(value: Any) -> Any:
     # A flag (`token: true`), a number that only looks the part, or a reference to the environment is no secret.
-    if isinstance(value, Mapping | list | tuple):
+    if isinstance(value, list | tuple):
+        return [_hide(item) for item in value]
+    if isinstance(value, Mapping):
         return redact_tree(value)
     if value is None or isinstance(value, bool) or value == "" or str(value).startswith("${"):
         return value
@@ -78,8 +94,13 @@ def _without_value(found: re.Match[str]) -> str:
 
 
 def _environment_secrets() -> list[str]:
-    found = {value for name, value in os.environ.items() if names_secret(name) and len(value) >= SHORTEST}
+    found = {value for name, value in os.environ.items() if names_secret(name) and _is_unlikely(value)}
     return sorted(found, key=len, reverse=True)
+
+
+def _is_unlikely(value: str) -> bool:
+    """Whether a text that holds ``value`` can only have it from the secret: it is long, and not made of words."""
+    return len(value) >= SHORTEST and not _PLAIN.fullmatch(value) and not os.path.exists(value)
 
 
 _SECRET_NAME = re.compile(r"(?:^|_)(?:token|password|passwd|passphrase|secret|(?:api|access|secret|private)_?key)$")
@@ -88,9 +109,12 @@ _TOKENS_OF_TEXT = {
     for kind in ("pad", "eos", "bos", "unk", "cls", "sep", "mask", "image", "audio", "video", "start", "end", "stop")
 }
 _IN_URI = re.compile(r"://(?:[^/\s@:'\"]*:[^/\s'\"]*|[^/\s@:'\"]{20,})@")
-_BEARER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{16,}", re.IGNORECASE)
+_WORD = r"(?:[A-Z]?[a-z]{1,15}|[A-Z]{1,15})\d{0,4}"
+_PLAIN = re.compile(rf"[~./]*{_WORD}(?:[./_-]+(?:{_WORD}|\d{{1,4}}))*/?")
+"""Words in a row, as in names and paths: ``postgres_dump``, ``/data/runs-2024``."""
+_BEARER = re.compile(r"(\bbearer(?=\s+\S*\d)|authorization\W{1,4}basic)\s+[\w.~+/=-]{16,}", re.IGNORECASE)
 _TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-(?=[\w-]*\d)(?:[\w-]*[_-])?[A-Za-z0-9]{16,}[\w-]*|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|xox[abprs]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
 )
 _ASSIGNMENT = re.compile(r"([A-Za-z_][\w.-]*)([\"']?\s*[=:]\s*)(\"[^\"\n]*\"|'[^'\n]*'|[^\s,;&'\"}\])]+)")

@@ -46,6 +46,8 @@ class Source:
     """SHA-256 over the content, 32 hexadecimal digits: MLflow takes no more than 36."""
     uri: str
     """What MLflow's dataset lineage shows as the source."""
+    revision: str | None = None
+    """The commit of a dataset of the Hub."""
 
 
 def chitchat() -> Source:
@@ -89,12 +91,17 @@ def local(*, path: str, eval_path: str | None, documents: Documents) -> Source:
 
 
 def check_local(*, path: str, eval_path: str | None, documents: str) -> Iterator[Fault]:
-    """Files that are not there, or of a kind that is not read."""
+    """Files that are not there, or of a kind that is not read; a cut through texts where there is no text."""
+    found: list[Path] = []
+    faults: list[Fault] = []
     for key, value in (("path", path), ("eval_path", eval_path)):
         try:
-            readers.find_files(key, value) if value is not None else None
+            found += readers.find_files(key, value) if value is not None else []
         except DataError as error:
-            yield from error.faults
+            faults += error.faults
+    yield from faults
+    if documents != "file" and not faults and not any(file.suffix.lower() == ".txt" for file in found):
+        yield Fault("documents", "has no effect: none of the files is a txt file", "leave it at file", documents)
 
 
 def hub(*, path: str, name: str | None, split: str, eval_split: str | None, revision: str | None) -> Source:
@@ -113,7 +120,14 @@ def hub(*, path: str, name: str | None, split: str, eval_split: str | None, revi
         eval=None if held_out is None else Records(functools.partial(_hub_rows, held_out, f"{path}[{eval_split}]")),
         digest=hashlib.sha256("\n".join(marks).encode()).hexdigest()[:32],
         uri=Path(path).resolve().as_uri() if Path(path).exists() else f"hf://datasets/{path}@{commit or 'main'}",
+        revision=commit,
     )
+
+
+def check_hub(*, path: str, revision: str | None, **_: object) -> Iterator[Fault]:
+    if revision is not None and Path(path).exists():
+        problem = "is for datasets of the Hub, and data.path is on this machine"
+        yield Fault("revision", problem, "set data.revision=null", revision)
 
 
 def _conversations(file: Path) -> Iterator[tuple[Place, Row]]:

@@ -191,7 +191,7 @@ def send_dataset(client: MlflowClient, run: Run, data: Mapping[str, Any]) -> Non
     digest, there = str(data.get("digest", ""))[:LONGEST_DIGEST], run.inputs.dataset_inputs
     if not digest or digest in [given.dataset.digest for given in there]:
         return
-    numbers = {key: value for key, value in data.items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in (data.get("report") or {}).items() if isinstance(value, int | float)}
     kind, source = _source(str(data.get("uri", "")))
     name = str(data.get("name", "data"))[:LONGEST_NAME]
     dataset = Dataset(name, digest, kind, json.dumps(source), profile=json.dumps(numbers))

@@ -17,14 +17,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
-
-from annotated_types import Gt
 
 from runner.config import bind
 from runner.errors import Fault, suggest
 from runner.rundir import RunDir, write_atomic
+from runner.schema import Positive
 from runner.secrets import redact
 
 log = logging.getLogger("runner")
@@ -58,7 +57,7 @@ def mlflow(
     run_name: str | None,
     log_model: bool | Literal["adapter"],
     system_metrics: bool,
-    system_interval_s: Annotated[float, Gt(0)],
+    system_interval_s: Positive,
 ) -> Tracking:
     """Mirror the run into MLflow: the embedded database where ``uri`` is null, else that server or database."""
     return Tracking("mlflow", experiment, run_name, log_model, uri, system_metrics, system_interval_s)

@@ -62,6 +62,8 @@ class Hooks:
     """Called before each checkpoint: what was recorded so far is to be as safe as the checkpoint will be."""
     check_stop: Callable[[], None]
     """Raises Stopped when somebody asked for it; called where nothing would be lost."""
+    warm: Callable[[], None]
+    """Called after the first step of this process: what is compiled from then on is a surprise."""
 
 
 def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
@@ -71,23 +73,31 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
         Stopped: as asked for by ``check_stop``, after the state was saved.
         TrainingError: the loss is not a number, or a checkpoint cannot be written.
     """
-    saved_step = progress.step
+    first, saved = progress.step, boundary(progress)
     try:
         while True:
             if evaluation_is_due(progress.step, parts) and not progress.evaluated:
                 metrics = evaluate(parts, hooks)
                 progress.evaluated = True
                 hooks.record(progress.step, metrics)
-            if progress.step > saved_step and save_is_due(progress.step, parts):
+            if boundary(progress) != saved and save_is_due(progress.step, parts):
                 save(parts, progress, hooks)
-                saved_step = progress.step
+                saved = boundary(progress)
             if progress.step >= parts.total_steps:
                 return progress
             hooks.check_stop()
             optimizer_step(parts, progress, hooks)
+            if progress.step == first + 1:
+                hooks.warm()
     except Stopped:
-        save(parts, progress, hooks)
+        if boundary(progress) != saved:
+            save(parts, progress, hooks)
         raise
+
+
+def boundary(progress: Progress) -> tuple[int, bool]:
+    """Where between two steps training stands; a checkpoint of the same place holds the same."""
+    return progress.step, progress.evaluated
 
 
 def save(parts: Parts, progress: Progress, hooks: Hooks) -> None:
@@ -148,15 +158,15 @@ def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
     """The task's metrics over the whole evaluation split; sums are kept, never logits."""
     parts.model.eval()
     totals: dict[str, float] = {}
-    batches = list(parts.evaluation.one_pass())
-    for done, batch in enumerate(batches):
+    count = parts.evaluation.batches_in_pass
+    for done, batch in enumerate(parts.evaluation.one_pass()):
         hooks.check_stop()
-        hooks.evaluating(done, len(batches))
+        hooks.evaluating(done, count)
         with parts.accelerator.autocast():
             sums = parts.task.loss(parts.model, on_device(batch, parts.accelerator.device))
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)
-    hooks.evaluating(len(batches), len(batches))
+    hooks.evaluating(count, count)
     parts.meter.pause()
     return {f"eval/{name}": value for name, value in parts.task.metrics(totals).items()}
 
@@ -181,7 +191,7 @@ def evaluation_is_due(step: int, parts: Parts) -> bool:
 
 def save_is_due(step: int, parts: Parts) -> bool:
     every = parts.settings.save_steps
-    return step == parts.total_steps or (every is not None and step % every == 0)
+    return step == parts.total_steps or (every is not None and step > 0 and step % every == 0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

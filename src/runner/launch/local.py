@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import traceback
+from types import FrameType
 
+from runner import console
 from runner.rundir import RunDir
 
 
@@ -26,6 +30,7 @@ def launch_each(rundirs: list[RunDir]) -> list[int]:
     The processes are forked from this one after the libraries are imported, so that each further job starts warm.
     Nothing may touch CUDA or start threads of computation before that. After Ctrl-C or SIGTERM no further job starts.
     """
+    console.quiet_libraries()
     import accelerate
     import peft
     import transformers
@@ -34,41 +39,58 @@ def launch_each(rundirs: list[RunDir]) -> list[int]:
     assert peft
     assert transformers
     codes: list[int] = []
-    for number, rundir in enumerate(rundirs, 1):
-        print(f"[{number}/{len(rundirs)}] {rundir.read_manifest().get('name')}", file=sys.stderr)
-        codes.append(_in_child(rundir))
-        if codes[-1] in (75, 130):
-            break
+    with _Forwarding() as forwarding:
+        for number, rundir in enumerate(rundirs, 1):
+            print(f"[{number}/{len(rundirs)}] {rundir.read_manifest().get('name')}", file=sys.stderr)
+            codes.append(forwarding.wait(_fork(rundir)))
+            if forwarding.signalled or codes[-1] in (75, 130):
+                break
     return codes
 
 
-def _in_child(rundir: RunDir) -> int:
+def _fork(rundir: RunDir) -> int:
+    """Work on the folder in a process forked from this one; returns its pid."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = launch(rundir)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return _wait(child)
-
-
-def _wait(child: int) -> int:
-    """Wait for the child; the signals that end us reach it too, and it decides how to end."""
-    import signal
-
-    def forward(number: int, _: object) -> None:
-        os.kill(child, number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM,)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both
+    if child:
+        return child
+    code = 1
     try:
-        _, status = os.waitpid(child, 0)
+        code = launch(rundir)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class _Forwarding:
+    """While children work, what would end this process is theirs to honour: they save, and end in their own way."""
+
+    def __init__(self) -> None:
+        self.signalled = False
+        self._child = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> _Forwarding:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def wait(self, child: int) -> int:
+        """The exit code of the child; 1 where a signal ended it."""
+        self._child = child
+        _, status = os.waitpid(child, 0)
+        self._child = 0
+        return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self.signalled = True
+        if self._child and number == signal.SIGTERM:  # Ctrl-C reaches the child from the terminal
+            os.kill(self._child, number)

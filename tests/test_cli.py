@@ -1,0 +1,287 @@
+"""The command line as users meet it: what it does, what it says, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import TINY
+from runner import cli, prepare, tracking
+from runner.rundir import RunDir
+
+QUICK = (*TINY, "train.max_steps=2")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RUNNER_TRACEBACK", raising=False)
+
+
+def runs() -> list[RunDir]:
+    return sorted((RunDir(path.parent.resolve()) for path in Path("outputs").glob("*/*/state.json")), key=str)
+
+
+def test_a_run_leaves_its_folder_and_says_what_came_out(capfd: pytest.CaptureFixture[str]):
+    assert cli.run([*QUICK, "name=first"]) == 0
+    (rundir,) = runs()
+    assert rundir.read_state().status == "completed"
+    assert {path.name for path in rundir.path.iterdir()} >= {
+        ".hydra", "config.yaml", "manifest.json", "state.json", "metrics.jsonl", "train.log", "checkpoints", "model",
+    }  # fmt: skip
+    manifest = rundir.read_manifest()
+    assert manifest["name"] == "first"
+    assert manifest["data"]["digest"]
+    assert manifest["command"][:3] == ["python", "-m", "runner"]
+    said = capfd.readouterr()
+    assert "held-out loss" in said.out
+    assert str(rundir.model) in said.out
+    assert "step 2/2" in said.err
+    assert "step 2/2" in rundir.log.read_text()
+
+
+def test_a_named_folder_is_skipped_when_its_run_is_completed(capfd: pytest.CaptureFixture[str]):
+    command = [*QUICK, "hydra.run.dir=mine"]
+    assert cli.run(command) == 0
+    capfd.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in Path("mine").rglob("*")}
+    assert cli.run(command) == 0
+    assert "completed already" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in Path("mine").rglob("*")} == before
+
+
+def test_another_configuration_in_a_named_folder_is_refused_and_nothing_is_overwritten(
+    capfd: pytest.CaptureFixture[str],
+):
+    assert cli.run([*QUICK, "hydra.run.dir=mine"]) == 0
+    before = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
+    assert cli.run([*QUICK, "hydra.run.dir=mine", "seed=2"]) == 2
+    assert "another configuration" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()} == before
+
+
+def interrupted(*overrides: str) -> RunDir:
+    """A run that was stopped by SIGTERM after its first steps."""
+    command = [sys.executable, "-m", "runner", *TINY, "train.max_steps=400", "train.save_steps=50", *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if runs() and runs()[-1].read_state().step >= 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert runs()[-1].read_state().status == "preempted"
+    return runs()[-1]
+
+
+def test_resume_by_folder_and_by_itself(capfd: pytest.CaptureFixture[str]):
+    rundir = interrupted()
+    stopped_at = rundir.read_state().step
+    again = [*TINY, "train.max_steps=400", "train.save_steps=50"]
+    assert cli.run([f"resume={rundir.path}", "seed=1"]) == 2
+    assert "cannot take seed=1" in capfd.readouterr().err
+    assert cli.run([*again, "resume=auto"]) == 0
+    assert f"resumed at step {stopped_at}/400" in capfd.readouterr().err
+    assert runs() == [rundir]
+    assert (rundir.read_state().status, rundir.read_state().attempt) == ("completed", 2)
+    assert [r["step"] for r in tracking.read(rundir) if "train/loss" in r] == list(range(1, 401))
+    assert cli.run([f"resume={rundir.path}"]) == 0
+    assert "completed already" in capfd.readouterr().err
+
+
+def test_an_unfinished_twin_is_mentioned_and_left_alone(capfd: pytest.CaptureFixture[str]):
+    folder = Path("outputs/2020-01-01/00-00-00")
+    cfg = configuration(*QUICK)
+    prepare.prepare(cfg, folder, [], []).write_state(status="killed")
+    assert cli.run(list(QUICK)) == 0
+    assert f"an unfinished run of this configuration lies in {folder.resolve()}" in capfd.readouterr().err
+    assert len(runs()) == 2
+    assert RunDir(folder).read_state().status == "killed"
+
+
+def configuration(*overrides: str) -> dict[str, object]:
+    with cli.composed(list(overrides)) as (_, jobs):
+        return dict(jobs[0].cfg)
+
+
+def test_a_failed_run_is_only_retried_when_asked(capfd: pytest.CaptureFixture[str]):
+    command = [*QUICK, "hydra.run.dir=mine"]
+    prepare.prepare(configuration(*command), Path("mine"), [], []).write_state(status="failed", reason="a NaN")
+    assert cli.run(command) == 2
+    assert "failed: a NaN" in capfd.readouterr().err
+    assert cli.run([*command, "retry=true"]) == 0
+
+
+def test_a_run_killed_while_it_was_prepared_can_be_started(capfd: pytest.CaptureFixture[str]):
+    Path("mine/.hydra").mkdir(parents=True)
+    Path("mine/config.yaml").write_text("half: ")
+    assert cli.run([*QUICK, "hydra.run.dir=mine"]) == 0
+    assert RunDir(Path("mine")).read_state().status == "completed"
+
+
+def test_an_empty_folder_of_the_users_stays_when_a_run_in_it_is_refused(capfd: pytest.CaptureFixture[str]):
+    Path("project/mine").mkdir(parents=True)
+    Path("rows.jsonl").write_text("")
+    refused = ["model=tiny", "data=local", "data.path=rows.jsonl", "tracking=offline", "hydra.run.dir=project/mine"]
+    assert cli.run(refused) == 2
+    assert Path("project/mine").is_dir()
+    assert not list(Path("project/mine").iterdir())
+
+
+def test_no_secret_reaches_any_file(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+    uri = "tracking.uri=http://bob:hunter2secret@127.0.0.1:9"
+    assert cli.run([*(o for o in QUICK if not o.startswith("tracking")), "tracking=server", uri]) == 0
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "hunter2secret"
+    (rundir,) = runs()
+    files = [path for path in rundir.path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if b"hunter2secret" in path.read_bytes()]
+    said = capfd.readouterr()
+    assert "hunter2secret" not in said.out + said.err
+    assert "python -m runner sync" in said.out
+
+
+def test_a_token_among_the_keys_is_refused(capfd: pytest.CaptureFixture[str]):
+    token = "hf_" + "aB3dE5gH7j" * 4
+    assert cli.run([*QUICK, f"name={token}"]) == 2
+    said = capfd.readouterr().err
+    assert "looks like a secret" in said
+    assert token not in said
+    assert not Path("outputs").exists()
+
+
+def test_a_sweep_runs_every_job_and_tells_how_each_ended():
+    command = [
+        sys.executable, "-m", "runner", "-m", *QUICK, "lora.r=2,4", "lora.target_modules=[q_proj],[nothing]",
+        "hydra.sweep.dir=sweep",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("completed") >= 2
+    assert done.stdout.count("refused") == 2
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in Path("sweep").iterdir() if (path / "manifest.json").exists()) == ["0", "2"]
+    assert [RunDir(Path("sweep") / n).read_state().status for n in "02"] == ["completed"] * 2
+    again = subprocess.run([*command[:-2], "lora.target_modules=[q_proj]", command[-1]],
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    assert again.returncode == 2, "job 1 of this sweep is not job 1 of the other"
+    assert "another configuration" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["-m", "seed=1,2", "resume=outputs/x"], "this starts several"),
+        (["hydra.job.chdir=true"], "has no effect here"),
+        (["hydra/launcher=basic"], "has no effect here"),
+        (["--experimental-rerun", "x"], "is not for this program"),
+        (["hydra.run.dir=/proc/nothing/here"], "cannot be written"),
+        (["resume=outputs/x", "hydra.run.dir=y"], "stays in its folder"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(overrides: list[str], said: str, capfd: pytest.CaptureFixture[str]):
+    assert cli.run([*QUICK, *overrides] if "resume=outputs/x" not in overrides else overrides) == 2
+    assert said in capfd.readouterr().err
+    assert not Path("outputs").exists()
+
+
+def test_a_home_folder_is_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cli.run([*QUICK, "outputs_dir='~/out'"]) == 0
+    assert len(list((tmp_path / "home" / "out").glob("*/*/model"))) == 1
+    assert not Path("~").exists()
+
+
+def test_a_damaged_neighbour_stops_nobody():
+    folder = Path("outputs/2020-01-01/00-00-00")
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{")
+    assert cli.run(list(QUICK)) == 0
+
+
+def test_the_plan_shows_what_would_happen_and_writes_nothing(capfd: pytest.CaptureFixture[str]):
+    assert cli.run(["plan", *QUICK]) == 0
+    said = capfd.readouterr().out
+    for word in ("parameters", "memory, GiB", "weights", "rows read", "% of their slots are used", "steps", "⟦"):
+        assert word in said, word
+    assert not Path("outputs").exists()
+
+
+def test_the_plan_of_a_run_is_that_of_its_own_configuration(capfd: pytest.CaptureFixture[str]):
+    prepare.prepare(configuration(*QUICK), Path("mine"), [], [])
+    assert cli.run(["plan", "resume=mine"]) == 0
+    assert "random-64x2" in capfd.readouterr().out
+
+
+def test_a_model_that_cannot_fit_is_refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    from runner import meters
+
+    monkeypatch.setattr(meters, "device_memory", lambda device: (2**20, 2**20))
+    for words in (["plan", *QUICK], list(QUICK)):
+        assert cli.run(words) == 2
+        said = capfd.readouterr().err
+        assert "GiB, and the device has 0.0 GiB" in said
+        assert "quant=4bit" in said
+    assert not Path("outputs").exists()
+
+
+def test_help_teaches(capfd: pytest.CaptureFixture[str]):
+    for words in (["--help"], ["plan", "--help"]):
+        with pytest.raises(SystemExit) if words == ["--help"] else _nothing() as ended:
+            assert cli.run(words) == 0
+        if ended is not None:
+            assert ended.value.code in (0, None)
+    said = capfd.readouterr().out
+    assert said.count("python -m runner") >= 8
+    assert "quant: 4bit, 8bit, fp4, none" in said
+
+
+class _nothing:  # noqa: N801
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_the_configuration_can_be_shown():
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "--cfg", "job", "quant=4bit"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "kind: nf4" in done.stdout
+    typo = subprocess.run(
+        [sys.executable, "-m", "runner", "--cfg", "job", "quant=4bits"], capture_output=True, text=True
+    )
+    assert typo.returncode == 2
+    assert "did you mean '4bit'" in typo.stderr
+    assert "Traceback" not in typo.stderr
+
+
+def test_tab_completion_offers_options():
+    words = {**os.environ, "COMP_LINE": "runner quant=", "COMP_POINT": "13"}
+    command = [sys.executable, "-m", "runner", "--shell-completion", "query=bash"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=words)
+    assert "quant=4bit" in done.stdout
+
+
+def test_sync_brings_an_offline_run_to_mlflow(capfd: pytest.CaptureFixture[str]):
+    import mlflow
+
+    assert cli.run(list(QUICK)) == 0
+    (rundir,) = runs()
+    assert cli.run(["sync", str(rundir.path)]) == 0
+    client = mlflow.MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lora.r"] == "8"
+    assert run.data.tags["runner.signature"] == rundir.read_manifest()["signature"]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2]
+    assert json.loads(rundir.manifest.read_text())["mlflow"]["run_id"] == run.info.run_id

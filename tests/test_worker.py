@@ -1,0 +1,414 @@
+"""How a run ends, and what is said and written then: refused, stopped, out of memory, out of space, completed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, prepared
+
+from runner import build, console, report, samples, tracking, train, worker
+from runner.checkpoint import Checkpoints
+from runner.errors import ConfigError, DataError, Fault, Preempted, ResumeError, RunnerError, TrackingError
+from runner.rundir import RunDir
+from runner.stop import Stop
+
+SHORT = (*TINY, "train.max_steps=4", "train.save_steps=2")
+TOKEN = "hf_" + "aB3" * 10
+
+
+def stopped_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on SIGTERM arrives when that many steps are done."""
+    step = train.optimizer_step
+
+    def and_signal(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+        step(parts, progress, hooks)
+        if progress.step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "optimizer_step", and_signal)
+
+
+def raising(error: BaseException) -> Any:
+    def raise_it(*_: object, **__: object) -> None:
+        raise error
+
+    return raise_it
+
+
+# Refused
+
+
+def preempted_run(folder: Path, *options: str) -> RunDir:
+    rundir = prepared(folder, *options)
+    with pytest.MonkeyPatch.context() as patched:
+        stopped_after(3, patched)
+        assert worker.work(rundir) == 75
+    return rundir
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, ResumeError, TrackingError])
+def test_what_is_refused_on_resume_leaves_the_state_as_it_was(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, kind: type[RunnerError]
+):
+    """The Hub may be down for an hour: the run is not the worse for it, and goes on afterwards."""
+    rundir = preempted_run(tmp_path / "run", *SHORT)
+    before = rundir.read_state()
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "inputs", raising(kind(Fault("model.path", "the Hub is out of reach"))))
+        assert worker.work(rundir) == 2
+    assert rundir.read_state() == before
+    assert (before.status, before.step) == ("preempted", 3)
+
+
+def test_a_refusal_after_a_kill_that_nobody_wrote_down_says_killed(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rundir = preempted_run(tmp_path / "run", *SHORT)
+    rundir.write_state(status="running", reason="")
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "inputs", raising(DataError(Fault("data.path", "the Hub is out of reach"))))
+        assert worker.work(rundir) == 2
+    state = rundir.read_state()
+    assert (state.status, state.step) == ("killed", 3)
+    assert "died without saying so" in state.reason
+    assert worker.work(rundir) == 0
+
+
+def test_a_new_run_that_is_refused_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    monkeypatch.setattr(build, "inputs", raising(ResumeError(Fault("", "no"))))
+    assert worker.work(rundir) == 2
+    assert not rundir.state.exists()
+
+
+def test_a_fault_that_shows_while_training_is_a_failure(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    monkeypatch.setattr(train, "optimizer_step", raising(DataError(Fault("data", "row 7 is gone"))))
+    assert worker.work(rundir) == 1
+    assert (rundir.read_state().status, rundir.read_state().reason) == ("failed", "data: row 7 is gone")
+
+
+def rows_file(path: Path, count: int, answer: str) -> str:
+    rows = [{"question": f"what is {n}?", "reply": f"{answer} {n * n}"} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_changed_rows_are_refused_on_resume(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "rows.jsonl"
+    options = (*SHORT, "data=local", f"data.path={rows_file(path, 60, 'it is')}", "data/format=prompt_completion",
+               "data.format.prompt=question", "data.format.completion=reply")  # fmt: skip
+    rundir = preempted_run(tmp_path / "run", *options)
+    before, records = rundir.read_state(), rundir.metrics.read_bytes()
+    rows_file(path, 60, "that makes")
+    assert worker.work(rundir) == 2
+    assert "is not what this run began with" in caplog.text
+    assert "restore the data, or start a new run" in caplog.text
+    assert (rundir.read_state(), rundir.metrics.read_bytes()) == (before, records)
+    rows_file(path, 60, "it is")
+    assert worker.work(rundir) == 0
+
+
+def test_a_changed_function_is_refused_on_resume(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture):
+    code = tmp_path / "rows.py"
+    code.write_text("def to_text(row):\n    return row['question'] + row['reply']\n")
+    path = rows_file(tmp_path / "rows.jsonl", 60, "it is")
+    options = (*SHORT, "data=local", f"data.path={path}", "data/format=custom", "task=pretrain",
+               f"data.format.function={code}:to_text")  # fmt: skip
+    rundir = preempted_run(tmp_path / "run", *options)
+    code.write_text("def to_text(row):\n    return row['reply'] + row['question']\n")
+    assert worker.work(rundir) == 2
+    assert "the source text of the function has changed" in caplog.text
+    assert rundir.read_state().status == "preempted"
+
+
+def test_the_commits_of_the_first_attempt_are_used_again(tmp_path: Path):
+    rundir = RunDir(tmp_path)
+    cfg = {"model": {"path": "o/m", "revision": "main"}, "data": {"path": "o/d", "revision": None}}
+    assert worker._pinned(cfg, rundir) == cfg
+    rundir.update_manifest(model={"revision": "a1"}, data={"revision": "b2"})
+    pinned = worker._pinned(cfg, rundir)
+    assert (pinned["model"]["revision"], pinned["data"]["revision"]) == ("a1", "b2")
+    assert worker._pinned({"model": {"path": "x"}, "data": {"path": "y"}}, rundir)["data"] == {"path": "y"}
+
+
+# Stopped
+
+
+@pytest.mark.parametrize("eaten", ["not", "swallowed", "made another"])
+def test_a_signal_while_loading_stops_the_run_whatever_libraries_catch(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, eaten: str
+):
+    rundir, inputs = prepared(tmp_path / "run", *SHORT), build.inputs
+
+    def interrupted(cfg: Any) -> build.Inputs:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            raise AssertionError("nothing stopped it")
+        except Exception:  # as datasets and huggingface_hub do
+            raise AssertionError("an except Exception got hold of it") from None
+        except BaseException as error:
+            if eaten == "not":
+                raise
+            if eaten == "made another":
+                raise DataError(Fault("data", "cannot be read")) from error
+        return inputs(cfg)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "inputs", interrupted)
+        assert worker.work(rundir) == 75
+    state = rundir.read_state()
+    assert (state.status, state.reason) == ("preempted", "stopped by SIGTERM; nothing was trained yet")
+    assert worker.work(rundir) == 0
+
+
+def test_a_real_sigterm_while_a_real_worker_loads(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    command = [sys.executable, "-m", "runner.worker", str(rundir.path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not rundir.log.exists():
+        time.sleep(0.01)
+    time.sleep(0.5)  # somewhere in the imports
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, rundir.read_state().status) == (75, "preempted"), err
+    assert "nothing was trained yet" in rundir.read_state().reason
+    assert f"resume={rundir.path}" in out
+    assert "Traceback" not in err
+
+
+def test_a_stop_on_a_resumed_run_says_which_state_is_saved(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rundir = preempted_run(tmp_path / "run", *SHORT)
+    assert rundir.read_state().reason == "stopped by SIGTERM; the state is saved at step 3"
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "inputs", lambda cfg: os.kill(os.getpid(), signal.SIGINT))
+        assert worker.work(rundir) == 130
+    state = rundir.read_state()
+    assert (state.status, state.reason) == ("killed", "interrupted; the state is saved at step 3")
+
+
+def test_a_stop_while_the_untrained_model_answers_does_not_wait(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rundir = prepared(tmp_path / "run", *SHORT)
+
+    def answering(*_: object, **__: object) -> list[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(samples, "generate", answering)
+    assert worker.work(rundir) == 75
+
+
+def test_a_second_interrupt_waits_for_nothing():
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may send several: the last word counts
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted):
+            stop.check()
+        with pytest.raises(Preempted), stop.at_once():
+            raise AssertionError("asked to stop before the block")
+
+
+# Out of memory, out of space
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_told_with_its_remedy(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
+):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    monkeypatch.setattr(train, "optimizer_step", raising(error))
+    assert worker.work(rundir) == 1
+    told = capfd.readouterr().err
+    assert "error: out of memory" in told
+    assert "→ use a smaller train.per_device_batch_size" in told
+    assert "Traceback" not in told
+    assert rundir.read_state().reason.startswith("out of memory")
+
+
+def test_memory_that_really_is_not_there(tmp_path: Path, cache: Path):
+    """A limit on the address space, and a batch that does not fit: torch's own words are understood."""
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert str(worker._explained(caught.value)).startswith("out of memory")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, leaving: int) -> Path:
+    """Fill the disk but for so many bytes; returns the file that does."""
+    filler = disk / "filler"
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    filler.write_bytes(b"x" * (free - leaving))
+    return filler
+
+
+@pytest.mark.parametrize("leaving", [0, 64 * 1024], ids=["nothing", "no checkpoint"])
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+    small_disk: Path, cache: Path, capfd: pytest.CaptureFixture[str], leaving: int
+):
+    rundir = prepared(small_disk / "run", *SHORT)
+    filler = fill(small_disk, leaving)
+    assert worker.work(rundir) == 1
+    told = capfd.readouterr().err
+    assert "No space left" in told
+    assert "→ make room" in told
+    assert "Traceback" not in told
+    if leaving:
+        assert rundir.read_state().status == "failed"
+        assert list(rundir.checkpoints.iterdir()) == []
+    filler.unlink()
+    assert worker.work(rundir) == 0
+    assert [r["step"] for r in tracking.read(rundir) if "train/loss" in r] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_without_a_disk(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where nothing can be mounted: no file of the run can be written from the second step on."""
+    rundir = prepared(tmp_path / "run", *SHORT)
+    full = raising(OSError(errno.ENOSPC, "No space left on device"))
+    with monkeypatch.context() as patched:
+        append = tracking.append
+
+        def append_then_full(run: RunDir, record: dict[str, Any]) -> None:
+            append(run, record)
+            if record["step"] == 2:
+                patched.setattr(os, "fsync", full)
+
+        patched.setattr(tracking, "append", append_then_full)
+        assert worker.work(rundir) == 1
+    assert rundir.read_state().status == "running", "that could not be changed; whoever looks finds it dead"
+    assert not rundir.is_alive()
+    assert "make room" in rundir.log.read_text()
+    assert worker.work(rundir) == 0
+
+
+# Completed
+
+
+def test_the_last_checkpoints_are_kept(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=7", "train.save_steps=2", "train.save_total_limit=2")
+    assert worker.work(rundir) == 0
+    assert sorted(path.name for path in rundir.checkpoints.iterdir()) == ["step-000006", "step-000007"]
+
+
+def test_the_time_between_two_attempts_does_not_count(tmp_path: Path, cache: Path):
+    rundir = preempted_run(tmp_path / "run", *SHORT)
+    first = rundir.read_state()
+    assert 0 < first.seconds < 60
+    rundir.write_state(started=first.started - 5 * 3600)
+    assert worker.work(rundir) == 0
+    state = rundir.read_state()
+    assert first.seconds < state.seconds < 120
+    assert state.summary["training seconds"] == pytest.approx(state.seconds, abs=1)
+
+
+def test_no_secret_gets_into_the_log_or_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_TOKEN", "Xy7" * 9)
+    log = logging.getLogger("runner")
+    with console.logging_to(tmp_path / "train.log"):
+        log.info("took %s", TOKEN)
+        logging.getLogger("somebody").warning("GET http://me:pass@host/x")
+        try:
+            raise ValueError(f"bad header {os.environ['HF_TOKEN']}")
+        except ValueError as error:
+            log.error("it failed", exc_info=error)
+        console.say(f"next     {TOKEN}")
+    out, err = capfd.readouterr()
+    written = (tmp_path / "train.log").read_text()
+    for text in (written, err, out):
+        assert "***" in text
+        assert TOKEN not in text
+        assert os.environ["HF_TOKEN"] not in text
+    assert "me:pass" not in written
+    assert "ValueError: bad header" in written
+    assert "ValueError: bad header" in err, "a traceback that is asked for is shown"
+
+
+def test_the_log_has_the_end_and_the_warnings_of_libraries(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers.utils import logging as transformers_logging
+
+    rundir, ending = prepared(tmp_path / "run", *SHORT), report.summary
+
+    def and_warn(*arguments: Any) -> dict[str, Any]:
+        transformers_logging.get_logger("transformers.modeling_utils").warning("a weight was not used")
+        return ending(*arguments)
+
+    monkeypatch.setattr(report, "summary", and_warn)
+    assert worker.work(rundir) == 0
+    written = rundir.log.read_text()
+    assert f"run      {rundir.path}  completed" in written
+    assert "transformers.modeling_utils: a weight was not used" in written
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_graph_breaks_and_late_graphs_are_told(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    torch._dynamo.reset()
+    forward = LlamaMLP.forward
+
+    def broken(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", broken)
+    rundir = prepared(tmp_path / "run", *SHORT, "compile=regional", "data.packing=true")
+    assert worker.work(rundir) == 0
+    summary = rundir.read_state().summary
+    assert summary["compile/graph_breaks"] == 1
+    assert summary["compile/graphs_after_first_step"] == 0
+    assert "graph break, " in rundir.log.read_text()
+
+
+def test_nothing_is_said_of_compiling_where_nothing_was_compiled(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    assert worker.work(rundir) == 0
+    assert not [name for name in rundir.read_state().summary if name.startswith("compile/")]
+
+
+def test_checkpoints_are_where_the_folder_says(tmp_path: Path, cache: Path):
+    rundir = preempted_run(tmp_path / "run", *SHORT)
+    assert Checkpoints(rundir.checkpoints, 2).folder.joinpath("step-000003").is_dir()
