@@ -2,7 +2,7 @@
 
 python fork_server.py kill SEED FOLDER... -- OVERRIDE...   kill -9 each at a random moment, then continue it to its end
 
-The first folder is left undisturbed. The last two go the way of the command line (``hydra.run.dir=FOLDER OVERRIDE...``),
+The first folder is left undisturbed. The last two go the way of the command line (hydra.run.dir=FOLDER OVERRIDE...),
 the same command each time; the others that of a launcher, which starts a worker.
 """
 

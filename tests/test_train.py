@@ -195,7 +195,7 @@ def test_a_stop_saves_and_the_rest_is_the_same_run(tmp_path: Path, cache: Path):
 
 
 def test_a_stop_where_nothing_is_new_saves_nothing(tmp_path: Path, cache: Path):
-    """Writing a checkpoint anew only puts it at risk: a stop right after a save, or before the first step, writes none."""
+    """A checkpoint written anew is at risk for nothing: none after a save at the same step, none before the first."""
     _, parts = parts_of(tmp_path, *TINY, "train.max_steps=6", "train.save_steps=2", "train.eval_steps=3")
     recorded = Recorded(stop_at=2)
     with pytest.raises(Preempted):

@@ -72,6 +72,7 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     for key in find_secrets(cfg):
         remedy = "put it into the environment (HF_TOKEN, MLFLOW_TRACKING_USERNAME and _PASSWORD): it is found there"
         yield Fault(key, "looks like a secret, and the configuration of a run is written down", remedy)
+    yield from data.check_node(cfg["data"])
     train = cfg["train"]
     if not is_none(cfg["quant"]) and is_none(cfg["lora"]):
         yield Fault(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runner import console
+from runner.packing import IGNORED
 
 HELP = """python -m runner plan [overrides]
 
@@ -100,7 +101,7 @@ def _marked(made: Any, seed: int, limit: int = 300) -> str:
     """The first row of the first step as text, with the spans that are learnt marked."""
     batch = made.batches.step(0)[0]
     ids, labels = batch["input_ids"][0].tolist()[:limit], batch["labels"][0].tolist()[:limit]
-    trained = [False, *(label != -100 for label in labels[:-1])]  # labels are shifted: they name the next token
+    trained = [False, *(label != IGNORED for label in labels[:-1])]  # labels are shifted: they name the next token
     text, start = "", 0
     for at in range(1, len(ids) + 1):
         if at == len(ids) or trained[at] != trained[start]:

@@ -114,8 +114,8 @@ def compiled(model: nn.Module, warm: int) -> dict[str, int]:
     for reason in breaks:
         log.warning(f"graph break, {reason}")
     if later:
-        remedy = "set data.packing=true, or compile.dynamic=true, if shapes differ from step to step"
-        log.warning(f"{later} graphs were compiled after the first step: {remedy}")
+        remedy = "TORCH_LOGS=recompiles says why; data.packing=true gives all batches one shape"
+        log.warning(f"graphs compiled after the first step: {later}; {remedy}")
     return {"compile/graph_breaks": len(breaks), "compile/graphs_after_first_step": later}
 
 
