@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from conftest import TINY
+
 from runner import cli, prepare, tracking
 from runner.rundir import RunDir
 
