@@ -265,8 +265,9 @@ def test_the_configuration_can_be_shown():
     assert "Traceback" not in typo.stderr
 
 
-def test_tab_completion_offers_options():
-    words = {**os.environ, "COMP_LINE": "runner quant=", "COMP_POINT": "13"}
+@pytest.mark.parametrize("line", ["runner quant=", "runner plan quant="])
+def test_tab_completion_offers_options(line: str):
+    words = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
     command = [sys.executable, "-m", "runner", "--shell-completion", "query=bash"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=words)
     assert "quant=4bit" in done.stdout

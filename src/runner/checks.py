@@ -14,6 +14,9 @@ OPTION_GROUPS = (
     "task", "model", "quant", "lora", "optim", "schedule", "compile", "parallel", "tracking", "launcher",
 )  # fmt: skip
 
+LIMITS = ("max_steps", "num_train_epochs", "max_tokens")
+"""The keys of ``train`` that say when training ends: exactly one of them."""
+
 
 def check(cfg: Mapping[str, Any]) -> None:
     """Check the whole configuration (plain, resolved, without ``hydra``).
@@ -84,9 +87,13 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     elif not is_none(cfg["quant"]):
         given = {key: value for key, value in cfg["lora"].items() if key in ("method", "init_lora_weights")}
         yield from (fault.below("lora") for fault in lora.check_on_quantized(**given))
-    if train["max_steps"] is None and train["num_train_epochs"] is None and train["max_tokens"] is None:
-        remedy = "set one of train.max_steps, train.num_train_epochs, train.max_tokens"
+    limits = [f"train.{key}" for key in LIMITS if train[key] is not None]
+    if not limits:
+        remedy = f"set one of {', '.join(f'train.{key}' for key in LIMITS)}"
         yield Fault("train", "nothing says when training ends", remedy)
+    if len(limits) > 1:
+        remedy = f"keep one and set the others to null, as in {limits[1]}={train[limits[1][6:]]} {limits[0]}=null"
+        yield Fault("train", f"{' and '.join(limits)} both say when training ends", remedy)
     task = config.bind(cfg["task"], "task")()
     if cfg["data"]["packing"] and not task.packable:
         yield Fault("data.packing", f"task={task.name} cannot share a row between examples", "set it to false", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ Verb = Callable[[list[str]], int]
 
 def run(argv: list[str]) -> int:
     """Do what the words ask for; returns the exit code, with a refusal told in one message."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package whenever it is imported
     try:
         if argv and _is_word(argv[0]):
             return _verb(argv[0])(argv[1:])
@@ -148,12 +150,23 @@ def _ask_hydra(args: Any, argv: list[str]) -> int:
     from runner.config import config_dir
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its exceptions come to us
+    if args.shell_completion:
+        _complete_after_verb()
     sys.argv = ["runner", *argv]
     with compose.opened(args) as opened:
         translate = compose.told(opened, args)
     with translate:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=compose.CONFIG_NAME)(lambda _: None)()
     return 0
+
+
+def _complete_after_verb() -> None:
+    """Hydra completes overrides; a verb before them is none, and is taken out of the line that is completed."""
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if len(words) > 2 and words[1] in VERBS:
+        del words[1]
+        os.environ["COMP_LINE"] = " ".join(words)
+        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
 
 
 def _tell(error: RunnerError) -> None:

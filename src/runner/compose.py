@@ -258,11 +258,20 @@ def _key_fault(key: str, value: str, known: set[str], groups: set[str]) -> Fault
         names = [k.rpartition(".")[2] for k in beside if not k.endswith("_target_")] + (
             [] if parent else sorted(groups)
         )
+        if elsewhere := _options_with(parent, last):
+            return Fault(key, "no such key with this option", f"it is a key of {' and '.join(elsewhere)}", value)
         fault = unknown_key(last, names, value)
         if "did you mean" not in fault.remedy and (same := [k for k in known if k.rpartition(".")[2] == last]):
             return Fault(key, "no such key", f"did you mean {' or '.join(sorted(same))}?", value)
         return fault.below(parent)
     return Fault(key, "no such key", f"{suggest(key, known)} groups: {', '.join(sorted(groups))}".strip(), value)
+
+
+def _options_with(group: str, key: str) -> list[str]:
+    """The options of a group whose YAML has the key."""
+    files = sorted(config_dir().joinpath(group).glob("*.yaml")) if group else []
+    having = [file.stem for file in files if re.search(rf"^{re.escape(key)}:", file.read_text(), re.MULTILINE)]
+    return [f"{group}={name}" for name in having if name != "base"]
 
 
 def _plain_words(error: Exception) -> str:

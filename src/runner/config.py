@@ -32,6 +32,9 @@ REFUSED_KEYS = {
     "leave the key out",
     "load_in_4bit": "choose the quantization with quant=4bit",
     "load_in_8bit": "choose the quantization with quant=8bit",
+    "lr": "did you mean optim.learning_rate?",
+    "batch_size": "did you mean train.per_device_batch_size?",
+    "epochs": "did you mean train.num_train_epochs (with train.max_steps=null)?",
 }
 """Keys that people bring from elsewhere, with what to use here."""
 
@@ -144,7 +147,7 @@ def _signature_faults(function: Callable[..., Any], values: Mapping[str, Any]) -
 
 def unknown_key(name: str, known: Iterable[str], value: object = ...) -> Fault:
     """The fault for a key nobody reads, with the nearest that exists."""
-    known = sorted(known)
+    known = sorted(set(known))
     if name in REFUSED_KEYS:
         return Fault(name, "is not a key here", REFUSED_KEYS[name], value)
     listed = ", ".join(known) or "none"

@@ -181,7 +181,9 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on the terminal (stdout) and, as plain lines, in the log."""
     from rich.table import Table
 
-    drawn = Table(*columns, title=title, title_justify="left", show_header=any(columns))
+    drawn = Table(title=title, title_justify="left", show_header=any(columns))
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     console().print(drawn)

@@ -234,6 +234,9 @@ def _count_trained(rows: Rows) -> int:
 
 def _nothing_left(split: str, items: list[Item], counts: Counter[str], settings: DataSettings) -> DataError:
     read = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("rows_read", "duplicates", "leaked"))
+    if not items and split == "eval" and counts["rows_read"] == 1:
+        remedy = "a text file is one row: data.documents=paragraph cuts it at blank lines; or name data.eval_path"
+        return DataError(Fault("data", "has one row, and none is left to evaluate on", remedy))
     if not items and split == "eval":
         return DataError(_nothing_held_out(f"holds no row out ({read})", settings.eval_fraction))
     if not items:

@@ -31,9 +31,9 @@ def show(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError, DataError: the run would be refused.
     """
+    console.quiet_libraries()
     from runner import build
 
-    console.quiet_libraries()
     made = build.inputs(cfg)
     expected = build.expect(cfg, made)
     rows = [*_model_rows(made, expected), *_data_rows(cfg, made), *_time_rows(made, expected)]
@@ -75,10 +75,19 @@ def _data_rows(cfg: Mapping[str, Any], made: Any) -> list[tuple[str, str]]:
     trained = report.train_trained_tokens / report.train_tokens
     return [
         ("data", f"{made.splits.name}: {report.rows_read} rows read; {said}"),
-        ("training", f"{report.train_rows} rows, {report.train_tokens} tokens, {trained:.0%} of them trained"),
-        ("held out", f"{report.eval_rows} rows, {report.eval_tokens} tokens"),
+        (
+            "training",
+            f"{report.train_rows} rows{_limited(cfg, 'train_rows')}, {report.train_tokens} tokens, "
+            f"{trained:.0%} of them trained",
+        ),
+        ("held out", f"{report.eval_rows} rows{_limited(cfg, 'eval_rows')}, {report.eval_tokens} tokens"),
         ("batches", f"{layout}, {made.batches.efficiency:.1%} of their slots are used"),
     ]
+
+
+def _limited(cfg: Mapping[str, Any], key: str) -> str:
+    limit = cfg["data"][key]
+    return f" (a sample: data.{key}={limit})" if limit is not None else ""
 
 
 def _time_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
@@ -101,6 +110,8 @@ def _marked(made: Any, seed: int, limit: int = 300) -> str:
     """The first row of the first step as text, with the spans that are learnt marked."""
     batch = made.batches.step(0)[0]
     ids, labels = batch["input_ids"][0].tolist()[:limit], batch["labels"][0].tolist()[:limit]
+    while len(ids) > 1 and ids[-1] == ids[-2] == made.tokenizer.pad_token_id:
+        ids.pop()
     trained = [False, *(label != IGNORED for label in labels[:-1])]  # labels are shifted: they name the next token
     text, start = "", 0
     for at in range(1, len(ids) + 1):

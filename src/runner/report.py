@@ -183,6 +183,8 @@ def _last_words(prompt: str, length: int = 160) -> str:
 def _next_command(rundir: RunDir, code: int) -> str:
     if code == 0:
         uri = rundir.read_manifest().get("mlflow", {}).get("uri", "")
+        if not uri:
+            return f"python -m runner sync {rundir.path}"
         return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else "python -m runner --help"
     if code in (75, 130):
         return f"python -m runner resume={rundir.path}"
