@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from runner.errors import Interrupted, Preempted, Stopped
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGINT call ``handler``."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class Stop:
@@ -20,16 +31,14 @@ class Stop:
     def __init__(self) -> None:
         self.requested: Stopped | None = None
         self._at_once = False
-        self._before: dict[int, object] = {}
+        self._handling = ExitStack()
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._on_signal)
+        self._handling.enter_context(signals_to(self._on_signal))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._handling.close()
 
     def check(self) -> None:
         """Raise the Stopped that was asked for, if any."""

@@ -10,6 +10,7 @@ from types import FrameType
 
 from runner import console
 from runner.rundir import RunDir
+from runner.stop import signals_to
 
 
 def local() -> str:
@@ -39,7 +40,8 @@ def launch_each(rundirs: list[RunDir]) -> list[int]:
     assert peft
     assert transformers
     codes: list[int] = []
-    with _Forwarding() as forwarding:
+    forwarding = _Forwarding()
+    with signals_to(forwarding.on_signal):
         for number, rundir in enumerate(rundirs, 1):
             print(f"[{number}/{len(rundirs)}] {rundir.read_manifest().get('name')}", file=sys.stderr)
             codes.append(forwarding.wait(_fork(rundir)))
@@ -72,16 +74,6 @@ class _Forwarding:
     def __init__(self) -> None:
         self.signalled = False
         self._child = 0
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> _Forwarding:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def wait(self, child: int) -> int:
         """The exit code of the child; 1 where a signal ended it."""
@@ -90,7 +82,7 @@ class _Forwarding:
         self._child = 0
         return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def on_signal(self, number: int, _: FrameType | None) -> None:
         self.signalled = True
         if self._child and number == signal.SIGTERM:  # Ctrl-C reaches the child from the terminal
             os.kill(self._child, number)
