@@ -114,7 +114,7 @@ def compiled(model: nn.Module, warm: int) -> dict[str, int]:
     for reason in breaks:
         log.warning(f"graph break, {reason}")
     if later:
-        remedy = "TORCH_LOGS=recompiles says why; data.packing=true gives all batches one shape"
+        remedy = "TORCH_LOGS=recompiles says why"
         log.warning(f"graphs compiled after the first step: {later}; {remedy}")
     return {"compile/graph_breaks": len(breaks), "compile/graphs_after_first_step": later}
 
