@@ -20,7 +20,7 @@ from pathlib import Path
 from runner import store
 from runner.errors import ConfigError, Fault, RunnerError
 from runner.mlflow_run import DIED, ENDED, MlflowRun
-from runner.rundir import RunDir, State
+from runner.rundir import RunDir, State, find_runs
 from runner.secrets import redact, take_credentials
 from runner.system import Sampler
 from runner.tracking import append_to, check_mlflow, tail
@@ -86,23 +86,6 @@ def sync(folders: Iterable[Path], uri: str | None = None) -> list[SyncResult]:
     runs = [rundir for folder in folders for rundir in find_runs(Path(folder))]
     silent: dict[str, str] = {}
     return [_sync(rundir, uri, silent) for rundir in runs]
-
-
-def find_runs(folder: Path) -> list[RunDir]:
-    """The run folder itself, or all run folders below it, oldest name first.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found = []
-    for place, below, files in os.walk(folder.absolute()):
-        below.sort()
-        if "state.json" in files:
-            below.clear()
-            found.append(RunDir(Path(place)))
-    if not found:
-        raise ConfigError(Fault("", f"{folder} holds no run", "name a run folder, or a folder of run folders"))
-    return found
 
 
 def follow(rundir: RunDir, since: float = 0.0) -> int:

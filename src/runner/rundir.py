@@ -1,6 +1,7 @@
 """The run folder: the only place that names the files of a run, and the only one that writes its state.
 
 .hydra/ config.yaml manifest.json state.json metrics.jsonl system.jsonl samples.json train.log checkpoints/ model/
+A sweep's folder holds sweep.json and, one folder each, its runs.
 """
 
 from __future__ import annotations
@@ -97,6 +98,19 @@ class RunDir:
     def log(self) -> Path:
         return self.path / "train.log"
 
+    def rank_log(self, rank: int) -> Path:
+        """The log of one process of the run; that of rank 0 is ``log``."""
+        return self.log if rank == 0 else self.path / f"train.rank-{rank}.log"
+
+    def rank_failure(self, rank: int) -> Path:
+        """Why a rank beyond 0 failed, in its own words; rank 0 makes it the run's reason."""
+        return self.path / f".failure.rank-{rank}"
+
+    @property
+    def cancel_request(self) -> Path:
+        """Lies here from the moment somebody cancels the run until it is taken up again; its text is the reason."""
+        return self.path / ".cancel"
+
     @property
     def mirror_log(self) -> Path:
         """What the process that mirrors this folder into MLflow had to say."""
@@ -183,6 +197,69 @@ class RunDir:
                 yield True
                 return
             yield False
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """Every path of one sweep hangs off this object; its runs are RunDirs in folders below it."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """{id, name, created, commands, mlflow: {parent_run_id, experiment_id, uri}, jobs: {signature: {folder, label}}}"""
+        return self.path / "sweep.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held for an instant by whoever reads and changes sweep.json."""
+        return self.path / ".sweep.lock"
+
+    @property
+    def queue_lock(self) -> Path:
+        """Held by each process that works through this sweep here (shared: two may)."""
+        return self.path / ".queue.lock"
+
+    @property
+    def mirror_log(self) -> Path:
+        return self.path / "mirror.log"
+
+    def read(self) -> dict[str, Any]:
+        return dict(json.loads(self.manifest.read_text())) if self.manifest.exists() else {}
+
+    def update(self, **changes: Any) -> dict[str, Any]:
+        """Change sweep.json under its lock; returns what stands there then."""
+        with locked(self.lock):
+            manifest = {**self.read(), **changes}
+            write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
+        return manifest
+
+    def rundirs(self) -> list[RunDir]:
+        """The runs of the sweep, in the order in which they were asked for."""
+        return [RunDir(self.path / job["folder"]) for job in self.read().get("jobs", {}).values()]
+
+
+def sweep_of(rundir: RunDir) -> SweepDir | None:
+    """The sweep that a run belongs to."""
+    folder = rundir.path.parent
+    return SweepDir(folder) if (folder / "sweep.json").exists() else None
+
+
+def find_runs(folder: Path) -> list[RunDir]:
+    """The run folder itself, or all run folders below it, oldest name first.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = []
+    for place, below, files in os.walk(folder.absolute()):
+        below.sort()
+        if "state.json" in files:
+            below.clear()
+            found.append(RunDir(Path(place)))
+    if not found:
+        raise ConfigError(Fault("", f"{folder} holds no run", "name a run folder, or a folder of run folders"))
+    return found
 
 
 @contextlib.contextmanager

@@ -1,0 +1,36 @@
+"""What every launcher is: it brings prepared run folders to life. How a worker comes to life is all they differ in."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from runner.rundir import RunDir, SweepDir
+
+
+class Launcher(Protocol):
+    """What an option of the group ``launcher`` returns; picklable, and made without importing torch."""
+
+    @property
+    def processes(self) -> int:
+        """Ranks of one run: the world size that its batches are divided over."""
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether ``launch`` returns before the runs have ended."""
+
+    def check(self) -> None:
+        """Refuse what this machine or the scheduler cannot give; called once, before anything is written.
+
+        Raises:
+            LaunchError: with the scheduler's own reason.
+        """
+
+    def plan(self, name: str) -> str:
+        """What would be started for one run, as text for ``plan``: for Slurm the very script."""
+
+    def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
+        """Start the workers of these runs.
+
+        Returns:
+            an exit code for each (0, 1, 2, 75, 130), also 0 where it was only submitted; fewer where a stop came first.
+        """
