@@ -19,8 +19,8 @@ from pathlib import Path
 
 from runner import store
 from runner.errors import ConfigError, Fault, RunnerError
-from runner.mlflow_run import DIED, ENDED, MlflowRun
-from runner.rundir import RunDir, State, find_runs
+from runner.mlflow_run import ENDED, MlflowRun
+from runner.rundir import DIED, RunDir, State, find_runs
 from runner.secrets import redact, take_credentials
 from runner.system import Sampler
 from runner.tracking import append_to, check_mlflow, tail

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from runner import prepare, store
 from runner.config import bind
 from runner.errors import RunnerError
-from runner.rundir import RunDir, State, write_atomic
+from runner.rundir import DIED, RunDir, State, write_atomic
 from runner.secrets import redact, take_credentials
 from runner.tracking import Tracking, read, store_uri, tail
 
@@ -30,7 +30,6 @@ STATUS = {
     "running": "RUNNING", "completed": "FINISHED", "failed": "FAILED", "preempted": "KILLED", "killed": "KILLED"
 }  # fmt: skip
 ENDED = ("completed", "failed", "preempted", "killed")
-DIED = "the process died without saying so (killed, or out of memory)"
 TOLD_TAG = "runner.mirrored"
 """Set last: the time stamp of the state up to which MLflow has everything."""
 

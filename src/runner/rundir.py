@@ -22,6 +22,8 @@ from runner.errors import ConfigError, Fault
 
 Status = Literal["pending", "running", "preempted", "completed", "failed", "killed"]
 UNFINISHED: tuple[Status, ...] = ("pending", "running", "preempted", "killed")
+DIED = "the process died without saying so (killed, or out of memory)"
+"""The reason that others write down for a worker which could not."""
 
 
 def cache_dir(room: str) -> Path:

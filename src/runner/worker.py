@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner import compiling, console, prepare, report, tracking
 from runner.errors import Fault, Interrupted, ResumeError, RunnerError, Stopped, TrainingError
-from runner.mlflow_run import DIED
-from runner.rundir import RunDir, write_atomic
+from runner.rundir import DIED, RunDir, write_atomic
 from runner.secrets import redact
 from runner.stop import Stop
 
