@@ -70,83 +70,58 @@ def _verb(name: str) -> Verb:
 
 
 def _hydra(argv: list[str]) -> int:
-    from runner import compose
+    from runner import admit, compose, sweeping
 
     args = compose.parse(argv)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return _ask_hydra(args, argv)
-    with composed(argv) as (hydra, jobs):
-        return _run_all(hydra, jobs, argv) if jobs[0].is_of_sweep else _run_one(hydra, jobs[0], argv)
+    with compose.opened(args) as hydra:
+        composer = compose.Composer(hydra, args)
+        if composer.is_sweep():
+            return sweeping.sweep(hydra, args, composer, argv)
+        job = composer.single()
+        admit.admit([job])
+        return _run_one(job, argv)
 
 
 @contextmanager
 def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
-    """Compose and check every run of a command line, before anything is written; yields (hydra, jobs).
+    """Compose and check every run of a command line, before anything is written; yields (composer, jobs).
 
     Raises:
         ConfigError: with the faults of all of them.
     """
-    from runner import checks, compose, prepare
+    from runner import admit, compose
 
     args = compose.parse(argv)
     with compose.opened(args) as hydra:
-        jobs = compose.jobs(hydra, args)
-        faults: dict[str, Fault] = {}
-        for job in jobs:
-            prepare.keep_credentials(job.cfg)
-            for fault in checks.faults_of(job.cfg):
-                faults[str(fault)] = fault
-        if faults:
-            raise ConfigError(*faults.values())
-        for job in jobs:
-            job.cfg = prepare.freeze(job.cfg)
-        yield hydra, jobs
+        composer = compose.Composer(hydra, args)
+        jobs = composer.jobs(composer.grid(args.overrides)) if composer.is_sweep() else [composer.single()]
+        admit.admit(jobs)
+        yield composer, jobs
 
 
-def _run_one(hydra: Any, job: Any, argv: list[str]) -> int:
-    from runner import folders
-    from runner.launch import local
+def _run_one(job: Any, argv: list[str]) -> int:
+    from runner import admit, folders, sweeping, sweeps
 
-    folder, job.cfg = folders.choose(job.cfg, Path(job.folder()), named=job.is_folder_named, overrides=job.overrides)
+    launcher = admit.launcher_of(job.cfg)
+    folder, job.cfg = folders.choose(job.cfg, Path(job.folder), named=job.is_folder_named, overrides=job.overrides)
+    if not any(override.startswith("launcher") for override in job.overrides):
+        launcher = admit.launcher_of(job.cfg)  # a resumed run goes the way it went
     folders.refuse(folder, job.cfg)
-    return local.launch(_prepared(hydra, job, folder, argv))
-
-
-def _run_all(hydra: Any, jobs: list[Any], argv: list[str]) -> int:
-    from runner import folders, report
-    from runner.launch import local
-
-    for job in jobs:  # all of them, before the first is prepared
-        folders.refuse_resume(job.cfg)
-        folders.refuse(Path(job.folder()), job.cfg)
-    rundirs = [_prepared(hydra, job, Path(job.folder()), argv) for job in jobs]
-    names = [str(rundir.read_manifest().get("name")) for rundir in rundirs]
-    codes = local.launch_each(rundirs)
-    report.sweep(names, rundirs, codes)
-    if set(codes) == {2}:
-        return 2
-    return next((code for code in (130, 75) if code in codes), int(any(codes)))
-
-
-def _prepared(hydra: Any, job: Any, folder: Path, argv: list[str]) -> Any:
-    """The run's folder with ``.hydra/`` and our frozen configuration in it; that of an earlier run as it is."""
-    from runner import compose, folders, prepare
-    from runner.rundir import RunDir
-
-    if RunDir(folder).manifest.exists():
-        return RunDir(folder)
-    made = folders.make(folder)
-    job.move_to(str(folder))
-    command = ["python", "-m", "runner", *argv]
-    entered = compose.enter(hydra, job, lambda _: prepare.prepare(job.cfg, folder, command, job.overrides, made))
-    return entered.return_value
+    launcher.check()
+    try:
+        rundir = sweeping.prepared(job, folder, ["python", "-m", "runner", *argv])
+    except OSError as error:
+        raise ConfigError(sweeps.outputs_fault(error, folder)) from error
+    return launcher.launch([rundir], None)[0]
 
 
 def _ask_hydra(args: Any, argv: list[str]) -> int:
     """--help, --cfg, --info and tab completion are Hydra's own."""
     import hydra
 
-    from runner import compose
+    from runner import compose, explain
     from runner.config import config_dir
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its exceptions come to us
@@ -154,9 +129,9 @@ def _ask_hydra(args: Any, argv: list[str]) -> int:
         _complete_after_verb()
     sys.argv = ["runner", *argv]
     with compose.opened(args) as opened:
-        translate = compose.told(opened, args)
+        translate = explain.told(opened, args)
     with translate:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=compose.CONFIG_NAME)(lambda _: None)()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=explain.CONFIG_NAME)(lambda _: None)()
     return 0
 
 

@@ -1,73 +1,80 @@
-"""Hydra's part: command line → composed configuration(s), with errors that say what to do."""
+"""Hydra's part: command line → composed configurations, each job composed once.
+
+Hydra composes every job of a sweep twice, at 0.2 s each. The slow part is the defaults list, and values come after it:
+so it is built once for each distinct choice of groups, and the values are applied to a copy by Hydra's own function.
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, run_job, setup_globals
-from hydra.errors import HydraException
-from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import setup_globals
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf._utils import OmegaConfDumper
 
-from runner.config import config_dir, to_plain, unknown_key
-from runner.errors import ConfigError, Fault, suggest
-from runner.secrets import redact, redact_tree
-
-CONFIG_NAME = "config"
-
+from runner.config import config_dir, to_plain
+from runner.errors import ConfigError, Fault
+from runner.explain import CONFIG_NAME, is_choice, told
+from runner.secrets import redact_tree
 
 EFFECTIVE = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.searchpath",
-             "hydra.output_subdir", "hydra.callbacks")  # fmt: skip
+             "hydra.output_subdir", "hydra.sweeper")  # fmt: skip
 """The keys of Hydra's own that do something here."""
+
+BY_US = ("hydra/launcher", "hydra/job_logging", "hydra/hydra_logging")
+"""Groups of Hydra's own of which only our option works."""
 
 
 @dataclass
 class Job:
-    """One composed run: Hydra's own configuration, and ours as plain dicts."""
+    """One composed run as plain dicts: our configuration, and what Hydra writes of itself into ``.hydra/``."""
 
-    hydra_config: DictConfig
-    """As Hydra writes it into ``.hydra/``: without secrets."""
     cfg: dict[str, Any]
-    is_of_sweep: bool
-
-    @property
-    def overrides(self) -> list[str]:
-        return list(self.hydra_config.hydra.overrides.task)
+    """Resolved; the launcher and all later steps know nothing else."""
+    unresolved: dict[str, Any]
+    hydra: dict[str, Any]
+    """Both may hold secrets; ``write_hydra`` leaves them out."""
+    overrides: list[str]
+    """Ours, in the order given."""
+    folder: str
+    """Where Hydra's configuration puts a single run; of a sweep's job its own folder, or "" where we choose it."""
+    sweep_dir: str
 
     @property
     def is_folder_named(self) -> bool:
         """Whether the user said where a single run goes."""
-        return any(override.startswith("hydra.run.dir=") for override in self.hydra_config.hydra.overrides.hydra)
-
-    def folder(self) -> str:
-        HydraConfig.instance().set_config(self.hydra_config)
-        node = self.hydra_config.hydra
-        path = os.path.join(node.sweep.dir, node.sweep.subdir) if self.is_of_sweep else node.run.dir
-        return os.path.abspath(os.path.expanduser(path))
-
-    def move_to(self, folder: str) -> None:
-        """Give the run this folder, whatever it was composed with."""
-        with _writable(self.hydra_config.hydra):
-            self.hydra_config.hydra.run.dir = folder
+        return any(override.startswith("hydra.run.dir=") for override in self.hydra["overrides"]["hydra"])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Hydra's own command line."""
-    return get_args_parser().parse_args(argv)
+    """Hydra's own command line.
+
+    Raises:
+        ConfigError: a flag of Hydra's that means something else here.
+    """
+    args = get_args_parser().parse_args(argv)
+    if args.experimental_rerun:
+        problem, remedy = "is not for this program", "python -m runner resume=RUN continues a run as it was configured"
+        raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
+    return args
 
 
 @contextmanager
@@ -88,192 +95,154 @@ def opened(args: argparse.Namespace) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
-def jobs(hydra: Hydra, args: argparse.Namespace) -> list[Job]:
-    """Compose the run of the command line, or every run of a sweep, in Hydra's order.
+class Composer:
+    """Composes the jobs of one command line."""
 
-    Raises:
-        ConfigError: an override that names nothing, with the nearest that exists.
-    """
-    if args.experimental_rerun:
-        problem, remedy = "is not for this program", "python -m runner resume=RUN continues a run as it was configured"
-        raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
-    with told(hydra, args):
-        if not args.multirun:
-            composed = _compose(hydra, args, args.overrides, RunMode.RUN)
-            if composed.hydra.mode != RunMode.MULTIRUN:
-                return [_job(composed, is_of_sweep=False)]
-        return [_job(composed, is_of_sweep=True) for composed in _sweep(hydra, args)]
+    def __init__(self, hydra: Hydra, args: argparse.Namespace) -> None:
+        self.hydra, self.args = hydra, args
+        self._parser = OverridesParser.create(config_loader=hydra.config_loader)
+        self._bases: dict[tuple[RunMode, tuple[str, ...]], DictConfig] = {}
+        self._choices: dict[str, bool] = {}
+        self._sweep_dir: str | None = None
+
+    def is_sweep(self) -> bool:
+        """Whether the command line asks for several runs: by ``-m``, or by ``hydra.mode``."""
+        if self.args.multirun:
+            return True
+        with told(self.hydra, self.args):
+            return bool(self._composed(self.args.overrides, RunMode.RUN).hydra.mode == RunMode.MULTIRUN)
+
+    def single(self) -> Job:
+        """The one run of the command line.
+
+        Raises:
+            ConfigError: an override that names nothing, with the nearest that exists.
+        """
+        with told(self.hydra, self.args):
+            return self._job(self.args.overrides, RunMode.RUN, 0)
+
+    def master(self) -> DictConfig:
+        """What the jobs of a sweep have in common, for the sweeper; the swept keys have their defaults in it."""
+        with told(self.hydra, self.args):
+            return self._composed(self._fixed, RunMode.MULTIRUN)
+
+    def grid(self, arguments: Sequence[str]) -> list[list[str]]:
+        """The overrides of each job, every combination of the swept values, in Hydra's order."""
+        with told(self.hydra, self.args):
+            (batch,) = BasicSweeper.split_arguments(self._parser.parse_overrides(list(arguments)), None)
+        return [list(overrides) for overrides in batch]
+
+    @functools.cached_property
+    def sweep_name(self) -> str:
+        """What a sweep is called unless ``sweep=NAME`` says so: the keys that have several values, joined."""
+        parsed = self._parser.parse_overrides(self.args.overrides)
+        keys = sorted({o.key_or_group.replace("/", ".") for o in parsed if o.is_sweep_override()})
+        return "+".join(keys)[:120] or "single"
+
+    def label(self, overrides: Sequence[str]) -> str:
+        """What tells a job from the others of its sweep: the overrides that the command line does not fix."""
+        return ",".join(text for text in overrides if text not in self._fixed)
+
+    @functools.cached_property
+    def _fixed(self) -> list[str]:
+        return [text for text in self.args.overrides if not self._is_swept(text)]
+
+    def jobs(self, batch: Sequence[Sequence[str]], first: int = 0) -> list[Job]:
+        """One job for each list of overrides; ``first`` is the number of the first one."""
+        with told(self.hydra, self.args):
+            return [self._job(list(each), RunMode.MULTIRUN, number) for number, each in enumerate(batch, first)]
+
+    def _is_swept(self, text: str) -> bool:
+        return bool(self._parser.parse_override(text).is_sweep_override())
+
+    def _job(self, overrides: list[str], mode: RunMode, number: int) -> Job:
+        composed = self._composed(overrides, mode)
+        with read_write(composed.hydra), open_dict(composed.hydra):
+            if mode == RunMode.MULTIRUN:
+                composed.hydra.job.num, composed.hydra.job.id = number, f"runner_{number}"
+                composed.sweep = composed.sweep or self.sweep_name
+        _refuse_without_effect(composed)
+        plain: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
+        node = plain.pop("hydra")
+        folder, sweep_dir = self._folders(composed, mode)
+        with read_write(composed), open_dict(composed):
+            for key in ("hydra", "experiment"):
+                composed.pop(key, None)
+        cfg = to_plain(composed)
+        return Job(cfg, plain, node, node["overrides"]["task"], folder, sweep_dir)
+
+    def _folders(self, composed: DictConfig, mode: RunMode) -> tuple[str, str]:
+        """The job's own folder ("" where we choose it) and that of its sweep, which all jobs of a command share."""
+        node = composed.hydra
+        if mode == RunMode.RUN:
+            return _absolute(node.run.dir), ""
+        self._sweep_dir = self._sweep_dir or _absolute(node.sweep.dir)  # once: ${now:…} moves on
+        return (os.path.join(self._sweep_dir, node.sweep.subdir) if node.sweep.subdir else ""), self._sweep_dir
+
+    def _composed(self, overrides: list[str], mode: RunMode) -> DictConfig:
+        parsed = self._parser.parse_overrides(overrides)
+        choices = [override for override in parsed if self._changes_defaults(override)]
+        key = mode, tuple(str(override.input_line) for override in choices)
+        if key not in self._bases:
+            self._bases[key] = self.hydra.compose_config(
+                self.args.config_name or CONFIG_NAME, list(key[1]), mode, with_log_configuration=False
+            )
+            HydraConfig.instance().set_config(self._bases[key])  # for what interpolates ${hydra:…}
+        composed = copy.deepcopy(self._bases[key])
+        values = [override for override in parsed if not any(override is choice for choice in choices)]
+        lines = [(override.is_hydra_override(), str(override.input_line)) for override in parsed]
+        with read_write(composed.hydra):
+            ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+            composed.hydra.overrides.hydra = [line for is_hydra, line in lines if is_hydra]
+            composed.hydra.overrides.task = [line for is_hydra, line in lines if not is_hydra]
+        return composed
+
+    def _changes_defaults(self, override: Override) -> bool:
+        """Whether the override is read when the defaults list is built: it chooses, or says where to look."""
+        key = override.key_or_group
+        if key not in self._choices:
+            self._choices[key] = is_choice(key, self.hydra)
+        return key == "hydra.searchpath" or (self._choices[key] and not isinstance(override.value(), dict))
 
 
-def _sweep(hydra: Hydra, args: argparse.Namespace) -> Iterator[DictConfig]:
-    parser = OverridesParser.create(config_loader=hydra.config_loader)
-    (batch,) = BasicSweeper.split_arguments(parser.parse_overrides(args.overrides), max_batch_size=None)
-    for number, overrides in enumerate(batch):
-        composed = _compose(hydra, args, list(overrides), RunMode.MULTIRUN)
-        with _writable(composed.hydra):
-            composed.hydra.job.num, composed.hydra.job.id = number, f"runner_{number}"
-        yield composed
+def write_hydra(job: Job, folder: Path) -> None:
+    """Write ``.hydra/`` as Hydra does, where ``hydra.output_subdir`` says."""
+    if job.hydra["output_subdir"] is None:
+        return
+    into = folder / job.hydra["output_subdir"]
+    into.mkdir(parents=True, exist_ok=True)
+    job.hydra["runtime"]["output_dir"] = str(folder)
+    trees = {"config": job.unresolved, "hydra": {"hydra": job.hydra}, "overrides": job.overrides}
+    for name, tree in trees.items():
+        (into / f"{name}.yaml").write_text(_yaml(redact_tree(tree)))
 
 
-def enter(hydra: Hydra, job: Job, function: Any) -> JobReturn:
-    """Let Hydra make the folder, write ``.hydra/`` and call ``function`` inside its job environment."""
-    callbacks = Callbacks(job.hydra_config)
-    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
-    return run_job(
-        hydra_context=context,
-        task_function=function,
-        config=job.hydra_config,
-        job_dir_key="hydra.run.dir",
-        job_subdir_key=None,
-        configure_logging=False,
-    )
+def _yaml(tree: Any) -> str:
+    """As OmegaConf writes it, by a faster writer."""
+    return str(yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
 
 
-@contextmanager
-def told(hydra: Hydra, args: argparse.Namespace) -> Iterator[None]:
-    """Turn Hydra's and OmegaConf's complaints into ours."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException, ValueError, AttributeError) as error:
-        raise ConfigError(*_faults(hydra, args, error)) from error
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes the texts that would be read back as numbers or booleans."""
 
 
-@contextmanager
-def _writable(node: DictConfig) -> Iterator[None]:
-    with read_write(node), open_dict(node):
-        yield
+_Dumper.add_representer(str, OmegaConfDumper.str_representer)
 
 
-def _compose(hydra: Hydra, args: argparse.Namespace, overrides: list[str], mode: RunMode) -> DictConfig:
-    return hydra.compose_config(
-        config_name=args.config_name or CONFIG_NAME,
-        overrides=overrides,
-        run_mode=mode,
-        with_log_configuration=False,
-    )
-
-
-def _job(composed: DictConfig, *, is_of_sweep: bool) -> Job:
-    _refuse_without_effect(composed)
-    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("hydra", "experiment")])
-    HydraConfig.instance().set_config(composed)
-    cfg = to_plain(ours)
-    with _writable(composed), _writable(composed.hydra):
-        _redact(composed)
-    return Job(composed, cfg, is_of_sweep)
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _refuse_without_effect(composed: DictConfig) -> None:
     faults = []
     for override in composed.hydra.overrides.hydra:
         key, _, value = str(override).lstrip("+~").partition("=")
-        if not key.replace("/", ".").startswith(EFFECTIVE):
+        if key in BY_US:
+            remedy = "launcher=local, launcher=accelerate or launcher=slurm says how jobs are started"
+            remedy = remedy if key == "hydra/launcher" else "leave it out: a run writes train.log"
+            faults.append(Fault(key, "has no other option here", remedy, value))
+        elif not key.replace("/", ".").startswith(EFFECTIVE):
             remedy = f"leave it out; of Hydra's own keys these work: {', '.join(EFFECTIVE)}"
             faults.append(Fault(key, "has no effect here", remedy, value))
     if faults:
         raise ConfigError(*faults)
-
-
-def _redact(node: Any) -> None:
-    """Mask secrets in place, in whatever Hydra will write into ``.hydra/``."""
-    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
-        child = node._get_node(key)
-        if isinstance(child, DictConfig | ListConfig):
-            if not (child._is_none() or child._is_missing() or child._is_interpolation()):
-                _redact(child)
-        elif isinstance(child._value(), str):
-            child._set_value(redact_tree({str(key): child._value()})[str(key)])
-
-
-def _faults(hydra: Hydra, args: argparse.Namespace, error: Exception) -> list[Fault]:
-    """Find every override that names no key or no option; where none does, pass Hydra's own words on."""
-    faults = list(_override_faults(hydra, args))
-    return faults or [Fault("", _plain_words(error), "python -m runner --help shows groups, options and examples")]
-
-
-def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
-    try:
-        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(args.overrides)
-    except HydraException:
-        yield from map(_syntax_fault, filter(lambda override: "=" not in override, args.overrides))
-        return
-    groups = {name for name in hydra.config_loader.list_groups("") if name != "hydra"}
-    choices = [override for override in parsed if _is_choice(override.key_or_group, hydra)]
-    wrong = {id(override): list(_choice_faults(hydra, override)) for override in choices}
-    right = [override for override in choices if not wrong[id(override)] and not override.is_sweep_override()]
-    known = _known_keys(hydra, args, [str(override.input_line) for override in right])
-    for override in parsed:
-        key = override.key_or_group
-        if key.split(".")[0].split("/")[0] == "hydra" or override.is_add() or override.is_force_add():
-            continue
-        if id(override) in wrong:
-            yield from wrong[id(override)]
-        elif known and key not in known:
-            yield _key_fault(key, _value_of(override), known, groups)
-
-
-def _syntax_fault(override: str) -> Fault:
-    return Fault(override, "is neither a verb nor an override", "write key=value, or see python -m runner --help")
-
-
-def _value_of(override: Any) -> str:
-    return str(override.input_line or "").partition("=")[2]
-
-
-def _is_choice(key: str, hydra: Hydra) -> bool:
-    parent, _, name = key.rpartition("/")
-    return name in hydra.config_loader.list_groups(parent)
-
-
-def _choice_faults(hydra: Hydra, override: Any) -> Iterator[Fault]:
-    group, value = override.key_or_group, _value_of(override)
-    options = [name for name in hydra.config_loader.get_group_options(group) if name != "base"]
-    for chosen in value.split(",") if value not in ("", "null") and "(" not in value else []:
-        if chosen.strip() not in options:
-            allowed = f"{suggest(chosen, options)} options here: {', '.join(options)}".strip()
-            yield Fault(group, "no such option", allowed, chosen)
-
-
-def _known_keys(hydra: Hydra, args: argparse.Namespace, choices: list[str]) -> set[str]:
-    """All keys that exist under the chosen options; empty where even the choices do not compose."""
-    try:
-        composed = _compose(hydra, args, choices, RunMode.RUN)
-    except (HydraException, OmegaConfBaseException, ValueError):
-        return set()
-    ours = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
-    return set(_flattened(ours))
-
-
-def _flattened(node: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _flattened(value, f"{prefix}{key}.")
-
-
-def _key_fault(key: str, value: str, known: set[str], groups: set[str]) -> Fault:
-    parent, _, last = key.rpartition(".")
-    beside = sorted(k for k in known if k.rpartition(".")[0] == parent)
-    if beside:
-        names = [k.rpartition(".")[2] for k in beside if not k.endswith("_target_")] + (
-            [] if parent else sorted(groups)
-        )
-        if elsewhere := _options_with(parent, last):
-            return Fault(key, "no such key with this option", f"it is a key of {' and '.join(elsewhere)}", value)
-        fault = unknown_key(last, names, value)
-        if "did you mean" not in fault.remedy and (same := [k for k in known if k.rpartition(".")[2] == last]):
-            return Fault(key, "no such key", f"did you mean {' or '.join(sorted(same))}?", value)
-        return fault.below(parent)
-    return Fault(key, "no such key", f"{suggest(key, known)} groups: {', '.join(sorted(groups))}".strip(), value)
-
-
-def _options_with(group: str, key: str) -> list[str]:
-    """The options of a group whose YAML has the key."""
-    files = sorted(config_dir().joinpath(group).glob("*.yaml")) if group else []
-    having = [file.stem for file in files if re.search(rf"^{re.escape(key)}:", file.read_text(), re.MULTILINE)]
-    return [f"{group}={name}" for name in having if name != "base"]
-
-
-def _plain_words(error: Exception) -> str:
-    text = re.sub(r"\s+", " ", str(error).strip())
-    return redact(text)

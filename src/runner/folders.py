@@ -10,7 +10,7 @@ from runner import prepare
 from runner.errors import ConfigError, Fault, ResumeError
 from runner.rundir import RunDir
 
-RESUME_KEYS = ("resume", "retry")
+RESUME_KEYS = ("resume", "retry", "launcher")
 BEFORE_THE_MANIFEST = {".hydra", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
 """What a run that was killed while it was being prepared leaves behind."""
 
@@ -41,7 +41,7 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """What a run is configured as: with ``resume=RUN`` as it was frozen then, and nothing else may be asked for."""
     if cfg["resume"] in (None, "auto"):
         return cfg
-    others = [override for override in overrides if override.partition("=")[0] not in RESUME_KEYS]
+    others = [o for o in overrides if o.partition("=")[0].partition(".")[0] not in RESUME_KEYS]
     if others:
         problem = f"continues the run as it was configured and cannot take {', '.join(others)}"
         raise ResumeError(Fault("resume", problem, "leave the others out, or start a new run with them", cfg["resume"]))
@@ -55,10 +55,8 @@ def refuse(folder: Path, cfg: dict[str, Any]) -> None:
         ResumeError: it holds other files, a run of another configuration, or a failed run (without ``retry=true``).
     """
     rundir = RunDir(folder)
-    if not rundir.manifest.exists() and folder.is_dir():
-        if {path.name for path in folder.iterdir()} - BEFORE_THE_MANIFEST:
-            remedy = "name an empty folder, or the folder of a run"
-            raise ResumeError(Fault("hydra.run.dir", "holds other files and no run", remedy, folder))
+    refuse_files(folder)
+    if not rundir.manifest.exists():
         return
     prepare.refuse_other(rundir, cfg)
     state = rundir.read_state()
@@ -67,10 +65,23 @@ def refuse(folder: Path, cfg: dict[str, Any]) -> None:
         raise ResumeError(Fault("", f"the run in {folder} failed: {state.reason}", remedy))
 
 
+def refuse_files(folder: Path) -> None:
+    """Refuse a folder that holds files, but no run.
+
+    Raises:
+        ResumeError: with what to do instead.
+    """
+    if RunDir(folder).manifest.exists() or not folder.is_dir():
+        return
+    if {path.name for path in folder.iterdir()} - BEFORE_THE_MANIFEST:
+        remedy = "name an empty folder, or the folder of a run"
+        raise ResumeError(Fault("hydra.run.dir", "holds other files and no run", remedy, folder))
+
+
 def refuse_resume(cfg: dict[str, Any]) -> None:
     """``resume`` names one run; a sweep is taken up by its folder."""
     if cfg["resume"]:
-        remedy = "give the sweep's folder, hydra.sweep.dir=…: what is completed there is skipped, the rest goes on"
+        remedy = "give the sweep's command again: what is completed is skipped, the rest goes on"
         raise ResumeError(Fault("resume", "is for a single run, and this starts several", remedy, cfg["resume"]))
 
 
@@ -83,7 +94,6 @@ def make(folder: Path) -> list[Path]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".hydra").mkdir(exist_ok=True)
     except OSError as error:
         remedy = "set outputs_dir (or hydra.run.dir) to a folder that can be written"
         raise ConfigError(Fault("outputs_dir", f"cannot be written: {error.strerror}", remedy, folder)) from error

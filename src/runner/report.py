@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from runner import compiling, console, prepare, tracking
@@ -136,15 +135,24 @@ def ending(rundir: RunDir, mirrored: tracking.MirrorResult, code: int) -> None:
     console.say(f"next     {_next_command(rundir, code)}")
 
 
-def sweep(names: list[str], rundirs: list[RunDir], codes: list[int]) -> None:
-    """All runs of a sweep in one table; those that were refused have no folder any more, those after a stop no code."""
+def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
+    """All runs of a sweep in one table, then what to do next; ``is_detached``: they go on after this."""
     rows = []
-    for name, rundir, code in zip_longest(names, rundirs, codes):
+    for label, rundir in runs:
         state = rundir.read_state()
         loss = state.summary.get("eval/loss")
-        status = "refused" if code == 2 and not rundir.manifest.exists() else state.status
-        rows.append([name, status, f"{loss:.4f}" if loss is not None else state.reason or "–", str(rundir.path)])
+        shown = f"{loss:.4f}" if loss is not None else state.reason or "–"
+        rows.append([label or rundir.path.name, state.status, shown, console.nearest(rundir.path)])
     console.table("sweep", ["run", "status", "held-out loss", "folder"], rows)
+    home = console.nearest(runs[0][1].path.parent)
+    states = [rundir.read_state().status for _, rundir in runs]
+    if is_detached:
+        console.say(f"next     python -m runner status {home}")
+    elif set(states) == {"completed"}:
+        console.say(f"next     {_next_command(runs[0][1], 0)}")
+    else:
+        again = "the same command with retry=true" if "failed" in states else "the same command again"
+        console.say(f"next     {again}: what is completed is skipped; python -m runner logs RUN says why one failed")
 
 
 def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:

@@ -209,7 +209,7 @@ class SweepDir:
 
     @property
     def manifest(self) -> Path:
-        """{id, name, created, commands, mlflow: {parent_run_id, experiment_id, uri}, jobs: {signature: {folder, label}}}"""
+        """{id, name, created, commands, mlflow: {parent_run_id, …}, jobs: {signature: {folder, label}}}"""
         return self.path / "sweep.json"
 
     @property
@@ -223,8 +223,34 @@ class SweepDir:
         return self.path / ".queue.lock"
 
     @property
+    def mlflow_lock(self) -> Path:
+        """Held by whoever makes the sweep's runs in MLflow, or brings their parent up to date."""
+        return self.path / ".mlflow.lock"
+
+    @property
+    def mirror_lock(self) -> Path:
+        """Held by the process that mirrors all runs of this sweep: a second one waits until the first is done."""
+        return self.path / ".mirror.lock"
+
+    @property
     def mirror_log(self) -> Path:
         return self.path / "mirror.log"
+
+    @property
+    def mirror_report(self) -> Path:
+        """How far that process got: {pid, opened, untold, problem}."""
+        return self.path / "mirror.json"
+
+    def has_queue(self) -> bool:
+        """Whether a process works through this sweep here; one that was killed holds the lock no more."""
+        if not self.queue_lock.exists():
+            return False
+        with self.queue_lock.open("r") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def read(self) -> dict[str, Any]:
         return dict(json.loads(self.manifest.read_text())) if self.manifest.exists() else {}

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 
 Count = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 """What torch, NumPy and Python all take."""
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+SweepName = Annotated[str, Len(1, 120)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
@@ -25,6 +26,7 @@ class RunSettings:
     name: str | None
     seed: Seed
     outputs_dir: str
+    sweep: SweepName | None
     resume: str | None
     retry: bool
 

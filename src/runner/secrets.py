@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,21 +17,12 @@ SHORTEST = 12
 def redact(text: str) -> str:
     """The text without secrets: known kinds of tokens, credentials in URIs and headers, ``password=…``, and what the
     environment holds under a secret name (``HF_TOKEN``), unless that is a plain word, name or path."""
-    for secret in _environment_secrets():
-        text = text.replace(secret, HIDDEN)
-    text = _IN_URI.sub(f"://{HIDDEN}@", text)
-    text = _BEARER.sub(lambda found: f"{found[1]} {HIDDEN}", text)
-    text = _TOKEN.sub(HIDDEN, text)
-    return _ASSIGNMENT.sub(_without_value, text)
+    return _redacted(text, _environment_secrets())
 
 
 def redact_tree(tree: Any) -> Any:
     """The same nested dicts and lists, with every value under a secret name hidden and every text redacted."""
-    if isinstance(tree, Mapping):
-        return {key: _hide(value) if names_secret(str(key)) else redact_tree(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [redact_tree(item) for item in tree]
-    return redact(tree) if isinstance(tree, str) else tree
+    return _redacted_tree(tree, _environment_secrets())
 
 
 def find_secrets(tree: Any) -> list[str]:
@@ -38,6 +30,7 @@ def find_secrets(tree: Any) -> list[str]:
     return list(_differing(tree, redact_tree(tree), ""))
 
 
+@functools.lru_cache(4096)
 def names_secret(key: str) -> bool:
     """Whether a key by its name holds a secret: ``hf_token`` and ``api_key``, but not ``max_tokens`` or ``pad_token``.
 
@@ -91,6 +84,23 @@ def _without_value(found: re.Match[str]) -> str:
     if not names_secret(key) or value.strip("\"'").lower() in ("", "null", "none", "true", "false", HIDDEN):
         return found[0]
     return found[0] if value.startswith("${") else f"{key}{between}{HIDDEN}"
+
+
+def _redacted(text: str, secrets: list[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    text = _IN_URI.sub(f"://{HIDDEN}@", text)
+    text = _BEARER.sub(lambda found: f"{found[1]} {HIDDEN}", text)
+    text = _TOKEN.sub(HIDDEN, text)
+    return _ASSIGNMENT.sub(_without_value, text)
+
+
+def _redacted_tree(tree: Any, secrets: list[str]) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _hide(v) if names_secret(str(k)) else _redacted_tree(v, secrets) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_redacted_tree(item, secrets) for item in tree]
+    return _redacted(tree, secrets) if isinstance(tree, str) else tree
 
 
 def _environment_secrets() -> list[str]:

@@ -1,0 +1,165 @@
+"""A sweep at work: lists of overrides → checked jobs → prepared folders → a launcher → a table of how it went."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.hydra import Hydra
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext
+
+from runner import admit, folders, report, sweeps
+from runner.compose import Composer, Job, write_hydra
+from runner.errors import ConfigError, Fault, LaunchError
+from runner.rundir import RunDir, SweepDir
+
+
+@dataclass
+class Entry:
+    """One job of the command, and what came of it."""
+
+    wanted: sweeps.Wanted
+    rundir: RunDir
+    code: int | None
+    """The exit code of its worker; None where none was started."""
+
+
+def sweep(hydra: Hydra, args: argparse.Namespace, composer: Composer, argv: list[str]) -> int:
+    """Run the sweep of a command line through Hydra's sweeper; returns the exit code."""
+    from hydra._internal.callbacks import Callbacks
+
+    session = Session(composer, argv)
+    master = composer.master()
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(master))
+    task_function: Any = session
+    sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task_function, config=master)
+    sweeper.sweep(list(args.overrides))
+    return session.end()
+
+
+class Session:
+    """What ``-m`` gives to Hydra in the place of a task function: it takes jobs from a sweeper and launches them."""
+
+    def __init__(self, composer: Composer, argv: list[str]) -> None:
+        self.composer, self.command = composer, ["python", "-m", "runner", *argv]
+        self.entries: list[Entry] = []
+        self.is_detached = False
+
+    def __call__(self, *_: object) -> None:
+        raise AssertionError("Hydra runs no job itself: hydra/launcher=runner does")
+
+    def grid(self, arguments: Sequence[str]) -> list[list[str]]:
+        return self.composer.grid(arguments)
+
+    def launch(self, batch: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+        """Bring these jobs to their end, or hand them over; returns their objectives for the sweeper.
+
+        Raises:
+            ConfigError, ResumeError, LaunchError: refused, before anything was written.
+        """
+        jobs = self.composer.jobs(batch, first)
+        admit.admit(jobs)
+        for job in jobs:
+            folders.refuse_resume(job.cfg)
+        labels = [self.composer.label(overrides) for overrides in batch]
+        wanted = [sweeps.Wanted(job.cfg, label, job.folder) for job, label in zip(jobs, labels, strict=True)]
+        sweep = SweepDir(Path(_only_one([job.sweep_dir for job in jobs])))
+        launchers = admit.by_launcher(job.cfg for job in jobs)
+        for launcher, _ in launchers:
+            launcher.check()
+        entries = self._prepared(sweep, jobs, wanted)
+        self._tell_what_is_there(entries)
+        self._launch(sweep, entries, launchers)
+        self.entries += [entry for entry in entries if entry.rundir.path not in {e.rundir.path for e in self.entries}]
+        return [_returned(entry, list(overrides)) for entry, overrides in zip(entries, batch, strict=True)]
+
+    def end(self) -> int:
+        """Tell how every job ended; returns the exit code of the command."""
+        codes = [entry.code for entry in self.entries]
+        states = [entry.rundir.read_state().status for entry in self.entries]
+        report.sweep([(entry.wanted.label, entry.rundir) for entry in self.entries], is_detached=self.is_detached)
+        for stopped in (130, 75):
+            if stopped in codes:
+                return stopped
+        return int("failed" in states or any(code not in (0, None) for code in codes))
+
+    def _prepared(self, sweep: SweepDir, jobs: list[Job], wanted: list[sweeps.Wanted]) -> list[Entry]:
+        """Every job with its folder, prepared if it is new."""
+        name = str(jobs[0].cfg["sweep"])
+        try:
+            with sweeps.joined(sweep, name, self.command, wanted) as rundirs:
+                for rundir in rundirs:
+                    folders.refuse_files(rundir.path)
+                for rundir, job, each in zip(rundirs, jobs, wanted, strict=True):
+                    prepared(job, rundir.path, self.command, sweep=name, label=each.label)
+        except OSError as error:
+            raise ConfigError(sweeps.outputs_fault(error, sweep.path)) from error
+        return [Entry(each, rundir, None) for each, rundir in zip(wanted, rundirs, strict=True)]
+
+    def _tell_what_is_there(self, entries: list[Entry]) -> None:
+        states = [entry.rundir.read_state().status for entry in _distinct(entries)]
+        done, failed = states.count("completed"), states.count("failed")
+        if twins := len(entries) - len(states):
+            print(f"{twins} of these jobs are the same as others: each is run once", file=sys.stderr)
+        if done:
+            print(f"{done} of {len(states)} jobs are completed already: skipped", file=sys.stderr)
+        if failed and not all(entry.wanted.cfg["retry"] for entry in entries):
+            print(f"{failed} of {len(states)} jobs failed before; retry=true tries them again", file=sys.stderr)
+
+    def _launch(self, sweep: SweepDir, entries: list[Entry], launchers: list[tuple[Any, list[int]]]) -> None:
+        started: set[Path] = set()
+        for launcher, numbers in launchers:
+            todo = [entries[n] for n in numbers if entries[n].rundir.path not in started]
+            todo = [each for each in _distinct(todo) if sweeps.has_to_work(each.rundir, each.wanted.cfg["retry"])]
+            started |= {entry.rundir.path for entry in todo}
+            if not todo:
+                continue
+            for entry in todo:
+                if not entry.rundir.is_alive():
+                    entry.rundir.cancel_request.unlink(missing_ok=True)
+            self.is_detached = self.is_detached or launcher.is_detached
+            if True:
+                codes = launcher.launch([entry.rundir for entry in todo], sweep)
+            for entry, code in zip(todo, codes, strict=False):
+                entry.code = code
+            if any(code in (75, 130) for code in codes):
+                break
+
+
+def prepared(job: Job, folder: Path, command: list[str], **notes: Any) -> RunDir:
+    """The run's folder with ``.hydra/`` and our frozen configuration in it; that of an earlier run as it is."""
+    from runner import prepare
+
+    if RunDir(folder).manifest.exists():
+        prepare.refuse_other(RunDir(folder), job.cfg)
+        return RunDir(folder)
+    made = folders.make(folder)
+    write_hydra(job, folder)
+    name = {"name": job.cfg["name"] or notes["label"]} if notes.get("label") else {}
+    return prepare.prepare(job.cfg, folder, command, job.overrides, made, **notes, **name)
+
+
+def _distinct(entries: list[Entry]) -> list[Entry]:
+    return list({entry.rundir.path: entry for entry in reversed(entries)}.values())[::-1]
+
+
+def _only_one(sweep_dirs: list[str]) -> str:
+    if len(set(sweep_dirs)) > 1:
+        remedy = "leave outputs_dir, sweep and hydra.sweep.dir out of the swept keys"
+        raise ConfigError(Fault("sweep", f"its jobs name several folders: {sorted(set(sweep_dirs))}", remedy))
+    return sweep_dirs[0]
+
+
+def _returned(entry: Entry, overrides: list[str]) -> JobReturn:
+    """What a sweeper of Hydra's learns of a job: its held-out loss, or that it failed."""
+    state, failed = entry.rundir.read_state(), JobReturn(overrides=overrides, status=JobStatus.FAILED)
+    if state.status == "completed":
+        return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=state.summary.get("eval/loss"))
+    failed._return_value = LaunchError(Fault("", f"{entry.wanted.label}: {state.status} {state.reason}".strip()))
+    return failed

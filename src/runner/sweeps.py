@@ -1,0 +1,87 @@
+"""The folder of a sweep: which runs it has, where they lie, and what is to be done with each.
+
+Runs are told apart by signature, never by number: the same command finds what is there, one with more values adds
+to it, and two commands on the same folder agree, as only one of them at a time reads and changes sweep.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner import prepare
+from runner.errors import Fault, ResumeError
+from runner.rundir import RunDir, SweepDir, locked, write_atomic
+
+OTHERS = {".sweep.lock", "multirun.yaml"}
+"""What may lie in the folder before sweep.json does: our lock, and what another sweeper of Hydra's wrote."""
+
+
+@dataclass
+class Wanted:
+    """A job that a command asks for."""
+
+    cfg: dict[str, Any]
+    label: str
+    """What tells it from the others: ``quant=4bit,lora.r=8``."""
+    folder: str
+    """Where it has to lie; "" where we choose."""
+
+    @property
+    def signature(self) -> str:
+        return prepare.signature(self.cfg)
+
+
+@contextlib.contextmanager
+def joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted]) -> Iterator[list[RunDir]]:
+    """Make the sweep, or add to it, and give each job its folder; nobody else changes the sweep during the block.
+
+    Raises:
+        ResumeError: the folder holds something else.
+    """
+    refuse(sweep)
+    with locked(sweep.lock):
+        manifest = sweep.read() or {"id": uuid.uuid4().hex, "name": name, "created": time.time(), "jobs": {}}
+        manifest["commands"] = [*manifest.get("commands", []), command]
+        jobs = manifest["jobs"]
+        for job in wanted:
+            if job.signature not in jobs:
+                folder = job.folder or f"{len(jobs):03d}-{job.signature[:8]}"
+                jobs[job.signature] = {"folder": folder, "label": job.label}
+        write_atomic(sweep.manifest, json.dumps(manifest, indent=1))
+        yield [RunDir(sweep.path / jobs[job.signature]["folder"]) for job in wanted]
+
+
+def refuse(sweep: SweepDir) -> None:
+    """Refuse a folder that holds other things than a sweep.
+
+    Raises:
+        ResumeError: with what to do instead.
+    """
+    path = sweep.path
+    if path.is_dir() and not sweep.manifest.exists() and {entry.name for entry in path.iterdir()} - OTHERS:
+        remedy = "name another folder with sweep=NAME or hydra.sweep.dir=…"
+        raise ResumeError(Fault("sweep", "its folder holds other files and no sweep", remedy, path))
+
+
+def has_to_work(rundir: RunDir, retry: bool) -> bool:
+    """Whether the run still needs a worker: not if it is completed, nor if it failed and is not to be retried."""
+    status = rundir.read_state().status
+    return status != "completed" and (status != "failed" or retry)
+
+
+def without_twins(wanted: list[Wanted]) -> list[Wanted]:
+    """Each signature once: values that come to the same configuration are one run."""
+    return list({job.signature: job for job in reversed(wanted)}.values())[::-1]
+
+
+def outputs_fault(error: OSError, folder: Path) -> Fault:
+    """What to say where a run folder cannot be written."""
+    remedy = "make room there, or set outputs_dir to a folder that can be written"
+    return Fault("outputs_dir", f"cannot be written: {error.strerror}", remedy, folder)
