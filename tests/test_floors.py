@@ -13,11 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 
 FLOORS = [
     {"errors", "secrets"},
-    {"config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter"},
+    {"config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter", "asked"},
     {"prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling", "tracking",
-     "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system"},
-    {"chat", "attention", "origins", "store", "sweeps"},
-    {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run"},
+     "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored", "scheduler"},
+    {"chat", "attention", "origins", "store", "sweeps", "standing"},
+    {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run",
+     "status", "logs", "cancel"},
     {"tasks", "mirror"},
     {"train"},
     {"build", "checks", "report"},
@@ -81,6 +82,12 @@ HEAVY = {"torch", "transformers", "mlflow", "peft", "bitsandbytes", "datasets", 
 
 def test_importing_the_command_line_loads_nothing_heavy():
     assert not loaded_by("import runner.cli, runner.compose, runner.checks, runner.prepare, runner.worker") & HEAVY
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "cancel"])
+def test_watching_loads_nothing_heavy(verb: str, tmp_path: Path):
+    for words in ([f"outputs_dir={tmp_path}"], ["--help"], [f"outputs_dir={tmp_path}", "nothing"]):
+        assert not loaded_by(f"from runner import cli\nimport os\ncli.run({[verb, *words]})") & HEAVY
 
 
 def test_composing_and_checking_the_default_run_loads_nothing_heavy():

@@ -1,0 +1,61 @@
+"""The words behind a verb: options, ``outputs_dir=…``, and what is left: the runs that are meant."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import ConfigError, Fault, suggest
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was written behind a verb."""
+
+    words: list[str]
+    """RUN, SWEEP, FOLDER: everything that is no option."""
+    options: dict[str, str]
+    """Option → its value; the empty text for one that takes none."""
+    outputs_dir: Path
+
+    def has(self, option: str) -> bool:
+        return option in self.options
+
+
+def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Collection[str] = ()) -> Asked | None:
+    """Take the words apart; None where help was asked for, which is printed then.
+
+    ``teaching`` is the text of ``--help``; its first line says how the verb is written. ``flags`` are options without a
+    value, ``valued`` those with one (``--rank 1`` or ``--rank=1``).
+
+    Raises:
+        ConfigError: with every option that the verb does not know, or that lacks its value.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(teaching)
+        return None
+    words: list[str] = []
+    options: dict[str, str] = {}
+    faults: list[Fault] = []
+    outputs_dir, rest = "outputs", iter(argv)
+    for word in rest:
+        option, has_value, value = word.partition("=")
+        if word.startswith("outputs_dir="):
+            outputs_dir = value
+        elif not word.startswith("-"):
+            words.append(word)
+        elif option in valued:
+            options[option] = value if has_value else next(rest, "")
+            if not options[option]:
+                faults.append(Fault(option, "needs a value", teaching.splitlines()[0]))
+        elif word in flags:
+            options[word] = ""
+        else:
+            remedy = suggest(word, [*flags, *valued, "--help"]) or teaching.splitlines()[0]
+            faults.append(Fault(word, "no such option", remedy))
+    if not faults and outputs_dir != "outputs" and not Path(outputs_dir).expanduser().is_dir():
+        faults.append(Fault("outputs_dir", "is no folder", "name the folder that the runs lie in", outputs_dir))
+    if faults:
+        raise ConfigError(*faults)
+    return Asked(words, options, Path(outputs_dir).expanduser())

@@ -1,0 +1,183 @@
+"""RUN as people write it: a folder, an MLflow run id, a Slurm job id, the name of a run or of a sweep.
+
+Every manifest below the outputs folder is read once; a damaged one is left out, and that is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import ConfigError, Fault, suggest
+from runner.rundir import RunDir, SweepDir, sweep_of
+
+SHORTEST_ID = 4
+"""Characters of an MLflow run id: fewer are more likely a name that was cut short."""
+SHOWN = 8
+DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError)
+"""What reading the files of a run folder raises that a crash, a disk or a person has spoilt."""
+log = logging.getLogger("runner")
+
+
+def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
+    """The run or the sweep that ``word`` means.
+
+    A folder counts from the current directory or from ``outputs_dir``; an MLflow id may be cut to a unique prefix; a
+    job of a sweep is also SWEEP/LABEL.
+
+    Raises:
+        ConfigError: there is none (with the nearest names), or there are several (with all of them).
+    """
+    if folder := _folder(word, outputs_dir):
+        return folder
+    entries = list(_entries(outputs_dir))
+    found = _sweeps_over_their_runs([entry for entry in entries if word in entry.names])
+    if not found and len(word) >= SHORTEST_ID:
+        found = [entry for entry in entries if entry.mlflow_id.startswith(word)]
+    if len(found) == 1:
+        return found[0].what
+    if found:
+        remedy = "name one of these folders:" + _listed(entry.line() for entry in _newest_first(found))
+        raise ConfigError(Fault("", f"'{word}' is the name of {len(found)} runs", remedy))
+    raise ConfigError(Fault("", f"there is no run or sweep '{word}' below {outputs_dir}", _nearest(word, entries)))
+
+
+def resolve_run(word: str, outputs_dir: Path) -> RunDir:
+    """The single run that ``word`` means.
+
+    Raises:
+        ConfigError: as ``resolve``, and for a sweep (with its runs).
+    """
+    found = resolve(word, outputs_dir)
+    if isinstance(found, RunDir):
+        return found
+    runs = _listed(str(rundir.path) for rundir in found.rundirs())
+    raise ConfigError(Fault("", f"'{word}' is a sweep, and one run is wanted", f"name one of its runs:{runs}"))
+
+
+def scan(folder: Path) -> Iterator[RunDir | SweepDir]:
+    """The run or sweep that ``folder`` is, or all of those below it; those of a sweep count as one.
+
+    Only names of files are looked at, and nothing below a run or a sweep.
+    """
+    for place, below, files in os.walk(folder.absolute()):
+        below[:] = sorted(name for name in below if not name.startswith(".") and name != "mlartifacts")
+        if "sweep.json" in files:
+            below.clear()
+            yield SweepDir(Path(place))
+        elif "state.json" in files or "manifest.json" in files:
+            below.clear()
+            yield RunDir(Path(place))
+
+
+def runs_of(sweep: SweepDir) -> list[RunDir]:
+    """The runs of a sweep; none, and a warning, where sweep.json cannot be read."""
+    try:
+        return sweep.rundirs()
+    except DAMAGED as error:
+        say_damaged(sweep.path, error)
+        return []
+
+
+def say_damaged(folder: Path, error: Exception) -> None:
+    """Warn of a folder that is left out."""
+    log.warning(f"left out, its files cannot be read: {folder} ({type(error).__name__}: {error})")
+
+
+def near(path: Path) -> str:
+    """The path as one would type it here: relative to the current directory where it lies below that."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A run or a sweep and what it may be called."""
+
+    what: RunDir | SweepDir
+    names: tuple[str, ...]
+    mlflow_id: str
+    created: float
+
+    def line(self) -> str:
+        made = time.strftime("%F %T", time.localtime(self.created)) if self.created else ""
+        kind = "sweep" if isinstance(self.what, SweepDir) else "run"
+        return f"{near(self.what.path)}  ({kind} {self.names[0]}{', made ' + made if made else ''})"
+
+
+def _entries(outputs_dir: Path) -> Iterator[_Entry]:
+    for found in scan(outputs_dir):
+        if isinstance(found, SweepDir):
+            yield from _of_sweep(found)
+        else:
+            yield from _of_run(found)
+
+
+def _of_sweep(sweep: SweepDir) -> Iterator[_Entry]:
+    try:
+        said = sweep.read()
+        mlflow_id = str((said.get("mlflow") or {}).get("parent_run_id") or "")
+        name = str(said.get("name") or sweep.path.name)
+        yield _Entry(sweep, (name, sweep.path.name), mlflow_id, float(said.get("created") or 0))
+        rundirs = sweep.rundirs()
+    except DAMAGED as error:
+        return say_damaged(sweep.path, error)
+    for rundir in rundirs:
+        yield from _of_run(rundir, name)
+
+
+def _of_run(rundir: RunDir, sweep: str = "") -> Iterator[_Entry]:
+    try:
+        said: dict[str, Any] = rundir.read_manifest()
+        own = [said.get("label"), said.get("name"), rundir.path.name if sweep else None]
+        names = [str(name) for name in own if name]
+        names += [f"{sweep}/{name}" for name in names if sweep]
+        names += [str(job) for job in [(said.get("slurm") or {}).get("job_id")] if job]
+        mlflow_id = str((said.get("mlflow") or {}).get("run_id") or "")
+        yield _Entry(rundir, tuple(names) or (rundir.path.name,), mlflow_id, float(said.get("created") or 0))
+    except DAMAGED as error:
+        say_damaged(rundir.path, error)
+
+
+def _folder(word: str, outputs_dir: Path) -> RunDir | SweepDir | None:
+    for path in (Path(word).expanduser().absolute(), outputs_dir.absolute() / word):
+        if (path / "sweep.json").exists():
+            return SweepDir(path.resolve())
+        if (path / "state.json").exists() or (path / "manifest.json").exists():
+            return RunDir(path.resolve())
+    return None
+
+
+def _sweeps_over_their_runs(found: list[_Entry]) -> list[_Entry]:
+    """A sweep named like its runs is the sweep."""
+    sweeps = {entry.what.path for entry in found if isinstance(entry.what, SweepDir)}
+    return [entry for entry in found if isinstance(entry.what, SweepDir) or not _is_in(entry.what, sweeps)]
+
+
+def _is_in(rundir: RunDir, sweeps: set[Path]) -> bool:
+    sweep = sweep_of(rundir)
+    return sweep is not None and sweep.path in sweeps
+
+
+def _nearest(word: str, entries: list[_Entry]) -> str:
+    names = {name for entry in entries for name in (*entry.names, near(entry.what.path))}
+    if hint := suggest(word, names):
+        return hint
+    if not names:
+        return "outputs_dir=FOLDER names another folder of runs"
+    latest = _listed(entry.line() for entry in _newest_first(entries))
+    return f"RUN is a folder, a name or the beginning of an MLflow run id; the latest:{latest}"
+
+
+def _newest_first(entries: Iterable[_Entry]) -> list[_Entry]:
+    return sorted(entries, key=lambda entry: entry.created, reverse=True)
+
+
+def _listed(lines: Iterable[str]) -> str:
+    lines = list(lines)
+    more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "".join(f"\n      {line}" for line in [*lines[:SHOWN], *more])

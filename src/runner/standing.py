@@ -1,0 +1,273 @@
+"""How a run really stands: what its folder says, held against the lock of its worker and against Slurm.
+
+A folder cannot know that its worker was killed. Whoever asks finds out, and writes it down.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner import named
+from runner.errors import RunnerError
+from runner.rundir import DIED, RunDir, State, SweepDir, sweep_of
+
+if TYPE_CHECKING:
+    from runner.scheduler import Job
+
+LIVE = ("queued", "starting", "running", "requeued")
+"""What is going to go on without anybody's help."""
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+FAILED = ("FAILED", "OUT_OF_MEMORY")
+"""States of Slurm that will come again if the run is tried as it is; others (a time limit, a dead node) may not."""
+NOBODY = "nobody will start it: give the same command again"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One run: its folder, and what is true of it now."""
+
+    rundir: RunDir
+    status: str
+    """That of the state, or one that no worker can write: queued, starting, requeued, unknown, missing, damaged."""
+    reason: str = ""
+    state: State = field(default_factory=State)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    job: Job | None = None
+    """What Slurm says of it."""
+    is_corrected: bool = False
+    """Whether the folder said something else until now."""
+
+    @property
+    def is_live(self) -> bool:
+        return self.status in LIVE
+
+    @property
+    def label(self) -> str:
+        """What it is called among its siblings, or by itself."""
+        return str(self.manifest.get("label") or self.manifest.get("name") or self.rundir.path.name)
+
+
+def of(rundirs: Sequence[RunDir]) -> list[Standing]:
+    """How these runs stand; a state that is not true any more is corrected in the folder."""
+    found = [_read(rundir) for rundir in rundirs]
+    jobs = _ask_slurm(found)
+    around = _Around(silent=jobs is None)
+    return [_settled(standing, (jobs or {}).get(_job_id(standing)), around) for standing in found]
+
+
+def write(standing: Standing, status: str, reason: str) -> Standing:
+    """Write down what its worker could not; nothing where a worker holds the folder or has said otherwise meanwhile."""
+    rundir = standing.rundir
+    try:
+        with rundir.held() as mine:
+            if mine and rundir.read_state() == standing.state:
+                state = rundir.write_state(status=status, reason=reason)
+                return replace(standing, status=status, reason=reason, state=state, is_corrected=True)
+    except OSError as error:  # somebody else's folder: the truth is shown all the same
+        named.log.warning(f"{rundir.path} says {standing.state.status} and that cannot be corrected: {error.strerror}")
+        return replace(standing, status=status, reason=reason)
+    return replace(standing, state=rundir.read_state())
+
+
+def has_queue(sweep: SweepDir) -> bool | None:
+    """Whether a process here works through the sweep; None if none ever did."""
+    if not sweep.queue_lock.exists():
+        return None
+    try:
+        with sweep.queue_lock.open("r+") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
+def holder(rundir: RunDir) -> int | None:
+    """The pid of the process of this machine that holds the folder; None where there is none, or it is not mine.
+
+    state.json may name a process that ended long ago, and whose number another has got since: so what counts is who has
+    the lock open.
+    """
+    import psutil
+
+    if not rundir.is_alive():
+        return None
+    named_pid = rundir.read_state().pid
+    pids = [named_pid, *psutil.pids()] if named_pid else psutil.pids()
+    return next((pid for pid in pids if pid != os.getpid() and _has_open(pid, rundir.lock)), None)
+
+
+def here() -> str:
+    """This machine, as states name it."""
+    return os.uname().nodename
+
+
+def user() -> str:
+    """The name of whoever asks."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return str(os.getuid())
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What several runs share."""
+
+    silent: bool
+    """Whether Slurm was asked and did not answer."""
+    queues: dict[Path, bool | None] = field(default_factory=dict)
+    """Folder of a sweep → what ``has_queue`` says."""
+
+
+def _read(rundir: RunDir) -> Standing:
+    if not rundir.path.is_dir():
+        return Standing(rundir, "missing", "its folder is gone: it was refused, or removed")
+    try:
+        state, manifest = rundir.read_state(), rundir.read_manifest()
+        if not isinstance(state.status, str) or not isinstance(manifest.get("slurm") or {}, dict):
+            raise TypeError("not what a run writes")
+    except named.DAMAGED as error:
+        named.say_damaged(rundir.path, error)
+        return Standing(rundir, "damaged", f"{type(error).__name__}: {error}")
+    return Standing(rundir, state.status, state.reason, state, manifest)
+
+
+def _ask_slurm(found: Iterable[Standing]) -> dict[str, Job] | None:
+    """What Slurm knows of the jobs of these runs; None where it does not answer."""
+    ids = sorted({_job_id(standing) for standing in found if _may_have_a_job(standing)} - {""})
+    if not ids:
+        return {}
+    from runner import scheduler
+
+    try:
+        return dict(scheduler.jobs(ids))
+    except RunnerError as error:
+        named.log.warning(f"Slurm does not answer, so what it would know is not shown: {error}")
+        return None
+
+
+def _job_id(standing: Standing) -> str:
+    slurm = standing.manifest.get("slurm") or {}
+    is_real = slurm.get("cluster") not in ("local", "debug")  # of submitit: no Slurm knows those ids
+    return str(slurm.get("job_id") or "") if is_real else ""
+
+
+def _may_have_a_job(standing: Standing) -> bool:
+    return standing.status in ("pending", "running", "preempted") or _is_submitted_since(standing)
+
+
+def _is_submitted_since(standing: Standing) -> bool:
+    """Whether it was given to Slurm again after it had ended."""
+    submitted = float((standing.manifest.get("slurm") or {}).get("submitted") or 0)
+    return submitted > standing.state.updated and standing.status in ("failed", "killed")
+
+
+def _settled(standing: Standing, job: Job | None, around: _Around) -> Standing:
+    if standing.status in ("completed", "missing", "damaged"):
+        return standing
+    is_alive = standing.rundir.is_alive()
+    if job is not None:
+        standing = replace(standing, job=job)
+        status, reason = _with_slurm(standing, job, is_alive)
+    else:
+        status, reason = _with_lock(standing, is_alive, around)
+    if status != standing.state.status and status in ("killed", "failed"):
+        return write(standing, status, reason)
+    return replace(standing, status=status, reason=reason)
+
+
+def _with_slurm(standing: Standing, job: Job, is_alive: bool) -> tuple[str, str]:
+    """(status, reason) of a run that Slurm knows."""
+    state = standing.state
+    has_ended = state.status in ("killed", "failed") and not _is_submitted_since(standing)
+    if is_alive:
+        return ("running" if state.status == "running" else "starting"), state.reason
+    if has_ended:
+        return state.status, state.reason
+    if job.state in WAITING:
+        return ("queued" if state.attempt == 0 else "requeued"), _waits(job)
+    if job.is_active:
+        has_begun = state.status in ("running", "preempted")
+        return (state.status if has_begun else "starting"), "suspended by Slurm" * (job.state == "SUSPENDED")
+    if state.status == "preempted" and job.state != "CANCELLED":
+        return "preempted", state.reason
+    return ("failed" if job.state in FAILED else "killed"), _fate(standing, job)
+
+
+def _waits(job: Job) -> str:
+    return f"Slurm: {job.reason}" if job.reason else "waits in Slurm's queue"
+
+
+def _fate(standing: Standing, job: Job) -> str:
+    """How Slurm ended a run whose worker did not say so itself."""
+    if job.state == "CANCELLED":
+        return _request(standing) or "cancelled outside (scancel)"
+    details = [
+        job.reason if job.reason != job.state else "",
+        f"exit code {job.exit_code}" if job.exit_code else "",
+        f"signal {job.signal}" if job.signal else "",
+        f"on {job.nodes}" if job.nodes else "",
+        "before the run began" if not standing.state.attempt else "",
+    ]
+    return f"Slurm: {', '.join([job.state, *filter(None, details)])}"
+
+
+def _request(standing: Standing) -> str:
+    """What the person who cancelled it left in the folder; empty where nobody did."""
+    request = standing.rundir.cancel_request
+    return request.read_text().strip() if request.exists() else ""
+
+
+def _with_lock(standing: Standing, is_alive: bool, around: _Around) -> tuple[str, str]:
+    """(status, reason) of a run that only its lock tells of."""
+    state = standing.state
+    if is_alive:
+        is_ending = state.status in ("killed", "failed", "preempted") and _has_open(state.pid, standing.rundir.lock)
+        return (state.status, state.reason) if is_ending or state.status == "running" else ("starting", "")
+    if state.status == "running":
+        if (around.silent and _job_id(standing)) or not (_job_id(standing) or state.host in ("", here())):
+            return "unknown", f"its last sign came {_ago(state.updated)}; only {state.host} knows more"
+        return "killed", _request(standing) or DIED
+    if state.status == "pending":
+        return _waiting(standing, around)
+    return state.status, state.reason
+
+
+def _waiting(standing: Standing, around: _Around) -> tuple[str, str]:
+    sweep = sweep_of(standing.rundir)
+    if _job_id(standing):
+        knows = "does not answer" if around.silent else "does not know any more"
+        return "unknown", f"it was given to Slurm as job {_job_id(standing)}, and Slurm {knows}"
+    if sweep is None:
+        return "pending", "nobody is at work on it"
+    if sweep.path not in around.queues:
+        around.queues[sweep.path] = has_queue(sweep)
+    if around.queues[sweep.path]:
+        return "queued", "waits for its turn"
+    return "pending", NOBODY if around.queues[sweep.path] is False else "is being prepared, or nobody will start it"
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    import psutil
+
+    try:
+        return any(os.path.samefile(opened.path, path) for opened in psutil.Process(pid).open_files())
+    except (psutil.Error, OSError, ValueError):
+        return False
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0, int(time.time() - moment))
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit} ago"
+    return f"{seconds} s ago"
