@@ -109,6 +109,16 @@ class RunDir:
         return self.path / f".failure.rank-{rank}"
 
     @property
+    def terminal_log(self) -> Path:
+        """What the run would have told the terminal, which a sweep keeps for its table."""
+        return self.path / "terminal.log"
+
+    @property
+    def queue_lock(self) -> Path:
+        """Held by the queue that has taken on this run, from before its worker comes to life until its end is known."""
+        return self.path / ".queue.lock"
+
+    @property
     def cancel_request(self) -> Path:
         """Lies here from the moment somebody cancels the run until it is taken up again; its text is the reason."""
         return self.path / ".cancel"

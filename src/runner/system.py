@@ -70,8 +70,30 @@ class Sampler:
         return found
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; found without CUDA, which stays untouched."""
+    return [name for name, _ in _named_gpus()]
+
+
+def idle_gpus() -> list[str]:
+    """Those of ``visible_gpus`` that nobody computes on; one that cannot tell counts as idle."""
+    return [name for name, handle in _named_gpus() if not _is_busy(handle)]
+
+
+def _is_busy(handle: Any) -> bool:
+    import pynvml
+
+    with contextlib.suppress(Exception):
+        return bool(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    return False
+
+
 def _visible_gpus() -> Iterator[Any]:
     """NVML's handles of the GPUs this process may use, in the order of CUDA_VISIBLE_DEVICES; none without NVML."""
+    return (handle for _, handle in _named_gpus())
+
+
+def _named_gpus() -> Iterator[tuple[str, Any]]:
     try:
         import pynvml
 
@@ -82,8 +104,8 @@ def _visible_gpus() -> Iterator[Any]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
     for name in filter(None, (word.strip() for word in visible.split(","))):
         with contextlib.suppress(Exception):
-            by_number = name.isdigit()
-            yield pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_number else pynvml.nvmlDeviceGetHandleByUUID(name)
+            find = pynvml.nvmlDeviceGetHandleByUUID
+            yield name, pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else find(name)
 
 
 def _gpu_memory(handle: Any) -> dict[str, float]:

@@ -1,88 +1,128 @@
-"""Run here and now: a prepared folder is handed to a worker in this process."""
+"""This machine: one run in this process; the runs of a sweep in a queue, one process each."""
 
 from __future__ import annotations
 
+import inspect
 import os
-import signal
 import sys
-import traceback
-from types import FrameType
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from runner import console
-from runner.rundir import RunDir
-from runner.stop import signals_to
+from runner import system
+from runner.errors import Fault, LaunchError
+from runner.launch import queue
+from runner.launch.child import Slot
+from runner.rundir import RunDir, SweepDir
+from runner.schema import Count
 
 
-def local() -> str:
-    """Train in this process, on this machine."""
-    return "local"
+@dataclass(frozen=True)
+class Local:
+    """Runs of one process each; see launch/protocol.py."""
+
+    parallel: int | None
+    gpus_per_job: int
+    threads: int | None
+    processes: int = 1
+    is_detached: bool = False
+
+    def check(self) -> None:
+        have, jobs = len(system.visible_gpus()), self.parallel or 1
+        if have and jobs * self.gpus_per_job > have:
+            wanted = f"{jobs} × {self.gpus_per_job} GPUs are wanted at once"
+            problem = f"{wanted}, and NVML and CUDA_VISIBLE_DEVICES show {have}"
+            raise LaunchError(Fault("launcher.parallel", problem, "ask for fewer, or leave it null", self.parallel))
+
+    def plan(self, name: str) -> str:
+        slots = self.slots()
+        gpus = " | ".join(",".join(slot.gpus) for slot in slots if slot.gpus)
+        on = f", GPU {gpus}" if gpus else ""
+        return f"{name}: on this machine; of a sweep {len(slots)} at once, {slots[0].threads} threads each{on}"
+
+    def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
+        if sweep is None and len(rundirs) == 1:
+            return [self._here(rundirs[0])]
+        slots = self.slots()
+        return queue.work_through(rundirs, slots, work, sweep, lambda: warm(slots[0]))
+
+    def slots(self) -> list[Slot]:
+        """What runs at the same time may use: GPUs that are idle first, and an equal share of the cores."""
+        gpus, idle = system.visible_gpus(), system.idle_gpus()
+        several = self.parallel or max(1, len(idle) // self.gpus_per_job)
+        threads = self.threads or max(1, cores() // several)
+        ordered = [*idle, *(gpu for gpu in gpus if gpu not in idle)]
+        shares = [tuple(ordered[n * self.gpus_per_job : (n + 1) * self.gpus_per_job]) for n in range(several)]
+        return [Slot(threads, share) for share in shares]
+
+    def _here(self, rundir: RunDir) -> int:
+        from runner import worker
+
+        if self.threads:
+            os.environ["OMP_NUM_THREADS"] = str(self.threads)  # torch reads it when it is imported
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(self.threads)
+        return worker.work(rundir)
+
+
+def local(*, parallel: Count | None, gpus_per_job: Count, threads: Count | None) -> Local:
+    """Train on this machine, several runs of a sweep at once where there is more than one GPU."""
+    return Local(parallel, gpus_per_job, threads)
+
+
+def check_local(*, gpus_per_job: int, **_: Any) -> Iterator[Fault]:
+    if gpus_per_job > 1:
+        remedy = f"take several processes: launcher=accelerate launcher.processes={gpus_per_job}"
+        yield Fault("gpus_per_job", "a run of one process computes on one GPU", remedy, gpus_per_job)
+
+
+def cores() -> int:
+    """Those that this process may use; OMP_NUM_THREADS, where it is set, says how many of them it should."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdigit() and int(named) else len(os.sched_getaffinity(0))
+
+
+def work(rundir: RunDir) -> int:
+    """What a process of the queue does; one mirror follows the whole sweep."""
+    from runner import worker
+
+    known: dict[str, Any] = {"mirrored": True} if "mirrored" in inspect.signature(worker.work).parameters else {}
+    return worker.work(rundir, **known)
+
+
+def warm(slot: Slot) -> None:
+    """Import what every run needs, without starting a thread and without touching CUDA."""
+    os.environ["OMP_NUM_THREADS"] = str(slot.threads)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() asks NVML, where it would initialise CUDA
+    from runner import console
+
+    console.quiet_libraries()
+    import accelerate
+    import torch._dynamo
+    import torch._inductor.compile_fx
+    import transformers.modeling_utils
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama
+
+    assert accelerate
+    assert torch
+    assert transformers
+    if not slot.gpus:  # peft imports bitsandbytes, which asks the GPU what it is: left to each process (under 1 s)
+        from runner import build, samples, train, worker
+
+        assert build
+        assert samples
+        assert train
+        assert worker
 
 
 def launch(rundir: RunDir) -> int:
-    """Work on the folder to its end; returns the exit code (0, 1, 2, 75 or 130)."""
-    from runner import worker
-
-    return worker.work(rundir)
+    """Work on one run in this process."""
+    return Local(None, 1, None).launch([rundir], None)[0]
 
 
 def launch_each(rundirs: list[RunDir]) -> list[int]:
-    """Work on one folder after another, each in a process of its own; returns the exit codes.
+    """Work on several, one process each."""
+    from runner.rundir import sweep_of
 
-    The processes are forked from this one after the libraries are imported, so that each further job starts warm.
-    Nothing may touch CUDA or start threads of computation before that. After Ctrl-C or SIGTERM no further job starts.
-    """
-    console.quiet_libraries()
-    import accelerate
-    import peft
-    import transformers
-
-    assert accelerate
-    assert peft
-    assert transformers
-    codes: list[int] = []
-    forwarding = _Forwarding()
-    with signals_to(forwarding.on_signal):
-        for number, rundir in enumerate(rundirs, 1):
-            print(f"[{number}/{len(rundirs)}] {rundir.read_manifest().get('name')}", file=sys.stderr)
-            codes.append(forwarding.wait(_fork(rundir)))
-            if forwarding.signalled or codes[-1] in (75, 130):
-                break
-    return codes
-
-
-def _fork(rundir: RunDir) -> int:
-    """Work on the folder in a process forked from this one; returns its pid."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        code = launch(rundir)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-class _Forwarding:
-    """While children work, what would end this process is theirs to honour: they save, and end in their own way."""
-
-    def __init__(self) -> None:
-        self.signalled = False
-        self._child = 0
-
-    def wait(self, child: int) -> int:
-        """The exit code of the child; 1 where a signal ended it."""
-        self._child = child
-        _, status = os.waitpid(child, 0)
-        self._child = 0
-        return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1
-
-    def on_signal(self, number: int, _: FrameType | None) -> None:
-        self.signalled = True
-        if self._child and number == signal.SIGTERM:  # Ctrl-C reaches the child from the terminal
-            os.kill(self._child, number)
+    return Local(None, 1, None).launch(rundirs, (rundirs and sweep_of(rundirs[0])) or None)

@@ -1,0 +1,79 @@
+"""What a process forked from the queue becomes: one that owes the terminal nothing and works on one run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from runner.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one run may use of the machine."""
+
+    threads: int
+    gpus: tuple[str, ...] = ()
+    """As CUDA_VISIBLE_DEVICES names them; empty leaves that as it is."""
+
+
+def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: Iterable[int]) -> NoReturn:
+    """Work on the run in this process, which was forked for it, and end with its exit code.
+
+    ``signals`` are blocked, and handled by the parent's functions, until here.
+    """
+    code = 1
+    try:
+        os.setsid()
+        _leave_terminal(rundir)
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        _keep_to(slot)
+        code = start(rundir)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a full disk
+                stream.flush()
+        os._exit(code)
+
+
+def _leave_terminal(rundir: RunDir) -> None:
+    """What would go to the terminal goes into a file of the run; there is nothing to read."""
+    try:
+        output = os.open(rundir.terminal_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:  # a full disk must not be what a run fails of
+        output = os.open(os.devnull, os.O_WRONLY)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(source, target)
+    os.close(output)
+    os.close(nothing)
+    # The parent's may be anything by now, a notebook's for one.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+
+
+def _keep_to(slot: Slot) -> None:
+    """Compute on the slot's threads and GPUs.
+
+    Raises:
+        RuntimeError: CUDA was touched before the fork, so that it cannot be used here.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(slot.threads)
+    if slot.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
+    if "torch" not in sys.modules:
+        return
+    import torch
+
+    torch.set_num_threads(slot.threads)
+    if slot.gpus and torch.cuda._is_in_bad_fork():
+        raise RuntimeError("CUDA was initialised before this process was forked: a fault of runner's queue")

@@ -1,0 +1,282 @@
+"""Many runs on one machine: a process each, forked warm from this one, as many at once as there are slots.
+
+Each run is claimed before its process comes to life, so that of two queues over the same runs one works and the other
+waits, without a slot. Each process has a session of its own: the terminal's Ctrl-C reaches this one alone, which
+passes it on once, and a terminal that is closed takes no run along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from runner.launch import child, deaths
+from runner.launch.board import Board
+from runner.rundir import DIED, RunDir, State, SweepDir
+
+Start = Callable[[RunDir], int]
+"""Works on one run in the forked process; returns its exit code."""
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL_S, LOOK_EVERY_S = 0.05, 0.5
+
+
+def work_through(
+    rundirs: list[RunDir],
+    slots: list[child.Slot],
+    start: Start,
+    sweep: SweepDir | None = None,
+    warm: Callable[[], None] = lambda: None,
+) -> list[int]:
+    """Bring all runs to their ends, in this order, ``len(slots)`` at once.
+
+    Args:
+        warm: called before the first process is forked; what it imports all of them have. No thread may be left by it
+            and CUDA not be touched.
+
+    Returns:
+        an exit code for each; after a stop 130 or 75 also for those that were not started.
+    """
+    with contextlib.ExitStack() as held:
+        if sweep:
+            held.enter_context(_shared(sweep.queue_lock))
+        board = held.enter_context(Board(rundirs, len(slots)))
+        queue = _Queue([Job(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, board, warm)
+        held.enter_context(queue.listening())
+        return queue.run()
+
+
+@dataclass
+class Job:
+    """One run on its way through the queue."""
+
+    number: int
+    rundir: RunDir
+    known: State = field(default_factory=State)
+    """What its state was when it was handed over; then, when its process was forked."""
+    asked: int | None = None
+    """The cancel request that lay there already: whoever hands the run over wants it all the same."""
+    claim: IO[str] | None = None
+    slot: child.Slot | None = None
+    code: int | None = None
+
+    def __post_init__(self) -> None:
+        self.known, self.asked = self.rundir.read_state(), _time_of(self.rundir.cancel_request)
+
+    def take(self) -> bool:
+        """Claim the run for this queue; False where another queue or worker has it."""
+        if not self.rundir.path.is_dir():
+            return True
+        handle = self.rundir.queue_lock.open("a")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            return False
+        self.claim = handle
+        if self.rundir.is_alive():
+            self.release()
+        return self.claim is not None
+
+    def release(self) -> None:
+        if self.claim:
+            self.claim.close()
+        self.claim = None
+
+    def is_cancelled(self) -> bool:
+        return _time_of(self.rundir.cancel_request) not in (None, self.asked)
+
+    def outcome(self) -> State | None:
+        """The state in which others left this run since it was handed over; None where it is still to be worked on."""
+        state, known = self.rundir.read_state(), self.known
+        another_attempt = state.attempt != known.attempt
+        if state.status == "completed" or (state.status != "pending" and another_attempt):
+            return state
+        return state if state.status in ("failed", "preempted") and state.updated != known.updated else None
+
+
+class _Stopped(BaseException):
+    """Raised out of what may be left half done: the imports before the first process."""
+
+
+class _Queue:
+    def __init__(
+        self, jobs: list[Job], slots: list[child.Slot], start: Start, board: Board, warm: Callable[[], None]
+    ) -> None:
+        self.jobs, self.start, self.board, self.warm = jobs, start, board, warm
+        self.waiting, self.free = deque(jobs), deque(slots)
+        self.running: dict[int, Job] = {}
+        self.elsewhere: list[Job] = []
+        self.stop_code: int | None = None
+        self.is_warm = self.is_warming = self.is_killed = False
+        self.oom_kills = deaths.oom_kills()
+        self.looked = 0.0
+
+    def run(self) -> list[int]:
+        while self.running or (self.stop_code is None and (self.waiting or self.elsewhere)):
+            self.reap()
+            self.look_elsewhere()
+            while self.free and self.waiting and self.stop_code is None:
+                self.next()
+            self.board.look()
+            if self.running or self.elsewhere:
+                time.sleep(POLL_S)
+        stopped = self.stop_code if self.stop_code is not None else 1
+        return [job.code if job.code is not None else stopped for job in self.jobs]
+
+    def next(self) -> None:
+        """Start the next run; or see that it needs no process, or is somebody else's for now."""
+        job = self.waiting.popleft()
+        if job.rundir.read_state().status == "completed":
+            self.end(job, 0, "completed")
+        elif not job.take():
+            self.elsewhere.append(job)
+            self.board.elsewhere(job.number)
+        elif not self.is_settled(job):
+            self.fork(job)
+
+    def is_settled(self, job: Job) -> bool:
+        """Whether the run, now ours, needs no process: it was cancelled, or others brought it to an end."""
+        if job.is_cancelled():
+            with contextlib.suppress(OSError):
+                reason = job.rundir.cancel_request.read_text().strip() or "cancelled"
+                job.rundir.write_state(status="killed", reason=reason)
+            self.end(job, 130, "cancelled")
+        elif state := job.outcome():
+            if state.status == "running":  # and nobody holds it
+                state = job.rundir.write_state(status="killed", reason=DIED)
+            self.end(job, deaths.exit_code(state), state.status, state.reason)
+        return job.code is not None
+
+    def look_elsewhere(self) -> None:
+        """Take back what others have let go of: to count how it ended, or to start it after all."""
+        if time.monotonic() - self.looked < LOOK_EVERY_S:
+            return
+        self.looked = time.monotonic()
+        for job in [job for job in self.elsewhere if job.take()]:
+            self.elsewhere.remove(job)
+            if not self.is_settled(job):
+                job.release()
+                self.waiting.appendleft(job)
+
+    def fork(self, job: Job) -> None:
+        if not self.warmed():
+            job.release()
+            return
+        job.slot, job.known = self.free.popleft(), job.rundir.read_state()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # nothing comes between the fork and knowing of it
+        pid = os.fork()
+        if not pid:
+            for other in self.running.values():
+                other.release()  # of this process alone: the claims are their owners'
+            child.become(job.rundir, job.slot, self.start, STOPPING)
+        self.running[pid] = job
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        self.board.started(job.number)
+
+    def warmed(self) -> bool:
+        """Import before the first fork; False where a stop came in between."""
+        try:
+            self.is_warming = not self.is_warm
+            if self.is_warming and self.stop_code is None:
+                self.warm()
+        except _Stopped:
+            return False
+        finally:
+            self.is_warming = False
+        self.is_warm = True
+        return self.stop_code is None
+
+    def reap(self) -> None:
+        """See which processes have ended, and how; their slots are free again."""
+        for pid, job in list(self.running.items()):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                continue
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)  # what it leaves behind would keep its folder and its GPU
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            del self.running[pid]
+            assert job.slot
+            self.free.append(job.slot)
+            self.close(job, code)
+
+    def close(self, job: Job, code: int) -> None:
+        """Write down the end of a process that could not do so itself, and count it."""
+        state = job.rundir.read_state()
+        if not job.rundir.manifest.exists():
+            return self.end(job, 2, "refused", f"see {job.rundir.log}" if job.rundir.log.exists() else "")
+        spoken = state.updated != job.known.updated and state.status not in ("pending", "running")
+        if not spoken and code not in (0, 2):
+            death = self.death(code)
+            with contextlib.suppress(OSError), job.rundir.held() as mine:  # a full disk: it stays unwritten
+                if mine:
+                    state = job.rundir.write_state(status=death.status, reason=death.reason)
+            return self.end(job, death.code, death.status, death.reason)
+        return self.end(job, code if code >= 0 else deaths.exit_code(state), state.status, state.reason)
+
+    def death(self, code: int) -> deaths.Death:
+        if code >= 0:
+            return deaths.Death("failed", f"ended with exit code {code} and without a word; see terminal.log", 1)
+        if code == -signal.SIGKILL and self.is_killed:
+            return deaths.Death("killed", "interrupted twice: killed at once", 130)
+        rose = code == -signal.SIGKILL and deaths.oom_kills() > self.oom_kills
+        self.oom_kills += rose
+        return deaths.by_signal(-code, out_of_memory=rose)
+
+    def end(self, job: Job, code: int, status: str, reason: str = "") -> None:
+        job.code = code
+        job.release()
+        self.board.ended(job.number, status, reason)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the block runs, what would end this process stops the queue; a SIGHUP that is ignored stays so."""
+        before = {number: signal.getsignal(number) for number in STOPPING}
+        mine = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+        for number in mine:
+            signal.signal(number, self.on_signal)
+        try:
+            yield
+        finally:
+            for number in mine:
+                signal.signal(number, before[number])
+
+    def on_signal(self, number: int, _: FrameType | None) -> None:
+        """The first stops: the runs save their state. A further Ctrl-C kills them."""
+        again = self.stop_code is not None
+        asked = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        if self.stop_code is None:
+            self.stop_code = 130 if number == signal.SIGINT else 75
+            self.board.notice = f"stopping: {len(self.running)} save their state; Ctrl-C again kills them at once"
+        if self.is_warming:
+            raise _Stopped
+        if again and number != signal.SIGINT:
+            return
+        self.is_killed = again
+        for pid in list(self.running):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL) if again else os.kill(pid, asked)
+
+
+@contextlib.contextmanager
+def _shared(path: Path) -> Iterator[None]:
+    """Hold the lock together with others; the processes that are forked meanwhile hold it as well."""
+    with path.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+
+
+def _time_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
