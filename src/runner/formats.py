@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,7 +121,7 @@ def source_text(function: str) -> str:
         remedy = "for example data.format.function=rows.py:to_messages"
         raise ConfigError(Fault("function", "must be path/to/file.py:name or package.module:name", remedy, function))
     if where.endswith(".py"):
-        file: Path | None = Path(where).expanduser()
+        file: Path | None = _frozen(Path(where).expanduser())
     else:
         try:
             spec = importlib.util.find_spec(where)
@@ -130,6 +132,17 @@ def source_text(function: str) -> str:
         remedy = "correct it; a file is sought from the current directory, a module on Python's path"
         raise ConfigError(Fault("function", "no such file or module", remedy, function))
     return file.read_text(encoding="utf-8")
+
+
+def frozen_name(file: Path) -> str:
+    """What the copy of a custom function's file is called in the code that was frozen for a queued job."""
+    return f"functions/{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:16]}.py"
+
+
+def _frozen(file: Path) -> Path:
+    """The copy that this job is to use where it has one (RUNNER_SNAPSHOT), so that later edits do not reach it."""
+    copy = Path(os.environ.get("RUNNER_SNAPSHOT", os.devnull)) / frozen_name(file)
+    return copy if copy.is_file() else file
 
 
 def looks_like(row: Row) -> str | None:

@@ -1,0 +1,158 @@
+"""Jobs of a Slurm cluster, through submitit: a run is a job, a sweep an array; the queue keeps them going."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from runner import scheduler
+from runner.errors import Fault
+from runner.launch import following, sbatch, submission, submitting
+from runner.rundir import RunDir, SweepDir
+from runner.schema import Count, Positive
+
+OURS = ("array", "output", "error", "open-mode", "job-name", "signal", "requeue", "no-requeue", "wrap")
+"""Options of sbatch without which the runs could neither be found again nor continued."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """What is asked of Slurm for each run; the comments are in conf/launcher/slurm.yaml."""
+
+    cluster: submission.Cluster
+    partition: str | None
+    account: str | None
+    qos: str | None
+    timeout_min: int
+    nodes: int
+    gpus_per_node: int | None
+    tasks_per_node: int | None
+    cpus_per_task: int | None
+    mem_gb: float | None
+    constraint: str | None
+    exclude: str | None
+    nodelist: str | None
+    reservation: str | None
+    modules: list[str]
+    setup: list[str]
+    container: str | None
+    python: str | None
+    srun_args: list[str]
+    additional_parameters: dict[str, Any]
+    array_parallelism: int | None
+    max_requeues: int
+    signal_delay_s: int
+    snapshot: Literal["keep", "new", "none"]
+    wait: bool
+
+    @property
+    def tasks(self) -> int:
+        """Processes of one run on each machine."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.tasks
+
+    @property
+    def is_detached(self) -> bool:
+        return not self.wait and self.cluster != "debug"
+
+    def check(self) -> None:
+        """Refuse what Slurm would refuse, by asking it.
+
+        Raises:
+            LaunchError: with Slurm's own reason.
+        """
+        if self.cluster == "slurm":
+            scheduler.refuse_unreachable()
+            sbatch.refuse(self)
+
+    def plan(self, name: str) -> str:
+        """The sbatch script of one run; RUN stands for the folder that it will get."""
+        if self.cluster != "slurm":
+            return f"{self.processes} process(es) on this machine (launcher.cluster={self.cluster})"
+        home = Path("RUN")
+        return sbatch.script(self, submission.room(home), name, None if self.snapshot == "none" else home / "code")
+
+    def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
+        """Submit the runs that are not in the queue; with ``wait`` follow all of them to their ends."""
+        if self.cluster != "slurm":
+            _note_unused(self)
+        if self.cluster == "debug":
+            return submitting.run_here(self, rundirs, sweep)
+        submitting.submit(self, rundirs, sweep)
+        return following.follow(rundirs) if self.wait else [0] * len(rundirs)
+
+
+def slurm(
+    *,
+    cluster: Literal["slurm", "local", "debug"],
+    partition: str | None,
+    account: str | None,
+    qos: str | None,
+    timeout_min: Count,
+    nodes: Count,
+    gpus_per_node: Annotated[int, Ge(0)] | None,
+    tasks_per_node: Count | None,
+    cpus_per_task: Count | None,
+    mem_gb: Positive | None,
+    constraint: str | None,
+    exclude: str | None,
+    nodelist: str | None,
+    reservation: str | None,
+    modules: list[str],
+    setup: list[str],
+    container: str | None,
+    python: str | None,
+    srun_args: list[str],
+    additional_parameters: dict[str, Any],
+    array_parallelism: Count | None,
+    max_requeues: Annotated[int, Ge(0)],
+    signal_delay_s: Count,
+    snapshot: Literal["keep", "new", "none"],
+    wait: bool,
+) -> Slurm:
+    """Jobs of a Slurm cluster, one srun task for each process of a run."""
+    return Slurm(**locals())
+
+
+def check_slurm(
+    *,
+    cluster: str,
+    nodes: int,
+    gpus_per_node: int | None,
+    tasks_per_node: int | None,
+    timeout_min: int,
+    signal_delay_s: int,
+    additional_parameters: dict[str, Any],
+    **others: Any,
+) -> Iterator[Fault]:
+    """Combinations that cannot work, and options of sbatch that have a key of their own."""
+    if cluster != "slurm" and nodes > 1:
+        yield Fault("nodes", f"cluster={cluster} is this one machine", "set nodes to 1", nodes)
+    if cluster == "debug" and (tasks_per_node or gpus_per_node or 1) > 1:
+        yield Fault("tasks_per_node", "cluster=debug is one process", "set cluster=local for several", tasks_per_node)
+    if signal_delay_s >= timeout_min * 60:
+        problem = f"a job of {timeout_min} min would be told to save before it begins"
+        yield Fault("signal_delay_s", problem, "set it to less than the time limit", signal_delay_s)
+    keys = {"time": "timeout_min", "ntasks-per-node": "tasks_per_node", "mem": "mem_gb", "nodes": "nodes"}
+    for name, value in additional_parameters.items():
+        option = name.replace("_", "-")
+        key = keys.get(option, option.replace("-", "_"))
+        if option in OURS:
+            yield Fault(f"additional_parameters.{name}", "is set by runner itself", "leave it out", value)
+        elif key in ("nodes", "timeout_min", "gpus_per_node", "tasks_per_node", *others):
+            yield Fault(f"additional_parameters.{name}", "has a key of its own", f"set launcher.{key}", value)
+
+
+def _note_unused(asked: Slurm) -> None:
+    """Say which keys have no effect where there is no scheduler."""
+    unused = [key for key in (*sbatch.ENVIRONMENT, "modules", "setup", "srun_args") if getattr(asked, key)]
+    if unused:
+        print(f"launcher.cluster={asked.cluster}: there is no Slurm to tell of {', '.join(unused)}", file=sys.stderr)

@@ -1,0 +1,116 @@
+"""What runs in each task of a job: it finds its run folder, says which rank it is, and works.
+
+Slurm starts the same job again after a preemption, and whoever comes back finds everything in the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from runner import scheduler
+from runner.errors import LaunchError
+from runner.launch import submission
+from runner.rundir import RunDir
+from runner.stop import signals_to
+
+LONGEST_GOODBYE_S = 60.0
+"""How long a failed rank lets rank 0 say why, before its end takes the others down."""
+
+
+def run(file: str) -> None:
+    """Work as one rank on the run that this job is for; submitit calls this in every task.
+
+    Args:
+        file: a submission; its n-th folder is that of the n-th task of an array.
+
+    Raises:
+        SystemExit: with the exit code of the run unless it is 0, so that Slurm says FAILED of what failed.
+    """
+    from submitit import JobEnvironment
+
+    job = JobEnvironment()
+    asked = json.loads(Path(file).read_text())
+    rundir = RunDir(Path(asked["folders"][int(job.array_task_id or 0)]))
+    os.environ.update(rank_environment(job))
+    early: list[int] = []  # a stop may come before the worker listens, and again while it is decided what follows
+    with signals_to(lambda number, _: early.append(number)):
+        while asked["after"] and job.cluster == "local" and submission.is_process(asked["after"]) and not early:
+            time.sleep(0.5)
+        code = _work(rundir, job, early)
+        if job.global_rank == 0 and job.cluster == "slurm" and code == 75:
+            code = _after_stop(rundir, asked["max_requeues"])
+    if code:
+        sys.exit(code)
+
+
+def rank_environment(job: Any) -> dict[str, str]:
+    """The variables by which torch's ranks find each other."""
+    # A new port for each start: the last one may still be taken. Below the range from which Linux gives ports away.
+    start = f"{job.job_id} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    port = 20000 + int(hashlib.sha256(start.encode()).hexdigest(), 16) % 12000
+    return {
+        "MASTER_ADDR": "127.0.0.1" if job.num_nodes == 1 else job.hostnames[0],
+        "MASTER_PORT": str(port),
+        "RANK": str(job.global_rank),
+        "WORLD_SIZE": str(job.num_tasks),
+        "LOCAL_RANK": str(job.local_rank),
+        "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
+    }
+
+
+def _work(rundir: RunDir, job: Any, early: list[int]) -> int:
+    """The exit code of this rank; that of a stop is rank 0's alone to give, it decides what Slurm does then."""
+    from runner import worker
+
+    if job.global_rank == 0:
+        _wait_for_predecessor(rundir, early)
+    code = 75 if early else worker.work(rundir)
+    if job.global_rank == 0:
+        return code
+    waited = time.monotonic()
+    while code == 1 and rundir.is_alive() and time.monotonic() - waited < LONGEST_GOODBYE_S:
+        time.sleep(0.2)
+    return code if code == 1 else 0
+
+
+def _wait_for_predecessor(rundir: RunDir, early: list[int]) -> None:
+    """After a node was lost, the worker there may live on for a while; nobody can take over before it has ended."""
+    said = False
+    while rundir.is_alive() and not early:
+        if not said:
+            print(f"waiting for another worker of {rundir.path} to end", file=sys.stderr, flush=True)
+            said = True
+        time.sleep(0.5)
+
+
+def _after_stop(rundir: RunDir, max_requeues: int) -> int:
+    """Continue after a preemption or the time limit: the job goes back into the queue, unless that is not wanted."""
+    id, restarts = _slurm_id(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    reason = rundir.read_state().reason
+    try:
+        fate = scheduler.fate(id, restarts)
+        if fate == "cancelled":
+            rundir.write_state(status="killed", reason=f"cancelled outside (scancel); {reason}")
+            return 130
+        if fate == "running" and restarts >= max_requeues:
+            problem = f"not requeued again (launcher.max_requeues={max_requeues}); {reason}"
+            rundir.write_state(reason=problem)
+            print(problem, file=sys.stderr, flush=True)
+        elif fate == "running":
+            print(f"requeueing {id} ({restarts + 1}/{max_requeues}): {reason}", file=sys.stderr, flush=True)
+            scheduler.requeue(id)
+    except LaunchError as error:
+        rundir.write_state(reason=f"could not be requeued ({error.faults[0].problem}); {reason}")
+        print(f"could not requeue {id}: {error}", file=sys.stderr, flush=True)
+    return 75
+
+
+def _slurm_id() -> str:
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]

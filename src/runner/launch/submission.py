@@ -1,0 +1,130 @@
+"""A submission, written down before Slurm hears of it, so that no run is ever submitted twice.
+
+Between sbatch and the moment its answer is noted the submitting process may die. The file says by which name Slurm
+knows what it was to submit; whoever comes next looks there before it submits anything.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from runner import scheduler
+from runner.rundir import RunDir, write_atomic
+
+Cluster = Literal["slurm", "local", "debug"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What is handed to the scheduler at once: one job, or one array with a task for each folder."""
+
+    name: str
+    """The job's name in Slurm, like no other."""
+    folders: list[str]
+    cluster: Cluster
+    max_requeues: int
+    code: str | None
+    """The snapshot that its jobs run; None: the code that is installed."""
+    created: float
+    after: str | None = None
+    """What was submitted before it and may have to end first."""
+    job_id: str | None = None
+    """The id that Slurm gave the whole; None until it is noted."""
+
+    def job_ids(self) -> list[str]:
+        """The id of each folder's job."""
+        assert self.job_id
+        if len(self.folders) == 1:
+            return [self.job_id]
+        return [f"{self.job_id}_{number}" for number in range(len(self.folders))]
+
+
+def room(home: Path) -> Path:
+    """The folder of all that submitit and Slurm write: scripts, pickles, the output of each task."""
+    return home / "slurm"
+
+
+def path(home: Path, name: str) -> Path:
+    return room(home) / f"{name}.json"
+
+
+def begin(
+    home: Path,
+    rundirs: Sequence[RunDir],
+    cluster: Cluster,
+    max_requeues: int,
+    code: Path | None,
+    after: str | None = None,
+) -> Submission:
+    """Write down what is about to be submitted."""
+    submission = Submission(
+        name=f"runner-{secrets.token_hex(6)}", folders=[str(rundir.path) for rundir in rundirs], cluster=cluster,
+        max_requeues=max_requeues, code=str(code) if code else None, created=time.time(),
+        after=after,
+    )  # fmt: skip
+    write_atomic(path(home, submission.name), json.dumps(asdict(submission), indent=1))
+    return submission
+
+
+def note(home: Path, submission: Submission, job_id: str) -> None:
+    """Write down the id that the scheduler gave, in each run's manifest too."""
+    known = Submission(**{**asdict(submission), "job_id": job_id})
+    snapshot = {"snapshot": {"folder": known.code}} if known.code else {}
+    for folder, id in zip(known.folders, known.job_ids(), strict=True):
+        job = {"job_id": id, "name": known.name, "cluster": known.cluster}
+        RunDir(Path(folder)).update_manifest(slurm=job, **snapshot)
+    write_atomic(path(home, known.name), json.dumps(asdict(known), indent=1))
+
+
+def adopt(home: Path) -> list[str]:
+    """Find what earlier processes submitted without living to note it; returns the ids that were found.
+
+    Raises:
+        LaunchError: Slurm does not say; to submit now could be to submit twice.
+    """
+    found = []
+    for submission in list(_unnoted(home)):
+        ids = scheduler.named(submission.name) if submission.cluster == "slurm" else []
+        if ids:
+            note(home, submission, ids[0])
+            found.append(ids[0])
+        else:
+            path(home, submission.name).unlink()
+    return found
+
+
+def is_queued(rundirs: Sequence[RunDir]) -> list[bool]:
+    """For each run whether the job that its manifest notes still waits or runs.
+
+    Raises:
+        LaunchError: Slurm does not answer.
+    """
+    noted = [rundir.read_manifest().get("slurm") or {} for rundir in rundirs]
+    known = scheduler.jobs(job["job_id"] for job in noted if job.get("cluster") == "slurm")
+    active = {id for id, job in known.items() if job.is_active}
+    return [
+        job.get("job_id") in active or (job.get("cluster") == "local" and is_process(job["job_id"])) for job in noted
+    ]
+
+
+def _unnoted(home: Path) -> Iterator[Submission]:
+    for file in sorted(room(home).glob("runner-*.json")):
+        submission = Submission(**json.loads(file.read_text()))
+        if submission.job_id is None:
+            yield submission
+
+
+def is_process(pid: str) -> bool:
+    """Whether a job of submitit's local cluster, whose id is the pid of its supervisor, still lives."""
+    try:
+        state = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
+        command = Path("/proc", pid, "cmdline").read_bytes()
+    except OSError:
+        return False
+    return state != "Z" and b"submitit" in command

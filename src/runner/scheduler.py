@@ -1,0 +1,225 @@
+"""What Slurm says of jobs, through its own commands: ``squeue``, ``sacct``, ``scontrol`` and ``scancel``.
+
+A job's id is ``123``, or ``123_4`` where it is task 4 of an array.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runner.errors import Fault, LaunchError
+
+Fate = Literal["running", "requeued", "cancelled", "ended"]
+
+ACTIVE = (
+    "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
+    "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD",
+)  # fmt: skip
+"""States of a job that will run, runs, or is about to leave its nodes; every other one is final."""
+
+ON_ITS_WAY = ("REQUEUED", "PREEMPTED", "NODE_FAIL")
+"""States of accounting that may be followed by another start; for an instant squeue shows nothing of such a job."""
+
+LONGEST_WAIT_S = 60.0
+"""How long a busy controller may take over an answer."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, or one task of an array, as Slurm sees it at this moment."""
+
+    id: str
+    state: str
+    """Slurm's word in capitals, without what follows it (``CANCELLED by 0`` is ``CANCELLED``)."""
+    reason: str = ""
+    """Why it waits, or why it failed; empty where Slurm gives none."""
+    nodes: str = ""
+    exit_code: int | None = None
+    """What its script ended with; None while it has not, or where accounting does not say."""
+    signal: int = 0
+    """The signal that ended it, 0 where none did."""
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ACTIVE
+
+
+def jobs(ids: Iterable[str]) -> dict[str, Job]:
+    """The jobs among ``ids`` that Slurm knows: one call of squeue, and one of sacct where squeue is not enough.
+
+    What the queue says of a waiting or running job stands above accounting, which calls a job that was requeued after
+    its node died NODE_FAIL for a while. Where accounting is off, ended jobs are known as long as the queue keeps them.
+
+    Raises:
+        LaunchError: squeue is missing, or the controller does not answer.
+    """
+    wanted = sorted(set(ids))
+    if not wanted:
+        return {}
+    found = {id: job for id, job in _queued(wanted).items() if id in wanted}
+    ended = [id for id in wanted if id not in found or not found[id].is_active]
+    known = {id: job for id, job in _accounted(ended).items() if not job.is_active or id not in found}
+    if moving := [id for id, job in known.items() if job.state in ON_ITS_WAY]:
+        known.update({id: job for id, job in _queued(moving).items() if id in moving and job.is_active})
+    return {**found, **known}
+
+
+def named(name: str) -> list[str]:
+    """The ids of the jobs with this name, without those of array tasks: whatever was submitted under it, once each."""
+    lines = _lines(["squeue", "--noheader", "--states=all", f"--name={name}", "--format=%F"])
+    with_past = ["sacct", "--noheader", "--parsable2", "--allocations", f"--name={name}", "--starttime=now-30days"]
+    lines = lines or _lines([*with_past, "--format=JobID"], or_none=True)
+    return sorted({line.partition("_")[0] for line in lines})
+
+
+def fate(id: str, restarts: int) -> Fate:
+    """What becomes of a job that was told to stop, asked from inside of it.
+
+    Args:
+        restarts: how often it had been requeued when it started (``SLURM_RESTART_COUNT``).
+
+    Raises:
+        LaunchError: the controller does not answer.
+    """
+    (line, *_) = [*_lines(["scontrol", "--oneliner", "show", "job", id]), ""]
+    facts = dict(re.findall(r"(JobState|Restarts|ExitCode)=(\S+)", line))
+    state = facts.get("JobState", "")
+    if state in ("RUNNING", "SIGNALING", "STOPPED", "SUSPENDED"):
+        return "running"
+    if int(facts.get("Restarts", 0)) > restarts or state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        return "requeued"
+    # COMPLETING hides why; accounting has it, else the signal: only a cancelled job has been given one by Slurm.
+    known = _accounted([id]).get(id)
+    if known is None:
+        return "cancelled" if state == "CANCELLED" or facts.get("ExitCode") == "0:15" else "ended"
+    if known.state in ON_ITS_WAY:
+        return "requeued"
+    return "cancelled" if known.state == "CANCELLED" else "ended"
+
+
+def requeue(id: str) -> None:
+    """Put a running job back into the queue; Slurm ends what is left of it.
+
+    Raises:
+        LaunchError: with Slurm's reason, as where the job or the cluster does not allow it.
+    """
+    _lines(["scontrol", "requeue", id])
+
+
+def cancel(ids: Sequence[str]) -> None:
+    """Cancel jobs, waiting or running: SIGTERM to each process, and SIGKILL after the cluster's KillWait.
+
+    Raises:
+        LaunchError: with Slurm's reason. A job that has ended already is none.
+    """
+    if ids:
+        _lines(["scancel", *sorted(set(ids))])
+
+
+def settings(*names: str) -> dict[str, str]:
+    """These lines of Slurm's own configuration (``scontrol show config``); those that it has not are left out."""
+    pairs = [re.split(r"\s*=\s*", line, maxsplit=1) for line in _lines(["scontrol", "show", "config"])]
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and pair[0] in names}
+
+
+def partitions() -> list[str]:
+    """The names of all partitions."""
+    return sinfo("%R")
+
+
+def sinfo(format: str, partition: str | None = None) -> list[str]:
+    """What sinfo says of the cluster's partitions or nodes, each different line once; nothing where it is missing."""
+    command = ["sinfo", "--noheader", f"--format={format}", *([f"--partition={partition}"] if partition else [])]
+    return list(dict.fromkeys(line.strip() for line in _lines(command, or_none=True)))
+
+
+def refuse_unreachable() -> None:
+    """Refuse where there is no Slurm to talk to, without the minute that sbatch would wait for it.
+
+    Raises:
+        LaunchError: a command is missing, or no controller answers.
+    """
+    for command in ("sbatch", "srun", "squeue", "scontrol"):
+        if shutil.which(command) is None:
+            remedy = "start from a machine of the cluster, or set launcher.cluster=local to run here"
+            raise LaunchError(Fault("launcher", f"{command} is not on this machine's PATH", remedy, "slurm"))
+    conf = os.environ.get("SLURM_CONF")
+    if conf and not Path(conf).is_file():
+        raise LaunchError(Fault("launcher", f"SLURM_CONF names {conf}, which is no file", "correct it", "slurm"))
+    try:
+        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        said = "no answer within 20 s"
+    else:
+        if re.search(r"is UP", done.stdout):
+            return
+        said = _first_line(done.stdout + done.stderr)
+    remedy = "ask who runs the cluster, or set launcher.cluster=local to run here"
+    raise LaunchError(Fault("launcher", f"the Slurm controller does not answer: {said}", remedy, "slurm"))
+
+
+def _queued(ids: Sequence[str]) -> dict[str, Job]:
+    """The jobs that the controller still keeps, also those that ended within its MinJobAge; by task, not by array."""
+    bases = ",".join(sorted({id.partition("_")[0] for id in ids}))
+    format = "--format=%i|%T|%r|%N"
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={bases}", format]
+    try:
+        lines = _lines(command)
+    except LaunchError as error:
+        if "Invalid job id" in str(error):  # so it says when it knows none of them
+            return {}
+        raise
+    return {job.id: job for job in map(_job_in_queue, lines)}
+
+
+def _job_in_queue(line: str) -> Job:
+    id, state, reason, nodes = line.split("|", 3)
+    return Job(id, state, "" if reason == "None" else reason, nodes)
+
+
+def _accounted(ids: Sequence[str]) -> dict[str, Job]:
+    """What accounting keeps of jobs; nothing where there is no accounting."""
+    if not ids:
+        return {}
+    bases = ",".join(sorted({id.partition("_")[0] for id in ids}))
+    fields = "--format=JobID,State,ExitCode,NodeList,Reason"
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={bases}", fields]
+    found = [_job_in_accounting(line) for line in _lines(command, or_none=True) if line.count("|") >= 4]
+    return {job.id: job for job in found if job.id in ids}
+
+
+def _job_in_accounting(line: str) -> Job:
+    id, state, code, nodes, reason = line.split("|", 4)
+    state = (state.split() or [""])[0].rstrip("+")
+    number, _, signal = code.partition(":")
+    ended = state not in ACTIVE
+    reason = "" if reason == "None" else reason
+    return Job(id, state, reason, nodes, int(number) if ended and number else None, int(signal or 0))
+
+
+def _lines(command: list[str], *, or_none: bool = False) -> list[str]:
+    """What a command of Slurm prints; ``or_none``: nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_WAIT_S, check=False)
+        said = "" if done.returncode == 0 else done.stderr or done.stdout or f"exit code {done.returncode}"
+    except FileNotFoundError:
+        said = "is not on this machine's PATH"
+    except subprocess.TimeoutExpired:
+        said = f"no answer within {LONGEST_WAIT_S:.0f} s"
+    if not said:
+        return [line for line in done.stdout.splitlines() if line.strip()]
+    if or_none:
+        return []
+    raise LaunchError(Fault("", f"{command[0]}: {_first_line(said)}", "try again when Slurm answers"))
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"^\w+: (error|fatal): ", "", lines[0]) if lines else "it says nothing"
