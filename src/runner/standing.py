@@ -5,11 +5,12 @@ A folder cannot know that its worker was killed. Whoever asks finds out, and wri
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import getpass
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,6 @@ class Standing:
     manifest: dict[str, Any] = field(default_factory=dict)
     job: Job | None = None
     """What Slurm says of it."""
-    is_corrected: bool = False
-    """Whether the folder said something else until now."""
 
     @property
     def is_live(self) -> bool:
@@ -69,7 +68,7 @@ def write(standing: Standing, status: str, reason: str) -> Standing:
         with rundir.held() as mine:
             if mine and rundir.read_state() == standing.state:
                 state = rundir.write_state(status=status, reason=reason)
-                return replace(standing, status=status, reason=reason, state=state, is_corrected=True)
+                return replace(standing, status=status, reason=reason, state=state)
     except OSError as error:  # somebody else's folder: the truth is shown all the same
         named.log.warning(f"{rundir.path} says {standing.state.status} and that cannot be corrected: {error.strerror}")
         return replace(standing, status=status, reason=reason)
@@ -77,14 +76,19 @@ def write(standing: Standing, status: str, reason: str) -> Standing:
 
 
 def has_queue(sweep: SweepDir) -> bool | None:
-    """Whether a process here works through the sweep; None if none ever did."""
+    """Whether a process here works through the sweep; None if none ever did.
+
+    The workers that a queue forked hold its lock as well, and may outlive it: they start no further run.
+    """
     if not sweep.queue_lock.exists():
         return None
     try:
         with sweep.queue_lock.open("r+") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        with_it = [files for _, files in _open_files() if _is_open(sweep.queue_lock, files)]
+        own = RunDir(sweep.path).lock.name
+        return not with_it or any(own not in map(os.path.basename, files) for files in with_it)
     except OSError:
         return None
     return False
@@ -96,13 +100,11 @@ def holder(rundir: RunDir) -> int | None:
     state.json may name a process that ended long ago, and whose number another has got since: so what counts is who has
     the lock open.
     """
-    import psutil
-
     if not rundir.is_alive():
         return None
-    named_pid = rundir.read_state().pid
-    pids = [named_pid, *psutil.pids()] if named_pid else psutil.pids()
-    return next((pid for pid in pids if pid != os.getpid() and _has_open(pid, rundir.lock)), None)
+    likely = [rundir.read_state().pid]
+    found = (pid for pids in (likely, None) for pid, files in _open_files(pids) if _is_open(rundir.lock, files))
+    return next(found, None)
 
 
 def here() -> str:
@@ -231,7 +233,7 @@ def _with_lock(standing: Standing, is_alive: bool, around: _Around) -> tuple[str
     """(status, reason) of a run that only its lock tells of."""
     state = standing.state
     if is_alive:
-        is_ending = state.status in ("killed", "failed", "preempted") and _has_open(state.pid, standing.rundir.lock)
+        is_ending = state.status in ("killed", "failed", "preempted") and holder(standing.rundir) == state.pid
         return (state.status, state.reason) if is_ending or state.status == "running" else ("starting", "")
     if state.status == "running":
         if (around.silent and _job_id(standing)) or not (_job_id(standing) or state.host in ("", here())):
@@ -243,26 +245,43 @@ def _with_lock(standing: Standing, is_alive: bool, around: _Around) -> tuple[str
 
 
 def _waiting(standing: Standing, around: _Around) -> tuple[str, str]:
-    sweep = sweep_of(standing.rundir)
+    sweep, slurm = sweep_of(standing.rundir), standing.manifest.get("slurm") or {}
     if _job_id(standing):
         knows = "does not answer" if around.silent else "does not know any more"
         return "unknown", f"it was given to Slurm as job {_job_id(standing)}, and Slurm {knows}"
+    if slurm.get("cluster") == "local" and _is_supervised(str(slurm.get("job_id"))):
+        return "starting", ""
     if sweep is None:
         return "pending", "nobody is at work on it"
     if sweep.path not in around.queues:
         around.queues[sweep.path] = has_queue(sweep)
     if around.queues[sweep.path]:
-        return "queued", "waits for its turn"
+        return "queued", ""
     return "pending", NOBODY if around.queues[sweep.path] is False else "is being prepared, or nobody will start it"
 
 
-def _has_open(pid: int, path: Path) -> bool:
+def _is_supervised(pid: str) -> bool:
+    """Whether the process by which submitit runs a job without Slurm still lives."""
     import psutil
 
-    try:
-        return any(os.path.samefile(opened.path, path) for opened in psutil.Process(pid).open_files())
-    except (psutil.Error, OSError, ValueError):
-        return False
+    with contextlib.suppress(psutil.Error, ValueError):
+        return any("submitit" in word for word in psutil.Process(int(pid)).cmdline())
+    return False
+
+
+def _open_files(pids: Iterable[int] | None = None) -> Iterator[tuple[int, list[str]]]:
+    """(pid, files) of these processes, by default all of this machine, whose files I may see."""
+    import psutil
+
+    for pid in psutil.pids() if pids is None else pids:
+        if pid and pid != os.getpid():
+            with contextlib.suppress(psutil.Error, OSError):
+                yield pid, [opened.path for opened in psutil.Process(pid).open_files()]
+
+
+def _is_open(path: Path, files: Iterable[str]) -> bool:
+    same_name = [file for file in files if os.path.basename(file) == path.name]
+    return any(os.path.samefile(file, path) for file in same_name if os.path.exists(file))
 
 
 def _ago(moment: float) -> str:
