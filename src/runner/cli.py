@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
 
 def plan(argv: list[str]) -> int:
     """What the run would be, without training it."""
-    from runner import folders
+    from runner import admit, folders
     from runner import plan as planning
 
     if {"-h", "--help"} & set(argv):
@@ -44,7 +44,10 @@ def plan(argv: list[str]) -> int:
         return 0
     with composed(argv) as (_, jobs):
         for job in jobs:
-            planning.show(folders.configuration(job.cfg, job.overrides))
+            cfg = folders.configuration(job.cfg, job.overrides)
+            planning.show(cfg)
+            if started := admit.launcher_of(cfg).plan(cfg["name"] or "runner"):
+                print(started)
     return 0
 
 
@@ -55,7 +58,28 @@ def sync(argv: list[str]) -> int:
     return mirror.sync_command(argv)
 
 
-VERBS: dict[str, Verb] = {"plan": plan, "sync": sync}
+def status(argv: list[str]) -> int:
+    """What runs, waits, is done or has died."""
+    from runner import status
+
+    return status.status(argv)
+
+
+def logs(argv: list[str]) -> int:
+    """What a run has said, and says."""
+    from runner import logs
+
+    return logs.logs(argv)
+
+
+def cancel(argv: list[str]) -> int:
+    """Stop runs, with what was trained saved."""
+    from runner import cancel
+
+    return cancel.cancel(argv)
+
+
+VERBS: dict[str, Verb] = {"plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync}
 
 
 def _is_word(argument: str) -> bool:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runner import prepare
+from runner import named, prepare
 from runner.errors import ConfigError, Fault, ResumeError
 from runner.rundir import RunDir
 
@@ -101,7 +101,8 @@ def make(folder: Path) -> list[Path]:
 
 
 def _resumed(cfg: dict[str, Any]) -> Path:
-    return Path(cfg["resume"]).expanduser().resolve()
+    folder = Path(cfg["resume"]).expanduser()
+    return folder.resolve() if folder.is_dir() else named.resolve_run(cfg["resume"], Path(cfg["outputs_dir"])).path
 
 
 def _twin_or_new(cfg: dict[str, Any], composed: Path, *, named: bool) -> Path:
