@@ -8,6 +8,7 @@ the queue's own processes: the model is timed by itself, for it is loaded for ea
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -31,7 +32,7 @@ def main(jobs: int, overrides: list[str]) -> None:
         assert launcher.launch(rundirs, None) == [0] * jobs
         marks = [marks_of(rundir) for rundir in rundirs]
     spans: dict[str, list[float]] = {}
-    for before, now in zip(marks, marks[1:], strict=False):
+    for before, now in itertools.pairwise(marks):
         for name, (begin, end) in {
             "end of the last → its process is gone": (before["end"], before["gone"]),
             "gone → the next is forked": (before["gone"], now["forked"]),

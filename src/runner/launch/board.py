@@ -111,6 +111,7 @@ class Board:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._draw()
         if self._live:
             with contextlib.suppress(OSError):
                 self._live.stop()

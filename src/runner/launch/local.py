@@ -107,13 +107,16 @@ def warm(slot: Slot) -> None:
     assert accelerate
     assert torch
     assert transformers
-    if not slot.gpus:  # peft imports bitsandbytes, which asks the GPU what it is: left to each process (under 1 s)
-        from runner import build, samples, train, worker
+    if not slot.gpus:  # peft imports bitsandbytes, which asks the GPU what it is: with GPUs each process does (0.5 s)
+        import peft
 
-        assert build
-        assert samples
-        assert train
-        assert worker
+        assert peft
+    from runner import build, models, samples, train
+
+    assert build
+    assert models
+    assert samples
+    assert train
 
 
 def launch(rundir: RunDir) -> int:

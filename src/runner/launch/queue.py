@@ -27,7 +27,7 @@ Start = Callable[[RunDir], int]
 """Works on one run in the forked process; returns its exit code."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-POLL_S, LOOK_EVERY_S = 0.05, 0.5
+POLL_S, LOOK_EVERY_S = 0.02, 0.5
 
 
 def work_through(

@@ -1,0 +1,52 @@
+"""Work through the runs of a sweep in a queue; used by test_local, which stops and kills it.
+
+python queue_server.py PARALLEL SWEEP [imitate]   prints the exit codes; ``imitate``: the runs do what their names say
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from runner.launch import local, queue
+from runner.launch.child import Slot
+from runner.rundir import RunDir, SweepDir
+
+
+def imitate(rundir: RunDir) -> int:
+    """Take the state through its course as a worker does, and end as the run's name says."""
+    with rundir.held() as mine:
+        assert mine
+        state = rundir.read_state()
+        rundir.write_state(status="running", attempt=state.attempt + 1, pid=os.getpid(), step=1, total_steps=2)
+        print("a line for the terminal")
+        match rundir.read_manifest()["name"].split():
+            case ["crash"]:
+                ctypes.string_at(0)
+            case ["exit", code]:
+                os._exit(int(code))
+            case ["leave"]:
+                left = subprocess.Popen(["sleep", "60"])
+                rundir.write_state(step=left.pid)
+                os.kill(os.getpid(), signal.SIGKILL)
+            case ["fail"]:
+                rundir.write_state(status="failed", reason="as asked")
+                return 1
+            case ["sleep", seconds]:
+                time.sleep(float(seconds))
+        rundir.write_state(status="completed", step=2, summary={"eval/loss": 1.25})
+        return 0
+
+
+if __name__ == "__main__":
+    parallel, sweep = int(sys.argv[1]), SweepDir(Path(sys.argv[2]))
+    if sys.argv[3:] == ["imitate"]:
+        codes = queue.work_through(sweep.rundirs(), [Slot(1)] * parallel, imitate, sweep)
+    else:
+        codes = local.Local(parallel, 1, 1).launch(sweep.rundirs(), sweep)
+    print(*codes)

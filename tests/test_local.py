@@ -1,0 +1,347 @@
+"""A sweep on this machine: real processes, killed and stopped for real."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, node, prepared
+
+from runner import config, system, tracking
+from runner.errors import LaunchError
+from runner.launch import board, deaths, local
+from runner.rundir import RunDir, SweepDir
+
+SERVER = str(Path(__file__).with_name("queue_server.py"))
+LONG = ("train.max_steps=300", "train.save_steps=50")
+
+
+def tiny_sweep(folder: Path, *jobs: str) -> SweepDir:
+    """A sweep of real runs, each with some overrides of its own."""
+    sweep = SweepDir(folder)
+    for number, overrides in enumerate(jobs):
+        prepared(folder / f"{number:03d}", *TINY, "train.max_steps=3", *overrides.split())
+    return noted(sweep, list(jobs))
+
+
+def played_sweep(folder: Path, *names: str) -> SweepDir:
+    """A sweep of runs that only do what their names say."""
+    for number, name in enumerate(names):
+        rundir = RunDir(folder / f"{number:03d}")
+        rundir.write_state(status="pending")
+        rundir.update_manifest(name=name)
+    return noted(SweepDir(folder), list(names))
+
+
+def noted(sweep: SweepDir, labels: list[str]) -> SweepDir:
+    sweep.update(jobs={str(n): {"folder": f"{n:03d}", "label": label} for n, label in enumerate(labels)})
+    return sweep
+
+
+def queue(sweep: SweepDir, *, parallel: int, play: bool = False) -> subprocess.Popen[str]:
+    command = [sys.executable, SERVER, str(parallel), str(sweep.path), *["imitate"] * play]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[list[int], str]:
+    """The exit codes that the queue returned, and what it said on the terminal."""
+    out, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return [int(word) for word in out.split()], said
+
+
+def statuses(sweep: SweepDir) -> list[str]:
+    return [rundir.read_state().status for rundir in sweep.rundirs()]
+
+
+def attempts(sweep: SweepDir) -> list[int]:
+    return [rundir.read_state().attempt for rundir in sweep.rundirs()]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+def test_a_failed_run_stops_no_other_and_what_is_completed_is_not_started_again(tmp_path: Path, cache: Path):
+    jobs = ["seed=0", "seed=1", "optim.learning_rate=1e30", "seed=3", "seed=4", "seed=5"]
+    sweep = tiny_sweep(tmp_path / "sweep", *jobs)
+    codes, said = ended(queue(sweep, parallel=2))
+    assert codes == [0, 0, 1, 0, 0, 0]
+    assert statuses(sweep) == ["completed"] * 2 + ["failed"] + ["completed"] * 3
+    failed = sweep.rundirs()[2].read_state()
+    assert "the loss is" in failed.reason
+    assert f"[3/6] {jobs[2]}: failed" in said
+    assert failed.reason in said
+    assert said.count("started") == 6
+    assert said.count(": completed after") == 5
+    assert "held-out loss" not in said, "what a run says goes into its folder"
+    assert "held-out loss" in sweep.rundirs()[0].terminal_log.read_text()
+    before = {path: path.stat().st_mtime_ns for path in sweep.rundirs()[0].path.rglob("*")}
+    failed_again, said = ended(queue(sweep, parallel=2))
+    assert failed_again == codes, "a failed run that is handed over is to be tried again"
+    assert said.count("completed already") == 5
+    assert said.count("started") == 1
+    assert {path: path.stat().st_mtime_ns for path in sweep.rundirs()[0].path.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_named_and_taken_up_where_it_was(tmp_path: Path, cache: Path):
+    sweep = tiny_sweep(tmp_path / "sweep", " ".join(LONG), "seed=1", "seed=2")
+    process, victim = queue(sweep, parallel=2), sweep.rundirs()[0]
+    wait_for(lambda: victim.read_state().step >= 60)
+    os.kill(victim.read_state().pid, signal.SIGKILL)
+    codes, said = ended(process)
+    assert codes == [1, 0, 0]
+    state = victim.read_state()
+    assert (state.status, state.reason) == ("killed", "killed by SIGKILL")
+    assert f"at step {state.step}/300: killed by SIGKILL" in said
+    again, _ = ended(queue(sweep, parallel=2))
+    assert again == [0, 0, 0]
+    assert attempts(sweep) == [2, 1, 1]
+    assert [r["step"] for r in tracking.read(victim) if "train/loss" in r] == list(range(1, 301))
+
+
+@pytest.mark.slow
+def test_sigterm_lets_the_runs_save_and_starts_no_other(tmp_path: Path, cache: Path):
+    sweep = tiny_sweep(tmp_path / "sweep", *(f"seed={n} {' '.join(LONG)}" for n in range(3)))
+    process = queue(sweep, parallel=2)
+    wait_for(lambda: all(rundir.read_state().step >= 3 for rundir in sweep.rundirs()[:2]))
+    process.send_signal(signal.SIGTERM)
+    codes, said = ended(process)
+    assert codes == [75, 75, 75]
+    assert statuses(sweep) == ["preempted", "preempted", "pending"]
+    for rundir in sweep.rundirs()[:2]:
+        step = rundir.read_state().step
+        assert (rundir.checkpoints / f"step-{step:06d}").is_dir()
+        assert f"the state is saved at step {step}" in said
+
+
+@pytest.mark.slow
+def test_the_runs_outlive_a_queue_that_is_killed(tmp_path: Path, cache: Path):
+    sweep = tiny_sweep(tmp_path / "sweep", " ".join(LONG), "seed=1")
+    process, rundir = queue(sweep, parallel=1), sweep.rundirs()[0]
+    wait_for(lambda: rundir.read_state().step >= 3)
+    process.kill()
+    process.wait()
+    assert process.stderr
+    assert process.stdout
+    process.stderr.close()
+    process.stdout.close()
+    with sweep.queue_lock.open() as handle, pytest.raises(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its mirror has to see that somebody works here
+    codes, said = ended(queue(sweep, parallel=1))
+    assert codes == [0, 0]
+    assert attempts(sweep) == [1, 1]
+    assert "[1/2] train.max_steps=300 train.save_steps=50: is being worked on" in said
+
+
+@pytest.mark.slow
+def test_two_queues_at_once_work_on_each_run_once(tmp_path: Path, cache: Path):
+    sweep = tiny_sweep(tmp_path / "sweep", *(f"seed={n}" for n in range(5)))
+    both = [queue(sweep, parallel=1) for _ in range(2)]
+    assert [ended(process)[0] for process in both] == [[0] * 5] * 2
+    assert attempts(sweep) == [1] * 5
+
+
+def test_two_queues_wait_for_each_other_without_a_slot(tmp_path: Path):
+    sweep = played_sweep(tmp_path, "sleep 3", "ok", "ok", "fail", "sleep 3")
+    both = [queue(sweep, parallel=1, play=True) for _ in range(2)]
+    for codes, said in map(ended, both):
+        assert codes == [0, 0, 0, 1, 0]
+        assert "completed" in said
+    assert attempts(sweep) == [1] * 5
+
+
+def test_how_a_process_ended_is_told_truthfully(tmp_path: Path):
+    sweep = played_sweep(tmp_path, "crash", "exit 3", "ok", "fail")
+    codes, said = ended(queue(sweep, parallel=2, play=True))
+    assert codes == [1, 1, 0, 1]
+    assert statuses(sweep) == ["failed", "failed", "completed", "failed"]
+    reasons = [rundir.read_state().reason for rundir in sweep.rundirs()]
+    assert reasons[0] == "crashed (SIGSEGV)"
+    assert "ended with exit code 3" in reasons[1]
+    assert reasons[2:] == ["", "as asked"]
+    assert "[1/4] crash: failed" in said
+    assert "loss 1.2500" in said
+    assert "a line for the terminal" not in said
+
+
+def test_a_run_that_is_cancelled_while_it_waits_is_not_started(tmp_path: Path):
+    sweep = played_sweep(tmp_path, "sleep 2", "ok", "ok")
+    asked_before, asked_now = sweep.rundirs()[1:]
+    asked_before.cancel_request.write_text("last week")
+    process = queue(sweep, parallel=1, play=True)
+    wait_for(lambda: statuses(sweep)[0] == "running")
+    asked_now.cancel_request.write_text("cancelled by me")
+    codes, said = ended(process)
+    assert codes == [0, 0, 130]
+    assert attempts(sweep) == [1, 1, 0]
+    assert (asked_now.read_state().status, asked_now.read_state().reason) == ("killed", "cancelled by me")
+    assert "[3/3] ok: cancelled" in said
+
+
+def test_what_a_killed_process_leaves_behind_goes_with_it(tmp_path: Path):
+    """A rank or a loader of data that stays would keep the folder and the GPU."""
+    sweep = played_sweep(tmp_path, "leave")
+    codes, _ = ended(queue(sweep, parallel=1, play=True))
+    assert codes == [1]
+    state = sweep.rundirs()[0].read_state()
+    assert state.reason == "killed by SIGKILL"
+    assert is_gone(state.step)
+
+
+def on_terminal(sweep: SweepDir, *, parallel: int) -> tuple[int, int]:
+    """The queue with a terminal of its own; returns its pid and our end of the terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, SERVER, str(parallel), str(sweep.path), "imitate"])
+    return pid, terminal
+
+
+def read_all(terminal: int, seconds: float = 60) -> str:
+    shown, until = b"", time.monotonic() + seconds
+    while time.monotonic() < until:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                shown += os.read(terminal, 65536)
+            except OSError:  # its last process has gone
+                break
+    return shown.decode(errors="replace")
+
+
+def test_a_terminal_shows_a_table_and_nothing_else(tmp_path: Path):
+    sweep = played_sweep(tmp_path, "sleep 1", "fail", "ok")
+    pid, terminal = on_terminal(sweep, parallel=1)
+    shown = read_all(terminal)
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    for words in ("sleep 1", "running", "1/2", "waiting", "0/3 done", "failed: as asked", "0 1 0"):
+        assert words in shown, words
+    assert "a line for the terminal" not in shown
+
+
+def test_a_second_ctrl_c_kills_and_the_states_say_so(tmp_path: Path):
+    sweep = played_sweep(tmp_path, "sleep 60", "sleep 60", "ok")
+    pid, terminal = on_terminal(sweep, parallel=2)
+    wait_for(lambda: statuses(sweep)[:2] == ["running"] * 2)
+    children = [rundir.read_state().pid for rundir in sweep.rundirs()[:2]]
+    for child in children:
+        os.kill(child, signal.SIGSTOP)  # one that does not listen any more
+    os.write(terminal, b"\x03")
+    time.sleep(0.3)
+    os.write(terminal, b"\x03")
+    shown = read_all(terminal)
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    assert "stopping" in shown
+    assert "130 130 130" in shown
+    assert statuses(sweep) == ["killed", "killed", "pending"]
+    assert all("interrupted twice" in rundir.read_state().reason for rundir in sweep.rundirs()[:2])
+    assert all(map(is_gone, children))
+
+
+def test_a_closed_terminal_stops_the_queue_as_sigterm_does(tmp_path: Path):
+    sweep = played_sweep(tmp_path, "sleep 60", "ok")
+    pid, terminal = on_terminal(sweep, parallel=1)
+    wait_for(lambda: statuses(sweep)[0] == "running")
+    child = sweep.rundirs()[0].read_state().pid
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    assert is_gone(child)
+    assert statuses(sweep) == ["preempted", "pending"]
+
+
+def test_the_board_follows_runs_that_others_work_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    sweep = played_sweep(tmp_path, "sleep 1", "fail")
+    sweep.rundirs()[1].write_state(status="killed", reason="in an earlier attempt")
+    process = queue(sweep, parallel=1, play=True)
+    board.follow(sweep.rundirs(), lambda: process.poll() is not None)
+    ended(process)
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[")]
+    assert said[:2] == ["[1/2] sleep 1: started", said[1]]
+    assert said[1].startswith("[1/2] sleep 1: completed")
+    assert said[-1].startswith("[2/2] fail: failed")
+    assert "earlier" not in "".join(said)
+
+
+def test_the_time_left_counts_what_runs_and_what_waits(tmp_path: Path):
+    rundirs = played_sweep(tmp_path, "a", "b", "c", "d").rundirs()
+    shown = board.Board(rundirs, at_once=1)
+    assert shown.summary() == "0/4 done"
+    shown.started(0)
+    rundirs[0].write_state(status="running", step=10, total_steps=20, seconds=50.0)
+    shown.look()
+    assert shown.summary().startswith("0/4 done, about 3 min")
+    shown.ended(0, "failed", "x")
+    assert shown.summary().startswith("1/4 done")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"proc/self/cgroup": "0::/job\n", "sys/fs/cgroup/job/memory.events": "oom 5\noom_kill 2\n"}, 2),
+        ({"proc/self/cgroup": "0::/of/the/host\n", "sys/fs/cgroup/memory.events": "oom_kill 3\n"}, 3),
+        ({"proc/self/cgroup": "4:cpu,memory:/a\n0::/\n", "sys/fs/cgroup/memory/a/memory.oom_control": "oom_kill 4"}, 4),
+        ({"proc/self/cgroup": "0::/\n", "proc/vmstat": "pgfault 9\noom_kill 6\n"}, 6),
+        ({}, 0),
+    ],
+)
+def test_the_kernels_count_of_kills_is_found(tmp_path: Path, files: dict[str, str], expected: int):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert deaths.oom_kills(tmp_path) == expected
+    assert deaths.oom_kills() >= 0
+
+
+def test_deaths_have_names():
+    assert deaths.by_signal(signal.SIGKILL, out_of_memory=True).reason.endswith("the kernel's OOM killer)")
+    assert deaths.by_signal(signal.SIGABRT, out_of_memory=False)[:2] == ("failed", "crashed (SIGABRT)")
+    assert deaths.by_signal(signal.SIGTERM, out_of_memory=False)[::2] == ("preempted", 75)
+
+
+def launcher(**changes: object) -> local.Local:
+    made: local.Local = config.bind(node("launcher", "local", **changes), "launcher")()
+    return made
+
+
+def test_gpus_are_shared_out_and_cores_divided(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launcher(parallel=1).slots()[0].threads == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert [slot.threads for slot in launcher(parallel=3).slots()] == [2, 2, 2]
+    assert [slot.threads for slot in launcher(parallel=3, threads=5).slots()] == [5, 5, 5]
+    monkeypatch.setattr(system, "visible_gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr(system, "idle_gpus", lambda: ["1", "2", "3"])
+    assert [slot.gpus for slot in launcher().slots()] == [("1",), ("2",), ("3",)]
+    assert [slot.gpus for slot in launcher(parallel=4).slots()] == [("1",), ("2",), ("3",), ("0",)]
+    launcher(parallel=4).check()
+    with pytest.raises(LaunchError, match="show 4"):
+        launcher(parallel=5).check()
+
+
+def test_several_gpus_for_one_process_are_refused():
+    (fault,) = config.find_faults(node("launcher", "local", gpus_per_job=2), "launcher")
+    assert fault.key == "launcher.gpus_per_job"
+    assert "launcher=accelerate" in fault.remedy
