@@ -104,6 +104,8 @@ def _hydra(argv: list[str]) -> int:
         if composer.is_sweep():
             return sweeping.sweep(hydra, args, composer, argv)
         job = composer.single()
+        if job.cfg["sweep"] is not None:
+            raise ConfigError(Fault("sweep", "has no effect without -m", "add -m, or leave it out", job.cfg["sweep"]))
         admit.admit([job])
         return _run_one(job, argv)
 

@@ -43,6 +43,10 @@ BY_US = ("hydra/launcher", "hydra/job_logging", "hydra/hydra_logging")
 """Groups of Hydra's own of which only our option works."""
 
 
+ONE_A_SWEEP = ("outputs_dir", "sweep", "resume", "retry")
+"""Keys of ours that say where a sweep lies and how it is taken up."""
+
+
 @dataclass
 class Job:
     """One composed run as plain dicts: our configuration, and what Hydra writes of itself into ``.hydra/``."""
@@ -139,6 +143,22 @@ class Composer:
         keys = sorted({o.key_or_group.replace("/", ".") for o in parsed if o.is_sweep_override()})
         return "+".join(keys)[:120] or "single"
 
+    def refuse_swept(self) -> None:
+        """Refuse several values for a key of which a sweep has one.
+
+        Raises:
+            ConfigError: naming them all.
+        """
+        with told(self.hydra, self.args):
+            parsed = [each for each in self._parser.parse_overrides(self.args.overrides) if each.is_sweep_override()]
+        faults = [
+            Fault(each.key_or_group, "cannot be swept: it is the whole sweep's", "give it one value", _value(each))
+            for each in parsed
+            if each.key_or_group in ONE_A_SWEEP or each.is_hydra_override()
+        ]
+        if faults:
+            raise ConfigError(*faults)
+
     def label(self, overrides: Sequence[str]) -> str:
         """What tells a job from the others of its sweep: the overrides that the command line does not fix."""
         return ",".join(text for text in overrides if text not in self._fixed)
@@ -227,6 +247,10 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 
 
 _Dumper.add_representer(str, OmegaConfDumper.str_representer)
+
+
+def _value(override: Override) -> str:
+    return str(override.input_line or "").partition("=")[2]
 
 
 def _absolute(path: str) -> str:

@@ -34,6 +34,7 @@ def sweep(hydra: Hydra, args: argparse.Namespace, composer: Composer, argv: list
     """Run the sweep of a command line through Hydra's sweeper; returns the exit code."""
     from hydra._internal.callbacks import Callbacks
 
+    composer.refuse_swept()
     session = Session(composer, argv)
     master = composer.master()
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(master))
@@ -69,7 +70,7 @@ class Session:
             folders.refuse_resume(job.cfg)
         labels = [self.composer.label(overrides) for overrides in batch]
         wanted = [sweeps.Wanted(job.cfg, label, job.folder) for job, label in zip(jobs, labels, strict=True)]
-        sweep = SweepDir(Path(_only_one([job.sweep_dir for job in jobs])))
+        sweep = SweepDir(Path(jobs[0].sweep_dir))
         launchers = admit.by_launcher(job.cfg for job in jobs)
         for launcher, _ in launchers:
             launcher.check()
@@ -147,13 +148,6 @@ def prepared(job: Job, folder: Path, command: list[str], **notes: Any) -> RunDir
 
 def _distinct(entries: list[Entry]) -> list[Entry]:
     return list({entry.rundir.path: entry for entry in reversed(entries)}.values())[::-1]
-
-
-def _only_one(sweep_dirs: list[str]) -> str:
-    if len(set(sweep_dirs)) > 1:
-        remedy = "leave outputs_dir, sweep and hydra.sweep.dir out of the swept keys"
-        raise ConfigError(Fault("sweep", f"its jobs name several folders: {sorted(set(sweep_dirs))}", remedy))
-    return sweep_dirs[0]
 
 
 def _returned(entry: Entry, overrides: list[str]) -> JobReturn:
