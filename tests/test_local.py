@@ -29,7 +29,8 @@ def tiny_sweep(folder: Path, *jobs: str) -> SweepDir:
     """A sweep of real runs, each with some overrides of its own."""
     sweep = SweepDir(folder)
     for number, overrides in enumerate(jobs):
-        prepared(folder / f"{number:03d}", *TINY, "train.max_steps=3", *overrides.split())
+        rundir = prepared(folder / f"{number:03d}", *TINY, "train.max_steps=3", *overrides.split())
+        rundir.update_manifest(label=overrides)
     return noted(sweep, list(jobs))
 
 
