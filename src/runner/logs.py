@@ -84,7 +84,7 @@ def _files(rundir: RunDir, rank: int) -> list[Path]:
     if _is_spoken(rundir.rank_log(rank)):
         return [rundir.rank_log(rank)]
     caught = _of_slurm(rundir, rank)
-    return [path for path in (*caught, *([rundir.path / "terminal.log"] if rank == 0 else [])) if _is_spoken(path)]
+    return [path for path in (*caught, *([rundir.terminal_log] if rank == 0 else [])) if _is_spoken(path)]
 
 
 def _of_slurm(rundir: RunDir, rank: int) -> list[Path]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from runner.rundir import RunDir
+from runner.rundir import RunDir, sweep_of
 
 FOLDERS_AT_ONCE = 200
 """In one command line; far below what any system takes."""
@@ -67,9 +69,13 @@ def _sync(rundirs: Sequence[RunDir]) -> list[str]:
 
 
 def _is_being_told(rundir: RunDir) -> bool:
-    if not rundir.mirror_lock.exists():
-        return False
-    with rundir.mirror_lock.open("r") as handle:
+    """Whether a process that mirrors the run, or its sweep, is at work."""
+    sweep = sweep_of(rundir)
+    return any(_is_held(lock) for lock in (rundir.mirror_lock, *([sweep.mirror_lock] if sweep else [])))
+
+
+def _is_held(lock: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), lock.open("r") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -149,7 +149,7 @@ def _hints(shown: Sequence[_Group]) -> list[str]:
     counts = Counter(run.status for run in group.runs)
     if group.sweep:
         folder = named.near(group.sweep.path)
-        if counts["pending"] + counts["killed"] + counts["preempted"]:
+        if counts["pending"] + counts["killed"] + counts["preempted"] and not any(run.is_live for run in group.runs):
             hints.append("continue  give the command of the sweep again: what is completed is skipped")
         if counts["failed"]:
             hints.append("retry     the same command with retry=true")
