@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from conftest import TINY, prepared
 
-from runner import build, compiling, console, report, samples, tracking, train, worker
+from runner import build, compiling, console, outcome, report, samples, tracking, train, worker
 from runner.errors import ConfigError, DataError, Fault, Preempted, ResumeError, RunnerError, TrackingError
 from runner.rundir import RunDir
-from runner.stop import Stop
+from runner.stop import ONE_GESTURE_S, Stop
 
 SHORT = (*TINY, "train.max_steps=4", "train.save_steps=2")
 TOKEN = "hf_" + "aB3" * 10
@@ -217,11 +217,16 @@ def test_a_stop_while_the_untrained_model_answers_does_not_wait(
 def test_a_second_interrupt_waits_for_nothing():
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, from the terminal and from a launcher
+        time.sleep(1.2 * ONE_GESTURE_S)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may send several: the last word counts
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Preempted):
+            stop.check()
+        os.kill(os.getpid(), signal.SIGUSR2)  # Slurm's warning
+        with pytest.raises(Preempted, match="SIGUSR2"):
             stop.check()
         with pytest.raises(Preempted), stop.at_once():
             raise AssertionError("asked to stop before the block")
@@ -257,7 +262,7 @@ def test_memory_that_really_is_not_there():
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
-    assert str(worker._explained(caught.value)).startswith("out of memory")
+    assert str(outcome.explained(caught.value)).startswith("out of memory")
 
 
 @pytest.fixture

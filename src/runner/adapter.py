@@ -31,31 +31,32 @@ def same_cut_each_time() -> Iterator[None]:
 
 def keep_start(model: Any) -> None:
     """Keep the adapter's start with the model, for ``save``."""
-    model.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in _state(model).items()}
+    model.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in state(model).items()}
 
 
-def save(model: Any, folder: Path) -> None:
-    """Write the adapter to ``folder`` so that plain PEFT loads it onto the *original* base model."""
-    from safetensors.torch import save_file
-
-    config = copy.deepcopy(model.peft_config["default"])
-    config.inference_mode = True
-    state = {name: tensor.detach().cpu() for name, tensor in _state(model).items()}
-    start = getattr(model, "initial_adapter", None)
-    if start is not None:
-        state = {name: _beside_start(name, tensor, start) for name, tensor in state.items()}
-        _double_rank(config)
-    config.save_pretrained(str(folder))
-    tensors = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.create_or_update_model_card(str(folder))
-
-
-def _state(model: Any) -> dict[str, Any]:
+def state(model: Any) -> dict[str, Any]:
+    """The adapter's tensors by PEFT's names."""
     from peft import get_peft_model_state_dict
 
     # "auto" would ask the Hub whether the vocabulary grew; here it never does, and modules_to_save are in anyway.
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def save(model: Any, folder: Path, found: dict[str, Any]) -> None:
+    """Write the adapter, ``found`` by ``state``, to ``folder`` so that plain PEFT loads it onto the *original* base."""
+    from safetensors.torch import save_file
+
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    tensors = {name: tensor.detach().cpu() for name, tensor in found.items()}
+    start = getattr(model, "initial_adapter", None)
+    if start is not None:
+        tensors = {name: _beside_start(name, tensor, start) for name, tensor in tensors.items()}
+        _double_rank(config)
+    config.save_pretrained(str(folder))
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.create_or_update_model_card(str(folder))
 
 
 def _beside_start(name: str, tensor: Any, start: dict[str, Any]) -> Any:

@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from runner import attention, config, data, meters, models, optim, train
+from runner import attention, config, data, meters, models, optim, parallel, spread, train
 from runner.checkpoint import Checkpoints
 from runner.errors import ConfigError, Fault
 from runner.origins import ModelSource
 from runner.precision import dtype_for
+from runner.ranks import ALONE, Ranks
 from runner.rundir import RunDir
 from runner.schema import TrainSettings
 from runner.tasks import Task
@@ -39,8 +39,8 @@ class Inputs:
     device: torch.device
 
 
-def inputs(cfg: Mapping[str, Any]) -> Inputs:
-    """Data, tokenizer and the number of steps.
+def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
+    """Data, tokenizer and the number of steps; the batches are those of this rank.
 
     Raises:
         ConfigError, DataError: something that would not train, in one message with its remedy.
@@ -50,13 +50,18 @@ def inputs(cfg: Mapping[str, Any]) -> Inputs:
     task = config.bind(cfg["task"], "task")()
     source = models.resolve(config.bind(cfg["model"], "model")())
     tokenizer = models.tokenizer(source)
-    splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings)
+    splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings, ranks.rank)
     steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
 
 
 def load_data(
-    cfg: Mapping[str, Any], task: Task, source: ModelSource, tokenizer: Any, settings: TrainSettings
+    cfg: Mapping[str, Any],
+    task: Task,
+    source: ModelSource,
+    tokenizer: Any,
+    settings: TrainSettings,
+    rank: int,
 ) -> tuple[data.Splits, data.Batches, data.Batches]:
     settings_node, format_node, source_node = data.split_node(dict(cfg["data"]))
     data_settings = config.bind(settings_node, "data", data.DataSettings)()
@@ -76,6 +81,8 @@ def load_data(
         rows_per_batch=settings.per_device_batch_size,
         seed=cfg["seed"],
         pad_id=tokenizer.pad_token_id,
+        rank=rank,
+        world=parallel.processes_of(cfg["parallel"]),
     )
     training = batches(
         splits.train,
@@ -87,10 +94,17 @@ def load_data(
 
 
 def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
-    """The model on its device, quantized and adapted as configured; its initial weights depend on the seed alone."""
+    """The model on its device, quantized and adapted as configured; its initial weights depend on the seed alone.
+
+    One that will be cut into shards stays in the machine's memory until then: the device need not hold it whole.
+    """
     quant = config.bind(cfg["quant"], "quant")()
+    device, source = made.device, made.source
+    if parallel.kind_of(cfg["parallel"]) == "fsdp":
+        source = replace(source, dtype="bfloat16" if dtype_for(source.dtype, device) == torch.bfloat16 else "float32")
+        device = torch.device("cpu")
     torch.manual_seed(cfg["seed"])
-    base = models.load(made.source, quant, made.device)
+    base = models.load(source, quant, device)
     torch.manual_seed(cfg["seed"])
     model: torch.nn.Module = config.bind(cfg["lora"], "lora")(base)
     if made.settings.gradient_checkpointing:
@@ -100,21 +114,23 @@ def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
     return model
 
 
-def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> train.Parts:
-    """Everything the train loop takes."""
+def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> train.Parts:
+    """Everything the train loop takes; the optimizer comes after the model is in place, which may change parameters."""
     if made.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     expected = expect(cfg, made)
     check_fits(expected)
-    made, precision = keep_updates(made, full=expected.counts["adapter"] == 0)
-    accelerator = Accelerator(cpu=made.device.type == "cpu", mixed_precision=precision)
+    made, autocast = keep_updates(made, full=expected.counts["adapter"] == 0)
     model = load_model(cfg, made)
-    weight_decay = cfg["optim"].get("weight_decay", 0.0)
-    optimizer = config.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
     if cfg["data"]["packing"]:
         attention.check_isolation(model)
     config.bind(cfg["compile"], "compile")(model)
+    chosen = config.bind(cfg["parallel"], "parallel")()
+    in_place = spread.over(chosen, model, made.task, ranks, made.device, autocast)
+    weight_decay = cfg["optim"].get("weight_decay", 0.0)
+    optimizer = config.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
+    peak = meters.peak_flops(made.device, model_dtype(model)) * ranks.world
     return train.Parts(
         model=model,
         task=made.task,
@@ -125,22 +141,23 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> train.Parts:
         settings=made.settings,
         seed=cfg["seed"],
         total_steps=made.total_steps,
-        accelerator=accelerator,
-        checkpoints=Checkpoints(rundir.checkpoints, made.settings.save_total_limit),
-        meter=meters.Meter(expected.flops_per_token, meters.peak_flops(made.device, model_dtype(model))),
+        ranks=ranks,
+        spread=in_place,
+        checkpoints=Checkpoints(rundir.checkpoints, made.settings.save_total_limit, ranks),
+        meter=meters.Meter(expected.flops_per_token, peak),
         quote=partial(quote, made.tokenizer),
-        extra_metrics=meters.memory_metrics,
+        extra_metrics=lambda: ranks.largest(meters.memory_metrics()),
     )
 
 
-def keep_updates(made: Inputs, *, full: bool) -> tuple[Inputs, str]:
+def keep_updates(made: Inputs, *, full: bool) -> tuple[Inputs, torch.dtype | None]:
     """Weights that train whole are kept in float32 and computed with in bfloat16: pure bfloat16 loses small updates.
 
-    Returns the inputs and accelerate's ``mixed_precision``. A dtype that was asked for is left as it is.
+    Returns the inputs and the dtype of autocast. A dtype that was asked for is left as it is.
     """
     if full and made.source.dtype == "auto" and dtype_for("auto", made.device) == torch.bfloat16:
-        return replace(made, source=replace(made.source, dtype="float32")), "bf16"
-    return made, "no"
+        return replace(made, source=replace(made.source, dtype="float32")), torch.bfloat16
+    return made, None
 
 
 def pick_device() -> torch.device:
@@ -196,6 +213,8 @@ def expect(cfg: Mapping[str, Any], made: Inputs) -> Expected:
         full=full,
         device=made.device.type,
     )
+    if parallel.kind_of(cfg["parallel"]) == "fsdp":
+        memory = memory.in_shards(parallel.processes_of(cfg["parallel"]), shape.config)
     total, free = meters.device_memory(made.device)
     return Expected(counts, memory, total, free, meters.flops_per_token(model, length, trained))
 

@@ -2,6 +2,7 @@
 
 A checkpoint holds what cannot be made again: the trainable weights, the optimizer's state and how far the run is.
 The schedule, the order of the data and all random numbers are pure functions of (seed, step) and need no saving.
+Every rank takes part in saving and restoring, as each may hold but a shard; rank 0 writes and tidies up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from runner import shards
 from runner.errors import Fault, ResumeError, TrainingError
+from runner.ranks import ALONE, Ranks
 
 WEIGHTS, OPTIMIZER, PROGRESS, CHECKSUMS = "trainable.safetensors", "optimizer.pt", "progress.json", "checksums.json"
 PARTIAL, BEFORE, DAMAGED = "partial", "before", "damaged"
@@ -48,6 +51,7 @@ class Checkpoints:
 
     folder: Path
     keep: int
+    ranks: Ranks = ALONE
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Write a checkpoint of this step, in place of one of the same step; older ones beyond ``keep`` are removed.
@@ -55,13 +59,22 @@ class Checkpoints:
         Raises:
             TrainingError: it could not be written (no space left, no permission); earlier checkpoints are untouched.
         """
+        leads = self.ranks.rank == 0
+        weights = shards.gathered(_trainable(model), keep=leads)
+        state = shards.optimizer_state(optimizer, keep=leads)
         final = self.folder / f"step-{progress.step:06d}"
+        if leads:
+            self._write(final, weights, state, progress)
+            self._prune(progress.step)
+        return final
+
+    def _write(self, final: Path, weights: dict[str, torch.Tensor], state: dict[str, Any], progress: Progress) -> None:
         aside, before = (self.folder / f".{final.name}.{suffix}" for suffix in (PARTIAL, BEFORE))
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            save_file(_trainable(model), aside / WEIGHTS)
-            torch.save(optimizer.state_dict(), aside / OPTIMIZER)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
+            torch.save(state, aside / OPTIMIZER)
             (aside / PROGRESS).write_text(json.dumps(asdict(progress)))
             sums = {name: _sha256(aside / name) for name in (WEIGHTS, OPTIMIZER, PROGRESS)}
             (aside / CHECKSUMS).write_text(json.dumps(sums))
@@ -76,8 +89,6 @@ class Checkpoints:
                 self._tidy()
             remedy = "make room (or set outputs_dir elsewhere), then give the same command with this hydra.run.dir"
             raise TrainingError(Fault("", f"cannot write the checkpoint {final}: {error}", remedy)) from error
-        self._prune(progress.step)
-        return final
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Load the newest whole checkpoint, or return a fresh Progress where there is none.
@@ -85,6 +96,17 @@ class Checkpoints:
         A damaged checkpoint is put aside with a warning, and the one before is used: were it left in its place, it
         would count among those to keep.
         """
+        found = self.ranks.broadcast(self._newest_whole() if self.ranks.rank == 0 else None)
+        if found is None:
+            return Progress()
+        folder = self.folder / found
+        _load_trainable(model, load_file(folder / WEIGHTS), folder)
+        state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        shards.load_optimizer_state(optimizer, state)
+        return Progress(**json.loads((folder / PROGRESS).read_text()))
+
+    def _newest_whole(self) -> str | None:
+        """The name of the newest whole checkpoint; damaged ones are put aside."""
         self._tidy()
         for step in self._steps():
             folder = self.folder / f"step-{step:06d}"
@@ -95,10 +117,8 @@ class Checkpoints:
                 shutil.rmtree(damaged, ignore_errors=True)
                 folder.rename(damaged)
                 continue
-            _load_trainable(model, load_file(folder / WEIGHTS), folder)
-            optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
-            return Progress(**json.loads((folder / PROGRESS).read_text()))
-        return Progress()
+            return folder.name
+        return None
 
     def _steps(self) -> list[int]:
         """The steps of which there are checkpoints, whole or damaged, the newest first."""
@@ -124,7 +144,7 @@ class Checkpoints:
 
 def _trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     # Tied weights appear once: named_parameters() leaves out what it has shown already.
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _load_trainable(model: torch.nn.Module, saved: dict[str, torch.Tensor], folder: Path) -> None:
@@ -135,7 +155,7 @@ def _load_trainable(model: torch.nn.Module, saved: dict[str, torch.Tensor], fold
         raise ResumeError(Fault("", problem, "start a new run"))
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(shards.like(parameter, saved[name]))
 
 
 def _problem(folder: Path) -> str:

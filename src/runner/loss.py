@@ -71,7 +71,8 @@ def _choice_offered(model: Any) -> Literal["mask", "positions", "all"]:
     prompted = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     if prompted or "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
         return "all"
-    return "mask" if hasattr(sys.modules[type(base).__module__], "slice_logits_to_keep") else "positions"
+    home = sys.modules[type(base).forward.__module__]  # not of the class, which fully_shard makes anew
+    return "mask" if hasattr(home, "slice_logits_to_keep") else "positions"
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,16 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
+
+    def in_shards(self, count: int, config: Any) -> MemoryEstimate:
+        """Of one process of ``count``, each with its shard, and two layers whole: the one at work and the next."""
+        layers = max(_text(config).num_hidden_layers, 1)
+        return replace(
+            self,
+            weights=self.weights // count + 2 * self.weights // layers,
+            gradients=self.gradients // count + self.gradients // layers,
+            optimizer=self.optimizer // count,
+        )
 
 
 class Meter:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import adapter, hub, modeldir
+from runner import adapter, hub, modeldir, shards
 from runner import quant as quantization
 from runner.errors import ConfigError, Fault
 from runner.origins import ModelSource
@@ -151,17 +151,22 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
     return _marked(model, source, quant)
 
 
-def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True) -> None:
     """Write what was trained, and the tokenizer, to ``folder``, all or nothing.
 
     An adapter is written as a plain PEFT adapter of the original base model; a fully trained model as safetensors.
+    Where the model is in shards each rank calls this, and one of them ``writes``.
     """
     model = getattr(model, "_orig_mod", model)
+    is_adapter = hasattr(model, "peft_config")
+    state = shards.gathered(adapter.state(model) if is_adapter else model.state_dict(), keep=writes)
+    if not writes:
+        return
     with modeldir.written_aside(folder) as aside:
-        if hasattr(model, "peft_config"):
-            adapter.save(model, aside)
+        if is_adapter:
+            adapter.save(model, aside, state)
         else:
-            _save_whole(model, aside)
+            _save_whole(model, aside, state)
         tokenizer.save_pretrained(aside)
 
 
@@ -220,14 +225,14 @@ def _marked(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
     return model
 
 
-def _save_whole(model: Any, folder: Path) -> None:
+def _save_whole(model: Any, folder: Path, state: dict[str, Any]) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None and any((generation.temperature, generation.top_p, generation.top_k)):
         # Many published models set a temperature without do_sample, which transformers loads and then refuses to save.
         generation.do_sample = True
     use_cache, model.config.use_cache = model.config.use_cache, True
     try:
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True, state_dict=state)
     finally:
         model.config.use_cache = use_cache
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from runner import compiling, console, prepare, tracking
+from runner import compiling, console, parallel, prepare, tracking
 from runner.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             "run": f"{rundir.path}  (signature {prepare.signature(cfg)})",
             "model": f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
-            "device": f"{made.device}, weights in {weights_in(parts)}",
+            "device": f"{made.device}, weights in {weights_in(parts)}"
+            + (
+                f", {parts.ranks.world} processes ({parallel.kind_of(cfg['parallel'])})"
+                if parts.ranks.world > 1
+                else ""
+            ),
             "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
             f"{data.eval_rows} held out, {made.batches.efficiency:.0%} of each batch used"
             + (f", {data.truncated} truncated" if data.truncated else "")
@@ -41,6 +46,10 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens",
         }
     )
+
+
+def _processes(cfg: Mapping[str, Any], parts: Parts) -> str:
+    return f", {parts.ranks.world} processes ({parallel.kind_of(cfg['parallel'])})" if parts.ranks.world > 1 else ""
 
 
 def weights_in(parts: Parts) -> str:
@@ -101,7 +110,6 @@ def summary(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) ->
         "trained tokens": progress.trained_tokens,
         "training seconds": seconds,
         **{k: v for k, v in parts.meter.rates().items() if k in ("train/tokens_per_second", "train/mfu")},
-        **parts.extra_metrics(),
     }
 
 
@@ -118,17 +126,17 @@ def compiled(model: nn.Module, warm: int) -> dict[str, int]:
     return {"compile/graph_breaks": len(breaks), "compile/graphs_after_first_step": later}
 
 
-def ending(rundir: RunDir, mirrored: tracking.MirrorResult, code: int) -> None:
-    """The last words: what came out, where it lies, and what to do next."""
+def ending(rundir: RunDir, mirrored: tracking.MirrorResult | None, code: int) -> None:
+    """The last words: what came out, where it lies, and what to do next; ``mirrored``: None where others see to it."""
     state = rundir.read_state()
     if code == 0:
         console.table("", ["", ""], _summary_rows(state.summary))
         _show_samples(rundir)
         console.say(f"model    {rundir.model}")
     console.say(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
-    if mirrored.url:
+    if mirrored and mirrored.url:
         console.say(f"MLflow   {mirrored.url}")
-    if mirrored.unsent:
+    if mirrored and mirrored.unsent:
         lacking = f"{mirrored.unsent} records ({mirrored.message})"
         console.say(f"MLflow has not got {lacking}; they are safe in the run folder.")
         console.say(f"bring them: python -m runner sync {rundir.path}")

@@ -8,8 +8,13 @@ import torch
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of ``prompts``, at most ``max_new_tokens`` tokens each, special tokens left out."""
+def generate(
+    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, *, in_step: bool = False
+) -> list[str]:
+    """Greedy continuations of ``prompts``, at most ``max_new_tokens`` tokens each, special tokens left out.
+
+    ``in_step``: all ranks call this, and none stops before the last has: they gather each other's shards.
+    """
     if not prompts:
         return []
     was_training, side = model.training, tokenizer.padding_side
@@ -24,6 +29,7 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
+            synced_gpus=in_step,
             temperature=None,
             top_p=None,
             top_k=None,

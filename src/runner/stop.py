@@ -1,19 +1,23 @@
-"""Stopping on request: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Stopping on request: SIGTERM or SIGUSR2 (Slurm's warning) from a scheduler, Ctrl-C from a person."""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from runner.errors import Interrupted, Preempted, Stopped
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+ONE_GESTURE_S = 0.5
+
 
 @contextmanager
 def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGINT call ``handler``."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    """While the block runs, SIGTERM, SIGUSR2 and SIGINT call ``handler``."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
@@ -25,16 +29,21 @@ class Stop:
     """Turns signals into a Stopped that is raised where nothing is lost.
 
     A signal only sets a flag which ``check()`` reads; within ``at_once()`` it raises wherever the program is. A second
-    Ctrl-C waits for nothing: it is a KeyboardInterrupt.
+    Ctrl-C waits for nothing: it is a KeyboardInterrupt. What comes within a moment of the first is the same Ctrl-C: it
+    reaches a process from the terminal, and from a launcher that passes it on.
     """
 
     def __init__(self) -> None:
         self.requested: Stopped | None = None
+        self.was_hasty = False
+        """Whether the program was stopped where it happened to be, which the other ranks know nothing of."""
         self._at_once = False
+        self._first_at = 0.0
         self._handling = ExitStack()
 
     def __enter__(self) -> Stop:
         self._handling.enter_context(signals_to(self._on_signal))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have held them back until now
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,9 +73,13 @@ class Stop:
         self.check()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        again = self.requested is not None
-        self.requested = Preempted("stopped by SIGTERM") if number == signal.SIGTERM else Interrupted("interrupted")
-        if again and number == signal.SIGINT:
+        first, now = self._first_at, time.monotonic()
+        self._first_at = first or now
+        named = signal.Signals(number).name
+        self.requested = Interrupted("interrupted") if number == signal.SIGINT else Preempted(f"stopped by {named}")
+        if number == signal.SIGINT and first and now - first > ONE_GESTURE_S:
+            self.was_hasty = True
             raise KeyboardInterrupt
         if self._at_once:
+            self.was_hasty = True
             raise self.requested

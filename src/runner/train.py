@@ -1,7 +1,9 @@
 """The train loop. It takes its parts ready made and knows no configuration, no tracker and no terminal.
 
-One step: micro-batches → summed loss of each, divided by the trained tokens of *all* of them → gradients → clip →
-update. Everything random at step ``i`` (order of the data, dropout) is a pure function of (seed, i); together with a
+One step: micro-batches → summed loss of each, divided by the trained tokens of *all* of them on all ranks → gradients →
+clip → update. Every rank runs this loop and sees the same numbers; the hooks of rank 0 are the ones that write.
+
+Everything random at step ``i`` (order of the data, dropout) is a pure function of (seed, i); together with a
 checkpoint's weights and optimizer state that makes a run that was killed and continued the same run, bit for bit.
 """
 
@@ -15,13 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
+from runner import spread
 from runner.checkpoint import Checkpoints, Progress
 from runner.data import Batches
 from runner.errors import Fault, Stopped, TrainingError
 from runner.meters import Meter
+from runner.ranks import Ranks
 from runner.schema import TrainSettings
+from runner.spread import Spread
 from runner.tasks import Task
 
 Record = Callable[[int, dict[str, float]], None]
@@ -41,13 +45,14 @@ class Parts:
     settings: TrainSettings
     seed: int
     total_steps: int
-    accelerator: Accelerator
+    ranks: Ranks
+    spread: Spread
     checkpoints: Checkpoints
     meter: Meter
     quote: Callable[[dict[str, Any]], str]
     """A batch → the beginning of its text, for an error message."""
     extra_metrics: Callable[[], dict[str, float]]
-    """Memory and such, read when a record is written."""
+    """Memory and such, read when a record is written: on all ranks at once."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,6 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
                 saved = boundary(progress)
             if progress.step >= parts.total_steps:
                 return progress
-            hooks.check_stop()
             optimizer_step(parts, progress, hooks)
             if progress.step == first + 1:
                 hooks.warm()
@@ -110,47 +114,51 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     """One update of the weights from all micro-batches of the step; ``progress`` moves only when it is done."""
     step, settings = progress.step, parts.settings
     parts.model.train()
-    torch.manual_seed(derived_seed(parts.seed, step))
+    torch.manual_seed(derived_seed(parts.seed, step, parts.ranks.rank))
     began = time.perf_counter()
     micro_batches = parts.batches.step(step)
     waited = time.perf_counter() - began
+    counts = (sum(batch[kind] for batch in micro_batches) for kind in ("trained", "tokens"))
+    trained, tokens = parts.ranks.agree(hooks.check_stop, *counts)
     learning_rate = set_learning_rate(parts.optimizer, parts.schedule(step, parts.total_steps))
 
-    sums = accumulate_gradients(parts, micro_batches, hooks)
-    limit = settings.max_grad_norm or math.inf
-    norm = float(parts.accelerator.clip_grad_norm_(parts.model.parameters(), limit))
+    sums = accumulate_gradients(parts, micro_batches, trained, hooks)
+    norm = spread.clip(parts.model, settings.max_grad_norm or math.inf)
     check_finite(parts, step, micro_batches, sums["loss"], norm)
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
 
-    tokens = sum(batch["tokens"] for batch in micro_batches)
     progress.step += 1
-    progress.tokens += tokens
+    progress.tokens += int(tokens)
     progress.trained_tokens += int(sums["count"])
     progress.evaluated = False
     progress.window = {name: progress.window.get(name, 0.0) + value for name, value in sums.items()}
-    parts.meter.step(tokens, waited)
+    parts.meter.step(int(tokens), waited)
     if progress.step % settings.logging_steps == 0 or progress.step == parts.total_steps:
         hooks.record(progress.step, training_metrics(parts, progress, learning_rate, norm))
         progress.window = {}
 
 
-def accumulate_gradients(parts: Parts, micro_batches: list[dict[str, Any]], hooks: Hooks) -> dict[str, float]:
-    """Backward through every micro-batch; returns the step's sums.
+def accumulate_gradients(
+    parts: Parts, micro_batches: list[dict[str, Any]], trained: float, hooks: Hooks
+) -> dict[str, float]:
+    """Backward through every micro-batch; returns the step's sums over all ranks.
 
     Each summed loss is divided by the trained tokens of the whole step, so that four micro-batches of one row give
-    the gradient of one batch of four (transformers#34242 is the mistake of averaging means).
+    the gradient of one batch of four (transformers#34242 is the mistake of averaging means). Gradients are averaged
+    over the ranks: times their number that is the sum.
     """
-    trained = sum(batch["trained"] for batch in micro_batches)
     totals: dict[str, float] = {}
-    for batch in micro_batches:
-        hooks.check_stop()
-        with parts.accelerator.autocast():
-            sums = parts.task.loss(parts.model, on_device(batch, parts.accelerator.device))
-        parts.accelerator.backward(sums["loss"] / max(trained, 1))
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(value.detach())
-    return totals
+    divisor = max(trained, 1) / parts.ranks.world
+    for number, batch in enumerate(micro_batches, 1):
+        if number > 1:
+            parts.ranks.agree(hooks.check_stop)
+        with parts.spread.accumulating(number == len(micro_batches)):
+            with parts.spread.computing():
+                sums = parts.spread.forward(parts.spread.on_device(batch))
+            (sums["loss"] / divisor).backward()
+        add(totals, sums)
+    return over_ranks(parts, totals)
 
 
 @torch.no_grad()
@@ -160,15 +168,22 @@ def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
     totals: dict[str, float] = {}
     count = parts.evaluation.batches_in_pass
     for done, batch in enumerate(parts.evaluation.one_pass()):
-        hooks.check_stop()
+        parts.ranks.agree(hooks.check_stop)
         hooks.evaluating(done, count)
-        with parts.accelerator.autocast():
-            sums = parts.task.loss(parts.model, on_device(batch, parts.accelerator.device))
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+        with parts.spread.computing():
+            add(totals, parts.task.loss(parts.model, parts.spread.on_device(batch)))
     hooks.evaluating(count, count)
     parts.meter.pause()
-    return {f"eval/{name}": value for name, value in parts.task.metrics(totals).items()}
+    return {f"eval/{name}": value for name, value in parts.task.metrics(over_ranks(parts, totals)).items()}
+
+
+def add(totals: dict[str, float], sums: dict[str, torch.Tensor]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals.get(name, 0.0) + float(value.detach())
+
+
+def over_ranks(parts: Parts, totals: dict[str, float]) -> dict[str, float]:
+    return dict(zip(totals, parts.ranks.agree(lambda: None, *totals.values()), strict=True))
 
 
 def training_metrics(parts: Parts, progress: Progress, learning_rate: float, norm: float) -> dict[str, float]:
@@ -201,19 +216,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def derived_seed(seed: int, step: int) -> int:
-    """A seed for the random numbers of one step, unlike that of any other step or run seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
+def derived_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for the random numbers of one step on one rank, unlike that of any other step, rank or run seed."""
+    name = f"{seed}/{step}/{rank}" if rank else f"{seed}/{step}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 def check_finite(parts: Parts, step: int, micro_batches: list[dict[str, Any]], loss: float, norm: float) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-    texts = "; ".join(repr(parts.quote(batch)) for batch in micro_batches[:4])
+    quoted = parts.ranks.gather([repr(parts.quote(batch)) for batch in micro_batches[:4]])
+    texts = "; ".join(text for rank in quoted for text in rank[:4])
     remedy = "lower optim.learning_rate, set train.max_grad_norm, or look at these rows; the last checkpoint is sound"
     raise TrainingError(Fault("", f"{what} at step {step + 1}, before the update. The batch begins: {texts}", remedy))
-
-
-def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

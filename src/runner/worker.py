@@ -1,36 +1,35 @@
-"""One rank: from a prepared run folder to its end. It reads the folder and nothing else.
+"""One rank: from a prepared run folder to its end. It reads the folder and its environment, and nothing else.
 
-It starts or resumes, decided by what it finds: ``python -m runner.worker FOLDER`` is all a launcher has to run.
+It starts or resumes, decided by what it finds: ``python -m runner.worker FOLDER`` is all a launcher has to run. Of
+several ranks all compute, and rank 0 alone holds the folder, writes into it and speaks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runner import compiling, console, prepare, report, tracking
-from runner.errors import Fault, Interrupted, ResumeError, RunnerError, Stopped, TrainingError
-from runner.rundir import DIED, RunDir, write_atomic
-from runner.secrets import redact
+from runner import compiling, console, outcome, parallel, prepare, report, tracking
+from runner.errors import Fault, LaunchError, ResumeError, RunnerError, Stopped
+from runner.outcome import Clock
+from runner.ranks import Ranks, lost_peer, of_environment, silent, unanimous
+from runner.rundir import RunDir, write_atomic
 from runner.stop import Stop
 
 if TYPE_CHECKING:
     from runner.build import Inputs
     from runner.checkpoint import Progress
-    from runner.train import Parts
+    from runner.train import Hooks, Parts
 
 Ask = Callable[[list[str]], list[str]]
-OUT_OF_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "not enough memory")
 log = logging.getLogger("runner")
 
 
@@ -43,41 +42,29 @@ class Loaded(NamedTuple):
     progress: Progress
 
 
-class Clock:
-    """Seconds of training, those of earlier attempts included; it stands until it is started."""
-
-    def __init__(self, before: float) -> None:
-        self._before = before
-        self._since: float | None = None
-
-    def start(self) -> None:
-        self._since = time.monotonic()
-
-    @property
-    def is_started(self) -> bool:
-        return self._since is not None
-
-    def seconds(self) -> float:
-        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
-
-
-def work(rundir: RunDir) -> int:
+def work(rundir: RunDir, *, mirrored: bool = False) -> int:
     """Bring the run in ``rundir`` to its end, or as far as it gets.
+
+    ``mirrored``: another process brings the folder into MLflow, as for all runs of a sweep.
 
     Returns:
         the exit code: 0 completed (now or earlier), 1 failed, 2 refused, 75 preempted, 130 interrupted.
     """
+    ranks = of_environment()
+    if ranks.rank:
+        with silent(rundir.rank_log(ranks.rank)):
+            return _along(rundir, ranks)
     with rundir.held() as mine:
-        if not mine:
-            return attach(rundir)
         found = rundir.read_state().status
-        if found == "completed":
-            print(f"{rundir.path} is completed already: nothing to do", file=sys.stderr)
-            return 0
+        if not mine or found == "completed":
+            _dismiss(ranks)
+            return _found_completed(rundir) if mine else attach(rundir)
         with console.logging_to(rundir.log), Stop() as stop:
-            code = _attempt(rundir, stop)
-    if code == 2 and found == "pending":
-        rundir.discard()
+            code = _attempt(rundir, ranks, stop, mirrored)
+        if code == 2 and found == "pending":
+            rundir.discard()
+    if code != 1 and not stop.was_hasty:
+        ranks.leave()
     return code
 
 
@@ -92,38 +79,104 @@ def attach(rundir: RunDir) -> int:
                 handle.seek(position)
                 sys.stderr.write(handle.read())
                 position = handle.tell()
-    return {"completed": 0, "preempted": 75, "killed": 130}.get(rundir.read_state().status, 1)
+    return outcome.CODES.get(rundir.read_state().status, 1)
 
 
-def _attempt(rundir: RunDir, stop: Stop) -> int:
+def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
     """Train, and write down truthfully how it ended."""
     mirror, clock = None, Clock(rundir.read_state().seconds)
     try:
+        outcome.clear(rundir)
         cfg = prepare.read_config(rundir)
-        mirror = tracking.start_mirror(rundir, cfg)
+        _refuse_other_world(cfg, ranks)
+        mirror = None if mirrored else tracking.start_mirror(rundir, cfg)
         with stop.at_once():
-            loaded = _load(rundir, cfg)
+            ranks.join()
+            ranks.broadcast(True)
+            loaded = _load(rundir, cfg, ranks)
         summary = _train(rundir, loaded, stop, clock)
         rundir.write_state(status="completed", reason="", summary=summary, seconds=clock.seconds())
         code = 0
     except (Stopped, KeyboardInterrupt) as error:
-        code = _stopped(rundir, clock, error)
+        # A launcher stops those that are left when one of the ranks fails.
+        failed = outcome.last_words(rundir, ranks, wait_s=0.0)
+        code = outcome.left_by_peer(rundir, clock, ranks) if failed else outcome.stopped(rundir, clock, error)
     except Exception as error:
         if isinstance(error, RunnerError) and error.exit_code == 2 and not clock.is_started:
-            return _refused(rundir, clock, error)
-        code = _failed(rundir, clock, _explained(error))
-    report.ending(rundir, tracking.wait_mirror(mirror, rundir), code)
+            return outcome.refused(rundir, clock, error)
+        lost = ranks.world > 1 and lost_peer(error)
+        code = outcome.left_by_peer(rundir, clock, ranks) if lost else outcome.failed(rundir, clock, error)
+    report.ending(rundir, None if mirrored else tracking.wait_mirror(mirror, rundir), code)
     return code
 
 
-def _load(rundir: RunDir, cfg: dict[str, Any]) -> Loaded:
+def _along(rundir: RunDir, ranks: Ranks) -> int:
+    """The same way on the other ranks, which write nothing but their own log."""
+    clock = Clock(0.0)
+    with console.logging_to(rundir.rank_log(ranks.rank)), Stop() as stop:
+        try:
+            cfg = prepare.read_config(rundir)
+            _refuse_other_world(cfg, ranks)
+            with stop.at_once():
+                ranks.join()
+                if not ranks.broadcast(False):
+                    ranks.leave()
+                    return 0
+                loaded = _load(rundir, cfg, ranks)
+            _train(rundir, loaded, stop, clock)
+            code = 0
+        except (Stopped, KeyboardInterrupt) as error:
+            code = getattr(error, "exit_code", 130)
+        except Exception as error:
+            if not isinstance(error, RunnerError) or error.exit_code != 2 or clock.is_started:
+                return outcome.failed_along(rundir, ranks, error)
+            log.error(str(error))
+            code = 2
+    if not stop.was_hasty:
+        ranks.leave()
+    return code
+
+
+def _dismiss(ranks: Ranks) -> None:
+    """There is nothing to do for the others."""
+    ranks.join()
+    ranks.broadcast(False)
+    ranks.leave()
+
+
+def _found_completed(rundir: RunDir) -> int:
+    print(f"{rundir.path} is completed already: nothing to do", file=sys.stderr)
+    return 0
+
+
+def _refuse_other_world(cfg: Mapping[str, Any], ranks: Ranks) -> None:
+    """A run is continued by as many processes as it began with: its batches are divided over them."""
+    wanted = parallel.processes_of(cfg["parallel"])
+    if wanted != ranks.world:
+        problem = f"this run is trained by {_processes(wanted)}, and {_processes(ranks.world)} started"
+        remedy = f"start it with launcher=accelerate launcher.processes={wanted}, torchrun or launcher=slurm"
+        if wanted == 1:
+            remedy = "start one process, or a new run with parallel=ddp"
+        raise LaunchError(Fault("parallel.processes", problem, remedy, wanted))
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _load(rundir: RunDir, cfg: dict[str, Any], ranks: Ranks) -> Loaded:
     from runner import build  # torch and all that, only now
 
     console.quiet_libraries()
-    made = build.inputs(_pinned(cfg, rundir))
-    _refuse_other_data(rundir, report.data_identity(cfg, made))
-    parts = build.parts(cfg, made, rundir)
-    report.header(cfg, made, parts, rundir)
+
+    def load() -> tuple[Inputs, Parts]:
+        made = build.inputs(_pinned(cfg, rundir), ranks)
+        _refuse_other_data(rundir, report.data_identity(cfg, made))
+        return made, build.parts(cfg, made, rundir, ranks)
+
+    made, parts = unanimous(ranks, load)
+    if ranks.rank == 0:
+        report.header(cfg, made, parts, rundir)
     return Loaded(cfg, made, parts, parts.checkpoints.restore(parts.model, parts.optimizer))
 
 
@@ -132,14 +185,53 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
     from runner import models, samples, train
 
     cfg, made, parts, progress = loaded
+    leads = parts.ranks.rank == 0
+    if leads:
+        _begin(rundir, loaded)
+    clock.start()
+    in_step = parallel.kind_of(cfg["parallel"]) == "fsdp"
+    ask = partial(
+        samples.generate, parts.model, made.tokenizer, max_new_tokens=made.settings.sample_tokens, in_step=in_step
+    )
+    with stop.at_once():
+        answered = _samples_before(rundir, made, ask, progress.step, parts.ranks)
+    graphs: list[int] = []
+    with _telling(rundir, made, clock, stop, graphs) if leads else _silent(stop) as hooks:
+        progress = train.train(parts, progress, hooks)
+    models.save(parts.model, made.tokenizer, rundir.model, writes=leads)
+    _samples_after(rundir, ask, answered, writes=leads)
+    peaks = parts.extra_metrics()
+    if not leads:
+        return {}
+    compiled = report.compiled(parts.model, sum(graphs))
+    return {**report.summary(rundir, parts, progress, clock.seconds()), **peaks, **compiled}
+
+
+def _begin(rundir: RunDir, loaded: Loaded) -> None:
+    cfg, made, _, progress = loaded
     tracking.rewind(rundir, progress.step, progress.evaluated)
     rundir.update_manifest(**report.manifest(cfg, made, rundir))
-    clock.start()
-    _write_running(rundir, progress.step, made.total_steps)
-    ask = partial(samples.generate, parts.model, made.tokenizer, max_new_tokens=made.settings.sample_tokens)
-    with stop.at_once():
-        answered = _samples_before(rundir, made, ask, progress.step)
-    graphs = []
+    if progress.step:
+        log.info(f"resumed at step {progress.step}/{made.total_steps}")
+    state = rundir.read_state()
+    rundir.write_state(
+        status="running", attempt=state.attempt + 1, pid=os.getpid(), host=os.uname().nodename, reason="",
+        step=progress.step, total_steps=made.total_steps, started=state.started or time.time(),
+        scheduler_id=_scheduler_id(),
+    )  # fmt: skip
+
+
+def _scheduler_id() -> str:
+    """The job as Slurm's own commands name it: ``123``, or ``123_4`` for one of an array."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
+@contextlib.contextmanager
+def _telling(rundir: RunDir, made: Inputs, clock: Clock, stop: Stop, graphs: list[int]) -> Iterator[Hooks]:
+    """The hooks of rank 0: into the folder and onto the terminal."""
+    from runner import train
+
     with console.Display(made.total_steps) as display:
 
         def record(step: int, metrics: dict[str, float]) -> None:
@@ -147,28 +239,24 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
             rundir.write_state(step=step, seconds=clock.seconds())
             display.record(step, metrics)
 
-        hooks = train.Hooks(
+        yield train.Hooks(
             record=record,
             evaluating=display.evaluating,
             saving=partial(tracking.sync_to_disk, rundir),
             check_stop=stop.check,
             warm=lambda: graphs.append(compiling.graphs()),
         )
-        progress = train.train(parts, progress, hooks)
-    models.save(parts.model, made.tokenizer, rundir.model)
-    _samples_after(rundir, ask, answered)
-    compiled = report.compiled(parts.model, sum(graphs))
-    return {**report.summary(rundir, parts, progress, clock.seconds()), **compiled}
 
 
-def _write_running(rundir: RunDir, step: int, total_steps: int) -> None:
-    state = rundir.read_state()
-    if step:
-        log.info(f"resumed at step {step}/{total_steps}")
-    rundir.write_state(
-        status="running", attempt=state.attempt + 1, pid=os.getpid(), host=os.uname().nodename, reason="",
-        step=step, total_steps=total_steps, started=state.started or time.time(),
-    )  # fmt: skip
+@contextlib.contextmanager
+def _silent(stop: Stop) -> Iterator[Hooks]:
+    """The hooks of the other ranks."""
+    from runner import train
+
+    def nothing(*_: object) -> None:
+        pass
+
+    yield train.Hooks(record=nothing, evaluating=nothing, saving=nothing, check_stop=stop.check, warm=nothing)
 
 
 def _pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
@@ -190,84 +278,24 @@ def _refuse_other_data(rundir: RunDir, found: dict[str, Any]) -> None:
         raise ResumeError(Fault("data.format.function", problem, "restore it, or start a new run with it"))
 
 
-def _samples_before(rundir: RunDir, made: Inputs, ask: Ask, step: int) -> list[dict[str, str]]:
+def _samples_before(rundir: RunDir, made: Inputs, ask: Ask, step: int, ranks: Ranks) -> list[dict[str, str]]:
     """Answers of the untrained model; kept in the folder, so that a resumed run still has them."""
-    if step and rundir.samples.exists():
-        return list(json.loads(rundir.samples.read_text()))
+    kept = json.loads(rundir.samples.read_text()) if step and ranks.rank == 0 and rundir.samples.exists() else None
+    if (answered := ranks.broadcast(kept)) is not None:
+        return list(answered)
     chosen = made.splits.samples[: made.settings.sample_prompts]
     answers = ask([sample["prompt"] for sample in chosen])
     answered = [{**sample, "before": answer} for sample, answer in zip(chosen, answers, strict=True)]
-    write_atomic(rundir.samples, json.dumps(answered, indent=1, ensure_ascii=False))
+    if ranks.rank == 0:
+        write_atomic(rundir.samples, json.dumps(answered, indent=1, ensure_ascii=False))
     return answered
 
 
-def _samples_after(rundir: RunDir, ask: Ask, answered: list[dict[str, str]]) -> None:
+def _samples_after(rundir: RunDir, ask: Ask, answered: list[dict[str, str]], *, writes: bool) -> None:
     answers = ask([sample["prompt"] for sample in answered])
     done = [{**sample, "after": answer} for sample, answer in zip(answered, answers, strict=True)]
-    write_atomic(rundir.samples, json.dumps(done, indent=1, ensure_ascii=False))
-
-
-def _refused(rundir: RunDir, clock: Clock, error: RunnerError) -> int:
-    """Nothing was done: what the folder said of the run before stays true."""
-    log.error(str(error), exc_info=error if os.environ.get("RUNNER_TRACEBACK") else None)
-    if rundir.read_state().status == "running":  # a kill -9 that nobody has written down yet
-        _note(rundir, clock, status="killed", reason=DIED)
-    return 2
-
-
-def _stopped(rundir: RunDir, clock: Clock, error: BaseException) -> int:
-    stopped = error if isinstance(error, Stopped) else Interrupted("interrupted twice")
-    steps = [int(path.name.removeprefix("step-")) for path in rundir.checkpoints.glob("step-*")]
-    reason = f"{stopped}; " + (f"the state is saved at step {max(steps)}" if steps else "nothing was trained yet")
-    log.info(reason, extra={"quiet": True})
-    _note(rundir, clock, status=stopped.status, reason=reason)
-    return stopped.exit_code
-
-
-def _failed(rundir: RunDir, clock: Clock, error: Exception) -> int:
-    wanted = bool(os.environ.get("RUNNER_TRACEBACK"))
-    if isinstance(error, RunnerError):
-        log.error(str(error), exc_info=error if wanted else None)
-    else:
-        log.error("".join(traceback.format_exception(error)), extra={} if wanted else {"quiet": True})
-        log.error(f"{_first_line(error)}\n    → the traceback is in {rundir.log}")
-    _note(rundir, clock, status="failed", reason=_first_line(error))
-    return 1
-
-
-def _note(rundir: RunDir, clock: Clock, *, status: str, reason: str) -> None:
-    """Write down how it ended; on a full disk it stays unwritten, and the run counts as killed: it can be continued."""
-    with contextlib.suppress(OSError):
-        rundir.write_state(status=status, reason=redact(reason), seconds=clock.seconds())
-
-
-def _explained(error: Exception) -> Exception:
-    """Failures of the machine in words that help; everything else as it is."""
-    text = f"{type(error).__name__}: {error}".lower()
-    if isinstance(error, RunnerError):
-        return error
-    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
-        remedy = (
-            "use a smaller train.per_device_batch_size or data.max_length, "
-            "train.gradient_checkpointing=true, or quant=4bit"
-        )
-        return _told_as(f"out of memory: {error}".splitlines()[0], remedy, error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text:
-        remedy = "make room, then give the same command with this hydra.run.dir; or set outputs_dir elsewhere"
-        return _told_as(f"no space left on the device: {error}", remedy, error)
-    return error
-
-
-def _told_as(problem: str, remedy: str, error: Exception) -> TrainingError:
-    told = TrainingError(Fault("", problem, remedy))
-    told.__cause__ = error
-    return told
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
-    first = text.splitlines()[0]
-    return first if isinstance(error, RunnerError) else f"{type(error).__name__}: {first}"
+    if writes:
+        write_atomic(rundir.samples, json.dumps(done, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

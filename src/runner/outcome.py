@@ -1,0 +1,178 @@
+"""How an attempt at a run ended, in words and in its state: stopped, refused, failed, or left by another rank."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+import traceback
+
+from runner.errors import Fault, Interrupted, RunnerError, Stopped, TrainingError
+from runner.ranks import Ranks, lost_peer
+from runner.rundir import DIED, RunDir, sweep_of
+from runner.secrets import redact
+
+OUT_OF_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "not enough memory")
+CODES = {"completed": 0, "preempted": 75, "killed": 130}
+"""The exit code of a run by its status; 1 for every other."""
+LAST_WORDS_S = 5.0
+"""How long another rank's last words may take to be seen: its file travels through a shared file system."""
+log = logging.getLogger("runner")
+
+
+class Clock:
+    """Seconds of training, those of earlier attempts included; it stands until it is started."""
+
+    def __init__(self, before: float) -> None:
+        self._before = before
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    @property
+    def is_started(self) -> bool:
+        return self._since is not None
+
+    def seconds(self) -> float:
+        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+
+def clear(rundir: RunDir) -> None:
+    """Remove what an earlier attempt left to be said: requests to cancel it, and its ranks' last words."""
+    rundir.cancel_request.unlink(missing_ok=True)
+    for path in rundir.path.glob(f"{rundir.rank_failure(0).name[:-1]}*"):
+        path.unlink(missing_ok=True)
+
+
+def refused(rundir: RunDir, clock: Clock, error: RunnerError) -> int:
+    """Nothing was done. What the folder said before stays true, unless nobody is there to read this message."""
+    log.error(str(error), exc_info=error if os.environ.get("RUNNER_TRACEBACK") else None)
+    if is_unattended(rundir):
+        note(rundir, clock, status="failed", reason=str(error))
+        return 1
+    if rundir.read_state().status == "running":  # a kill -9 that nobody has written down yet
+        note(rundir, clock, status="killed", reason=DIED)
+    return 2
+
+
+def is_unattended(rundir: RunDir) -> bool:
+    """Whether the run is one of a sweep or under a scheduler: what it says is read in its folder, later."""
+    return "SLURM_JOB_ID" in os.environ or sweep_of(rundir) is not None
+
+
+def stopped(rundir: RunDir, clock: Clock, error: BaseException) -> int:
+    asked = error if isinstance(error, Stopped) else Interrupted("interrupted twice")
+    reason = f"{asked}; {_saved(rundir)}"
+    status, code = asked.status, asked.exit_code
+    if rundir.cancel_request.exists():
+        reason = f"{rundir.cancel_request.read_text().strip() or 'cancelled'}; {_saved(rundir)}"
+        status, code = Interrupted.status, Interrupted.exit_code
+    log.info(reason, extra={"quiet": True})
+    note(rundir, clock, status=status, reason=reason)
+    return code
+
+
+def failed(rundir: RunDir, clock: Clock, error: Exception) -> int:
+    error = explained(error)
+    told(rundir, error)
+    note(rundir, clock, status="failed", reason=first_line(error))
+    return 1
+
+
+def left_by_peer(rundir: RunDir, clock: Clock, ranks: Ranks, wait_s: float = LAST_WORDS_S) -> int:
+    """Another rank is no more: its last words are the run's reason, and without any it was killed."""
+    words = last_words(rundir, ranks, wait_s)
+    if words:
+        log.error(f"{words}\n    → the traceback is in {rundir.path}/train.rank-*.log")
+        note(rundir, clock, status="failed", reason=words.splitlines()[0])
+    else:
+        reason = f"one of the {ranks.world} ranks died without saying so (killed, or out of memory); {_saved(rundir)}"
+        log.error(reason)
+        note(rundir, clock, status="killed", reason=reason)
+    return 1
+
+
+def last_words(rundir: RunDir, ranks: Ranks, wait_s: float) -> str:
+    """Why another rank failed, ``rank 1: …``; empty where none says so within the time."""
+    until = time.monotonic() + wait_s
+    while ranks.world > 1:
+        for rank in range(1, ranks.world):
+            if rundir.rank_failure(rank).exists():
+                return f"rank {rank}: {rundir.rank_failure(rank).read_text()}"
+        if time.monotonic() >= until:
+            break
+        time.sleep(0.05)
+    return ""
+
+
+def failed_along(rundir: RunDir, ranks: Ranks, error: Exception) -> int:
+    """The end of a rank beyond 0: it leaves its words to rank 0, or ends as rank 0 did if that left first."""
+    if lost_peer(error):
+        log.warning(f"lost another rank: {first_line(error)}")
+        return _code_of_run(rundir)
+    error = explained(error)
+    log.error("".join(traceback.format_exception(error)))
+    with contextlib.suppress(OSError):
+        rundir.rank_failure(ranks.rank).write_text(redact(first_line(error)))
+    return 1
+
+
+def note(rundir: RunDir, clock: Clock, *, status: str, reason: str) -> None:
+    """Write down how it ended; on a full disk it stays unwritten, and the run counts as killed: it can be continued."""
+    with contextlib.suppress(OSError):
+        rundir.write_state(status=status, reason=redact(reason), seconds=clock.seconds())
+
+
+def explained(error: Exception) -> Exception:
+    """Failures of the machine in words that help; everything else as it is."""
+    text = f"{type(error).__name__}: {error}".lower()
+    if isinstance(error, RunnerError):
+        return error
+    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+        remedy = (
+            "use a smaller train.per_device_batch_size or data.max_length, "
+            "train.gradient_checkpointing=true, or quant=4bit"
+        )
+        return _told_as(f"out of memory: {error}".splitlines()[0], remedy, error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text:
+        remedy = "make room, then give the same command with this hydra.run.dir; or set outputs_dir elsewhere"
+        return _told_as(f"no space left on the device: {error}", remedy, error)
+    return error
+
+
+def told(rundir: RunDir, error: Exception) -> None:
+    """Say it on the terminal in a line or two; the traceback goes into the log."""
+    wanted = bool(os.environ.get("RUNNER_TRACEBACK"))
+    if isinstance(error, RunnerError):
+        log.error(str(error), exc_info=error if wanted else None)
+    else:
+        log.error("".join(traceback.format_exception(error)), extra={} if wanted else {"quiet": True})
+        log.error(f"{first_line(error)}\n    → the traceback is in {rundir.log}")
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    first = text.splitlines()[0]
+    return first if isinstance(error, RunnerError) else f"{type(error).__name__}: {first}"
+
+
+def _saved(rundir: RunDir) -> str:
+    steps = [int(path.name.removeprefix("step-")) for path in rundir.checkpoints.glob("step-*")]
+    return f"the state is saved at step {max(steps)}" if steps else "nothing was trained yet"
+
+
+def _code_of_run(rundir: RunDir) -> int:
+    """The exit code of what rank 0 writes down within a moment."""
+    until = time.monotonic() + LAST_WORDS_S
+    while rundir.read_state().status in ("pending", "running") and time.monotonic() < until:
+        time.sleep(0.1)
+    return CODES.get(rundir.read_state().status, 1)
+
+
+def _told_as(problem: str, remedy: str, error: Exception) -> TrainingError:
+    told = TrainingError(Fault("", problem, remedy))
+    told.__cause__ = error
+    return told
