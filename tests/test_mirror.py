@@ -26,7 +26,7 @@ import psutil
 import pytest
 import yaml
 
-from runner import mirror, store, tracking
+from runner import follow, mirror, store, tracking
 from runner.data import DataReport
 from runner.errors import ConfigError
 from runner.mlflow_run import DIED, MlflowRun
@@ -351,7 +351,9 @@ def test_it_follows_a_worker_to_its_end(outputs: Path) -> None:
         rundir.write_state(status="completed")
         assert following.result(20) == 0
     assert assert_mirrored(rundir, "FINISHED").data.metrics["system/disk_available_megabytes"] > 0
-    assert tracking.read_report(rundir) == {"sent": 6, "unsent": 0, "problem": ""}
+    assert tracking.read_report(rundir) == {
+        "sent": 6, "unsent": 0, "problem": "", "told": rundir.read_state().updated
+    }  # fmt: skip
 
 
 def test_it_closes_the_run_of_a_dead_worker(outputs: Path) -> None:
@@ -374,9 +376,9 @@ def test_it_waits_for_what_is_new(outputs: Path) -> None:
 
 
 def test_it_gives_up_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "GRACE_S", 0.3)
+    monkeypatch.setattr(follow, "GRACE_S", 0.3)
     rundir = finish(make_run(tmp_path, uri=f"http://127.0.0.1:{_free_port()}"))
-    assert mirror.follow(rundir) == mirror.GAVE_UP
+    assert mirror.follow(rundir) == follow.GAVE_UP
     report = tracking.read_report(rundir)
     assert (report["sent"], report["unsent"]) == (0, 5)
     assert "refused" in report["problem"]

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 STATUS = {
-    "running": "RUNNING", "completed": "FINISHED", "failed": "FAILED", "preempted": "KILLED", "killed": "KILLED"
+    "pending": "SCHEDULED", "running": "RUNNING", "completed": "FINISHED", "failed": "FAILED", "preempted": "KILLED",
+    "killed": "KILLED",
 }  # fmt: skip
 ENDED = ("completed", "failed", "preempted", "killed")
 TOLD_TAG = "runner.mirrored"
@@ -52,6 +53,8 @@ class MlflowRun:
     """File → its inode, and the bytes of it that MLflow has."""
     sent: int = 0
     """Records of metrics.jsonl that MLflow has."""
+    told: float = 0.0
+    """The time stamp of the state up to which MLflow has everything; 0 while the run goes on."""
 
     @classmethod
     def of(cls, rundir: RunDir, uri: str | None = None) -> MlflowRun:
@@ -62,9 +65,9 @@ class MlflowRun:
 
     def update(self) -> None:
         """Bring MLflow up to what the folder says now; what is there already is not sent again."""
-        state, manifest = self.rundir.read_state(), self.rundir.read_manifest()
-        client, ended = store.connect(self.uri), state.status in ENDED
-        run = self.run = self.run or self._open(client, state, manifest)
+        state, client = self.rundir.read_state(), store.connect(self.uri)
+        run = self.run = self.run or self._open(client, state, self.rundir.read_manifest())
+        manifest, ended = self.rundir.read_manifest(), state.status in ENDED
         if not ended:
             self._send_status(client, run, state)
         store.send_tags(client, run, tags(self.rundir, manifest, state))
@@ -77,6 +80,7 @@ class MlflowRun:
                 store.send_tags(client, run, {TOLD_TAG: str(state.updated)})
         finally:  # a model that cannot be stored leaves no run RUNNING for ever
             self._send_status(client, run, state)
+        self.told = state.updated if ended else 0.0
 
     def try_update(self) -> str:
         """``update``, with what went wrong as a text; empty when nothing did."""
@@ -84,27 +88,28 @@ class MlflowRun:
             self.update()
         except Exception as error:  # a store fails in a hundred ways; none of them may end the mirror
             self.run, self.positions = None, {}  # look anew at what is there
-            return _explained(error, self.uri)
+            return explained(error, self.uri)
         return ""
 
     def report(self, problem: str) -> int:
         """Write down how far MLflow is behind the folder; returns the number of records it lacks."""
         unsent = max(0, len(read(self.rundir)) - self.sent)
         if self.rundir.path.exists():
-            said = {"sent": self.sent, "unsent": unsent, "problem": problem}
+            said = {"sent": self.sent, "unsent": unsent, "problem": problem, "told": self.told}
             write_atomic(self.rundir.mirror_report, json.dumps(said))
         return unsent
 
     def _open(self, client: MlflowClient, state: State, manifest: dict[str, Any]) -> Run:
         """Find the run or make it, and send what holds from its beginning to its end."""
-        artifacts = None if store.is_server(self.uri) else Path(self.config["outputs_dir"], "mlartifacts")
+        artifacts = artifacts_dir(self.uri, self.config["outputs_dir"])
         experiment = store.experiment_id(client, self.tracking.experiment, artifacts)
         identity = str(manifest.get("id") or self.rundir.path)
         run = store.find_run(client, experiment, identity, (manifest.get("mlflow") or {}).get("run_id"))
         if run is None:
             name = self.tracking.run_name or str(manifest.get("name") or self.rundir.path.name)
-            run = store.create_run(client, experiment, identity, name, state.started or time.time())
-        self._note(run)
+            began = state.started or (state.updated if state.status in ENDED else time.time())
+            run = store.create_run(client, experiment, identity, name, began)
+        note(self.rundir, self.uri, run)
         store.send_params(client, run, self.config)
         for path in (self.rundir.config, self.rundir.dirty_diff):
             if path.exists():
@@ -113,16 +118,6 @@ class MlflowRun:
         client.log_text(run.info.run_id, json.dumps(environment, indent=1), "environment.json")
         self.known, self.status = store.known_steps(client, run), run.info.status
         return run
-
-    def _note(self, run: Run) -> None:
-        """Write into the manifest which run of MLflow this folder is."""
-        uri, _, _ = take_credentials(self.uri)
-        run_id, experiment = run.info.run_id, run.info.experiment_id
-        url = f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if store.is_server(uri) else None
-        noted = self.rundir.read_manifest().get("mlflow") or {}
-        self.rundir.update_manifest(
-            mlflow={**noted, "run_id": run_id, "experiment_id": experiment, "uri": uri, "url": url}
-        )
 
     def _send_records(self, client: MlflowClient, run: Run, path: Path) -> None:
         if not path.exists():
@@ -156,6 +151,28 @@ class MlflowRun:
             client.log_artifacts(run.info.run_id, str(self.rundir.model), self.rundir.model.name)
 
 
+def artifacts_dir(uri: str, outputs_dir: str | Path) -> Path | None:
+    """Where the artifacts of a store lie; None where its server decides."""
+    return None if store.is_server(uri) else Path(outputs_dir, "mlartifacts")
+
+
+def note(rundir: RunDir, uri: str, run: Run, **more: Any) -> None:
+    """Write into the manifest which run of MLflow this folder is; a parent in another store is forgotten."""
+    noted = rundir.read_manifest().get("mlflow") or {}
+    here = where(uri, run)
+    kept = noted if noted.get("uri", here["uri"]) == here["uri"] else {}
+    if {**kept, **here, **more} != noted:
+        rundir.update_manifest(mlflow={**kept, **here, **more})
+
+
+def where(uri: str, run: Run) -> dict[str, Any]:
+    """What is noted of a run: {run_id, experiment_id, uri, url}."""
+    uri, _, _ = take_credentials(uri)
+    run_id, experiment = run.info.run_id, run.info.experiment_id
+    url = f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if store.is_server(uri) else None
+    return {"run_id": run_id, "experiment_id": experiment, "uri": uri, "url": url}
+
+
 def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, Any]:
     """The tags of a run; MLflow's own are set by us, as it would describe the process that mirrors."""
     git, command = manifest.get("git") or {}, manifest.get("command") or []
@@ -174,17 +191,19 @@ def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, An
         "mlflow.source.name": command if isinstance(command, str) else shlex.join(command),
         "mlflow.source.type": "JOB" if state.scheduler_id else "LOCAL",
         "mlflow.source.git.commit": git.get("sha"),
-        "mlflow.user": _user(),
+        "mlflow.user": user(),
     }
 
 
-def _explained(error: Exception, uri: str) -> str:
-    where = "the embedded database" if not store.is_server(uri) else "the server"
+def explained(error: Exception, uri: str) -> str:
+    """What went wrong in a line, without secrets."""
+    store_name = "the embedded database" if not store.is_server(uri) else "the server"
     text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}".splitlines()[0]
-    return redact(f"MLflow ({where}, {take_credentials(uri)[0]}): {text[:600]}")
+    return redact(f"MLflow ({store_name}, {take_credentials(uri)[0]}): {text[:600]}")
 
 
-def _user() -> str:
+def user() -> str:
+    """Who runs this."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name

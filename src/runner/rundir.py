@@ -253,9 +253,7 @@ class SweepDir:
 
     def has_queue(self) -> bool:
         """Whether a process works through this sweep here; one that was killed holds the lock no more."""
-        if not self.queue_lock.exists():
-            return False
-        with self.queue_lock.open("r") as handle:
+        with contextlib.suppress(OSError), self.queue_lock.open("r+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -109,6 +109,15 @@ def find_run(client: MlflowClient, experiment: str, identity: str, noted: str | 
     Raises:
         TrackingError: it was deleted.
     """
+    run = find_any_run(client, experiment, identity, noted)
+    if run is not None and run.info.lifecycle_stage != "active":
+        remedy = f"restore it: mlflow runs restore --run-id {run.info.run_id}"
+        raise TrackingError(Fault("", f"the MLflow run {run.info.run_id} was deleted", remedy))
+    return run
+
+
+def find_any_run(client: MlflowClient, experiment: str, identity: str, noted: str | None) -> Run | None:
+    """``find_run`` that also returns a run which was deleted and can be restored."""
     from mlflow.entities import ViewType
     from mlflow.exceptions import MlflowException
 
@@ -123,15 +132,33 @@ def find_run(client: MlflowClient, experiment: str, identity: str, noted: str | 
         wanted = f"tags.`{ID_TAG}` = '{identity}'"
         runs = client.search_runs([experiment], wanted, run_view_type=ViewType.ALL, max_results=1)
         run = client.get_run(runs[0].info.run_id) if runs else None
-    if run is not None and run.info.lifecycle_stage != "active":
-        remedy = f"restore it: mlflow runs restore --run-id {run.info.run_id}"
-        raise TrackingError(Fault("", f"the MLflow run {run.info.run_id} was deleted", remedy))
     return run
 
 
-def create_run(client: MlflowClient, experiment: str, identity: str, name: str, started: float) -> Run:
-    """A new run; ``started`` in seconds since the epoch."""
-    return client.create_run(experiment, int(started * 1000), {ID_TAG: identity}, name)
+def find_runs(client: MlflowClient, experiments: Sequence[str], tag: str, value: str) -> Iterator[Run]:
+    """All runs that bear this tag, deleted ones included; a thousand of them are one call."""
+    from mlflow.entities import ViewType
+
+    page = None
+    while page is None or page.token:
+        token = page.token if page else None
+        page = client.search_runs(
+            list(experiments), f"tags.`{tag}` = '{value}'", ViewType.ALL, max_results=1000, page_token=token
+        )
+        yield from page
+
+
+def create_run(
+    client: MlflowClient,
+    experiment: str,
+    identity: str,
+    name: str,
+    started: float,
+    tags: Mapping[str, Any] | None = None,
+) -> Run:
+    """A new run, RUNNING; ``started`` in seconds since the epoch."""
+    given = {key: text for key, value in (tags or {}).items() if (text := _text(value, LONGEST_TAG))}
+    return client.create_run(experiment, int(started * 1000), {ID_TAG: identity, **given}, name)
 
 
 def send_params(client: MlflowClient, run: Run, config: Mapping[str, Any]) -> None:

@@ -17,13 +17,17 @@ import psutil
 
 
 class Sampler:
-    """Samples the machine, the disk of ``folder`` and a process with its children."""
+    """Samples the machine, the disk of ``folder`` and a process with its children.
 
-    def __init__(self, folder: Path) -> None:
+    One process may have several: each remembers its own last sample, which psutil's ``cpu_percent`` does not.
+    """
+
+    def __init__(self, folder: Path, gpus: str | None = None) -> None:
+        """``gpus``: those of the run, as in CUDA_VISIBLE_DEVICES; None: what this process has there."""
         self._folder = folder
-        self._gpus = list(_visible_gpus())
+        self._gpus = list(_visible_gpus(gpus))
         self._cpu_seconds: tuple[int, float, float] | None = None  # (pid, seconds of CPU, at this time)
-        psutil.cpu_percent()  # the first call has nothing to compare with and answers 0
+        self._machine_seconds = _machine_seconds()
 
     def sample(self, pid: int) -> dict[str, float]:
         """``system/…`` metrics in percent, MB (1e6 bytes) and watts; what cannot be read is left out."""
@@ -36,8 +40,10 @@ class Sampler:
 
     def _machine(self) -> dict[str, float]:
         memory, disk = psutil.virtual_memory(), psutil.disk_usage(str(self._folder))
+        (busy_before, total_before), (busy, total) = self._machine_seconds, _machine_seconds()
+        self._machine_seconds = busy, total
         return {
-            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "cpu_utilization_percentage": (busy - busy_before) / max(total - total_before, 1e-9) * 100,
             "system_memory_usage_megabytes": memory.used / 1e6,
             "system_memory_usage_percentage": memory.used / memory.total * 100,
             "disk_usage_percentage": disk.percent,
@@ -88,12 +94,19 @@ def _is_busy(handle: Any) -> bool:
     return False
 
 
-def _visible_gpus() -> Iterator[Any]:
-    """NVML's handles of the GPUs this process may use, in the order of CUDA_VISIBLE_DEVICES; none without NVML."""
-    return (handle for _, handle in _named_gpus())
+def _machine_seconds() -> tuple[float, float]:
+    """CPU seconds of all cores since the machine started: (busy, all)."""
+    times = psutil.cpu_times()
+    total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # counted in user and nice
+    return total - times.idle - getattr(times, "iowait", 0.0), total
 
 
-def _named_gpus() -> Iterator[tuple[str, Any]]:
+def _visible_gpus(given: str | None = None) -> Iterator[Any]:
+    """NVML's handles of those GPUs, in the order of CUDA_VISIBLE_DEVICES; none without NVML."""
+    return (handle for _, handle in _named_gpus(given))
+
+
+def _named_gpus(given: str | None = None) -> Iterator[tuple[str, Any]]:
     try:
         import pynvml
 
@@ -101,7 +114,8 @@ def _named_gpus() -> Iterator[tuple[str, Any]]:
         count = pynvml.nvmlDeviceGetCount()
     except Exception:  # no package, no driver, no GPU: nothing to sample
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    everything = ",".join(map(str, range(count)))
+    visible = given if given is not None else os.environ.get("CUDA_VISIBLE_DEVICES", everything)
     for name in filter(None, (word.strip() for word in visible.split(","))):
         with contextlib.suppress(Exception):
             find = pynvml.nvmlDeviceGetHandleByUUID

@@ -154,7 +154,12 @@ def start_mirror(rundir: RunDir, cfg: Mapping[str, Any]) -> subprocess.Popen[byt
     command = [sys.executable, "-P", "-m", "runner.mirror", str(rundir.path), str(rundir.read_state().updated)]
     with rundir.mirror_log.open("ab") as output:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=_quiet()
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=quiet_environment(),
         )
 
 
@@ -213,8 +218,8 @@ def _is_evaluation(record: Record) -> bool:
     return any(name.startswith("eval/") for name in record)
 
 
-def _quiet() -> dict[str, str]:
-    # One thread is plenty for a process that waits; no telemetry, whatever the user's shell says.
+def quiet_environment() -> dict[str, str]:
+    """The environment of a mirror: one thread is plenty for what waits, and no telemetry, whatever the shell says."""
     return {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1"}
 
 

@@ -1,0 +1,127 @@
+"""The mirror of a sweep as its submitter sees it: a process to start, to wait for, and to ask how far it got.
+
+Only this process loads MLflow; the submitter imports nothing heavy for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from runner import prepare
+from runner.errors import RunnerError
+from runner.rundir import RunDir, SweepDir
+from runner.tracking import quiet_environment
+
+Mirror = subprocess.Popen[bytes]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """How far MLflow got with a sweep."""
+
+    url: str | None
+    """The page of the parent, on a server."""
+    untold: int
+    """Runs that ended and are not in MLflow to their end."""
+    message: str
+    """How to look at the sweep, or why MLflow has not got it all; ``python -m runner sync`` brings the rest."""
+
+
+@contextlib.contextmanager
+def queueing(sweep: SweepDir) -> Iterator[None]:
+    """Say, while the block runs, that a queue of this machine works through the sweep; several may at once."""
+    with sweep.queue_lock.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+
+
+def start_sweep_mirror(sweep: SweepDir) -> Mirror | None:
+    """Start the process that makes the sweep's runs in MLflow and then mirrors them; None if all are offline.
+
+    Whoever starts it is ``queueing`` already, or it finds no queue and ends. It runs in a session
+    of its own: neither Ctrl-C nor the end of this process takes it along.
+    """
+    return _start(sweep, "--sweep")
+
+
+def open_in_mlflow(sweep: SweepDir, timeout_s: float = 600.0) -> str:
+    """Make the sweep's runs in MLflow where each job mirrors itself (launcher=slurm), and wait for it.
+
+    Returns:
+        why MLflow has not got them; empty when it has, or when all are offline. Jobs may start either way.
+    """
+    return wait_opened(_start(sweep, "--open"), sweep, timeout_s)
+
+
+def wait_opened(mirror: Mirror | None, sweep: SweepDir, timeout_s: float = 600.0) -> str:
+    """Wait until the ids of parent and children are fixed; returns why they are not, empty when they are."""
+    give_up_at = time.monotonic() + timeout_s
+    while mirror:
+        code = mirror.poll()
+        if (said := _report(sweep)).get("pid") == mirror.pid:
+            return str(said["problem"])
+        if code is not None:
+            return f"the mirror ended with code {code}, see {sweep.mirror_log}"
+        if time.monotonic() > give_up_at:
+            return f"process {mirror.pid} is still making its runs in MLflow, see {sweep.mirror_log}"
+        time.sleep(0.05)
+    return ""
+
+
+def wait_sweep_mirror(mirror: Mirror | None, sweep: SweepDir, timeout_s: float = 60.0) -> SweepResult:
+    """Wait until the mirror has told MLflow all of the sweep; whoever calls this is ``queueing`` no more.
+
+    Where another queue still works on the same sweep it goes on for that one, and this returns after ``timeout_s``.
+    """
+    if mirror is None:
+        return SweepResult(None, 0, "tracking=offline")
+    try:
+        code: int | None = mirror.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        code = None
+    noted, said = sweep.read().get("mlflow") or {}, _report(sweep)
+    url = noted.get("url")
+    if code == 0:
+        return SweepResult(url, 0, url or (f"mlflow ui --backend-store-uri {noted['uri']}" if noted else ""))
+    untold = int(said.get("untold", 0))
+    if code is None:
+        return SweepResult(url, untold, f"process {mirror.pid} is still telling MLflow, see {sweep.mirror_log}")
+    problem = said.get("problem") or f"the mirror ended with code {code}, see {sweep.mirror_log}"
+    return SweepResult(url, untold, problem)
+
+
+def _start(sweep: SweepDir, how: str) -> Mirror | None:
+    if not any(_is_mirrored(rundir) for rundir in sweep.rundirs()):
+        return None
+    command = [sys.executable, "-P", "-m", "runner.mirror", how, str(sweep.path)]
+    with sweep.mirror_log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=quiet_environment(),
+        )
+
+
+def _is_mirrored(rundir: RunDir) -> bool:
+    try:
+        return not str(prepare.read_config(rundir)["tracking"]["_target_"]).endswith(".offline")
+    except (RunnerError, KeyError, TypeError):
+        return False
+
+
+def _report(sweep: SweepDir) -> dict[str, Any]:
+    try:
+        return dict(json.loads(sweep.mirror_report.read_text()))
+    except (OSError, ValueError):
+        return {}
