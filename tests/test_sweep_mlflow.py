@@ -1,0 +1,532 @@
+"""Sweeps in MLflow: with real databases, a real server, real processes and real kills, and no training.
+
+This file is also the processes that the tests start: ``python tests/test_sweep_mlflow.py WHAT FOLDER …``.
+"""
+
+# ruff: noqa: F401, F811 - the fixtures of test_mirror are imported, then asked for by name
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_mirror import (
+    Server,
+    assert_mirrored,
+    eventually,
+    finish,
+    fork,
+    fresh_database,
+    outputs,
+    server,
+    the_run,
+)
+
+from runner import mirror, mirroring, mlflow_sweep, store, tracking
+from runner.mlflow_run import MlflowRun
+from runner.rundir import DIED, RunDir, State, SweepDir
+
+THIS = Path(__file__).resolve()
+OFFLINE = {"_target_": "runner.tracking.offline", "experiment": "tests", "run_name": None, "log_model": False}
+
+
+def make_sweep(outputs: Path, count: int, uri: str | None = None, name: str = "s", **node: Any) -> SweepDir:
+    """A sweep's folder as the submitter leaves it before the first job starts."""
+    sweep = SweepDir(outputs / "sweeps" / name)
+    sweep.update(id=uuid.uuid4().hex, name=name, created=time.time(), commands=[["python", "-m", "runner"]], jobs={})
+    add_jobs(sweep, count, uri, **node)
+    return sweep
+
+
+def add_jobs(sweep: SweepDir, count: int, uri: str | None = None, **node: Any) -> list[RunDir]:
+    option = {"uri": uri, "experiment": "tests", "run_name": None, "log_model": False}
+    sampled = {"system_metrics": False, "system_interval_s": 0.5}
+    tracked = node or {"_target_": "runner.tracking.mlflow", **option, **sampled}
+    config = yaml.safe_dump({"seed": 0, "outputs_dir": str(sweep.path.parents[1]), "tracking": tracked})
+    jobs, made = sweep.read()["jobs"], []
+    for number in range(len(jobs), len(jobs) + count):
+        signature = uuid.uuid4().hex[:16]
+        rundir = RunDir(sweep.path / f"{number:03d}-{signature[:8]}")
+        rundir.path.mkdir(parents=True)
+        rundir.config.write_text(config)
+        rundir.write_state(status="pending")
+        label = f"lora.r={number}"
+        rundir.update_manifest(id=uuid.uuid4().hex, signature=signature, name=label, label=label, sweep="s")
+        jobs[signature] = {"folder": rundir.path.name, "label": label}
+        made.append(rundir)
+    sweep.update(jobs=jobs)
+    return made
+
+
+def client_of(sweep: SweepDir) -> Any:
+    return store.connect(sweep.read()["mlflow"]["uri"])
+
+
+def parent_of(sweep: SweepDir) -> Any:
+    return client_of(sweep).get_run(sweep.read()["mlflow"]["parent_run_id"])
+
+
+def children_of(sweep: SweepDir) -> dict[str, Any]:
+    """Id of the manifest → its run in MLflow; each is there once, below the parent, and noted in its folder."""
+    noted = sweep.read()["mlflow"]
+    wanted = f"tags.`mlflow.parentRunId` = '{noted['parent_run_id']}'"
+    runs = list(client_of(sweep).search_runs([noted["experiment_id"]], wanted))
+    found = {run.data.tags["runner.id"]: run for run in runs}
+    assert len(found) == len(runs)
+    manifests = [rundir.read_manifest() for rundir in sweep.rundirs()]
+    assert {manifest["id"]: manifest["mlflow"]["run_id"] for manifest in manifests} == {
+        identity: run.info.run_id for identity, run in found.items()
+    }
+    assert {manifest["mlflow"]["parent_run_id"] for manifest in manifests} == {noted["parent_run_id"]}
+    return found
+
+
+def only_parents(sweep: SweepDir) -> int:
+    experiment = sweep.read()["mlflow"]["experiment_id"]
+    return len(client_of(sweep).search_runs([experiment], f"tags.`runner.id` = '{sweep.read()['id']}'"))
+
+
+def statuses(sweep: SweepDir) -> list[str]:
+    found = children_of(sweep)
+    return [found[rundir.read_manifest()["id"]].info.status for rundir in sweep.rundirs()]
+
+
+# --- the runs are made ------------------------------------------------------------------------------------------------
+
+
+def test_parent_and_children(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 3)
+    assert mlflow_sweep.open_sweep(sweep, queued=True) == ""
+    parent = parent_of(sweep)
+    assert (parent.info.run_name, parent.info.status) == ("s", "RUNNING")
+    assert parent.data.tags["runner.jobs"] == "3"
+    assert parent.data.tags["runner.jobs_waiting"] == "3"
+    assert statuses(sweep) == ["SCHEDULED"] * 3, "a queued job does not run"
+    child = children_of(sweep)[sweep.rundirs()[1].read_manifest()["id"]]
+    assert (child.info.run_name, child.data.tags["runner.sweep"]) == ("lora.r=1", "s")
+    before = sweep.read()["mlflow"], children_of(sweep).keys()
+    add_jobs(sweep, 2)
+    assert mlflow_sweep.open_sweep(sweep, queued=True) == ""
+    assert (sweep.read()["mlflow"], only_parents(sweep)) == (before[0], 1)
+    assert before[1] < children_of(sweep).keys()
+    assert statuses(sweep) == ["SCHEDULED"] * 5
+
+
+def test_six_open_at_once_on_a_fresh_database(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, 8)
+    together = time.monotonic() + 0.5
+    children = [fork(functools.partial(_open_at, sweep, together)) for _ in range(6)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 6
+    assert (only_parents(sweep), len(children_of(sweep))) == (1, 8)
+
+
+def _open_at(sweep: SweepDir, together: float) -> None:
+    time.sleep(max(0.0, together - time.monotonic()))
+    assert mlflow_sweep.open_sweep(sweep, queued=True) == ""
+
+
+def test_killed_while_the_children_are_made(outputs: Path) -> None:
+    """Wherever it dies, and even where the ids were not noted yet, the next one makes what is missing and no more."""
+    sweep = make_sweep(outputs, 30)
+    for pause in (0.05, 0.2, 0.3):
+        child = fork(lambda: mlflow_sweep.open_sweep(sweep) and None)
+        time.sleep(pause)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    for rundir in sweep.rundirs()[:5]:
+        rundir.update_manifest(mlflow=None)
+    mlflow_sweep.open_sweep(sweep)
+    assert (only_parents(sweep), len(children_of(sweep))) == (1, 30)
+
+
+def test_a_thousand_children_take_two_calls_each(outputs: Path) -> None:
+    """Counted, with fewer: no look-up of each one, and nothing at all for those that are there."""
+    sweep, calls = make_sweep(outputs, 12), Counter[str]()
+    client = store.connect(f"sqlite:///{outputs}/mlflow.db")
+    counted = [name for name in dir(client) if not name.startswith("_") and callable(getattr(client, name))]
+
+    def counting(name: str) -> Any:
+        plain = getattr(client, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return plain(*arguments, **named)
+
+        return call
+
+    for name in counted:
+        setattr(client, name, counting(name))
+    try:
+        mlflow_sweep.open_sweep(sweep, queued=True)
+        made = Counter(calls)
+        calls.clear()
+        mlflow_sweep.open_sweep(sweep, queued=True)
+    finally:
+        for name in counted:
+            delattr(client, name)
+    assert (made["create_run"], made["update_run"]) == (13, 12)
+    assert made.total() - 25 <= 8, made
+    assert calls.total() <= 4, calls
+    assert not {"create_run", "update_run", "search_runs"} & calls.keys()
+
+
+def test_offline_leaves_no_trace_until_sync(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 2, **OFFLINE)
+    assert mirroring.start_sweep_mirror(sweep) is None
+    assert mirroring.open_in_mlflow(sweep) == ""
+    assert mlflow_sweep.open_sweep(sweep) == ""
+    assert "mlflow" not in sweep.read()
+    for rundir in sweep.rundirs():
+        finish(rundir)
+    results = mirror.sync([outputs])
+    assert [result.problem for result in results] == ["", "", ""]
+    assert results[-1].folder == sweep.path
+    assert statuses(sweep) == ["FINISHED"] * 2
+    for rundir in sweep.rundirs():
+        assert_mirrored(rundir, "FINISHED")
+    parent = parent_of(sweep)
+    assert (parent.info.status, parent.data.tags["runner.jobs_completed"]) == ("FINISHED", "2")
+
+
+def test_another_store_has_a_parent_of_its_own(outputs: Path, fresh_database: Path, tmp_path: Path) -> None:
+    sweep = make_sweep(outputs, 2)
+    mlflow_sweep.open_sweep(sweep, queued=True)
+    for rundir in sweep.rundirs():
+        finish(rundir)
+    first = sweep.read()["mlflow"]["parent_run_id"]
+    (tmp_path / "other.db").write_bytes(fresh_database.read_bytes())
+    for uri, same in ((f"sqlite:///{tmp_path}/other.db", False), (None, True)):
+        assert [result.problem for result in mirror.sync([sweep.path], uri)] == ["", "", ""]
+        assert (sweep.read()["mlflow"]["parent_run_id"] == first) is same
+        assert (parent_of(sweep).info.status, statuses(sweep)) == ("FINISHED", ["FINISHED"] * 2)
+
+
+def test_a_store_that_does_not_answer_stops_nobody(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, 2, "http://127.0.0.1:9")
+    problem = mirroring.open_in_mlflow(sweep)
+    assert "refused" in problem
+    assert "127.0.0.1:9" in problem
+    assert "mlflow" not in sweep.read()
+    process = subprocess.run(
+        [sys.executable, "-m", "runner.mirror", "--open", str(sweep.path)], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 3
+    assert "refused" in process.stdout
+    assert process.stderr == ""
+
+
+# --- what was deleted -------------------------------------------------------------------------------------------------
+
+
+def test_a_deleted_parent_is_restored_by_who_works_on_the_sweep(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 2)
+    mlflow_sweep.open_sweep(sweep, queued=True)
+    parent, client = sweep.read()["mlflow"]["parent_run_id"], client_of(sweep)
+    for bring in (lambda: mlflow_sweep.open_sweep(sweep), lambda: mlflow_sweep.update_parent(sweep)):
+        client.delete_run(parent)
+        assert bring() == ""
+        assert client.get_run(parent).info.lifecycle_stage == "active"
+    finish(sweep.rundirs()[0])
+    client.delete_run(parent)
+    problem = mirror.sync([sweep.path])[-1].problem
+    assert f"mlflow runs restore --run-id {parent}" in problem, "sync does not bring back what somebody threw away"
+    assert client.get_run(parent).info.lifecycle_stage == "deleted"
+    assert_mirrored(sweep.rundirs()[0], "FINISHED")
+    client.restore_run(parent)
+    assert len(children_of(sweep)) == 2
+
+
+def test_a_parent_that_is_gone_for_good_is_made_anew(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 3)
+    mlflow_sweep.open_sweep(sweep, queued=True)
+    first, before = sweep.read()["mlflow"]["parent_run_id"], children_of(sweep)
+    client_of(sweep).delete_run(first)
+    collect = ["mlflow", "gc", "--backend-store-uri", sweep.read()["mlflow"]["uri"], "--run-ids", first]
+    subprocess.run([sys.executable, "-m", *collect], check=True, capture_output=True, cwd=outputs)
+    assert mlflow_sweep.update_parent(sweep, queued=True) == ""
+    assert sweep.read()["mlflow"]["parent_run_id"] != first
+    after = children_of(sweep)
+    assert {key: run.info.run_id for key, run in after.items()} == {key: run.info.run_id for key, run in before.items()}
+
+
+# --- what the parent says ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("states", "queued", "status"),
+    [
+        ("running failed", False, "RUNNING"), ("pending completed", True, "RUNNING"), ("preempted", True, "RUNNING"),
+        ("completed completed", True, "FINISHED"), ("completed failed killed", True, "FAILED"),
+        ("pending failed", False, "FAILED"), ("pending completed", False, "KILLED"),
+        ("completed killed", True, "KILLED"),
+    ],
+)  # fmt: skip
+def test_status_of_the_parent(states: str, queued: bool, status: str) -> None:
+    found: list[Any] = states.split()
+    assert mlflow_sweep.parent_status([State(status=each) for each in found], queued) == status
+
+
+def test_the_parent_follows_its_children(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 3)
+    mlflow_sweep.open_sweep(sweep, queued=True)
+    first, second, third = sweep.rundirs()
+    assert mlflow_sweep.update_parent(sweep) == ""
+    assert parent_of(sweep).info.status == "KILLED", "no queue, no scheduler: nobody will start them"
+    second.update_manifest(slurm={"job_id": "12_1"})
+    mlflow_sweep.update_parent(sweep)
+    assert parent_of(sweep).info.status == "RUNNING"
+    mlflow_sweep.update_parent(sweep, queued=False)
+    assert parent_of(sweep).info.status == "KILLED", "who asked the scheduler knows better"
+    finish(first)
+    finish(second, status="failed")
+    third.write_state(status="killed", reason="cancelled")
+    assert [result.problem for result in mirror.sync([sweep.path])] == [""] * 4
+    parent = parent_of(sweep)
+    counts = {key.removeprefix("runner.jobs_"): value for key, value in parent.data.tags.items() if "jobs_" in key}
+    assert counts == {"completed": "1", "failed": "1", "killed": "1", "running": "0", "waiting": "0"}
+    assert parent.info.status == "FAILED"
+    assert parent.info.end_time == max(int(rundir.read_state().updated * 1000) for rundir in sweep.rundirs())
+    cancelled = the_run(third)
+    assert (cancelled.info.status, cancelled.data.tags["runner.reason"]) == ("KILLED", "cancelled")
+    assert cancelled.info.end_time >= cancelled.info.start_time
+
+
+def test_sync_leaves_jobs_of_slurm_to_slurm(outputs: Path) -> None:
+    """Its process is gone, but Slurm may have queued it again, here or elsewhere."""
+    sweep = make_sweep(outputs, 2)
+    ours, dead = sweep.rundirs()
+    for rundir, scheduler_id in ((ours, "12_0"), (dead, "")):
+        finish(rundir).write_state(status="running", host=os.uname().nodename, scheduler_id=scheduler_id)
+    results = mirror.sync([sweep.path])
+    assert "asks Slurm" in results[0].problem
+    assert (ours.read_state().status, dead.read_state().reason) == ("running", DIED)
+    assert (statuses(sweep), parent_of(sweep).info.status) == (["RUNNING", "KILLED"], "RUNNING")
+
+
+def test_the_mirror_of_one_job_keeps_the_parent(outputs: Path) -> None:
+    """As under Slurm: each job has its own mirror, and nobody made the runs before."""
+    sweep = make_sweep(outputs, 2)
+    first, second = sweep.rundirs()
+    finish(first, status="running")
+    with first.held():
+        process = tracking.start_mirror(first, yaml.safe_load(first.config.read_text()))
+        eventually(lambda: sweep.read().get("mlflow") and parent_of(sweep).data.tags.get("runner.jobs_running") == "1")
+        assert statuses(sweep) == ["RUNNING", "SCHEDULED"]
+        first.write_state(status="completed")
+        assert process
+        assert process.wait(30) == 0
+    parent = parent_of(sweep)
+    assert (parent.info.status, parent.data.tags["runner.jobs_completed"]) == ("KILLED", "1")
+    assert MlflowRun.of(second).uri == sweep.read()["mlflow"]["uri"]
+
+
+# --- one process follows all ------------------------------------------------------------------------------------------
+
+
+class Queue:
+    """A queue of its own process: holds the lock and starts the workers it is told to."""
+
+    def __init__(self, sweep: SweepDir) -> None:
+        self.process = subprocess.Popen([sys.executable, str(THIS), "queue", str(sweep.path)], stdin=subprocess.PIPE)
+        eventually(sweep.has_queue)
+
+    def end(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        assert self.process.wait(10) == 0
+
+
+def start_worker(rundir: RunDir, ending: str = "completed") -> subprocess.Popen[bytes]:
+    """Writes a record each 20 ms until the file ``enough`` lies in its folder."""
+    process = subprocess.Popen([sys.executable, str(THIS), "worker", str(rundir.path), ending])
+    eventually(lambda: rundir.read_state().status == "running")
+    return process
+
+
+def enough(rundir: RunDir) -> None:
+    (rundir.path / "enough").touch()
+
+
+def started(sweep: SweepDir) -> subprocess.Popen[bytes]:
+    process = mirroring.start_sweep_mirror(sweep)
+    assert process
+    assert mirroring.wait_opened(process, sweep) == ""
+    return process
+
+
+def test_a_sweep_from_its_start_to_its_end(tmp_path: Path) -> None:
+    """Runs that begin later, runs at the same time, a failure, a cancelled one, one that was never started."""
+    sweep = make_sweep(tmp_path, 5)
+    first, second, third, fourth, _ = sweep.rundirs()
+    queue = Queue(sweep)
+    process = started(sweep)
+    assert statuses(sweep) == ["SCHEDULED"] * 5
+    workers = [start_worker(first), start_worker(second, "failed")]
+    eventually(lambda: statuses(sweep)[:3] == ["RUNNING", "RUNNING", "SCHEDULED"])
+    eventually(lambda: "train/loss" in the_run(second).data.metrics)
+    fourth.write_state(status="killed", reason="cancelled")
+    enough(second)
+    eventually(lambda: statuses(sweep) == ["RUNNING", "FAILED", "SCHEDULED", "KILLED", "SCHEDULED"])
+    eventually(lambda: parent_of(sweep).data.tags["runner.jobs_failed"] == "1")
+    assert parent_of(sweep).info.status == "RUNNING"
+    workers.append(start_worker(third))
+    enough(first)
+    enough(third)
+    assert [worker.wait(10) for worker in workers] == [0, 0, 0]
+    (added,) = add_jobs(sweep, 1)
+    assert mirroring.open_in_mlflow(sweep) == ""
+    finish(added)
+    eventually(lambda: the_run(added).info.status == "FINISHED")
+    assert process.poll() is None, "a queue is at work"
+    queue.end()
+    result = mirroring.wait_sweep_mirror(process, sweep)
+    assert result == mirroring.SweepResult(None, 0, f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
+    assert statuses(sweep) == ["FINISHED", "FAILED", "FINISHED", "KILLED", "SCHEDULED", "FINISHED"]
+    assert (parent_of(sweep).info.status, only_parents(sweep)) == ("FAILED", 1)
+    for rundir, status in ((first, "FINISHED"), (second, "FAILED"), (third, "FINISHED"), (added, "FINISHED")):
+        assert_mirrored(rundir, status)
+
+
+def test_kill_9_of_the_queue_and_of_a_worker(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 3)
+    first, second, _ = sweep.rundirs()
+    queue = Queue(sweep)
+    process = started(sweep)
+    workers = [start_worker(first), start_worker(second)]
+    eventually(lambda: statuses(sweep)[:2] == ["RUNNING", "RUNNING"])
+    queue.process.kill()
+    queue.process.wait()
+    workers[0].kill()
+    eventually(lambda: statuses(sweep)[0] == "KILLED")
+    assert (first.read_state().status, first.read_state().reason) == ("killed", DIED)
+    assert process.poll() is None, "the other run goes on without its queue"
+    enough(second)
+    assert mirroring.wait_sweep_mirror(process, sweep).untold == 0
+    assert process.returncode == 0
+    assert_mirrored(second, "FINISHED")
+    assert parent_of(sweep).info.status == "KILLED", "nobody will start the third"
+    assert [worker.wait(10) for worker in workers] == [-9, 0]
+
+
+def test_the_next_mirror_goes_on_where_one_was_killed(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 2)
+    first, second = sweep.rundirs()
+    queue = Queue(sweep)
+    killed, waiting = started(sweep), started(sweep)
+    worker = start_worker(first)
+    eventually(lambda: "train/loss" in the_run(first).data.metrics)
+    finish(second)
+    eventually(lambda: tracking.read_report(second).get("told"))
+    killed.kill()
+    killed.wait()
+    enough(first)
+    assert worker.wait(10) == 0
+    queue.end()
+    assert waiting.wait(60) == 0
+    assert_mirrored(first, "FINISHED")
+    assert_mirrored(second, "FINISHED")
+    assert parent_of(sweep).info.status == "FINISHED"
+
+
+def test_a_run_that_has_a_mirror_is_left_alone(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 1)
+    (rundir,) = sweep.rundirs()
+    queue = Queue(sweep)
+    with rundir.mirror_lock.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        process = started(sweep)
+        finish(rundir)
+        queue.end()
+        time.sleep(2.5)
+        assert process.poll() is None
+        assert statuses(sweep) == ["SCHEDULED"]
+    assert process.wait(30) == 0
+    assert_mirrored(rundir, "FINISHED")
+
+
+def test_a_thousand_that_wait_are_not_read(outputs: Path) -> None:
+    """Between two looks nothing of a run that did not change is opened: counted by the kernel, in bytes."""
+    sweep = make_sweep(outputs, 40)
+    queue = Queue(sweep)
+    process = started(sweep)
+    eventually(lambda: "every run" in sweep.mirror_log.read_text())
+    time.sleep(2)
+    before = _bytes_read(process.pid)
+    time.sleep(5)
+    read = _bytes_read(process.pid) - before
+    queue.end()
+    assert process.wait(30) == 0
+    size = sum(rundir.state.stat().st_size for rundir in sweep.rundirs())
+    assert read < size, f"{read} bytes in five seconds, where all state files are {size}"
+
+
+def _bytes_read(pid: int) -> int:
+    counted = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(counted["rchar"])
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_and_comes_back(tmp_path: Path, server: Server) -> None:
+    """It is away when the sweep begins: the runs are made as soon as it answers; away at the end: sync brings it."""
+    server.kill()
+    sweep = make_sweep(tmp_path, 4, server.uri)
+    first, second, *_ = sweep.rundirs()
+    queue = Queue(sweep)
+    process = mirroring.start_sweep_mirror(sweep)
+    assert "refused" in mirroring.wait_opened(process, sweep)
+    worker = start_worker(first)
+    server.start()
+    eventually(lambda: sweep.read().get("mlflow"), 30)
+    eventually(lambda: statuses(sweep) == ["RUNNING", "SCHEDULED", "SCHEDULED", "SCHEDULED"], 30)
+    eventually(lambda: "train/loss" in the_run(first).data.metrics)
+    server.kill()
+    enough(first)
+    assert worker.wait(10) == 0
+    finish(second)
+    queue.end()
+    result = mirroring.wait_sweep_mirror(process, sweep, 120)
+    assert process
+    assert (process.returncode, result.untold) == (3, 2)
+    assert "refused" in result.message
+    server.start()
+    assert [found.problem for found in mirror.sync([sweep.path]) if found.status != "pending"] == ["", "", ""]
+    assert (statuses(sweep)[:2], only_parents(sweep)) == (["FINISHED", "FINISHED"], 1)
+    assert_mirrored(first, "FINISHED")
+    noted = sweep.read()["mlflow"]
+    assert noted["url"] == f"{server.uri}/#/experiments/{noted['experiment_id']}/runs/{noted['parent_run_id']}"
+    assert parent_of(sweep).info.status == "KILLED"
+
+
+# --- the processes ----------------------------------------------------------------------------------------------------
+
+
+def queue(folder: str) -> None:
+    with mirroring.queueing(SweepDir(Path(folder))):
+        sys.stdin.read()
+
+
+def worker(folder: str, ending: str) -> None:
+    rundir, step = RunDir(Path(folder)), 0
+    with rundir.held() as mine:
+        assert mine
+        rundir.write_state(status="running", attempt=1, pid=os.getpid(), host=os.uname().nodename, started=time.time())
+        while not (rundir.path / "enough").exists():
+            step += 1
+            tracking.append(rundir, {"step": step, "time": time.time(), "train/loss": 1 / step})
+            time.sleep(0.02)
+        rundir.write_state(status=ending, summary={"steps": json.dumps(step)})
+
+
+if __name__ == "__main__":
+    {"queue": queue, "worker": worker}[sys.argv[1]](*sys.argv[2:])
