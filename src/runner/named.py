@@ -28,7 +28,7 @@ def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
     """The run or the sweep that ``word`` means.
 
     A folder counts from the current directory or from ``outputs_dir``; an MLflow id may be cut to a unique prefix; a
-    job of a sweep is also SWEEP/LABEL.
+    job of a sweep is also SWEEP/LABEL, and of a label like ``quant=4bit,lora.r=8`` a part will do.
 
     Raises:
         ConfigError: there is none (with the nearest names), or there are several (with all of them).
@@ -39,6 +39,7 @@ def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
     found = _sweeps_over_their_runs([entry for entry in entries if word in entry.names])
     if not found and len(word) >= SHORTEST_ID:
         found = [entry for entry in entries if entry.mlflow_id.startswith(word)]
+    found = found or [entry for entry in entries if any(_says(name, word) for name in entry.names)]
     if len(found) == 1:
         return found[0].what
     if found:
@@ -150,6 +151,12 @@ def _folder(word: str, outputs_dir: Path) -> RunDir | SweepDir | None:
         if (path / "state.json").exists() or (path / "manifest.json").exists():
             return RunDir(path.resolve())
     return None
+
+
+def _says(name: str, word: str) -> bool:
+    """Whether all parts of ``word`` are among those of ``name``, both with the same sweep before them, or none."""
+    (sweep, _, label), (wanted, _, parts) = name.rpartition("/"), word.rpartition("/")
+    return sweep == wanted and set(parts.split(",")) <= set(label.split(","))
 
 
 def _sweeps_over_their_runs(found: list[_Entry]) -> list[_Entry]:

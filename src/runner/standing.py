@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from runner import named
 from runner.errors import RunnerError
-from runner.rundir import DIED, RunDir, State, SweepDir, sweep_of
+from runner.rundir import DIED, RunDir, State, Status, SweepDir, sweep_of
 
 if TYPE_CHECKING:
     from runner.scheduler import Job
@@ -27,6 +27,7 @@ LIVE = ("queued", "starting", "running", "requeued")
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 FAILED = ("FAILED", "OUT_OF_MEMORY")
 """States of Slurm that will come again if the run is tried as it is; others (a time limit, a dead node) may not."""
+_NODES = ("slurm", "mlflow")
 NOBODY = "nobody will start it: give the same command again"
 
 
@@ -135,7 +136,7 @@ def _read(rundir: RunDir) -> Standing:
         return Standing(rundir, "missing", "its folder is gone: it was refused, or removed")
     try:
         state, manifest = rundir.read_state(), rundir.read_manifest()
-        if not isinstance(state.status, str) or not isinstance(manifest.get("slurm") or {}, dict):
+        if state.status not in get_args(Status) or not all(isinstance(manifest.get(k) or {}, dict) for k in _NODES):
             raise TypeError("not what a run writes")
     except named.DAMAGED as error:
         named.say_damaged(rundir.path, error)
