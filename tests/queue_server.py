@@ -16,11 +16,12 @@ from pathlib import Path
 from runner.launch import local, queue
 from runner.launch.child import Slot
 from runner.rundir import RunDir, SweepDir
+from runner.stop import Stop
 
 
 def imitate(rundir: RunDir) -> int:
     """Take the state through its course as a worker does, and end as the run's name says."""
-    with rundir.held() as mine:
+    with rundir.held() as mine, Stop() as stop:
         assert mine
         state = rundir.read_state()
         rundir.write_state(status="running", attempt=state.attempt + 1, pid=os.getpid(), step=1, total_steps=2)
@@ -38,7 +39,12 @@ def imitate(rundir: RunDir) -> int:
                 rundir.write_state(status="failed", reason="as asked")
                 return 1
             case ["sleep", seconds]:
-                time.sleep(float(seconds))
+                until = time.monotonic() + float(seconds)
+                while time.monotonic() < until:
+                    time.sleep(0.01)
+                    if stop.requested:
+                        rundir.write_state(status=stop.requested.status, reason=str(stop.requested))
+                        return stop.requested.exit_code
         rundir.write_state(status="completed", step=2, summary={"eval/loss": 1.25})
         return 0
 

@@ -242,6 +242,19 @@ def test_a_terminal_shows_a_table_and_nothing_else(tmp_path: Path):
     assert "a line for the terminal" not in shown
 
 
+def test_ctrl_c_lets_the_runs_save_and_starts_no_other(tmp_path: Path):
+    sweep = played_sweep(tmp_path, "sleep 60", "ok")
+    pid, terminal = on_terminal(sweep, parallel=1)
+    wait_for(lambda: statuses(sweep)[0] == "running")
+    os.write(terminal, b"\x03")
+    shown = read_all(terminal)
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    assert "130 130" in shown
+    assert statuses(sweep) == ["killed", "pending"]
+    assert sweep.rundirs()[0].read_state().reason == "interrupted"
+
+
 def test_a_second_ctrl_c_kills_and_the_states_say_so(tmp_path: Path):
     sweep = played_sweep(tmp_path, "sleep 60", "sleep 60", "ok")
     pid, terminal = on_terminal(sweep, parallel=2)
@@ -250,7 +263,7 @@ def test_a_second_ctrl_c_kills_and_the_states_say_so(tmp_path: Path):
     for child in children:
         os.kill(child, signal.SIGSTOP)  # one that does not listen any more
     os.write(terminal, b"\x03")
-    time.sleep(0.3)
+    time.sleep(1)  # so that it is a second one
     os.write(terminal, b"\x03")
     shown = read_all(terminal)
     os.close(terminal)

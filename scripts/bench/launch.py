@@ -55,10 +55,10 @@ def prepared(folder: Path, overrides: list[str]) -> RunDir:
         return prepare.prepare(dict(jobs[0].cfg), folder, [], overrides)
 
 
-def timed(work: Callable[[RunDir], int]) -> Callable[[RunDir], int]:
+def timed(work: Callable[..., int]) -> Callable[..., int]:
     """The same work, with marks of the clock beside the run's records."""
 
-    def marked(rundir: RunDir) -> int:
+    def marked(rundir: RunDir, *, mirrored: bool) -> int:
         from runner import build, train
 
         def mark(name: str) -> None:
@@ -82,7 +82,7 @@ def timed(work: Callable[[RunDir], int]) -> Callable[[RunDir], int]:
         between(build, "inputs", None, "inputs")
         between(build, "load_model", "model begins", "model")
         between(train, "train", "training", None)
-        code = work(rundir)
+        code = work(rundir, mirrored=mirrored)
         mark("gone")
         return code
 

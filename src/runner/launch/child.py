@@ -26,15 +26,14 @@ class Slot:
 def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: Iterable[int]) -> NoReturn:
     """Work on the run in this process, which was forked for it, and end with its exit code.
 
-    ``signals`` are blocked, and handled by the parent's functions, until here.
+    ``signals`` are blocked, and stay so until ``start`` can honour them; only a hangup finds it deaf from now on.
     """
     code = 1
     try:
         os.setsid()
         _leave_terminal(rundir)
         for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         _keep_to(slot)
         code = start(rundir)
     except BaseException:
@@ -44,6 +43,16 @@ def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: 
             with contextlib.suppress(OSError):  # a full disk
                 stream.flush()
         os._exit(code)
+
+
+def kill_session(leader: int) -> None:
+    """Kill a process that ``become`` has made the leader of a session, and all that it has started in it."""
+    import psutil
+
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            if os.getsid(pid) == leader:
+                os.kill(pid, signal.SIGKILL)
 
 
 def _leave_terminal(rundir: RunDir) -> None:

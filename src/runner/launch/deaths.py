@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from runner.rundir import State, Status
+from runner.outcome import CODES
+from runner.rundir import DIED, State, Status
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 BY_KILL = "killed by SIGKILL"
-EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "preempted": 75, "killed": 130}
 
 
 class Death(NamedTuple):
@@ -39,9 +39,9 @@ def by_signal(number: int, *, out_of_memory: bool) -> Death:
 
 def exit_code(state: State) -> int:
     """The exit code that belongs to a state: of one killed from outside 1, of one killed by request 130."""
-    if state.status == "killed" and state.reason.startswith("killed by"):
+    if state.status == "killed" and (state.reason == DIED or state.reason.startswith("killed by")):
         return 1
-    return EXIT_CODES.get(state.status, 1)
+    return CODES.get(state.status, 1)
 
 
 def oom_kills(root: Path = Path("/")) -> int:

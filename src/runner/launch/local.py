@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from runner import system
@@ -44,16 +44,11 @@ class Local:
         if sweep is None and len(rundirs) == 1:
             return [self._here(rundirs[0])]
         slots = self.slots()
-        return queue.work_through(rundirs, slots, work, sweep, lambda: warm(slots[0]))
+        start = partial(work, mirrored=sweep is not None)  # one mirror follows the whole sweep
+        return queue.work_through(rundirs, slots, start, sweep, lambda: warm(slots[0]))
 
     def slots(self) -> list[Slot]:
-        """What runs at the same time may use: GPUs that are idle first, and an equal share of the cores."""
-        gpus, idle = system.visible_gpus(), system.idle_gpus()
-        several = self.parallel or max(1, len(idle) // self.gpus_per_job)
-        threads = self.threads or max(1, cores() // several)
-        ordered = [*idle, *(gpu for gpu in gpus if gpu not in idle)]
-        shares = [tuple(ordered[n * self.gpus_per_job : (n + 1) * self.gpus_per_job]) for n in range(several)]
-        return [Slot(threads, share) for share in shares]
+        return slots(self.parallel, gpus_per_job=self.gpus_per_job, threads=self.threads)
 
     def _here(self, rundir: RunDir) -> int:
         from runner import worker
@@ -76,18 +71,31 @@ def check_local(*, gpus_per_job: int, **_: Any) -> Iterator[Fault]:
         yield Fault("gpus_per_job", "a run of one process computes on one GPU", remedy, gpus_per_job)
 
 
+def slots(parallel: int | None, *, gpus_per_job: int, threads: int | None, processes: int = 1) -> list[Slot]:
+    """What each of the runs at the same time may use: GPUs that are idle first, and an equal share of the cores.
+
+    Args:
+        parallel: how many runs; None: as many as there are idle GPUs for, and one on the CPU.
+        threads: of each of a run's ``processes``; None: the cores divided by all of them.
+    """
+    gpus, idle = system.visible_gpus(), system.idle_gpus()
+    several = parallel or max(1, len(idle) // gpus_per_job)
+    each = threads or max(1, cores() // (several * processes))
+    ordered = [*idle, *(gpu for gpu in gpus if gpu not in idle)]
+    return [Slot(each, tuple(ordered[n * gpus_per_job : (n + 1) * gpus_per_job])) for n in range(several)]
+
+
 def cores() -> int:
     """Those that this process may use; OMP_NUM_THREADS, where it is set, says how many of them it should."""
     named = os.environ.get("OMP_NUM_THREADS", "")
     return int(named) if named.isdigit() and int(named) else len(os.sched_getaffinity(0))
 
 
-def work(rundir: RunDir) -> int:
-    """What a process of the queue does; one mirror follows the whole sweep."""
+def work(rundir: RunDir, *, mirrored: bool) -> int:
+    """What a process of the queue does."""
     from runner import worker
 
-    known: dict[str, Any] = {"mirrored": True} if "mirrored" in inspect.signature(worker.work).parameters else {}
-    return worker.work(rundir, **known)
+    return worker.work(rundir, mirrored=mirrored)
 
 
 def warm(slot: Slot) -> None:
@@ -117,15 +125,3 @@ def warm(slot: Slot) -> None:
     assert models
     assert samples
     assert train
-
-
-def launch(rundir: RunDir) -> int:
-    """Work on one run in this process."""
-    return Local(None, 1, None).launch([rundir], None)[0]
-
-
-def launch_each(rundirs: list[RunDir]) -> list[int]:
-    """Work on several, one process each."""
-    from runner.rundir import sweep_of
-
-    return Local(None, 1, None).launch(rundirs, (rundirs and sweep_of(rundirs[0])) or None)

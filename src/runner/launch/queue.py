@@ -21,12 +21,15 @@ from typing import IO
 
 from runner.launch import child, deaths
 from runner.launch.board import Board
+from runner.mirroring import queueing
 from runner.rundir import DIED, RunDir, State, SweepDir
+from runner.stop import ONE_GESTURE_S, SIGNALS
 
 Start = Callable[[RunDir], int]
-"""Works on one run in the forked process; returns its exit code."""
+"""Works on one run in the forked process; returns its exit code. It begins with the signals that stop it blocked, and
+lets them through once it can honour them."""
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = (*SIGNALS, signal.SIGHUP)
 POLL_S, LOOK_EVERY_S = 0.02, 0.5
 
 
@@ -48,7 +51,7 @@ def work_through(
     """
     with contextlib.ExitStack() as held:
         if sweep:
-            held.enter_context(_shared(sweep.queue_lock))
+            held.enter_context(queueing(sweep))  # the forked processes inherit it, and hold it if this one is killed
         board = held.enter_context(Board(rundirs, len(slots)))
         queue = _Queue([Job(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, board, warm)
         held.enter_context(queue.listening())
@@ -119,7 +122,7 @@ class _Queue:
         self.stop_code: int | None = None
         self.is_warm = self.is_warming = self.is_killed = False
         self.oom_kills = deaths.oom_kills()
-        self.looked = 0.0
+        self.looked = self.stopped_at = 0.0
 
     def run(self) -> list[int]:
         while self.running or (self.stop_code is None and (self.waiting or self.elsewhere)):
@@ -178,7 +181,7 @@ class _Queue:
         if not pid:
             for other in self.running.values():
                 other.release()  # of this process alone: the claims are their owners'
-            child.become(job.rundir, job.slot, self.start, STOPPING)
+            child.become(job.rundir, job.slot, self.start, STOPPING)  # and never comes back
         self.running[pid] = job
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         self.board.started(job.number)
@@ -201,13 +204,17 @@ class _Queue:
         for pid, job in list(self.running.items()):
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 continue
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)  # what it leaves behind would keep its folder and its GPU
+            if not job.rundir.is_alive():
+                child.kill_session(pid)  # what it leaves behind would keep its GPU
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             del self.running[pid]
             assert job.slot
             self.free.append(job.slot)
-            self.close(job, code)
+            if job.rundir.is_alive():  # ranks that outlive the process which started them, and save
+                job.release()
+                self.elsewhere.append(job)
+            else:
+                self.close(job, code)
 
     def close(self, job: Job, code: int) -> None:
         """Write down the end of a process that could not do so itself, and count it."""
@@ -215,6 +222,7 @@ class _Queue:
         if not job.rundir.manifest.exists():
             return self.end(job, 2, "refused", f"see {job.rundir.log}" if job.rundir.log.exists() else "")
         spoken = state.updated != job.known.updated and state.status not in ("pending", "running")
+        spoken = spoken and state.reason != DIED  # whoever looked in between cannot know more
         if not spoken and code not in (0, 2):
             death = self.death(code)
             with contextlib.suppress(OSError), job.rundir.held() as mine:  # a full disk: it stays unwritten
@@ -252,27 +260,18 @@ class _Queue:
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
         """The first stops: the runs save their state. A further Ctrl-C kills them."""
-        again = self.stop_code is not None
-        asked = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         if self.stop_code is None:
-            self.stop_code = 130 if number == signal.SIGINT else 75
+            self.stop_code, self.stopped_at = (130 if number == signal.SIGINT else 75), time.monotonic()
             self.board.notice = f"stopping: {len(self.running)} save their state; Ctrl-C again kills them at once"
+            for pid in self.running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        elif number == signal.SIGINT and time.monotonic() - self.stopped_at > ONE_GESTURE_S:
+            self.is_killed = True
+            for pid in self.running:
+                child.kill_session(pid)
         if self.is_warming:
             raise _Stopped
-        if again and number != signal.SIGINT:
-            return
-        self.is_killed = again
-        for pid in list(self.running):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL) if again else os.kill(pid, asked)
-
-
-@contextlib.contextmanager
-def _shared(path: Path) -> Iterator[None]:
-    """Hold the lock together with others; the processes that are forked meanwhile hold it as well."""
-    with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        yield
 
 
 def _time_of(path: Path) -> int | None:
