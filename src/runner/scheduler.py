@@ -63,12 +63,13 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     wanted = sorted(set(ids))
     if not wanted:
         return {}
-    found = {id: job for id, job in _queued(wanted).items() if id in wanted}
-    ended = [id for id in wanted if id not in found or not found[id].is_active]
-    known = {id: job for id, job in _accounted(ended).items() if not job.is_active or id not in found}
+    queue = _queued(wanted)
+    found = {id: queue[id] for id in wanted if id in queue}
+    accounts = _accounted([id for id in wanted if id not in found or not found[id].is_active])
+    known = {id: accounts[id] for id in wanted if id in accounts and (not accounts[id].is_active or id not in found)}
     if moving := [id for id, job in known.items() if job.state in ON_ITS_WAY]:
         known.update({id: job for id, job in _queued(moving).items() if id in moving and job.is_active})
-    return {**found, **known}
+    return {**_never_split(wanted, [*queue, *accounts]), **found, **known}
 
 
 def named(name: str) -> list[str]:
@@ -179,20 +180,26 @@ def _queued(ids: Sequence[str]) -> dict[str, Job]:
     return {job.id: job for job in map(_job_in_queue, lines)}
 
 
+def _never_split(wanted: Sequence[str], known: Iterable[str]) -> dict[str, Job]:
+    """The tasks of arrays that Slurm knows without them: cancelled while they waited, they leave no trace anywhere."""
+    arrays = {id.partition("_")[0] for id in known}
+    return {id: Job(id, "CANCELLED") for id in wanted if "_" in id and id.partition("_")[0] in arrays}
+
+
 def _job_in_queue(line: str) -> Job:
     id, state, reason, nodes = line.split("|", 3)
     return Job(id, state, "" if reason == "None" else reason, nodes)
 
 
 def _accounted(ids: Sequence[str]) -> dict[str, Job]:
-    """What accounting keeps of jobs; nothing where there is no accounting."""
+    """What accounting keeps of jobs, and of the arrays they are of; nothing where there is no accounting."""
     if not ids:
         return {}
     bases = ",".join(sorted({id.partition("_")[0] for id in ids}))
     fields = "--format=JobID,State,ExitCode,NodeList,Reason"
     command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={bases}", fields]
     found = [_job_in_accounting(line) for line in _lines(command, or_none=True) if line.count("|") >= 4]
-    return {job.id: job for job in found if job.id in ids}
+    return {job.id: job for job in found}
 
 
 def _job_in_accounting(line: str) -> Job:

@@ -77,7 +77,7 @@ def note(home: Path, submission: Submission, job_id: str) -> None:
     known = Submission(**{**asdict(submission), "job_id": job_id})
     snapshot = {"snapshot": {"folder": known.code}} if known.code else {}
     for folder, id in zip(known.folders, known.job_ids(), strict=True):
-        job = {"job_id": id, "name": known.name, "cluster": known.cluster}
+        job = {"job_id": id, "name": known.name, "cluster": known.cluster, "submitted": known.created}
         RunDir(Path(folder)).update_manifest(slurm=job, **snapshot)
     write_atomic(path(home, known.name), json.dumps(asdict(known), indent=1))
 
