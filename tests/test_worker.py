@@ -152,7 +152,7 @@ def test_a_signal_while_loading_stops_the_run_whatever_libraries_catch(
 ):
     rundir, inputs = prepared(tmp_path / "run", *SHORT), build.inputs
 
-    def interrupted(cfg: Any) -> build.Inputs:
+    def interrupted(*arguments: Any) -> build.Inputs:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
@@ -164,7 +164,7 @@ def test_a_signal_while_loading_stops_the_run_whatever_libraries_catch(
                 raise
             if eaten == "made another":
                 raise DataError(Fault("data", "cannot be read")) from error
-        return inputs(cfg)
+        return inputs(*arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(build, "inputs", interrupted)
@@ -195,7 +195,7 @@ def test_a_stop_on_a_resumed_run_says_which_state_is_saved(
     rundir = preempted_run(tmp_path / "run", *SHORT)
     assert rundir.read_state().reason == "stopped by SIGTERM; the state is saved at step 3"
     with monkeypatch.context() as patched:
-        patched.setattr(build, "inputs", lambda _: os.kill(os.getpid(), signal.SIGINT))
+        patched.setattr(build, "inputs", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert worker.work(rundir) == 130
     state = rundir.read_state()
     assert (state.status, state.reason) == ("killed", "interrupted; the state is saved at step 3")

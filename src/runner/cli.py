@@ -9,9 +9,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from runner import ranks
 from runner.errors import ConfigError, Fault, RunnerError, suggest
+
+if TYPE_CHECKING:
+    from runner.launch.joined import Joined
+    from runner.launch.protocol import Launcher
 
 Verb = Callable[[list[str]], int]
 
@@ -20,6 +25,8 @@ def run(argv: list[str]) -> int:
     """Do what the words ask for; returns the exit code, with a refusal told in one message."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package whenever it is imported
     try:
+        if ranks.under_torchrun():
+            return _among_several(argv)
         if argv and _is_word(argv[0]):
             return _verb(argv[0])(argv[1:])
         return _hydra(argv)
@@ -93,7 +100,14 @@ def _verb(name: str) -> Verb:
     return VERBS[name]
 
 
-def _hydra(argv: list[str]) -> int:
+def _among_several(argv: list[str]) -> int:
+    """The command line of each process that torchrun or ``accelerate launch`` started: rank 0 does what it asks for."""
+    from runner.launch import joined
+
+    return joined.among_several(lambda launcher: _hydra(argv, launcher))
+
+
+def _hydra(argv: list[str], joined: Joined | None = None) -> int:
     from runner import admit, compose, sweeping
 
     args = compose.parse(argv)
@@ -101,13 +115,15 @@ def _hydra(argv: list[str]) -> int:
         return _ask_hydra(args, argv)
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
+        if joined:
+            joined.refuse(args.overrides, is_sweep=composer.is_sweep())
         if composer.is_sweep():
             return sweeping.sweep(hydra, args, composer, argv)
         job = composer.single()
         if job.cfg["sweep"] is not None:
             raise ConfigError(Fault("sweep", "has no effect without -m", "add -m, or leave it out", job.cfg["sweep"]))
-        admit.admit([job])
-        return _run_one(job, argv)
+        admit.admit([job], joined.processes if joined else None)
+        return _run_one(job, argv, joined)
 
 
 @contextmanager
@@ -127,12 +143,12 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
         yield composer, jobs
 
 
-def _run_one(job: Any, argv: list[str]) -> int:
+def _run_one(job: Any, argv: list[str], joined: Joined | None) -> int:
     from runner import admit, folders, sweeping, sweeps
 
-    launcher = admit.launcher_of(job.cfg)
+    launcher: Launcher = joined or admit.launcher_of(job.cfg)
     folder, job.cfg = folders.choose(job.cfg, Path(job.folder), named=job.is_folder_named, overrides=job.overrides)
-    if not any(override.startswith("launcher") for override in job.overrides):
+    if not joined and not any(override.startswith("launcher") for override in job.overrides):
         launcher = admit.launcher_of(job.cfg)  # a resumed run goes the way it went
     folders.refuse(folder, job.cfg)
     launcher.check()

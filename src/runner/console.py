@@ -24,8 +24,11 @@ log = logging.getLogger("runner")
 
 
 @contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """While the block runs, ``runner``'s messages go to the terminal and, with everybody's warnings, to ``path``."""
+def logging_to(path: Path, *, speaks: bool = True) -> Iterator[None]:
+    """While the block runs, ``runner``'s messages go to ``path``, with everybody's warnings, and to the terminal.
+
+    ``speaks``: False leaves the terminal out.
+    """
     to_file = _File(path, encoding="utf-8")
     to_file.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_file.setLevel(logging.INFO)
@@ -34,7 +37,8 @@ def logging_to(path: Path) -> Iterator[None]:
     to_terminal.addFilter(_is_ours)
     root, own = logging.getLogger(), logging.getLogger("runner")
     levels = root.level, own.level
-    for handler in (to_file, to_terminal):
+    handlers = (to_file, to_terminal) if speaks else (to_file,)
+    for handler in handlers:
         root.addHandler(handler)
     own.setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -42,7 +46,7 @@ def logging_to(path: Path) -> Iterator[None]:
         yield
     finally:
         logging.captureWarnings(False)
-        for handler in (to_file, to_terminal):
+        for handler in handlers:
             root.removeHandler(handler)
         to_file.close()
         root.setLevel(levels[0])

@@ -112,7 +112,7 @@ def failed_along(rundir: RunDir, ranks: Ranks, error: Exception) -> int:
     """The end of a rank beyond 0: it leaves its words to rank 0, or ends as rank 0 did if that left first."""
     if lost_peer(error):
         log.warning(f"lost another rank: {first_line(error)}")
-        return _code_of_run(rundir)
+        return 0 if _is_written_down(rundir) else 1
     error = explained(error)
     log.error("".join(traceback.format_exception(error)))
     with contextlib.suppress(OSError):
@@ -164,12 +164,14 @@ def _saved(rundir: RunDir) -> str:
     return f"the state is saved at step {max(steps)}" if steps else "nothing was trained yet"
 
 
-def _code_of_run(rundir: RunDir) -> int:
-    """The exit code of what rank 0 writes down within a moment."""
+def _is_written_down(rundir: RunDir) -> bool:
+    """Whether rank 0 says within a moment how the run ended."""
     until = time.monotonic() + LAST_WORDS_S
-    while rundir.read_state().status in ("pending", "running") and time.monotonic() < until:
+    while rundir.read_state().status in ("pending", "running"):
+        if time.monotonic() >= until:
+            return False
         time.sleep(0.1)
-    return CODES.get(rundir.read_state().status, 1)
+    return True
 
 
 def _told_as(problem: str, remedy: str, error: Exception) -> TrainingError:

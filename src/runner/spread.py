@@ -90,7 +90,6 @@ def _replicated(parallel: Parallel, forward: _Forward) -> nn.parallel.Distribute
     wrapper._set_params_and_buffers_to_ignore_for_model(forward, [*frozen, *buffers])
     return wrapper(
         forward,
-        broadcast_buffers=False,
         find_unused_parameters=parallel.find_unused_parameters,
         bucket_cap_mb=parallel.bucket_cap_mb,
     )

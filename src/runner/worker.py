@@ -48,7 +48,8 @@ def work(rundir: RunDir, *, mirrored: bool = False) -> int:
     ``mirrored``: another process brings the folder into MLflow, as for all runs of a sweep.
 
     Returns:
-        the exit code: 0 completed (now or earlier), 1 failed, 2 refused, 75 preempted, 130 interrupted.
+        the exit code: 0 completed (now or earlier), 1 failed, 2 refused, 75 preempted, 130 interrupted. Ranks beyond 0
+        return 0 unless they fail: whoever started them stops the others when one ends with another code.
     """
     ranks = of_environment()
     if ranks.rank:
@@ -113,28 +114,25 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
 def _along(rundir: RunDir, ranks: Ranks) -> int:
     """The same way on the other ranks, which write nothing but their own log."""
     clock = Clock(0.0)
-    with console.logging_to(rundir.rank_log(ranks.rank)), Stop() as stop:
+    with console.logging_to(rundir.rank_log(ranks.rank), speaks=False), Stop() as stop:
         try:
             cfg = prepare.read_config(rundir)
             _refuse_other_world(cfg, ranks)
             with stop.at_once():
                 ranks.join()
-                if not ranks.broadcast(False):
-                    ranks.leave()
-                    return 0
-                loaded = _load(rundir, cfg, ranks)
-            _train(rundir, loaded, stop, clock)
-            code = 0
+                wanted = ranks.broadcast(False)
+                loaded = _load(rundir, cfg, ranks) if wanted else None
+            if loaded:
+                _train(rundir, loaded, stop, clock)
         except (Stopped, KeyboardInterrupt) as error:
-            code = getattr(error, "exit_code", 130)
+            log.warning(f"stopped: {error}")
         except Exception as error:
             if not isinstance(error, RunnerError) or error.exit_code != 2 or clock.is_started:
                 return outcome.failed_along(rundir, ranks, error)
             log.error(str(error))
-            code = 2
     if not stop.was_hasty:
         ranks.leave()
-    return code
+    return 0
 
 
 def _dismiss(ranks: Ranks) -> None:

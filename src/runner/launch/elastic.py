@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runner import console, outcome, system
 from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
@@ -75,7 +76,7 @@ def run(rundir: RunDir, processes: int, *, mirrored: bool = False) -> int:
 
     _quiet()
     with _passing_on_signals(processes) as asked, tempfile.TemporaryDirectory(prefix="runner-") as folder:
-        newer = {"signals_to_handle": "", "shutdown_timeout": LONGEST_END_S}
+        newer: dict[str, Any] = {"signals_to_handle": "", "shutdown_timeout": LONGEST_END_S}
         config = LaunchConfig(
             **{name: value for name, value in newer.items() if name in LaunchConfig.__dataclass_fields__},
             min_nodes=1,
@@ -110,8 +111,8 @@ def _rank(path: str, processes: int, mirrored: bool) -> int:
 
     torch.set_num_threads(_threads(processes))
     code = worker.work(RunDir(Path(path)), mirrored=mirrored)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if code:  # torch elastic waits for all ranks where one returns, and stops the others where one ends
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,0 +1,87 @@
+"""Processes that somebody else started, each with the same command line: torchrun, or ``accelerate launch``.
+
+Rank 0 composes, refuses or prepares; then it tells the others the folder, and all of them work on it. Only rank 0
+speaks, and the exit code is its own: whoever started them stops the others as soon as one ends with another than 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import ConfigError, Fault
+from runner.ranks import Ranks, of_environment, silent
+from runner.rundir import RunDir, SweepDir
+
+
+@dataclass
+class Joined:
+    """The launcher of such processes: they are there already."""
+
+    processes: int
+    is_detached: bool = False
+    has_launched: bool = False
+
+    def check(self) -> None:
+        pass
+
+    def plan(self, name: str) -> str:
+        return f"{name}: the {self.processes} processes that were started"
+
+    def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
+        assert sweep is None, "a sweep is refused before"
+        assert len(rundirs) == 1
+        self.has_launched = True
+        ranks = of_environment()
+        ranks.join()
+        ranks.broadcast(str(rundirs[0].path))
+        return [_work(rundirs[0])]
+
+    def refuse(self, overrides: list[str], *, is_sweep: bool) -> None:
+        """Refuse what such processes cannot do.
+
+        Raises:
+            ConfigError: a launcher of ours, or a sweep.
+        """
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key.partition(".")[0] == "launcher":
+                problem = f"{self.processes} processes were started already (torchrun, accelerate launch)"
+                raise ConfigError(Fault(key, problem, "leave it out, or leave starting them to runner", value))
+        if is_sweep:
+            problem = "a sweep starts the processes of each run itself"
+            remedy = f"python -m runner -m launcher=accelerate launcher.processes={self.processes} …"
+            raise ConfigError(Fault("-m", problem, remedy))
+
+
+def among_several(command: Callable[[Joined], int]) -> int:
+    """Do ``command`` on rank 0 and what follows from it on the others; returns the exit code of this process."""
+    ranks = of_environment()
+    if ranks.rank:
+        with silent(os.devnull):
+            return _follow(ranks)
+    launcher = Joined(ranks.world)
+    try:
+        return command(launcher)
+    finally:
+        if not launcher.has_launched:
+            ranks.join()
+            ranks.broadcast("")
+            ranks.leave()
+
+
+def _follow(ranks: Ranks) -> int:
+    ranks.join()
+    folder = ranks.broadcast("")
+    if folder:
+        return _work(RunDir(Path(folder)))
+    ranks.leave()
+    return 0
+
+
+def _work(rundir: RunDir) -> int:
+    from runner import worker
+
+    return worker.work(rundir)
