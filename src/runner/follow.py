@@ -140,6 +140,12 @@ def only_one(lock: Path, wait: bool) -> Iterator[bool]:
         yield True
 
 
+def be_polite() -> None:
+    """Leave the processor to workers from here on; not before, while a submitter waits for this process."""
+    with contextlib.suppress(OSError):
+        os.nice(10)
+
+
 def say(text: str, rundir: RunDir | None = None) -> None:
     """One line with the time, for mirror.log."""
     where = f"{rundir.path.name}: " if rundir else ""

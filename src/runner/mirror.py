@@ -6,7 +6,6 @@ sweep's runs in MLflow and leaves the rest to the mirrors of its jobs.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from runner import mlflow_sweep, store, sweep_mirror
 from runner.errors import ConfigError, Fault, RunnerError
-from runner.follow import close_if_dead, follow, only_one
+from runner.follow import be_polite, close_if_dead, follow, only_one
 from runner.mlflow_run import MlflowRun
 from runner.rundir import RunDir, State, SweepDir, find_runs, sweep_of
 from runner.secrets import take_credentials
@@ -124,17 +123,16 @@ def _credentials_into_environment(uri: str) -> str:
 
 
 def main(*argv: str) -> int:
-    """``FOLDER [SINCE]``, ``--sweep SWEEP`` or ``--open SWEEP``: polite to workers, deaf to what is meant for them."""
+    """``FOLDER [SINCE]``, ``--sweep SWEEP`` or ``--open SWEEP``: deaf to what is meant for workers."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # it ends by itself soon after its worker, once the end is told
-    with contextlib.suppress(OSError):
-        os.nice(10)
     how, folder = argv[0], Path(argv[-1] if argv[0].startswith("--") else argv[0])
     try:
         if how == "--open":
             return sweep_mirror.open_only(SweepDir(folder))
         if how == "--sweep":
             return sweep_mirror.follow_sweep(SweepDir(folder))
+        be_polite()
         return follow(RunDir(folder), float(argv[1]) if len(argv) > 1 else 0.0)
     except FileNotFoundError:
         if folder.exists():

@@ -139,13 +139,11 @@ def find_runs(client: MlflowClient, experiments: Sequence[str], tag: str, value:
     """All runs that bear this tag, deleted ones included; a thousand of them are one call."""
     from mlflow.entities import ViewType
 
-    page = None
-    while page is None or page.token:
-        token = page.token if page else None
-        page = client.search_runs(
-            list(experiments), f"tags.`{tag}` = '{value}'", ViewType.ALL, max_results=1000, page_token=token
-        )
+    token, wanted = None, f"tags.`{tag}` = '{value}'"
+    while token != "":
+        page = client.search_runs(list(experiments), wanted, ViewType.ALL, max_results=1000, page_token=token)
         yield from page
+        token = page.token or ""
 
 
 def create_run(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runner import mlflow_sweep, store
 from runner.errors import RunnerError
-from runner.follow import BATCH_S, GAVE_UP, GRACE_S, LONGEST_PAUSE_S, POLL_S, Follower, only_one, say
+from runner.follow import BATCH_S, GAVE_UP, GRACE_S, LONGEST_PAUSE_S, POLL_S, Follower, be_polite, only_one, say
 from runner.mlflow_run import ENDED, MlflowRun
 from runner.rundir import RunDir, State, SweepDir, locked, write_atomic
 from runner.tracking import read_report
@@ -38,6 +38,7 @@ def follow_sweep(sweep: SweepDir) -> int:
         the exit code: 0 all is told, 3 the store did not answer to the end.
     """
     problem = _opened(sweep)
+    be_polite()
     with only_one(sweep.mirror_lock, wait=True) as mine:
         return _Mirror(sweep, problem).until_told() if mine else 0
 
