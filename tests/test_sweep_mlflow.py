@@ -11,6 +11,7 @@ import fcntl
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -123,15 +124,20 @@ def test_parent_and_children(outputs: Path) -> None:
     assert statuses(sweep) == ["SCHEDULED"] * 5
 
 
-def test_six_open_at_once_on_a_fresh_database(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_six_open_at_once(tmp_path: Path, fresh_database: Path, is_fresh: bool) -> None:
+    if not is_fresh:  # making it lets one after another in; so here they have it, and start at the same moment
+        shutil.copy(fresh_database, tmp_path / "mlflow.db")
     sweep = make_sweep(tmp_path, 8)
-    together = time.monotonic() + 0.5
-    children = [fork(functools.partial(_open_at, sweep, together)) for _ in range(6)]
+    together = time.monotonic() + (0.5 if is_fresh else 2.0)
+    children = [fork(functools.partial(_open_at, sweep, together, is_fresh)) for _ in range(6)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 6
     assert (only_parents(sweep), len(children_of(sweep))) == (1, 8)
 
 
-def _open_at(sweep: SweepDir, together: float) -> None:
+def _open_at(sweep: SweepDir, together: float, is_fresh: bool) -> None:
+    if not is_fresh:
+        store.connect(f"sqlite:///{sweep.path.parents[1]}/mlflow.db")
     time.sleep(max(0.0, together - time.monotonic()))
     assert mlflow_sweep.open_sweep(sweep, queued=True) == ""
 
