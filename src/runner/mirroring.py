@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,21 @@ def queueing(sweep: SweepDir) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def mirrored(sweep: SweepDir) -> Iterator[Callable[[], None]]:
+    """While the block works through the sweep here, one process brings all its runs into MLflow; it ends soon after.
+
+    Yields what waits until the ids of parent and children are fixed: to be called before the first job starts.
+    """
+    with queueing(sweep):
+        mirror = start_sweep_mirror(sweep)
+        yield lambda: _tell(wait_opened(mirror, sweep))
+    result = wait_sweep_mirror(mirror, sweep)
+    if result.untold:
+        print(f"MLflow has not got {result.untold} runs to their end ({result.message})", file=sys.stderr)
+        print(f"bring them: python -m runner sync {sweep.path}", file=sys.stderr)
+
+
 def start_sweep_mirror(sweep: SweepDir) -> Mirror | None:
     """Start the process that makes the sweep's runs in MLflow and then mirrors them; None if all are offline.
 
@@ -56,9 +71,12 @@ def open_in_mlflow(sweep: SweepDir, timeout_s: float = 600.0) -> str:
     """Make the sweep's runs in MLflow where each job mirrors itself (launcher=slurm), and wait for it.
 
     Returns:
-        why MLflow has not got them; empty when it has, or when all are offline. Jobs may start either way.
+        why MLflow has not got them, which is also said; empty when it has, or when all are offline. Jobs may start
+        either way.
     """
-    return wait_opened(_start(sweep, "--open"), sweep, timeout_s)
+    problem = wait_opened(_start(sweep, "--open"), sweep, timeout_s)
+    _tell(problem)
+    return problem
 
 
 def wait_opened(mirror: Mirror | None, sweep: SweepDir, timeout_s: float = 600.0) -> str:
@@ -96,6 +114,11 @@ def wait_sweep_mirror(mirror: Mirror | None, sweep: SweepDir, timeout_s: float =
         return SweepResult(url, untold, f"process {mirror.pid} is still telling MLflow, see {sweep.mirror_log}")
     problem = said.get("problem") or f"the mirror ended with code {code}, see {sweep.mirror_log}"
     return SweepResult(url, untold, problem)
+
+
+def _tell(problem: str) -> None:
+    if problem:
+        print(f"MLflow: {problem}; the runs go on, and `runner sync` brings them later", file=sys.stderr)
 
 
 def _start(sweep: SweepDir, how: str) -> Mirror | None:

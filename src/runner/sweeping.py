@@ -125,8 +125,7 @@ class Session:
                 if not entry.rundir.is_alive():
                     entry.rundir.cancel_request.unlink(missing_ok=True)
             self.is_detached = self.is_detached or launcher.is_detached
-            if True:
-                codes = launcher.launch([entry.rundir for entry in todo], sweep)
+            codes = launcher.launch([entry.rundir for entry in todo], sweep)
             for entry, code in zip(todo, codes, strict=False):
                 entry.code = code
             if any(code in (75, 130) for code in codes):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from runner import system
+from runner import mirroring, system
 from runner.errors import Fault, LaunchError
 from runner.launch import queue
 from runner.launch.child import Slot
@@ -44,8 +44,15 @@ class Local:
         if sweep is None and len(rundirs) == 1:
             return [self._here(rundirs[0])]
         slots = self.slots()
-        start = partial(work, mirrored=sweep is not None)  # one mirror follows the whole sweep
-        return queue.work_through(rundirs, slots, start, sweep, lambda: warm(slots[0]))
+        if sweep is None:
+            return queue.work_through(rundirs, slots, partial(work, mirrored=False), None, lambda: warm(slots[0]))
+        with mirroring.mirrored(sweep) as opened:  # one mirror follows the whole sweep
+
+            def before_the_first() -> None:
+                warm(slots[0])  # seconds, in which the mirror makes parent and children
+                opened()
+
+            return queue.work_through(rundirs, slots, partial(work, mirrored=True), sweep, before_the_first)
 
     def slots(self) -> list[Slot]:
         return slots(self.parallel, gpus_per_job=self.gpus_per_job, threads=self.threads)

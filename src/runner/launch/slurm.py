@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from runner import scheduler
+from runner import mirroring, scheduler
 from runner.errors import Fault
 from runner.launch import following, sbatch, submission, submitting
 from runner.rundir import RunDir, SweepDir
@@ -84,6 +84,8 @@ class Slurm:
         """Submit the runs that are not in the queue; with ``wait`` follow all of them to their ends."""
         if self.cluster != "slurm":
             _note_unused(self)
+        if sweep:
+            mirroring.open_in_mlflow(sweep)  # parent and children are there before the first job starts
         if self.cluster == "debug":
             return submitting.run_here(self, rundirs, sweep)
         submitting.submit(self, rundirs, sweep)
