@@ -80,7 +80,7 @@ def test_a_failed_job_stops_no_other_and_is_retried_on_request(tmp_path: Path, c
     (tmp_path / "fussy.py").write_text(FUSSY)
     words = (
         "-m", *SMALL, "seed=0,1,2", "data=local", "data.path=rows.jsonl", "data/format=custom",
-        "data.format.function=fussy.py:row", "data.max_length=32,64",
+        "data.format.function=fussy.py:row", "data.max_length=64,96",
     )  # fmt: skip
     rows = [{"q": f"How many apples are {n} apples?", "a": f"There are {n} of them."} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -161,7 +161,10 @@ class Composer:
 
     def label(self, overrides: Sequence[str]) -> str:
         """What tells a job from the others of its sweep: the overrides that the command line does not fix."""
-        return ",".join(text for text in overrides if text not in self._fixed)
+        fixed = {_key(text) for text in self._fixed} - {
+            _key(text) for text in self.args.overrides if text not in self._fixed
+        }
+        return ",".join(text for text in overrides if _key(text) not in fixed)
 
     @functools.cached_property
     def _fixed(self) -> list[str]:
@@ -247,6 +250,10 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 
 
 _Dumper.add_representer(str, OmegaConfDumper.str_representer)
+
+
+def _key(text: str) -> str:
+    return text.partition("=")[0]
 
 
 def _value(override: Override) -> str:

@@ -145,13 +145,17 @@ def ending(rundir: RunDir, mirrored: tracking.MirrorResult | None, code: int) ->
 
 def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
     """All runs of a sweep in one table, then what to do next; ``is_detached``: they go on after this."""
-    rows = []
+    rows, reasons = [], []
     for label, rundir in runs:
         state = rundir.read_state()
         loss = state.summary.get("eval/loss")
-        shown = f"{loss:.4f}" if loss is not None else state.reason or "–"
+        shown = f"{loss:.4f}" if loss is not None else "–"
         rows.append([label or rundir.path.name, state.status, shown, console.nearest(rundir.path)])
+        if state.reason:
+            reasons.append(f"{state.status}  {label or rundir.path.name}: {state.reason}")
     console.table("sweep", ["run", "status", "held-out loss", "folder"], rows)
+    for reason in reasons:  # beside the table: a reason broken into a column can be neither read nor searched
+        console.say(reason)
     home = console.nearest(runs[0][1].path.parent)
     states = [rundir.read_state().status for _, rundir in runs]
     if is_detached:
