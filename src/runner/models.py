@@ -159,7 +159,7 @@ def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True)
     """
     model = getattr(model, "_orig_mod", model)
     is_adapter = hasattr(model, "peft_config")
-    state = shards.gathered(adapter.state(model) if is_adapter else model.state_dict(), keep=writes)
+    state = shards.gathered(adapter.state(model) if is_adapter else model.state_dict(keep_vars=True), keep=writes)
     if not writes:
         return
     with modeldir.written_aside(folder) as aside:

@@ -7,8 +7,10 @@ import hashlib
 import importlib.util
 import json
 import logging
+import multiprocessing
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -148,8 +150,23 @@ def _make_once(name: str, write: Callable[[Path], None]) -> Path:
         if not folder.is_dir():
             log.info("making %s, once", folder)
             with modeldir.written_aside(folder) as aside:
-                write(aside)
+                _outside_group(write, aside)
     return folder
+
+
+def _outside_group(write: Callable[[Path], None], folder: Path) -> None:
+    """Call ``write``; where ranks have joined, transformers (5.2x) would save nothing but on rank 0, whatever it saves.
+
+    A rank beyond 0 thus leaves it to a process that has joined none. Each machine may have a cache of its own, so that
+    waiting for rank 0 would not do.
+    """
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_rank() == 0:
+        write(folder)
+        return
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+        other.submit(write, folder).result()
 
 
 def _package_file(package: str, file: str) -> Path:

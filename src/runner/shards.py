@@ -33,11 +33,17 @@ def gathered(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
     A tensor that stands under two names stays one: tied weights are written once.
     """
     seen: dict[int, Any] = {}
-    for tensor in state.values():
-        if id(tensor) not in seen and isinstance(tensor, torch.Tensor) and is_sharded(tensor):
-            found = whole(tensor.detach())
-            seen[id(tensor)] = found.cpu() if keep else None
-    return {name: seen.get(id(tensor), tensor) for name, tensor in state.items()}
+    for value in state.values():
+        if id(value) not in seen:
+            seen[id(value)] = _gathered(value, keep) if isinstance(value, torch.Tensor) else value
+    return {name: seen[id(value)] for name, value in state.items()}
+
+
+def _gathered(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
+    if not is_sharded(tensor):
+        return tensor.detach()
+    found = whole(tensor.detach())
+    return found.cpu() if keep else None
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:

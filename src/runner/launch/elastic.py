@@ -94,7 +94,12 @@ def run(rundir: RunDir, processes: int, *, mirrored: bool = False) -> int:
         try:
             codes = elastic_launch(config, _rank)(str(rundir.path), processes, mirrored)
             return int(codes[0])
-        except (ChildFailedError, SignalException):
+        except ChildFailedError as error:
+            leading = error.failures.get(0)
+            if leading is not None and leading.exitcode > 0:  # rank 0 ended by itself and has written down how
+                return int(leading.exitcode)
+            return _what_it_came_to(rundir, asked)
+        except SignalException:  # a torch that handles signals itself
             return _what_it_came_to(rundir, asked)
 
 
@@ -193,6 +198,7 @@ def _warm() -> None:
 
 def _quiet() -> None:
     """What torch elastic has to say of a rank that ended is in the run's state and in the rank's log."""
-    chatty = logging.getLogger("torch.distributed.elastic")
-    chatty.addHandler(logging.NullHandler())
-    chatty.propagate = False
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        chatty = logging.getLogger(name)
+        chatty.addHandler(logging.NullHandler())
+        chatty.propagate = False

@@ -1,0 +1,42 @@
+"""Work on a run folder with several ranks, one of which may go wrong at a step: used by test_parallel.
+
+python elastic_server.py FOLDER PROCESSES [raise|refuse|die|term|interrupt STEP RANK]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from runner import train
+from runner.errors import DataError, Fault
+from runner.launch import elastic
+from runner.rundir import RunDir
+
+SIGNALS = {"die": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
+
+
+def go_wrong(what: str, at: int, rank: int) -> None:
+    """From now on, on this rank and before this step, the worst happens; "term" and "interrupt" reach the launcher."""
+    step, launcher = train.optimizer_step, os.getpid()
+
+    def then(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+        if progress.step == at and parts.ranks.rank == rank:
+            if what == "raise":
+                raise ZeroDivisionError("too deep a thought")
+            if what == "refuse":
+                raise DataError(Fault("data", "row 7 is gone"))
+            os.kill(os.getpid() if what == "die" else launcher, SIGNALS[what])
+        step(parts, progress, hooks)
+
+    train.optimizer_step = then
+
+
+if __name__ == "__main__":
+    folder, processes, *wrong = sys.argv[1:]
+    if wrong:
+        go_wrong(wrong[0], int(wrong[1]), int(wrong[2]))
+    sys.exit(elastic.run(RunDir(Path(folder)), int(processes)))
