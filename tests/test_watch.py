@@ -17,7 +17,7 @@ import pytest
 from conftest import TINY, prepared
 
 from runner import asked, cli, named, standing
-from runner.errors import ConfigError
+from runner.errors import ConfigError, LaunchError
 from runner.rundir import DIED, RunDir, SweepDir
 
 MIRRORED = ("tracking=mlflow", "tracking.system_metrics=false")
@@ -451,6 +451,74 @@ def test_a_reader_that_goes_away_is_no_error():
         f"{sys.executable} -m runner logs a/1 | head -1", shell=True, capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("step\n", "")
+
+
+# Slurm
+
+
+@pytest.fixture
+def slurm() -> Iterator[None]:
+    """A Slurm that answers; nothing submitted outlives the test."""
+    from runner import scheduler
+
+    try:
+        scheduler.refuse_unreachable()
+    except LaunchError as error:
+        pytest.skip(str(error))
+    yield
+    found = [RunDir(path.parent).read_manifest().get("slurm") for path in Path("outputs").rglob("manifest.json")]
+    scheduler.cancel([job["job_id"] for job in found if job])
+
+
+def submitted(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "runner", *words, *SWEEP, *ENDLESS, "launcher=slurm"], check=True)
+
+
+@pytest.mark.slurm
+def test_jobs_of_slurm_waiting_at_work_and_cancelled(slurm: None, capsys: pytest.CaptureFixture[str]):
+    submitted("-m", "sweep=seeds", "seed=1,2,3", "launcher.array_parallelism=1")
+    sweep = SweepDir(Path("outputs/sweeps/seeds").absolute())
+    one, two, three = sweep.rundirs()
+    assert statuses(capsys)["seed=2"]["status"] == "queued"
+    until(lambda: statuses(capsys)["seed=2"]["reason"] == "Slurm: JobArrayTaskLimit")
+    assert "no log yet, the run is queued" in said_of("logs", "seeds/seed=2", capsys=capsys)[2]
+    until(lambda: one.read_state().step >= 3)
+    job = one.read_manifest()["slurm"]["job_id"]
+    assert re.search(rf"seed=1 +running .* job {job} on n\d", said_of("status", "seeds", capsys=capsys)[1])
+
+    subprocess.run(["scancel", two.read_manifest()["slurm"]["job_id"]], check=True)
+    until(lambda: statuses(capsys)["seed=2"]["status"] == "killed")
+    assert two.read_state().reason == "cancelled outside (scancel)"
+
+    assert said_of("cancel", "seeds", capsys=capsys)[0] == 0
+    assert [rundir.read_state().status for rundir in sweep.rundirs()] == ["killed"] * 3
+    assert three.read_state().reason.startswith("cancelled before it started by ")
+    assert re.search("cancelled by .*; the state is saved at step", one.read_state().reason)
+    states = subprocess.run(["squeue", "-h", "-o", "%T", "-j", job.split("_")[0]], capture_output=True, text=True)
+    assert "PENDING" not in states.stdout
+    assert "RUNNING" not in states.stdout
+    until(lambda: {mlflow_status(rundir) for rundir in sweep.rundirs()} == {"KILLED"})
+
+
+@pytest.mark.slurm
+def test_jobs_of_slurm_that_died_without_a_word(slurm: None, capsys: pytest.CaptureFixture[str]):
+    submitted("name=early", "launcher.setup=['echo going wrong >&2; exit 3']", "tracking=offline")
+    until(lambda: statuses(capsys)["early"]["status"] == "failed")
+    assert re.match(r"Slurm: FAILED, .*exit code 3, .*before the run began", str(statuses(capsys)["early"]["reason"]))
+    assert (
+        "going wrong"
+        in subprocess.run(
+            [sys.executable, "-m", "runner", "logs", "early"], capture_output=True, text=True, check=True
+        ).stdout
+    )
+
+    submitted("name=shot", "tracking=offline")
+    shot = named.resolve_run("shot", Path("outputs"))
+    until(lambda: shot.read_state().step >= 3)
+    os.kill(shot.read_state().pid, signal.SIGKILL)
+    until(lambda: statuses(capsys)["shot"]["status"] != "running")
+    assert shot.read_state().status == "killed"
+    assert "Slurm: FAILED" in shot.read_state().reason
 
 
 # Nothing heavy

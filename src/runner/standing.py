@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 LIVE = ("queued", "starting", "running", "requeued")
 """What is going to go on without anybody's help."""
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-FAILED = ("FAILED", "OUT_OF_MEMORY")
-"""States of Slurm that will come again if the run is tried as it is; others (a time limit, a dead node) may not."""
 _NODES = ("slurm", "mlflow")
+"""Keys of the manifest that hold a dict, if anything."""
 NOBODY = "nobody will start it: give the same command again"
 
 
@@ -203,7 +202,9 @@ def _with_slurm(standing: Standing, job: Job, is_alive: bool) -> tuple[str, str]
         return (state.status if has_begun else "starting"), "suspended by Slurm" * (job.state == "SUSPENDED")
     if state.status == "preempted" and job.state != "CANCELLED":
         return "preempted", state.reason
-    return ("failed" if job.state in FAILED else "killed"), _fate(standing, job)
+    # A worker at work says itself of what it fails; where it said nothing, it was killed.
+    has_failed = job.state == "OUT_OF_MEMORY" or (job.state == "FAILED" and state.status != "running")
+    return ("failed" if has_failed else "killed"), _fate(standing, job)
 
 
 def _waits(job: Job) -> str:
