@@ -34,7 +34,9 @@ COMPLAINTS = (
 )
 """(key, what Slurm says when it is that key that it does not like)."""
 
-CANDIDATES = ("nodelist", "exclude", "constraint", "gpus_per_node", "mem_gb", "cpus_per_task", "tasks_per_node")
+CANDIDATES = (
+    "nodelist", "exclude", "constraint", "gpus_per_node", "mem_gb", "cpus_per_task", "tasks_per_node", "nodes",
+)  # fmt: skip
 """Keys to leave out, one at a time, where Slurm only says that it has no such nodes."""
 
 ENVIRONMENT = {
@@ -143,7 +145,7 @@ def refuse(asked: Slurm) -> None:
     if key == "nodelist" and asked.nodelist is None:
         key = "exclude"
     if not key:
-        given = (key for key in CANDIDATES if getattr(asked, key) is not None)
+        given = (key for key in CANDIDATES if getattr(asked, key) not in (None, _WITHOUT.get(key)))
         key = next((key for key in given if not _complaint(_without(asked, key))), "")
     value = getattr(asked, key) if key else "slurm"
     remedy = _remedy(asked, key) or "change what is asked for; sinfo shows what there is"
@@ -151,8 +153,12 @@ def refuse(asked: Slurm) -> None:
 
 
 def _without(asked: Slurm, key: str) -> Slurm:
-    nothing: dict[str, Any] = {key: None}
+    nothing: dict[str, Any] = {key: _WITHOUT.get(key)}
     return replace(asked, **nothing)
+
+
+_WITHOUT = {"nodes": 1}
+"""What asks for nothing, where that is not null."""
 
 
 def _complaint(asked: Slurm) -> str:

@@ -1,0 +1,314 @@
+"""Against a real Slurm (scripts/slurm-lab/up): arrays, several nodes, interruptions of every kind, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from runner import scheduler, tracking
+from runner.errors import LaunchError
+from runner.rundir import RunDir, SweepDir, find_runs
+
+ROOT = Path(__file__).parents[1]
+BASE = (
+    "model=tiny", "data.max_length=128", "data.train_rows=64", "data.eval_rows=4", "train.sample_prompts=0",
+)  # fmt: skip
+SHORT = (*BASE, "train.max_steps=4", "lora.lora_dropout=0.1")
+LONG = (
+    *BASE, "train.max_steps=150", "train.save_steps=10", "train.eval_steps=50", "train.gradient_accumulation_steps=24",
+    "lora.lora_dropout=0.1", "data.packing=true",
+)  # fmt: skip
+"""Some 40 s of training on one core: long enough to be disturbed."""
+SLURM = ("launcher=slurm", "launcher.timeout_min=60")
+TIMES = ("time", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction", "train/mfu")
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Slurm that answers, and a folder to work in; nothing submitted outlives the test."""
+    try:
+        scheduler.refuse_unreachable()
+    except LaunchError as error:
+        pytest.skip(f"no Slurm answers here, scripts/slurm-lab/up makes one ({error.faults[0].problem})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    for path in Path().rglob("slurm/runner-*.json"):
+        if job := json.loads(path.read_text()).get("job_id"):
+            subprocess.run(["scancel", job], check=False, capture_output=True)
+
+
+def runner(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runner", *words]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=500)
+
+
+def until(is_true: Callable[[], Any], seconds: float = 200) -> None:
+    give_up_at = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < give_up_at, "it never came to that"
+        time.sleep(0.1)
+
+
+def slurm_says(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def job_of(rundir: RunDir) -> str:
+    return str(rundir.read_manifest()["slurm"]["job_id"])
+
+
+def has_left_the_queue(rundir: RunDir) -> bool:
+    return not any(job.is_active for job in scheduler.jobs([job_of(rundir)]).values())
+
+
+def weights(rundir: RunDir) -> bytes:
+    return (rundir.model / "adapter_model.safetensors").read_bytes()
+
+
+def records(rundir: RunDir) -> list[dict[str, Any]]:
+    """All that was recorded but for how long it took."""
+    return [
+        {key: value for key, value in record.items() if key not in TIMES and not key.startswith("memory/")}
+        for record in tracking.read(rundir)
+    ]
+
+
+def mlflow_runs(outputs: str = "outputs") -> list[Any]:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{Path(outputs).absolute() / 'mlflow.db'}")
+    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
+
+
+def steps_in_mlflow(run: Any, outputs: str = "outputs") -> list[int]:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{Path(outputs).absolute() / 'mlflow.db'}")
+    return [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_an_array_of_eight_throttled_to_two_computes_what_the_local_run_does(slurm: None):
+    words = ("-m", *SHORT, *SLURM, "seed=range(8)", "launcher.array_parallelism=2", "launcher.wait=true")
+    done = runner(*words)
+    assert done.returncode == 0, done.stderr
+    rundirs = SweepDir(Path("outputs/sweeps/seed").absolute()).rundirs()
+    assert [rundir.read_state().status for rundir in rundirs] == ["completed"] * 8
+    ids = [job_of(rundir) for rundir in rundirs]
+    assert {id.partition("_")[0] for id in ids} == {ids[0].partition("_")[0]}, "one array"
+    assert most_at_once(ids) <= 2
+    parents = [run for run in mlflow_runs() if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in mlflow_runs() if "mlflow.parentRunId" in run.data.tags]
+    assert [len(parents), len(children)] == [1, 8]
+    assert {run.info.status for run in parents + children} == {"FINISHED"}
+    assert {run.data.tags["runner.slurm_job_id"] for run in children} == set(ids)
+
+    here = runner(*SHORT, "seed=3", "hydra.run.dir=here", "tracking=offline")
+    assert here.returncode == 0, here.stderr
+    assert weights(RunDir(Path("here"))) == weights(rundirs[3])
+
+    again = runner(*words)
+    assert again.returncode == 0
+    assert "8 of 8 jobs are completed already: skipped" in again.stderr
+
+
+def most_at_once(ids: list[str]) -> int:
+    """How many of these jobs ran at the same second, from Slurm's accounting."""
+    lines = slurm_says("sacct", "-nPX", "-j", ids[0].partition("_")[0], "-o", "Start,End").splitlines()
+    spans = [tuple(line.split("|")) for line in lines]
+    assert len(spans) == len(ids)
+    return max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_two_nodes_of_two_tasks_compute_what_four_processes_here_do(slurm: None):
+    several = ("launcher.nodes=2", "launcher.tasks_per_node=2", "launcher.wait=true")
+    done = runner(*SHORT, *SLURM, *several, "hydra.run.dir=there")
+    assert done.returncode == 0, done.stderr
+    here = runner(*SHORT, "launcher=accelerate", "launcher.processes=4", "hydra.run.dir=here", "tracking=offline")
+    assert here.returncode == 0, here.stderr
+    there, local = RunDir(Path("there")), RunDir(Path("here"))
+    assert there.read_manifest()["signature"] == local.read_manifest()["signature"]
+    assert weights(there) == weights(local)
+    nodes = slurm_says("sacct", "-nPX", "-j", job_of(there), "-o", "NNodes,NTasks,State")
+    assert nodes.startswith("2|")
+    assert [run.info.status for run in mlflow_runs()] == ["FINISHED"]
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_whatever_interrupts_a_run_it_ends_as_the_undisturbed_one(slurm: None):
+    disturbed = {
+        "preempted": ("launcher.partition=low", "launcher.nodelist=n1"),
+        "timed_out": ("launcher.nodelist=n2", "launcher.timeout_min=1", "launcher.signal_delay_s=30"),
+        "requeued": ("launcher.nodelist=n3",),
+        "orphaned": ("launcher.exclude='n[1-3]'",),
+    }
+    rundirs = {name: RunDir(Path(name).absolute()) for name in disturbed}
+    for name, where in disturbed.items():
+        done = runner(*LONG, *SLURM, *where, f"hydra.run.dir={name}")
+        assert done.returncode == 0, done.stderr
+    reference = RunDir(Path("reference").absolute())
+    until(lambda: rundirs["preempted"].read_state().step >= 3)
+    slurm_says("sbatch", "--partition=main", "--nodelist=n1", "--exclusive", "--time=5", "--wrap=sleep 2")
+    until(lambda: rundirs["requeued"].read_state().step >= 3)
+    slurm_says("scontrol", "requeue", job_of(rundirs["requeued"]))
+    until(lambda: rundirs["orphaned"].read_state().step >= 12)
+    kill_node("n4", rundirs["orphaned"])
+    slurm_says("scontrol", "update", f"jobid={job_of(rundirs['orphaned'])}", "ExcNodeList=n4")
+    try:
+        done = runner(*LONG, "hydra.run.dir=reference", "tracking=offline")
+        assert done.returncode == 0, done.stderr
+        for rundir in rundirs.values():
+            until(lambda rundir=rundir: rundir.read_state().status == "completed", 300)
+            until(lambda rundir=rundir: has_left_the_queue(rundir))
+    finally:
+        subprocess.run(["slurmd", "-N", "n4"], check=False)
+    for name, rundir in rundirs.items():
+        assert rundir.read_state().attempt >= 2, f"{name}: nothing interrupted it"
+        assert weights(rundir) == weights(reference), name
+        assert records(rundir) == records(reference), name
+    runs = mlflow_runs()
+    assert len(runs) == len(rundirs), "one MLflow run each"
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        assert steps_in_mlflow(run) == list(range(1, 151)), "no gap and nothing twice"
+
+
+def kill_node(name: str, rundir: RunDir) -> None:
+    """What a power cut does: the node's daemon, what it started, and the worker are gone at once."""
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = process.info["cmdline"] or []
+        if process.info["name"] == "slurmd" and words[-1:] == [name]:
+            process.kill()
+    worker = psutil.Process(rundir.read_state().pid)
+    family = [worker, *worker.parents()]
+    for process in family:
+        if (
+            process.name() in ("slurmstepd", "srun")
+            or process is worker
+            or "slurm_script" in " ".join(process.cmdline())
+        ):
+            process.kill()
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_crash_is_failed_everywhere(slurm: None):
+    words = (*SHORT, *SLURM, "optim.learning_rate=1e30", "train.max_steps=20", "hydra.run.dir=crash")
+    done = runner(*words, "launcher.wait=true")
+    assert done.returncode == 1, done.stderr
+    rundir = RunDir(Path("crash").absolute())
+    assert rundir.read_state().status == "failed"
+    assert slurm_says("sacct", "-nPX", "-j", job_of(rundir), "-o", "State") == "FAILED"
+    logs = runner("logs", "crash")
+    assert "Traceback (most recent call last)" in logs.stdout
+    assert rundir.read_state().reason.splitlines()[0] in logs.stdout
+    assert [run.info.status for run in mlflow_runs()] == ["FAILED"]
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_later_edits_do_not_reach_a_queued_job(slurm: None):
+    shutil.copytree(ROOT / "src", "checkout/src")
+    shutil.copytree(ROOT / "conf", "checkout/conf")
+    there = {"PYTHONPATH": str(Path("checkout/src").absolute())}
+    words = (*SHORT, *SLURM, "hydra.run.dir=queued", "+launcher.additional_parameters.hold=true")
+    done = runner(*words, **there)
+    assert done.returncode == 0, done.stderr
+    rundir = RunDir(Path("queued").absolute())
+    assert Path(rundir.read_manifest()["snapshot"]["folder"], "runner", "train.py").exists()
+    for file in ("src/runner/train.py", "src/runner/worker.py", "conf/lora/lora.yaml", "conf/config.yaml"):
+        Path("checkout", file).write_text("broken: [\n")
+    slurm_says("scontrol", "release", job_of(rundir))
+    until(lambda: has_left_the_queue(rundir))
+    assert rundir.read_state().status == "completed", rundir.read_state().reason
+    here = runner(*SHORT, "hydra.run.dir=here", "tracking=offline")
+    assert here.returncode == 0, here.stderr
+    assert weights(RunDir(Path("here"))) == weights(rundir)
+
+
+@pytest.mark.slurm
+def test_a_submitter_killed_before_it_notes_the_job_submits_it_once(slurm: None):
+    Path("bin").mkdir()
+    sbatch = Path("bin/sbatch")
+    real = shutil.which("sbatch")
+    sbatch.write_text(f'#!/bin/bash\n[[ "$*" == *--test-only* ]] && exec {real} "$@"\n{real} "$@"\nkill -9 $PPID\n')
+    sbatch.chmod(0o755)
+    words = (*SHORT, *SLURM, "hydra.run.dir=once", "tracking=offline", "+launcher.additional_parameters.hold=true")
+    killed = runner(*words, PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
+    assert killed.returncode == -signal.SIGKILL
+    [file] = Path("once/slurm").glob("runner-*.json")
+    name = json.loads(file.read_text())["name"]
+    assert json.loads(file.read_text())["job_id"] is None
+    again = runner(*words)
+    assert again.returncode == 0, again.stderr
+    jobs = slurm_says("squeue", "-h", "-n", name, "-o", "%i").split()
+    assert jobs == [job_of(RunDir(Path("once").absolute()))]
+    assert slurm_says("squeue", "-h", "-o", "%j").split().count(name) == 1
+    assert len(list(Path("once/slurm").glob("runner-*.json"))) == 1
+
+
+REFUSED = [
+    ("launcher.partition=nope", "launcher.partition=nope", "partitions: "),
+    ("launcher.nodes=99", "launcher.nodes=99", "ask for fewer"),
+    ("launcher.gpus_per_node=9", "launcher.gpus_per_node=9", "ask for less"),
+    ("launcher.timeout_min=100000", "launcher.timeout_min=100000", "ask for less"),
+    ("launcher.mem_gb=9999", "launcher.mem_gb=9999", "ask for less"),
+]
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(("override", "key", "remedy"), REFUSED, ids=[case[0] for case in REFUSED])
+def test_what_slurm_would_not_take_is_refused_before_anything_is_there(
+    slurm: None, override: str, key: str, remedy: str
+):
+    for mode in ([], ["-m", "seed=1,2"]):
+        done = runner(*mode, *SHORT, "launcher=slurm", override)
+        assert done.returncode == 2, done.stderr
+        assert key in done.stderr
+        assert remedy in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("what", ["missing", "down"])
+def test_without_a_slurm_the_launcher_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str):
+    if what == "down" and not shutil.which("sbatch"):
+        pytest.skip("no sbatch here")
+    monkeypatch.chdir(tmp_path)
+    environment = {"PATH": "/nowhere"} if what == "missing" else {"SLURM_CONF": "/nowhere/slurm.conf"}
+    done = runner(*SHORT, "launcher=slurm", **environment)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert ("sbatch" if what == "missing" else "/nowhere/slurm.conf") in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.slow
+def test_without_slurm_a_sweep_runs_detached_on_this_machine(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = runner("-m", *SHORT, "launcher=slurm", "launcher.cluster=local", "seed=1,2", "tracking=offline",
+                  "launcher.array_parallelism=1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rundirs = find_runs(Path("outputs"))
+    until(lambda: [rundir.read_state().status for rundir in rundirs] == ["completed"] * 2)
+    assert [rundir.read_state().attempt for rundir in rundirs] == [1, 1]
