@@ -1,6 +1,8 @@
 """Work through the runs of a sweep in a queue; used by test_local, which stops and kills it.
 
-python queue_server.py PARALLEL SWEEP [imitate]   prints the exit codes; ``imitate``: the runs do what their names say
+python queue_server.py PARALLEL SWEEP [imitate|ranks]   prints the exit codes
+
+``imitate``: the runs do what their names say; ``ranks``: each run has two processes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from runner.launch import local, queue
+from runner.launch import elastic, local, queue
 from runner.launch.child import Slot
 from runner.rundir import RunDir, SweepDir
 from runner.stop import Stop
@@ -53,6 +55,8 @@ if __name__ == "__main__":
     parallel, sweep = int(sys.argv[1]), SweepDir(Path(sys.argv[2]))
     if sys.argv[3:] == ["imitate"]:
         codes = queue.work_through(sweep.rundirs(), [Slot(1)] * parallel, imitate, sweep)
+    elif sys.argv[3:] == ["ranks"]:
+        codes = elastic.Elastic(2).launch(sweep.rundirs(), sweep)
     else:
         codes = local.Local(parallel, 1, 1).launch(sweep.rundirs(), sweep)
     print(*codes)

@@ -48,8 +48,8 @@ def noted(sweep: SweepDir, labels: list[str]) -> SweepDir:
     return sweep
 
 
-def queue(sweep: SweepDir, *, parallel: int, play: bool = False) -> subprocess.Popen[str]:
-    command = [sys.executable, SERVER, str(parallel), str(sweep.path), *["imitate"] * play]
+def queue(sweep: SweepDir, *, parallel: int, how: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, SERVER, str(parallel), str(sweep.path), *how.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -158,6 +158,21 @@ def test_the_runs_outlive_a_queue_that_is_killed(tmp_path: Path, cache: Path):
 
 
 @pytest.mark.slow
+def test_runs_of_several_processes_take_the_same_queue(tmp_path: Path, cache: Path):
+    ranks = "parallel=ddp launcher=accelerate launcher.processes=2"
+    sweep = tiny_sweep(tmp_path / "sweep", f"{ranks} {' '.join(LONG)}", f"{ranks} seed=1")
+    process, first = queue(sweep, parallel=1, how="ranks"), sweep.rundirs()[0]
+    wait_for(lambda: first.read_state().step >= 3)
+    launcher = int(Path(f"/proc/{first.read_state().pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(launcher, signal.SIGKILL)  # its ranks save, and are waited for
+    codes, said = ended(process)
+    assert codes == [75, 0]
+    assert statuses(sweep) == ["preempted", "completed"]
+    assert f"the state is saved at step {first.read_state().step}" in said
+    assert sweep.rundirs()[1].rank_log(1).exists()
+
+
+@pytest.mark.slow
 def test_two_queues_at_once_work_on_each_run_once(tmp_path: Path, cache: Path):
     sweep = tiny_sweep(tmp_path / "sweep", *(f"seed={n}" for n in range(5)))
     both = [queue(sweep, parallel=1) for _ in range(2)]
@@ -167,7 +182,7 @@ def test_two_queues_at_once_work_on_each_run_once(tmp_path: Path, cache: Path):
 
 def test_two_queues_wait_for_each_other_without_a_slot(tmp_path: Path):
     sweep = played_sweep(tmp_path, "sleep 3", "ok", "ok", "fail", "sleep 3")
-    both = [queue(sweep, parallel=1, play=True) for _ in range(2)]
+    both = [queue(sweep, parallel=1, how="imitate") for _ in range(2)]
     for codes, said in map(ended, both):
         assert codes == [0, 0, 0, 1, 0]
         assert "completed" in said
@@ -176,7 +191,7 @@ def test_two_queues_wait_for_each_other_without_a_slot(tmp_path: Path):
 
 def test_how_a_process_ended_is_told_truthfully(tmp_path: Path):
     sweep = played_sweep(tmp_path, "crash", "exit 3", "ok", "fail")
-    codes, said = ended(queue(sweep, parallel=2, play=True))
+    codes, said = ended(queue(sweep, parallel=2, how="imitate"))
     assert codes == [1, 1, 0, 1]
     assert statuses(sweep) == ["failed", "failed", "completed", "failed"]
     reasons = [rundir.read_state().reason for rundir in sweep.rundirs()]
@@ -192,7 +207,7 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_started(tmp_path: Path):
     sweep = played_sweep(tmp_path, "sleep 2", "ok", "ok")
     asked_before, asked_now = sweep.rundirs()[1:]
     asked_before.cancel_request.write_text("last week")
-    process = queue(sweep, parallel=1, play=True)
+    process = queue(sweep, parallel=1, how="imitate")
     wait_for(lambda: statuses(sweep)[0] == "running")
     asked_now.cancel_request.write_text("cancelled by me")
     codes, said = ended(process)
@@ -202,10 +217,17 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_started(tmp_path: Path):
     assert "[3/3] ok: cancelled" in said
 
 
+def test_a_run_that_cannot_be_claimed_is_worked_on_all_the_same(tmp_path: Path):
+    """A full disk, for one, which the run itself may well survive."""
+    sweep = played_sweep(tmp_path, "ok")
+    sweep.rundirs()[0].queue_lock.mkdir()
+    assert ended(queue(sweep, parallel=1, how="imitate"))[0] == [0]
+
+
 def test_what_a_killed_process_leaves_behind_goes_with_it(tmp_path: Path):
     """A rank or a loader of data that stays would keep the folder and the GPU."""
     sweep = played_sweep(tmp_path, "leave")
-    codes, _ = ended(queue(sweep, parallel=1, play=True))
+    codes, _ = ended(queue(sweep, parallel=1, how="imitate"))
     assert codes == [1]
     state = sweep.rundirs()[0].read_state()
     assert state.reason == "killed by SIGKILL"
@@ -289,7 +311,7 @@ def test_a_closed_terminal_stops_the_queue_as_sigterm_does(tmp_path: Path):
 def test_the_board_follows_runs_that_others_work_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     sweep = played_sweep(tmp_path, "sleep 1", "fail")
     sweep.rundirs()[1].write_state(status="killed", reason="in an earlier attempt")
-    process = queue(sweep, parallel=1, play=True)
+    process = queue(sweep, parallel=1, how="imitate")
     board.follow(sweep.rundirs(), lambda: process.poll() is not None)
     ended(process)
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[")]

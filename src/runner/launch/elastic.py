@@ -14,11 +14,13 @@ import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runner import console, outcome, system
 from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
+from runner.launch import local
 from runner.ranks import Several
 from runner.rundir import RunDir, SweepDir
 from runner.schema import Count
@@ -31,7 +33,7 @@ DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 @dataclass(frozen=True)
 class Elastic:
-    """``processes`` ranks of each run on this machine, one run after another."""
+    """``processes`` ranks of each run on this machine; of a sweep as many runs at once as there are GPUs for."""
 
     processes: int
     is_detached: bool = False
@@ -46,14 +48,10 @@ class Elastic:
         return f"{name}: {self.processes} processes on this machine, of {_threads(self.processes)} threads each"
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
-        codes: list[int] = []
-        for number, rundir in enumerate(rundirs, 1):
-            if sweep is not None:
-                print(f"[{number}/{len(rundirs)}] {rundir.path.name}", file=sys.stderr)
-            codes.append(run(rundir, self.processes))
-            if codes[-1] in (Preempted.exit_code, Interrupted.exit_code):
-                break
-        return codes
+        if sweep is None and len(rundirs) == 1:
+            return [run(rundirs[0], self.processes)]
+        slots = local.slots(None, gpus_per_job=self.processes, threads=None, processes=self.processes)
+        return local.work_through(rundirs, slots, partial(run, processes=self.processes), sweep)
 
 
 def accelerate(*, processes: Count) -> Elastic:

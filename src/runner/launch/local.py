@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from runner import mirroring, system
 from runner.errors import Fault, LaunchError
@@ -15,6 +15,12 @@ from runner.launch import queue
 from runner.launch.child import Slot
 from runner.rundir import RunDir, SweepDir
 from runner.schema import Count
+
+
+class Start(Protocol):
+    """Works on one run in a process of the queue; returns its exit code."""
+
+    def __call__(self, rundir: RunDir, *, mirrored: bool) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -43,16 +49,7 @@ class Local:
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         if sweep is None and len(rundirs) == 1:
             return [self._here(rundirs[0])]
-        slots = self.slots()
-        if sweep is None:
-            return queue.work_through(rundirs, slots, partial(work, mirrored=False), None, lambda: warm(slots[0]))
-        with mirroring.mirrored(sweep) as opened:  # one mirror follows the whole sweep
-
-            def before_the_first() -> None:
-                warm(slots[0])  # seconds, in which the mirror makes parent and children
-                opened()
-
-            return queue.work_through(rundirs, slots, partial(work, mirrored=True), sweep, before_the_first)
+        return work_through(rundirs, self.slots(), work, sweep)
 
     def slots(self) -> list[Slot]:
         return slots(self.parallel, gpus_per_job=self.gpus_per_job, threads=self.threads)
@@ -76,6 +73,19 @@ def check_local(*, gpus_per_job: int, **_: Any) -> Iterator[Fault]:
     if gpus_per_job > 1:
         remedy = f"take several processes: launcher=accelerate launcher.processes={gpus_per_job}"
         yield Fault("gpus_per_job", "a run of one process computes on one GPU", remedy, gpus_per_job)
+
+
+def work_through(rundirs: list[RunDir], slots: list[Slot], start: Start, sweep: SweepDir | None) -> list[int]:
+    """Bring the runs to their ends in a queue of this machine; of a sweep one mirror brings all into MLflow."""
+    if sweep is None:
+        return queue.work_through(rundirs, slots, partial(start, mirrored=False), None, lambda: warm(slots[0]))
+    with mirroring.mirrored(sweep) as opened:
+
+        def before_the_first() -> None:
+            warm(slots[0])  # seconds, in which the mirror makes parent and children
+            opened()
+
+        return queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, before_the_first)
 
 
 def slots(parallel: int | None, *, gpus_per_job: int, threads: int | None, processes: int = 1) -> list[Slot]:

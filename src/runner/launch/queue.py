@@ -14,7 +14,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -77,18 +77,18 @@ class Job:
 
     def take(self) -> bool:
         """Claim the run for this queue; False where another queue or worker has it."""
-        if not self.rundir.path.is_dir():
-            return True
-        handle = self.rundir.queue_lock.open("a")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.claim = self.rundir.queue_lock.open("a")
+            fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            handle.close()
+            self.release()
             return False
-        self.claim = handle
+        except OSError:  # a full disk, a folder that is gone: the worker has the words for that
+            self.release()
         if self.rundir.is_alive():
             self.release()
-        return self.claim is not None
+            return False
+        return True
 
     def release(self) -> None:
         if self.claim:
@@ -156,7 +156,9 @@ class _Queue:
             self.end(job, 130, "cancelled")
         elif state := job.outcome():
             if state.status == "running":  # and nobody holds it
-                state = job.rundir.write_state(status="killed", reason=DIED)
+                state = replace(state, status="killed", reason=DIED)
+                with contextlib.suppress(OSError):
+                    job.rundir.write_state(status=state.status, reason=state.reason)
             self.end(job, deaths.exit_code(state), state.status, state.reason)
         return job.code is not None
 
