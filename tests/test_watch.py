@@ -521,6 +521,23 @@ def test_jobs_of_slurm_that_died_without_a_word(slurm: None, capsys: pytest.Capt
     assert "Slurm: FAILED" in shot.read_state().reason
 
 
+@pytest.mark.slurm
+def test_a_job_of_slurm_that_is_requeued_lives_on_and_can_be_cancelled_meanwhile(
+    slurm: None, capsys: pytest.CaptureFixture[str]
+):
+    submitted("name=again", "tracking=offline")
+    again = named.resolve_run("again", Path("outputs"))
+    until(lambda: again.read_state().step >= 3)
+    seen = {"running"}
+    subprocess.run(["scontrol", "requeue", again.read_manifest()["slurm"]["job_id"]], check=True)
+    until(lambda: seen.add(str(statuses(capsys)["again"]["status"])) or "requeued" in seen)
+    assert seen <= {"running", "stopping", "requeued"}
+    assert again.read_state().status == "preempted"
+    assert said_of("cancel", "again", capsys=capsys)[0] == 0
+    assert again.read_state().status == "killed"
+    assert again.read_state().reason.startswith("cancelled by ")
+
+
 # Nothing heavy
 
 

@@ -22,7 +22,7 @@ from runner.rundir import DIED, RunDir, State, Status, SweepDir, sweep_of
 if TYPE_CHECKING:
     from runner.scheduler import Job
 
-LIVE = ("queued", "starting", "running", "requeued")
+LIVE = ("queued", "starting", "running", "stopping", "requeued")
 """What is going to go on without anybody's help."""
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _NODES = ("slurm", "mlflow")
@@ -36,7 +36,7 @@ class Standing:
 
     rundir: RunDir
     status: str
-    """That of the state, or one that no worker can write: queued, starting, requeued, unknown, missing, damaged."""
+    """That of the state, or what no worker can write: one of LIVE, unknown, missing or damaged."""
     reason: str = ""
     state: State = field(default_factory=State)
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -191,20 +191,28 @@ def _with_slurm(standing: Standing, job: Job, is_alive: bool) -> tuple[str, str]
     """(status, reason) of a run that Slurm knows."""
     state = standing.state
     has_ended = state.status in ("killed", "failed") and not _is_submitted_since(standing)
-    if is_alive:
-        return ("running" if state.status == "running" else "starting"), state.reason
     if has_ended:
         return state.status, state.reason
+    if state.status == "running" and (is_alive or (job.is_active and job.state not in WAITING)):
+        return "running", "suspended by Slurm" * (job.state == "SUSPENDED")
+    if state.status == "preempted" and _is_ending(standing, job, is_alive):
+        return "stopping", state.reason
+    if is_alive:
+        return "starting", ""
     if job.state in WAITING:
         return ("queued" if state.attempt == 0 else "requeued"), _waits(job)
     if job.is_active:
-        has_begun = state.status in ("running", "preempted")
-        return (state.status if has_begun else "starting"), "suspended by Slurm" * (job.state == "SUSPENDED")
+        return "starting", ""
     if state.status == "preempted" and job.state != "CANCELLED":
         return "preempted", state.reason
     # A worker at work says itself of what it fails; where it said nothing, it was killed.
     has_failed = job.state == "OUT_OF_MEMORY" or (job.state == "FAILED" and state.status != "running")
     return ("failed" if has_failed else "killed"), _fate(standing, job)
+
+
+def _is_ending(standing: Standing, job: Job, is_alive: bool) -> bool:
+    """Whether it was told to leave and has not left yet; whether it goes back into the queue shows only then."""
+    return job.state == "COMPLETING" or (is_alive and holder(standing.rundir) == standing.state.pid)
 
 
 def _waits(job: Job) -> str:

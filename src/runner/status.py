@@ -34,7 +34,8 @@ RUN is a run folder, a name, a Slurm job id, or the beginning of an MLflow run i
   --json    for programs: a list of runs and sweeps, those with a list of runs
 What it says
   pending   nobody is at work on it         queued, requeued   waits for its turn, or for Slurm
-  starting  a worker loads it               running
+  starting  a worker loads it               stopping           it was told to leave, and saves
+  running
   completed                                 failed, killed, preempted   with the reason
   unknown   it can only be seen elsewhere   missing, damaged   its folder is not what it was
 The exit code is 0, however they stand."""
@@ -44,8 +45,9 @@ POLL_S, SLURM_POLL_S = 2.0, 10.0
 """Between two looks of --watch; Slurm's daemons serve everybody, and are asked less often."""
 TAIL_BYTES = 65536
 COLOURS = {
-    "completed": "32", "running": "36", "starting": "36", "queued": "33", "requeued": "33", "pending": "33",
-    "preempted": "33", "failed": "31", "killed": "31", "damaged": "31", "missing": "31", "unknown": "35",
+    "completed": "32", "running": "36", "starting": "36", "stopping": "36", "queued": "33", "requeued": "33",
+    "pending": "33", "preempted": "33", "failed": "31", "killed": "31", "damaged": "31", "missing": "31",
+    "unknown": "35",
 }  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def where(run: Standing) -> str:
     if not run.is_live:
         return ""
     if run.job is not None:
-        node = run.job.nodes if run.status in ("running", "starting") else ""
+        node = run.job.nodes if run.status in ("running", "starting", "stopping") else ""
         return f"job {run.manifest['slurm']['job_id']}" + (f" on {node}" if node else "")
     return f"{run.state.pid}@{run.state.host}" if run.status == "running" and run.state.pid else ""
 
