@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,6 +22,8 @@ from runner.errors import Fault, Interrupted, LaunchError, Preempted, RunnerErro
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others: longer than rank 0 takes to write a checkpoint."""
+LAST_TENSORS_S = 0.1
+"""For gloo's own threads to let go of the last tensors: they abort if Python ends meanwhile (seen with torch 2.15)."""
 LOST = (
     "closed by peer", "reset by peer", "broken pipe", "socket closed", "remote process exited", "ncclremoteerror",
     "connection was likely closed", "timed out waiting", "application timeout",
@@ -120,6 +123,7 @@ class Several:
         if distributed.is_initialized():
             with contextlib.suppress(RuntimeError):  # somebody left without waiting
                 self.gather(None)
+            time.sleep(LAST_TENSORS_S)
             distributed.destroy_process_group()
 
     def agree(self, check_stop: Callable[[], None], *numbers: float) -> list[float]:

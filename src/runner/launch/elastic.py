@@ -26,7 +26,7 @@ from runner.rundir import RunDir, SweepDir
 from runner.schema import Count
 from runner.stop import SIGNALS
 
-LONGEST_END_S = 3600
+LONGEST_END_S = 600
 """How long a rank that was told to stop may take to save, and to wait for MLflow: torch elastic then kills it."""
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
