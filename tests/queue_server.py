@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from runner.launch import elastic, local, queue
-from runner.launch.child import Slot
+from runner.launch.slots import Slot
 from runner.rundir import RunDir, SweepDir
 from runner.stop import Stop
 

@@ -58,7 +58,7 @@ def prepared(folder: Path, overrides: list[str]) -> RunDir:
 def timed(work: Callable[..., int]) -> Callable[..., int]:
     """The same work, with marks of the clock beside the run's records."""
 
-    def marked(rundir: RunDir, *, mirrored: bool) -> int:
+    def marked(rundir: RunDir, mirrored: bool) -> int:
         from runner import build, train
 
         def mark(name: str) -> None:

@@ -8,19 +8,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import NoReturn
 
+from runner.launch.slots import Slot
 from runner.rundir import RunDir
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What one run may use of the machine."""
-
-    threads: int
-    gpus: tuple[str, ...] = ()
-    """As CUDA_VISIBLE_DEVICES names them; empty leaves that as it is."""
 
 
 def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: Iterable[int]) -> NoReturn:
@@ -47,12 +38,21 @@ def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: 
 
 def kill_session(leader: int) -> None:
     """Kill a process that ``become`` has made the leader of a session, and all that it has started in it."""
+    for pid in [leader, *others_of(leader)]:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def others_of(leader: int) -> list[int]:
+    """The processes of its session besides itself."""
     import psutil
 
+    found = []
     for pid in psutil.pids():
         with contextlib.suppress(OSError):
-            if os.getsid(pid) == leader:
-                os.kill(pid, signal.SIGKILL)
+            if pid != leader and os.getsid(pid) == leader:
+                found.append(pid)
+    return found
 
 
 def _leave_terminal(rundir: RunDir) -> None:

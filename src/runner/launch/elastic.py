@@ -21,6 +21,7 @@ from typing import Any
 from runner import console, outcome, system
 from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
 from runner.launch import local
+from runner.launch.slots import share
 from runner.ranks import Several
 from runner.rundir import RunDir, SweepDir
 from runner.schema import Count
@@ -50,7 +51,7 @@ class Elastic:
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         if sweep is None and len(rundirs) == 1:
             return [run(rundirs[0], self.processes)]
-        slots = local.slots(None, gpus_per_job=self.processes, threads=None, processes=self.processes)
+        slots = share(None, gpus_per_job=self.processes, threads=None, processes=self.processes)
         return local.work_through(rundirs, slots, partial(run, processes=self.processes), sweep)
 
 
@@ -59,7 +60,7 @@ def accelerate(*, processes: Count) -> Elastic:
     return Elastic(processes)
 
 
-def run(rundir: RunDir, processes: int, *, mirrored: bool = False) -> int:
+def run(rundir: RunDir, processes: int, mirrored: bool = False) -> int:
     """Work on one run with several ranks to its end; returns the exit code (0, 1, 2, 75 or 130).
 
     Each rank is forked from this process after the libraries are imported. Where there are GPUs it starts afresh:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from runner import mirroring, system
 from runner.errors import Fault, LaunchError
 from runner.launch import queue
-from runner.launch.child import Slot
+from runner.launch.slots import Slot, share
 from runner.rundir import RunDir, SweepDir
 from runner.schema import Count
 
@@ -52,7 +52,7 @@ class Local:
         return work_through(rundirs, self.slots(), work, sweep)
 
     def slots(self) -> list[Slot]:
-        return slots(self.parallel, gpus_per_job=self.gpus_per_job, threads=self.threads)
+        return share(self.parallel, gpus_per_job=self.gpus_per_job, threads=self.threads)
 
     def _here(self, rundir: RunDir) -> int:
         from runner import worker
@@ -88,27 +88,7 @@ def work_through(rundirs: list[RunDir], slots: list[Slot], start: Start, sweep: 
         return queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, before_the_first)
 
 
-def slots(parallel: int | None, *, gpus_per_job: int, threads: int | None, processes: int = 1) -> list[Slot]:
-    """What each of the runs at the same time may use: GPUs that are idle first, and an equal share of the cores.
-
-    Args:
-        parallel: how many runs; None: as many as there are idle GPUs for, and one on the CPU.
-        threads: of each of a run's ``processes``; None: the cores divided by all of them.
-    """
-    gpus, idle = system.visible_gpus(), system.idle_gpus()
-    several = parallel or max(1, len(idle) // gpus_per_job)
-    each = threads or max(1, cores() // (several * processes))
-    ordered = [*idle, *(gpu for gpu in gpus if gpu not in idle)]
-    return [Slot(each, tuple(ordered[n * gpus_per_job : (n + 1) * gpus_per_job])) for n in range(several)]
-
-
-def cores() -> int:
-    """Those that this process may use; OMP_NUM_THREADS, where it is set, says how many of them it should."""
-    named = os.environ.get("OMP_NUM_THREADS", "")
-    return int(named) if named.isdigit() and int(named) else len(os.sched_getaffinity(0))
-
-
-def work(rundir: RunDir, *, mirrored: bool) -> int:
+def work(rundir: RunDir, mirrored: bool) -> int:
     """What a process of the queue does."""
     from runner import worker
 

@@ -21,6 +21,7 @@ from typing import IO
 
 from runner.launch import child, deaths
 from runner.launch.board import Board
+from runner.launch.slots import Slot
 from runner.mirroring import queueing
 from runner.rundir import DIED, RunDir, State, SweepDir
 from runner.stop import ONE_GESTURE_S, SIGNALS
@@ -35,7 +36,7 @@ POLL_S, LOOK_EVERY_S = 0.02, 0.5
 
 def work_through(
     rundirs: list[RunDir],
-    slots: list[child.Slot],
+    slots: list[Slot],
     start: Start,
     sweep: SweepDir | None = None,
     warm: Callable[[], None] = lambda: None,
@@ -69,7 +70,7 @@ class Job:
     asked: int | None = None
     """The cancel request that lay there already: whoever hands the run over wants it all the same."""
     claim: IO[str] | None = None
-    slot: child.Slot | None = None
+    slot: Slot | None = None
     code: int | None = None
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ class _Stopped(BaseException):
 
 class _Queue:
     def __init__(
-        self, jobs: list[Job], slots: list[child.Slot], start: Start, board: Board, warm: Callable[[], None]
+        self, jobs: list[Job], slots: list[Slot], start: Start, board: Board, warm: Callable[[], None]
     ) -> None:
         self.jobs, self.start, self.board, self.warm = jobs, start, board, warm
         self.waiting, self.free = deque(jobs), deque(slots)
@@ -206,17 +207,14 @@ class _Queue:
         for pid, job in list(self.running.items()):
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 continue
-            if not job.rundir.is_alive():
-                child.kill_session(pid)  # what it leaves behind would keep its GPU
+            if job.rundir.is_alive() and child.others_of(pid):
+                continue  # ranks that outlive the process which started them: they save
+            child.kill_session(pid)  # what it leaves behind would keep its claim and its GPU
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             del self.running[pid]
             assert job.slot
             self.free.append(job.slot)
-            if job.rundir.is_alive():  # ranks that outlive the process which started them, and save
-                job.release()
-                self.elsewhere.append(job)
-            else:
-                self.close(job, code)
+            self.close(job, code)
 
     def close(self, job: Job, code: int) -> None:
         """Write down the end of a process that could not do so itself, and count it."""

@@ -1,0 +1,37 @@
+"""What runs that are at work at the same time may each use of this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from runner import system
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The part of one run."""
+
+    threads: int
+    gpus: tuple[str, ...] = ()
+    """As CUDA_VISIBLE_DEVICES names them; empty leaves that as it is."""
+
+
+def share(parallel: int | None, *, gpus_per_job: int, threads: int | None, processes: int = 1) -> list[Slot]:
+    """What each of the runs at the same time may use: GPUs that are idle first, and an equal share of the cores.
+
+    Args:
+        parallel: how many runs; None: as many as there are idle GPUs for, and one on the CPU.
+        threads: of each of a run's ``processes``; None: the cores divided by all of them.
+    """
+    gpus, idle = system.visible_gpus(), system.idle_gpus()
+    several = parallel or max(1, len(idle) // gpus_per_job)
+    each = threads or max(1, cores() // (several * processes))
+    ordered = [*idle, *(gpu for gpu in gpus if gpu not in idle)]
+    return [Slot(each, tuple(ordered[n * gpus_per_job : (n + 1) * gpus_per_job])) for n in range(several)]
+
+
+def cores() -> int:
+    """Those that this process may use; OMP_NUM_THREADS, where it is set, says how many of them it should."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdigit() and int(named) else len(os.sched_getaffinity(0))
