@@ -14,10 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 FLOORS = [
     {"errors", "secrets"},
     {"config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter", "asked",
-     "ranks", "shards"},
+     "ranks", "shards", "scheduler"},
     {"prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling", "tracking",
-     "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored", "scheduler",
-     "outcome"},
+     "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored", "outcome"},
     {"chat", "attention", "origins", "store", "sweeps", "standing", "mirroring"},
     {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run",
      "status", "logs", "cancel"},

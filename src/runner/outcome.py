@@ -9,6 +9,7 @@ import os
 import time
 import traceback
 
+from runner import scheduler
 from runner.errors import Fault, Interrupted, RunnerError, Stopped, TrainingError
 from runner.ranks import Ranks, lost_peer
 from runner.rundir import DIED, RunDir, sweep_of
@@ -69,6 +70,9 @@ def stopped(rundir: RunDir, clock: Clock, error: BaseException) -> int:
     status, code = asked.status, asked.exit_code
     if rundir.cancel_request.exists():
         reason = f"{rundir.cancel_request.read_text().strip() or 'cancelled'}; {_saved(rundir)}"
+        status, code = Interrupted.status, Interrupted.exit_code
+    elif status == "preempted" and scheduler.is_cancelled():
+        reason = f"cancelled outside (scancel); {_saved(rundir)}"
         status, code = Interrupted.status, Interrupted.exit_code
     log.info(reason, extra={"quiet": True})
     note(rundir, clock, status=status, reason=reason)

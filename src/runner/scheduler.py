@@ -105,6 +105,25 @@ def fate(id: str, restarts: int) -> Fate:
     return "cancelled" if known.state == "CANCELLED" else "ended"
 
 
+def own_id() -> str:
+    """The job that this process belongs to, as Slurm's commands name it; empty outside of any."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
+def own_restarts() -> int:
+    """How often that job had been requeued when this process started."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def is_cancelled() -> bool:
+    """Whether the job that this process belongs to is being cancelled; False where Slurm does not say."""
+    try:
+        return bool(own_id()) and fate(own_id(), own_restarts()) == "cancelled"
+    except LaunchError:
+        return False
+
+
 def requeue(id: str) -> None:
     """Put a running job back into the queue; Slurm ends what is left of it.
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runner import compiling, console, outcome, parallel, prepare, report, tracking
+from runner import compiling, console, outcome, parallel, prepare, report, scheduler, tracking
 from runner.errors import Fault, LaunchError, ResumeError, RunnerError, Stopped
 from runner.outcome import Clock
 from runner.ranks import Ranks, lost_peer, of_environment, silent, unanimous
@@ -215,14 +215,8 @@ def _begin(rundir: RunDir, loaded: Loaded) -> None:
     rundir.write_state(
         status="running", attempt=state.attempt + 1, pid=os.getpid(), host=os.uname().nodename, reason="",
         step=progress.step, total_steps=made.total_steps, started=state.started or time.time(),
-        scheduler_id=_scheduler_id(),
+        scheduler_id=scheduler.own_id(),
     )  # fmt: skip
-
-
-def _scheduler_id() -> str:
-    """The job as Slurm's own commands name it: ``123``, or ``123_4`` for one of an array."""
-    array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
 
 @contextlib.contextmanager

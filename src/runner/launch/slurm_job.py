@@ -91,13 +91,10 @@ def _wait_for_predecessor(rundir: RunDir, early: list[int]) -> None:
 
 def _after_stop(rundir: RunDir, max_requeues: int) -> int:
     """Continue after a preemption or the time limit: the job goes back into the queue, unless that is not wanted."""
-    id, restarts = _slurm_id(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    id, restarts = scheduler.own_id(), scheduler.own_restarts()
     reason = rundir.read_state().reason
     try:
         fate = scheduler.fate(id, restarts)
-        if fate == "cancelled":
-            rundir.write_state(status="killed", reason=f"cancelled outside (scancel); {reason}")
-            return 130
         if fate == "running" and restarts >= max_requeues:
             problem = f"not requeued again (launcher.max_requeues={max_requeues}); {reason}"
             rundir.write_state(reason=problem)
@@ -109,8 +106,3 @@ def _after_stop(rundir: RunDir, max_requeues: int) -> int:
         rundir.write_state(reason=f"could not be requeued ({error.faults[0].problem}); {reason}")
         print(f"could not requeue {id}: {error}", file=sys.stderr, flush=True)
     return 75
-
-
-def _slurm_id() -> str:
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
