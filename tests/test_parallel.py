@@ -141,6 +141,63 @@ if __name__ == "__main__":
 """
 
 
+SHARDING = """
+import copy
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from runner import parallel, shards
+
+def trained(cls, sharded):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, bias=False))
+    if sharded:
+        fully_shard(model)
+    optimizer = cls(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.ones(2, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = copy.deepcopy(shards.optimizer_state(optimizer, keep=True))
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_() if isinstance(value, torch.Tensor) else None
+    shards.load_optimizer_state(optimizer, found)
+    again = shards.optimizer_state(optimizer, keep=True)
+    return [shards.whole(p.detach()) for p in model.parameters()], found["state"], again["state"]
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and torch.allclose(a, b, atol=1e-6)
+    return a == b
+
+distributed.init_process_group("gloo")
+classes = {name.lower(): cls for name, cls in vars(torch.optim).items() if isinstance(cls, type)}
+for name in parallel.SHARDABLE:
+    weights, state, again = trained(classes[name], sharded=True)
+    expected, expected_state, _ = trained(classes[name], sharded=False)
+    assert all(map(same, weights, expected)), name
+    assert state.keys() == expected_state.keys(), name
+    for number, values in expected_state.items():
+        for key, value in values.items():
+            assert same(state[number][key], value), (name, key)
+            assert same(again[number][key], value), (name, key)
+    if distributed.get_rank() == 0:
+        print("proven", name, flush=True)
+distributed.barrier()
+"""
+
+
+def test_every_optimizer_that_is_offered_for_shards_trains_them_as_the_whole(tmp_path: Path):
+    script = tmp_path / "sharding.py"
+    script.write_text(SHARDING)
+    words = [*TORCHRUN[:5], str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in parallel.SHARDABLE:
+        assert f"proven {name}\n" in done.stdout
+
+
 def test_a_rank_beyond_0_makes_a_whole_model_too(tmp_path: Path):
     """transformers saves nothing but on rank 0; each machine may have a cache of its own."""
     script = tmp_path / "making.py"
@@ -293,9 +350,10 @@ def test_what_contradicts_the_launcher_is_refused(chosen: str, given: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "option", ["quant=4bit", "optim=adamw_8bit", "optim=paged_adamw_8bit", "optim=lion", "optim=muon"]
+    "option",
+    ["quant=4bit", "optim=adamw_8bit", "optim=paged_adamw_8bit", "optim=lion", "optim=muon", "compile=default"],
 )
 def test_what_cannot_be_sharded_is_refused(option: str):
-    with pytest.raises(ConfigError, match="cut into shards"):
+    with pytest.raises(ConfigError, match=r"parallel=fsdp: .*shards"):
         composed(*OPTIONS, *several("fsdp"), option)
     composed(*OPTIONS, *several("ddp"), option)

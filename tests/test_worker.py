@@ -232,6 +232,68 @@ def test_a_second_interrupt_waits_for_nothing():
             raise AssertionError("asked to stop before the block")
 
 
+def test_a_run_that_was_cancelled_is_killed_and_not_preempted(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    with pytest.MonkeyPatch.context() as patched:
+        step = train.optimizer_step
+
+        def and_cancel(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+            step(parts, progress, hooks)
+            if progress.step == 3:
+                rundir.cancel_request.write_text("cancelled by me")
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patched.setattr(train, "optimizer_step", and_cancel)
+        assert worker.work(rundir) == 130
+    state = rundir.read_state()
+    assert (state.status, state.reason) == ("killed", "cancelled by me; the state is saved at step 3")
+    assert worker.work(rundir) == 0
+    assert not rundir.cancel_request.exists(), "a new attempt begins without the request of the last"
+
+
+@pytest.mark.parametrize("where", ["a sweep", "Slurm"])
+def test_what_nobody_sees_refused_has_failed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+    if where == "Slurm":
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+    else:
+        (tmp_path / "sweep.json").write_text("{}")
+    rundir = prepared(tmp_path / "run", *SHORT)
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "inputs", raising(DataError(Fault("data.path", "is empty", "fill it"))))
+        assert worker.work(rundir) == 1
+    state = rundir.read_state()
+    assert (state.status, state.reason) == ("failed", "data.path: is empty\n    → fill it")
+    assert worker.work(rundir) == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({}, ""),
+        ({"SLURM_JOB_ID": "12"}, "12"),
+        ({"SLURM_JOB_ID": "13", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}, "12_0"),
+    ],
+)
+def test_the_state_names_the_job_of_slurm(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], name: str
+):
+    for key in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=1")
+    assert worker.work(rundir) == 0
+    assert rundir.read_state().scheduler_id == name
+
+
+def test_a_run_that_others_mirror_starts_no_mirror(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]):
+    options = [option for option in TINY if not option.startswith("tracking")]
+    rundir = prepared(tmp_path / "run", *options, "train.max_steps=1", f"outputs_dir={tmp_path}")
+    assert worker.work(rundir, mirrored=True) == 0
+    assert not rundir.mirror_log.exists()
+    assert "MLflow" not in capfd.readouterr().out
+
+
 # Out of memory, out of space
 
 

@@ -91,6 +91,11 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if kind_of(cfg["quant"]) != "none":
         remedy = "use parallel=ddp (quantized weights are small), or quant=none"
         yield Fault("parallel", "quantized weights cannot be cut into shards", remedy, "fsdp")
+    if kind_of(cfg["compile"]) == "whole":
+        remedy = "use compile=regional: layer by layer, as they are gathered"
+        yield Fault(
+            "parallel", "shards are gathered layer by layer, and this makes one graph of all layers", remedy, "fsdp"
+        )
     name = str(cfg["optim"].get("name") or kind_of(cfg["optim"])).lower()
     if name not in SHARDABLE:
         remedy = "use optim=adamw, or parallel=ddp"
