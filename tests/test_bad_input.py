@@ -98,7 +98,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("misspelt verb", ["pln"], "did you mean 'plan'"),
     ("broken override", ["quant=[4"], ""),
     ("one bad value of a sweep", ["-m", "lora.r=4,x"], "must be a whole number"),
-    ("resume of nothing", ["resume=outputs/nowhere"], "is not a run folder"),
+    ("resume of nothing", ["resume=outputs/nowhere"], "there is no run or sweep"),
     ("resume with other overrides", ["resume=outputs/nowhere", "seed=3"], "cannot take seed=3"),
 ]
 

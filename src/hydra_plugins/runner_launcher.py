@@ -34,7 +34,7 @@ class RunnerSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.session: Any = task_function
-        self.launcher = RunnerLauncher()
+        self.launcher: RunnerLauncher = RunnerLauncher()
         self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:

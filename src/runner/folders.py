@@ -30,7 +30,8 @@ def choose(cfg: dict[str, Any], composed: Path, *, named: bool, overrides: list[
     if cfg["resume"]:
         if named:
             raise ResumeError(Fault("hydra.run.dir", "a resumed run stays in its folder", "leave it out", composed))
-        return _resumed(cfg), configuration(cfg, overrides)
+        frozen = configuration(cfg, overrides)
+        return _resumed(cfg), frozen
     if named:
         return composed, cfg
     _mention_twin(cfg)
