@@ -109,6 +109,22 @@ def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return database
 
 
+def test_who_is_killed_while_making_the_database_leaves_none_that_nobody_can_open(tmp_path: Path):
+    """As a job's mirror is, when the job is requeued right after its start."""
+    database = tmp_path / "mlflow.db"
+    code = f"from runner import store; store.connect('sqlite:///{database}')"
+    maker = subprocess.Popen([sys.executable, "-c", code])
+    begun = [database, database.with_name(".mlflow.db.new")]
+    while not any(path.exists() and path.stat().st_size > 100_000 for path in begun):
+        assert maker.poll() is None, "it was done before it could be killed"
+        time.sleep(0.001)
+    maker.kill()
+    maker.wait()
+    assert not database.exists(), "killed too late, or made in place"
+    assert store.connect(f"sqlite:///{database}").search_experiments()
+    assert [path.name for path in tmp_path.glob("*mlflow.db*") if path.suffix != ".lock"] == ["mlflow.db"]
+
+
 @pytest.fixture
 def outputs(tmp_path: Path, fresh_database: Path) -> Path:
     """An outputs folder whose database is there already: making one takes seconds."""

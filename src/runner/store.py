@@ -60,10 +60,23 @@ def connect(uri: str) -> MlflowClient:
     database = Path(uri.removeprefix("sqlite:///"))
     # Processes that start together on a fresh file ruin it: one at a time may open it, which is what a client does.
     with locked(database.with_name(f".{database.name}.lock")):
+        if not database.exists():
+            _make(database)
         mlflow.set_tracking_uri(uri)  # artifacts of an older MLflow ask for this one, not for the client's
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
     return client
+
+
+def _make(database: Path) -> None:
+    """Make a sqlite database aside: who is killed meanwhile leaves half of one, and no MLflow opens that again."""
+    import mlflow
+
+    aside = database.with_name(f".{database.name}.new")
+    for left in (aside, aside.with_name(f"{aside.name}-journal")):
+        left.unlink(missing_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+    aside.rename(database)
 
 
 def answers(uri: str) -> bool:
