@@ -158,9 +158,9 @@ def _passing_on_signals(processes: int) -> Iterator[list[int]]:
         while not done.wait(0.05):
             children = multiprocessing.active_children()
             while len(asked) > passed and (passed or len(children) == processes):
-                for child in children:
+                for pid in (child.pid for child in children if child.pid):
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(child.pid or 0, asked[passed])
+                        os.kill(pid, asked[passed])
                 passed += 1
 
     before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in SIGNALS}
