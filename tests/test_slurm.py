@@ -154,8 +154,8 @@ def test_two_nodes_of_two_tasks_compute_what_four_processes_here_do(slurm: None)
 @pytest.mark.slow
 def test_whatever_interrupts_a_run_it_ends_as_the_undisturbed_one(slurm: None):
     disturbed = {
+        "timed_out": ("launcher.nodelist=n2", "launcher.timeout_min=2", "launcher.signal_delay_s=30"),
         "preempted": ("launcher.partition=low", "launcher.nodelist=n1"),
-        "timed_out": ("launcher.nodelist=n2", "launcher.timeout_min=1", "launcher.signal_delay_s=30"),
         "requeued": ("launcher.nodelist=n3",),
         "orphaned": ("launcher.exclude='n[1-3]'",),
     }
@@ -163,7 +163,7 @@ def test_whatever_interrupts_a_run_it_ends_as_the_undisturbed_one(slurm: None):
     for name, where in disturbed.items():
         done = runner(*LONG, *SLURM, *where, f"hydra.run.dir={name}")
         assert done.returncode == 0, done.stderr
-    reference = RunDir(Path("reference").absolute())
+    stop_at_step(rundirs["timed_out"], 3)
     until(lambda: rundirs["preempted"].read_state().step >= 3)
     slurm_says("sbatch", "--partition=main", "--nodelist=n1", "--exclusive", "--time=5", "--wrap=sleep 2")
     until(lambda: rundirs["requeued"].read_state().step >= 3)
@@ -174,8 +174,9 @@ def test_whatever_interrupts_a_run_it_ends_as_the_undisturbed_one(slurm: None):
         until(lambda: slurm_says("squeue", "-h", "-o", "%T", "-j", job_of(rundirs["orphaned"])) == "PENDING")
     finally:
         subprocess.run(["slurmd", "-N", "n4"], check=False)
-    until(lambda: rundirs["timed_out"].read_state().attempt >= 2)  # the warning came, it saved and is back
+    until(lambda: rundirs["timed_out"].read_state().attempt >= 2)  # it was warned, saved and is back
     slurm_says("scontrol", "update", f"jobid={job_of(rundirs['timed_out'])}", "TimeLimit=60")
+    reference = RunDir(Path("reference").absolute())
     done = runner(*LONG, "hydra.run.dir=reference", "tracking=offline")
     assert done.returncode == 0, done.stderr
     for rundir in rundirs.values():
@@ -190,6 +191,12 @@ def test_whatever_interrupts_a_run_it_ends_as_the_undisturbed_one(slurm: None):
     assert {run.info.status for run in runs} == {"FINISHED"}
     for run in runs:
         assert steps_in_mlflow(run) == list(range(1, 121)), "no gap and nothing twice"
+
+
+def stop_at_step(rundir: RunDir, step: int) -> None:
+    """Stop the worker where it is, so that its time ends before its work; Slurm continues whom it warns."""
+    until(lambda: rundir.read_state().step >= step)
+    psutil.Process(rundir.read_state().pid).suspend()
 
 
 def kill_node(name: str, rundir: RunDir) -> None:

@@ -164,8 +164,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _saved(rundir: RunDir) -> str:
-    steps = [int(path.name.removeprefix("step-")) for path in rundir.checkpoints.glob("step-*")]
-    return f"the state is saved at step {max(steps)}" if steps else "nothing was trained yet"
+    step = rundir.saved_step()
+    return f"the state is saved at step {step}" if step else "nothing was trained yet"
 
 
 def _is_written_down(rundir: RunDir) -> bool:

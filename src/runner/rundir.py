@@ -184,6 +184,10 @@ class RunDir:
             with contextlib.suppress(OSError):  # not empty: another run is in it
                 folder.rmdir()
 
+    def saved_step(self) -> int:
+        """The step from which this run would be continued; 0 where nothing is saved yet."""
+        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
+
     def is_alive(self) -> bool:
         """Whether a worker holds this folder; a worker that was killed holds it no more."""
         if not self.lock.exists():

@@ -5,6 +5,7 @@ A job's id is ``123``, or ``123_4`` where it is task 4 of an array.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -103,6 +104,20 @@ def fate(id: str, restarts: int) -> Fate:
     if known.state in ON_ITS_WAY:
         return "requeued"
     return "cancelled" if known.state == "CANCELLED" else "ended"
+
+
+def seconds_left(id: str) -> float:
+    """How long a job may still run before its time limit; infinite where it has none, or Slurm does not say.
+
+    Raises:
+        LaunchError: the controller does not answer.
+    """
+    (left, *_) = [*_lines(["squeue", "--noheader", "--format=%L", f"--jobs={id}"]), ""]
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left.strip())
+    if not found:
+        return math.inf
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def own_id() -> str:

@@ -19,6 +19,8 @@ from runner.launch import submission
 from runner.rundir import RunDir
 from runner.stop import signals_to
 
+EARLY_WARNING_S = 60.0
+"""How much sooner than asked for Slurm may warn of the time limit: it looks at the clock this seldom."""
 LONGEST_GOODBYE_S = 60.0
 """How long a failed rank lets rank 0 say why, before its end takes the others down."""
 
@@ -38,13 +40,14 @@ def run(file: str) -> None:
     asked = json.loads(Path(file).read_text())
     rundir = RunDir(Path(asked["folders"][int(job.array_task_id or 0)]))
     os.environ.update(rank_environment(job))
+    begun_at = rundir.saved_step()
     early: list[int] = []  # a stop may come before the worker listens, and again while it is decided what follows
     with signals_to(lambda number, _: early.append(number)):
         while asked["after"] and job.cluster == "local" and submission.is_process(asked["after"]) and not early:
             time.sleep(0.5)
         code = _work(rundir, job, early)
         if job.global_rank == 0 and job.cluster == "slurm" and code == 75:
-            code = _after_stop(rundir, asked["max_requeues"])
+            code = _after_stop(rundir, asked, has_advanced=rundir.saved_step() > begun_at)
     if code:
         sys.exit(code)
 
@@ -89,19 +92,22 @@ def _wait_for_predecessor(rundir: RunDir, early: list[int]) -> None:
         time.sleep(0.5)
 
 
-def _after_stop(rundir: RunDir, max_requeues: int) -> int:
-    """Continue after a preemption or the time limit: the job goes back into the queue, unless that is not wanted."""
-    id, restarts = scheduler.own_id(), scheduler.own_restarts()
+def _after_stop(rundir: RunDir, asked: dict[str, Any], *, has_advanced: bool) -> int:
+    """Continue after a preemption or the time limit: the job goes back into the queue, unless that is of no use."""
+    id, restarts, most = scheduler.own_id(), scheduler.own_restarts(), asked["max_requeues"]
     reason = rundir.read_state().reason
     try:
-        fate = scheduler.fate(id, restarts)
-        if fate == "running" and restarts >= max_requeues:
-            problem = f"not requeued again (launcher.max_requeues={max_requeues}); {reason}"
-            rundir.write_state(reason=problem)
+        if scheduler.fate(id, restarts) == "running":
+            if restarts >= most:
+                problem = f"not requeued again (launcher.max_requeues={most})"
+            elif not has_advanced and scheduler.seconds_left(id) <= asked["signal_delay_s"] + EARLY_WARNING_S:
+                problem = "not requeued: its time limit leaves no time to train; give it a longer launcher.timeout_min"
+            else:
+                print(f"requeueing {id} ({restarts + 1}/{most}): {reason}", file=sys.stderr, flush=True)
+                scheduler.requeue(id)
+                return 75
+            rundir.write_state(reason=f"{problem}; {reason}")
             print(problem, file=sys.stderr, flush=True)
-        elif fate == "running":
-            print(f"requeueing {id} ({restarts + 1}/{max_requeues}): {reason}", file=sys.stderr, flush=True)
-            scheduler.requeue(id)
     except LaunchError as error:
         rundir.write_state(reason=f"could not be requeued ({error.faults[0].problem}); {reason}")
         print(f"could not requeue {id}: {error}", file=sys.stderr, flush=True)

@@ -12,10 +12,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from runner import scheduler
 from runner.rundir import RunDir, write_atomic
+
+if TYPE_CHECKING:
+    from runner.launch.slurm import Slurm
 
 Cluster = Literal["slurm", "local", "debug"]
 
@@ -29,6 +32,8 @@ class Submission:
     folders: list[str]
     cluster: Cluster
     max_requeues: int
+    signal_delay_s: int
+    """How long before its time limit a job is told to save."""
     code: str | None
     """The snapshot that its jobs run; None: the code that is installed."""
     created: float
@@ -54,19 +59,12 @@ def path(home: Path, name: str) -> Path:
     return room(home) / f"{name}.json"
 
 
-def begin(
-    home: Path,
-    rundirs: Sequence[RunDir],
-    cluster: Cluster,
-    max_requeues: int,
-    code: Path | None,
-    after: str | None = None,
-) -> Submission:
+def begin(asked: Slurm, home: Path, rundirs: Sequence[RunDir], code: Path | None, after: str | None) -> Submission:
     """Write down what is about to be submitted."""
     submission = Submission(
-        name=f"runner-{secrets.token_hex(6)}", folders=[str(rundir.path) for rundir in rundirs], cluster=cluster,
-        max_requeues=max_requeues, code=str(code) if code else None, created=time.time(),
-        after=after,
+        name=f"runner-{secrets.token_hex(6)}", folders=[str(rundir.path) for rundir in rundirs],
+        cluster=asked.cluster, max_requeues=asked.max_requeues, signal_delay_s=asked.signal_delay_s,
+        code=str(code) if code else None, created=time.time(), after=after,
     )  # fmt: skip
     write_atomic(path(home, submission.name), json.dumps(asdict(submission), indent=1))
     return submission

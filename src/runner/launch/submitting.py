@@ -45,7 +45,7 @@ def run_here(asked: Slurm, rundirs: Sequence[RunDir], sweep: SweepDir | None) ->
     codes = []
     for home, members in _homes(rundirs, sweep).items():
         for rundir in members:
-            begun = submission.begin(home, [rundir], "debug", asked.max_requeues, None)
+            begun = submission.begin(asked, home, [rundir], None, None)
             job = DebugExecutor(submission.room(home)).submit(slurm_job.run, str(submission.path(home, begun.name)))
             submission.note(home, begun, job.job_id)
             try:
@@ -73,7 +73,7 @@ def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> None:
         for start in range(0, len(members), longest):
             part = members[start : start + longest]
             after = previous if asked.cluster == "slurm" else _in_lane(ids, asked.array_parallelism)
-            begun = submission.begin(home, part, asked.cluster, asked.max_requeues, code, after or None)
+            begun = submission.begin(asked, home, part, code, after or None)
             try:
                 previous = (_to_slurm if asked.cluster == "slurm" else _to_local)(asked, home, begun)
             except Exception as error:

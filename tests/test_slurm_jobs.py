@@ -1,0 +1,188 @@
+"""What a job of Slurm is made of and how it ends: its script, its array, its code, and what is decided from inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY, option, prepared
+from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, runner, slurm, slurm_says, until, weights
+
+from runner.launch import snapshot, submission
+from runner.rundir import RunDir, SweepDir
+
+__all__ = ["slurm"]  # the fixture
+HELD = "+launcher.additional_parameters.hold=true"
+ENDLESS = (*TINY, "train.max_steps=100000", "train.save_steps=1000")
+
+
+def without_place(script: str, folder: str, name: str) -> list[str]:
+    """The lines of a script, with what is only known at its submission called by one name."""
+    lines = script.replace(str(Path(folder).absolute()), "RUN").replace(folder, "RUN").replace(name, "NAME")
+    return [line for line in lines.replace(str(Path("RUN").absolute()), "RUN").splitlines() if "RUN/code" not in line]
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_the_script_is_the_planned_one_and_its_lines_take_effect(slurm: None):
+    words = (
+        *SHORT, "tracking=offline", "launcher=slurm", "launcher.setup=['export SEEN_BY_THE_JOB=yes']",
+        "launcher.container='env IN_A_BOX=1'", "launcher.cpus_per_task=2", "launcher.mem_gb=1.5",
+        "launcher.gpus_per_node=1", "launcher.account=root", "launcher.qos=normal", "launcher.partition=main",
+    )  # fmt: skip
+    planned = runner("plan", *words).stdout
+    done = runner(*words, "launcher.wait=true", "hydra.run.dir=there", SBATCH_PARTITION="low")
+    assert done.returncode == 0, done.stderr
+    rundir = RunDir(Path("there").absolute())
+    job = rundir.read_manifest()["slurm"]
+    script = Path("there/slurm", f"{job['job_id']}_submission.sh").read_text()
+    for line in without_place(script, str(rundir.path), job["name"]):
+        if "job-name" not in line:
+            assert line in "\n".join(without_place(planned, "RUN", "NAME")), line
+    asked = slurm_says(
+        "sacct", "-nPX", "-j", job["job_id"], "-o", "Partition,AllocCPUS,ReqMem,QOS,Account,AllocTRES,State"
+    )
+    assert asked.startswith(("main|2|1.50G|normal|root|", "main|2|1536M|normal|root|"))
+    assert "gres/gpu=1" in asked
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_whoever_is_killed_after_sbatch_need_not_come_back(slurm: None):
+    """The job finds what it is to do in its run's folder; submitit alone would wait for its pickle and fail."""
+    Path("bin").mkdir()
+    real = shutil.which("sbatch")
+    Path("bin/sbatch").write_text(
+        f'#!/bin/bash\n[[ "$*" == *--test-only* ]] || trap "kill -9 $PPID" EXIT\n{real} "$@"\n'
+    )
+    Path("bin/sbatch").chmod(0o755)
+    words = (*SHORT, *SLURM, "hydra.run.dir=alone", "tracking=offline")
+    killed = runner(*words, PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
+    assert killed.returncode == -signal.SIGKILL
+    rundir = RunDir(Path("alone").absolute())
+    until(lambda: rundir.read_state().status == "completed")
+    assert "slurm" not in rundir.read_manifest(), "it was killed too late"
+
+
+@pytest.mark.slurm
+def test_a_sweep_beyond_the_longest_array_is_cut_and_throttled_as_one(slurm: None):
+    longest = int(slurm_says("bash", "-c", "scontrol show config | sed -n 's/^MaxArraySize *= *//p'"))
+    if longest > 50:
+        pytest.skip(f"arrays of {longest} here; scripts/slurm-lab/up has short ones")
+    count = longest + 2
+    done = runner(
+        "-m", *TINY, "train.max_steps=1", *SLURM, HELD, f"seed=range({count})", "launcher.array_parallelism=2"
+    )
+    assert done.returncode == 0, done.stderr
+    rundirs = SweepDir(Path("outputs/sweeps/seed").absolute()).rundirs()
+    ids = [job_of(rundir) for rundir in rundirs]
+    assert len(set(ids)) == count
+    first, second = dict.fromkeys(id.partition("_")[0] for id in ids)
+    assert [id.partition("_")[0] for id in ids] == [first] * longest + [second] * 2
+    told = slurm_says("squeue", "-h", "-j", f"{first},{second}", "-o", "%K")
+    assert sorted(told.split()) == sorted([f"0-{longest - 1}%2", "0-1%2"])
+    assert f"afterany:{first}" in slurm_says("scontrol", "-o", "show", "job", second)
+    again = runner(
+        "-m", *TINY, "train.max_steps=1", *SLURM, HELD, f"seed=range({count})", "launcher.array_parallelism=2"
+    )
+    assert again.returncode == 0, again.stderr
+    assert [job_of(rundir) for rundir in rundirs] == ids, "what is in the queue is not submitted again"
+    assert len(list(Path("outputs/sweeps/seed/slurm").glob("runner-*.json"))) == 2
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_run_cancelled_outside_is_killed_and_one_requeued_too_often_stays_preempted(slurm: None):
+    for name in ("cancelled", "tired"):
+        done = runner(*ENDLESS, *SLURM, "launcher.max_requeues=0", f"hydra.run.dir={name}")
+        assert done.returncode == 0, done.stderr
+    cancelled, tired = RunDir(Path("cancelled").absolute()), RunDir(Path("tired").absolute())
+    until(lambda: cancelled.read_state().step >= 3 and tired.read_state().step >= 3)
+    slurm_says("scancel", job_of(cancelled))
+    slurm_says("scancel", "--signal=USR2", job_of(tired))
+    until(lambda: has_left_the_queue(cancelled) and has_left_the_queue(tired))
+    assert cancelled.read_state().status == "killed"
+    assert cancelled.read_state().reason.startswith("cancelled outside (scancel); the state is saved at step ")
+    assert slurm_says("sacct", "-nPX", "-j", job_of(cancelled), "-o", "State").startswith("CANCELLED")
+    assert tired.read_state().status == "preempted"
+    assert tired.read_state().reason.startswith("not requeued again (launcher.max_requeues=0); stopped by SIGUSR2; ")
+    assert slurm_says("sacct", "-nPX", "-j", job_of(tired), "-o", "ExitCode") == "75:0"
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_time_limit_that_leaves_no_time_to_train_is_not_requeued_for_ever(slurm: None):
+    words = (*ENDLESS, *SLURM[:1], "launcher.timeout_min=1", "launcher.signal_delay_s=55", "hydra.run.dir=short")
+    done = runner(*words, "launcher.setup=['sleep 20']", "launcher.wait=true")  # a start that takes its time
+    assert done.returncode == 75, done.stderr
+    state = RunDir(Path("short").absolute()).read_state()
+    assert [state.status, state.attempt] == ["preempted", 0]
+    assert state.reason.startswith("not requeued: its time limit leaves no time to train; give it a longer ")
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_function_of_the_users_is_frozen_with_the_code(slurm: None):
+    rows = [{"a": f"what is {n}?", "b": f"it is {n * n}"} for n in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = Path("mine.py")
+    file.write_text('def text(row):\n    return row["a"] + " " + row["b"]\n')
+    words = (*SHORT, "data=local", "data.path=rows.jsonl", "data/format=custom", "data.format.function=mine.py:text",
+             "task=pretrain", "tracking=offline")  # fmt: skip
+    here = runner(*words, "hydra.run.dir=here")
+    assert here.returncode == 0, here.stderr
+    done = runner(*words, *SLURM, HELD, "hydra.run.dir=queued")
+    assert done.returncode == 0, done.stderr
+    rundir = RunDir(Path("queued").absolute())
+    file.write_text('def text(row):\n    raise SystemExit("edited")\n')
+    slurm_says("scontrol", "release", job_of(rundir))
+    until(lambda: has_left_the_queue(rundir))
+    assert rundir.read_state().status == "completed", rundir.read_state().reason
+    assert weights(rundir) == weights(RunDir(Path("here")))
+
+
+def test_a_snapshot_is_a_package_of_its_own_and_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    rundir = prepared(tmp_path / "run", *TINY)
+    checkout = tmp_path / "checkout"
+    shutil.copytree(snapshot.PACKAGE, checkout / "src" / "runner", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(snapshot.config.config_dir(), checkout / "conf")
+    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
+    (checkout / ".gitignore").write_text("*.secret\n")
+    (checkout / "src/runner/key.secret").write_text("not code")
+    monkeypatch.setattr(snapshot, "PACKAGE", checkout / "src" / "runner")
+    monkeypatch.setattr(snapshot.config, "config_dir", lambda: checkout / "conf")
+    first = snapshot.take(tmp_path, [rundir])
+    assert snapshot.take(tmp_path, [rundir]) == first
+    assert not list(first.rglob("*.secret"))
+    (checkout / "src/runner/train.py").open("a").write("# an uncommitted change\n")
+    second = snapshot.take(tmp_path, [rundir])
+    assert second != first
+    code = "from runner import config, train; print(train.__file__, config.config_dir())"
+    environment = {**os.environ, "PYTHONPATH": str(second), "PYTHONSAFEPATH": "1"}
+    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
+    assert said == [f"{second}/runner/train.py", f"{second}/runner/conf"]
+    assert (second / "runner/train.py").read_text().endswith("# an uncommitted change\n")
+    assert not (first / "runner/train.py").read_text().endswith("# an uncommitted change\n")
+
+
+@pytest.mark.slow
+def test_debug_works_in_this_process(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    launcher = option("launcher", "slurm", cluster="debug")()
+    assert (launcher.processes, launcher.is_detached) == (1, False)
+    before = dict(os.environ)
+    done = prepared(tmp_path / "good", *TINY, "train.max_steps=2", "parallel=none")
+    bad = prepared(tmp_path / "bad", *TINY, "train.max_steps=2", "optim.learning_rate=1e30", "parallel=none")
+    assert launcher.launch([done], None) == [0]
+    assert launcher.launch([bad], None) == [1]
+    assert [done.read_state().status, bad.read_state().status] == ["completed", "failed"]
+    assert done.read_manifest()["slurm"]["cluster"] == "debug"
+    assert dict(os.environ) == before
+    assert submission.is_queued([done]) == [False]
