@@ -51,10 +51,8 @@ def plan(argv: list[str]) -> int:
         return 0
     with composed(argv) as (_, jobs):
         for job in jobs:
-            cfg = folders.configuration(job.cfg, job.overrides)
-            planning.show(cfg)
-            if started := admit.launcher_of(cfg).plan(cfg["name"] or "runner"):
-                print(started)
+            planning.show(folders.configuration(job.cfg, job.overrides))
+        print(admit.launcher_of(folders.configuration(jobs[0].cfg, jobs[0].overrides)).plan(len(jobs)))
     return 0
 
 

@@ -45,8 +45,9 @@ class Elastic:
             remedy = f"set it to {gpus} or less: each process computes on a GPU of its own"
             raise LaunchError(Fault("launcher.processes", f"there are {gpus} GPUs", remedy, self.processes))
 
-    def plan(self, name: str) -> str:
-        return f"{name}: {self.processes} processes on this machine, of {_threads(self.processes)} threads each"
+    def plan(self, runs: int) -> str:
+        at_once = f", one of the {runs} runs after another" if runs > 1 else ""
+        return f"{self.processes} processes on this machine, of {_threads(self.processes)} threads each{at_once}"
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         if sweep is None and len(rundirs) == 1:

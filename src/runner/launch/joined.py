@@ -27,8 +27,9 @@ class Joined:
     def check(self) -> None:
         pass
 
-    def plan(self, name: str) -> str:
-        return f"{name}: the {self.processes} processes that were started"
+    def plan(self, runs: int) -> str:
+        assert runs == 1, "a sweep is refused before"
+        return f"the {self.processes} processes that were started"
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         assert sweep is None, "a sweep is refused before"

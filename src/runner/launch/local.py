@@ -40,11 +40,13 @@ class Local:
             problem = f"{wanted}, and NVML and CUDA_VISIBLE_DEVICES show {have}"
             raise LaunchError(Fault("launcher.parallel", problem, "ask for fewer, or leave it null", self.parallel))
 
-    def plan(self, name: str) -> str:
+    def plan(self, runs: int) -> str:
         slots = self.slots()
         gpus = " | ".join(",".join(slot.gpus) for slot in slots if slot.gpus)
         on = f", GPU {gpus}" if gpus else ""
-        return f"{name}: on this machine; of a sweep {len(slots)} at once, {slots[0].threads} threads each{on}"
+        at_once = f"{min(runs, len(slots))} of {runs} runs at once, " if runs > 1 else ""
+        threads = slots[0].threads
+        return f"on this machine: {at_once}{threads} thread{'s' if threads > 1 else ''} each{on}"
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         if sweep is None and len(rundirs) == 1:

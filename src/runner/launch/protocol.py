@@ -25,8 +25,8 @@ class Launcher(Protocol):
             LaunchError: with the scheduler's own reason.
         """
 
-    def plan(self, name: str) -> str:
-        """What would be started for one run, as text for ``plan``: for Slurm the very script."""
+    def plan(self, runs: int) -> str:
+        """What would be started for a run, or a sweep of so many: for Slurm the very script."""
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         """Start the workers of these runs.

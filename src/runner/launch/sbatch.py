@@ -104,11 +104,13 @@ def python(asked: Slurm) -> str:
     return " ".join(filter(None, (asked.container, asked.python or shlex.quote(sys.executable))))
 
 
-def script(asked: Slurm, folder: Path, name: str, code: Path | None) -> str:
-    """The script of one run, as submitit writes it."""
+def script(asked: Slurm, folder: Path, name: str, code: Path | None, runs: int) -> str:
+    """The script of one run, or of an array of so many, as submitit writes it."""
     from submitit.slurm.slurm import _make_sbatch_string  # its executor calls this, and refuses where srun is missing
 
     made = parameters(asked, name, setup_lines(asked, folder, name, code))
+    if runs > 1:
+        made.update(map_count=runs, array_parallelism=asked.array_parallelism or runs)
     return str(_make_sbatch_string(command=command(asked, folder), folder=folder, **made))
 
 
@@ -163,7 +165,7 @@ _WITHOUT = {"nodes": 1}
 
 def _complaint(asked: Slurm) -> str:
     """Slurm's reason to refuse, in its own words; empty where it would take the job."""
-    text = script(asked, Path("slurm"), "runner", None)
+    text = script(asked, Path("slurm"), "runner", None, 1)
     try:
         with environment(asked):
             done = subprocess.run(

@@ -73,12 +73,14 @@ class Slurm:
             scheduler.refuse_unreachable()
             sbatch.refuse(self)
 
-    def plan(self, name: str) -> str:
-        """The sbatch script of one run; RUN stands for the folder that it will get."""
+    def plan(self, runs: int) -> str:
+        """The sbatch script; RUN stands for the folder of the run, or of the sweep, and NAME for the job's name."""
         if self.cluster != "slurm":
             return f"{self.processes} process(es) on this machine (launcher.cluster={self.cluster})"
         home = Path("RUN")
-        return sbatch.script(self, submission.room(home), name, None if self.snapshot == "none" else home / "code")
+        code = None if self.snapshot == "none" else home / "code"
+        text = sbatch.script(self, submission.room(home), "NAME", code, min(runs, submitting.longest_array(self)))
+        return text.replace(str(home.absolute()), str(home))
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         """Submit the runs that are not in the queue; with ``wait`` follow all of them to their ends."""

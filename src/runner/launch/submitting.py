@@ -68,7 +68,7 @@ def _homes(rundirs: Sequence[RunDir], sweep: SweepDir | None) -> dict[Path, list
 def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> None:
     done, previous = 0, ""
     ids: list[str] = []
-    longest = int(scheduler.settings("MaxArraySize").get("MaxArraySize", 1001)) if asked.cluster == "slurm" else 1
+    longest = longest_array(asked)
     for members, code in _by_code(asked, home, rundirs):
         for start in range(0, len(members), longest):
             part = members[start : start + longest]
@@ -85,6 +85,11 @@ def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> None:
             _tell(asked, previous, part)
     if ids:
         print(f"    python -m runner status {home}    how it goes; logs and cancel take a folder too", file=sys.stderr)
+
+
+def longest_array(asked: Slurm) -> int:
+    """How many runs may be submitted at once."""
+    return int(scheduler.settings("MaxArraySize").get("MaxArraySize", 1001)) if asked.cluster == "slurm" else 1
 
 
 def _in_lane(ids: list[str], lanes: int | None) -> str:
