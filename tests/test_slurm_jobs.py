@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, option, prepared
-from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, runner, slurm, slurm_says, until, weights
+from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm, slurm_says, until, weights
 
 from runner.launch import snapshot, submission
 from runner.rundir import RunDir, SweepDir
@@ -97,6 +97,22 @@ def test_a_sweep_beyond_the_longest_array_is_cut_and_throttled_as_one(slurm: Non
 
 
 @pytest.mark.slurm
+def test_a_sweep_that_sbatch_did_not_take_is_not_said_to_run(slurm: None):
+    Path("bin").mkdir()
+    real = shutil.which("sbatch")
+    refusal = 'echo "sbatch: error: Slurm is full" >&2\nexit 1\n'
+    Path("bin/sbatch").write_text(f'#!/bin/bash\n[[ "$*" == *--test-only* ]] && exec {real} "$@"\n{refusal}')
+    Path("bin/sbatch").chmod(0o755)
+    words = ("-m", *TINY, "train.max_steps=1", *SLURM, HELD, "seed=1,2")
+    done = runner(*words, PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
+    assert done.returncode == 2, done.stderr
+    assert "Slurm took 0 of 2 runs and refused the next: Slurm is full" in done.stderr
+    assert [run.info.status for run in mlflow_runs()] == ["KILLED"] * 3
+    assert runner(*words).returncode == 0
+    assert sorted(run.info.status for run in mlflow_runs()) == ["RUNNING", "SCHEDULED", "SCHEDULED"]
+
+
+@pytest.mark.slurm
 @pytest.mark.slow
 def test_a_run_cancelled_outside_is_killed_and_one_requeued_too_often_stays_preempted(slurm: None):
     for name in ("cancelled", "tired"):
@@ -124,6 +140,8 @@ def test_a_time_limit_that_leaves_no_time_to_train_is_not_requeued_for_ever(slur
     state = RunDir(Path("short").absolute()).read_state()
     assert [state.status, state.attempt] == ["preempted", 0]
     assert state.reason.startswith("not requeued: its time limit leaves no time to train; give it a longer ")
+    [run] = mlflow_runs()
+    assert (run.info.status, run.data.tags["runner.reason"]) == ("KILLED", state.reason)
 
 
 @pytest.mark.slurm

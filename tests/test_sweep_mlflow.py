@@ -345,7 +345,7 @@ class Queue:
 
     def __init__(self, sweep: SweepDir) -> None:
         self.process = subprocess.Popen([sys.executable, str(THIS), "queue", str(sweep.path)], stdin=subprocess.PIPE)
-        eventually(sweep.has_queue)
+        eventually(sweep.is_worked_on)
 
     def end(self) -> None:
         assert self.process.stdin
@@ -422,6 +422,13 @@ def test_kill_9_of_the_queue_and_of_a_worker(outputs: Path) -> None:
     assert process.returncode == 0
     assert_mirrored(second, "FINISHED")
     assert parent_of(sweep).info.status == "KILLED", "nobody will start the third"
+    assert statuses(sweep) == ["KILLED", "FINISHED", "KILLED"]
+    queue = Queue(sweep)
+    process = started(sweep)
+    assert parent_of(sweep).info.status == "RUNNING"
+    assert statuses(sweep)[2] == "SCHEDULED", "somebody will start it now"
+    queue.end()
+    assert process.wait(60) == 0
     assert [worker.wait(10) for worker in workers] == [-9, 0]
 
 

@@ -45,7 +45,7 @@ def tell_of(ended: Sequence[RunDir]) -> int:
         return 0
     runs = f"{len(behind)} runs" if len(behind) > 1 else behind[0].path.name
     print(f"MLflow has not heard of the end of {runs}; it is told now …", file=sys.stderr, flush=True)
-    problems = _sync(behind)
+    problems = tell([rundir.path for rundir in behind])
     for problem in problems:
         print(f"  {problem}", file=sys.stderr)
     if problems:
@@ -56,12 +56,12 @@ def tell_of(ended: Sequence[RunDir]) -> int:
     return len(behind)
 
 
-def _sync(rundirs: Sequence[RunDir]) -> list[str]:
-    """Bring these runs into MLflow, in seconds, most of them its import; returns what could not be brought."""
+def tell(folders: Sequence[Path]) -> list[str]:
+    """Bring runs and sweeps into MLflow, in seconds, most of them its import; returns what could not be brought."""
     problems: list[str] = []
-    for first in range(0, len(rundirs), FOLDERS_AT_ONCE):
-        folders = [str(rundir.path) for rundir in rundirs[first : first + FOLDERS_AT_ONCE]]
-        command = [sys.executable, "-P", "-m", "runner", "sync", *folders]
+    for first in range(0, len(folders), FOLDERS_AT_ONCE):
+        some = map(str, folders[first : first + FOLDERS_AT_ONCE])
+        command = [sys.executable, "-P", "-m", "runner", "sync", *some]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
             problems += (done.stdout or done.stderr).strip().splitlines()

@@ -261,15 +261,26 @@ def _bring_up_to_date(
     if status != run.info.status:
         ended = max((state.updated for state in found), default=0.0) or time.time()
         store.set_status(client, run, status, None if status == "RUNNING" else ended)
+        not_begun = [rundir for rundir, state in zip(rundirs, found, strict=False) if state.status == "pending"]
+        _say_of_waiting(client, not_begun, "SCHEDULED" if is_queued else "KILLED")
     return ""
+
+
+def _say_of_waiting(client: MlflowClient, rundirs: Sequence[RunDir], status: str) -> None:
+    """Of jobs that have not begun say whether they will: SCHEDULED, or KILLED where nobody is left to start them."""
+    for rundir in rundirs:
+        run_id = (rundir.read_manifest().get("mlflow") or {}).get("run_id")
+        if run_id and (run := client.get_run(run_id)).info.status != status:
+            store.set_status(client, run, status, None if status == "SCHEDULED" else time.time())
 
 
 def _is_queued(sweep: SweepDir, rundirs: Sequence[RunDir]) -> bool:
     """Whether a queue is at work here, or a scheduler was given one of those that wait."""
-    if sweep.has_queue():
+    if sweep.is_worked_on():
         return True
     waiting = (rundir for rundir in rundirs if rundir.read_state().status in ("pending", "preempted"))
-    return any(rundir.read_manifest().get("slurm") for rundir in waiting)
+    jobs = (rundir.read_manifest().get("slurm") for rundir in waiting)
+    return any(job and not job.get("has_left") for job in jobs)
 
 
 def _is_gone(error: Exception) -> bool:

@@ -255,8 +255,8 @@ class SweepDir:
         """How far that process got: {pid, opened, untold, problem}."""
         return self.path / "mirror.json"
 
-    def has_queue(self) -> bool:
-        """Whether a process works through this sweep here; one that was killed holds the lock no more."""
+    def is_worked_on(self) -> bool:
+        """Whether a queue works through this sweep here, or a worker that it forked does, even after it was killed."""
         with contextlib.suppress(OSError), self.queue_lock.open("r+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -246,7 +246,7 @@ def send_table(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]]
 
 
 def set_status(client: MlflowClient, run: Run, status: str, ended: float | None) -> None:
-    """RUNNING again where ``ended`` is None, else the end of the run at that time (seconds since the epoch)."""
+    """An end at that time (seconds since the epoch); where ``ended`` is None it is SCHEDULED or RUNNING again."""
     if ended is None:
         client.update_run(run.info.run_id, status)
     else:

@@ -91,7 +91,7 @@ class _Mirror:
         self.opened = not self.problem
         look_due, last_told = 0.0, time.monotonic()
         while self.sweep.manifest.exists():
-            has_queue = self.sweep.has_queue()  # before the look: a run that ended before its queue did is seen
+            has_queue = self.sweep.is_worked_on()  # before the look: a run that ended before its queue did is seen
             if time.monotonic() >= look_due:
                 self._look()
                 look_due = time.monotonic() + LOOK_S
@@ -142,7 +142,7 @@ class _Mirror:
     def _step(self) -> bool:
         """Let each run that is followed do what is due; returns whether one was told to its end."""
         if not self.opened and time.monotonic() >= self.silent_until:
-            self._answered(mlflow_sweep.try_open(self.sweep, queued=self.sweep.has_queue()))
+            self._answered(mlflow_sweep.try_open(self.sweep, queued=self.sweep.is_worked_on()))
             self.opened = not self.problem
         count = len(self.active)
         for path, each in list(self.active.items()):

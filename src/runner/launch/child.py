@@ -26,6 +26,8 @@ def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: 
         for number in signals:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         _keep_to(slot)
+        if slot.gpus:
+            rundir.update_manifest(gpus=",".join(slot.gpus))
         code = start(rundir)
     except BaseException:
         traceback.print_exc()

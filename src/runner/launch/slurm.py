@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from runner import mirroring, scheduler
-from runner.errors import Fault
+from runner import mirrored, mirroring, scheduler
+from runner.errors import Fault, LaunchError
 from runner.launch import following, sbatch, submission, submitting
 from runner.rundir import RunDir, SweepDir
 from runner.schema import Count, Positive
@@ -90,7 +90,12 @@ class Slurm:
             mirroring.open_in_mlflow(sweep)  # parent and children are there before the first job starts
         if self.cluster == "debug":
             return submitting.run_here(self, rundirs, sweep)
-        submitting.submit(self, rundirs, sweep)
+        try:
+            submitting.submit(self, rundirs, sweep)
+        except LaunchError:
+            if sweep and any(map(mirrored.is_wanted, rundirs)):
+                mirrored.tell([sweep.path])  # nobody will start what Slurm did not take
+            raise
         return following.follow(rundirs) if self.wait else [0] * len(rundirs)
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runner import scheduler
+from runner import mirrored, scheduler
 from runner.errors import LaunchError
 from runner.launch import submission
 from runner.rundir import RunDir
@@ -106,9 +106,16 @@ def _after_stop(rundir: RunDir, asked: dict[str, Any], *, has_advanced: bool) ->
                 print(f"requeueing {id} ({restarts + 1}/{most}): {reason}", file=sys.stderr, flush=True)
                 scheduler.requeue(id)
                 return 75
-            rundir.write_state(reason=f"{problem}; {reason}")
-            print(problem, file=sys.stderr, flush=True)
+            _leave(rundir, f"{problem}; {reason}")
     except LaunchError as error:
-        rundir.write_state(reason=f"could not be requeued ({error.faults[0].problem}); {reason}")
-        print(f"could not requeue {id}: {error}", file=sys.stderr, flush=True)
+        _leave(rundir, f"could not be requeued ({error.faults[0].problem}); {reason}")
     return 75
+
+
+def _leave(rundir: RunDir, reason: str) -> None:
+    """It stays as it is until somebody submits it again; its mirror has ended before that was known."""
+    print(reason, file=sys.stderr, flush=True)
+    rundir.write_state(reason=reason)
+    rundir.update_manifest(slurm={**(rundir.read_manifest().get("slurm") or {}), "has_left": True})
+    for problem in mirrored.tell([rundir.path]) if mirrored.is_wanted(rundir) else []:
+        print(problem, file=sys.stderr, flush=True)
