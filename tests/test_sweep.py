@@ -137,6 +137,7 @@ def test_a_named_sweep_and_named_folders(tmp_path: Path, cache: Path):
         (["-m", "lora.r=4,8", "resume=auto"], "is for a single run"),
         (["-m", "seed=1,2", "outputs_dir=a,b"], "cannot be swept"),
         (["sweep=mine"], "has no effect without -m"),
+        (["launcher.parallel=2"], "has no effect without -m"),
         (["-m", "parallel=ddp", "seed=1,2"], "needs several processes"),
     ],
 )

@@ -87,6 +87,10 @@ def cancel(argv: list[str]) -> int:
 VERBS: dict[str, Verb] = {"plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync}
 
 
+OF_SWEEPS = ("sweep", "launcher.parallel", "launcher.array_parallelism")
+"""Keys that mean nothing to one run."""
+
+
 def _is_word(argument: str) -> bool:
     return "=" not in argument and not argument.startswith(("-", "~", "+"))
 
@@ -118,10 +122,18 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
         if composer.is_sweep():
             return sweeping.sweep(hydra, args, composer, argv)
         job = composer.single()
-        if job.cfg["sweep"] is not None:
-            raise ConfigError(Fault("sweep", "has no effect without -m", "add -m, or leave it out", job.cfg["sweep"]))
+        _refuse_of_sweeps(job.overrides)
         admit.admit([job], joined.processes if joined else None)
         return _run_one(job, argv, joined)
+
+
+def _refuse_of_sweeps(overrides: list[str]) -> None:
+    """Refuse, for one run, what only a sweep heeds."""
+    given = (override.partition("=") for override in overrides)
+    told = {key.lstrip("+"): value for key, _, value in given if key.lstrip("+") in OF_SWEEPS and value != "null"}
+    faults = [Fault(key, "has no effect without -m", "add -m, or leave it out", told[key]) for key in told]
+    if faults:
+        raise ConfigError(*faults)
 
 
 @contextmanager
