@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from runner import config, data, lora
+from runner import config, data, lora, search
 from runner.errors import ConfigError, Fault
 from runner.schema import RunSettings, TrainSettings
 from runner.secrets import find_secrets
 
 OPTION_GROUPS = (
-    "task", "model", "quant", "lora", "optim", "schedule", "compile", "parallel", "tracking", "launcher",
+    "task", "model", "quant", "lora", "optim", "schedule", "compile", "parallel", "tracking", "launcher", "search",
 )  # fmt: skip
 
 LIMITS = ("max_steps", "num_train_epochs", "max_tokens")
@@ -76,6 +76,7 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         remedy = "put it into the environment (HF_TOKEN, MLFLOW_TRACKING_USERNAME and _PASSWORD): it is found there"
         yield Fault(key, "looks like a secret, and the configuration of a run is written down", remedy)
     yield from data.check_node(cfg["data"])
+    yield from search.check_combination(cfg)
     train = cfg["train"]
     if not is_none(cfg["quant"]) and is_none(cfg["lora"]):
         yield Fault(

@@ -87,8 +87,8 @@ def cancel(argv: list[str]) -> int:
 VERBS: dict[str, Verb] = {"plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync}
 
 
-OF_SWEEPS = ("sweep", "launcher.parallel", "launcher.array_parallelism")
-"""Keys that mean nothing to one run."""
+OF_SWEEPS = ("sweep", "search", "launcher.parallel", "launcher.array_parallelism")
+"""What keys begin with that mean nothing to one run."""
 
 
 def _is_word(argument: str) -> bool:
@@ -110,7 +110,7 @@ def _among_several(argv: list[str]) -> int:
 
 
 def _hydra(argv: list[str], joined: Joined | None = None) -> int:
-    from runner import admit, compose, sweeping
+    from runner import admit, compose, searching, sweeping
 
     args = compose.parse(argv)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
@@ -120,6 +120,8 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
         if joined:
             joined.refuse(args.overrides, is_sweep=composer.is_sweep())
         if composer.is_sweep():
+            if wanted := searching.asked_for(composer):
+                return searching.run(composer, wanted, argv)
             return sweeping.sweep(hydra, args, composer, argv)
         job = composer.single()
         _refuse_of_sweeps(job.overrides)
@@ -130,7 +132,10 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
 def _refuse_of_sweeps(overrides: list[str]) -> None:
     """Refuse, for one run, what only a sweep heeds."""
     given = (override.partition("=") for override in overrides)
-    told = {key.lstrip("+"): value for key, _, value in given if key.lstrip("+") in OF_SWEEPS and value != "null"}
+    told = {
+        key.lstrip("+"): value for key, _, value in given
+        if key.lstrip("+").startswith(OF_SWEEPS) and value not in ("null", "grid")
+    }  # fmt: skip
     faults = [Fault(key, "has no effect without -m", "add -m, or leave it out", told[key]) for key in told]
     if faults:
         raise ConfigError(*faults)

@@ -10,7 +10,7 @@ import argparse
 import copy
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ class Composer:
 
     def __init__(self, hydra: Hydra, args: argparse.Namespace) -> None:
         self.hydra, self.args = hydra, args
-        self._parser = OverridesParser.create(config_loader=hydra.config_loader)
+        self.parser = OverridesParser.create(config_loader=hydra.config_loader)
         self._bases: dict[tuple[RunMode, tuple[str, ...]], DictConfig] = {}
         self._choices: dict[str, bool] = {}
         self._sweep_dir: str | None = None
@@ -128,20 +128,24 @@ class Composer:
     def master(self) -> DictConfig:
         """What the jobs of a sweep have in common, for the sweeper; the swept keys have their defaults in it."""
         with told(self.hydra, self.args):
-            return self._composed(self._fixed, RunMode.MULTIRUN)
+            return self._composed(self.fixed, RunMode.MULTIRUN)
+
+    def chosen(self, group: str) -> dict[str, Any]:
+        """The option of a group that all jobs of a sweep share, as a plain dict."""
+        composed = self.master()
+        with read_write(composed), open_dict(composed):
+            return dict(to_plain(composed[group]))
 
     def grid(self, arguments: Sequence[str]) -> list[list[str]]:
         """The overrides of each job, every combination of the swept values, in Hydra's order."""
         with told(self.hydra, self.args):
-            (batch,) = BasicSweeper.split_arguments(self._parser.parse_overrides(list(arguments)), None)
+            (batch,) = BasicSweeper.split_arguments(self.parser.parse_overrides(list(arguments)), None)
         return [list(overrides) for overrides in batch]
 
     @functools.cached_property
     def sweep_name(self) -> str:
         """What a sweep is called unless ``sweep=NAME`` says so: the keys that have several values, joined."""
-        parsed = self._parser.parse_overrides(self.args.overrides)
-        keys = sorted({o.key_or_group.replace("/", ".") for o in parsed if o.is_sweep_override()})
-        return "+".join(keys)[:120] or "single"
+        return named_by(self.parser.parse_override(text).key_or_group for text in self.swept) or "single"
 
     def refuse_swept(self) -> None:
         """Refuse several values for a key of which a sweep has one.
@@ -150,7 +154,7 @@ class Composer:
             ConfigError: naming them all.
         """
         with told(self.hydra, self.args):
-            parsed = [each for each in self._parser.parse_overrides(self.args.overrides) if each.is_sweep_override()]
+            parsed = [each for each in self.parser.parse_overrides(self.args.overrides) if each.is_sweep_override()]
         faults = [
             Fault(each.key_or_group, "cannot be swept: it is the whole sweep's", "give it one value", _value(each))
             for each in parsed
@@ -161,22 +165,25 @@ class Composer:
 
     def label(self, overrides: Sequence[str]) -> str:
         """What tells a job from the others of its sweep: the overrides that the command line does not fix."""
-        fixed = {_key(text) for text in self._fixed} - {
-            _key(text) for text in self.args.overrides if text not in self._fixed
+        fixed = {_key(text) for text in self.fixed} - {
+            _key(text) for text in self.args.overrides if text not in self.fixed
         }
         return ",".join(text for text in overrides if _key(text) not in fixed)
 
     @functools.cached_property
-    def _fixed(self) -> list[str]:
-        return [text for text in self.args.overrides if not self._is_swept(text)]
+    def swept(self) -> list[str]:
+        """The overrides of the command line that have several values."""
+        return [text for text in self.args.overrides if self.parser.parse_override(text).is_sweep_override()]
+
+    @functools.cached_property
+    def fixed(self) -> list[str]:
+        """The others."""
+        return [text for text in self.args.overrides if text not in self.swept]
 
     def jobs(self, batch: Sequence[Sequence[str]], first: int = 0) -> list[Job]:
         """One job for each list of overrides; ``first`` is the number of the first one."""
         with told(self.hydra, self.args):
             return [self._job(list(each), RunMode.MULTIRUN, number) for number, each in enumerate(batch, first)]
-
-    def _is_swept(self, text: str) -> bool:
-        return bool(self._parser.parse_override(text).is_sweep_override())
 
     def _job(self, overrides: list[str], mode: RunMode, number: int) -> Job:
         composed = self._composed(overrides, mode)
@@ -203,7 +210,7 @@ class Composer:
         return (os.path.join(self._sweep_dir, node.sweep.subdir) if node.sweep.subdir else ""), self._sweep_dir
 
     def _composed(self, overrides: list[str], mode: RunMode) -> DictConfig:
-        parsed = self._parser.parse_overrides(overrides)
+        parsed = self.parser.parse_overrides(overrides)
         choices = [override for override in parsed if self._changes_defaults(override)]
         key = mode, tuple(str(override.input_line) for override in choices)
         if key not in self._bases:
@@ -226,6 +233,11 @@ class Composer:
         if key not in self._choices:
             self._choices[key] = is_choice(key, self.hydra)
         return key == "hydra.searchpath" or (self._choices[key] and not isinstance(override.value(), dict))
+
+
+def named_by(keys: Iterable[str]) -> str:
+    """What a sweep over these keys is called."""
+    return "+".join(sorted({key.replace("/", ".") for key in keys}))[:120]
 
 
 def write_hydra(job: Job, folder: Path) -> None:

@@ -88,6 +88,10 @@ class Preempted(Stopped):
     exit_code, status = 75, "preempted"
 
 
+class Pruned(Stopped):
+    exit_code, status = 0, "pruned"
+
+
 class Interrupted(Stopped):
     exit_code, status = 130, "killed"
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 STATUS = {
     "pending": "SCHEDULED", "running": "RUNNING", "completed": "FINISHED", "failed": "FAILED", "preempted": "KILLED",
-    "killed": "KILLED",
+    "killed": "KILLED", "pruned": "KILLED",
 }  # fmt: skip
-ENDED = ("completed", "failed", "preempted", "killed")
+ENDED = ("completed", "failed", "preempted", "killed", "pruned")
 TOLD_TAG = "runner.mirrored"
 """Set last: the time stamp of the state up to which MLflow has everything."""
 

@@ -137,7 +137,7 @@ def parent_status(states: Collection[State], is_queued: bool) -> str:
         return "RUNNING"
     if found["failed"]:
         return "FAILED"
-    return "FINISHED" if found["completed"] == len(states) else "KILLED"
+    return "FINISHED" if found["completed"] + found["pruned"] == len(states) else "KILLED"
 
 
 def _jobs(sweep: SweepDir, uri: str | None, offline: bool) -> list[Job]:
@@ -253,7 +253,9 @@ def _bring_up_to_date(
     found = list(states) if states is not None else [rundir.read_state() for rundir in rundirs]
     counts = Counter(state.status for state in found)
     run = client.get_run(parent)
-    counted = {f"runner.jobs_{status}": counts[status] for status in ("completed", "failed", "killed", "running")}
+    counted = {
+        f"runner.jobs_{status}": counts[status] for status in ("completed", "pruned", "failed", "killed", "running")
+    }
     waiting = counts["pending"] + counts["preempted"]
     store.send_tags(client, run, {"runner.jobs": len(rundirs), **counted, "runner.jobs_waiting": waiting})
     is_queued = bool(waiting) and (_is_queued(sweep, rundirs) if queued is None else queued)

@@ -16,7 +16,7 @@ from runner.rundir import DIED, RunDir, sweep_of
 from runner.secrets import redact
 
 OUT_OF_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "not enough memory")
-CODES = {"completed": 0, "preempted": 75, "killed": 130}
+CODES = {"completed": 0, "pruned": 0, "preempted": 75, "killed": 130}
 """The exit code of a run by its status; 1 for every other."""
 LAST_WORDS_S = 5.0
 """How long another rank's last words may take to be seen: its file travels through a shared file system."""
@@ -42,8 +42,9 @@ class Clock:
 
 
 def clear(rundir: RunDir) -> None:
-    """Remove what an earlier attempt left to be said: requests to cancel it, and its ranks' last words."""
+    """Remove what an earlier attempt left to be said: requests to end it, and its ranks' last words."""
     rundir.cancel_request.unlink(missing_ok=True)
+    rundir.prune_request.unlink(missing_ok=True)
     for path in rundir.path.glob(f"{rundir.rank_failure(0).name[:-1]}*"):
         path.unlink(missing_ok=True)
 

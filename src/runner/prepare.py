@@ -23,7 +23,7 @@ from runner.errors import Fault, ResumeError
 from runner.rundir import UNFINISHED, RunDir, write_atomic
 from runner.secrets import redact, take_credentials
 
-RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher")
+RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher", "search")
 """Keys that say where and how a run happens, not what it computes: they do not change its identity."""
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

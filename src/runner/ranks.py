@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
-from runner.errors import Fault, Interrupted, LaunchError, Preempted, RunnerError, Stopped
+from runner.errors import Fault, Interrupted, LaunchError, Preempted, Pruned, RunnerError, Stopped
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
@@ -128,12 +128,14 @@ class Several:
 
     def agree(self, check_stop: Callable[[], None], *numbers: float) -> list[float]:
         asked = _asked(check_stop)
-        votes = [float(isinstance(asked, kind)) for kind in (Preempted, Interrupted)]
-        preempted, interrupted, *sums = self._reduced([*votes, *numbers], "SUM")
+        votes = [float(isinstance(asked, kind)) for kind in (Preempted, Interrupted, Pruned)]
+        preempted, interrupted, pruned, *sums = self._reduced([*votes, *numbers], "SUM")
         if interrupted:
             raise asked if isinstance(asked, Interrupted) else Interrupted("interrupted")
         if preempted:
-            raise asked or Preempted("stopped by SIGTERM")
+            raise asked if isinstance(asked, Preempted) else Preempted("stopped by SIGTERM")
+        if pruned:
+            raise asked or Pruned("given up")
         return sums
 
     def largest(self, numbers: dict[str, float]) -> dict[str, float]:

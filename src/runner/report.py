@@ -129,7 +129,7 @@ def compiled(model: nn.Module, warm: int) -> dict[str, int]:
 def ending(rundir: RunDir, mirrored: tracking.MirrorResult | None, code: int) -> None:
     """The last words: what came out, where it lies, and what to do next; ``mirrored``: None where others see to it."""
     state = rundir.read_state()
-    if code == 0:
+    if state.status == "completed":
         console.table("", ["", ""], _summary_rows(state.summary))
         _show_samples(rundir)
         console.say(f"model    {rundir.model}")
@@ -140,7 +140,7 @@ def ending(rundir: RunDir, mirrored: tracking.MirrorResult | None, code: int) ->
         lacking = f"{mirrored.unsent} records ({mirrored.message})"
         console.say(f"MLflow has not got {lacking}; they are safe in the run folder.")
         console.say(f"bring them: python -m runner sync {rundir.path}")
-    console.say(f"next     {_next_command(rundir, code)}")
+    console.say(f"next     {_next_command(rundir, code if state.status != 'pruned' else 130)}")
 
 
 def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
@@ -160,7 +160,7 @@ def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
     states = [rundir.read_state().status for _, rundir in runs]
     if is_detached:
         console.say(f"next     python -m runner status {home}")
-    elif set(states) == {"completed"}:
+    elif set(states) <= {"completed", "pruned"}:
         console.say(f"next     {_next_command(runs[0][1], 0)}")
     else:
         again = "the same command with retry=true" if "failed" in states else "the same command again"

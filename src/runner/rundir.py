@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from runner.errors import ConfigError, Fault
 
-Status = Literal["pending", "running", "preempted", "completed", "failed", "killed"]
+Status = Literal["pending", "running", "preempted", "completed", "failed", "killed", "pruned"]
 UNFINISHED: tuple[Status, ...] = ("pending", "running", "preempted", "killed")
 DIED = "the process died without saying so (killed, or out of memory)"
 """The reason that others write down for a worker which could not."""
@@ -122,6 +122,11 @@ class RunDir:
     def cancel_request(self) -> Path:
         """Lies here from the moment somebody cancels the run until it is taken up again; its text is the reason."""
         return self.path / ".cancel"
+
+    @property
+    def prune_request(self) -> Path:
+        """Lies here once a search has given the run up; its text is the reason."""
+        return self.path / ".prune"
 
     @property
     def mirror_log(self) -> Path:
@@ -235,6 +240,16 @@ class SweepDir:
     def queue_lock(self) -> Path:
         """Held by each process that works through this sweep here (shared: two may)."""
         return self.path / ".queue.lock"
+
+    @property
+    def search_lock(self) -> Path:
+        """Held by the process that proposes the runs of this sweep: a second one would propose against it."""
+        return self.path / ".search.lock"
+
+    @property
+    def search_journal(self) -> Path:
+        """What Optuna has proposed and was told, line by line."""
+        return self.path / "search.journal"
 
     @property
     def mlflow_lock(self) -> Path:

@@ -174,7 +174,7 @@ def _is_submitted_since(standing: Standing) -> bool:
 
 
 def _settled(standing: Standing, job: Job | None, around: _Around) -> Standing:
-    if standing.status in ("completed", "missing", "damaged"):
+    if standing.status in ("completed", "pruned", "missing", "damaged"):
         return standing
     is_alive = standing.rundir.is_alive()
     if job is not None:

@@ -37,6 +37,7 @@ What it says
   starting  a worker loads it               stopping           it was told to leave, and saves
   running
   completed                                 failed, killed, preempted   with the reason
+  pruned    a search has given it up
   unknown   it can only be seen elsewhere   missing, damaged   its folder is not what it was
 The exit code is 0, however they stand."""
 
@@ -45,7 +46,8 @@ POLL_S, SLURM_POLL_S = 2.0, 10.0
 """Between two looks of --watch; Slurm's daemons serve everybody, and are asked less often."""
 TAIL_BYTES = 65536
 COLOURS = {
-    "completed": "32", "running": "36", "starting": "36", "stopping": "36", "queued": "33", "requeued": "33",
+    "completed": "32", "pruned": "32",
+    "running": "36", "starting": "36", "stopping": "36", "queued": "33", "requeued": "33",
     "pending": "33", "preempted": "33", "failed": "31", "killed": "31", "damaged": "31", "missing": "31",
     "unknown": "35",
 }  # fmt: skip
@@ -86,7 +88,7 @@ class _Group:
 
     @property
     def is_finished(self) -> bool:
-        return all(run.status in ("completed", "failed", "killed", "missing", "damaged") for run in self.runs)
+        return all(run.status in ("completed", "pruned", "failed", "killed", "missing", "damaged") for run in self.runs)
 
 
 def _look(words: asked.Asked) -> list[_Group]:
@@ -307,5 +309,5 @@ def _watch(words: asked.Asked) -> None:
 
 
 def _over(groups: Iterable[_Group]) -> list[RunDir]:
-    over = ("completed", "failed", "killed", "preempted")
+    over = ("completed", "pruned", "failed", "killed", "preempted")
     return [run.rundir for group in groups for run in group.runs if run.status in over]

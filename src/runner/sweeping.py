@@ -64,21 +64,43 @@ class Session:
         Raises:
             ConfigError, ResumeError, LaunchError: refused, before anything was written.
         """
-        jobs = self.composer.jobs(batch, first)
-        admit.admit(jobs)
-        for job in jobs:
-            folders.refuse_resume(job.cfg)
+        jobs = self.composed(batch, first)
         labels = [self.composer.label(overrides) for overrides in batch]
-        wanted = [sweeps.Wanted(job.cfg, label, job.folder) for job, label in zip(jobs, labels, strict=True)]
         sweep = SweepDir(Path(jobs[0].sweep_dir))
         launchers = admit.by_launcher(job.cfg for job in jobs)
         for launcher, _ in launchers:
             launcher.check()
-        entries = self._prepared(sweep, jobs, wanted)
+        entries = self.prepared(sweep, jobs, labels)
         self._tell_what_is_there(entries)
         self._launch(sweep, entries, launchers)
         self.entries += [entry for entry in entries if entry.rundir.path not in {e.rundir.path for e in self.entries}]
         return [_returned(entry, list(overrides)) for entry, overrides in zip(entries, batch, strict=True)]
+
+    def composed(self, batch: Sequence[Sequence[str]], first: int) -> list[Job]:
+        """A checked job for each list of overrides.
+
+        Raises:
+            ConfigError, ResumeError: with all that is wrong with them.
+        """
+        jobs = self.composer.jobs(batch, first)
+        admit.admit(jobs)
+        for job in jobs:
+            folders.refuse_resume(job.cfg)
+        return jobs
+
+    def prepared(self, sweep: SweepDir, jobs: list[Job], labels: list[str]) -> list[Entry]:
+        """Every job with its folder, prepared if it is new."""
+        name = str(jobs[0].cfg["sweep"])
+        wanted = [sweeps.Wanted(job.cfg, label, job.folder) for job, label in zip(jobs, labels, strict=True)]
+        try:
+            with sweeps.joined(sweep, name, self.command, wanted) as rundirs:
+                for rundir in rundirs:
+                    folders.refuse_files(rundir.path)
+                for rundir, job, each in zip(rundirs, jobs, wanted, strict=True):
+                    prepared(job, rundir.path, self.command, sweep=name, label=each.label)
+        except OSError as error:
+            raise ConfigError(sweeps.outputs_fault(error, sweep.path)) from error
+        return [Entry(each, rundir, None) for each, rundir in zip(wanted, rundirs, strict=True)]
 
     def end(self) -> int:
         """Tell how every job ended; returns the exit code of the command."""
@@ -89,19 +111,6 @@ class Session:
             if stopped in codes:
                 return stopped
         return int("failed" in states or any(code not in (0, None) for code in codes))
-
-    def _prepared(self, sweep: SweepDir, jobs: list[Job], wanted: list[sweeps.Wanted]) -> list[Entry]:
-        """Every job with its folder, prepared if it is new."""
-        name = str(jobs[0].cfg["sweep"])
-        try:
-            with sweeps.joined(sweep, name, self.command, wanted) as rundirs:
-                for rundir in rundirs:
-                    folders.refuse_files(rundir.path)
-                for rundir, job, each in zip(rundirs, jobs, wanted, strict=True):
-                    prepared(job, rundir.path, self.command, sweep=name, label=each.label)
-        except OSError as error:
-            raise ConfigError(sweeps.outputs_fault(error, sweep.path)) from error
-        return [Entry(each, rundir, None) for each, rundir in zip(wanted, rundirs, strict=True)]
 
     def _tell_what_is_there(self, entries: list[Entry]) -> None:
         states = [entry.rundir.read_state().status for entry in _distinct(entries)]

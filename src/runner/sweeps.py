@@ -19,8 +19,8 @@ from runner import prepare
 from runner.errors import Fault, ResumeError
 from runner.rundir import RunDir, SweepDir, locked, write_atomic
 
-OTHERS = {".sweep.lock", "multirun.yaml"}
-"""What may lie in the folder before sweep.json does: our lock, and what another sweeper of Hydra's wrote."""
+OTHERS = {".sweep.lock", ".search.lock", "search.journal", "multirun.yaml"}
+"""What may lie in the folder before sweep.json does: ours, and what another sweeper of Hydra's wrote."""
 
 
 @dataclass
@@ -48,7 +48,8 @@ def joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted])
     refuse(sweep)
     with locked(sweep.lock):
         manifest = sweep.read() or {"id": uuid.uuid4().hex, "name": name, "created": time.time(), "jobs": {}}
-        manifest["commands"] = [*manifest.get("commands", []), command]
+        if manifest.setdefault("commands", [])[-1:] != [command]:
+            manifest["commands"].append(command)
         jobs = manifest["jobs"]
         for job in wanted:
             if job.signature not in jobs:
@@ -71,9 +72,9 @@ def refuse(sweep: SweepDir) -> None:
 
 
 def has_to_work(rundir: RunDir, retry: bool) -> bool:
-    """Whether the run still needs a worker: not if it is completed, nor if it failed and is not to be retried."""
+    """Whether the run still needs a worker: not if it is done or given up, nor if it failed and is not retried."""
     status = rundir.read_state().status
-    return status != "completed" and (status != "failed" or retry)
+    return status not in ("completed", "pruned") and (status != "failed" or retry)
 
 
 def without_twins(wanted: list[Wanted]) -> list[Wanted]:

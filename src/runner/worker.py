@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner import compiling, console, outcome, parallel, prepare, report, scheduler, tracking
-from runner.errors import Fault, LaunchError, ResumeError, RunnerError, Stopped
+from runner.errors import Fault, LaunchError, Pruned, ResumeError, RunnerError, Stopped
 from runner.outcome import Clock
 from runner.ranks import Ranks, lost_peer, of_environment, silent, unanimous
 from runner.rundir import RunDir, write_atomic
@@ -231,11 +231,16 @@ def _telling(rundir: RunDir, made: Inputs, clock: Clock, stop: Stop, graphs: lis
             rundir.write_state(step=step, seconds=clock.seconds())
             display.record(step, metrics)
 
+        def check_stop() -> None:
+            stop.check()
+            if rundir.prune_request.exists():
+                raise Pruned(rundir.prune_request.read_text())
+
         yield train.Hooks(
             record=record,
             evaluating=display.evaluating,
             saving=partial(tracking.sync_to_disk, rundir),
-            check_stop=stop.check,
+            check_stop=check_stop,
             warm=lambda: graphs.append(compiling.graphs()),
         )
 

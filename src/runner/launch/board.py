@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOOK_EVERY_S, TELL_EVERY_S = 0.5, 30.0
-OVER = ("completed", "failed", "killed", "preempted", "cancelled", "refused")
+OVER = ("completed", "pruned", "failed", "killed", "preempted", "cancelled", "refused")
 
 
 def follow(rundirs: list[RunDir], is_over: Callable[[], bool]) -> None:
@@ -88,14 +88,20 @@ class Board:
     """The table; every change is told by its methods, and ``look`` reads how far the runs are, twice a second."""
 
     def __init__(self, rundirs: list[RunDir], at_once: int | None) -> None:
-        manifests = [rundir.read_manifest() for rundir in rundirs]
-        labels = [str(m.get("label") or m.get("name") or r.path.name) for m, r in zip(manifests, rundirs, strict=True)]
-        self.rows = [Row(rundir, label) for rundir, label in zip(rundirs, labels, strict=True)]
+        self.rows: list[Row] = []
+        for rundir in rundirs:
+            self.add(rundir)
         self.at_once = at_once
         self.notice = ""
         """What is said below the table: that it is being stopped."""
         self._live: Live | None = None
         self._looked = 0.0
+
+    def add(self, rundir: RunDir) -> int:
+        """One more run; returns its number."""
+        manifest = rundir.read_manifest()
+        self.rows.append(Row(rundir, str(manifest.get("label") or manifest.get("name") or rundir.path.name)))
+        return len(self.rows) - 1
 
     def __enter__(self) -> Board:
         if sys.stderr.isatty():

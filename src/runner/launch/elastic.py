@@ -21,6 +21,7 @@ from typing import Any
 from runner import console, outcome, system
 from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
 from runner.launch import local
+from runner.launch.protocol import Source
 from runner.launch.slots import share
 from runner.ranks import Several
 from runner.rundir import RunDir, SweepDir
@@ -54,6 +55,10 @@ class Elastic:
             return [run(rundirs[0], self.processes)]
         slots = share(None, gpus_per_job=self.processes, threads=None, processes=self.processes)
         return local.work_through(rundirs, slots, partial(run, processes=self.processes), sweep)
+
+    def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
+        slots = share(at_once, gpus_per_job=self.processes, threads=None, processes=self.processes)
+        return local.serve(source, slots, partial(run, processes=self.processes), sweep)
 
 
 def accelerate(*, processes: Count) -> Elastic:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from runner.errors import LaunchError
 from runner.launch import board, submission
+from runner.launch.protocol import Source
 from runner.rundir import RunDir
 
-CODES = {"completed": 0, "failed": 1, "killed": 130, "preempted": 75}
+CODES = {"completed": 0, "pruned": 0, "failed": 1, "killed": 130, "preempted": 75}
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0
 """Between two questions to the scheduler, at the beginning and in the long run: it serves many."""
+LOOK_S = 0.5
 SETTLING_S = 2.0
 """How much later than its job's end a run's last words may reach us over a shared file system."""
 
@@ -30,6 +32,37 @@ def follow(rundirs: Sequence[RunDir]) -> list[int]:
         print(f"\nno longer following; {len(jobs.left)} of {len(rundirs)} runs go on", file=sys.stderr)
         print("    python -m runner status, logs and cancel take their folders", file=sys.stderr)
     return [0 if rundir in jobs.left else _code(rundir) for rundir in rundirs]
+
+
+def serve(source: Source, at_once: int, submit: Callable[[RunDir], None]) -> int:
+    """Submit what ``source`` proposes, ``at_once`` at the same time; returns 0, or 130 after Ctrl-C."""
+    running: list[RunDir] = []
+    try:
+        while True:
+            while len(running) < at_once and (rundir := source.next()):
+                submit(rundir)
+                running.append(rundir)
+            if not running:
+                return 0
+            jobs = _Jobs(running)
+            while len(jobs.left) == len(running):
+                time.sleep(LOOK_S)
+                source.look()
+                jobs.have_ended()
+            for rundir in running:
+                if rundir not in jobs.left:
+                    print(f"{rundir.path.name}: {_ending(rundir)}", file=sys.stderr)
+                    source.ended(rundir)
+            running = jobs.left
+    except KeyboardInterrupt:
+        print(f"\nno further runs are proposed; {len(running)} go on, the same command takes up again", file=sys.stderr)
+        return 130
+
+
+def _ending(rundir: RunDir) -> str:
+    _code(rundir)
+    state = rundir.read_state()
+    return f"{state.status}{f': {state.reason}' if state.reason else ''}"
 
 
 class _Jobs:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import ConfigError, Fault
+from runner.launch.protocol import Source
 from runner.ranks import Ranks, of_environment, silent
 from runner.rundir import RunDir, SweepDir
 
@@ -30,6 +31,9 @@ class Joined:
     def plan(self, runs: int) -> str:
         assert runs == 1, "a sweep is refused before"
         return f"the {self.processes} processes that were started"
+
+    def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:  # noqa: ARG002
+        raise AssertionError("a sweep is refused before")
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         assert sweep is None, "a sweep is refused before"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from runner import mirroring, system
 from runner.errors import Fault, LaunchError
 from runner.launch import queue
+from runner.launch.protocol import Source
 from runner.launch.slots import Slot, share
 from runner.rundir import RunDir, SweepDir
 from runner.schema import Count
@@ -53,8 +54,11 @@ class Local:
             return [self._here(rundirs[0])]
         return work_through(rundirs, self.slots(), work, sweep)
 
-    def slots(self) -> list[Slot]:
-        return share(self.parallel, gpus_per_job=self.gpus_per_job, threads=self.threads)
+    def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
+        return serve(source, self.slots(at_once), work, sweep)
+
+    def slots(self, at_once: int | None = None) -> list[Slot]:
+        return share(at_once or self.parallel, gpus_per_job=self.gpus_per_job, threads=self.threads)
 
     def _here(self, rundir: RunDir) -> int:
         from runner import worker
@@ -77,7 +81,16 @@ def check_local(*, gpus_per_job: int, **_: Any) -> Iterator[Fault]:
         yield Fault("gpus_per_job", "a run of one process computes on one GPU", remedy, gpus_per_job)
 
 
-def work_through(rundirs: list[RunDir], slots: list[Slot], start: Start, sweep: SweepDir | None) -> list[int]:
+def serve(source: Source, slots: list[Slot], start: Start, sweep: SweepDir) -> int:
+    """Bring to their ends the runs that ``source`` proposes; returns the exit code."""
+    first = source.next()  # the mirror of the sweep begins with what there is
+    codes = work_through([first], slots, start, sweep, source) if first else []
+    return next((code for code in (130, 75) if code in codes), 0)
+
+
+def work_through(
+    rundirs: list[RunDir], slots: list[Slot], start: Start, sweep: SweepDir | None, source: Source | None = None
+) -> list[int]:
     """Bring the runs to their ends in a queue of this machine; of a sweep one mirror brings all into MLflow."""
     if sweep is None:
         return queue.work_through(rundirs, slots, partial(start, mirrored=False), None, lambda: warm(slots[0]))
@@ -87,7 +100,7 @@ def work_through(rundirs: list[RunDir], slots: list[Slot], start: Start, sweep: 
             warm(slots[0])  # seconds, in which the mirror makes parent and children
             opened()
 
-        return queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, before_the_first)
+        return queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, before_the_first, source)
 
 
 def work(rundir: RunDir, mirrored: bool) -> int:

@@ -7,6 +7,19 @@ from typing import Protocol
 from runner.rundir import RunDir, SweepDir
 
 
+class Source(Protocol):
+    """Proposes runs one after the other, and learns how each ended."""
+
+    def next(self) -> RunDir | None:
+        """A further run to start now; None where there is none, or none yet."""
+
+    def ended(self, rundir: RunDir) -> None:
+        """The run's folder says how it ended."""
+
+    def look(self) -> None:
+        """Called again and again while runs go on."""
+
+
 class Launcher(Protocol):
     """What an option of the group ``launcher`` returns; picklable, and made without importing torch."""
 
@@ -33,4 +46,11 @@ class Launcher(Protocol):
 
         Returns:
             an exit code for each (0, 1, 2, 75, 130), also 0 where it was only submitted; fewer where a stop came first.
+        """
+
+    def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
+        """Bring to their ends the runs that ``source`` proposes, ``at_once`` of them at the same time.
+
+        Returns:
+            the exit code: 0 where nothing more is proposed, 75 or 130 after a stop.
         """

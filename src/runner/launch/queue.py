@@ -21,6 +21,7 @@ from typing import IO
 
 from runner.launch import child, deaths
 from runner.launch.board import Board
+from runner.launch.protocol import Source
 from runner.launch.slots import Slot
 from runner.mirroring import queueing
 from runner.rundir import DIED, RunDir, State, SweepDir
@@ -40,10 +41,12 @@ def work_through(
     start: Start,
     sweep: SweepDir | None = None,
     warm: Callable[[], None] = lambda: None,
+    source: Source | None = None,
 ) -> list[int]:
     """Bring all runs to their ends, in this order, ``len(slots)`` at once.
 
     Args:
+        source: proposes further runs, each when there is a free slot for it.
         warm: called before the first process is forked; what it imports all of them have. No thread may be left by it
             and CUDA not be touched.
 
@@ -54,7 +57,7 @@ def work_through(
         if sweep:
             held.enter_context(queueing(sweep))  # the forked processes inherit it, and hold it if this one is killed
         board = held.enter_context(Board(rundirs, len(slots)))
-        queue = _Queue([Job(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, board, warm)
+        queue = _Queue([Job(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, board, warm, source)
         held.enter_context(queue.listening())
         return queue.run()
 
@@ -105,7 +108,7 @@ class Job:
         another_attempt = state.attempt != known.attempt
         if state.status == "completed" or (state.status != "pending" and another_attempt):
             return state
-        return state if state.status in ("failed", "preempted") and state.updated != known.updated else None
+        return state if state.status in ("failed", "preempted", "pruned") and state.updated != known.updated else None
 
 
 class _Stopped(BaseException):
@@ -114,9 +117,10 @@ class _Stopped(BaseException):
 
 class _Queue:
     def __init__(
-        self, jobs: list[Job], slots: list[Slot], start: Start, board: Board, warm: Callable[[], None]
-    ) -> None:
-        self.jobs, self.start, self.board, self.warm = jobs, start, board, warm
+        self, jobs: list[Job], slots: list[Slot], start: Start, board: Board, warm: Callable[[], None],
+        source: Source | None,
+    ) -> None:  # fmt: skip
+        self.jobs, self.start, self.board, self.warm, self.source = jobs, start, board, warm, source
         self.waiting, self.free = deque(jobs), deque(slots)
         self.running: dict[int, Job] = {}
         self.elsewhere: list[Job] = []
@@ -126,22 +130,33 @@ class _Queue:
         self.looked = self.stopped_at = 0.0
 
     def run(self) -> list[int]:
-        while self.running or (self.stop_code is None and (self.waiting or self.elsewhere)):
+        while self.running or (self.stop_code is None and (self.waiting or self.elsewhere or self.supplied())):
             self.reap()
             self.look_elsewhere()
-            while self.free and self.waiting and self.stop_code is None:
+            while self.free and self.stop_code is None and (self.waiting or self.supplied()):
                 self.next()
             self.board.look()
+            if self.source:
+                self.source.look()
             if self.running or self.elsewhere:
                 time.sleep(POLL_S)
         stopped = self.stop_code if self.stop_code is not None else 1
         return [job.code if job.code is not None else stopped for job in self.jobs]
 
+    def supplied(self) -> bool:
+        """Ask for a further run; False where there is none, or none yet."""
+        if not self.source or (rundir := self.source.next()) is None:
+            return False
+        job = Job(self.board.add(rundir), rundir)
+        self.jobs.append(job)
+        self.waiting.append(job)
+        return True
+
     def next(self) -> None:
         """Start the next run; or see that it needs no process, or is somebody else's for now."""
         job = self.waiting.popleft()
-        if job.rundir.read_state().status == "completed":
-            self.end(job, 0, "completed")
+        if (status := job.rundir.read_state().status) in ("completed", "pruned"):
+            self.end(job, 0, status)
         elif not job.take():
             self.elsewhere.append(job)
             self.board.elsewhere(job.number)
@@ -244,6 +259,8 @@ class _Queue:
         job.code = code
         job.release()
         self.board.ended(job.number, status, reason)
+        if self.source:
+            self.source.ended(job.rundir)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from annotated_types import Ge
 from runner import mirrored, mirroring, scheduler
 from runner.errors import Fault, LaunchError
 from runner.launch import following, sbatch, submission, submitting
+from runner.launch.protocol import Source
 from runner.rundir import RunDir, SweepDir
 from runner.schema import Count, Positive
 
@@ -97,6 +98,14 @@ class Slurm:
                 mirrored.tell([sweep.path])  # nobody will start what Slurm did not take
             raise
         return following.follow(rundirs) if self.wait else [0] * len(rundirs)
+
+    def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
+        """Submit each run when there is room for it; Ctrl-C ends the proposing, not what was submitted."""
+        several = at_once or self.array_parallelism
+        if several is None:
+            problem, remedy = "a search on Slurm goes on as runs end", "say how many may be at work: search.at_once=8"
+            raise LaunchError(Fault("search.at_once", problem, remedy))
+        return following.serve(source, several, lambda rundir: submitting.submit(self, [rundir], sweep))
 
 
 def slurm(

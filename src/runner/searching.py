@@ -1,0 +1,255 @@
+"""A search at work: Optuna proposes, each proposal becomes a run of a sweep, and how it ended is told to Optuna.
+
+As soon as one run ends the next is proposed. Everything lies in the sweep's folder, Optuna's journal too: the same
+command goes on after any end, with the runs that had begun first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner import admit, compose, console, search, space, sweeps, tracking
+from runner.compose import Composer
+from runner.config import bind
+from runner.errors import ConfigError, Fault, ResumeError
+from runner.rundir import RunDir, SweepDir
+from runner.space import Dimension
+from runner.sweeping import Session
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+
+LOOK_EVERY_S = 0.5
+FIXED_KEYS = ("launcher", "search", "tracking")
+"""Groups that a search cannot look through: it is itself done with them."""
+
+
+def asked_for(composer: Composer) -> search.Search | None:
+    """The search that a command line chooses; None where it is a grid."""
+    node = composer.chosen("search")
+    made: search.Search | None = bind(node, "search")()
+    return made
+
+
+def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
+    """Search until there are as many runs as are wanted; returns the exit code.
+
+    Raises:
+        ConfigError, ResumeError, LaunchError: refused, before anything was written.
+    """
+    composer.refuse_swept()
+    dimensions = space.dimensions(composer.parser, composer.swept, wanted.space)
+    if faults := [_fixed(each) for each in dimensions if each.key.split(".")[0] in FIXED_KEYS]:
+        raise ConfigError(*faults)
+    composer.sweep_name = f"{wanted.kind}-{compose.named_by(each.key for each in dimensions)}"
+    session = Session(composer, argv)
+    probes = session.composed([[*composer.fixed, *each] for each in _probes(dimensions)], 0)
+    sweep, launcher = SweepDir(Path(probes[0].sweep_dir)), admit.launcher_of(probes[0].cfg)
+    launcher.check()
+    sweeps.refuse(sweep)
+    with _alone(sweep):
+        trials = Trials(session, wanted, dimensions, sweep, retry=bool(probes[0].cfg["retry"]))
+        code = launcher.serve(trials, sweep, wanted.at_once)
+    ended = session.end() if session.entries else 0
+    trials.tell_best()
+    return code or ended
+
+
+class Trials:
+    """Proposes runs; see launch/protocol.py: Source."""
+
+    def __init__(
+        self, session: Session, wanted: search.Search, dimensions: list[Dimension], sweep: SweepDir, *, retry: bool
+    ) -> None:
+        self.session, self.wanted, self.dimensions, self.sweep = session, wanted, dimensions, sweep
+        self.study = _study(wanted, dimensions, sweep)
+        self.live: dict[Path, list[Trial]] = {}
+        """Folder of a run that goes on → the trials that it stands for: two proposals may be the same run."""
+        self.begun = deque(self._begun())
+        if retry:
+            self._enqueue_failed()
+        self._looked, self._seen = 0.0, {}  # type: float, dict[Path, tuple[int, int]]
+
+    def next(self) -> RunDir | None:
+        while self.begun or len(self.study.get_trials(deepcopy=False)) < self.wanted.trials:
+            trial = self.begun.popleft() if self.begun else self._ask()
+            if (rundir := self._prepared(trial)) is None:
+                continue
+            is_there = rundir.path in self.live
+            self.live.setdefault(rundir.path, []).append(trial)
+            if is_there:
+                continue
+            if sweeps.has_to_work(rundir, retry=bool(trial.user_attrs.get("is_retried"))):
+                return rundir
+            self.ended(rundir)
+        return None
+
+    def ended(self, rundir: RunDir) -> None:
+        """Tell what came out; of a run that was stopped nothing is told: it is taken up by the same command."""
+        from optuna.trial import TrialState
+
+        self._report(rundir)
+        state, trials = rundir.read_state(), self.live.pop(rundir.path, [])
+        values = [value_of(rundir, metric) for metric in self.wanted.objectives]
+        for trial in trials:
+            if state.status == "completed" and None not in values:
+                self.study.tell(trial, [value for value in values if value is not None])
+            elif state.status == "pruned":
+                self.study.tell(trial, state=TrialState.PRUNED)
+            elif state.status in ("completed", "failed"):
+                self.study.tell(trial, state=TrialState.FAIL)
+
+    def look(self) -> None:
+        """Compare the runs that go on, where the search gives some of them up."""
+        if self.wanted.pruner is None or time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        for path in list(self.live):
+            rundir = RunDir(path)
+            if (stamp := _stamp(rundir.metrics)) != self._seen.get(path):
+                self._seen[path] = stamp
+                self._report(rundir)
+
+    def tell_best(self) -> None:
+        """The best run, or those that no other beats in all objectives; and what to do next."""
+        from optuna.trial import TrialState
+
+        trials = self.study.get_trials(deepcopy=False)
+        done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
+        console.say("search   " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+        for best in self.study.best_trials if done else []:
+            values = ", ".join(f"{m} {v:.6g}" for m, v in zip(self.wanted.objectives, best.values, strict=True))
+            console.say(f"best     {values}  {self._label(best.params)}  {best.user_attrs.get('folder', '')}")
+
+    def _ask(self) -> Trial:
+        return self.study.ask({each.key: each.distribution() for each in self.dimensions})
+
+    def _prepared(self, trial: Trial) -> RunDir | None:
+        """The run of a proposal; None where that cannot be run, which Optuna is told."""
+        from optuna.trial import TrialState
+
+        values = [each.override(trial.params[each.key]) for each in self.dimensions]
+        try:
+            jobs = self.session.composed([[*self.session.composer.fixed, *values]], trial.number)
+        except ConfigError as error:
+            console.say(f"trial {trial.number} cannot be run: {error}")
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        (entry,) = self.session.prepared(self.sweep, jobs, [self._label(trial.params)])
+        if entry.rundir.path not in {known.rundir.path for known in self.session.entries}:
+            self.session.entries.append(entry)
+        trial.set_user_attr("folder", entry.rundir.path.name)
+        return entry.rundir
+
+    def _report(self, rundir: RunDir) -> None:
+        """Tell Optuna what the run's evaluations said, and the run if it is given up."""
+        if self.wanted.pruner is None:
+            return
+        (metric,) = self.wanted.objectives
+        for trial in self.live.get(rundir.path, []):
+            told = set(trial.study._storage.get_trial(trial._trial_id).intermediate_values)
+            for record in tracking.read(rundir):
+                if metric not in record or record["step"] in told or record["step"] == 0:
+                    continue
+                trial.report(record[metric], record["step"])
+                if trial.should_prune():
+                    reason = f"given up at step {record['step']}: {metric} {record[metric]:.6g} is behind the others"
+                    rundir.prune_request.write_text(reason)
+                    break
+
+    def _begun(self) -> Iterator[Trial]:
+        """What an earlier process proposed and was not told the end of."""
+        import optuna
+        from optuna.trial import TrialState
+
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            yield optuna.trial.Trial(self.study, trial._trial_id)
+
+    def _enqueue_failed(self) -> None:
+        from optuna.trial import TrialState
+
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.FAIL]):
+            self.study.enqueue_trial(trial.params, user_attrs={"is_retried": True}, skip_if_exists=False)
+
+    def _label(self, values: dict[str, Any]) -> str:
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+        return ",".join(f"{key}={value}" for key, value in shown.items())
+
+
+def value_of(rundir: RunDir, metric: str) -> float | None:
+    """The metric at the end of a run; None where it is not a number."""
+    found = rundir.read_state().summary.get(metric)
+    if found is None:
+        found = next((record[metric] for record in reversed(tracking.read(rundir)) if metric in record), None)
+    return float(found) if found is not None and math.isfinite(found) else None
+
+
+def _probes(dimensions: list[Dimension]) -> Iterator[list[str]]:
+    """Every category and both ends of every range, each beside the first values of the others."""
+    first = [f"{each.key}={each.extremes()[0]}" for each in dimensions]
+    for place, each in enumerate(dimensions):
+        for value in each.extremes():
+            yield [*first[:place], f"{each.key}={value}", *first[place + 1 :]]
+
+
+def _fixed(dimension: Dimension) -> Fault:
+    return Fault(
+        dimension.key, "cannot be searched over: it is the whole search's", "give it one value", dimension.text
+    )
+
+
+def _study(wanted: search.Search, dimensions: list[Dimension], sweep: SweepDir) -> Study:
+    """The sweep's study, new or as it was left."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(sweep.search_journal)))
+    study = optuna.create_study(
+        study_name="search", storage=storage, load_if_exists=True, directions=list(wanted.objectives.values()),
+        pruner=wanted.pruner() if wanted.pruner else optuna.pruners.NopPruner(),
+    )  # fmt: skip
+    about = {"space": {each.key: each.text for each in dimensions}, "objectives": wanted.objectives}
+    known = study.user_attrs.get("about", about)
+    if known != about:
+        differs = next(key for key in about if known[key] != about[key])
+        problem = f"this search has another {differs.rstrip('s')}: {json.dumps(known[differs])}"
+        raise ResumeError(Fault("search", problem, "sweep=NAME starts a new one", json.dumps(about[differs])))
+    study.set_user_attr("about", about)
+    study.sampler = wanted.sampler(len(study.get_trials(deepcopy=False)))
+    return study
+
+
+@contextlib.contextmanager
+def _alone(sweep: SweepDir) -> Iterator[None]:
+    """Be the only one that proposes runs of this sweep."""
+    try:
+        sweep.path.mkdir(parents=True, exist_ok=True)
+        handle = sweep.search_lock.open("a")
+    except OSError as error:
+        raise ConfigError(sweeps.outputs_fault(error, sweep.path)) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = f"python -m runner status {sweep.path} shows how far it is; sweep=NAME starts another"
+            raise ResumeError(Fault("search", "another process is at it", remedy, sweep.path)) from error
+        yield
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
