@@ -24,7 +24,7 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -138,6 +138,10 @@ class Composer:
 
     def grid(self, arguments: Sequence[str]) -> list[list[str]]:
         """The overrides of each job, every combination of the swept values, in Hydra's order."""
+        endless = [text for text in self.swept if isinstance(self.parser.parse_override(text).value(), IntervalSweep)]
+        if endless:
+            problem, remedy = "is a range without steps", "search=random, tpe or asha draw from it; or write range(…)"
+            raise ConfigError(*(Fault(_key(text), problem, remedy, text.partition("=")[2]) for text in endless))
         with told(self.hydra, self.args):
             (batch,) = BasicSweeper.split_arguments(self.parser.parse_overrides(list(arguments)), None)
         return [list(overrides) for overrides in batch]

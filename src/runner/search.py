@@ -53,20 +53,20 @@ def grid() -> None:
 def random(
     *,
     trials: Count,
-    space: dict[str, str],
+    space: dict[str, str] | None,
     objective: str | list[str],
     direction: Direction | list[Direction],
     at_once: Count | None,
     seed: Seed,
 ) -> Search:
     """Independent draws from the space (Bergstra and Bengio 2012)."""
-    return Search("random", trials, dict(space), _paired(objective, direction), at_once, _random(seed), None)
+    return Search("random", trials, dict(space or {}), _paired(objective, direction), at_once, _random(seed), None)
 
 
 def tpe(
     *,
     trials: Count,
-    space: dict[str, str],
+    space: dict[str, str] | None,
     objective: str | list[str],
     direction: Direction | list[Direction],
     at_once: Count | None,
@@ -75,13 +75,13 @@ def tpe(
 ) -> Search:
     """Tree-structured Parzen estimator (Bergstra et al. 2011), told of runs that have not ended yet as of bad ones."""
     sampler = _tpe(seed, startup_trials)
-    return Search("tpe", trials, dict(space), _paired(objective, direction), at_once, sampler, None)
+    return Search("tpe", trials, dict(space or {}), _paired(objective, direction), at_once, sampler, None)
 
 
 def asha(
     *,
     trials: Count,
-    space: dict[str, str],
+    space: dict[str, str] | None,
     objective: str,
     direction: Direction,
     at_once: Count | None,
@@ -99,7 +99,7 @@ def asha(
 
         return SuccessiveHalvingPruner(min_resource=min_steps, reduction_factor=reduction_factor)
 
-    return Search("asha", trials, dict(space), {objective: direction}, at_once, proposer, pruner)
+    return Search("asha", trials, dict(space or {}), {objective: direction}, at_once, proposer, pruner)
 
 
 def check_random(*, objective: str | list[str], direction: str | list[str], **_: Any) -> Iterator[Fault]:

@@ -58,9 +58,8 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
     with _alone(sweep):
         trials = Trials(session, wanted, dimensions, sweep, retry=bool(probes[0].cfg["retry"]))
         code = launcher.serve(trials, sweep, wanted.at_once)
-    ended = session.end() if session.entries else 0
     trials.tell_best()
-    return code or ended
+    return code or (session.end() if session.entries else 0)
 
 
 class Trials:
