@@ -239,8 +239,8 @@ def _alone(sweep: SweepDir) -> Iterator[None]:
         raise ConfigError(sweeps.outputs_fault(error, sweep.path)) from error
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's it is not inherited by what is forked
+        except OSError as error:
             remedy = f"python -m runner status {sweep.path} shows how far it is; sweep=NAME starts another"
             raise ResumeError(Fault("search", "another process is at it", remedy, sweep.path)) from error
         yield

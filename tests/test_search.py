@@ -1,0 +1,272 @@
+"""Searches: the space, what is refused, how trials become runs, and what is told to Optuna of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from runner import search, searching, space
+from runner.errors import ConfigError
+from runner.rundir import RunDir, SweepDir
+
+WORDS = (
+    "-m", "model=tiny", "data.max_length=128", "data.train_rows=64", "data.eval_rows=4", "train.sample_prompts=0",
+)  # fmt: skip
+RATES = "optim.learning_rate=tag(log,interval(1e-4,1e-1))"
+
+
+def runner(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "runner", *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=500)
+
+
+def study_of(sweep: SweepDir) -> optuna.Study:
+    backend = optuna.storages.journal.JournalFileBackend(str(sweep.search_journal))
+    return optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
+
+
+def states(sweep: SweepDir) -> list[str]:
+    return [rundir.read_state().status for rundir in sweep.rundirs()]
+
+
+def written_rates(sweep: SweepDir) -> list[float]:
+    import yaml
+
+    return [yaml.safe_load(rundir.config.read_text())["optim"]["learning_rate"] for rundir in sweep.rundirs()]
+
+
+@pytest.mark.parametrize(
+    ("text", "distribution"),
+    [
+        ("k=interval(1e-5,1e-2)", FloatDistribution(1e-5, 1e-2)),
+        ("k=tag(log,interval(1e-5,1e-2))", FloatDistribution(1e-5, 1e-2, log=True)),
+        ("k=int(interval(1,8))", IntDistribution(1, 8)),
+        ("k=tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
+        ("k=range(1,9)", IntDistribution(1, 8)),
+        ("k=range(2,9,3)", IntDistribution(2, 8, step=3)),
+        ("k=range(0,1,0.25)", FloatDistribution(0, 0.75, step=0.25)),
+        ("k=4,8,16", CategoricalDistribution(("4", "8", "16"))),
+        ("k=choice(none,4bit)", CategoricalDistribution(("none", "4bit"))),
+    ],
+)
+def test_hydras_syntax_becomes_optunas_distribution(text: str, distribution: Any):
+    (dimension,) = space.dimensions(OverridesParser.create(), [text], {})
+    assert dimension.distribution() == distribution
+    again = space.dimensions(OverridesParser.create(), [], {"k": text.partition("=")[2]})
+    assert [each.distribution() for each in again] == [distribution]
+
+
+@pytest.mark.parametrize("value", [1.2345678901234567e-05, 0.1, 3.0, 1e-30])
+def test_a_proposed_number_is_trained_to_the_last_digit(value: float):
+    (dimension,) = space.dimensions(OverridesParser.create(), ["k=interval(0,1)"], {})
+    override = OverridesParser.create().parse_override(dimension.override(value))
+    assert override.value() == value
+
+
+@pytest.mark.parametrize(
+    ("swept", "more", "told"),
+    [
+        ([], {}, "nothing to search over"),
+        (["k=8"], {}, "is one value and no range"),
+        (["k=interval(2,1)"], {}, "has no numbers in it"),
+        (["k=range(2,1)"], {}, "has no numbers in it"),
+        (["k=tag(log,interval(0,1))"], {}, "has no logarithm at its lower end"),
+        (["k=tag(log,1,2)"], {}, "has a logarithm only as an interval"),
+        (["k=tag(lin,interval(0,1))"], {}, "has a tag that says nothing here: lin"),
+        (["k=1,2"], {"k": "1,2"}, "is given twice"),
+        ([], {"k": "interval(1"}, "cannot be read"),
+    ],
+)
+def test_a_space_that_is_none_is_refused(swept: list[str], more: dict[str, str], told: str):
+    with pytest.raises(ConfigError) as refused:
+        space.dimensions(OverridesParser.create(), swept, more)
+    assert told in str(refused.value)
+
+
+REFUSED = [
+    (["search=tpe", RATES], "has no effect without -m"),
+    (["-m", "search=tpe"], "there is nothing to search over"),
+    (["-m", RATES], "search=random, tpe or asha draw from it"),
+    (["-m", "search=tpe", "search.objective=eval/los", RATES], "did you mean 'eval/loss'"),
+    (["-m", "search=tpe", "search.objective=[eval/loss,training seconds]", RATES], "2 objectives and 1 directions"),
+    (["-m", "search=tpe", "search.direction=down", RATES], "must be minimize or maximize"),
+    (["-m", "search=asha", RATES], "train.eval_steps"),
+    (["-m", "search=asha", "train.eval_steps=4", RATES], "search.min_steps"),
+    (["-m", "search=asha", "train.eval_steps=5", "train.max_steps=10", RATES], "none would be given up"),
+    (["-m", "search=asha", "train.eval_steps=5", "search.objective=train/mfu", RATES], "asha compares runs"),
+    (["-m", "search=tpe", "lora.r=0,4"], "must be a whole number >= 1"),
+    (["-m", "search=tpe", "lora.rank=int(interval(1,4))"], "no such key"),
+    (["-m", "search=tpe", "quant=4bit,9bit"], "did you mean '8bit'"),
+    (["-m", "search=tpe", "tracking.run_name=a,b"], "cannot be searched over"),
+    (["-m", "search=tpe", "outputs_dir=a,b"], "cannot be swept"),
+    (["-m", "search=annealing", RATES], "no such option"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_a_search_that_cannot_be_is_refused_before_anything_is_there(tmp_path: Path, words: list[str], told: str):
+    done = runner(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path):
+    done = runner(*WORDS[1:], "train.max_steps=2", "hydra.run.dir=run", "tracking=offline", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    known = {metric for metric in search.METRICS if searching.value_of(RunDir(tmp_path / "run"), metric) is not None}
+    assert set(search.METRICS) - known <= {"memory/peak_allocated_gib", "memory/peak_reserved_gib"}, "these need CUDA"
+
+
+@pytest.mark.slow
+def test_every_trial_is_a_run_and_the_same_command_goes_on(tmp_path: Path, cache: Path):
+    words = (*WORDS, "train.max_steps=2", "search=tpe", "search.startup_trials=2", RATES, "lora.r=4,8")
+    done = runner(*words, "search.trials=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "tpe-lora.r+optim.learning_rate")
+    study = study_of(sweep)
+    losses = [rundir.read_state().summary["eval/loss"] for rundir in sweep.rundirs()]
+    assert [trial.value for trial in study.trials] == losses
+    assert [trial.params["optim.learning_rate"] for trial in study.trials] == written_rates(sweep)
+    assert f"best     eval/loss {min(losses):.6g}" in done.stderr
+    more = runner(*words, "search.trials=5", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert [trial.state for trial in study_of(sweep).trials] == [TrialState.COMPLETE] * 5
+    assert len(set(written_rates(sweep))) == 5, "none is proposed twice"
+    assert [rundir.read_state().attempt for rundir in sweep.rundirs()] == [1] * 5
+    other = runner(*words, "lora.lora_alpha=4,8", "sweep=tpe-lora.r+optim.learning_rate", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "this search has another space" in other.stderr
+    runs = mlflow_runs(tmp_path)
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert [run.data.tags["mlflow.parentRunId"] for run in runs if run not in parents] == [parents[0].info.run_id] * 5
+
+
+@pytest.mark.slow
+def test_killed_with_what_runs_it_goes_on_where_it_was(tmp_path: Path, cache: Path):
+    words = (*WORDS, "train.max_steps=60", "train.save_steps=5", "search=random", "search.trials=3", RATES, "sweep=it")
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "runner", *words], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL
+    )
+    until(lambda: len(sweep.rundirs()) == 2 and sweep.rundirs()[1].read_state().step >= 7)
+    driver.kill()
+    driver.wait()
+    os.kill(sweep.rundirs()[1].read_state().pid, signal.SIGKILL)
+    proposed = [trial.params for trial in study_of(sweep).trials]
+    assert len(proposed) == 2
+    done = runner(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trials = study_of(sweep).trials
+    assert [trial.params for trial in trials[:2]] == proposed
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    assert [rundir.read_state().attempt for rundir in sweep.rundirs()] == [1, 2, 1]
+
+
+@pytest.mark.slow
+def test_asha_gives_up_what_is_behind_and_keeps_its_checkpoint(tmp_path: Path, cache: Path):
+    words = (
+        *WORDS, "train.max_steps=300", "train.eval_steps=4", "search=asha", "search.min_steps=4", "search.trials=6",
+        "search.sampler=random", RATES,
+    )  # fmt: skip
+    done = runner(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "asha-optim.learning_rate")
+    found = dict(zip(states(sweep), sweep.rundirs(), strict=True))
+    assert set(found) == {"completed", "pruned"}
+    pruned = found["pruned"]
+    state = pruned.read_state()
+    assert state.reason.startswith("given up at step ")
+    assert pruned.saved_step() == state.step < 300
+    told = {trial.user_attrs["folder"]: trial.state.name.lower() for trial in study_of(sweep).trials}
+    assert [told[rundir.path.name][:6] for rundir in sweep.rundirs()] == [status[:6] for status in states(sweep)]
+    assert {run.data.tags["runner.status"] for run in mlflow_runs(tmp_path) if "runner.status" in run.data.tags} == {
+        "completed", "pruned",
+    }  # fmt: skip
+    again = runner(*words, cwd=tmp_path)
+    assert again.returncode == 0
+    assert [rundir.read_state().attempt for rundir in sweep.rundirs()] == [1] * 6
+
+
+@pytest.mark.slow
+def test_a_failed_trial_is_told_and_tried_again_when_asked_to(tmp_path: Path, cache: Path):
+    words = (*WORDS, "train.max_steps=8", "search=random", "search.trials=2", "optim.learning_rate=1e-3,1e30")
+    done = runner(*words, "search.trials=8", cwd=tmp_path)
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "random-optim.learning_rate")
+    assert sorted(states(sweep)) == ["completed", "failed"]
+    assert done.returncode == 1, done.stderr
+    by_rate = {trial.params["optim.learning_rate"]: trial.state for trial in study_of(sweep).trials}
+    assert by_rate == {"1e-3": TrialState.COMPLETE, "1e30": TrialState.FAIL}
+    assert len(study_of(sweep).trials) == 8, "twins are told without being run again"
+    assert [rundir.read_state().attempt for rundir in sweep.rundirs()] == [1, 1]
+    again = runner(*words, "search.trials=9", "retry=true", cwd=tmp_path)
+    assert again.returncode == 1, again.stderr
+    assert sorted(rundir.read_state().attempt for rundir in sweep.rundirs()) == [1, 2]
+
+
+@pytest.mark.slow
+def test_two_objectives_end_in_a_front(tmp_path: Path, cache: Path):
+    done = runner(
+        *WORDS, "train.max_steps=2", "search=random", "search.trials=3", RATES, "lora.r=2,32", "tracking=offline",
+        "search.objective=[eval/loss,memory/peak_rss_gib]", "search.direction=[minimize,minimize]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (sweep,) = map(SweepDir, (tmp_path / "outputs" / "sweeps").iterdir())
+    front = {trial.user_attrs["folder"] for trial in study_of(sweep).best_trials}
+    told = {line.split()[-1] for line in done.stderr.splitlines() if line.startswith("best ")}
+    assert told == front
+
+
+@pytest.mark.slow
+def test_only_one_process_proposes(tmp_path: Path, cache: Path):
+    words = (*WORDS, "train.max_steps=2000", "search=random", RATES, "sweep=it", "tracking=offline")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "runner", *words], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL
+    )
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
+    until(lambda: sweep.rundirs() and sweep.rundirs()[0].read_state().step >= 1)
+    second = runner(*words, cwd=tmp_path)
+    assert second.returncode == 2
+    assert "another process is at it" in second.stderr
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(60) == 130
+    assert states(sweep) == ["killed"]
+    assert [trial.state for trial in study_of(sweep).trials] == [TrialState.RUNNING], "it is taken up again"
+
+
+def mlflow_runs(folder: Path) -> list[Any]:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'outputs' / 'mlflow.db'}")
+    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
+
+
+def until(is_true: Any, seconds: float = 100) -> None:
+    give_up_at = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < give_up_at, "it never came to that"
+        time.sleep(0.1)
+
+
+def test_a_value_that_is_no_number_is_none(tmp_path: Path):
+    rundir = RunDir(tmp_path)
+    rundir.metrics.write_text(json.dumps({"step": 1, "eval/loss": float("nan")}) + "\n")
+    assert searching.value_of(rundir, "eval/loss") is None
+    assert searching.value_of(rundir, "eval/token_accuracy") is None
