@@ -33,12 +33,7 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             "run": f"{rundir.path}  (signature {prepare.signature(cfg)})",
             "model": f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
-            "device": f"{made.device}, weights in {weights_in(parts)}"
-            + (
-                f", {parts.ranks.world} processes ({parallel.kind_of(cfg['parallel'])})"
-                if parts.ranks.world > 1
-                else ""
-            ),
+            "device": f"{made.device}, weights in {weights_in(parts)}{_processes(cfg, parts)}",
             "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
             f"{data.eval_rows} held out, {made.batches.efficiency:.0%} of each batch used"
             + (f", {data.truncated} truncated" if data.truncated else "")
