@@ -29,9 +29,10 @@ WANTED = {
     "data/format=custom": ["data.format.function={function}:to_text"],
     "model=local": ["model.path=OWNER/NAME"],
     "lora=peft": ["lora.method=ia3"],
+    "search=asha": ["train.eval_steps=5"],
     "tracking=server": ["tracking.uri=http://127.0.0.1:5000"],
 }
-"""What the options need that leave a value open (``???``)."""
+"""What options need that leave a value open (``???``), or that do not go with every default."""
 
 
 @pytest.fixture(scope="module")

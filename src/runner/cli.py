@@ -117,6 +117,8 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
         return _ask_hydra(args, argv)
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
+        if not args.multirun and not any(override.startswith("hydra.mode=") for override in args.overrides):
+            _refuse_of_sweeps(args.overrides)
         if joined:
             joined.refuse(args.overrides, is_sweep=composer.is_sweep())
         if composer.is_sweep():
@@ -124,7 +126,6 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
                 return searching.run(composer, wanted, argv)
             return sweeping.sweep(hydra, args, composer, argv)
         job = composer.single()
-        _refuse_of_sweeps(job.overrides)
         admit.admit([job], joined.processes if joined else None)
         return _run_one(job, argv, joined)
 

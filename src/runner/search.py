@@ -139,9 +139,6 @@ def _objective_faults(objective: str | list[str], direction: str | list[str]) ->
         if name not in METRICS:
             allowed = f"{suggest(name, METRICS)} metrics: {', '.join(METRICS)}".strip()
             yield Fault("objective", "no run logs this", allowed, name)
-    for each in directions:
-        if each not in ("minimize", "maximize"):
-            yield Fault("direction", "must be minimize or maximize", "choose one for each objective", each)
     if len(names) != len(directions) or len(set(names)) != len(names) or not names:
         problem = f"{len(names)} objectives and {len(directions)} directions"
         yield Fault("direction", problem, "give each objective, once, a direction of its own", direction)
