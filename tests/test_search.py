@@ -215,7 +215,7 @@ def test_a_failed_trial_is_told_and_tried_again_when_asked_to(tmp_path: Path, ca
     assert by_rate == {"0.001": TrialState.COMPLETE, "1e+30": TrialState.FAIL}
     assert len(study_of(sweep).trials) == 8, "twins are told without being run again"
     assert [rundir.read_state().attempt for rundir in sweep.rundirs()] == [1, 1]
-    again = runner(*words, "search.trials=9", "retry=true", cwd=tmp_path)
+    again = runner(*words, "search.trials=8", "retry=true", cwd=tmp_path)
     assert again.returncode == 1, again.stderr
     assert sorted(rundir.read_state().attempt for rundir in sweep.rundirs()) == [1, 2]
 

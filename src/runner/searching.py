@@ -73,12 +73,11 @@ class Trials:
         self.live: dict[Path, list[Trial]] = {}
         """Folder of a run that goes on → the trials that it stands for: two proposals may be the same run."""
         self.begun = deque(self._begun())
-        if retry:
-            self._enqueue_failed()
+        self.limit = wanted.trials + (self._enqueue_failed() if retry else 0)
         self._looked, self._seen = 0.0, {}  # type: float, dict[Path, tuple[int, int]]
 
     def next(self) -> RunDir | None:
-        while self.begun or len(self.study.get_trials(deepcopy=False)) < self.wanted.trials:
+        while self.begun or self._count() < self.limit:
             trial = self.begun.popleft() if self.begun else self._ask()
             if (rundir := self._prepared(trial)) is None:
                 continue
@@ -173,11 +172,21 @@ class Trials:
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             yield optuna.trial.Trial(self.study, trial._trial_id)
 
-    def _enqueue_failed(self) -> None:
+    def _count(self) -> int:
+        """Trials that were begun, by this process or an earlier one."""
         from optuna.trial import TrialState
 
-        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.FAIL]):
-            self.study.enqueue_trial(trial.params, user_attrs={"is_retried": True}, skip_if_exists=False)
+        return sum(trial.state != TrialState.WAITING for trial in self.study.get_trials(deepcopy=False))
+
+    def _enqueue_failed(self) -> int:
+        """Propose again what failed, each once; returns how many there are."""
+        from optuna.trial import TrialState
+
+        failed = [trial.params for trial in self.study.get_trials(deepcopy=False, states=[TrialState.FAIL])]
+        distinct = [params for place, params in enumerate(failed) if params not in failed[:place]]
+        for params in distinct:
+            self.study.enqueue_trial(params, user_attrs={"is_retried": True})
+        return len(distinct)
 
     def _label(self, values: dict[str, Any]) -> str:
         shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}

@@ -135,6 +135,8 @@ class _Mirror:
         if run.tracking.kind == "offline":
             lock.close()
             return True
+        if not mlflow_sweep.is_open(rundir, run.uri):  # a search has added it since
+            self.opened = False
         follower = Follower(run, tells_parent=False, gpus=rundir.read_manifest().get("gpus"))
         self.active[rundir.path] = _Followed(follower, lock)
         return True
