@@ -1,0 +1,146 @@
+"""What came of runs: one flat record each, of what was set and what was measured, read from run folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner import choices, named, prepare, standing, tracking
+from runner.errors import RunnerError
+from runner.rundir import RunDir, sweep_of
+from runner.standing import Standing
+from runner.store import flatten
+
+LOSS, BEST, SECONDS, TOKENS = "eval/loss", "eval/best_loss", "train/seconds", "train/tokens"
+"""The loss at the end and the smallest there was, the seconds of training of all attempts, the tokens seen."""
+
+COMPLETED = "completed"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run."""
+
+    run: str
+    """What to type where RUN is asked for."""
+    label: str
+    """What it is called: ``quant=4bit,lora.r=8``."""
+    status: str
+    reason: str = ""
+    params: Mapping[str, str] = field(default_factory=dict)
+    """The configuration, flattened with dots; a group is its option's name: {"quant": "4bit", "lora.r": "8"}."""
+    implied: frozenset[str] = frozenset()
+    """Those keys of ``params`` that stand as the option of their group has them."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Name → the last value; an infinite or missing number is not there."""
+    sweep: str = ""
+    folder: str = ""
+    """Absolute; empty where it is not on this machine."""
+    mlflow_id: str = ""
+    created: float = 0.0
+    step: int = 0
+    total_steps: int = 0
+    device: str = ""
+
+    @property
+    def is_completed(self) -> bool:
+        return self.status == COMPLETED
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss over the course of a run."""
+
+    steps: list[int]
+    tokens: list[float]
+    """Seen by then."""
+    seconds: list[float]
+    """Since the first record, pauses included."""
+    values: list[float]
+
+
+def of_folders(rundirs: Sequence[RunDir], outputs_dir: Path) -> list[Result]:
+    """The results of these runs as they stand now; one whose files are damaged says so."""
+    sweeps = {rundir.path.parent for rundir in rundirs if sweep_of(rundir)}
+    return [_of(standing, outputs_dir, is_alone=len(sweeps) < 2) for standing in standing.of(rundirs)]
+
+
+def last_values(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The last value of each metric, and the best of the evaluations after training began."""
+    found: dict[str, float] = {}
+    best = math.inf
+    for record in records:
+        found.update({name: value for name, value in record.items() if name not in ("step", "time")})
+        if record["step"] > 0 and math.isfinite(loss := record.get(LOSS, math.inf)):
+            best = min(best, loss)
+    if math.isfinite(best):
+        found[BEST] = best
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+
+def curve(records: Iterable[Mapping[str, Any]], name: str) -> Curve:
+    """The values of one metric, with where they were measured."""
+    found, tokens, began = Curve([], [], [], []), 0.0, None
+    for record in records:
+        began = record["time"] if began is None else began
+        tokens = record.get(TOKENS, tokens)
+        if name in record and math.isfinite(record[name]):
+            found.steps.append(record["step"])
+            found.tokens.append(tokens)
+            found.seconds.append(record["time"] - began)
+            found.values.append(record[name])
+    return found
+
+
+def _of(found: Standing, outputs_dir: Path, *, is_alone: bool) -> Result:
+    rundir, state, said = found.rundir, found.state, found.manifest
+    sweep = sweep_of(rundir)
+    status, reason, params, implied, metrics = found.status, found.reason, {}, frozenset[str](), {}
+    if status not in ("missing", "damaged"):
+        try:
+            overrides = [str(override) for override in said.get("overrides") or []]
+            flat = dict(flatten(prepare.read_config(rundir)))
+            params, implied = choices.named(flat, choices.given_by(overrides))
+            metrics = last_values(tracking.read(rundir))
+        except (RunnerError, *named.DAMAGED) as error:
+            status, reason = "damaged", str(error)
+    if state.seconds:
+        metrics[SECONDS] = state.seconds
+    hardware = said.get("hardware") or {}
+    return Result(
+        run=_handle(rundir, sweep.path if sweep else None, outputs_dir, is_alone),
+        label=found.label,
+        status=status,
+        reason=reason,
+        params=params,
+        implied=implied,
+        metrics=metrics,
+        sweep=sweep.path.name if sweep else "",
+        folder=str(rundir.path),
+        mlflow_id=str((said.get("mlflow") or {}).get("run_id") or ""),
+        created=float(said.get("created") or 0),
+        step=state.step,
+        total_steps=state.total_steps,
+        device=str(hardware.get("device_name") or ""),
+    )
+
+
+def _handle(rundir: RunDir, sweep: Path | None, outputs_dir: Path, is_alone: bool) -> str:
+    """The shortest that is understood: the folder's name among those of one sweep, SWEEP/NAME, or the folder."""
+    if sweep:
+        return rundir.path.name if is_alone else f"{sweep.name}/{rundir.path.name}"
+    if rundir.path.is_relative_to(outputs_dir.absolute()):
+        return str(rundir.path.relative_to(outputs_dir.absolute()))
+    return named.near(rundir.path)
+
+
+def read_records(folder: str) -> list[dict[str, Any]]:
+    """The records of a run's folder; none where it is not there or cannot be read."""
+    try:
+        return tracking.read(RunDir(Path(folder))) if folder else []
+    except (OSError, json.JSONDecodeError):
+        return []
