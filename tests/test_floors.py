@@ -22,7 +22,7 @@ FLOORS = [
      "status", "logs", "cancel", "choices"},
     {"tasks", "mlflow_sweep", "results"},
     {"spread", "follow", "columns", "stored"},
-    {"ranking"},
+    {"ranking", "curves"},
     {"board"},
     {"page"},
     {"charts"},

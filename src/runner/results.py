@@ -51,18 +51,6 @@ class Result:
         return self.status == COMPLETED
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A loss over the course of a run."""
-
-    steps: list[int]
-    tokens: list[float]
-    """Seen by then."""
-    seconds: list[float]
-    """Since the first record, pauses included."""
-    values: list[float]
-
-
 def of_folders(rundirs: Sequence[RunDir], outputs_dir: Path) -> list[Result]:
     """The results of these runs as they stand now; one whose files are damaged says so."""
     sweeps = {rundir.path.parent for rundir in rundirs if sweep_of(rundir)}
@@ -82,18 +70,12 @@ def last_values(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
-def curve(records: Iterable[Mapping[str, Any]], name: str) -> Curve:
-    """The values of one metric, with where they were measured."""
-    found, tokens, began = Curve([], [], [], []), 0.0, None
-    for record in records:
-        began = record["time"] if began is None else began
-        tokens = record.get(TOKENS, tokens)
-        if name in record and math.isfinite(record[name]):
-            found.steps.append(record["step"])
-            found.tokens.append(tokens)
-            found.seconds.append(record["time"] - began)
-            found.values.append(record[name])
-    return found
+def read_records(folder: str) -> list[dict[str, Any]]:
+    """The records of a run's folder; none where it is not there or cannot be read."""
+    try:
+        return tracking.read(RunDir(Path(folder))) if folder else []
+    except (OSError, json.JSONDecodeError):
+        return []
 
 
 def _of(found: Standing, outputs_dir: Path, *, is_alone: bool) -> Result:
@@ -136,11 +118,3 @@ def _handle(rundir: RunDir, sweep: Path | None, outputs_dir: Path, is_alone: boo
     if rundir.path.is_relative_to(outputs_dir.absolute()):
         return str(rundir.path.relative_to(outputs_dir.absolute()))
     return named.near(rundir.path)
-
-
-def read_records(folder: str) -> list[dict[str, Any]]:
-    """The records of a run's folder; none where it is not there or cannot be read."""
-    try:
-        return tracking.read(RunDir(Path(folder))) if folder else []
-    except (OSError, json.JSONDecodeError):
-        return []
