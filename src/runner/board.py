@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from runner import columns, condition, ranking
@@ -12,7 +13,8 @@ from runner.columns import Goal, Value
 from runner.errors import ConfigError, Fault
 from runner.intervals import Mean
 from runner.ranking import Group
-from runner.results import LOSS, Result
+from runner.results import Result
+from runner.tracking import LOSS
 
 T = TypeVar("T")
 
@@ -116,7 +118,7 @@ def of(
     order = _asked(faults, lambda: columns.goal(sort, results, "--sort"), sort)
     goal = order if order and any(order.key in result.metrics for result in results) else None
     if not faults:
-        kept = [result for result in results if meets is None or meets(lambda key: columns.value(result, key))]
+        kept = [result for result in results if meets is None or meets(partial(columns.value, result))]
         _refuse_nothing(kept, len(results), where)
         _refuse_mixed(kept)
         goal = goal or Goal(LOSS, is_larger_better=False)

@@ -34,7 +34,9 @@ def named(params: Mapping[str, str], given: Mapping[str, str] | None = None) -> 
         group = _home(key, nodes)
         if group:
             nodes[group][key.removeprefix(f"{group}.")] = value
-    options = {group: _option(group, tuple(node.items()), (given or {}).get(group, "")) for group, node in nodes.items()}
+    options = {
+        group: _option(group, tuple(node.items()), (given or {}).get(group, "")) for group, node in nodes.items()
+    }
     found = {
         key.removesuffix(TARGET): options[key.removesuffix(TARGET)][0] if key.endswith(TARGET) else value
         for key, value in params.items()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from runner.console import duration
 from runner.errors import ConfigError, Fault, suggest
-from runner.results import BEST, LOSS, SECONDS, Result
+from runner.results import Result
+from runner.tracking import BEST, LOSS, SECONDS
 
 SPEED, GPU_MEMORY, CPU_MEMORY = "train/tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"
 SHORT = {"loss": [LOSS], "best": [BEST], "tokens/s": [SPEED], "memory": [GPU_MEMORY, CPU_MEMORY], "time": [SECONDS]}
@@ -70,7 +71,9 @@ def resolve(word: str, results: Sequence[Result], option: str) -> str:
         raise ConfigError(Fault(option, f"'{word}' may mean several things", f"write one of {', '.join(ends)}"))
     known = [*(short for short, keys in SHORT.items() if metrics & set(keys)), *sorted(metrics), *sorted(params)]
     short = f", {', '.join(known[:NAMED])} … ({len(params)} parameters, {len(metrics)} metrics)"
-    raise ConfigError(Fault(option, f"no run has '{word}'", (suggest(word, known) or f"there are: {short[2:]}").strip()))
+    raise ConfigError(
+        Fault(option, f"no run has '{word}'", (suggest(word, known) or f"there are: {short[2:]}").strip())
+    )
 
 
 def metric(word: str, results: Sequence[Result], option: str) -> str:

@@ -25,7 +25,9 @@ HINT = "write KEY=VALUE, KEY!=VALUE, KEY<VALUE, <=, >, >=, or KEY~TEXT (contains
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
-_TOKEN = re.compile(r"""\s*(?:(?P<mark>[()]|<=|>=|!=|==|[=<>~])|"(?P<d>[^"]*)"|'(?P<s>[^']*)'|(?P<word>[^\s()<>=!~"']+))""")
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<mark>[()]|<=|>=|!=|==|[=<>~])|"(?P<d>[^"]*)"|'(?P<s>[^']*)'|(?P<word>[^\s()<>=!~"']+))"""
+)
 
 
 def parse(text: str, resolve: Callable[[str], str]) -> Condition:

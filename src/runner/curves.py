@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.results import LOSS, TOKENS, Result, read_records
+from runner.results import Result, read_records
+from runner.tracking import LOSS, TOKENS
 
 TRAIN_LOSS = "train/loss"
 KINDS = {"eval": LOSS, "train": TRAIN_LOSS}

@@ -98,14 +98,15 @@ def grouped(
 
 
 def importance(results: Sequence[Result], keys: Sequence[str], goal: Goal) -> list[tuple[str, float]]:
-    """How much of the variance of ``goal`` each parameter explains alone (0 to 1), the most first.
+    """How much of the variance of the ranks in ``goal`` each parameter explains alone (0 to 1), the most first.
 
     One-way analysis of variance with Kelley's epsilon squared, which takes off what so many classes explain by chance
-    (T. L. Kelley 1935, "An unbiased correlation ratio measure"). Interactions are not in it.
+    (T. L. Kelley 1935, "An unbiased correlation ratio measure"); of ranks, so that a few runs that diverged do not
+    decide. Interactions are not in it.
     """
     rated = [result for result in results if result.is_completed and math.isfinite(goal.cost(result))]
-    costs = [goal.cost(result) for result in rated]
-    explained = [(key, _explained(_classes([columns.value(result, key) for result in rated]), costs)) for key in keys]
+    ranks = _ranks([goal.cost(result) for result in rated])
+    explained = [(key, _explained(_classes([columns.value(result, key) for result in rated]), ranks)) for key in keys]
     return sorted(((key, share) for key, share in explained if share is not None), key=lambda pair: -pair[1])
 
 
@@ -160,18 +161,26 @@ def _classes(values: Sequence[Value]) -> list[str]:
     return [str(rank[number] * BINS // len(distinct)) for number in numbers if number is not None]
 
 
-def _explained(classes: Sequence[str], costs: Sequence[float]) -> float | None:
+def _ranks(values: Sequence[float]) -> list[float]:
+    """The place of each value, from 1; equal ones share the mean of theirs."""
+    places: dict[float, list[int]] = defaultdict(list)
+    for place, value in enumerate(sorted(values), 1):
+        places[value].append(place)
+    return [fmean(places[value]) for value in values]
+
+
+def _explained(classes: Sequence[str], ranks: Sequence[float]) -> float | None:
     """Epsilon squared; None where there is nothing to explain or nothing is left to estimate the noise by."""
     sizes = Counter(classes)
-    if len(sizes) < 2 or len(sizes) >= len(costs):
+    if len(sizes) < 2 or len(sizes) >= len(ranks):
         return None
     members: dict[str, list[float]] = defaultdict(list)
-    for name, cost in zip(classes, costs, strict=True):
-        members[name].append(cost)
-    middle = fmean(costs)
-    total = sum((cost - middle) ** 2 for cost in costs)
+    for name, rank in zip(classes, ranks, strict=True):
+        members[name].append(rank)
+    middle = fmean(ranks)
+    total = sum((rank - middle) ** 2 for rank in ranks)
     if total == 0:
         return None
-    within = sum((cost - fmean(group)) ** 2 for group in members.values() for cost in group)
-    noise = within / (len(costs) - len(sizes))
+    within = sum((rank - fmean(group)) ** 2 for group in members.values() for rank in group)
+    noise = within / (len(ranks) - len(sizes))
     return max(0.0, (total - within - (len(sizes) - 1) * noise) / total)

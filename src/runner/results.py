@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from runner.errors import RunnerError
 from runner.rundir import RunDir, sweep_of
 from runner.standing import Standing
 from runner.store import flatten
-
-LOSS, BEST, SECONDS, TOKENS = "eval/loss", "eval/best_loss", "train/seconds", "train/tokens"
-"""The loss at the end and the smallest there was, the seconds of training of all attempts, the tokens seen."""
+from runner.tracking import SECONDS, last_values
 
 COMPLETED = "completed"
 
@@ -55,19 +52,6 @@ def of_folders(rundirs: Sequence[RunDir], outputs_dir: Path) -> list[Result]:
     """The results of these runs as they stand now; one whose files are damaged says so."""
     sweeps = {rundir.path.parent for rundir in rundirs if sweep_of(rundir)}
     return [_of(standing, outputs_dir, is_alone=len(sweeps) < 2) for standing in standing.of(rundirs)]
-
-
-def last_values(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The last value of each metric, and the best of the evaluations after training began."""
-    found: dict[str, float] = {}
-    best = math.inf
-    for record in records:
-        found.update({name: value for name, value in record.items() if name not in ("step", "time")})
-        if record["step"] > 0 and math.isfinite(loss := record.get(LOSS, math.inf)):
-            best = min(best, loss)
-    if math.isfinite(best):
-        found[BEST] = best
-    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
 def read_records(folder: str) -> list[dict[str, Any]]:

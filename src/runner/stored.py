@@ -24,8 +24,9 @@ from urllib.parse import urlencode
 from runner import choices, store
 from runner.errors import Fault, TrackingError, suggest
 from runner.mlflow_run import explained
-from runner.results import Result, last_values
+from runner.results import Result
 from runner.secrets import take_credentials
+from runner.tracking import last_values
 
 MOST_RUNS = 50_000
 """The largest page that MLflow gives: all runs come in one."""
