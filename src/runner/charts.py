@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from runner import columns, ranking
 from runner.board import Board
+from runner.columns import Goal
 from runner.page import Drawing
+from runner.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,14 +70,10 @@ def _loss(axes: Axes, made: Board, drawn: Drawing) -> None:
 def _tradeoff(axes: Axes, made: Board, drawn: Drawing) -> None:
     across, up = drawn.scatter
     front = ranking.front(made.results, drawn.scatter)
-    for result in made.results:
-        pair = [columns.number(columns.value(result, goal.key)) for goal in (across, up)]
-        if None in pair or not result.is_completed:
-            continue
-        is_kept = any(result is other for other in front)
-        axes.scatter(*pair, color=BEST if is_kept else OTHERS, s=42 if is_kept else 22, zorder=3 if is_kept else 2)
-    line = [[columns.number(columns.value(result, goal.key)) for goal in (across, up)] for result in front]
-    xs, ys = ([pair[place] for pair in line] for place in (0, 1))
+    completed = [result for result in made.results if result.is_completed]
+    axes.scatter(_numbers(completed, across), _numbers(completed, up), color=OTHERS, s=22)
+    xs, ys = _numbers(front, across), _numbers(front, up)
+    axes.scatter(xs, ys, color=BEST, s=42, zorder=3)
     axes.step(xs, ys, where="post", color=BEST, linestyle="--", linewidth=1, label="Pareto front")
     axes.legend(frameon=False)
     axes.set(xlabel=_title(across.key, made), ylabel=_title(up.key, made))
@@ -127,6 +125,12 @@ def _places(values: Sequence[columns.Value]) -> tuple[list[float | None], list[t
 def _order(text: str) -> float:
     found = columns.number(text)
     return float("inf") if found is None else found
+
+
+def _numbers(results: Sequence[Result], goal: Goal) -> list[float]:
+    """What the runs have there; NaN, which is not drawn, where they have none."""
+    found = [columns.number(columns.value(result, goal.key)) for result in results]
+    return [math.nan if number is None else number for number in found]
 
 
 def _title(key: str, made: Board) -> str:

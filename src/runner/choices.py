@@ -1,4 +1,4 @@
-"""Which option of a group a frozen configuration has: ``quant=4bit``, where only ``quant._target_`` was written down."""
+"""Which option of a group a frozen configuration has: ``quant=4bit``, where ``quant._target_`` is all that is there."""
 
 from __future__ import annotations
 

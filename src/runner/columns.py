@@ -1,4 +1,4 @@
-"""What can be asked of runs and how it is written: short names of metrics, "did you mean", numbers with their digits."""
+"""What can be asked of runs and how it is written: short names of metrics, "did you mean", numbers and their digits."""
 
 from __future__ import annotations
 
@@ -70,10 +70,8 @@ def resolve(word: str, results: Sequence[Result], option: str) -> str:
     if ends:
         raise ConfigError(Fault(option, f"'{word}' may mean several things", f"write one of {', '.join(ends)}"))
     known = [*(short for short, keys in SHORT.items() if metrics & set(keys)), *sorted(metrics), *sorted(params)]
-    short = f", {', '.join(known[:NAMED])} … ({len(params)} parameters, {len(metrics)} metrics)"
-    raise ConfigError(
-        Fault(option, f"no run has '{word}'", (suggest(word, known) or f"there are: {short[2:]}").strip())
-    )
+    some = f"there are {', '.join(known[:NAMED])} … ({len(params)} parameters, {len(metrics)} metrics)"
+    raise ConfigError(Fault(option, f"no run has '{word}'", suggest(word, known) or some))
 
 
 def metric(word: str, results: Sequence[Result], option: str) -> str:

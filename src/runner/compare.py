@@ -41,8 +41,8 @@ uri names a server or sqlite:////path/mlflow.db, by default the database embedde
   --all              all runs on the terminal, not only the first 50
   --markdown, --csv, --json      for a report, a spreadsheet, a program
   --html FILE        one page, complete in itself         --png DIR   its charts as pictures
-A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy), an end of one that is unique (r), or status, label,
-sweep. loss is that of the last evaluation, best the smallest one, memory the peak, time the seconds of training.
+A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy), an end of one that is unique (r), or status,
+label, sweep. loss is that of the last evaluation, best the smallest one, memory the peak, time the seconds of training.
 The exit code is 0; 2 where there is nothing to compare."""
 
 SHOWN = 50

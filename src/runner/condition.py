@@ -26,7 +26,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
 _TOKEN = re.compile(
-    r"""\s*(?:(?P<mark>[()]|<=|>=|!=|==|[=<>~])|"(?P<d>[^"]*)"|'(?P<s>[^']*)'|(?P<word>[^\s()<>=!~"']+))"""
+    r"""\s*(?:(?P<mark>[()]|<=|>=|!=|==|[=<>~])|"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<word>[^\s()<>=!~"']+))"""
 )
 
 
@@ -59,7 +59,7 @@ def _tokens(text: str) -> list[_Token]:
         if match is None:
             problem = f"cannot be read from here on: {text[position:].strip()}"
             raise ConfigError(Fault("--where", problem, HINT, text))
-        quoted = match["d"] if match["d"] is not None else match["s"]
+        quoted = match["double"] if match["double"] is not None else match["single"]
         kind = "mark" if match["mark"] else "word" if match["word"] else "quoted"
         tokens.append(_Token(kind, match["mark"] or match["word"] or quoted))
         position = match.end()

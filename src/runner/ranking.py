@@ -1,4 +1,4 @@
-"""Runs held against each other: what they differ in, which is best, which trade-offs are left, what made a difference."""
+"""Runs held against each other: what they differ in, which is best, what trade-offs are left, what mattered."""
 
 from __future__ import annotations
 

@@ -65,7 +65,9 @@ def read_records(folder: str) -> list[dict[str, Any]]:
 def _of(found: Standing, outputs_dir: Path, *, is_alone: bool) -> Result:
     rundir, state, said = found.rundir, found.state, found.manifest
     sweep = sweep_of(rundir)
-    status, reason, params, implied, metrics = found.status, found.reason, {}, frozenset[str](), {}
+    status, reason, implied = found.status, found.reason, frozenset[str]()
+    params: dict[str, str] = {}
+    metrics: dict[str, float] = {}
     if status not in ("missing", "damaged"):
         try:
             overrides = [str(override) for override in said.get("overrides") or []]
