@@ -64,18 +64,21 @@ def _option(group: str, node: Node, given: str) -> tuple[str, frozenset[str]]:
     """The option that a node is made of, and its keys that stand as they do there; else its function's name."""
     there = dict(node)
     function = there["_target_"].rpartition(".")[2]
-    fitting = {
-        name: frozenset(key for key, value in keys.items() if there.get(key) == value or "${" in value)
-        for name, keys in _options(group)
-        if keys.get("_target_") == there["_target_"]
+    options = {name: keys for name, keys in _options(group) if keys.get("_target_") == there["_target_"]}
+    if not options:
+        return function, frozenset()
+    alike = {
+        name: [key for key, value in keys.items() if there.get(key) == value or "${" in value]
+        for name, keys in options.items()
     }
-    if given in fitting:
-        return given, fitting[given]
-    most = max(map(len, fitting.values()), default=0)
-    best = [name for name, alike in fitting.items() if len(alike) == most]
+    if given in alike:
+        return given, frozenset(alike[given])
+    # Of options that fit equally well it is the one whose first keys do: they are what makes it (quant.kind).
+    fit = {name: (len(keys), [key in keys for key in options[name]]) for name, keys in alike.items()}
+    best = [name for name in fit if fit[name] == max(fit.values())]
     if len(best) == 1:
-        return best[0], fitting[best[0]]
-    return function, frozenset.intersection(*(fitting[name] for name in best)) if best else frozenset()
+        return best[0], frozenset(alike[best[0]])
+    return function, frozenset.intersection(*(frozenset(alike[name]) for name in best))
 
 
 @functools.cache

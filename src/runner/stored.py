@@ -138,7 +138,7 @@ def _of_sweeps(rows: Sequence[Row], words: Sequence[str], known: dict[str, str])
 
 def _result(row: Row) -> Result:
     tags = row.tags
-    params, implied = choices.named(row.params)
+    params, implied = choices.named(row.params, choices.given_by(row.name.split(",")))
     folder = tags.get("runner.folder", "")
     return Result(
         run=row.run_id[:SHOWN_ID],
