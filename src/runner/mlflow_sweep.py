@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runner import prepare, store
+from runner import leaderboard, prepare, store
 from runner.config import bind
 from runner.errors import RunnerError
 from runner.mlflow_run import ENDED, STATUS, artifacts_dir, explained, note, user, where
@@ -263,6 +263,8 @@ def _bring_up_to_date(
         store.set_status(client, run, status, None if status == "RUNNING" else ended)
         not_begun = [rundir for rundir, state in zip(rundirs, found, strict=False) if state.status == "pending"]
         _say_of_waiting(client, not_begun, "SCHEDULED" if is_queued else "KILLED")
+    if status != "RUNNING":
+        leaderboard.send(client, run, sweep, rundirs, found)
     return ""
 
 
