@@ -20,7 +20,7 @@ import pytest
 from conftest import TINY
 from test_mirror import Server, fresh_database, server
 
-from runner import cli, curves, store
+from runner import cli, curves, mlflow_sweep, store
 from runner.rundir import RunDir, SweepDir
 
 SWEEP = (
@@ -387,3 +387,35 @@ def test_an_experiment_that_is_not_there_names_those_that_are(real: Path, capsys
     assert code == 2
     assert "there is no experiment or sweep 'runer'" in err
     assert "did you mean 'runner'? experiments: " in err
+
+
+# The parent of a sweep in MLflow
+
+
+def test_the_parent_shows_the_leaderboard_and_follows_when_runs_are_added(real: Path):
+    sweep = SweepDir(real / "outputs" / "sweeps" / "small")
+    noted = sweep.read()["mlflow"]
+    client = store.connect(noted["uri"])
+
+    def parent() -> object:
+        return client.get_run(noted["parent_run_id"])
+
+    best = min(sweep.rundirs(), key=lambda rundir: rundir.read_state().summary["eval/loss"])
+    data = parent().data
+    assert data.metrics["eval/loss"] == best.read_state().summary["eval/loss"]
+    assert data.tags["runner.best_run_id"] == best.read_manifest()["mlflow"]["run_id"]
+    assert data.tags["runner.best_run"] == best.read_manifest()["label"]
+    assert f"/runs/{data.tags['runner.best_run_id']})" in data.tags["mlflow.note.content"]
+    there = {found.path for found in client.list_artifacts(noted["parent_run_id"])}
+    assert there >= {"leaderboard.json", "compare.html"}
+    file = Path(client.download_artifacts(noted["parent_run_id"], "leaderboard.json"))
+    table = json.loads(file.read_text())
+    assert [row[table["columns"].index("is_best")] for row in table["data"]] == [1.0, 0.0, 0.0, 0.0]
+    before = data.tags["runner.leaderboard"]
+    assert mlflow_sweep.update_parent(sweep) == ""
+    assert parent().data.tags["runner.leaderboard"] == before, "nothing new, nothing sent"
+    client.set_tag(noted["parent_run_id"], "mlflow.note.content", "mine")
+    best.write_state(reason="looked at again")
+    assert mlflow_sweep.update_parent(sweep) == ""
+    assert parent().data.tags["runner.leaderboard"] != before
+    assert parent().data.tags["mlflow.note.content"] == "mine", "what somebody wrote stays"
