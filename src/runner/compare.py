@@ -128,6 +128,7 @@ def _from_folders(names: Sequence[str], outputs_dir: Path) -> _Source:
     }  # fmt: skip
     sweeps = [what for what in found.values() if isinstance(what, SweepDir)]
     title = f"sweep {sweeps[0].path.name}" if len(found) == len(sweeps) == 1 else f"{len(rundirs)} runs"
+    title = str(next(iter(rundirs)).name) if len(rundirs) == 1 and not sweeps else title
     return _Source(results.of_folders(list(rundirs.values()), outputs_dir), title)
 
 

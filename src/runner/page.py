@@ -51,7 +51,7 @@ def _data(made: Board, drawn: Drawing, title: str) -> dict[str, Any]:
     count = sum(1 for found in drawn.curves if found)
     return {
         "title": title,
-        "made": f"{len(made.results)} runs, compared {time.strftime('%F %T')}",
+        "made": f"{len(made.results)} run{'s' * (len(made.results) > 1)}, compared {time.strftime('%F %T')}",
         "facts": _facts(made),
         "notes": made.notes,
         "goal": made.goal.key,
