@@ -47,7 +47,7 @@ def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Co
             words.append(word)
         elif option in valued:
             options[option] = value if has_value else next(rest, "")
-            if not options[option]:
+            if not options[option] or options[option].startswith("--"):
                 faults.append(Fault(option, "needs a value", teaching.splitlines()[0]))
         elif word in flags:
             options[word] = ""

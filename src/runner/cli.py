@@ -84,7 +84,16 @@ def cancel(argv: list[str]) -> int:
     return cancel.cancel(argv)
 
 
-VERBS: dict[str, Verb] = {"plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync}
+def compare(argv: list[str]) -> int:
+    """Which setting was better."""
+    from runner import compare
+
+    return compare.compare(argv)
+
+
+VERBS: dict[str, Verb] = {
+    "plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync, "compare": compare,
+}  # fmt: skip
 
 
 OF_SWEEPS = ("sweep", "launcher.parallel", "launcher.array_parallelism")
