@@ -23,7 +23,7 @@ FLOORS = [
     {"tasks", "mlflow_sweep", "recorded"},
     {"spread", "follow", "contrast", "ui"},
     {"train", "sweep_mirror", "diff", "worktree"},
-    {"build", "checks", "report", "mirror"},
+    {"build", "checks", "report", "mirror", "likeness"},
     {"worker", "plan", "folders"},
     {"launch"},
     {"explain"},

@@ -136,6 +136,18 @@ class Composer:
             (batch,) = BasicSweeper.split_arguments(self._parser.parse_overrides(list(arguments)), None)
         return [list(overrides) for overrides in batch]
 
+    def value_of(self, text: str) -> Any:
+        """The value that an override gives, as Hydra reads it.
+
+        Raises:
+            ConfigError: it is no override, or has several values.
+        """
+        with told(self.hydra, self.args):
+            override = self._parser.parse_override(text)
+        if override.is_sweep_override():
+            raise ConfigError(Fault(override.key_or_group, "has several values", "give it one", _value(override)))
+        return override.value()
+
     @functools.cached_property
     def sweep_name(self) -> str:
         """What a sweep is called unless ``sweep=NAME`` says so: the keys that have several values, joined."""

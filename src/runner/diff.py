@@ -148,7 +148,10 @@ def _key(row: Row, title: str) -> str:
 
 def _values(row: Row, title: str) -> tuple[str, str]:
     """Both values as they are shown: results with six digits, unless they look the same then."""
-    ours, theirs = (f"{float(text):.6g}" if title == "results" and _FRACTION.fullmatch(text) else text for text in (row.ours, row.theirs))
+    ours, theirs = (
+        f"{float(text):.6g}" if title == "results" and _FRACTION.fullmatch(text) else text
+        for text in (row.ours, row.theirs)
+    )
     return (_short(row.ours), _short(row.theirs)) if row.differs and ours == theirs else (_short(ours), _short(theirs))
 
 
