@@ -87,7 +87,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
     assert not loaded_by("import runner.cli, runner.compose, runner.checks, runner.prepare, runner.worker") & HEAVY
 
 
-@pytest.mark.parametrize("verb", ["status", "logs", "cancel"])
+@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "diff", "rerun", "ui"])
 def test_watching_loads_nothing_heavy(verb: str, tmp_path: Path):
     for words in ([f"outputs_dir={tmp_path}"], ["--help"], [f"outputs_dir={tmp_path}", "nothing"]):
         assert not loaded_by(f"from runner import cli\nimport os\ncli.run({[verb, *words]})") & HEAVY

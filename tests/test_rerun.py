@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def test_other_numbers_are_found_where_they_begin(capfd: pytest.CaptureFixture[s
     original.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     original.update_manifest(weights_sha256="0" * 32, hardware={**original.read_manifest()["hardware"], "cpus": 4096})
     original.update_manifest(versions={**original.read_manifest()["versions"], "torch": "2.5.1"})
+    capfd.readouterr()
     assert cli.run(["rerun", "first"]) == 0
     said = capfd.readouterr().err
     outcome = the_rerun(original).read_manifest()["rerun"]["outcome"]
@@ -258,7 +260,8 @@ def halve_learning_rate(code: Path) -> None:
 @pytest.mark.slow
 def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
     """The original lies in a clone with uncommitted changes, and only MLflow has it when the other clone repeats it."""
-    theirs, ours = clone(tmp_path / "theirs"), clone(tmp_path / "ours")
+    theirs, ours = clone(tmp_path / "theirs"), tmp_path / "ours"
+    git(tmp_path, "clone", "-q", str(theirs), str(ours))
     halve_learning_rate(theirs)
     done = runner(theirs, *MIRRORED, "outputs_dir=there", "hydra.run.dir=there/original")
     assert done.returncode == 0, done.stderr
@@ -271,8 +274,8 @@ def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
     as_it_is = runner(ours, "rerun", short, f"uri={uri}", "hydra.run.dir=plain")
     assert as_it_is.returncode == 0, as_it_is.stderr
     assert re.search(r"src/runner/halved\.py  \+0 -1\n", as_it_is.stderr)
-    assert re.search(r"src/runner/optim\.py  \+1 -3\n", as_it_is.stderr)
-    assert "not identical: first at step 2, train/loss was" in as_it_is.stderr
+    assert re.search(r"src/runner/optim\.py  \+\d+ -\d+\n", as_it_is.stderr)
+    assert "not identical: first at step 1, train/learning_rate was 0.0005 and is 0.001" in as_it_is.stderr
 
     exact = runner(ours, "rerun", short, f"uri={uri}", "--exact", "hydra.run.dir=exact's")
     assert exact.returncode == 0, exact.stderr
@@ -354,7 +357,7 @@ def test_exact_is_refused_where_the_code_cannot_be_had(tmp_path: Path):
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A small checkout that stands in for the project's."""
     package = tmp_path / "checkout" / "src" / "runner"
     package.mkdir(parents=True)
@@ -365,7 +368,6 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(top, "add", "-A")
     git(top, "commit", "-qm", "first")
     monkeypatch.setattr(checkout, "HERE", package)
-    monkeypatch.setattr(checkout.top_folder, "__defaults__", (package,))
     checkout.current.cache_clear()
     yield top
     checkout.current.cache_clear()
@@ -418,7 +420,7 @@ def test_somebody_elses_checkout_around_an_environment_is_not_ours(tmp_path: Pat
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-qm", "theirs", "--allow-empty")
     monkeypatch.setattr(checkout, "HERE", package)
-    assert checkout.top_folder(package) is None
+    assert checkout.top_folder() is None
 
 
 def test_weights_have_a_digest_of_their_values_alone(tmp_path: Path):

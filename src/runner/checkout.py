@@ -69,12 +69,10 @@ def note(code: Code | None) -> tuple[dict[str, object], str]:
     return {"sha": code.sha, "dirty": bool(code.patch), **more}, kept
 
 
-def top_folder(folder: Path = HERE) -> Path | None:
-    """The top of the checkout that ``folder`` lies in, if the project is what is checked out there."""
-    top = _try("rev-parse", "--show-toplevel", cwd=folder)
-    if top is None or not folder.is_dir() or _try("ls-files", "--error-unmatch", "errors.py", cwd=folder) is None:
-        return None  # an environment within somebody else's checkout
-    return Path(top.strip())
+def top_folder() -> Path | None:
+    """The top of the checkout that this process runs from; None if that is somebody else's, around an environment."""
+    top = _try("rev-parse", "--show-toplevel")
+    return Path(top.strip()) if top and _try("ls-files", "--error-unmatch", "errors.py") is not None else None
 
 
 def has(sha: str) -> bool:
@@ -190,7 +188,7 @@ def _new_files(top: Path) -> str:
         return _try(*_PLAIN, "--binary", "--", *names, cwd=top, environment=index) or ""
 
 
-def _try(*arguments: str, cwd: Path = HERE, environment: Mapping[str, str] | None = None) -> str | None:
+def _try(*arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str | None:
     """What git says; None where it cannot."""
     try:
         return _git(*arguments, cwd=cwd, environment=environment)
@@ -199,12 +197,12 @@ def _try(*arguments: str, cwd: Path = HERE, environment: Mapping[str, str] | Non
 
 
 def _git(
-    *arguments: str, cwd: Path = HERE, environment: Mapping[str, str] | None = None, given: str | None = None
+    *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None, given: str | None = None
 ) -> str:
     inherited = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
     done = subprocess.run(
         ["git", *arguments],
-        cwd=cwd,
+        cwd=cwd or HERE,
         env={**inherited, "LC_ALL": "C", **(environment or {})},
         input=given.encode("utf-8", "surrogateescape") if given is not None else None,
         stdin=subprocess.DEVNULL if given is None else None,

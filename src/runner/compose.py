@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     args = get_args_parser().parse_args(argv)
     if args.experimental_rerun:
-        problem, remedy = "is not for this program", "python -m runner resume=RUN continues a run as it was configured"
+        problem, remedy = "is not for this program", "rerun RUN trains a run again as it was, resume=RUN continues it"
         raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
     return args
 
