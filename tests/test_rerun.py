@@ -277,11 +277,11 @@ def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
     assert re.search(r"src/runner/optim\.py  \+\d+ -\d+\n", as_it_is.stderr)
     assert "not identical: first at step 1, train/learning_rate was 0.0005 and is 0.001" in as_it_is.stderr
 
-    exact = runner(ours, "rerun", short, f"uri={uri}", "--exact", "hydra.run.dir=exact's")
+    exact = runner(ours, "rerun", short, f"uri={uri}", "--exact", "hydra.run.dir='exact, one'")
     assert exact.returncode == 0, exact.stderr
     assert "identical to the original: train/loss, eval/loss and all else at 4 steps" in exact.stderr
     assert "and so are the weights" in exact.stderr
-    manifest = RunDir(Path("exact's")).read_manifest()
+    manifest = RunDir(Path("exact, one")).read_manifest()
     assert {key: manifest[key] for key in ("git", "code_sha256")} == {
         key: original.manifest[key] for key in ("git", "code_sha256")
     }
@@ -292,7 +292,7 @@ def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
     assert client.get_run(manifest["mlflow"]["run_id"]).data.tags["runner.rerun_of"] == original.mlflow_id
 
-    told = runner(ours, "diff", "plain", "exact's", "--patch")
+    told = runner(ours, "diff", "plain", "exact, one", "--patch")
     assert re.search(r"uncommitted changes +none +yes \(", told.stdout)
     assert re.search(r"^\+FACTOR = 0\.5$", told.stdout, re.MULTILINE)
     assert not git(ours, "status", "--porcelain")
