@@ -14,28 +14,29 @@ PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 FLOORS = [
     {"errors", "secrets", "intervals"},
     {"condition", "config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter", "asked",
-     "ranks", "shards", "scheduler"},
+     "ranks", "shards", "scheduler", "provenance", "checkout"},
     {"prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling", "tracking",
      "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored", "outcome"},
     {"chat", "attention", "origins", "store", "sweeps", "standing", "mirroring"},
     {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run",
      "status", "logs", "cancel", "choices"},
-    {"results"},
-    {"columns", "stored"},
-    {"ranking", "curves"},
+    {"results", "recorded"},
+    {"columns", "stored", "contrast", "ui"},
+    {"ranking", "curves", "diff", "worktree"},
     {"board"},
     {"page"},
     {"leaderboard", "charts"},
     {"tasks", "mlflow_sweep"},
     {"spread", "follow"},
     {"train", "sweep_mirror", "compare"},
-    {"build", "checks", "report", "mirror"},
+    {"build", "checks", "report", "mirror", "likeness"},
     {"worker", "plan", "folders"},
     {"launch"},
     {"explain"},
     {"compose"},
     {"admit"},
     {"sweeping"},
+    {"rerun"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
@@ -92,7 +93,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
     assert not loaded_by("import runner.cli, runner.compose, runner.checks, runner.prepare, runner.worker") & HEAVY
 
 
-@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "compare"])
+@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "compare", "diff", "rerun", "ui"])
 def test_watching_loads_nothing_heavy(verb: str, tmp_path: Path):
     for words in ([f"outputs_dir={tmp_path}"], ["--help"], [f"outputs_dir={tmp_path}", "nothing"]):
         assert not loaded_by(f"from runner import cli\nimport os\ncli.run({[verb, *words]})") & HEAVY

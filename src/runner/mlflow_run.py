@@ -111,7 +111,7 @@ class MlflowRun:
             run = store.create_run(client, experiment, identity, name, began)
         note(self.rundir, self.uri, run)
         store.send_params(client, run, self.config)
-        for path in (self.rundir.config, self.rundir.dirty_diff):
+        for path in (self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff):
             if path.exists():
                 client.log_artifact(run.info.run_id, str(path))
         environment = {"versions": manifest.get("versions") or {}, "packages": self.packages}
@@ -199,6 +199,7 @@ def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, An
         "runner.slurm_job_id": state.scheduler_id,
         "runner.git_sha": git.get("sha"),
         "runner.git_dirty": git.get("dirty"),
+        "runner.rerun_of": (manifest.get("rerun") or {}).get("of"),
         "mlflow.parentRunId": (manifest.get("mlflow") or {}).get("parent_run_id"),
         "mlflow.source.name": command if isinstance(command, str) else shlex.join(command),
         "mlflow.source.type": "JOB" if state.scheduler_id else "LOCAL",
