@@ -29,10 +29,11 @@ WANTED = {
     "data/format=custom": ["data.format.function={function}:to_text"],
     "model=local": ["model.path=OWNER/NAME"],
     "lora=peft": ["lora.method=ia3"],
-    "search=asha": ["train.eval_steps=5"],
     "tracking=server": ["tracking.uri=http://127.0.0.1:5000"],
 }
-"""What options need that leave a value open (``???``), or that do not go with every default."""
+"""What the options need that leave a value open (``???``)."""
+TOGETHER = {"search=asha": ["train.eval_steps=5"]}
+"""What options need that do not go with every default."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def name_of(path: Path) -> str:
 
 def composed(files: dict[str, Path], *choices: str) -> dict[str, Any]:
     """The configuration of these choices, plain, with the values that they leave open."""
-    values = [value.format(**files) for choice in choices for value in WANTED.get(choice, [])]
+    values = [value.format(**files) for choice in choices for value in {**WANTED, **TOGETHER}.get(choice, [])]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         made = compose("config", [*choices, *values])
     assert isinstance(made, DictConfig)

@@ -34,6 +34,11 @@ def faults_of(cfg: Mapping[str, Any]) -> list[Fault]:
     return list(_group_faults(cfg)) or list(_combination_faults(cfg))
 
 
+def faults_of_group(cfg: Mapping[str, Any], group: str) -> list[Fault]:
+    """The faults of one group by itself."""
+    return list(config.find_faults(cfg[group], group))
+
+
 def is_none(node: Mapping[str, Any]) -> bool:
     """Whether a group's chosen option is its null option."""
     return str(node.get(config.TARGET, "")).rpartition(".")[2] == "none"

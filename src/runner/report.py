@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import compiling, console, parallel, prepare, tracking
@@ -200,7 +201,8 @@ def _next_command(rundir: RunDir, code: int) -> str:
         uri = rundir.read_manifest().get("mlflow", {}).get("uri", "")
         if not uri:
             return f"python -m runner sync {rundir.path}"
-        return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else "python -m runner --help"
+        is_usual = uri == f"sqlite:///{Path('outputs').absolute() / 'mlflow.db'}"
+        return "python -m runner ui" if is_usual else f"python -m runner ui uri={uri}"
     if code in (75, 130):
         return f"python -m runner resume={rundir.path}"
     return f"see {rundir.log}; then python -m runner resume={rundir.path} retry=true"

@@ -34,6 +34,9 @@ Record = dict[str, Any]
 DRIVERS = {"sqlite": "sqlite3", "postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
 """The databases that MLflow can use, with the module that SQLAlchemy needs for each unless the URI names another."""
 
+LOSS, BEST, SECONDS, TOKENS = "eval/loss", "eval/best_loss", "train/seconds", "train/tokens"
+"""The loss at the end and the smallest there was, the seconds of training of all attempts, the tokens seen."""
+
 LONGEST_NAME = 250
 
 
@@ -131,6 +134,19 @@ def rewind(rundir: RunDir, step: int, evaluated: bool = True) -> int:
 def read(rundir: RunDir) -> list[Record]:
     """All records of the run; a last line that was cut short by a crash is left out."""
     return tail(rundir.metrics, 0)[0]
+
+
+def last_values(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The last value of each metric, and the best of the evaluations after training began."""
+    found: dict[str, float] = {}
+    best = math.inf
+    for record in records:
+        found.update({name: value for name, value in record.items() if name not in ("step", "time")})
+        if record["step"] > 0 and math.isfinite(loss := record.get(LOSS, math.inf)):
+            best = min(best, loss)
+    if math.isfinite(best):
+        found[BEST] = best
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
 def tail(path: Path, offset: int) -> tuple[list[Record], int]:
