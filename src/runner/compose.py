@@ -153,7 +153,7 @@ class Composer:
             ConfigError: it is no override, or has several values.
         """
         with told(self.hydra, self.args):
-            override = self._parser.parse_override(text)
+            override = self.parser.parse_override(text)
         if override.is_sweep_override():
             raise ConfigError(Fault(override.key_or_group, "has several values", "give it one", _value(override)))
         return override.value()
