@@ -202,7 +202,8 @@ def read_report(rundir: RunDir) -> dict[str, Any]:
 
 def _written(record: Mapping[str, Any]) -> Record:
     # JSON knows no NaN and no infinities: they are written as words, which float() reads back.
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    inner = {k: _written(v) if isinstance(v, Mapping) else v for k, v in record.items()}
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in inner.items()}
 
 
 def _records(lines: Iterable[bytes], path: Path) -> Iterator[Record]:
