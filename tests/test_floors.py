@@ -24,12 +24,12 @@ FLOORS = [
     {"spread", "follow"},
     {"train", "sweep_mirror"},
     {"build", "checks", "report", "mirror"},
-    {"worker", "plan", "folders"},
-    {"launch"},
-    {"explain"},
+    {"worker", "plan", "folders", "trained", "card"},
+    {"launch", "generate", "export"},
+    {"explain", "register"},
     {"compose"},
-    {"admit"},
-    {"sweeping"},
+    {"admit", "dataset"},
+    {"sweeping", "evaluate"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
@@ -86,7 +86,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
     assert not loaded_by("import runner.cli, runner.compose, runner.checks, runner.prepare, runner.worker") & HEAVY
 
 
-@pytest.mark.parametrize("verb", ["status", "logs", "cancel"])
+@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "generate", "export", "register", "evaluate"])
 def test_watching_loads_nothing_heavy(verb: str, tmp_path: Path):
     for words in ([f"outputs_dir={tmp_path}"], ["--help"], [f"outputs_dir={tmp_path}", "nothing"]):
         assert not loaded_by(f"from runner import cli\nimport os\ncli.run({[verb, *words]})") & HEAVY

@@ -84,7 +84,38 @@ def cancel(argv: list[str]) -> int:
     return cancel.cancel(argv)
 
 
-VERBS: dict[str, Verb] = {"plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync}
+def generate(argv: list[str]) -> int:
+    """Ask a trained model."""
+    from runner import generate
+
+    return generate.generate(argv)
+
+
+def export(argv: list[str]) -> int:
+    """Write a trained model where others find it."""
+    from runner import export
+
+    return export.export(argv)
+
+
+def register(argv: list[str]) -> int:
+    """Put a trained model into MLflow's registry."""
+    from runner import register
+
+    return register.register(argv)
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure a trained model on any data."""
+    from runner import evaluate
+
+    return evaluate.evaluate(argv)
+
+
+VERBS: dict[str, Verb] = {
+    "plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync,
+    "generate": generate, "export": export, "register": register, "evaluate": evaluate,
+}  # fmt: skip
 
 
 OF_SWEEPS = ("sweep", "launcher.parallel", "launcher.array_parallelism")
