@@ -133,6 +133,21 @@ def read(rundir: RunDir) -> list[Record]:
     return tail(rundir.metrics, 0)[0]
 
 
+def read_evaluations(rundir: RunDir) -> list[Record]:
+    """What ``evaluate`` has found of the run: {time, step, name, metrics: {…}, …}, oldest first."""
+    if not rundir.evaluations.exists():
+        return []
+    found = []
+    for line in rundir.evaluations.read_text().splitlines():
+        try:
+            record = json.loads(line)
+            metrics = {str(name): float(value) for name, value in record["metrics"].items()}
+            found.append({**record, "step": int(record["step"]), "time": float(record["time"]), "metrics": metrics})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            log.warning(f"{rundir.evaluations}: left out a line that is no record: {line[:80]!r}")
+    return found
+
+
 def tail(path: Path, offset: int) -> tuple[list[Record], int]:
     """The records of a .jsonl file from byte ``offset`` on, and the offset after the last whole line."""
     if not path.exists():
