@@ -25,7 +25,7 @@ FLOORS = [
     {"train", "sweep_mirror"},
     {"build", "checks", "report", "mirror"},
     {"worker", "plan", "folders", "trained", "card"},
-    {"launch", "generate", "merge"},
+    {"launch", "generate", "merge", "benchmarks"},
     {"explain", "export"},
     {"compose", "register"},
     {"admit", "dataset"},

@@ -34,6 +34,16 @@ def faults_of(cfg: Mapping[str, Any]) -> list[Fault]:
     return list(_group_faults(cfg)) or list(_combination_faults(cfg))
 
 
+def check_data(node: Mapping[str, Any]) -> None:
+    """Check the node ``data`` alone.
+
+    Raises:
+        ConfigError: with all its faults.
+    """
+    if faults := list(_data_faults(node)):
+        raise ConfigError(*faults)
+
+
 def is_none(node: Mapping[str, Any]) -> bool:
     """Whether a group's chosen option is its null option."""
     return str(node.get(config.TARGET, "")).rpartition(".")[2] == "none"

@@ -154,7 +154,7 @@ def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overri
         "command": [redact(word) for word in command],
         "overrides": [redact(override) for override in overrides],
         "git": _git(rundir),
-        "versions": _versions(),
+        "versions": versions(),
         "lock_sha256": _lock_hash(),
         "hardware": {
             "host": platform.node(),
@@ -198,7 +198,7 @@ def _checkout() -> tuple[str | None, str]:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

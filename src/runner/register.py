@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,16 +187,18 @@ def _pack(run: Trained, folder: Path, packed: Path, there: Run, model_id: str | 
     ]
     text = Schema([ColSpec(DataType.string)])
     made: dict[str, Any] = {"run_id": there.info.run_id, **({"model_id": model_id} if model_id else {})}
-    mlflow.pyfunc.save_model(
-        path=str(packed),
-        python_model=str(Path(__file__).with_name("served.py")),
-        artifacts={"model": str(folder)},
-        model_config={"is_chat": run.task.name != "pretrain"},
-        signature=ModelSignature(text, text, ParamSchema(params)),
-        pip_requirements=requirements(),
-        mlflow_model=Model(**made),
-        metadata={"runner.signature": run.rundir.read_manifest().get("signature")},
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of annotations, from which it would infer the signature that is given here
+        mlflow.pyfunc.save_model(
+            path=str(packed),
+            python_model=str(Path(__file__).with_name("served.py")),
+            artifacts={"model": str(folder)},
+            model_config={"is_chat": run.task.name != "pretrain"},
+            signature=ModelSignature(text, text, ParamSchema(params)),
+            pip_requirements=requirements(),
+            mlflow_model=Model(**made),
+            metadata={"runner.signature": run.rundir.read_manifest().get("signature")},
+        )
     shutil.rmtree(folder)  # it was copied: two of them need not lie here while they are brought
 
 
