@@ -151,9 +151,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     )
 
 
-def keep_updates(
-    source: ModelSource, device: torch.device, *, full: bool
-) -> tuple[ModelSource, torch.dtype | None]:
+def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tuple[ModelSource, torch.dtype | None]:
     """Weights that train whole are kept in float32 and computed with in bfloat16: pure bfloat16 loses small updates.
 
     Returns the source and the dtype of autocast. A dtype that was asked for is left as it is.

@@ -64,7 +64,7 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         if composer.is_sweep():
-            raise ConfigError(Fault("evaluate", "takes one value of each key", "evaluate once for each"))
+            raise ConfigError(_one_value("evaluate"))
         return dict(composer.single().cfg["data"])
 
 
@@ -75,19 +75,24 @@ def _set(made: dict[str, Any], overrides: list[str]) -> None:
 
     for text in overrides:
         try:
-            value = OverridesParser.create().parse_override(text.lstrip("+")).value()
+            parsed = OverridesParser.create().parse_override(text.lstrip("+"))
         except HydraException as error:
             problem = f"cannot be read: {str(error).splitlines()[0]}"
             raise ConfigError(Fault(_key(text), problem, "put it in quotes: 'data.path=\"a b\"'")) from error
+        if parsed.is_sweep_override():
+            raise ConfigError(_one_value(_key(text)))
         *above, last = _key(text).split(".")[1:] or [""]
         place = made
         for name in above:
             place[name] = dict(place.get(name) or {})
             place = place[name]
-        place[last] = value if not hasattr(value, "value") else value.value()
+        place[last] = parsed.value()
     assert TARGET in made, "a node of the run names its option"
+
+
+def _one_value(key: str) -> Fault:
+    return Fault(key, "takes one value of each key", "evaluate once for each")
 
 
 def _key(text: str) -> str:
     return text.partition("=")[0].lstrip("+~")
-

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from runner import asked, card, console, converter, merge, modeldir
 from runner import trained as training_results
@@ -148,7 +148,8 @@ def _lies_there(folder: Path) -> bool:
 def _write(run: Trained, order: _Order, aside: Path) -> Check | None:
     """Everything but the card; returns what came out of checking a merged model."""
     if order.kinds == ("adapter",):
-        return _copy(run, aside)
+        _copy(run, aside)
+        return None
     if "model" in order.kinds:
         check = merge.write(run, aside, order.dtype)
         if "gguf" in order.kinds:

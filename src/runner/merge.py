@@ -6,6 +6,7 @@ Merging into 4-bit weights would round the sum again (peft#2321): the base is lo
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,22 +26,23 @@ STOCK = "The quick brown fox jumps over the lazy dog; 12 of them did, said Ana, 
 
 @dataclass(frozen=True)
 class Check:
-    """How far the written model is from base and adapter, in float32 unless it says otherwise."""
+    """How far the model that was written is from the run's own: base and adapter, unmerged."""
 
     difference: float
-    """Largest of all logits, merged in memory."""
-    written: float
-    """The same, of the model read back by plain transformers."""
+    """Largest of all logits, before rounding to ``dtype``."""
+    computed_in: str
+    """float64 where float32 rounds more than merging changes."""
+    rounded: float
+    """The largest difference of the written model, rounded to ``dtype``."""
     dtype: str
     rows: str
-    adapter: bool
 
     def notes(self) -> dict[str, str]:
         """Facts for the terminal and the card."""
-        what = "merged, against base + adapter in float32" if self.adapter else "as written, against the run's model"
-        said = f"largest difference of a logit {self.difference:.1e} {what} (at most {TOLERANCE:g}), on {self.rows}"
-        rounded = "" if self.dtype == "float32" else f"; {self.written:.1e} once rounded to {self.dtype}"
-        return {"check": said + rounded, "dtype": self.dtype}
+        said = f"logits differ by {self.difference:.1e} at most from base + adapter in full precision (allowed: "
+        said += f"{TOLERANCE:g}; computed in {self.computed_in}, on {self.rows})"
+        once = "" if self.dtype == "float32" else f", by {self.rounded:.1e} once rounded to {self.dtype}"
+        return {"check": said + once, "dtype": self.dtype}
 
 
 def write(run: Trained, folder: Path, dtype: str | None) -> Check:
@@ -50,15 +52,21 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
         TrainingError: it says something else than base and adapter; what was written is of no use then.
         ConfigError: an adapter that cannot be merged.
     """
-    from runner import chat, models, quant, samples
+    from runner import chat, models, samples
 
     device = _device(run)
     rows, where = _rows(run)
-    model = training_results.load(run, device, dtype="float32", quant=quant.none(), unties=True)
+    model = _unmerged(run, device)
     expected = _logits(model, rows)
+    difference, computed_in = 0.0, "float32"
     if run.is_adapter:
-        model = _merged(model, run)
-        difference = _compare(expected, _logits(model, rows), "merged")
+        model = _merged(model)
+        difference = _worst(expected, _logits(model, rows))
+        if not difference <= TOLERANCE:
+            exact = _logits(model.double(), rows)
+            difference, computed_in = _worst(_logits(_unmerged(run, device).double(), rows), exact), "float64"
+    _refuse_other(difference, TOLERANCE, "merging")
+    merged = _logits(model.float(), rows)
     stored = dtype or _stored(run)
     model.to(dtype=_torch_dtype(stored))
     if getattr(model, "generation_config", None) is not None:
@@ -66,46 +74,61 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
     models.save_whole(model, folder, model.state_dict())
     run.tokenizer.save_pretrained(folder)
     del model
-    written = _compare(expected, _logits(_read(folder, device), rows), "written", rounded=stored != "float32")
-    return Check(difference if run.is_adapter else written, written, stored, where, run.is_adapter)
+    read = _logits(_read(folder, device), rows)
+    _refuse_other(_worst(merged, read), TOLERANCE if stored == "float32" else float("inf"), "writing")
+    return Check(difference, computed_in, _worst(expected, read), stored, where)
 
 
-def _merged(model: Any, run: Trained) -> Any:
+def _unmerged(run: Trained, device: torch.device) -> Any:
+    from runner import quant
+
+    return training_results.load(run, device, dtype="float32", quant=quant.none(), unties=True)
+
+
+def _merged(model: Any) -> Any:
+    """The base with the adapter in it; each sum is taken in float64, layer by layer, and rounded once."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     try:
-        merged = model.merge_and_unload(safe_merge=True)
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.double()
+                module.merge(safe_merge=True)
+                module.float()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that all is merged already
+            return model.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         if "out of memory" in str(error):
             raise
         method = next(iter(model.peft_config.values())).peft_type
-        problem = f"PEFT cannot merge {getattr(method, 'value', method)}: {str(error).splitlines()[0][:200]}"
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        problem = f"PEFT cannot merge {getattr(method, 'value', method)}: {text}"
         raise ConfigError(Fault("--merged", problem, "export the adapter as it is: leave --merged out")) from error
-    return merged
 
 
-def _compare(expected: list[Any], found: list[Any], what: str, *, rounded: bool = False) -> float:
-    """The largest difference of a logit.
-
-    Raises:
-        TrainingError: more than ``TOLERANCE``, or not a number; of a rounded model only the latter.
-    """
+def _worst(expected: list[Any], found: list[Any]) -> float:
+    """The largest difference of a logit; not a number where one of them is none."""
     differences = [float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)]
-    worst = max(differences) if all(d == d for d in differences) else float("nan")
-    if not worst <= TOLERANCE and not (rounded and worst == worst):
-        problem = f"the {what} model says something else: a logit differs by {worst:.2e}, at most {TOLERANCE:g} is allowed"
+    return max(differences) if all(d == d for d in differences) else float("nan")
+
+
+def _refuse_other(difference: float, allowed: float, doing: str) -> None:
+    if not difference <= allowed:
+        problem = f"{doing} changed what the model says: a logit differs by {difference:.2e}, allowed is {allowed:g}"
         remedy = "nothing was exported; the adapter as it is (without --merged) is sound. Tell us which adapter this is"
         raise TrainingError(Fault("--merged", problem, remedy))
-    return worst
 
 
 def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
-    """For each row its logits (T, V), float32 on the CPU."""
+    """For each row its logits (T, V), on the CPU, in the precision that they were computed in."""
     import torch
 
     model.eval()
     device = next(model.parameters()).device
     with torch.no_grad():
         asked = (torch.tensor([row], device=device) for row in rows)
-        return [model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in asked]
+        return [model(input_ids=ids, use_cache=False).logits[0].cpu() for ids in asked]
 
 
 def _read(folder: Path, device: torch.device) -> Any:
@@ -166,4 +189,3 @@ def _device(run: Trained) -> torch.device:
     device = build.pick_device()
     size = models.describe(models.empty(run.result, quant.none()))["total"] * 4
     return device if device.type != "cpu" and 2.5 * size < meters.device_memory(device)[1] else torch.device("cpu")
-

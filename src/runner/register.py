@@ -122,7 +122,9 @@ def _refuse_foreign(client: MlflowClient, name: str) -> bool:
         raise
     if OURS not in found.tags:
         problem = "is taken by a model that this program has not made"
-        remedy = f"use another name; or, to put versions of ours beside those, set its tag {OURS} (to anything) in MLflow"
+        remedy = (
+            f"use another name; or, to put versions of ours beside those, set its tag {OURS} (to anything) in MLflow"
+        )
         raise TrackingError(Fault("NAME", problem, remedy, name))
     return True
 
@@ -145,7 +147,10 @@ def _register(run: Trained, place: _Place, there: Run, name: str, *, exists: boo
             client.create_registered_model(name, tags={OURS: "true"})
             made_name = True
         more = {"model_id": model_id} if model_id else {}
-        notes = {"runner.signature": str(run.rundir.read_manifest().get("signature")), "runner.folder": str(run.rundir.path)}
+        notes = {
+            "runner.signature": str(run.rundir.read_manifest().get("signature")),
+            "runner.folder": str(run.rundir.path),
+        }
         return str(client.create_model_version(name, source, place.run_id, tags=notes, **more).version)
     except BaseException:
         if made_name:

@@ -1,4 +1,4 @@
-"""A trained model as MLflow serves it: texts in, answers out. MLflow copies this file beside the model and runs it there.
+"""A trained model as MLflow serves it: texts in, answers out. MLflow copies this file beside the model.
 
 So it knows nothing of this package: where it runs there are mlflow, torch and transformers, and the model's folder.
 """
@@ -24,8 +24,11 @@ class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         model = AutoModelForCausalLM.from_pretrained(folder)
         self.model = (model if on_gpu else model.float()).to("cuda" if on_gpu else "cpu").eval()
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads annotations
-        """One answer for each text: of a DataFrame's first column, of a list, or a single one."""
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+        """One answer for each text: of a DataFrame's first column, of a list, or a single one.
+
+        Without annotations: MLflow would take its signature from them, and know no parameters.
+        """
         if hasattr(model_input, "iloc"):
             model_input = model_input.iloc[:, 0].tolist() if model_input.ndim == 2 else model_input.tolist()
         texts = [model_input] if isinstance(model_input, str) else list(model_input)

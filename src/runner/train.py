@@ -163,10 +163,12 @@ def accumulate_gradients(
 
 def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
     """The task's metrics over the whole evaluation split."""
-    totals = evaluation_sums(
-        parts.model, parts.task, parts.evaluation, parts.spread,
-        before=lambda done, count: (parts.ranks.agree(hooks.check_stop), hooks.evaluating(done, count)),
-    )  # fmt: skip
+
+    def before(done: int, count: int) -> None:
+        parts.ranks.agree(hooks.check_stop)
+        hooks.evaluating(done, count)
+
+    totals = evaluation_sums(parts.model, parts.task, parts.evaluation, parts.spread, before)
     hooks.evaluating(parts.evaluation.batches_in_pass, parts.evaluation.batches_in_pass)
     parts.meter.pause()
     return {f"eval/{name}": value for name, value in parts.task.metrics(over_ranks(parts, totals)).items()}
@@ -174,7 +176,7 @@ def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluation_sums(
-    model: torch.nn.Module, task: Task, batches: Batches, spread: Spread, before: Callable[[int, int], object]
+    model: torch.nn.Module, task: Task, batches: Batches, spread: Spread, before: Callable[[int, int], None]
 ) -> dict[str, float]:
     """The task's sums over one pass; never logits. ``before`` is called with (batches done, in all) at each batch."""
     model.eval()
