@@ -127,7 +127,7 @@ def _load(run: Trained, *, compare: bool) -> list[_Speaker]:
     if not compare:
         return [tuned]
     if training_results.has_base_inside(model):
-        return [_Speaker(BASE, lambda: training_results.as_base(run, model, device)), tuned]
+        return [_Speaker(BASE, lambda: training_results.without_adapter(model)), tuned]
     base = training_results.load_base(run, device)
     return [_Speaker(BASE, lambda: nullcontext(base)), tuned]
 

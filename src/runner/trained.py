@@ -144,13 +144,10 @@ def load_base(
 
 
 @contextlib.contextmanager
-def as_base(trained: Trained, model: Any, device: torch.device | str) -> Iterator[Any]:
-    """The model as it was before training: the same one with its adapter off, where that gives the base exactly."""
-    if has_base_inside(model):
-        with model.disable_adapter():
-            yield model
-    else:
-        yield load_base(trained, device)
+def without_adapter(model: Any) -> Iterator[Any]:
+    """The model as it was before training, while the block runs; only where it ``has_base_inside``."""
+    with model.disable_adapter():
+        yield model
 
 
 def has_base_inside(model: Any) -> bool:
