@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 FLOORS = [
     {"errors", "secrets"},
     {"config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter", "asked",
-     "ranks", "shards", "scheduler"},
+     "ranks", "shards", "scheduler", "served"},
     {"prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling", "tracking",
      "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored", "outcome",
      "converter"},
@@ -77,7 +77,7 @@ def test_imports_go_strictly_down(path: Path):
 def loaded_by(statement: str) -> set[str]:
     code = f"{statement}\nimport sys; print(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(done.stdout.splitlines()[-1].split())
 
 
 HEAVY = {"torch", "transformers", "mlflow", "peft", "bitsandbytes", "datasets", "pandas", "pyarrow"}

@@ -119,11 +119,12 @@ def test_compare_asks_the_base_as_well(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(results, "load_base", lambda *a, **k: loads.append(a) or load(*a, **k))
     tables: list[Any] = []
     monkeypatch.setattr(generate.console, "table", lambda *table: tables.append(table))
-    assert said(capsys, "generate", name, "Hello!", "--compare", "--max-new-tokens", "24")[0] == 0
+    words = ("generate", name, "Hello!", "--max-new-tokens", "24", *(("--temperature", "1") if name == "whole" else ()))
+    assert said(capsys, *words, "--compare")[0] == 0
     ((_, columns, [(base, tuned)]),) = tables
     assert columns == ["base", "fine-tuned"]
     assert len(loads) == 1  # the base under the adapter is the base of the comparison
-    _, alone, _ = said(capsys, "generate", name, "Hello!", "--max-new-tokens", "24")
+    _, alone, _ = said(capsys, *words)
     assert alone.strip() == tuned != base
     if name == "first":
         origin = json.loads((run.model / "adapter_config.json").read_text())["base_model_name_or_path"]
