@@ -241,6 +241,7 @@ def test_gguf_is_made_of_the_merged_model_by_the_converter_on_the_path(
 ):
     trained("first")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("runner.converter.PACKAGE", "no_such_package")
     code, _, err = said(capsys, "export", "first", str(tmp_path / "g"), "--gguf")
     assert (code, "convert_hf_to_gguf.py" in err) == (2, True)
     script = tmp_path / "convert_hf_to_gguf.py"

