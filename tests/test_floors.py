@@ -12,25 +12,32 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 
 FLOORS = [
-    {"errors", "secrets"},
-    {"config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter", "asked",
-     "ranks", "shards", "scheduler", "served"},
+    {"errors", "secrets", "intervals"},
+    {"condition", "config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter", "asked",
+     "ranks", "shards", "scheduler", "provenance", "checkout", "served"},
     {"prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling", "tracking",
      "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored", "outcome",
      "converter"},
     {"chat", "attention", "origins", "store", "sweeps", "standing", "mirroring"},
     {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run",
-     "status", "logs", "cancel"},
+     "status", "logs", "cancel", "choices"},
+    {"results", "recorded"},
+    {"columns", "stored", "contrast", "ui"},
+    {"ranking", "curves", "diff", "worktree"},
+    {"board"},
+    {"page"},
+    {"leaderboard", "charts"},
     {"tasks", "mlflow_sweep"},
     {"spread", "follow"},
-    {"train", "sweep_mirror"},
-    {"build", "checks", "report", "mirror"},
+    {"train", "sweep_mirror", "compare"},
+    {"build", "checks", "report", "mirror", "likeness"},
     {"worker", "plan", "folders", "trained", "card"},
     {"launch", "generate", "merge", "benchmarks"},
     {"explain", "export"},
     {"compose", "register"},
     {"admit", "dataset"},
     {"sweeping", "evaluate"},
+    {"rerun"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
@@ -87,7 +94,10 @@ def test_importing_the_command_line_loads_nothing_heavy():
     assert not loaded_by("import runner.cli, runner.compose, runner.checks, runner.prepare, runner.worker") & HEAVY
 
 
-@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "generate", "export", "register", "evaluate"])
+@pytest.mark.parametrize(
+    "verb",
+    ["status", "logs", "cancel", "compare", "diff", "rerun", "ui", "generate", "export", "register", "evaluate"],
+)
 def test_watching_loads_nothing_heavy(verb: str, tmp_path: Path):
     for words in ([f"outputs_dir={tmp_path}"], ["--help"], [f"outputs_dir={tmp_path}", "nothing"]):
         assert not loaded_by(f"from runner import cli\nimport os\ncli.run({[verb, *words]})") & HEAVY

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runner import prepare
+from runner import prepare, provenance
 from runner.errors import ResumeError
 from runner.rundir import RunDir
 
@@ -53,7 +53,8 @@ def test_a_folder_is_prepared_once_and_kept(tmp_path: Path):
     assert manifest["signature"] == prepare.signature(config())
     assert manifest["name"] == "seed=0"
     assert manifest["versions"]["torch"]
-    assert manifest["git"].keys() == {"sha", "dirty"}
+    assert manifest["git"].keys() >= {"sha", "dirty"}
+    assert manifest["code_sha256"] == provenance.digest_of_code(Path(prepare.__file__).parent)
     assert prepare.read_config(rundir) == config()
     assert prepare.prepare(config(), tmp_path / "run", [], []).read_manifest()["id"] == manifest["id"]
 

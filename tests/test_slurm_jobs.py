@@ -19,7 +19,15 @@ from runner.rundir import RunDir, SweepDir
 
 __all__ = ["slurm"]  # the fixture
 HELD = "+launcher.additional_parameters.hold=true"
+OWN_FUNCTION = (
+    "data=local", "data.path=rows.jsonl", "data/format=custom", "data.format.function=mine.py:text", "task=pretrain",
+)  # fmt: skip
 ENDLESS = (*TINY, "train.max_steps=100000", "train.save_steps=1000")
+
+
+def write_rows() -> None:
+    rows = [{"a": f"what is {n}?", "b": f"it is {n * n}"} for n in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def without_place(script: str, folder: str, name: str) -> list[str]:
@@ -103,7 +111,7 @@ def test_a_sweep_that_sbatch_did_not_take_is_not_said_to_run(slurm: None):
     refusal = 'echo "sbatch: error: Slurm is full" >&2\nexit 1\n'
     Path("bin/sbatch").write_text(f'#!/bin/bash\n[[ "$*" == *--test-only* ]] && exec {real} "$@"\n{refusal}')
     Path("bin/sbatch").chmod(0o755)
-    words = ("-m", *TINY, "train.max_steps=1", *SLURM, HELD, "seed=1,2")
+    words = ("-m", *SHORT, *SLURM, HELD, "seed=1,2")
     done = runner(*words, PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
     assert done.returncode == 2, done.stderr
     assert "Slurm took 0 of 2 runs and refused the next: Slurm is full" in done.stderr
@@ -134,8 +142,13 @@ def test_a_run_cancelled_outside_is_killed_and_one_requeued_too_often_stays_pree
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_a_time_limit_that_leaves_no_time_to_train_is_not_requeued_for_ever(slurm: None):
-    words = (*ENDLESS, *SLURM[:1], "launcher.timeout_min=1", "launcher.signal_delay_s=55", "hydra.run.dir=short")
-    done = runner(*words, "launcher.setup=['sleep 20']", "launcher.wait=true")  # a start that takes its time
+    write_rows()
+    slow = (
+        "import os, time\n\ndef text(row):\n    time.sleep(300 * ('SLURM_JOB_ID' in os.environ))\n    return row['a']\n"
+    )
+    Path("mine.py").write_text(slow)  # a start that takes its time
+    limit = ("launcher.timeout_min=1", "launcher.signal_delay_s=30", "launcher.wait=true")
+    done = runner(*SHORT, *OWN_FUNCTION, *SLURM[:1], *limit, "hydra.run.dir=short")
     assert done.returncode == 75, done.stderr
     state = RunDir(Path("short").absolute()).read_state()
     assert [state.status, state.attempt] == ["preempted", 0]
@@ -147,12 +160,10 @@ def test_a_time_limit_that_leaves_no_time_to_train_is_not_requeued_for_ever(slur
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_a_function_of_the_users_is_frozen_with_the_code(slurm: None):
-    rows = [{"a": f"what is {n}?", "b": f"it is {n * n}"} for n in range(40)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows()
     file = Path("mine.py")
     file.write_text('def text(row):\n    return row["a"] + " " + row["b"]\n')
-    words = (*SHORT, "data=local", "data.path=rows.jsonl", "data/format=custom", "data.format.function=mine.py:text",
-             "task=pretrain", "tracking=offline")  # fmt: skip
+    words = (*SHORT, *OWN_FUNCTION, "tracking=offline")
     here = runner(*words, "hydra.run.dir=here")
     assert here.returncode == 0, here.stderr
     done = runner(*words, *SLURM, HELD, "hydra.run.dir=queued")

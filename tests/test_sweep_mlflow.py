@@ -398,7 +398,7 @@ def test_a_sweep_from_its_start_to_its_end(tmp_path: Path) -> None:
     queue.end()
     result = mirroring.wait_sweep_mirror(process, sweep)
     assert result == mirroring.SweepResult(None, 0, f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
-    assert statuses(sweep) == ["FINISHED", "FAILED", "FINISHED", "KILLED", "SCHEDULED", "FINISHED"]
+    assert statuses(sweep) == ["FINISHED", "FAILED", "FINISHED", "KILLED", "KILLED", "FINISHED"]
     assert (parent_of(sweep).info.status, only_parents(sweep)) == ("FAILED", 1)
     for rundir, status in ((first, "FINISHED"), (second, "FAILED"), (third, "FINISHED"), (added, "FINISHED")):
         assert_mirrored(rundir, status)

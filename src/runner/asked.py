@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Co
             words.append(word)
         elif option in valued:
             options[option] = value if has_value else next(rest, "")
-            if not options[option]:
+            if not options[option] or options[option].startswith("--"):
                 faults.append(Fault(option, "needs a value", teaching.splitlines()[0]))
         elif word in flags:
             options[word] = ""
@@ -80,3 +80,22 @@ def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Co
     if faults:
         raise ConfigError(*faults)
     return Asked(words, options, Path(outputs_dir).expanduser())
+
+
+def settings(words: Iterable[str], keys: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """Those words that are not ``key=value`` of one of ``keys``, and the values of those that are.
+
+    Raises:
+        ConfigError: a key without a value.
+    """
+    rest: list[str] = []
+    found: dict[str, str] = {}
+    for word in words:
+        key, has_value, value = word.partition("=")
+        if not has_value or key not in keys:
+            rest.append(word)
+        elif not value:
+            raise ConfigError(Fault(key, "needs a value", f"write {key}=…, or leave it out"))
+        else:
+            found[key] = value
+    return rest, found

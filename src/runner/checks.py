@@ -44,6 +44,11 @@ def check_data(node: Mapping[str, Any]) -> None:
         raise ConfigError(*faults)
 
 
+def faults_of_group(cfg: Mapping[str, Any], group: str) -> list[Fault]:
+    """The faults of one group by itself."""
+    return list(config.find_faults(cfg[group], group))
+
+
 def is_none(node: Mapping[str, Any]) -> bool:
     """Whether a group's chosen option is its null option."""
     return str(node.get(config.TARGET, "")).rpartition(".")[2] == "none"

@@ -84,6 +84,34 @@ def cancel(argv: list[str]) -> int:
     return cancel.cancel(argv)
 
 
+def compare(argv: list[str]) -> int:
+    """Which setting was better."""
+    from runner import compare
+
+    return compare.compare(argv)
+
+
+def diff(argv: list[str]) -> int:
+    """What two runs were asked for, made of and came to."""
+    from runner import diff
+
+    return diff.diff(argv)
+
+
+def rerun(argv: list[str]) -> int:
+    """A run once more, as it was configured."""
+    from runner import rerun
+
+    return rerun.rerun(argv)
+
+
+def ui(argv: list[str]) -> int:
+    """MLflow's pages."""
+    from runner import ui
+
+    return ui.ui(argv)
+
+
 def generate(argv: list[str]) -> int:
     """Ask a trained model."""
     from runner import generate
@@ -113,7 +141,8 @@ def evaluate(argv: list[str]) -> int:
 
 
 VERBS: dict[str, Verb] = {
-    "plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync,
+    "plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync, "compare": compare,
+    "diff": diff, "rerun": rerun, "ui": ui,
     "generate": generate, "export": export, "register": register, "evaluate": evaluate,
 }  # fmt: skip
 

@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     args = get_args_parser().parse_args(argv)
     if args.experimental_rerun:
-        problem, remedy = "is not for this program", "python -m runner resume=RUN continues a run as it was configured"
+        problem, remedy = "is not for this program", "rerun RUN trains a run again as it was, resume=RUN continues it"
         raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
     return args
 
@@ -135,6 +135,18 @@ class Composer:
         with told(self.hydra, self.args):
             (batch,) = BasicSweeper.split_arguments(self._parser.parse_overrides(list(arguments)), None)
         return [list(overrides) for overrides in batch]
+
+    def value_of(self, text: str) -> Any:
+        """The value that an override gives, as Hydra reads it.
+
+        Raises:
+            ConfigError: it is no override, or has several values.
+        """
+        with told(self.hydra, self.args):
+            override = self._parser.parse_override(text)
+        if override.is_sweep_override():
+            raise ConfigError(Fault(override.key_or_group, "has several values", "give it one", _value(override)))
+        return override.value()
 
     @functools.cached_property
     def sweep_name(self) -> str:

@@ -20,7 +20,7 @@ from runner.config import bind
 from runner.errors import RunnerError
 from runner.rundir import DIED, RunDir, State, write_atomic
 from runner.secrets import redact, take_credentials
-from runner.tracking import Tracking, read, read_evaluations, store_uri, tail
+from runner.tracking import BEST, SECONDS, Tracking, last_values, read, read_evaluations, store_uri, tail
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -112,7 +112,7 @@ class MlflowRun:
             run = store.create_run(client, experiment, identity, name, began)
         note(self.rundir, self.uri, run)
         store.send_params(client, run, self.config)
-        for path in (self.rundir.config, self.rundir.dirty_diff):
+        for path in (self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff):
             if path.exists():
                 client.log_artifact(run.info.run_id, str(path))
         environment = {"versions": manifest.get("versions") or {}, "packages": self.packages}
@@ -157,9 +157,21 @@ class MlflowRun:
                 client.log_artifact(run.info.run_id, str(path))
         if self.rundir.samples.exists():
             store.send_table(client, run, json.loads(self.rundir.samples.read_text()), self.rundir.samples.name)
+        self._send_outcome(client, run)
         wanted, is_adapter = self.tracking.log_model, (self.rundir.model / "adapter_config.json").exists()
         if self.rundir.model.is_dir() and (wanted is True or (wanted == "adapter" and is_adapter)):
             client.log_artifacts(run.info.run_id, str(self.rundir.model), self.rundir.model.name)
+
+    def _send_outcome(self, client: MlflowClient, run: Run) -> None:
+        """What no record says and comparing asks for: the best loss and the seconds of training, at the last step."""
+        from mlflow.entities import Metric
+
+        state = self.rundir.read_state()
+        known = {BEST: last_values(read(self.rundir)).get(BEST), SECONDS: state.seconds or None}
+        now_ms = int(state.updated * 1000)
+        points = [Metric(name, value, now_ms, state.step) for name, value in known.items() if value is not None]
+        if points:
+            client.log_batch(run.info.run_id, metrics=points)
 
 
 def artifacts_dir(uri: str, outputs_dir: str | Path) -> Path | None:
@@ -198,6 +210,7 @@ def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, An
         "runner.slurm_job_id": state.scheduler_id,
         "runner.git_sha": git.get("sha"),
         "runner.git_dirty": git.get("dirty"),
+        "runner.rerun_of": (manifest.get("rerun") or {}).get("of"),
         "mlflow.parentRunId": (manifest.get("mlflow") or {}).get("parent_run_id"),
         "mlflow.source.name": command if isinstance(command, str) else shlex.join(command),
         "mlflow.source.type": "JOB" if state.scheduler_id else "LOCAL",

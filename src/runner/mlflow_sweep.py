@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runner import prepare, store
+from runner import leaderboard, prepare, store
 from runner.config import bind
 from runner.errors import RunnerError
 from runner.mlflow_run import ENDED, STATUS, artifacts_dir, explained, note, user, where
@@ -261,8 +261,9 @@ def _bring_up_to_date(
     if status != run.info.status:
         ended = max((state.updated for state in found), default=0.0) or time.time()
         store.set_status(client, run, status, None if status == "RUNNING" else ended)
-        not_begun = [rundir for rundir, state in zip(rundirs, found, strict=False) if state.status == "pending"]
-        _say_of_waiting(client, not_begun, "SCHEDULED" if is_queued else "KILLED")
+        _say_of_waiting(client, rundirs, "SCHEDULED" if is_queued else "KILLED")
+    if status != "RUNNING":
+        leaderboard.send(client, run, sweep, rundirs, found)
     return ""
 
 
@@ -270,7 +271,8 @@ def _say_of_waiting(client: MlflowClient, rundirs: Sequence[RunDir], status: str
     """Of jobs that have not begun say whether they will: SCHEDULED, or KILLED where nobody is left to start them."""
     for rundir in rundirs:
         run_id = (rundir.read_manifest().get("mlflow") or {}).get("run_id")
-        if run_id and (run := client.get_run(run_id)).info.status != status:
+        has_begun = rundir.read_state().status != "pending"  # what the caller knows may be a second old
+        if run_id and not has_begun and (run := client.get_run(run_id)).info.status != status:
             store.set_status(client, run, status, None if status == "SCHEDULED" else time.time())
 
 

@@ -61,6 +61,22 @@ def resolve_run(word: str, outputs_dir: Path) -> RunDir:
     raise ConfigError(Fault("", f"'{word}' is a sweep, and one run is wanted", f"name one of its runs:{runs}"))
 
 
+def meant(word: str, outputs_dir: Path) -> list[tuple[RunDir | SweepDir, bool]]:
+    """What a word means, and whether that is its name: a run or a sweep, or everything below a folder.
+
+    Raises:
+        ConfigError: as ``resolve``.
+    """
+    try:
+        return [(resolve(word, outputs_dir), True)]
+    except ConfigError:
+        folders = [path for path in (Path(word).expanduser(), outputs_dir / word) if path.is_dir()]
+        below = [(what, False) for path in folders[:1] for what in scan(path.resolve())]
+        if not below:
+            raise
+        return below
+
+
 def scan(folder: Path) -> Iterator[RunDir | SweepDir]:
     """The run or sweep that ``folder`` is, or all of those below it; those of a sweep count as one.
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -19,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from runner import checkout, provenance
 from runner.errors import Fault, ResumeError
 from runner.rundir import UNFINISHED, RunDir, write_atomic
 from runner.secrets import redact, take_credentials
@@ -28,11 +24,6 @@ RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The same as ``safe_load``, seven times as fast: a sweep may have a thousand configurations."""
-
-PACKAGES = (
-    "runner", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "mlflow", "hydra-core",
-    "omegaconf", "numpy", "tokenizers", "safetensors",
-)  # fmt: skip
 
 
 def signature(cfg: Mapping[str, Any]) -> str:
@@ -146,6 +137,9 @@ def find_twin(outputs_dir: Path, name: str) -> RunDir | None:
 
 
 def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overrides: list[str]) -> dict[str, Any]:
+    git, patch = checkout.note(checkout.current())
+    if patch:
+        write_atomic(rundir.dirty_diff, patch.encode("utf-8", "surrogateescape"))
     return {
         "id": uuid.uuid4().hex,
         "signature": signature(cfg),
@@ -153,15 +147,11 @@ def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overri
         "created": time.time(),
         "command": [redact(word) for word in command],
         "overrides": [redact(override) for override in overrides],
-        "git": _git(rundir),
-        "versions": versions(),
-        "lock_sha256": _lock_hash(),
-        "hardware": {
-            "host": platform.node(),
-            "cpu": _cpu_name(),
-            "cpus": os.cpu_count(),
-            "system": platform.platform(),
-        },
+        "git": git,
+        "code_sha256": provenance.code_digest(),
+        "versions": provenance.versions(),
+        "lock_sha256": provenance.lock_digest(),
+        "hardware": provenance.machine(),
     }
 
 
@@ -170,54 +160,3 @@ def _default_name(overrides: list[str]) -> str:
         o for o in overrides if not o.startswith(("hydra.", "outputs_dir=", "tracking", "resume=", "train.sample"))
     ]
     return redact(",".join(named))[:120] or "default"
-
-
-def _git(rundir: RunDir) -> dict[str, Any]:
-    """Commit and dirtiness of the project's checkout; the diff goes into the folder."""
-    sha, diff = _checkout()
-    if diff:
-        write_atomic(rundir.dirty_diff, diff)
-    return {"sha": sha, "dirty": bool(diff) if sha else None}
-
-
-@functools.cache
-def _checkout() -> tuple[str | None, str]:
-    """The commit of the project's checkout, and how the working tree differs from it; asked once a process."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout
-
-    sha = git("rev-parse", "HEAD")
-    return (sha.strip(), redact(git("diff", "HEAD") or "")) if sha else (None, "")
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@functools.cache
-def _lock_hash() -> str | None:
-    lock = Path(__file__).parents[2] / "uv.lock"
-    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None
-
-
-@functools.cache
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import compiling, console, parallel, prepare, tracking
@@ -33,12 +34,7 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             "run": f"{rundir.path}  (signature {prepare.signature(cfg)})",
             "model": f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
-            "device": f"{made.device}, weights in {weights_in(parts)}"
-            + (
-                f", {parts.ranks.world} processes ({parallel.kind_of(cfg['parallel'])})"
-                if parts.ranks.world > 1
-                else ""
-            ),
+            "device": f"{made.device}, weights in {weights_in(parts)}{_processes(cfg, parts)}",
             "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
             f"{data.eval_rows} held out, {made.batches.efficiency:.0%} of each batch used"
             + (f", {data.truncated} truncated" if data.truncated else "")
@@ -205,7 +201,8 @@ def _next_command(rundir: RunDir, code: int) -> str:
         uri = rundir.read_manifest().get("mlflow", {}).get("uri", "")
         if not uri:
             return f"python -m runner sync {rundir.path}"
-        return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else "python -m runner --help"
+        is_usual = uri == f"sqlite:///{Path('outputs').absolute() / 'mlflow.db'}"
+        return "python -m runner ui" if is_usual else f"python -m runner ui uri={uri}"
     if code in (75, 130):
         return f"python -m runner resume={rundir.path}"
     return f"see {rundir.log}; then python -m runner resume={rundir.path} retry=true"

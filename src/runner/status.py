@@ -14,7 +14,6 @@ from typing import Any
 
 from runner import asked, mirrored, named, standing
 from runner.console import duration
-from runner.errors import ConfigError
 from runner.rundir import RunDir, SweepDir
 from runner.standing import Standing
 
@@ -93,7 +92,7 @@ def _look(words: asked.Asked) -> list[_Group]:
     """Everything that is asked for, as it stands now, latest first."""
     found: dict[Path, tuple[RunDir | SweepDir, bool]] = {}
     for word in words.words:
-        for what, is_named in _meant(word, words.outputs_dir):
+        for what, is_named in named.meant(word, words.outputs_dir):
             found.setdefault(what.path, (what, is_named))
     if not words.words:
         found = {what.path: (what, False) for what in named.scan(words.outputs_dir)}
@@ -104,17 +103,6 @@ def _look(words: asked.Asked) -> list[_Group]:
         for (what, is_named), several in zip(found.values(), rundirs, strict=True)
     ]
     return groups if words.words else sorted(groups, key=lambda group: group.updated, reverse=True)
-
-
-def _meant(word: str, outputs_dir: Path) -> Iterable[tuple[RunDir | SweepDir, bool]]:
-    try:
-        return [(named.resolve(word, outputs_dir), True)]
-    except ConfigError:
-        folders = [path for path in (Path(word).expanduser(), outputs_dir / word) if path.is_dir()]
-        below = [(what, False) for path in folders[:1] for what in named.scan(path.resolve())]
-        if not below:
-            raise
-        return below
 
 
 def _print(groups: Sequence[_Group], words: asked.Asked) -> None:

@@ -55,7 +55,7 @@ def connect(uri: str) -> MlflowClient:
     import mlflow
 
     if not uri.startswith("sqlite:"):
-        mlflow.set_tracking_uri(uri := _with_credentials(uri))
+        mlflow.set_tracking_uri(uri := with_credentials(uri))
         return mlflow.MlflowClient(uri)
     database = Path(uri.removeprefix("sqlite:///"))
     # Processes that start together on a fresh file ruin it: one at a time may open it, which is what a client does.
@@ -307,7 +307,7 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _with_credentials(uri: str) -> str:
+def with_credentials(uri: str) -> str:
     """A database takes user and password in its URI only; a server is told them by MLflow, from the environment."""
     if is_server(uri):
         return uri

@@ -81,6 +81,18 @@ def visible_gpus() -> list[str]:
     return [name for name, _ in _named_gpus()]
 
 
+def gpu_names() -> list[str]:
+    """What those of ``visible_gpus`` are called: ``["NVIDIA A100-SXM4-80GB"]``."""
+    found = []
+    for handle in _visible_gpus():
+        import pynvml
+
+        with contextlib.suppress(Exception):
+            name = pynvml.nvmlDeviceGetName(handle)
+            found.append(name.decode() if isinstance(name, bytes) else str(name))
+    return found
+
+
 def idle_gpus() -> list[str]:
     """Those of ``visible_gpus`` that nobody computes on; one that cannot tell counts as idle."""
     return [name for name, handle in _named_gpus() if not _is_busy(handle)]

@@ -34,6 +34,9 @@ Record = dict[str, Any]
 DRIVERS = {"sqlite": "sqlite3", "postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
 """The databases that MLflow can use, with the module that SQLAlchemy needs for each unless the URI names another."""
 
+LOSS, BEST, SECONDS, TOKENS = "eval/loss", "eval/best_loss", "train/seconds", "train/tokens"
+"""The loss at the end and the smallest there was, the seconds of training of all attempts, the tokens seen."""
+
 LONGEST_NAME = 250
 
 
@@ -146,6 +149,19 @@ def read_evaluations(rundir: RunDir) -> list[Record]:
         except (ValueError, TypeError, KeyError, AttributeError):
             log.warning(f"{rundir.evaluations}: left out a line that is no record: {line[:80]!r}")
     return found
+
+
+def last_values(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The last value of each metric, and the best of the evaluations after training began."""
+    found: dict[str, float] = {}
+    best = math.inf
+    for record in records:
+        found.update({name: value for name, value in record.items() if name not in ("step", "time")})
+        if record["step"] > 0 and math.isfinite(loss := record.get(LOSS, math.inf)):
+            best = min(best, loss)
+    if math.isfinite(best):
+        found[BEST] = best
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
 def tail(path: Path, offset: int) -> tuple[list[Record], int]:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runner import compiling, console, outcome, parallel, prepare, report, scheduler, tracking
+from runner import compiling, console, outcome, parallel, prepare, provenance, report, scheduler, tracking
 from runner.errors import Fault, LaunchError, ResumeError, RunnerError, Stopped
 from runner.outcome import Clock
 from runner.ranks import Ranks, lost_peer, of_environment, silent, unanimous
@@ -201,6 +201,7 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
     peaks = parts.extra_metrics()
     if not leads:
         return {}
+    rundir.update_manifest(weights_sha256=provenance.weights_digest(rundir.model))
     compiled = report.compiled(parts.model, sum(graphs))
     return {**report.summary(rundir, parts, progress, clock.seconds()), **peaks, **compiled}
 
@@ -252,14 +253,28 @@ def _silent(stop: Stop) -> Iterator[Hooks]:
 
 
 def _refuse_other_data(rundir: RunDir, found: dict[str, Any]) -> None:
-    """A run goes on with the rows that it began with, or not at all."""
-    begun = rundir.read_manifest().get("data") or {}
+    """A run goes on with the rows that it began with, or not at all; a rerun has those of its original."""
+    manifest = rundir.read_manifest()
+    begun = manifest.get("data") or {}
+    if manifest.get("rerun") and not rundir.read_state().attempt:
+        _refuse_others_than_original(begun, found)
     if begun.get("digest", found["digest"]) != found["digest"]:
         problem = f"{found['uri']} is not what this run began with (digest {found['digest']}, then {begun['digest']})"
         raise ResumeError(Fault("data", problem, "restore the data, or start a new run with it"))
     if begun.get("function", found["function"]) != found["function"]:
         problem = "the source text of the function has changed since this run began"
         raise ResumeError(Fault("data.format.function", problem, "restore it, or start a new run with it"))
+
+
+def _refuse_others_than_original(original: dict[str, Any], found: dict[str, Any]) -> None:
+    same = {key: original.get(key, found[key]) == found[key] for key in ("digest", "function")}
+    if not same["digest"]:
+        problem = f"{found['uri']} is not what the run was trained on that this repeats"
+        problem += f" (digest {found['digest']}, then {original['digest']})"
+        raise ResumeError(Fault("data", problem, "restore the data, or name where it lies with data.path=…"))
+    if not same["function"]:
+        problem = "the source text of the function is not that of the run that this repeats"
+        raise ResumeError(Fault("data.format.function", problem, "restore it, or name where it lies"))
 
 
 def _samples_before(rundir: RunDir, made: Inputs, ask: Ask, step: int, ranks: Ranks) -> list[dict[str, str]]:

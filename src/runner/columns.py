@@ -1,0 +1,129 @@
+"""What can be asked of runs and how it is written: short names of metrics, "did you mean", numbers and their digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from runner.console import duration
+from runner.errors import ConfigError, Fault, suggest
+from runner.results import Result
+from runner.tracking import BEST, LOSS, SECONDS
+
+SPEED, GPU_MEMORY, CPU_MEMORY = "train/tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"
+SHORT = {"loss": [LOSS], "best": [BEST], "tokens/s": [SPEED], "memory": [GPU_MEMORY, CPU_MEMORY], "time": [SECONDS]}
+"""Short name → the metrics it may mean; the first that a run has counts."""
+MATTER = ("loss", "best", "tokens/s", "memory", "time")
+"""The metrics that are shown unless others are asked for."""
+ABOUT = ("run", "label", "status", "reason", "sweep", "folder", "mlflow_id")
+"""What can be asked of a run besides its parameters and metrics."""
+LARGER_IS_BETTER = ("accuracy", "per_second", "mfu", "reward", "margins", "f1")
+NAMED = 12
+"""Names that a message lists."""
+
+Value = str | float | None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A metric, or a parameter, and which way it gets better."""
+
+    key: str
+    is_larger_better: bool
+
+    def cost(self, result: Result) -> float:
+        """Small is good; infinite where the run has no such number."""
+        found = number(value(result, self.key))
+        return math.inf if found is None else -found if self.is_larger_better else found
+
+
+def goal(text: str, results: Sequence[Result], option: str) -> Goal:
+    """``KEY`` gets better the way its name says (accuracy and speed upwards, all else downwards); ``-KEY`` upwards,
+    ``+KEY`` downwards.
+
+    Raises:
+        ConfigError: no run has it.
+    """
+    key = resolve(text.lstrip("+-"), results, option)
+    upwards = text.startswith("-") or (not text.startswith("+") and key.endswith(LARGER_IS_BETTER))
+    return Goal(key, upwards)
+
+
+def resolve(word: str, results: Sequence[Result], option: str) -> str:
+    """The key that a word means: whole, a short name, ``data/format``, or an end that only one key has (``r``).
+
+    Raises:
+        ConfigError: none, or several.
+    """
+    params = {key for result in results for key in result.params}
+    metrics = {key for result in results for key in result.metrics}
+    for key in (word, word.replace("/", ".")):
+        if key in params or key in metrics or key in ABOUT:
+            return key
+    for key in SHORT.get(word, []):
+        if key in metrics:
+            return key
+    ends = sorted(key for key in params | metrics if key.endswith((f".{word}", f"/{word}")))
+    if len(ends) == 1:
+        return ends[0]
+    if ends:
+        raise ConfigError(Fault(option, f"'{word}' may mean several things", f"write one of {', '.join(ends)}"))
+    known = [*(short for short, keys in SHORT.items() if metrics & set(keys)), *sorted(metrics), *sorted(params)]
+    some = f"there are {', '.join(known[:NAMED])} … ({len(params)} parameters, {len(metrics)} metrics)"
+    raise ConfigError(Fault(option, f"no run has '{word}'", suggest(word, known) or some))
+
+
+def metric(word: str, results: Sequence[Result], option: str) -> str:
+    """``resolve`` for what has to be a metric."""
+    names = sorted({key for result in results for key in result.metrics})
+    candidates = [word, *SHORT.get(word, []), *(name for name in names if name.endswith(f"/{word}"))]
+    found = list(dict.fromkeys(name for name in candidates if name in names))
+    if word in found or (found and word in SHORT):
+        return found[0]
+    if len(found) == 1:
+        return found[0]
+    hint = suggest(word, [*names, *SHORT])
+    there = f"metrics here: {', '.join(names) or 'none'}"
+    raise ConfigError(Fault(option, f"no run has the metric '{word}'", f"{hint} {there}".strip()))
+
+
+def value(result: Result, key: str) -> Value:
+    """What a run has under a key; None where it has nothing."""
+    if key in result.metrics:
+        return result.metrics[key]
+    if key in result.params:
+        return result.params[key]
+    return str(getattr(result, key)) if key in ABOUT else None
+
+
+def number(found: Value) -> float | None:
+    """The number that a value is; None for a text, and for what is not finite."""
+    try:
+        read = float(found) if found is not None else math.nan
+    except ValueError:
+        return None
+    return read if math.isfinite(read) else None
+
+
+def title(key: str, keys: Iterable[str] = ()) -> str:
+    """The head of a column: the short name, where it means this key alone among ``keys``."""
+    for short, meant in SHORT.items():
+        if key in meant:
+            return short if len(set(meant) & set(keys)) < 2 else key
+    return key
+
+
+def text(key: str, found: Value) -> str:
+    """A value with as many digits as say something; a dash where there is none."""
+    if found is None:
+        return "–"
+    if isinstance(found, str):
+        return found
+    if key == SECONDS:
+        return duration(found) if found >= 10 else f"{found:.2g} s"
+    if key.endswith(("loss", "perplexity")):
+        return f"{found:.4f}"
+    if key.endswith("gib"):
+        return f"{found:.2f} GiB"
+    return f"{found:.0f}" if abs(found) >= 1000 else f"{found:.4g}"

@@ -1,0 +1,264 @@
+"""The verb ``compare``: which setting was better."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner import asked, board, columns, console, named, results
+from runner.board import Board
+from runner.errors import ConfigError, Fault
+from runner.results import Result
+from runner.rundir import RunDir, SweepDir
+from runner.secrets import take_credentials
+
+HELP = """python -m runner compare [SWEEP|RUN|FOLDER|EXPERIMENT …] [uri=STORE] [options] [outputs_dir=FOLDER]
+
+Which setting was better: the parameters that differ between the runs, beside the metrics that matter. Without words it
+is the latest sweep.
+
+  python -m runner compare lora.r+quant                          the runs of that sweep, the best first
+  python -m runner compare --by seed                             mean and 95 % interval over the seeds of each setting
+  python -m runner compare --where "lora.r>=8 and quant=4bit"    some of them
+  python -m runner compare --pareto memory,loss                  which trade-offs are worth having
+  python -m runner compare --html report.html                    a page with curves and charts, to keep or to send
+  python -m runner compare uri=http://host:5000 my-experiment    asked of MLflow, not of folders
+
+RUN is a run folder, a name, or the beginning of an MLflow run id; SWEEP its name or its folder. EXPERIMENT is MLflow's;
+uri names a server or sqlite:////path/mlflow.db, by default the database embedded in outputs_dir.
+  --where CONDITION  KEY=VALUE, !=, <, <=, >, >=, ~ (contains), with and, or, not and brackets
+  --metrics A,B      these instead of loss, best, tokens/s, memory and time
+  --sort KEY         the better first: what is named accuracy, per_second, mfu or reward gets better upwards, all else
+                     downwards; -KEY upwards, +KEY downwards. Of a metric, the first is the best
+  --by KEY           take runs together that differ in KEY alone
+  --pareto A,B       mark the runs that none beats in one without being worse in another; -A and +A as above
+  --all              all runs on the terminal, not only the first 50
+  --markdown, --csv, --json      for a report, a spreadsheet, a program
+  --html FILE        one page, complete in itself         --png DIR   its charts as pictures
+A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy), an end of one that is unique (r), or status,
+label, sweep. loss is that of the last evaluation, best the smallest one, memory the peak, time the seconds of training.
+The exit code is 0; 2 where there is nothing to compare."""
+
+SHOWN = 50
+
+
+def compare(argv: list[str]) -> int:
+    """The verb; returns the exit code.
+
+    Raises:
+        RunnerError: a word, an option or a key that means nothing; no run is completed; a file cannot be written.
+    """
+    forms = ("--markdown", "--csv", "--json")
+    valued = ("--where", "--metrics", "--sort", "--by", "--pareto", "--html", "--png")
+    words = asked.read(argv, HELP, flags=("--all", *forms), valued=valued)
+    if words is None:
+        return 0
+    if len(chosen := [form for form in forms if words.has(form)]) > 1:
+        raise ConfigError(Fault(" ".join(chosen), "is more than one form", "choose one of them"))
+    source = _source(words)
+    how = {option: words.options.get(f"--{option}", "") for option in ("where", "metrics", "sort", "by", "pareto")}
+    made = board.of(source.results, **how)
+    written = _write_files(made, source, words)
+    try:
+        _print(made, words)
+        for path in written:
+            print(f"wrote {path}", file=sys.stderr if chosen else sys.stdout)
+        if not chosen:
+            print("\n".join(_hints(made, source, words)))
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The runs that are compared, and where they were found."""
+
+    results: list[Result]
+    title: str
+    uri: str = ""
+    """Of the MLflow store; empty where folders were read."""
+
+
+def _source(words: asked.Asked) -> _Source:
+    uris = [word.removeprefix("uri=") for word in words.words if word.startswith("uri=")]
+    names = [word for word in words.words if not word.startswith("uri=")]
+    if uris:
+        return _from_store(uris[-1], names)
+    embedded = words.outputs_dir.absolute() / "mlflow.db"
+    try:
+        return _from_folders(names, words.outputs_dir)
+    except ConfigError:
+        if not names or not embedded.exists() or not _are_experiments(names, embedded):
+            raise
+        return _from_store(f"sqlite:///{embedded}", names)
+
+
+def _are_experiments(names: Sequence[str], database: Path) -> bool:
+    from runner import stored
+
+    known = stored.opened(f"sqlite:///{database}").experiments()
+    return all(name in known for name in names)
+
+
+def _from_store(uri: str, names: list[str]) -> _Source:
+    from runner import stored
+
+    if "://" not in uri:
+        uri = f"sqlite:///{Path(uri).expanduser().absolute()}"
+    return _Source(stored.read(uri, names), ", ".join(names) or take_credentials(uri)[0], uri)
+
+
+def _from_folders(names: Sequence[str], outputs_dir: Path) -> _Source:
+    found: dict[Path, RunDir | SweepDir] = {}
+    for name in names:
+        found.update({what.path: what for what, _ in named.meant(name, outputs_dir)})
+    if not names:
+        found = {what.path: what for what in _latest(outputs_dir)}
+    rundirs = {
+        rundir.path: rundir for what in found.values() for rundir in (
+            [what] if isinstance(what, RunDir) else named.runs_of(what)
+        )
+    }  # fmt: skip
+    sweeps = [what for what in found.values() if isinstance(what, SweepDir)]
+    title = f"sweep {sweeps[0].path.name}" if len(found) == len(sweeps) == 1 else f"{len(rundirs)} runs"
+    title = str(next(iter(rundirs)).name) if len(rundirs) == 1 and not sweeps else title
+    return _Source(results.of_folders(list(rundirs.values()), outputs_dir), title)
+
+
+def _latest(outputs_dir: Path) -> list[RunDir | SweepDir]:
+    """The latest sweep; where there is none, all runs.
+
+    Raises:
+        ConfigError: there are none either.
+    """
+    there = list(named.scan(outputs_dir))
+    sweeps = [what for what in there if isinstance(what, SweepDir)]
+    if sweeps:
+        return [max(sweeps, key=lambda sweep: sweep.manifest.stat().st_mtime)]
+    if not there:
+        place = named.near(outputs_dir.absolute())
+        remedy = "python -m runner -m lora.r=8,16 starts two; outputs_dir=FOLDER names another folder"
+        raise ConfigError(Fault("", f"there are no runs below {place} yet", remedy))
+    return there
+
+
+def _write_files(made: Board, source: _Source, words: asked.Asked) -> list[Path]:
+    """The page and the pictures that are asked for.
+
+    Raises:
+        ConfigError: one of them cannot be written.
+    """
+    written: list[Path] = []
+    if not {"--html", "--png"} & set(words.options):
+        return written
+    from runner import charts, page
+
+    drawn = page.drawing(made, source.uri)
+    for option in ("--html", "--png"):
+        if not words.has(option):
+            continue
+        path = Path(words.options[option]).expanduser()
+        try:
+            if option == "--html":
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(page.render(made, drawn, source.title), encoding="utf-8")
+                written.append(path)
+            else:
+                written += charts.draw(made, drawn, path)
+        except OSError as error:
+            remedy = "name a file in a folder that can be written" if option == "--html" else "name another folder"
+            raise ConfigError(Fault(option, f"cannot be written: {error.strerror}", remedy, path)) from error
+    return written
+
+
+def _print(made: Board, words: asked.Asked) -> None:
+    if words.has("--json"):
+        print(json.dumps(board.as_json(made), indent=1, allow_nan=False))
+    elif words.has("--csv"):
+        names, rows = made.table()
+        out = csv.writer(sys.stdout, lineterminator="\n")
+        out.writerows([names, *(["" if cell is None else cell for cell in row] for row in rows)])
+    elif words.has("--markdown"):
+        print(markdown(made))
+    else:
+        _show(made, words.has("--all"))
+
+
+def markdown(made: Board) -> str:
+    """The table, and that of the groups, as GitHub and others show it."""
+    tables = [_markdown(made.group_titles(), made.group_rows())] if made.groups else []
+    tables.append(_markdown(made.titles(), made.rows()))
+    return "\n\n".join([*tables, *(f"> {note}" for note in made.notes)])
+
+
+def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(titles), line(["---"] * len(titles)), *map(line, rows)])
+
+
+def _show(made: Board, is_all: bool) -> None:
+    """The tables on the terminal, then why runs failed and what is to be borne in mind."""
+    if made.groups:
+        _table(f"mean ± 95 % interval over {made.over}", made.group_titles(), made.group_rows(), lead=made.params)
+        print()
+    rows = made.rows()
+    shown = rows if is_all else rows[:SHOWN]
+    _table("", made.titles(), shown, lead=["run", "status", *made.params])
+    if len(shown) < len(rows):
+        print(f"and {len(rows) - len(shown)} more: --all shows them")
+    for result in made.results if is_all else made.results[:SHOWN]:
+        if result.reason:
+            print(f"{result.status}  {result.run}: {result.reason}")
+    for note in made.notes:
+        print(f"note  {note}")
+
+
+def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], lead: Sequence[str]) -> None:
+    """A table whose numbers stand right; what goes into a file is as wide as it needs to be."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in titles:
+        is_text = name in lead or name == "against the best"
+        drawn.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in rows:
+        drawn.add_row(*row, style="bold" if "★" in row[0] or "★" in row[-1] else None)
+    needed = sum(max(len(row[column]) for row in [titles, *rows]) + 3 for column in range(len(titles)))
+    out = console.console() if sys.stdout.isatty() else Console(width=needed, highlight=False, markup=False)
+    out.print(drawn)
+
+
+def _hints(made: Board, source: _Source, words: asked.Asked) -> list[str]:
+    """What to do next."""
+    completed = [result for result in made.results if result.is_completed]
+    rated = sorted((r for r in completed if r is not made.best), key=made.goal.cost)
+    best, runs = _typed(made.best), len(made.results)
+    key = made.goal.key
+    number = columns.text(key, columns.value(made.best, key))
+    hints = [f"best      {made.best.label}: {columns.title(key)} {number}"]
+    if rated:
+        hints.append(f"diff      python -m runner diff {best} {_typed(rated[0])}")
+    if made.best.folder and (Path(made.best.folder) / "model").is_dir():
+        hints.append(f"generate  python -m runner generate {best}")
+    if failed := next((result for result in made.results if result.status == "failed"), None):
+        hints.append(f"log       python -m runner logs {_typed(failed)}")
+    if runs > 1 and not words.has("--html"):
+        again = shlex.join(["python", "-m", "runner", "compare", *words.words])
+        hints.append(f"page      {again} --html compare.html")
+    return ["", *hints]
+
+
+def _typed(result: Result) -> str:
+    """How the run is named on a command line."""
+    return shlex.quote(named.near(Path(result.folder))) if result.folder else result.run

@@ -1,0 +1,293 @@
+"""What came of runs, read from an MLflow store with one query for all of them.
+
+A sqlite database is asked in SQL and a server over its REST API: importing MLflow, and the objects that its client
+makes of a thousand runs, take longer than the answer. Other databases are asked through its client.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import ssl
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+from runner import choices, store
+from runner.errors import Fault, TrackingError, suggest
+from runner.mlflow_run import explained
+from runner.results import Result
+from runner.secrets import take_credentials
+from runner.tracking import last_values
+
+MOST_RUNS = 50_000
+"""The largest page that MLflow gives: all runs come in one."""
+STATUS = {"FINISHED": "completed", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "queued"}
+SHOWN_ID = 8
+CALLS_AT_ONCE = 8
+TIMEOUT_S = 60.0
+
+Point = tuple[int, float, float]
+"""(step, seconds since the epoch, value)"""
+
+
+@dataclass
+class Row:
+    """A run as the store has it."""
+
+    run_id: str
+    name: str
+    status: str
+    started: float
+    """Seconds since the epoch."""
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+class Store(Protocol):
+    """What a store is asked."""
+
+    def experiments(self) -> dict[str, str]:
+        """Name → id of those that are not deleted."""
+
+    def runs(self, experiments: Sequence[str]) -> list[Row]:
+        """Every run of these experiments (their ids) that is not deleted, in one query."""
+
+    def history(self, run_ids: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str, list[Point]]]:
+        """(run id, metric, its points in the order of steps)."""
+
+
+def read(uri: str, words: Sequence[str]) -> list[Result]:
+    """The results of all runs of the experiments, or of the sweeps, that the words name; no word: the one experiment.
+
+    Raises:
+        TrackingError: the store does not answer, or has none of that name.
+    """
+    try:
+        there = opened(uri)
+        known = there.experiments()
+        chosen = _chosen(known, words, uri)
+        rows = there.runs([known[name] for name in chosen] or list(known.values()))
+    except TrackingError:
+        raise
+    except Exception as error:  # a store fails in a hundred ways
+        remedy = "check the address, and whether the server runs"
+        raise TrackingError(Fault("uri", explained(error, uri), remedy)) from error
+    children = [row for row in rows if "runner.jobs" not in row.tags]
+    if not chosen and words:
+        children = _of_sweeps(children, words, known)
+    return [_result(row) for row in children]
+
+
+def records(uri: str, run_ids: Sequence[str], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Run id → its records, as metrics.jsonl would hold them, with these metrics alone.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    found: dict[str, dict[tuple[int, str], dict[str, Any]]] = {run_id: {} for run_id in run_ids}
+    try:
+        for run_id, name, points in opened(uri).history(run_ids, names):
+            kind = name.partition("/")[0]  # an evaluation is a record of its own
+            for step, time, value in points:
+                found[run_id].setdefault((step, kind), {"step": step, "time": time})[name] = value
+    except Exception as error:
+        raise TrackingError(Fault("uri", explained(error, uri), "leave the charts out, or try again")) from error
+    order = {"train": 0, "eval": 1}
+    return {
+        run_id: [by_step[key] for key in sorted(by_step, key=lambda key: (key[0], order.get(key[1], 2)))]
+        for run_id, by_step in found.items()
+    }
+
+
+def opened(uri: str) -> Store:
+    """The way to ask this store."""
+    if uri.startswith("sqlite:"):
+        return _Sqlite(Path(uri.removeprefix("sqlite:///")))
+    return _Server.of(uri) if store.is_server(uri) else _Client(uri)
+
+
+def _chosen(known: dict[str, str], words: Sequence[str], uri: str) -> list[str]:
+    """The experiments that are meant; none where the words are to be looked for among the sweeps."""
+    if not words:
+        own = [name for name in known if name != "Default"] or list(known)
+        if len(own) != 1:
+            raise TrackingError(Fault("uri", f"holds {len(own)} experiments", f"name one: {', '.join(own)}", uri))
+        return own
+    return list(words) if all(word in known for word in words) else []
+
+
+def _of_sweeps(rows: Sequence[Row], words: Sequence[str], known: dict[str, str]) -> list[Row]:
+    names = {row.tags.get("runner.sweep", "") for row in rows} - {""}
+    for word in words:
+        if word not in names:
+            hint = suggest(word, [*known, *names])
+            there = f"experiments: {', '.join(known)}; sweeps: {', '.join(sorted(names)) or 'none'}"
+            raise TrackingError(Fault("", f"there is no experiment or sweep '{word}'", f"{hint} {there}".strip()))
+    return [row for row in rows if row.tags.get("runner.sweep") in words]
+
+
+def _result(row: Row) -> Result:
+    tags = row.tags
+    params, implied = choices.named(row.params, choices.given_by(row.name.split(",")))
+    folder = tags.get("runner.folder", "")
+    return Result(
+        run=row.run_id[:SHOWN_ID],
+        label=row.name,
+        status=tags.get("runner.status") or STATUS.get(row.status, row.status.lower()),
+        reason=tags.get("runner.reason", ""),
+        params=params,
+        implied=implied,
+        metrics=last_values([{"step": 0, "time": 0, **row.metrics}]),
+        sweep=tags.get("runner.sweep", ""),
+        folder=folder if folder and Path(folder).is_dir() else "",
+        mlflow_id=row.run_id,
+        created=row.started,
+    )
+
+
+@dataclass(frozen=True)
+class _Sqlite:
+    """MLflow's database read as it lies there: tables that have kept their columns since MLflow 1.0."""
+
+    path: Path
+
+    def experiments(self) -> dict[str, str]:
+        if not self.path.is_file():
+            raise TrackingError(Fault("uri", f"there is no database {self.path}", "name one that a run was tracked in"))
+        found = self._ask("SELECT name, experiment_id FROM experiments WHERE lifecycle_stage = 'active'")
+        return {name: str(identity) for name, identity in found}
+
+    def runs(self, experiments: Sequence[str]) -> list[Row]:
+        chosen = f"experiment_id IN ({','.join('?' * len(experiments))}) AND lifecycle_stage = 'active'"
+        ids = [int(identity) for identity in experiments]
+        found = self._ask(f"SELECT run_uuid, name, status, start_time FROM runs WHERE {chosen}", ids)
+        rows = {run: Row(run, name or run, status, (start or 0) / 1000) for run, name, status, start in found}
+        among = f"run_uuid IN (SELECT run_uuid FROM runs WHERE {chosen})"
+        for run, key, text in self._ask(f"SELECT run_uuid, key, value FROM params WHERE {among}", ids):
+            rows[run].params[key] = text
+        for run, key, text in self._ask(f"SELECT run_uuid, key, value FROM tags WHERE {among}", ids):
+            rows[run].tags[key] = text
+        numbers = self._ask(f"SELECT run_uuid, key, value FROM latest_metrics WHERE NOT is_nan AND {among}", ids)
+        for run, key, number in numbers:
+            rows[run].metrics[key] = number
+        return list(rows.values())
+
+    def history(self, run_ids: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str, list[Point]]]:
+        chosen = f"run_uuid IN ({','.join('?' * len(run_ids))}) AND key IN ({','.join('?' * len(names))})"
+        query = f"SELECT run_uuid, key, step, timestamp, value FROM metrics WHERE NOT is_nan AND {chosen} ORDER BY step"
+        found: dict[tuple[str, str], list[Point]] = {}
+        for run, key, step, time_ms, number in self._ask(query, [*run_ids, *names]):
+            found.setdefault((run, key), []).append((step, time_ms / 1000, number))
+        return ((run, key, points) for (run, key), points in found.items())
+
+    def _ask(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=20)) as database:
+            return database.execute(query, list(values)).fetchall()
+
+
+@dataclass(frozen=True)
+class _Server:
+    """MLflow's REST API 2.0."""
+
+    uri: str
+    headers: dict[str, str]
+
+    @classmethod
+    def of(cls, uri: str) -> _Server:
+        uri, user, password = take_credentials(uri)
+        user = user or os.environ.get("MLFLOW_TRACKING_USERNAME")
+        password = password or os.environ.get("MLFLOW_TRACKING_PASSWORD") or ""
+        headers = {"Content-Type": "application/json"}
+        if user:
+            headers["Authorization"] = f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"
+        elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+            headers["Authorization"] = f"Bearer {token}"
+        return cls(uri.rstrip("/"), headers)
+
+    def experiments(self) -> dict[str, str]:
+        found = self._ask("experiments/search", {"max_results": MOST_RUNS})
+        return {each["name"]: each["experiment_id"] for each in found.get("experiments", [])}
+
+    def runs(self, experiments: Sequence[str]) -> list[Row]:
+        rows, token = [], ""
+        while True:
+            wanted = {"experiment_ids": list(experiments), "max_results": MOST_RUNS, "page_token": token}
+            page = self._ask("runs/search", {key: value for key, value in wanted.items() if value})
+            rows += [self._row(run["info"], run.get("data") or {}) for run in page.get("runs", [])]
+            if not (token := page.get("next_page_token", "")):
+                return rows
+
+    def history(self, run_ids: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str, list[Point]]]:
+        def ask(wanted: tuple[str, str]) -> tuple[str, str, list[Point]]:
+            query = urlencode({"run_id": wanted[0], "metric_key": wanted[1]})
+            points = self._ask(f"metrics/get-history?{query}").get("metrics", [])
+            found = [(int(one.get("step", 0)), int(one["timestamp"]) / 1000, float(one["value"])) for one in points]
+            return *wanted, sorted(found)
+
+        with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+            yield from pool.map(ask, [(run_id, name) for run_id in run_ids for name in names])
+
+    @staticmethod
+    def _row(info: dict[str, Any], data: dict[str, Any]) -> Row:
+        def pairs(kind: str) -> dict[str, Any]:
+            return {each["key"]: each.get("value", "") for each in data.get(kind, [])}
+
+        metrics = {key: float(value) for key, value in pairs("metrics").items()}
+        name = info.get("run_name") or info["run_id"]
+        started = int(info.get("start_time", 0)) / 1000
+        return Row(info["run_id"], name, info["status"], started, pairs("params"), metrics, pairs("tags"))
+
+    def _ask(self, what: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(f"{self.uri}/api/2.0/mlflow/{what}", data, self.headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=_tls()) as answer:
+                return dict(json.load(answer))
+        except urllib.error.HTTPError as error:
+            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if error.code in (401, 403) else ""
+            problem = f"answers {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+            raise TrackingError(Fault("uri", problem, remedy, self.uri)) from error
+
+
+def _tls() -> ssl.SSLContext:
+    """As MLflow's client is told by the environment."""
+    context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+@dataclass(frozen=True)
+class _Client:
+    """Any other database, through MLflow's own client."""
+
+    uri: str
+
+    def experiments(self) -> dict[str, str]:
+        found = store.connect(self.uri).search_experiments(max_results=MOST_RUNS)
+        return {each.name: each.experiment_id for each in found}
+
+    def runs(self, experiments: Sequence[str]) -> list[Row]:
+        found: Iterable[Any] = store.connect(self.uri).search_runs(list(experiments), max_results=MOST_RUNS)
+        return [
+            Row(run.info.run_id, run.info.run_name, run.info.status, run.info.start_time / 1000, dict(run.data.params),
+                dict(run.data.metrics), dict(run.data.tags))
+            for run in found
+        ]  # fmt: skip
+
+    def history(self, run_ids: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str, list[Point]]]:
+        client = store.connect(self.uri)
+        for run_id in run_ids:
+            for name in names:
+                points = client.get_metric_history(run_id, name)
+                yield run_id, name, sorted((one.step, one.timestamp / 1000, one.value) for one in points)

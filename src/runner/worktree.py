@@ -1,0 +1,106 @@
+"""The code of an earlier run, checked out into the user's cache: what ``rerun --exact`` runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from runner import checkout, provenance
+from runner.errors import ConfigError, Fault
+from runner.recorded import Recorded
+from runner.rundir import RunDir, cache_dir, locked, write_atomic
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def provide(run: Recorded) -> Path:
+    """The folder that holds the very code of a run, made or found in the cache.
+
+    Raises:
+        ConfigError: there is no git, no such commit here, or what was recorded of the code does not make it again.
+    """
+    git, code = run.manifest.get("git") or {}, run.code
+    checkout.refuse_unknown(code.sha if code else None)
+    assert code
+    if git.get("dirty") and not code.patch:
+        problem = "its uncommitted changes were not recorded (dirty.diff is missing)"
+        raise ConfigError(Fault("--exact", problem, "leave --exact out: it runs with the code that is here"))
+    patch = hashlib.sha256(code.patch.encode("utf-8", "surrogateescape")).hexdigest()
+    folder = cache_dir("worktrees") / (code.sha[:16] + (f"-{patch[:8]}" if code.patch else ""))
+    made_as = folder.with_name(f".{folder.name}.sha256")
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        if not _is_intact(folder, made_as):
+            _remove(folder)
+            checkout.add_worktree(code, folder)
+            write_atomic(made_as, _digest(folder))
+    _refuse_other_code(run, folder)
+    return folder
+
+
+def take_up(rundir: RunDir, folder: Path) -> int:
+    """Bring a prepared run to its end with the code in ``folder``; returns the exit code.
+
+    The run is handed over as any version of the program takes one: ``resume=RUN``. What this process is told by
+    signals it passes on, once: the other one has a group of its own, which the terminal's Ctrl-C does not reach.
+    """
+    quoted = str(rundir.path).replace("\\", "\\\\").replace("'", "\\'")
+    before = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "src"), before]))}
+    proc: subprocess.Popen[bytes] | None = None
+    asked: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        if proc:
+            with contextlib.suppress(ProcessLookupError):
+                proc.send_signal(number)
+
+    earlier = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        command = [sys.executable, "-P", "-m", "runner", f"resume='{quoted}'"]
+        proc = subprocess.Popen(command, env=environment, process_group=0)
+        for number in asked:  # between the handler and the process
+            proc.send_signal(number)
+        code = proc.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 1
+
+
+def lock_digest(folder: Path) -> str | None:
+    """The hash of the lock file that this code came with."""
+    return provenance.lock_digest(folder)
+
+
+def _is_intact(folder: Path, made_as: Path) -> bool:
+    """Whether it is what was made: neither cut short nor edited."""
+    return (folder / "src" / "runner").is_dir() and made_as.exists() and made_as.read_text() == _digest(folder)
+
+
+def _digest(folder: Path) -> str:
+    return provenance.digest_of_code(folder / "src" / "runner")
+
+
+def _remove(folder: Path) -> None:
+    checkout.remove_worktree(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _refuse_other_code(run: Recorded, folder: Path) -> None:
+    """The commit and the recorded changes must come to what ran, where the run says what that was."""
+    ran = run.manifest.get("code_sha256")
+    if not ran or ran == _digest(folder):
+        return
+    why = "files that git ignores were part of it"
+    if (run.manifest.get("git") or {}).get("redacted"):
+        why = "secrets were cut out of the uncommitted changes when they were recorded"
+    problem = f"the commit and the recorded changes do not come to the code that ran: {why}"
+    raise ConfigError(Fault("--exact", problem, "leave --exact out: it runs with the code that is here"))

@@ -1,0 +1,421 @@
+"""The verb ``compare``: over real runs in folders, in MLflow's database and behind its server, and over folders that
+tell of other ends."""
+
+# ruff: noqa: F401, F811 - the fixtures of test_mirror are imported, then asked for by name
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from test_mirror import Server, fresh_database, server
+
+from runner import cli, curves, mlflow_sweep, store
+from runner.rundir import RunDir, SweepDir
+
+SWEEP = (
+    "-m", *(word for word in TINY if word != "tracking=offline"), "tracking.system_metrics=false", "train.max_steps=2",
+    "train.eval_steps=1", "quant=none,8bit", "seed=1,2", "sweep=small",
+)  # fmt: skip
+CONFIG = """task:
+  _target_: runner.tasks.{task}
+lora:
+  _target_: runner.lora.lora
+  r: {r}
+seed: {seed}
+tracking:
+  _target_: runner.tracking.offline
+"""
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A folder with a sweep of four real runs, mirrored into the embedded database."""
+    folder = tmp_path_factory.mktemp("real")
+    done = runner(*SWEEP, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def runner(*words: str, cwd: Path, code: str = "") -> subprocess.CompletedProcess[str]:
+    """The program as a process of its own; ``code`` is run before it in the same process."""
+    script = f"{code}\nimport sys\nfrom runner import cli\nsys.exit(cli.run({list(words)!r}))"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=600)
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = cli.run(["compare", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    code, out, err = said(capsys, *words, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def a_sweep(folder: str = "outputs/sweeps/played") -> SweepDir:
+    sweep = SweepDir(Path(folder).absolute())
+    sweep.update(id="s", name=sweep.path.name, created=1.0, jobs={})
+    return sweep
+
+
+def played(sweep: SweepDir, r: int, loss: float | None, *, seed: int = 0, **how: object) -> RunDir:
+    """A run of a sweep that was never trained; ``how``: status, reason, label, task."""
+    jobs = sweep.read()["jobs"]
+    rundir = RunDir(sweep.path / f"{len(jobs):03d}-job")
+    label = str(how.pop("label", f"lora.r={r},seed={seed}"))
+    rundir.path.mkdir(parents=True)
+    rundir.config.write_text(CONFIG.format(r=r, seed=seed, task=how.pop("task", "sft")))
+    rundir.write_state(**{"status": "completed", "step": 20, "total_steps": 20, "seconds": 3.0, **how})
+    rundir.update_manifest(name=label, label=label, overrides=[])
+    losses = [] if loss is None else [(0, 5.0), (10, loss - 0.25), (20, loss)]
+    lines = [json.dumps({"step": step, "time": 100.0 + step, "eval/loss": value}) for step, value in losses]
+    rundir.metrics.write_text("".join(f"{line}\n" for line in lines))
+    sweep.update(jobs={**jobs, str(len(jobs)): {"folder": rundir.path.name, "label": label}})
+    return rundir
+
+
+# Where the runs come from
+
+
+def test_folders_database_and_server_say_the_same(
+    real: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(real)
+    server.kill()
+    shutil.copy(real / "outputs" / "mlflow.db", server.folder / "server.db")
+    server.start()
+    try:
+        found = {
+            way: as_json(capsys, *words, "--by", "seed")
+            for way, words in {
+                "folders": (), "embedded": ("runner",), "database": ("uri=outputs/mlflow.db", "small"),
+                "server": (f"uri={server.uri}", "runner"),
+            }.items()
+        }  # fmt: skip
+    finally:
+        server.kill()
+    for way, board in found.items():
+        assert board["parameters"] == ["quant", "seed"], way
+        assert board["metrics"] == ["eval/loss", "eval/best_loss", "train/tokens_per_second", "memory/peak_rss_gib",
+                                    "train/seconds"], way  # fmt: skip
+        assert {run["quant"] for run in board["runs"]} == {"none", "8bit"}, way
+        numbers = [{key: run[key] for key in ("label", "status", *board["metrics"])} for run in board["runs"]]
+        expected = found["folders"]["runs"]
+        assert numbers == [{key: run[key] for key in number} for run, number in zip(expected, numbers, strict=True)]
+        assert [group["setting"] for group in board["groups"]] == [
+            group["setting"] for group in found["folders"]["groups"]
+        ], way
+    runs = found["folders"]["runs"]
+    losses = [run["eval/loss"] for run in runs]
+    assert losses == sorted(losses)
+    assert [run["is_best"] for run in runs] == [True, False, False, False]
+    state = RunDir(Path(runs[0]["folder"])).read_state()
+    assert (runs[0]["eval/loss"], runs[0]["train/seconds"]) == (state.summary["eval/loss"], state.seconds)
+
+
+COUNTED = """
+import sys
+counts = {}
+def hook(event, arguments):
+    name = {"sqlite3.connect": "queries", "urllib.Request": "requests"}.get(event)
+    if event == "open" and str(arguments[0]).endswith(("config.yaml", "metrics.jsonl", "state.json", "manifest.json")):
+        name = "files"
+    if name:
+        counts[name] = counts.get(name, 0) + 1
+sys.addaudithook(hook)
+import atexit
+atexit.register(lambda: print("COUNTED", counts, "mlflow" in sys.modules, "torch" in sys.modules, file=sys.stderr))
+"""
+
+
+def counted(cwd: Path, *words: str) -> str:
+    done = runner("compare", *words, cwd=cwd, code=COUNTED)
+    assert done.returncode == 0, done.stderr
+    return done.stderr.split("COUNTED")[1].strip()
+
+
+def test_many_runs_cost_no_more_questions_than_few(real: Path):
+    few = counted(real, "uri=outputs/mlflow.db", "--where", "seed=1")
+    assert few == "{'queries': 5} False False"
+    many = real / "many.db"
+    shutil.copy(real / "outputs" / "mlflow.db", many)
+    store.connect.cache_clear()
+    client = store.connect(f"sqlite:///{many}")
+    experiment = client.get_experiment_by_name("runner").experiment_id
+    for _ in range(10):
+        client.set_terminated(client.create_run(experiment).info.run_id)
+    assert counted(real, f"uri={many}") == few
+
+
+def test_a_server_is_asked_once_for_all_runs(real: Path, server: Server):
+    server.kill()
+    shutil.copy(real / "outputs" / "mlflow.db", server.folder / "server.db")
+    server.start()
+    try:
+        assert counted(real, f"uri={server.uri}", "runner") == "{'requests': 2} False False"
+    finally:
+        server.kill()
+
+
+def test_each_folder_is_read_once(here: Path):
+    sweep = a_sweep()
+    for n in range(12):
+        played(sweep, r=2**n, loss=float(n))
+    assert counted(here, "outputs/sweeps/played") == "{'files': 48} False False"
+
+
+def test_a_word_may_be_several_things(here: Path, capsys: pytest.CaptureFixture[str]):
+    one, other = a_sweep("outputs/sweeps/one"), a_sweep("outputs/sweeps/other")
+    played(one, 4, 2.0), played(one, 8, 1.0), played(other, 16, 3.0)
+    labels = {
+        words: [run["run"] for run in as_json(capsys, *words)["runs"]]
+        for words in (("one",), ("one/lora.r=4", "other"), ("outputs/sweeps",), ())
+    }
+    assert labels[("one",)] == ["001-job", "000-job"]
+    assert labels[("one/lora.r=4", "other")] == ["one/000-job", "other/000-job"]
+    assert labels[("outputs/sweeps",)] == ["one/001-job", "one/000-job", "other/000-job"]
+    assert labels[()] == ["000-job"], "no word is the latest sweep"
+
+
+# What is shown
+
+
+def test_what_did_not_complete_is_shown_as_what_it_is(here: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep()
+    played(sweep, 4, 2.0)
+    played(sweep, 8, 0.5, status="failed", reason="the loss is nan at step 7", step=7)
+    played(sweep, 16, None, status="killed", reason="cancelled by me", step=0)
+    played(sweep, 32, 1.0)
+    (sweep.path / "003-job" / "state.json").write_text("{")
+    code, out, _ = said(capsys)
+    assert code == 0
+    lines = [line for line in out.splitlines() if re.match(r" (★ )?00\d-job", line)]
+    assert [line.replace("★", "").split()[1] for line in lines] == ["completed", "failed", "damaged", "killed"]
+    assert "★ 000-job" in lines[0]
+    assert "failed  001-job: the loss is nan at step 7" in out
+    assert "killed  002-job: cancelled by me" in out
+    assert "python -m runner logs outputs/sweeps/played/001-job" in out
+
+
+def test_best_is_the_smallest_after_training_began(here: Path, capsys: pytest.CaptureFixture[str]):
+    played(a_sweep(), 4, 9.0)
+    (run,) = as_json(capsys)["runs"]
+    assert (run["eval/loss"], run["eval/best_loss"]) == (9.0, 8.75), "5.0 was before the first step"
+
+
+def test_the_forms_hold_the_same(here: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep()
+    for r, seed, loss in ((4, 0, 1.0), (4, 1, 1.1), (8, 0, 2.0), (8, 1, 2.1)):
+        played(sweep, r, loss, seed=seed, label=f"a|b,lora.r={r},seed={seed}")
+    words = ("--by", "seed", "--pareto", "loss,time")
+    code, out, _ = said(capsys, *words, "--markdown")
+    assert code == 0
+    groups, runs = (
+        [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()] for table in out.strip().split("\n\n")
+    )
+    assert [cell.strip() for cell in groups[0]][:3] == ["lora.r", "n", "loss"]
+    assert [cell.strip() for cell in groups[2]][:3] == ["4", "2", "1.0500 ± 0.6353"]
+    assert len({len(row) for row in runs}) == 1
+    assert "★◆ 000-job" in runs[2][0]
+    code, out, _ = said(capsys, *words, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [(row["run"], row["lora.r"], float(row["eval/loss"])) for row in rows] == [
+        ("000-job", "4", 1.0), ("001-job", "4", 1.1), ("002-job", "8", 2.0), ("003-job", "8", 2.1)
+    ]  # fmt: skip
+    found = as_json(capsys, *words)
+    assert found["pareto"] == {"axes": ["eval/loss", "train/seconds"], "front": ["000-job"]}
+    assert found["groups"][0]["means"]["eval/loss"]["n"] == 2
+
+
+def test_the_hints_name_what_can_be_typed(here: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep("outputs/sweeps/with space")
+    (played(sweep, 4, 1.0).path / "model").mkdir()
+    played(sweep, 8, 2.0)
+    _, out, _ = said(capsys, "with space")
+    assert "runner diff 'outputs/sweeps/with space/000-job' 'outputs/sweeps/with space/001-job'" in out
+    assert "runner generate 'outputs/sweeps/with space/000-job'" in out
+    assert "runner compare 'with space' --html compare.html" in out
+
+
+# The page and the pictures
+
+
+HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>&\u2028"
+
+
+def test_the_page_is_complete_in_itself_and_takes_any_name(here: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep()
+    for n in range(8):
+        played(sweep, 2**n, 1.0 + n, seed=n % 2, label=f"{HOSTILE}{n}")
+    code, out, err = said(capsys, "--html", "deep/report.html", "--by", "seed")
+    assert (code, err) == (0, "")
+    assert "wrote deep/report.html" in out
+    page = Path("deep/report.html").read_text(encoding="utf-8")
+    assert not re.findall(r"<(?:img|link|iframe|object)|src\s*=\s*[\"']|@import|url\((?!#)", page)
+    assert set(re.findall(r"https?://[\w./]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert page.count("</script>") == 2, "one ends the data, one the program"
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert match
+    data = json.loads(match[1])
+    assert [run["label"] for run in data["runs"]] == [f"{HOSTILE}{n}" for n in range(8)]
+    assert data["curves"]["0"]["eval"] == [[0, 10, 20], [0.0, 0.0, 0.0], [0.0, 10.0, 20.0], [5.0, 0.75, 1.0]]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_browser_draws_it(count: int, here: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep()
+    for n in range(count):
+        played(sweep, n + 1, 1.0 + n / 100, label=f"{HOSTILE}{n}", status="failed" if n % 9 == 5 else "completed")
+    assert said(capsys, "--html", "report.html")[0] == 0
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={here}/profile", "--dump-dom"]
+    command = [str(CHROMIUM), *flags, (here / "report.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    drawn = done.stdout
+    assert drawn.count('<tr class="" data-run=') + drawn.count('<tr class="best" data-run=') == count
+    curves_there = re.search(r'id="curves">(.*?)id="left"', drawn, re.DOTALL)
+    assert curves_there
+    assert curves_there[1].count('class="curve"') == count
+    assert "<title>taken" not in drawn
+    assert html.escape("</script><script>document") in drawn
+
+
+def test_curves_are_thinned_without_losing_a_peak():
+    values = [1.0] * 5000
+    values[1234], values[4321] = 9.0, -3.0
+    curve = curves.Curve(list(range(5000)), [float(n) for n in range(5000)], [float(n) for n in range(5000)], values)
+    thin = curve.thinned()
+    assert len(thin.values) <= curves.MOST_POINTS + 2
+    assert (max(thin.values), min(thin.values)) == (9.0, -3.0)
+    assert (thin.steps[0], thin.steps[-1]) == (0, 4999)
+    assert thin.steps[thin.values.index(9.0)] == 1234
+
+
+def test_curves_of_runs_without_a_folder_come_from_mlflow(real: Path, tmp_path: Path):
+    found = json.loads(runner("compare", "--json", cwd=real).stdout)
+    moved = real.with_name("moved")
+    real.rename(moved)  # the folders that MLflow tells of are not there
+    try:
+        uri = f"uri={moved}/outputs/mlflow.db"
+        done = runner("compare", uri, "--html", str(tmp_path / "page.html"), cwd=tmp_path)
+    finally:
+        moved.rename(real)
+    assert done.returncode == 0, done.stderr
+    match = re.search(r'id="data">(.*?)</script>', (tmp_path / "page.html").read_text(), re.DOTALL)
+    assert match
+    shown = json.loads(match[1])
+    assert [curve["eval"][0] for curve in shown["curves"].values()] == [[0, 1, 2]] * 4
+    assert shown["curves"]["0"]["eval"][3][-1] == pytest.approx(found["runs"][0]["eval/loss"], rel=1e-5)
+    tokens = shown["curves"]["0"]["eval"][1]
+    assert tokens[0] == 0 < tokens[1] < tokens[2]
+
+
+def test_pictures_are_written(here: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep()
+    for n in range(6):
+        played(sweep, 4 * (1 + n % 2), 1.0 + n, seed=n, label="$x_n")
+    code, _, err = said(capsys, "--png", "pictures")
+    assert (code, err) == (0, "")
+    written = sorted(path.name for path in Path("pictures").iterdir())
+    assert written == ["importance.png", "loss.png", "parallel.png", "tradeoff.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in Path("pictures").iterdir())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["plaied"], r"no run or sweep 'plaied'.*did you mean 'played'"),
+        (["--html"], "--html: needs a value"),
+        (["--html", "--csv"], "--html: needs a value"),
+        (["--wher", "x=1"], "no such option.*did you mean '--where'"),
+        (["--csv", "--json"], "is more than one form"),
+        (["--metrics", "nothing"], "no run has the metric 'nothing'.*metrics here: eval/best_loss, eval/loss"),
+        (["--html", "file/page.html"], "--html=file/page.html: cannot be written"),
+        (["--html", "outputs"], "--html=outputs: cannot be written"),
+        (["--png", "file"], "--png=file: cannot be written"),
+        (["uri=nothing.db"], "there is no database"),
+        (["uri=http://127.0.0.1:9", "x"], "the server, http://127.0.0.1:9.*refused"),
+        (["outputs_dir=empty"], "there are no runs below empty yet"),
+        (["waiting"], "none of the 2 runs is completed: 2 pending.*lora.r=4|000-job"),
+    ],
+)
+def test_a_line_that_means_nothing_is_refused_in_one_message(
+    words: list[str], expected: str, here: Path, capsys: pytest.CaptureFixture[str]
+):
+    waiting = a_sweep("outputs/sweeps/waiting")
+    played(waiting, 4, None, status="pending"), played(waiting, 8, None, status="pending")
+    sweep = a_sweep()
+    played(sweep, 4, 1.0), played(sweep, 8, 2.0)
+    Path("file").write_text("")
+    Path("empty").mkdir()
+    code, out, err = said(capsys, *words)
+    assert (code, out) == (2, "")
+    assert re.search(expected, err, re.DOTALL), err
+    assert err.startswith("error: ")
+
+
+def test_an_experiment_that_is_not_there_names_those_that_are(real: Path, capsys: pytest.CaptureFixture[str]):
+    code, _, err = said(capsys, f"uri={real}/outputs/mlflow.db", "runer")
+    assert code == 2
+    assert "there is no experiment or sweep 'runer'" in err
+    assert "did you mean 'runner'? experiments: " in err
+
+
+# The parent of a sweep in MLflow
+
+
+def test_the_parent_shows_the_leaderboard_and_follows_when_runs_are_added(real: Path):
+    sweep = SweepDir(real / "outputs" / "sweeps" / "small")
+    noted = sweep.read()["mlflow"]
+    client = store.connect(noted["uri"])
+
+    def parent() -> object:
+        return client.get_run(noted["parent_run_id"])
+
+    best = min(sweep.rundirs(), key=lambda rundir: rundir.read_state().summary["eval/loss"])
+    data = parent().data
+    assert data.metrics["eval/loss"] == best.read_state().summary["eval/loss"]
+    assert data.tags["runner.best_run_id"] == best.read_manifest()["mlflow"]["run_id"]
+    assert data.tags["runner.best_run"] == best.read_manifest()["label"]
+    assert f"/runs/{data.tags['runner.best_run_id']})" in data.tags["mlflow.note.content"]
+    there = {found.path for found in client.list_artifacts(noted["parent_run_id"])}
+    assert there >= {"leaderboard.json", "compare.html"}
+    file = Path(client.download_artifacts(noted["parent_run_id"], "leaderboard.json"))
+    table = json.loads(file.read_text())
+    assert [row[table["columns"].index("is_best")] for row in table["data"]] == [1.0, 0.0, 0.0, 0.0]
+    before = data.tags["runner.leaderboard"]
+    assert mlflow_sweep.update_parent(sweep) == ""
+    assert parent().data.tags["runner.leaderboard"] == before, "nothing new, nothing sent"
+    client.set_tag(noted["parent_run_id"], "mlflow.note.content", "mine")
+    best.write_state(reason="looked at again")
+    assert mlflow_sweep.update_parent(sweep) == ""
+    assert parent().data.tags["runner.leaderboard"] != before
+    assert parent().data.tags["mlflow.note.content"] == "mine", "what somebody wrote stays"

@@ -1,0 +1,446 @@
+"""rerun and diff: real runs, in this process and in clones of the project, from folders and from MLflow alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from conftest import TINY, prepared
+
+from runner import checkout, cli, contrast, prepare, provenance, rerun, worktree
+from runner.errors import ConfigError
+from runner.recorded import of_folder
+from runner.rundir import RunDir
+
+QUICK = (*TINY, "train.max_steps=3", "train.save_steps=3")
+MIRRORED = (*(word for word in QUICK if not word.startswith("tracking")), "tracking.system_metrics=false")
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def rows(path: Path, count: int = 40) -> Path:
+    """Data of the user's own, in the format that ``data/format=alpaca`` reads."""
+    lines = [{"instruction": f"What is {n} + 1?", "input": "", "output": f"It is {n + 1}."} for n in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def trained(folder: str, *overrides: str) -> RunDir:
+    assert cli.run([*QUICK, f"hydra.run.dir={folder}", *overrides]) == 0
+    return RunDir(Path(folder).absolute())
+
+
+def the_rerun(of: RunDir) -> RunDir:
+    found = [path.parent for path in Path("outputs").absolute().glob("*/*/manifest.json")]
+    (made,) = [RunDir(path) for path in found if (RunDir(path).read_manifest().get("rerun") or {}).get("id")]
+    assert made.read_manifest()["rerun"]["id"] == of.read_manifest()["id"]
+    return made
+
+
+def test_a_rerun_is_the_same_bit_by_bit_and_says_so(capfd: pytest.CaptureFixture[str]):
+    original = trained("first")
+    capfd.readouterr()
+    assert cli.run(["rerun", "first"]) == 0
+    said = capfd.readouterr().err
+    made = the_rerun(original)
+    assert re.search(r"code +the same\nenvironment the same\nhardware +the same", said)
+    assert "identical to the original: train/loss, eval/loss and all else at 4 steps, bit by bit; and so are" in said
+    manifest = made.read_manifest()
+    assert manifest["rerun"]["outcome"] == {"identical": True, "steps": 4, "first": None, "same_weights": True}
+    assert manifest["signature"] == original.read_manifest()["signature"]
+    assert manifest["weights_sha256"] == original.read_manifest()["weights_sha256"]
+    assert manifest["name"] == f"rerun of {original.read_manifest()['name']}"
+    assert {"config.yaml", "overrides.yaml", "hydra.yaml"} == {path.name for path in (made.path / ".hydra").iterdir()}
+
+    assert cli.run(["diff", "first", str(made.path)]) == 0
+    said = capfd.readouterr().out
+    assert "the same: configuration, code, environment, data, hardware" in said
+    assert "the same, bit by bit, at all 4 steps that both have" in said
+
+
+def test_other_numbers_are_found_where_they_begin(capfd: pytest.CaptureFixture[str]):
+    original = trained("first")
+    records = [json.loads(line) for line in original.metrics.read_text().splitlines()]
+    for record in records:
+        if record["step"] == 2:
+            record["train/loss"] = math.nextafter(record["train/loss"], math.inf)
+    original.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    original.update_manifest(weights_sha256="0" * 32, hardware={**original.read_manifest()["hardware"], "cpus": 4096})
+    original.update_manifest(versions={**original.read_manifest()["versions"], "torch": "2.5.1"})
+    capfd.readouterr()
+    assert cli.run(["rerun", "first"]) == 0
+    said = capfd.readouterr().err
+    outcome = the_rerun(original).read_manifest()["rerun"]["outcome"]
+    assert (outcome["identical"], outcome["first"][:2], outcome["same_weights"]) == (False, [2, "train/loss"], False)
+    assert "not identical: first at step 2, train/loss was" in said
+    assert re.search(r"environment torch: then 2\.5\.1, now \d", said)
+    assert re.search(r"hardware +cpus: then 4096, now \d", said)
+    assert said.index("cpus: then") < said.index("step 0/3"), "before it starts"
+
+
+def test_where_and_how_may_be_changed_and_nothing_else(capfd: pytest.CaptureFixture[str]):
+    original = trained("first")
+    config = original.config.read_text()
+    where = ["outputs_dir=elsewhere", "hydra.run.dir=again", "launcher.threads=1", "tracking.experiment=mine"]
+    assert cli.run(["rerun", "first", *where, "name=twice"]) == 0
+    made = RunDir(Path("again").absolute())
+    cfg = prepare.read_config(made)
+    assert made.read_manifest()["name"] == "twice"
+    assert cfg["outputs_dir"] == str(Path("elsewhere").absolute())
+    assert cfg["launcher"]["threads"] == 1
+    assert cfg["tracking"]["experiment"] == "mine"
+    assert made.read_state().status == "completed"
+    assert original.config.read_text() == config
+    capfd.readouterr()
+
+    for words, said in (
+        (["lora.r=16", "seed=3"], "start that one: python -m runner model=tiny .*lora.r=16 seed=3"),
+        (["quant=4bit"], "would make it another run"),
+        (["resume=auto"], "means nothing to a rerun"),
+        (["hydra.run.dir=again"], "holds a run already"),
+        (["launcher.thread=1"], "did you mean 'threads'"),
+        (["launcher=nowhere"], "no such option"),
+        (["launcher=accelerate", "launcher.processes=2"], "each would train the same"),
+        (["tracking=server"], "needs a value"),
+        (["--exactly"], "did you mean '--exact'"),
+    ):
+        assert cli.run(["rerun", "first", *words]) == 2, words
+        told = capfd.readouterr().err
+        assert re.search(said, told, re.DOTALL), told
+        assert "Traceback" not in told
+    assert not list(Path("outputs").glob("*/*"))
+
+
+def test_changed_data_is_refused_and_moved_data_is_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    data = rows(tmp_path / "rows.jsonl")
+    mine = ("data=local", f"data.path={data}", "data/format=alpaca", "data.train_rows=null", "data.max_length=128")
+    original = trained("first", *mine)
+    moved = data.rename(tmp_path / "moved.jsonl")
+    assert cli.run(["rerun", "first"]) == 2
+    assert "KEY=… names where they lie" in capfd.readouterr().err
+    assert cli.run(["rerun", "first", f"data.path={moved}"]) == 0
+    assert "identical to the original" in capfd.readouterr().err
+    made = the_rerun(original)
+    assert made.read_manifest()["data"]["digest"] == original.read_manifest()["data"]["digest"]
+    shutil.rmtree(made.path)
+
+    with moved.open("a") as handle:
+        handle.write('{"instruction": "And now?", "input": "", "output": "Something else."}\n')
+    assert cli.run(["rerun", "first", f"data.path={moved}"]) == 2
+    assert "is not what the run was trained on that this repeats" in capfd.readouterr().err
+    assert not list(Path("outputs").glob("*/*/config.yaml")), "what was refused leaves nothing"
+
+
+def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixture[str], tmp_path: Path):
+    waiting = prepared(tmp_path / "waiting", *QUICK)
+    begun = prepared(tmp_path / "begun", *QUICK, "lora.r=4")
+    begun.write_state(status="killed", attempt=1, step=1)
+    torn = prepared(tmp_path / "torn", *QUICK)
+    torn.manifest.write_text("{")
+    bare = prepared(tmp_path / "bare", *QUICK)
+    bare.manifest.unlink()
+    Path("empty").mkdir()
+    sweep = tmp_path / "outputs" / "sweeps" / "some"
+    sweep.mkdir(parents=True)
+    job = {"folder": str(begun.path), "label": "lora.r=4"}
+    (sweep / "sweep.json").write_text(json.dumps({"name": "some", "jobs": {"x": job}}))
+    for words, said in (
+        (["diff", "begun"], "compares two runs, and 1 are named"),
+        (["diff", "begun", "begun"], "are the same run"),
+        (["diff", "begun", "waiting"], "has not begun: there is nothing to compare yet"),
+        (["diff", "begun", "torn"], "cannot be read"),
+        (["diff", "begun", "bare"], "holds no manifest.json"),
+        (["diff", "begun", "empty"], "is a folder, and no run"),
+        (["diff", "begun", "some"], "is a sweep, and one run is wanted"),
+        (["diff", "begun", "nobody", "uri=sqlite:////nowhere/mlflow.db"], "no such database"),
+        (["diff", "begun", "nobody", "uri=file:///tmp"], "no longer supports"),
+        (["diff", "begun", "nobody", "uri="], "needs a value"),
+        (["diff", "--json", "--markdown", "begun", "torn"], "leave one of them out"),
+        (["rerun"], "needs a run"),
+        (["rerun", "begun", "waiting"], "repeats one run, and 2 are named"),
+        (["rerun", "waiting"], "has not begun.*resume="),
+        (["rerun", "nobody"], "there is no run or sweep 'nobody'"),
+        (["rerun", "empty", "--exact"], "is a folder, and no run"),
+    ):
+        assert cli.run(words) == 2, words
+        told = capfd.readouterr().err
+        assert re.search(said, told, re.DOTALL), told
+        assert "Traceback" not in told
+    assert waiting.read_state().status == "pending"
+
+
+def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
+    four, eight = trained("four", "lora.r=4"), trained("eight")
+    assert cli.run(["diff", "four", "eight"]) == 0
+    said = capfd.readouterr().out
+    assert re.search(r"configuration\n +lora\.r +4 +8\n\n", said), "and no other key"
+    assert re.search(r"train/loss +\S+ +\S+  \([+-]", said)
+    assert "the same: where and how, code, environment, data, hardware" in said
+    assert "differs first at step 1: train/grad_norm" in said
+
+    assert cli.run(["diff", "four", "eight", "--all"]) == 0
+    assert re.search(r"optim\.learning_rate +0\.001 +0\.001", capfd.readouterr().out)
+    assert cli.run(["diff", "four", "eight", "--markdown"]) == 0
+    assert "| lora.r | 4 | 8 |" in capfd.readouterr().out
+    assert cli.run(["diff", "four", "eight", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["sections"]["configuration"]["lora.r"] == {"values": ["4", "8"], "differs": True}
+    assert [run["folder"] for run in told["runs"]] == [str(four.path), str(eight.path)]
+    assert (told["files"], told["numbers"]["steps"]) == ([], 4)
+
+
+def test_numbers_are_compared_as_they_are():
+    nan, step = math.nan, {0: 1.0, 1: 2.0}
+    assert contrast.numbers({"train/loss": {1: nan}}, {"train/loss": {1: nan}}).first is None
+    assert contrast.numbers({"train/loss": {1: math.inf}}, {"train/loss": {1: contrast.INFINITY}}).first is None
+    assert contrast.numbers({"train/loss": step}, {"train/loss": {0: 1.0}}).steps == 1
+    assert contrast.numbers({"train/mfu": {1: 0.1}}, {"train/mfu": {1: 0.2}}).steps == 0, "speed is no result"
+    found = contrast.numbers({"train/loss": step, "eval/loss": {1: 5.0}}, {"train/loss": step, "eval/loss": {1: 4.0}})
+    assert (found.first, found.largest, found.last) == ((1, "eval/loss", 5.0, 4.0), 1.0, 1)
+
+
+# --- the same in clones of the project, as on other machines ----------------------------------------------------------
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
+    done = subprocess.run(["git", *identity, *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def clone(folder: Path) -> Path:
+    """The project as it is now, committed."""
+    current = checkout.current()
+    if current is None:
+        pytest.skip("these tests do not lie in a git checkout")
+    git(PROJECT, "clone", "-q", str(PROJECT), str(folder))
+    if current.patch:
+        subprocess.run(["git", "apply", "-"], cwd=folder, input=current.patch.encode(), check=True)
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", "what is not committed yet")
+    return folder
+
+
+def runner(code: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The program of a clone."""
+    return subprocess.run(
+        [sys.executable, "-m", "runner", *words],
+        env={**os.environ, "PYTHONPATH": str(code / "src"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def halve_learning_rate(code: Path) -> None:
+    """An uncommitted change of results: a line, and a file that git does not know."""
+    (code / "src" / "runner" / "halved.py").write_text("FACTOR = 0.5\n")
+    file = code / "src" / "runner" / "optim.py"
+    text = file.read_text().replace("lr=learning_rate, weight_decay", "lr=learning_rate * FACTOR, weight_decay")
+    file.write_text(text.replace("import torch\n", "import torch\n\n    from runner.halved import FACTOR\n", 1))
+
+
+@pytest.mark.slow
+def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
+    """The original lies in a clone with uncommitted changes, and only MLflow has it when the other clone repeats it."""
+    theirs, ours = clone(tmp_path / "theirs"), tmp_path / "ours"
+    git(tmp_path, "clone", "-q", str(theirs), str(ours))
+    halve_learning_rate(theirs)
+    done = runner(theirs, *MIRRORED, "outputs_dir=there", "hydra.run.dir=there/original")
+    assert done.returncode == 0, done.stderr
+    original = of_folder(RunDir(Path("there/original").absolute()))
+    assert original.manifest["git"]["dirty"]
+    assert "halved.py" in original.patch
+    uri, short = f"sqlite:///{tmp_path}/there/mlflow.db", original.mlflow_id[:8]
+    shutil.rmtree("there/original")
+
+    as_it_is = runner(ours, "rerun", short, f"uri={uri}", "hydra.run.dir=plain")
+    assert as_it_is.returncode == 0, as_it_is.stderr
+    assert re.search(r"src/runner/halved\.py  \+0 -1\n", as_it_is.stderr)
+    assert re.search(r"src/runner/optim\.py  \+\d+ -\d+\n", as_it_is.stderr)
+    assert "not identical: first at step 1, train/learning_rate was 0.0005 and is 0.001" in as_it_is.stderr
+
+    exact = runner(ours, "rerun", short, f"uri={uri}", "--exact", "hydra.run.dir='exact, one'")
+    assert exact.returncode == 0, exact.stderr
+    assert "identical to the original: train/loss, eval/loss and all else at 4 steps" in exact.stderr
+    assert "and so are the weights" in exact.stderr
+    manifest = RunDir(Path("exact, one")).read_manifest()
+    assert {key: manifest[key] for key in ("git", "code_sha256")} == {
+        key: original.manifest[key] for key in ("git", "code_sha256")
+    }
+    assert manifest["rerun"] | {"outcome": 0} == {
+        "of": original.mlflow_id, "id": original.manifest["id"], "where": f"{short} in {uri}", "exact": True,
+        "outcome": 0,
+    }  # fmt: skip
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
+    assert client.get_run(manifest["mlflow"]["run_id"]).data.tags["runner.rerun_of"] == original.mlflow_id
+
+    told = runner(ours, "diff", "plain", "exact, one", "--patch")
+    assert re.search(r"uncommitted changes +none +yes \(", told.stdout)
+    assert re.search(r"^\+FACTOR = 0\.5$", told.stdout, re.MULTILINE)
+    assert not git(ours, "status", "--porcelain")
+
+    again = runner(ours, "rerun", short, f"uri={uri}", "--exact", "lora.r=4")
+    assert again.returncode == 2
+    (folder,) = [Path(line.split()[0]) for line in git(ours, "worktree", "list").splitlines()[1:]]
+    (folder / "src" / "runner" / "halved.py").write_text("FACTOR = 2\n")
+    assert runner(ours, "rerun", short, f"uri={uri}", "--exact", "tracking=nothing").returncode == 2
+    assert (folder / "src" / "runner" / "halved.py").read_text() == "FACTOR = 0.5\n", "an edited copy is made anew"
+
+    missing = runner(ours, "rerun", "0123abcd", f"uri={uri}")
+    assert missing.returncode == 2
+    assert f"there is no run '0123abcd' in {uri}" in missing.stderr
+    assert original.mlflow_id in missing.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_an_exact_rerun(tmp_path: Path):
+    ours = clone(tmp_path / "ours")
+    done = runner(ours, *QUICK, "train.max_steps=2000", "train.save_steps=1000", "hydra.run.dir=first", "seed=1")
+    assert done.returncode == 0, done.stderr
+    words = [sys.executable, "-m", "runner", "rerun", "first", "--exact", "hydra.run.dir=again"]
+    proc = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ours / "src")}, stderr=subprocess.PIPE)
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and RunDir(Path("again")).read_state().step < 5:
+            time.sleep(0.05)
+        proc.send_signal(signal.SIGINT)
+        said = proc.communicate(timeout=60)[1].decode()
+    finally:
+        proc.kill()
+    state = RunDir(Path("again")).read_state()
+    assert (proc.returncode, state.status) == (130, "killed"), said
+    assert "the state is saved at step" in state.reason
+    assert "when it is completed" in said
+
+
+def test_exact_is_refused_where_the_code_cannot_be_had(tmp_path: Path):
+    """In a repository of its own: no commit, an unknown one, changes that do not apply or that were not kept."""
+    run = of_folder(prepared(tmp_path / "run", *QUICK))
+
+    def refused(**changes: Any) -> str:
+        git_says = {**run.manifest["git"], **changes.pop("git", {})}
+        changed = contrast.Recorded(**{**vars(run), **changes, "manifest": {**run.manifest, "git": git_says}})
+        with pytest.raises(ConfigError) as error:
+            worktree.provide(changed)
+        return str(error.value)
+
+    assert "does not say which commit it ran" in refused(git={"sha": None})
+    if checkout.current() is None:
+        pytest.skip("these tests do not lie in a git checkout")
+    assert "is not in" in refused(git={"sha": "0" * 40})
+    assert "were not recorded" in refused(git={"dirty": True}, patch="")
+    patch = "diff --git a/README.md b/README.md\n--- a/README.md\n+++ b/README.md\n@@ -1 +1 @@\n-nothing\n+more\n"
+    before = git(PROJECT, "worktree", "list")
+    assert "the recorded uncommitted changes do not apply" in refused(git={"dirty": True}, patch=patch)
+    assert git(PROJECT, "worktree", "list") == before
+
+
+# --- what git and the files say ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A small checkout that stands in for the project's."""
+    package = tmp_path / "checkout" / "src" / "runner"
+    package.mkdir(parents=True)
+    (package / "errors.py").write_text("first = 1\n")
+    (package / "binary.bin").write_bytes(bytes(range(256)))
+    top = package.parents[1]
+    git(top, "init", "-q")
+    git(top, "add", "-A")
+    git(top, "commit", "-qm", "first")
+    monkeypatch.setattr(checkout, "HERE", package)
+    checkout.current.cache_clear()
+    yield top
+    checkout.current.cache_clear()
+
+
+def test_a_code_is_a_commit_and_what_is_not_committed(repository: Path, tmp_path: Path):
+    package = repository / "src" / "runner"
+    clean = checkout.current()
+    assert clean == checkout.Code(git(repository, "rev-parse", "HEAD"))
+    assert checkout.note(clean) == ({"sha": clean.sha, "dirty": False}, "")
+
+    (package / "errors.py").write_text("first = 2\ntoken = 'hf_abcdefghijklmnop12'\n")
+    (package / "binary.bin").write_bytes(b"\0\1")
+    (package / "a new one.py").write_bytes("é = 'caf\xe9'\n".encode("latin-1"))
+    (repository / "notes.txt").write_text("not of the program")
+    git(repository, "config", "diff.noprefix", "true")
+    git(repository, "config", "color.ui", "always")
+    status = git(repository, "status", "--porcelain")
+    checkout.current.cache_clear()
+    dirty = checkout.current()
+    noted, kept = checkout.note(dirty)
+    assert (noted["dirty"], noted["redacted"]) == (True, True)
+    assert "hf_" not in kept
+    assert "notes.txt" not in kept
+    assert git(repository, "status", "--porcelain") == status, "the user's index is as it was"
+
+    changed = {each.file: (each.added, each.removed) for each in checkout.between(clean, dirty)}
+    assert changed == {
+        "src/runner/errors.py": (2, 1), "src/runner/binary.bin": (None, None), "src/runner/a new one.py": (1, 0),
+    }  # fmt: skip
+    assert "+first = 2\n" in checkout.patch_between(clean, dirty)
+    assert checkout.between(dirty, dirty) == []
+    with pytest.raises(ConfigError, match="is not in this checkout"):
+        checkout.between(clean, checkout.Code("0" * 40))
+
+    checkout.add_worktree(dirty, tmp_path / "copy")
+    for file in package.iterdir():
+        assert (tmp_path / "copy" / "src" / "runner" / file.name).read_bytes() == file.read_bytes()
+    shutil.rmtree(tmp_path / "copy")
+    checkout.add_worktree(clean, tmp_path / "copy")  # although git still knows of the one that was removed
+    assert (tmp_path / "copy" / "src" / "runner" / "errors.py").read_text() == "first = 1\n"
+    checkout.remove_worktree(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_somebody_elses_checkout_around_an_environment_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "venv" / "runner"
+    package.mkdir(parents=True)
+    (package / "errors.py").touch()
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-qm", "theirs", "--allow-empty")
+    monkeypatch.setattr(checkout, "HERE", package)
+    assert checkout.top_folder() is None
+
+
+def test_weights_have_a_digest_of_their_values_alone(tmp_path: Path):
+    import torch
+    from safetensors.torch import save_file
+
+    weights = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(4, dtype=torch.bfloat16)}
+    for name in ("whole", "shards", "other", "reshaped", "none"):
+        (tmp_path / name).mkdir()
+    save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    save_file({"b": weights["b"]}, tmp_path / "shards" / "1.safetensors")
+    save_file({"a": weights["a"]}, tmp_path / "shards" / "2.safetensors")
+    save_file({**weights, "b": weights["b"] + 1e-6}, tmp_path / "other" / "model.safetensors")
+    save_file({**weights, "b": weights["b"].reshape(3, 2)}, tmp_path / "reshaped" / "model.safetensors")
+    found = {folder.name: provenance.weights_digest(folder) for folder in tmp_path.iterdir() if folder.is_dir()}
+    assert found["whole"] == found["shards"]
+    assert len({found["whole"], found["other"], found["reshaped"]}) == 3
+    assert found["none"] is None
+
+
+def test_the_first_word_is_the_run_even_if_it_looks_like_an_override():
+    assert rerun._apart(["lora.r=8", "launcher.threads=1"]) == ("lora.r=8", ["launcher.threads=1"])
+    assert rerun._apart(["launcher.threads=1", "first"]) == ("first", ["launcher.threads=1"])

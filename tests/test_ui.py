@@ -1,0 +1,140 @@
+"""ui: MLflow's own server on a real database, asked for its pages, and ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runner import cli, store, ui
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a database in which there is one run."""
+    folder = tmp_path_factory.mktemp("outputs")
+    client = store.connect(f"sqlite:///{folder}/mlflow.db")
+    client.create_experiment("other")
+    store.create_run(client, store.experiment_id(client, "runner", folder / "mlartifacts"), "some id", "a run", 1.7e9)
+    return folder
+
+
+@contextmanager
+def shown(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process of the verb, and the address that it prints once the server answers."""
+    command = [sys.executable, "-m", "runner", "ui", "--no-browser", *words]
+    proc = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert proc.stdout
+        line = proc.stdout.readline()
+        assert line, proc.communicate()[1]
+        yield proc, line.split()[-1]
+    finally:
+        proc.terminate()
+        proc.wait(60)
+
+
+def get(address: str) -> str:
+    with urllib.request.urlopen(address, timeout=20) as answer:
+        assert answer.status == 200
+        return str(answer.read().decode())
+
+
+def busy(port: int = 0) -> socket.socket:
+    taken = socket.socket()
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken.bind(("127.0.0.1", port))
+    taken.listen()
+    return taken
+
+
+def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixture[str]):
+    with shown(f"outputs_dir={outputs}") as (proc, page):
+        base, _, experiment = page.partition("/#/experiments/")
+        assert base.startswith("http://127.0.0.1:")
+        assert "<title>MLflow" in get(base)
+        found = get(f"{base}/api/2.0/mlflow/experiments/get?experiment_id={experiment}")
+        assert '"name": "runner"' in found
+        # The same address for whoever names that server, and nothing is started for it.
+        assert cli.run(["ui", f"uri={base}", "--no-browser"]) == 0
+        assert capfd.readouterr().out.split()[-1] == page
+        assert cli.run(["ui", f"uri={base}", "--experiment", "other"]) == 0
+        assert capfd.readouterr().out.split()[-1] != page
+        assert cli.run(["ui", f"uri={base}", "--experiment", "rumner"]) == 2
+        assert "those there are: Default, other, runner" in capfd.readouterr().err
+        assert cli.run(["ui", f"uri={base}", "--port", "5001"]) == 2
+        assert "that server runs already" in capfd.readouterr().err
+
+        family = psutil.Process(proc.pid).children(recursive=True)
+        assert family
+        proc.send_signal(signal.SIGINT)
+        assert proc.wait(60) == 0
+        assert not [member for member in family if member.is_running()]
+        assert "Ctrl-C ends it" in proc.communicate()[1]
+
+
+def test_a_port_that_is_taken(outputs: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    with busy() as taken:
+        port = taken.getsockname()[1]
+        assert cli.run(["ui", f"outputs_dir={outputs}", "--port", str(port)]) == 2
+        said = capfd.readouterr().err
+        assert f"--port={port}: is taken by another program" in said
+        assert "is free; or leave --port out" in said
+        monkeypatch.setattr(ui, "FIRST_PORT", port)
+        assert ui._free_port() > port
+        assert f"port {port} is taken; the next that is free is" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_it_leaves_nothing_when_it_is_told_to_end_while_it_starts(outputs: Path):
+    with busy() as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "runner", "ui", f"outputs_dir={outputs}", "--port", str(port)]
+    proc = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert proc.stderr
+    assert "starting" in proc.stderr.readline()
+    while not (family := psutil.Process(proc.pid).children(recursive=True)):
+        pass
+    proc.terminate()
+    assert proc.wait(60) == 0
+    assert not [member for member in family if member.is_running()]
+    busy(port).close()
+
+
+@pytest.mark.slow
+def test_a_database_that_no_server_takes(tmp_path: Path):
+    (tmp_path / "mlflow.db").write_text("this is no database, and never was one")
+    command = [sys.executable, "-m", "runner", "ui", f"outputs_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    assert done.returncode == 2
+    assert "file is not a database" in done.stderr
+    assert "Traceback" not in done.stderr.partition("error:")[0]
+
+
+def test_what_ui_does_not_do_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    with busy() as nobody:
+        port = nobody.getsockname()[1]
+    for words, said in (
+        ([f"outputs_dir={tmp_path}"], "there is nothing in MLflow yet"),
+        ([f"outputs_dir={tmp_path}/none"], "is no folder"),
+        (["--port", "high"], "must be a whole number"),
+        (["--port=70000"], "must be a whole number"),
+        (["--prot", "1"], "did you mean '--port'"),
+        (["some"], "ui does not know this word"),
+        ([f"uri=http://127.0.0.1:{port}"], "does not answer as an MLflow server does"),
+        (["uri=ftp://somewhere"], "no scheme that MLflow can be reached by"),
+    ):
+        assert cli.run(["ui", *words]) == 2, words
+        told = capfd.readouterr().err
+        assert said in told, told
+        assert "Traceback" not in told
+    assert cli.run(["ui", "--help"]) == 0
