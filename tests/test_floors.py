@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 FLOORS = [
     {"errors", "secrets", "intervals"},
     {"condition", "config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter", "asked",
-     "ranks", "shards", "scheduler", "provenance", "checkout"},
+     "ranks", "shards", "scheduler", "provenance", "checkout", "served"},
     {"prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling", "tracking",
      "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored", "outcome",
-     "search"},
+     "search", "converter"},
     {"chat", "attention", "origins", "store", "sweeps", "standing", "mirroring"},
     {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run",
      "status", "logs", "cancel", "choices"},
@@ -31,12 +31,12 @@ FLOORS = [
     {"spread", "follow"},
     {"train", "sweep_mirror", "compare"},
     {"build", "checks", "report", "mirror", "likeness"},
-    {"worker", "plan", "folders"},
-    {"launch"},
-    {"explain"},
-    {"compose", "space"},
-    {"admit"},
-    {"sweeping"},
+    {"worker", "plan", "folders", "trained", "card"},
+    {"launch", "generate", "merge", "benchmarks"},
+    {"explain", "export"},
+    {"compose", "space", "register"},
+    {"admit", "dataset"},
+    {"sweeping", "evaluate"},
     {"rerun", "searching"},
     {"cli"},
     {"__main__"},
@@ -84,7 +84,7 @@ def test_imports_go_strictly_down(path: Path):
 def loaded_by(statement: str) -> set[str]:
     code = f"{statement}\nimport sys; print(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(done.stdout.splitlines()[-1].split())
 
 
 HEAVY = {"torch", "transformers", "mlflow", "peft", "bitsandbytes", "datasets", "pandas", "pyarrow"}
@@ -94,7 +94,10 @@ def test_importing_the_command_line_loads_nothing_heavy():
     assert not loaded_by("import runner.cli, runner.compose, runner.checks, runner.prepare, runner.worker") & HEAVY
 
 
-@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "compare", "diff", "rerun", "ui"])
+@pytest.mark.parametrize(
+    "verb",
+    ["status", "logs", "cancel", "compare", "diff", "rerun", "ui", "generate", "export", "register", "evaluate"],
+)
 def test_watching_loads_nothing_heavy(verb: str, tmp_path: Path):
     for words in ([f"outputs_dir={tmp_path}"], ["--help"], [f"outputs_dir={tmp_path}", "nothing"]):
         assert not loaded_by(f"from runner import cli\nimport os\ncli.run({[verb, *words]})") & HEAVY

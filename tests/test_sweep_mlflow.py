@@ -300,7 +300,7 @@ def test_the_parent_follows_its_children(outputs: Path) -> None:
     assert [result.problem for result in mirror.sync([sweep.path])] == [""] * 4
     parent = parent_of(sweep)
     counts = {key.removeprefix("runner.jobs_"): value for key, value in parent.data.tags.items() if "jobs_" in key}
-    assert counts == {"completed": "1", "failed": "1", "killed": "1", "running": "0", "waiting": "0"}
+    assert counts == {"completed": "1", "failed": "1", "killed": "1", "pruned": "0", "running": "0", "waiting": "0"}
     assert parent.info.status == "FAILED"
     assert parent.info.end_time == max(int(rundir.read_state().updated * 1000) for rundir in sweep.rundirs())
     cancelled = the_run(third)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import TINY, prepared
 
-from runner import build, compiling, console, outcome, report, samples, tracking, train, worker
+from runner import build, compiling, console, outcome, prepare, report, samples, tracking, train, worker
 from runner.errors import ConfigError, DataError, Fault, Preempted, ResumeError, RunnerError, TrackingError
 from runner.rundir import RunDir
 from runner.stop import ONE_GESTURE_S, Stop
@@ -136,11 +136,11 @@ def test_a_changed_function_is_refused_on_resume(tmp_path: Path, cache: Path, ca
 def test_the_commits_of_the_first_attempt_are_used_again(tmp_path: Path):
     rundir = RunDir(tmp_path)
     cfg = {"model": {"path": "o/m", "revision": "main"}, "data": {"path": "o/d", "revision": None}}
-    assert worker._pinned(cfg, rundir) == cfg
+    assert prepare.pinned(cfg, rundir) == cfg
     rundir.update_manifest(model={"revision": "a1"}, data={"revision": "b2"})
-    pinned = worker._pinned(cfg, rundir)
+    pinned = prepare.pinned(cfg, rundir)
     assert (pinned["model"]["revision"], pinned["data"]["revision"]) == ("a1", "b2")
-    assert worker._pinned({"model": {"path": "x"}, "data": {"path": "y"}}, rundir)["data"] == {"path": "y"}
+    assert prepare.pinned({"model": {"path": "x"}, "data": {"path": "y"}}, rundir)["data"] == {"path": "y"}
 
 
 # Stopped

@@ -22,6 +22,25 @@ class Asked:
     def has(self, option: str) -> bool:
         return option in self.options
 
+    def number(self, option: str, default: float, *, least: float, whole: bool = True) -> float:
+        """The number given with an option.
+
+        Raises:
+            ConfigError: it is none, no whole one, or smaller than ``least``.
+        """
+        text = self.options.get(option)
+        if text is None:
+            return default
+        kind = "whole number" if whole else "number"
+        try:
+            value = int(text) if whole else float(text)
+            if not least <= value < float("inf"):
+                raise ValueError
+        except ValueError:
+            problem = f"must be a {kind} of at least {least:g}"
+            raise ConfigError(Fault(option, problem, f"for example {option} {default:g}", text)) from None
+        return value
+
 
 def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Collection[str] = ()) -> Asked | None:
     """Take the words apart; None where help was asked for, which is printed then.
@@ -41,9 +60,11 @@ def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Co
     outputs_dir, rest = "outputs", iter(argv)
     for word in rest:
         option, has_value, value = word.partition("=")
-        if word.startswith("outputs_dir="):
+        if word == "--":  # the rest are words, whatever they begin with
+            words += rest
+        elif word.startswith("outputs_dir="):
             outputs_dir = value
-        elif not word.startswith("-"):
+        elif not word.startswith("-") or word == "-":
             words.append(word)
         elif option in valued:
             options[option] = value if has_value else next(rest, "")

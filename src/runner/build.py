@@ -121,7 +121,8 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         torch.use_deterministic_algorithms(True)
     expected = expect(cfg, made)
     check_fits(expected)
-    made, autocast = keep_updates(made, full=expected.counts["adapter"] == 0)
+    source, autocast = keep_updates(made.source, made.device, full=expected.counts["adapter"] == 0)
+    made = replace(made, source=source)
     model = load_model(cfg, made)
     if cfg["data"]["packing"]:
         attention.check_isolation(model)
@@ -150,14 +151,14 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     )
 
 
-def keep_updates(made: Inputs, *, full: bool) -> tuple[Inputs, torch.dtype | None]:
+def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tuple[ModelSource, torch.dtype | None]:
     """Weights that train whole are kept in float32 and computed with in bfloat16: pure bfloat16 loses small updates.
 
-    Returns the inputs and the dtype of autocast. A dtype that was asked for is left as it is.
+    Returns the source and the dtype of autocast. A dtype that was asked for is left as it is.
     """
-    if full and made.source.dtype == "auto" and dtype_for("auto", made.device) == torch.bfloat16:
-        return replace(made, source=replace(made.source, dtype="float32")), torch.bfloat16
-    return made, None
+    if full and source.dtype == "auto" and dtype_for("auto", device) == torch.bfloat16:
+        return replace(source, dtype="float32"), torch.bfloat16
+    return source, None
 
 
 def pick_device() -> torch.device:
@@ -194,7 +195,7 @@ def expect(cfg: Mapping[str, Any], made: Inputs) -> Expected:
     model = config.bind(cfg["lora"], "lora")(shape)
     counts = models.describe(model)
     full = counts["adapter"] == 0
-    size = dtype_for(keep_updates(made, full=full)[0].source.dtype, made.device).itemsize
+    size = dtype_for(keep_updates(made.source, made.device, full=full)[0].dtype, made.device).itemsize
     linear = quant.bytes_per_weight or size
     weights = counts["linear"] * linear + (counts["total"] - counts["linear"] - counts["adapter"]) * size
     rows, length = made.settings.per_device_batch_size, cfg["data"]["max_length"]

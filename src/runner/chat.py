@@ -62,6 +62,16 @@ def prompt(messages: list[Message], tokenizer: Tokenizer) -> str:
     return _template(tokenizer, _chat_template(tokenizer)).render(messages, add_generation_prompt=True)
 
 
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The token that an answer was taught to end with; None where the template, or the lack of one, names none."""
+    try:
+        closing = _template(tokenizer, _chat_template(tokenizer)).closing
+    except ConfigError:
+        return None
+    ids = _ids(tokenizer, closing)
+    return ids[-1] if ids and ids[-1] in tokenizer.get_added_vocab().values() else None
+
+
 def _chat_template(tokenizer: Tokenizer) -> str:
     try:
         return tokenizer.get_chat_template()

@@ -34,6 +34,16 @@ def faults_of(cfg: Mapping[str, Any]) -> list[Fault]:
     return list(_group_faults(cfg)) or list(_combination_faults(cfg))
 
 
+def check_data(node: Mapping[str, Any]) -> None:
+    """Check the node ``data`` alone.
+
+    Raises:
+        ConfigError: with all its faults.
+    """
+    if faults := list(_data_faults(node)):
+        raise ConfigError(*faults)
+
+
 def faults_of_group(cfg: Mapping[str, Any], group: str) -> list[Fault]:
     """The faults of one group by itself."""
     return list(config.find_faults(cfg[group], group))

@@ -112,9 +112,38 @@ def ui(argv: list[str]) -> int:
     return ui.ui(argv)
 
 
+def generate(argv: list[str]) -> int:
+    """Ask a trained model."""
+    from runner import generate
+
+    return generate.generate(argv)
+
+
+def export(argv: list[str]) -> int:
+    """Write a trained model where others find it."""
+    from runner import export
+
+    return export.export(argv)
+
+
+def register(argv: list[str]) -> int:
+    """Put a trained model into MLflow's registry."""
+    from runner import register
+
+    return register.register(argv)
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure a trained model on any data."""
+    from runner import evaluate
+
+    return evaluate.evaluate(argv)
+
+
 VERBS: dict[str, Verb] = {
     "plan": plan, "status": status, "logs": logs, "cancel": cancel, "sync": sync, "compare": compare,
     "diff": diff, "rerun": rerun, "ui": ui,
+    "generate": generate, "export": export, "register": register, "evaluate": evaluate,
 }  # fmt: skip
 
 

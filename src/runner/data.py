@@ -147,6 +147,25 @@ def load(
     return Splits(**vars(found), name=source.name, digest=source.digest, uri=source.uri, revision=source.revision)
 
 
+def every_row(
+    source: Source,
+    format_fn: Callable[[Mapping[str, Any]], Example],
+    task: Task,
+    tokenizer: Any,
+    settings: DataSettings,
+) -> tuple[Rows, DataReport]:
+    """All rows of a source to evaluate on, ``eval_rows`` at most: those it brings for that, else all; not cached.
+
+    Raises:
+        DataError: rows that cannot be read or do not fit, or nothing to evaluate on.
+    """
+    counts: Counter[str] = Counter()
+    records = source.train if source.eval is None else source.eval
+    items = splits.limit(splits.collect(records, format_fn, settings.deduplicate, counts), settings.eval_rows)
+    rows = _split("eval", items, task, tokenizer, settings, counts)
+    return rows, DataReport(**counts)
+
+
 @dataclass(frozen=True)
 class _Made:
     """What the cache keeps of Splits."""
@@ -178,18 +197,24 @@ def _make(
     else:
         kept, held_out = splits.split_by_prompt(train, settings.eval_fraction)
     chosen = {"train": splits.limit(kept, settings.train_rows), "eval": splits.limit(held_out, settings.eval_rows)}
-    rows: dict[str, Rows] = {}
-    for split, items in chosen.items():
-        columns = _encode(items, task, tokenizer, settings, counts)
-        if len(columns.offsets) == 1:
-            raise _nothing_left(split, items, counts, settings)
-        rows[split] = _to_rows(columns, settings)
-        counts[f"{split}_rows"] = len(rows[split])
-        counts[f"{split}_tokens"] = len(columns.ids)
-        counts[f"{split}_trained_tokens"] = _count_trained(rows[split])
+    rows = {split: _split(split, items, task, tokenizer, settings, counts) for split, items in chosen.items()}
     continued = (task.prompt(item.example, tokenizer) for item in chosen["eval"][:SAMPLES])
     samples = [{"prompt": prompt, "reference": reference} for prompt, reference in filter(None, continued)]
     return _Made(rows["train"], rows["eval"], DataReport(**counts), samples)
+
+
+def _split(
+    split: str, items: list[Item], task: Task, tokenizer: Any, settings: DataSettings, counts: Counter[str]
+) -> Rows:
+    """The tokens of one split; adds to ``counts``."""
+    columns = _encode(items, task, tokenizer, settings, counts)
+    if len(columns.offsets) == 1:
+        raise _nothing_left(split, items, counts, settings)
+    rows = _to_rows(columns, settings)
+    counts[f"{split}_rows"] += len(rows)
+    counts[f"{split}_tokens"] += len(columns.ids)
+    counts[f"{split}_trained_tokens"] += _count_trained(rows)
+    return rows
 
 
 def _encode(

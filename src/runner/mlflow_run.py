@@ -20,7 +20,7 @@ from runner.config import bind
 from runner.errors import RunnerError
 from runner.rundir import DIED, RunDir, State, write_atomic
 from runner.secrets import redact, take_credentials
-from runner.tracking import BEST, SECONDS, Tracking, last_values, read, store_uri, tail
+from runner.tracking import BEST, SECONDS, Tracking, last_values, read, read_evaluations, store_uri, tail
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -74,6 +74,7 @@ class MlflowRun:
         store.send_dataset(client, run, manifest.get("data") or {})
         for path in (self.rundir.metrics, self.rundir.system):
             self._send_records(client, run, path)
+        self._send_evaluations(client, run)
         try:
             if ended and run.data.tags.get(TOLD_TAG) != str(state.updated):
                 self._send_results(client, run)
@@ -129,6 +130,16 @@ class MlflowRun:
         self.positions[path] = inode, end
         if path == self.rundir.metrics:
             self.sent = (self.sent if offset else 0) + len(records)
+
+    def _send_evaluations(self, client: MlflowClient, run: Run) -> None:
+        """What was measured after training; the same step may have been measured twice, told apart by their times."""
+        path = self.rundir.evaluations
+        if not path.exists() or self.positions.get(path) == (path.stat().st_ino, path.stat().st_size):
+            return
+        position = path.stat().st_ino, path.stat().st_size
+        store.send_evaluations(client, run, read_evaluations(self.rundir))
+        client.log_artifact(run.info.run_id, str(path))
+        self.positions[path] = position
 
     def _send_status(self, client: MlflowClient, run: Run, state: State) -> None:
         if self.status == STATUS[state.status]:

@@ -44,6 +44,26 @@ def faults(folder: Path, *, weights: bool = True) -> Iterator[Fault]:
         yield from _weight_faults(folder)
 
 
+def damage(file: Path) -> str:
+    """What is wrong with a safetensors file, by its length and header (8 bytes n, n bytes of JSON, the tensors)."""
+    if not file.is_file():
+        return f"is named in {INDEX} and is missing"
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > size - 8:
+            return "is damaged: the header is cut short or is not safetensors"
+        try:
+            header = json.loads(handle.read(length))
+            end = max(
+                (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "is damaged: the header is not safetensors"
+    missing = 8 + length + end - size
+    return f"is damaged: it ends {missing} bytes early" if missing > 0 else ""
+
+
 @contextlib.contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of ``folder`` when all is written, and vanishes otherwise."""
@@ -88,7 +108,7 @@ def _weight_faults(folder: Path) -> Iterator[Fault]:
         else:
             yield Fault("model.path", f"has no weights ({WEIGHTS})", "fetch the model again, or name another", folder)
     for file in files:
-        problem = _damage(file)
+        problem = damage(file)
         if problem:
             yield Fault("model.path", problem, "fetch the file again", file)
 
@@ -97,23 +117,3 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
-
-
-def _damage(file: Path) -> str:
-    """What is wrong with a safetensors file, by its length and header (8 bytes n, n bytes of JSON, the tensors)."""
-    if not file.is_file():
-        return f"is named in {INDEX} and is missing"
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > size - 8:
-            return "is damaged: the header is cut short or is not safetensors"
-        try:
-            header = json.loads(handle.read(length))
-            end = max(
-                (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "is damaged: the header is not safetensors"
-    missing = 8 + length + end - size
-    return f"is damaged: it ends {missing} bytes early" if missing > 0 else ""

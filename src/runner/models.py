@@ -166,8 +166,21 @@ def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True)
         if is_adapter:
             adapter.save(model, aside, state)
         else:
-            _save_whole(model, aside, state)
+            save_whole(model, aside, state)
         tokenizer.save_pretrained(aside)
+
+
+def save_whole(model: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Write all weights, ``state``, and the configuration into ``folder`` as plain transformers does."""
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and any((generation.temperature, generation.top_p, generation.top_k)):
+        # Many published models set a temperature without do_sample, which transformers loads and then refuses to save.
+        generation.do_sample = True
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    try:
+        model.save_pretrained(folder, safe_serialization=True, state_dict=state)
+    finally:
+        model.config.use_cache = use_cache
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -223,18 +236,6 @@ def _marked(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
     model.config._commit_hash = source.revision
     model.quant, model.is_quantized = quant, quant.bits is not None
     return model
-
-
-def _save_whole(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and any((generation.temperature, generation.top_p, generation.top_k)):
-        # Many published models set a temperature without do_sample, which transformers loads and then refuses to save.
-        generation.do_sample = True
-    use_cache, model.config.use_cache = model.config.use_cache, True
-    try:
-        model.save_pretrained(folder, safe_serialization=True, state_dict=state)
-    finally:
-        model.config.use_cache = use_cache
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:

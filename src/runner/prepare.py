@@ -114,6 +114,14 @@ def read_config(rundir: RunDir) -> dict[str, Any]:
         raise ResumeError(Fault("", f"{rundir.path} {problem}", "name the folder of a run")) from error
 
 
+def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
+    """The configuration with the commits of the Hub that the first attempt found: a branch may move meanwhile."""
+    manifest = rundir.read_manifest()
+    found = {group: (manifest.get(group) or {}).get("revision") for group in ("model", "data")}
+    named = {group: revision for group, revision in found.items() if revision and "revision" in cfg[group]}
+    return {**cfg, **{group: {**cfg[group], "revision": revision} for group, revision in named.items()}}
+
+
 def find_twin(outputs_dir: Path, name: str) -> RunDir | None:
     """The latest unfinished run with this signature below ``outputs_dir``, if any."""
     twins = []

@@ -97,6 +97,11 @@ class RunDir:
         return self.path / "samples.json"
 
     @property
+    def evaluations(self) -> Path:
+        """What ``evaluate`` found after training: a line {time, step, name, rows, data, metrics, …} each time."""
+        return self.path / "evaluations.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "train.log"
 

@@ -222,6 +222,25 @@ def send_metrics(client: MlflowClient, run: Run, records: Iterable[Mapping[str, 
             known[metric.key].add(metric.step)
 
 
+def send_evaluations(client: MlflowClient, run: Run, records: Iterable[Mapping[str, Any]]) -> None:
+    """Those metrics of {time, step, metrics} that MLflow does not have: known by name, step and time."""
+    from mlflow.entities import Metric
+
+    points = [
+        Metric(_name(name), float(value), int(record["time"] * 1000), int(record["step"]))
+        for record in records
+        for name, value in record["metrics"].items()
+    ]
+    there = {
+        (name, point.step, point.timestamp)
+        for name in {point.key for point in points}
+        for point in client.get_metric_history(run.info.run_id, name)
+    }
+    lacking = [point for point in points if (point.key, point.step, point.timestamp) not in there]
+    for batch in chunks(lacking, METRICS_PER_BATCH):
+        client.log_batch(run.info.run_id, metrics=batch)
+
+
 def send_dataset(client: MlflowClient, run: Run, data: Mapping[str, Any]) -> None:
     """The rows that the run trains on, as an input of the run: name, digest, source and numbers."""
     from mlflow.entities import Dataset, DatasetInput, InputTag

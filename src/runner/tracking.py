@@ -136,6 +136,21 @@ def read(rundir: RunDir) -> list[Record]:
     return tail(rundir.metrics, 0)[0]
 
 
+def read_evaluations(rundir: RunDir) -> list[Record]:
+    """What ``evaluate`` has found of the run: {time, step, name, metrics: {…}, …}, oldest first."""
+    if not rundir.evaluations.exists():
+        return []
+    found = []
+    for line in rundir.evaluations.read_text().splitlines():
+        try:
+            record = json.loads(line)
+            metrics = {str(name): float(value) for name, value in record["metrics"].items()}
+            found.append({**record, "step": int(record["step"]), "time": float(record["time"]), "metrics": metrics})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            log.warning(f"{rundir.evaluations}: left out a line that is no record: {line[:80]!r}")
+    return found
+
+
 def last_values(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The last value of each metric, and the best of the evaluations after training began."""
     found: dict[str, float] = {}
@@ -218,7 +233,8 @@ def read_report(rundir: RunDir) -> dict[str, Any]:
 
 def _written(record: Mapping[str, Any]) -> Record:
     # JSON knows no NaN and no infinities: they are written as words, which float() reads back.
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    inner = {k: _written(v) if isinstance(v, Mapping) else v for k, v in record.items()}
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in inner.items()}
 
 
 def _records(lines: Iterable[bytes], path: Path) -> Iterator[Record]:

@@ -161,20 +161,31 @@ def accumulate_gradients(
     return over_ranks(parts, totals)
 
 
-@torch.no_grad()
 def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
-    """The task's metrics over the whole evaluation split; sums are kept, never logits."""
-    parts.model.eval()
-    totals: dict[str, float] = {}
-    count = parts.evaluation.batches_in_pass
-    for done, batch in enumerate(parts.evaluation.one_pass()):
+    """The task's metrics over the whole evaluation split."""
+
+    def before(done: int, count: int) -> None:
         parts.ranks.agree(hooks.check_stop)
         hooks.evaluating(done, count)
-        with parts.spread.computing():
-            add(totals, parts.task.loss(parts.model, parts.spread.on_device(batch)))
-    hooks.evaluating(count, count)
+
+    totals = evaluation_sums(parts.model, parts.task, parts.evaluation, parts.spread, before)
+    hooks.evaluating(parts.evaluation.batches_in_pass, parts.evaluation.batches_in_pass)
     parts.meter.pause()
     return {f"eval/{name}": value for name, value in parts.task.metrics(over_ranks(parts, totals)).items()}
+
+
+@torch.no_grad()
+def evaluation_sums(
+    model: torch.nn.Module, task: Task, batches: Batches, spread: Spread, before: Callable[[int, int], None]
+) -> dict[str, float]:
+    """The task's sums over one pass; never logits. ``before`` is called with (batches done, in all) at each batch."""
+    model.eval()
+    totals: dict[str, float] = {}
+    for done, batch in enumerate(batches.one_pass()):
+        before(done, batches.batches_in_pass)
+        with spread.computing():
+            add(totals, task.loss(model, spread.on_device(batch)))
+    return totals
 
 
 def add(totals: dict[str, float], sums: dict[str, torch.Tensor]) -> None:

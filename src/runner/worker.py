@@ -168,7 +168,7 @@ def _load(rundir: RunDir, cfg: dict[str, Any], ranks: Ranks) -> Loaded:
     console.quiet_libraries()
 
     def load() -> tuple[Inputs, Parts]:
-        made = build.inputs(_pinned(cfg, rundir), ranks)
+        made = build.inputs(prepare.pinned(cfg, rundir), ranks)
         _refuse_other_data(rundir, report.data_identity(cfg, made))
         return made, build.parts(cfg, made, rundir, ranks)
 
@@ -255,14 +255,6 @@ def _silent(stop: Stop) -> Iterator[Hooks]:
         pass
 
     yield train.Hooks(record=nothing, evaluating=nothing, saving=nothing, check_stop=stop.check, warm=nothing)
-
-
-def _pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
-    """The configuration with the commits of the Hub that the first attempt found: a branch may move meanwhile."""
-    manifest = rundir.read_manifest()
-    found = {group: (manifest.get(group) or {}).get("revision") for group in ("model", "data")}
-    named = {group: revision for group, revision in found.items() if revision and "revision" in cfg[group]}
-    return {**cfg, **{group: {**cfg[group], "revision": revision} for group, revision in named.items()}}
 
 
 def _refuse_other_data(rundir: RunDir, found: dict[str, Any]) -> None:

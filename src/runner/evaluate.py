@@ -1,0 +1,219 @@
+"""The verb ``evaluate``: measure a trained model, or its base, on any rows, and by the tasks of lm-eval."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from runner import asked, benchmarks, console, data, dataset, mirrored, named, provenance, tracking
+from runner import trained as training_results
+from runner.errors import ConfigError, Fault
+from runner.trained import Trained
+
+if TYPE_CHECKING:
+    import torch
+
+HELP = """python -m runner evaluate RUN [data=… data.key=…] [--base] [--name NAME] [--tasks TASK,…] [--limit N]
+
+Measures what a run has trained with the metrics of its task, as training did; nothing is trained.
+
+  python -m runner evaluate first                                       the rows that the run held out
+  python -m runner evaluate first data.eval_rows=null                   all of them
+  python -m runner evaluate first data=local data.path=rows.jsonl       all rows of other data
+  python -m runner evaluate first data=local data.path=rows.jsonl data/format=alpaca data.eval_rows=500 --base
+  python -m runner evaluate first --tasks arc_easy,my_tasks/faq.yaml    benchmarks of lm-eval
+
+RUN is a run folder, a name, or the beginning of an MLflow run id.
+  --base        the base model instead, as quantized as in the run
+  --name NAME   what the metrics are called: eval_NAME/loss, of the base eval_NAME/base_loss; by default as the data is
+                (held_out for the run's own rows, or the name of a task)
+  --tasks …     tasks of lm-eval by name, or YAML files of your own; needs pip install 'runner[eval]'
+  --limit N     so many rows of each task, to try it
+  model.path=FOLDER   where the base model lies now, if not where it lay
+
+The results go into evaluations.jsonl of the run folder, and into the run in MLflow."""
+
+HELD_OUT = "held_out"
+
+
+def evaluate(argv: list[str]) -> int:
+    """The verb; returns the exit code.
+
+    Raises:
+        ConfigError: no RUN, one without a model, an override of anything but data, no lm-eval, unknown tasks.
+        DataError: rows that cannot be read, or do not fit.
+    """
+    words = asked.read(argv, HELP, flags=("--base",), valued=("--name", "--tasks", "--limit"))
+    if words is None:
+        return 0
+    run, overrides = training_results.asked_for(words, "evaluate", HELP.splitlines()[0])
+    _refuse_without_effect(words, overrides)
+    node = dataset.node(run.cfg["data"], overrides)
+    tasks = words.options["--tasks"].split(",") if words.has("--tasks") else []
+    chosen = benchmarks.choose(tasks) if tasks else None
+    training_results.quiet()
+    order = _Order(run, words.has("--base"), ["python", "-m", "runner", "evaluate", *argv])
+    if chosen is not None:
+        found = benchmarks.measure(chosen, *_loaded(order), limit=_limit(words))
+        for name, metrics in found.items():
+            _record(order, name, metrics, {"tasks": name, "limit": _limit(words)})
+    else:
+        given = _Rows(node, dataset.is_other(overrides), words.options.get("--name"))
+        _record(order, *_measured(order, given))
+    _tell_mlflow(run)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Which model is measured, and by which command."""
+
+    run: Trained
+    is_base: bool
+    command: list[str]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows it is measured on."""
+
+    node: dict[str, Any]
+    are_other: bool
+    name: str | None
+
+
+def _refuse_without_effect(words: asked.Asked, overrides: list[str]) -> None:
+    faults = []
+    name = words.options.get("--name")
+    if words.has("--tasks"):
+        if overrides:
+            problem, remedy = "has no effect on tasks, which bring their own rows", "leave one of them out"
+            faults.append(Fault(overrides[0].partition("=")[0], problem, remedy))
+        if name:
+            faults.append(Fault("--name", "has no effect: tasks have names", "leave it out", name))
+    elif words.has("--limit"):
+        faults.append(Fault("--limit", "is for --tasks", "use data.eval_rows=N", words.options["--limit"]))
+    if name is not None and not re.fullmatch(r"[\w.-]{1,100}", name):
+        faults.append(Fault("--name", "is no name for metrics", "use letters, digits, . - and _", name))
+    if words.has("--limit"):
+        words.number("--limit", 10, least=1)
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _limit(words: asked.Asked) -> int | None:
+    return int(words.number("--limit", 1, least=1)) if words.has("--limit") else None
+
+
+def _loaded(order: _Order) -> tuple[Any, Any]:
+    """(the model, its tokenizer)"""
+    from runner import build
+
+    load = training_results.load_base if order.is_base else training_results.load
+    return load(order.run, build.pick_device()), order.run.tokenizer
+
+
+def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[str, Any]]:
+    """(name, metrics, what is noted of the rows), by the code that evaluates in training."""
+    from runner import attention, build, parallel, spread, train
+    from runner.ranks import ALONE
+
+    run = order.run
+    batches, noted, name = _batches(run, given)
+    device = build.pick_device()
+    model, autocast = _model(order, device)
+    if given.node["packing"]:
+        attention.check_isolation(model)
+    in_place = spread.over(parallel.none(), model, run.task, ALONE, device, autocast)
+    began = time.monotonic()
+    sums = train.evaluation_sums(model, run.task, batches, in_place, before=_progress)
+    noted["seconds"] = round(time.monotonic() - began, 3)
+    return given.name or name, run.task.metrics(sums), noted
+
+
+def _model(order: _Order, device: torch.device) -> tuple[Any, torch.dtype | None]:
+    """The model that is measured, in the number formats that it was evaluated in while it was trained."""
+    from runner import build
+
+    run = order.run
+    source, autocast = build.keep_updates(run.result, device, full=not run.is_adapter)
+    load = training_results.load_base if order.is_base else training_results.load
+    return load(run, device, dtype=source.dtype), autocast
+
+
+def _batches(run: Trained, given: _Rows) -> tuple[data.Batches, dict[str, Any], str]:
+    """What is measured, what is noted of it, and what it is called."""
+    from runner import build, config, models
+    from runner.schema import TrainSettings
+
+    cfg = {**run.cfg, "data": given.node, "parallel": {config.TARGET: "runner.parallel.none"}}
+    settings = TrainSettings(**cfg["train"])
+    if not given.are_other:
+        splits, _, batches = build.load_data(cfg, run.task, run.result, run.tokenizer, settings, 0)
+        report = replace(splits.report, truncated=0)  # it counts the training rows as well
+        return batches, _noted(splits.name, splits.digest, splits.uri, report), HELD_OUT
+    settings_node, format_node, source_node = data.split_node(given.node)
+    data_settings = config.bind(settings_node, "data", data.DataSettings)()
+    models.check_max_length(run.result, data_settings.max_length)
+    source = config.bind(source_node, "data")()
+    form = config.bind(format_node, "data.format")
+    rows, report = data.every_row(source, form, run.task, run.tokenizer, data_settings)
+    _warn_of_trained_rows(run, source.digest, brings=source.eval is not None)
+    batches = data.Batches(
+        rows, packing=data_settings.packing, max_length=data_settings.max_length,
+        rows_per_batch=settings.per_device_batch_size, accumulation=1, seed=cfg["seed"], shuffle=False,
+        pad_id=run.tokenizer.pad_token_id,
+    )  # fmt: skip
+    return batches, _noted(source.name, source.digest, source.uri, report), source.name
+
+
+def _noted(name: str, digest: str, uri: str, report: data.DataReport) -> dict[str, Any]:
+    kept = {"rows": report.eval_rows, "tokens": report.eval_tokens, "trained_tokens": report.eval_trained_tokens}
+    return {**kept, "truncated": report.truncated, "data": {"name": name, "digest": digest, "uri": uri}}
+
+
+def _warn_of_trained_rows(run: Trained, digest: str, *, brings: bool) -> None:
+    if not brings and (run.rundir.read_manifest().get("data") or {}).get("digest") == digest:
+        print("warning: these are the rows that the run was trained on; without data.path it is measured on those that "
+              "it held out", file=sys.stderr)  # fmt: skip
+
+
+def _progress(done: int, count: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\revaluating {done}/{count}", end="\n" if done == count else "", file=sys.stderr, flush=True)
+
+
+def metric_name(name: str, metric: str, *, is_base: bool) -> str:
+    """``eval_NAME/loss``, and of the base ``eval_NAME/base_loss``: MLflow shows them side by side."""
+    plain = re.sub(r"[^\w.-]", "_", name).strip(".")
+    return f"eval_{plain}/{'base_' if is_base else ''}{metric}"
+
+
+def _record(order: _Order, name: str, metrics: dict[str, float], noted: dict[str, Any]) -> None:
+    """Into the run folder, and onto the terminal."""
+    rundir = order.run.rundir
+    named_metrics = {metric_name(name, metric, is_base=order.is_base): value for metric, value in metrics.items()}
+    record = {
+        "time": time.time(), "step": rundir.read_state().step, "name": name, "is_base": order.is_base, **noted,
+        "command": shlex.join(order.command), "versions": provenance.versions(), "metrics": named_metrics,
+    }  # fmt: skip
+    tracking.append_to(rundir.evaluations, record)
+    for metric, value in named_metrics.items():
+        print(f"{metric}  {value:.6g}")
+    if "rows" in noted:
+        what = f"{noted['rows']} rows, {noted['trained_tokens']} trained tokens"
+        cut = f", {noted['truncated']} truncated at data.max_length" if noted["truncated"] else ""
+        print(f"{what}{cut}", file=sys.stderr)
+
+
+def _tell_mlflow(run: Trained) -> None:
+    near = named.near(run.rundir.path)
+    print(f"kept in {console.nearest(run.rundir.evaluations)}", file=sys.stderr)
+    if not mirrored.is_wanted(run.rundir):
+        return
+    for problem in mirrored.tell([run.rundir.path]):
+        print(f"MLflow has not got it ({problem}); bring it: python -m runner sync {near}", file=sys.stderr)
