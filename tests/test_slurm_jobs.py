@@ -159,6 +159,25 @@ def test_a_time_limit_that_leaves_no_time_to_train_is_not_requeued_for_ever(slur
 
 @pytest.mark.slurm
 @pytest.mark.slow
+def test_a_search_goes_on_as_jobs_end(slurm: None):
+    words = ("-m", *SHORT, *SLURM, "search=random", "search.trials=3", "optim.learning_rate=interval(1e-4,1e-2)")
+    refused = runner(*words)
+    assert refused.returncode == 2
+    assert not list(Path().iterdir())
+    assert "say how many may be at work, as search.at_once=8" in refused.stderr
+    done = runner(*words, "search.at_once=2", "sweep=found")
+    assert done.returncode == 0, done.stderr
+    rundirs = SweepDir(Path("outputs/sweeps/found").absolute()).rundirs()
+    assert [rundir.read_state().status for rundir in rundirs] == ["completed"] * 3
+    losses = [rundir.read_state().summary["eval/loss"] for rundir in rundirs]
+    assert f"best     eval/loss {min(losses):.6g}" in done.stdout
+    runs = mlflow_runs()
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert sum("mlflow.parentRunId" in run.data.tags for run in runs) == len(runs) - 1 == 3
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
 def test_a_function_of_the_users_is_frozen_with_the_code(slurm: None):
     write_rows()
     file = Path("mine.py")

@@ -157,7 +157,7 @@ def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
     if is_detached:
         console.say(f"next     python -m runner status {home}")
     elif set(states) <= {"completed", "pruned"}:
-        console.say(f"next     {_next_command(runs[0][1], 0)}")
+        console.say(f"next     python -m runner compare {home}")
     else:
         again = "the same command with retry=true" if "failed" in states else "the same command again"
         console.say(f"next     {again}: what is completed is skipped; python -m runner logs RUN says why one failed")

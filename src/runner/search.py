@@ -118,9 +118,15 @@ def check_asha(*, objective: str, direction: str, **_: Any) -> Iterator[Fault]:
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Faults of a search together with the rest of the configuration."""
-    node, train = cfg["search"], cfg["train"]
-    if "min_steps" not in node:
-        return
+    node, launcher = cfg["search"], cfg["launcher"]
+    if "trials" in node and node["at_once"] is None and launcher.get("array_parallelism", 1) is None:
+        problem, remedy = "a search on Slurm goes on as runs end", "say how many may be at work, as search.at_once=8"
+        yield Fault("search.at_once", problem, remedy)
+    if "min_steps" in node:
+        yield from _rung_faults(node, cfg["train"])
+
+
+def _rung_faults(node: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[Fault]:
     wanted, every = node["min_steps"], train["eval_steps"]
     if every is None:
         problem, remedy = "asha compares runs on their way, and they are evaluated only at the end", "set it"

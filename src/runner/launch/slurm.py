@@ -102,9 +102,7 @@ class Slurm:
     def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
         """Submit each run when there is room for it; Ctrl-C ends the proposing, not what was submitted."""
         several = at_once or self.array_parallelism
-        if several is None:
-            problem, remedy = "a search on Slurm goes on as runs end", "say how many may be at work: search.at_once=8"
-            raise LaunchError(Fault("search.at_once", problem, remedy))
+        assert several, "checked by search.check_combination"
         return following.serve(source, several, lambda rundir: submitting.submit(self, [rundir], sweep))
 
 
