@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runner import asked, mirrored, named, standing
 from runner.errors import ConfigError, Fault, RunnerError
-from runner.rundir import RunDir, write_atomic
+from runner.rundir import FINAL, RunDir, SweepDir, write_atomic
 from runner.standing import Standing
 
 HELP = """python -m runner cancel RUN|SWEEP … [outputs_dir=FOLDER]
@@ -31,7 +31,7 @@ The exit code is 0 if all of them are over, 1 if one is not yet (it saves) or ca
 WAIT_S = 20.0
 """Long enough for most steps and checkpoints; what takes longer ends by itself."""
 POLL_S, SLURM_POLL_S = 0.2, 2.0
-OVER = ("completed", "failed", "killed", "missing", "damaged")
+OVER = (*FINAL, "missing", "damaged")
 
 
 def cancel(argv: list[str]) -> int:
@@ -60,6 +60,8 @@ def _meant(words: asked.Asked) -> list[RunDir]:
     found: dict[Path, RunDir] = {}
     for word in words.words:
         what = named.resolve(word, words.outputs_dir)
+        if isinstance(what, SweepDir) and what.search_journal.exists():  # or the next run is proposed at once
+            write_atomic(what.cancel_request, f"cancelled by {standing.user()}@{standing.here()}")
         for rundir in [what] if isinstance(what, RunDir) else named.runs_of(what):
             found.setdefault(rundir.path, rundir)
     return list(found.values())
@@ -144,7 +146,7 @@ class _Ending:
 
     def _stop(self, run: Standing) -> None:
         """SIGTERM to the worker that holds the folder here; that of a job gets it from Slurm."""
-        if run.job is not None or run not in self._possible([run]):
+        if (run.job is not None and run.job.is_active) or run not in self._possible([run]):
             return
         pid = standing.holder(run.rundir)
         if pid is None or (run.rundir.path, pid) in self.signalled:

@@ -43,7 +43,7 @@ BY_US = ("hydra/launcher", "hydra/job_logging", "hydra/hydra_logging")
 """Groups of Hydra's own of which only our option works."""
 
 
-ONE_A_SWEEP = ("outputs_dir", "sweep", "resume", "retry")
+ONE_A_SWEEP = ("outputs_dir", "sweep", "resume", "retry", "search")
 """Keys of ours that say where a sweep lies and how it is taken up."""
 
 

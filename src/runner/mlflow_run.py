@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from runner import prepare, store
 from runner.config import bind
 from runner.errors import RunnerError
-from runner.rundir import DIED, RunDir, State, write_atomic
+from runner.rundir import DIED, FINAL, RunDir, State, write_atomic
 from runner.secrets import redact, take_credentials
 from runner.tracking import BEST, SECONDS, Tracking, last_values, read, read_evaluations, store_uri, tail
 
@@ -30,7 +30,7 @@ STATUS = {
     "pending": "SCHEDULED", "running": "RUNNING", "completed": "FINISHED", "failed": "FAILED", "preempted": "KILLED",
     "killed": "KILLED", "pruned": "KILLED",
 }  # fmt: skip
-ENDED = ("completed", "failed", "preempted", "killed", "pruned")
+ENDED = (*FINAL, "preempted")
 TOLD_TAG = "runner.mirrored"
 """Set last: the time stamp of the state up to which MLflow has everything."""
 

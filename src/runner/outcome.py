@@ -12,7 +12,7 @@ import traceback
 from runner import scheduler
 from runner.errors import Fault, Interrupted, RunnerError, Stopped, TrainingError
 from runner.ranks import Ranks, lost_peer
-from runner.rundir import DIED, RunDir, sweep_of
+from runner.rundir import DIED, RunDir, State, sweep_of
 from runner.secrets import redact
 
 OUT_OF_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "not enough memory")
@@ -21,6 +21,13 @@ CODES = {"completed": 0, "pruned": 0, "preempted": 75, "killed": 130}
 LAST_WORDS_S = 5.0
 """How long another rank's last words may take to be seen: its file travels through a shared file system."""
 log = logging.getLogger("runner")
+
+
+def exit_code(state: State) -> int:
+    """The exit code that belongs to a state: of one killed by request 130, of one killed by anything else 1."""
+    if state.status == "killed" and not state.reason.startswith(("interrupted", "cancelled")):
+        return 1
+    return CODES.get(state.status, 1)
 
 
 class Clock:

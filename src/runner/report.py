@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import compiling, console, parallel, prepare, tracking
-from runner.rundir import RunDir
+from runner.rundir import DONE, RunDir
 
 if TYPE_CHECKING:
     from torch import nn
@@ -156,7 +156,7 @@ def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
     states = [rundir.read_state().status for _, rundir in runs]
     if is_detached:
         console.say(f"next     python -m runner status {home}")
-    elif set(states) <= {"completed", "pruned"}:
+    elif set(states) <= set(DONE):
         console.say(f"next     python -m runner compare {home}")
     else:
         again = "the same command with retry=true" if "failed" in states else "the same command again"

@@ -21,6 +21,10 @@ from typing import Any, Literal
 from runner.errors import ConfigError, Fault
 
 Status = Literal["pending", "running", "preempted", "completed", "failed", "killed", "pruned"]
+DONE: tuple[Status, ...] = ("completed", "pruned")
+"""Nothing is left to do."""
+FINAL: tuple[Status, ...] = (*DONE, "failed", "killed")
+"""It goes on only if somebody asks for that."""
 UNFINISHED: tuple[Status, ...] = ("pending", "running", "preempted", "killed")
 DIED = "the process died without saying so (killed, or out of memory)"
 """The reason that others write down for a worker which could not."""
@@ -245,6 +249,11 @@ class SweepDir:
     def queue_lock(self) -> Path:
         """Held by each process that works through this sweep here (shared: two may)."""
         return self.path / ".queue.lock"
+
+    @property
+    def cancel_request(self) -> Path:
+        """Lies here from the moment somebody cancels the search until it is taken up again: nothing more is proposed."""
+        return self.path / ".cancel"
 
     @property
     def search_lock(self) -> Path:

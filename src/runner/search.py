@@ -122,6 +122,9 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if "trials" in node and node["at_once"] is None and launcher.get("array_parallelism", 1) is None:
         problem, remedy = "a search on Slurm goes on as runs end", "say how many may be at work, as search.at_once=8"
         yield Fault("search.at_once", problem, remedy)
+    if "trials" in node and launcher.get("cluster") == "debug":
+        remedy = "set launcher.cluster=local, or launcher=local"
+        yield Fault("launcher.cluster", "one process cannot propose runs and train them", remedy, "debug")
     if "min_steps" in node:
         yield from _rung_faults(node, cfg["train"])
 

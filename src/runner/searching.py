@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from runner import admit, compose, console, search, space, sweeps, tracking
 from runner.compose import Composer
 from runner.config import bind
-from runner.errors import ConfigError, Fault, ResumeError
-from runner.rundir import RunDir, SweepDir
+from runner.errors import ConfigError, Fault, ResumeError, RunnerError, TrainingError
+from runner.rundir import DONE, RunDir, SweepDir, write_atomic
 from runner.space import Dimension
 from runner.sweeping import Session
 
@@ -47,19 +47,28 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
     """
     composer.refuse_swept()
     dimensions = space.dimensions(composer.parser, composer.swept, wanted.space)
-    if faults := [_fixed(each) for each in dimensions if each.key.split(".")[0] in FIXED_KEYS]:
+    if faults := [
+        _fixed(each) for each in dimensions if each.key.split(".")[0] in (*FIXED_KEYS, *compose.ONE_A_SWEEP, "hydra")
+    ]:
         raise ConfigError(*faults)
     composer.sweep_name = f"{wanted.kind}-{compose.named_by(each.key for each in dimensions)}"
     session = Session(composer, argv)
     probes = session.composed([[*composer.fixed, *each] for each in _probes(dimensions)], 0)
     sweep, launcher = SweepDir(Path(probes[0].sweep_dir)), admit.launcher_of(probes[0].cfg)
-    launcher.check()
+    launcher.check(wanted.at_once)
     sweeps.refuse(sweep)
     with _alone(sweep):
+        sweep.cancel_request.unlink(missing_ok=True)
         trials = Trials(session, wanted, dimensions, sweep, retry=bool(probes[0].cfg["retry"]))
-        code = launcher.serve(trials, sweep, wanted.at_once)
+        try:
+            code = launcher.serve(trials, sweep, wanted.at_once)
+        except RunnerError as error:
+            raise error if not session.entries else TrainingError(*error.faults) from error
     trials.tell_best()
-    return code or (session.end() if session.entries else 0)
+    if sweep.cancel_request.exists():
+        return 130
+    ended = session.end() if session.entries else 0
+    return code or ended or int(any(entry.rundir.read_state().status not in DONE for entry in session.entries))
 
 
 class Trials:
@@ -73,11 +82,12 @@ class Trials:
         self.live: dict[Path, list[Trial]] = {}
         """Folder of a run that goes on → the trials that it stands for: two proposals may be the same run."""
         self.begun = deque(self._begun())
-        self.limit = wanted.trials + (self._enqueue_failed() if retry else 0)
+        if retry:
+            self._enqueue_failed()
         self._looked, self._seen = 0.0, {}  # type: float, dict[Path, tuple[int, int]]
 
     def next(self) -> RunDir | None:
-        while self.begun or self._count() < self.limit:
+        while not self.sweep.cancel_request.exists() and (self.begun or self._is_more()):
             trial = self.begun.popleft() if self.begun else self._ask()
             if (rundir := self._prepared(trial)) is None:
                 continue
@@ -117,7 +127,7 @@ class Trials:
                 self._report(rundir)
 
     def tell_best(self) -> None:
-        """The best run, or those that no other beats in all objectives; and what to do next."""
+        """The best run, or those that no other beats in all objectives."""
         from optuna.trial import TrialState
 
         trials = self.study.get_trials(deepcopy=False)
@@ -161,7 +171,7 @@ class Trials:
                 trial.report(record[metric], record["step"])
                 if trial.should_prune():
                     reason = f"given up at step {record['step']}: {metric} {record[metric]:.6g} is behind the others"
-                    rundir.prune_request.write_text(reason)
+                    write_atomic(rundir.prune_request, reason)
                     break
 
     def _begun(self) -> Iterator[Trial]:
@@ -172,21 +182,26 @@ class Trials:
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             yield optuna.trial.Trial(self.study, trial._trial_id)
 
-    def _count(self) -> int:
-        """Trials that were begun, by this process or an earlier one."""
+    def _is_more(self) -> bool:
+        """Whether a trial is to be proposed, or again; what is tried again counts once."""
         from optuna.trial import TrialState
 
-        return sum(trial.state != TrialState.WAITING for trial in self.study.get_trials(deepcopy=False))
+        trials = self.study.get_trials(deepcopy=False)
+        if any(trial.state == TrialState.WAITING for trial in trials):
+            return True
+        return sum(not trial.user_attrs.get("is_retried") for trial in trials) < self.wanted.trials
 
-    def _enqueue_failed(self) -> int:
-        """Propose again what failed, each once; returns how many there are."""
+    def _enqueue_failed(self) -> None:
+        """Propose again what failed and has not come to anything since, each once."""
         from optuna.trial import TrialState
 
-        failed = [trial.params for trial in self.study.get_trials(deepcopy=False, states=[TrialState.FAIL])]
-        distinct = [params for place, params in enumerate(failed) if params not in failed[:place]]
-        for params in distinct:
-            self.study.enqueue_trial(params, user_attrs={"is_retried": True})
-        return len(distinct)
+        trials = self.study.get_trials(deepcopy=False)
+        settled = [trial.params or trial.system_attrs.get("fixed_params") for trial in trials
+                   if trial.state != TrialState.FAIL]  # fmt: skip
+        for trial in trials:
+            if trial.state == TrialState.FAIL and trial.params not in settled:
+                self.study.enqueue_trial(trial.params, user_attrs={"is_retried": True})
+                settled.append(trial.params)
 
     def _label(self, values: dict[str, Any]) -> str:
         shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}

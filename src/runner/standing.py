@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from runner import named
 from runner.errors import RunnerError
-from runner.rundir import DIED, RunDir, State, Status, SweepDir, sweep_of
+from runner.rundir import DIED, DONE, RunDir, State, Status, SweepDir, sweep_of
 
 if TYPE_CHECKING:
     from runner.scheduler import Job
@@ -174,7 +174,7 @@ def _is_submitted_since(standing: Standing) -> bool:
 
 
 def _settled(standing: Standing, job: Job | None, around: _Around) -> Standing:
-    if standing.status in ("completed", "pruned", "missing", "damaged"):
+    if standing.status in (*DONE, "missing", "damaged"):
         return standing
     is_alive = standing.rundir.is_alive()
     if job is not None:

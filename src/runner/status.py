@@ -14,7 +14,7 @@ from typing import Any
 
 from runner import asked, mirrored, named, standing
 from runner.console import duration
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import FINAL, RunDir, SweepDir
 from runner.standing import Standing
 
 HELP = """python -m runner status [RUN|SWEEP|FOLDER …] [--all] [--watch] [--json] [outputs_dir=FOLDER]
@@ -87,7 +87,7 @@ class _Group:
 
     @property
     def is_finished(self) -> bool:
-        return all(run.status in ("completed", "pruned", "failed", "killed", "missing", "damaged") for run in self.runs)
+        return all(run.status in (*FINAL, "missing", "damaged") for run in self.runs)
 
 
 def _look(words: asked.Asked) -> list[_Group]:
@@ -170,11 +170,9 @@ class _Row:
         order = sorted(counts, key=list(COLOURS).index)
         said = ", ".join(f"{counts[status]} {status}" for status in order) or "no runs"
         alike = order[0] if len(order) == 1 else ""
-        reason = standing.NOBODY if counts["pending"] and group.runs[-1].reason == standing.NOBODY else ""
-        name = f"{group.sweep.path.name}/"
-        if _is_open(group):
-            return cls((name, said, "", "", "", "", named.near(group.sweep.path)), alike)
-        return cls((name, said, "", "", "", "", named.near(group.sweep.path)), alike, reason)
+        is_left = any(run.reason == standing.NOBODY for run in group.runs) and not _is_open(group)
+        cells = (f"{group.sweep.path.name}/", said, "", "", "", "", named.near(group.sweep.path))
+        return cls(cells, alike, standing.NOBODY if is_left else "")
 
     @classmethod
     def of_run(cls, run: Standing, *, indent: bool) -> _Row:
@@ -297,5 +295,4 @@ def _watch(words: asked.Asked) -> None:
 
 
 def _over(groups: Iterable[_Group]) -> list[RunDir]:
-    over = ("completed", "pruned", "failed", "killed", "preempted")
-    return [run.rundir for group in groups for run in group.runs if run.status in over]
+    return [run.rundir for group in groups for run in group.runs if run.status in (*FINAL, "preempted")]

@@ -17,7 +17,7 @@ from typing import Any
 
 from runner import prepare
 from runner.errors import Fault, ResumeError
-from runner.rundir import RunDir, SweepDir, locked, write_atomic
+from runner.rundir import DONE, RunDir, SweepDir, locked, write_atomic
 
 OTHERS = {".sweep.lock", ".search.lock", "search.journal", "multirun.yaml"}
 """What may lie in the folder before sweep.json does: ours, and what another sweeper of Hydra's wrote."""
@@ -74,12 +74,7 @@ def refuse(sweep: SweepDir) -> None:
 def has_to_work(rundir: RunDir, retry: bool) -> bool:
     """Whether the run still needs a worker: not if it is done or given up, nor if it failed and is not retried."""
     status = rundir.read_state().status
-    return status not in ("completed", "pruned") and (status != "failed" or retry)
-
-
-def without_twins(wanted: list[Wanted]) -> list[Wanted]:
-    """Each signature once: values that come to the same configuration are one run."""
-    return list({job.signature: job for job in reversed(wanted)}.values())[::-1]
+    return status not in DONE and (status != "failed" or retry)
 
 
 def outputs_fault(error: OSError, folder: Path) -> Fault:

@@ -80,7 +80,7 @@ def attach(rundir: RunDir) -> int:
                 handle.seek(position)
                 sys.stderr.write(handle.read())
                 position = handle.tell()
-    return outcome.CODES.get(rundir.read_state().status, 1)
+    return outcome.exit_code(rundir.read_state())
 
 
 def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:

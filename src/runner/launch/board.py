@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import console
-from runner.rundir import RunDir, State
+from runner.rundir import FINAL, RunDir, State
 from runner.secrets import redact
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOOK_EVERY_S, TELL_EVERY_S = 0.5, 30.0
-OVER = ("completed", "pruned", "failed", "killed", "preempted", "cancelled", "refused")
+OVER = (*FINAL, "preempted", "cancelled", "refused")
 
 
 def follow(rundirs: list[RunDir], is_over: Callable[[], bool]) -> None:

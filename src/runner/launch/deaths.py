@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from runner.outcome import CODES
-from runner.rundir import DIED, State, Status
+from runner.rundir import Status
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 BY_KILL = "killed by SIGKILL"
@@ -35,13 +34,6 @@ def by_signal(number: int, *, out_of_memory: bool) -> Death:
     if number == signal.SIGINT:
         return Death("killed", "interrupted; nothing was trained yet", 130)
     return Death("killed", f"killed by {name}", 1)
-
-
-def exit_code(state: State) -> int:
-    """The exit code that belongs to a state: of one killed from outside 1, of one killed by request 130."""
-    if state.status == "killed" and (state.reason == DIED or state.reason.startswith("killed by")):
-        return 1
-    return CODES.get(state.status, 1)
 
 
 def oom_kills(root: Path = Path("/")) -> int:

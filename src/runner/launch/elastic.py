@@ -22,7 +22,7 @@ from runner import console, outcome, system
 from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
 from runner.launch import local
 from runner.launch.protocol import Source
-from runner.launch.slots import share
+from runner.launch.slots import Slot, share
 from runner.ranks import Several
 from runner.rundir import RunDir, SweepDir
 from runner.schema import Count
@@ -40,25 +40,30 @@ class Elastic:
     processes: int
     is_detached: bool = False
 
-    def check(self) -> None:
+    def check(self, at_once: int | None = None) -> None:
         gpus = len(system.visible_gpus())
+        if 0 < gpus < self.processes * (at_once or 1) and gpus >= self.processes:
+            problem = f"{at_once} runs of {self.processes} processes want more than the {gpus} GPUs there are"
+            raise LaunchError(Fault("search.at_once", problem, f"set it to {gpus // self.processes} or less", at_once))
         if 0 < gpus < self.processes:
             remedy = f"set it to {gpus} or less: each process computes on a GPU of its own"
             raise LaunchError(Fault("launcher.processes", f"there are {gpus} GPUs", remedy, self.processes))
 
     def plan(self, runs: int) -> str:
-        at_once = f", one of the {runs} runs after another" if runs > 1 else ""
+        several = min(runs, len(self._slots(None)))
+        at_once = f"; {several} of {runs} runs at once" if runs > 1 else ""
         return f"{self.processes} processes on this machine, of {_threads(self.processes)} threads each{at_once}"
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         if sweep is None and len(rundirs) == 1:
             return [run(rundirs[0], self.processes)]
-        slots = share(None, gpus_per_job=self.processes, threads=None, processes=self.processes)
-        return local.work_through(rundirs, slots, partial(run, processes=self.processes), sweep)
+        return local.work_through(rundirs, self._slots(None), partial(run, processes=self.processes), sweep)
 
     def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
-        slots = share(at_once, gpus_per_job=self.processes, threads=None, processes=self.processes)
-        return local.serve(source, slots, partial(run, processes=self.processes), sweep)
+        return local.serve(source, self._slots(at_once), partial(run, processes=self.processes), sweep)
+
+    def _slots(self, at_once: int | None) -> list[Slot]:
+        return share(at_once, gpus_per_job=self.processes, threads=None, processes=self.processes)
 
 
 def accelerate(*, processes: Count) -> Elastic:
@@ -139,7 +144,7 @@ def _what_it_came_to(rundir: RunDir, asked: list[int]) -> int:
         return outcome.left_by_peer(rundir, clock, Several(0, 2, 0, 2), wait_s=0.0)
     if state.status == "killed" and not asked:
         return 1
-    return outcome.CODES.get(state.status, 1)
+    return outcome.exit_code(state)
 
 
 def _stopped_by(number: int) -> Stopped:

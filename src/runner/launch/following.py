@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from runner import outcome
 from runner.errors import LaunchError
 from runner.launch import board, submission
 from runner.launch.protocol import Source
-from runner.rundir import RunDir
+from runner.rundir import RunDir, State
 
-CODES = {"completed": 0, "pruned": 0, "failed": 1, "killed": 130, "preempted": 75}
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0
 """Between two questions to the scheduler, at the beginning and in the long run: it serves many."""
 LOOK_S = 0.5
@@ -37,10 +37,18 @@ def follow(rundirs: Sequence[RunDir]) -> list[int]:
 def serve(source: Source, at_once: int, submit: Callable[[RunDir], None]) -> int:
     """Submit what ``source`` proposes, ``at_once`` at the same time; returns 0, or 130 after Ctrl-C."""
     running: list[RunDir] = []
+    refused: list[RunDir] = []
     try:
         while True:
-            while len(running) < at_once and (rundir := source.next()):
-                submit(rundir)
+            while len(running) < at_once and (rundir := refused.pop() if refused else source.next()):
+                try:
+                    submit(rundir)
+                except LaunchError as error:  # a limit on jobs, a controller that is busy: not the end of a search
+                    if not running:
+                        raise
+                    print(f"{error}; it is tried again when a job has ended", file=sys.stderr)
+                    refused.append(rundir)
+                    break
                 running.append(rundir)
             if not running:
                 return 0
@@ -51,7 +59,8 @@ def serve(source: Source, at_once: int, submit: Callable[[RunDir], None]) -> int
                 jobs.have_ended()
             for rundir in running:
                 if rundir not in jobs.left:
-                    print(f"{rundir.path.name}: {_ending(rundir)}", file=sys.stderr)
+                    state = _settled(rundir)
+                    print(f"{rundir.path.name}: {state.status} {state.reason}".strip(), file=sys.stderr)
                     source.ended(rundir)
             running = jobs.left
     except KeyboardInterrupt:
@@ -59,10 +68,11 @@ def serve(source: Source, at_once: int, submit: Callable[[RunDir], None]) -> int
         return 130
 
 
-def _ending(rundir: RunDir) -> str:
-    _code(rundir)
-    state = rundir.read_state()
-    return f"{state.status}{f': {state.reason}' if state.reason else ''}"
+def _settled(rundir: RunDir) -> State:
+    """What a run whose job has ended says of itself, a moment later if need be."""
+    if rundir.read_state().status in ("pending", "running"):
+        time.sleep(SETTLING_S)
+    return rundir.read_state()
 
 
 class _Jobs:
@@ -90,10 +100,8 @@ class _Jobs:
 
 def _code(rundir: RunDir) -> int:
     """What its state says; said in words where the job has ended without writing one."""
-    if rundir.read_state().status not in CODES:
-        time.sleep(SETTLING_S)
-    if (status := rundir.read_state().status) in CODES:
-        return CODES[status]
+    if (state := _settled(rundir)).status not in ("pending", "running"):
+        return outcome.exit_code(state)
     job = (rundir.read_manifest().get("slurm") or {}).get("job_id")
     print(f"job {job} ended without a word: python -m runner logs {rundir.path}", file=sys.stderr)
     return 1

@@ -25,7 +25,7 @@ class Joined:
     is_detached: bool = False
     has_launched: bool = False
 
-    def check(self) -> None:
+    def check(self, at_once: int | None = None) -> None:
         pass
 
     def plan(self, runs: int) -> str:

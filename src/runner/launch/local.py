@@ -34,12 +34,13 @@ class Local:
     processes: int = 1
     is_detached: bool = False
 
-    def check(self) -> None:
-        have, jobs = len(system.visible_gpus()), self.parallel or 1
+    def check(self, at_once: int | None = None) -> None:
+        have, jobs = len(system.visible_gpus()), at_once or self.parallel or 1
         if have and jobs * self.gpus_per_job > have:
             wanted = f"{jobs} × {self.gpus_per_job} GPUs are wanted at once"
             problem = f"{wanted}, and NVML and CUDA_VISIBLE_DEVICES show {have}"
-            raise LaunchError(Fault("launcher.parallel", problem, "ask for fewer, or leave it null", self.parallel))
+            key = "search.at_once" if at_once else "launcher.parallel"
+            raise LaunchError(Fault(key, problem, "ask for fewer, or leave it null", jobs))
 
     def plan(self, runs: int) -> str:
         slots = self.slots()

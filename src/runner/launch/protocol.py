@@ -31,8 +31,11 @@ class Launcher(Protocol):
     def is_detached(self) -> bool:
         """Whether ``launch`` returns before the runs have ended."""
 
-    def check(self) -> None:
+    def check(self, at_once: int | None = None) -> None:
         """Refuse what this machine or the scheduler cannot give; called once, before anything is written.
+
+        Args:
+            at_once: how many runs a search wants to have at work.
 
         Raises:
             LaunchError: with the scheduler's own reason.

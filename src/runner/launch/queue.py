@@ -19,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from runner import outcome
 from runner.launch import child, deaths
 from runner.launch.board import Board
 from runner.launch.protocol import Source
 from runner.launch.slots import Slot
 from runner.mirroring import queueing
-from runner.rundir import DIED, RunDir, State, SweepDir
+from runner.rundir import DIED, DONE, RunDir, State, SweepDir
 from runner.stop import ONE_GESTURE_S, SIGNALS
 
 Start = Callable[[RunDir], int]
@@ -130,6 +131,17 @@ class _Queue:
         self.looked = self.stopped_at = 0.0
 
     def run(self) -> list[int]:
+        try:
+            self.work()
+        except BaseException:  # what proposes runs has failed: those that are at work save their state first
+            self.source = None
+            self.ask_to_stop(signal.SIGTERM)
+            self.work()
+            raise
+        stopped = self.stop_code if self.stop_code is not None else 1
+        return [job.code if job.code is not None else stopped for job in self.jobs]
+
+    def work(self) -> None:
         while self.running or (self.stop_code is None and (self.waiting or self.elsewhere or self.supplied())):
             self.reap()
             self.look_elsewhere()
@@ -140,8 +152,6 @@ class _Queue:
                 self.source.look()
             if self.running or self.elsewhere:
                 time.sleep(POLL_S)
-        stopped = self.stop_code if self.stop_code is not None else 1
-        return [job.code if job.code is not None else stopped for job in self.jobs]
 
     def supplied(self) -> bool:
         """Ask for a further run; False where there is none, or none yet."""
@@ -155,7 +165,7 @@ class _Queue:
     def next(self) -> None:
         """Start the next run; or see that it needs no process, or is somebody else's for now."""
         job = self.waiting.popleft()
-        if (status := job.rundir.read_state().status) in ("completed", "pruned"):
+        if (status := job.rundir.read_state().status) in DONE:
             self.end(job, 0, status)
         elif not job.take():
             self.elsewhere.append(job)
@@ -175,7 +185,7 @@ class _Queue:
                 state = replace(state, status="killed", reason=DIED)
                 with contextlib.suppress(OSError):
                     job.rundir.write_state(status=state.status, reason=state.reason)
-            self.end(job, deaths.exit_code(state), state.status, state.reason)
+            self.end(job, outcome.exit_code(state), state.status, state.reason)
         return job.code is not None
 
     def look_elsewhere(self) -> None:
@@ -244,7 +254,7 @@ class _Queue:
                 if mine:
                     state = job.rundir.write_state(status=death.status, reason=death.reason)
             return self.end(job, death.code, death.status, death.reason)
-        return self.end(job, code if code >= 0 else deaths.exit_code(state), state.status, state.reason)
+        return self.end(job, code if code >= 0 else outcome.exit_code(state), state.status, state.reason)
 
     def death(self, code: int) -> deaths.Death:
         if code >= 0:
@@ -275,14 +285,17 @@ class _Queue:
             for number in mine:
                 signal.signal(number, before[number])
 
+    def ask_to_stop(self, number: int) -> None:
+        self.stop_code, self.stopped_at = (130 if number == signal.SIGINT else 75), time.monotonic()
+        self.board.notice = f"stopping: {len(self.running)} save their state; Ctrl-C again kills them at once"
+        for pid in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
     def on_signal(self, number: int, _: FrameType | None) -> None:
         """The first stops: the runs save their state. A further Ctrl-C kills them."""
         if self.stop_code is None:
-            self.stop_code, self.stopped_at = (130 if number == signal.SIGINT else 75), time.monotonic()
-            self.board.notice = f"stopping: {len(self.running)} save their state; Ctrl-C again kills them at once"
-            for pid in self.running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            self.ask_to_stop(number)
         elif number == signal.SIGINT and time.monotonic() - self.stopped_at > ONE_GESTURE_S:
             self.is_killed = True
             for pid in self.running:

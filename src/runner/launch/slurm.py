@@ -64,7 +64,7 @@ class Slurm:
     def is_detached(self) -> bool:
         return not self.wait and self.cluster != "debug"
 
-    def check(self) -> None:
+    def check(self, at_once: int | None = None) -> None:  # noqa: ARG002 - Slurm queues them
         """Refuse what Slurm would refuse, by asking it.
 
         Raises:

@@ -76,8 +76,7 @@ def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> None:
             begun = submission.begin(asked, home, part, code, after or None)
             try:
                 previous = (_to_slurm if asked.cluster == "slurm" else _to_local)(asked, home, begun)
-            except Exception as error:
-                submission.path(home, begun.name).unlink()
+            except Exception as error:  # its note stays: Slurm may have taken the job and not been able to say so
                 raise _refusal(error, done, len(rundirs)) from error
             submission.note(home, begun, previous)
             ids.append(previous)
