@@ -177,7 +177,7 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
         return _ask_hydra(args, argv)
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
-        if not args.multirun and not any(override.startswith("hydra.mode=") for override in args.overrides):
+        if not _may_sweep(args):
             _refuse_of_sweeps(args.overrides)
         if joined:
             joined.refuse(args.overrides, is_sweep=composer.is_sweep())
@@ -188,6 +188,11 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
         job = composer.single()
         admit.admit([job], joined.processes if joined else None)
         return _run_one(job, argv, joined)
+
+
+def _may_sweep(args: Any) -> bool:
+    """Whether the command line asks for a sweep; where ``hydra.mode`` is given Hydra has to be asked."""
+    return args.multirun or any(override.startswith("hydra.mode=") for override in args.overrides)
 
 
 def _refuse_of_sweeps(overrides: list[str]) -> None:
@@ -206,15 +211,25 @@ def _refuse_of_sweeps(overrides: list[str]) -> None:
 def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
     """Compose and check every run of a command line, before anything is written; yields (composer, jobs).
 
+    Of a search, whose runs are not known, the first of those that stand for its space.
+
     Raises:
         ConfigError: with the faults of all of them.
     """
-    from runner import admit, compose
+    from runner import admit, compose, searching
 
     args = compose.parse(argv)
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
-        jobs = composer.jobs(composer.grid(args.overrides)) if composer.is_sweep() else [composer.single()]
+        if not _may_sweep(args):
+            _refuse_of_sweeps(args.overrides)
+        if not composer.is_sweep():
+            jobs = [composer.single()]
+        elif wanted := searching.asked_for(composer):
+            yield composer, searching.planned(composer, wanted)[:1]
+            return
+        else:
+            jobs = composer.jobs(composer.grid(args.overrides))
         admit.admit(jobs)
         yield composer, jobs
 

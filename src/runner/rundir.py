@@ -252,7 +252,7 @@ class SweepDir:
 
     @property
     def cancel_request(self) -> Path:
-        """Lies here from the moment somebody cancels the search until it is taken up again: nothing more is proposed."""
+        """Lies here once somebody has cancelled the search, until it is taken up again: nothing more is proposed."""
         return self.path / ".cancel"
 
     @property

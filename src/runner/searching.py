@@ -45,15 +45,9 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
     Raises:
         ConfigError, ResumeError, LaunchError: refused, before anything was written.
     """
-    composer.refuse_swept()
-    dimensions = space.dimensions(composer.parser, composer.swept, wanted.space)
-    if faults := [
-        _fixed(each) for each in dimensions if each.key.split(".")[0] in (*FIXED_KEYS, *compose.ONE_A_SWEEP, "hydra")
-    ]:
-        raise ConfigError(*faults)
-    composer.sweep_name = f"{wanted.kind}-{compose.named_by(each.key for each in dimensions)}"
+    dimensions = _dimensions(composer, wanted)
     session = Session(composer, argv)
-    probes = session.composed([[*composer.fixed, *each] for each in _probes(dimensions)], 0)
+    probes = session.composed(_probes(composer, dimensions), 0)
     sweep, launcher = SweepDir(Path(probes[0].sweep_dir)), admit.launcher_of(probes[0].cfg)
     launcher.check(wanted.at_once)
     sweeps.refuse(sweep)
@@ -69,6 +63,17 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
         return 130
     ended = session.end() if session.entries else 0
     return code or ended or int(any(entry.rundir.read_state().status not in DONE for entry in session.entries))
+
+
+def planned(composer: Composer, wanted: search.Search) -> list[compose.Job]:
+    """One job for each category and each end of a range, as they would be run; nothing is written.
+
+    Raises:
+        ConfigError: with all that is wrong with them.
+    """
+    jobs = composer.jobs(_probes(composer, _dimensions(composer, wanted)))
+    admit.admit(jobs)
+    return jobs
 
 
 class Trials:
@@ -216,12 +221,25 @@ def value_of(rundir: RunDir, metric: str) -> float | None:
     return float(found) if found is not None and math.isfinite(found) else None
 
 
-def _probes(dimensions: list[Dimension]) -> Iterator[list[str]]:
-    """Every category and both ends of every range, each beside the first values of the others."""
+def _dimensions(composer: Composer, wanted: search.Search) -> list[Dimension]:
+    """What is searched over; the sweep is named by it."""
+    composer.refuse_swept()
+    dimensions = space.dimensions(composer.parser, composer.swept, wanted.space)
+    taken = (*FIXED_KEYS, *compose.ONE_A_SWEEP, "hydra")
+    if faults := [_fixed(each) for each in dimensions if each.key.split(".")[0] in taken]:
+        raise ConfigError(*faults)
+    composer.sweep_name = f"{wanted.kind}-{compose.named_by(each.key for each in dimensions)}"
+    return dimensions
+
+
+def _probes(composer: Composer, dimensions: list[Dimension]) -> list[list[str]]:
+    """The overrides of every category and both ends of every range, each beside the first values of the others."""
     first = [f"{each.key}={each.extremes()[0]}" for each in dimensions]
-    for place, each in enumerate(dimensions):
-        for value in each.extremes():
-            yield [*first[:place], f"{each.key}={value}", *first[place + 1 :]]
+    return [
+        [*composer.fixed, *first[:place], f"{each.key}={value}", *first[place + 1 :]]
+        for place, each in enumerate(dimensions)
+        for value in each.extremes()
+    ]
 
 
 def _fixed(dimension: Dimension) -> Fault:

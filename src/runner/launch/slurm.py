@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,12 @@ from runner.schema import Count, Positive
 
 OURS = ("array", "output", "error", "open-mode", "job-name", "signal", "requeue", "no-requeue", "wrap")
 """Options of sbatch without which the runs could neither be found again nor continued."""
+
+OF_SLURM = (
+    "partition", "account", "qos", "cpus_per_task", "mem_gb", "constraint", "exclude", "nodelist", "reservation",
+    "modules", "setup", "srun_args", "additional_parameters",
+)  # fmt: skip
+"""What only Slurm heeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +90,6 @@ class Slurm:
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         """Submit the runs that are not in the queue; with ``wait`` follow all of them to their ends."""
-        if self.cluster != "slurm":
-            _note_unused(self)
         if sweep:
             mirroring.open_in_mlflow(sweep)  # parent and children are there before the first job starts
         if self.cluster == "debug":
@@ -157,6 +160,10 @@ def check_slurm(
     if signal_delay_s >= timeout_min * 60:
         problem = f"a job of {timeout_min} min would be told to save before it begins"
         yield Fault("signal_delay_s", problem, "set it to less than the time limit", signal_delay_s)
+    told = {"additional_parameters": additional_parameters, **others}
+    for key in OF_SLURM if cluster != "slurm" else ():
+        if told.get(key):
+            yield Fault(key, f"has no effect with cluster={cluster}", "leave it out: there is no Slurm", told[key])
     keys = {"time": "timeout_min", "ntasks-per-node": "tasks_per_node", "mem": "mem_gb", "nodes": "nodes"}
     for name, value in additional_parameters.items():
         option = name.replace("_", "-")
@@ -165,10 +172,3 @@ def check_slurm(
             yield Fault(f"additional_parameters.{name}", "is set by runner itself", "leave it out", value)
         elif key in ("nodes", "timeout_min", "gpus_per_node", "tasks_per_node", *others):
             yield Fault(f"additional_parameters.{name}", "has a key of its own", f"set launcher.{key}", value)
-
-
-def _note_unused(asked: Slurm) -> None:
-    """Say which keys have no effect where there is no scheduler."""
-    unused = [key for key in (*sbatch.ENVIRONMENT, "modules", "setup", "srun_args") if getattr(asked, key)]
-    if unused:
-        print(f"launcher.cluster={asked.cluster}: there is no Slurm to tell of {', '.join(unused)}", file=sys.stderr)
