@@ -33,6 +33,11 @@ def runner(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=500)
 
 
+def started(*words: str, cwd: Path) -> subprocess.Popen[bytes]:
+    command, env = [sys.executable, "-m", "runner", *words], {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=env, stderr=subprocess.DEVNULL)
+
+
 def study_of(sweep: SweepDir) -> optuna.Study:
     backend = optuna.storages.journal.JournalFileBackend(str(sweep.search_journal))
     return optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
@@ -161,10 +166,7 @@ def test_every_trial_is_a_run_and_the_same_command_goes_on(tmp_path: Path, cache
 def test_killed_with_what_runs_it_goes_on_where_it_was(tmp_path: Path, cache: Path):
     words = (*WORDS, "train.max_steps=60", "train.save_steps=5", "search=random", "search.trials=3", RATES, "sweep=it")
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "runner", *words], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL
-    )
+    driver = started(*words, cwd=tmp_path)
     until(lambda: len(sweep.rundirs()) == 2 and sweep.rundirs()[1].read_state().step >= 7)
     driver.kill()
     driver.wait()
@@ -218,6 +220,58 @@ def test_a_failed_trial_is_told_and_tried_again_when_asked_to(tmp_path: Path, ca
     again = runner(*words, "search.trials=8", "retry=true", cwd=tmp_path)
     assert again.returncode == 1, again.stderr
     assert sorted(rundir.read_state().attempt for rundir in sweep.rundirs()) == [1, 2]
+    third = runner(*words, "search.trials=8", "retry=true", cwd=tmp_path)
+    assert third.returncode == 1, third.stderr
+    assert sorted(rundir.read_state().attempt for rundir in sweep.rundirs()) == [1, 3]
+    assert TrialState.WAITING not in {trial.state for trial in study_of(sweep).trials}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_is_not_said_to_have_finished(tmp_path: Path, cache: Path):
+    words = (*WORDS, "train.max_steps=2000", "search=random", "search.trials=1", RATES, "sweep=it", "tracking=offline")
+    driver = started(*words, cwd=tmp_path)
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
+    until(lambda: sweep.rundirs() and sweep.rundirs()[0].read_state().step >= 1)
+    os.kill(sweep.rundirs()[0].read_state().pid, signal.SIGKILL)
+    assert driver.wait(60) == 1
+    assert states(sweep) == ["killed"]
+
+
+@pytest.mark.slow
+def test_a_search_that_is_cancelled_proposes_nothing_more_and_spares_what_is_done(tmp_path: Path, cache: Path):
+    words = (*WORDS, "train.max_steps=2000", "search=random", "search.trials=9", RATES, "sweep=it", "tracking=offline")
+    driver = started(*words, cwd=tmp_path)
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
+    until(lambda: sweep.rundirs() and sweep.rundirs()[0].read_state().step >= 1)
+    sweep.rundirs()[0].prune_request.write_text("given up")
+    until(lambda: len(sweep.rundirs()) == 2 and sweep.rundirs()[1].read_state().step >= 1)
+    done = runner("cancel", "it", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert driver.wait(60) == 130
+    assert states(sweep) == ["pruned", "killed"]
+    assert sweep.rundirs()[1].read_state().reason.startswith("cancelled by ")
+
+
+@pytest.mark.slow
+def test_a_search_that_cannot_go_on_lets_what_runs_save(tmp_path: Path, cache: Path):
+    words = (*WORDS, "train.max_steps=2000", "search=random", "search.trials=9", RATES, "sweep=it", "tracking=offline",
+             "search.at_once=2")  # fmt: skip
+    driver = started(*words, cwd=tmp_path)
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
+    until(lambda: len(sweep.rundirs()) == 2 and all(rundir.read_state().step >= 1 for rundir in sweep.rundirs()))
+    sweep.manifest.write_text("no longer JSON")
+    first, second = sorted((tmp_path / "outputs" / "sweeps" / "it").glob("00*"))
+    RunDir(first).prune_request.write_text("given up")
+    assert driver.wait(100) == 1
+    assert [RunDir(folder).read_state().status for folder in (first, second)] == ["pruned", "preempted"]
+    assert RunDir(second).saved_step() == RunDir(second).read_state().step
+
+
+def test_the_plan_of_a_search_is_that_of_one_run(tmp_path: Path, cache: Path):
+    done = runner("plan", "-m", "model=tiny", "search=tpe", RATES, "search.trials=20", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "20 runs" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -236,10 +290,7 @@ def test_two_objectives_end_in_a_front(tmp_path: Path, cache: Path):
 @pytest.mark.slow
 def test_only_one_process_proposes(tmp_path: Path, cache: Path):
     words = (*WORDS, "train.max_steps=2000", "search=random", RATES, "sweep=it", "tracking=offline")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "runner", *words], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL
-    )
+    driver = started(*words, cwd=tmp_path)
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
     until(lambda: sweep.rundirs() and sweep.rundirs()[0].read_state().step >= 1)
     second = runner(*words, cwd=tmp_path)

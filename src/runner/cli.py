@@ -226,7 +226,7 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
         if not composer.is_sweep():
             jobs = [composer.single()]
         elif wanted := searching.asked_for(composer):
-            yield composer, searching.planned(composer, wanted)[:1]
+            yield composer, [searching.planned(composer, wanted)]
             return
         else:
             jobs = composer.jobs(composer.grid(args.overrides))

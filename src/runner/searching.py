@@ -65,15 +65,18 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
     return code or ended or int(any(entry.rundir.read_state().status not in DONE for entry in session.entries))
 
 
-def planned(composer: Composer, wanted: search.Search) -> list[compose.Job]:
-    """One job for each category and each end of a range, as they would be run; nothing is written.
+def planned(composer: Composer, wanted: search.Search) -> compose.Job:
+    """Check one job for each category and each end of a range; returns the first. Nothing is written.
 
     Raises:
         ConfigError: with all that is wrong with them.
     """
-    jobs = composer.jobs(_probes(composer, _dimensions(composer, wanted)))
+    dimensions = _dimensions(composer, wanted)
+    jobs = composer.jobs(_probes(composer, dimensions))
     admit.admit(jobs)
-    return jobs
+    over = ", ".join(f"{each.key}={each.text}" for each in dimensions)
+    console.say(f"search={wanted.kind} proposes {wanted.trials} runs over {over}; one of them:")
+    return jobs[0]
 
 
 class Trials:
