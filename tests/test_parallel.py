@@ -271,6 +271,14 @@ def test_rank_0_that_raises_is_the_reason_itself(tmp_path: Path, cache: Path):
 
 
 @pytest.mark.slow
+def test_accelerate_that_started_one_of_several_is_refused(tmp_path: Path):
+    command = [word for word in ACCELERATE if word != "--multi_gpu"]
+    done = subprocess.run([*command, "model=tiny"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "accelerate launch was asked for 2 processes and started one" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_processes_started_by_others_leave_one_folder_and_one_run(
     tmp_path: Path, cache: Path, command: tuple[str, ...]

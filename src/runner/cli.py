@@ -27,6 +27,8 @@ def run(argv: list[str]) -> int:
     try:
         if ranks.under_torchrun():
             return _among_several(argv)
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            _refuse_lonely()
         if argv and _is_word(argv[0]):
             return _verb(argv[0])(argv[1:])
         return _hydra(argv)
@@ -52,7 +54,9 @@ def plan(argv: list[str]) -> int:
     with composed(argv) as (_, jobs):
         for job in jobs:
             planning.show(folders.configuration(job.cfg, job.overrides))
-        print(admit.launcher_of(folders.configuration(jobs[0].cfg, jobs[0].overrides)).plan(len(jobs)))
+        launcher = admit.launcher_of(folders.configuration(jobs[0].cfg, jobs[0].overrides))
+        launcher.check()
+        print(launcher.plan(len(jobs)))
     return 0
 
 
@@ -162,6 +166,12 @@ def _verb(name: str) -> Verb:
     return VERBS[name]
 
 
+def _refuse_lonely() -> None:
+    from runner.launch import joined
+
+    joined.refuse_lonely()
+
+
 def _among_several(argv: list[str]) -> int:
     """The command line of each process that torchrun or ``accelerate launch`` started: rank 0 does what it asks for."""
     from runner.launch import joined
@@ -178,7 +188,7 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         if not _may_sweep(args):
-            _refuse_of_sweeps(args.overrides)
+            _refuse_of_sweeps(composer)
         if joined:
             joined.refuse(args.overrides, is_sweep=composer.is_sweep())
         if composer.is_sweep():
@@ -195,14 +205,17 @@ def _may_sweep(args: Any) -> bool:
     return args.multirun or any(override.startswith("hydra.mode=") for override in args.overrides)
 
 
-def _refuse_of_sweeps(overrides: list[str]) -> None:
+def _refuse_of_sweeps(composer: Any) -> None:
     """Refuse, for one run, what only a sweep heeds."""
-    given = (override.partition("=") for override in overrides)
+    given = (override.partition("=") for override in composer.args.overrides)
     told = {
         key.lstrip("+"): value for key, _, value in given
         if key.lstrip("+").startswith(OF_SWEEPS) and value not in ("null", "grid")
     }  # fmt: skip
     faults = [Fault(key, "has no effect without -m", "add -m, or leave it out", told[key]) for key in told]
+    for key, _, values in (text.partition("=") for text in composer.swept):
+        remedy = "add -m: python -m runner -m …; or quote it, if it is one value"
+        faults.append(Fault(key, "has several values, and this is one run", remedy, values))
     if faults:
         raise ConfigError(*faults)
 
@@ -222,7 +235,7 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         if not _may_sweep(args):
-            _refuse_of_sweeps(args.overrides)
+            _refuse_of_sweeps(composer)
         if not composer.is_sweep():
             jobs = [composer.single()]
         elif wanted := searching.asked_for(composer):

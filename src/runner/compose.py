@@ -189,7 +189,8 @@ class Composer:
     @functools.cached_property
     def swept(self) -> list[str]:
         """The overrides of the command line that have several values."""
-        return [text for text in self.args.overrides if self.parser.parse_override(text).is_sweep_override()]
+        with told(self.hydra, self.args):
+            return [text for text in self.args.overrides if self.parser.parse_override(text).is_sweep_override()]
 
     @functools.cached_property
     def fixed(self) -> list[str]:

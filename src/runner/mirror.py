@@ -27,6 +27,10 @@ Brings into MLflow what it has not got yet of the runs in FOLDER (a run folder, 
 outputs), and closes runs whose process died. Runs of tracking=offline go to the embedded database, or to URI."""
 
 
+UNBEGUN, MIRRORED = "it has not started", "its own mirror is at work on it"
+"""Why there is nothing to bring, which is no fault."""
+
+
 @dataclass(frozen=True)
 class SyncResult:
     """What ``sync`` did for one run folder, or for the folder of a sweep: its parent."""
@@ -56,7 +60,7 @@ def sync_command(argv: list[str]) -> int:
     results = sync(map(Path, folders or ["outputs"]), uris[-1] if uris else None)
     for result in results:
         print(f"{result.folder}  {result.status}  {result.problem or result.url or 'is in MLflow'}")
-    return int(any(result.problem for result in results if result.status != "pending"))
+    return int(any(result.problem not in ("", UNBEGUN, MIRRORED) for result in results))
 
 
 def sync(folders: Iterable[Path], uri: str | None = None) -> list[SyncResult]:
@@ -91,8 +95,7 @@ def _sync(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResult
     with only_one(rundir.mirror_lock, wait=False) as mine:
         state = rundir.read_state()
         if not mine or state.status == "pending":
-            why = "it has not started" if mine else "its own mirror is at work on it"
-            return SyncResult(rundir.path, state.status, 0, None, why)
+            return SyncResult(rundir.path, state.status, 0, None, UNBEGUN if mine else MIRRORED)
         try:
             run = MlflowRun.of(rundir, uri)
         except RunnerError as error:

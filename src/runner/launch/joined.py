@@ -6,12 +6,14 @@ speaks, and the exit code is its own: whoever started them stops the others as s
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, LaunchError
 from runner.launch.protocol import Source
 from runner.ranks import Ranks, of_environment, silent
 from runner.rundir import RunDir, SweepDir
@@ -75,6 +77,30 @@ def among_several(command: Callable[[Joined], int]) -> int:
             ranks.join()
             ranks.broadcast("")
             ranks.leave()
+
+
+def refuse_lonely() -> None:
+    """Refuse to be the one process that ``accelerate launch`` starts of several where it finds no GPU.
+
+    Raises:
+        LaunchError: it was asked for several, and passed that on to nobody.
+    """
+    wanted = _asked_of_accelerate() if "ACCELERATE_MIXED_PRECISION" in os.environ else 1
+    if wanted > 1 and of_environment().world == 1:
+        problem = f"accelerate launch was asked for {wanted} processes and started one: it found no GPU"
+        remedy = f"launcher=accelerate launcher.processes={wanted}, or torchrun --nproc-per-node {wanted} -m runner"
+        raise LaunchError(Fault("--num-processes", problem, remedy, wanted))
+
+
+def _asked_of_accelerate() -> int:
+    """The number on the command line of the process that started this one; 1 where none stands there."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        words = " ".join(psutil.Process(os.getppid()).cmdline())
+        found = re.search(r"--num[_-]processes[= ](\d+)", words)
+        return int(found[1]) if found else 1
+    return 1
 
 
 def _follow(ranks: Ranks) -> int:
