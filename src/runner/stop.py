@@ -15,9 +15,10 @@ ONE_GESTURE_S = 0.5
 
 
 @contextmanager
-def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the block runs, SIGTERM, SIGUSR2 and SIGINT call ``handler``."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+def signals_to(handler: Callable[[int, FrameType | None], None], *more: signal.Signals) -> Iterator[None]:
+    """While the block runs, SIGTERM, SIGUSR2, SIGINT and ``more`` call ``handler``; what nohup had ignored stays so."""
+    wanted = [*SIGNALS, *(number for number in more if signal.getsignal(number) is not signal.SIG_IGN)]
+    before = {number: signal.signal(number, handler) for number in wanted}
     try:
         yield
     finally:

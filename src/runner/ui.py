@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 from runner import asked, recorded, store
 from runner.errors import ConfigError, Fault, TrackingError
+from runner.stop import signals_to
 
 HELP = """python -m runner ui [--port N] [--experiment NAME] [--no-browser] [uri=URI] [outputs_dir=FOLDER]
 
@@ -224,13 +225,8 @@ def _show(page: str, words: asked.Asked) -> None:
 def _signals() -> Iterator[list[int]]:
     """What this process was asked to end by while the block runs; nothing interrupts the block itself."""
     asked_to_end: list[int] = []
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda got, _: asked_to_end.append(got)) for number in wanted}
-    try:
+    with signals_to(lambda number, _: asked_to_end.append(number), signal.SIGHUP):
         yield asked_to_end
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 def _end(proc: subprocess.Popen[bytes]) -> None:

@@ -9,14 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 from runner import checkout, provenance
 from runner.errors import ConfigError, Fault
 from runner.recorded import Recorded
 from runner.rundir import RunDir, cache_dir, locked, write_atomic
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from runner.stop import signals_to
 
 
 def provide(run: Recorded) -> Path:
@@ -53,24 +54,19 @@ def take_up(rundir: RunDir, folder: Path) -> int:
     before = os.environ.get("PYTHONPATH")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "src"), before]))}
     proc: subprocess.Popen[bytes] | None = None
-    asked: list[int] = []
+    asked: deque[int] = deque()
 
-    def pass_on(number: int, _: object) -> None:
-        asked.append(number)
-        if proc:
+    def pass_on(*said: Any) -> None:
+        asked.extend(said[:1])
+        while proc and asked:
             with contextlib.suppress(ProcessLookupError):
-                proc.send_signal(number)
+                proc.send_signal(asked.popleft())
 
-    earlier = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
+    with signals_to(pass_on, signal.SIGHUP):
         command = [sys.executable, "-P", "-m", "runner", f"resume='{quoted}'"]
         proc = subprocess.Popen(command, env=environment, process_group=0)
-        for number in asked:  # between the handler and the process
-            proc.send_signal(number)
+        pass_on()  # what came before there was a process
         code = proc.wait()
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
     return code if code >= 0 else 1
 
 
