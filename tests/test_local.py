@@ -238,7 +238,8 @@ def on_terminal(sweep: SweepDir, *, parallel: int) -> tuple[int, int]:
     """The queue with a terminal of its own; returns its pid and our end of the terminal."""
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+        for number in (signal.SIGHUP, signal.SIGINT):  # ignored under nohup, and in a shell's background
+            signal.signal(number, signal.SIG_DFL)
         os.execv(sys.executable, [sys.executable, SERVER, str(parallel), str(sweep.path), "imitate"])
     return pid, terminal
 
