@@ -23,6 +23,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test starts without MLflow's, and what it leaves of them in the environment goes with it."""
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+
+
 def node(group: str, name: str, /, **changes: Any) -> dict[str, Any]:
     """The YAML of an option on top of the one that it builds on, with some keys changed."""
     from runner.config import config_dir

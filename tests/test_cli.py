@@ -135,9 +135,7 @@ def test_an_empty_folder_of_the_users_stays_when_a_run_in_it_is_refused(capfd: p
     assert not list(Path("project/mine").iterdir())
 
 
-def test_no_secret_reaches_any_file(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "")
+def test_no_secret_reaches_any_file(capfd: pytest.CaptureFixture[str]):
     uri = "tracking.uri=http://bob:hunter2secret@127.0.0.1:9"
     assert cli.run([*(o for o in QUICK if not o.startswith("tracking")), "tracking=server", uri]) == 0
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "hunter2secret"

@@ -703,12 +703,8 @@ def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) ->
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_credentials_are_used_and_never_written(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_credentials_are_used_and_never_written(tmp_path: Path, server: Server) -> None:
     rundir = finish(make_run(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
     (result,) = mirror.sync([rundir.path], server.running().uri.replace("://", "://me:hunter2hunter2@"))
     assert result.problem == ""
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "hunter2hunter2"

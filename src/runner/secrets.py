@@ -52,8 +52,8 @@ def take_credentials(uri: str) -> tuple[str, str | None, str | None]:
 
 
 def put_credentials(uri: str, user: str | None, password: str | None) -> str:
-    """The URI with user and password in it: what ``take_credentials`` took."""
-    if not user or urlsplit(uri).username:
+    """The URI with user and password in it: what ``take_credentials`` took. A file's has nobody to tell them."""
+    if not user or urlsplit(uri).username or not urlsplit(uri).netloc:
         return uri
     credentials = quote(user, safe="") + (f":{quote(password, safe='')}" if password else "")
     return uri.replace("://", f"://{credentials}@", 1)
