@@ -18,7 +18,7 @@ from conftest import TINY, node, prepared
 
 from runner import config, system, tracking
 from runner.errors import LaunchError
-from runner.launch import board, deaths, local
+from runner.launch import deaths, local, progress
 from runner.rundir import RunDir, SweepDir
 
 SERVER = str(Path(__file__).with_name("queue_server.py"))
@@ -314,7 +314,7 @@ def test_the_board_follows_runs_that_others_work_on(tmp_path: Path, capfd: pytes
     sweep = played_sweep(tmp_path, "sleep 1", "fail")
     sweep.rundirs()[1].write_state(status="killed", reason="in an earlier attempt")
     process = queue(sweep, parallel=1, how="imitate")
-    board.follow(sweep.rundirs(), lambda: process.poll() is not None)
+    progress.follow(sweep.rundirs(), lambda: process.poll() is not None)
     ended(process)
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[")]
     assert said[:2] == ["[1/2] sleep 1: started", said[1]]
@@ -325,7 +325,7 @@ def test_the_board_follows_runs_that_others_work_on(tmp_path: Path, capfd: pytes
 
 def test_the_time_left_counts_what_runs_and_what_waits(tmp_path: Path):
     rundirs = played_sweep(tmp_path, "a", "b", "c", "d").rundirs()
-    shown = board.Board(rundirs, at_once=1)
+    shown = progress.ProgressTable(rundirs, at_once=1)
     assert shown.summary() == "0/4 done"
     shown.started(0)
     rundirs[0].write_state(status="running", step=10, total_steps=20, seconds=50.0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from runner import board, choices, columns, condition, intervals, ranking
+from runner import choices, columns, condition, intervals, leaderboard, ranking
 from runner.columns import Goal
 from runner.errors import ConfigError
 from runner.results import Result
@@ -62,13 +62,14 @@ def test_seeds_are_averaged_and_settings_that_differ_by_chance_are_said_so():
         a_run(f"{r}-{seed}", loss=loss, lora__r=r, seed=seed) for r in losses for seed, loss in enumerate(losses[r])
     ]
     runs.append(a_run("dead", "failed", lora__r=16, seed=9))
-    made = board.of(runs, by="seed")
+    made = leaderboard.of(runs, by="seed")
     assert [group.setting for group in made.groups] == [{"lora.r": "4"}, {"lora.r": "8"}, {"lora.r": "16"}]
     best, same, worse = made.groups
     assert best.is_best
     assert best.means["eval/loss"].value == pytest.approx(1.02)
     assert same.p == pytest.approx(stats.ttest_ind(losses[4], losses[8], equal_var=False).pvalue)
-    assert [board.verdict(group).split(" (")[0] for group in made.groups] == ["★ best", "cannot be told apart", "worse"]
+    verdicts = [leaderboard.verdict(group).split(" (")[0] for group in made.groups]
+    assert verdicts == ["★ best", "cannot be told apart", "worse"]
     assert worse.means["eval/loss"].n == 3
     assert len(worse.results) == 4, "the failed one is in the group and not in its mean"
     counts = [row[made.group_titles().index("n")] for row in made.group_rows()]
@@ -76,9 +77,9 @@ def test_seeds_are_averaged_and_settings_that_differ_by_chance_are_said_so():
 
 
 def test_averaging_over_what_was_never_repeated_is_said_to_be_idle():
-    made = board.of([a_run("a", loss=1, lora__r=4, seed=0), a_run("b", loss=2, lora__r=8, seed=1)], by="seed")
+    made = leaderboard.of([a_run("a", loss=1, lora__r=4, seed=0), a_run("b", loss=2, lora__r=8, seed=1)], by="seed")
     assert any("nothing to average" in note for note in made.notes)
-    assert board.verdict(made.groups[1]) == "one run alone: no telling"
+    assert leaderboard.verdict(made.groups[1]) == "one run alone: no telling"
 
 
 # Order, front, importance
@@ -102,11 +103,11 @@ def test_the_better_end_is_known_by_the_name_or_said(key: str, first: str):
         a_run("high", loss=2, lora__r=16, **{"train/tokens_per_second": 9.0, "eval/token_accuracy": 0.9}),
         a_run("low", loss=1, lora__r=8, **{"train/tokens_per_second": 5.0, "eval/token_accuracy": 0.5}),
     ]
-    assert board.of(runs, sort=key).results[0].run == first
+    assert leaderboard.of(runs, sort=key).results[0].run == first
 
 
 def test_sorting_by_a_parameter_does_not_change_which_is_best():
-    made = board.of([a_run("a", loss=2, lora__r=4), a_run("b", loss=1, lora__r=8)], sort="lora.r")
+    made = leaderboard.of([a_run("a", loss=2, lora__r=4), a_run("b", loss=1, lora__r=8)], sort="lora.r")
     assert ([run.run for run in made.results], made.best.run) == (["a", "b"], "b")
 
 
@@ -154,7 +155,7 @@ def test_only_what_differs_is_shown_and_not_where_it_ran():
         a_run("a", loss=1, lora__r=4, seed=0, outputs_dir="/a", launcher__gpus=1, data__rows=5),
         a_run("b", loss=2, lora__r=8, seed=0, outputs_dir="/b", launcher__gpus=2, data__rows=5),
     ]
-    assert board.of(runs).params == ["lora.r"]
+    assert leaderboard.of(runs).params == ["lora.r"]
 
 
 def config(**changes: str) -> dict[str, str]:
@@ -234,7 +235,7 @@ def test_a_condition_that_says_nothing_is_refused(text: str, said: str):
 def test_a_key_that_may_mean_several_things_is_asked_back():
     runs = [a_run("a", loss=1, lora__r=4, model__r=2)]
     with pytest.raises(ConfigError, match=r"'r' may mean several things(?s:.*)lora\.r, model\.r"):
-        board.of(runs, where="r=4")
+        leaderboard.of(runs, where="r=4")
 
 
 # What is refused
@@ -242,7 +243,7 @@ def test_a_key_that_may_mean_several_things_is_asked_back():
 
 def test_all_faults_of_a_line_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        board.of(RUNS, where="lora.rr=4", metrics="eval/los", pareto="loss", by="eval/loss", sort="nothing/like")
+        leaderboard.of(RUNS, where="lora.rr=4", metrics="eval/los", pareto="loss", by="eval/loss", sort="nothing/like")
     assert [fault.key for fault in caught.value.faults] == ["--where", "--metrics", "--pareto", "--by", "--sort"]
     assert "did you mean 'eval/loss'? metrics here: eval/loss" in str(caught.value)
 
@@ -250,22 +251,22 @@ def test_all_faults_of_a_line_are_told_at_once():
 def test_runs_of_different_tasks_are_not_compared():
     runs = [a_run("a", loss=1), a_run("b", loss=2, task="pretrain"), a_run("c", loss=3)]
     with pytest.raises(ConfigError, match=r"different tasks \(2 of sft, 1 of pretrain\)(?s:.*)--where task=sft"):
-        board.of(runs)
-    assert [run.run for run in board.of(runs, where="task=pretrain").results] == ["b"]
+        leaderboard.of(runs)
+    assert [run.run for run in leaderboard.of(runs, where="task=pretrain").results] == ["b"]
 
 
 def test_where_nothing_is_completed_it_says_what_there_is():
     with pytest.raises(ConfigError, match=r"none of the 2 runs is completed: 1 running, 1 queued"):
-        board.of([a_run("a", "running", loss=1), a_run("b", "queued")])
+        leaderboard.of([a_run("a", "running", loss=1), a_run("b", "queued")])
     with pytest.raises(ConfigError, match="none of the 3 runs meets it"):
-        board.of(RUNS, where="lora.r>100")
+        leaderboard.of(RUNS, where="lora.r>100")
     with pytest.raises(ConfigError, match=r"no completed run has the metric eval/loss(?s:.*)--sort: acc/x"):
-        board.of([a_run("a", **{"acc/x": 1.0})])
+        leaderboard.of([a_run("a", **{"acc/x": 1.0})])
 
 
 def test_it_is_said_why_numbers_side_by_side_may_not_be_alike():
     runs = [a_run("a", loss=1, data__eval_rows=4, model="llama"), a_run("b", loss=2, data__eval_rows=8, model="qwen")]
-    notes = " ".join(board.of(runs).notes)
+    notes = " ".join(leaderboard.of(runs).notes)
     assert "data.eval_rows" in notes
     assert "tokenizer" in notes
-    assert board.of(runs[:1]).notes == []
+    assert leaderboard.of(runs[:1]).notes == []

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import columns, ranking
-from runner.board import Board
 from runner.columns import Goal
+from runner.leaderboard import Leaderboard
 from runner.page import Drawing
 from runner.results import Result
 
@@ -23,14 +23,14 @@ WIDE = 50
 BEST, OTHERS = "#2458c5", "#9aa0ac"
 
 
-def draw(made: Board, drawn: Drawing, folder: Path) -> list[Path]:
+def draw(made: Leaderboard, drawn: Drawing, folder: Path) -> list[Path]:
     """Write loss.png, tradeoff.png, importance.png and parallel.png, those that have something to show.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted: list[tuple[str, bool, Callable[[Axes, Board, Drawing], None]]] = [
+    wanted: list[tuple[str, bool, Callable[[Axes, Leaderboard, Drawing], None]]] = [
         ("loss", any("eval" in found for found in drawn.curves), _loss),
         ("tradeoff", True, _tradeoff),
         ("importance", bool(drawn.importance), _importance),
@@ -39,7 +39,7 @@ def draw(made: Board, drawn: Drawing, folder: Path) -> list[Path]:
     return [_write(folder / f"{name}.png", plot, made, drawn) for name, has, plot in wanted if has]
 
 
-def _write(path: Path, plot: Callable[[Axes, Board, Drawing], None], made: Board, drawn: Drawing) -> Path:
+def _write(path: Path, plot: Callable[[Axes, Leaderboard, Drawing], None], made: Leaderboard, drawn: Drawing) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -52,7 +52,7 @@ def _write(path: Path, plot: Callable[[Axes, Board, Drawing], None], made: Board
     return path
 
 
-def _loss(axes: Axes, made: Board, drawn: Drawing) -> None:
+def _loss(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
     count = sum("eval" in found for found in drawn.curves)
     for result, found in zip(made.results, drawn.curves, strict=True):
         if "eval" in found and result is not made.best:
@@ -67,7 +67,7 @@ def _loss(axes: Axes, made: Board, drawn: Drawing) -> None:
     axes.grid(alpha=0.25)
 
 
-def _tradeoff(axes: Axes, made: Board, drawn: Drawing) -> None:
+def _tradeoff(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
     across, up = drawn.scatter
     front = ranking.front(made.results, drawn.scatter)
     completed = [result for result in made.results if result.is_completed]
@@ -80,13 +80,13 @@ def _tradeoff(axes: Axes, made: Board, drawn: Drawing) -> None:
     axes.grid(alpha=0.25)
 
 
-def _importance(axes: Axes, made: Board, drawn: Drawing) -> None:
+def _importance(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
     shown = drawn.importance[:12][::-1]
     axes.barh([_plain(key) for key, _ in shown], [share for _, share in shown], color=BEST, height=0.6)
     axes.set(xlim=(0, 1), xlabel=f"share of the variance of the ranks in {made.goal.key} (ε²)")
 
 
-def _parallel(axes: Axes, made: Board, drawn: Drawing) -> None:
+def _parallel(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
     """Each parameter is an axis, the last one is what is ranked by; the best run is on top."""
     keys = [*made.params, made.goal.key]
     places = [_places([columns.value(result, key) for result in made.results]) for key in keys]
@@ -133,7 +133,7 @@ def _numbers(results: Sequence[Result], goal: Goal) -> list[float]:
     return [math.nan if number is None else number for number in found]
 
 
-def _title(key: str, made: Board) -> str:
+def _title(key: str, made: Leaderboard) -> str:
     short = columns.title(key, made.metrics)
     return _plain(key if short == key else f"{short} ({key})")
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import asked, board, columns, console, named, results
-from runner.board import Board
+from runner import asked, columns, console, leaderboard, named, results
 from runner.errors import ConfigError, Fault
+from runner.leaderboard import Leaderboard
 from runner.results import Result
 from runner.rundir import RunDir, SweepDir
 from runner.secrets import take_credentials
@@ -63,7 +63,7 @@ def compare(argv: list[str]) -> int:
         raise ConfigError(Fault(" ".join(chosen), "is more than one form", "choose one of them"))
     source = _source(words)
     how = {option: words.options.get(f"--{option}", "") for option in ("where", "metrics", "sort", "by", "pareto")}
-    made = board.of(source.results, **how)
+    made = leaderboard.of(source.results, **how)
     written = _write_files(made, source, words)
     try:
         _print(made, words)
@@ -149,7 +149,7 @@ def _latest(outputs_dir: Path) -> list[RunDir | SweepDir]:
     return there
 
 
-def _write_files(made: Board, source: _Source, words: asked.Asked) -> list[Path]:
+def _write_files(made: Leaderboard, source: _Source, words: asked.Asked) -> list[Path]:
     """The page and the pictures that are asked for.
 
     Raises:
@@ -178,9 +178,9 @@ def _write_files(made: Board, source: _Source, words: asked.Asked) -> list[Path]
     return written
 
 
-def _print(made: Board, words: asked.Asked) -> None:
+def _print(made: Leaderboard, words: asked.Asked) -> None:
     if words.has("--json"):
-        print(json.dumps(board.as_json(made), indent=1, allow_nan=False))
+        print(json.dumps(leaderboard.as_json(made), indent=1, allow_nan=False))
     elif words.has("--csv"):
         names, rows = made.table()
         out = csv.writer(sys.stdout, lineterminator="\n")
@@ -191,7 +191,7 @@ def _print(made: Board, words: asked.Asked) -> None:
         _show(made, words.has("--all"))
 
 
-def markdown(made: Board) -> str:
+def markdown(made: Leaderboard) -> str:
     """The table, and that of the groups, as GitHub and others show it."""
     tables = [_markdown(made.group_titles(), made.group_rows())] if made.groups else []
     tables.append(_markdown(made.titles(), made.rows()))
@@ -205,7 +205,7 @@ def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(titles), line(["---"] * len(titles)), *map(line, rows)])
 
 
-def _show(made: Board, is_all: bool) -> None:
+def _show(made: Leaderboard, is_all: bool) -> None:
     """The tables on the terminal, then why runs failed and what is to be borne in mind."""
     if made.groups:
         _table(f"mean ± 95 % interval over {made.over}", made.group_titles(), made.group_rows(), lead=made.params)
@@ -239,7 +239,7 @@ def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], lea
     out.print(drawn)
 
 
-def _hints(made: Board, source: _Source, words: asked.Asked) -> list[str]:
+def _hints(made: Leaderboard, source: _Source, words: asked.Asked) -> list[str]:
     """What to do next."""
     completed = [result for result in made.results if result.is_completed]
     rated = sorted((r for r in completed if r is not made.best), key=made.goal.cost)

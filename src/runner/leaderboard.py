@@ -1,94 +1,246 @@
-"""What the parent of a sweep shows in MLflow when its runs are through: the best run, a table of all, and the page."""
+"""The leaderboard: runs in order, with what they differ in and what was measured; what every output is made from."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
-from runner import board, columns, page, results, store
-from runner.board import Board
-from runner.errors import ConfigError
+from runner import columns, condition, ranking
+from runner.columns import Goal, Value
+from runner.errors import ConfigError, Fault
+from runner.intervals import Mean
+from runner.ranking import Group
 from runner.results import Result
-from runner.rundir import RunDir, State, SweepDir
-from runner.secrets import redact
+from runner.tracking import LOSS
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-
-STAMP, NOTE = "runner.leaderboard", "mlflow.note.content"
-TABLE, PAGE = "leaderboard.json", "compare.html"
-OURS = "**Best of this sweep**"
-"""How a note of ours begins; what somebody else wrote there stays."""
-SHOWN = 10
+T = TypeVar("T")
 
 
-def send(
-    client: MlflowClient, parent: Run, sweep: SweepDir, rundirs: Sequence[RunDir], states: Sequence[State]
-) -> None:
-    """Put it on the parent, unless what is there was made of the same runs in the same states.
+@dataclass(frozen=True)
+class Leaderboard:
+    """Results held against each other."""
+
+    results: list[Result]
+    """In order; those that are not completed come last."""
+    params: list[str]
+    """What they differ in."""
+    metrics: list[str]
+    """What is shown."""
+    goal: Goal
+    """What ``best`` is the best in."""
+    best: Result
+    axes: list[Goal] = field(default_factory=list)
+    """What the Pareto front weighs against each other; empty where that was not asked for."""
+    front: list[Result] = field(default_factory=list)
+    over: str = ""
+    """The parameter that the runs of a group differ in; empty where there are no groups."""
+    groups: list[Group] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """Status → how many runs."""
+        return dict(Counter(result.status for result in self.results))
+
+    def titles(self) -> list[str]:
+        """The heads of ``rows``: those of parameters and metrics can be typed as keys."""
+        lead = ["run", *(["status"] if set(self.statuses) != {"completed"} else [])]
+        return [*lead, *self.params, *(columns.title(key, self.metrics) for key in self.metrics)]
+
+    def rows(self) -> list[list[str]]:
+        """A row of text for each run; ★ is the best, ◆ on the Pareto front."""
+        on_front = {id(result) for result in self.front}
+        with_status = set(self.statuses) != {"completed"}
+        rows = []
+        for result in self.results:
+            marks = "★" * (result is self.best) + "◆" * (id(result) in on_front)
+            lead = [f"{marks} {result.run}".strip(), *([result.status] if with_status else [])]
+            rows.append([*lead, *(columns.text(key, columns.value(result, key)) for key in self.params + self.metrics)])
+        return rows
+
+    def group_titles(self) -> list[str]:
+        setting = [key for key in self.params if key != self.over]
+        return [*setting, "n", *(columns.title(key, self.metrics) for key in self.metrics), "against the best"]
+
+    def group_rows(self) -> list[list[str]]:
+        """A row of text for each group: means, with the interval that holds the true one in 95 of 100 cases."""
+        setting = [key for key in self.params if key != self.over]
+        rows = []
+        for group in self.groups:
+            n = group.means[self.goal.key].n if self.goal.key in group.means else 0
+            count = str(n) if n == len(group.results) else f"{n} of {len(group.results)}"
+            numbers = [mean_text(key, group.means.get(key)) for key in self.metrics]
+            rows.append([*(group.setting.get(key, "–") for key in setting), count, *numbers, verdict(group)])
+        return rows
+
+    def table(self) -> tuple[list[str], list[list[Value]]]:
+        """Everything by its full name, numbers as numbers: for programs."""
+        names = ["run", "label", "status", "reason", "step", "is_best", *(["is_on_front"] if self.axes else [])]
+        on_front = {id(result) for result in self.front}
+        rows: list[list[Value]] = []
+        for result in self.results:
+            front = [float(id(result) in on_front)] if self.axes else []
+            values = [columns.value(result, key) for key in self.params + self.metrics]
+            lead: list[Value] = [result.run, result.label, result.status, result.reason, float(result.step)]
+            rows.append([*lead, float(result is self.best), *front, *values, result.folder, result.mlflow_id])
+        return [*names, *self.params, *self.metrics, "folder", "mlflow_run_id"], rows
+
+
+def of(
+    results: Sequence[Result],
+    *,
+    where: str = "",
+    metrics: str = "",
+    sort: str = "",
+    by: str = "",
+    pareto: str = "",
+) -> Leaderboard:
+    """Put the results on a board.
+
+    Args:
+        where: a condition, see ``condition``.
+        metrics: names, with commas; else those that matter.
+        sort: a key, ``+`` or ``-`` before it; else the loss at the end.
+        by: the parameter over which runs are taken together.
+        pareto: two keys or more, with commas.
 
     Raises:
-        Exception: whatever a store that does not answer raises; the next call does what is left.
+        ConfigError: with every fault of these; or nothing to compare is left.
     """
-    stamp = _stamp(states)
-    if parent.data.tags.get(STAMP) == stamp or not any(state.status == "completed" for state in states):
+    faults: list[Fault] = []
+    meets = _asked(faults, lambda: condition.parse(where, lambda key: columns.resolve(key, results, "--where")), where)
+    shown = _asked(faults, lambda: [columns.metric(name, results, "--metrics") for name in metrics.split(",")], metrics)
+    axes = _asked(faults, lambda: _axes(pareto, results), pareto)
+    over = _asked(faults, lambda: _parameter(by, results), by)
+    order = _asked(faults, lambda: columns.goal(sort, results, "--sort"), sort)
+    goal = order if order and any(order.key in result.metrics for result in results) else None
+    if not faults:
+        kept = [result for result in results if meets is None or meets(partial(columns.value, result))]
+        _refuse_nothing(kept, len(results), where)
+        _refuse_mixed(kept)
+        goal = goal or Goal(LOSS, is_larger_better=False)
+        return _board(kept, goal, order or goal, shown or [], axes or [], over or "")
+    raise ConfigError(*faults)
+
+
+def mean_text(key: str, found: Mean | None) -> str:
+    if found is None:
+        return "–"
+    text = columns.text(key, found.value)
+    return text if found.half_width is None else f"{text} ± {columns.text(key, found.half_width)}"
+
+
+def verdict(group: Group) -> str:
+    """Whether a setting differs from the best one by more than chance would explain."""
+    if group.is_best:
+        return "★ best"
+    if group.p is None:
+        return "one run alone: no telling"
+    p = f"p = {group.p:.2g}"
+    return f"worse ({p})" if group.p < ranking.SIGNIFICANT else f"cannot be told apart ({p})"
+
+
+def as_json(board: Leaderboard) -> dict[str, Any]:
+    """The board for programs."""
+    names, rows = board.table()
+    found: dict[str, Any] = {
+        "objective": board.goal.key, "larger_is_better": board.goal.is_larger_better, "parameters": board.params,
+        "metrics": board.metrics, "best": board.best.run, "notes": board.notes,
+        "runs": [_typed(dict(zip(names, row, strict=True))) for row in rows],
+    }  # fmt: skip
+    if board.axes:
+        found["pareto"] = {
+            "axes": [axis.key for axis in board.axes], "front": [result.run for result in board.front]
+        }  # fmt: skip
+    if board.over:
+        found["by"], found["groups"] = board.over, [_group_json(group) for group in board.groups]
+    return found
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    means = {key: {"n": m.n, "mean": m.value, "half_width_95": m.half_width} for key, m in group.means.items()}
+    return {"setting": dict(group.setting), "runs": [result.run for result in group.results], "means": means,
+            "p_against_best": group.p, "is_best": group.is_best}  # fmt: skip
+
+
+def _typed(row: Mapping[str, Value]) -> dict[str, Any]:
+    kinds: dict[str, Callable[[Any], Any]] = {"step": int, "is_best": bool, "is_on_front": bool}
+    return {name: kinds[name](found) if name in kinds else found for name, found in row.items()}
+
+
+def _board(
+    results: Sequence[Result], goal: Goal, order: Goal, metrics: list[str], axes: list[Goal], over: str
+) -> Leaderboard:
+    best = ranking.best(results, goal)
+    if best is None:
+        names = sorted({key for result in results if result.is_completed for key in result.metrics})
+        problem = f"no completed run has the metric {goal.key}"
+        raise ConfigError(Fault("--sort", problem, f"name another with --sort: {', '.join(names) or 'there is none'}"))
+    params = ranking.differing(results)
+    matter = [key for short in columns.MATTER for key in columns.SHORT[short]]
+    shown = metrics or [key for key in matter if any(key in result.metrics for result in results)]
+    shown = list(dict.fromkeys([*shown, *(axis.key for axis in axes)]))
+    if goal.key not in shown:
+        shown.insert(0, goal.key)
+    groups = ranking.grouped(results, params, over, goal, shown) if over else []
+    notes = ranking.cautions(results, params)
+    if not params and len(results) > 1:
+        notes.append("the runs differ in no parameter")
+    if over and all(len(group.results) < 2 for group in groups):
+        notes.append(f"no two runs differ in {over} alone: there is nothing to average")
+    front = ranking.front(results, axes) if axes else []
+    return Leaderboard(ranking.ordered(results, order), params, shown, goal, best, axes, front, over, groups, notes)
+
+
+def _asked(faults: list[Fault], read: Callable[[], T], text: str) -> T | None:
+    """What an option says; None where it was not given, or is wrong, which is noted."""
+    if not text:
+        return None
+    try:
+        return read()
+    except ConfigError as error:
+        faults.extend(error.faults)
+        return None
+
+
+def _axes(text: str, results: Sequence[Result]) -> list[Goal]:
+    names = text.split(",")
+    if len(names) < 2:
+        raise ConfigError(Fault("--pareto", "needs two metrics or more", "--pareto memory,loss", text))
+    goals = [columns.goal(name, results, "--pareto") for name in names]
+    return [Goal(columns.metric(goal.key, results, "--pareto"), goal.is_larger_better) for goal in goals]
+
+
+def _parameter(word: str, results: Sequence[Result]) -> str:
+    key = columns.resolve(word, results, "--by")
+    if not any(key in result.params for result in results):
+        raise ConfigError(Fault("--by", f"'{word}' is no parameter", "name one that runs were repeated over: seed"))
+    return key
+
+
+def _refuse_nothing(kept: Sequence[Result], count: int, where: str) -> None:
+    if not kept:
+        problem = f"none of the {count} runs meets it" if where else "there is no run to compare"
+        raise ConfigError(Fault("--where" if where else "", problem, "loosen it" if where else "", where or ...))
+    if any(result.is_completed for result in kept):
         return
-    with contextlib.suppress(ConfigError):  # no run has a loss, or their tasks differ: there is no board
-        made = board.of(results.of_folders(rundirs, sweep.path.parents[1]))
-        _send_best(client, parent, made, max(state.updated for state in states))
-        drawn = page.drawing(made)
-        client.log_text(parent.info.run_id, redact(page.render(made, drawn, f"sweep {sweep.path.name}")), PAGE)
-        store.send_table(client, parent, _rows(made), TABLE)
-    store.send_tags(client, parent, {STAMP: stamp})
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(result.status for result in kept).items())
+    runs = f"none of the {len(kept)} runs is completed" if len(kept) > 1 else f"{kept[0].label} is not completed"
+    lines = "".join(f"\n      {_standing(result)}" for result in kept[:8])
+    raise ConfigError(Fault("", f"{runs}: {counts}", f"python -m runner status shows how far they are{lines}"))
 
 
-def _stamp(states: Sequence[State]) -> str:
-    """The same for the same runs, however often it is asked."""
-    return f"{len(states)} runs, {max(state.updated for state in states):.6f}" if states else ""
+def _standing(result: Result) -> str:
+    step = f"  step {result.step}/{result.total_steps}" if result.total_steps else ""
+    return f"{result.run}  {result.status}{step}" + (f"  {result.reason}" if result.reason else "")
 
 
-def _send_best(client: MlflowClient, parent: Run, made: Board, updated: float) -> None:
-    """The best child as metrics and tags: a param could not change when a later run is better."""
-    from mlflow.entities import Metric
-
-    best = made.best
-    # The step is the number of runs, and the time that of their last news: what is said last counts in MLflow.
-    metrics = {key: best.metrics[key] for key in made.metrics if key in best.metrics}
-    points = [Metric(key, value, int(updated * 1000), len(made.results)) for key, value in metrics.items()]
-    client.log_batch(parent.info.run_id, metrics=points)
-    note = parent.data.tags.get(NOTE, "")
-    tags: dict[str, Any] = {
-        "runner.best_run": best.label,
-        "runner.best_run_id": best.mlflow_id,
-        "runner.best_folder": best.folder,
-        "runner.best_params": ", ".join(f"{key}={best.params[key]}" for key in made.params if key in best.params),
-        NOTE: _note(made, str(parent.info.experiment_id)) if not note or note.startswith(OURS) else note,
-    }
-    store.send_tags(client, parent, tags)
-
-
-def _note(made: Board, experiment: str) -> str:
-    """The first of the board as Markdown, each with a link to its run."""
-    titles = ["run", *made.params, *(columns.title(key, made.metrics) for key in made.metrics)]
-    rows = [[_link(result, experiment), *_cells(result, made)] for result in made.results[:SHOWN]]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [titles, ["---"] * len(titles), *rows])
-    more = f"\n\nThe first {SHOWN} of {len(made.results)}; all are in {TABLE} and {PAGE}."
-    return f"{OURS}: {_link(made.best, experiment)}\n\n{table}{more if len(made.results) > SHOWN else ''}"
-
-
-def _link(result: Result, experiment: str) -> str:
-    label = result.label.replace("|", "\\|").replace("[", "(").replace("]", ")").replace("\n", " ")
-    return f"[{label}](#/experiments/{experiment}/runs/{result.mlflow_id})" if result.mlflow_id else label
-
-
-def _cells(result: Result, made: Board) -> list[str]:
-    found = [columns.text(key, columns.value(result, key)) for key in made.params + made.metrics]
-    return [cell.replace("|", "\\|") for cell in found]
-
-
-def _rows(made: Board) -> list[dict[str, Any]]:
-    names, rows = made.table()
-    return [json.loads(redact(json.dumps(dict(zip(names, row, strict=True))))) for row in rows]
+def _refuse_mixed(kept: Sequence[Result]) -> None:
+    tasks = Counter(result.params["task"] for result in kept if "task" in result.params)
+    if len(tasks) > 1:
+        counts = ", ".join(f"{n} of {task}" for task, n in tasks.items())
+        problem = f"these are runs of different tasks ({counts}): their losses are not of one kind"
+        raise ConfigError(Fault("task", problem, f"choose one: --where task={tasks.most_common(1)[0][0]}"))

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runner import leaderboard, prepare, store
+from runner import mlflow_leaderboard, prepare, store
 from runner.config import bind
 from runner.errors import RunnerError
 from runner.mlflow_run import ENDED, STATUS, artifacts_dir, explained, note, user, where
@@ -265,7 +265,7 @@ def _bring_up_to_date(
         store.set_status(client, run, status, None if status == "RUNNING" else ended)
         _say_of_waiting(client, rundirs, "SCHEDULED" if is_queued else "KILLED")
     if status != "RUNNING":
-        leaderboard.send(client, run, sweep, rundirs, found)
+        mlflow_leaderboard.send(client, run, sweep, rundirs, found)
     return ""
 
 

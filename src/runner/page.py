@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from runner import columns, curves, ranking
-from runner.board import Board
 from runner.columns import CPU_MEMORY, GPU_MEMORY, SPEED, Goal
 from runner.curves import Curves
+from runner.leaderboard import Leaderboard
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_COLOURS = 8
@@ -30,13 +30,13 @@ class Drawing:
     """Across and up."""
 
 
-def drawing(made: Board, uri: str = "") -> Drawing:
+def drawing(made: Leaderboard, uri: str = "") -> Drawing:
     """Read what the charts need: from folders, or from the MLflow store at ``uri``."""
     importance = ranking.importance(made.results, made.params, made.goal)
     return Drawing(curves.gather(made.results, uri), importance, _scatter(made))
 
 
-def render(made: Board, drawn: Drawing, title: str) -> str:
+def render(made: Leaderboard, drawn: Drawing, title: str) -> str:
     """The page; whatever a run is called, it is text there and nothing else."""
     data = json.dumps(_data(made, drawn, title), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":  # nothing in it may end the element that it stands in
@@ -45,7 +45,7 @@ def render(made: Board, drawn: Drawing, title: str) -> str:
     return heading.replace("__TITLE__", html.escape(f"{title}: runner compare")) + data + rest if place else heading
 
 
-def _data(made: Board, drawn: Drawing, title: str) -> dict[str, Any]:
+def _data(made: Leaderboard, drawn: Drawing, title: str) -> dict[str, Any]:
     names = sorted({key for result in made.results for key in result.metrics})
     on_front = {id(result) for result in made.front}
     count = sum(1 for found in drawn.curves if found)
@@ -77,27 +77,27 @@ def _data(made: Board, drawn: Drawing, title: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _facts(made: Board) -> list[tuple[str, str]]:
+def _facts(made: Leaderboard) -> list[tuple[str, str]]:
     key = made.goal.key
     number = columns.text(key, columns.value(made.best, key))
     counts = ", ".join(f"{count} {status}" for status, count in made.statuses.items())
     return [("best", made.best.label), (columns.title(key, made.metrics), number), ("runs", counts)]
 
 
-def _metric(name: str, made: Board) -> dict[str, Any]:
+def _metric(name: str, made: Leaderboard) -> dict[str, Any]:
     larger = next((axis for axis in (made.goal, *made.axes) if axis.key == name), None)
     upwards = larger.is_larger_better if larger else name.endswith(columns.LARGER_IS_BETTER)
     return {"key": name, "title": columns.title(name, made.metrics), "larger": upwards}
 
 
-def _colour(made: Board, drawn: Drawing) -> str:
+def _colour(made: Leaderboard, drawn: Drawing) -> str:
     """What the runs are coloured by at first: the parameter that matters most among those with few values."""
     sizes = {key: len({result.params.get(key) for result in made.results}) for key in made.params}
     ranked = [*(key for key, _ in drawn.importance), *made.params]
     return next((key for key in ranked if 1 < sizes[key] <= MOST_COLOURS), made.goal.key)
 
 
-def _scatter(made: Board) -> tuple[Goal, Goal]:
+def _scatter(made: Leaderboard) -> tuple[Goal, Goal]:
     """The two goals that were asked for, else memory, or speed, against what is ranked by."""
     if made.axes:
         return made.axes[0], made.axes[1]
@@ -112,7 +112,7 @@ def _points(found: Curves) -> dict[str, Sequence[Any]]:
     }
 
 
-def _groups(made: Board) -> dict[str, Any] | None:
+def _groups(made: Leaderboard) -> dict[str, Any] | None:
     if not made.groups:
         return None
     lead = len([key for key in made.params if key != made.over])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from runner import outcome
 from runner.errors import LaunchError
-from runner.launch import board, submission
+from runner.launch import progress, submission
 from runner.launch.protocol import Source
 from runner.rundir import RunDir, State
 
@@ -27,7 +27,7 @@ def follow(rundirs: Sequence[RunDir]) -> list[int]:
     """
     jobs = _Jobs(rundirs)
     try:
-        board.follow(list(rundirs), jobs.have_ended)
+        progress.follow(list(rundirs), jobs.have_ended)
     except KeyboardInterrupt:
         print(f"\nno longer following; {len(jobs.left)} of {len(rundirs)} runs go on", file=sys.stderr)
         print("    python -m runner status, logs and cancel take their folders", file=sys.stderr)

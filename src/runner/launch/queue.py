@@ -21,7 +21,7 @@ from typing import IO
 
 from runner import outcome
 from runner.launch import child, deaths
-from runner.launch.board import Board
+from runner.launch.progress import ProgressTable
 from runner.launch.protocol import Source
 from runner.launch.slots import Slot
 from runner.mirroring import queueing
@@ -57,8 +57,8 @@ def work_through(
     with contextlib.ExitStack() as held:
         if sweep:
             held.enter_context(queueing(sweep))  # the forked processes inherit it, and hold it if this one is killed
-        board = held.enter_context(Board(rundirs, len(slots)))
-        queue = _Queue([Job(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, board, warm, source)
+        table = held.enter_context(ProgressTable(rundirs, len(slots)))
+        queue = _Queue([Job(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, table, warm, source)
         held.enter_context(queue.listening())
         return queue.run()
 
@@ -118,10 +118,10 @@ class _Stopped(BaseException):
 
 class _Queue:
     def __init__(
-        self, jobs: list[Job], slots: list[Slot], start: Start, board: Board, warm: Callable[[], None],
+        self, jobs: list[Job], slots: list[Slot], start: Start, table: ProgressTable, warm: Callable[[], None],
         source: Source | None,
     ) -> None:  # fmt: skip
-        self.jobs, self.start, self.board, self.warm, self.source = jobs, start, board, warm, source
+        self.jobs, self.start, self.table, self.warm, self.source = jobs, start, table, warm, source
         self.waiting, self.free = deque(jobs), deque(slots)
         self.running: dict[int, Job] = {}
         self.elsewhere: list[Job] = []
@@ -147,7 +147,7 @@ class _Queue:
             self.look_elsewhere()
             while self.free and self.stop_code is None and (self.waiting or self.supplied()):
                 self.next()
-            self.board.look()
+            self.table.look()
             if self.source:
                 self.source.look()
             if self.running or self.elsewhere:
@@ -157,7 +157,7 @@ class _Queue:
         """Ask for a further run; False where there is none, or none yet."""
         if not self.source or (rundir := self.source.next()) is None:
             return False
-        job = Job(self.board.add(rundir), rundir)
+        job = Job(self.table.add(rundir), rundir)
         self.jobs.append(job)
         self.waiting.append(job)
         return True
@@ -169,7 +169,7 @@ class _Queue:
             self.end(job, 0, status)
         elif not job.take():
             self.elsewhere.append(job)
-            self.board.elsewhere(job.number)
+            self.table.elsewhere(job.number)
         elif not self.is_settled(job):
             self.fork(job)
 
@@ -212,7 +212,7 @@ class _Queue:
             child.become(job.rundir, job.slot, self.start, STOPPING)  # and never comes back
         self.running[pid] = job
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-        self.board.started(job.number)
+        self.table.started(job.number)
 
     def warmed(self) -> bool:
         """Import before the first fork; False where a stop came in between."""
@@ -268,7 +268,7 @@ class _Queue:
     def end(self, job: Job, code: int, status: str, reason: str = "") -> None:
         job.code = code
         job.release()
-        self.board.ended(job.number, status, reason)
+        self.table.ended(job.number, status, reason)
         if self.source:
             self.source.ended(job.rundir)
 
@@ -287,7 +287,7 @@ class _Queue:
 
     def ask_to_stop(self, number: int) -> None:
         self.stop_code, self.stopped_at = (130 if number == signal.SIGINT else 75), time.monotonic()
-        self.board.notice = f"stopping: {len(self.running)} save their state; Ctrl-C again kills them at once"
+        self.table.notice = f"stopping: {len(self.running)} save their state; Ctrl-C again kills them at once"
         for pid in self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)

@@ -31,25 +31,25 @@ OVER = (*FINAL, "preempted", "cancelled", "refused")
 def follow(rundirs: list[RunDir], is_over: Callable[[], bool]) -> None:
     """Show how far the runs are until ``is_over()``; whoever works on them, and wherever, is read off their folders."""
     before = [rundir.read_state() for rundir in rundirs]
-    with Board(rundirs, at_once=None) as board:
+    with ProgressTable(rundirs, at_once=None) as table:
         while True:
             over = is_over()
             for number, rundir in enumerate(rundirs):
-                if board.has_changed(number):
-                    _take_over(board, number, rundir.read_state(), before[number])
-            board.look()
+                if table.has_changed(number):
+                    _take_over(table, number, rundir.read_state(), before[number])
+            table.look()
             if over:
                 return
             time.sleep(LOOK_EVERY_S)
 
 
-def _take_over(board: Board, number: int, state: State, before: State) -> None:
+def _take_over(table: ProgressTable, number: int, state: State, before: State) -> None:
     """Show what a state says; what it said before the run was handed over again is past."""
-    shown = board.rows[number].status
+    shown = table.rows[number].status
     if state.status == "running" and shown not in ("starting", "running"):
-        board.started(number)
+        table.started(number)
     elif state.status in OVER and shown != state.status and (state.status == "completed" or state != before):
-        board.ended(number, state.status, state.reason)
+        table.ended(number, state.status, state.reason)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Row:
         return max(0.0, left - (time.time() - state.updated))
 
 
-class Board:
+class ProgressTable:
     """The table; every change is told by its methods, and ``look`` reads how far the runs are, twice a second."""
 
     def __init__(self, rundirs: list[RunDir], at_once: int | None) -> None:
@@ -103,7 +103,7 @@ class Board:
         self.rows.append(Row(rundir, str(manifest.get("label") or manifest.get("name") or rundir.path.name)))
         return len(self.rows) - 1
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> ProgressTable:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
