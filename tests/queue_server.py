@@ -17,8 +17,9 @@ from pathlib import Path
 
 from runner.launch import elastic, local, queue
 from runner.launch.slots import Slot
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
 from runner.stop import Stop
+from runner.sweepdir import SweepDir
 
 
 def imitate(rundir: RunDir) -> int:

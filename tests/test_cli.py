@@ -14,7 +14,8 @@ import pytest
 from conftest import TINY
 
 from runner import cli, prepare, tracking
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 QUICK = (*TINY, "train.max_steps=2")
 

@@ -21,7 +21,8 @@ from conftest import TINY
 from test_mirror import Server, fresh_database, server
 
 from runner import cli, curves, mlflow_sweep, store
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 SWEEP = (
     "-m", *(word for word in TINY if word != "tracking=offline"), "tracking.system_metrics=false", "train.max_steps=2",

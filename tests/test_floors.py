@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 
 FLOORS = [
     {"errors", "secrets", "intervals"},
-    {"condition", "config", "rundir", "schema", "console", "stop", "readers", "precision", "adapter", "asked",
+    {"files"},
+    {"rundir"},
+    {"condition", "config", "sweepdir", "schema", "console", "stop", "readers", "precision", "adapter", "asked",
      "ranks", "shards", "scheduler", "provenance", "checkout", "served"},
     {"prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling", "tracking",
      "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored", "outcome",

@@ -19,7 +19,8 @@ from conftest import TINY, node, prepared
 from runner import config, system, tracking
 from runner.errors import LaunchError
 from runner.launch import deaths, local, progress
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 SERVER = str(Path(__file__).with_name("queue_server.py"))
 LONG = ("train.max_steps=300", "train.save_steps=50")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.rundir import RunDir, State, cache_dir, write_atomic
+from runner.files import cache_dir, write_atomic
+from runner.rundir import RunDir, State
 
 
 def test_state_starts_pending_and_changes_field_by_field(tmp_path: Path):

@@ -19,7 +19,8 @@ from optuna.trial import TrialState
 
 from runner import search, searching, space
 from runner.errors import ConfigError
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 WORDS = (
     "-m", "model=tiny", "data.max_length=128", "data.train_rows=64", "data.eval_rows=4", "train.sample_prompts=0",

@@ -18,7 +18,8 @@ import pytest
 
 from runner import scheduler, tracking
 from runner.errors import LaunchError
-from runner.rundir import RunDir, SweepDir, find_runs
+from runner.rundir import RunDir, find_runs
+from runner.sweepdir import SweepDir
 
 ROOT = Path(__file__).parents[1]
 BASE = (

@@ -15,7 +15,8 @@ from conftest import TINY, option, prepared
 from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm, slurm_says, until, weights
 
 from runner.launch import snapshot, submission
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 __all__ = ["slurm"]  # the fixture
 HELD = "+launcher.additional_parameters.hold=true"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from conftest import TINY
 
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 SMALL = (
     *(word for word in TINY if not word.startswith("tracking=")),

@@ -36,7 +36,8 @@ from test_mirror import (
 
 from runner import mirror, mirroring, mlflow_sweep, store, tracking
 from runner.mlflow_run import MlflowRun
-from runner.rundir import DIED, RunDir, State, SweepDir
+from runner.rundir import DIED, RunDir, State
+from runner.sweepdir import SweepDir
 
 THIS = Path(__file__).resolve()
 OFFLINE = {"_target_": "runner.tracking.offline", "experiment": "tests", "run_name": None, "log_model": False}
@@ -397,7 +398,7 @@ def test_a_sweep_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert process.poll() is None, "a queue is at work"
     queue.end()
     result = mirroring.wait_sweep_mirror(process, sweep)
-    assert result == mirroring.SweepResult(None, 0, f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
+    assert result == mirroring.SweepResult(0, f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
     assert statuses(sweep) == ["FINISHED", "FAILED", "FINISHED", "KILLED", "KILLED", "FINISHED"]
     assert (parent_of(sweep).info.status, only_parents(sweep)) == ("FAILED", 1)
     for rundir, status in ((first, "FINISHED"), (second, "FAILED"), (third, "FINISHED"), (added, "FINISHED")):

@@ -18,7 +18,8 @@ from conftest import TINY, prepared
 
 from runner import asked, cli, named, standing
 from runner.errors import ConfigError, LaunchError
-from runner.rundir import DIED, RunDir, SweepDir
+from runner.rundir import DIED, RunDir
+from runner.sweepdir import SweepDir
 
 MIRRORED = ("tracking=mlflow", "tracking.system_metrics=false")
 ENDLESS = ("train.max_steps=100000", "train.save_steps=50000", "train.eval_steps=50000")

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from runner import asked, mirrored, named, standing
 from runner.errors import ConfigError, Fault, RunnerError
-from runner.rundir import FINAL, RunDir, SweepDir, write_atomic
+from runner.files import write_atomic
+from runner.rundir import FINAL, RunDir
 from runner.standing import Standing
+from runner.sweepdir import SweepDir
 
 HELP = """python -m runner cancel RUN|SWEEP … [outputs_dir=FOLDER]
 

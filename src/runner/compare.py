@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,8 +14,9 @@ from runner import asked, columns, console, leaderboard, named, results
 from runner.errors import ConfigError, Fault
 from runner.leaderboard import Leaderboard
 from runner.results import Result
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
 from runner.secrets import take_credentials
+from runner.sweepdir import SweepDir
 
 HELP = """python -m runner compare [SWEEP|RUN|FOLDER|EXPERIMENT …] [uri=STORE] [options] [outputs_dir=FOLDER]
 
@@ -65,14 +65,12 @@ def compare(argv: list[str]) -> int:
     how = {option: words.options.get(f"--{option}", "") for option in ("where", "metrics", "sort", "by", "pareto")}
     made = leaderboard.of(source.results, **how)
     written = _write_files(made, source, words)
-    try:
+    with console.piped():
         _print(made, words)
         for path in written:
             print(f"wrote {path}", file=sys.stderr if chosen else sys.stdout)
         if not chosen:
             print("\n".join(_hints(made, source, words)))
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

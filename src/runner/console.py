@@ -53,6 +53,16 @@ def logging_to(path: Path, *, speaks: bool = True) -> Iterator[None]:
         own.setLevel(levels[1])
 
 
+@contextmanager
+def piped() -> Iterator[None]:
+    """Print while the block runs; a reader that has had enough (``| head``) ends it quietly."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the exit
+
+
 def quiet_libraries() -> None:
     """No progress bars and no chatter of libraries between our own lines; what they warn of goes into the log."""
     import warnings

@@ -22,8 +22,8 @@ from annotated_types import Ge
 
 from runner import formats, splits
 from runner.errors import DataError, Fault
+from runner.files import cache_dir, locked, write_atomic
 from runner.packing import IGNORED, Batch, Batches, Rows, one_by_one, pack
-from runner.rundir import cache_dir, locked, write_atomic
 from runner.schema import Count, Fraction
 from runner.splits import Item
 

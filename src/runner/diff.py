@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from runner import asked, contrast, recorded
+from runner import asked, console, contrast, recorded
 from runner.contrast import Numbers, Row, Section
 from runner.errors import ConfigError, Fault
 from runner.recorded import Recorded
@@ -52,7 +50,7 @@ def diff(argv: list[str]) -> int:
     runs, settings = asked.settings(words.words, ("uri",))
     ours, theirs = _the_two(runs, words, settings.get("uri"))
     sections, numbers = contrast.of(ours, theirs), contrast.numbers(ours.curves, theirs.curves)
-    try:
+    with console.piped():
         if words.has("--json"):
             print(json.dumps(_as_json(ours, theirs, sections, numbers), indent=1), flush=True)
         else:
@@ -62,9 +60,6 @@ def diff(argv: list[str]) -> int:
                 print(
                     f"\n{contrast.patch(ours, theirs)}".rstrip() or "\nno lines of code differ, as far as git can say"
                 )
-            sys.stdout.flush()
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

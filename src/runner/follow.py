@@ -17,8 +17,9 @@ from pathlib import Path
 
 from runner import mlflow_sweep
 from runner.mlflow_run import ENDED, MlflowRun
-from runner.rundir import DIED, RunDir, State, sweep_of
+from runner.rundir import DIED, RunDir, State
 from runner.secrets import redact
+from runner.sweepdir import sweep_of
 from runner.system import Sampler
 from runner.tracking import append_to, tail
 

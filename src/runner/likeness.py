@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runner import checkout, contrast, named, provenance, recorded, system, worktree
+from runner import checkout, contrast, named, provenance, recorded, system
 from runner.contrast import Section
 from runner.recorded import Recorded
 from runner.rundir import RunDir
@@ -76,7 +76,7 @@ def _here(original: Recorded, cfg: dict[str, Any], code: Path | None) -> Recorde
     if code:
         patch = original.patch
         manifest = {key: original.manifest.get(key) for key in ("git", "code_sha256")}
-    lock = worktree.lock_digest(code) if code else provenance.lock_digest()
+    lock = provenance.lock_digest(code) if code else provenance.lock_digest()
     manifest |= {"versions": provenance.versions(), "lock_sha256": lock}
     hardware = _hardware(original.manifest.get("hardware") or {})
     return Recorded("here", "the code here", cfg, {**manifest, "hardware": hardware}, patch=patch)

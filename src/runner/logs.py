@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import asked, named, standing
+from runner import asked, console, named, standing
 from runner.errors import ConfigError, Fault
-from runner.rundir import RunDir, sweep_of
+from runner.rundir import RunDir
 from runner.standing import Standing
+from runner.sweepdir import sweep_of
 
 HELP = """python -m runner logs RUN [-f] [--rank N] [outputs_dir=FOLDER]
 
@@ -39,12 +39,10 @@ def logs(argv: list[str]) -> int:
     if words is None:
         return 0
     rundir, rank = _the_run(words), _rank(words)
-    try:
+    with console.piped():
         if words.has("-f") or words.has("--follow"):
             return _follow(rundir, rank)
         _show(rundir, rank)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

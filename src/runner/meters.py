@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.rundir import cache_dir, write_atomic
+from runner.files import cache_dir, write_atomic
 
 GIB = 2**30
 PEAK_TFLOPS = {

@@ -17,8 +17,9 @@ from runner import mlflow_sweep, store, sweep_mirror
 from runner.errors import ConfigError, Fault, RunnerError
 from runner.follow import be_polite, close_if_dead, follow, only_one
 from runner.mlflow_run import MlflowRun
-from runner.rundir import RunDir, State, SweepDir, find_runs, sweep_of
+from runner.rundir import RunDir, State, find_runs
 from runner.secrets import take_credentials
+from runner.sweepdir import SweepDir, sweep_of
 from runner.tracking import check_mlflow
 
 SYNC_HELP = """python -m runner sync [FOLDER …] [uri=URI]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import subprocess
 import sys
@@ -11,7 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.rundir import RunDir, sweep_of
+from runner.files import is_held
+from runner.rundir import RunDir
+from runner.sweepdir import sweep_of
 
 FOLDERS_AT_ONCE = 200
 """In one command line; far below what any system takes."""
@@ -71,13 +71,4 @@ def tell(folders: Sequence[Path]) -> list[str]:
 def _is_being_told(rundir: RunDir) -> bool:
     """Whether a process that mirrors the run, or its sweep, is at work."""
     sweep = sweep_of(rundir)
-    return any(_is_held(lock) for lock in (rundir.mirror_lock, *([sweep.mirror_lock] if sweep else [])))
-
-
-def _is_held(lock: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError), lock.open("r") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return any(is_held(lock) for lock in (rundir.mirror_lock, *([sweep.mirror_lock] if sweep else [])))

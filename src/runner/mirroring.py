@@ -17,8 +17,9 @@ from typing import Any
 
 from runner import prepare
 from runner.errors import RunnerError
-from runner.rundir import RunDir, SweepDir
-from runner.tracking import quiet_environment
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
+from runner.tracking import mirror_process
 
 Mirror = subprocess.Popen[bytes]
 
@@ -27,8 +28,6 @@ Mirror = subprocess.Popen[bytes]
 class SweepResult:
     """How far MLflow got with a sweep."""
 
-    url: str | None
-    """The page of the parent, on a server."""
     untold: int
     """Runs that ended and are not in MLflow to their end."""
     message: str
@@ -100,20 +99,19 @@ def wait_sweep_mirror(mirror: Mirror | None, sweep: SweepDir, timeout_s: float =
     Where another queue still works on the same sweep it goes on for that one, and this returns after ``timeout_s``.
     """
     if mirror is None:
-        return SweepResult(None, 0, "tracking=offline")
+        return SweepResult(0, "tracking=offline")
     try:
         code: int | None = mirror.wait(timeout_s)
     except subprocess.TimeoutExpired:
         code = None
     noted, said = sweep.read().get("mlflow") or {}, _report(sweep)
-    url = noted.get("url")
     if code == 0:
-        return SweepResult(url, 0, url or (f"mlflow ui --backend-store-uri {noted['uri']}" if noted else ""))
+        return SweepResult(0, noted.get("url") or (f"mlflow ui --backend-store-uri {noted['uri']}" if noted else ""))
     untold = int(said.get("untold", 0))
     if code is None:
-        return SweepResult(url, untold, f"process {mirror.pid} is still telling MLflow, see {sweep.mirror_log}")
+        return SweepResult(untold, f"process {mirror.pid} is still telling MLflow, see {sweep.mirror_log}")
     problem = said.get("problem") or f"the mirror ended with code {code}, see {sweep.mirror_log}"
-    return SweepResult(url, untold, problem)
+    return SweepResult(untold, problem)
 
 
 def _tell(problem: str) -> None:
@@ -125,15 +123,7 @@ def _start(sweep: SweepDir, how: str) -> Mirror | None:
     if not any(_is_mirrored(rundir) for rundir in sweep.rundirs()):
         return None
     command = [sys.executable, "-P", "-m", "runner.mirror", how, str(sweep.path)]
-    with sweep.mirror_log.open("ab") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env=quiet_environment(),
-        )
+    return mirror_process(command, sweep.mirror_log)
 
 
 def _is_mirrored(rundir: RunDir) -> bool:

@@ -11,8 +11,9 @@ from runner import columns, leaderboard, page, results, store
 from runner.errors import ConfigError
 from runner.leaderboard import Leaderboard
 from runner.results import Result
-from runner.rundir import RunDir, State, SweepDir
+from runner.rundir import RunDir, State
 from runner.secrets import redact
+from runner.sweepdir import SweepDir
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from runner import prepare, store
 from runner.config import bind
 from runner.errors import RunnerError
-from runner.rundir import DIED, FINAL, RunDir, State, write_atomic
+from runner.files import write_atomic
+from runner.rundir import DIED, FINAL, RunDir, State
 from runner.secrets import redact, take_credentials
 from runner.tracking import BEST, SECONDS, Tracking, last_values, read, read_evaluations, store_uri, tail
 

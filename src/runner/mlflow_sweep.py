@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from runner import mlflow_leaderboard, prepare, store
 from runner.config import bind
 from runner.errors import RunnerError
+from runner.files import locked
 from runner.mlflow_run import ENDED, STATUS, artifacts_dir, explained, note, user, where
-from runner.rundir import RunDir, State, SweepDir, locked
+from runner.rundir import RunDir, State
 from runner.secrets import take_credentials
+from runner.sweepdir import SweepDir
 from runner.tracking import Tracking, store_uri
 
 if TYPE_CHECKING:

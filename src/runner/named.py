@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError, Fault, suggest
-from runner.rundir import RunDir, SweepDir, sweep_of
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir, sweep_of
 
 SHORTEST_ID = 4
 """Characters of an MLflow run id: fewer are more likely a name that was cut short."""

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from runner import gguf as gguf_files
 from runner import modeldir, tiny
 from runner.errors import ConfigError, Fault
+from runner.files import cache_dir, locked
 from runner.precision import Precision, dtype_faults
-from runner.rundir import cache_dir, locked
 from runner.schema import Count, Seed
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]

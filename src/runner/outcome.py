@@ -12,8 +12,9 @@ import traceback
 from runner import scheduler
 from runner.errors import Fault, Interrupted, RunnerError, Stopped, TrainingError
 from runner.ranks import Ranks, lost_peer
-from runner.rundir import DIED, RunDir, State, sweep_of
+from runner.rundir import DIED, RunDir, State
 from runner.secrets import redact
+from runner.sweepdir import sweep_of
 
 OUT_OF_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "not enough memory")
 CODES = {"completed": 0, "pruned": 0, "preempted": 75, "killed": 130}

@@ -16,7 +16,8 @@ import yaml
 
 from runner import checkout, provenance
 from runner.errors import Fault, ResumeError
-from runner.rundir import UNFINISHED, RunDir, write_atomic
+from runner.files import write_atomic
+from runner.rundir import UNFINISHED, RunDir
 from runner.secrets import redact, take_credentials
 
 RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher", "search")

@@ -16,6 +16,7 @@ from runner import (
     likeness,
     parallel,
     prepare,
+    provenance,
     recorded,
     sweeping,
     sweeps,
@@ -23,8 +24,9 @@ from runner import (
 )
 from runner.compose import Composer, Job, opened, parse
 from runner.errors import ConfigError, Fault
+from runner.files import write_atomic
 from runner.recorded import Recorded
-from runner.rundir import RunDir, write_atomic
+from runner.rundir import RunDir
 
 HELP = """python -m runner rerun RUN [--exact] [where and how …] [uri=URI]
 
@@ -228,7 +230,7 @@ def _prepared(original: Recorded, job: Job, folder: Path, argv: list[str], code:
     notes: dict[str, Any] = {"rerun": origin, "data": known, "model": model}
     if code:
         notes |= {key: original.manifest[key] for key in ("git", "code_sha256") if key in original.manifest}
-        notes |= {"lock_sha256": worktree.lock_digest(code)}
+        notes |= {"lock_sha256": provenance.lock_digest(code)}
         if prepare.signature(job.cfg) == prepare.signature(original.config):
             notes["signature"] = original.manifest.get("signature")  # as its own code reckons it
     try:

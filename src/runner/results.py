@@ -10,9 +10,10 @@ from typing import Any
 
 from runner import choices, named, prepare, standing, tracking
 from runner.errors import RunnerError
-from runner.rundir import RunDir, sweep_of
+from runner.rundir import RunDir
 from runner.standing import Standing
 from runner.store import flatten
+from runner.sweepdir import sweep_of
 from runner.tracking import SECONDS, last_values
 
 COMPLETED = "completed"

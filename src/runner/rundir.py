@@ -1,7 +1,6 @@
 """The run folder: the only place that names the files of a run, and the only one that writes its state.
 
 .hydra/ config.yaml manifest.json state.json metrics.jsonl system.jsonl samples.json train.log checkpoints/ model/
-A sweep's folder holds sweep.json and, one folder each, its runs.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runner.errors import ConfigError, Fault
+from runner.files import is_held, locked, write_atomic
 
 Status = Literal["pending", "running", "preempted", "completed", "failed", "killed", "pruned"]
 DONE: tuple[Status, ...] = ("completed", "pruned")
@@ -28,22 +27,6 @@ FINAL: tuple[Status, ...] = (*DONE, "failed", "killed")
 UNFINISHED: tuple[Status, ...] = ("pending", "running", "preempted", "killed")
 DIED = "the process died without saying so (killed, or out of memory)"
 """The reason that others write down for a worker which could not."""
-
-
-def cache_dir(room: str) -> Path:
-    """A folder of the user's cache (``RUNNER_CACHE`` moves it), made if need be; what lies there can be made again.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    base = os.environ.get("RUNNER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "runner")
-    folder = Path(base).expanduser() / room
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        remedy = "set RUNNER_CACHE to a folder that can be written"
-        raise ConfigError(Fault("", f"the cache folder {folder} cannot be made: {error.strerror}", remedy)) from error
-    return folder
 
 
 @dataclass(frozen=True)
@@ -204,14 +187,7 @@ class RunDir:
 
     def is_alive(self) -> bool:
         """Whether a worker holds this folder; a worker that was killed holds it no more."""
-        if not self.lock.exists():
-            return False
-        with self.lock.open("r") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return is_held(self.lock)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:
@@ -229,91 +205,6 @@ class RunDir:
             yield False
 
 
-@dataclass(frozen=True)
-class SweepDir:
-    """Every path of one sweep hangs off this object; its runs are RunDirs in folders below it."""
-
-    path: Path
-
-    @property
-    def manifest(self) -> Path:
-        """{id, name, created, commands, mlflow: {parent_run_id, …}, jobs: {signature: {folder, label}}}"""
-        return self.path / "sweep.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held for an instant by whoever reads and changes sweep.json."""
-        return self.path / ".sweep.lock"
-
-    @property
-    def queue_lock(self) -> Path:
-        """Held by each process that works through this sweep here (shared: two may)."""
-        return self.path / ".queue.lock"
-
-    @property
-    def cancel_request(self) -> Path:
-        """Lies here once somebody has cancelled the search, until it is taken up again: nothing more is proposed."""
-        return self.path / ".cancel"
-
-    @property
-    def search_lock(self) -> Path:
-        """Held by the process that proposes the runs of this sweep: a second one would propose against it."""
-        return self.path / ".search.lock"
-
-    @property
-    def search_journal(self) -> Path:
-        """What Optuna has proposed and was told, line by line."""
-        return self.path / "search.journal"
-
-    @property
-    def mlflow_lock(self) -> Path:
-        """Held by whoever makes the sweep's runs in MLflow, or brings their parent up to date."""
-        return self.path / ".mlflow.lock"
-
-    @property
-    def mirror_lock(self) -> Path:
-        """Held by the process that mirrors all runs of this sweep: a second one waits until the first is done."""
-        return self.path / ".mirror.lock"
-
-    @property
-    def mirror_log(self) -> Path:
-        return self.path / "mirror.log"
-
-    @property
-    def mirror_report(self) -> Path:
-        """How far that process got: {pid, opened, untold, problem}."""
-        return self.path / "mirror.json"
-
-    def is_worked_on(self) -> bool:
-        """Whether a queue works through this sweep here, or a worker that it forked does, even after it was killed."""
-        with contextlib.suppress(OSError), self.queue_lock.open("r+") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
-
-    def read(self) -> dict[str, Any]:
-        return dict(json.loads(self.manifest.read_text())) if self.manifest.exists() else {}
-
-    def update(self, **changes: Any) -> dict[str, Any]:
-        """Change sweep.json under its lock; returns what stands there then."""
-        with locked(self.lock):
-            manifest = {**self.read(), **changes}
-            write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
-        return manifest
-
-    def rundirs(self) -> list[RunDir]:
-        """The runs of the sweep, in the order in which they were asked for."""
-        return [RunDir(self.path / job["folder"]) for job in self.read().get("jobs", {}).values()]
-
-
-def sweep_of(rundir: RunDir) -> SweepDir | None:
-    """The sweep that a run belongs to."""
-    folder = rundir.path.parent
-    return SweepDir(folder) if (folder / "sweep.json").exists() else None
-
-
 def find_runs(folder: Path) -> list[RunDir]:
     """The run folder itself, or all run folders below it, oldest name first.
 
@@ -329,26 +220,3 @@ def find_runs(folder: Path) -> list[RunDir]:
     if not found:
         raise ConfigError(Fault("", f"{folder} holds no run", "name a run folder, or a folder of run folders"))
     return found
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for, then hold, an advisory lock on ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("wb") as handle:
-            handle.write(content.encode() if isinstance(content, str) else content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

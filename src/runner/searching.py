@@ -20,8 +20,10 @@ from runner import admit, compose, console, search, space, sweeps, tracking
 from runner.compose import Composer
 from runner.config import bind
 from runner.errors import ConfigError, Fault, ResumeError, RunnerError, TrainingError
-from runner.rundir import DONE, RunDir, SweepDir, write_atomic
+from runner.files import stamp, write_atomic
+from runner.rundir import DONE, RunDir
 from runner.space import Dimension
+from runner.sweepdir import SweepDir
 from runner.sweeping import Session
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ class Trials:
         self.begun = deque(self._begun())
         if retry:
             self._enqueue_failed()
-        self._looked, self._seen = 0.0, {}  # type: float, dict[Path, tuple[int, int]]
+        self._looked, self._seen = 0.0, {}  # type: float, dict[Path, tuple[int, ...]]
 
     def next(self) -> RunDir | None:
         while not self.sweep.cancel_request.exists() and (self.begun or self._is_more()):
@@ -130,8 +132,8 @@ class Trials:
         self._looked = time.monotonic()
         for path in list(self.live):
             rundir = RunDir(path)
-            if (stamp := _stamp(rundir.metrics)) != self._seen.get(path):
-                self._seen[path] = stamp
+            if (seen := stamp(rundir.metrics)) != self._seen.get(path):
+                self._seen[path] = seen
                 self._report(rundir)
 
     def tell_best(self) -> None:
@@ -289,11 +291,3 @@ def _alone(sweep: SweepDir) -> Iterator[None]:
             remedy = f"python -m runner status {sweep.path} shows how far it is; sweep=NAME starts another"
             raise ResumeError(Fault("search", "another process is at it", remedy, sweep.path)) from error
         yield
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_size, found.st_mtime_ns

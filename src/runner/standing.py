@@ -6,7 +6,6 @@ A folder cannot know that its worker was killed. Whoever asks finds out, and wri
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import os
 import time
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from runner import named
 from runner.errors import RunnerError
-from runner.rundir import DIED, DONE, RunDir, State, Status, SweepDir, sweep_of
+from runner.rundir import DIED, DONE, RunDir, State, Status
+from runner.sweepdir import SweepDir, sweep_of
 
 if TYPE_CHECKING:
     from runner.scheduler import Job
@@ -82,16 +82,11 @@ def has_queue(sweep: SweepDir) -> bool | None:
     """
     if not sweep.queue_lock.exists():
         return None
-    try:
-        with sweep.queue_lock.open("r+") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with_it = [files for _, files in _open_files() if _is_open(sweep.queue_lock, files)]
-        own = RunDir(sweep.path).lock.name
-        return not with_it or any(own not in map(os.path.basename, files) for files in with_it)
-    except OSError:
-        return None
-    return False
+    if not sweep.is_worked_on():
+        return False
+    with_it = [files for _, files in _open_files() if _is_open(sweep.queue_lock, files)]
+    own = RunDir(sweep.path).lock.name
+    return not with_it or any(own not in map(os.path.basename, files) for files in with_it)
 
 
 def holder(rundir: RunDir) -> int | None:

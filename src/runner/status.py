@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import asked, mirrored, named, standing
+from runner import asked, console, mirrored, named, standing
 from runner.console import duration
-from runner.rundir import FINAL, RunDir, SweepDir
+from runner.rundir import FINAL, RunDir
 from runner.standing import Standing
+from runner.sweepdir import SweepDir
 
 HELP = """python -m runner status [RUN|SWEEP|FOLDER …] [--all] [--watch] [--json] [outputs_dir=FOLDER]
 
@@ -61,15 +62,13 @@ def status(argv: list[str]) -> int:
     words = asked.read(argv, HELP, flags=("--all", "--watch", "--json"))
     if words is None:
         return 0
-    try:
+    with console.piped():
         if words.has("--watch"):
             _watch(words)
         else:
             looked = _look(words)
             _print(looked, words)
             mirrored.tell_of(_over(looked))
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runner.errors import Fault, TrackingError
-from runner.rundir import locked
+from runner.files import locked
 from runner.secrets import put_credentials, redact_tree
 
 if TYPE_CHECKING:

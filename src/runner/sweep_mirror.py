@@ -17,9 +17,11 @@ from pathlib import Path
 
 from runner import mlflow_sweep, store
 from runner.errors import RunnerError
+from runner.files import locked, stamp, write_atomic
 from runner.follow import BATCH_S, GAVE_UP, GRACE_S, LONGEST_PAUSE_S, POLL_S, Follower, be_polite, only_one, say
 from runner.mlflow_run import ENDED, MlflowRun
-from runner.rundir import RunDir, State, SweepDir, locked, write_atomic
+from runner.rundir import RunDir, State
+from runner.sweepdir import SweepDir
 from runner.tracking import read_report
 
 LOOK_S = 1.0
@@ -74,9 +76,9 @@ class _Mirror:
     """Why parent and children could not be made so far, or what the store last failed with."""
     opened: bool = False
     rundirs: list[RunDir] = field(default_factory=list)
-    listed: tuple[int, int] = (0, 0)
+    listed: tuple[int, ...] = ()
     """The stamp of the sweep.json that ``rundirs`` are from."""
-    stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    stamps: dict[Path, tuple[int, ...]] = field(default_factory=dict)
     """Of the state.json of each run that needs nothing as long as it stays like that."""
     states: dict[Path, State] = field(default_factory=dict)
     active: dict[Path, _Followed] = field(default_factory=dict)
@@ -108,17 +110,17 @@ class _Mirror:
 
     def _look(self) -> None:
         """Take up what has begun or ended since the last look."""
-        if (listed := _stamp(self.sweep.manifest)) != self.listed:
+        if (listed := stamp(self.sweep.manifest)) != self.listed:
             self.rundirs, self.listed = self.sweep.rundirs(), listed
         self.others.clear()
         for rundir in self.rundirs:
             path = rundir.path
-            if path in self.active or (stamp := _stamp(rundir.state)) == self.stamps.get(path):
+            if path in self.active or (seen := stamp(rundir.state)) == self.stamps.get(path):
                 continue
             with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged folder: sync says what is wrong
                 state = self.states[path] = rundir.read_state()
                 if not _has_to_be_told(rundir, state) or self._take_up(rundir):
-                    self.stamps[path] = stamp
+                    self.stamps[path] = seen
 
     def _take_up(self, rundir: RunDir) -> bool:
         """Follow the run; False where another mirror does, which is looked at again."""
@@ -202,11 +204,3 @@ def _has_to_be_told(rundir: RunDir, state: State) -> bool:
     if state.status in ENDED:
         return read_report(rundir).get("told") != state.updated
     return state.status == "running"
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_ino

@@ -17,7 +17,8 @@ from hydra.types import HydraContext
 from runner import admit, folders, report, sweeps
 from runner.compose import Composer, Job, write_hydra
 from runner.errors import ConfigError, Fault, LaunchError
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 
 @dataclass

@@ -17,7 +17,9 @@ from typing import Any
 
 from runner import prepare
 from runner.errors import Fault, ResumeError
-from runner.rundir import DONE, RunDir, SweepDir, locked, write_atomic
+from runner.files import locked, write_atomic
+from runner.rundir import DONE, RunDir
+from runner.sweepdir import SweepDir
 
 OTHERS = {".sweep.lock", ".search.lock", "search.journal", "multirun.yaml"}
 """What may lie in the folder before sweep.json does: ours, and what another sweeper of Hydra's wrote."""

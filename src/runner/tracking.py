@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 
 from runner.config import bind
 from runner.errors import Fault, suggest
-from runner.rundir import RunDir, write_atomic
+from runner.files import write_atomic
+from runner.rundir import RunDir
 from runner.schema import Positive
 from runner.secrets import redact
 
@@ -183,14 +184,21 @@ def start_mirror(rundir: RunDir, cfg: Mapping[str, Any]) -> subprocess.Popen[byt
     if bind(cfg["tracking"], "tracking")().kind == "offline":
         return None
     command = [sys.executable, "-P", "-m", "runner.mirror", str(rundir.path), str(rundir.read_state().updated)]
-    with rundir.mirror_log.open("ab") as output:
+    return mirror_process(command, rundir.mirror_log)
+
+
+def mirror_process(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a process that mirrors, by itself: it outlives this one, and Ctrl-C does not reach it."""
+    # One thread is plenty for what waits; and no telemetry, whatever the shell says.
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env=quiet_environment(),
+            env={**os.environ, **quiet},
         )
 
 
@@ -248,11 +256,6 @@ def _records(lines: Iterable[bytes], path: Path) -> Iterator[Record]:
 
 def _is_evaluation(record: Record) -> bool:
     return any(name.startswith("eval/") for name in record)
-
-
-def quiet_environment() -> dict[str, str]:
-    """The environment of a mirror: one thread is plenty for what waits, and no telemetry, whatever the shell says."""
-    return {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1"}
 
 
 def _name_faults(experiment: str, run_name: str | None) -> Iterator[Fault]:

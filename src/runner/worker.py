@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner import compiling, console, outcome, parallel, prepare, provenance, report, scheduler, tracking
 from runner.errors import Fault, LaunchError, Pruned, ResumeError, RunnerError, Stopped
+from runner.files import write_atomic
 from runner.outcome import Clock
 from runner.ranks import Ranks, lost_peer, of_environment, silent, unanimous
-from runner.rundir import RunDir, write_atomic
+from runner.rundir import RunDir
 from runner.stop import Stop
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from typing import Any
 
 from runner import checkout, provenance
 from runner.errors import ConfigError, Fault
+from runner.files import cache_dir, locked, write_atomic
 from runner.recorded import Recorded
-from runner.rundir import RunDir, cache_dir, locked, write_atomic
+from runner.rundir import RunDir
 from runner.stop import signals_to
 
 
@@ -68,11 +69,6 @@ def take_up(rundir: RunDir, folder: Path) -> int:
         pass_on()  # what came before there was a process
         code = proc.wait()
     return code if code >= 0 else 1
-
-
-def lock_digest(folder: Path) -> str | None:
-    """The hash of the lock file that this code came with."""
-    return provenance.lock_digest(folder)
 
 
 def _is_intact(folder: Path, made_as: Path) -> bool:

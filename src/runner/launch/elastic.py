@@ -24,9 +24,10 @@ from runner.launch import local
 from runner.launch.protocol import Source
 from runner.launch.slots import Slot, share
 from runner.ranks import Several
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
 from runner.schema import Count
 from runner.stop import SIGNALS
+from runner.sweepdir import SweepDir
 
 LONGEST_END_S = 600
 """How long a rank that was told to stop may take to save, and to wait for MLflow: torch elastic then kills it."""

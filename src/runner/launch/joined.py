@@ -16,7 +16,8 @@ from pathlib import Path
 from runner.errors import ConfigError, Fault, LaunchError
 from runner.launch.protocol import Source
 from runner.ranks import Ranks, of_environment, silent
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 
 @dataclass

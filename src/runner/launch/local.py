@@ -14,8 +14,9 @@ from runner.errors import Fault, LaunchError
 from runner.launch import queue
 from runner.launch.protocol import Source
 from runner.launch.slots import Slot, share
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
 from runner.schema import Count
+from runner.sweepdir import SweepDir
 
 
 class Start(Protocol):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import console
+from runner.files import stamp
 from runner.rundir import FINAL, RunDir, State
 from runner.secrets import redact
 
@@ -68,7 +69,7 @@ class Row:
     """From its beginning to its end."""
     told: float = 0.0
     """When the last line on it was written."""
-    read: tuple[int, int] = (0, 0)
+    read: tuple[int, ...] = ()
     """Which state.json was read last."""
 
     @property
@@ -148,7 +149,7 @@ class ProgressTable:
 
     def has_changed(self, number: int) -> bool:
         """Whether the run's state was written since it was last read."""
-        return _stamp(self.rows[number].rundir.state) != self.rows[number].read
+        return stamp(self.rows[number].rundir.state) != self.rows[number].read
 
     def look(self) -> None:
         """Read how far the runs are and show it; does nothing more often than twice a second."""
@@ -177,8 +178,8 @@ class ProgressTable:
 
     def _read(self, row: Row) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):  # removed, or damaged: what was known stays
-            if (stamp := _stamp(row.rundir.state)) != row.read:
-                row.state, row.read = row.rundir.read_state(), stamp
+            if (seen := stamp(row.rundir.state)) != row.read:
+                row.state, row.read = row.rundir.read_state(), seen
                 row.loss = _last_loss(row.rundir.metrics) or row.loss
 
     def _left_s(self) -> float | None:
@@ -264,15 +265,6 @@ def _last_loss(metrics: Path, tail: int = 8192) -> float | None:
                 record: dict[str, Any] = json.loads(line)
                 return float(record["train/loss"])
     return None
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Unlike for every state that is written: each is a new file."""
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_ino, found.st_mtime_ns
 
 
 def _write(text: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 
 class Source(Protocol):

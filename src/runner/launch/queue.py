@@ -15,18 +15,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from runner import outcome
+from runner.files import stamp
 from runner.launch import child, deaths
 from runner.launch.progress import ProgressTable
 from runner.launch.protocol import Source
 from runner.launch.slots import Slot
 from runner.mirroring import queueing
-from runner.rundir import DIED, DONE, RunDir, State, SweepDir
+from runner.rundir import DIED, DONE, RunDir, State
 from runner.stop import ONE_GESTURE_S, SIGNALS
+from runner.sweepdir import SweepDir
 
 Start = Callable[[RunDir], int]
 """Works on one run in the forked process; returns its exit code. It begins with the signals that stop it blocked, and
@@ -71,14 +72,14 @@ class Job:
     rundir: RunDir
     known: State = field(default_factory=State)
     """What its state was when it was handed over; then, when its process was forked."""
-    asked: int | None = None
-    """The cancel request that lay there already: whoever hands the run over wants it all the same."""
+    asked: tuple[int, ...] = ()
+    """The stamp of the cancel request that lay there already: whoever hands the run over wants it all the same."""
     claim: IO[str] | None = None
     slot: Slot | None = None
     code: int | None = None
 
     def __post_init__(self) -> None:
-        self.known, self.asked = self.rundir.read_state(), _time_of(self.rundir.cancel_request)
+        self.known, self.asked = self.rundir.read_state(), stamp(self.rundir.cancel_request)
 
     def take(self) -> bool:
         """Claim the run for this queue; False where another queue or worker has it."""
@@ -101,7 +102,7 @@ class Job:
         self.claim = None
 
     def is_cancelled(self) -> bool:
-        return _time_of(self.rundir.cancel_request) not in (None, self.asked)
+        return stamp(self.rundir.cancel_request) not in ((), self.asked)
 
     def outcome(self) -> State | None:
         """The state in which others left this run since it was handed over; None where it is still to be worked on."""
@@ -302,10 +303,3 @@ class _Queue:
                 child.kill_session(pid)
         if self.is_warming:
             raise _Stopped
-
-
-def _time_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None

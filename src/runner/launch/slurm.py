@@ -13,8 +13,9 @@ from runner import mirrored, mirroring, scheduler
 from runner.errors import Fault, LaunchError
 from runner.launch import following, sbatch, submission, submitting
 from runner.launch.protocol import Source
-from runner.rundir import RunDir, SweepDir
+from runner.rundir import RunDir
 from runner.schema import Count, Positive
+from runner.sweepdir import SweepDir
 
 OURS = ("array", "output", "error", "open-mode", "job-name", "signal", "requeue", "no-requeue", "wrap")
 """Options of sbatch without which the runs could neither be found again nor continued."""

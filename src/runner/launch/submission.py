@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from runner import scheduler
-from runner.rundir import RunDir, write_atomic
+from runner.files import write_atomic
+from runner.rundir import RunDir
 
 if TYPE_CHECKING:
     from runner.launch.slurm import Slurm

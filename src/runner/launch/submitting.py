@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from runner import scheduler
 from runner.errors import Fault, LaunchError
+from runner.files import locked
 from runner.launch import sbatch, slurm_job, snapshot, submission
 from runner.launch.submission import Submission
-from runner.rundir import RunDir, SweepDir, locked
+from runner.rundir import RunDir
+from runner.sweepdir import SweepDir
 
 if TYPE_CHECKING:
     from runner.launch.slurm import Slurm

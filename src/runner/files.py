@@ -1,0 +1,74 @@
+"""Files that several processes share: written whole, locked, watched; and the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from runner.errors import ConfigError, Fault
+
+
+def cache_dir(room: str) -> Path:
+    """A folder of the user's cache (``RUNNER_CACHE`` moves it), made if need be; what lies there can be made again.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    base = os.environ.get("RUNNER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "runner")
+    folder = Path(base).expanduser() / room
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "set RUNNER_CACHE to a folder that can be written"
+        raise ConfigError(Fault("", f"the cache folder {folder} cannot be made: {error.strerror}", remedy)) from error
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for, then hold, an advisory lock on ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("wb") as handle:
+            handle.write(content.encode() if isinstance(content, str) else content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def is_held(lock: Path, *, shared: bool = False) -> bool:
+    """Whether a process holds the advisory lock on this file; ``shared`` where holders share it among themselves.
+
+    Looking holds the lock for an instant. Who takes it alone should therefore try more than once.
+    """
+    mode, probe = ("r+", fcntl.LOCK_EX) if shared else ("r", fcntl.LOCK_SH)
+    with contextlib.suppress(FileNotFoundError, PermissionError), lock.open(mode) as handle:
+        try:
+            fcntl.flock(handle, probe | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Differs after every ``write_atomic`` and every line that is added; empty where there is no such file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
