@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -46,6 +47,13 @@ def test_a_run_leaves_its_folder_and_says_what_came_out(capfd: pytest.CaptureFix
     assert str(rundir.model) in said.out
     assert "step 2/2" in said.err
     assert "step 2/2" in rundir.log.read_text()
+
+
+def test_version_says_what_computes(capfd: pytest.CaptureFixture[str]):
+    assert cli.run(["--version"]) == 0
+    first, *rest = capfd.readouterr().out.splitlines()
+    assert first == f"runner {importlib.metadata.version('runner')}"
+    assert f"torch {importlib.metadata.version('torch')}" in rest
 
 
 def test_a_named_folder_is_skipped_when_its_run_is_completed(capfd: pytest.CaptureFixture[str]):

@@ -29,6 +29,8 @@ def run(argv: list[str]) -> int:
             return _among_several(argv)
         if "ACCELERATE_MIXED_PRECISION" in os.environ:
             _refuse_lonely()
+        if argv == ["--version"]:
+            return _version()
         if argv and _is_word(argv[0]):
             return _verb(argv[0])(argv[1:])
         return _hydra(argv)
@@ -164,6 +166,15 @@ def _verb(name: str) -> Verb:
         allowed = f"{suggest(name, VERBS)} verbs: {', '.join(VERBS)}; an override is written key=value".strip()
         raise ConfigError(Fault(name, "no such verb", allowed))
     return VERBS[name]
+
+
+def _version() -> int:
+    """Of the runner, and of what it computes with."""
+    from runner import provenance
+
+    versions = provenance.versions()
+    print("\n".join(f"{name} {versions[name]}" for name in sorted(versions, key=lambda name: name != "runner")))
+    return 0
 
 
 def _refuse_lonely() -> None:

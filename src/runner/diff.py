@@ -47,6 +47,8 @@ def diff(argv: list[str]) -> int:
     words = asked.read(argv, HELP, flags=flags)
     if words is None:
         return 0
+    if words.has("--json") and words.has("--patch"):
+        raise ConfigError(Fault("--patch", "the lines of code do not go into JSON", "leave out --patch or --json"))
     runs, settings = asked.settings(words.words, ("uri",))
     ours, theirs = _the_two(runs, words, settings.get("uri"))
     sections, numbers = contrast.of(ours, theirs), contrast.numbers(ours.curves, theirs.curves)
