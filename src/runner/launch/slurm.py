@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +102,14 @@ class Slurm:
             if sweep and any(map(mirrored.is_wanted, rundirs)):
                 mirrored.tell([sweep.path])  # nobody will start what Slurm did not take
             raise
+        if rundirs and not self.wait:
+            submitting.tell_how_to_watch(sweep.path if sweep else rundirs[0].path)
         return following.follow(rundirs) if self.wait else [0] * len(rundirs)
 
     def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
         """Submit each run when there is room for it; Ctrl-C ends the proposing, not what was submitted."""
+        print("runs are proposed from here as others end: this stays, whatever launcher.wait says", file=sys.stderr)
+        submitting.tell_how_to_watch(sweep.path)
         several = at_once or self.array_parallelism
         assert several, "checked by search.check_combination"
         return following.serve(source, several, lambda rundir: submitting.submit(self, [rundir], sweep))

@@ -84,8 +84,10 @@ def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> None:
             ids.append(previous)
             done += len(part)
             _tell(asked, previous, part)
-    if ids:
-        print(f"    python -m runner status {home}    how it goes; logs and cancel take a folder too", file=sys.stderr)
+
+
+def tell_how_to_watch(home: Path) -> None:
+    print(f"    python -m runner status {home}    how it goes; logs and cancel take a folder too", file=sys.stderr)
 
 
 def longest_array(asked: Slurm) -> int:
