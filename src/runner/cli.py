@@ -266,9 +266,10 @@ def _run_one(job: Any, argv: list[str], joined: Joined | None) -> int:
     if not joined and not any(override.startswith("launcher") for override in job.overrides):
         launcher = admit.launcher_of(job.cfg)  # a resumed run goes the way it went
     folders.refuse(folder, job.cfg)
+    is_new = not job.is_folder_named and not folder.exists()
     launcher.check()
     try:
-        rundir = sweeping.prepared(job, folder, ["python", "-m", "runner", *argv])
+        rundir = sweeping.prepared(job, folder, ["python", "-m", "runner", *argv], is_new=is_new)
     except OSError as error:
         raise ConfigError(sweeps.outputs_fault(error, folder)) from error
     return launcher.launch([rundir], None)[0]

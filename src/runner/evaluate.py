@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from runner import asked, benchmarks, console, data, dataset, mirrored, named, provenance, tracking
 from runner import trained as training_results
 from runner.errors import ConfigError, Fault
+from runner.secrets import redact
 from runner.trained import Trained
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _record(order: _Order, name: str, metrics: dict[str, float], noted: dict[str
     named_metrics = {metric_name(name, metric, is_base=order.is_base): value for metric, value in metrics.items()}
     record = {
         "time": time.time(), "step": rundir.read_state().step, "name": name, "is_base": order.is_base, **noted,
-        "command": shlex.join(order.command), "versions": provenance.versions(), "metrics": named_metrics,
+        "command": redact(shlex.join(order.command)), "versions": provenance.versions(), "metrics": named_metrics,
     }  # fmt: skip
     tracking.append_to(rundir.evaluations, record)
     for metric, value in named_metrics.items():

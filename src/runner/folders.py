@@ -11,8 +11,6 @@ from runner.errors import ConfigError, Fault, ResumeError
 from runner.rundir import RunDir
 
 RESUME_KEYS = ("resume", "retry", "launcher")
-BEFORE_THE_MANIFEST = {".hydra", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
-"""What a run that was killed while it was being prepared leaves behind."""
 
 
 def choose(cfg: dict[str, Any], composed: Path, *, named: bool, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
@@ -56,7 +54,7 @@ def refuse(folder: Path, cfg: dict[str, Any]) -> None:
         ResumeError: it holds other files, a run of another configuration, or a failed run (without ``retry=true``).
     """
     rundir = RunDir(folder)
-    refuse_files(folder)
+    prepare.refuse_files(folder)
     if not rundir.manifest.exists():
         return
     prepare.refuse_other(rundir, cfg)
@@ -66,19 +64,6 @@ def refuse(folder: Path, cfg: dict[str, Any]) -> None:
         raise ResumeError(Fault("", f"the run in {folder} failed: {state.reason}", remedy))
 
 
-def refuse_files(folder: Path) -> None:
-    """Refuse a folder that holds files, but no run.
-
-    Raises:
-        ResumeError: with what to do instead.
-    """
-    if RunDir(folder).manifest.exists() or not folder.is_dir():
-        return
-    if {path.name for path in folder.iterdir()} - BEFORE_THE_MANIFEST:
-        remedy = "name an empty folder, or the folder of a run"
-        raise ResumeError(Fault("hydra.run.dir", "holds other files and no run", remedy, folder))
-
-
 def refuse_resume(cfg: dict[str, Any]) -> None:
     """``resume`` names one run; a sweep is taken up by its folder."""
     if cfg["resume"]:
@@ -86,19 +71,26 @@ def refuse_resume(cfg: dict[str, Any]) -> None:
         raise ResumeError(Fault("resume", "is for a single run, and this starts several", remedy, cfg["resume"]))
 
 
-def make(folder: Path) -> list[Path]:
-    """Make the folder and those above it; returns those that were not there, innermost first.
+def make(folder: Path, *, is_new: bool = False) -> tuple[Path, list[Path]]:
+    """Make the folder and those above it; returns it, and those that were not there, innermost first.
+
+    Args:
+        is_new: nobody else may have it; where another command was faster it is ``folder-2`` …
 
     Raises:
         ConfigError: it cannot be made.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not is_new)
+    except FileExistsError as error:
+        if is_new:
+            return make(_unused(folder), is_new=True)
+        raise ConfigError(Fault("hydra.run.dir", "is a file", "name a folder", folder)) from error
     except OSError as error:
         remedy = "set outputs_dir (or hydra.run.dir) to a folder that can be written"
         raise ConfigError(Fault("outputs_dir", f"cannot be written: {error.strerror}", remedy, folder)) from error
-    return missing
+    return folder, missing
 
 
 def _resumed(cfg: dict[str, Any]) -> Path:

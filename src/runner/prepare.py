@@ -23,6 +23,8 @@ from runner.secrets import redact, take_credentials
 RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher", "search")
 """Keys that say where and how a run happens, not what it computes: they do not change its identity."""
 
+BEFORE_THE_MANIFEST = {".hydra", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
+"""What a run that was killed while it was being prepared leaves behind."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The same as ``safe_load``, seven times as fast: a sweep may have a thousand configurations."""
 
@@ -100,6 +102,19 @@ def refuse_other(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
                 rundir.path,
             )
         )
+
+
+def refuse_files(folder: Path) -> None:
+    """Refuse a folder that holds files, but no run.
+
+    Raises:
+        ResumeError: with what to do instead.
+    """
+    if RunDir(folder).manifest.exists() or not folder.is_dir():
+        return
+    if {path.name for path in folder.iterdir()} - BEFORE_THE_MANIFEST:
+        remedy = "name an empty folder, or the folder of a run"
+        raise ResumeError(Fault("hydra.run.dir", "holds other files and no run", remedy, folder))
 
 
 def read_config(rundir: RunDir) -> dict[str, Any]:

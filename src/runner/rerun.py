@@ -212,7 +212,7 @@ def _folder(job: Job) -> Path:
     if RunDir(folder).manifest.exists():
         problem, remedy = "holds a run already, and a rerun gets a folder of its own", "name another, or leave it out"
         raise ConfigError(Fault("hydra.run.dir", problem, remedy, folder))
-    folders.refuse_files(folder)
+    prepare.refuse_files(folder)
     return folder
 
 
@@ -234,7 +234,8 @@ def _prepared(original: Recorded, job: Job, folder: Path, argv: list[str], code:
         if prepare.signature(job.cfg) == prepare.signature(original.config):
             notes["signature"] = original.manifest.get("signature")  # as its own code reckons it
     try:
-        rundir = sweeping.prepared(job, folder, ["python", "-m", "runner", "rerun", *argv], **notes)
+        command, is_new = ["python", "-m", "runner", "rerun", *argv], not job.is_folder_named
+        rundir = sweeping.prepared(job, folder, command, is_new=is_new, **notes)
         if code:
             rundir.dirty_diff.unlink(missing_ok=True)
             if original.patch:

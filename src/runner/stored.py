@@ -6,13 +6,7 @@ makes of a thousand runs, take longer than the answer. Other databases are asked
 
 from __future__ import annotations
 
-import json
-import os
 import sqlite3
-import ssl
-import urllib.error
-import urllib.request
-from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
-from runner import choices, store
+from runner import choices, rest, store
 from runner.errors import Fault, TrackingError, suggest
 from runner.mlflow_run import explained
 from runner.results import Result
@@ -33,7 +27,6 @@ MOST_RUNS = 50_000
 STATUS = {"FINISHED": "completed", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "queued"}
 SHOWN_ID = 8
 CALLS_AT_ONCE = 8
-TIMEOUT_S = 60.0
 
 Point = tuple[int, float, float]
 """(step, seconds since the epoch, value)"""
@@ -113,7 +106,7 @@ def opened(uri: str) -> Store:
     """The way to ask this store."""
     if uri.startswith("sqlite:"):
         return _Sqlite(Path(uri.removeprefix("sqlite:///")))
-    return _Server.of(uri) if store.is_server(uri) else _Client(uri)
+    return _Server(uri) if store.is_server(uri) else _Client(uri)
 
 
 def _chosen(known: dict[str, str], words: Sequence[str], uri: str) -> list[str]:
@@ -121,7 +114,8 @@ def _chosen(known: dict[str, str], words: Sequence[str], uri: str) -> list[str]:
     if not words:
         own = [name for name in known if name != "Default"] or list(known)
         if len(own) != 1:
-            raise TrackingError(Fault("uri", f"holds {len(own)} experiments", f"name one: {', '.join(own)}", uri))
+            problem, remedy = f"holds {len(own)} experiments", f"name one: {', '.join(own)}"
+            raise TrackingError(Fault("uri", problem, remedy, take_credentials(uri)[0]))
         return own
     return list(words) if all(word in known for word in words) else []
 
@@ -164,20 +158,26 @@ class _Sqlite:
     def experiments(self) -> dict[str, str]:
         if not self.path.is_file():
             raise TrackingError(Fault("uri", f"there is no database {self.path}", "name one that a run was tracked in"))
-        found = self._ask("SELECT name, experiment_id FROM experiments WHERE lifecycle_stage = 'active'")
+        (found,) = self._ask(["SELECT name, experiment_id FROM experiments WHERE lifecycle_stage = 'active'"])
         return {name: str(identity) for name, identity in found}
 
     def runs(self, experiments: Sequence[str]) -> list[Row]:
         chosen = f"experiment_id IN ({','.join('?' * len(experiments))}) AND lifecycle_stage = 'active'"
-        ids = [int(identity) for identity in experiments]
-        found = self._ask(f"SELECT run_uuid, name, status, start_time FROM runs WHERE {chosen}", ids)
-        rows = {run: Row(run, name or run, status, (start or 0) / 1000) for run, name, status, start in found}
         among = f"run_uuid IN (SELECT run_uuid FROM runs WHERE {chosen})"
-        for run, key, text in self._ask(f"SELECT run_uuid, key, value FROM params WHERE {among}", ids):
+        found, params, tags, numbers = self._ask(
+            [
+                f"SELECT run_uuid, name, status, start_time FROM runs WHERE {chosen}",
+                f"SELECT run_uuid, key, value FROM params WHERE {among}",
+                f"SELECT run_uuid, key, value FROM tags WHERE {among}",
+                f"SELECT run_uuid, key, value FROM latest_metrics WHERE NOT is_nan AND {among}",
+            ],
+            [int(identity) for identity in experiments],
+        )
+        rows = {run: Row(run, name or run, status, (start or 0) / 1000) for run, name, status, start in found}
+        for run, key, text in params:
             rows[run].params[key] = text
-        for run, key, text in self._ask(f"SELECT run_uuid, key, value FROM tags WHERE {among}", ids):
+        for run, key, text in tags:
             rows[run].tags[key] = text
-        numbers = self._ask(f"SELECT run_uuid, key, value FROM latest_metrics WHERE NOT is_nan AND {among}", ids)
         for run, key, number in numbers:
             rows[run].metrics[key] = number
         return list(rows.values())
@@ -186,13 +186,16 @@ class _Sqlite:
         chosen = f"run_uuid IN ({','.join('?' * len(run_ids))}) AND key IN ({','.join('?' * len(names))})"
         query = f"SELECT run_uuid, key, step, timestamp, value FROM metrics WHERE NOT is_nan AND {chosen} ORDER BY step"
         found: dict[tuple[str, str], list[Point]] = {}
-        for run, key, step, time_ms, number in self._ask(query, [*run_ids, *names]):
+        (points,) = self._ask([query], [*run_ids, *names])
+        for run, key, step, time_ms, number in points:
             found.setdefault((run, key), []).append((step, time_ms / 1000, number))
         return ((run, key, points) for (run, key), points in found.items())
 
-    def _ask(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+    def _ask(self, queries: Sequence[str], values: Sequence[Any] = ()) -> list[list[Any]]:
+        """The answers to all queries as of one moment: others write meanwhile."""
         with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=20)) as database:
-            return database.execute(query, list(values)).fetchall()
+            database.execute("BEGIN")
+            return [database.execute(query, list(values)).fetchall() for query in queries]
 
 
 @dataclass(frozen=True)
@@ -200,29 +203,16 @@ class _Server:
     """MLflow's REST API 2.0."""
 
     uri: str
-    headers: dict[str, str]
-
-    @classmethod
-    def of(cls, uri: str) -> _Server:
-        uri, user, password = take_credentials(uri)
-        user = user or os.environ.get("MLFLOW_TRACKING_USERNAME")
-        password = password or os.environ.get("MLFLOW_TRACKING_PASSWORD") or ""
-        headers = {"Content-Type": "application/json"}
-        if user:
-            headers["Authorization"] = f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"
-        elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-            headers["Authorization"] = f"Bearer {token}"
-        return cls(uri.rstrip("/"), headers)
 
     def experiments(self) -> dict[str, str]:
-        found = self._ask("experiments/search", {"max_results": MOST_RUNS})
+        found = rest.ask(self.uri, "experiments/search", {"max_results": MOST_RUNS})
         return {each["name"]: each["experiment_id"] for each in found.get("experiments", [])}
 
     def runs(self, experiments: Sequence[str]) -> list[Row]:
         rows, token = [], ""
         while True:
             wanted = {"experiment_ids": list(experiments), "max_results": MOST_RUNS, "page_token": token}
-            page = self._ask("runs/search", {key: value for key, value in wanted.items() if value})
+            page = rest.ask(self.uri, "runs/search", {key: value for key, value in wanted.items() if value})
             rows += [self._row(run["info"], run.get("data") or {}) for run in page.get("runs", [])]
             if not (token := page.get("next_page_token", "")):
                 return rows
@@ -230,7 +220,7 @@ class _Server:
     def history(self, run_ids: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str, list[Point]]]:
         def ask(wanted: tuple[str, str]) -> tuple[str, str, list[Point]]:
             query = urlencode({"run_id": wanted[0], "metric_key": wanted[1]})
-            points = self._ask(f"metrics/get-history?{query}").get("metrics", [])
+            points = rest.ask(self.uri, f"metrics/get-history?{query}").get("metrics", [])
             found = [(int(one.get("step", 0)), int(one["timestamp"]) / 1000, float(one["value"])) for one in points]
             return *wanted, sorted(found)
 
@@ -246,25 +236,6 @@ class _Server:
         name = info.get("run_name") or info["run_id"]
         started = int(info.get("start_time", 0)) / 1000
         return Row(info["run_id"], name, info["status"], started, pairs("params"), metrics, pairs("tags"))
-
-    def _ask(self, what: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(f"{self.uri}/api/2.0/mlflow/{what}", data, self.headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=_tls()) as answer:
-                return dict(json.load(answer))
-        except urllib.error.HTTPError as error:
-            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if error.code in (401, 403) else ""
-            problem = f"answers {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
-            raise TrackingError(Fault("uri", problem, remedy, self.uri)) from error
-
-
-def _tls() -> ssl.SSLContext:
-    """As MLflow's client is told by the environment."""
-    context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
-    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
 
 
 @dataclass(frozen=True)

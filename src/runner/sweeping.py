@@ -14,7 +14,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 
-from runner import admit, folders, report, sweeps
+from runner import admit, folders, prepare, report, sweeps
 from runner.compose import Composer, Job, write_hydra
 from runner.errors import ConfigError, Fault, LaunchError
 from runner.rundir import RunDir
@@ -95,8 +95,6 @@ class Session:
         wanted = [sweeps.Wanted(job.cfg, label, job.folder) for job, label in zip(jobs, labels, strict=True)]
         try:
             with sweeps.joined(sweep, name, self.command, wanted) as rundirs:
-                for rundir in rundirs:
-                    folders.refuse_files(rundir.path)
                 for rundir, job, each in zip(rundirs, jobs, wanted, strict=True):
                     prepared(job, rundir.path, self.command, sweep=name, label=each.label)
         except OSError as error:
@@ -142,14 +140,15 @@ class Session:
                 break
 
 
-def prepared(job: Job, folder: Path, command: list[str], **notes: Any) -> RunDir:
-    """The run's folder with ``.hydra/`` and our frozen configuration in it; that of an earlier run as it is."""
-    from runner import prepare
+def prepared(job: Job, folder: Path, command: list[str], *, is_new: bool = False, **notes: Any) -> RunDir:
+    """The run's folder with ``.hydra/`` and our frozen configuration in it; that of an earlier run as it is.
 
-    if RunDir(folder).manifest.exists():
+    ``is_new``: it gets a folder of its own, whatever appears in ``folder`` meanwhile.
+    """
+    if not is_new and RunDir(folder).manifest.exists():
         prepare.refuse_other(RunDir(folder), job.cfg)
         return RunDir(folder)
-    made = folders.make(folder)
+    folder, made = folders.make(folder, is_new=is_new)
     write_hydra(job, folder)
     name = {"name": job.cfg["name"] or notes["label"]} if notes.get("label") else {}
     return prepare.prepare(job.cfg, folder, command, job.overrides, made, **notes, **name)

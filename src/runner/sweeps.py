@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from runner import prepare
 from runner.errors import Fault, ResumeError
 from runner.files import locked, write_atomic
 from runner.rundir import DONE, RunDir
+from runner.secrets import redact
 from runner.sweepdir import SweepDir
 
 OTHERS = {".sweep.lock", ".search.lock", "search.journal", "multirun.yaml"}
@@ -45,11 +47,12 @@ def joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted])
     """Make the sweep, or add to it, and give each job its folder; nobody else changes the sweep during the block.
 
     Raises:
-        ResumeError: the folder holds something else.
+        ResumeError: the folder, or one that a job is to have, holds something else; nothing was written.
     """
     refuse(sweep)
     with locked(sweep.lock):
         manifest = sweep.read() or {"id": uuid.uuid4().hex, "name": name, "created": time.time(), "jobs": {}}
+        command = [redact(word) for word in command]
         if manifest.setdefault("commands", [])[-1:] != [command]:
             manifest["commands"].append(command)
         jobs = manifest["jobs"]
@@ -57,8 +60,13 @@ def joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted])
             if job.signature not in jobs:
                 folder = job.folder or f"{len(jobs):03d}-{job.signature[:8]}"
                 jobs[job.signature] = {"folder": folder, "label": job.label}
+        _refuse_shared([job["folder"] for job in jobs.values()])
+        rundirs = [RunDir(sweep.path / jobs[job.signature]["folder"]) for job in wanted]
+        for rundir, job in zip(rundirs, wanted, strict=True):
+            prepare.refuse_files(rundir.path)
+            prepare.refuse_other(rundir, job.cfg)
         write_atomic(sweep.manifest, json.dumps(manifest, indent=1))
-        yield [RunDir(sweep.path / jobs[job.signature]["folder"]) for job in wanted]
+        yield rundirs
 
 
 def refuse(sweep: SweepDir) -> None:
@@ -71,6 +79,12 @@ def refuse(sweep: SweepDir) -> None:
     if path.is_dir() and not sweep.manifest.exists() and {entry.name for entry in path.iterdir()} - OTHERS:
         remedy = "name another folder with sweep=NAME or hydra.sweep.dir=…"
         raise ResumeError(Fault("sweep", "its folder holds other files and no sweep", remedy, path))
+
+
+def _refuse_shared(names: list[str]) -> None:
+    if shared := [name for name, count in Counter(names).items() if count > 1]:
+        problem, remedy = "is the folder of more than one run", "let it hold what is swept, or leave it out"
+        raise ResumeError(*(Fault("hydra.sweep.subdir", problem, remedy, name) for name in shared))
 
 
 def has_to_work(rundir: RunDir, retry: bool) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from runner import asked, recorded, store
+from runner import asked, recorded, rest, store
 from runner.errors import ConfigError, Fault, TrackingError
 from runner.stop import signals_to
 
@@ -54,9 +52,9 @@ def ui(argv: list[str]) -> int:
     words = asked.read(argv, HELP, flags=("--no-browser",), valued=("--port", "--experiment"))
     if words is None:
         return 0
-    rest, settings = asked.settings(words.words, ("uri",))
-    if rest:
-        raise ConfigError(*(Fault(word, "ui does not know this word", HELP.splitlines()[0]) for word in rest))
+    unknown, settings = asked.settings(words.words, ("uri",))
+    if unknown:
+        raise ConfigError(*(Fault(word, "ui does not know this word", HELP.splitlines()[0]) for word in unknown))
     port = _asked_port(words)
     uri = recorded.checked(settings["uri"]) if "uri" in settings else _embedded(words.outputs_dir)
     if store.is_server(uri):
@@ -185,13 +183,10 @@ def _page(address: str, name: str | None) -> str:
         TrackingError: the server does not say.
     """
     address = address.rstrip("/")
-    body = json.dumps({"max_results": 1000, "order_by": ["last_update_time DESC"]}).encode()
-    request = urllib.request.Request(
-        f"{address}/api/2.0/mlflow/experiments/search", body, {"Content-Type": "application/json", **_authorization()}
-    )
+    latest = {"max_results": 1000, "order_by": ["last_update_time DESC"]}
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            found = {each["name"]: each["experiment_id"] for each in json.load(answer).get("experiments", [])}
+        answer = rest.ask(address, "experiments/search", latest, timeout_s=20)
+        found = {each["name"]: each["experiment_id"] for each in answer.get("experiments", [])}
     except (OSError, ValueError, KeyError) as error:
         problem = f"{address} does not answer as an MLflow server does: {error}"
         raise TrackingError(Fault("uri", problem, "does it run, and is the address right?")) from error
@@ -201,16 +196,6 @@ def _page(address: str, name: str | None) -> str:
         remedy = f"those there are: {', '.join(sorted(found))}"
         raise ConfigError(Fault("--experiment", "there is none of that name", remedy, name))
     return f"{address}/#/experiments/{quote(str(found[wanted]))}" if wanted else address
-
-
-def _authorization() -> dict[str, str]:
-    """As MLflow's own client does it."""
-    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
-    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        return {"Authorization": f"Bearer {token}"}
-    if user and password:
-        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
-    return {}
 
 
 def _show(page: str, words: asked.Asked) -> None:

@@ -1,0 +1,55 @@
+"""MLflow's REST API 2.0, asked without MLflow: importing that takes longer than the answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from typing import Any
+
+from runner.errors import Fault, TrackingError
+from runner.secrets import take_credentials
+
+TIMEOUT_S = 60.0
+
+
+def ask(uri: str, what: str, body: dict[str, Any] | None = None, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+    """What the server at ``uri`` answers to ``what`` (``runs/search``); with a ``body`` it is posted.
+
+    Raises:
+        TrackingError: the server refuses.
+        OSError, ValueError: it does not answer, or not as MLflow does.
+    """
+    address, user, password = take_credentials(uri)
+    headers = {"Content-Type": "application/json", **_authorization(user, password)}
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(f"{address.rstrip('/')}/api/2.0/mlflow/{what}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s, context=_tls()) as answer:
+            return dict(json.load(answer))
+    except urllib.error.HTTPError as error:
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if error.code in (401, 403) else ""
+        problem = f"answers {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+        raise TrackingError(Fault("uri", problem, remedy, address)) from error
+
+
+def _authorization(user: str | None, password: str | None) -> dict[str, str]:
+    """Who asks: as the URI says, else the environment, in the order in which MLflow's own client reads it."""
+    if not user:
+        user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+        if not (user and password):
+            token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+            return {"Authorization": f"Bearer {token}"} if token else {}
+    both = f"{user}:{password or ''}".encode()
+    return {"Authorization": f"Basic {b64encode(both).decode()}"}
+
+
+def _tls() -> ssl.SSLContext:
+    """As MLflow's client is told by the environment."""
+    context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
