@@ -138,9 +138,15 @@ def test_folders_database_and_server_say_the_same(
 
 COUNTED = """
 import sys
-counts = {}
+import sqlite3
+counts, connect = {}, sqlite3.connect
+def traced(*arguments, **options):
+    made = connect(*arguments, **options)
+    made.set_trace_callback(lambda text: counts.update(queries=counts.get("queries", 0) + text.startswith("SELECT")))
+    return made
+sqlite3.connect = traced
 def hook(event, arguments):
-    name = {"sqlite3.connect": "queries", "urllib.Request": "requests"}.get(event)
+    name = {"urllib.Request": "requests"}.get(event)
     if event == "open" and str(arguments[0]).endswith(("config.yaml", "metrics.jsonl", "state.json", "manifest.json")):
         name = "files"
     if name:
@@ -248,6 +254,22 @@ def test_the_forms_hold_the_same(here: Path, capsys: pytest.CaptureFixture[str])
     found = as_json(capsys, *words)
     assert found["pareto"] == {"axes": ["eval/loss", "train/seconds"], "front": ["000-job"]}
     assert found["groups"][0]["means"]["eval/loss"]["n"] == 2
+
+
+def test_the_page_is_of_what_was_compared(here: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep("other/sweeps/played")
+    played(sweep, 4, 2.0, seed=1), played(sweep, 8, 1.0, seed=1), played(sweep, 8, 1.0, seed=2)
+    _, out, _ = said(capsys, "outputs_dir=other", "--where", "seed=1", "--by", "seed")
+    assert "runner compare outputs_dir=other --where=seed=1 --by=seed --html compare.html" in out
+
+
+def test_no_password_is_shown(here: Path, server: Server, capsys: pytest.CaptureFixture[str]):
+    server.running()
+    uri = server.uri.replace("://", "://me:hunter2hunter2@")
+    code, out, err = said(capsys, f"uri={uri}", "no such experiment")
+    assert code == 2
+    assert "no such experiment" in err
+    assert "hunter2" not in out + err
 
 
 def test_the_hints_name_what_can_be_typed(here: Path, capsys: pytest.CaptureFixture[str]):
@@ -362,7 +384,7 @@ def test_pictures_are_written(here: Path, capsys: pytest.CaptureFixture[str]):
         (["--html", "file/page.html"], "--html=file/page.html: cannot be written"),
         (["--html", "outputs"], "--html=outputs: cannot be written"),
         (["--png", "file"], "--png=file: cannot be written"),
-        (["uri=nothing.db"], "there is no database"),
+        (["uri=nothing.db"], "there is no such database"),
         (["uri=http://127.0.0.1:9", "x"], "the server, http://127.0.0.1:9.*refused"),
         (["outputs_dir=empty"], "there are no runs below empty yet"),
         (["waiting"], "none of the 2 runs is completed: 2 pending.*lora.r=4|000-job"),

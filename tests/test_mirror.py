@@ -582,10 +582,14 @@ def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkey
     assert mirror.sync_command([str(outputs)]) == 0
     assert capsys.readouterr().out == f"{rundir.path}  completed  is in MLflow\n"
     assert mirror.sync_command([str(rundir.path), "uri=http://127.0.0.1:9"]) == 1
-    assert "refused" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "refused" in said.err
+    assert said.out == "", "what is in MLflow, and nothing else"
+    assert mirror.sync_command(["the run", f"outputs_dir={outputs}"]) == 0
+    assert capsys.readouterr().out == f"{rundir.path}  completed  is in MLflow\n"
     assert mirror.sync_command(["--help"]) == 0
     assert "uri=URI" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--force: sync does not know this word"):
+    with pytest.raises(ConfigError, match="--force: no such option"):
         mirror.sync_command(["--force"])
     monkeypatch.chdir(outputs / "mlartifacts")
     with pytest.raises(ConfigError, match="outputs holds no run"):

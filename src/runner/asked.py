@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner import console
 from runner.errors import ConfigError, Fault, suggest
 
 
@@ -52,7 +53,8 @@ def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Co
         ConfigError: with every option that the verb does not know, or that lacks its value.
     """
     if {"-h", "--help"} & set(argv):
-        print(teaching)
+        with console.piped():
+            print(teaching)
         return None
     words: list[str] = []
     options: dict[str, str] = {}

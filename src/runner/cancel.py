@@ -16,6 +16,7 @@ from runner.files import write_atomic
 from runner.rundir import FINAL, RunDir
 from runner.standing import Standing
 from runner.sweepdir import SweepDir
+from runner.system import user
 
 HELP = """python -m runner cancel RUN|SWEEP … [outputs_dir=FOLDER]
 
@@ -63,7 +64,7 @@ def _meant(words: asked.Asked) -> list[RunDir]:
     for word in words.words:
         what = named.resolve(word, words.outputs_dir)
         if isinstance(what, SweepDir) and what.search_journal.exists():  # or the next run is proposed at once
-            write_atomic(what.cancel_request, f"cancelled by {standing.user()}@{standing.here()}")
+            write_atomic(what.cancel_request, f"cancelled by {user()}@{standing.here()}")
         for rundir in [what] if isinstance(what, RunDir) else named.runs_of(what):
             found.setdefault(rundir.path, rundir)
     return list(found.values())
@@ -164,4 +165,4 @@ class _Ending:
 
 def _reason(run: Standing) -> str:
     begun = "" if run.state.attempt or run.status in ("running", "starting") else " before it started"
-    return f"cancelled{begun} by {standing.user()}@{standing.here()}"
+    return f"cancelled{begun} by {user()}@{standing.here()}"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import ranks
+from runner import console, ranks
 from runner.errors import ConfigError, Fault, RunnerError, suggest
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def plan(argv: list[str]) -> int:
     from runner import plan as planning
 
     if {"-h", "--help"} & set(argv):
-        print(planning.HELP)
+        with console.piped():
+            print(planning.HELP)
         return 0
     with composed(argv) as (_, jobs):
         for job in jobs:

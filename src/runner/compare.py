@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import asked, columns, console, leaderboard, named, results
+from runner import asked, columns, console, leaderboard, named, recorded, results
 from runner.errors import ConfigError, Fault
 from runner.leaderboard import Leaderboard
 from runner.results import Result
 from runner.rundir import RunDir
-from runner.secrets import take_credentials
 from runner.sweepdir import SweepDir
 
 HELP = """python -m runner compare [SWEEP|RUN|FOLDER|EXPERIMENT …] [uri=STORE] [options] [outputs_dir=FOLDER]
@@ -46,6 +45,8 @@ label, sweep. loss is that of the last evaluation, best the smallest one, memory
 The exit code is 0; 2 where there is nothing to compare."""
 
 SHOWN = 50
+CHOOSING = ("--where", "--by", "--sort", "--metrics", "--pareto")
+"""Options that say what is compared, and how."""
 
 
 def compare(argv: list[str]) -> int:
@@ -55,14 +56,13 @@ def compare(argv: list[str]) -> int:
         RunnerError: a word, an option or a key that means nothing; no run is completed; a file cannot be written.
     """
     forms = ("--markdown", "--csv", "--json")
-    valued = ("--where", "--metrics", "--sort", "--by", "--pareto", "--html", "--png")
-    words = asked.read(argv, HELP, flags=("--all", *forms), valued=valued)
+    words = asked.read(argv, HELP, flags=("--all", *forms), valued=(*CHOOSING, "--html", "--png"))
     if words is None:
         return 0
     if len(chosen := [form for form in forms if words.has(form)]) > 1:
         raise ConfigError(Fault(" ".join(chosen), "is more than one form", "choose one of them"))
     source = _source(words)
-    how = {option: words.options.get(f"--{option}", "") for option in ("where", "metrics", "sort", "by", "pareto")}
+    how = {option.removeprefix("--"): words.options.get(option, "") for option in CHOOSING}
     made = leaderboard.of(source.results, **how)
     written = _write_files(made, source, words)
     with console.piped():
@@ -110,7 +110,8 @@ def _from_store(uri: str, names: list[str]) -> _Source:
 
     if "://" not in uri:
         uri = f"sqlite:///{Path(uri).expanduser().absolute()}"
-    return _Source(stored.read(uri, names), ", ".join(names) or take_credentials(uri)[0], uri)
+    uri = recorded.checked(uri)
+    return _Source(stored.read(uri, names), ", ".join(names) or uri, uri)
 
 
 def _from_folders(names: Sequence[str], outputs_dir: Path) -> _Source:
@@ -141,7 +142,7 @@ def _latest(outputs_dir: Path) -> list[RunDir | SweepDir]:
     if sweeps:
         return [max(sweeps, key=lambda sweep: sweep.manifest.stat().st_mtime)]
     if not there:
-        place = named.near(outputs_dir.absolute())
+        place = console.nearest(outputs_dir.absolute())
         remedy = "python -m runner -m lora.r=8,16 starts two; outputs_dir=FOLDER names another folder"
         raise ConfigError(Fault("", f"there are no runs below {place} yet", remedy))
     return there
@@ -242,21 +243,26 @@ def _hints(made: Leaderboard, source: _Source, words: asked.Asked) -> list[str]:
     completed = [result for result in made.results if result.is_completed]
     rated = sorted((r for r in completed if r is not made.best), key=made.goal.cost)
     best, runs = _typed(made.best), len(made.results)
+    where = [f"uri={source.uri}"] if source.uri else []
     key = made.goal.key
     number = columns.text(key, columns.value(made.best, key))
     hints = [f"best      {made.best.label}: {columns.title(key)} {number}"]
     if rated:
-        hints.append(f"diff      python -m runner diff {best} {_typed(rated[0])}")
+        elsewhere = where if not (made.best.folder and rated[0].folder) else []
+        hints.append(" ".join([f"diff      python -m runner diff {best} {_typed(rated[0])}", *elsewhere]))
     if made.best.folder and (Path(made.best.folder) / "model").is_dir():
         hints.append(f"generate  python -m runner generate {best}")
-    if failed := next((result for result in made.results if result.status == "failed"), None):
+    if failed := next((one for one in made.results if one.status == "failed" and one.folder), None):
         hints.append(f"log       python -m runner logs {_typed(failed)}")
     if runs > 1 and not words.has("--html"):
-        again = shlex.join(["python", "-m", "runner", "compare", *words.words])
+        names = [word for word in words.words if not word.startswith("uri=")]
+        outputs = [f"outputs_dir={words.outputs_dir}"] if str(words.outputs_dir) != "outputs" else []
+        chosen = [f"{option}={value}" for option, value in words.options.items() if option in CHOOSING]
+        again = shlex.join(["python", "-m", "runner", "compare", *names, *where, *outputs, *chosen])
         hints.append(f"page      {again} --html compare.html")
     return ["", *hints]
 
 
 def _typed(result: Result) -> str:
     """How the run is named on a command line."""
-    return shlex.quote(named.near(Path(result.folder))) if result.folder else result.run
+    return shlex.quote(console.nearest(Path(result.folder))) if result.folder else result.run

@@ -213,7 +213,7 @@ def console() -> Console:
 
 def nearest(path: Path) -> str:
     """The path as one would type it here: relative where it lies below the current directory."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def duration(seconds: float) -> str:

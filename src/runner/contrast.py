@@ -11,6 +11,7 @@ from runner import checkout, prepare, store
 from runner.checkout import Changed, Code
 from runner.errors import RunnerError
 from runner.recorded import Curves, Recorded
+from runner.tracking import LOSS
 
 PROGRAM = ("src/", "conf/", "pyproject.toml", "uv.lock")
 """The files of a checkout that a run depends on; the others are counted."""
@@ -136,7 +137,8 @@ def _hardware(run: Recorded) -> dict[str, Any]:
 def _results(run: Recorded) -> dict[str, Any]:
     names = [name for name in run.curves if name in FINAL or name.startswith(("eval/", "memory/"))]
     last = {name: run.curves[name][max(run.curves[name])] for name in sorted(names)}
-    best = {"eval/loss (best)": min(run.curves["eval/loss"].values())} if "eval/loss" in run.curves else {}
+    losses = [value for step, value in run.curves.get(LOSS, {}).items() if step]  # from when training has begun
+    best = {f"{LOSS} (best)": min(losses)} if losses else {}
     weights = run.manifest.get("weights_sha256")
     return {"status": run.status, "steps": run.last_step, **last, **best, "weights (sha256)": weights}
 

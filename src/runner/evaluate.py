@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from runner import asked, benchmarks, console, data, dataset, mirrored, named, provenance, tracking
+from runner import asked, benchmarks, console, data, dataset, mirrored, provenance, tracking
 from runner import trained as training_results
 from runner.errors import ConfigError, Fault
 from runner.secrets import redact
@@ -212,7 +212,7 @@ def _record(order: _Order, name: str, metrics: dict[str, float], noted: dict[str
 
 
 def _tell_mlflow(run: Trained) -> None:
-    near = named.near(run.rundir.path)
+    near = console.nearest(run.rundir.path)
     print(f"kept in {console.nearest(run.rundir.evaluations)}", file=sys.stderr)
     if not mirrored.is_wanted(run.rundir):
         return

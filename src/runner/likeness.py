@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runner import checkout, contrast, named, provenance, recorded, system
+from runner import checkout, console, contrast, provenance, recorded, system
 from runner.contrast import Section
 from runner.recorded import Recorded
 from runner.rundir import RunDir
@@ -34,8 +34,8 @@ def tell_before(original: Recorded, cfg: dict[str, Any], code: Path | None) -> N
 
 def tell_after(original: Recorded, rundir: RunDir, *, is_over: bool) -> None:
     """Say whether the numbers are those of the original, and write it into the manifest; ``is_over``: it completed."""
-    first = named.near(original.folder) if original.folder else original.mlflow_id[:8]
-    command = f"python -m runner diff {first} {named.near(rundir.path)}"
+    first = console.nearest(original.folder) if original.folder else original.mlflow_id[:8]
+    command = f"python -m runner diff {first} {console.nearest(rundir.path)}"
     if not is_over:
         _say(f"compare     {command}   when it is completed")
         return

@@ -53,7 +53,7 @@ def _the_run(words: asked.Asked) -> RunDir:
     found = named.resolve(words.words[0], words.outputs_dir)
     if isinstance(found, RunDir):
         return found
-    commands = [f"python -m runner logs {named.near(rundir.path)}" for rundir in named.runs_of(found)]
+    commands = [f"python -m runner logs {console.nearest(rundir.path)}" for rundir in named.runs_of(found)]
     listed = "".join(f"\n      {command}" for command in commands)
     raise ConfigError(Fault("", f"'{words.words[0]}' is a sweep; its runs have a log each", f"one of these:{listed}"))
 
@@ -69,7 +69,7 @@ def _show(rundir: RunDir, rank: int) -> None:
     files = _files(rundir, rank)
     for path in files:
         if path != rundir.rank_log(rank):
-            print(f"==> {named.near(path)}", flush=True)
+            print(f"==> {console.nearest(path)}", flush=True)
         with path.open("rb") as handle:
             _copy(handle.read())
     if not files:

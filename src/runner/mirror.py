@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import mlflow_sweep, store, sweep_mirror
-from runner.errors import ConfigError, Fault, RunnerError
+from runner import asked, mlflow_sweep, named, store, sweep_mirror
+from runner.errors import ConfigError, RunnerError
 from runner.follow import be_polite, close_if_dead, follow, only_one
 from runner.mlflow_run import MlflowRun
 from runner.rundir import RunDir, State, find_runs
@@ -22,10 +22,11 @@ from runner.secrets import take_credentials
 from runner.sweepdir import SweepDir, sweep_of
 from runner.tracking import check_mlflow
 
-SYNC_HELP = """python -m runner sync [FOLDER …] [uri=URI]
+SYNC_HELP = """python -m runner sync [RUN|SWEEP|FOLDER …] [uri=URI] [outputs_dir=FOLDER]
 
-Brings into MLflow what it has not got yet of the runs in FOLDER (a run folder, or a folder of them; by default
-outputs), and closes runs whose process died. Runs of tracking=offline go to the embedded database, or to URI."""
+Brings into MLflow what it has not got yet of these runs, or of all below outputs_dir, and closes runs whose process
+died. Runs of tracking=offline go to the embedded database, or to URI.
+RUN is a run folder, a name, or the beginning of an MLflow run id; SWEEP a name or a folder; FOLDER one of runs."""
 
 
 UNBEGUN, MIRRORED = "it has not started", "its own mirror is at work on it"
@@ -49,19 +50,19 @@ def sync_command(argv: list[str]) -> int:
     """The verb ``sync``; returns the exit code, 1 where something could not be brought.
 
     Raises:
-        ConfigError: a word that is neither a folder nor ``uri=…``.
+        ConfigError: a word that means no run, sweep or folder.
     """
-    if {"-h", "--help"} & set(argv):
-        print(SYNC_HELP)
+    words = asked.read(argv, SYNC_HELP)
+    if words is None:
         return 0
-    uris = [word.partition("=")[2] for word in argv if word.startswith(("uri=", "tracking.uri="))]
-    folders = [word for word in argv if not word.startswith(("uri=", "tracking.uri="))]
-    if unknown := [word for word in folders if word.startswith("-") or ("=" in word and not os.path.exists(word))]:
-        raise ConfigError(*(Fault(word, "sync does not know this word", SYNC_HELP.splitlines()[0]) for word in unknown))
-    results = sync(map(Path, folders or ["outputs"]), uris[-1] if uris else None)
+    names, given = asked.settings(words.words, ("uri", "tracking.uri"))
+    folders = [what.path for name in names for what, _ in named.meant(name, words.outputs_dir)]
+    results = sync(folders or [words.outputs_dir], given.get("uri") or given.get("tracking.uri"))
+    failed = [result for result in results if result.problem not in ("", UNBEGUN, MIRRORED)]
     for result in results:
-        print(f"{result.folder}  {result.status}  {result.problem or result.url or 'is in MLflow'}")
-    return int(any(result.problem not in ("", UNBEGUN, MIRRORED) for result in results))
+        out = sys.stderr if result in failed else sys.stdout
+        print(f"{result.folder}  {result.status}  {result.problem or result.url or 'is in MLflow'}", file=out)
+    return int(bool(failed))
 
 
 def sync(folders: Iterable[Path], uri: str | None = None) -> list[SyncResult]:

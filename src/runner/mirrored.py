@@ -64,7 +64,7 @@ def tell(folders: Sequence[Path]) -> list[str]:
         command = [sys.executable, "-P", "-m", "runner", "sync", *some]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
-            problems += (done.stdout or done.stderr).strip().splitlines()
+            problems += done.stderr.strip().splitlines()
     return problems
 
 

@@ -6,9 +6,7 @@ has and sends the rest. So nothing depends on a process that lives to the end.
 
 from __future__ import annotations
 
-import getpass
 import json
-import os
 import shlex
 import time
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from runner.errors import RunnerError
 from runner.files import write_atomic
 from runner.rundir import DIED, FINAL, RunDir, State
 from runner.secrets import redact, take_credentials
+from runner.system import user
 from runner.tracking import BEST, SECONDS, Tracking, last_values, read, read_evaluations, store_uri, tail
 
 if TYPE_CHECKING:
@@ -225,11 +224,3 @@ def explained(error: Exception, uri: str) -> str:
     store_name = "the embedded database" if not store.is_server(uri) else "the server"
     text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}".splitlines()[0]
     return redact(f"MLflow ({store_name}, {take_credentials(uri)[0]}): {text[:600]}")
-
-
-def user() -> str:
-    """Who runs this."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        return str(os.getuid())

@@ -23,10 +23,11 @@ from runner import mlflow_leaderboard, prepare, store
 from runner.config import bind
 from runner.errors import RunnerError
 from runner.files import locked
-from runner.mlflow_run import ENDED, STATUS, artifacts_dir, explained, note, user, where
+from runner.mlflow_run import ENDED, STATUS, artifacts_dir, explained, note, where
 from runner.rundir import RunDir, State
 from runner.secrets import take_credentials
 from runner.sweepdir import SweepDir
+from runner.system import user
 from runner.tracking import Tracking, store_uri
 
 if TYPE_CHECKING:

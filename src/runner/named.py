@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner import console
 from runner.errors import ConfigError, Fault, suggest
 from runner.rundir import RunDir
 from runner.sweepdir import SweepDir, sweep_of
@@ -107,11 +108,6 @@ def say_damaged(folder: Path, error: Exception) -> None:
     log.warning(f"left out, its files cannot be read: {folder} ({type(error).__name__}: {error})")
 
 
-def near(path: Path) -> str:
-    """The path as one would type it here: relative to the current directory where it lies below that."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 @dataclass(frozen=True)
 class _Entry:
     """A run or a sweep and what it may be called."""
@@ -124,7 +120,7 @@ class _Entry:
     def line(self) -> str:
         made = time.strftime("%F %T", time.localtime(self.created)) if self.created else ""
         kind = "sweep" if isinstance(self.what, SweepDir) else "run"
-        return f"{near(self.what.path)}  ({kind} {self.names[0]}{', made ' + made if made else ''})"
+        return f"{console.nearest(self.what.path)}  ({kind} {self.names[0]}{', made ' + made if made else ''})"
 
 
 def _entries(outputs_dir: Path) -> Iterator[_Entry]:
@@ -188,7 +184,7 @@ def _is_in(rundir: RunDir, sweeps: set[Path]) -> bool:
 
 
 def _nearest(word: str, entries: list[_Entry]) -> str:
-    names = {name for entry in entries for name in (*entry.names, near(entry.what.path))}
+    names = {name for entry in entries for name in (*entry.names, console.nearest(entry.what.path))}
     if hint := suggest(word, names):
         return hint
     if not names:

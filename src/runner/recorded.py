@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from runner import named, prepare, provenance, store, tracking
+from runner import console, named, prepare, provenance, store, tracking
 from runner.checkout import Code
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError, suggest
 from runner.mlflow_run import explained
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Curves = dict[str, dict[int, float]]
 """Metric name → step → value."""
 
-STATUS = {"FINISHED": "completed", "KILLED": "killed", "FAILED": "failed", "RUNNING": "running", "SCHEDULED": "pending"}
+STATUS = {"FINISHED": "completed", "KILLED": "killed", "FAILED": "failed", "RUNNING": "running", "SCHEDULED": "queued"}
 SHOWN = 8
 
 
@@ -94,7 +94,7 @@ def refuse_unbegun(run: Recorded, problem: str) -> None:
         ConfigError: with what to do.
     """
     if run.status == "pending" and not run.curves:
-        folder = named.near(run.folder) if run.folder else ""
+        folder = console.nearest(run.folder) if run.folder else ""
         remedy = f"python -m runner resume={folder} starts it" if folder else "start it where its folder lies"
         raise ConfigError(Fault("", f"{run.where} has not begun: {problem}", remedy))
 
@@ -106,7 +106,7 @@ def of_folder(rundir: RunDir) -> Recorded:
         ConfigError: files of it are missing or damaged.
     """
     if not rundir.manifest.exists():
-        problem = f"{named.near(rundir.path)} holds no manifest.json: whoever prepared it was stopped meanwhile"
+        problem = f"{console.nearest(rundir.path)} holds no manifest.json: whoever prepared it was stopped meanwhile"
         raise ConfigError(Fault("", problem, "give the run's command again"))
     try:
         manifest, state = rundir.read_manifest(), rundir.read_state()
@@ -116,12 +116,13 @@ def of_folder(rundir: RunDir) -> Recorded:
     except RunnerError as error:
         raise ConfigError(*error.faults) from error
     except named.DAMAGED as error:
-        problem = f"what {named.near(rundir.path)} says of its run cannot be read ({type(error).__name__}: {error})"
+        place, why = console.nearest(rundir.path), f"{type(error).__name__}: {error}"
+        problem = f"what {place} says of its run cannot be read ({why})"
         raise ConfigError(Fault("", problem, "restore manifest.json and state.json, or name another run")) from error
     if "weights_sha256" not in manifest and rundir.model.is_dir():
         manifest["weights_sha256"] = provenance.weights_digest(rundir.model)
     name = str(manifest.get("name") or rundir.path.name)
-    return Recorded(name, named.near(rundir.path), config, manifest, state.status, curves, patch, rundir.path)
+    return Recorded(name, console.nearest(rundir.path), config, manifest, state.status, curves, patch, rundir.path)
 
 
 def of_store(word: str, uri: str) -> Recorded:
@@ -188,7 +189,7 @@ def _asking(uri: str) -> Iterator[None]:
 def _refuse_runless(folder: Path, word: str) -> None:
     if any((folder / file).exists() for file in ("state.json", "manifest.json", "sweep.json")):
         return
-    found = [named.near(what.path) for what in named.scan(folder)]
+    found = [console.nearest(what.path) for what in named.scan(folder)]
     shown = [*found[:SHOWN], *(["…"] if len(found) > SHOWN else [])]
     remedy = "name one of these:" + "".join(f"\n      {line}" for line in shown) if found else "name a run's folder"
     raise ConfigError(Fault("", f"{word} is a folder, and no run: it holds no manifest.json", remedy))

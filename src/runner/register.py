@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import asked, card, console, merge, mlflow_run, named, store
+from runner import asked, card, console, merge, mlflow_run, store
 from runner import trained as training_results
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError
 from runner.secrets import take_credentials
@@ -66,7 +66,7 @@ def register(argv: list[str]) -> int:
     except RunnerError:
         raise
     except Exception as error:  # a store fails in a hundred ways
-        remedy = f"is it the store that the run is in? python -m runner sync {named.near(run.rundir.path)} tells"
+        remedy = f"is it the store that the run is in? python -m runner sync {console.nearest(run.rundir.path)} tells"
         raise TrackingError(Fault("", mlflow_run.explained(error, place.uri), remedy)) from error
     _note(run, name, version, alias)
     _tell(place, name, version, alias)
@@ -94,7 +94,7 @@ def _faults(rest: list[str], alias: str | None) -> Iterator[Fault]:
 
 
 def _place(run: Trained) -> _Place:
-    noted, near = run.rundir.read_manifest().get("mlflow") or {}, named.near(run.rundir.path)
+    noted, near = run.rundir.read_manifest().get("mlflow") or {}, console.nearest(run.rundir.path)
     if not noted.get("run_id"):
         remedy = f"bring it there: python -m runner sync {near}"
         raise TrackingError(Fault("", f"the run {near} is not in MLflow", remedy))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner import choices, named, prepare, standing, tracking
+from runner import choices, console, named, prepare, standing, tracking
 from runner.errors import RunnerError
 from runner.rundir import RunDir
 from runner.standing import Standing
@@ -104,4 +104,4 @@ def _handle(rundir: RunDir, sweep: Path | None, outputs_dir: Path, is_alone: boo
         return rundir.path.name if is_alone else f"{sweep.name}/{rundir.path.name}"
     if rundir.path.is_relative_to(outputs_dir.absolute()):
         return str(rundir.path.relative_to(outputs_dir.absolute()))
-    return named.near(rundir.path)
+    return console.nearest(rundir.path)

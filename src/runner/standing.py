@@ -6,7 +6,6 @@ A folder cannot know that its worker was killed. Whoever asks finds out, and wri
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,14 +104,6 @@ def holder(rundir: RunDir) -> int | None:
 def here() -> str:
     """This machine, as states name it."""
     return os.uname().nodename
-
-
-def user() -> str:
-    """The name of whoever asks."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        return str(os.getuid())
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def _text(groups: Sequence[_Group], words: asked.Asked) -> str:
         rows += [_Row.of_sweep(group)] if group.sweep else []
         rows += [_Row.of_run(run, indent=bool(group.sweep)) for run in group.runs] if _is_open(group) else []
     if not rows:
-        return f"no runs below {named.near(words.outputs_dir.absolute())} yet: python -m runner starts one"
+        return f"no runs below {console.nearest(words.outputs_dir.absolute())} yet: python -m runner starts one"
     lines = _table(rows)
     if len(shown) < len(groups):
         lines.append(f"and {len(groups) - len(shown)} older ones: python -m runner status --all")
@@ -139,13 +139,13 @@ def _hints(shown: Sequence[_Group]) -> list[str]:
     group, hints = shown[0], []
     counts = Counter(run.status for run in group.runs)
     if group.sweep:
-        folder = named.near(group.sweep.path)
+        folder = console.nearest(group.sweep.path)
         if counts["pending"] + counts["killed"] + counts["preempted"] and not any(run.is_live for run in group.runs):
             hints.append("continue  give the command of the sweep again: what is completed is skipped")
         if counts["failed"]:
             hints.append("retry     the same command with retry=true")
     else:
-        run, folder = group.runs[0], named.near(group.runs[0].rundir.path)
+        run, folder = group.runs[0], console.nearest(group.runs[0].rundir.path)
         if run.status in ("pending", "killed", "preempted", "failed"):
             hints.append(f"continue  python -m runner resume={folder}{' retry=true' * counts['failed']}")
         if url := (run.manifest.get("mlflow") or {}).get("url"):
@@ -170,7 +170,7 @@ class _Row:
         said = ", ".join(f"{counts[status]} {status}" for status in order) or "no runs"
         alike = order[0] if len(order) == 1 else ""
         is_left = any(run.reason == standing.NOBODY for run in group.runs) and not _is_open(group)
-        cells = (f"{group.sweep.path.name}/", said, "", "", "", "", named.near(group.sweep.path))
+        cells = (f"{group.sweep.path.name}/", said, "", "", "", "", console.nearest(group.sweep.path))
         return cls(cells, alike, standing.NOBODY if is_left else "")
 
     @classmethod
@@ -180,7 +180,7 @@ class _Row:
         left = eta_s(run)
         label = run.label if len(run.label) <= 48 else run.label[:47] + "…"
         cells = ("  " * indent + label, run.status, step, _loss_text(run), duration(left) if left is not None else "",
-                 where(run), named.near(run.rundir.path))  # fmt: skip
+                 where(run), console.nearest(run.rundir.path))  # fmt: skip
         return cls(cells, run.status, run.reason)
 
 

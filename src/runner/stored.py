@@ -18,13 +18,13 @@ from urllib.parse import urlencode
 from runner import choices, rest, store
 from runner.errors import Fault, TrackingError, suggest
 from runner.mlflow_run import explained
+from runner.recorded import STATUS
 from runner.results import Result
 from runner.secrets import take_credentials
 from runner.tracking import last_values
 
 MOST_RUNS = 50_000
 """The largest page that MLflow gives: all runs come in one."""
-STATUS = {"FINISHED": "completed", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "queued"}
 SHOWN_ID = 8
 CALLS_AT_ONCE = 8
 

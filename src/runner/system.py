@@ -7,6 +7,7 @@ fails and looks at ``CUDA_VISIBLE_DEVICES`` only. The names are MLflow's, so tha
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import time
 from collections.abc import Iterator
@@ -155,3 +156,11 @@ def _gpu_power(handle: Any) -> dict[str, float]:
 
     used, limit = pynvml.nvmlDeviceGetPowerUsage(handle), pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
     return {"power_usage_watts": used / 1000, "power_usage_percentage": used / limit * 100}
+
+
+def user() -> str:
+    """Who runs this."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return str(os.getuid())

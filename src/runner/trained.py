@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from runner import asked, modeldir, named, prepare, standing
+from runner import asked, console, modeldir, named, prepare, standing
 from runner.config import TARGET, bind
 from runner.errors import ConfigError, Fault
 from runner.rundir import RunDir
@@ -214,5 +214,5 @@ def _refuse_without_model(rundir: RunDir) -> None:
     (run,) = standing.of([rundir])
     step = f" (step {run.state.step}/{run.state.total_steps})" if run.state.total_steps else ""
     remedy = AGAIN.get("running" if run.is_live else run.status, "python -m runner resume={run} brings it to its end")
-    problem = f"the run {named.near(rundir.path)} has no model yet: it is {run.status}{step}"
-    raise ConfigError(Fault("", problem, remedy.format(run=named.near(rundir.path))))
+    problem = f"the run {console.nearest(rundir.path)} has no model yet: it is {run.status}{step}"
+    raise ConfigError(Fault("", problem, remedy.format(run=console.nearest(rundir.path))))

@@ -1,0 +1,75 @@
+"""The folder of a sweep, and the folders of runs, without training: who gets which, and what is refused in time."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import TINY, composed
+
+from runner import folders, sweeps
+from runner.errors import ConfigError, ResumeError
+from runner.sweepdir import SweepDir
+from runner.sweeps import Wanted
+
+
+def wanted(seed: int, folder: str = "") -> Wanted:
+    return Wanted(composed(*TINY, f"seed={seed}"), f"seed={seed}", folder)
+
+
+def join(sweep: SweepDir, *jobs: Wanted, command: tuple[str, ...] = ("runner", "-m")) -> list[str]:
+    with sweeps.joined(sweep, "mine", list(command), list(jobs)) as rundirs:
+        return [rundir.path.name for rundir in rundirs]
+
+
+def test_jobs_are_told_apart_by_what_they_compute(tmp_path: Path):
+    sweep = SweepDir(tmp_path / "sweep")
+    first = join(sweep, wanted(1), wanted(2))
+    assert join(sweep, wanted(2), wanted(3), wanted(1))[::2] == [first[1], first[0]]
+    assert len(sweep.read()["jobs"]) == 3
+
+
+def test_a_password_does_not_reach_sweep_json(tmp_path: Path):
+    sweep = SweepDir(tmp_path / "sweep")
+    join(sweep, wanted(1), command=("runner", "-m", "tracking.uri=https://me:hunter2hunter2@host"))
+    assert "hunter2" not in sweep.manifest.read_text()
+    assert sweep.read()["commands"][0][:2] == ["runner", "-m"]
+
+
+def test_two_jobs_in_one_folder_are_refused_and_the_sweep_stays_as_it_was(tmp_path: Path):
+    sweep = SweepDir(tmp_path / "sweep")
+    with pytest.raises(ResumeError, match=r"hydra\.sweep\.subdir=fixed: is the folder of more than one run"):
+        join(sweep, wanted(1, "fixed"), wanted(2, "fixed"))
+    assert not sweep.manifest.exists()
+    join(sweep, wanted(1, "0"))
+    before = sweep.manifest.read_text()
+    with pytest.raises(ResumeError):
+        join(sweep, wanted(2, "0"))
+    assert sweep.manifest.read_text() == before
+
+
+def test_a_folder_that_holds_something_else_is_refused_before_anything_is_written(tmp_path: Path):
+    sweep = SweepDir(tmp_path / "sweep")
+    join(sweep, wanted(1))
+    (sweep.path / "notes").mkdir()
+    (sweep.path / "notes" / "mine.txt").write_text("text")
+    before = json.loads(sweep.manifest.read_text())
+    with pytest.raises(ResumeError, match="holds other files and no run"):
+        join(sweep, wanted(2, "notes"))
+    assert sweep.read() == before
+
+
+def test_commands_of_the_same_second_get_a_folder_each(tmp_path: Path):
+    """``for s in 1 2; do python -m runner seed=$s & done``: the second would have overwritten the first."""
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: folders.make(tmp_path / "day" / "10-15-00", is_new=True)[0], range(8)))
+    assert len(set(made)) == 8
+    assert tmp_path / "day" / "10-15-00" in made
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path):
+    (tmp_path / "mine").write_text("text")
+    with pytest.raises(ConfigError, match="is a file"):
+        folders.make(tmp_path / "mine")
