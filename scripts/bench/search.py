@@ -24,14 +24,14 @@ from runner.tracking import last_values, read
 KINDS = ("random", "tpe", "asha")
 TRIALS, STEPS = 12, 12
 TASK = [
-    "optim.learning_rate=tag(log,interval(1e-5,1e-1))",
-    f"train.max_steps={STEPS}", "train.eval_steps=2", "train.per_device_batch_size=1", "train.sample_prompts=0",
-    "train.save_steps=null", "data.max_length=48", "data.eval_rows=4",
+    "optim.learning_rate=tag(log,interval(1e-6,1e-2))",
+    f"train.max_steps={STEPS}", "train.save_steps=null", "train.per_device_batch_size=1", "train.sample_prompts=0",
+    "data.max_length=48", "data.eval_rows=4",
 ]  # fmt: skip
 OF_KIND = {
     "random": [],
     "tpe": ["search.startup_trials=4"],
-    "asha": ["search.startup_trials=4", "search.min_steps=2", "search.reduction_factor=3"],
+    "asha": ["search.startup_trials=4", "search.min_steps=2", "search.reduction_factor=3", "train.eval_steps=2"],
 }
 
 
