@@ -304,6 +304,10 @@ def test_the_model_is_kept_when_it_is_asked_for(outputs: Path, log_model: Any, a
     MlflowRun.of(rundir).update()
     client = store.connect(f"sqlite:///{outputs}/mlflow.db")
     assert len(client.list_artifacts(the_run(rundir).info.run_id, "model")) == kept
+    rundir.write_state(status="running")
+    rundir.write_state(status="completed")
+    MlflowRun.of(rundir).update()
+    assert len(the_run(rundir).outputs.model_outputs) == kept, "the column Models names it, once"
 
 
 def test_artifacts_that_cannot_be_stored_leave_no_run_running(outputs: Path) -> None:

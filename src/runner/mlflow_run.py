@@ -161,6 +161,10 @@ class MlflowRun:
         wanted, is_adapter = self.tracking.log_model, (self.rundir.model / "adapter_config.json").exists()
         if self.rundir.model.is_dir() and (wanted is True or (wanted == "adapter" and is_adapter)):
             client.log_artifacts(run.info.run_id, str(self.rundir.model), self.rundir.model.name)
+            model = self.rundir.read_manifest().get("model") or {}
+            params = {"base": str(model.get("path")), "revision": str(model.get("revision"))}
+            kind, step = "adapter" if is_adapter else "model", self.rundir.read_state().step
+            store.send_model(client, run, str(model.get("name") or "model"), kind, params, step)
 
     def _send_outcome(self, client: MlflowClient, run: Run) -> None:
         """What no record says and comparing asks for: the best loss and the seconds of training, at the last step."""

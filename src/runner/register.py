@@ -167,7 +167,7 @@ def _bring(run: Trained, place: _Place, there: Run, name: str, folder: Path, pac
         return f"{there.info.artifact_uri}/registered/{name}", None
     from mlflow.entities import LoggedModelOutput
 
-    logged = client.create_logged_model(there.info.experiment_id, _plain(name), place.run_id, model_type="runner")
+    logged = client.create_logged_model(there.info.experiment_id, store.plain(name), place.run_id, model_type="runner")
     try:
         _pack(run, folder, packed, there, logged.model_id)
         client.log_model_artifacts(logged.model_id, str(packed))
@@ -219,11 +219,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _plain(name: str) -> str:
-    """A name that MLflow takes for a logged model."""
-    return re.sub(r"[^\w-]", "-", name)
 
 
 def _note(run: Trained, name: str, version: str, alias: str | None) -> None:

@@ -29,7 +29,7 @@ Known = dict[str, set[int]]
 
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 1000
 LONGEST_PARAM, LONGEST_TAG, LONGEST_NAME, LONGEST_DIGEST = 6000, 8000, 250, 36
-ID_TAG = "runner.id"
+ID_TAG, MODEL_TAG = "runner.id", "runner.model_id"
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -254,6 +254,27 @@ def send_dataset(client: MlflowClient, run: Run, data: Mapping[str, Any]) -> Non
     dataset = Dataset(name, digest, kind, json.dumps(source), profile=json.dumps(numbers))
     there.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "training")]))
     client.log_inputs(run.info.run_id, there[-1:])
+
+
+def send_model(client: MlflowClient, run: Run, name: str, kind: str, params: Mapping[str, str], step: int) -> None:
+    """Name the model that the run made as its output, for the column Models; its files are artifacts of the run."""
+    if MODEL_TAG in run.data.tags or not hasattr(client, "create_logged_model"):  # from MLflow 3 on
+        return
+    from mlflow.entities import LoggedModelOutput
+
+    about = f"Its files: artifacts/model of run {run.info.run_id}. `python -m runner register` makes it loadable here."
+    tags = {"mlflow.note.content": about, "runner.run_id": run.info.run_id}
+    made = client.create_logged_model(
+        run.info.experiment_id, plain(name), run.info.run_id, tags, dict(params), model_type=kind
+    )
+    client.finalize_logged_model(made.model_id, "READY")
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(made.model_id, step)])
+    send_tags(client, run, {MODEL_TAG: made.model_id})
+
+
+def plain(name: str) -> str:
+    """A name that MLflow takes for a logged model."""
+    return re.sub(r"[^\w-]", "-", name)
 
 
 def send_table(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]], name: str) -> None:
