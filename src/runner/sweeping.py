@@ -123,6 +123,13 @@ class Session:
         if failed and not all(entry.wanted.cfg["retry"] for entry in entries):
             print(f"{failed} of {len(states)} jobs failed before; retry=true tries them again", file=sys.stderr)
 
+    def _tell_what_is_left(self, entries: list[Entry], started: set[Path]) -> None:
+        """After a stop: what other launchers would have been given."""
+        left = [each for each in _distinct(entries) if each.rundir.path not in started]
+        left = [each for each in left if sweeps.has_to_work(each.rundir, each.wanted.cfg["retry"])]
+        if left:
+            print(f"stopped; not started of other launchers: {', '.join(e.wanted.label for e in left)}", file=sys.stderr)
+
     def _launch(self, sweep: SweepDir, entries: list[Entry], launchers: list[tuple[Any, list[int]]]) -> None:
         started: set[Path] = set()
         for launcher, numbers in launchers:
@@ -139,6 +146,7 @@ class Session:
             for entry, code in zip(todo, codes, strict=False):
                 entry.code = code
             if any(code in (75, 130) for code in codes):
+                self._tell_what_is_left(entries, started)
                 break
 
 
