@@ -128,7 +128,8 @@ class Session:
         left = [each for each in _distinct(entries) if each.rundir.path not in started]
         left = [each for each in left if sweeps.has_to_work(each.rundir, each.wanted.cfg["retry"])]
         if left:
-            print(f"stopped; not started of other launchers: {', '.join(e.wanted.label for e in left)}", file=sys.stderr)
+            labels = ", ".join(entry.wanted.label for entry in left)
+            print(f"stopped; not started of other launchers: {labels}", file=sys.stderr)
 
     def _launch(self, sweep: SweepDir, entries: list[Entry], launchers: list[tuple[Any, list[int]]]) -> None:
         started: set[Path] = set()
@@ -139,8 +140,7 @@ class Session:
             if not todo:
                 continue
             for entry in todo:
-                if not entry.rundir.is_alive():
-                    entry.rundir.cancel_request.unlink(missing_ok=True)
+                entry.rundir.forget_requests()
             self.is_detached = self.is_detached or launcher.is_detached
             codes = launcher.launch([entry.rundir for entry in todo], sweep)
             for entry, code in zip(todo, codes, strict=False):
