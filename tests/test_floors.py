@@ -37,7 +37,7 @@ FLOORS = [
     {"launch", "generate", "merge", "benchmarks"},
     {"explain", "export"},
     {"compose", "space", "register"},
-    {"admit", "dataset"},
+    {"admit", "dataset", "study"},
     {"sweeping", "evaluate"},
     {"rerun", "searching"},
     {"cli"},

@@ -167,7 +167,7 @@ def test_runs_of_several_processes_take_the_same_queue(tmp_path: Path, cache: Pa
     launcher = int(Path(f"/proc/{first.read_state().pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(launcher, signal.SIGKILL)  # its ranks save, and are waited for
     codes, said = ended(process)
-    assert codes == [75, 0]
+    assert codes == [1, 0], "the queue itself was not stopped"
     assert statuses(sweep) == ["preempted", "completed"]
     assert f"the state is saved at step {first.read_state().step}" in said
     assert sweep.rundirs()[1].rank_log(1).exists()
@@ -212,10 +212,19 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_started(tmp_path: Path):
     wait_for(lambda: statuses(sweep)[0] == "running")
     asked_now.cancel_request.write_text("cancelled by me")
     codes, said = ended(process)
-    assert codes == [0, 0, 130]
+    assert codes == [0, 0, 1], "the queue itself was not stopped"
     assert attempts(sweep) == [1, 1, 0]
     assert (asked_now.read_state().status, asked_now.read_state().reason) == ("killed", "cancelled by me")
     assert "[3/3] ok: cancelled" in said
+
+
+def test_a_run_that_is_ended_alone_stops_no_other(tmp_path: Path):
+    sweep = played_sweep(tmp_path, "sleep 60", "ok", "fail")
+    process, first = queue(sweep, parallel=1, how="imitate"), sweep.rundirs()[0]
+    wait_for(lambda: first.read_state().status == "running")
+    os.kill(first.read_state().pid, signal.SIGINT)
+    assert ended(process)[0] == [1, 0, 1]
+    assert statuses(sweep) == ["killed", "completed", "failed"]
 
 
 def test_a_run_that_cannot_be_claimed_is_worked_on_all_the_same(tmp_path: Path):

@@ -236,6 +236,14 @@ def test_a_run_that_was_stopped_or_killed_ends_with_the_same_weights(tmp_path: P
     assert outcome(rundir) == outcome(undisturbed)
 
 
+def test_a_run_that_was_given_up_is_so_for_all_ranks(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"))
+    rundir.prune_request.write_text("given up at step 3")
+    code, said = worked(rundir)
+    assert (code, rundir.read_state().status) == (0, "pruned"), said
+    assert "Traceback" not in said
+
+
 def test_ctrl_c_saves_once_and_says_so(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"), "train.max_steps=500")
     code, said = worked(rundir, "interrupt", "3", "1")

@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from conftest import TINY, prepared
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from runner import search, searching, space
-from runner.errors import ConfigError
+from runner import admit, cli, search, searching, space, sweeping, system, tracking
+from runner.errors import ConfigError, Fault
 from runner.rundir import RunDir
 from runner.sweepdir import SweepDir
 
@@ -134,8 +137,166 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_there(tmp_path: P
 def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path):
     done = runner(*WORDS[1:], "train.max_steps=2", "hydra.run.dir=run", "tracking=offline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    known = {metric for metric in search.METRICS if searching.value_of(RunDir(tmp_path / "run"), metric) is not None}
-    assert set(search.METRICS) - known <= {"memory/peak_allocated_gib", "memory/peak_reserved_gib"}, "these need CUDA"
+    rundir = RunDir(tmp_path / "run")
+    logged = {name for record in tracking.read(rundir) for name in record} - {"step", "time"}
+    elsewhere = search.ON_CPU if set(search.ON_CUDA) <= logged else search.ON_CUDA
+    assert logged == set(search.METRICS) - {*elsewhere, "training seconds"}
+    assert {metric for metric in search.METRICS if searching.value_of(rundir, metric) is None} == set(elsewhere)
+
+
+@dataclass
+class Played:
+    """A launcher under which runs only write down how they ended."""
+
+    end: Callable[[RunDir, int], dict[str, Any]]
+    """(run, its number among those started) → the changes of its state."""
+    started: list[RunDir] = field(default_factory=list)
+    is_detached: bool = False
+
+    def check(self, at_once: int | None = None) -> None:
+        pass
+
+    def serve(self, source: Any, *_: object) -> int:
+        while rundir := source.next():
+            self.started.append(rundir)
+            rundir.write_state(**self.end(rundir, len(self.started)))
+            source.ended(rundir)
+        return 0
+
+
+def completed(rundir: RunDir, number: int) -> dict[str, Any]:
+    return {"status": "completed", "summary": {"eval/loss": 10.0 - number}}
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
+    """Give a command whose runs are played; returns its exit code, and how many runs were started."""
+    monkeypatch.chdir(tmp_path)
+
+    def play(*words: str, end: Callable[[RunDir, int], dict[str, Any]] = completed) -> tuple[int, int]:
+        launcher = Played(end)
+        with monkeypatch.context() as patched:
+            patched.setattr(admit, "launcher_of", lambda _: launcher)
+            return cli.run([*WORDS, *words]), len(launcher.started)
+
+    return play
+
+
+SMALL = ("search=random", "search.trials=2", "train.max_steps=60", RATES, "lora.r=4,8", "sweep=it")
+
+
+def test_a_search_goes_on_only_with_runs_that_can_be_compared(play: Any, capsys: pytest.CaptureFixture[str]):
+    assert play(*SMALL) == (0, 2)
+    for words, told in [
+        (("train.max_steps=300",), "train.max_steps=60 (now 300)"),
+        (("model=smollm2", "search.trials=3"), "(now runner.origins.gguf)"),
+        (("lora=dora",), "lora.use_dora"),
+        (("seed=1",), "seed=0 (now 1)"),
+    ]:
+        assert play(*SMALL, *words) == (2, 0), words
+        said = capsys.readouterr().err
+        assert told in said
+        assert "sweep=NAME starts a new one" in said
+    same = ("search.trials=4", "tracking=offline", "launcher.parallel=2", "retry=true", "name=other")
+    assert play(*SMALL, *same) == (0, 2)
+
+
+def test_a_search_that_noted_nothing_of_its_runs_goes_on(play: Any):
+    assert play(*SMALL) == (0, 2)
+    study = study_of(SweepDir(Path("outputs/sweeps/it")))
+    about = study.user_attrs["about"]
+    study.set_user_attr("about", {key: about[key] for key in ("space", "objectives")})
+    assert play(*SMALL, "search.trials=3") == (0, 1)
+    assert play(*SMALL, "train.max_steps=300") == (2, 0), "from then on it is noted"
+
+
+def test_categories_of_a_group_leave_its_keys_to_the_search(play: Any):
+    assert play("search=random", "search.trials=3", "quant=none,4bit", "sweep=it") == (0, 2)
+    assert play("search=random", "search.trials=3", "quant=none,4bit", "sweep=it") == (0, 0)
+
+
+def test_failed_trials_are_failed_until_they_come_to_something(play: Any, capsys: pytest.CaptureFixture[str]):
+    def end(rundir: RunDir, number: int) -> dict[str, Any]:
+        return {"status": "failed", "reason": "as asked"} if number == 1 else completed(rundir, number)
+
+    assert play(*SMALL, end=end) == (1, 2)
+    capsys.readouterr()
+    assert play(*SMALL) == (1, 0), "nothing was done about it"
+    assert "retry=true tries again" in capsys.readouterr().out
+    assert play(*SMALL, "retry=true") == (0, 1)
+    assert play(*SMALL) == (0, 0)
+
+
+def test_a_proposal_that_cannot_be_run_has_failed(play: Any, monkeypatch: pytest.MonkeyPatch):
+    prepare = sweeping.Session.composed
+
+    def refusing(session: sweeping.Session, batch: Any, first: int) -> Any:
+        if len(batch) == 1 and first == 1:
+            raise ConfigError(Fault("lora.r", "is none that can be run"))
+        return prepare(session, batch, first)
+
+    monkeypatch.setattr(sweeping.Session, "composed", refusing)
+    assert play(*SMALL) == (1, 1)
+    assert play(*SMALL) == (1, 0)
+
+
+def test_an_objective_that_was_not_logged_fails_the_search(play: Any, capsys: pytest.CaptureFixture[str]):
+    assert play(*SMALL, "search.objective=train/mfu") == (1, 2)
+    said = capsys.readouterr().out
+    assert "is completed, but counts as failed: it has no train/mfu" in said
+    assert "best  " not in said
+
+
+@pytest.mark.parametrize(
+    ("gpu", "metric"), [(False, "memory/peak_allocated_gib"), (True, "memory/peak_rss_gib")], ids=["CPU", "GPU"]
+)
+def test_an_objective_of_the_other_device_is_refused(
+    play: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu: bool, metric: str
+):
+    monkeypatch.setattr(system, "has_cuda", lambda: gpu)
+    assert play(*SMALL, f"search.objective={metric}") == (2, 0)
+    assert f"search.objective={metric}: no run here logs this" in capsys.readouterr().err
+    assert not Path("outputs").exists()
+    monkeypatch.setattr(system, "has_cuda", lambda: not gpu)
+    assert play(*SMALL, f"search.objective={metric}")[0] == 1, "it is begun"
+
+
+def test_a_run_that_was_given_up_is_in_the_table_with_its_last_loss(play: Any, capsys: pytest.CaptureFixture[str]):
+    def end(rundir: RunDir, number: int) -> dict[str, Any]:
+        for step, loss in ((0, 5.0), (4, 4.125)):
+            tracking.append(rundir, {"step": step, "time": 0.0, "eval/loss": loss})
+        return {"status": "pruned", "reason": "given up at step 4"}
+
+    assert play(*SMALL, "search.trials=1", end=end) == (0, 1)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if " pruned " in line]
+    assert "4.1250" in row
+
+
+def test_who_resumes_a_run_that_was_given_up_wants_it(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=2")
+    rundir.prune_request.write_text("given up at step 1")
+    rundir.write_state(status="pruned")
+    done = runner("resume=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert rundir.read_state().status == "completed"
+
+
+def test_only_what_failed_is_asked_for_anew_by_a_search(play: Any):
+    ends = [{"status": "failed"}, {"status": "killed"}]
+
+    def end(rundir: RunDir, number: int) -> dict[str, Any]:
+        rundir.prune_request.write_text("given up")
+        return ends[number - 1]
+
+    assert play(*SMALL, end=end) == (1, 2)
+    given_up: list[bool] = []
+
+    def look(rundir: RunDir, number: int) -> dict[str, Any]:
+        given_up.append(rundir.prune_request.exists())
+        return completed(rundir, number)
+
+    assert play(*SMALL, "retry=true", end=look) == (0, 2)
+    assert given_up == [True, False], "the killed one goes on first, as it was"
 
 
 @pytest.mark.slow
@@ -236,6 +397,19 @@ def test_a_run_that_was_killed_is_not_said_to_have_finished(tmp_path: Path, cach
     os.kill(sweep.rundirs()[0].read_state().pid, signal.SIGKILL)
     assert driver.wait(60) == 1
     assert states(sweep) == ["killed"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cancelled_alone_does_not_end_the_search(tmp_path: Path, cache: Path):
+    words = (*WORDS, "train.max_steps=2000", "search=random", "search.trials=2", RATES, "sweep=it", "tracking=offline")
+    driver = started(*words, cwd=tmp_path)
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
+    until(lambda: sweep.rundirs() and sweep.rundirs()[0].read_state().step >= 1)
+    assert runner("cancel", f"it/{sweep.rundirs()[0].path.name}", cwd=tmp_path).returncode == 0
+    until(lambda: len(sweep.rundirs()) == 2 and sweep.rundirs()[1].read_state().step >= 1)
+    sweep.rundirs()[1].prune_request.write_text("given up")
+    assert driver.wait(60) == 1
+    assert states(sweep) == ["killed", "pruned"]
 
 
 @pytest.mark.slow

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TINY
 
+from runner import sweeping, sweeps
 from runner.rundir import RunDir
 from runner.sweepdir import SweepDir
 
@@ -43,6 +45,28 @@ def mlflow_runs(outputs: Path) -> tuple[list[Any], list[Any]]:
     return [run for run in runs if "mlflow.parentRunId" not in run.data.tags], [
         run for run in runs if "mlflow.parentRunId" in run.data.tags
     ]
+
+
+@dataclass
+class Stopped:
+    """A launcher whose runs all end with one code."""
+
+    code: int
+    is_detached: bool = False
+
+    def launch(self, rundirs: list[RunDir], _: SweepDir) -> list[int]:
+        return [self.code] * len(rundirs)
+
+
+@pytest.mark.parametrize(("code", "others", "told"), [(1, 0, ""), (130, None, "not started of other launchers: b")])
+def test_a_stop_reaches_other_launchers_and_a_failure_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, others: int | None, told: str
+):
+    session = sweeping.Session(None, [])
+    entries = [sweeping.Entry(sweeps.Wanted({"retry": False}, n, ""), RunDir(tmp_path / n), None) for n in "ab"]
+    session._launch(SweepDir(tmp_path), entries, [(Stopped(code), [0]), (Stopped(0), [1])])
+    assert [entry.code for entry in entries] == [code, others]
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.slow

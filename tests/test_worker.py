@@ -251,6 +251,30 @@ def test_a_run_that_was_cancelled_is_killed_and_not_preempted(tmp_path: Path, ca
     assert not rundir.cancel_request.exists(), "a new attempt begins without the request of the last"
 
 
+def test_a_run_that_was_given_up_stays_so_until_it_is_asked_for_anew(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    with pytest.MonkeyPatch.context() as patched:
+        step = train.optimizer_step
+
+        def and_preempt(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+            step(parts, progress, hooks)
+            if progress.step == 3:
+                rundir.prune_request.write_text("given up at step 3")
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patched.setattr(train, "optimizer_step", and_preempt)
+        assert worker.work(rundir) == 0
+    for status in ("pruned", "preempted", "killed"):  # whoever starts it: Slurm, or a search that is taken up
+        state = rundir.read_state()
+        assert (state.status, state.reason) == ("pruned", "given up at step 3; the state is saved at step 3")
+        rundir.write_state(status=status, reason="")
+        assert worker.work(rundir) == 0
+    assert rundir.read_state().attempt == 1
+    rundir.forget_requests()
+    assert worker.work(rundir) == 0
+    assert rundir.read_state().status == "completed"
+
+
 @pytest.mark.parametrize("where", ["a sweep", "Slurm"])
 def test_what_nobody_sees_refused_has_failed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     if where == "Slurm":

@@ -10,7 +10,7 @@ import time
 import traceback
 
 from runner import scheduler
-from runner.errors import Fault, Interrupted, RunnerError, Stopped, TrainingError
+from runner.errors import Fault, Interrupted, Pruned, RunnerError, Stopped, TrainingError
 from runner.ranks import Ranks, lost_peer
 from runner.rundir import DIED, RunDir, State
 from runner.secrets import redact
@@ -50,9 +50,8 @@ class Clock:
 
 
 def clear(rundir: RunDir) -> None:
-    """Remove what an earlier attempt left to be said: requests to end it, and its ranks' last words."""
+    """Remove what an earlier attempt left to be said: a request to end it, and its ranks' last words."""
     rundir.cancel_request.unlink(missing_ok=True)
-    rundir.prune_request.unlink(missing_ok=True)
     for path in rundir.path.glob(f"{rundir.rank_failure(0).name[:-1]}*"):
         path.unlink(missing_ok=True)
 
@@ -83,6 +82,9 @@ def stopped(rundir: RunDir, clock: Clock, error: BaseException) -> int:
     elif status == "preempted" and scheduler.is_cancelled():
         reason = f"cancelled outside (scancel); {_saved(rundir)}"
         status, code = Interrupted.status, Interrupted.exit_code
+    elif status == "preempted" and rundir.prune_request.exists():  # it would be taken up again only to be given up
+        reason = f"{rundir.prune_request.read_text()}; {_saved(rundir)}"
+        status, code = Pruned.status, Pruned.exit_code
     log.info(reason, extra={"quiet": True})
     note(rundir, clock, status=status, reason=reason)
     return code

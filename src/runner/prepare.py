@@ -31,8 +31,12 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 def signature(cfg: Mapping[str, Any]) -> str:
     """The identity of a run: 16 hexadecimal digits over all keys that change what is computed."""
-    identity = {key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that change what is computed."""
+    return {key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS}
 
 
 def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,7 +144,9 @@ def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
     rows, reasons = [], []
     for label, rundir in runs:
         state = rundir.read_state()
-        loss = state.summary.get("eval/loss")
+        loss = state.summary.get(tracking.LOSS)
+        if state.status == "pruned":
+            loss = tracking.last_values(tracking.read(rundir)).get(tracking.LOSS)
         shown = f"{loss:.4f}" if loss is not None else "–"
         rows.append([label or rundir.path.name, state.status, shown, console.nearest(rundir.path)])
         if state.reason:

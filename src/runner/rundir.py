@@ -117,7 +117,7 @@ class RunDir:
 
     @property
     def prune_request(self) -> Path:
-        """Lies here once a search has given the run up; its text is the reason."""
+        """Lies here once a search has given the run up, until somebody asks for it anew; its text is the reason."""
         return self.path / ".prune"
 
     @property
@@ -161,6 +161,12 @@ class RunDir:
         state = State(**{**asdict(self.read_state()), **changes, "updated": time.time()})
         write_atomic(self.state, json.dumps(asdict(state), indent=1))
         return state
+
+    def forget_requests(self) -> None:
+        """Whoever hands the run over wants it all the same; one that a worker holds is left as it is."""
+        if not self.is_alive():
+            self.cancel_request.unlink(missing_ok=True)
+            self.prune_request.unlink(missing_ok=True)
 
     def read_manifest(self) -> dict[str, Any]:
         return dict(json.loads(self.manifest.read_text())) if self.manifest.exists() else {}

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 Direction = Literal["minimize", "maximize"]
 
+ON_CUDA, ON_CPU = ("memory/peak_allocated_gib", "memory/peak_reserved_gib"), ("memory/peak_rss_gib",)
+"""Metrics that runs log on one kind of device alone."""
 METRICS = (
-    "eval/loss", "eval/perplexity", "eval/token_accuracy", "train/loss", "train/tokens_per_second",
-    "train/step_seconds", "train/mfu", "memory/peak_allocated_gib", "memory/peak_reserved_gib", "memory/peak_rss_gib",
-    "training seconds",
+    "eval/loss", "eval/perplexity", "eval/token_accuracy", "train/loss", "train/grad_norm", "train/learning_rate",
+    "train/tokens", "train/epoch", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction",
+    "train/mfu", *ON_CUDA, *ON_CPU, "training seconds",
 )  # fmt: skip
 """What runs say of themselves, so that an objective which is never logged is refused before the first of them."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import time
 from collections import deque
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import admit, compose, console, search, space, sweeps, tracking
+from runner import admit, compose, console, search, space, study, sweeps, system, tracking
 from runner.compose import Composer
 from runner.config import bind
 from runner.errors import ConfigError, Fault, ResumeError, RunnerError, TrainingError
@@ -51,11 +50,13 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
     session = Session(composer, argv)
     probes = session.composed(_probes(composer, dimensions), 0)
     sweep, launcher = SweepDir(Path(probes[0].sweep_dir)), admit.launcher_of(probes[0].cfg)
+    _refuse_unlogged(wanted, probes[0])
     launcher.check(wanted.at_once)
     sweeps.refuse(sweep)
     with _alone(sweep):
+        known = study.taken_up(wanted, dimensions, study.fixed_for_all(probes), sweep)
         sweep.cancel_request.unlink(missing_ok=True)
-        trials = Trials(session, wanted, dimensions, sweep, retry=bool(probes[0].cfg["retry"]))
+        trials = Trials(session, wanted, dimensions, sweep, known, retry=bool(probes[0].cfg["retry"]))
         try:
             code = launcher.serve(trials, sweep, wanted.at_once)
         except RunnerError as error:
@@ -64,7 +65,8 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
     if sweep.cancel_request.exists():
         return 130
     ended = session.end() if session.entries else 0
-    return code or ended or int(any(entry.rundir.read_state().status not in DONE for entry in session.entries))
+    is_undone = any(entry.rundir.read_state().status not in DONE for entry in session.entries)
+    return code or ended or int(is_undone or bool(study.failures(trials.study)))
 
 
 def planned(composer: Composer, wanted: search.Search) -> compose.Job:
@@ -76,6 +78,7 @@ def planned(composer: Composer, wanted: search.Search) -> compose.Job:
     dimensions = _dimensions(composer, wanted)
     jobs = composer.jobs(_probes(composer, dimensions))
     admit.admit(jobs)
+    _refuse_unlogged(wanted, jobs[0])
     over = ", ".join(f"{each.key}={each.text}" for each in dimensions)
     console.say(f"search={wanted.kind} proposes {wanted.trials} runs over {over}; one of them:")
     return jobs[0]
@@ -85,10 +88,11 @@ class Trials:
     """Proposes runs; see launch/protocol.py: Source."""
 
     def __init__(
-        self, session: Session, wanted: search.Search, dimensions: list[Dimension], sweep: SweepDir, *, retry: bool
-    ) -> None:
+        self, session: Session, wanted: search.Search, dimensions: list[Dimension], sweep: SweepDir, known: Study,
+        *, retry: bool,
+    ) -> None:  # fmt: skip
         self.session, self.wanted, self.dimensions, self.sweep = session, wanted, dimensions, sweep
-        self.study = _study(wanted, dimensions, sweep)
+        self.study = known
         self.live: dict[Path, list[Trial]] = {}
         """Folder of a run that goes on → the trials that it stands for: two proposals may be the same run."""
         self.begun = deque(self._begun())
@@ -106,6 +110,8 @@ class Trials:
             if is_there:
                 continue
             if sweeps.has_to_work(rundir, retry=bool(trial.user_attrs.get("is_retried"))):
+                if rundir.read_state().status == "failed":  # and is asked for anew
+                    rundir.forget_requests()
                 return rundir
             self.ended(rundir)
         return None
@@ -116,10 +122,13 @@ class Trials:
 
         self._report(rundir)
         state, trials = rundir.read_state(), self.live.pop(rundir.path, [])
-        values = [value_of(rundir, metric) for metric in self.wanted.objectives]
+        values = {metric: value_of(rundir, metric) for metric in self.wanted.objectives}
+        lacking = [metric for metric, value in values.items() if value is None]
+        if trials and state.status == "completed" and lacking:
+            console.say(f"{rundir.path.name} is completed, but counts as failed: it has no {' and no '.join(lacking)}")
         for trial in trials:
-            if state.status == "completed" and None not in values:
-                self.study.tell(trial, [value for value in values if value is not None])
+            if state.status == "completed" and not lacking:
+                self.study.tell(trial, [value for value in values.values() if value is not None])
             elif state.status == "pruned":
                 self.study.tell(trial, state=TrialState.PRUNED)
             elif state.status in ("completed", "failed"):
@@ -147,6 +156,9 @@ class Trials:
         for best in self.study.best_trials if done else []:
             values = ", ".join(f"{m} {v:.6g}" for m, v in zip(self.wanted.objectives, best.values, strict=True))
             console.say(f"best     {values}  {self._label(best.params)}  {best.user_attrs.get('folder', '')}")
+        if failed := study.failures(self.study):
+            labels = dict.fromkeys(self._label(study.params_of(trial)) for trial in failed)
+            console.say(f"failed   {'; '.join(labels)}: retry=true tries again")
 
     def _ask(self) -> Trial:
         return self.study.ask({each.key: each.distribution() for each in self.dimensions})
@@ -205,13 +217,12 @@ class Trials:
         """Propose again what failed and has not come to anything since, each once."""
         from optuna.trial import TrialState
 
-        trials = self.study.get_trials(deepcopy=False)
-        settled = [trial.params or trial.system_attrs.get("fixed_params") for trial in trials
-                   if trial.state != TrialState.FAIL]  # fmt: skip
-        for trial in trials:
-            if trial.state == TrialState.FAIL and trial.params not in settled:
-                self.study.enqueue_trial(trial.params, user_attrs={"is_retried": True})
-                settled.append(trial.params)
+        under_way = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING, TrialState.RUNNING])
+        proposed = [study.params_of(trial) for trial in under_way]
+        for params in map(study.params_of, study.failures(self.study)):
+            if params not in proposed:
+                self.study.enqueue_trial(params, user_attrs={"is_retried": True})
+                proposed.append(params)
 
     def _label(self, values: dict[str, Any]) -> str:
         shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
@@ -253,27 +264,17 @@ def _fixed(dimension: Dimension) -> Fault:
     )
 
 
-def _study(wanted: search.Search, dimensions: list[Dimension], sweep: SweepDir) -> Study:
-    """The sweep's study, new or as it was left."""
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(sweep.search_journal)))
-    study = optuna.create_study(
-        study_name="search", storage=storage, load_if_exists=True, directions=list(wanted.objectives.values()),
-        pruner=wanted.pruner() if wanted.pruner else optuna.pruners.NopPruner(),
-    )  # fmt: skip
-    about = {"space": {each.key: each.text for each in dimensions}, "objectives": wanted.objectives}
-    known = study.user_attrs.get("about", about)
-    if known != about:
-        differs = next(key for key in about if known[key] != about[key])
-        problem = f"this search has another {differs.rstrip('s')}: {json.dumps(known[differs])}"
-        raise ResumeError(Fault("search", problem, "sweep=NAME starts a new one", json.dumps(about[differs])))
-    study.set_user_attr("about", about)
-    study.sampler = wanted.sampler(len(study.get_trials(deepcopy=False)))
-    return study
+def _refuse_unlogged(wanted: search.Search, probe: compose.Job) -> None:
+    """Refuse an objective that no run on this machine logs; what another one logs cannot be known here."""
+    if "cluster" in probe.cfg["launcher"]:
+        return
+    has_gpu = system.has_cuda()
+    problem = f"no run here logs this: torch finds {'a' if has_gpu else 'no'} GPU"
+    remedy = f"there is {', '.join(search.ON_CUDA if has_gpu else search.ON_CPU)}"
+    elsewhere = search.ON_CPU if has_gpu else search.ON_CUDA
+    faults = [Fault("search.objective", problem, remedy, metric) for metric in wanted.objectives if metric in elsewhere]
+    if faults:
+        raise ConfigError(*faults)
 
 
 @contextlib.contextmanager

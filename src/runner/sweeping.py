@@ -121,6 +121,14 @@ class Session:
         if failed and not all(entry.wanted.cfg["retry"] for entry in entries):
             print(f"{failed} of {len(states)} jobs failed before; retry=true tries them again", file=sys.stderr)
 
+    def _tell_what_is_left(self, entries: list[Entry], started: set[Path]) -> None:
+        """After a stop: what other launchers would have been given."""
+        left = [each for each in _distinct(entries) if each.rundir.path not in started]
+        left = [each for each in left if sweeps.has_to_work(each.rundir, each.wanted.cfg["retry"])]
+        if left:
+            labels = ", ".join(entry.wanted.label for entry in left)
+            print(f"stopped; not started of other launchers: {labels}", file=sys.stderr)
+
     def _launch(self, sweep: SweepDir, entries: list[Entry], launchers: list[tuple[Any, list[int]]]) -> None:
         started: set[Path] = set()
         for launcher, numbers in launchers:
@@ -130,13 +138,13 @@ class Session:
             if not todo:
                 continue
             for entry in todo:
-                if not entry.rundir.is_alive():
-                    entry.rundir.cancel_request.unlink(missing_ok=True)
+                entry.rundir.forget_requests()
             self.is_detached = self.is_detached or launcher.is_detached
             codes = launcher.launch([entry.rundir for entry in todo], sweep)
             for entry, code in zip(todo, codes, strict=False):
                 entry.code = code
             if any(code in (75, 130) for code in codes):
+                self._tell_what_is_left(entries, started)
                 break
 
 

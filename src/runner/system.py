@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import importlib.metadata
 import os
 import time
 from collections.abc import Iterator
@@ -80,6 +81,11 @@ class Sampler:
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; found without CUDA, which stays untouched."""
     return [name for name, _ in _named_gpus()]
+
+
+def has_cuda() -> bool:
+    """Whether torch computes on a GPU here, as far as that can be known without importing it."""
+    return bool(visible_gpus()) and not importlib.metadata.version("torch").endswith("+cpu")
 
 
 def gpu_names() -> list[str]:

@@ -94,7 +94,10 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
         mirror = None if mirrored else tracking.start_mirror(rundir, cfg)
         with stop.at_once():
             ranks.join()
-            ranks.broadcast(True)
+            is_given_up = rundir.prune_request.exists()
+            ranks.broadcast(not is_given_up)
+            if is_given_up:
+                raise Pruned(rundir.prune_request.read_text())
             loaded = _load(rundir, cfg, ranks)
         summary = _train(rundir, loaded, stop, clock)
         rundir.write_state(status="completed", reason="", summary=summary, seconds=clock.seconds())

@@ -49,7 +49,8 @@ class Launcher(Protocol):
         """Start the workers of these runs.
 
         Returns:
-            an exit code for each (0, 1, 2, 75, 130), also 0 where it was only submitted; fewer where a stop came first.
+            an exit code for each, also 0 where it was only submitted; fewer where a stop came first. Of several runs
+            75 and 130 say that all of them were stopped, not one alone.
         """
 
     def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:

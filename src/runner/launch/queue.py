@@ -53,7 +53,7 @@ def work_through(
             and CUDA not be touched.
 
     Returns:
-        an exit code for each; after a stop 130 or 75 also for those that were not started.
+        an exit code for each: 0, 1 or 2; after a stop 130 or 75 for all that it left undone, those not started too.
     """
     with contextlib.ExitStack() as held:
         if sweep:
@@ -139,8 +139,8 @@ class _Queue:
             self.ask_to_stop(signal.SIGTERM)
             self.work()
             raise
-        stopped = self.stop_code if self.stop_code is not None else 1
-        return [job.code if job.code is not None else stopped for job in self.jobs]
+        undone = self.stop_code if self.stop_code is not None else 1  # a run that was ended alone has stopped no other
+        return [undone if job.code in (None, 75, 130) else job.code for job in self.jobs]
 
     def work(self) -> None:
         while self.running or (self.stop_code is None and (self.waiting or self.elsewhere or self.supplied())):
