@@ -271,6 +271,7 @@ def _run_one(job: Any, argv: list[str], joined: Joined | None) -> int:
         rundir = sweeping.prepared(job, folder, ["python", "-m", "runner", *argv])
     except OSError as error:
         raise ConfigError(sweeps.outputs_fault(error, folder)) from error
+    rundir.forget_cancel()
     return launcher.launch([rundir], None)[0]
 
 

@@ -50,8 +50,7 @@ class Clock:
 
 
 def clear(rundir: RunDir) -> None:
-    """Remove what an earlier attempt left to be said: requests to end it, and its ranks' last words."""
-    rundir.cancel_request.unlink(missing_ok=True)
+    """Remove what an earlier attempt left to be said: the request to give it up, and its ranks' last words."""
     rundir.prune_request.unlink(missing_ok=True)
     for path in rundir.path.glob(f"{rundir.rank_failure(0).name[:-1]}*"):
         path.unlink(missing_ok=True)

@@ -112,7 +112,7 @@ class RunDir:
 
     @property
     def cancel_request(self) -> Path:
-        """Lies here from the moment somebody cancels the run until it is taken up again; its text is the reason."""
+        """Lies here from the moment somebody cancels the run until it is handed over again; its text is the reason."""
         return self.path / ".cancel"
 
     @property
@@ -184,6 +184,11 @@ class RunDir:
     def saved_step(self) -> int:
         """The step from which this run would be continued; 0 where nothing is saved yet."""
         return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
+
+    def forget_cancel(self) -> None:
+        """Drop the request to cancel the run: it is handed over again. A worker that is ending still needs it."""
+        if not self.is_alive():
+            self.cancel_request.unlink(missing_ok=True)
 
     def is_alive(self) -> bool:
         """Whether a worker holds this folder; a worker that was killed holds it no more."""

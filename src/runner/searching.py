@@ -106,6 +106,7 @@ class Trials:
             if is_there:
                 continue
             if sweeps.has_to_work(rundir, retry=bool(trial.user_attrs.get("is_retried"))):
+                rundir.forget_cancel()
                 return rundir
             self.ended(rundir)
         return None

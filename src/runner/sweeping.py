@@ -132,8 +132,7 @@ class Session:
             if not todo:
                 continue
             for entry in todo:
-                if not entry.rundir.is_alive():
-                    entry.rundir.cancel_request.unlink(missing_ok=True)
+                entry.rundir.forget_cancel()
             self.is_detached = self.is_detached or launcher.is_detached
             codes = launcher.launch([entry.rundir for entry in todo], sweep)
             for entry, code in zip(todo, codes, strict=False):

@@ -143,8 +143,12 @@ def _to_local(asked: Slurm, home: Path, begun: Submission) -> str:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        said = os.dup(2)  # unlike 2 it is not inherited: who waits for the end of our output need not wait for the run
         try:
             os.setsid()
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for number in (0, 1, 2):
+                os.dup2(nothing, number)
             if begun.code:
                 path = [begun.code, *filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
                 os.environ.update(RUNNER_SNAPSHOT=begun.code, PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(path))
@@ -156,7 +160,7 @@ def _to_local(asked: Slurm, home: Path, begun: Submission) -> str:
             job = executor.submit(slurm_job.run, str(submission.path(home, begun.name)))
             os.write(write, str(job.job_id).encode())
         except BaseException:
-            traceback.print_exc()
+            os.write(said, traceback.format_exc().encode())
         finally:
             os._exit(0)
     os.close(write)
