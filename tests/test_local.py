@@ -18,7 +18,7 @@ from conftest import TINY, node, prepared
 
 from runner import config, system, tracking
 from runner.errors import LaunchError
-from runner.launch import deaths, local, progress
+from runner.launch import deaths, local, progress, slots
 from runner.rundir import RunDir
 from runner.sweepdir import SweepDir
 
@@ -380,7 +380,7 @@ def test_gpus_are_shared_out_and_cores_divided(monkeypatch: pytest.MonkeyPatch):
         launcher(parallel=5).check()
 
 
-def test_several_gpus_for_one_process_are_refused():
-    (fault,) = config.find_faults(node("launcher", "local", gpus_per_job=2), "launcher")
-    assert fault.key == "launcher.gpus_per_job"
-    assert "launcher=accelerate" in fault.remedy
+def test_a_run_of_several_processes_has_a_gpu_for_each(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(system, "visible_gpus", lambda: ["0", "1", "2", "3", "4"])
+    monkeypatch.setattr(system, "idle_gpus", lambda: ["1", "2", "3", "4"])
+    assert [slot.gpus for slot in slots.share(None, threads=1, processes=2)] == [("1", "2"), ("3", "4")]
