@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -92,27 +92,41 @@ class Slurm:
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         """Submit the runs that are not in the queue; with ``wait`` follow all of them to their ends."""
-        if sweep:
-            mirroring.open_in_mlflow(sweep)  # parent and children are there before the first job starts
+
+        def open_in_mlflow() -> None:
+            if sweep:
+                mirroring.open_in_mlflow(sweep)  # parent and children are there before the first job starts
+
         if self.cluster == "debug":
+            open_in_mlflow()
             return submitting.run_here(self, rundirs, sweep)
         try:
-            submitting.submit(self, rundirs, sweep)
+            left = submitting.submit(self, rundirs, sweep, open_in_mlflow)
         except LaunchError:
-            if sweep and any(map(mirrored.is_wanted, rundirs)):
-                mirrored.tell([sweep.path])  # nobody will start what Slurm did not take
+            _tell_of_refusal(sweep, rundirs)
             raise
+        _tell_of_refusal(sweep, left)
         if rundirs and not self.wait:
             submitting.tell_how_to_watch(sweep.path if sweep else rundirs[0].path)
-        return following.follow(rundirs) if self.wait else [0] * len(rundirs)
+        taken = [rundir for rundir in rundirs if rundir not in left]
+        codes = following.follow(taken) if self.wait else [0] * len(taken)
+        found = dict(zip(taken, codes, strict=True))
+        return [found.get(rundir, 1) for rundir in rundirs]
 
     def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
-        """Submit each run when there is room for it; Ctrl-C ends the proposing, not what was submitted."""
+        """Submit each run when there is room for it; Ctrl-C and SIGTERM end the proposing, not what was submitted."""
         print("runs are proposed from here as others end: this stays, whatever launcher.wait says", file=sys.stderr)
         submitting.tell_how_to_watch(sweep.path)
         several = at_once or self.array_parallelism
         assert several, "checked by search.check_combination"
-        return following.serve(source, several, lambda rundir: submitting.submit(self, [rundir], sweep))
+        each = replace(self, array_parallelism=None)  # heeded here: they do not wait for each other
+        return following.serve(source, several, lambda rundir: submitting.submit(each, [rundir], sweep))
+
+
+def _tell_of_refusal(sweep: SweepDir | None, left: list[RunDir]) -> None:
+    """Tell MLflow that nobody will start these runs of the sweep."""
+    if sweep and any(map(mirrored.is_wanted, left)):
+        mirrored.tell([sweep.path])
 
 
 def slurm(
