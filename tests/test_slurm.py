@@ -332,8 +332,7 @@ def test_without_slurm_a_sweep_runs_detached_on_this_machine(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    done = runner("-m", *SHORT, "launcher=slurm", "launcher.cluster=local", "seed=1,2", "tracking=offline",
-                  "launcher.array_parallelism=1")  # fmt: skip
+    done = runner("-m", *SHORT, "launcher=slurm", "launcher.cluster=local", "seed=1,2", "tracking=offline")
     assert done.returncode == 0, done.stderr
     rundirs = find_runs(Path("outputs"))
     until(lambda: [rundir.read_state().status for rundir in rundirs] == ["completed"] * 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from runner import mirrored, mirroring, scheduler
+from runner import config, mirrored, mirroring, scheduler
 from runner.errors import Fault, LaunchError
 from runner.launch import following, sbatch, submission, submitting
 from runner.launch.protocol import Source
@@ -18,14 +19,23 @@ from runner.rundir import RunDir
 from runner.schema import Count, Positive
 from runner.sweepdir import SweepDir
 
-OURS = ("array", "output", "error", "open-mode", "job-name", "signal", "requeue", "no-requeue", "wrap")
-"""Options of sbatch without which the runs could neither be found again nor continued."""
-
 OF_SLURM = (
     "partition", "account", "qos", "cpus_per_task", "mem_gb", "constraint", "exclude", "nodelist", "reservation",
     "modules", "setup", "srun_args", "additional_parameters",
 )  # fmt: skip
 """What only Slurm heeds."""
+
+NO_EFFECT = {
+    "slurm": (),
+    "local": (*OF_SLURM, "gpus_per_node", "array_parallelism", "max_requeues"),
+    "debug": (
+        *OF_SLURM, "gpus_per_node", "array_parallelism", "max_requeues", "container", "python", "timeout_min",
+        "signal_delay_s", "snapshot",
+    ),
+}  # fmt: skip
+"""Cluster → the keys that nobody heeds there."""
+
+SHARED_HERE = "launcher=local or launcher=accelerate share out the GPUs of this machine, and take turns"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +94,8 @@ class Slurm:
     def plan(self, runs: int) -> str:
         """The sbatch script; RUN stands for the folder of the run, or of the sweep, and NAME for the job's name."""
         if self.cluster != "slurm":
-            return f"{self.processes} process(es) on this machine (launcher.cluster={self.cluster})"
+            on = ", on its CPU" if self.cluster == "local" else ""
+            return f"{self.processes} process(es) on this machine (launcher.cluster={self.cluster}){on}"
         home = Path("RUN")
         code = None if self.snapshot == "none" else home / "code"
         text = sbatch.script(self, submission.room(home), "NAME", code, min(runs, submitting.longest_array(self)))
@@ -172,23 +183,35 @@ def check_slurm(
     additional_parameters: dict[str, Any],
     **others: Any,
 ) -> Iterator[Fault]:
-    """Combinations that cannot work, and options of sbatch that have a key of their own."""
+    """Combinations that cannot work, keys that nobody heeds, and options of sbatch that have a key of their own."""
     if cluster != "slurm" and nodes > 1:
         yield Fault("nodes", f"cluster={cluster} is this one machine", "set nodes to 1", nodes)
-    if cluster == "debug" and (tasks_per_node or gpus_per_node or 1) > 1:
+    if cluster == "debug" and (tasks_per_node or 1) > 1:
         yield Fault("tasks_per_node", "cluster=debug is one process", "set cluster=local for several", tasks_per_node)
     if signal_delay_s >= timeout_min * 60:
         problem = f"a job of {timeout_min} min would be told to save before it begins"
         yield Fault("signal_delay_s", problem, "set it to less than the time limit", signal_delay_s)
-    told = {"additional_parameters": additional_parameters, **others}
-    for key in OF_SLURM if cluster != "slurm" else ():
-        if told.get(key):
-            yield Fault(key, f"has no effect with cluster={cluster}", "leave it out: there is no Slurm", told[key])
+    told = {
+        "additional_parameters": additional_parameters, "gpus_per_node": gpus_per_node, "timeout_min": timeout_min,
+        "signal_delay_s": signal_delay_s, **others,
+    }  # fmt: skip
+    for key in NO_EFFECT[cluster]:
+        if told[key] and told[key] != _defaults()[key]:
+            remedy = SHARED_HERE if key in ("gpus_per_node", "array_parallelism") else "there is no Slurm"
+            yield Fault(key, f"has no effect with cluster={cluster}", f"leave it out: {remedy}", told[key])
     keys = {"time": "timeout_min", "ntasks-per-node": "tasks_per_node", "mem": "mem_gb", "nodes": "nodes"}
     for name, value in additional_parameters.items():
         option = name.replace("_", "-")
         key = keys.get(option, option.replace("-", "_"))
-        if option in OURS:
+        if option in sbatch.OURS:
             yield Fault(f"additional_parameters.{name}", "is set by runner itself", "leave it out", value)
         elif key in ("nodes", "timeout_min", "gpus_per_node", "tasks_per_node", *others):
             yield Fault(f"additional_parameters.{name}", "has a key of its own", f"set launcher.{key}", value)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """The option's own YAML: what stands there nobody has asked for."""
+    import yaml
+
+    return dict(yaml.safe_load((config.config_dir() / "launcher" / "slurm.yaml").read_text()))
