@@ -216,6 +216,7 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_started(tmp_path: Path):
     assert attempts(sweep) == [1, 1, 0]
     assert (asked_now.read_state().status, asked_now.read_state().reason) == ("killed", "cancelled by me")
     assert "[3/3] ok: cancelled" in said
+    assert not asked_before.cancel_request.exists(), "a worker would honour it"
 
 
 def test_a_run_that_cannot_be_claimed_is_worked_on_all_the_same(tmp_path: Path):
