@@ -59,5 +59,5 @@ if __name__ == "__main__":
     elif sys.argv[3:] == ["ranks"]:
         codes = elastic.Elastic(2).launch(sweep.rundirs(), sweep)
     else:
-        codes = local.Local(parallel, 1, 1).launch(sweep.rundirs(), sweep)
+        codes = local.Local(parallel, 1).launch(sweep.rundirs(), sweep)
     print(*codes)

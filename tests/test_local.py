@@ -18,7 +18,7 @@ from conftest import TINY, node, prepared
 
 from runner import config, system, tracking
 from runner.errors import LaunchError
-from runner.launch import deaths, local, progress
+from runner.launch import deaths, local, progress, slots
 from runner.rundir import RunDir
 from runner.sweepdir import SweepDir
 
@@ -216,6 +216,7 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_started(tmp_path: Path):
     assert attempts(sweep) == [1, 1, 0]
     assert (asked_now.read_state().status, asked_now.read_state().reason) == ("killed", "cancelled by me")
     assert "[3/3] ok: cancelled" in said
+    assert not asked_before.cancel_request.exists(), "a worker would honour it"
 
 
 def test_a_run_that_is_ended_alone_stops_no_other(tmp_path: Path):
@@ -389,7 +390,7 @@ def test_gpus_are_shared_out_and_cores_divided(monkeypatch: pytest.MonkeyPatch):
         launcher(parallel=5).check()
 
 
-def test_several_gpus_for_one_process_are_refused():
-    (fault,) = config.find_faults(node("launcher", "local", gpus_per_job=2), "launcher")
-    assert fault.key == "launcher.gpus_per_job"
-    assert "launcher=accelerate" in fault.remedy
+def test_a_run_of_several_processes_has_a_gpu_for_each(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(system, "visible_gpus", lambda: ["0", "1", "2", "3", "4"])
+    monkeypatch.setattr(system, "idle_gpus", lambda: ["1", "2", "3", "4"])
+    assert [slot.gpus for slot in slots.share(None, threads=1, processes=2)] == [("1", "2"), ("3", "4")]

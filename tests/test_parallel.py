@@ -254,6 +254,16 @@ def test_ctrl_c_saves_once_and_says_so(tmp_path: Path, cache: Path):
     assert said.count(f"resume={rundir.path}") == 1, "only rank 0 speaks"
 
 
+def test_ranks_of_a_run_that_was_cancelled_meanwhile_train_nothing(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"))
+    rundir.cancel_request.write_text("cancelled before it started by me")  # seconds pass until rank 0 holds the folder
+    rundir.write_state(status="killed", reason="cancelled before it started by me")
+    code, said = worked(rundir)
+    assert code == 130, said
+    assert (rundir.read_state().status, rundir.read_state().attempt) == ("killed", 0)
+    assert said.count("is not begun: cancelled before it started by me") == 1
+
+
 def test_a_rank_that_raises_is_the_reason(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"))
     code, said = worked(rundir, "raise", "2", "1")

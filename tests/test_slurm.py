@@ -311,13 +311,28 @@ def test_without_a_slurm_the_launcher_says_so(tmp_path: Path, monkeypatch: pytes
     assert not list(Path().iterdir())
 
 
+def test_without_slurm_what_is_cancelled_before_it_began_never_begins(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = runner(*SHORT, "launcher=slurm", "launcher.cluster=local", "hydra.run.dir=run", "tracking=offline")
+    assert done.returncode == 0, done.stderr
+    rundir = RunDir(tmp_path / "run")
+    supervisor = psutil.Process(int(job_of(rundir)))
+    done = runner("cancel", "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "killed: cancelled by " in done.stdout
+    psutil.wait_procs([supervisor], timeout=30)
+    assert not supervisor.is_running()
+    assert (rundir.read_state().status, rundir.read_state().attempt) == ("killed", 0)
+
+
 @pytest.mark.slow
 def test_without_slurm_a_sweep_runs_detached_on_this_machine(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    done = runner("-m", *SHORT, "launcher=slurm", "launcher.cluster=local", "seed=1,2", "tracking=offline",
-                  "launcher.array_parallelism=1")  # fmt: skip
+    done = runner("-m", *SHORT, "launcher=slurm", "launcher.cluster=local", "seed=1,2", "tracking=offline")
     assert done.returncode == 0, done.stderr
     rundirs = find_runs(Path("outputs"))
     until(lambda: [rundir.read_state().status for rundir in rundirs] == ["completed"] * 2)

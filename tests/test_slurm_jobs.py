@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
-from conftest import TINY, option, prepared
+from conftest import TINY, node, option, prepared
 from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm, slurm_says, until, weights
 
-from runner.launch import snapshot, submission
-from runner.rundir import RunDir
+from runner import cli, config, report
+from runner.launch import following, sbatch, snapshot, submission
+from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
 
 __all__ = ["slurm"]  # the fixture
@@ -119,6 +122,61 @@ def test_a_sweep_that_sbatch_did_not_take_is_not_said_to_run(slurm: None):
     assert [run.info.status for run in mlflow_runs()] == ["KILLED"] * 3
     assert runner(*words).returncode == 0
     assert sorted(run.info.status for run in mlflow_runs()) == ["RUNNING", "SCHEDULED", "SCHEDULED"]
+
+
+@pytest.mark.slurm
+def test_what_failed_and_is_submitted_again_waits(slurm: None):
+    words = ("-m", *SHORT, *SLURM, HELD, "seed=1,2")
+    assert runner(*words).returncode == 0
+    rundirs = SweepDir(Path("outputs/sweeps/seed").absolute()).rundirs()
+    for rundir in rundirs:
+        slurm_says("scancel", job_of(rundir))
+        rundir.write_state(status="failed", reason="not today", attempt=1)
+    until(lambda: all(map(has_left_the_queue, rundirs)))
+    assert runner("sync", "outputs/sweeps/seed").returncode == 0
+    assert {run.info.status for run in mlflow_runs()} == {"FAILED"}
+    again = runner(*words, "retry=true")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("queued") == 2
+    assert "not today" not in again.stdout
+    assert [rundir.read_state().status for rundir in rundirs] == ["pending"] * 2
+    assert sorted(run.info.status for run in mlflow_runs()) == ["RUNNING", "SCHEDULED", "SCHEDULED"]
+
+
+@pytest.mark.slurm
+def test_what_slurm_takes_of_a_sweep_is_shown_where_it_refuses_the_rest(slurm: None):
+    Path("bin").mkdir()
+    real = shutil.which("sbatch")
+    once = '[[ -e taken ]] && echo "sbatch: error: Slurm is full" >&2 && exit 1\ntouch taken\n'
+    Path("bin/sbatch").write_text(f'#!/bin/bash\n[[ "$*" == *--test-only* ]] && exec {real} "$@"\n{once}{real} "$@"\n')
+    Path("bin/sbatch").chmod(0o755)
+    there = {"PATH": f"{Path('bin').absolute()}:{os.environ['PATH']}"}
+    words = ("-m", *TINY, "train.max_steps=1", *SLURM, HELD)
+    done = runner(*words, "launcher.tasks_per_node=1,2", **there)  # a launcher each
+    assert done.returncode == 1, done.stderr
+    assert "Slurm took 0 of 1 runs and refused the next: Slurm is full" in done.stderr
+    assert re.search(r"queued.*\n.*pending", done.stdout), done.stdout
+    Path("taken").unlink()
+    longest = int(slurm_says("bash", "-c", "scontrol show config | sed -n 's/^MaxArraySize *= *//p'"))
+    if longest > 50:
+        pytest.skip(f"arrays of {longest} here; scripts/slurm-lab/up has short ones")
+    done = runner(*words, f"seed=range({longest + 1})", "sweep=long", **there)
+    assert done.returncode == 1, done.stderr
+    assert f"Slurm took {longest} of {longest + 1} runs and refused the next: Slurm is full" in done.stderr
+    assert done.stdout.count("queued") == longest
+    assert done.stdout.count("pending") == 1
+
+
+@pytest.mark.slurm
+def test_what_a_later_command_adds_to_a_sweep_waits_for_what_is_queued(slurm: None):
+    words = ("-m", *TINY, "train.max_steps=1", *SLURM, HELD, "launcher.array_parallelism=1", "sweep=one")
+    assert runner(*words, "seed=1,2").returncode == 0
+    more = runner(*words, "seed=1,2,3,4")
+    assert more.returncode == 0, more.stderr
+    first, _, second, _ = (job_of(run).partition("_")[0] for run in SweepDir(Path("outputs/sweeps/one")).rundirs())
+    assert first != second
+    assert f"afterany:{first}" in slurm_says("scontrol", "-o", "show", "job", second)
+    assert f"submitted 2 runs as job {second}, 1 at a time, after job {first}" in more.stderr
 
 
 @pytest.mark.slurm
@@ -235,3 +293,116 @@ def test_debug_works_in_this_process(tmp_path: Path, cache: Path, monkeypatch: p
     assert done.read_manifest()["slurm"]["cluster"] == "debug"
     assert dict(os.environ) == before
     assert submission.is_queued([done]) == [False]
+
+
+# What needs neither Slurm nor training
+
+
+def test_what_is_completed_is_not_submitted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rundir = prepared(tmp_path / "run", *TINY)
+    rundir.write_state(status="completed")
+    for launcher in (("launcher=slurm",), ("launcher=slurm", "launcher.cluster=local")):
+        assert cli.run([*TINY, *launcher, f"hydra.run.dir={rundir.path}"]) == 0
+        assert "is completed already: nothing to do" in capsys.readouterr().err
+    assert not submission.room(rundir.path).exists()
+
+
+def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.MonkeyPatch):
+    for name in list(os.environ):
+        if name.startswith(("SBATCH_", "SLURM_JOB_ID")):
+            monkeypatch.delenv(name)
+    kept = {"SBATCH_PARTITION": "low", "SBATCH_EXPORT": "NONE", "SBATCH_MEM_PER_CPU": "9"}
+    of_ours = dict.fromkeys(("JOB_NAME", "SIGNAL", "NO_REQUEUE", "ARRAY_INX", "OUTPUT", "ERROR", "OPEN_MODE"), "1")
+    removed = {f"SBATCH_{name}": value for name, value in {**of_ours, "TIMELIMIT": "1", "WAIT": "1"}.items()}
+    of_given = dict.fromkeys(("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS", "SBATCH_MEM_PER_NODE", "SBATCH_HINT"), "9")
+
+    def seen_by_sbatch(**asked: object) -> dict[str, str]:
+        with sbatch.environment(option("launcher", "slurm", **asked)()):
+            return {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
+
+    for name, value in {**kept, **removed, **of_given}.items():
+        monkeypatch.setenv(name, value)
+    assert seen_by_sbatch() == {**kept, **of_given}
+    asked = {"gpus_per_node": 0, "mem_gb": 1.0, "additional_parameters": {"hint": "nomultithread"}}
+    del kept["SBATCH_MEM_PER_CPU"]
+    assert seen_by_sbatch(**asked) == kept
+    assert os.environ["SBATCH_JOB_NAME"] == os.environ["SBATCH_TIMELIMIT"] == "1", "they are back"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "asked", "remedy"),
+    [
+        ("local", {"gpus_per_node": 2}, "launcher=accelerate"),
+        ("local", {"array_parallelism": 2}, "launcher=local"),
+        ("local", {"max_requeues": 3}, "there is no Slurm"),
+        ("debug", {"container": "apptainer exec x"}, "there is no Slurm"),
+        ("debug", {"python": "/usr/bin/python3"}, "there is no Slurm"),
+        ("debug", {"array_parallelism": 2}, "launcher=local"),
+        ("debug", {"gpus_per_node": 1}, "launcher=local"),
+        ("debug", {"snapshot": "new"}, "there is no Slurm"),
+        ("debug", {"timeout_min": 5}, "there is no Slurm"),
+        ("debug", {"signal_delay_s": 5}, "there is no Slurm"),
+    ],
+)
+def test_what_nobody_heeds_without_slurm_is_refused(cluster: str, asked: dict[str, object], remedy: str):
+    assert not list(config.find_faults(node("launcher", "slurm", **asked), "launcher"))
+    assert not list(config.find_faults(node("launcher", "slurm", cluster=cluster), "launcher"))
+    (fault,) = config.find_faults(node("launcher", "slurm", cluster=cluster, **asked), "launcher")
+    assert (fault.key, fault.problem) == (f"launcher.{next(iter(asked))}", f"has no effect with cluster={cluster}")
+    assert remedy in fault.remedy
+
+
+def supervised(folder: Path) -> tuple[RunDir, subprocess.Popen[bytes]]:
+    """A run that a process other than this one sees to; it is what submitit's local cluster looks like."""
+    rundir = prepared(folder, *TINY)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"])
+    rundir.update_manifest(slurm={"job_id": str(process.pid), "cluster": "local"})
+    return rundir, process
+
+
+class One:
+    """Proposes this run; see launch/protocol.py: Source."""
+
+    def __init__(self, rundir: RunDir) -> None:
+        self.left, self.has_ended = [rundir], False
+
+    def next(self) -> RunDir | None:
+        return self.left.pop() if self.left else None
+
+    def ended(self, rundir: RunDir) -> None:  # noqa: ARG002
+        self.has_ended = True
+
+    def look(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_ends_the_following_and_not_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rundir, process = supervised(tmp_path / "run")
+    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    try:
+        assert following.follow([rundir]) == [75]
+        assert "no longer following; 1 of 1 runs go on" in capsys.readouterr().err
+        source = One(rundir)
+        assert following.serve(source, 1, lambda _: None) == 75
+        assert "no further runs are proposed; 1 go on" in capsys.readouterr().err
+        assert not source.has_ended
+        assert process.poll() is None
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_table_of_a_sweep_says_how_runs_stand_and_not_what_the_dead_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rundir = prepared(tmp_path / "run", *TINY)
+    rundir.write_state(status="running", attempt=1, host=os.uname().nodename)
+    report.sweep([("seed=1", rundir)], is_detached=False)
+    shown = capsys.readouterr().out
+    assert f"killed  seed=1: {DIED}" in shown
+    assert "running" not in shown
+    assert "the same command again" in shown

@@ -247,8 +247,28 @@ def test_a_run_that_was_cancelled_is_killed_and_not_preempted(tmp_path: Path, ca
         assert worker.work(rundir) == 130
     state = rundir.read_state()
     assert (state.status, state.reason) == ("killed", "cancelled by me; the state is saved at step 3")
+    assert worker.work(rundir) == 130, "nobody has handed it over since"
+    rundir.forget_cancel()
     assert worker.work(rundir) == 0
-    assert not rundir.cancel_request.exists(), "a new attempt begins without the request of the last"
+
+
+def test_what_is_cancelled_before_its_worker_comes_is_not_begun(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    with rundir.held():
+        rundir.cancel_request.write_text("cancelled by me")
+        rundir.forget_cancel()
+    assert worker.work(rundir) == 130, "who holds the run was told, and is asked for the reason"
+    state = rundir.read_state()
+    assert (state.status, state.reason, state.attempt) == ("killed", "cancelled by me", 0)
+    assert not rundir.log.exists()
+
+
+def test_a_run_that_was_at_work_before_is_never_tidied_away(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    rundir.write_state(status="pending", attempt=1)  # handed over again
+    rundir.config.write_text("{")
+    assert worker.work(rundir) == 2
+    assert rundir.manifest.exists()
 
 
 def test_a_run_that_was_given_up_stays_so_until_it_is_asked_for_anew(tmp_path: Path, cache: Path):

@@ -27,7 +27,7 @@ TINY = ["model=tiny", "tracking=offline", "data.max_length=128", "train.max_step
 def main(jobs: int, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rundirs = [prepared(Path(folder) / str(seed), [*TINY, f"seed={seed}", *overrides]) for seed in range(jobs)]
-        launcher = local.Local(parallel=1, gpus_per_job=1, threads=None)
+        launcher = local.Local(parallel=1, threads=None)
         local.work = timed(local.work)
         assert launcher.launch(rundirs, None) == [0] * jobs
         marks = [marks_of(rundir) for rundir in rundirs]

@@ -148,10 +148,10 @@ class _Ending:
         return [run for run in free if run.job is None or not run.job.is_active]
 
     def _stop(self, run: Standing) -> None:
-        """SIGTERM to the worker that holds the folder here; that of a job gets it from Slurm."""
+        """SIGTERM to the worker that holds the folder here, or to what is about to start it; a job gets Slurm's."""
         if (run.job is not None and run.job.is_active) or run not in self._possible([run]):
             return
-        pid = standing.holder(run.rundir)
+        pid = standing.holder(run.rundir) if run.rundir.is_alive() else standing.supervisor(run)
         if pid is None or (run.rundir.path, pid) in self.signalled:
             return
         try:

@@ -261,12 +261,16 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
 
 def _run_one(job: Any, argv: list[str], joined: Joined | None) -> int:
     from runner import admit, folders, sweeping, sweeps
+    from runner.rundir import RunDir
 
     launcher: Launcher = joined or admit.launcher_of(job.cfg)
     folder, job.cfg = folders.choose(job.cfg, Path(job.folder), named=job.is_folder_named, overrides=job.overrides)
     if not joined and not any(override.startswith("launcher") for override in job.overrides):
         launcher = admit.launcher_of(job.cfg)  # a resumed run goes the way it went
     folders.refuse(folder, job.cfg)
+    if RunDir(folder).read_state().status == "completed":
+        print(f"{folder} is completed already: nothing to do", file=sys.stderr)
+        return 0
     is_new = not job.is_folder_named and not folder.exists()
     launcher.check()
     try:

@@ -50,8 +50,7 @@ class Clock:
 
 
 def clear(rundir: RunDir) -> None:
-    """Remove what an earlier attempt left to be said: a request to end it, and its ranks' last words."""
-    rundir.cancel_request.unlink(missing_ok=True)
+    """Remove what an earlier attempt left to be said: its ranks' last words."""
     for path in rundir.path.glob(f"{rundir.rank_failure(0).name[:-1]}*"):
         path.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import compiling, console, parallel, prepare, tracking
+from runner import compiling, console, parallel, prepare, standing, tracking
 from runner.rundir import DONE, RunDir
 
 if TYPE_CHECKING:
@@ -140,23 +140,23 @@ def ending(rundir: RunDir, mirrored: tracking.MirrorResult | None, code: int) ->
 
 
 def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
-    """All runs of a sweep in one table, then what to do next; ``is_detached``: they go on after this."""
+    """All runs of a sweep as they stand, in one table, then what to do next; ``is_detached``: they go on after this."""
     rows, reasons = [], []
-    for label, rundir in runs:
-        state = rundir.read_state()
-        loss = state.summary.get(tracking.LOSS)
-        if state.status == "pruned":
+    found = standing.of([rundir for _, rundir in runs])
+    for (label, rundir), run in zip(runs, found, strict=True):
+        loss = run.state.summary.get(tracking.LOSS)
+        if run.status == "pruned":
             loss = tracking.last_values(tracking.read(rundir)).get(tracking.LOSS)
         shown = f"{loss:.4f}" if loss is not None else "–"
-        rows.append([label or rundir.path.name, state.status, shown, console.nearest(rundir.path)])
-        if state.reason:
-            reasons.append(f"{state.status}  {label or rundir.path.name}: {state.reason}")
+        rows.append([label or rundir.path.name, run.status, shown, console.nearest(rundir.path)])
+        if run.reason and run.status != "pending" and not run.is_live:  # what waits says so in the table
+            reasons.append(f"{run.status}  {label or rundir.path.name}: {run.reason}")
     console.table("sweep", ["run", "status", "held-out loss", "folder"], rows)
     for reason in reasons:  # beside the table: a reason broken into a column can be neither read nor searched
         console.say(reason)
     home = console.nearest(runs[0][1].path.parent)
-    states = [rundir.read_state().status for _, rundir in runs]
-    if is_detached:
+    states = [run.status for run in found]
+    if is_detached or any(run.is_live for run in found):
         console.say(f"next     python -m runner status {home}")
     elif set(states) <= set(DONE):
         console.say(f"next     python -m runner compare {home}")

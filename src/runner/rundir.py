@@ -112,7 +112,7 @@ class RunDir:
 
     @property
     def cancel_request(self) -> Path:
-        """Lies here from the moment somebody cancels the run until it is taken up again; its text is the reason."""
+        """Lies here from the moment somebody cancels the run until it is handed over again; its text is the reason."""
         return self.path / ".cancel"
 
     @property
@@ -162,10 +162,15 @@ class RunDir:
         write_atomic(self.state, json.dumps(asdict(state), indent=1))
         return state
 
-    def forget_requests(self) -> None:
-        """Whoever hands the run over wants it all the same; one that a worker holds is left as it is."""
+    def forget_cancel(self) -> None:
+        """Drop the request to cancel the run: it is handed over again. A worker that is ending still needs it."""
         if not self.is_alive():
             self.cancel_request.unlink(missing_ok=True)
+
+    def forget_requests(self) -> None:
+        """Drop what asked to end the run, as ``forget_cancel`` does, and what gave it up: somebody wants it anew."""
+        self.forget_cancel()
+        if not self.is_alive():
             self.prune_request.unlink(missing_ok=True)
 
     def read_manifest(self) -> dict[str, Any]:

@@ -110,6 +110,7 @@ class Trials:
             if is_there:
                 continue
             if sweeps.has_to_work(rundir, retry=bool(trial.user_attrs.get("is_retried"))):
+                rundir.forget_cancel()
                 if rundir.read_state().status == "failed":  # and is asked for anew
                     rundir.forget_requests()
                 return rundir

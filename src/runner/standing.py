@@ -101,6 +101,19 @@ def holder(rundir: RunDir) -> int | None:
     return next(found, None)
 
 
+def supervisor(standing: Standing) -> int | None:
+    """The pid of the process of this machine by which submitit runs it (launcher.cluster=local); None without one."""
+    slurm = standing.manifest.get("slurm") or {}
+    if slurm.get("cluster") != "local":
+        return None
+    import psutil
+
+    with contextlib.suppress(psutil.Error, ValueError):
+        pid = int(slurm["job_id"])
+        return pid if any("submitit" in word for word in psutil.Process(pid).cmdline()) else None
+    return None
+
+
 def here() -> str:
     """This machine, as states name it."""
     return os.uname().nodename
@@ -241,11 +254,11 @@ def _with_lock(standing: Standing, is_alive: bool, around: _Around) -> tuple[str
 
 
 def _waiting(standing: Standing, around: _Around) -> tuple[str, str]:
-    sweep, slurm = sweep_of(standing.rundir), standing.manifest.get("slurm") or {}
+    sweep = sweep_of(standing.rundir)
     if _job_id(standing):
         knows = "does not answer" if around.silent else "does not know any more"
         return "unknown", f"it was given to Slurm as job {_job_id(standing)}, and Slurm {knows}"
-    if slurm.get("cluster") == "local" and _is_supervised(str(slurm.get("job_id"))):
+    if supervisor(standing):
         return "starting", ""
     if sweep is None:
         return "pending", "nobody is at work on it"
@@ -254,15 +267,6 @@ def _waiting(standing: Standing, around: _Around) -> tuple[str, str]:
     if around.queues[sweep.path]:
         return "queued", ""
     return "pending", NOBODY if around.queues[sweep.path] is False else "is being prepared, or nobody will start it"
-
-
-def _is_supervised(pid: str) -> bool:
-    """Whether the process by which submitit runs a job without Slurm still lives."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error, ValueError):
-        return any("submitit" in word for word in psutil.Process(int(pid)).cmdline())
-    return False
 
 
 def _open_files(pids: Iterable[int] | None = None) -> Iterator[tuple[int, list[str]]]:

@@ -140,7 +140,13 @@ class Session:
             for entry in todo:
                 entry.rundir.forget_requests()
             self.is_detached = self.is_detached or launcher.is_detached
-            codes = launcher.launch([entry.rundir for entry in todo], sweep)
+            try:
+                codes = launcher.launch([entry.rundir for entry in todo], sweep)
+            except LaunchError as error:
+                if all(entry.code is None for entry in entries):
+                    raise
+                print(error, file=sys.stderr)  # those of another launcher were started: the table says which
+                codes = [1] * len(todo)
             for entry, code in zip(todo, codes, strict=False):
                 entry.code = code
             if any(code in (75, 130) for code in codes):

@@ -57,13 +57,16 @@ def work(rundir: RunDir, *, mirrored: bool = False) -> int:
         with silent(rundir.rank_log(ranks.rank)):
             return _along(rundir, ranks)
     with rundir.held() as mine:
-        found = rundir.read_state().status
-        if not mine or found == "completed":
+        found = rundir.read_state()
+        if not mine or found.status == "completed":
             _dismiss(ranks)
             return _found_completed(rundir) if mine else attach(rundir)
+        if rundir.cancel_request.exists():
+            _dismiss(ranks)
+            return _found_cancelled(rundir)
         with console.logging_to(rundir.log), Stop() as stop:
             code = _attempt(rundir, ranks, stop, mirrored)
-        if code == 2 and found == "pending":
+        if code == 2 and found.status == "pending" and not found.attempt:
             rundir.discard()
     if code != 1 and not stop.was_hasty:
         ranks.leave()
@@ -149,6 +152,15 @@ def _dismiss(ranks: Ranks) -> None:
 def _found_completed(rundir: RunDir) -> int:
     print(f"{rundir.path} is completed already: nothing to do", file=sys.stderr)
     return 0
+
+
+def _found_cancelled(rundir: RunDir) -> int:
+    """Somebody cancelled it after it had been handed over, which forgets what was asked before."""
+    reason = rundir.cancel_request.read_text().strip() or "cancelled"
+    print(f"{rundir.path} is not begun: {reason}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk
+        rundir.write_state(status="killed", reason=reason)
+    return outcome.CODES["killed"]
 
 
 def _refuse_other_world(cfg: Mapping[str, Any], ranks: Ranks) -> None:

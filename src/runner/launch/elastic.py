@@ -64,7 +64,7 @@ class Elastic:
         return local.serve(source, self._slots(at_once), partial(run, processes=self.processes), sweep)
 
     def _slots(self, at_once: int | None) -> list[Slot]:
-        return share(at_once, gpus_per_job=self.processes, threads=None, processes=self.processes)
+        return share(at_once, threads=None, processes=self.processes)
 
 
 def accelerate(*, processes: Count) -> Elastic:

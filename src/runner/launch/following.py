@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from runner import outcome
-from runner.errors import LaunchError
+from runner.errors import Interrupted, LaunchError, Preempted
 from runner.launch import progress, submission
 from runner.launch.protocol import Source
 from runner.rundir import RunDir, State
@@ -20,52 +22,74 @@ SETTLING_S = 2.0
 
 
 def follow(rundirs: Sequence[RunDir]) -> list[int]:
-    """Show how far the runs are until every job has left the queue; Ctrl-C ends the showing alone.
+    """Show how far the runs are until every job has left the queue; Ctrl-C and SIGTERM end the showing alone.
 
     Returns:
-        the exit code of each run; 0 for those that still go on after Ctrl-C.
+        the exit code of each run; for those that still go on 0 after Ctrl-C, 75 after SIGTERM.
     """
-    jobs = _Jobs(rundirs)
+    jobs, code_of_left = _Jobs(rundirs), 0
     try:
-        progress.follow(list(rundirs), jobs.have_ended)
-    except KeyboardInterrupt:
+        with _ending_on_sigterm():
+            progress.follow(list(rundirs), jobs.have_ended)
+    except (KeyboardInterrupt, Preempted) as stop:
+        code_of_left = Preempted.exit_code if isinstance(stop, Preempted) else 0
         print(f"\nno longer following; {len(jobs.left)} of {len(rundirs)} runs go on", file=sys.stderr)
         print("    python -m runner status, logs and cancel take their folders", file=sys.stderr)
-    return [0 if rundir in jobs.left else _code(rundir) for rundir in rundirs]
+    return [code_of_left if rundir in jobs.left else _code(rundir, len(rundirs) == 1) for rundir in rundirs]
 
 
-def serve(source: Source, at_once: int, submit: Callable[[RunDir], None]) -> int:
-    """Submit what ``source`` proposes, ``at_once`` at the same time; returns 0, or 130 after Ctrl-C."""
+def serve(source: Source, at_once: int, submit: Callable[[RunDir], object]) -> int:
+    """Submit what ``source`` proposes, ``at_once`` at the same time; returns 0, 130 after Ctrl-C, 75 after SIGTERM."""
     running: list[RunDir] = []
-    refused: list[RunDir] = []
     try:
-        while True:
-            while len(running) < at_once and (rundir := refused.pop() if refused else source.next()):
-                try:
-                    submit(rundir)
-                except LaunchError as error:  # a limit on jobs, a controller that is busy: not the end of a search
-                    if not running:
-                        raise
-                    print(f"{error}; it is tried again when a job has ended", file=sys.stderr)
-                    refused.append(rundir)
-                    break
-                running.append(rundir)
-            if not running:
-                return 0
-            jobs = _Jobs(running)
-            while len(jobs.left) == len(running):
-                time.sleep(LOOK_S)
-                source.look()
-                jobs.have_ended()
-            for rundir in running:
-                if rundir not in jobs.left:
-                    state = _settled(rundir)
-                    print(f"{rundir.path.name}: {state.status} {state.reason}".strip(), file=sys.stderr)
-                    source.ended(rundir)
-            running = jobs.left
-    except KeyboardInterrupt:
+        with _ending_on_sigterm():
+            _serve(source, at_once, submit, running)
+    except (KeyboardInterrupt, Preempted) as stop:
         print(f"\nno further runs are proposed; {len(running)} go on, the same command takes up again", file=sys.stderr)
-        return 130
+        return Preempted.exit_code if isinstance(stop, Preempted) else Interrupted.exit_code
+    return 0
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """While the block runs, SIGTERM raises Preempted wherever the program is, as Ctrl-C does KeyboardInterrupt."""
+
+    def end(*_: object) -> None:
+        raise Preempted("stopped by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _serve(source: Source, at_once: int, submit: Callable[[RunDir], object], running: list[RunDir]) -> None:
+    """Go on until nothing more is proposed and all has ended; ``running`` holds those that go on."""
+    refused: list[RunDir] = []
+    while True:
+        while len(running) < at_once and (rundir := refused.pop() if refused else source.next()):
+            try:
+                submit(rundir)
+            except LaunchError as error:  # a limit on jobs, a controller that is busy: not the end of a search
+                if not running:
+                    raise
+                print(f"{error}; it is tried again when a job has ended", file=sys.stderr)
+                refused.append(rundir)
+                break
+            running.append(rundir)
+        if not running:
+            return
+        jobs = _Jobs(running)
+        while len(jobs.left) == len(running):
+            time.sleep(LOOK_S)
+            source.look()
+            jobs.have_ended()
+        for rundir in [each for each in running if each not in jobs.left]:
+            state = _settled(rundir)
+            print(f"{rundir.path.name}: {state.status} {state.reason}".strip(), file=sys.stderr)
+            source.ended(rundir)
+            running.remove(rundir)
 
 
 def _settled(rundir: RunDir) -> State:
@@ -98,10 +122,11 @@ class _Jobs:
         return not self.left
 
 
-def _code(rundir: RunDir) -> int:
-    """What its state says; said in words where the job has ended without writing one."""
+def _code(rundir: RunDir, is_alone: bool) -> int:
+    """What its state says, of one among several that ended by itself 1; in words where its job wrote none."""
     if (state := _settled(rundir)).status not in ("pending", "running"):
-        return outcome.exit_code(state)
+        code = outcome.exit_code(state)
+        return code if is_alone or code not in (Preempted.exit_code, Interrupted.exit_code) else 1
     job = (rundir.read_manifest().get("slurm") or {}).get("job_id")
     print(f"job {job} ended without a word: python -m runner logs {rundir.path}", file=sys.stderr)
     return 1

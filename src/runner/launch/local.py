@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from runner import mirroring, system
 from runner.errors import Fault, LaunchError
@@ -30,16 +29,14 @@ class Local:
     """Runs of one process each; see launch/protocol.py."""
 
     parallel: int | None
-    gpus_per_job: int
     threads: int | None
     processes: int = 1
     is_detached: bool = False
 
     def check(self, at_once: int | None = None) -> None:
         have, jobs = len(system.visible_gpus()), at_once or self.parallel or 1
-        if have and jobs * self.gpus_per_job > have:
-            wanted = f"{jobs} × {self.gpus_per_job} GPUs are wanted at once"
-            problem = f"{wanted}, and NVML and CUDA_VISIBLE_DEVICES show {have}"
+        if 0 < have < jobs:
+            problem = f"each run wants a GPU, and NVML and CUDA_VISIBLE_DEVICES show {have}"
             key = "search.at_once" if at_once else "launcher.parallel"
             raise LaunchError(Fault(key, problem, "ask for fewer, or leave it null", jobs))
 
@@ -60,7 +57,7 @@ class Local:
         return serve(source, self.slots(at_once), work, sweep)
 
     def slots(self, at_once: int | None = None) -> list[Slot]:
-        return share(at_once or self.parallel, gpus_per_job=self.gpus_per_job, threads=self.threads)
+        return share(at_once or self.parallel, threads=self.threads)
 
     def _here(self, rundir: RunDir) -> int:
         from runner import worker
@@ -72,15 +69,9 @@ class Local:
         return worker.work(rundir)
 
 
-def local(*, parallel: Count | None, gpus_per_job: Count, threads: Count | None) -> Local:
+def local(*, parallel: Count | None, threads: Count | None) -> Local:
     """Train on this machine, several runs of a sweep at once where there is more than one GPU."""
-    return Local(parallel, gpus_per_job, threads)
-
-
-def check_local(*, gpus_per_job: int, **_: Any) -> Iterator[Fault]:
-    if gpus_per_job > 1:
-        remedy = f"take several processes: launcher=accelerate launcher.processes={gpus_per_job}"
-        yield Fault("gpus_per_job", "a run of one process computes on one GPU", remedy, gpus_per_job)
+    return Local(parallel, threads)
 
 
 def serve(source: Source, slots: list[Slot], start: Start, sweep: SweepDir) -> int:

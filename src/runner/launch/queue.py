@@ -104,6 +104,12 @@ class Job:
     def is_cancelled(self) -> bool:
         return stamp(self.rundir.cancel_request) not in ((), self.asked)
 
+    def forget_cancel(self) -> None:
+        """Drop the request that lay there when the run was handed over: its worker honours what it finds."""
+        if not self.is_cancelled():
+            with contextlib.suppress(OSError):
+                self.rundir.cancel_request.unlink(missing_ok=True)
+
     def outcome(self) -> State | None:
         """The state in which others left this run since it was handed over; None where it is still to be worked on."""
         state, known = self.rundir.read_state(), self.known
@@ -205,6 +211,7 @@ class _Queue:
             job.release()
             return
         job.slot, job.known = self.free.popleft(), job.rundir.read_state()
+        job.forget_cancel()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # nothing comes between the fork and knowing of it
         pid = os.fork()
         if not pid:

@@ -39,12 +39,19 @@ CANDIDATES = (
 )  # fmt: skip
 """Keys to leave out, one at a time, where Slurm only says that it has no such nodes."""
 
-ENVIRONMENT = {
-    "partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "qos": "SBATCH_QOS",
-    "timeout_min": "SBATCH_TIMELIMIT", "constraint": "SBATCH_CONSTRAINT", "reservation": "SBATCH_RESERVATION",
-    "exclude": "SBATCH_EXCLUDE",
+OURS = ("array", "output", "error", "open-mode", "job-name", "signal", "requeue", "no-requeue", "wrap")
+"""Options of sbatch without which the runs could neither be found again nor continued."""
+
+KEYS = {
+    "partition": ("PARTITION",), "account": ("ACCOUNT",), "qos": ("QOS",), "timeout_min": ("TIMELIMIT",),
+    "constraint": ("CONSTRAINT",), "reservation": ("RESERVATION",), "exclude": ("EXCLUDE",),
+    "gpus_per_node": ("GPUS_PER_NODE", "GPUS", "GPUS_PER_TASK", "GPUS_PER_SOCKET"),
+    "mem_gb": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
 }  # fmt: skip
-"""Variables that sbatch would believe rather than the script."""
+"""Key → the variables, without SBATCH_, that sbatch would believe rather than the script."""
+
+OTHER_NAMES = {"array": "ARRAY_INX", "switches": "REQ_SWITCH"}
+"""Options of sbatch whose variable is not called as they are."""
 
 
 def parameters(asked: Slurm, name: str, setup: list[str]) -> dict[str, Any]:
@@ -119,8 +126,7 @@ def environment(asked: Slurm) -> Iterator[None]:
     """Without the variables that would make sbatch ignore what was asked for, or that belong to the job we are in."""
     from submitit.helpers import clean_env
 
-    given = [variable for key, variable in ENVIRONMENT.items() if getattr(asked, key) is not None]
-    removed = {variable: os.environ.pop(variable) for variable in given if variable in os.environ}
+    removed = {name: os.environ.pop(name) for name in _overriding(asked) if name in os.environ}
     conf = os.environ.get("SLURM_CONF")
     try:
         if "SLURM_JOB_ID" not in os.environ:
@@ -132,6 +138,14 @@ def environment(asked: Slurm) -> Iterator[None]:
             yield
     finally:
         os.environ.update(removed)
+
+
+def _overriding(asked: Slurm) -> set[str]:
+    """The variables that stand above what was asked for, above what is ours, or make sbatch wait for the job's end."""
+    of_keys = [name for key, names in KEYS.items() if getattr(asked, key) is not None for name in names]
+    options = [*OURS, "wait", *(name.replace("_", "-") for name in asked.additional_parameters)]
+    of_options = [OTHER_NAMES.get(option, option.upper().replace("-", "_")) for option in options]
+    return {f"SBATCH_{name}" for name in [*of_keys, *of_options]}
 
 
 def refuse(asked: Slurm) -> None:

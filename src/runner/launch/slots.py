@@ -17,18 +17,18 @@ class Slot:
     """As CUDA_VISIBLE_DEVICES names them; empty leaves that as it is."""
 
 
-def share(parallel: int | None, *, gpus_per_job: int, threads: int | None, processes: int = 1) -> list[Slot]:
-    """What each of the runs at the same time may use: GPUs that are idle first, and an equal share of the cores.
+def share(parallel: int | None, *, threads: int | None, processes: int = 1) -> list[Slot]:
+    """What each of the runs at the same time may use: a GPU for each process, idle ones first, and cores.
 
     Args:
         parallel: how many runs; None: as many as there are idle GPUs for, and one on the CPU.
         threads: of each of a run's ``processes``; None: the cores divided by all of them.
     """
     gpus, idle = system.visible_gpus(), system.idle_gpus()
-    several = parallel or max(1, len(idle) // gpus_per_job)
+    several = parallel or max(1, len(idle) // processes)
     each = threads or max(1, cores() // (several * processes))
     ordered = [*idle, *(gpu for gpu in gpus if gpu not in idle)]
-    return [Slot(each, tuple(ordered[n * gpus_per_job : (n + 1) * gpus_per_job])) for n in range(several)]
+    return [Slot(each, tuple(ordered[n * processes : (n + 1) * processes])) for n in range(several)]
 
 
 def cores() -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from runner import mirrored, mirroring, scheduler
+from runner import config, mirrored, mirroring, scheduler
 from runner.errors import Fault, LaunchError
 from runner.launch import following, sbatch, submission, submitting
 from runner.launch.protocol import Source
@@ -18,14 +19,23 @@ from runner.rundir import RunDir
 from runner.schema import Count, Positive
 from runner.sweepdir import SweepDir
 
-OURS = ("array", "output", "error", "open-mode", "job-name", "signal", "requeue", "no-requeue", "wrap")
-"""Options of sbatch without which the runs could neither be found again nor continued."""
-
 OF_SLURM = (
     "partition", "account", "qos", "cpus_per_task", "mem_gb", "constraint", "exclude", "nodelist", "reservation",
     "modules", "setup", "srun_args", "additional_parameters",
 )  # fmt: skip
 """What only Slurm heeds."""
+
+NO_EFFECT = {
+    "slurm": (),
+    "local": (*OF_SLURM, "gpus_per_node", "array_parallelism", "max_requeues"),
+    "debug": (
+        *OF_SLURM, "gpus_per_node", "array_parallelism", "max_requeues", "container", "python", "timeout_min",
+        "signal_delay_s", "snapshot",
+    ),
+}  # fmt: skip
+"""Cluster → the keys that nobody heeds there."""
+
+SHARED_HERE = "launcher=local or launcher=accelerate share out the GPUs of this machine, and take turns"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +94,8 @@ class Slurm:
     def plan(self, runs: int) -> str:
         """The sbatch script; RUN stands for the folder of the run, or of the sweep, and NAME for the job's name."""
         if self.cluster != "slurm":
-            return f"{self.processes} process(es) on this machine (launcher.cluster={self.cluster})"
+            on = ", on its CPU" if self.cluster == "local" else ""
+            return f"{self.processes} process(es) on this machine (launcher.cluster={self.cluster}){on}"
         home = Path("RUN")
         code = None if self.snapshot == "none" else home / "code"
         text = sbatch.script(self, submission.room(home), "NAME", code, min(runs, submitting.longest_array(self)))
@@ -92,27 +103,41 @@ class Slurm:
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         """Submit the runs that are not in the queue; with ``wait`` follow all of them to their ends."""
-        if sweep:
-            mirroring.open_in_mlflow(sweep)  # parent and children are there before the first job starts
+
+        def open_in_mlflow() -> None:
+            if sweep:
+                mirroring.open_in_mlflow(sweep)  # parent and children are there before the first job starts
+
         if self.cluster == "debug":
+            open_in_mlflow()
             return submitting.run_here(self, rundirs, sweep)
         try:
-            submitting.submit(self, rundirs, sweep)
+            left = submitting.submit(self, rundirs, sweep, open_in_mlflow)
         except LaunchError:
-            if sweep and any(map(mirrored.is_wanted, rundirs)):
-                mirrored.tell([sweep.path])  # nobody will start what Slurm did not take
+            _tell_of_refusal(sweep, rundirs)
             raise
+        _tell_of_refusal(sweep, left)
         if rundirs and not self.wait:
             submitting.tell_how_to_watch(sweep.path if sweep else rundirs[0].path)
-        return following.follow(rundirs) if self.wait else [0] * len(rundirs)
+        taken = [rundir for rundir in rundirs if rundir not in left]
+        codes = following.follow(taken) if self.wait else [0] * len(taken)
+        found = dict(zip(taken, codes, strict=True))
+        return [found.get(rundir, 1) for rundir in rundirs]
 
     def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
-        """Submit each run when there is room for it; Ctrl-C ends the proposing, not what was submitted."""
+        """Submit each run when there is room for it; Ctrl-C and SIGTERM end the proposing, not what was submitted."""
         print("runs are proposed from here as others end: this stays, whatever launcher.wait says", file=sys.stderr)
         submitting.tell_how_to_watch(sweep.path)
         several = at_once or self.array_parallelism
         assert several, "checked by search.check_combination"
-        return following.serve(source, several, lambda rundir: submitting.submit(self, [rundir], sweep))
+        each = replace(self, array_parallelism=None)  # heeded here: they do not wait for each other
+        return following.serve(source, several, lambda rundir: submitting.submit(each, [rundir], sweep))
+
+
+def _tell_of_refusal(sweep: SweepDir | None, left: list[RunDir]) -> None:
+    """Tell MLflow that nobody will start these runs of the sweep."""
+    if sweep and any(map(mirrored.is_wanted, left)):
+        mirrored.tell([sweep.path])
 
 
 def slurm(
@@ -158,23 +183,35 @@ def check_slurm(
     additional_parameters: dict[str, Any],
     **others: Any,
 ) -> Iterator[Fault]:
-    """Combinations that cannot work, and options of sbatch that have a key of their own."""
+    """Combinations that cannot work, keys that nobody heeds, and options of sbatch that have a key of their own."""
     if cluster != "slurm" and nodes > 1:
         yield Fault("nodes", f"cluster={cluster} is this one machine", "set nodes to 1", nodes)
-    if cluster == "debug" and (tasks_per_node or gpus_per_node or 1) > 1:
+    if cluster == "debug" and (tasks_per_node or 1) > 1:
         yield Fault("tasks_per_node", "cluster=debug is one process", "set cluster=local for several", tasks_per_node)
     if signal_delay_s >= timeout_min * 60:
         problem = f"a job of {timeout_min} min would be told to save before it begins"
         yield Fault("signal_delay_s", problem, "set it to less than the time limit", signal_delay_s)
-    told = {"additional_parameters": additional_parameters, **others}
-    for key in OF_SLURM if cluster != "slurm" else ():
-        if told.get(key):
-            yield Fault(key, f"has no effect with cluster={cluster}", "leave it out: there is no Slurm", told[key])
+    told = {
+        "additional_parameters": additional_parameters, "gpus_per_node": gpus_per_node, "timeout_min": timeout_min,
+        "signal_delay_s": signal_delay_s, **others,
+    }  # fmt: skip
+    for key in NO_EFFECT[cluster]:
+        if told[key] and told[key] != _defaults()[key]:
+            remedy = SHARED_HERE if key in ("gpus_per_node", "array_parallelism") else "there is no Slurm"
+            yield Fault(key, f"has no effect with cluster={cluster}", f"leave it out: {remedy}", told[key])
     keys = {"time": "timeout_min", "ntasks-per-node": "tasks_per_node", "mem": "mem_gb", "nodes": "nodes"}
     for name, value in additional_parameters.items():
         option = name.replace("_", "-")
         key = keys.get(option, option.replace("-", "_"))
-        if option in OURS:
+        if option in sbatch.OURS:
             yield Fault(f"additional_parameters.{name}", "is set by runner itself", "leave it out", value)
         elif key in ("nodes", "timeout_min", "gpus_per_node", "tasks_per_node", *others):
             yield Fault(f"additional_parameters.{name}", "has a key of its own", f"set launcher.{key}", value)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """The option's own YAML: what stands there nobody has asked for."""
+    import yaml
+
+    return dict(yaml.safe_load((config.config_dir() / "launcher" / "slurm.yaml").read_text()))

@@ -15,7 +15,6 @@ from typing import Any
 
 from runner import mirrored, scheduler
 from runner.errors import LaunchError
-from runner.launch import submission
 from runner.rundir import RunDir
 from runner.stop import signals_to
 
@@ -43,8 +42,6 @@ def run(file: str) -> None:
     begun_at = rundir.saved_step()
     early: list[int] = []  # a stop may come before the worker listens, and again while it is decided what follows
     with signals_to(lambda number, _: early.append(number)):
-        while asked["after"] and job.cluster == "local" and submission.is_process(asked["after"]) and not early:
-            time.sleep(0.5)
         code = _work(rundir, job, early)
         if job.global_rank == 0 and job.cluster == "slurm" and code == 75:
             code = _after_stop(rundir, asked, has_advanced=rundir.saved_step() > begun_at)

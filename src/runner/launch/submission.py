@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,7 +39,7 @@ class Submission:
     """The snapshot that its jobs run; None: the code that is installed."""
     created: float
     after: str | None = None
-    """What was submitted before it and may have to end first."""
+    """The jobs of its sweep that have to end first, joined by colons."""
     job_id: str | None = None
     """The id that Slurm gave the whole; None until it is noted."""
 
@@ -88,7 +88,7 @@ def adopt(home: Path) -> list[str]:
         LaunchError: Slurm does not say; to submit now could be to submit twice.
     """
     found = []
-    for submission in list(_unnoted(home)):
+    for submission in [each for each in _all(home) if each.job_id is None]:
         ids = scheduler.named(submission.name) if submission.cluster == "slurm" else []
         if ids:
             note(home, submission, ids[0])
@@ -98,25 +98,27 @@ def adopt(home: Path) -> list[str]:
     return found
 
 
+def noted(home: Path) -> list[Submission]:
+    """What was submitted there and is known by its id, oldest first."""
+    return sorted((each for each in _all(home) if each.job_id), key=lambda each: each.created)
+
+
 def is_queued(rundirs: Sequence[RunDir]) -> list[bool]:
     """For each run whether the job that its manifest notes still waits or runs.
 
     Raises:
         LaunchError: Slurm does not answer.
     """
-    noted = [rundir.read_manifest().get("slurm") or {} for rundir in rundirs]
-    known = scheduler.jobs(job["job_id"] for job in noted if job.get("cluster") == "slurm")
+    jobs = [rundir.read_manifest().get("slurm") or {} for rundir in rundirs]
+    known = scheduler.jobs(job["job_id"] for job in jobs if job.get("cluster") == "slurm")
     active = {id for id, job in known.items() if job.is_active}
     return [
-        job.get("job_id") in active or (job.get("cluster") == "local" and is_process(job["job_id"])) for job in noted
+        job.get("job_id") in active or (job.get("cluster") == "local" and is_process(job["job_id"])) for job in jobs
     ]
 
 
-def _unnoted(home: Path) -> Iterator[Submission]:
-    for file in sorted(room(home).glob("runner-*.json")):
-        submission = Submission(**json.loads(file.read_text()))
-        if submission.job_id is None:
-            yield submission
+def _all(home: Path) -> list[Submission]:
+    return [Submission(**json.loads(file.read_text())) for file in sorted(room(home).glob("runner-*.json"))]
 
 
 def is_process(pid: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,19 +14,28 @@ from runner.errors import Fault, LaunchError
 from runner.files import locked
 from runner.launch import sbatch, slurm_job, snapshot, submission
 from runner.launch.submission import Submission
-from runner.rundir import RunDir
+from runner.rundir import DONE, RunDir
 from runner.sweepdir import SweepDir
 
 if TYPE_CHECKING:
     from runner.launch.slurm import Slurm
 
 
-def submit(asked: Slurm, rundirs: Sequence[RunDir], sweep: SweepDir | None) -> None:
-    """Submit those of the runs that are not in the queue already.
+def submit(
+    asked: Slurm, rundirs: Sequence[RunDir], sweep: SweepDir | None, before: Callable[[], object] = lambda: None
+) -> list[RunDir]:
+    """Submit those of the runs that are not in the queue already; their folders say then that they wait.
+
+    Args:
+        before: called before the first is submitted, and when all say so.
+
+    Returns:
+        the runs that Slurm refused after it had taken others, which is said.
 
     Raises:
-        LaunchError: Slurm refused; what it had taken before stays submitted.
+        LaunchError: Slurm took none.
     """
+    left: list[RunDir] = []
     for home, members in _homes(rundirs, sweep).items():
         room = submission.room(home)
         with locked(room / ".lock"):  # two commands at once submit one after the other
@@ -37,7 +46,12 @@ def submit(asked: Slurm, rundirs: Sequence[RunDir], sweep: SweepDir | None) -> N
                 if is_queued:
                     job = rundir.read_manifest()["slurm"]["job_id"]
                     print(f"{rundir.path} is in the queue already (job {job})", file=sys.stderr)
-            _submit_new(asked, home, [rundir for rundir, known in zip(members, queued, strict=True) if not known])
+            new = [rundir for rundir, known in zip(members, queued, strict=True) if not known]
+            for rundir in new:
+                _say_waiting(rundir)
+            before()
+            left += _submit_new(asked, home, new)
+    return left
 
 
 def run_here(asked: Slurm, rundirs: Sequence[RunDir], sweep: SweepDir | None) -> list[int]:
@@ -67,23 +81,49 @@ def _homes(rundirs: Sequence[RunDir], sweep: SweepDir | None) -> dict[Path, list
     return {rundir.path: [rundir] for rundir in rundirs}
 
 
-def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> None:
-    done, previous = 0, ""
-    ids: list[str] = []
-    longest = longest_array(asked)
+def _say_waiting(rundir: RunDir) -> None:
+    """Write down that the run waits: how it ended before, and the job that it was, are past."""
+    if rundir.read_state().status == "pending" and not rundir.read_manifest().get("slurm"):
+        return
+    with rundir.held() as mine:
+        if mine and rundir.read_state().status not in DONE:
+            rundir.update_manifest(slurm=None)
+            rundir.write_state(status="pending", reason="")
+
+
+def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> list[RunDir]:
+    """Submit these runs; returns those that were refused after others had been taken."""
+    taken: list[RunDir] = []
+    longest, previous = longest_array(asked), _still_queued(asked, home)
     for members, code in _by_code(asked, home, rundirs):
         for start in range(0, len(members), longest):
             part = members[start : start + longest]
-            after = previous if asked.cluster == "slurm" else _in_lane(ids, asked.array_parallelism)
-            begun = submission.begin(asked, home, part, code, after or None)
+            begun = submission.begin(asked, home, part, code, previous or None)
             try:
-                previous = (_to_slurm if asked.cluster == "slurm" else _to_local)(asked, home, begun)
+                id = (_to_slurm if asked.cluster == "slurm" else _to_local)(asked, home, begun)
             except Exception as error:  # its note stays: Slurm may have taken the job and not been able to say so
-                raise _refusal(error, done, len(rundirs)) from error
-            submission.note(home, begun, previous)
-            ids.append(previous)
-            done += len(part)
-            _tell(asked, previous, part)
+                refusal = _refusal(error, len(taken), len(rundirs))
+                if not taken:
+                    raise refusal from error
+                print(refusal, file=sys.stderr)
+                return [rundir for rundir in rundirs if rundir not in taken]
+            submission.note(home, begun, id)
+            taken += part
+            _tell(asked, id, part, previous)
+            previous = id if asked.array_parallelism else ""
+    return []
+
+
+def _still_queued(asked: Slurm, home: Path) -> str:
+    """The jobs of this sweep that earlier commands submitted and that have not ended, as a dependency names them.
+
+    They share the sweep's throttle with what follows. Empty where there is none, or no throttle.
+    """
+    if asked.cluster != "slurm" or not asked.array_parallelism:
+        return ""
+    ids = [id for earlier in submission.noted(home) if earlier.cluster == "slurm" for id in earlier.job_ids()]
+    active = {id.partition("_")[0] for id, job in scheduler.jobs(ids).items() if job.is_active}
+    return ":".join(sorted(active, key=int))
 
 
 def tell_how_to_watch(home: Path) -> None:
@@ -93,11 +133,6 @@ def tell_how_to_watch(home: Path) -> None:
 def longest_array(asked: Slurm) -> int:
     """How many runs may be submitted at once."""
     return int(scheduler.settings("MaxArraySize").get("MaxArraySize", 1001)) if asked.cluster == "slurm" else 1
-
-
-def _in_lane(ids: list[str], lanes: int | None) -> str:
-    """The local process that has to end before the next may start, so that there are never more than ``lanes``."""
-    return ids[-lanes] if lanes and len(ids) >= lanes else ""
 
 
 def _by_code(asked: Slurm, home: Path, rundirs: list[RunDir]) -> Iterator[tuple[list[RunDir], Path | None]]:
@@ -126,7 +161,7 @@ def _to_slurm(asked: Slurm, home: Path, begun: Submission) -> str:
     DelayedSubmission(slurm_job.run, file).dump(room / f"{begun.name}.pkl")
     code = Path(begun.code) if begun.code else None
     made = sbatch.parameters(asked, begun.name, sbatch.setup_lines(asked, room, begun.name, code))
-    if begun.after and asked.array_parallelism:  # parts of a sweep share its throttle: one after the other
+    if begun.after:  # parts of a sweep share its throttle: one after the other
         given = made["additional_parameters"].get("dependency")
         made["additional_parameters"]["dependency"] = ",".join(filter(None, (given, f"afterany:{begun.after}")))
     executor = SlurmExecutor(room, max_num_timeout=0, python=sbatch.python(asked))
@@ -143,20 +178,23 @@ def _to_local(asked: Slurm, home: Path, begun: Submission) -> str:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        said = os.dup(2)  # unlike 2 it is not inherited: who waits for the end of our output need not wait for the run
         try:
             os.setsid()
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for number in (0, 1, 2):
+                os.dup2(nothing, number)
             if begun.code:
                 path = [begun.code, *filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
                 os.environ.update(RUNNER_SNAPSHOT=begun.code, PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(path))
             executor = LocalExecutor(submission.room(home), max_num_timeout=0, python=sbatch.python(asked))
             executor.update_parameters(
-                timeout_min=asked.timeout_min, tasks_per_node=asked.tasks, gpus_per_node=asked.gpus_per_node or 0,
-                signal_delay_s=asked.signal_delay_s,
-            )  # fmt: skip
+                timeout_min=asked.timeout_min, tasks_per_node=asked.tasks, signal_delay_s=asked.signal_delay_s
+            )
             job = executor.submit(slurm_job.run, str(submission.path(home, begun.name)))
             os.write(write, str(job.job_id).encode())
         except BaseException:
-            traceback.print_exc()
+            os.write(said, traceback.format_exc().encode())
         finally:
             os._exit(0)
     os.close(write)
@@ -178,11 +216,12 @@ def _refusal(error: Exception, done: int, wanted: int) -> LaunchError:
     return LaunchError(Fault("launcher", f"Slurm took {done} of {wanted} runs and refused the next: {said}", remedy))
 
 
-def _tell(asked: Slurm, id: str, part: list[RunDir]) -> None:
+def _tell(asked: Slurm, id: str, part: list[RunDir], after: str) -> None:
     what = "1 run" if len(part) == 1 else f"{len(part)} runs"
     if asked.cluster == "local":
         print(f"started {what} as process {id}: {part[0].path}", file=sys.stderr)
         return
     throttle = f", {asked.array_parallelism} at a time" if asked.array_parallelism and len(part) > 1 else ""
     where = f" in partition {asked.partition}" if asked.partition else ""
-    print(f"submitted {what} as job {id}{where}{throttle}", file=sys.stderr)
+    behind = f", after job {after.replace(':', ', ')}" if after else ""
+    print(f"submitted {what} as job {id}{where}{throttle}{behind}", file=sys.stderr)
