@@ -23,7 +23,7 @@ from conftest import TINY
 from test_mirror import Server, fresh_database, server
 from test_ui import shown
 
-from runner import cli, curves, mlflow_sweep, store
+from runner import cli, curves, mlflow_sweep, sending, store
 from runner.rundir import RunDir
 from runner.sweepdir import SweepDir
 
@@ -460,7 +460,7 @@ def test_what_a_person_sees_in_mlflow(real: Path, pages: str):
     child = text_of(f"{pages}/runs/{best.read_manifest()['mlflow']['run_id']}")
     assert "chitchat" in child.partition("Datasets")[2], "the column Dataset is filled"
     assert "Parent run small" in child
-    name = store.plain(best.read_manifest()["model"]["name"])
+    name = sending.plain(best.read_manifest()["model"]["name"])
     assert name in child.partition("Logged models")[2].partition("Registered prompts")[0], "so is the column Models"
 
     ids = json.dumps([rundir.read_manifest()["mlflow"]["run_id"] for rundir in runs])

@@ -21,6 +21,7 @@ FLOORS = [
      "tracking", "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored",
      "outcome", "search", "converter"},
     {"chat", "attention", "origins", "store", "sweeps", "standing", "mirroring"},
+    {"sending"},
     {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run",
      "status", "logs", "cancel", "choices"},
     {"results", "recorded"},

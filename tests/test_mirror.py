@@ -26,7 +26,7 @@ import psutil
 import pytest
 import yaml
 
-from runner import follow, mirror, store, tracking
+from runner import follow, mirror, sending, store, tracking
 from runner.data import DataReport
 from runner.errors import ConfigError
 from runner.mlflow_run import DIED, MlflowRun
@@ -258,7 +258,7 @@ def test_limits_of_mlflow(outputs: Path) -> None:
     rundir.write_state(status="completed", started=1.7e9)
     MlflowRun.of(rundir).update()
     run = the_run(rundir)
-    assert len(run.data.params) == len(list(store.flatten(config))), "no param is dropped"
+    assert len(run.data.params) == len(list(sending.flatten(config))), "no param is dropped"
     assert run.data.params["extra.key249"] == "249"
     assert run.data.params["extra._.weight"] == "1"
     assert run.data.params["extra.empty"] == '""'
@@ -274,7 +274,7 @@ def test_limits_of_mlflow(outputs: Path) -> None:
 
 def test_a_record_is_not_split_between_batches() -> None:
     groups = [[1] * 600, [2] * 600, [3] * 300, [4] * 2500, [5]]
-    batches = list(store.batches(groups, 1000))
+    batches = list(sending.batches(groups, 1000))
     assert [len(batch) for batch in batches] == [600, 900, 1000, 1000, 501]
     assert [item for batch in batches for item in batch] == [item for group in groups for item in group]
     assert set(batches[1]) == {2, 3}
@@ -589,7 +589,7 @@ def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkey
     said = capsys.readouterr()
     assert "refused" in said.err
     assert said.out == "", "what is in MLflow, and nothing else"
-    assert mirror.sync_command(["the run", f"outputs_dir={outputs}"]) == 0
+    assert mirror.sync_command(["run", f"outputs_dir={outputs}"]) == 0
     assert capsys.readouterr().out == f"{rundir.path}  completed  is in MLflow\n"
     assert mirror.sync_command(["--help"]) == 0
     assert "uri=URI" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from runner.config import config_dir
-from runner.store import flatten
+from runner.sending import flatten
 
 TARGET = "._target_"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

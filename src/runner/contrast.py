@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import checkout, prepare, store
+from runner import checkout, prepare, sending
 from runner.checkout import Changed, Code
 from runner.errors import RunnerError
 from runner.recorded import Curves, Recorded
@@ -196,7 +196,7 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, str]:
-    return dict(store.flatten(tree))
+    return dict(sending.flatten(tree))
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from runner import columns, leaderboard, page, results, store
+from runner import columns, leaderboard, page, results, sending
 from runner.errors import ConfigError
 from runner.leaderboard import Leaderboard
 from runner.results import Result
@@ -42,8 +42,8 @@ def send(
         _send_best(client, parent, made, max(state.updated for state in states))
         drawn = page.drawing(made)
         client.log_text(parent.info.run_id, redact(page.render(made, drawn, f"sweep {sweep.path.name}")), PAGE)
-        store.send_table(client, parent, _rows(made), TABLE)
-    store.send_tags(client, parent, {STAMP: stamp})
+        sending.send_table(client, parent, _rows(made), TABLE)
+    sending.send_tags(client, parent, {STAMP: stamp})
 
 
 def _stamp(states: Sequence[State]) -> str:
@@ -68,7 +68,7 @@ def _send_best(client: MlflowClient, parent: Run, made: Leaderboard, updated: fl
         "runner.best_params": ", ".join(f"{key}={best.params[key]}" for key in made.params if key in best.params),
         NOTE: _note(made, str(parent.info.experiment_id)) if not note or note.startswith(OURS) else note,
     }
-    store.send_tags(client, parent, tags)
+    sending.send_tags(client, parent, tags)
 
 
 def _note(made: Leaderboard, experiment: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import prepare, store
+from runner import prepare, sending, store
 from runner.config import bind
 from runner.errors import RunnerError
 from runner.files import write_atomic
@@ -48,7 +48,7 @@ class MlflowRun:
     run: Run | None = None
     status: str = ""
     """What MLflow says of the run: RUNNING, FINISHED …"""
-    known: store.Known = field(default_factory=dict)
+    known: sending.Known = field(default_factory=dict)
     positions: dict[Path, tuple[int, int]] = field(default_factory=dict)
     """File → its inode, and the bytes of it that MLflow has."""
     sent: int = 0
@@ -70,15 +70,15 @@ class MlflowRun:
         manifest, ended = self.rundir.read_manifest(), state.status in ENDED
         if not ended:
             self._send_status(client, run, state)
-        store.send_tags(client, run, tags(self.rundir, manifest, state))
-        store.send_dataset(client, run, manifest.get("data") or {})
+        sending.send_tags(client, run, tags(self.rundir, manifest, state))
+        sending.send_dataset(client, run, manifest.get("data") or {})
         for path in (self.rundir.metrics, self.rundir.system):
             self._send_records(client, run, path)
         self._send_evaluations(client, run)
         try:
             if ended and run.data.tags.get(TOLD_TAG) != str(state.updated):
                 self._send_results(client, run)
-                store.send_tags(client, run, {TOLD_TAG: str(state.updated)})
+                sending.send_tags(client, run, {TOLD_TAG: str(state.updated)})
         finally:  # a model that cannot be stored leaves no run RUNNING for ever
             self._send_status(client, run, state)
         self.told = state.updated if ended else 0.0
@@ -111,13 +111,13 @@ class MlflowRun:
             began = state.started or (state.updated if state.status in ENDED else time.time())
             run = store.create_run(client, experiment, identity, name, began)
         note(self.rundir, self.uri, run)
-        store.send_params(client, run, self.config)
+        sending.send_params(client, run, self.config)
         for path in (self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff):
             if path.exists():
                 client.log_artifact(run.info.run_id, str(path))
         environment = {"versions": manifest.get("versions") or {}, "packages": self.packages}
         client.log_text(run.info.run_id, json.dumps(environment, indent=1), "environment.json")
-        self.known, self.status = store.known_steps(client, run), run.info.status
+        self.known, self.status = sending.known_steps(client, run), run.info.status
         return run
 
     def _send_records(self, client: MlflowClient, run: Run, path: Path) -> None:
@@ -126,7 +126,7 @@ class MlflowRun:
         inode, (before, offset) = path.stat().st_ino, self.positions.get(path, (0, 0))
         offset = offset if inode == before else 0  # another inode: cut back by a resume, read it all again
         records, end = tail(path, offset)
-        store.send_metrics(client, run, records, self.known)
+        sending.send_metrics(client, run, records, self.known)
         self.positions[path] = inode, end
         if path == self.rundir.metrics:
             self.sent = (self.sent if offset else 0) + len(records)
@@ -137,7 +137,7 @@ class MlflowRun:
         if not path.exists() or self.positions.get(path) == (path.stat().st_ino, path.stat().st_size):
             return
         position = path.stat().st_ino, path.stat().st_size
-        store.send_evaluations(client, run, read_evaluations(self.rundir))
+        sending.send_evaluations(client, run, read_evaluations(self.rundir))
         client.log_artifact(run.info.run_id, str(path))
         self.positions[path] = position
 
@@ -147,7 +147,7 @@ class MlflowRun:
         # Nobody saw it die: it was at work until its last record, not until somebody looked.
         unseen = state.reason == DIED and self.rundir.metrics.exists()
         ended_at = self.rundir.metrics.stat().st_mtime if unseen else state.updated
-        store.set_status(client, run, STATUS[state.status], ended_at if state.status in ENDED else None)
+        sending.set_status(client, run, STATUS[state.status], ended_at if state.status in ENDED else None)
         self.status = STATUS[state.status]
 
     def _send_results(self, client: MlflowClient, run: Run) -> None:
@@ -156,7 +156,7 @@ class MlflowRun:
             if path.exists():
                 client.log_artifact(run.info.run_id, str(path))
         if self.rundir.samples.exists():
-            store.send_table(client, run, json.loads(self.rundir.samples.read_text()), self.rundir.samples.name)
+            sending.send_table(client, run, json.loads(self.rundir.samples.read_text()), self.rundir.samples.name)
         self._send_outcome(client, run)
         wanted, is_adapter = self.tracking.log_model, (self.rundir.model / "adapter_config.json").exists()
         if self.rundir.model.is_dir() and (wanted is True or (wanted == "adapter" and is_adapter)):
@@ -164,7 +164,7 @@ class MlflowRun:
             model = self.rundir.read_manifest().get("model") or {}
             params = {"base": str(model.get("path")), "revision": str(model.get("revision"))}
             kind, step = "adapter" if is_adapter else "model", self.rundir.read_state().step
-            store.send_model(client, run, str(model.get("name") or "model"), kind, params, step)
+            sending.send_model(client, run, str(model.get("name") or "model"), kind, params, step)
 
     def _send_outcome(self, client: MlflowClient, run: Run) -> None:
         """What no record says and comparing asks for: the best loss and the seconds of training, at the last step."""

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runner import mlflow_leaderboard, prepare, store
+from runner import mlflow_leaderboard, prepare, sending, store
 from runner.config import bind
 from runner.errors import RunnerError
 from runner.files import locked
@@ -230,7 +230,7 @@ def _child(client: MlflowClient, experiment: str, parent: str, job: Job, said: d
     # One that was synced before it was part of this parent bears no tag of the sweep.
     noted = job.noted.get("run_id") or (job.manifest.get("mlflow") or {}).get("run_id")
     if noted and (found := store.find_any_run(client, experiment, identity, noted)):
-        store.send_tags(client, found, {SWEEP_TAG: said["id"]})
+        sending.send_tags(client, found, {SWEEP_TAG: said["id"]})
         return found
     tags = {
         PARENT_TAG: parent,
@@ -244,7 +244,7 @@ def _child(client: MlflowClient, experiment: str, parent: str, job: Job, said: d
     ended = state.updated if state.status in ENDED else None
     run = store.create_run(client, experiment, identity, name, state.started or ended or time.time(), tags)
     if STATUS[state.status] != run.info.status:
-        store.set_status(client, run, STATUS[state.status], ended)
+        sending.set_status(client, run, STATUS[state.status], ended)
     return run
 
 
@@ -260,12 +260,12 @@ def _bring_up_to_date(
         f"runner.jobs_{status}": counts[status] for status in ("completed", "pruned", "failed", "killed", "running")
     }
     waiting = counts["pending"] + counts["preempted"]
-    store.send_tags(client, run, {"runner.jobs": len(rundirs), **counted, "runner.jobs_waiting": waiting})
+    sending.send_tags(client, run, {"runner.jobs": len(rundirs), **counted, "runner.jobs_waiting": waiting})
     is_queued = bool(waiting) and (_is_queued(sweep, rundirs) if queued is None else queued)
     status = parent_status(found, is_queued)
     if status != run.info.status:
         ended = max((state.updated for state in found), default=0.0) or time.time()
-        store.set_status(client, run, status, None if status == "RUNNING" else ended)
+        sending.set_status(client, run, status, None if status == "RUNNING" else ended)
         _say_of_waiting(client, rundirs, "SCHEDULED" if is_queued else "KILLED")
     if status != "RUNNING":
         mlflow_leaderboard.send(client, run, sweep, rundirs, found)
@@ -278,7 +278,7 @@ def _say_of_waiting(client: MlflowClient, rundirs: Sequence[RunDir], status: str
         run_id = (rundir.read_manifest().get("mlflow") or {}).get("run_id")
         has_begun = rundir.read_state().status != "pending"  # what the caller knows may be a second old
         if run_id and not has_begun and (run := client.get_run(run_id)).info.status != status:
-            store.set_status(client, run, status, None if status == "SCHEDULED" else time.time())
+            sending.set_status(client, run, status, None if status == "SCHEDULED" else time.time())
 
 
 def _is_queued(sweep: SweepDir, rundirs: Sequence[RunDir]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import asked, card, console, merge, mlflow_run, store
+from runner import asked, card, console, merge, mlflow_run, sending, store
 from runner import trained as training_results
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError
 from runner.secrets import take_credentials
@@ -167,7 +167,9 @@ def _bring(run: Trained, place: _Place, there: Run, name: str, folder: Path, pac
         return f"{there.info.artifact_uri}/registered/{name}", None
     from mlflow.entities import LoggedModelOutput
 
-    logged = client.create_logged_model(there.info.experiment_id, store.plain(name), place.run_id, model_type="runner")
+    logged = client.create_logged_model(
+        there.info.experiment_id, sending.plain(name), place.run_id, model_type="runner"
+    )
     try:
         _pack(run, folder, packed, there, logged.model_id)
         client.log_model_artifacts(logged.model_id, str(packed))

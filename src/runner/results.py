@@ -11,8 +11,8 @@ from typing import Any
 from runner import choices, console, named, prepare, standing, tracking
 from runner.errors import RunnerError
 from runner.rundir import RunDir
+from runner.sending import flatten
 from runner.standing import Standing
-from runner.store import flatten
 from runner.sweepdir import sweep_of
 from runner.tracking import SECONDS, last_values
 

@@ -1,36 +1,23 @@
-"""One run in an MLflow store: find or make it, then bring it up to what it should say.
-
-Every function may be called again, by this process or by the next: what MLflow has already is not sent twice.
-Limits of MLflow (3.17): 100 params, 100 tags or 1000 metrics a batch; 6000 characters a param, 8000 a tag.
-"""
+"""MLflow stores: open one, find or make an experiment and a run in it. What a run says is sent by ``sending``."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-import posixpath
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from runner.errors import Fault, TrackingError
 from runner.files import locked
-from runner.secrets import put_credentials, redact_tree
+from runner.secrets import put_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Run
 
-Known = dict[str, set[int]]
-"""Metric name → the steps that MLflow has."""
-
-PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 1000
-LONGEST_PARAM, LONGEST_TAG, LONGEST_NAME, LONGEST_DIGEST = 6000, 8000, 250, 36
-ID_TAG, MODEL_TAG = "runner.id", "runner.model_id"
-
+ID_TAG, LONGEST_TAG = "runner.id", 8000
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # MLflow retries for four minutes by default; whoever calls this module tries again by himself.
@@ -43,8 +30,6 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 """How MLflow behaves here, unless the user's environment says otherwise."""
-
-T = TypeVar("T")
 
 
 @functools.cache
@@ -168,164 +153,8 @@ def create_run(
     tags: Mapping[str, Any] | None = None,
 ) -> Run:
     """A new run, RUNNING; ``started`` in seconds since the epoch."""
-    given = {key: text for key, value in (tags or {}).items() if (text := _text(value, LONGEST_TAG))}
+    given = {key: text for key, value in (tags or {}).items() if (text := as_text(value, LONGEST_TAG))}
     return client.create_run(experiment, int(started * 1000), {ID_TAG: identity, **given}, name)
-
-
-def send_params(client: MlflowClient, run: Run, config: Mapping[str, Any]) -> None:
-    """The configuration, flattened with dots; a param never changes in MLflow, so a changed one becomes a tag."""
-    from mlflow.entities import Param
-
-    values = {_name(key): text for key, text in flatten(redact_tree(config))}
-    cut = sorted(key for key, text in values.items() if len(text) > LONGEST_PARAM)
-    values = {key: shorten(text, LONGEST_PARAM) for key, text in values.items()}
-    there = run.data.params
-    for keys in chunks([key for key in values if key not in there], PARAMS_PER_BATCH):
-        client.log_batch(run.info.run_id, params=[Param(key, values[key]) for key in keys])
-    changed = {key: values[key] for key in values if key in there and there[key] != values[key]}
-    send_tags(client, run, {"runner.cut_params": ", ".join(cut), "runner.changed_params": changed or ""})
-
-
-def send_tags(client: MlflowClient, run: Run, tags: Mapping[str, Any]) -> None:
-    """Set those tags that differ; an empty value takes the tag away."""
-    from mlflow.entities import RunTag
-
-    there, wanted = run.data.tags, {key: _text(value, LONGEST_TAG) for key, value in tags.items()}
-    changed = [key for key, text in wanted.items() if text and there.get(key) != text]
-    for keys in chunks(changed, PARAMS_PER_BATCH):
-        client.log_batch(run.info.run_id, tags=[RunTag(key, wanted[key]) for key in keys])
-        there.update({key: wanted[key] for key in keys})
-    for key in [key for key, text in wanted.items() if not text and key in there]:
-        client.delete_tag(run.info.run_id, key)
-        del there[key]
-
-
-def known_steps(client: MlflowClient, run: Run) -> Known:
-    """The steps that MLflow has, of every metric of the run."""
-    names = client.get_run(run.info.run_id).data.metrics
-    history = {name: client.get_metric_history(run.info.run_id, name) for name in names}
-    return defaultdict(set, {name: {metric.step for metric in points} for name, points in history.items()})
-
-
-def send_metrics(client: MlflowClient, run: Run, records: Iterable[Mapping[str, Any]], known: Known) -> None:
-    """Those points that are not ``known`` yet; MLflow takes a batch whole or not at all."""
-    from mlflow.entities import Metric
-
-    def points(record: Mapping[str, Any]) -> list[Metric]:
-        step, time_ms = int(record["step"]), int(record["time"] * 1000)
-        named = {_name(key): value for key, value in record.items() if key not in ("step", "time")}
-        return [Metric(key, float(value), time_ms, step) for key, value in named.items() if step not in known[key]]
-
-    for batch in batches(map(points, records), METRICS_PER_BATCH):
-        client.log_batch(run.info.run_id, metrics=batch)
-        for metric in batch:
-            known[metric.key].add(metric.step)
-
-
-def send_evaluations(client: MlflowClient, run: Run, records: Iterable[Mapping[str, Any]]) -> None:
-    """Those metrics of {time, step, metrics} that MLflow does not have: known by name, step and time."""
-    from mlflow.entities import Metric
-
-    points = [
-        Metric(_name(name), float(value), int(record["time"] * 1000), int(record["step"]))
-        for record in records
-        for name, value in record["metrics"].items()
-    ]
-    there = {
-        (name, point.step, point.timestamp)
-        for name in {point.key for point in points}
-        for point in client.get_metric_history(run.info.run_id, name)
-    }
-    lacking = [point for point in points if (point.key, point.step, point.timestamp) not in there]
-    for batch in chunks(lacking, METRICS_PER_BATCH):
-        client.log_batch(run.info.run_id, metrics=batch)
-
-
-def send_dataset(client: MlflowClient, run: Run, data: Mapping[str, Any]) -> None:
-    """The rows that the run trains on, as an input of the run: name, digest, source and numbers."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    digest, there = str(data.get("digest", ""))[:LONGEST_DIGEST], run.inputs.dataset_inputs
-    if not digest or digest in [given.dataset.digest for given in there]:
-        return
-    numbers = {key: value for key, value in (data.get("report") or {}).items() if isinstance(value, int | float)}
-    kind, source = _source(str(data.get("uri", "")))
-    name = str(data.get("name", "data"))[:LONGEST_NAME]
-    dataset = Dataset(name, digest, kind, json.dumps(source), profile=json.dumps(numbers))
-    there.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "training")]))
-    client.log_inputs(run.info.run_id, there[-1:])
-
-
-def send_model(client: MlflowClient, run: Run, name: str, kind: str, params: Mapping[str, str], step: int) -> None:
-    """Name the model that the run made as its output, for the column Models; its files are artifacts of the run."""
-    if MODEL_TAG in run.data.tags or not hasattr(client, "create_logged_model"):  # from MLflow 3 on
-        return
-    from mlflow.entities import LoggedModelOutput
-
-    about = f"Its files: artifacts/model of run {run.info.run_id}. `python -m runner register` makes it loadable here."
-    tags = {"mlflow.note.content": about, "runner.run_id": run.info.run_id}
-    made = client.create_logged_model(
-        run.info.experiment_id, plain(name), run.info.run_id, tags, dict(params), model_type=kind
-    )
-    client.finalize_logged_model(made.model_id, "READY")
-    client.log_outputs(run.info.run_id, [LoggedModelOutput(made.model_id, step)])
-    send_tags(client, run, {MODEL_TAG: made.model_id})
-
-
-def plain(name: str) -> str:
-    """A name that MLflow takes for a logged model."""
-    return re.sub(r"[^\w-]", "-", name)
-
-
-def send_table(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Rows as a table that MLflow shows; ``log_table`` would append to the one there at every resume."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
-    client.log_text(run.info.run_id, json.dumps(table, ensure_ascii=False), name)
-    send_tags(client, run, {"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"}])})
-
-
-def set_status(client: MlflowClient, run: Run, status: str, ended: float | None) -> None:
-    """An end at that time (seconds since the epoch); where ``ended`` is None it is SCHEDULED or RUNNING again."""
-    if ended is None:
-        client.update_run(run.info.run_id, status)
-    else:
-        client.set_terminated(run.info.run_id, status, int(ended * 1000))
-
-
-def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """``{"lora": {"r": 8}}`` → ``("lora.r", "8")``; values as they are written in YAML."""
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        # An empty text gets quotes: MLflow's server takes no empty value.
-        yield prefix, tree if isinstance(tree, str) and tree else json.dumps(tree, ensure_ascii=False, default=str)
-
-
-def shorten(text: str, limit: int) -> str:
-    """The text within ``limit`` characters; where something is cut, the end says so."""
-    mark = f" … [cut: {len(text)} characters; whole in config.yaml]"
-    return text if len(text) <= limit else text[: limit - len(mark)] + mark
-
-
-def batches(groups: Iterable[list[T]], limit: int) -> Iterator[list[T]]:
-    """The groups in lists of at most ``limit`` items; a group is split only if it alone is larger than that."""
-    batch: list[T] = []
-    for group in groups:
-        if batch and len(batch) + len(group) > limit:
-            yield batch
-            batch = []
-        batch = batch + group
-        while len(batch) > limit:
-            yield batch[:limit]
-            batch = batch[limit:]
-    if batch:
-        yield batch
-
-
-def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def with_credentials(uri: str) -> str:
@@ -335,18 +164,13 @@ def with_credentials(uri: str) -> str:
     return put_credentials(uri, os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD"))
 
 
-def _text(value: Any, limit: int) -> str:
+def shorten(text: str, limit: int) -> str:
+    """The text within ``limit`` characters; where something is cut, the end says so."""
+    mark = f" … [cut: {len(text)} characters; whole in config.yaml]"
+    return text if len(text) <= limit else text[: limit - len(mark)] + mark
+
+
+def as_text(value: Any, limit: int) -> str:
+    """A value as MLflow takes it: no longer than ``limit``."""
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
     return shorten(text, limit)
-
-
-def _name(key: str) -> str:
-    """The key with what MLflow does not take in names (anything but ``/ . - : _`` space and letters) replaced."""
-    name = re.sub(r"[^/\w.\- :]", "_", key)[:LONGEST_NAME]
-    return name if posixpath.normpath(name) == name and not name.startswith(("/", "..")) else name.replace("/", "_")
-
-
-def _source(uri: str) -> tuple[str, dict[str, str]]:
-    if uri.startswith("hf://"):
-        return "hugging_face", {"path": uri.removeprefix("hf://").removeprefix("datasets/")}
-    return ("http", {"url": uri}) if is_server(uri) else ("local", {"uri": uri})

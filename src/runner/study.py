@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from runner import prepare
 from runner.errors import Fault, ResumeError
 from runner.secrets import redact_tree
-from runner.store import flatten
+from runner.sending import flatten
 from runner.sweepdir import SweepDir
 
 if TYPE_CHECKING:
