@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from runner.errors import Fault, suggest
+from runner import system
+from runner.errors import ConfigError, Fault, suggest
+from runner.halving import Rungs
 from runner.schema import Count, Seed
 
 if TYPE_CHECKING:
-    from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
 Direction = Literal["minimize", "maximize"]
@@ -43,8 +44,8 @@ class Search:
     at_once: int | None
     sampler: Callable[[int], BaseSampler]
     """Number of trials so far → who proposes the next."""
-    pruner: Callable[[], BasePruner] | None
-    """Who says which runs are given up early; None: nobody."""
+    rungs: Rungs | None
+    """Where runs are compared on their way; None: nowhere."""
 
 
 def grid() -> None:
@@ -93,15 +94,10 @@ def asha(
     min_steps: Count,
     reduction_factor: Annotated[int, Ge(2)],
 ) -> Search:
-    """Asynchronous successive halving (Li et al. 2018): what is behind at a rung is given up."""
+    """Asynchronous successive halving: what is behind at a rung pauses, and goes on if it comes to be ahead."""
     proposer = _tpe(seed, startup_trials) if sampler == "tpe" else _random(seed)
-
-    def pruner() -> BasePruner:
-        from optuna.pruners import SuccessiveHalvingPruner
-
-        return SuccessiveHalvingPruner(min_resource=min_steps, reduction_factor=reduction_factor)
-
-    return Search("asha", trials, dict(space or {}), {objective: direction}, at_once, proposer, pruner)
+    rungs = Rungs(min_steps, reduction_factor, objective, is_larger_better=direction == "maximize")
+    return Search("asha", trials, dict(space or {}), {objective: direction}, at_once, proposer, rungs)
 
 
 def check_random(*, objective: str | list[str], direction: str | list[str], **_: Any) -> Iterator[Fault]:
@@ -129,6 +125,22 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault("launcher.cluster", "one process cannot propose runs and train them", remedy, "debug")
     if "min_steps" in node:
         yield from _rung_faults(node, cfg["train"])
+
+
+def refuse_unlogged(wanted: Search, cfg: Mapping[str, Any]) -> None:
+    """Refuse an objective that no run on this machine logs; what another one logs cannot be known here.
+
+    Raises:
+        ConfigError: with what there is instead.
+    """
+    if "cluster" in cfg["launcher"]:
+        return
+    has_gpu = system.has_cuda()
+    problem = f"no run here logs this: torch finds {'a' if has_gpu else 'no'} GPU"
+    remedy = f"there is {', '.join(ON_CUDA if has_gpu else ON_CPU)}"
+    elsewhere = ON_CPU if has_gpu else ON_CUDA
+    if faults := [Fault("search.objective", problem, remedy, each) for each in wanted.objectives if each in elsewhere]:
+        raise ConfigError(*faults)
 
 
 def _rung_faults(node: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[Fault]:

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import admit, compose, console, search, space, study, sweeps, system, tracking
+from runner import admit, compose, console, search, space, study, sweeps, tracking
 from runner.compose import Composer
 from runner.config import bind
 from runner.errors import ConfigError, Fault, ResumeError, RunnerError, TrainingError
-from runner.files import stamp, write_atomic
+from runner.files import stamp
+from runner.halving import Halving
 from runner.rundir import DONE, RunDir
 from runner.space import Dimension
 from runner.sweepdir import SweepDir
@@ -27,6 +28,7 @@ from runner.sweeping import Session
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
 
 LOOK_EVERY_S = 0.5
 FIXED_KEYS = ("launcher", "search", "tracking")
@@ -50,7 +52,7 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
     session = Session(composer, argv)
     probes = session.composed(_probes(composer, dimensions), 0)
     sweep, launcher = SweepDir(Path(probes[0].sweep_dir)), admit.launcher_of(probes[0].cfg)
-    _refuse_unlogged(wanted, probes[0])
+    search.refuse_unlogged(wanted, probes[0].cfg)
     launcher.check(wanted.at_once)
     sweeps.refuse(sweep)
     with _alone(sweep):
@@ -78,7 +80,7 @@ def planned(composer: Composer, wanted: search.Search) -> compose.Job:
     dimensions = _dimensions(composer, wanted)
     jobs = composer.jobs(_probes(composer, dimensions))
     admit.admit(jobs)
-    _refuse_unlogged(wanted, jobs[0])
+    search.refuse_unlogged(wanted, jobs[0].cfg)
     over = ", ".join(f"{each.key}={each.text}" for each in dimensions)
     console.say(f"search={wanted.kind} proposes {wanted.trials} runs over {over}; one of them:")
     return jobs[0]
@@ -95,6 +97,7 @@ class Trials:
         self.study = known
         self.live: dict[Path, list[Trial]] = {}
         """Folder of a run that goes on → the trials that it stands for: two proposals may be the same run."""
+        self.halving = Halving(wanted.rungs, sweep.rundirs()) if wanted.rungs else None
         self.begun = deque(self._begun())
         if retry:
             self._enqueue_failed()
@@ -109,6 +112,9 @@ class Trials:
             self.live.setdefault(rundir.path, []).append(trial)
             if is_there:
                 continue
+            rung = trial.user_attrs.get("promoted")  # unless it has gone on since, before this process came
+            if self.halving and rundir.path in self.halving.paused and rung == self.halving.top(rundir):
+                self.halving.take_up(rundir)
             if sweeps.has_to_work(rundir, retry=bool(trial.user_attrs.get("is_retried"))):
                 rundir.forget_cancel()
                 if rundir.read_state().status == "failed":  # and is asked for anew
@@ -122,6 +128,8 @@ class Trials:
         from optuna.trial import TrialState
 
         self._report(rundir)
+        if self.halving:
+            self.halving.ended(rundir, rundir.read_state().status)
         state, trials = rundir.read_state(), self.live.pop(rundir.path, [])
         values = {metric: value_of(rundir, metric) for metric in self.wanted.objectives}
         lacking = [metric for metric, value in values.items() if value is None]
@@ -136,8 +144,8 @@ class Trials:
                 self.study.tell(trial, state=TrialState.FAIL)
 
     def look(self) -> None:
-        """Compare the runs that go on, where the search gives some of them up."""
-        if self.wanted.pruner is None or time.monotonic() - self._looked < LOOK_EVERY_S:
+        """Compare the runs that go on, where the search lets only some of them."""
+        if self.halving is None or time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
         for path in list(self.live):
@@ -145,6 +153,10 @@ class Trials:
             if (seen := stamp(rundir.metrics)) != self._seen.get(path):
                 self._seen[path] = seen
                 self._report(rundir)
+                passed = max(trial.user_attrs.get("passed", -1) for trial in self.live[path])
+                if (rung := self.halving.top(rundir)) > passed and self.halving.goes_on(rundir):
+                    for trial in self.live[path]:
+                        trial.set_user_attr("passed", rung)
 
     def tell_best(self) -> None:
         """The best run, or those that no other beats in all objectives."""
@@ -182,20 +194,27 @@ class Trials:
         return entry.rundir
 
     def _report(self, rundir: RunDir) -> None:
-        """Tell Optuna what the run's evaluations said, and the run if it is given up."""
-        if self.wanted.pruner is None:
+        """Tell Optuna what the run's evaluations said."""
+        if self.halving is None:
             return
-        (metric,) = self.wanted.objectives
+        values = self.halving.look(rundir)
         for trial in self.live.get(rundir.path, []):
-            told = set(trial.study._storage.get_trial(trial._trial_id).intermediate_values)
-            for record in tracking.read(rundir):
-                if metric not in record or record["step"] in told or record["step"] == 0:
-                    continue
-                trial.report(record[metric], record["step"])
-                if trial.should_prune():
-                    reason = f"given up at step {record['step']}: {metric} {record[metric]:.6g} is behind the others"
-                    write_atomic(rundir.prune_request, reason)
-                    break
+            told = self.study._storage.get_trial(trial._trial_id).intermediate_values
+            for step in sorted(values.keys() - told.keys()):
+                trial.report(values[step], step)
+
+    def _promote(self) -> bool:
+        """Propose again a run that was given up and has come to be ahead."""
+        if self.halving is None:
+            return False
+        is_last = not self.live and not self._is_new_wanted()
+        if not (found := self.halving.promoted(is_last=is_last)):
+            return False
+        rundir, rung = found
+        trial = next(trial for trial in self._trials() if trial.user_attrs.get("folder") == rundir.path.name)
+        marks = {"promoted": rung, "passed": rung}
+        self.study.enqueue_trial(study.params_of(trial), user_attrs=marks)
+        return True
 
     def _begun(self) -> Iterator[Trial]:
         """What an earlier process proposed and was not told the end of."""
@@ -206,13 +225,21 @@ class Trials:
             yield optuna.trial.Trial(self.study, trial._trial_id)
 
     def _is_more(self) -> bool:
-        """Whether a trial is to be proposed, or again; what is tried again counts once."""
+        """Whether a trial is to be proposed, or again."""
         from optuna.trial import TrialState
 
-        trials = self.study.get_trials(deepcopy=False)
-        if any(trial.state == TrialState.WAITING for trial in trials):
-            return True
-        return sum(not trial.user_attrs.get("is_retried") for trial in trials) < self.wanted.trials
+        is_waiting = any(trial.state == TrialState.WAITING for trial in self._trials())
+        return is_waiting or self._promote() or self._is_new_wanted()
+
+    def _is_new_wanted(self) -> bool:
+        """Whether there are fewer runs than are wanted; what is tried again, or goes on, counts once."""
+        return (
+            sum(not {"is_retried", "promoted"} & trial.user_attrs.keys() for trial in self._trials())
+            < self.wanted.trials
+        )
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
 
     def _enqueue_failed(self) -> None:
         """Propose again what failed and has not come to anything since, each once."""
@@ -263,19 +290,6 @@ def _fixed(dimension: Dimension) -> Fault:
     return Fault(
         dimension.key, "cannot be searched over: it is the whole search's", "give it one value", dimension.text
     )
-
-
-def _refuse_unlogged(wanted: search.Search, probe: compose.Job) -> None:
-    """Refuse an objective that no run on this machine logs; what another one logs cannot be known here."""
-    if "cluster" in probe.cfg["launcher"]:
-        return
-    has_gpu = system.has_cuda()
-    problem = f"no run here logs this: torch finds {'a' if has_gpu else 'no'} GPU"
-    remedy = f"there is {', '.join(search.ON_CUDA if has_gpu else search.ON_CPU)}"
-    elsewhere = search.ON_CPU if has_gpu else search.ON_CUDA
-    faults = [Fault("search.objective", problem, remedy, metric) for metric in wanted.objectives if metric in elsewhere]
-    if faults:
-        raise ConfigError(*faults)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def taken_up(wanted: Search, dimensions: Sequence[Dimension], fixed: dict[str, s
     storage = JournalStorage(JournalFileBackend(str(sweep.search_journal)))
     study = optuna.create_study(
         study_name="search", storage=storage, load_if_exists=True, directions=list(wanted.objectives.values()),
-        pruner=wanted.pruner() if wanted.pruner else optuna.pruners.NopPruner(),
+        pruner=optuna.pruners.NopPruner(),
     )  # fmt: skip
     about = {"space": {each.key: each.text for each in dimensions}, "objectives": wanted.objectives, "fixed": fixed}
     known = {**about, **study.user_attrs.get("about", {})}  # one that was begun before "fixed" was noted takes this

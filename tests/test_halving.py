@@ -1,0 +1,108 @@
+"""Successive halving without training: who goes on, who pauses, who goes on later; and what it costs."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from runner.halving import Halving, Rungs
+from runner.rundir import RunDir
+
+RUNGS = Rungs(min_steps=2, reduction_factor=3, metric="eval/loss", is_larger_better=False)
+LAST = 18
+
+
+def a_run(folder: Path, name: str, status: str = "running", **losses: float) -> RunDir:
+    """A run that was evaluated at these steps: ``s2=1.5``."""
+    rundir = RunDir(folder / name)
+    rundir.path.mkdir(parents=True, exist_ok=True)
+    lines = [{"step": int(step[1:]), "time": 0.0, "eval/loss": loss} for step, loss in losses.items()]
+    rundir.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rundir.write_state(status=status, step=lines[-1]["step"] if lines else 0, total_steps=LAST)
+    return rundir
+
+
+@pytest.mark.parametrize(
+    ("steps", "top"), [([], -1), ([0, 1], -1), ([2], 0), ([5], 0), ([2, 6], 1), ([17], 1), ([18], 2)]
+)
+def test_rungs_are_at_powers(steps: list[int], top: int):
+    assert RUNGS.top(dict.fromkeys(steps, 1.0)) == top
+
+
+def test_the_best_third_goes_on_and_a_larger_value_is_better_where_that_is_wanted():
+    reached = {name: {2: float(name)} for name in "123456"}
+    assert RUNGS.best(0, reached) == ["1", "2"]
+    assert Rungs(2, 3, "eval/token_accuracy", is_larger_better=True).best(0, reached) == ["6", "5"]
+    assert RUNGS.best(0, {"1": {2: 1.0}, "2": {6: 0.0}}) == [], "of one, no third; who jumped the step is not there"
+    assert RUNGS.best(0, {"1": {2: 1.0}}, at_least=1) == ["1"]
+
+
+def test_who_is_behind_is_told_and_who_comes_to_be_ahead_goes_on(tmp_path: Path):
+    runs = [a_run(tmp_path, "a", s2=1.0), a_run(tmp_path, "b", s2=2.0)]
+    halving = Halving(RUNGS, runs)
+    assert not halving.goes_on(runs[0]), "the best of two is no third"
+    assert runs[0].prune_request.read_text() == "given up at step 2: eval/loss 1 is behind the others"
+    for rundir in runs:
+        rundir.write_state(status="pruned")
+        halving.ended(rundir, "pruned")
+    assert halving.promoted(is_last=False) is None
+    third = a_run(tmp_path, "c", s2=3.0)
+    halving.look(third)
+    assert not halving.goes_on(third)
+    assert halving.promoted(is_last=False) == (runs[0], 0), "of three one goes on: the first, which pauses"
+    halving.take_up(runs[0])
+    assert (runs[0].read_state().status, runs[0].prune_request.exists()) == ("pending", False)
+    assert halving.promoted(is_last=False) is None
+
+
+def test_at_the_end_at_least_one_run_is_brought_to_its_end(tmp_path: Path):
+    runs = [a_run(tmp_path, "a", "pruned", s2=2.0), a_run(tmp_path, "b", "pruned", s2=1.0)]
+    halving = Halving(RUNGS, runs)
+    assert halving.promoted(is_last=False) is None
+    assert halving.promoted(is_last=True) == (runs[1], 0)
+    halving.ended(a_run(tmp_path, "c", "completed", s2=9.0), "completed")
+    assert halving.promoted(is_last=True) is None
+
+
+def test_a_run_at_its_last_step_is_not_given_up(tmp_path: Path):
+    rundir = a_run(tmp_path, "a", s2=1.0, s6=1.0, s18=1.0)
+    assert Halving(RUNGS, [rundir]).goes_on(rundir)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_of_many_is_found_in_half_of_the_steps(tmp_path: Path, seed: int):
+    """Losses whose order changes a little on the way, one run at a time, as a queue drives it."""
+    draw = random.Random(seed)
+    ends = [draw.random() for _ in range(12)]
+    noise = [{2: draw.gauss(0, 0.05), 6: draw.gauss(0, 0.02), 18: 0.0} for _ in ends]
+    halving, steps, names = Halving(RUNGS, []), 0, iter(range(12))
+    while True:
+        is_last = sum(1 for _ in tmp_path.iterdir()) == 12
+        if found := halving.promoted(is_last=is_last):
+            rundir = found[0]
+            halving.take_up(rundir)
+        elif is_last:
+            break
+        else:
+            rundir = a_run(tmp_path, str(next(names)))
+        number = int(rundir.path.name)
+        for step in (2, 6, 18):
+            if step in halving.reached.get(rundir.path, {}):
+                continue
+            known = halving.reached.get(rundir.path, {})
+            a_run(
+                tmp_path,
+                rundir.path.name,
+                **{f"s{s}": v for s, v in {**known, step: ends[number] + noise[number][step]}.items()},
+            )
+            steps += step - max(known, default=0)
+            halving.look(rundir)
+            if not halving.goes_on(rundir):
+                break
+        halving.ended(rundir, "pruned" if rundir.prune_request.exists() else "completed")
+    completed = [n for n in range(12) if 18 in halving.reached[tmp_path / str(n)]]
+    assert min(ends) in [ends[n] for n in completed]
+    assert steps <= 12 * 18 / 2
