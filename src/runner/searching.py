@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 0.1
+"""Between two looks at the runs that go on: at the time stamps of their records, so that few steps are wasted."""
 FIXED_KEYS = ("launcher", "search", "tracking")
 """Groups that a search cannot look through: it is itself done with them."""
 
