@@ -16,7 +16,7 @@ import mlflow
 import pytest
 from conftest import TINY, prepared
 
-from runner import asked, cli, named, standing
+from runner import asked, cli, named, standing, system
 from runner.errors import ConfigError, LaunchError
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
@@ -300,7 +300,7 @@ def test_who_holds_the_folder_gets_the_signal_whatever_pid_stands_in_the_state(
     assert code == 0
     assert worker.wait(10) == 130
     assert stranger.poll() is None
-    assert f"cancelled by {standing.user()}@" in out
+    assert f"cancelled by {system.user()}@" in out
     assert rundir.read_state().status == "killed"
 
 
