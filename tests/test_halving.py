@@ -56,6 +56,9 @@ def test_who_is_behind_is_told_and_who_comes_to_be_ahead_goes_on(tmp_path: Path)
     halving.take_up(runs[0])
     assert (runs[0].read_state().status, runs[0].prune_request.exists()) == ("pending", False)
     assert halving.promoted(is_last=False) is None
+    runs[1].write_state(status="running")
+    halving.take_up(runs[1])
+    assert runs[1].read_state().status == "running", "somebody has resumed it"
 
 
 def test_at_the_end_at_least_one_run_is_brought_to_its_end(tmp_path: Path):

@@ -100,7 +100,8 @@ class Halving:
         return None
 
     def take_up(self, rundir: RunDir) -> None:
-        """Let a run that pauses go on."""
+        """Let a run that pauses go on; one that somebody has taken up meanwhile is left to him."""
         self.paused.discard(rundir.path)
-        rundir.forget_requests()
-        rundir.write_state(status="pending", reason="")
+        if rundir.read_state().status == "pruned":
+            rundir.forget_requests()
+            rundir.write_state(status="pending", reason="")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import math
 import time
 from collections import deque
@@ -165,7 +166,8 @@ class Trials:
 
         trials = self.study.get_trials(deepcopy=False)
         done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-        counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
+        last = {json.dumps(study.params_of(trial), sort_keys=True): trial.state for trial in trials}  # of what went on
+        counts = {state.name.lower(): list(last.values()).count(state) for state in TrialState}
         console.say("search   " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
         for best in self.study.best_trials if done else []:
             values = ", ".join(f"{m} {v:.6g}" for m, v in zip(self.wanted.objectives, best.values, strict=True))
