@@ -105,7 +105,9 @@ def test_the_best_of_many_is_found_in_half_of_the_steps(tmp_path: Path, seed: in
             halving.look(rundir)
             if not halving.goes_on(rundir):
                 break
-        halving.ended(rundir, "pruned" if rundir.prune_request.exists() else "completed")
+        status = "pruned" if rundir.prune_request.exists() else "completed"
+        rundir.write_state(status=status)
+        halving.ended(rundir, status)
     completed = [n for n in range(12) if 18 in halving.reached[tmp_path / str(n)]]
     assert min(ends) in [ends[n] for n in completed]
     assert steps <= 12 * 18 / 2
