@@ -32,6 +32,15 @@ def shown(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
+def saved(
+    checkpoints: Checkpoints, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+) -> Path:
+    """Save and wait until it is written."""
+    folder = checkpoints.save(model, optimizer, progress)
+    checkpoints.finish()
+    return folder
+
+
 def test_continuing_from_a_checkpoint_is_the_uninterrupted_run(tmp_path: Path):
     model, optimizer = small()
     take_steps(model, optimizer, 0, 6)
@@ -40,7 +49,7 @@ def test_continuing_from_a_checkpoint_is_the_uninterrupted_run(tmp_path: Path):
     model, optimizer = small()
     take_steps(model, optimizer, 0, 3)
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(model, optimizer, Progress(step=3, tokens=7, window={"loss": 0.1}))
+    saved(checkpoints, model, optimizer, Progress(step=3, tokens=7, window={"loss": 0.1}))
     model, optimizer = small(seed=0)
     progress = checkpoints.restore(model, optimizer)
     assert progress == Progress(step=3, tokens=7, window={"loss": 0.1})
@@ -52,14 +61,14 @@ def test_only_trainable_weights_are_written(tmp_path: Path):
     from safetensors.torch import load_file
 
     model, optimizer = small()
-    folder = Checkpoints(tmp_path, keep=1).save(model, optimizer, Progress(step=1))
+    folder = saved(Checkpoints(tmp_path, keep=1), model, optimizer, Progress(step=1))
     assert set(load_file(folder / "trainable.safetensors")) == {"1.weight", "1.bias"}
 
 
 def test_the_last_n_are_kept(tmp_path: Path):
     model, optimizer = small()
     for step in range(1, 6):
-        Checkpoints(tmp_path, keep=2).save(model, optimizer, Progress(step=step))
+        saved(Checkpoints(tmp_path, keep=2), model, optimizer, Progress(step=step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000005"]
 
 
@@ -68,8 +77,8 @@ def test_the_last_n_are_kept(tmp_path: Path):
 def test_a_damaged_checkpoint_is_skipped_and_the_one_before_is_used(tmp_path: Path, name: str, damage: str):
     model, optimizer = small()
     checkpoints = Checkpoints(tmp_path, keep=5)
-    checkpoints.save(model, optimizer, Progress(step=1))
-    broken = checkpoints.save(model, optimizer, Progress(step=2)) / name
+    saved(checkpoints, model, optimizer, Progress(step=1))
+    broken = saved(checkpoints, model, optimizer, Progress(step=2)) / name
     content = bytearray(broken.read_bytes())
     if damage == "cut":
         broken.write_bytes(content[: len(content) // 2])
@@ -87,15 +96,15 @@ def test_a_damaged_checkpoint_never_outlives_a_good_one(tmp_path: Path):
     model, optimizer = small()
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (10, 20):
-        broken = checkpoints.save(model, optimizer, Progress(step=step))
+        broken = saved(checkpoints, model, optimizer, Progress(step=step))
     (broken / "optimizer.pt").write_bytes(b"")
     checkpoints = Checkpoints(tmp_path, keep=1)
     with pytest.warns(UserWarning, match="step-000020 is skipped"):
         assert checkpoints.restore(*small()).step == 10
-    checkpoints.save(model, optimizer, Progress(step=15))
+    saved(checkpoints, model, optimizer, Progress(step=15))
     assert shown(tmp_path) == ["step-000015"]
     assert checkpoints.restore(*small()).step == 15
-    checkpoints.save(model, optimizer, Progress(step=20))
+    saved(checkpoints, model, optimizer, Progress(step=20))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000020"], "what was put aside is gone too"
 
 
@@ -103,7 +112,7 @@ def test_pruning_counts_steps_and_leaves_later_ones(tmp_path: Path):
     model, optimizer = small()
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (999_998, 1_000_001, 999_999, 1_000_000):
-        checkpoints.save(model, optimizer, Progress(step=step))
+        saved(checkpoints, model, optimizer, Progress(step=step))
     assert shown(tmp_path) == ["step-1000000", "step-1000001", "step-999999"]
     assert checkpoints.restore(*small()).step == 1_000_001
 
@@ -115,7 +124,7 @@ def test_a_step_is_saved_again_without_a_moment_without_it(tmp_path: Path, monke
     for survived in (0, 1, 2):
         folder = tmp_path / str(survived)
         checkpoints = Checkpoints(folder, keep=1)
-        checkpoints.save(model, optimizer, Progress(step=5, evaluated=False))
+        saved(checkpoints, model, optimizer, Progress(step=5, evaluated=False))
         left = [survived]
 
         def killed(path: Path, target: Path, left: list[int] = left) -> Path:
@@ -127,7 +136,7 @@ def test_a_step_is_saved_again_without_a_moment_without_it(tmp_path: Path, monke
         with monkeypatch.context() as patched:
             patched.setattr(Path, "rename", killed)
             with contextlib.suppress(KeyboardInterrupt):
-                checkpoints.save(model, optimizer, Progress(step=5, evaluated=True))
+                saved(checkpoints, model, optimizer, Progress(step=5, evaluated=True))
         assert checkpoints.restore(*small()) == Progress(step=5, evaluated=survived == 2)
         assert [path.name for path in folder.iterdir()] == ["step-000005"]
 
@@ -135,7 +144,7 @@ def test_a_step_is_saved_again_without_a_moment_without_it(tmp_path: Path, monke
 def test_what_cannot_be_renamed_into_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, optimizer = small()
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(model, optimizer, Progress(step=5, tokens=1))
+    saved(checkpoints, model, optimizer, Progress(step=5, tokens=1))
     rename = Path.rename
 
     def refused(path: Path, target: Path) -> Path:
@@ -145,14 +154,14 @@ def test_what_cannot_be_renamed_into_place_leaves_the_old_one(tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "rename", refused)
     with pytest.raises(TrainingError, match="Input/output error"):
-        checkpoints.save(model, optimizer, Progress(step=5, tokens=2))
+        saved(checkpoints, model, optimizer, Progress(step=5, tokens=2))
     assert checkpoints.restore(*small()).tokens == 1
 
 
 def test_what_was_cut_short_while_being_written_is_never_seen(tmp_path: Path):
     model, optimizer = small()
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(model, optimizer, Progress(step=1)).rename(tmp_path / ".step-000002.partial")
+    saved(checkpoints, model, optimizer, Progress(step=1)).rename(tmp_path / ".step-000002.partial")
     assert checkpoints.restore(model, optimizer) == Progress()
     assert list(tmp_path.iterdir()) == []
 
@@ -160,21 +169,21 @@ def test_what_was_cut_short_while_being_written_is_never_seen(tmp_path: Path):
 def test_no_space_left_is_told_and_earlier_checkpoints_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, optimizer = small()
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(model, optimizer, Progress(step=1))
+    saved(checkpoints, model, optimizer, Progress(step=1))
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(TrainingError, match="No space left"):
-        checkpoints.save(model, optimizer, Progress(step=2))
+        saved(checkpoints, model, optimizer, Progress(step=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001"]
 
 
 def test_other_weights_than_trained_are_refused(tmp_path: Path):
     model, optimizer = small()
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(model, optimizer, Progress(step=1))
+    saved(checkpoints, model, optimizer, Progress(step=1))
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     with pytest.raises(ResumeError, match="other weights"):

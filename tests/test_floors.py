@@ -19,7 +19,7 @@ FLOORS = [
      "ranks", "shards", "scheduler", "provenance", "checkout", "served"},
     {"asked", "prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling",
      "tracking", "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored",
-     "outcome", "converter"},
+     "outcome", "converter", "documents", "fused", "readings"},
     {"halving"},
     {"search", "chat", "attention", "origins", "store", "sweeps", "standing", "mirroring"},
     {"sending"},

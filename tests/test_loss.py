@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from runner import attention, loss
+from runner import attention, documents, loss, tasks
 from runner.errors import ConfigError
 
 SIZES = {
@@ -46,22 +52,49 @@ PACKS = [[7, 9, 4], [12, 1, 1, 6]]
 def build(config: transformers.PretrainedConfig, implementation: str | None = None) -> torch.nn.Module:
     torch.manual_seed(0)
     options = {"attn_implementation": implementation} if implementation else {}
-    return transformers.AutoModelForCausalLM.from_config(config, **options)
+    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
 
 
 def batch_of(packs: list[list[int]], trained: float = 0.5) -> dict[str, Tensor]:
     """Random ids; labels shifted, never across documents, about ``trained`` of them kept."""
     generator = torch.Generator().manual_seed(1)
     length = sum(packs[0])
+    ends = torch.tensor([0, *(size for pack in packs for size in pack), 0]).cumsum(0).to(torch.int32)
     ids = torch.randint(3, 64, (len(packs), length), generator=generator)
     positions = torch.tensor([[at for size in pack for at in range(size)] for pack in packs])
     labels = ids.roll(-1, 1).masked_fill(positions.roll(-1, 1) == 0, loss.IGNORED)
     labels[torch.rand(labels.shape, generator=generator) > trained] = loss.IGNORED
-    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": labels,
+        "document_ends": ends,
+        "longest": max(size for pack in packs for size in pack),
+        "trained_at": (labels.flatten() != loss.IGNORED).nonzero()[:, 0],
+    }
 
 
 def with_virtual_tokens(model: torch.nn.Module) -> torch.nn.Module:
     return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def task_loss(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """As the train loop asks for it."""
+    return tasks._loss(model, {**batch, "packed": True})
+
+
+@contextlib.contextmanager
+def operations() -> Iterator[set[str]]:
+    """The names of the operations that are called."""
+    called: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function._schema.name.partition("::")[2])
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        yield called
 
 
 def unshifted(labels: Tensor) -> Tensor:
@@ -160,6 +193,46 @@ def test_packed_documents_are_as_alone(family: str, implementation: str) -> None
                 alone = model(input_ids=ids[None], use_cache=False).logits[0]
                 torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
     attention.check_isolation(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_by_document_is_that_of_a_mask(family: str) -> None:
+    """Where a model slides a window or caps its scores, it stays with the mask."""
+    reference, model, batch = build(FAMILIES[family]), build(FAMILIES[family]), batch_of(PACKS)
+    before = model.config._attn_implementation
+    suits = family in ("llama", "qwen2", "gpt-neox")
+    assert documents.install(model, batch["longest"]) == documents.uses(model) == suits
+    assert suits or model.config._attn_implementation == before
+    with operations() as called:
+        found = task_loss(model, batch)
+    assert ("attention_by_document" in called) == suits
+    expected = task_loss(reference, batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
+    found["loss"].backward(), expected["loss"].backward()
+    torch.testing.assert_close(gradients(model), gradients(reference), atol=1e-6, rtol=1e-4)
+
+
+def test_a_window_longer_than_every_document_does_not_matter() -> None:
+    assert documents.install(build(FAMILIES["mistral"]), longest=4)
+    assert not documents.install(build(FAMILIES["mistral"]), longest=5)
+
+
+def test_attention_by_document_answers_prompts_as_before() -> None:
+    model = build(FAMILIES["llama"]).eval()
+    prompts = {
+        "input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+    }
+    expected = model.generate(**prompts, max_new_tokens=6, do_sample=False)
+    assert documents.install(model, 20)
+    assert torch.equal(model.generate(**prompts, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_the_operation_of_attention_by_document_is_sound() -> None:
+    """torch's own check of custom operations: shapes, strides, gradients, tracing."""
+    query, key, value = (torch.randn(1, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 5, 5, 12, 12], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.runner.attention_by_document.default, (query, key, value, ends, 0.3))
 
 
 @pytest.mark.parametrize("family", MIXING)

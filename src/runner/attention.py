@@ -13,19 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runner import documents
 from runner.errors import ConfigError, Fault
 
 
 def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]:
     """What to call the model with so that documents do not see each other.
 
-    ``input_ids`` and ``position_ids`` are (B, T), or (1, B * T) for FlashAttention, which tells documents apart in a
-    single row only (transformers#39121). Padding follows the text of a row, so causal attention never sees it.
+    ``input_ids`` and ``position_ids`` are (B, T), or (1, B * T) for attention by document and FlashAttention, which
+    tells documents apart in a single row only (transformers#39121). Padding follows the text of a row, so causal
+    attention never sees it.
     """
     ids, positions = batch["input_ids"], batch["position_ids"]
     asked = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     if not packed:
         return asked
+    if documents.uses(model):
+        row = {**asked, "input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
+        return {**row, **documents.arguments(batch["document_ends"], batch["longest"])}
     if "flash" in str(model.config._attn_implementation):
         return {**asked, "input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
     return asked if _masks_by_position() else {**asked, "attention_mask": _mask(positions, model)}
@@ -52,7 +57,9 @@ def check_isolation(model: Any) -> None:
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
     try:
         with torch.random.fork_rng(), torch.enable_grad():
-            asked = inputs({"input_ids": ids, "position_ids": positions}, True, model)
+            ends = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
+            batch = {"input_ids": ids, "position_ids": positions, "document_ends": ends, "longest": 4}
+            asked = inputs(batch, True, model)
             logits = model(**asked).logits[0, -4:]  # (4, V): the second document
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), embedded[:1])
     finally:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from runner import attention, config, data, meters, models, optim, parallel, spread, train
+from runner import attention, config, data, documents, fused, meters, models, optim, parallel, spread, train
 from runner.checkpoint import Checkpoints
 from runner.errors import ConfigError, Fault
 from runner.origins import ModelSource
 from runner.precision import dtype_for
 from runner.ranks import ALONE, Ranks
+from runner.readings import Readings
 from runner.rundir import RunDir
 from runner.schema import TrainSettings
 from runner.tasks import Task
@@ -107,6 +108,7 @@ def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
     base = models.load(source, quant, device)
     torch.manual_seed(cfg["seed"])
     model: torch.nn.Module = config.bind(cfg["lora"], "lora")(base)
+    fused.fuse(model)
     if made.settings.gradient_checkpointing:
         enable: Any = base
         enable.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -124,6 +126,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     source, autocast = keep_updates(made.source, made.device, full=expected.counts["adapter"] == 0)
     made = replace(made, source=source)
     model = load_model(cfg, made)
+    batches, evaluation = settle_attention(made.source, model, made.batches, made.evaluation)
     if cfg["data"]["packing"]:
         attention.check_isolation(model)
     config.bind(cfg["compile"], "compile")(model)
@@ -135,8 +138,8 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     return train.Parts(
         model=model,
         task=made.task,
-        batches=made.batches,
-        evaluation=made.evaluation,
+        batches=batches,
+        evaluation=evaluation,
         optimizer=optimizer,
         schedule=config.bind(cfg["schedule"], "schedule"),
         settings=made.settings,
@@ -146,9 +149,17 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         spread=in_place,
         checkpoints=Checkpoints(rundir.checkpoints, made.settings.save_total_limit, ranks),
         meter=meters.Meter(expected.flops_per_token, peak),
+        readings=Readings.of(made.device),
         quote=partial(quote, made.tokenizer),
         extra_metrics=lambda: ranks.largest(meters.memory_metrics()),
     )
+
+
+def settle_attention(source: ModelSource, model: torch.nn.Module, *batches: data.Batches) -> list[data.Batches]:
+    """Let the model attend by document where it can; rows that are not packed need no padding then."""
+    if source.attention == "auto" and documents.install(model, batches[0].max_length):
+        return [one.laid_end_to_end() for one in batches]
+    return list(batches)
 
 
 def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tuple[ModelSource, torch.dtype | None]:

@@ -8,12 +8,15 @@ Every rank takes part in saving and restoring, as each may hold but a shard; ran
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from runner.errors import Fault, ResumeError, TrainingError
 from runner.ranks import ALONE, Ranks
 
 WEIGHTS, OPTIMIZER, PROGRESS, CHECKSUMS = "trainable.safetensors", "optimizer.pt", "progress.json", "checksums.json"
+COPIED_BYTES = 2**28
+"""Up to so much is copied, so that training need not wait for the disk."""
 PARTIAL, BEFORE, DAMAGED = "partial", "before", "damaged"
 """Endings of hidden folders: being written, about to be replaced, found unusable."""
 
@@ -45,28 +50,47 @@ class Progress:
     """Sums since the last record of training metrics."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoints:
-    """The checkpoints of one run, the last ``keep`` of them."""
+    """The checkpoints of one run, the last ``keep`` of them, written by a thread while training goes on."""
 
     folder: Path
     keep: int
     ranks: Ranks = ALONE
+    _writing: Future[None] | None = field(default=None, init=False, repr=False)
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Write a checkpoint of this step, in place of one of the same step; older ones beyond ``keep`` are removed.
 
+        Returns when everything is copied from the device, or written where the copy would be large; ``finish`` waits.
+
         Raises:
-            TrainingError: it could not be written (no space left, no permission); earlier checkpoints are untouched.
+            TrainingError: this one or the one before could not be written (no space left, no permission); earlier
+                checkpoints are untouched.
         """
+        self.finish()
         leads = self.ranks.rank == 0
         weights = shards.gathered(_trainable(model), keep=leads)
         state = shards.optimizer_state(optimizer, keep=leads)
         final = self.folder / f"step-{progress.step:06d}"
-        if leads:
+        if not leads:
+            return final
+        if _bytes(weights) + _bytes(state) > COPIED_BYTES:
             self._write(final, weights, state, progress)
-            self._prune(progress.step)
+        else:
+            content = _copied(weights), _copied(state), replace(progress, window=dict(progress.window))
+            self._writing = _in_thread(functools.partial(self._write, final, *content))
         return final
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is whole.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _write(self, final: Path, weights: dict[str, torch.Tensor], state: dict[str, Any], progress: Progress) -> None:
         aside, before = (self.folder / f".{final.name}.{suffix}" for suffix in (PARTIAL, BEFORE))
@@ -84,6 +108,7 @@ class Checkpoints:
                 final.rename(before)  # a kill from here to the next line costs nothing: `restore` takes it back
             aside.rename(final)
             _flush(self.folder)
+            self._prune(progress.step)
         except (OSError, SafetensorError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 self._tidy()
@@ -96,6 +121,7 @@ class Checkpoints:
         A damaged checkpoint is put aside with a warning, and the one before is used: were it left in its place, it
         would count among those to keep.
         """
+        self.finish()
         found = self.ranks.broadcast(self._newest_whole() if self.ranks.rank == 0 else None)
         if found is None:
             return Progress()
@@ -140,6 +166,30 @@ class Checkpoints:
         for aside in (*self.folder.glob(f".step-*.{BEFORE}"), *self.folder.glob(f".step-*.{DAMAGED}")):
             if int(aside.name.split("-")[1].partition(".")[0]) <= written:
                 shutil.rmtree(aside, ignore_errors=True)
+
+
+def _in_thread(write: Callable[[], None]) -> Future[None]:
+    """Run it in a thread that the process waits for when it ends."""
+    pool = ThreadPoolExecutor(1, "checkpoint")
+    writing = pool.submit(write)
+    pool.shutdown(wait=False)
+    return writing
+
+
+def _copied(content: Any) -> Any:
+    """The same, its tensors copied to the CPU."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: _copied(value) for key, value in content.items()}
+    return [_copied(value) for value in content] if isinstance(content, list) else content
+
+
+def _bytes(content: Any) -> int:
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return sum(map(_bytes, values))
 
 
 def _trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -120,13 +120,15 @@ def _loaded(order: _Order) -> tuple[Any, Any]:
 
 def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[str, Any]]:
     """(name, metrics, what is noted of the rows), by the code that evaluates in training."""
-    from runner import attention, build, parallel, spread, train
+    from runner import attention, build, fused, parallel, spread, train
     from runner.ranks import ALONE
 
     run = order.run
     batches, noted, name = _batches(run, given)
     device = build.pick_device()
     model, autocast = _model(order, device)
+    fused.fuse(model)
+    (batches,) = build.settle_attention(run.result, model, batches)
     if given.node["packing"]:
         attention.check_isolation(model)
     in_place = spread.over(parallel.none(), model, run.task, ALONE, device, autocast)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from runner.packing import IGNORED
 
-MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask")
+DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", *DOCUMENTS)
 CHUNK_VALUES = 2**25
 """Logits taken to float32 at once: 128 MiB."""
 EVAL_POSITIONS = 8192
@@ -29,12 +30,13 @@ def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
     ``batch`` holds ``labels`` (B, T), already shifted (``labels[t]`` is the token after ``input_ids[t]``, -100 where
     nothing is trained), and the model's inputs. The model computes the logits itself, so that what it does behind
-    its head (soft-capping, scaling) holds. One read from the device: how many positions are trained.
+    its head (soft-capping, scaling) holds. ``trained_at`` (positions,) says where labels are, if it is known: else
+    the device is asked once how many there are.
     """
     asked = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
     labels = batch["labels"].reshape(asked["input_ids"].shape)
-    if torch.is_grad_enabled():
-        return _sums(model, asked, labels)
+    if torch.is_grad_enabled() or len(labels) == 1:
+        return _sums(model, asked, labels, batch.get("trained_at"))
     rows = max(1, EVAL_POSITIONS // labels.shape[1])
     parts = [
         _sums(model, {name: value[at : at + rows] for name, value in asked.items()}, labels[at : at + rows])
@@ -43,16 +45,19 @@ def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
 
 
-def _sums(model: Any, asked: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-    logits, targets = _logits(model, asked, labels)
+def _sums(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None = None) -> dict[str, Tensor]:
+    logits, targets = _logits(model, asked, labels, trained_at if len(labels) == 1 else None)
     loss, correct = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
     return {"loss": loss, "count": (targets != IGNORED).sum(), "correct": correct}
 
 
-def _logits(model: Any, asked: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+def _logits(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None) -> tuple[Tensor, Tensor]:
     """Logits of the trained positions (or of more, where the model offers no less), and what they are to predict."""
     trained = labels != IGNORED  # (B, T)
     match _choice_offered(model):
+        case "mask" | "positions" if trained_at is not None:
+            logits = model(**asked, use_cache=False, logits_to_keep=trained_at).logits
+            return logits, labels[:, trained_at]  # (1, positions, V)
         case "mask":
             logits = model(**asked, use_cache=False, logits_to_keep=trained).logits
             return logits, labels[trained]  # (positions, V)
@@ -93,9 +98,11 @@ class _CrossEntropy(torch.autograd.Function):
             loss += torch.where(valid, normalizer - chosen, 0.0).sum()
             correct += (valid & (values.argmax(-1) == wanted)).sum()
             if ctx.needs_input_grad[0]:
-                slope = (values - normalizer[:, None]).exp_()  # d loss / d logits = softmax - one-hot
+                slope = values.sub_(normalizer[:, None]).exp_()  # d loss / d logits = softmax - one-hot
                 slope[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-                part.copy_(slope.mul_(valid[:, None]))
+                slope.mul_(valid[:, None])
+                if slope is not part:
+                    part.copy_(slope)
         ctx.slope = buffer
         ctx.mark_non_differentiable(correct)
         return loss, correct

@@ -1,13 +1,18 @@
-"""Tokenised rows on disk, and the batches made of them: packed to a fixed length, or padded.
+"""Tokenised rows on disk, and the batches made of them: packed to a fixed length, padded, or laid end to end.
 
-A batch is a dict: ``input_ids`` and ``labels`` (B, T) int64, ``position_ids`` (B, T) int64, and the ints ``tokens``
-(useful ones, padding aside) and ``trained``. Labels are shifted: ``labels[b, t]`` is the token to predict at ``t``,
-or -100; the last token of a document predicts nothing. In packed rows position ids restart at 0 with each document,
-and the padding at the end is a document of its own.
+A batch is a dict: ``input_ids``, ``labels`` and ``position_ids`` (B, T) int64, and the ints ``tokens`` (useful ones,
+padding aside) and ``trained``. Labels are shifted: ``labels[b, t]`` is the token to predict at ``t``, or -100; the last
+token of a document predicts nothing. In packed rows position ids restart at 0 with each document, and the padding at
+the end is a document of its own.
+
+``document_ends`` (documents + 1,) int32 says where documents end when the rows are laid end to end, from 0 to B * T;
+ends repeat so that packed batches have equally many. No document is longer than the int ``longest``. ``trained_at``
+(trained,) int64 are the positions with a label, in the same order.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
@@ -152,6 +157,8 @@ class Batches:
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.sizes = np.add.reduceat(rows.lengths[self.packs.rows], self.packs.offsets[:-1])  # useful tokens of each
         assert packing is False or self.sizes.max() <= max_length, "the packs are larger than the rows of a batch"
+        self._most_documents = int(np.diff(self.packs.offsets).max(initial=0))
+        self.end_to_end = False
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         self._tokens_before = functools.lru_cache(maxsize=2)(self._sum_tokens)
 
@@ -196,12 +203,20 @@ class Batches:
         """How many times the data has been gone through after ``step`` steps."""
         return float(min(step * self.per_step, self._end()) / len(self.packs))
 
+    def laid_end_to_end(self) -> Batches:
+        """The same batches without padding: rows that are not packed follow each other in one, (1, sum of lengths)."""
+        laid = copy.copy(self)
+        laid.end_to_end = not self.packing
+        return laid
+
     @property
     def efficiency(self) -> float:
         """Useful tokens for each slot computed, over the first epoch."""
         if self.packing:
             return float(self.sizes.sum() / (len(self.packs) * self.max_length))
         parts = np.split(self.sizes[self._order(0)], range(self.rows_per_batch, len(self.packs), self.rows_per_batch))
+        if self.end_to_end:
+            return float(self.sizes.sum() / sum(self._padded(int(part.sum())) for part in parts))
         return float(self.sizes.sum() / sum(len(part) * self._padded(int(part.max())) for part in parts))
 
     def _draw_order(self, epoch: int) -> np.ndarray:
@@ -233,34 +248,49 @@ class Batches:
         import torch
 
         members = [self.packs.rows[self.packs.offsets[k] : self.packs.offsets[k + 1]] for k in packs]
+        if self.end_to_end:
+            members = [np.concatenate(members)] if members else []
         # Packed batches keep one shape even at the end of an epoch: a new one would compile the model anew.
         count = self.rows_per_batch if self.packing else max(len(members), 1)
-        length = self._padded(max((int(self.sizes[k]) for k in packs), default=0))
+        length = self._padded(max((int(self.rows.lengths[rows].sum()) for rows in members), default=0))
         ids = np.full((count, length), self.pad_id, dtype=np.int64)
         labels = np.full((count, length), IGNORED, dtype=np.int64)
         positions = np.tile(np.arange(length), (count, 1))
-        for b, documents in enumerate(members):
+        ends = [0]
+        for b in range(count):
             start = 0
-            for row in documents:
+            for row in members[b] if b < len(members) else ():
                 row_ids, row_labels = self.rows[row]
                 end = start + len(row_ids)
                 ids[b, start:end] = row_ids
                 labels[b, start : end - 1] = row_labels[1:]
                 positions[b, start:end] -= start
+                ends.append(b * length + end)
                 start = end
-            if self.packing:
+            if self.packing or self.end_to_end:
                 positions[b, start:] -= start
+            ends.append((b + 1) * length)
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(positions),
-            "packed": self.packing,
+            "document_ends": torch.from_numpy(self._fixed(ends)),
+            "longest": self.max_length,
+            "trained_at": torch.from_numpy(np.flatnonzero(labels != IGNORED)),
+            "packed": self.packing or self.end_to_end,
             "tokens": int(self.sizes[packs].sum()) if packs else 0,
             "trained": int((labels != IGNORED).sum()),
         }
+
+    def _fixed(self, ends: list[int]) -> np.ndarray:
+        """The ends of the documents, as many in each packed batch; (documents + 1,) int32."""
+        most = self.rows_per_batch * (self._most_documents + 1) + 1 if self.packing else 0
+        return np.array(ends + [ends[-1]] * max(most - len(ends), 0), dtype=np.int32)
 
     def _padded(self, length: int) -> int:
         """How long the rows of a batch are whose longest has this many tokens."""
         if self.packing:
             return self.max_length
+        if self.end_to_end:
+            return -(-max(length, 1) // PADDED_TO) * PADDED_TO
         return max(length, min(-(-max(length, 1) // PADDED_TO) * PADDED_TO, self.max_length))

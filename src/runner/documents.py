@@ -1,0 +1,213 @@
+"""Attention by document: rows of many documents, each computed alone; no mask, and no score that a mask would discard.
+
+Registered with transformers as the attention implementation ``by_document``. Where the caller names the documents
+(``cu_seq_lens_q``, as for FlashAttention) the best kernel that is there computes them: torch's varlen attention on
+CUDA, on a CPU its flash kernel one document after the other. Without them it is torch's SDPA, with transformers' mask.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "by_document"
+UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
+"""Arguments of attention functions that change what is computed, and that the kernels used here do not take."""
+
+log = logging.getLogger("runner")
+
+
+def install(model: Any, longest: int) -> bool:
+    """Let ``model`` attend by document if it computes the same with it; else it stays as it is.
+
+    The proof is a small forward pass both ways: a model may cap its scores, bias them, slide a window shorter than the
+    ``longest`` document over them, or keep the names of the documents from its attention.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.config._attn_implementation
+    if not _register() or before != "sdpa" or not getattr(base, "_supports_attention_backend", False):
+        return False
+    expected = _trial(model, longest)
+    try:
+        base.set_attn_implementation(NAME)
+        found = _trial(model, longest)
+        tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
+        if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+            return True
+        reason = f"logits differ by {float((found - expected).abs().max()):.3g}"
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+    base.set_attn_implementation(before)
+    log.info(f"attention by document does not suit {type(base).__name__} ({reason}): one mask for each row instead")
+    return False
+
+
+def uses(model: Any) -> bool:
+    return str(model.config._attn_implementation) == NAME
+
+
+def arguments(ends: Tensor, longest: int) -> dict[str, Any]:
+    """What a model is called with besides one row of tokens (1, T).
+
+    ``ends`` (documents + 1,) int32 are where documents begin and end, from 0 to T; ends may repeat. None is longer
+    than ``longest``. The mask stands for one that was made already: transformers then makes none.
+    """
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ends.device)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return {"attention_mask": mask, **lengths}
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query (B, H, T, D), key and value (B, Hkv, T, D) → (B, T, H, D).
+
+    Raises:
+        NotImplementedError: documents with what the kernels cannot do; ``install`` finds that out.
+    """
+    if cu_seq_lens_q is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        named = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **named, **others)  # type: ignore
+    longest = max_length_q or query.shape[2]
+    windowed = sliding_window is not None and sliding_window < longest
+    odd = [name for name in UNKNOWN if others.get(name) is not None]
+    odd += ["dropout"] * bool(dropout) + ["sliding_window"] * windowed
+    if odd or not getattr(module, "is_causal", True) or query.shape[0] != 1:
+        raise NotImplementedError(f"attention with {', '.join(odd) or 'rows apart or without a causal order'}")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if query.device.type == "cpu":
+        out, _ = _cpu(query, key, value, cu_seq_lens_q, scale)
+        return out, None
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
+    grouped, causal = query.shape[1] != key.shape[1], (-1, 0)
+    ends = cu_seq_lens_q, cu_seq_lens_q, longest, longest
+    out = varlen_attn(q, k, v, *ends, scale=scale, window_size=causal, enable_gqa=grouped)
+    return out.unsqueeze(0), None  # type: ignore[union-attr]
+
+
+def _register() -> bool:
+    """Make the name known to transformers; False where this transformers or this torch has no place for it."""
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    except ImportError:
+        return False
+    if torch.cuda.is_available():
+        try:
+            from torch.nn.attention import varlen  # noqa: F401
+        except ImportError:
+            return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return True
+
+
+@torch.no_grad()
+def _trial(model: Any, longest: int) -> Tensor:
+    """Logits of three short documents in one row."""
+    device, training = model.get_input_embeddings().weight.device, model.training
+    lengths = [3, 1, 2]
+    positions = torch.tensor([[at for length in lengths for at in range(length)]], device=device)
+    ends = torch.tensor([0, 3, 4, 6], dtype=torch.int32, device=device)
+    named = arguments(ends, longest) if uses(model) else {}
+    try:
+        with torch.random.fork_rng():
+            logits: Tensor = model.train()(positions + 1, position_ids=positions, use_cache=False, **named).logits
+            return logits
+    finally:
+        model.train(training)
+
+
+@torch.library.custom_op("runner::attention_by_document", mutates_args=())
+def _cpu(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention within each document, one after the other: (1, T, H, D), and log-sum-exp (H, T)."""
+    heads, length, width = query.shape[1:]
+    out = query.new_zeros(1, length, heads, width)
+    normalizer = query.new_zeros((heads, length), dtype=torch.float32)
+    groups = key.shape[1], heads // key.shape[1]
+    for span in _spans(ends):
+        q, k, v = _document(query, span, groups), _document(key, span, groups), _document(value, span, groups)
+        result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        out[0, span].unflatten(1, groups).copy_(result.permute(2, 0, 1, 3))
+        normalizer[:, span].unflatten(0, groups).copy_(logsumexp)
+    return out, normalizer
+
+
+@torch.library.custom_op("runner::attention_by_document_backward", mutates_args=())
+def _cpu_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, ends: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query (1, T, H, D), key and value (1, T, Hkv, D)."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    groups = kv_heads, heads // kv_heads
+    dq, dk, dv = (torch.zeros_like(tensor.transpose(1, 2).contiguous()) for tensor in (query, key, value))
+    grad, out = grad.transpose(1, 2), out.transpose(1, 2)
+    for span in _spans(ends):
+        q, k, v, o, g = (_document(tensor, span, groups) for tensor in (query, key, value, out, grad))
+        lse = normalizer[:, span].unflatten(0, groups)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        of_q, of_k, of_v = kernel(g, q, k, v, o, lse, 0.0, True, scale=scale)  # (Hkv, H / Hkv, t, D)
+        dq[0, span].unflatten(1, groups).copy_(of_q.permute(2, 0, 1, 3))
+        torch.sum(of_k.permute(2, 0, 1, 3), 2, out=dk[0, span])
+        torch.sum(of_v.permute(2, 0, 1, 3), 2, out=dv[0, span])
+    return dq, dk, dv
+
+
+def _spans(ends: Tensor) -> list[slice]:
+    """The documents; ends that repeat fill up a fixed number of them."""
+    marks = ends.tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(marks) if start < end]
+
+
+def _document(tensor: Tensor, span: slice, groups: tuple[int, int]) -> Tensor:
+    """One document of (1, heads, T, D) as (Hkv, H / Hkv, t, D); a group shares its keys and values, without copies."""
+    part = tensor[0, :, span]  # (heads, t, D)
+    if len(part) == groups[0]:
+        return part[:, None].expand(-1, groups[1], -1, -1)
+    return part.unflatten(0, groups)
+
+
+@_cpu.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    _, heads, length, width = query.shape
+    return query.new_empty(1, length, heads, width), query.new_empty((heads, length), dtype=torch.float32)
+
+
+@_cpu_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, ends: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (tensor.new_empty(tensor.transpose(1, 2).shape) for tensor in (query, key, value))
+    return dq, dk, dv
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ends, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, ends)
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, ends = ctx.saved_tensors
+    found = _cpu_backward(grad, *tensors, ends, ctx.scale)
+    return *(tensor.transpose(1, 2) for tensor in found), None, None
+
+
+_cpu.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,171 @@
+"""Fused LoRA against PEFT's own layers: the same numbers, the same names, fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from runner import fused
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def adapted(dtype: torch.dtype = torch.float32, bits: int | None = None, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, attention_bias=True)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    if bits:
+        in_bits(model, dtype)
+    config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options})
+    return get_peft_model(model, config)
+
+
+def in_bits(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    import bitsandbytes as bnb
+
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            plain = getattr(layer.mlp, name)
+            packed = bnb.nn.Linear4bit(plain.in_features, plain.out_features, bias=False, compute_dtype=dtype)
+            packed.load_state_dict({"weight": plain.weight.data})
+            setattr(layer.mlp, name, packed.to("cpu"))
+
+
+def step(model: Any, rows: int = 200) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradients of the adapters."""
+    ids = torch.randint(0, 64, (2, rows // 2), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    return out.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_scale_of_rslora_counts():
+    model = adapted(use_rslora=True)
+    expected = step(model)
+    fused.fuse(model)
+    torch.testing.assert_close(step(model), expected, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("rows", [200, 20], ids=["many rows", "few rows"])
+def test_numbers_are_pefts(bits: int | None, rows: int):
+    model = adapted(bits=bits)
+    expected = step(model, rows)
+    assert fused.fuse(model) == 14
+    assert fused.fuse(model) == 0, "once is enough"
+    found = step(model, rows)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_in_bfloat16_they_are_nearer_to_the_truth_than_its_rounding():
+    truth = step(adapted())
+    model = adapted(torch.bfloat16)
+    assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
+    peft = step(model)
+    fused.fuse(model)
+    found = step(model)
+    assert {gradient.dtype for gradient in found[1].values()} == {torch.float32}
+    for name, gradient in truth[1].items():
+        scale = gradient.abs().max()
+        error = (found[1][name] - gradient).abs().max() / scale
+        assert error < max(0.05, 2 * (peft[1][name] - gradient).abs().max() / scale), name
+
+
+def operations(model: Any) -> list[str]:
+    """Those of a step whose result is as large as the output of the widest layer."""
+    large = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.numel() >= 200 * 96 and not function.is_view:
+                large.append(function._schema.name)
+            return out
+
+    with Watch():
+        step(model)
+    return large
+
+
+def test_there_are_no_passes_over_the_output_but_the_product():
+    model = adapted()
+    before = operations(model)
+    fused.fuse(model)
+    after = operations(model)
+    assert before.count("aten::mm") > after.count("aten::mm")
+    for name in ("aten::mul", "aten::add"):
+        assert after.count(name) < before.count(name), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_is_not_plain_is_left_to_peft(options: dict[str, Any]):
+    model = adapted(**options)
+    torch.manual_seed(2)
+    expected = step(model)
+    fused.fuse(model)
+    torch.manual_seed(2)
+    torch.testing.assert_close(step(model), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_switched_off_merged_and_unmerged():
+    model = adapted()
+    fused.fuse(model)
+    adapted_logits, _ = step(model)
+    ids = torch.randint(0, 64, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=ids).logits
+    assert not torch.allclose(base, adapted_logits)
+    model.merge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, adapted_logits, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(step(model)[0], adapted_logits, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_saved_is_a_plain_peft_adapter(tmp_path):
+    from peft import PeftModel
+
+    model = adapted()
+    fused.fuse(model)
+    expected, _ = step(model)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, attention_bias=True)
+    again = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_config(config), tmp_path)
+    assert type(again.base_model.model.model.layers[0].mlp.up_proj).__module__.startswith("peft.")
+    torch.testing.assert_close(step_logits(again), expected, atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+def step_logits(model: Any) -> Tensor:
+    ids = torch.randint(0, 64, (2, 100), generator=torch.Generator().manual_seed(1))
+    return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_compiled_it_breaks_no_graph(bits: int | None):
+    model = adapted(bits=bits)
+    fused.fuse(model)
+    expected = step(model)
+    torch._dynamo.reset()
+    for layer in model.base_model.model.model.layers:
+        layer.compile(fullgraph=True)
+    torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-3)
