@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 
 from runner import chat, config, data, formats, sources, tasks
 from runner.errors import ConfigError, DataError
-from runner.packing import IGNORED, Batches, Rows, one_by_one, pack
+from runner.packing import IGNORED, PADDED_TO, Batches, Rows, one_by_one, pack
 
 LENGTH = 96
 SETTINGS = {
@@ -378,11 +378,11 @@ def test_rows_laid_end_to_end_are_the_same_rows_without_padding():
     flat = padded.laid_end_to_end()
     for before, after in zip(padded.one_pass(), flat.one_pass(), strict=True):
         assert after["input_ids"].shape[0] == 1
-        assert after["input_ids"].shape[1] - after["tokens"] < data.packing.PADDED_TO
+        assert after["input_ids"].shape[1] - after["tokens"] < PADDED_TO
         assert [before[key] for key in ("tokens", "trained")] == [after[key] for key in ("tokens", "trained")]
         kept = [batch["labels"].flatten()[batch["trained_at"]].tolist() for batch in (before, after)]
         assert kept[0] == kept[1]
-    assert padded.efficiency < 0.95 < flat.efficiency
+    assert padded.efficiency < 0.9 < flat.efficiency
     packed = batches(documents(), packing=True)
     assert packed.laid_end_to_end().step(0)[0]["input_ids"].shape == packed.step(0)[0]["input_ids"].shape
 

@@ -194,10 +194,10 @@ def test_a_folder_is_loaded_as_plain_transformers_does(source: ModelSource, fold
     assert {str(p.device) for p in model.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["auto", "by_document", "sdpa", "eager"])
 def test_attention_is_what_was_asked(folder: Path, attention: str) -> None:
     model = models.load(local(folder, attention=attention), quant.none(), "cpu")
-    assert model.config._attn_implementation == ("sdpa" if attention == "auto" else attention)
+    assert model.config._attn_implementation == ("eager" if attention == "eager" else "sdpa")
 
 
 def test_dtype_is_what_was_asked(folder: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import TINY, composed
 
-from runner import build, train
+from runner import build, documents, train
 from runner.checkpoint import Progress
-from runner.errors import Preempted, TrainingError
+from runner.errors import ConfigError, Preempted, TrainingError
 from runner.readings import Readings
 from runner.rundir import RunDir
 
@@ -146,7 +146,7 @@ def test_packed_rows_have_the_losses_of_their_documents_on_the_real_model(tmp_pa
         for batch in packed.evaluation.one_pass():
             expected = dict.fromkeys(("loss", "count"), 0.0)
             for row, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
-                for document in documents(row, positions):
+                for document in documents_in(row, positions):
                     for name in expected:
                         expected[name] += float(by_document[document][name]) if document in by_document else 0.0
                     checked += document in by_document
@@ -156,7 +156,7 @@ def test_packed_rows_have_the_losses_of_their_documents_on_the_real_model(tmp_pa
     assert checked == len(by_document)
 
 
-def documents(row: torch.Tensor, positions: torch.Tensor) -> list[tuple[int, ...]]:
+def documents_in(row: torch.Tensor, positions: torch.Tensor) -> list[tuple[int, ...]]:
     starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
     return [tuple(row[a:b].tolist()) for a, b in itertools.pairwise(starts)]
 
@@ -253,6 +253,18 @@ def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path, cach
         train.optimizer_step(parts, Progress(), Recorded().hooks())
     assert "<|im_start|>" in str(caught.value)
     assert json.dumps(str(caught.value))
+
+
+def test_attention_by_document_is_refused_where_it_would_compute_something_else(tmp_path: Path, cache: Path):
+    cfg = composed(*TINY, "model.attention=by_document")
+    made = build.inputs(cfg)
+    assert documents.uses(build.parts(cfg, made, RunDir(tmp_path)).model)
+    model = build.load_model(cfg, made)
+    model.config._attn_implementation_internal = "eager"
+    with pytest.raises(ConfigError, match=r"model\.attention=by_document: .* attention of its own"):
+        build.settle_attention(made.source, model, made.batches)
+    source = replace(made.source, attention="sdpa")
+    assert build.settle_attention(source, model, made.batches) == [made.batches]
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])

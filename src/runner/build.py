@@ -156,9 +156,19 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
 
 
 def settle_attention(source: ModelSource, model: torch.nn.Module, *batches: data.Batches) -> list[data.Batches]:
-    """Let the model attend by document where it can; rows that are not packed need no padding then."""
-    if source.attention == "auto" and documents.install(model, batches[0].max_length):
+    """Let the model attend by document where it can; rows that are not packed need no padding then.
+
+    Raises:
+        ConfigError: it was asked for, and the model cannot.
+    """
+    if source.attention not in ("auto", "by_document"):
+        return list(batches)
+    obstacle = documents.install(model, batches[0].max_length)
+    if not obstacle:
         return [one.laid_end_to_end() for one in batches]
+    if source.attention == "by_document":
+        raise ConfigError(Fault("model.attention", obstacle, "use model.attention=auto", source.attention))
+    log.debug(f"no attention by document: {obstacle}")
     return list(batches)
 
 

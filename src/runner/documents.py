@@ -8,7 +8,6 @@ CUDA, on a CPU its flash kernel one document after the other. Without them it is
 from __future__ import annotations
 
 import itertools
-import logging
 from typing import Any
 
 import torch
@@ -18,32 +17,31 @@ NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 """Arguments of attention functions that change what is computed, and that the kernels used here do not take."""
 
-log = logging.getLogger("runner")
 
-
-def install(model: Any, longest: int) -> bool:
-    """Let ``model`` attend by document if it computes the same with it; else it stays as it is.
+def install(model: Any, longest: int) -> str:
+    """Let ``model`` attend by document if it computes the same with it; else it stays as it is, and this says why.
 
     The proof is a small forward pass both ways: a model may cap its scores, bias them, slide a window shorter than the
     ``longest`` document over them, or keep the names of the documents from its attention.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    if not _register() or before != "sdpa" or not getattr(base, "_supports_attention_backend", False):
-        return False
+    if before != "sdpa" or not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} has an attention of its own"
+    if not _register():
+        return "this torch or this transformers is too old for it"
     expected = _trial(model, longest)
     try:
         base.set_attn_implementation(NAME)
         found = _trial(model, longest)
         tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
         if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
-            return True
+            return ""
         reason = f"logits differ by {float((found - expected).abs().max()):.3g}"
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
     base.set_attn_implementation(before)
-    log.info(f"attention by document does not suit {type(base).__name__} ({reason}): one mask for each row instead")
-    return False
+    return f"it does not suit {type(base).__name__}: {reason}"
 
 
 def uses(model: Any) -> bool:

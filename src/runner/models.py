@@ -134,7 +134,7 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
             folder,
             config=config,
             **dtype_argument(dtype_for(source.dtype, device)),
-            attn_implementation="sdpa" if source.attention == "auto" else source.attention,
+            attn_implementation="sdpa" if source.attention in ("auto", "by_document") else source.attention,
             quantization_config=quantization.library_config(quant, device),
             device_map={"": str(device)},
             use_safetensors=True,

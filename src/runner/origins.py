@@ -22,7 +22,7 @@ from runner.files import cache_dir, locked
 from runner.precision import Precision, dtype_faults
 from runner.schema import Count, Seed
 
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+Attention = Literal["auto", "by_document", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 

@@ -63,7 +63,7 @@ def _model_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
 
 
 def _data_rows(cfg: Mapping[str, Any], made: Any) -> list[tuple[str, str]]:
-    report, layout = made.splits.report, "packed" if cfg["data"]["packing"] else "padded"
+    report, layout = made.splits.report, "packed" if cfg["data"]["packing"] else "padded at most"
     left_out = {
         "duplicates": report.duplicates,
         "truncated": report.truncated,

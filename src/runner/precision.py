@@ -23,7 +23,8 @@ def dtype_for(name: Precision, device: torch.device | str) -> torch.dtype:
     """The dtype ``name`` means on ``device``: ``auto`` is bfloat16 where the hardware is fast in it, else float32.
 
     A CPU counts as fast with AMX only. One LoRA step of SmolLM2-135M took 130 s in bfloat16 against 4.5 s in float32
-    on a CPU with neither AMX nor AVX512-BF16, and AVX512-BF16 alone gained 10 %.
+    on a CPU with neither AMX nor AVX512-BF16. With AVX512-BF16 alone it is 1.6 times as fast as float32, for whom its
+    precision suffices: see ``faster_dtype``.
     """
     import torch
 
@@ -39,6 +40,15 @@ def dtype_for(name: Precision, device: torch.device | str) -> torch.dtype:
         )
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def faster_dtype(used: torch.dtype, device: torch.device) -> str | None:
+    """A dtype that this CPU computes faster in than in the one that is used; None where there is none."""
+    import torch
+
+    if device.type == "cpu" and used == torch.float32 and "avx512_bf16" in cpu_flags():
+        return "bfloat16"
+    return None
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:

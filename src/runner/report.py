@@ -34,7 +34,8 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             "run": f"{rundir.path}  (signature {prepare.signature(cfg)})",
             "model": f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
-            "device": f"{made.device}, weights in {weights_in(parts)}{_processes(cfg, parts)}",
+            "device": f"{made.device}, weights in {weights_in(parts)}, attention {attention_of(parts)}"
+            f"{_hint(cfg, parts)}{_processes(cfg, parts)}",
             "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
             f"{data.eval_rows} held out, {parts.batches.efficiency:.0%} of each batch used"
             + (f", {data.truncated} truncated" if data.truncated else "")
@@ -46,6 +47,21 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
 
 def _processes(cfg: Mapping[str, Any], parts: Parts) -> str:
     return f", {parts.ranks.world} processes ({parallel.kind_of(cfg['parallel'])})" if parts.ranks.world > 1 else ""
+
+
+def _hint(cfg: Mapping[str, Any], parts: Parts) -> str:
+    """What would be faster on this device."""
+    from runner.precision import faster_dtype
+
+    used = next(parts.model.parameters()).dtype
+    faster = faster_dtype(used, parts.spread.device) if cfg["model"]["dtype"] == "auto" else None
+    return f" (model.dtype={faster} is faster here, and less precise)" if faster else ""
+
+
+def attention_of(parts: Parts) -> str:
+    """The implementation that the model attends with."""
+    config: Any = parts.model.config
+    return str(getattr(config, "_attn_implementation", None) or "its own").replace("_", " ")
 
 
 def weights_in(parts: Parts) -> str:
