@@ -213,7 +213,14 @@ def test_another_store_has_a_parent_of_its_own(outputs: Path, fresh_database: Pa
         finish(rundir)
     first = sweep.read()["mlflow"]["parent_run_id"]
     (tmp_path / "other.db").write_bytes(fresh_database.read_bytes())
-    for uri, same in ((f"sqlite:///{tmp_path}/other.db", False), (None, True)):
+    other = f"sqlite:///{tmp_path}/other.db"
+    assert {result.problem.startswith(mirror.ELSEWHERE) for result in mirror.sync([sweep.path], other)} == {True}
+    assert sweep.read()["mlflow"]["parent_run_id"] == first, "a sweep is not led away from its store"
+    database = Path(sweep.read()["mlflow"]["uri"].removeprefix("sqlite:///"))
+    for uri, same in ((other, False), (None, True)):
+        aside = database.rename(tmp_path / "gone.db") if uri else tmp_path / "gone.db"  # then it may go elsewhere
+        if not uri:
+            aside.rename(database)
         assert [result.problem for result in mirror.sync([sweep.path], uri)] == ["", "", ""]
         assert (sweep.read()["mlflow"]["parent_run_id"] == first) is same
         assert (parent_of(sweep).info.status, statuses(sweep)) == ("FINISHED", ["FINISHED"] * 2)
