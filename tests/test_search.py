@@ -356,7 +356,7 @@ def test_asha_pauses_what_is_behind_and_takes_up_what_comes_to_be_ahead(tmp_path
     assert set(found) == {"completed", "pruned"}
     pruned = found["pruned"]
     state = pruned.read_state()
-    assert state.reason.startswith("given up at step ")
+    assert state.reason.startswith("paused at step ")
     assert pruned.saved_step() == state.step < 300
     told = {trial.user_attrs["folder"]: trial.state.name.lower() for trial in study_of(sweep).trials}
     assert [told[rundir.path.name][:6] for rundir in sweep.rundirs()] == [status[:6] for status in states(sweep)]

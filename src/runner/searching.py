@@ -104,6 +104,12 @@ class Trials:
         if retry:
             self._enqueue_failed()
         self._looked, self._seen = 0.0, {}  # type: float, dict[Path, tuple[int, ...]]
+        self._before = self._ended()
+
+    @property
+    def total(self) -> int:
+        """Runs that this process has to do: those that are wanted less those that had come to something before."""
+        return max(0, self.wanted.trials - self._before)
 
     def next(self) -> RunDir | None:
         while not self.sweep.cancel_request.exists() and (self.begun or self._is_more()):
@@ -240,6 +246,11 @@ class Trials:
             sum(not {"is_retried", "promoted"} & trial.user_attrs.keys() for trial in self._trials())
             < self.wanted.trials
         )
+
+    def _ended(self) -> int:
+        """How many runs have ended; one that is tried again, or goes on, has not."""
+        last = {json.dumps(study.params_of(trial), sort_keys=True): trial.state for trial in self._trials()}
+        return sum(state.is_finished() for state in last.values())
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)

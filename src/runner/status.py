@@ -37,7 +37,7 @@ What it says
   starting  a worker loads it               stopping           it was told to leave, and saves
   running
   completed                                 failed, killed, preempted   with the reason
-  pruned    a search has given it up
+  pruned    a search has paused it, and goes on with it if it comes to be among the best
   unknown   it can only be seen elsewhere   missing, damaged   its folder is not what it was
 The exit code is 0, however they stand."""
 
