@@ -29,8 +29,9 @@ is the latest sweep.
   python -m runner compare --html report.html                    a page with curves and charts, to keep or to send
   python -m runner compare uri=http://host:5000 my-experiment    asked of MLflow, not of folders
 
-RUN is a run folder, a name, or the beginning of an MLflow run id; SWEEP its name or its folder. EXPERIMENT is MLflow's;
-uri names a server or sqlite:////path/mlflow.db, by default the database embedded in outputs_dir.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; SWEEP its name or its
+folder. EXPERIMENT is MLflow's; uri names a server or sqlite:////path/mlflow.db, by default the database embedded in
+outputs_dir.
   --where CONDITION  KEY=VALUE, !=, <, <=, >, >=, ~ (contains), with and, or, not and brackets
   --metrics A,B      these instead of loss, best, tokens/s, memory and time
   --sort KEY         the better first: what is named accuracy, per_second, mfu or reward gets better upwards, all else
@@ -40,8 +41,9 @@ uri names a server or sqlite:////path/mlflow.db, by default the database embedde
   --all              all runs on the terminal, not only the first 50
   --markdown, --csv, --json      for a report, a spreadsheet, a program
   --html FILE        one page, complete in itself         --png DIR   its charts as pictures
-A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy), an end of one that is unique (r), or status,
-sweep, label (what the run is called; name means the same). loss is that of the last evaluation, best the smallest one, memory the peak, time the seconds of training.
+A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy, eval_held_out/loss of the verb evaluate), an end of
+one that is unique (r), or status, sweep, label (what the run is called; name means the same). loss is that of the last
+evaluation, best the smallest one, memory the peak, time the seconds of training.
 The exit code is 0; 2 where there is nothing to compare."""
 
 SHOWN = 50

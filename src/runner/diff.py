@@ -23,7 +23,7 @@ data, hardware and results. Only what differs is shown.
   python -m runner diff 3f2a 91c0 uri=https://…       two runs whose folders lie on other machines
   python -m runner diff 3f2a outputs/mine --patch     the lines of code too
 
-RUN is a run folder, a name, or the beginning of an MLflow run id.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
   --all       what is the same too
   --patch     the lines of code that differ, uncommitted changes included
   --json      for programs, with everything: {"runs", "sections", "files", "numbers"}

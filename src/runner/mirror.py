@@ -25,9 +25,10 @@ from runner.tracking import check_mlflow
 SYNC_HELP = """python -m runner sync [RUN|SWEEP|FOLDER …] [uri=URI] [outputs_dir=FOLDER]
 
 Brings into MLflow what it has not got yet of these runs, or of all below outputs_dir, and closes runs whose process
-died. Runs of tracking=offline go to the embedded database, or to URI. A run is in one store: one that is in another than
-URI already stays there, unless that store is gone; compare, diff and ui read any store (uri=…).
-RUN is a run folder, a name, or the beginning of an MLflow run id; SWEEP a name or a folder; FOLDER one of runs."""
+died. Runs of tracking=offline go to the embedded database, or to URI. A run is in one store: what is in another than URI
+already stays there, unless that one is a file that is gone; compare, diff and ui read any store (uri=…).
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; SWEEP a name or a
+folder; FOLDER one of runs."""
 
 
 UNBEGUN, MIRRORED, ELSEWHERE = "it has not started", "its own mirror is at work on it", "it is in another store: "

@@ -31,7 +31,7 @@ whole model in full precision, which answers texts by its chat template.
   mlflow.pyfunc.load_model("models:/support-bot@champion").predict(["Hello!"])
   mlflow models serve -m models:/support-bot@champion --env-manager local
 
-RUN is a run folder, a name, or the beginning of an MLflow run id.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
   --alias ALIAS       points to this version from now on
   model.path=FOLDER   where the base model lies now, if not where it lay"""
 

@@ -38,7 +38,7 @@ hardware) is said before it starts; in the end, whether the numbers are the same
   python -m runner rerun lora.r=8 --exact                  with the code that it ran: its commit, its changes
   python -m runner rerun 3f2a launcher=slurm launcher.partition=gpu
 
-RUN is a run folder, a name, or the beginning of an MLflow run id.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
   --exact    run the recorded commit with the recorded uncommitted changes, in a git worktree of its own
   uri=URI    the MLflow store that has a run which lies on no disk here
 Where and how it happens may be changed: outputs_dir, hydra.run.dir, name, launcher, tracking and their keys; and where
