@@ -113,6 +113,9 @@ def test_where_and_how_may_be_changed_and_nothing_else(capfd: pytest.CaptureFixt
     for words, said in (
         (["lora.r=16", "seed=3"], "start that one: python -m runner model=tiny .*lora.r=16 seed=3"),
         (["quant=4bit"], "would make it another run"),
+        (["train.maxsteps=1"], "error: train.maxsteps=1: no such key.*did you mean 'max_steps'"),
+        (["quant=4bits"], "error: quant=4bits: no such option.*did you mean '4bit'"),
+        (["trian.max_steps=1", "seed=3"], "error: trian.max_steps=1: no such key.*did you mean 'train'"),
         (["resume=auto"], "means nothing to a rerun"),
         (["hydra.run.dir=again"], "holds a run already"),
         (["launcher.thread=1"], "did you mean 'threads'"),
@@ -162,7 +165,7 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
     job = {"folder": str(begun.path), "label": "lora.r=4"}
     (sweep / "sweep.json").write_text(json.dumps({"name": "some", "jobs": {"x": job}}))
     for words, said in (
-        (["diff", "begun"], "compares two runs, and 1 are named"),
+        (["diff", "begun"], "compares two runs, and one is named"),
         (["diff", "begun", "begun"], "are the same run"),
         (["diff", "begun", "waiting"], "has not begun: there is nothing to compare yet"),
         (["diff", "begun", "torn"], "cannot be read"),

@@ -56,7 +56,7 @@ def export(argv: list[str]) -> int:
     with written_or_refused(order.folder) as aside:
         check = _write(run, order, aside)
         notes = check.notes() if check else {}
-        (aside / "README.md").write_text(card.text(run.rundir, order.kinds, str(order.folder), base, notes))
+        (aside / "README.md").write_text(card.text(run.rundir, order.kinds, base, notes))
     for name, note in notes.items():
         console.say(f"{name:<8} {note}")
     files = sorted(order.folder.iterdir())

@@ -40,6 +40,8 @@ FIXED_KEYS = ("launcher", "search", "tracking")
 def asked_for(composer: Composer) -> search.Search | None:
     """The search that a command line chooses; None where it is a grid."""
     node = composer.chosen("search")
+    if isinstance(node.get("space"), dict):
+        space.refuse_listed(node["space"])
     made: search.Search | None = bind(node, "search")()
     return made
 
@@ -52,7 +54,10 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
     """
     dimensions = _dimensions(composer, wanted)
     session = Session(composer, argv)
-    probes = session.composed(_probes(composer, dimensions), 0)
+    try:
+        probes = session.composed(_probes(composer, dimensions), 0)
+    except ConfigError as error:
+        raise space.explained(error, dimensions) from error
     sweep, launcher = SweepDir(Path(probes[0].sweep_dir)), admit.launcher_of(probes[0].cfg)
     search.refuse_unlogged(wanted, probes[0].cfg)
     launcher.check(wanted.at_once)
@@ -81,7 +86,10 @@ def planned(composer: Composer, wanted: search.Search) -> compose.Job:
     """
     dimensions = _dimensions(composer, wanted)
     jobs = composer.jobs(_probes(composer, dimensions))
-    admit.admit(jobs)
+    try:
+        admit.admit(jobs)
+    except ConfigError as error:
+        raise space.explained(error, dimensions) from error
     search.refuse_unlogged(wanted, jobs[0].cfg)
     over = ", ".join(f"{each.key}={each.text}" for each in dimensions)
     console.say(f"search={wanted.kind} proposes {wanted.trials} runs over {over}; one of them:")

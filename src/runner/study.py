@@ -41,8 +41,9 @@ def taken_up(wanted: Search, dimensions: Sequence[Dimension], fixed: dict[str, s
     known = {**about, **study.user_attrs.get("about", {})}  # one that was begun before "fixed" was noted takes this
     for differs in ("space", "objectives"):
         if known[differs] != about[differs]:
-            problem = f"this search has another {differs.rstrip('s')}: {json.dumps(known[differs])}"
-            raise ResumeError(Fault("search", problem, "sweep=NAME starts a new one", json.dumps(about[differs])))
+            then, now = (", ".join(f"{key}={text}" for key, text in each[differs].items()) for each in (known, about))
+            problem = f"this search has another {differs.rstrip('s')}: {then}"
+            raise ResumeError(Fault(f"search ({now})", problem, "sweep=NAME starts a new one"))
     if known["fixed"] != fixed:
         problem = f"its runs were begun with {_changes(known['fixed'], fixed)}: not to be compared with these"
         remedy = "sweep=NAME starts a new one; without these changes it goes on"
