@@ -589,7 +589,7 @@ def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkey
     with pytest.raises(TrackingError, match="refused") as refused:
         mirror.sync_command([str(outputs), "uri=http://127.0.0.1:9"])
     assert len(refused.value.faults) == 1, "said once, not for each run"
-    with pytest.raises(ConfigError, match="is in sqlite:.*already, and a run is in one store"):
+    with pytest.raises(ConfigError, match=r"is in sqlite:.*already, and a run is in one store"):
         mirror.sync_command([str(rundir.path), f"uri=sqlite:///{outputs}/other.db"])
     assert (rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()) == before
     assert capsys.readouterr().out == "", "what is in MLflow, and nothing else"

@@ -118,11 +118,16 @@ REFUSED = [
     (["-m", "search=asha", "train.eval_steps=5", "train.max_steps=10", RATES], "none would be given up"),
     (["-m", "search=asha", "train.eval_steps=5", "search.objective=train/mfu", RATES], "asha compares runs"),
     (["-m", "search=tpe", "lora.r=0,4"], "must be a whole number >= 1"),
-    (["-m", "search=tpe", "lora.r=interval(4,16)"], "error: lora.r=interval(4,16): must be a whole number >= 1, and "
-     "there are others in between\n    → write 'lora.r=range(4,17)'"),
+    (
+        ["-m", "search=tpe", "lora.r=interval(4,16)"],
+        "error: lora.r=interval(4,16): must be a whole number >= 1, and "
+        "there are others in between\n    → write 'lora.r=range(4,17)'",
+    ),
     (["-m", "search=tpe", "lora.r=[4,8]"], "[4,8], it is one value: a list"),
-    (["-m", "search=tpe", "search.space={lora.r: [4,8]}"], "search.space.lora.r=[4, 8]: must be one text, in Hydra's "
-     "sweep syntax\n    → write lora.r: '4,8'"),
+    (
+        ["-m", "search=tpe", "search.space={lora.r: [4,8]}"],
+        "search.space.lora.r=[4, 8]: must be one text, in Hydra's sweep syntax\n    → write lora.r: '4,8'",
+    ),
     (["-m", "search=tpe", RATES, "--cfg", "job", "--package", "search"], "leave -m out to see the configuration"),
     (["-m", "search=tpe", "lora.rank=int(interval(1,4))"], "no such key"),
     (["-m", "search=tpe", "quant=4bit,9bit"], "did you mean '8bit'"),

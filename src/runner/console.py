@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +222,8 @@ def told_apart(names: Sequence[str], width: int) -> list[str]:
     cut = {name: name if len(name) <= width else name[: width - 1] + "…" for name in names}
     for alike in {text: [name for name in cut if cut[name] == text] for text in cut.values()}.values():
         if len(alike) > 1 and width > 2:
-            shared = os.path.commonprefix(alike)
+            pairs = zip(min(alike), max(alike), strict=False)
+            shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             part = max(shared.rfind(mark) + 1 for mark in ",/ ") or len(shared)
             rest = told_apart([name[part:] for name in alike], width - 1)
             cut |= {name: f"…{text.lstrip('…')}" for name, text in zip(alike, rest, strict=True)}

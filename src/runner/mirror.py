@@ -25,8 +25,8 @@ from runner.tracking import check_mlflow
 SYNC_HELP = """python -m runner sync [RUN|SWEEP|FOLDER …] [uri=URI] [outputs_dir=FOLDER]
 
 Brings into MLflow what it has not got yet of these runs, or of all below outputs_dir, and closes runs whose process
-died. Runs of tracking=offline go to the embedded database, or to URI. A run is in one store: what is in another than URI
-already stays there, unless that one is a file that is gone; compare, diff and ui read any store (uri=…).
+died. Runs of tracking=offline go to the embedded database, or to URI. A run is in one store: what is in another one
+already stays there, unless that is a file which is gone; compare, diff and ui read any store (uri=…).
 RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; SWEEP a name or a
 folder; FOLDER one of runs."""
 
@@ -94,7 +94,8 @@ def sync(folders: Iterable[Path], uri: str | None = None) -> list[SyncResult]:
     kept: list[SyncResult] = []
     if uri:
         _refuse_silent(uri)
-        elsewhere = {what.path: _elsewhere(what, uri) for what in (*runs, *sweeps)}
+        elsewhere = {rundir.path: _elsewhere(rundir, uri) for rundir in runs}
+        elsewhere |= {sweep.path: _elsewhere(sweep, uri) for sweep in sweeps}
         kept = [SyncResult(path, "", 0, None, ELSEWHERE + place) for path, place in elsewhere.items() if place]
         sweeps = [sweep for sweep in sweeps if not elsewhere[sweep.path]]
         # A run of a sweep that is in another store belongs below the parent it has there.
@@ -119,14 +120,16 @@ def _refuse_silent(uri: str) -> None:
 
 
 def _elsewhere(what: RunDir | SweepDir, uri: str) -> str:
-    """The other store that has the run or the sweep; empty where none has, or it is gone."""
+    """The other store that has the run, or the sweep or one of its runs; empty where none has, or it is gone."""
     try:
         said = what.read() if isinstance(what, SweepDir) else what.read_manifest()
         noted = str((said.get("mlflow") or {}).get("uri") or "")
     except named.DAMAGED:  # said in its place
         return ""
     is_gone = noted.startswith("sqlite:") and not Path(noted.removeprefix("sqlite:///")).exists()
-    return "" if noted in ("", uri) or is_gone else noted
+    place = "" if noted in ("", uri) or is_gone else noted
+    runs = named.runs_of(what) if isinstance(what, SweepDir) and not place else []
+    return place or next(filter(None, (_elsewhere(rundir, uri) for rundir in runs)), "")
 
 
 def _left_out(kept: Sequence[SyncResult]) -> list[Fault]:

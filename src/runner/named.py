@@ -33,7 +33,7 @@ def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
     """The run or the sweep that ``word`` means.
 
     A folder counts from the current directory or from ``outputs_dir``, or its own name alone; an MLflow id may be cut
-    to a unique prefix; a job of a sweep is also SWEEP/LABEL, and of a label like ``quant=4bit,lora.r=8`` a part will do.
+    to a unique prefix; a job of a sweep is also SWEEP/LABEL, and a part of a label (``quant=4bit,lora.r=8``) will do.
 
     Raises:
         ConfigError: there is none (with the nearest names), or there are several (with all of them).
@@ -51,7 +51,9 @@ def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
     if found:
         remedy = f"name one of these folders:{_listed(_newest_first(found))}"
         raise ConfigError(Fault("", f"'{word}' is the name of {len(found)} runs", remedy))
-    raise ConfigError(Fault("", f"there is no run or sweep '{word}' below {outputs_dir}", _nearest(word, entries, outputs_dir)))
+    raise ConfigError(
+        Fault("", f"there is no run or sweep '{word}' below {outputs_dir}", _nearest(word, entries, outputs_dir))
+    )
 
 
 def resolve_run(word: str, outputs_dir: Path) -> RunDir:

@@ -41,7 +41,9 @@ hardware) is said before it starts; in the end, whether the numbers are the same
   python -m runner rerun 3f2a launcher=slurm launcher.partition=gpu
 
 RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
-  --exact    run the recorded commit with the recorded uncommitted changes, in a git worktree of its own
+  --exact    run the recorded commit with the recorded uncommitted changes, in a git worktree of its own; these stay in
+             ~/.cache/runner/worktrees (RUNNER_CACHE/worktrees) for the next time; in your checkout this clears them:
+             rm -r ~/.cache/runner/worktrees; git worktree prune
   uri=URI    the MLflow store that has a run which lies on no disk here
 Where and how it happens may be changed: outputs_dir, hydra.run.dir, name, launcher, tracking and their keys; and where
 the same files lie here: data.path, data.eval_path, data.format.function, model.path. Any other key makes another run.

@@ -98,7 +98,12 @@ def refuse_listed(space: Mapping[str, Any]) -> None:
         ConfigError: with all of them, and how they are written.
     """
     faults = [
-        Fault(f"search.space.{key}", "must be one text, in Hydra's sweep syntax", f"write {key}: '{_plainly(value)}'", text)
+        Fault(
+            f"search.space.{key}",
+            "must be one text, in Hydra's sweep syntax",
+            f"write {key}: '{_plainly(value)}'",
+            text,
+        )
         for key, value in _leaves(space)
         if not isinstance(value, str) and (text := json.dumps(value)) is not None
     ]
