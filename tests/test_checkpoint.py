@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,37 @@ def test_continuing_from_a_checkpoint_is_the_uninterrupted_run(tmp_path: Path):
     assert progress == Progress(step=3, tokens=7, window={"loss": 0.1})
     take_steps(model, optimizer, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(expected, model.parameters(), strict=True))
+
+
+def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is written is the state at that step, whatever happens to the weights meanwhile."""
+    model, optimizer = small()
+    take_steps(model, optimizer, 0, 3)
+    expected = [p.clone() for p in model.parameters()]
+    checkpoints, may_write = Checkpoints(tmp_path, keep=1), threading.Event()
+    write = Checkpoints._write
+    monkeypatch.setattr(Checkpoints, "_write", lambda *args: may_write.wait(30) and write(*args))
+    checkpoints.save(model, optimizer, Progress(step=3))
+    assert not list(tmp_path.iterdir())
+    take_steps(model, optimizer, 3, 6)
+    may_write.set()
+    again, other = small(seed=0)
+    assert checkpoints.restore(again, other) == Progress(step=3), "it waits for what is being written"
+    assert all(torch.equal(a, b) for a, b in zip(expected, again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("copied_bytes", [0, 2**28], ids=["at once", "aside"])
+def test_what_cannot_be_written_is_said_by_the_next_save_at_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied_bytes: int
+):
+    monkeypatch.setattr("runner.checkpoint.COPIED_BYTES", copied_bytes)
+    model, optimizer = small()
+    (tmp_path / "file").touch()
+    checkpoints = Checkpoints(tmp_path / "file" / "below", keep=1)
+    with contextlib.suppress(TrainingError) if copied_bytes == 0 else contextlib.nullcontext():
+        checkpoints.save(model, optimizer, Progress(step=1))
+    with pytest.raises(TrainingError, match="cannot write the checkpoint"):
+        checkpoints.save(model, optimizer, Progress(step=2))
 
 
 def test_only_trainable_weights_are_written(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import os
 import threading
@@ -350,6 +351,40 @@ def test_one_pass_has_each_document_once_and_no_label_across_documents(packing):
             assert ids.shape[1] % 8 == 0
             assert (positions == np.arange(ids.shape[1])).all()
     assert seen == Counter(rows.ids.tolist())
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "end to end"])
+def test_the_ends_of_documents_and_the_trained_positions_are_told(layout):
+    made = batches(documents(), packing=layout == "packed", max_length=40)
+    made = made.laid_end_to_end() if layout == "end to end" else made
+    shapes = set()
+    for batch in made.one_pass():
+        ids, labels, positions = (batch[key].flatten() for key in ("input_ids", "labels", "position_ids"))
+        ends = batch["document_ends"].tolist()
+        assert (ends[0], ends[-1]) == (0, len(ids))
+        for start, end in itertools.pairwise(ends):
+            inside = ids[start:end]
+            assert len(set((inside[inside > 0] // 100).tolist())) <= 1, "one document, or padding"
+            if layout != "padded":
+                assert positions[start:end].tolist() == list(range(end - start))
+        assert batch["trained_at"].equal((labels != IGNORED).nonzero()[:, 0])
+        assert max(len(ids[a:b]) for a, b in itertools.pairwise(ends)) <= batch["longest"] == 40
+        shapes.add(len(ends))
+    assert len(shapes) == 1 or layout != "packed", "packed batches have one shape"
+
+
+def test_rows_laid_end_to_end_are_the_same_rows_without_padding():
+    padded = batches(documents(), packing=False, max_length=40)
+    flat = padded.laid_end_to_end()
+    for before, after in zip(padded.one_pass(), flat.one_pass(), strict=True):
+        assert after["input_ids"].shape[0] == 1
+        assert after["input_ids"].shape[1] - after["tokens"] < data.packing.PADDED_TO
+        assert [before[key] for key in ("tokens", "trained")] == [after[key] for key in ("tokens", "trained")]
+        kept = [batch["labels"].flatten()[batch["trained_at"]].tolist() for batch in (before, after)]
+        assert kept[0] == kept[1]
+    assert padded.efficiency < 0.95 < flat.efficiency
+    packed = batches(documents(), packing=True)
+    assert packed.laid_end_to_end().step(0)[0]["input_ids"].shape == packed.step(0)[0]["input_ids"].shape
 
 
 def test_the_labels_of_a_document_are_its_own_shifted_by_one():

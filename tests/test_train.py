@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from conftest import TINY, composed
 from runner import build, train
 from runner.checkpoint import Progress
 from runner.errors import Preempted, TrainingError
+from runner.readings import Readings
 from runner.rundir import RunDir
+
+IN_STEP = tuple(
+    f"/runner/{name}.py"
+    for name in ("train", "readings", "spread", "tasks", "loss", "attention", "documents", "fused", "optim", "ranks")
+)
+"""The rooms through which a step goes."""
 
 
 class Recorded:
@@ -235,7 +243,7 @@ def test_an_evaluation_counts_its_batches_without_making_them(tmp_path: Path, ca
     assert told == [(done, count) for done in range(count + 1)]
 
 
-def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_batch(tmp_path: Path, cache: Path):
+def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path, cache: Path):
     _, parts = parts_of(tmp_path, *TINY, "train.max_steps=3")
     weight = next(p for name, p in parts.model.named_parameters() if p.requires_grad and "lora_B" in name)
     with torch.no_grad():
@@ -245,6 +253,56 @@ def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_batch(tm
         train.optimizer_step(parts, Progress(), Recorded().hooks())
     assert "<|im_start|>" in str(caught.value)
     assert json.dumps(str(caught.value))
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_step_asks_the_device_for_nothing(tmp_path: Path, cache: Path, packing: str, monkeypatch: pytest.MonkeyPatch):
+    """What makes Python wait for a GPU: reading a tensor's value. All that is read is what earlier steps came to."""
+    _, parts = parts_of(tmp_path, *TINY, f"data.packing={packing}", "train.gradient_accumulation_steps=2")
+    parts = replace(parts, readings=Readings(lag=2))
+    recorded, progress, read = Recorded(), Progress(), []
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "nonzero"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(tensor: torch.Tensor, *args: Any, name: str = name, real: Any = real, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_code
+            if caller.co_filename.endswith(IN_STEP):
+                read.append((Path(caller.co_filename).name, caller.co_name, name))
+            return real(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    for _ in range(5):
+        train.optimizer_step(parts, progress, recorded.hooks())
+    of_device = [where for where in read if where[:2] != ("documents.py", "_spans")]  # a kernel of the CPU alone
+    assert of_device == [("readings.py", "due", "tolist")] * 3, "five steps, the last two still on their way"
+    assert [step for step, _ in recorded.records] == [1, 2, 3]
+    train.catch_up(parts, progress, recorded.hooks())
+    assert [step for step, _ in recorded.records] == [1, 2, 3, 4, 5]
+    assert progress.trained_tokens > 0
+
+
+def test_what_is_read_late_is_what_would_be_read_at_once(tmp_path: Path, cache: Path):
+    options = (*TINY, "train.max_steps=7", "train.logging_steps=2", "train.save_steps=3", "train.eval_steps=4")
+    _, at_once = trained(tmp_path / "a", *options)
+    _, parts = parts_of(tmp_path / "b", *options)
+    late, progress = Recorded(), Progress()
+    train.train(replace(parts, readings=Readings(lag=2)), progress, late.hooks())
+    for name in ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/epoch", "eval/loss"):
+        assert late.of(name) == at_once.of(name), name
+    assert [step for step, _ in late.records] == [step for step, _ in at_once.records]
+
+
+def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path, cache: Path):
+    """It is found two steps later on a GPU, and before every checkpoint."""
+    _, parts = parts_of(tmp_path, *TINY, "train.max_steps=3", "train.save_steps=1", "data.eval_rows=2")
+    parts = replace(parts, readings=Readings(lag=2))
+    weight = next(p for name, p in parts.model.named_parameters() if p.requires_grad and "lora_B" in name)
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="at step 1"):
+        train.train(parts, Progress(evaluated=True), Recorded().hooks())
+    parts.checkpoints.finish()
+    assert not list(tmp_path.glob("checkpoints/step-*"))
 
 
 def test_seeds_of_steps_differ():

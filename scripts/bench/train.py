@@ -44,6 +44,9 @@ OURS = {
     "ours-compiled": [*DOCUMENTS, "compile=regional"],
     "ours-packed": PACKS,
     "ours-packed-compiled": [*PACKS, "compile=regional"],
+    "ours-bfloat16": [*DOCUMENTS, "model.dtype=bfloat16"],
+    "ours-packed-bfloat16": [*PACKS, "model.dtype=bfloat16"],
+    "ours-packed-bfloat16-compiled": [*PACKS, "model.dtype=bfloat16", "compile=regional"],
 }
 COMMON = [
     "data=local", "data/format=prompt_completion", "data.max_length=1024", "data.eval_rows=2", "tracking=mlflow",

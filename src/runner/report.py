@@ -38,7 +38,7 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
             "device": f"{made.device}, weights in {weights_in(parts)}{_processes(cfg, parts)}",
             "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
-            f"{data.eval_rows} held out, {made.batches.efficiency:.0%} of each batch used"
+            f"{data.eval_rows} held out, {parts.batches.efficiency:.0%} of each batch used"
             + (f", {data.truncated} truncated" if data.truncated else "")
             + (f", {data.dropped} dropped" if data.dropped else ""),
             "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens",
