@@ -206,6 +206,16 @@ def test_offline_leaves_no_trace_until_sync(outputs: Path) -> None:
     assert (parent.info.status, parent.data.tags["runner.jobs_completed"]) == ("FINISHED", "2")
 
 
+def test_what_was_brought_elsewhere_stays_there(outputs: Path, fresh_database: Path, tmp_path: Path) -> None:
+    sweep = make_sweep(outputs, 1, **OFFLINE)
+    (rundir,) = [finish(rundir) for rundir in sweep.rundirs()]
+    (tmp_path / "other.db").write_bytes(fresh_database.read_bytes())
+    other = f"sqlite:///{tmp_path}/other.db"
+    for uri in (other, None, other):
+        assert [result.problem for result in mirror.sync([sweep.path], uri)] == ["", ""]
+        assert {rundir.read_manifest()["mlflow"]["uri"], sweep.read()["mlflow"]["uri"]} == {other}
+
+
 def test_another_store_has_a_parent_of_its_own(outputs: Path, fresh_database: Path, tmp_path: Path) -> None:
     sweep = make_sweep(outputs, 2)
     mlflow_sweep.open_sweep(sweep, queued=True)

@@ -20,7 +20,7 @@ from runner.mlflow_run import MlflowRun, explained
 from runner.rundir import RunDir, State, find_runs
 from runner.secrets import take_credentials
 from runner.sweepdir import SweepDir, sweep_of
-from runner.tracking import check_mlflow
+from runner.tracking import check_mlflow, read
 
 SYNC_HELP = """python -m runner sync [RUN|SWEEP|FOLDER …] [uri=URI] [outputs_dir=FOLDER]
 
@@ -126,8 +126,7 @@ def _elsewhere(what: RunDir | SweepDir, uri: str) -> str:
         noted = str((said.get("mlflow") or {}).get("uri") or "")
     except named.DAMAGED:  # said in its place
         return ""
-    is_gone = noted.startswith("sqlite:") and not Path(noted.removeprefix("sqlite:///")).exists()
-    place = "" if noted in ("", uri) or is_gone else noted
+    place = noted if noted not in ("", uri) and store.is_there(noted) else ""
     runs = named.runs_of(what) if isinstance(what, SweepDir) and not place else []
     return place or next(filter(None, (_elsewhere(rundir, uri) for rundir in runs)), "")
 
@@ -172,6 +171,8 @@ def _sync(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResult
             silent[run.uri] = problem
         if not problem and state.status == "running" and not rundir.is_alive():
             problem = _unknown(state)
+        if uri and problem:  # what its own store knows of it is as it was
+            return SyncResult(rundir.path, state.status, max(0, len(read(rundir)) - run.sent), None, problem)
         unsent = run.report(problem)
         url = (rundir.read_manifest().get("mlflow") or {}).get("url")
         return SyncResult(rundir.path, state.status, unsent, url, problem)

@@ -85,6 +85,11 @@ def read_sqlite(database: Path, queries: Sequence[str], values: Sequence[Any] = 
         return [connection.execute(query, list(values)).fetchall() for query in queries]
 
 
+def is_there(uri: str) -> bool:
+    """Whether the store may still be asked: a database whose file is gone may not."""
+    return not uri.startswith("sqlite:") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
 def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
