@@ -23,7 +23,7 @@ from conftest import TINY
 from test_mirror import Server, fresh_database, server
 from test_ui import shown
 
-from runner import cli, curves, mlflow_sweep, sending, store
+from runner import cli, curves, mlflow_sweep, sending, store, tracking
 from runner.rundir import RunDir
 from runner.sweepdir import SweepDir
 
@@ -233,6 +233,16 @@ def test_best_is_the_smallest_after_training_began(here: Path, capsys: pytest.Ca
     played(a_sweep(), 4, 9.0)
     (run,) = as_json(capsys)["runs"]
     assert (run["eval/loss"], run["eval/best_loss"]) == (9.0, 8.75), "5.0 was before the first step"
+
+
+def test_what_was_evaluated_later_can_be_asked_for(here: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep()
+    for r, loss in ((4, 1.0), (8, 2.0)):
+        record = {"time": 200.0, "step": 20, "name": "held_out", "metrics": {"eval_held_out/loss": -loss}}
+        tracking.append_to(played(sweep, r, loss).evaluations, record)
+    found = as_json(capsys, "--sort", "eval_held_out/loss", "--where", "eval_held_out/loss<0")
+    assert [run["eval_held_out/loss"] for run in found["runs"]] == [-2.0, -1.0]
+    assert found["best"] == "001-job"
 
 
 def test_the_forms_hold_the_same(here: Path, capsys: pytest.CaptureFixture[str]):

@@ -44,7 +44,8 @@ def test_who_is_behind_is_told_and_who_comes_to_be_ahead_goes_on(tmp_path: Path)
     runs = [a_run(tmp_path, "a", s2=1.0), a_run(tmp_path, "b", s2=2.0)]
     halving = Halving(RUNGS, runs)
     assert not halving.goes_on(runs[0]), "the best of two is no third"
-    assert runs[0].prune_request.read_text() == "given up at step 2: eval/loss 1 is behind the others"
+    said = runs[0].prune_request.read_text()
+    assert said == "paused at step 2: eval/loss 1 is not among the best third of the runs so far"
     for rundir in runs:
         rundir.write_state(status="pruned")
         halving.ended(rundir, "pruned")

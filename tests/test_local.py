@@ -334,6 +334,22 @@ def test_the_board_follows_runs_that_others_work_on(tmp_path: Path, capfd: pytes
     assert "earlier" not in "".join(said)
 
 
+def test_a_search_counts_what_it_will_propose_and_a_run_that_goes_on_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    rundirs = played_sweep(tmp_path, "a", "b").rundirs()
+    shown = progress.ProgressTable(rundirs[:1], at_once=1, total=4)
+    shown.started(0)
+    shown.ended(0, "pruned", "paused at step 3")
+    assert shown.add(rundirs[1]) == 1
+    (rundirs[0].checkpoints / "step-000003").mkdir(parents=True)
+    assert shown.add(rundirs[0]) == 0, "the same run again"
+    shown.started(0)
+    said = [line.partition(" after")[0] for line in capfd.readouterr().err.splitlines()]
+    assert said == ["[1/4] a: started", "[1/4] a: pruned", "[1/4] a: goes on from step 3"]
+    assert shown.summary() == "0/4 done"
+
+
 def test_the_time_left_counts_what_runs_and_what_waits(tmp_path: Path):
     rundirs = played_sweep(tmp_path, "a", "b", "c", "d").rundirs()
     shown = progress.ProgressTable(rundirs, at_once=1)

@@ -28,7 +28,7 @@ import yaml
 
 from runner import follow, mirror, sending, store, tracking
 from runner.data import DataReport
-from runner.errors import ConfigError
+from runner.errors import ConfigError, TrackingError
 from runner.mlflow_run import DIED, MlflowRun
 from runner.rundir import RunDir, State
 from runner.system import Sampler, _visible_gpus
@@ -585,10 +585,14 @@ def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkey
     rundir = finish(make_run(outputs))
     assert mirror.sync_command([str(outputs)]) == 0
     assert capsys.readouterr().out == f"{rundir.path}  completed  is in MLflow\n"
-    assert mirror.sync_command([str(rundir.path), "uri=http://127.0.0.1:9"]) == 1
-    said = capsys.readouterr()
-    assert "refused" in said.err
-    assert said.out == "", "what is in MLflow, and nothing else"
+    before = rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()
+    with pytest.raises(TrackingError, match="refused") as refused:
+        mirror.sync_command([str(outputs), "uri=http://127.0.0.1:9"])
+    assert len(refused.value.faults) == 1, "said once, not for each run"
+    with pytest.raises(ConfigError, match=r"is in sqlite:.*already, and a run is in one store"):
+        mirror.sync_command([str(rundir.path), f"uri=sqlite:///{outputs}/other.db"])
+    assert (rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()) == before
+    assert capsys.readouterr().out == "", "what is in MLflow, and nothing else"
     assert mirror.sync_command(["run", f"outputs_dir={outputs}"]) == 0
     assert capsys.readouterr().out == f"{rundir.path}  completed  is in MLflow\n"
     assert mirror.sync_command(["--help"]) == 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from runner import choices, columns, condition, intervals, leaderboard, ranking
+from runner import charts, choices, columns, condition, intervals, leaderboard, ranking
 from runner.columns import Goal
 from runner.errors import ConfigError
 from runner.results import Result
@@ -109,6 +109,57 @@ def test_the_better_end_is_known_by_the_name_or_said(key: str, first: str):
 def test_sorting_by_a_parameter_does_not_change_which_is_best():
     made = leaderboard.of([a_run("a", loss=2, lora__r=4), a_run("b", loss=1, lora__r=8)], sort="lora.r")
     assert ([run.run for run in made.results], made.best.run) == (["a", "b"], "b")
+
+
+def test_sorting_the_other_way_round_does_not_make_the_worst_run_the_best():
+    runs = [a_run("a", loss=2, **{"m/x": 1.0}), a_run("b", loss=1, **{"m/x": 2.0})]
+    made = leaderboard.of(runs, sort="-loss")
+    assert ([run.run for run in made.results], made.best.run) == (["a", "b"], "b")
+    assert leaderboard.as_json(made)["larger_is_better"] is False
+    assert leaderboard.of(runs, sort="-m/x").best.run == "b", "a name that says nothing is taken at the sign"
+    assert leaderboard.of(runs, sort="+m/x").best.run == "a"
+
+
+def test_runs_that_have_measured_nothing_say_so():
+    runs = [a_run("a", "pending"), a_run("b", "pending", lora__r=8)]
+    for options in ({"metrics": "loss,nope"}, {"sort": "loss"}, {"where": "eval/loss<1"}):
+        with pytest.raises(ConfigError, match="these runs have measured nothing yet") as refused:
+            leaderboard.of(runs, **options)
+        assert "did you mean" not in str(refused.value)
+
+
+def test_a_condition_that_no_run_meets_says_which_values_there_are():
+    runs = [a_run("tiny one", loss=n, quant=quant, lora__r=n) for n, quant in enumerate(["4bit", "8bit"] * 6)]
+    with pytest.raises(ConfigError, match=r"none of the 12 runs meets it\n.*quant: 4bit, 8bit; lora.r: 0 to 11"):
+        leaderboard.of(runs, where="quant=4bits and r>=0")
+    assert len(leaderboard.of(runs, where="name~tiny").results) == 12, "name is what the run is called"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [((0.56, 0.56), "0.56 GiB"), ((0.5, 0.6, 0.7), "0.60 ± 0.25 GiB")],
+)
+def test_two_repetitions_say_nothing_of_the_spread_of_a_machine(values: tuple[float, ...], said: str):
+    assert leaderboard.mean_text("memory/peak_rss_gib", intervals.mean(values)) == said
+    assert "±" in leaderboard.mean_text("eval/loss", intervals.mean(values))
+
+
+def test_values_are_short_for_people_and_exact_for_programs():
+    rates = ("0.0013981961408994052", "0.0012")
+    made = leaderboard.of([a_run(rate, loss=n, lr=rate, seed=1 + n) for n, rate in enumerate(rates)])
+    assert [row[1:3] for row in made.rows()] == [["0.001398", "1"], ["0.0012", "2"]]
+    (first, second) = leaderboard.as_json(made)["runs"]
+    assert (first["lr"], first["seed"], first["is_best"], first["step"]) == (0.0013981961408994052, 1, True, 0)
+    assert [type(second[key]) for key in ("seed", "is_best", "step")] == [int, bool, int]
+    names, rows = made.table()
+    assert dict(zip(names, rows[0], strict=True))["lr"] == rates[0]
+
+
+def test_the_axis_of_what_is_ranked_by_is_one_of_numbers():
+    heights, ticks = charts._along([5.531812345678, None, 5.6])
+    assert (heights, [text for _, text in ticks]) == ([0.0, None, 1.0], ["5.532", "5.566", "5.6"])
+    assert charts._along([1.0, 1.0]) == ([0.5, 0.5], [(0.5, "1")])
+    assert charts._places("lr", ["0.0013981961408994052", "0.0012"])[1] == [(0.0, "0.0012"), (1.0, "0.001398")]
 
 
 def test_the_front_is_what_nothing_beats():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -113,6 +114,9 @@ def test_where_and_how_may_be_changed_and_nothing_else(capfd: pytest.CaptureFixt
     for words, said in (
         (["lora.r=16", "seed=3"], "start that one: python -m runner model=tiny .*lora.r=16 seed=3"),
         (["quant=4bit"], "would make it another run"),
+        (["train.maxsteps=1"], "error: train.maxsteps=1: no such key.*did you mean 'max_steps'"),
+        (["quant=4bits"], "error: quant=4bits: no such option.*did you mean '4bit'"),
+        (["trian.max_steps=1", "seed=3"], "error: trian.max_steps=1: no such key.*did you mean 'train'"),
         (["resume=auto"], "means nothing to a rerun"),
         (["hydra.run.dir=again"], "holds a run already"),
         (["launcher.thread=1"], "did you mean 'threads'"),
@@ -157,12 +161,14 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
     bare = prepared(tmp_path / "bare", *QUICK)
     bare.manifest.unlink()
     Path("empty").mkdir()
+    starting = prepared(tmp_path / "starting", *QUICK).lock.open("a")
+    fcntl.flock(starting, fcntl.LOCK_EX)
     sweep = tmp_path / "outputs" / "sweeps" / "some"
     sweep.mkdir(parents=True)
     job = {"folder": str(begun.path), "label": "lora.r=4"}
     (sweep / "sweep.json").write_text(json.dumps({"name": "some", "jobs": {"x": job}}))
     for words, said in (
-        (["diff", "begun"], "compares two runs, and 1 are named"),
+        (["diff", "begun"], "compares two runs, and one is named"),
         (["diff", "begun", "begun"], "are the same run"),
         (["diff", "begun", "waiting"], "has not begun: there is nothing to compare yet"),
         (["diff", "begun", "torn"], "cannot be read"),
@@ -176,6 +182,7 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
         (["rerun"], "needs a run"),
         (["rerun", "begun", "waiting"], "repeats one run, and 2 are named"),
         (["rerun", "waiting"], "has not begun.*resume="),
+        (["rerun", "starting"], "starting is starting: there is nothing to repeat yet.*wait until it is through"),
         (["rerun", "nobody"], "there is no run or sweep 'nobody'"),
         (["rerun", "empty", "--exact"], "is a folder, and no run"),
     ):
@@ -308,6 +315,36 @@ def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
     assert missing.returncode == 2
     assert f"there is no run '0123abcd' in {uri}" in missing.stderr
     assert original.mlflow_id in missing.stderr
+
+
+def test_what_is_noted_beside_a_worktree_goes_with_it(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    for name in ("there", "gone"):
+        for suffix in ("lock", "sha256"):
+            (tmp_path / f".{name}.{suffix}").touch()
+    worktree._tidy(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5, "a process may be about to make it"
+    for path in tmp_path.glob(".*"):
+        os.utime(path, (1, 1))
+    worktree._tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".there.lock", ".there.sha256", "there"]
+
+
+def test_a_run_that_a_database_has_not_is_refused_without_mlflow(tmp_path: Path):
+    assert cli.run([*MIRRORED, "hydra.run.dir=first"]) == 0
+    run = RunDir(Path("first").absolute())
+    uri, of_it = f"sqlite:///{tmp_path}/outputs/mlflow.db", run.read_manifest()["mlflow"]["run_id"]
+    program = (
+        "import sys; from runner import recorded\n"
+        f"assert recorded.of_store({of_it[:6]!r}, {uri!r}).folder.name == 'first'\n"
+        f"try: recorded.of_store('ffffffff', {uri!r})\n"
+        "except recorded.UnknownRunError as error: print(error)\n"
+        "assert 'mlflow' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"there is no run 'ffffffff' in {uri}" in done.stdout
+    assert of_it in done.stdout, "what there is"
 
 
 @pytest.mark.slow

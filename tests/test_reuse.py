@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -174,6 +175,8 @@ def test_an_exported_adapter_is_the_one_that_was_trained(capsys: pytest.CaptureF
     for fact in ("chitchat", "lora", f"{summary['eval/loss']:.4f}", f"{summary['eval/loss before']:.4f}",
                  run.read_manifest()["signature"], "model=tiny", "PeftModel.from_pretrained"):  # fmt: skip
         assert fact in text, fact
+    assert str(Path.cwd()) not in text, "where it lay here means nothing to others"
+    assert not re.search(r"(?<![\w:/.<…])/\w+/", text), "nor does any other folder of this machine"
 
 
 @pytest.mark.parametrize("name", ["first", "four", "dora", "pissa", "ends"])
@@ -312,6 +315,7 @@ def test_a_registered_model_answers_in_a_process_of_its_own_and_over_http(capsys
     run = trained("first")
     code, out, err = said(capsys, "register", "first", "bot", "--alias", "champion")
     assert (code, "version  1 of bot, alias champion" in out) == (0, True), err
+    assert "type hints" not in err
     assert said(capsys, "register", "first", "bot")[1].count("version  2 of bot") == 1
     uri = run.read_manifest()["mlflow"]["uri"]
     client = mlflow.MlflowClient(uri)
@@ -329,6 +333,12 @@ def test_a_registered_model_answers_in_a_process_of_its_own_and_over_http(capsys
     )
     alone = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": ""}
     done = subprocess.run([sys.executable, "-c", program], env=alone, capture_output=True, text=True, check=True)
+    assert "type hints" not in done.stderr
+    line = next(line for line in out.splitlines() if line.startswith("load ")).removeprefix("load ").strip()
+    elsewhere = {key: value for key, value in alone.items() if key != "MLFLOW_TRACKING_URI"}
+    assert line.startswith(f"MLFLOW_TRACKING_URI={uri} python -c ")
+    line = line.replace(" python ", f" {sys.executable} ")
+    subprocess.run(line, shell=True, cwd="/", env=elsewhere, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == [[expected], False]
     assert over_http("models:/bot/2", alone, {"inputs": ["Hello!"], "params": {"max_new_tokens": 8}}) == [expected]
 

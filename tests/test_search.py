@@ -90,7 +90,8 @@ def test_a_proposed_number_is_trained_to_the_last_digit(value: float):
     [
         ([], {}, "nothing to search over"),
         (["k=8"], {}, "is one value and no range"),
-        (["k=interval(2,1)"], {}, "has no numbers in it"),
+        (["k=interval(2,1)"], {}, "has its ends the wrong way round\n    → give the smaller first: interval(1,2)"),
+        (["k=interval(1,1)"], {}, "has no numbers in it"),
         (["k=range(2,1)"], {}, "has no numbers in it"),
         (["k=tag(log,interval(0,1))"], {}, "has no logarithm at its lower end"),
         (["k=tag(log,choice(1,2))"], {}, "has a logarithm only as an interval"),
@@ -117,6 +118,17 @@ REFUSED = [
     (["-m", "search=asha", "train.eval_steps=5", "train.max_steps=10", RATES], "none would be given up"),
     (["-m", "search=asha", "train.eval_steps=5", "search.objective=train/mfu", RATES], "asha compares runs"),
     (["-m", "search=tpe", "lora.r=0,4"], "must be a whole number >= 1"),
+    (
+        ["-m", "search=tpe", "lora.r=interval(4,16)"],
+        "error: lora.r=interval(4,16): must be a whole number >= 1, and "
+        "there are others in between\n    → write 'lora.r=range(4,17)'",
+    ),
+    (["-m", "search=tpe", "lora.r=[4,8]"], "[4,8], it is one value: a list"),
+    (
+        ["-m", "search=tpe", "search.space={lora.r: [4,8]}"],
+        "search.space.lora.r=[4, 8]: must be one text, in Hydra's sweep syntax\n    → write lora.r: '4,8'",
+    ),
+    (["-m", "search=tpe", RATES, "--cfg", "job", "--package", "search"], "leave -m out to see the configuration"),
     (["-m", "search=tpe", "lora.rank=int(interval(1,4))"], "no such key"),
     (["-m", "search=tpe", "quant=4bit,9bit"], "did you mean '8bit'"),
     (["-m", "search=tpe", "tracking.run_name=a,b"], "cannot be searched over"),
@@ -356,7 +368,7 @@ def test_asha_pauses_what_is_behind_and_takes_up_what_comes_to_be_ahead(tmp_path
     assert set(found) == {"completed", "pruned"}
     pruned = found["pruned"]
     state = pruned.read_state()
-    assert state.reason.startswith("given up at step ")
+    assert state.reason.startswith("paused at step ")
     assert pruned.saved_step() == state.step < 300
     told = {trial.user_attrs["folder"]: trial.state.name.lower() for trial in study_of(sweep).trials}
     assert [told[rundir.path.name][:6] for rundir in sweep.rundirs()] == [status[:6] for status in states(sweep)]

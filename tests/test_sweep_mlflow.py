@@ -206,6 +206,16 @@ def test_offline_leaves_no_trace_until_sync(outputs: Path) -> None:
     assert (parent.info.status, parent.data.tags["runner.jobs_completed"]) == ("FINISHED", "2")
 
 
+def test_what_was_brought_elsewhere_stays_there(outputs: Path, fresh_database: Path, tmp_path: Path) -> None:
+    sweep = make_sweep(outputs, 1, **OFFLINE)
+    (rundir,) = [finish(rundir) for rundir in sweep.rundirs()]
+    (tmp_path / "other.db").write_bytes(fresh_database.read_bytes())
+    other = f"sqlite:///{tmp_path}/other.db"
+    for uri in (other, None, other):
+        assert [result.problem for result in mirror.sync([sweep.path], uri)] == ["", ""]
+        assert {rundir.read_manifest()["mlflow"]["uri"], sweep.read()["mlflow"]["uri"]} == {other}
+
+
 def test_another_store_has_a_parent_of_its_own(outputs: Path, fresh_database: Path, tmp_path: Path) -> None:
     sweep = make_sweep(outputs, 2)
     mlflow_sweep.open_sweep(sweep, queued=True)
@@ -213,7 +223,14 @@ def test_another_store_has_a_parent_of_its_own(outputs: Path, fresh_database: Pa
         finish(rundir)
     first = sweep.read()["mlflow"]["parent_run_id"]
     (tmp_path / "other.db").write_bytes(fresh_database.read_bytes())
-    for uri, same in ((f"sqlite:///{tmp_path}/other.db", False), (None, True)):
+    other = f"sqlite:///{tmp_path}/other.db"
+    assert {result.problem.startswith(mirror.ELSEWHERE) for result in mirror.sync([sweep.path], other)} == {True}
+    assert sweep.read()["mlflow"]["parent_run_id"] == first, "a sweep is not led away from its store"
+    database = Path(sweep.read()["mlflow"]["uri"].removeprefix("sqlite:///"))
+    for uri, same in ((other, False), (None, True)):
+        aside = database.rename(tmp_path / "gone.db") if uri else tmp_path / "gone.db"  # then it may go elsewhere
+        if not uri:
+            aside.rename(database)
         assert [result.problem for result in mirror.sync([sweep.path], uri)] == ["", "", ""]
         assert (sweep.read()["mlflow"]["parent_run_id"] == first) is same
         assert (parent_of(sweep).info.status, statuses(sweep)) == ("FINISHED", ["FINISHED"] * 2)

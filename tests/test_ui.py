@@ -94,6 +94,15 @@ def test_a_port_that_is_taken(outputs: Path, capfd: pytest.CaptureFixture[str], 
         assert f"port {port} is taken; the next that is free is" in capfd.readouterr().err
 
 
+def test_an_experiment_that_is_not_there_is_refused_before_mlflow_starts(
+    outputs: Path, capfd: pytest.CaptureFixture[str]
+):
+    assert cli.run(["ui", f"outputs_dir={outputs}", "--experiment", "rumner"]) == 2
+    said = capfd.readouterr().err
+    assert "did you mean 'runner'? those there are: Default, other, runner" in said
+    assert "MLflow is starting" not in said
+
+
 @pytest.mark.slow
 def test_it_leaves_nothing_when_it_is_told_to_end_while_it_starts(outputs: Path):
     with busy() as taken:

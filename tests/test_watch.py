@@ -16,7 +16,7 @@ import mlflow
 import pytest
 from conftest import TINY, prepared
 
-from runner import asked, cli, named, standing, system
+from runner import asked, cli, console, named, standing, system
 from runner.errors import ConfigError, LaunchError
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
@@ -75,6 +75,57 @@ def played(folder: str, status: str = "completed", sweep: SweepDir | None = None
         jobs = sweep.read().get("jobs", {})
         sweep.update(jobs={**jobs, str(len(jobs)): {"folder": folder, "label": str(manifest.get("label"))}})
     return rundir
+
+
+def refused(word: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        named.resolve_run(word, Path("outputs"))
+    return str(caught.value)
+
+
+def test_a_run_is_found_by_the_name_of_its_folder():
+    first, second = played("2026-11-23/23-07-46", name="a"), played("2026-11-23/23-08-00", name="b")
+    assert named.resolve_run("23-07-46", Path("outputs")) == first
+    assert named.resolve_run("2026-11-23/23-08-00", Path("outputs")) == second
+    played("2026-11-24/23-07-46", name="c")
+    said = refused("23-07-46")
+    assert "is the name of 2 runs" in said
+    assert "2026-11-24/23-07-46" in said
+    said = refused("2026-11-23/23-0")
+    assert "2 begin so:" in said
+    assert "23-07-46" in said
+    assert "23-08-00" in said
+    assert "2026-11-24" not in said
+
+
+def test_too_few_characters_of_an_id_are_said_to_be_too_few():
+    run = played("one", mlflow={"run_id": "9abc" * 8})
+    assert "written with 4 characters or more" in refused("9")
+    assert "4 characters or more" in refused("nothing like it")
+    assert named.resolve_run("9abc", Path("outputs")) == run
+
+
+def test_a_sweep_names_its_runs_the_best_first():
+    sweep = a_sweep("small")
+    for number, (quant, loss) in enumerate((("none", 2.0), ("8bit", 1.0), ("4bit", None))):
+        summary = {"eval/loss": loss} if loss else {}
+        run = played(f"00{number}", "completed" if loss else "failed", sweep, label=f"quant={quant}")
+        run.write_state(summary=summary)
+    lines = refused("small").splitlines()[-3:]
+    assert lines[0].endswith("small/001  (quant=8bit, loss 1.0000) ★ the best")
+    assert lines[1].endswith("small/000  (quant=none, loss 2.0000)")
+    assert lines[2].endswith("small/002  (quant=4bit, failed)")
+
+
+def test_long_names_stay_apart_when_they_are_cut():
+    fixed = "model=tiny,train.max_steps=20,data.max_length=128"
+    names = [f"{fixed},lora.r={r},lora.lora_alpha={alpha}" for r in (8, 16) for alpha in (16, 32)]
+    for width in (30, 48):
+        shown = console.told_apart([*names, "short"], width)
+        assert len(set(shown)) == 5
+        assert max(map(len, shown)) <= width
+    assert console.told_apart([*names, "short"], 48)[0] == "…lora.r=8,lora.lora_alpha=16"
+    assert console.told_apart([names[0], names[0]], 20) == [f"{names[0][:19]}…"] * 2
 
 
 def a_sweep(name: str, **said: object) -> SweepDir:

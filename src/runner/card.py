@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -17,14 +18,20 @@ LOAD = {
     "adapter": """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, {folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})""",
+folder = "."  # this one
+base = AutoModelForCausalLM.from_pretrained({base!r}){where}
+model = PeftModel.from_pretrained(base, folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)""",
     "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained({folder!r})""",
+folder = "."  # this one
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)""",
 }
+SOURCES = {"gguf": "from the package {package}", "random": "random weights, model=tiny makes them"}
+"""Where a base model is from that is neither a folder nor on the Hub."""
+LOCAL = re.compile(r"(?:file://)?(?<![\w:/.<])/(?:[\w.@+~-]+/)+([\w.@+~-]+)")
+"""An absolute path: only its last part means something elsewhere."""
 ASK = """
 messages = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -35,20 +42,20 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))"""
 
 
-def text(rundir: RunDir, kinds: tuple[Kind, ...], folder: str, base: str, notes: Mapping[str, str]) -> str:
+def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str, str]) -> str:
     """The card as Markdown; ``notes`` are more facts about this export, name → text.
 
-    ``base`` is the path or Hub id of the base model, ``folder`` where the export lies.
+    ``base`` is the path or Hub id of the base model. No folder of this machine is named: the card goes with the model.
     """
     manifest, cfg = rundir.read_manifest(), prepare.read_config(rundir)
+    base_name = str((manifest.get("model") or {}).get("name") or LOCAL.sub(r"\1", base))
     name = str(manifest.get("label") or manifest.get("name") or rundir.path.name)
     parts = [
         _front_matter(kinds, base),
         f"# {name}",
-        f"Made from {_code((manifest.get('model') or {}).get('name') or base)} by `runner`, a fine-tuning experiment "
-        "runner.",
+        f"Made from {_code(base_name)} ({_source(cfg, base)}) by `runner`, a fine-tuning experiment runner.",
         "## How to load it",
-        *_loading(rundir, kinds, folder, base),
+        *_loading(rundir, kinds, base, base_name),
         "## How well it does",
         "\n".join(_metrics(rundir)),
         "## What it was trained on",
@@ -61,23 +68,38 @@ def text(rundir: RunDir, kinds: tuple[Kind, ...], folder: str, base: str, notes:
         "</details>",
         "The licence of the base model, and of the data, holds for what is made from them.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return LOCAL.sub(r"…/\1", "\n\n".join(parts)) + "\n"
 
 
 def _front_matter(kinds: tuple[Kind, ...], base: str) -> str:
     library = {"adapter": "peft", "model": "transformers"}.get(kinds[0])
-    published = [] if base.startswith(("/", "\\")) or not base else [f"base_model: {json.dumps(base)}"]
+    published = [] if _is_local(base) else [f"base_model: {json.dumps(base)}"]
     lines = ["---", *published, *([f"library_name: {library}"] if library else [])]
     return "\n".join([*lines, "pipeline_tag: text-generation", *(["tags: [lora]"] if library == "peft" else []), "---"])
 
 
-def _loading(rundir: RunDir, kinds: tuple[Kind, ...], folder: str, base: str) -> Iterator[str]:
+def _source(cfg: Mapping[str, Any], base: str) -> str:
+    """Where the base model is from, in words that hold on other machines."""
+    node = cfg["model"]
+    made = SOURCES.get(str(node.get("_target_", "")).rpartition(".")[2])
+    if made:
+        return made.format(package=node.get("package"))
+    return "from a local folder" if _is_local(base) else f"`{base}` on the Hugging Face Hub"
+
+
+def _is_local(base: str) -> bool:
+    return base.startswith(("/", "\\")) or not base
+
+
+def _loading(rundir: RunDir, kinds: tuple[Kind, ...], base: str, base_name: str) -> Iterator[str]:
     ask = CONTINUE if str(prepare.read_config(rundir)["task"].get("_target_", "")).endswith(".pretrain") else ASK
     for kind in kinds:
         if kind == "gguf":
             yield "The .gguf file is for llama.cpp and what is built on it:\n\n    llama-cli -m FILE.gguf"
         else:
-            yield "```python\n" + LOAD[kind].format(base=base, folder=folder) + "\n" + ask + "\n```"
+            where = "  # the folder in which you have this base model" if _is_local(base) else ""
+            code = LOAD[kind].format(base=base_name if where else base, where=where)
+            yield "```python\n" + code + "\n" + ask + "\n```"
 
 
 def _metrics(rundir: RunDir) -> Iterator[str]:
@@ -116,7 +138,7 @@ def _provenance(rundir: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "git commit": f"{git['sha']}{' (changed)' if git.get('dirty') else ''}" if git.get("sha") else None,
         "versions": ", ".join(f"{name} {versions[name]}" for name in named if name in versions),
         "MLflow run": (manifest.get("mlflow") or {}).get("run_id"),
-        "run": rundir.path,
+        "run": rundir.path.name,
     }
 
 

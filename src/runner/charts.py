@@ -89,7 +89,8 @@ def _importance(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
 def _parallel(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
     """Each parameter is an axis, the last one is what is ranked by; the best run is on top."""
     keys = [*made.params, made.goal.key]
-    places = [_places([columns.value(result, key) for result in made.results]) for key in keys]
+    places = [_places(key, [columns.value(result, key) for result in made.results]) for key in made.params]
+    places.append(_along([columns.number(columns.value(result, made.goal.key)) for result in made.results]))
     completed = [number for number, result in enumerate(made.results) if result.is_completed]
     for number in sorted(completed, key=lambda number: made.results[number] is made.best):
         is_best = made.results[number] is made.best
@@ -106,20 +107,29 @@ def _parallel(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
     axes.spines[["left", "bottom"]].set_visible(False)
 
 
-def _places(values: Sequence[columns.Value]) -> tuple[list[float | None], list[tuple[float, str]]]:
+def _places(key: str, values: Sequence[columns.Value]) -> tuple[list[float | None], list[tuple[float, str]]]:
     """Where each value lies on an axis from 0 to 1, and some of the values to write beside it."""
     numbers = [columns.number(value) for value in values]
     known = [number for number in numbers if number is not None]
     if known and len(set(known)) > ranking.LEVELS and len(known) == sum(value is not None for value in values):
-        is_wide = min(known) > 0 and max(known) / min(known) > WIDE
-        bent, straight = (math.log, math.exp) if is_wide else (float, float)
-        low, high = bent(min(known)), bent(max(known))
-        at = [None if number is None else (bent(number) - low) / (high - low) for number in numbers]
-        return at, [(height, f"{straight(low + height * (high - low)):.3g}") for height in (0.0, 0.5, 1.0)]
+        return _along(numbers, by_logarithm=min(known) > 0 and max(known) / min(known) > WIDE)
     distinct = sorted({str(value) for value in values if value is not None}, key=lambda text: (_order(text), text))
     place = {text: (number / (len(distinct) - 1) if len(distinct) > 1 else 0.5) for number, text in enumerate(distinct)}
-    ticks = [(height, text[:18]) for text, height in place.items()][:12]
+    ticks = [(height, columns.text(key, text)[:18]) for text, height in place.items()][:12]
     return [None if value is None else place[str(value)] for value in values], ticks
+
+
+def _along(
+    numbers: Sequence[float | None], *, by_logarithm: bool = False
+) -> tuple[list[float | None], list[tuple[float, str]]]:
+    """Numbers on an axis from 0 to 1, and what to write at its ends and in its middle; equal ones lie there."""
+    bent, straight = (math.log, math.exp) if by_logarithm else (float, float)
+    known = [bent(number) for number in numbers if number is not None]
+    low, high = min(known), max(known)
+    if low == high:
+        return [None if number is None else 0.5 for number in numbers], [(0.5, f"{straight(low):.4g}")]
+    at = [None if number is None else (bent(number) - low) / (high - low) for number in numbers]
+    return at, [(height, f"{straight(low + height * (high - low)):.4g}") for height in (0.0, 0.5, 1.0)]
 
 
 def _order(text: str) -> float:

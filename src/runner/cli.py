@@ -195,6 +195,10 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
     from runner import admit, compose, searching, sweeping
 
     args = compose.parse(argv)
+    if args.multirun and (args.cfg or args.info):
+        option, what = ("--cfg", "see the configuration") if args.cfg else ("--info", "ask for it")
+        problem = "shows one configuration, and -m means several"
+        raise ConfigError(Fault(option, problem, f"leave -m out to {what}", args.cfg or args.info))
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return _ask_hydra(args, argv)
     with compose.opened(args) as hydra:

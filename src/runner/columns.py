@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,12 @@ MATTER = ("loss", "best", "tokens/s", "memory", "time")
 ABOUT = ("run", "label", "status", "reason", "sweep", "folder", "mlflow_id")
 """What can be asked of a run besides its parameters and metrics."""
 LARGER_IS_BETTER = ("accuracy", "per_second", "mfu", "reward", "margins", "f1")
+SMALLER_IS_BETTER = ("loss", "perplexity", "gib", "seconds", "data_wait_fraction")
+"""Ends of names that say which way a metric gets better, whatever it is sorted by."""
+OF_THE_MACHINE = ("per_second", "seconds", "gib", "mfu", "data_wait_fraction")
+"""Ends of the names of what depends on the machine and on what else it does."""
+FRACTION, DIGITS = re.compile(r"-?\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE), 7
+"""A number as a search writes it, and so many characters of it that are shown whole."""
 NAMED = 12
 """Names that a message lists."""
 
@@ -50,14 +57,24 @@ def goal(text: str, results: Sequence[Result], option: str) -> Goal:
     return Goal(key, upwards)
 
 
+def rated(order: Goal) -> Goal:
+    """What is the best, where runs are ordered so: a name that says which way is better is taken at its word."""
+    is_known = order.key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER))
+    return Goal(order.key, order.key.endswith(LARGER_IS_BETTER)) if is_known else order
+
+
 def resolve(word: str, results: Sequence[Result], option: str) -> str:
     """The key that a word means: whole, a short name, ``data/format``, or an end that only one key has (``r``).
+
+    ``name`` is what the run is called, as ``label``: the key of that name in the configuration is mostly empty.
 
     Raises:
         ConfigError: none, or several.
     """
     params = {key for result in results for key in result.params}
     metrics = {key for result in results for key in result.metrics}
+    if word == "name":
+        return "label"
     for key in (word, word.replace("/", ".")):
         if key in params or key in metrics or key in ABOUT:
             return key
@@ -69,6 +86,8 @@ def resolve(word: str, results: Sequence[Result], option: str) -> str:
         return ends[0]
     if ends:
         raise ConfigError(Fault(option, f"'{word}' may mean several things", f"write one of {', '.join(ends)}"))
+    if not metrics and (word in SHORT or "/" in word):
+        raise ConfigError(_nothing_measured(option))
     known = [*(short for short, keys in SHORT.items() if metrics & set(keys)), *sorted(metrics), *sorted(params)]
     some = f"there are {', '.join(known[:NAMED])} … ({len(params)} parameters, {len(metrics)} metrics)"
     raise ConfigError(Fault(option, f"no run has '{word}'", suggest(word, known) or some))
@@ -83,9 +102,15 @@ def metric(word: str, results: Sequence[Result], option: str) -> str:
         return found[0]
     if len(found) == 1:
         return found[0]
-    hint = suggest(word, [*names, *SHORT])
-    there = f"metrics here: {', '.join(names) or 'none'}"
+    if not names:
+        raise ConfigError(_nothing_measured(option))
+    hint = suggest(word, [*names, *(short for short, keys in SHORT.items() if set(keys) & set(names))])
+    there = f"metrics here: {', '.join(names)}"
     raise ConfigError(Fault(option, f"no run has the metric '{word}'", f"{hint} {there}".strip()))
+
+
+def _nothing_measured(option: str) -> Fault:
+    return Fault(option, "these runs have measured nothing yet", "python -m runner status shows how far they are")
 
 
 def value(result: Result, key: str) -> Value:
@@ -119,7 +144,8 @@ def text(key: str, found: Value) -> str:
     if found is None:
         return "–"
     if isinstance(found, str):
-        return found
+        is_long = len(found) > DIGITS and ("." in found or "e" in found) and FRACTION.fullmatch(found)
+        return f"{float(found):.4g}" if is_long else found
     if key == SECONDS:
         return duration(found) if found >= 10 else f"{found:.2g} s"
     if key.endswith(("loss", "perplexity")):

@@ -29,19 +29,21 @@ is the latest sweep.
   python -m runner compare --html report.html                    a page with curves and charts, to keep or to send
   python -m runner compare uri=http://host:5000 my-experiment    asked of MLflow, not of folders
 
-RUN is a run folder, a name, or the beginning of an MLflow run id; SWEEP its name or its folder. EXPERIMENT is MLflow's;
-uri names a server or sqlite:////path/mlflow.db, by default the database embedded in outputs_dir.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; SWEEP its name or its
+folder. EXPERIMENT is MLflow's; uri names a server or sqlite:////path/mlflow.db, by default the database embedded in
+outputs_dir.
   --where CONDITION  KEY=VALUE, !=, <, <=, >, >=, ~ (contains), with and, or, not and brackets
   --metrics A,B      these instead of loss, best, tokens/s, memory and time
   --sort KEY         the better first: what is named accuracy, per_second, mfu or reward gets better upwards, all else
-                     downwards; -KEY upwards, +KEY downwards. Of a metric, the first is the best
+                     downwards; -KEY upwards, +KEY downwards. ★ stays with the better end of a metric whose name says it
   --by KEY           take runs together that differ in KEY alone
   --pareto A,B       mark the runs that none beats in one without being worse in another; -A and +A as above
   --all              all runs on the terminal, not only the first 50
   --markdown, --csv, --json      for a report, a spreadsheet, a program
   --html FILE        one page, complete in itself         --png DIR   its charts as pictures
-A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy), an end of one that is unique (r), or status,
-label, sweep. loss is that of the last evaluation, best the smallest one, memory the peak, time the seconds of training.
+A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy, eval_held_out/loss of the verb evaluate), an end of
+one that is unique (r), or status, sweep, label (what the run is called; name means the same). loss is that of the last
+evaluation, best the smallest one, memory the peak, time the seconds of training.
 The exit code is 0; 2 where there is nothing to compare."""
 
 SHOWN = 50

@@ -138,7 +138,11 @@ def _signature_faults(function: Callable[..., Any], values: Mapping[str, Any]) -
             continue
         problem = mismatch(value, parameters[name].annotation)
         if problem:
-            yield Fault(name, problem, f"set {name} to {_allowed(parameters[name].annotation)}", value)
+            annotation = parameters[name].annotation
+            remedy = f"set {name} to {_allowed(annotation)}"
+            if value == "None" and _fits(None, annotation):  # Python's word; YAML has another
+                remedy = f"did you mean {name}=null?"
+            yield Fault(name, problem, remedy, value)
     for name in known:
         if name not in values and parameters[name].default is inspect.Parameter.empty:
             allowed = _allowed(parameters[name].annotation)

@@ -9,8 +9,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +215,19 @@ def console() -> Console:
 def nearest(path: Path) -> str:
     """The path as one would type it here: relative where it lies below the current directory."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def told_apart(names: Sequence[str], width: int) -> list[str]:
+    """The names within ``width`` characters: cut at the end, or where they would be alike then, at the beginning."""
+    cut = {name: name if len(name) <= width else name[: width - 1] + "…" for name in names}
+    for alike in {text: [name for name in cut if cut[name] == text] for text in cut.values()}.values():
+        if len(alike) > 1 and width > 2:
+            pairs = zip(min(alike), max(alike), strict=False)
+            shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            part = max(shared.rfind(mark) + 1 for mark in ",/ ") or len(shared)
+            rest = told_apart([name[part:] for name in alike], width - 1)
+            cut |= {name: f"…{text.lstrip('…')}" for name, text in zip(alike, rest, strict=True)}
+    return [cut[name] for name in names]
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ from runner import checkout, prepare, sending
 from runner.checkout import Changed, Code
 from runner.errors import RunnerError
 from runner.recorded import Curves, Recorded
-from runner.tracking import LOSS
+from runner.tracking import BEST, LOSS
 
 PROGRAM = ("src/", "conf/", "pyproject.toml", "uv.lock")
 """The files of a checkout that a run depends on; the others are counted."""
@@ -135,7 +135,8 @@ def _hardware(run: Recorded) -> dict[str, Any]:
 
 
 def _results(run: Recorded) -> dict[str, Any]:
-    names = [name for name in run.curves if name in FINAL or name.startswith(("eval/", "memory/"))]
+    # The best loss is reckoned below for both: of the two sources only MLflow has it as a metric.
+    names = [n for n in run.curves if n in FINAL or (n.startswith(("eval/", "memory/")) and n != BEST)]
     last = {name: run.curves[name][max(run.curves[name])] for name in sorted(names)}
     losses = [value for step, value in run.curves.get(LOSS, {}).items() if step]  # from when training has begun
     best = {f"{LOSS} (best)": min(losses)} if losses else {}

@@ -23,7 +23,7 @@ data, hardware and results. Only what differs is shown.
   python -m runner diff 3f2a 91c0 uri=https://…       two runs whose folders lie on other machines
   python -m runner diff 3f2a outputs/mine --patch     the lines of code too
 
-RUN is a run folder, a name, or the beginning of an MLflow run id.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
   --all       what is the same too
   --patch     the lines of code that differ, uncommitted changes included
   --json      for programs, with everything: {"runs", "sections", "files", "numbers"}
@@ -67,7 +67,8 @@ def diff(argv: list[str]) -> int:
 
 def _the_two(runs: list[str], words: asked.Asked, uri: str | None) -> tuple[Recorded, Recorded]:
     if len(runs) != 2:
-        raise ConfigError(Fault("diff", f"compares two runs, and {len(runs)} are named", HELP.splitlines()[0]))
+        named = "one is named" if len(runs) == 1 else f"{len(runs) or 'none'} are named"
+        raise ConfigError(Fault("diff", f"compares two runs, and {named}", HELP.splitlines()[0]))
     if words.has("--json") and words.has("--markdown"):
         raise ConfigError(Fault("--markdown", "does not go with --json", "leave one of them out"))
     ours, theirs = (recorded.find(word, words.outputs_dir, uri) for word in runs)

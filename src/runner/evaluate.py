@@ -28,7 +28,7 @@ Measures what a run has trained with the metrics of its task, as training did; n
   python -m runner evaluate first data=local data.path=rows.jsonl data/format=alpaca data.eval_rows=500 --base
   python -m runner evaluate first --tasks arc_easy,my_tasks/faq.yaml    benchmarks of lm-eval
 
-RUN is a run folder, a name, or the beginning of an MLflow run id.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
   --base        the base model instead, as quantized as in the run
   --name NAME   what the metrics are called: eval_NAME/loss, of the base eval_NAME/base_loss; by default as the data is
                 (held_out for the run's own rows, or the name of a task)

@@ -27,7 +27,8 @@ Writes what a run has trained, with its tokenizer and a model card, where others
   python -m runner export first my/model --merged   the whole model, for plain transformers (vLLM, TGI, …)
   python -m runner export first --gguf              the whole model as one file, for llama.cpp
 
-RUN is a run folder, a name, or the beginning of an MLflow run id; DIR a folder that does not exist, or is empty.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; DIR a folder that does
+not exist, or is empty.
   --merged       the adapter is added to the base in full precision, also where the run was trained on 4 or 8 bits; the
                  logits are held against those of base and adapter on rows of the run, and differ by 1e-4 at most
   --gguf         by llama.cpp's convert_hf_to_gguf.py, which must be on the PATH
@@ -55,7 +56,7 @@ def export(argv: list[str]) -> int:
     with written_or_refused(order.folder) as aside:
         check = _write(run, order, aside)
         notes = check.notes() if check else {}
-        (aside / "README.md").write_text(card.text(run.rundir, order.kinds, str(order.folder), base, notes))
+        (aside / "README.md").write_text(card.text(run.rundir, order.kinds, base, notes))
     for name, note in notes.items():
         console.say(f"{name:<8} {note}")
     files = sorted(order.folder.iterdir())

@@ -22,7 +22,7 @@ Asks the model that a run has trained: its base, quantized as in training, with 
   cat question.txt | python -m runner generate first -
   python -m runner generate first                                  a conversation: /reset forgets it, /quit or Ctrl-D ends
 
-RUN is a run folder, a name, or the beginning of an MLflow run id.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
   --compare           ask the base as well; the model is loaded once
   --system TEXT       a system prompt
   --max-new-tokens N  the longest answer (256)

@@ -15,6 +15,7 @@ from runner import tracking
 from runner.files import write_atomic
 from runner.rundir import RunDir
 
+PARTS = {2: "half", 3: "third", 4: "quarter"}
 Run = TypeVar("Run", bound=Hashable)
 Values = Mapping[int, float]
 """Step → what was measured there."""
@@ -82,8 +83,10 @@ class Halving:
         if rundir.path in self.rungs.best(rung, self.reached) or rundir.read_state().total_steps <= step:
             return True
         if not rundir.prune_request.exists():
-            said = f"{self.rungs.metric} {self.reached[rundir.path][step]:.6g} is behind the others"
-            write_atomic(rundir.prune_request, f"given up at step {step}: {said}")
+            value, best = self.reached[rundir.path][step], PARTS.get(self.rungs.reduction_factor)
+            best = best or f"1/{self.rungs.reduction_factor}"
+            said = f"{self.rungs.metric} {value:.4g} is not among the best {best} of the runs so far"
+            write_atomic(rundir.prune_request, f"paused at step {step}: {said}")
         return False
 
     def promoted(self, *, is_last: bool) -> tuple[RunDir, int] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -17,6 +19,9 @@ from runner.results import Result
 from runner.tracking import LOSS
 
 T = TypeVar("T")
+FEW = 3
+"""Repetitions below which speed, memory and time have no interval: two say of a machine what else it did."""
+NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,20 @@ class Leaderboard:
             n = group.means[self.goal.key].n if self.goal.key in group.means else 0
             count = str(n) if n == len(group.results) else f"{n} of {len(group.results)}"
             numbers = [mean_text(key, group.means.get(key)) for key in self.metrics]
-            rows.append([*(group.setting.get(key, "–") for key in setting), count, *numbers, verdict(group)])
+            values = [columns.text(key, group.setting.get(key)) for key in setting]
+            rows.append([*values, count, *numbers, verdict(group)])
         return rows
 
     def table(self) -> tuple[list[str], list[list[Value]]]:
-        """Everything by its full name, numbers as numbers: for programs."""
+        """Everything by its full name, metrics as numbers, parameters as they were written: for programs."""
         names = ["run", "label", "status", "reason", "step", "is_best", *(["is_on_front"] if self.axes else [])]
         on_front = {id(result) for result in self.front}
         rows: list[list[Value]] = []
         for result in self.results:
-            front = [float(id(result) in on_front)] if self.axes else []
+            front = [id(result) in on_front] if self.axes else []
             values = [columns.value(result, key) for key in self.params + self.metrics]
-            lead: list[Value] = [result.run, result.label, result.status, result.reason, float(result.step)]
-            rows.append([*lead, float(result is self.best), *front, *values, result.folder, result.mlflow_id])
+            lead: list[Value] = [result.run, result.label, result.status, result.reason, result.step]
+            rows.append([*lead, result is self.best, *front, *values, result.folder, result.mlflow_id])
         return [*names, *self.params, *self.metrics, "folder", "mlflow_run_id"], rows
 
 
@@ -111,15 +117,16 @@ def of(
         ConfigError: with every fault of these; or nothing to compare is left.
     """
     faults: list[Fault] = []
-    meets = _asked(faults, lambda: condition.parse(where, lambda key: columns.resolve(key, results, "--where")), where)
+    asked: list[str] = []
+    meets = _asked(faults, lambda: condition.parse(where, lambda word: _noted(word, results, asked)), where)
     shown = _asked(faults, lambda: [columns.metric(name, results, "--metrics") for name in metrics.split(",")], metrics)
     axes = _asked(faults, lambda: _axes(pareto, results), pareto)
     over = _asked(faults, lambda: _parameter(by, results), by)
     order = _asked(faults, lambda: columns.goal(sort, results, "--sort"), sort)
-    goal = order if order and any(order.key in result.metrics for result in results) else None
+    goal = columns.rated(order) if order and any(order.key in result.metrics for result in results) else None
     if not faults:
         kept = [result for result in results if meets is None or meets(partial(columns.value, result))]
-        _refuse_nothing(kept, len(results), where)
+        _refuse_nothing(kept, results, where, asked)
         _refuse_mixed(kept)
         goal = goal or Goal(LOSS, is_larger_better=False)
         return _board(kept, goal, order or goal, shown or [], axes or [], over or "")
@@ -130,7 +137,12 @@ def mean_text(key: str, found: Mean | None) -> str:
     if found is None:
         return "–"
     text = columns.text(key, found.value)
-    return text if found.half_width is None else f"{text} ± {columns.text(key, found.half_width)}"
+    if found.half_width is None or (found.n < FEW and key.endswith(columns.OF_THE_MACHINE)):
+        return text
+    about = columns.text(key, found.half_width)
+    number, _, unit = text.partition(" ")
+    is_same = unit and about.partition(" ")[2] == unit and " " not in unit
+    return f"{number} ± {about}" if is_same else f"{text} ± {about}"
 
 
 def verdict(group: Group) -> str:
@@ -149,7 +161,10 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
     found: dict[str, Any] = {
         "objective": board.goal.key, "larger_is_better": board.goal.is_larger_better, "parameters": board.params,
         "metrics": board.metrics, "best": board.best.run, "notes": board.notes,
-        "runs": [_typed(dict(zip(names, row, strict=True))) for row in rows],
+        "runs": [
+            {name: plain(found) if name in board.params else found for name, found in zip(names, row, strict=True)}
+            for row in rows
+        ],
     }  # fmt: skip
     if board.axes:
         found["pareto"] = {
@@ -162,13 +177,21 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
 
 def _group_json(group: Group) -> dict[str, Any]:
     means = {key: {"n": m.n, "mean": m.value, "half_width_95": m.half_width} for key, m in group.means.items()}
-    return {"setting": dict(group.setting), "runs": [result.run for result in group.results], "means": means,
+    setting = {key: plain(text) for key, text in group.setting.items()}
+    return {"setting": setting, "runs": [result.run for result in group.results], "means": means,
             "p_against_best": group.p, "is_best": group.is_best}  # fmt: skip
 
 
-def _typed(row: Mapping[str, Value]) -> dict[str, Any]:
-    kinds: dict[str, Callable[[Any], Any]] = {"step": int, "is_best": bool, "is_on_front": bool}
-    return {name: kinds[name](found) if name in kinds else found for name, found in row.items()}
+def plain(text: Value) -> Any:
+    """A parameter as JSON has it: ``"1"`` is 1, ``"true"`` is true; a text that is neither stays one."""
+    if not isinstance(text, str):
+        return text
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    is_plain = found is None or isinstance(found, bool | int) or (isinstance(found, float) and math.isfinite(found))
+    return found if is_plain else text
 
 
 def _board(
@@ -221,10 +244,28 @@ def _parameter(word: str, results: Sequence[Result]) -> str:
     return key
 
 
-def _refuse_nothing(kept: Sequence[Result], count: int, where: str) -> None:
+def _noted(word: str, results: Sequence[Result], asked: list[str]) -> str:
+    """The key that a word of the condition means, which is noted."""
+    asked.append(columns.resolve(word, results, "--where"))
+    return asked[-1]
+
+
+def _values_of(key: str, results: Sequence[Result]) -> str:
+    """``quant: 4bit, 8bit``, or of many numbers the ends."""
+    found = {value for result in results if (value := columns.value(result, key)) is not None}
+    numbers = sorted(number for value in found if (number := columns.number(value)) is not None)
+    if len(numbers) == len(found) > NAMED:
+        return f"{key}: {numbers[0]:.6g} to {numbers[-1]:.6g}"
+    texts = sorted(columns.text(key, value) for value in found)
+    return f"{key}: {', '.join(texts[:NAMED])}{' …' if len(texts) > NAMED else ''}"
+
+
+def _refuse_nothing(kept: Sequence[Result], results: Sequence[Result], where: str, asked: Sequence[str]) -> None:
     if not kept:
-        problem = f"none of the {count} runs meets it" if where else "there is no run to compare"
-        raise ConfigError(Fault("--where" if where else "", problem, "loosen it" if where else "", where or ...))
+        if not where:
+            raise ConfigError(Fault("", "there is no run to compare"))
+        there = "; ".join(_values_of(key, results) for key in dict.fromkeys(asked))
+        raise ConfigError(Fault("--where", f"none of the {len(results)} runs meets it", f"there is {there}", where))
     if any(result.is_completed for result in kept):
         return
     counts = ", ".join(f"{n} {status}" for status, n in Counter(result.status for result in kept).items())

@@ -22,7 +22,8 @@ what Slurm or the terminal caught.
   python -m runner logs ablation/lora.r=8 -f        follow it until the run ends
   python -m runner logs 3f2a --rank 1               the warnings of its second process
 
-RUN is a run folder, a name, a Slurm job id, or the beginning of an MLflow run id; a job of a sweep is SWEEP/LABEL.
+RUN is a run folder, a name, a Slurm job id, or the beginning (4 characters or more) of an MLflow run id; a job of a
+sweep is SWEEP/LABEL.
   -f, --follow   go on until the run has ended, and say how; Ctrl-C ends the following, not the run
   --rank N       the log of process N; 0, which speaks for the run, is the default"""
 

@@ -9,28 +9,31 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import asked, mlflow_sweep, named, store, sweep_mirror
-from runner.errors import ConfigError, RunnerError
+from runner import asked, console, mlflow_sweep, named, rest, store, sweep_mirror
+from runner.errors import ConfigError, Fault, RunnerError, TrackingError
 from runner.follow import be_polite, close_if_dead, follow, only_one
-from runner.mlflow_run import MlflowRun
+from runner.mlflow_run import MlflowRun, explained
 from runner.rundir import RunDir, State, find_runs
 from runner.secrets import take_credentials
 from runner.sweepdir import SweepDir, sweep_of
-from runner.tracking import check_mlflow
+from runner.tracking import check_mlflow, read
 
 SYNC_HELP = """python -m runner sync [RUN|SWEEP|FOLDER …] [uri=URI] [outputs_dir=FOLDER]
 
 Brings into MLflow what it has not got yet of these runs, or of all below outputs_dir, and closes runs whose process
-died. Runs of tracking=offline go to the embedded database, or to URI.
-RUN is a run folder, a name, or the beginning of an MLflow run id; SWEEP a name or a folder; FOLDER one of runs."""
+died. Runs of tracking=offline go to the embedded database, or to URI. A run is in one store: what is in another one
+already stays there, unless that is a file which is gone; compare, diff and ui read any store (uri=…).
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; SWEEP a name or a
+folder; FOLDER one of runs."""
 
 
-UNBEGUN, MIRRORED = "it has not started", "its own mirror is at work on it"
+UNBEGUN, MIRRORED, ELSEWHERE = "it has not started", "its own mirror is at work on it", "it is in another store: "
 """Why there is nothing to bring, which is no fault."""
+PROBE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ def sync_command(argv: list[str]) -> int:
     names, given = asked.settings(words.words, ("uri", "tracking.uri"))
     folders = [what.path for name in names for what, _ in named.meant(name, words.outputs_dir)]
     results = sync(folders or [words.outputs_dir], given.get("uri") or given.get("tracking.uri"))
+    kept = [result for result in results if result.problem.startswith(ELSEWHERE)]
+    results = [result for result in results if result not in kept]
+    if kept and not results:
+        raise ConfigError(*_left_out(kept))
+    for fault in _left_out(kept):
+        print(f"left out  {fault}", file=sys.stderr)
     failed = [result for result in results if result.problem not in ("", UNBEGUN, MIRRORED)]
     for result in results:
         out = sys.stderr if result in failed else sys.stdout
@@ -68,10 +77,12 @@ def sync_command(argv: list[str]) -> int:
 def sync(folders: Iterable[Path], uri: str | None = None) -> list[SyncResult]:
     """Bring every run below ``folders`` into MLflow, with the parents of sweeps, and close what died.
 
-    ``uri`` names another store than their configuration does. A store that does not answer is asked once.
+    ``uri`` names another store than their configuration does; what is in another one than that is left as it is. A
+    store that does not answer is asked once.
 
     Raises:
         ConfigError: a folder without a run below it, or a URI that names no store.
+        TrackingError: the store at ``uri`` does not answer; nothing was written then.
     """
     if uri:
         if faults := list(check_mlflow(uri=uri, experiment="runner", run_name=None)):
@@ -80,9 +91,60 @@ def sync(folders: Iterable[Path], uri: str | None = None) -> list[SyncResult]:
     runs = [rundir for folder in folders for rundir in find_runs(Path(folder))]
     sweeps = list(dict.fromkeys(filter(None, map(sweep_of, runs))))
     silent: dict[str, str] = {}
+    kept: list[SyncResult] = []
+    if uri:
+        _refuse_silent(uri)
+        elsewhere = {rundir.path: _elsewhere(rundir, uri) for rundir in runs}
+        elsewhere |= {sweep.path: _elsewhere(sweep, uri) for sweep in sweeps}
+        kept = [SyncResult(path, "", 0, None, ELSEWHERE + place) for path, place in elsewhere.items() if place]
+        sweeps = [sweep for sweep in sweeps if not elsewhere[sweep.path]]
+        # A run of a sweep that is in another store belongs below the parent it has there.
+        runs = [run for run in runs if not elsewhere[run.path] and not elsewhere.get(run.path.parent)]
     problems = {sweep: mlflow_sweep.try_open(sweep, uri, offline=True, restore=False) for sweep in sweeps}
     results = [_sync(rundir, uri, silent) for rundir in runs]
-    return [*results, *(_sync_parent(sweep, problems[sweep]) for sweep in sweeps)]
+    return [*kept, *results, *(_sync_parent(sweep, problems[sweep]) for sweep in sweeps)]
+
+
+def _refuse_silent(uri: str) -> None:
+    """Ask the store once, before anything is written that a store which is down would make untrue."""
+    try:
+        if store.is_server(uri):
+            rest.ask(uri, "experiments/search", {"max_results": 1}, timeout_s=PROBE_S)
+        else:
+            store.connect(uri).search_experiments(max_results=1)
+    except RunnerError:
+        raise
+    except Exception as error:  # a store fails in a hundred ways
+        remedy = "check the address, and whether the server runs; nothing was changed"
+        raise TrackingError(Fault("uri", explained(error, uri), remedy)) from error
+
+
+def _elsewhere(what: RunDir | SweepDir, uri: str) -> str:
+    """The other store that has the run, or the sweep or one of its runs; empty where none has, or it is gone."""
+    try:
+        said = what.read() if isinstance(what, SweepDir) else what.read_manifest()
+        noted = str((said.get("mlflow") or {}).get("uri") or "")
+    except named.DAMAGED:  # said in its place
+        return ""
+    place = noted if noted not in ("", uri) and store.is_there(noted) else ""
+    runs = named.runs_of(what) if isinstance(what, SweepDir) and not place else []
+    return place or next(filter(None, (_elsewhere(rundir, uri) for rundir in runs)), "")
+
+
+def _left_out(kept: Sequence[SyncResult]) -> list[Fault]:
+    """What there is to say of runs and sweeps that are in another store already."""
+    places: dict[str, list[Path]] = {}
+    for result in kept:
+        places.setdefault(result.problem.removeprefix(ELSEWHERE), []).append(result.folder)
+    return [
+        Fault(
+            "uri",
+            f"{console.nearest(folders[0])}{f' and {len(folders) - 1} more' if folders[1:] else ''} "
+            f"{'are' if folders[1:] else 'is'} in {place} already, and a run is in one store",
+            "leave uri out to bring that one up to date; compare, diff and ui read any store (uri=…)",
+        )
+        for place, folders in places.items()
+    ]
 
 
 def _sync_parent(sweep: SweepDir, problem: str) -> SyncResult:
@@ -109,6 +171,8 @@ def _sync(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResult
             silent[run.uri] = problem
         if not problem and state.status == "running" and not rundir.is_alive():
             problem = _unknown(state)
+        if uri and problem:  # what its own store knows of it is as it was
+            return SyncResult(rundir.path, state.status, max(0, len(read(rundir)) - run.sent), None, problem)
         unsent = run.report(problem)
         url = (rundir.read_manifest().get("mlflow") or {}).get("url")
         return SyncResult(rundir.path, state.status, unsent, url, problem)

@@ -6,6 +6,7 @@ has and sends the rest. So nothing depends on a process that lives to the end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import time
@@ -58,10 +59,10 @@ class MlflowRun:
 
     @classmethod
     def of(cls, rundir: RunDir, uri: str | None = None) -> MlflowRun:
-        """The run of a folder in the store at ``uri``, by default the one that its configuration names."""
+        """The run of a folder in the store at ``uri``, by default its own (see ``home``)."""
         config = prepare.read_config(rundir)
         tracking = bind(config["tracking"], "tracking")()
-        return cls(rundir, uri or store_uri(tracking, config["outputs_dir"]), tracking, config)
+        return cls(rundir, uri or home(rundir, tracking, config["outputs_dir"]), tracking, config)
 
     def update(self) -> None:
         """Bring MLflow up to what the folder says now; what is there already is not sent again."""
@@ -176,6 +177,16 @@ class MlflowRun:
         points = [Metric(name, value, now_ms, state.step) for name, value in known.items() if value is not None]
         if points:
             client.log_batch(run.info.run_id, metrics=points)
+
+
+def home(rundir: RunDir, tracking: Tracking, outputs_dir: str | Path) -> str:
+    """The store of a run: the one that its configuration names; of ``tracking=offline`` the one it was brought into."""
+    if tracking.kind == "offline":
+        with contextlib.suppress(OSError, ValueError):  # a damaged manifest is said where it is needed
+            noted = str((rundir.read_manifest().get("mlflow") or {}).get("uri") or "")
+            if noted and store.is_there(noted):
+                return noted
+    return store_uri(tracking, outputs_dir)
 
 
 def artifacts_dir(uri: str, outputs_dir: str | Path) -> Path | None:

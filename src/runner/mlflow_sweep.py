@@ -23,12 +23,12 @@ from runner import mlflow_leaderboard, prepare, sending, store
 from runner.config import bind
 from runner.errors import RunnerError
 from runner.files import locked
-from runner.mlflow_run import ENDED, STATUS, artifacts_dir, explained, note, where
+from runner.mlflow_run import ENDED, STATUS, artifacts_dir, explained, home, note, where
 from runner.rundir import RunDir, State
 from runner.secrets import take_credentials
 from runner.sweepdir import SweepDir
 from runner.system import user
-from runner.tracking import Tracking, store_uri
+from runner.tracking import Tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -151,7 +151,7 @@ def _jobs(sweep: SweepDir, uri: str | None, offline: bool) -> list[Job]:
             config, manifest = prepare.read_config(rundir), rundir.read_manifest()
             tracking = _tracking(json.dumps(config["tracking"], sort_keys=True))
             if manifest.get("id") and (offline or tracking.kind == "mlflow"):
-                place = uri or store_uri(tracking, config["outputs_dir"])
+                place = uri or home(rundir, tracking, config["outputs_dir"])
                 jobs.append(Job(rundir, manifest, tracking, place, config["outputs_dir"]))
         except (RunnerError, OSError, ValueError, KeyError, TypeError) as error:
             log.warning(f"{rundir.path}: left out of the sweep in MLflow: {error}")

@@ -5,10 +5,12 @@ Every manifest below the outputs folder is read once; a damaged one is left out,
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from runner.sweepdir import SweepDir, sweep_of
 
 SHORTEST_ID = 4
 """Characters of an MLflow run id: fewer are more likely a name that was cut short."""
-SHOWN = 8
+SHOWN, WIDEST = 8, 48
+"""Lines that a message lists, and characters of a name in them."""
 DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError)
 """What reading the files of a run folder raises that a crash, a disk or a person has spoilt."""
 log = logging.getLogger("runner")
@@ -29,8 +32,8 @@ log = logging.getLogger("runner")
 def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
     """The run or the sweep that ``word`` means.
 
-    A folder counts from the current directory or from ``outputs_dir``; an MLflow id may be cut to a unique prefix; a
-    job of a sweep is also SWEEP/LABEL, and of a label like ``quant=4bit,lora.r=8`` a part will do.
+    A folder counts from the current directory or from ``outputs_dir``, or its own name alone; an MLflow id may be cut
+    to a unique prefix; a job of a sweep is also SWEEP/LABEL, and a part of a label (``quant=4bit,lora.r=8``) will do.
 
     Raises:
         ConfigError: there is none (with the nearest names), or there are several (with all of them).
@@ -39,15 +42,18 @@ def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
         return folder
     entries = list(_entries(outputs_dir))
     found = _sweeps_over_their_runs([entry for entry in entries if word in entry.names])
+    found = found or [entry for entry in entries if word == entry.what.path.name]
     if not found and len(word) >= SHORTEST_ID:
         found = [entry for entry in entries if entry.mlflow_id.startswith(word)]
     found = found or [entry for entry in entries if any(_says(name, word) for name in entry.names)]
     if len(found) == 1:
         return found[0].what
     if found:
-        remedy = "name one of these folders:" + _listed(entry.line() for entry in _newest_first(found))
+        remedy = f"name one of these folders:{_listed(_newest_first(found))}"
         raise ConfigError(Fault("", f"'{word}' is the name of {len(found)} runs", remedy))
-    raise ConfigError(Fault("", f"there is no run or sweep '{word}' below {outputs_dir}", _nearest(word, entries)))
+    raise ConfigError(
+        Fault("", f"there is no run or sweep '{word}' below {outputs_dir}", _nearest(word, entries, outputs_dir))
+    )
 
 
 def resolve_run(word: str, outputs_dir: Path) -> RunDir:
@@ -59,8 +65,8 @@ def resolve_run(word: str, outputs_dir: Path) -> RunDir:
     found = resolve(word, outputs_dir)
     if isinstance(found, RunDir):
         return found
-    runs = _listed(str(rundir.path) for rundir in found.rundirs())
-    raise ConfigError(Fault("", f"'{word}' is a sweep, and one run is wanted", f"name one of its runs:{runs}"))
+    lines = _lines(_runs_of_sweep(found))
+    raise ConfigError(Fault("", f"'{word}' is a sweep, and one run is wanted", f"name one of its runs:{lines}"))
 
 
 def meant(word: str, outputs_dir: Path) -> list[tuple[RunDir | SweepDir, bool]]:
@@ -117,10 +123,10 @@ class _Entry:
     mlflow_id: str
     created: float
 
-    def line(self) -> str:
+    def line(self, name: str) -> str:
         made = time.strftime("%F %T", time.localtime(self.created)) if self.created else ""
         kind = "sweep" if isinstance(self.what, SweepDir) else "run"
-        return f"{console.nearest(self.what.path)}  ({kind} {self.names[0]}{', made ' + made if made else ''})"
+        return f"{console.nearest(self.what.path)}  ({kind} {name}{', made ' + made if made else ''})"
 
 
 def _entries(outputs_dir: Path) -> Iterator[_Entry]:
@@ -183,21 +189,59 @@ def _is_in(rundir: RunDir, sweeps: set[Path]) -> bool:
     return sweep is not None and sweep.path in sweeps
 
 
-def _nearest(word: str, entries: list[_Entry]) -> str:
+def _nearest(word: str, entries: list[_Entry], outputs_dir: Path) -> str:
+    if not entries:
+        return "outputs_dir=FOLDER names another folder of runs"
+    begun = [entry for entry in entries if _begins(entry, word, outputs_dir)]
+    if len(begun) > 1:
+        return f"{len(begun)} begin so:{_listed(_newest_first(begun))}"
+    if len(word) < SHORTEST_ID and (alike := [entry for entry in entries if entry.mlflow_id.startswith(word)]):
+        few = f"an MLflow run id is written with {SHORTEST_ID} characters or more"
+        return f"{few}; those that begin so:{_listed(_newest_first(alike))}"
     names = {name for entry in entries for name in (*entry.names, console.nearest(entry.what.path))}
     if hint := suggest(word, names):
         return hint
-    if not names:
-        return "outputs_dir=FOLDER names another folder of runs"
-    latest = _listed(entry.line() for entry in _newest_first(entries))
-    return f"RUN is a folder, a name or the beginning of an MLflow run id; the latest:{latest}"
+    latest = _listed(_newest_first(entries))
+    form = f"a folder, a name or the beginning of an MLflow run id ({SHORTEST_ID} characters or more)"
+    return f"RUN is {form}; the latest:{latest}"
+
+
+def _begins(entry: _Entry, word: str, outputs_dir: Path) -> bool:
+    """Whether the folder of a run, as one writes it, begins so."""
+    path = entry.what.path
+    below = [str(path.relative_to(outputs_dir.absolute()))] if path.is_relative_to(outputs_dir.absolute()) else []
+    return any(folder.startswith(word) for folder in (path.name, str(path), console.nearest(path), *below))
+
+
+def _runs_of_sweep(sweep: SweepDir) -> list[str]:
+    """A line for each run: its folder, what it is called and how it stands; the best, which is marked, first."""
+    found: list[tuple[float, str, str, str]] = []
+    for rundir in runs_of(sweep):
+        with contextlib.suppress(*DAMAGED):
+            state, said = rundir.read_state(), rundir.read_manifest()
+            loss = state.summary.get("eval/loss") if state.status == "completed" else None
+            cost = float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
+            how = f"loss {cost:.4f}" if math.isfinite(cost) else state.status
+            found.append((cost, console.nearest(rundir.path), str(said.get("label") or said.get("name") or ""), how))
+    best = min(found, default=None)
+    found.sort(key=lambda each: each is not best)
+    labels = console.told_apart([label for _, _, label, _ in found], WIDEST)
+    marks = [" ★ the best" if each is best and math.isfinite(each[0]) else "" for each in found]
+    rows = zip(found, labels, marks, strict=True)
+    return [f"{folder}  ({label}, {how}){mark}" for (_, folder, _, how), label, mark in rows]
 
 
 def _newest_first(entries: Iterable[_Entry]) -> list[_Entry]:
     return sorted(entries, key=lambda entry: entry.created, reverse=True)
 
 
-def _listed(lines: Iterable[str]) -> str:
-    lines = list(lines)
-    more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+def _listed(entries: Sequence[_Entry]) -> str:
+    names = console.told_apart([entry.names[0] for entry in entries[:SHOWN]], WIDEST)
+    return _lines([entry.line(name) for entry, name in zip(entries, names, strict=False)], len(entries))
+
+
+def _lines(lines: Sequence[str], count: int = 0) -> str:
+    """One below the other; ``count``: of so many."""
+    count = max(count, len(lines))
+    more = [f"… and {count - SHOWN} more"] if count > SHOWN else []
     return "".join(f"\n      {line}" for line in [*lines[:SHOWN], *more])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from runner import console, named, prepare, provenance, store, tracking
+from runner import console, named, prepare, provenance, standing, store, tracking
 from runner.checkout import Code
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError, suggest
 from runner.mlflow_run import explained
@@ -27,7 +27,7 @@ Curves = dict[str, dict[int, float]]
 """Metric name → step → value."""
 
 STATUS = {"FINISHED": "completed", "KILLED": "killed", "FAILED": "failed", "RUNNING": "running", "SCHEDULED": "queued"}
-SHOWN = 8
+SHOWN, LATEST = 8, 200
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ def refuse_unbegun(run: Recorded, problem: str) -> None:
     """
     if run.status == "pending" and not run.curves:
         folder = console.nearest(run.folder) if run.folder else ""
+        if run.folder and (now := standing.of([RunDir(run.folder)])[0].status) in standing.LIVE:
+            remedy = f"wait until it is through: python -m runner status {folder}"
+            raise ConfigError(Fault("", f"{run.where} is {now}: {problem}", remedy))
         remedy = f"python -m runner resume={folder} starts it" if folder else "start it where its folder lies"
         raise ConfigError(Fault("", f"{run.where} has not begun: {problem}", remedy))
 
@@ -135,13 +138,14 @@ def of_store(word: str, uri: str) -> Recorded:
     """
     uri = checked(uri)
     with _asking(uri):
+        is_database = uri.startswith("sqlite:")
+        run_id = _only(*(_heads_of_database(word, uri) if is_database else _heads(word, uri)), word, uri).run_id
+        if is_database and (rundir := _lies_here(_tags_of_database(run_id, uri))):
+            return of_folder(rundir)
         client = store.connect(uri)
-        run = client.get_run(_only(client, word, uri).info.run_id)
-        folder = run.data.tags.get("runner.folder")
-        if folder and RunDir(Path(folder)).manifest.exists():
-            rundir = RunDir(Path(folder))
-            if rundir.read_manifest().get("id") == run.data.tags.get(store.ID_TAG):
-                return of_folder(rundir)
+        run = client.get_run(run_id)
+        if rundir := _lies_here(run.data.tags):
+            return of_folder(rundir)
         if "runner.signature" not in run.data.tags:
             problem = f"{run.info.run_id[:8]} in {uri} is no single run of this program"
             raise ConfigError(Fault("", problem, "name a run, not the parent of a sweep"))
@@ -212,30 +216,73 @@ def _may_be_id(word: str) -> bool:
     return len(word) >= named.SHORTEST_ID and set(word) <= set("0123456789abcdef")
 
 
-def _only(client: MlflowClient, word: str, uri: str) -> Run:
+@dataclass(frozen=True)
+class _Head:
+    """A run as it is listed."""
+
+    run_id: str
+    name: str
+    status: str
+
+    def __str__(self) -> str:
+        return redact(f"{self.run_id}  {self.name}  {self.status}")
+
+
+def _only(found: list[_Head], latest: list[_Head], word: str, uri: str) -> _Head:
     """The one run of all experiments that is called so."""
-    experiments = [str(each.experiment_id) for each in client.search_experiments()]
-    found: list[Run] = []
-    if _may_be_id(word):
-        found = list(client.search_runs(experiments, f"attributes.run_id LIKE '{word}%'", max_results=SHOWN + 1))
-    if not found and not {"'", '"'} <= set(word):
-        quote = '"' if "'" in word else "'"
-        wanted = f"attributes.run_name = {quote}{word}{quote}"
-        found = list(client.search_runs(experiments, wanted, max_results=SHOWN + 1))
     if len(found) == 1:
         return found[0]
     if found:
-        remedy = "write more of its id:" + "".join(f"\n      {_line(run)}" for run in found[:SHOWN])
+        remedy = "write more of its id:" + "".join(f"\n      {head}" for head in found[:SHOWN])
         raise ConfigError(Fault("", f"'{word}' is the name of {len(found)} runs or more in {uri}", remedy))
-    latest = list(client.search_runs(experiments, max_results=200)) if experiments else []
-    names = [name for run in latest for name in (run.info.run_name or "", run.info.run_id)]
-    listed = "".join(f"\n      {_line(run)}" for run in latest[:SHOWN])
+    names = [name for head in latest for name in (head.name, head.run_id)]
+    listed = "".join(f"\n      {head}" for head in latest[:SHOWN])
     remedy = suggest(word, names) or (f"the latest there:{listed}" if listed else "it has no runs: uri=… names another")
     raise UnknownRunError(Fault("", f"there is no run '{word}' in {uri}", remedy))
 
 
-def _line(run: Run) -> str:
-    return redact(f"{run.info.run_id}  {run.info.run_name}  {run.info.status}")
+def _heads_of_database(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
+    """Those that are called so, and the latest: read as they lie there, as importing MLflow takes seconds."""
+    (rows,) = store.read_sqlite(
+        Path(uri.removeprefix("sqlite:///")),
+        [
+            "SELECT run_uuid, COALESCE(runs.name, ''), status FROM runs JOIN experiments USING (experiment_id) "
+            "WHERE runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active' ORDER BY start_time DESC"
+        ],
+    )
+    heads = [_Head(*row) for row in rows]
+    found = [head for head in heads if _may_be_id(word) and head.run_id.startswith(word)]
+    return found or [head for head in heads if head.name == word], heads[:LATEST]
+
+
+def _tags_of_database(run_id: str, uri: str) -> dict[str, str]:
+    database = Path(uri.removeprefix("sqlite:///"))
+    (rows,) = store.read_sqlite(database, ["SELECT key, value FROM tags WHERE run_uuid = ?"], [run_id])
+    return dict(rows)
+
+
+def _heads(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
+    """The same, asked of MLflow's client."""
+    client = store.connect(uri)
+    experiments = [str(each.experiment_id) for each in client.search_experiments()]
+
+    def search(wanted: str, count: int) -> list[_Head]:
+        found = client.search_runs(experiments, wanted, max_results=count)
+        return [_Head(run.info.run_id, run.info.run_name or "", run.info.status) for run in found]
+
+    found = search(f"attributes.run_id LIKE '{word}%'", SHOWN + 1) if _may_be_id(word) else []
+    if not found and not {"'", '"'} <= set(word):
+        quote = '"' if "'" in word else "'"
+        found = search(f"attributes.run_name = {quote}{word}{quote}", SHOWN + 1)
+    return found, [] if found or not experiments else search("", LATEST)
+
+
+def _lies_here(tags: Mapping[str, str]) -> RunDir | None:
+    """The folder of a run in MLflow, where it lies on this machine."""
+    folder = tags.get("runner.folder")
+    rundir = RunDir(Path(folder)) if folder else None
+    is_it = rundir and rundir.manifest.exists() and rundir.read_manifest().get("id") == tags.get(store.ID_TAG)
+    return rundir if is_it else None
 
 
 def _histories(client: MlflowClient, run: Run) -> Curves:

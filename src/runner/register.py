@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -31,7 +33,7 @@ whole model in full precision, which answers texts by its chat template.
   mlflow.pyfunc.load_model("models:/support-bot@champion").predict(["Hello!"])
   mlflow models serve -m models:/support-bot@champion --env-manager local
 
-RUN is a run folder, a name, or the beginning of an MLflow run id.
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
   --alias ALIAS       points to this version from now on
   model.path=FOLDER   where the base model lies now, if not where it lay"""
 
@@ -139,7 +141,7 @@ def _register(run: Trained, place: _Place, there: Run, name: str, *, exists: boo
         check = merge.write(run, folder, None)
         console.say(f"check    {check.notes()['check']}")
         base = str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
-        (folder / "README.md").write_text(card.text(run.rundir, ("model",), "model", base, check.notes()))
+        (folder / "README.md").write_text(card.text(run.rundir, ("model",), base, check.notes()))
         source, model_id = _bring(run, place, there, name, folder, Path(aside, "mlflow"))
     made_name = False
     try:
@@ -232,5 +234,7 @@ def _tell(place: _Place, name: str, version: str, alias: str | None) -> None:
     model = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     uri = take_credentials(place.uri)[0]
     console.say(f"version  {version} of {name}" + (f", alias {alias}" if alias else ""))
-    console.say(f"load     mlflow.pyfunc.load_model({model!r}).predict(['Hello!'])")
-    console.say(f"serve    MLFLOW_TRACKING_URI={uri} mlflow models serve -m {model} --env-manager local")
+    code = f'import mlflow; print(mlflow.pyfunc.load_model({json.dumps(model)}).predict(["Hello!"]))'
+    there = f"MLFLOW_TRACKING_URI={shlex.quote(uri)}"
+    console.say(f"load     {there} python -c {shlex.quote(code)}")
+    console.say(f"serve    {there} mlflow models serve -m {shlex.quote(model)} --env-manager local")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from runner.checkpoint import Progress
     from runner.train import Parts
 
+NOTHING = "(nothing)"
+"""What is shown of a model that ended its answer at once."""
 log = logging.getLogger("runner")
 
 
@@ -200,7 +202,8 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
 
 def _show_samples(rundir: RunDir) -> None:
     samples = json.loads(rundir.samples.read_text()) if rundir.samples.exists() else []
-    rows = [[_last_words(s["prompt"]), s["before"], s["after"], s["reference"]] for s in samples]
+    said = [{key: str(text).strip() or NOTHING for key, text in sample.items()} for sample in samples]
+    rows = [[_last_words(s["prompt"]), s["before"], s["after"], s["reference"]] for s in said]
     if rows:
         console.table("held-out prompts", ["prompt", "before", "after", "reference"], rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from runner import (
     worktree,
 )
 from runner.compose import Composer, Job, opened, parse
-from runner.errors import ConfigError, Fault
+from runner.config import TARGET, config_dir, unknown_key
+from runner.errors import ConfigError, Fault, suggest
 from runner.files import write_atomic
 from runner.recorded import Recorded
 from runner.rundir import RunDir
@@ -38,8 +40,10 @@ hardware) is said before it starts; in the end, whether the numbers are the same
   python -m runner rerun lora.r=8 --exact                  with the code that it ran: its commit, its changes
   python -m runner rerun 3f2a launcher=slurm launcher.partition=gpu
 
-RUN is a run folder, a name, or the beginning of an MLflow run id.
-  --exact    run the recorded commit with the recorded uncommitted changes, in a git worktree of its own
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
+  --exact    run the recorded commit with the recorded uncommitted changes, in a git worktree of its own; these stay in
+             ~/.cache/runner/worktrees (RUNNER_CACHE/worktrees) for the next time; in your checkout this clears them:
+             rm -r ~/.cache/runner/worktrees; git worktree prune
   uri=URI    the MLflow store that has a run which lies on no disk here
 Where and how it happens may be changed: outputs_dir, hydra.run.dir, name, launcher, tracking and their keys; and where
 the same files lie here: data.path, data.eval_path, data.format.function, model.path. Any other key makes another run.
@@ -115,7 +119,9 @@ def _refuse_others(original: Recorded, given: list[str]) -> None:
     for key, word in meaningless.items():
         problem = "means nothing to a rerun, which gets a folder of its own"
         faults.append(Fault(key, problem, "leave it out", word.partition("=")[2]))
-    if others:
+    unknown = [fault for word in others.values() if (fault := _unknown(word, original.config, set(others)))]
+    faults += unknown
+    if others and not unknown:
         then = [str(word) for word in original.manifest.get("overrides") or []]
         kept = [word for word in then if _key(word) not in {*others, "resume", "retry"}]
         problem = "would make it another run" if len(others) == 1 else "would make it another run, each of them"
@@ -123,6 +129,28 @@ def _refuse_others(original: Recorded, given: list[str]) -> None:
         faults.append(Fault(" ".join(others.values()), problem, remedy))
     if faults:
         raise ConfigError(*faults)
+
+
+def _unknown(word: str, config: dict[str, Any], given: set[str]) -> Fault | None:
+    """What is wrong with an override that no run could have: a key, or an option of a group, that is not there."""
+    key, _, value = word.partition("=")
+    groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    if word.startswith(("+", "~")) or (_group(key) in given and key not in groups) or _group(key) == "hydra":
+        return None  # of another option than the run's, or of a method that knows it: its own checks will say
+    if key in groups:
+        options = sorted(path.stem for path in (config_dir() / key).glob("*.yaml") if path.stem != "base")
+        is_there = value in (*options, "null")
+        allowed = f"{suggest(value, options)} options here: {', '.join(options)}".strip()
+        return None if is_there else Fault(key, "no such option", allowed, value)
+    node: Any = config
+    parts = key.split(".")
+    for number, part in enumerate(parts):
+        if not isinstance(node, dict) or part not in node:
+            known = [name for name in node if name != TARGET] if isinstance(node, dict) else []
+            names = [*known, *(sorted(groups) if not number else [])]
+            return replace(unknown_key(part, names, value), key=key)
+        node = node[part]
+    return None
 
 
 def _key(word: str) -> str:

@@ -74,7 +74,8 @@ def _of(found: Standing, outputs_dir: Path, *, is_alone: bool) -> Result:
             overrides = [str(override) for override in said.get("overrides") or []]
             flat = dict(flatten(prepare.read_config(rundir)))
             params, implied = choices.named(flat, choices.given_by(overrides))
-            metrics = last_values(tracking.read(rundir))
+            later = ({"step": r["step"], **r["metrics"]} for r in tracking.read_evaluations(rundir))
+            metrics = last_values([*tracking.read(rundir), *later])
         except (RunnerError, *named.DAMAGED) as error:
             status, reason = "damaged", str(error)
     if state.seconds:

@@ -40,6 +40,8 @@ FIXED_KEYS = ("launcher", "search", "tracking")
 def asked_for(composer: Composer) -> search.Search | None:
     """The search that a command line chooses; None where it is a grid."""
     node = composer.chosen("search")
+    if isinstance(node.get("space"), dict):
+        space.refuse_listed(node["space"])
     made: search.Search | None = bind(node, "search")()
     return made
 
@@ -52,7 +54,10 @@ def run(composer: Composer, wanted: search.Search, argv: list[str]) -> int:
     """
     dimensions = _dimensions(composer, wanted)
     session = Session(composer, argv)
-    probes = session.composed(_probes(composer, dimensions), 0)
+    try:
+        probes = session.composed(_probes(composer, dimensions), 0)
+    except ConfigError as error:
+        raise space.explained(error, dimensions) from error
     sweep, launcher = SweepDir(Path(probes[0].sweep_dir)), admit.launcher_of(probes[0].cfg)
     search.refuse_unlogged(wanted, probes[0].cfg)
     launcher.check(wanted.at_once)
@@ -81,7 +86,10 @@ def planned(composer: Composer, wanted: search.Search) -> compose.Job:
     """
     dimensions = _dimensions(composer, wanted)
     jobs = composer.jobs(_probes(composer, dimensions))
-    admit.admit(jobs)
+    try:
+        admit.admit(jobs)
+    except ConfigError as error:
+        raise space.explained(error, dimensions) from error
     search.refuse_unlogged(wanted, jobs[0].cfg)
     over = ", ".join(f"{each.key}={each.text}" for each in dimensions)
     console.say(f"search={wanted.kind} proposes {wanted.trials} runs over {over}; one of them:")
@@ -104,6 +112,12 @@ class Trials:
         if retry:
             self._enqueue_failed()
         self._looked, self._seen = 0.0, {}  # type: float, dict[Path, tuple[int, ...]]
+        self._before = self._ended()
+
+    @property
+    def total(self) -> int:
+        """Runs that this process has to do: those that are wanted less those that had come to something before."""
+        return max(0, self.wanted.trials - self._before)
 
     def next(self) -> RunDir | None:
         while not self.sweep.cancel_request.exists() and (self.begun or self._is_more()):
@@ -240,6 +254,11 @@ class Trials:
             sum(not {"is_retried", "promoted"} & trial.user_attrs.keys() for trial in self._trials())
             < self.wanted.trials
         )
+
+    def _ended(self) -> int:
+        """How many runs have ended; one that is tried again, or goes on, has not."""
+        last = {json.dumps(study.params_of(trial), sort_keys=True): trial.state for trial in self._trials()}
+        return sum(state.is_finished() for state in last.values())
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)

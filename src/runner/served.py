@@ -13,6 +13,9 @@ import mlflow
 class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """MLflow takes a model of one's own as a subclass of PythonModel; what it is given is in ``context``."""
 
+    _skip_type_hint_validation = True
+    """Without it MLflow asks for annotations at every load; it would take its signature from them (see ``predict``)."""
+
     def load_context(self, context: Any) -> None:
         """Load model and tokenizer from the artifact ``model``; in float32 on a CPU, as it was stored on a GPU."""
         import torch

@@ -6,7 +6,9 @@ between, ``int(interval(a,b))`` all whole ones; ``tag(log, …)`` looks at their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +81,63 @@ def dimensions(parser: OverridesParser, swept: Sequence[str], space: dict[str, s
         if not faults:
             found[key] = _dimension(override, key, values)
     if not texts:
-        faults.append(Fault("search", "there is nothing to search over", f"add key=values, {SYNTAX}"))
+        remedy = f"add key=values, {SYNTAX}; in brackets, [4,8], it is one value: a list"
+        faults.append(Fault("search", "there is nothing to search over", remedy))
     if faults:
         raise ConfigError(*faults)
     return list(found.values())
 
 
 SYNTAX = "as optim.learning_rate=tag(log,interval(1e-5,1e-2)), lora.r=4,8,16 or 'seed=range(1,9)'"
+
+
+def refuse_listed(space: Mapping[str, Any]) -> None:
+    """Refuse values of ``search.space`` that are no text in Hydra's sweep syntax.
+
+    Raises:
+        ConfigError: with all of them, and how they are written.
+    """
+    faults = [
+        Fault(
+            f"search.space.{key}",
+            "must be one text, in Hydra's sweep syntax",
+            f"write {key}: '{_plainly(value)}'",
+            text,
+        )
+        for key, value in _leaves(space)
+        if not isinstance(value, str) and (text := json.dumps(value)) is not None
+    ]
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and their values: ``{lora: {r: …}}`` is ``lora.r`` too."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plainly(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def explained(error: ConfigError, dimensions: Sequence[Dimension]) -> ConfigError:
+    """What is wrong with the ends of a range, once for both; of whole numbers how to draw them alone."""
+    fractions = {each.key: each for each in dimensions if not (each.choices or each.is_whole)}
+    faults: list[Fault] = []
+    for fault in error.faults:
+        dimension = fractions.get(fault.key)
+        if not dimension or "must be a whole number" not in fault.problem:
+            faults.append(fault)
+        elif all(known.key != fault.key for known in faults):
+            low, high = math.ceil(dimension.low), math.floor(dimension.high)
+            draw = f"tag(log,int(interval({low},{high})))" if dimension.is_log else f"range({low},{high + 1})"
+            problem = f"{fault.problem}, and there are others in between"
+            faults.append(Fault(fault.key, problem, f"write '{fault.key}={draw}'", dimension.text))
+    return ConfigError(*faults)
 
 
 def _complaints(override: Override, is_known: bool) -> Iterator[tuple[str, str]]:
@@ -95,14 +147,16 @@ def _complaints(override: Override, is_known: bool) -> Iterator[tuple[str, str]]
     elif not isinstance(sweep, Sweep):
         yield "is one value and no range", SYNTAX
     elif isinstance(sweep, IntervalSweep):
-        if sweep.start is None or sweep.end is None or not sweep.start < sweep.end:
-            yield "has no numbers in it", "give the smaller end first"
+        if sweep.start is None or sweep.end is None or sweep.start == sweep.end:
+            yield "has no numbers in it", "give it two ends, the smaller first"
+        elif sweep.start > sweep.end:
+            yield "has its ends the wrong way round", f"give the smaller first: interval({sweep.end:g},{sweep.start:g})"
         elif "log" in sweep.tags and sweep.start <= 0:
             yield "has no logarithm at its lower end", "let it begin above 0, or leave tag(log, …) out"
     elif "log" in sweep.tags:
         yield "has a logarithm only as an interval", "leave tag(log, …) out, or write interval(low,high)"
     elif isinstance(sweep, RangeSweep) and not list(sweep.range()):
-        yield "has no numbers in it", "give the smaller end first"
+        yield "has no numbers in it", "give the smaller end first; the other does not count"
     if isinstance(sweep, Sweep) and (unknown := sweep.tags - {"log"}):
         yield f"has a tag that says nothing here: {', '.join(sorted(unknown))}", "the one tag is log"
 

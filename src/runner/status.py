@@ -28,7 +28,8 @@ found out, closed in its folder and, after the table, in MLflow.
   python -m runner status outputs/2026-01-31 --all
   python -m runner status --watch           again and again, until nothing goes on any more
 
-RUN is a run folder, a name, a Slurm job id, or the beginning of an MLflow run id; SWEEP its name or its folder.
+RUN is a run folder, a name, a Slurm job id, or the beginning (4 characters or more) of an MLflow run id; SWEEP its
+name or its folder.
   --all     everything, not only the latest
   --watch   look again every few seconds; Ctrl-C ends the looking, not the runs
   --json    for programs: a list of runs and sweeps, those with a list of runs
@@ -37,11 +38,11 @@ What it says
   starting  a worker loads it               stopping           it was told to leave, and saves
   running
   completed                                 failed, killed, preempted   with the reason
-  pruned    a search has given it up
+  pruned    a search has paused it, and goes on with it if it comes to be among the best
   unknown   it can only be seen elsewhere   missing, damaged   its folder is not what it was
 The exit code is 0, however they stand."""
 
-LATEST = 15
+LATEST, LABEL = 15, 48
 POLL_S, SLURM_POLL_S = 2.0, 10.0
 """Between two looks of --watch; Slurm's daemons serve everybody, and are asked less often."""
 TAIL_BYTES = 65536
@@ -117,9 +118,11 @@ def _text(groups: Sequence[_Group], words: asked.Asked) -> str:
         if words.words or words.has("--all") or number < LATEST or not group.is_finished
     ]  # fmt: skip
     rows: list[_Row] = []
+    labels = iter(console.told_apart([run.label for group in shown if _is_open(group) for run in group.runs], LABEL))
     for group in shown:
         rows += [_Row.of_sweep(group)] if group.sweep else []
-        rows += [_Row.of_run(run, indent=bool(group.sweep)) for run in group.runs] if _is_open(group) else []
+        runs = group.runs if _is_open(group) else []
+        rows += [_Row.of_run(run, next(labels), indent=bool(group.sweep)) for run in runs]
     if not rows:
         return f"no runs below {console.nearest(words.outputs_dir.absolute())} yet: python -m runner starts one"
     lines = _table(rows)
@@ -174,11 +177,10 @@ class _Row:
         return cls(cells, alike, standing.NOBODY if is_left else "")
 
     @classmethod
-    def of_run(cls, run: Standing, *, indent: bool) -> _Row:
+    def of_run(cls, run: Standing, label: str, *, indent: bool) -> _Row:
         state = run.state
         step = f"{state.step}/{state.total_steps}" if state.total_steps else ""
         left = eta_s(run)
-        label = run.label if len(run.label) <= 48 else run.label[:47] + "…"
         cells = ("  " * indent + label, run.status, step, _loss_text(run), duration(left) if left is not None else "",
                  where(run), console.nearest(run.rundir.path))  # fmt: skip
         return cls(cells, run.status, run.reason)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +73,21 @@ def answers(uri: str) -> bool:
     except Exception:  # refused, timed out, locked, out of date: it does not answer
         return False
     return True
+
+
+def read_sqlite(database: Path, queries: Sequence[str], values: Sequence[Any] = ()) -> list[list[Any]]:
+    """What MLflow's database answers to all queries as of one moment, without importing MLflow: others write meanwhile.
+
+    The tables have kept their columns since MLflow 1.0.
+    """
+    with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+        connection.execute("BEGIN")
+        return [connection.execute(query, list(values)).fetchall() for query in queries]
+
+
+def is_there(uri: str) -> bool:
+    """Whether the store may still be asked: a database whose file is gone may not."""
+    return not uri.startswith("sqlite:") or Path(uri.removeprefix("sqlite:///")).exists()
 
 
 def is_server(uri: str) -> bool:

@@ -6,10 +6,8 @@ makes of a thousand runs, take longer than the answer. Other databases are asked
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,13 +156,16 @@ class _Sqlite:
     def experiments(self) -> dict[str, str]:
         if not self.path.is_file():
             raise TrackingError(Fault("uri", f"there is no database {self.path}", "name one that a run was tracked in"))
-        (found,) = self._ask(["SELECT name, experiment_id FROM experiments WHERE lifecycle_stage = 'active'"])
+        (found,) = store.read_sqlite(
+            self.path, ["SELECT name, experiment_id FROM experiments WHERE lifecycle_stage = 'active'"]
+        )
         return {name: str(identity) for name, identity in found}
 
     def runs(self, experiments: Sequence[str]) -> list[Row]:
         chosen = f"experiment_id IN ({','.join('?' * len(experiments))}) AND lifecycle_stage = 'active'"
         among = f"run_uuid IN (SELECT run_uuid FROM runs WHERE {chosen})"
-        found, params, tags, numbers = self._ask(
+        found, params, tags, numbers = store.read_sqlite(
+            self.path,
             [
                 f"SELECT run_uuid, name, status, start_time FROM runs WHERE {chosen}",
                 f"SELECT run_uuid, key, value FROM params WHERE {among}",
@@ -186,16 +187,10 @@ class _Sqlite:
         chosen = f"run_uuid IN ({','.join('?' * len(run_ids))}) AND key IN ({','.join('?' * len(names))})"
         query = f"SELECT run_uuid, key, step, timestamp, value FROM metrics WHERE NOT is_nan AND {chosen} ORDER BY step"
         found: dict[tuple[str, str], list[Point]] = {}
-        (points,) = self._ask([query], [*run_ids, *names])
+        (points,) = store.read_sqlite(self.path, [query], [*run_ids, *names])
         for run, key, step, time_ms, number in points:
             found.setdefault((run, key), []).append((step, time_ms / 1000, number))
         return ((run, key, points) for (run, key), points in found.items())
-
-    def _ask(self, queries: Sequence[str], values: Sequence[Any] = ()) -> list[list[Any]]:
-        """The answers to all queries as of one moment: others write meanwhile."""
-        with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=20)) as database:
-            database.execute("BEGIN")
-            return [database.execute(query, list(values)).fetchall() for query in queries]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +40,8 @@ def taken_up(wanted: Search, dimensions: Sequence[Dimension], fixed: dict[str, s
     known = {**about, **study.user_attrs.get("about", {})}  # one that was begun before "fixed" was noted takes this
     for differs in ("space", "objectives"):
         if known[differs] != about[differs]:
-            problem = f"this search has another {differs.rstrip('s')}: {json.dumps(known[differs])}"
-            raise ResumeError(Fault("search", problem, "sweep=NAME starts a new one", json.dumps(about[differs])))
+            problem = f"this search has another {differs.rstrip('s')}: {_listed(known[differs])}"
+            raise ResumeError(Fault("search", problem, "sweep=NAME starts a new one", _listed(about[differs])))
     if known["fixed"] != fixed:
         problem = f"its runs were begun with {_changes(known['fixed'], fixed)}: not to be compared with these"
         remedy = "sweep=NAME starts a new one; without these changes it goes on"
@@ -71,6 +70,10 @@ def failures(study: Study) -> list[FrozenTrial]:
 def params_of(trial: FrozenTrial) -> dict[str, Any]:
     """What a trial stands for; of one that waits to be proposed, too."""
     return dict(trial.params or trial.system_attrs.get("fixed_params") or {})
+
+
+def _listed(pairs: Any) -> str:
+    return ", ".join(f"{key}={text}" for key, text in pairs.items())
 
 
 def _changes(then: dict[str, str], now: dict[str, str]) -> str:

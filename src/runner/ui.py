@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -13,13 +14,13 @@ import time
 import urllib.error
 import urllib.request
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from runner import asked, recorded, rest, store
-from runner.errors import ConfigError, Fault, TrackingError
+from runner import asked, recorded, rest, store, stored
+from runner.errors import ConfigError, Fault, TrackingError, suggest
 from runner.stop import signals_to
 
 HELP = """python -m runner ui [--port N] [--experiment NAME] [--no-browser] [uri=URI] [outputs_dir=FOLDER]
@@ -62,7 +63,16 @@ def ui(argv: list[str]) -> int:
             raise ConfigError(Fault("--port", "has no effect: that server runs already", "leave it out", port))
         _show(_page(uri, words.options.get("--experiment")), words)
         return 0
+    if "--experiment" in words.options and uri.startswith("sqlite:"):
+        with contextlib.suppress(sqlite3.Error):  # of another version, or none: MLflow has the words for that
+            _refuse_unknown(words.options["--experiment"], stored.opened(uri).experiments())
     return _serve(uri, port or _free_port(), words)
+
+
+def _refuse_unknown(name: str, there: Collection[str]) -> None:
+    if name not in there:
+        remedy = f"{suggest(name, there)} those there are: {', '.join(sorted(there)) or 'none'}".strip()
+        raise ConfigError(Fault("--experiment", "there is none of that name", remedy, name))
 
 
 def _asked_port(words: asked.Asked) -> int | None:
@@ -192,9 +202,8 @@ def _page(address: str, name: str | None) -> str:
         raise TrackingError(Fault("uri", problem, "does it run, and is the address right?")) from error
     own = [each for each in found if each != "Default"]
     wanted = name or ("runner" if "runner" in found else own[0] if own else "")
-    if name and name not in found:
-        remedy = f"those there are: {', '.join(sorted(found))}"
-        raise ConfigError(Fault("--experiment", "there is none of that name", remedy, name))
+    if name:
+        _refuse_unknown(name, found)
     return f"{address}/#/experiments/{quote(str(found[wanted]))}" if wanted else address
 
 

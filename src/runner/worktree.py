@@ -9,16 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from runner import checkout, provenance
 from runner.errors import ConfigError, Fault
-from runner.files import cache_dir, locked, write_atomic
+from runner.files import cache_dir, is_held, locked, write_atomic
 from runner.recorded import Recorded
 from runner.rundir import RunDir
 from runner.stop import signals_to
+
+STALE_S = 3600.0
 
 
 def provide(run: Recorded) -> Path:
@@ -34,6 +37,7 @@ def provide(run: Recorded) -> Path:
         problem = "its uncommitted changes were not recorded (dirty.diff is missing)"
         raise ConfigError(Fault("--exact", problem, "leave --exact out: it runs with the code that is here"))
     patch = hashlib.sha256(code.patch.encode("utf-8", "surrogateescape")).hexdigest()
+    _tidy(cache_dir("worktrees"))
     folder = cache_dir("worktrees") / (code.sha[:16] + (f"-{patch[:8]}" if code.patch else ""))
     made_as = folder.with_name(f".{folder.name}.sha256")
     with locked(folder.with_name(f".{folder.name}.lock")):
@@ -43,6 +47,16 @@ def provide(run: Recorded) -> Path:
             write_atomic(made_as, _digest(folder))
     _refuse_other_code(run, folder)
     return folder
+
+
+def _tidy(rooms: Path) -> None:
+    """Remove what was noted beside worktrees that somebody has taken away since."""
+    for suffix in (".sha256", ".lock"):
+        for path in rooms.glob(f".*{suffix}"):
+            with contextlib.suppress(OSError):  # another process tidies, too
+                is_old = time.time() - path.stat().st_mtime > STALE_S  # nobody is about to make the folder beside it
+                if is_old and not (rooms / path.name[1:].removesuffix(suffix)).exists() and not is_held(path):
+                    path.unlink()
 
 
 def take_up(rundir: RunDir, folder: Path) -> int:

@@ -88,8 +88,10 @@ class Row:
 class ProgressTable:
     """The table; every change is told by its methods, and ``look`` reads how far the runs are, twice a second."""
 
-    def __init__(self, rundirs: list[RunDir], at_once: int | None) -> None:
+    def __init__(self, rundirs: list[RunDir], at_once: int | None, total: int = 0) -> None:
         self.rows: list[Row] = []
+        self.total = total
+        """How many there will be, where they are proposed one after the other."""
         for rundir in rundirs:
             self.add(rundir)
         self.at_once = at_once
@@ -99,10 +101,20 @@ class ProgressTable:
         self._looked = 0.0
 
     def add(self, rundir: RunDir) -> int:
-        """One more run; returns its number."""
+        """One more run, or one again that goes on; returns its number."""
         manifest = rundir.read_manifest()
-        self.rows.append(Row(rundir, str(manifest.get("label") or manifest.get("name") or rundir.path.name)))
+        row = Row(rundir, str(manifest.get("label") or manifest.get("name") or rundir.path.name))
+        known = next((number for number, each in enumerate(self.rows) if each.rundir.path == rundir.path), None)
+        if known is not None:
+            self.rows[known] = row
+            return known
+        self.rows.append(row)
         return len(self.rows) - 1
+
+    @property
+    def count(self) -> int:
+        """All runs, those that are still to be proposed too."""
+        return max(self.total, len(self.rows))
 
     def __enter__(self) -> ProgressTable:
         if sys.stderr.isatty():
@@ -124,7 +136,8 @@ class ProgressTable:
                 self._live.stop()
 
     def started(self, number: int) -> None:
-        self._begin(number, "starting", "started")
+        saved = self.rows[number].rundir.saved_step()
+        self._begin(number, "starting", f"goes on from step {saved}" if saved else "started")
 
     def elsewhere(self, number: int) -> None:
         """Another process works on this run: it is waited for."""
@@ -170,7 +183,7 @@ class ProgressTable:
         """``3/6 done, about 4 min 00 s left``."""
         done, left = sum(row.status in OVER for row in self.rows), self._left_s()
         about = f", about {console.duration(left)} left" if left is not None else ""
-        return f"{done}/{len(self.rows)} done{about}"
+        return f"{done}/{self.count} done{about}"
 
     def _begin(self, number: int, status: str, line: str) -> None:
         self.rows[number].status, self.rows[number].began = status, time.monotonic()
@@ -188,7 +201,7 @@ class ProgressTable:
         whole = [row.seconds for row in self.rows if row.status == "completed" and row.seconds is not None]
         whole += [time.monotonic() - row.began + left for row in self.rows
                   if row.began is not None and (left := row.left_s()) is not None]  # fmt: skip
-        waiting = sum(row.status in ("waiting", "starting") for row in self.rows)
+        waiting = sum(row.status in ("waiting", "starting") for row in self.rows) + self.count - len(self.rows)
         if (waiting and not whole) or not (waiting or lefts):
             return None
         together = self.at_once or max(1, len(lefts))
@@ -198,7 +211,7 @@ class ProgressTable:
         row = self.rows[number]
         row.told = time.monotonic()
         if not self._live:
-            _write(f"[{number + 1}/{len(self.rows)}] {row.label}: {text}")
+            _write(f"[{number + 1}/{self.count}] {row.label}: {text}")
 
     def _draw(self) -> None:
         if self._live:

@@ -11,6 +11,10 @@ from runner.sweepdir import SweepDir
 class Source(Protocol):
     """Proposes runs one after the other, and learns how each ended."""
 
+    @property
+    def total(self) -> int:
+        """How many runs it will propose; one that it proposes again counts once."""
+
     def next(self) -> RunDir | None:
         """A further run to start now; None where there is none, or none yet."""
 

@@ -58,7 +58,7 @@ def work_through(
     with contextlib.ExitStack() as held:
         if sweep:
             held.enter_context(queueing(sweep))  # the forked processes inherit it, and hold it if this one is killed
-        table = held.enter_context(ProgressTable(rundirs, len(slots)))
+        table = held.enter_context(ProgressTable(rundirs, len(slots), source.total if source else 0))
         queue = _Queue([Job(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, table, warm, source)
         held.enter_context(queue.listening())
         return queue.run()
