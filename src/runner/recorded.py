@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,21 +224,25 @@ class _Head:
     name: str
     status: str
 
-    def __str__(self) -> str:
-        return redact(f"{self.run_id}  {self.name}  {self.status}")
-
 
 def _only(found: list[_Head], latest: list[_Head], word: str, uri: str) -> _Head:
     """The one run of all experiments that is called so."""
     if len(found) == 1:
         return found[0]
     if found:
-        remedy = "write more of its id:" + "".join(f"\n      {head}" for head in found[:SHOWN])
+        remedy = f"write more of its id:{_listed(found)}"
         raise ConfigError(Fault("", f"'{word}' is the name of {len(found)} runs or more in {uri}", remedy))
     names = [name for head in latest for name in (head.name, head.run_id)]
-    listed = "".join(f"\n      {head}" for head in latest[:SHOWN])
-    remedy = suggest(word, names) or (f"the latest there:{listed}" if listed else "it has no runs: uri=… names another")
+    remedy = suggest(word, names) or (
+        f"the latest there:{_listed(latest)}" if latest else "it has no runs: uri=… names another"
+    )
     raise UnknownRunError(Fault("", f"there is no run '{word}' in {uri}", remedy))
+
+
+def _listed(heads: Sequence[_Head]) -> str:
+    names = console.told_apart([head.name for head in heads[:SHOWN]], named.WIDEST)
+    lines = (f"{head.run_id}  {name}  {head.status}" for head, name in zip(heads, names, strict=False))
+    return redact("".join(f"\n      {line}" for line in lines))
 
 
 def _heads_of_database(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
