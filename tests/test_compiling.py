@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from runner import compiling, loss
+from runner import compiling, loss, recompute
 from runner.config import config_dir, find_faults
 from runner.errors import ConfigError
 
@@ -91,12 +91,11 @@ def test_default_compiles_the_decoder_once() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_gradient_checkpointing_goes_along() -> None:
+@pytest.mark.parametrize("memory", ["balanced", "min"])
+def test_computing_layers_again_goes_along(memory: recompute.Memory) -> None:
     plain, model = with_lora(llama(2)), with_lora(llama(2))
-    for each in (plain, model):
-        each.gradient_checkpointing_enable({"use_reentrant": False})
-        each.enable_input_require_grads()
-    option("regional")(model)
+    recompute.arrange(model, memory)
+    option("regional", fullgraph=True)(model)
     torch.testing.assert_close(losses_and_gradients(model), losses_and_gradients(plain), atol=1e-4, rtol=1e-4)
 
 

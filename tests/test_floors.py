@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,12 @@ FLOORS = [
     {"files"},
     {"rundir"},
     {"condition", "config", "sweepdir", "schema", "console", "stop", "readers", "precision", "adapter", "rest",
-     "ranks", "shards", "scheduler", "provenance", "checkout", "served"},
-    {"asked", "prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules", "compiling",
+     "compiling", "ranks", "shards", "scheduler", "provenance", "checkout", "served"},
+    {"asked", "prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules",
      "tracking", "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored",
      "outcome", "converter", "documents", "fused", "readings"},
     {"halving"},
-    {"search", "chat", "attention", "origins", "store", "sweeps", "standing", "mirroring"},
+    {"search", "chat", "attention", "origins", "store", "sweeps", "standing", "mirroring", "recompute"},
     {"sending"},
     {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run",
      "status", "logs", "cancel", "choices"},
@@ -31,7 +32,7 @@ FLOORS = [
     {"leaderboard"},
     {"page"},
     {"mlflow_leaderboard", "charts"},
-    {"tasks", "mlflow_sweep"},
+    {"tasks", "mlflow_sweep", "memory"},
     {"spread", "follow"},
     {"train", "sweep_mirror", "compare"},
     {"build", "checks", "report", "mirror", "likeness"},
@@ -110,3 +111,9 @@ def test_watching_loads_nothing_heavy(verb: str, tmp_path: Path):
 def test_composing_and_checking_the_default_run_loads_nothing_heavy():
     statement = "from runner import cli\nwith cli.composed([]) as found: pass"
     assert not loaded_by(statement) & HEAVY
+
+
+def test_files_stay_in_one_process(request: pytest.FixtureRequest) -> None:
+    """What shares a Slurm or a server does not run beside itself; pytest-xdist says so by a name behind ``@``."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@test_floors")

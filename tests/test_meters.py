@@ -1,10 +1,8 @@
-"""FLOPs against torch's counter, memory against the process's real peak, speed against a clock set by hand."""
+"""FLOPs against torch's counter, speed against a clock set by hand."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -124,74 +122,3 @@ def test_meter_leaves_out_the_first_step_and_the_pauses(monkeypatch: pytest.Monk
         }
     )
     assert meter.rates() == meter.rates(), "reading changes nothing"
-
-
-def test_memory_of_this_process_and_machine() -> None:
-    before = meters._peak_rss()
-    block = torch.ones(64 * 2**20)  # 256 MiB
-    if not torch.cuda.is_available():
-        assert meters.memory_metrics()["memory/peak_rss_gib"] * meters.GIB >= before
-    assert meters._peak_rss() >= block.nbytes
-    total, free = meters.device_memory(torch.device("cpu"))
-    assert 0 < free < total
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_memory_of_a_gpu() -> None:
-    torch.cuda.reset_peak_memory_stats()
-    block = torch.ones(2**20, device="cuda")
-    metrics = meters.memory_metrics()
-    assert block.nbytes / meters.GIB <= metrics["memory/peak_allocated_gib"] <= metrics["memory/peak_reserved_gib"]
-    total, free = meters.device_memory(torch.device("cuda"))
-    assert free < total
-
-
-def test_estimate_grows_with_what_it_should() -> None:
-    base = {"trainable_params": 1000, "weight_bytes": 4000, "config": LLAMA, "rows": 2, "length": 64, "logits_rows": 64}
-    plain = meters.estimate(**base)
-    assert (plain.gradients, plain.optimizer) == (4000, 8000)
-    assert plain.total == sum(vars(plain).values())
-    assert meters.estimate(**{**base, "rows": 4}).activations == 2 * plain.activations
-    assert meters.estimate(**base, checkpointing=True).activations < plain.activations
-    assert meters.estimate(**base, optimizer_bytes=2.0).optimizer == 2000
-    assert meters.estimate(**base, dtype_bytes=2).activations < plain.activations
-    assert meters.estimate(**base, full=True).activations > plain.activations
-
-
-TRAIN = """
-import json, sys
-import torch, transformers
-from peft import LoraConfig, get_peft_model
-from runner import loss, meters, optim
-kind, rows, length, layers, trained = sys.argv[1], *map(int, sys.argv[2:5]), float(sys.argv[5])
-config = transformers.LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
-                                  num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
-model = transformers.AutoModelForCausalLM.from_config(config).train()
-if kind == "lora":
-    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
-groups = optim.parameter_groups(model, 0.0)
-optimizer = torch.optim.AdamW(groups, fused=True)
-ids = torch.randint(0, 49152, (rows, length))
-labels = ids.roll(-1, 1).masked_fill(torch.rand(ids.shape) > trained, loss.IGNORED)
-positions = torch.arange(length // 2).repeat(rows, 2)
-for _ in range(2):
-    sums = loss.sums(model, {"input_ids": ids, "position_ids": positions, "labels": labels})
-    (sums["loss"] / sums["count"]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-expected = meters.estimate(
-    trainable_params=sum(p.numel() for group in groups for p in group["params"]),
-    weight_bytes=4 * sum(p.numel() for p in model.parameters()), config=config, rows=rows, length=length,
-    logits_rows=int(sums["count"]), full=kind == "full")
-print(json.dumps([expected.total, meters._peak_rss()]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's libraries alone take gigabytes of a process")
-@pytest.mark.parametrize("case", ["lora 2 512 12 0.5", "full 1 512 12 0.5", "full 1 64 12 0.5"])
-def test_estimate_is_near_the_real_peak(case: str) -> None:
-    done = subprocess.run([sys.executable, "-c", TRAIN, *case.split()], check=True, capture_output=True, text=True)
-    expected, real = json.loads(done.stdout.splitlines()[-1])
-    assert 0.7 < expected / real < 1.35, f"{expected / meters.GIB:.2f} GiB expected, {real / meters.GIB:.2f} seen"

@@ -137,8 +137,12 @@ def test_a_second_worker_follows_the_first(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=40")
     first = worker_process(rundir)
     wait_for_step(rundir, 1, first)
+    first.send_signal(signal.SIGSTOP)  # it must not end before the second has come
     second = worker_process(rundir)
-    _, heard = second.communicate(timeout=120)
+    assert second.stderr is not None
+    heard = second.stderr.readline()
+    first.send_signal(signal.SIGCONT)
+    second.communicate(timeout=120)
     first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0)
     assert f"is being worked on (pid {first.pid})" in heard

@@ -11,16 +11,39 @@ from typing import Any
 
 import torch
 
-from runner import attention, config, data, documents, fused, meters, models, optim, parallel, spread, train
+from runner import (
+    attention,
+    compiling,
+    config,
+    data,
+    documents,
+    fused,
+    memory,
+    meters,
+    models,
+    optim,
+    parallel,
+    recompute,
+    spread,
+    train,
+)
 from runner.checkpoint import Checkpoints
 from runner.errors import ConfigError, Fault
 from runner.origins import ModelSource
+from runner.packing import divisors
 from runner.precision import dtype_for
 from runner.ranks import ALONE, Ranks
 from runner.readings import Readings
 from runner.rundir import RunDir
 from runner.schema import TrainSettings
 from runner.tasks import Task
+
+ADAPTER_BYTES = 4
+"""Adapters train in float32."""
+SAFE = 0.5
+"""What takes less of the free memory by the formula fits, whatever a rehearsal would say."""
+ROOM = 0.95
+"""Of the free memory, for micro_batch_size=auto."""
 
 log = logging.getLogger("runner")
 
@@ -53,7 +76,21 @@ def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
     tokenizer = models.tokenizer(source)
     splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings, ranks.rank)
     steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
-    return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
+    made = Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
+    return settle_rows(cfg, made, ranks) if settings.micro_batch_size == "auto" else made
+
+
+def settle_rows(cfg: Mapping[str, Any], made: Inputs, ranks: Ranks = ALONE) -> Inputs:
+    """As many rows at a time as are expected to fit, on the rank with the least room; the steps stay what they are."""
+    choices = divisors(made.settings.per_device_batch_size)
+    fitting = (rows for rows in reversed(choices) if expect(cfg, compute_at_once(made, rows)).fits)
+    return compute_at_once(made, min(ranks.gather(next(fitting, 1))))
+
+
+def compute_at_once(made: Inputs, rows: int) -> Inputs:
+    """The same inputs with another micro-batch."""
+    batches, evaluation = made.batches.cut_into(rows), made.evaluation.cut_into(rows)
+    return replace(made, settings=replace(made.settings, micro_batch_size=rows), batches=batches, evaluation=evaluation)
 
 
 def load_data(
@@ -79,7 +116,7 @@ def load_data(
         data.Batches,
         packing=data_settings.packing,
         max_length=data_settings.max_length,
-        rows_per_batch=settings.per_device_batch_size,
+        rows_per_batch=settings.rows_at_a_time,
         seed=cfg["seed"],
         pad_id=tokenizer.pad_token_id,
         rank=rank,
@@ -87,7 +124,7 @@ def load_data(
     )
     training = batches(
         splits.train,
-        accumulation=settings.gradient_accumulation_steps,
+        accumulation=settings.gradient_accumulation_steps * (settings.per_device_batch_size // settings.rows_at_a_time),
         shuffle=True,
         epochs=settings.num_train_epochs,
     )
@@ -109,10 +146,7 @@ def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
     torch.manual_seed(cfg["seed"])
     model: torch.nn.Module = config.bind(cfg["lora"], "lora")(base)
     fused.fuse(model)
-    if made.settings.gradient_checkpointing:
-        enable: Any = base
-        enable.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        enable.enable_input_require_grads()
+    recompute.arrange(model, made.settings.memory)
     return model
 
 
@@ -121,8 +155,12 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     if made.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    expected = expect(cfg, made)
-    check_fits(expected)
+    if made.device.type == "cpu":
+        memory.return_what_is_freed()
+    expected = expect(cfg, made, roughly=True)
+    if expected.memory.total > SAFE * expected.free_bytes:
+        expected = expect(cfg, made)
+        check_fits(expected)
     source, autocast = keep_updates(made.source, made.device, full=expected.counts["adapter"] == 0)
     made = replace(made, source=source)
     model = load_model(cfg, made)
@@ -151,7 +189,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         meter=meters.Meter(expected.flops_per_token, peak),
         readings=Readings.of(made.device),
         quote=partial(quote, made.tokenizer),
-        extra_metrics=lambda: ranks.largest(meters.memory_metrics()),
+        extra_metrics=lambda: ranks.largest(memory.metrics()),
     )
 
 
@@ -202,43 +240,89 @@ class Expected:
 
     counts: dict[str, int]
     """Parameters as ``models.describe`` counts them."""
-    memory: meters.MemoryEstimate
+    memory: memory.MemoryEstimate
+    held_bytes: int
+    """What this process holds of the device's memory already."""
     total_bytes: int
     """What the device has, in use or not."""
     free_bytes: int
     flops_per_token: float
 
+    @property
+    def fits(self) -> bool:
+        """With a little room beside what else is running."""
+        return self.memory.total - self.held_bytes <= ROOM * self.free_bytes
 
-def expect(cfg: Mapping[str, Any], made: Inputs) -> Expected:
-    """Count parameters and memory on a model without weights."""
+
+def expect(cfg: Mapping[str, Any], made: Inputs, *, roughly: bool = False) -> Expected:
+    """Count parameters and memory on a model without weights; ``roughly``: by a formula, in a tenth of the time."""
     quant = config.bind(cfg["quant"], "quant")()
-    shape = models.empty(made.source, quant)
-    model = config.bind(cfg["lora"], "lora")(shape)
+    adapt = config.bind(cfg["lora"], "lora")
+    model = adapt(models.empty(made.source, quant, made.device))
     counts = models.describe(model)
     full = counts["adapter"] == 0
-    size = dtype_for(keep_updates(made.source, made.device, full=full)[0].dtype, made.device).itemsize
-    linear = quant.bytes_per_weight or size
-    weights = counts["linear"] * linear + (counts["total"] - counts["linear"] - counts["adapter"]) * size
-    rows, length = made.settings.per_device_batch_size, cfg["data"]["max_length"]
-    report = made.splits.report
-    trained = report.train_trained_tokens / max(report.train_tokens, 1)
-    memory = meters.estimate(
-        trainable_params=counts["trainable"],
-        weight_bytes=int(weights + counts["adapter"] * 4),
-        config=shape.config,
-        rows=rows,
-        length=length,
-        logits_rows=int(rows * length * trained) + 1,
-        optimizer_bytes=optim.state_bytes(cfg["optim"]),
-        dtype_bytes=size,
-        checkpointing=made.settings.gradient_checkpointing,
-        full=full,
-        device=made.device.type,
+    source, autocast = keep_updates(made.source, made.device, full=full)
+    size = dtype_for(source.dtype, made.device).itemsize
+    weights = counts["linear"] * (quant.bytes_per_weight or size)
+    weights += (counts["total"] - counts["linear"] - counts["adapter"]) * size + counts["adapter"] * ADAPTER_BYTES
+    using = replace(made, source=source)
+    activations = formula(using, model, autocast, full=full) if roughly else rehearse(cfg, using, autocast, full=full)
+    if quant.bits is not None:
+        activations += largest_matrix(model) * size  # unpacked while it is used
+    gradients = counts["trainable"] * (size if full else ADAPTER_BYTES)
+    held = memory.held_already(made.device)
+    found = memory.MemoryEstimate(
+        weights=int(weights),
+        gradients=gradients,
+        optimizer=int(counts["trainable"] * optim.state_bytes(cfg["optim"])),
+        activations=activations,
+        libraries=held + memory.unusable(made.device, activations + gradients),
     )
     if parallel.kind_of(cfg["parallel"]) == "fsdp":
-        memory = memory.in_shards(parallel.processes_of(cfg["parallel"]), shape.config)
-    total, free = meters.device_memory(made.device)
-    return Expected(counts, memory, total, free, meters.flops_per_token(model, length, trained))
+        found = found.in_shards(parallel.processes_of(cfg["parallel"]), len(compiling.decoder_layers(model)))
+    total, free = memory.of_device(made.device)
+    report = made.splits.report
+    trained = report.train_trained_tokens / max(report.train_tokens, 1)
+    return Expected(counts, found, held, total, free, meters.flops_per_token(model, cfg["data"]["max_length"], trained))
+
+
+def rehearse(cfg: Mapping[str, Any], made: Inputs, autocast: torch.dtype | None, *, full: bool) -> int:
+    """Bytes that live from forward to backward pass, from a rehearsal of the largest step; else from the formula."""
+    quant = config.bind(cfg["quant"], "quant")()
+    by_document = made.source.attention in ("auto", "by_document")
+    batches = made.batches.laid_end_to_end() if by_document else made.batches
+
+    def make(layers: int | None) -> torch.nn.Module:
+        model: torch.nn.Module = config.bind(cfg["lora"], "lora")(models.empty(made.source, quant, made.device, layers))
+        if quant.bits != 8:
+            fused.fuse(model)
+        return model
+
+    try:
+        return memory.rehearsed(
+            make,
+            batches.largest,
+            by_document=by_document,
+            kept=made.settings.memory,
+            autocast=autocast,
+            device=made.device,
+        )
+    except Exception as error:
+        log.debug(f"the step cannot be rehearsed, its memory is told by a formula: {error!r}")
+        return formula(made, make(None), autocast, full=full)
+
+
+def formula(made: Inputs, model: torch.nn.Module, autocast: torch.dtype | None, *, full: bool) -> int:
+    """The same for a model like Llama, from its numbers."""
+    size = (autocast or dtype_for(made.source.dtype, made.device)).itemsize
+    kept = made.settings.memory
+    return memory.by_formula(model.config, made.batches.largest, kept=kept, dtype_bytes=size, full=full)
+
+
+def largest_matrix(model: torch.nn.Module) -> int:
+    """Values of the largest weight of the decoder's layers."""
+    layer = compiling.decoder_layers(model)[0]
+    return max(parameter.numel() for parameter in layer.parameters())
 
 
 def check_fits(expected: Expected) -> None:
@@ -249,12 +333,12 @@ def check_fits(expected: Expected) -> None:
     """
     needed, gib = expected.memory.total, 2**30
     remedy = (
-        "use quant=4bit, lora=lora, a smaller train.per_device_batch_size or data.max_length, or "
-        "train.gradient_checkpointing=true"
+        "use train.micro_batch_size=auto or a smaller one, train.memory=balanced or min, quant=4bit, lora=lora, "
+        "or a smaller data.max_length"
     )
     if needed > expected.total_bytes:
         problem = f"needs about {needed / gib:.1f} GiB, and the device has {expected.total_bytes / gib:.1f} GiB"
         raise ConfigError(Fault("model", problem, remedy))
-    if needed > expected.free_bytes:
+    if needed - expected.held_bytes > expected.free_bytes:
         free = f"{expected.free_bytes / gib:.1f} of {expected.total_bytes / gib:.1f} GiB are free"
         log.warning(f"about {needed / gib:.1f} GiB will be needed, and {free}; if it runs out: {remedy}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from runner import config, data, lora, search
 from runner.errors import ConfigError, Fault
+from runner.packing import divisors
 from runner.schema import RunSettings, TrainSettings
 from runner.secrets import find_secrets
 
@@ -103,6 +104,10 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     elif not is_none(cfg["quant"]):
         given = {key: value for key, value in cfg["lora"].items() if key in ("method", "init_lora_weights")}
         yield from (fault.below("lora") for fault in lora.check_on_quantized(**given))
+    micro, rows = train["micro_batch_size"], train["per_device_batch_size"]
+    if isinstance(micro, int) and rows % micro:
+        remedy = f"use one of {', '.join(map(str, divisors(rows)))}, or auto"
+        yield Fault("train.micro_batch_size", f"does not divide train.per_device_batch_size={rows}", remedy, micro)
     limits = [f"train.{key}" for key in LIMITS if train[key] is not None]
     if not limits:
         remedy = f"set one of {', '.join(f'train.{key}' for key in LIMITS)}"

@@ -6,10 +6,13 @@ positions that are trained, and their number is another one in each batch.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
@@ -47,6 +50,29 @@ def whole(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: bool
     _check(model, mode, fullgraph)
     _decoder(model).compile(mode=mode, dynamic=dynamic, fullgraph=fullgraph)
     return model
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """For an import: what it decorates with torch.compile is compiled when it is first called.
+
+    The decorator loads Inductor at once, 1.5 s and more: bitsandbytes 0.50 does so at its top, and PEFT imports it.
+    """
+    import torch
+
+    compile_now: Any = torch.compile
+
+    def later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(later, **options)
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -34,6 +34,8 @@ REFUSED_KEYS = {
     "load_in_8bit": "choose the quantization with quant=8bit",
     "lr": "did you mean optim.learning_rate?",
     "batch_size": "did you mean train.per_device_batch_size?",
+    "gradient_checkpointing": "choose train.memory=min (computes layers again) or train.memory=balanced (less of them)",
+    "activation_checkpointing": "choose train.memory=min or train.memory=balanced",
     "epochs": "did you mean train.num_train_epochs (with train.max_steps=null)?",
 }
 """Keys that people bring from elsewhere, with what to use here."""

@@ -24,15 +24,13 @@ def install(model: Any, longest: int) -> str:
     The proof is a small forward pass both ways: a model may cap its scores, bias them, slide a window shorter than the
     ``longest`` document over them, or keep the names of the documents from its attention.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if obstacle := _obstacle(model):
+        return obstacle
+    base = _base(model)
     before = base.config._attn_implementation
-    if before != "sdpa" or not getattr(base, "_supports_attention_backend", False):
-        return f"{type(base).__name__} has an attention of its own"
-    if not _register():
-        return "this torch or this transformers is too old for it"
     expected = _trial(model, longest)
     try:
-        base.set_attn_implementation(NAME)
+        adopt(model)
         found = _trial(model, longest)
         tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
         if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
@@ -42,6 +40,23 @@ def install(model: Any, longest: int) -> str:
         reason = str(error).partition("\n")[0]
     base.set_attn_implementation(before)
     return f"it does not suit {type(base).__name__}: {reason}"
+
+
+def adopt(model: Any) -> None:
+    """The same without the proof, for a model without weights; nothing is done where it cannot be."""
+    if not _obstacle(model):
+        _base(model).set_attn_implementation(NAME)
+
+
+def _obstacle(model: Any) -> str:
+    base = _base(model)
+    if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} has an attention of its own"
+    return "" if _register() else "this torch or this transformers is too old for it"
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def uses(model: Any) -> bool:

@@ -168,7 +168,7 @@ def _batches(run: Trained, given: _Rows) -> tuple[data.Batches, dict[str, Any], 
     _warn_of_trained_rows(run, source.digest, brings=source.eval is not None)
     batches = data.Batches(
         rows, packing=data_settings.packing, max_length=data_settings.max_length,
-        rows_per_batch=settings.per_device_batch_size, accumulation=1, seed=cfg["seed"], shuffle=False,
+        rows_per_batch=settings.rows_at_a_time, accumulation=1, seed=cfg["seed"], shuffle=False,
         pad_id=run.tokenizer.pad_token_id,
     )  # fmt: skip
     return batches, _noted(source.name, source.digest, source.uri, report), source.name

@@ -33,6 +33,13 @@ def fuse(model: nn.Module) -> int:
     return len(found)
 
 
+def keep_products(model: nn.Module) -> None:
+    """Leave every matrix product as it came, so that selective recomputation can keep it. In place."""
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            module.mutates = False
+
+
 def _is_lora(module: nn.Module) -> bool:
     from peft.tuners.lora.layer import LoraLayer
 
@@ -50,6 +57,9 @@ def _fused(cls: Any) -> type[nn.Module]:
 class _Fused(nn.Module):
     """Before a LoRA layer of PEFT in the order of its classes."""
 
+    mutates = True
+    """Whether the result of one product may be written over by the next; see ``keep_products``."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
         name = _only_adapter(layer)
@@ -59,7 +69,8 @@ class _Fused(nn.Module):
             return super().forward(x, *args, **kwargs)
         rows = x.reshape(-1, x.shape[-1])
         adapters = layer.lora_A[name].weight, layer.lora_B[name].weight
-        product = _OfSum if x.dtype == adapters[0].dtype == torch.float32 and len(rows) >= MANY_ROWS else _InPlace
+        added = _InPlace if self.mutates else _Added
+        product = _OfSum if x.dtype == adapters[0].dtype == torch.float32 and len(rows) >= MANY_ROWS else added
         out = product.apply(rows, weight, state, *adapters, layer.scaling[name])
         if layer.base_layer.bias is not None:
             out = out + layer.base_layer.bias
@@ -122,15 +133,12 @@ class _OfSum(torch.autograd.Function):
 
 
 class _InPlace(torch.autograd.Function):
-    """x (n, K) times Wᵀ (K, N), and scale · (x Aᵀ) Bᵀ added to it in place; A and B cast to the dtype of x."""
+    """scale · (x Aᵀ) Bᵀ, and x (n, K) times Wᵀ (K, N) added to it in place; A and B cast to the dtype of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
-        reduced = x @ low_a.t()  # (n, r)
-        ctx.save_for_backward(x, weight, low_a, low_b, reduced)
-        ctx.state, ctx.scale, ctx.dtype = state, scale, a.dtype
-        return (x @ _dense(weight, state, x.dtype).t()).addmm_(reduced, low_b.t(), alpha=scale)
+        low_rank, dense = _low_rank(ctx, x, weight, state, a, b, scale)
+        return low_rank.addmm_(x, dense.t(), beta=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
@@ -139,3 +147,23 @@ class _InPlace(torch.autograd.Function):
         dx = (grad @ _dense(weight, ctx.state, x.dtype)).addmm_(slope, a) if ctx.needs_input_grad[0] else None
         da, db = slope.t() @ x, (grad.t() @ reduced).mul_(ctx.scale)
         return dx, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
+
+
+class _Added(_InPlace):
+    """The same in a tensor of its own: one pass more, for whoever keeps the product to save computing it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low_rank, dense = _low_rank(ctx, x, weight, state, a, b, scale)
+        return torch.addmm(low_rank, x, dense.t(), beta=scale)
+
+
+def _low_rank(
+    ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(x Aᵀ) Bᵀ (n, N), and the dense weight (N, K)."""
+    low_a, low_b = a.to(x.dtype), b.to(x.dtype)
+    reduced = x @ low_a.t()  # (n, r)
+    ctx.save_for_backward(x, weight, low_a, low_b, reduced)
+    ctx.state, ctx.scale, ctx.dtype = state, scale, a.dtype
+    return reduced @ low_b.t(), _dense(weight, state, x.dtype)

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from runner import adapter
+from runner import adapter, compiling
 from runner.config import mismatch, unknown_key
 from runner.errors import ConfigError, Fault, suggest
 from runner.schema import Count, Fraction, Positive
@@ -98,7 +98,8 @@ def peft(model: nn.Module, *, method: str, **options: Any) -> nn.Module:
     Raises:
         ConfigError: what ``check_peft`` finds, modules that do not exist, or PEFT's own refusal of this model.
     """
-    from peft import get_peft_model
+    with compiling.deferred():
+        from peft import get_peft_model
 
     _refuse(check_peft(method=method, **options))
     _refuse(_model_faults(model, method, options))
@@ -159,7 +160,8 @@ def methods() -> list[str]:
 
 
 def _all_methods() -> dict[str, Any]:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    with compiling.deferred():
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return {str(getattr(kind, "value", kind)).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 

@@ -45,10 +45,23 @@ def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
 
 
+def rehearsal(model: Any, asked: Mapping[str, Tensor], kept: Tensor) -> Tensor:
+    """The loss as ``sums`` computes it, with the positions that have logits given: ``kept`` (count,) of each row."""
+    offered = {} if _choice_offered(model) == "all" else {"logits_to_keep": kept}
+    logits = model(**asked, **offered, use_cache=False).logits
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return _summed(logits, targets)[0]
+
+
 def _sums(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None = None) -> dict[str, Tensor]:
     logits, targets = _logits(model, asked, labels, trained_at if len(labels) == 1 else None)
-    loss, correct = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    loss, correct = _summed(logits, targets)
     return {"loss": loss, "count": (targets != IGNORED).sum(), "correct": correct}
+
+
+def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    loss, correct = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    return loss, correct
 
 
 def _logits(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,14 @@
-"""Speed and memory: what a step costs, what the hardware could do, and what is used of it."""
+"""Speed: what a step costs, what the hardware could do, and what is used of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
 import platform
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,33 +41,6 @@ PEAK_TFLOPS = {
 }
 WINDOW = 50
 """Steps over which the speed is averaged."""
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What training is expected to hold at its peak, in bytes by part."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    overhead: int
-    """Libraries, the runtime's own buffers, and what the allocator cannot reuse."""
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
-
-    def in_shards(self, count: int, config: Any) -> MemoryEstimate:
-        """Of one process of ``count``, each with its shard, and two layers whole: the one at work and the next."""
-        layers = max(_text(config).num_hidden_layers, 1)
-        return replace(
-            self,
-            weights=self.weights // count + 2 * self.weights // layers,
-            gradients=self.gradients // count + self.gradients // layers,
-            optimizer=self.optimizer // count,
-        )
 
 
 class Meter:
@@ -146,78 +115,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return float(best)
 
 
-def memory_metrics() -> dict[str, float]:
-    """The peak so far in GiB: of CUDA's allocator, or of this process's resident memory where there is no CUDA."""
-    if torch.cuda.is_available():
-        return {
-            "memory/peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-            "memory/peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-        }
-    return {"memory/peak_rss_gib": _peak_rss() / GIB}
-
-
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """(total, free) bytes of the device; for a CPU, of the machine or of the container's limit where that is less."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total, free
-    import psutil
-
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    for limit, used in _cgroup_limits():
-        total, free = min(total, limit), min(free, limit - used)
-    return total, free
-
-
-def estimate(
-    *,
-    trainable_params: int,
-    weight_bytes: int,
-    config: Any,
-    rows: int,
-    length: int,
-    logits_rows: int,
-    optimizer_bytes: float = 8.0,
-    dtype_bytes: int = 4,
-    checkpointing: bool = False,
-    full: bool = False,
-    device: str = "cpu",
-) -> MemoryEstimate:
-    """The memory of training ``rows`` x ``length`` tokens at a time, before anything is loaded.
-
-    ``weight_bytes`` are all weights as stored, ``optimizer_bytes`` the state of one trained parameter (AdamW 8, in
-    8 bits 2, Muon 4), ``dtype_bytes`` those of an activation, ``logits_rows`` the trained positions of a batch, and
-    ``full`` whether the base itself trains. Kept for the backward pass of a layer, for each token, in values:
-    the inputs of both norms and of what follows them (4 h, 6 h where the norms train), queries, keys, values and the
-    result of attention (4 q), gate, up, activated gate and product of the MLP (4 m). Below float32 the norms keep
-    their input in float32. With checkpointing: the input of each layer, and one layer in full. On top, the gradients
-    of the widest place (3 m), and the mask of packed rows. Logits: once, and a chunk of them twice in float32.
-
-    Against the measured peak of SmolLM2's shapes on a CPU: 0.73 to 1.27 of it, LoRA below and full fine-tuning above.
-    """
-    text = _text(config)
-    hidden, layers, tokens = text.hidden_size, text.num_hidden_layers, rows * length
-    wide = getattr(text, "intermediate_size", None) or 4 * hidden
-    queries = text.num_attention_heads * _head_dim(text)
-    kept = (6 if full else 4) * hidden + 4 * queries + 4 * wide
-    layer = tokens * (kept * dtype_bytes + (2 * hidden * 4 if dtype_bytes < 4 else 0))
-    all_layers = layers * tokens * hidden * dtype_bytes + layer if checkpointing else layers * layer
-    passing = tokens * 3 * wide * dtype_bytes + rows * length**2 * dtype_bytes
-    activations = all_layers + passing
-    logits = logits_rows * text.vocab_size * dtype_bytes + 2 * min(logits_rows * text.vocab_size, 2**25) * 4
-    # A CPU's heap keeps holes between what lives in it, measured at 0 to 1.2 times the short-lived part (glibc 2.36).
-    base, holes = (0.7, 0.7) if device == "cpu" else (0.5, 0.05)
-    return MemoryEstimate(
-        weights=weight_bytes,
-        gradients=trainable_params * dtype_bytes,
-        optimizer=int(trainable_params * optimizer_bytes),
-        activations=activations,
-        logits=logits,
-        overhead=int(base * GIB + holes * (activations + logits)),
-    )
-
-
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     """The module's own weights that multiply its input; a tied head has the embedding's, and does multiply."""
     if not isinstance(module, nn.Embedding):
@@ -286,26 +183,3 @@ def _cpu_name() -> str:
     flags = [line for line in lines if line.startswith("flags")]  # virtual machines hide the model, not what it can do
     digest = hashlib.sha256("".join(flags[:1]).encode()).hexdigest()[:8]
     return f"{named[0]} {digest}" if named else platform.processor() or platform.machine()
-
-
-def _peak_rss() -> int:
-    """Bytes. On Linux getrusage survives exec, so that a child would report its parent's: VmHWM does not."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """(limit, used) in bytes of the container this process runs in, where it has one (cgroup 2, then 1)."""
-    for folder, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        path = os.path.join(folder, limit)
-        text = Path(path).read_text().strip() if os.path.exists(path) else "max"
-        if text.isdigit():
-            yield int(text), int(Path(folder, used).read_text())

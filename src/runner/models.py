@@ -102,15 +102,23 @@ def check_max_length(source: ModelSource, max_length: int) -> None:
         raise ConfigError(Fault("data.max_length", problem, f"set data.max_length={limit} or less", max_length))
 
 
-def empty(source: ModelSource, quant: Quant, device: torch.device | str = "cpu") -> nn.Module:
+def empty(
+    source: ModelSource, quant: Quant, device: torch.device | str = "cpu", layers: int | None = None
+) -> nn.Module:
     """The model without its weights (on torch's meta device), as ``load`` would make it on ``device``.
 
     Enough for ``lora`` and ``describe``, and made in no time: an adapter that would be refused is refused here.
+    ``layers``: so many of its decoder layers, or all.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = architecture(source)
+    if layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     with _told(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=source.trust_remote_code, **dtype_argument(dtype_for(source.dtype, device))
@@ -147,6 +155,7 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
         raise ConfigError(Fault("model.path", problem, "name a complete model for text generation", source.path))
     if quant.bits is not None:
         quantization.make_trainable(model)
+        quantization.leave_file(model)
     model.config.use_cache = False
     return _marked(model, source, quant)
 

@@ -147,8 +147,8 @@ def explained(error: Exception) -> Exception:
         return error
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
         remedy = (
-            "use a smaller train.per_device_batch_size or data.max_length, "
-            "train.gradient_checkpointing=true, or quant=4bit"
+            "use train.micro_batch_size=auto or a smaller one, train.memory=balanced or min, "
+            "a smaller data.max_length, or quant=4bit"
         )
         return _told_as(f"out of memory: {error}".splitlines()[0], remedy, error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text:

@@ -44,6 +44,20 @@ class Packs:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The size of a batch."""
+
+    rows: int
+    length: int
+    trained: int
+    """Positions with a label."""
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
 class Rows:
     """The tokens of one split: flat columns, memory-mapped, cut into rows by offsets. Labels are not shifted."""
 
@@ -124,6 +138,11 @@ def pack(lengths: np.ndarray, capacity: int) -> Packs:
 def one_by_one(count: int) -> Packs:
     """Each row a pack of its own."""
     return Packs(np.arange(count), np.arange(count + 1))
+
+
+def divisors(count: int) -> list[int]:
+    """From 1 to ``count`` itself."""
+    return [size for size in range(1, count + 1) if count % size == 0]
 
 
 class Batches:
@@ -208,6 +227,37 @@ class Batches:
         laid = copy.copy(self)
         laid.end_to_end = not self.packing
         return laid
+
+    def cut_into(self, rows: int) -> Batches:
+        """The same steps, computed so many rows at a time; it must divide ``rows_per_batch``."""
+        assert self.rows_per_batch % rows == 0
+        cut = copy.copy(self)
+        cut.rows_per_batch, cut.per_micro_batch = rows, rows * self.world
+        return cut
+
+    @property
+    def largest(self) -> Shape:
+        """No batch is larger, and none has more trained positions."""
+        longest = int(self._largest_of(self.sizes).max())
+        rows = min(self.rows_per_batch, len(self.packs))
+        trained = int(self._largest_of(self._trained).sum())
+        if self.end_to_end:
+            return Shape(1, self._padded(int(self._largest_of(self.sizes).sum())), trained)
+        return Shape(self.rows_per_batch if self.packing else rows, self._padded(longest), trained)
+
+    def heaviest(self) -> Batch:
+        """A batch of the packs with the most tokens: what takes the most memory."""
+        return self._build(np.argsort(-self.sizes, kind="stable")[: self.rows_per_batch].tolist())
+
+    @functools.cached_property
+    def _trained(self) -> np.ndarray:
+        """Trained positions of each pack."""
+        of_rows = np.add.reduceat(self.rows.labels != IGNORED, self.rows.offsets[:-1], dtype=np.int64)
+        return np.add.reduceat(of_rows[self.packs.rows], self.packs.offsets[:-1])
+
+    def _largest_of(self, counts: np.ndarray) -> np.ndarray:
+        """The largest counts that can meet in one batch."""
+        return np.sort(counts)[-self.rows_per_batch :]
 
     @property
     def efficiency(self) -> float:

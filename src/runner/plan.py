@@ -49,9 +49,8 @@ def _model_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
         "weights": memory.weights,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
-        "activations": memory.activations,
-        "logits": memory.logits,
-        "libraries and buffers": memory.overhead,
+        "activations and logits": memory.activations,
+        "libraries and buffers": memory.libraries,
     }
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     free = f"{expected.free_bytes / GIB:.1f} free of {expected.total_bytes / GIB:.1f} on {made.device}"

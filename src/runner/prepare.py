@@ -135,11 +135,16 @@ def read_config(rundir: RunDir) -> dict[str, Any]:
 
 
 def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
-    """The configuration with the commits of the Hub that the first attempt found: a branch may move meanwhile."""
+    """The configuration with what the first attempt found: commits of the Hub, as a branch may move meanwhile, and how
+    many rows fit, as sums in another order would be another run.
+    """
     manifest = rundir.read_manifest()
     found = {group: (manifest.get(group) or {}).get("revision") for group in ("model", "data")}
     named = {group: revision for group, revision in found.items() if revision and "revision" in cfg[group]}
-    return {**cfg, **{group: {**cfg[group], "revision": revision} for group, revision in named.items()}}
+    settled = {group: {**cfg[group], "revision": revision} for group, revision in named.items()}
+    if cfg["train"]["micro_batch_size"] == "auto" and (rows := manifest.get("micro_batch_size")):
+        settled["train"] = {**cfg["train"], "micro_batch_size": rows}
+    return {**cfg, **settled}
 
 
 def find_twin(outputs_dir: Path, name: str) -> RunDir | None:

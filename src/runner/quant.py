@@ -114,6 +114,16 @@ def make_trainable(model: nn.Module) -> None:
             module.init_8bit_state = functools.partial(_keep_scales, module)
 
 
+def leave_file(model: nn.Module) -> None:
+    """Copy what was not quantized, if it lies in a file mapped into memory: one such weight keeps the whole file there.
+
+    That is what the quantized weights were made of, and larger than they are. (On a CPU transformers maps weights.)
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.clone()
+
+
 def _keep_scales(module: Any) -> None:
     """What ``Linear8bitLt.init_8bit_state`` does, but for scales that are not there.
 

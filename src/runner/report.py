@@ -42,13 +42,20 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             f"{data.eval_rows} held out, {parts.batches.efficiency:.0%} of each batch used"
             + (f", {data.truncated} truncated" if data.truncated else "")
             + (f", {data.dropped} dropped" if data.dropped else ""),
-            "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens",
+            "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens{_cut(cfg, made)}",
         }
     )
 
 
 def _processes(cfg: Mapping[str, Any], parts: Parts) -> str:
     return f", {parts.ranks.world} processes ({parallel.kind_of(cfg['parallel'])})" if parts.ranks.world > 1 else ""
+
+
+def _cut(cfg: Mapping[str, Any], made: Inputs) -> str:
+    """How a step was cut, where that was left to us."""
+    if cfg["train"]["micro_batch_size"] != "auto":
+        return ""
+    return f", {made.settings.rows_at_a_time} of {made.settings.per_device_batch_size} rows at a time"
 
 
 def _hint(cfg: Mapping[str, Any], parts: Parts) -> str:
@@ -81,7 +88,8 @@ def manifest(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> dict[str, 
     """What only the worker knows: where model and data came from, and the machine it runs on."""
     data = {**data_identity(cfg, made), "name": made.splits.name, "report": asdict(made.splits.report)}
     model = {"name": made.source.name, "path": made.source.path, "revision": made.source.revision}
-    return {"data": data, "model": model, "hardware": _hardware(rundir, made)}
+    rows = made.settings.rows_at_a_time
+    return {"data": data, "model": model, "hardware": _hardware(rundir, made), "micro_batch_size": rows}
 
 
 def data_identity(cfg: Mapping[str, Any], made: Inputs) -> dict[str, Any]:

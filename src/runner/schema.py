@@ -6,7 +6,7 @@ Where several rooms ask for the same kind of number, it is named here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
@@ -39,9 +39,10 @@ class TrainSettings:
     num_train_epochs: Positive | None
     max_tokens: Count | None
     per_device_batch_size: Count
+    micro_batch_size: Count | Literal["auto"] | None
     gradient_accumulation_steps: Count
     max_grad_norm: Positive | None
-    gradient_checkpointing: bool
+    memory: Literal["speed", "balanced", "min"]
     logging_steps: Count
     eval_steps: Count | None
     save_steps: Count | None
@@ -49,3 +50,8 @@ class TrainSettings:
     deterministic: bool
     sample_prompts: Annotated[int, Ge(0)]
     sample_tokens: Count
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows of a forward pass; as long as ``micro_batch_size=auto`` is not settled, those of the device."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else self.per_device_batch_size

@@ -1,0 +1,291 @@
+"""What training holds at its peak: told before anything is loaded, and measured."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from runner import compiling, documents, loss, recompute
+from runner.packing import Shape
+
+GIB = 2**30
+LAYERS = 2, 3
+"""Decoder layers of the models that are rehearsed; what the others take follows from the difference."""
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
+LARGE = 2 * 2**20
+HEAP_HOLES = 0.25
+"""What a CPU's heap keeps empty between its blocks, as a part of activations and gradients (glibc 2.36)."""
+ROUNDED = 0.05
+"""What CUDA's allocator rounds up or cannot use, likewise; plus cuBLAS's workspace."""
+CUBLAS_BYTES = 64 * 2**20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What training is expected to hold at its peak, in bytes by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """All that lives from a forward pass to the end of its backward pass, logits included."""
+    libraries: int
+    """What this process holds already, and what the allocator cannot use."""
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def in_shards(self, count: int, layers: int) -> MemoryEstimate:
+        """Of one process of ``count``, each with its shard, and two layers whole: the one at work and the next."""
+        return replace(
+            self,
+            weights=self.weights // count + 2 * self.weights // layers,
+            gradients=self.gradients // count + self.gradients // layers,
+            optimizer=self.optimizer // count,
+        )
+
+
+def rehearsed(
+    make: Callable[[int | None], Any],
+    shape: Shape,
+    *,
+    by_document: bool,
+    kept: recompute.Memory,
+    autocast: torch.dtype | None,
+    device: torch.device,
+) -> int:
+    """Bytes that a step holds at its peak beside weights and gradients, from a step on tensors without content.
+
+    ``make`` gives the model on torch's meta device, adapted, with so many decoder layers; None: with all of its own.
+    Every operation is dispatched as in training, and every tensor counted while it lives. It takes well under a second,
+    as it is done with two small models: decoder layers are equal. The peak may lie where the backward pass begins, with
+    all activations, or later, with gradients: both are followed.
+
+    Raises:
+        Exception: whatever a model does that looks into its tensors, or that a small one cannot be made.
+    """
+    whole = _depth(make(None).config)
+    ways = (_peaks(make(count), shape, by_document, kept, autocast, device) for count in LAYERS)
+    whole_ways = (least + (whole - LAYERS[0]) * (next_least - least) for least, next_least in zip(*ways, strict=True))
+    return max(*whole_ways, 0)
+
+
+def by_formula(config: Any, shape: Shape, *, kept: recompute.Memory, dtype_bytes: int, full: bool) -> int:
+    """The same from the numbers of a Llama-like decoder, for what cannot be rehearsed.
+
+    Kept for the backward pass of a layer, for each token, in values: the inputs of both norms and of what follows them
+    (4 h, 6 h where the norms train), queries, keys, values and the result of attention (4 q), gate, up, activated gate
+    and product of the MLP (4 m). Below float32 the norms keep their input in float32. On top, the gradients of the
+    widest place (3 m), the mask of packed rows, and logits: once, and a chunk of them twice in float32.
+    """
+    text = _text(config)
+    hidden, tokens = text.hidden_size, shape.tokens
+    wide = getattr(text, "intermediate_size", None) or 4 * hidden
+    queries = text.num_attention_heads * (getattr(text, "head_dim", None) or hidden // text.num_attention_heads)
+    of_layer = (6 if full else 4) * hidden + 4 * queries + 4 * wide
+    layer = tokens * (of_layer * dtype_bytes + (2 * hidden * 4 if dtype_bytes < 4 else 0))
+    recomputed = {
+        "speed": layer,
+        "balanced": tokens * (3 * hidden + 2 * queries + 2 * wide) * dtype_bytes,
+        "min": tokens * hidden * dtype_bytes,
+    }[kept]
+    activations = (_depth(config) - 1) * recomputed + layer
+    passing = tokens * 3 * wide * dtype_bytes + shape.rows * shape.length**2 * dtype_bytes
+    logits = shape.trained * text.vocab_size
+    return activations + passing + logits * dtype_bytes + 2 * min(logits, loss.CHUNK_VALUES) * 4
+
+
+def held_already(device: torch.device) -> int:
+    """Bytes that this process takes of the device's memory now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def unusable(device: torch.device, passing: int) -> int:
+    """Bytes that the allocator keeps without use for so many bytes that come and go."""
+    return int(ROUNDED * passing) + CUBLAS_BYTES if device.type == "cuda" else int(HEAP_HOLES * passing)
+
+
+def return_what_is_freed() -> None:
+    """Let glibc give large blocks back to the system as soon as they are freed; elsewhere nothing happens.
+
+    By itself it raises its threshold to the largest block that was freed, up to 32 MiB, and keeps such blocks in its
+    heap, where the holes between them grow from step to step: 3.1 GiB instead of 1.9 after three steps in one case.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
+def of_device(device: torch.device) -> tuple[int, int]:
+    """(total, free) bytes of the device; for a CPU, of the machine or of the container's limit where that is less."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit, used in _cgroup_limits():
+        total, free = min(total, limit), min(free, limit - used)
+    return total, free
+
+
+def metrics() -> dict[str, float]:
+    """The peak so far in GiB: of CUDA's allocator, or of this process's resident memory where there is no CUDA."""
+    if torch.cuda.is_available():
+        return {
+            "memory/peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+            "memory/peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        }
+    return {"memory/peak_rss_gib": peak_rss() / GIB}
+
+
+def peak_rss() -> int:
+    """Bytes. On Linux getrusage survives exec, so that a child would report its parent's: VmHWM does not."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations under it make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def enter(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            if not self._known[key][0].expired():
+                return
+            self.live -= self._known[key][1]
+        self._known[key] = StorageWeakRef(storage), size
+        self.live += size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for value in tree_iter(made):
+            if isinstance(value, Tensor):
+                self.enter(value)
+        if self.live > self.peak:
+            self._strike_out()
+            self.peak = max(self.peak, self.live)
+        return made
+
+    def _strike_out(self) -> None:
+        for key, (storage, size) in list(self._known.items()):
+            if storage.expired():
+                self.live -= size
+                del self._known[key]
+
+
+def _peaks(
+    model: Any,
+    shape: Shape,
+    by_document: bool,
+    kept: recompute.Memory,
+    autocast: torch.dtype | None,
+    device: torch.device,
+) -> tuple[int, int]:
+    """Bytes above weights and gradients at the peak of a step, until the last layer's backward pass and in all."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if by_document:
+        documents.adopt(model)
+    recompute.arrange(model, kept)
+    computing = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+    begun: list[int] = []
+    with FakeTensorMode(), torch.device(device), Ledger() as ledger:
+        _give_storage(model, device)
+        for parameter in model.parameters():
+            ledger.enter(parameter)
+        weights = ledger.live
+        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+        def watch(layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden.register_hook(lambda _: begun.append(ledger.peak))
+
+        compiling.decoder_layers(model)[-1].register_forward_pre_hook(watch, with_kwargs=True)
+        with computing:
+            total = loss.rehearsal(model.train(), **_asked(model, shape))
+        total.backward()  # type: ignore[no-untyped-call]
+    first, *_ = begun
+    return first - weights - gradients, ledger.peak - weights - gradients
+
+
+def _asked(model: Any, shape: Shape) -> dict[str, Any]:
+    """What the model is called with, and the positions that have logits: (count,) of each row."""
+    if documents.uses(model):
+        ids = torch.zeros(1, shape.tokens, dtype=torch.int64)
+        ends = torch.zeros(shape.rows + 1, dtype=torch.int32)
+        asked = documents.arguments(ends, shape.length)
+        kept = shape.trained
+    else:
+        ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
+        asked = {"attention_mask": torch.zeros(shape.rows, 1, shape.length, shape.length, dtype=model.dtype)}
+        kept = -(-shape.trained // shape.rows)
+    return {"asked": {"input_ids": ids, "position_ids": ids, **asked}, "kept": torch.zeros(kept, dtype=torch.int64)}
+
+
+def _give_storage(model: nn.Module, device: torch.device) -> None:
+    """Replace what is on the meta device by what pretends to lie on ``device``; shared parameters stay shared."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def _depth(config: Any) -> int:
+    return max(int(_text(config).num_hidden_layers), 1)
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _cgroup_limits() -> Iterator[tuple[int, int]]:
+    """(limit, used) in bytes of the container this process runs in, where it has one (cgroup 2, then 1)."""
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        path = os.path.join(folder, limit)
+        text = Path(path).read_text().strip() if os.path.exists(path) else "max"
+        if text.isdigit():
+            yield int(text), int(Path(folder, used).read_text())
