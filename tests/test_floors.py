@@ -35,6 +35,7 @@ FLOORS = [
     {"tasks", "mlflow_sweep", "memory"},
     {"spread", "follow"},
     {"train", "sweep_mirror", "compare"},
+    {"expected"},
     {"build", "checks", "report", "mirror", "likeness"},
     {"worker", "plan", "folders", "trained", "card"},
     {"launch", "generate", "merge", "benchmarks"},

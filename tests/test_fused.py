@@ -169,3 +169,14 @@ def test_compiled_it_breaks_no_graph(bits: int | None):
     for layer in model.base_model.model.model.layers:
         layer.compile(fullgraph=True)
     torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 100), (torch.float32, 200), (torch.bfloat16, 200)])
+def test_products_that_are_kept_are_the_same(dtype: torch.dtype, rows: int):
+    """Nothing is written over them, whatever the form of the product."""
+    model = adapted(dtype)
+    fused.fuse(model)
+    expected = step(model, rows)
+    fused.keep_products(model)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(step(model, rows), expected, atol=tolerance, rtol=tolerance)

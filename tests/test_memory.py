@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 
 from runner import documents, fused, loss, memory, recompute
 from runner.packing import Shape
+from runner.schema import Memory
 
 LLAMA = transformers.LlamaConfig(
-    vocab_size=512, hidden_size=256, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+    vocab_size=512, hidden_size=256, intermediate_size=384, num_hidden_layers=12, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=True,
 )  # fmt: skip
 SHAPE = Shape(rows=2, length=160, trained=90)
@@ -24,14 +25,15 @@ CPU = torch.device("cpu")
 
 
 def test_memory_of_this_process_and_machine() -> None:
-    before = memory.peak_rss()
-    block = torch.ones(64 * 2**20)  # 256 MiB
+    held, peak = memory.held_already(CPU), memory.peak_rss()
+    block = torch.ones((peak - held) // 4 + 64 * 2**20)  # 256 MiB beyond the peak so far
+    assert memory.held_already(CPU) - held > 0.9 * block.nbytes
+    assert memory.peak_rss() - peak > 200 * 2**20
     if not torch.cuda.is_available():
-        assert memory.metrics()["memory/peak_rss_gib"] * memory.GIB >= before
-    assert memory.peak_rss() >= block.nbytes
-    assert memory.held_already(CPU) >= block.nbytes
+        assert memory.metrics()["memory/peak_rss_gib"] * memory.GIB >= memory.peak_rss()
     total, free = memory.of_device(CPU)
     assert 0 < free < total
+    assert memory.of_device(CPU, 4)[0] == total // 4
 
 
 @pytest.mark.gpu
@@ -57,24 +59,29 @@ def test_a_ledger_counts_what_lives_and_forgets_what_is_gone() -> None:
 
 @pytest.mark.parametrize("kept", ["speed", "balanced", "min"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_rehearsal_foretells_what_a_step_makes(kind: str, kept: recompute.Memory) -> None:
-    """Two and three layers without content say what six layers with weights come to, within 2 %."""
+@pytest.mark.parametrize("way", ["by document", "with a mask", "a second micro-batch", "in bfloat16"])
+def test_a_rehearsal_foretells_what_a_step_makes(kind: str, kept: Memory, way: str) -> None:
+    """Six and eight layers without content say what twelve with weights come to, within 2 %."""
+    by_document, accumulates = way != "with a mask", way == "a second micro-batch"
+    autocast = torch.bfloat16 if way == "in bfloat16" else None
     expected = memory.rehearsed(
-        lambda layers: made(kind, layers, "meta"), SHAPE, by_document=True, kept=kept, autocast=None, device=CPU
-    )
-    assert abs(expected - counted(made(kind, None, "cpu"), kept)) < 0.02 * expected
+        lambda layers: made(kind, layers, "meta"), 12, SHAPE, by_document=by_document, kept=kept, autocast=autocast,
+        device=CPU, accumulates=accumulates,
+    )  # fmt: skip
+    real = counted(made(kind, 12, "cpu"), kept, by_document=by_document, accumulates=accumulates, autocast=autocast)
+    assert abs(expected - real) < 0.02 * expected
 
 
 def test_less_is_kept_for_less_memory() -> None:
-    speed, balanced, least = (counted(made("lora", None, "cpu"), kept) for kept in ("speed", "balanced", "min"))
+    speed, balanced, least = (counted(made("lora", 12, "cpu"), kept) for kept in ("speed", "balanced", "min"))
     assert balanced < 0.8 * speed
     assert least < 0.5 * speed
 
 
 @pytest.mark.parametrize("kept", ["speed", "balanced", "min"])
-def test_the_formula_is_near_where_nothing_can_be_rehearsed(kept: recompute.Memory) -> None:
-    real = counted(made("lora", None, "cpu"), kept)
-    told = memory.by_formula(LLAMA, SHAPE, kept=kept, dtype_bytes=4, full=False)
+def test_the_formula_is_near_where_nothing_can_be_rehearsed(kept: Memory) -> None:
+    real = counted(made("lora", 12, "cpu"), kept)
+    told = memory.by_formula(LLAMA, SHAPE, kept=kept, dtype_bytes=4, full=False, scores=False)
     assert 0.7 < told / real < 2
 
 
@@ -83,7 +90,7 @@ def test_what_cannot_be_rehearsed_says_so() -> None:
         config = LLAMA
 
     with pytest.raises(Exception, match="no list of equal layers"):
-        memory.rehearsed(lambda _: Looks(), SHAPE, by_document=True, kept="min", autocast=None, device=CPU)
+        memory.rehearsed(lambda _: Looks(), 6, SHAPE, by_document=True, kept="min", autocast=None, device=CPU)
 
 
 def test_shards_hold_a_share_and_two_layers() -> None:
@@ -92,9 +99,9 @@ def test_shards_hold_a_share_and_two_layers() -> None:
     assert whole.in_shards(4, layers=10) == memory.MemoryEstimate(450, 35, 50, 50, 7)
 
 
-def made(kind: str, layers: int | None, device: str) -> Any:
+def made(kind: str, layers: int, device: str) -> Any:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{**LLAMA.to_dict(), **({"num_hidden_layers": layers} if layers else {})})
+    config = transformers.LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": layers})
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config)
     if kind == "lora":
@@ -103,19 +110,38 @@ def made(kind: str, layers: int | None, device: str) -> Any:
     return model
 
 
-def counted(model: Any, kept: recompute.Memory) -> int:
+def counted(
+    model: Any,
+    kept: Memory,
+    *,
+    by_document: bool = True,
+    accumulates: bool = False,
+    autocast: torch.dtype | None = None,
+) -> int:
     """Bytes of a real step above weights and gradients."""
-    assert documents.install(model, SHAPE.length) == ""
+    if by_document:
+        assert documents.install(model, SHAPE.length, autocast) == ""
+        ids = torch.zeros(1, SHAPE.tokens, dtype=torch.int64)
+        ends = torch.tensor([0, SHAPE.length, SHAPE.tokens], dtype=torch.int32)
+        asked = {"input_ids": ids, "position_ids": ids, **documents.arguments(ends, SHAPE.length)}
+    else:
+        ids = torch.zeros(SHAPE.rows, SHAPE.length, dtype=torch.int64)
+        mask = torch.zeros(SHAPE.rows, 1, SHAPE.length, SHAPE.length)
+        asked = {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
     recompute.arrange(model, kept)
-    ids = torch.zeros(1, SHAPE.tokens, dtype=torch.int64)
-    ends = torch.tensor([0, SHAPE.length, SHAPE.tokens], dtype=torch.int32)
-    asked = {"input_ids": ids, "position_ids": ids, **documents.arguments(ends, SHAPE.length)}
-    positions = torch.arange(SHAPE.trained)
+    positions = torch.arange(SHAPE.trained if by_document else SHAPE.trained // SHAPE.rows)
     with memory.Ledger() as ledger:
         for parameter in model.parameters():
             ledger.enter(parameter)
         weights = ledger.live
-        loss.rehearsal(model.train(), asked, positions).backward()
+        for tensor in asked.values():
+            if isinstance(tensor, torch.Tensor):
+                ledger.enter(tensor)
+        for _ in range(1 + accumulates):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                total = loss.rehearsal(model.train(), asked, positions)
+            total.backward()
+            del total
     return ledger.peak - weights - sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
@@ -123,21 +149,21 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 import torch
-from runner import build, cli, memory, train
+from runner import build, cli, expected, memory, train
 from runner.checkpoint import Progress
 from runner.rundir import RunDir
-memory.return_what_is_freed()
 with cli.composed(sys.argv[1:]) as (_, jobs):
     cfg = dict(jobs[0].cfg)
 made = build.inputs(cfg)
-expected = build.expect(cfg, made).memory.total
+told = expected.expect(cfg, made).memory.total
 parts = build.parts(cfg, made, RunDir(Path("run")))
-heaviest = parts.batches.heaviest()
+every = [parts.batches.step(number)[0] for number in range(40)]
+heaviest = max(every, key=lambda batch: (batch['tokens'], batch['trained']))
 parts.batches.step = lambda i: [heaviest]
 hooks = train.Hooks(*[lambda *_: None] * 5)
 for _ in range(2):
     train.optimizer_step(parts, Progress(), hooks)
-print(json.dumps([expected, memory.peak_rss()]))
+print(json.dumps([told, memory.peak_rss()]))
 """
 
 

@@ -5,7 +5,7 @@
 SmolLM2-135M on 100 problems of gsm8k with their solutions (about 225 tokens each), LoRA r=8 on all linear layers, AdamW
 at a constant rate. Every side gets the same tokens in the same order and starts from the same weights, four documents
 or one pack of 1024 tokens a step, so that the losses have to agree; a side whose losses do not is void. Useful tokens
-count, padding does not; the steady state is what follows the third step. Overrides (quant=4bit, say) go to all sides.
+count, padding does not; the steady state is what follows the third step. Of the overrides `quant` goes to all sides.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 WARM_UP = 3
 """Steps that do not count: caches, compilation."""
 TOLERANCE = 1e-2
+"""Nats by which losses may differ."""
 PADDED = {"per_device_train_batch_size": 4}
 PACKED = {"per_device_train_batch_size": 1, "packing": True, "max_length": 1024}
 FLOAT32 = {"bf16": False, "gradient_checkpointing": False}
@@ -48,6 +49,7 @@ OURS = {
     "ours-packed-bfloat16": [*PACKS, "model.dtype=bfloat16"],
     "ours-packed-bfloat16-compiled": [*PACKS, "model.dtype=bfloat16", "compile=regional"],
 }
+SIDES = ["ours", "trl-float32", "ours-compiled", "ours-bfloat16", "trl", "ours-packed", "trl-packed-float32"]
 COMMON = [
     "data=local", "data/format=prompt_completion", "data.max_length=1024", "data.eval_rows=2", "tracking=mlflow",
     "optim.learning_rate=2e-4", "schedule=constant", "schedule.warmup_ratio=0", "train.save_steps=null",
@@ -59,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--sides", default="ours,trl,ours-compiled,trl-float32,ours-packed,trl-packed")
+    parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     words, overrides = parser.parse_known_args()
@@ -97,15 +99,18 @@ def write_data(path: Path) -> None:
 
 
 def run(folder: Path, side: str, number: int, steps: int, overrides: list[str]) -> dict[str, Any]:
-    """One training in a process of its own: tokens_per_second, peak_gib, first_step_seconds, losses."""
+    """One training in a process of its own: tokens_per_second, peak_gib, first (seconds to the first step), losses."""
     began = time.time()
     if side in OURS:
         rundir = folder / f"{side}-{number}"
         command = [sys.executable, "-m", "runner", *ours(folder, side, steps), f"hydra.run.dir={rundir}", *overrides]
-        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        finished = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
+        if finished.returncode:
+            sys.exit(f"{side} failed:\n{finished.stderr[-3000:]}")
         records = [json.loads(line) for line in (rundir / "metrics.jsonl").read_text().splitlines()]
         records = [record for record in records if "train/loss" in record]
-        peak = json.loads((rundir / "state.json").read_text())["summary"]["memory/peak_rss_gib"]
+        summary = json.loads((rundir / "state.json").read_text())["summary"]
+        peak = next(summary[name] for name in ("memory/peak_allocated_gib", "memory/peak_rss_gib") if name in summary)
         times, losses = [r["time"] for r in records], [r["train/loss"] for r in records]
     else:
         again(folder, side, steps, overrides)
@@ -122,6 +127,11 @@ def ours(folder: Path, side: str, steps: int) -> list[str]:
 
 def batching(side: str) -> str:
     return "packed" if "packed" in side or side == "trl-compiled" else "documents"
+
+
+def kind(side: str) -> tuple[str, bool]:
+    """What sides have in common whose losses can be compared: TRL computes in bfloat16 unless told otherwise."""
+    return batching(side), TRL[side].get("bf16", True) if side in TRL else "bfloat16" in side
 
 
 def again(folder: Path, child: str, steps: int, overrides: list[str]) -> None:
@@ -214,30 +224,30 @@ def train_with_trl(folder: Path, side: str, steps: int) -> None:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    peak = next(
-        int(line.split()[1]) / 2**20
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
+    from runner import memory
+
+    peak = next(iter(memory.metrics().values()))
     (folder / "result.json").write_text(json.dumps({"times": times, "losses": losses, "peak_gib": peak}))
 
 
 def show(results: dict[str, list[dict[str, Any]]]) -> None:
-    """A table of medians; who trains on the same batches has to have the losses of runner's first side there."""
+    """A table of medians; who trains on the same batches, as precisely, has to have the losses of runner's there."""
     print("\n| side | useful tokens/s | each round | peak GiB | first step, s | last loss | losses differ by |")
     print("|---|---|---|---|---|---|---|")
     for side, rounds in results.items():
         median = {
             key: statistics.median(one[key] for one in rounds) for key in ("tokens_per_second", "peak_gib", "first")
         }
-        judge = next((other for other in results if other in OURS and batching(other) == batching(side)), side)
-        pairs = zip(rounds[0]["losses"], results[judge][0]["losses"], strict=True)
-        apart = max(abs(a - b) for a, b in pairs)
-        void = "" if apart <= TOLERANCE else " VOID"
+        judge = next((other for other in results if other in OURS and kind(other) == kind(side)), None)
+        said = "nobody to compare with"
+        if judge:
+            pairs = zip(rounds[0]["losses"], results[judge][0]["losses"], strict=True)
+            apart = max(abs(a - b) for a, b in pairs)
+            said = f"{apart:.1e}" + ("" if apart <= TOLERANCE else " VOID")
         each = " ".join(f"{one['tokens_per_second']:.0f}" for one in rounds)
         print(
             f"| {side} | {median['tokens_per_second']:.1f} | {each} | {median['peak_gib']:.2f} | {median['first']:.1f} "
-            f"| {rounds[0]['losses'][-1]:.4f} | {apart:.1e}{void} |"
+            f"| {rounds[0]['losses'][-1]:.4f} | {said} |"
         )
 
 

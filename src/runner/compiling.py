@@ -76,11 +76,19 @@ def deferred() -> Iterator[None]:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that make up the decoder: its largest list of modules of one class.
+    """The layers that make up the decoder, to be compiled.
 
     Raises:
-        ConfigError: there is no such list.
+        ConfigError: there is no list of equal ones.
     """
+    if not (layers := layers_of(model)):
+        problem = f"{type(model).__name__} has no list of equal layers"
+        raise ConfigError(Fault("compile", problem, "use compile=default or compile=none"))
+    return layers
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The largest list of modules of one class in the decoder; empty where there is none."""
     from torch import nn
 
     lists: list[nn.ModuleList] = [
@@ -88,11 +96,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         for module in _decoder(model).modules()
         if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
     ]
-    if not lists:
-        problem = f"{type(model).__name__} has no list of equal layers"
-        raise ConfigError(Fault("compile", problem, "use compile=default or compile=none"))
-    sizes = [sum(parameter.numel() for parameter in layers.parameters()) for layers in lists]
-    return list(lists[sizes.index(max(sizes))])
+    return list(max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()), default=[]))
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -18,20 +18,20 @@ UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 """Arguments of attention functions that change what is computed, and that the kernels used here do not take."""
 
 
-def install(model: Any, longest: int) -> str:
+def install(model: Any, longest: int, autocast: torch.dtype | None = None) -> str:
     """Let ``model`` attend by document if it computes the same with it; else it stays as it is, and this says why.
 
     The proof is a small forward pass both ways: a model may cap its scores, bias them, slide a window shorter than the
-    ``longest`` document over them, or keep the names of the documents from its attention.
+    ``longest`` document over them, or keep the names of the documents from its attention. ``autocast`` as in training.
     """
-    if obstacle := _obstacle(model):
-        return obstacle
+    if found_before := obstacle(model):
+        return found_before
     base = _base(model)
     before = base.config._attn_implementation
-    expected = _trial(model, longest)
+    expected = _trial(model, longest, autocast)
     try:
         adopt(model)
-        found = _trial(model, longest)
+        found = _trial(model, longest, autocast)
         tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
         if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             return ""
@@ -43,12 +43,13 @@ def install(model: Any, longest: int) -> str:
 
 
 def adopt(model: Any) -> None:
-    """The same without the proof, for a model without weights; nothing is done where it cannot be."""
-    if not _obstacle(model):
+    """The same without the proof, for a model that has no ``obstacle``."""
+    if not obstacle(model):
         _base(model).set_attn_implementation(NAME)
 
 
-def _obstacle(model: Any) -> str:
+def obstacle(model: Any) -> str:
+    """Why a model cannot attend so, as far as it is known without computing; empty where nothing stands against it."""
     base = _base(model)
     if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):
         return f"{type(base).__name__} has an attention of its own"
@@ -104,6 +105,9 @@ def attend(
     if odd or not getattr(module, "is_causal", True) or query.shape[0] != 1:
         raise NotImplementedError(f"attention with {', '.join(odd) or 'rows apart or without a causal order'}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(query.device.type):  # which knows torch's own attention, and not these kernels
+        computed = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(computed), key.to(computed), value.to(computed)
     if query.device.type == "cpu":
         out, _ = _cpu(query, key, value, cu_seq_lens_q, scale)
         return out, None
@@ -134,7 +138,7 @@ def _register() -> bool:
 
 
 @torch.no_grad()
-def _trial(model: Any, longest: int) -> Tensor:
+def _trial(model: Any, longest: int, autocast: torch.dtype | None) -> Tensor:
     """Logits of three short documents in one row."""
     device, training = model.get_input_embeddings().weight.device, model.training
     lengths = [3, 1, 2]
@@ -142,7 +146,7 @@ def _trial(model: Any, longest: int) -> Tensor:
     ends = torch.tensor([0, 3, 4, 6], dtype=torch.int32, device=device)
     named = arguments(ends, longest) if uses(model) else {}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits: Tensor = model.train()(positions + 1, position_ids=positions, use_cache=False, **named).logits
             return logits
     finally:

@@ -18,6 +18,12 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+LESS_MEMORY = (
+    "use train.micro_batch_size=auto or a smaller one, train.memory=balanced or min, quant=4bit, lora=lora, "
+    "or a smaller data.max_length"
+)
+"""The remedy where memory does not suffice."""
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -128,7 +128,7 @@ def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[
     device = build.pick_device()
     model, autocast = _model(order, device)
     fused.fuse(model)
-    (batches,) = build.settle_attention(run.result, model, batches)
+    (batches,) = build.settle_attention(run.result, model, autocast, batches)
     if given.node["packing"]:
         attention.check_isolation(model)
     in_place = spread.over(parallel.none(), model, run.task, ALONE, device, autocast)
@@ -140,10 +140,10 @@ def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[
 
 def _model(order: _Order, device: torch.device) -> tuple[Any, torch.dtype | None]:
     """The model that is measured, in the number formats that it was evaluated in while it was trained."""
-    from runner import build
+    from runner.precision import keep_updates
 
     run = order.run
-    source, autocast = build.keep_updates(run.result, device, full=not run.is_adapter)
+    source, autocast = keep_updates(run.result, device, full=not run.is_adapter)
     load = training_results.load_base if order.is_base else training_results.load
     return load(run, device, dtype=source.dtype), autocast
 

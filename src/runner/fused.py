@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SHORT = 256
+"""A product of a shorter inner dimension (LoRA's) is computed in less time than its result is written and read."""
 MANY_ROWS = 128
 """From so many rows on adding up the weight costs less than a pass over the output."""
 
@@ -69,12 +71,17 @@ class _Fused(nn.Module):
             return super().forward(x, *args, **kwargs)
         rows = x.reshape(-1, x.shape[-1])
         adapters = layer.lora_A[name].weight, layer.lora_B[name].weight
-        added = _InPlace if self.mutates else _Added
-        product = _OfSum if x.dtype == adapters[0].dtype == torch.float32 and len(rows) >= MANY_ROWS else added
+        product = self._product(rows, adapters[0])
         out = product.apply(rows, weight, state, *adapters, layer.scaling[name])
         if layer.base_layer.bias is not None:
             out = out + layer.base_layer.bias
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def _product(self, rows: Tensor, a: Tensor) -> type[_OfSum | _InPlace]:
+        by_sum = rows.dtype == a.dtype == torch.float32 and len(rows) >= MANY_ROWS
+        if self.mutates:
+            return _OfSum if by_sum else _InPlace
+        return _OfSum if by_sum and len(a) < SHORT else _Added  # a longer sum would be kept, as large as the weight
 
 
 def _only_adapter(layer: Any) -> str | None:

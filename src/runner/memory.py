@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
-import os
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +19,22 @@ from torch.utils._pytree import tree_iter
 
 from runner import compiling, documents, loss, recompute
 from runner.packing import Shape
+from runner.schema import Memory
 
 GIB = 2**30
-LAYERS = 2, 3
-"""Decoder layers of the models that are rehearsed; what the others take follows from the difference."""
+LAYERS = 6, 8
+"""Decoder layers of the models that are rehearsed for a deeper one; what the others take follows from the difference.
+
+Fewer would not do: the peak is the largest of several sums, of which another one may lead in a shallow model."""
 M_MMAP_THRESHOLD = -3
 """Of malloc.h."""
-LARGE = 2 * 2**20
+RETURNED_BYTES = 2 * 2**20
+"""Blocks of this size and more go back to the system at once; smaller ones would cost more time than they save."""
 HEAP_HOLES = 0.25
 """What a CPU's heap keeps empty between its blocks, as a part of activations and gradients (glibc 2.36)."""
 ROUNDED = 0.05
 """What CUDA's allocator rounds up or cannot use, likewise; plus cuBLAS's workspace."""
 CUBLAS_BYTES = 64 * 2**20
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,50 +64,64 @@ class MemoryEstimate:
 
 
 def rehearsed(
-    make: Callable[[int | None], Any],
+    make: Callable[[int], Any],
+    layers: int,
     shape: Shape,
     *,
     by_document: bool,
-    kept: recompute.Memory,
+    kept: Memory,
     autocast: torch.dtype | None,
     device: torch.device,
+    accumulates: bool = False,
 ) -> int:
     """Bytes that a step holds at its peak beside weights and gradients, from a step on tensors without content.
 
-    ``make`` gives the model on torch's meta device, adapted, with so many decoder layers; None: with all of its own.
-    Every operation is dispatched as in training, and every tensor counted while it lives. It takes well under a second,
-    as it is done with two small models: decoder layers are equal. The peak may lie where the backward pass begins, with
-    all activations, or later, with gradients: both are followed.
+    ``make`` gives the model on torch's meta device, adapted, with so many decoder layers; the real one has ``layers``.
+    Every operation is dispatched as in training, and every tensor counted while it lives. It takes about a second, as
+    it is done with two small models: decoder layers are equal. The peak may lie where the backward pass begins, with
+    all activations, or later, with gradients: both are followed. ``accumulates``: gradients of earlier micro-batches
+    are there from the beginning.
 
     Raises:
         Exception: whatever a model does that looks into its tensors, or that a small one cannot be made.
     """
-    whole = _depth(make(None).config)
-    ways = (_peaks(make(count), shape, by_document, kept, autocast, device) for count in LAYERS)
-    whole_ways = (least + (whole - LAYERS[0]) * (next_least - least) for least, next_least in zip(*ways, strict=True))
-    return max(*whole_ways, 0)
+
+    def peaks(count: int) -> _Peaks:
+        return _peaks(make(count), shape, by_document, kept, autocast, device, accumulates)
+
+    if layers <= LAYERS[1]:
+        return max(peaks(layers).in_all, 0)
+    small, larger = map(peaks, LAYERS)
+    more = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
+    at_turn = small.at_turn + more * (larger.at_turn - small.at_turn)
+    in_all = small.in_all + more * (larger.in_all - small.in_all)
+    return max(int(at_turn), int(in_all), 0)
 
 
-def by_formula(config: Any, shape: Shape, *, kept: recompute.Memory, dtype_bytes: int, full: bool) -> int:
+def by_formula(config: Any, shape: Shape, *, kept: Memory, dtype_bytes: int, full: bool, scores: bool) -> int:
     """The same from the numbers of a Llama-like decoder, for what cannot be rehearsed.
 
     Kept for the backward pass of a layer, for each token, in values: the inputs of both norms and of what follows them
     (4 h, 6 h where the norms train), queries, keys, values and the result of attention (4 q), gate, up, activated gate
     and product of the MLP (4 m). Below float32 the norms keep their input in float32. On top, the gradients of the
-    widest place (3 m), the mask of packed rows, and logits: once, and a chunk of them twice in float32.
+    widest place (3 m), the mask of packed rows, and logits: once, and a chunk of them twice in float32. ``scores``:
+    those of attention are kept as well.
     """
     text = _text(config)
     hidden, tokens = text.hidden_size, shape.tokens
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
-    queries = text.num_attention_heads * (getattr(text, "head_dim", None) or hidden // text.num_attention_heads)
+    wide = max(wide) if isinstance(wide, Sequence) else wide
+    heads = getattr(text, "num_attention_heads", None) or 0
+    queries = heads * getattr(text, "head_dim", 0) or hidden
     of_layer = (6 if full else 4) * hidden + 4 * queries + 4 * wide
     layer = tokens * (of_layer * dtype_bytes + (2 * hidden * 4 if dtype_bytes < 4 else 0))
+    layer += 2 * heads * tokens * shape.length * dtype_bytes if scores else 0
     recomputed = {
         "speed": layer,
         "balanced": tokens * (3 * hidden + 2 * queries + 2 * wide) * dtype_bytes,
         "min": tokens * hidden * dtype_bytes,
     }[kept]
-    activations = (_depth(config) - 1) * recomputed + layer
+    activations = (depth(config) - 1) * recomputed + layer
     passing = tokens * 3 * wide * dtype_bytes + shape.rows * shape.length**2 * dtype_bytes
     logits = shape.trained * text.vocab_size
     return activations + passing + logits * dtype_bytes + 2 * min(logits, loss.CHUNK_VALUES) * 4
@@ -122,9 +136,11 @@ def held_already(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def unusable(device: torch.device, passing: int) -> int:
+def allocator_waste(device: torch.device, temporary_bytes: int) -> int:
     """Bytes that the allocator keeps without use for so many bytes that come and go."""
-    return int(ROUNDED * passing) + CUBLAS_BYTES if device.type == "cuda" else int(HEAP_HOLES * passing)
+    if device.type == "cuda":
+        return int(ROUNDED * temporary_bytes) + CUBLAS_BYTES
+    return int(HEAP_HOLES * temporary_bytes)
 
 
 def return_what_is_freed() -> None:
@@ -134,11 +150,15 @@ def return_what_is_freed() -> None:
     heap, where the holes between them grow from step to step: 3.1 GiB instead of 1.9 after three steps in one case.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
 
 
-def of_device(device: torch.device) -> tuple[int, int]:
-    """(total, free) bytes of the device; for a CPU, of the machine or of the container's limit where that is less."""
+def of_device(device: torch.device, sharing: int = 1) -> tuple[int, int]:
+    """(total, free) bytes of the device for one process.
+
+    For a CPU those of the machine, or of the container's or Slurm step's limit where that is less, divided by the
+    processes of this run that share it.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
@@ -148,7 +168,7 @@ def of_device(device: torch.device) -> tuple[int, int]:
     total, free = memory.total, memory.available
     for limit, used in _cgroup_limits():
         total, free = min(total, limit), min(free, limit - used)
-    return total, free
+    return total // sharing, free // sharing
 
 
 def metrics() -> dict[str, float]:
@@ -182,13 +202,9 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            if not self._known[key][0].expired():
-                return
-            self.live -= self._known[key][1]
-        self._known[key] = StorageWeakRef(storage), size
-        self.live += size
+        if storage._cdata not in self._known:  # an address is not used again as long as there is a weak reference to it
+            self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            self.live += storage.nbytes()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
@@ -207,15 +223,23 @@ class Ledger(TorchDispatchMode):
                 del self._known[key]
 
 
+class _Peaks(NamedTuple):
+    """Bytes above weights and gradients."""
+
+    at_turn: int
+    """Until the last layer's backward pass is done."""
+    in_all: int
+
+
 def _peaks(
     model: Any,
     shape: Shape,
     by_document: bool,
-    kept: recompute.Memory,
+    kept: Memory,
     autocast: torch.dtype | None,
     device: torch.device,
-) -> tuple[int, int]:
-    """Bytes above weights and gradients at the peak of a step, until the last layer's backward pass and in all."""
+    accumulates: bool,
+) -> _Peaks:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     if by_document:
@@ -228,7 +252,10 @@ def _peaks(
         for parameter in model.parameters():
             ledger.enter(parameter)
         weights = ledger.live
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        for parameter in trained if accumulates else ():
+            parameter.grad = torch.zeros_like(parameter)
 
         def watch(layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -238,8 +265,7 @@ def _peaks(
         with computing:
             total = loss.rehearsal(model.train(), **_asked(model, shape))
         total.backward()  # type: ignore[no-untyped-call]
-    first, *_ = begun
-    return first - weights - gradients, ledger.peak - weights - gradients
+    return _Peaks(begun[0] - weights - gradients, ledger.peak - weights - gradients)
 
 
 def _asked(model: Any, shape: Shape) -> dict[str, Any]:
@@ -271,7 +297,8 @@ def _give_storage(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
-def _depth(config: Any) -> int:
+def depth(config: Any) -> int:
+    """How many decoder layers a model has."""
     return max(int(_text(config).num_hidden_layers), 1)
 
 
@@ -280,12 +307,21 @@ def _text(config: Any) -> Any:
 
 
 def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """(limit, used) in bytes of the container this process runs in, where it has one (cgroup 2, then 1)."""
-    for folder, limit, used in (
+    """(limit, used) in bytes of each group of this process (cgroup 2, then 1); files that are cached are free."""
+    for root, limit, used in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        path = os.path.join(folder, limit)
-        text = Path(path).read_text().strip() if os.path.exists(path) else "max"
-        if text.isdigit():
-            yield int(text), int(Path(folder, used).read_text())
+        for folder in (Path(root), *(Path(root) / path for path in _own_groups())):
+            with contextlib.suppress(OSError, ValueError):
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                cached = int(stat.get("inactive_file", 0))
+                yield int((folder / limit).read_text()), int((folder / used).read_text()) - cached
+
+
+def _own_groups() -> Iterator[Path]:
+    """The groups of this process, each with those above it, below the root of their hierarchy."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            path = Path(line.split(":", 2)[2].lstrip("/"))
+            yield from (path, *path.parents[:-1])

@@ -121,7 +121,10 @@ def empty(
             text.layer_types = text.layer_types[:layers]
     with _told(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=source.trust_remote_code, **dtype_argument(dtype_for(source.dtype, device))
+            config,
+            trust_remote_code=source.trust_remote_code,
+            attn_implementation=_attention(source),
+            **dtype_argument(dtype_for(source.dtype, device)),
         )
     return _marked(model, source, quant)
 
@@ -142,7 +145,7 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
             folder,
             config=config,
             **dtype_argument(dtype_for(source.dtype, device)),
-            attn_implementation="sdpa" if source.attention in ("auto", "by_document") else source.attention,
+            attn_implementation=_attention(source),
             quantization_config=quantization.library_config(quant, device),
             device_map={"": str(device)},
             use_safetensors=True,
@@ -158,6 +161,11 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
         quantization.leave_file(model)
     model.config.use_cache = False
     return _marked(model, source, quant)
+
+
+def _attention(source: ModelSource) -> str:
+    """What transformers is asked for; ``documents`` may put its own in its place."""
+    return "sdpa" if source.attention in ("auto", "by_document") else source.attention
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True) -> None:

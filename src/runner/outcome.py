@@ -10,7 +10,7 @@ import time
 import traceback
 
 from runner import scheduler
-from runner.errors import Fault, Interrupted, Pruned, RunnerError, Stopped, TrainingError
+from runner.errors import LESS_MEMORY, Fault, Interrupted, Pruned, RunnerError, Stopped, TrainingError
 from runner.ranks import Ranks, lost_peer
 from runner.rundir import DIED, RunDir, State
 from runner.secrets import redact
@@ -146,11 +146,7 @@ def explained(error: Exception) -> Exception:
     if isinstance(error, RunnerError):
         return error
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
-        remedy = (
-            "use train.micro_batch_size=auto or a smaller one, train.memory=balanced or min, "
-            "a smaller data.max_length, or quant=4bit"
-        )
-        return _told_as(f"out of memory: {error}".splitlines()[0], remedy, error)
+        return _told_as(f"out of memory: {error}".splitlines()[0], LESS_MEMORY, error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text:
         remedy = "make room, then give the same command with this hydra.run.dir; or set outputs_dir elsewhere"
         return _told_as(f"no space left on the device: {error}", remedy, error)

@@ -245,10 +245,6 @@ class Batches:
             return Shape(1, self._padded(int(self._largest_of(self.sizes).sum())), trained)
         return Shape(self.rows_per_batch if self.packing else rows, self._padded(longest), trained)
 
-    def heaviest(self) -> Batch:
-        """A batch of the packs with the most tokens: what takes the most memory."""
-        return self._build(np.argsort(-self.sizes, kind="stable")[: self.rows_per_batch].tolist())
-
     @functools.cached_property
     def _trained(self) -> np.ndarray:
         """Trained positions of each pack."""

@@ -32,15 +32,15 @@ def show(cfg: Mapping[str, Any]) -> None:
         ConfigError, DataError: the run would be refused.
     """
     console.quiet_libraries()
-    from runner import build
+    from runner import build, expected
 
-    made = build.inputs(cfg)
-    expected = build.expect(cfg, made)
-    rows = [*_model_rows(made, expected), *_data_rows(cfg, made), *_time_rows(made, expected)]
+    made = build.settle_rows(cfg, build.inputs(cfg))
+    told = expected.expect(cfg, made)
+    rows = [*_model_rows(made, told), *_data_rows(cfg, made), *_time_rows(made, told)]
     console.table("plan", ["", ""], [list(row) for row in rows])
     print("one row of the first batch, with what is trained " + ("underlined" if _styled() else "in ⟦…⟧") + ":\n")
     print(_marked(made, cfg["seed"]), "\n")
-    build.check_fits(expected)
+    expected.check_fits(told)
 
 
 def _model_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
@@ -97,7 +97,10 @@ def _time_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
     peak = meters.peak_flops(made.device, dtype_for(made.source.dtype, made.device))
     seconds = tokens * expected.flops_per_token / (peak * ASSUMED_UTILISATION)
     return [
-        ("steps", f"{made.total_steps}, {tokens} tokens, {made.batches.epoch(made.total_steps):.2f} epochs"),
+        (
+            "steps",
+            f"{made.total_steps}, {tokens} tokens, {made.batches.epoch(made.total_steps):.2f} epochs{made.cut}",
+        ),
         (
             "time",
             f"about {console.duration(seconds)} of training at {ASSUMED_UTILISATION:.0%} of {peak / 1e12:.2f} TFLOP/s",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,8 @@ from runner.errors import Fault
 
 if TYPE_CHECKING:
     import torch
+
+    from runner.origins import ModelSource
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -81,3 +84,15 @@ def _is_fast_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate it
     return device.type == "cpu" and "amx_bf16" in cpu_flags()
+
+
+def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tuple[ModelSource, torch.dtype | None]:
+    """Weights that train whole are kept in float32 and computed with in bfloat16: pure bfloat16 loses small updates.
+
+    Returns the source and the dtype of autocast. A dtype that was asked for is left as it is.
+    """
+    import torch
+
+    if full and source.dtype == "auto" and dtype_for("auto", device) == torch.bfloat16:
+        return replace(source, dtype="float32"), torch.bfloat16
+    return source, None

@@ -142,8 +142,9 @@ def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
     found = {group: (manifest.get(group) or {}).get("revision") for group in ("model", "data")}
     named = {group: revision for group, revision in found.items() if revision and "revision" in cfg[group]}
     settled = {group: {**cfg[group], "revision": revision} for group, revision in named.items()}
-    if cfg["train"]["micro_batch_size"] == "auto" and (rows := manifest.get("micro_batch_size")):
-        settled["train"] = {**cfg["train"], "micro_batch_size": rows}
+    train, rows = cfg["train"], manifest.get("micro_batch_size")
+    if train["micro_batch_size"] == "auto" and rows and train["per_device_batch_size"] % rows == 0:
+        settled["train"] = {**train, "micro_batch_size": rows}
     return {**cfg, **settled}
 
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from runner import compiling, fused
-
-Memory = Literal["speed", "balanced", "min"]
-"""``train.memory``."""
-SHORT = 256
-"""A product of a shorter inner dimension (LoRA's) is computed in less time than its result is written and read."""
+from runner.errors import ConfigError, Fault
+from runner.schema import Memory
 
 
 def arrange(model: nn.Module, memory: Memory) -> None:
@@ -31,11 +28,15 @@ def arrange(model: nn.Module, memory: Memory) -> None:
     """
     if memory == "speed":
         return
+    layers = compiling.layers_of(model)
+    if not layers:
+        problem = f"{type(model).__name__} has no list of equal layers that could be computed again"
+        raise ConfigError(Fault("train.memory", problem, "use train.memory=speed", memory))
     options: dict[str, Any] = {"use_reentrant": False}
     if memory == "balanced":
         fused.keep_products(model)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for layer in compiling.decoder_layers(model):
+    for layer in layers:
         layer.forward = _recomputed(layer.forward, options)
 
 
@@ -49,6 +50,7 @@ def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callabl
 
 
 def _policy(_: object, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What becomes of the result of an operation, as torch asks at each of them."""
     return CheckpointPolicy.MUST_SAVE if _is_costly(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -56,5 +58,5 @@ def _is_costly(operation: Any, args: tuple[Any, ...]) -> bool:
     name = str(operation)
     if name in ("aten.mm.default", "aten.bmm.default", "aten.addmm.default"):
         left: Tensor = args[-2]  # (n, K) of the product
-        return left.shape[-1] >= SHORT
-    return "attention" in name or name.startswith("bitsandbytes.int8_")
+        return left.shape[-1] >= fused.SHORT
+    return "attention" in name or "varlen_attn" in name or name.startswith("bitsandbytes.int8_")

@@ -42,20 +42,13 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             f"{data.eval_rows} held out, {parts.batches.efficiency:.0%} of each batch used"
             + (f", {data.truncated} truncated" if data.truncated else "")
             + (f", {data.dropped} dropped" if data.dropped else ""),
-            "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens{_cut(cfg, made)}",
+            "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens{made.cut}",
         }
     )
 
 
 def _processes(cfg: Mapping[str, Any], parts: Parts) -> str:
     return f", {parts.ranks.world} processes ({parallel.kind_of(cfg['parallel'])})" if parts.ranks.world > 1 else ""
-
-
-def _cut(cfg: Mapping[str, Any], made: Inputs) -> str:
-    """How a step was cut, where that was left to us."""
-    if cfg["train"]["micro_batch_size"] != "auto":
-        return ""
-    return f", {made.settings.rows_at_a_time} of {made.settings.per_device_batch_size} rows at a time"
 
 
 def _hint(cfg: Mapping[str, Any], parts: Parts) -> str:

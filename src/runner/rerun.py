@@ -256,6 +256,8 @@ def _prepared(original: Recorded, job: Job, folder: Path, argv: list[str], code:
         "exact": code is not None,
     }
     notes: dict[str, Any] = {"rerun": origin, "data": known, "model": model}
+    if rows := original.manifest.get("micro_batch_size"):
+        notes["micro_batch_size"] = rows
     if code:
         notes |= {key: original.manifest[key] for key in ("git", "code_sha256") if key in original.manifest}
         notes |= {"lock_sha256": provenance.lock_digest(code)}

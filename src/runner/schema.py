@@ -15,6 +15,8 @@ Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 """What torch, NumPy and Python all take."""
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+Memory = Literal["speed", "balanced", "min"]
+"""What of a forward pass is kept for the backward pass: see ``recompute``."""
 SweepName = Annotated[str, Len(1, 120)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 
@@ -42,7 +44,7 @@ class TrainSettings:
     micro_batch_size: Count | Literal["auto"] | None
     gradient_accumulation_steps: Count
     max_grad_norm: Positive | None
-    memory: Literal["speed", "balanced", "min"]
+    memory: Memory
     logging_steps: Count
     eval_steps: Count | None
     save_steps: Count | None

@@ -183,12 +183,13 @@ def _load(rundir: RunDir, cfg: dict[str, Any], ranks: Ranks) -> Loaded:
 
     console.quiet_libraries()
 
-    def load() -> tuple[Inputs, Parts]:
+    def read() -> Inputs:
         made = build.inputs(prepare.pinned(cfg, rundir), ranks)
         _refuse_other_data(rundir, report.data_identity(cfg, made))
-        return made, build.parts(cfg, made, rundir, ranks)
+        return made
 
-    made, parts = unanimous(ranks, load)
+    made = build.settle_rows(cfg, unanimous(ranks, read), ranks)
+    parts = unanimous(ranks, lambda: build.parts(cfg, made, rundir, ranks))
     if ranks.rank == 0:
         report.header(cfg, made, parts, rundir)
     return Loaded(cfg, made, parts, parts.checkpoints.restore(parts.model, parts.optimizer))
