@@ -230,9 +230,9 @@ def test_the_plan_of_a_run_is_that_of_its_own_configuration(capfd: pytest.Captur
 
 
 def test_a_model_that_cannot_fit_is_refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    from runner import meters
+    from runner import memory
 
-    monkeypatch.setattr(meters, "device_memory", lambda _: (2**20, 2**20))
+    monkeypatch.setattr(memory, "of_device", lambda *_: (2**20, 2**20))
     for words in (["plan", *QUICK], list(QUICK)):
         assert cli.run(words) == 2
         said = capfd.readouterr().err

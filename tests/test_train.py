@@ -262,9 +262,9 @@ def test_attention_by_document_is_refused_where_it_would_compute_something_else(
     model = build.load_model(cfg, made)
     model.config._attn_implementation_internal = "eager"
     with pytest.raises(ConfigError, match=r"model\.attention=by_document: .* attention of its own"):
-        build.settle_attention(made.source, model, made.batches)
+        build.settle_attention(made.source, model, None, made.batches)
     source = replace(made.source, attention="sdpa")
-    assert build.settle_attention(source, model, made.batches) == [made.batches]
+    assert build.settle_attention(source, model, None, made.batches) == [made.batches]
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])

@@ -19,7 +19,16 @@ import pytest
 from conftest import TINY, prepared
 
 from runner import build, compiling, console, outcome, prepare, report, samples, tracking, train, worker
-from runner.errors import ConfigError, DataError, Fault, Preempted, ResumeError, RunnerError, TrackingError
+from runner.errors import (
+    LESS_MEMORY,
+    ConfigError,
+    DataError,
+    Fault,
+    Preempted,
+    ResumeError,
+    RunnerError,
+    TrackingError,
+)
 from runner.rundir import RunDir
 from runner.stop import ONE_GESTURE_S, Stop
 
@@ -135,12 +144,14 @@ def test_a_changed_function_is_refused_on_resume(tmp_path: Path, cache: Path, ca
 
 def test_the_commits_of_the_first_attempt_are_used_again(tmp_path: Path):
     rundir = RunDir(tmp_path)
-    cfg = {"model": {"path": "o/m", "revision": "main"}, "data": {"path": "o/d", "revision": None}}
+    train = {"micro_batch_size": None, "per_device_batch_size": 4}
+    cfg = {"model": {"path": "o/m", "revision": "main"}, "data": {"path": "o/d", "revision": None}, "train": train}
     assert prepare.pinned(cfg, rundir) == cfg
     rundir.update_manifest(model={"revision": "a1"}, data={"revision": "b2"})
     pinned = prepare.pinned(cfg, rundir)
     assert (pinned["model"]["revision"], pinned["data"]["revision"]) == ("a1", "b2")
-    assert prepare.pinned({"model": {"path": "x"}, "data": {"path": "y"}}, rundir)["data"] == {"path": "y"}
+    local = {"model": {"path": "x"}, "data": {"path": "y"}, "train": train}
+    assert prepare.pinned(local, rundir) == local
 
 
 # Stopped
@@ -357,7 +368,7 @@ def test_out_of_memory_is_told_with_its_remedy(
     assert worker.work(rundir) == 1
     told = capfd.readouterr().err
     assert "error: out of memory" in told
-    assert "→ use a smaller train.per_device_batch_size" in told
+    assert f"→ {LESS_MEMORY}" in told
     assert "Traceback" not in told
     assert rundir.read_state().reason.startswith("out of memory")
 
