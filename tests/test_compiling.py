@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import conftest
 import pytest
@@ -12,7 +16,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from runner import compiling, loss, recompute
+from runner import compiling, loss, recompute, samples
 from runner.config import config_dir, find_faults
 from runner.errors import ConfigError
 
@@ -84,6 +88,59 @@ def test_regional_compiles_one_layer_for_all() -> None:
 
 @needs_compiler
 @pytest.mark.slow
+def test_answers_leave_the_compiled_layers_to_training() -> None:
+    """More layers than Dynamo compiles variants of a function: what generation asks of them must not use them up."""
+    model, asked = with_lora(llama(10)), Tokenizer()
+    option("regional", fullgraph=True)(model)
+    losses_and_gradients(model)
+    graphs = compiling.graphs()
+    assert len(samples.generate(model, asked, ["a", "bc"], max_new_tokens=3)) == 2
+    losses_and_gradients(model)
+    assert compiling.graphs() == graphs
+    with torch.profiler.profile() as profile:
+        loss.sums(model, batches()[0])["loss"].backward()
+    compiled = sum(event.count for event in profile.key_averages() if event.key == "CompiledFunction")
+    assert compiled == 10, "a call for each layer"
+
+
+class Tokenizer:
+    """Letters; what ``samples.generate`` asks of a tokenizer."""
+
+    padding_side, pad_token_id = "right", 0
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
+        length = max(map(len, texts))
+        ids = torch.tensor([[ord(letter) % 64 for letter in text.rjust(length)] for text in texts])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def batch_decode(self, ids: torch.Tensor, **_: Any) -> list[str]:
+        return ["".join(chr(64 + token) for token in row) for row in ids.tolist()]
+
+
+COMPILE = """
+import torch, test_compiling
+from torch._dynamo.utils import counters
+model = test_compiling.llama(2)
+test_compiling.option("regional")(model)
+test_compiling.losses_and_gradients(model)
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_one_run_compiled_the_next_one_finds(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment |= {"RUNNER_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    said = [
+        subprocess.check_output([sys.executable, "-c", COMPILE], env=environment, text=True).split() for _ in range(2)
+    ]
+    assert [int(word) > 0 for word in said[0]] == [True, False], said
+    assert [int(word) > 0 for word in said[1]] == [False, True], said
+
+
+@needs_compiler
+@pytest.mark.slow
 def test_default_compiles_the_decoder_once() -> None:
     assert_compiles("default")
     assert compiling.graphs() == 1
@@ -94,7 +151,7 @@ def test_default_compiles_the_decoder_once() -> None:
 @pytest.mark.parametrize("memory", ["balanced", "min"])
 def test_computing_layers_again_goes_along(memory: recompute.Memory) -> None:
     plain, model = with_lora(llama(2)), with_lora(llama(2))
-    recompute.arrange(model, memory)
+    recompute.arrange(model, memory, eager=False)
     option("regional", fullgraph=True)(model)
     torch.testing.assert_close(losses_and_gradients(model), losses_and_gradients(plain), atol=1e-4, rtol=1e-4)
 

@@ -133,7 +133,7 @@ def test_chunks_and_eval_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     loss.sums(model, batch)["loss"].backward()
     with torch.no_grad():
         expected = loss.sums(model, batch)
-    monkeypatch.setattr(loss, "CHUNK_VALUES", 64 * 3)
+    monkeypatch.setattr(loss, "CPU_CHUNK_VALUES", 64 * 3)
     monkeypatch.setattr(loss, "EVAL_POSITIONS", 20)
     loss.sums(again, batch)["loss"].backward()
     torch.testing.assert_close(gradients(again), gradients(model), atol=1e-6, rtol=1e-5)
@@ -192,7 +192,7 @@ def test_packed_documents_are_as_alone(family: str, implementation: str) -> None
             for ids, logits in zip(batch["input_ids"][row].split(sizes), together[row].split(sizes), strict=True):
                 alone = model(input_ids=ids[None], use_cache=False).logits[0]
                 torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
-    attention.check_isolation(model)
+    attention.check_isolation(model, None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -238,13 +238,13 @@ def test_the_operation_of_attention_by_document_is_sound() -> None:
 @pytest.mark.parametrize("family", MIXING)
 def test_a_model_that_mixes_documents_is_refused(family: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.packing=True: .* see each other\n    → set data\.packing=false"):
-        attention.check_isolation(build(MIXING[family]))
+        attention.check_isolation(build(MIXING[family]), None)
 
 
 def test_the_check_leaves_no_trace_and_sees_through_lora() -> None:
     model = get_peft_model(build(FAMILIES["mistral"]), LoraConfig(target_modules="all-linear", lora_dropout=0.5))
     state = torch.get_rng_state()
-    attention.check_isolation(model)
+    attention.check_isolation(model, None)
     assert torch.equal(state, torch.get_rng_state())
     assert not gradients(model)
     assert not model.get_input_embeddings()._forward_hooks
@@ -253,7 +253,7 @@ def test_the_check_leaves_no_trace_and_sees_through_lora() -> None:
 def test_prompt_tuning_cannot_be_packed() -> None:
     tuned = with_virtual_tokens(build(FAMILIES["llama"]))
     with pytest.raises(ConfigError, match="packing"):
-        attention.check_isolation(tuned)
+        attention.check_isolation(tuned, None)
 
 
 def test_the_mask_for_an_older_transformers_isolates_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_the_mask_for_an_older_transformers_isolates_too(monkeypatch: pytest.Mon
     asked = attention.inputs(batch, True, model)
     assert asked["attention_mask"].shape == (2, 1, 20, 20)
     torch.testing.assert_close(loss.sums(model, {**batch, **asked}), expected, atol=1e-5, rtol=1e-6)
-    attention.check_isolation(model)
+    attention.check_isolation(model, None)
     with pytest.raises(ConfigError, match="sliding window of 4"):
         attention.inputs(batch, True, build(FAMILIES["mistral"]))
 

@@ -139,7 +139,6 @@ def test_bytes_per_weight() -> None:
         ("4bit", {"double": "yes"}, "true or false"),
         ("4bit", {"compute_dtype": "float16"}, "use compute_dtype=bfloat16"),
         ("4bit", {"compute_dtyp": "auto"}, "did you mean 'compute_dtype'?"),
-        ("8bit", {"outlier_threshold": -1.0}, ">= 0"),
         ("8bit", {"load_in_8bit": True}, "quant=8bit"),
     ],
 )

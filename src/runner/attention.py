@@ -36,11 +36,11 @@ def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]
     return asked if _masks_by_position() else {**asked, "attention_mask": _mask(positions, model)}
 
 
-def check_isolation(model: Any) -> None:
+def check_isolation(model: Any, autocast: torch.dtype | None) -> None:
     """Refuse to pack for a model whose documents see each other. Call it before compiling; it costs one small step.
 
     The gradient of the second document's logits with respect to the first one's embeddings is exactly zero where
-    nothing passes between them; rounding and quantization do not blur that.
+    nothing passes between them; rounding and quantization do not blur that. ``autocast`` as in training.
 
     Raises:
         ConfigError: with ``data.packing=false`` as the remedy.
@@ -56,7 +56,8 @@ def check_isolation(model: Any) -> None:
     ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4]], device=device)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
+        computing = torch.autocast(device.type, autocast, enabled=autocast is not None)
+        with torch.random.fork_rng(), torch.enable_grad(), computing:
             ends = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
             batch = {"input_ids": ids, "position_ids": positions, "document_ends": ends, "longest": 4}
             asked = inputs(batch, True, model)

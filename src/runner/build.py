@@ -13,6 +13,7 @@ import torch
 
 from runner import (
     attention,
+    compiling,
     config,
     data,
     documents,
@@ -75,6 +76,8 @@ def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
     tokenizer = models.tokenizer(source)
     splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings, ranks.rank)
     steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
+    if device.type == "cpu":
+        memory.return_what_is_freed()
     return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
 
 
@@ -149,7 +152,7 @@ def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
     torch.manual_seed(cfg["seed"])
     model: torch.nn.Module = config.bind(cfg["lora"], "lora")(base)
     fused.fuse(model)
-    recompute.arrange(model, made.settings.memory)
+    recompute.arrange(model, made.settings.memory, eager=not compiling.is_asked_for(cfg["compile"]))
     return model
 
 
@@ -158,8 +161,6 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     if made.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if made.device.type == "cpu":
-        memory.return_what_is_freed()
     told = expected.expect(cfg, made, roughly=True)
     if told.memory.total > expected.SAFE * told.free_bytes:
         told = expected.expect(cfg, made)
@@ -169,13 +170,13 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     model = load_model(cfg, made)
     batches, evaluation = settle_attention(made.source, model, autocast, made.batches, made.evaluation)
     if cfg["data"]["packing"]:
-        attention.check_isolation(model)
+        attention.check_isolation(model, autocast)
     config.bind(cfg["compile"], "compile")(model)
     chosen = config.bind(cfg["parallel"], "parallel")()
     in_place = spread.over(chosen, model, made.task, ranks, made.device, autocast)
     weight_decay = cfg["optim"].get("weight_decay", 0.0)
     optimizer = config.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
-    peak = meters.peak_flops(made.device, model_dtype(model)) * ranks.world
+    peak = meters.peak_flops(made.device, autocast or model_dtype(model)) * ranks.world
     return train.Parts(
         model=model,
         task=made.task,

@@ -12,10 +12,11 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
+from runner.files import cache_dir
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,22 @@ def whole(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: bool
     _check(model, mode, fullgraph)
     _decoder(model).compile(mode=mode, dynamic=dynamic, fullgraph=fullgraph)
     return model
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """While the block runs, what is compiled computes as it is written.
+
+    For generation: its shapes change with every token, and its cache is another object in each layer. The graphs of one
+    answer would use up Dynamo's limit for a function, and training would not be compiled any more, without a word.
+    """
+    import torch
+
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # torch < 2.6
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager
@@ -99,6 +116,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()), default=[]))
 
 
+def is_asked_for(node: Mapping[str, Any]) -> bool:
+    """Of the YAML of an option."""
+    return node["_target_"] != f"{none.__module__}.{none.__name__}"
+
+
 def is_compiled(model: nn.Module) -> bool:
     return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
 
@@ -131,6 +153,7 @@ def _check(model: nn.Module, mode: Mode, fullgraph: bool) -> None:
 
 
 def _check_compiler(device: torch.device) -> None:
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")))  # what one run compiled, others find
     # Inductor writes C++ for a CPU and Triton for a GPU; Triton compiles its launcher with a C compiler.
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     if device.type == "cuda":

@@ -175,7 +175,8 @@ def _cpu_backward(
     """Gradients of query (1, T, H, D), key and value (1, T, Hkv, D)."""
     heads, kv_heads = query.shape[1], key.shape[1]
     groups = kv_heads, heads // kv_heads
-    dq, dk, dv = (torch.zeros_like(tensor.transpose(1, 2).contiguous()) for tensor in (query, key, value))
+    length, width = query.shape[2:]
+    dq, dk, dv = (query.new_zeros(1, length, count, width) for count in (heads, kv_heads, kv_heads))
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
     for span in _spans(ends):
         q, k, v, o, g = (_document(tensor, span, groups) for tensor in (query, key, value, out, grad))

@@ -130,7 +130,7 @@ def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[
     fused.fuse(model)
     (batches,) = build.settle_attention(run.result, model, autocast, batches)
     if given.node["packing"]:
-        attention.check_isolation(model)
+        attention.check_isolation(model, autocast)
     in_place = spread.over(parallel.none(), model, run.task, ALONE, device, autocast)
     began = time.monotonic()
     sums = train.evaluation_sums(model, run.task, batches, in_place, before=_progress)

@@ -107,8 +107,7 @@ def _rehearsed(
 
     def make(layers: int) -> nn.Module:
         small: nn.Module = config.bind(cfg["lora"], "lora")(models.empty(made.source, quant, made.device, layers))
-        if quant.bits != 8:
-            fused.fuse(small)
+        fused.fuse(small)
         return small
 
     try:

@@ -8,8 +8,8 @@ with float32 adapters on a bfloat16 base a float32 copy of every input. Here
 - else: the low-rank part is added in place, in the dtype of the input, and the adapters stay float32 only as what the
   optimizer sees. (In bfloat16 a small ``B A`` would be lost in the sum with ``W``.)
 
-4-bit weights are unpacked once for all that. A layer stays the PEFT layer that it was, in its names, in what is saved
-and in merging; whatever is not plain LoRA (DoRA, dropout, several adapters, 8-bit weights, …) computes as PEFT does.
+Weights in 4 and 8 bits are unpacked once for all that. A layer stays the PEFT layer that it was, in its names, in what
+is saved and in merging; whatever is not plain LoRA (DoRA, dropout, several adapters, …) computes as PEFT does.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SHORT = 256
-"""A product of a shorter inner dimension (LoRA's) is computed in less time than its result is written and read."""
+INT8_MAX = 127
+"""What the largest weight of a row is stored as in 8 bits."""
 MANY_ROWS = 128
 """From so many rows on adding up the weight costs less than a pass over the output."""
 
@@ -35,20 +35,14 @@ def fuse(model: nn.Module) -> int:
     return len(found)
 
 
-def keep_products(model: nn.Module) -> None:
-    """Leave every matrix product as it came, so that selective recomputation can keep it. In place."""
-    for module in model.modules():
-        if isinstance(module, _Fused):
-            module.mutates = False
-
-
 def _is_lora(module: nn.Module) -> bool:
     from peft.tuners.lora.layer import LoraLayer
 
     base = getattr(module, "base_layer", None)
     if not isinstance(module, LoraLayer) or isinstance(module, _Fused) or "forward" not in vars(type(module)):
         return False
-    return type(base) is nn.Linear or hasattr(getattr(base, "weight", None), "quant_state")
+    weight = getattr(base, "weight", None)
+    return type(base) is nn.Linear or hasattr(weight, "quant_state") or hasattr(weight, "SCB")
 
 
 @functools.cache
@@ -59,29 +53,21 @@ def _fused(cls: Any) -> type[nn.Module]:
 class _Fused(nn.Module):
     """Before a LoRA layer of PEFT in the order of its classes."""
 
-    mutates = True
-    """Whether the result of one product may be written over by the next; see ``keep_products``."""
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
         name = _only_adapter(layer)
         weight = layer.base_layer.weight
-        state = getattr(weight, "quant_state", None)
+        state = _state(layer.base_layer)
         if args or kwargs or name is None or not _computes_as_stored(layer.base_layer, state, x):
             return super().forward(x, *args, **kwargs)
         rows = x.reshape(-1, x.shape[-1])
         adapters = layer.lora_A[name].weight, layer.lora_B[name].weight
-        product = self._product(rows, adapters[0])
+        by_sum = rows.dtype == adapters[0].dtype == torch.float32 and len(rows) >= MANY_ROWS
+        product = _OfSum if by_sum else _InPlace
         out = product.apply(rows, weight, state, *adapters, layer.scaling[name])
         if layer.base_layer.bias is not None:
             out = out + layer.base_layer.bias
         return out.reshape(*x.shape[:-1], out.shape[-1])
-
-    def _product(self, rows: Tensor, a: Tensor) -> type[_OfSum | _InPlace]:
-        by_sum = rows.dtype == a.dtype == torch.float32 and len(rows) >= MANY_ROWS
-        if self.mutates:
-            return _OfSum if by_sum else _InPlace
-        return _OfSum if by_sum and len(a) < SHORT else _Added  # a longer sum would be kept, as large as the weight
 
 
 def _only_adapter(layer: Any) -> str | None:
@@ -97,6 +83,13 @@ def _only_adapter(layer: Any) -> str | None:
     return str(name)
 
 
+def _state(base: Any) -> Any:
+    """How the weight of a layer is unpacked: bitsandbytes' state of 4 bits, the scales (N,) of 8; None: it is dense."""
+    if hasattr(base.weight, "SCB"):
+        return base.weight.SCB if base.weight.SCB is not None else base.state.SCB  # where the first forward puts it
+    return getattr(base.weight, "quant_state", None)
+
+
 def _computes_as_stored(base: Any, state: Any, x: Tensor) -> bool:
     """Whether the layer multiplies in the dtype of its input, without autocast's or bitsandbytes' casts."""
     if torch.is_autocast_enabled(x.device.type):
@@ -107,9 +100,11 @@ def _computes_as_stored(base: Any, state: Any, x: Tensor) -> bool:
 
 
 def _dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) to multiply with; unpacked where it is stored in 4 bits."""
+    """The weight (N, K) to multiply with; unpacked where it is stored in 4 or 8 bits."""
     if state is None:
         return weight
+    if isinstance(state, Tensor):
+        return weight.to(dtype).mul_(state[:, None] * (1 / INT8_MAX))
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight, state).to(dtype)
@@ -144,8 +139,11 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low_rank, dense = _low_rank(ctx, x, weight, state, a, b, scale)
-        return low_rank.addmm_(x, dense.t(), beta=scale)
+        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
+        reduced = x @ low_a.t()  # (n, r)
+        ctx.save_for_backward(x, weight, low_a, low_b, reduced)
+        ctx.state, ctx.scale, ctx.dtype = state, scale, a.dtype
+        return (reduced @ low_b.t()).addmm_(x, _dense(weight, state, x.dtype).t(), beta=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
@@ -154,23 +152,3 @@ class _InPlace(torch.autograd.Function):
         dx = (grad @ _dense(weight, ctx.state, x.dtype)).addmm_(slope, a) if ctx.needs_input_grad[0] else None
         da, db = slope.t() @ x, (grad.t() @ reduced).mul_(ctx.scale)
         return dx, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
-
-
-class _Added(_InPlace):
-    """The same in a tensor of its own: one pass more, for whoever keeps the product to save computing it again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low_rank, dense = _low_rank(ctx, x, weight, state, a, b, scale)
-        return torch.addmm(low_rank, x, dense.t(), beta=scale)
-
-
-def _low_rank(
-    ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(x Aᵀ) Bᵀ (n, N), and the dense weight (N, K)."""
-    low_a, low_b = a.to(x.dtype), b.to(x.dtype)
-    reduced = x @ low_a.t()  # (n, r)
-    ctx.save_for_backward(x, weight, low_a, low_b, reduced)
-    ctx.state, ctx.scale, ctx.dtype = state, scale, a.dtype
-    return reduced @ low_b.t(), _dense(weight, state, x.dtype)

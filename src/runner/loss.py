@@ -19,8 +19,8 @@ from runner.packing import IGNORED
 
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", *DOCUMENTS)
-CHUNK_VALUES = 2**25
-"""Logits taken to float32 at once: 128 MiB."""
+CHUNK_VALUES, CPU_CHUNK_VALUES = 2**25, 2**22
+"""Logits worked on at once in float32: 128 MiB, as few kernels as possible; 16 MiB on a CPU, which keeps them near."""
 EVAL_POSITIONS = 8192
 """Positions of one forward pass without gradients, unless a single row has more."""
 
@@ -101,19 +101,20 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=logits.device)
         correct = torch.zeros((), dtype=torch.int64, device=logits.device)
         buffer = logits.detach()  # same memory, same version counter: autograd refuses if someone else needs the logits
-        rows = max(1, CHUNK_VALUES // logits.shape[1])
+        values_at_once = CPU_CHUNK_VALUES if logits.device.type == "cpu" else CHUNK_VALUES
+        rows = max(1, values_at_once // logits.shape[1])
         for start in range(0, len(logits), rows):
             part, wanted = buffer[start : start + rows], targets[start : start + rows]
-            valid, wanted = wanted != IGNORED, wanted.clamp(min=0)
+            valid, wanted = (wanted != IGNORED)[:, None], wanted.clamp(min=0)[:, None]  # (rows, 1)
             values = part.float()  # (rows, V)
-            normalizer = values.logsumexp(-1)
-            chosen = values.gather(-1, wanted[:, None])[:, 0]
-            loss += torch.where(valid, normalizer - chosen, 0.0).sum()
-            correct += (valid & (values.argmax(-1) == wanted)).sum()
+            chosen, highest = values.gather(-1, wanted), values.amax(-1, keepdim=True)
+            exponentials = values.sub_(highest).exp_()
+            total = exponentials.sum(-1, keepdim=True)
+            loss += torch.where(valid, total.log() + highest - chosen, 0.0).sum()
+            correct += (valid & (chosen == highest)).sum()
             if ctx.needs_input_grad[0]:
-                slope = values.sub_(normalizer[:, None]).exp_()  # d loss / d logits = softmax - one-hot
-                slope[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-                slope.mul_(valid[:, None])
+                slope = exponentials.mul_(valid / total)  # d loss / d logits = softmax - one-hot
+                slope[torch.arange(len(wanted), device=wanted.device), wanted[:, 0]] -= valid[:, 0].to(slope.dtype)
                 if slope is not part:
                     part.copy_(slope)
         ctx.slope = buffer

@@ -12,9 +12,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from annotated_types import Ge
+from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
 from runner.precision import Precision, dtype_faults, dtype_for
@@ -36,7 +34,6 @@ class Quant:
     kind: Literal["nf4", "fp4"] = "nf4"
     double: bool = False
     compute_dtype: Precision = "auto"
-    outlier_threshold: float = 0.0
 
     @property
     def bytes_per_weight(self) -> float | None:
@@ -53,9 +50,13 @@ def none() -> Quant:
     return Quant("none")
 
 
-def int8(*, outlier_threshold: Annotated[float, Ge(0)]) -> Quant:
-    """LLM.int8() of bitsandbytes (https://arxiv.org/abs/2208.07339)."""
-    return Quant("8bit", 8, outlier_threshold=outlier_threshold)
+def int8() -> Quant:
+    """Weights as LLM.int8() of bitsandbytes stores them (https://arxiv.org/abs/2208.07339).
+
+    Plain LoRA layers unpack them and multiply in the dtype of the activations, as bitsandbytes does by itself when it
+    trains on a CPU; the others (DoRA, dropout) leave it to bitsandbytes, which quantizes the activations on a GPU.
+    """
+    return Quant("8bit", 8)
 
 
 def four_bit(*, kind: Literal["nf4", "fp4"], double: bool, compute_dtype: Precision) -> Quant:
@@ -63,7 +64,7 @@ def four_bit(*, kind: Literal["nf4", "fp4"], double: bool, compute_dtype: Precis
     return Quant("4bit" if kind == "nf4" else kind, 4, kind, double, compute_dtype)
 
 
-def check_int8(**_: Any) -> Iterator[Fault]:
+def check_int8() -> Iterator[Fault]:
     yield from _library_faults()
 
 
@@ -84,7 +85,7 @@ def library_config(quant: Quant, device: torch.device | str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quant.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quant.outlier_threshold)
+        return BitsAndBytesConfig(load_in_8bit=True)
     if torch.device(device).type == "cuda" and quant.compute_dtype not in ("auto", fast := _name_of("auto", device)):
         problem = f"this GPU computes 4-bit layers in {fast}: any other dtype is slow and gains nothing"
         raise ConfigError(Fault("quant.compute_dtype", problem, "use quant.compute_dtype=auto", quant.compute_dtype))

@@ -40,8 +40,8 @@ class Group:
 def differing(results: Sequence[Result]) -> list[str]:
     """The parameters that are not the same in all runs, in the order of the configuration.
 
-    Where and how a run happened is left out, and what merely follows from a group: ``quant.outlier_threshold`` beside
-    ``quant=none,8bit``, unless somebody set it.
+    Where and how a run happened is left out, and what merely follows from a group: ``quant.compute_dtype`` beside
+    ``quant=none,4bit``, unless somebody set it.
     """
     known = [result for result in results if result.params]
     keys = dict.fromkeys(key for result in known for key in result.params)

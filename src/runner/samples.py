@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from runner import compiling
+
 
 @torch.no_grad()
 def generate(
@@ -36,17 +38,18 @@ def generate(
         length = inputs["input_ids"].shape[1]
         drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else _GREEDY
         ends = {} if stop is None else {"eos_token_id": end_tokens(model, stop)}
-        out = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=bool(temperature),
-            use_cache=True,
-            synced_gpus=in_step,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id,
-            **drawn,
-            **ends,
-        )
+        with compiling.left_out():
+            out = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=bool(temperature),
+                use_cache=True,
+                synced_gpus=in_step,
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id,
+                **drawn,
+                **ends,
+            )
         return [text.strip() for text in tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
     finally:
         tokenizer.padding_side = side
