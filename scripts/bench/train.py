@@ -4,8 +4,11 @@
 
 SmolLM2-135M on 100 problems of gsm8k with their solutions (about 225 tokens each), LoRA r=8 on all linear layers, AdamW
 at a constant rate. Every side gets the same tokens in the same order and starts from the same weights, four documents
-or one pack of 1024 tokens a step, so that the losses have to agree; a side whose losses do not is void. Useful tokens
-count, padding does not; the steady state is what follows the third step. Of the overrides `quant` goes to all sides.
+or one pack of 1024 tokens a step, so that the losses have to agree; a side whose losses do not is void, and the exit
+code 1. Useful tokens count, padding does not; the steady state is what follows the third step. Of the overrides `quant`
+goes to all sides. The share of the GEMM rate is that of the matrix products alone in the time of a step: those of all
+linear layers of the base, forward and for the gradient of their inputs, and of the head on trained tokens, at their own
+shapes, measured between the rounds.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 WARM_UP = 3
 """Steps that do not count: caches, compilation."""
+MEASURED = ("tokens_per_second", "share", "peak_gib", "first")
 TOLERANCE = 1e-2
 """Nats by which losses may differ."""
 PADDED = {"per_device_train_batch_size": 4}
@@ -40,6 +45,8 @@ TRL: dict[str, dict[str, Any]] = {
 }
 DOCUMENTS = ["data.packing=false", "train.per_device_batch_size=4"]
 PACKS = ["data.packing=true", "train.per_device_batch_size=1"]
+PLAIN = ("peft",)
+"""A loop of a dozen lines over PEFT's model, padded, in float32: what everybody begins with."""
 OURS = {
     "ours": DOCUMENTS,
     "ours-compiled": [*DOCUMENTS, "compile=regional"],
@@ -67,11 +74,15 @@ def main() -> None:
     words, overrides = parser.parse_known_args()
     if words.child == "rows":
         write_rows(words.folder, words.steps, overrides)
+    elif words.child == "gemm":
+        time_products(words.folder)
+    elif words.child in PLAIN:
+        train_plainly(words.folder, words.steps)
     elif words.child:
         train_with_trl(words.folder, words.child, words.steps)
     else:
         with tempfile.TemporaryDirectory() as name:
-            show(in_turns(Path(name), words.sides.split(","), words.rounds, words.steps, overrides))
+            sys.exit(show(in_turns(Path(name), words.sides.split(","), words.rounds, words.steps, overrides)))
 
 
 def in_turns(
@@ -82,8 +93,11 @@ def in_turns(
     again(folder, "rows", steps, overrides)
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for number in range(rounds):
+        again(folder, "gemm", steps, [])
+        products = json.loads((folder / "gemm.json").read_text())
         for side in sides:
             found = run(folder, side, number, steps, overrides)
+            found["share"] = products[batching(side)] * found["tokens_per_second"]
             results[side].append(found)
             print(f"{side}: {found['tokens_per_second']:.1f} tokens/s, {found['peak_gib']:.2f} GiB", flush=True)
     return results
@@ -134,6 +148,86 @@ def kind(side: str) -> tuple[str, bool]:
     return batching(side), TRL[side].get("bf16", True) if side in TRL else "bfloat16" in side
 
 
+def time_products(folder: Path) -> None:
+    """Seconds that the matrix products of a step take for each useful token, in float32 (bfloat16 on a GPU)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rows = json.loads((folder / "rows.json").read_text())
+    on_gpu = torch.cuda.is_available()
+    where: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {"dtype": torch.float32}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(rows["model"]))
+    linear = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
+    shapes = Counter((module.out_features, module.in_features) for module in linear)
+    head = tuple(model.get_output_embeddings().weight.shape)
+
+    def seconds(count: int, shape: tuple[int, ...]) -> float:
+        weight, x = torch.randn(shape, **where), torch.randn(count, shape[1], **where)
+        grad, times = torch.randn(count, shape[0], **where), []
+        for _ in range(7):
+            began = time.perf_counter()
+            x @ weight.t(), grad @ weight
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    found = {}
+    for name, tokens in rows["tokens"].items():
+        step, trained = round(statistics.mean(tokens)), round(statistics.mean(rows["trained"][name]))
+        of_layers = sum(times * seconds(step, shape) for shape, times in shapes.items())
+        found[name] = (of_layers + seconds(trained, head)) / step
+    (folder / "gemm.json").write_text(json.dumps(found))
+
+
+def train_plainly(folder: Path, steps: int) -> None:
+    """PEFT and bitsandbytes as their documentation shows them; four rows a step, padded to the longest."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows, times, losses = json.loads((folder / "rows.json").read_text()), [], []
+    model = adapted(rows, torch.float32).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
+    for step in range(steps):
+        batch = rows["documents"][4 * step : 4 * step + 4]
+        ids = pad_sequence([torch.tensor(row["input_ids"]) for row in batch], True, rows["pad"])
+        labels = pad_sequence([torch.tensor(row["labels"]) for row in batch], True, -100)
+        mask = pad_sequence([torch.ones(len(row["input_ids"])) for row in batch], True, 0)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        times.append(time.time())
+    tell(folder, times, losses)
+
+
+def adapted(rows: dict[str, Any], compute: Any) -> Any:
+    """The model as PEFT adapts it, quantized by bitsandbytes where that was asked for."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    options = {"none": None, "8bit": {"load_in_8bit": True}, "4bit": {**four, "bnb_4bit_compute_dtype": compute}}
+    chosen = options[rows["quant"]]
+    quantized = BitsAndBytesConfig(**chosen) if chosen else None
+    model = AutoModelForCausalLM.from_pretrained(rows["model"], dtype=torch.float32, quantization_config=quantized)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def tell(folder: Path, times: list[float], losses: list[float]) -> None:
+    """What a process that is not runner's came to."""
+    from runner import memory
+
+    peak = next(iter(memory.metrics().values()))
+    (folder / "result.json").write_text(json.dumps({"times": times, "losses": losses, "peak_gib": peak}))
+
+
 def again(folder: Path, child: str, steps: int, overrides: list[str]) -> None:
     command = [sys.executable, __file__, "--child", child, "--folder", str(folder), "--steps", str(steps), *overrides]
     finished = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -148,7 +242,7 @@ def write_rows(folder: Path, steps: int, overrides: list[str]) -> None:
 
     from runner import build, config
 
-    rows: dict[str, Any] = {"tokens": {}, "quant": "none"}
+    rows: dict[str, Any] = {"tokens": {}, "trained": {}, "quant": "none"}
     for side, name in (("ours", "documents"), ("ours-packed", "packed")):
         with initialize_config_dir(str(config.config_dir()), version_base=None):
             cfg = OmegaConf.to_container(compose("config", [*ours(folder, side, steps), *overrides]), resolve=True)
@@ -156,6 +250,7 @@ def write_rows(folder: Path, steps: int, overrides: list[str]) -> None:
         batches = [made.batches.step(step)[0] for step in range(steps)]
         rows[name] = [row for batch in batches for row in cut(batch, name)]
         rows["tokens"][name] = [batch["tokens"] for batch in batches]
+        rows["trained"][name] = [batch["trained"] for batch in batches]
         rows["model"], rows["quant"] = made.source.path, config.bind(cfg["quant"], "quant")().name  # type: ignore
         rows["pad"] = made.tokenizer.pad_token_id
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -176,25 +271,11 @@ def cut(batch: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def train_with_trl(folder: Path, side: str, steps: int) -> None:
     import torch
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     rows, options = json.loads((folder / "rows.json").read_text()), TRL[side]
-    quantized = {
-        "none": None,
-        "8bit": BitsAndBytesConfig(load_in_8bit=True),
-        "4bit": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32 if options.get("bf16") is False else torch.bfloat16,
-        ),
-    }[rows["quant"]]
-    model = AutoModelForCausalLM.from_pretrained(rows["model"], dtype=torch.float32, quantization_config=quantized)
-    torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
+    model = adapted(rows, torch.float32 if options.get("bf16") is False else torch.bfloat16)
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -223,32 +304,38 @@ def train_with_trl(folder: Path, side: str, steps: int) -> None:
         callbacks=[Clock()],
     )
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    from runner import memory
-
-    peak = next(iter(memory.metrics().values()))
-    (folder / "result.json").write_text(json.dumps({"times": times, "losses": losses, "peak_gib": peak}))
+    tell(folder, times, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
-def show(results: dict[str, list[dict[str, Any]]]) -> None:
-    """A table of medians; who trains on the same batches, as precisely, has to have the losses of runner's there."""
-    print("\n| side | useful tokens/s | each round | peak GiB | first step, s | last loss | losses differ by |")
-    print("|---|---|---|---|---|---|---|")
+def show(results: dict[str, list[dict[str, Any]]]) -> int:
+    """A table of medians; who trains on the same batches, as precisely, has to have the losses of runner's there.
+
+    Returns:
+        1 where one has not, which makes its numbers void.
+    """
+    print(
+        "\n| side | useful tokens/s | each round | GEMM rate | peak GiB | first step, s | last loss | losses differ by |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    code = 0
     for side, rounds in results.items():
-        median = {
-            key: statistics.median(one[key] for one in rounds) for key in ("tokens_per_second", "peak_gib", "first")
-        }
+        median = {key: statistics.median(one[key] for one in rounds) for key in MEASURED}
         judge = next((other for other in results if other in OURS and kind(other) == kind(side)), None)
         said = "nobody to compare with"
         if judge:
             pairs = zip(rounds[0]["losses"], results[judge][0]["losses"], strict=True)
             apart = max(abs(a - b) for a, b in pairs)
-            said = f"{apart:.1e}" + ("" if apart <= TOLERANCE else " VOID")
+            if apart > TOLERANCE:
+                code = 1
+                print(f"| {side} | VOID | | | | | {rounds[0]['losses'][-1]:.4f} | {apart:.1e} |")
+                continue
+            said = f"{apart:.1e}"
         each = " ".join(f"{one['tokens_per_second']:.0f}" for one in rounds)
         print(
-            f"| {side} | {median['tokens_per_second']:.1f} | {each} | {median['peak_gib']:.2f} | {median['first']:.1f} "
-            f"| {rounds[0]['losses'][-1]:.4f} | {said} |"
+            f"| {side} | {median['tokens_per_second']:.1f} | {each} | {median['share']:.0%} | {median['peak_gib']:.2f} "
+            f"| {median['first']:.1f} | {rounds[0]['losses'][-1]:.4f} | {said} |"
         )
+    return code
 
 
 if __name__ == "__main__":

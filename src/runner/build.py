@@ -28,6 +28,7 @@ from runner import (
     spread,
     train,
 )
+from runner.ahead import Ahead
 from runner.checkpoint import Checkpoints
 from runner.errors import ConfigError, Fault
 from runner.origins import ModelSource
@@ -181,6 +182,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         model=model,
         task=made.task,
         batches=batches,
+        ahead=Ahead(batches, made.device, made.total_steps),
         evaluation=evaluation,
         optimizer=optimizer,
         schedule=config.bind(cfg["schedule"], "schedule"),

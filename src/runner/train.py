@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from runner import spread
+from runner.ahead import Ahead
 from runner.checkpoint import Checkpoints, Progress
 from runner.data import Batches
 from runner.errors import Fault, Stopped, TrainingError
@@ -39,6 +40,8 @@ class Parts:
     model: torch.nn.Module
     task: Task
     batches: Batches
+    ahead: Ahead
+    """The same, brought to the device one step before they are needed."""
     evaluation: Batches
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int, int], float]
@@ -146,7 +149,7 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     parts.model.train()
     torch.manual_seed(derived_seed(parts.seed, step, parts.ranks.rank))
     began = time.perf_counter()
-    micro_batches = parts.batches.step(step)
+    micro_batches = parts.ahead.step(step)
     waited = time.perf_counter() - began
     counts = (sum(batch[kind] for batch in micro_batches) for kind in ("trained", "tokens"))
     trained, tokens = parts.ranks.agree(hooks.check_stop, *counts)
@@ -211,7 +214,7 @@ def accumulate_gradients(
             parts.ranks.agree(hooks.check_stop)
         with parts.spread.accumulating(number == len(micro_batches)):
             with parts.spread.computing():
-                sums = parts.spread.forward(parts.spread.on_device(batch))
+                sums = parts.spread.forward(batch)
             (sums["loss"] / divisor).backward()
         add(totals, sums)
     return totals
