@@ -313,9 +313,7 @@ def show(results: dict[str, list[dict[str, Any]]]) -> int:
     Returns:
         1 where one has not, which makes its numbers void.
     """
-    print(
-        "\n| side | useful tokens/s | each round | GEMM rate | peak GiB | first step, s | last loss | losses differ by |"
-    )
+    print("\n| side | useful tokens/s | each round | of GEMM rate | peak GiB | first step, s | last loss | apart by |")
     print("|---|---|---|---|---|---|---|---|")
     code = 0
     for side, rounds in results.items():

@@ -21,7 +21,7 @@ class Ahead:
         self._next: tuple[int, Future[Any]] | None = None
 
     def step(self, i: int) -> list[Batch]:
-        """Those of step ``i``, counted from 0; the next step is begun. The device waits for the copy, Python does not."""
+        """Those of step ``i``, counted from 0; the next is begun. The device waits for the copy, Python does not."""
         number, made = self._next or (-1, None)
         batches, arrived = made.result() if made and number == i else self._make(i)
         self._next = (i + 1, self._pool.submit(self._make, i + 1)) if i + 1 < self.total_steps else None
