@@ -49,6 +49,7 @@ PLAIN = ("peft",)
 """A loop of a dozen lines over PEFT's model, padded, in float32: what everybody begins with."""
 OURS = {
     "ours": DOCUMENTS,
+    "ours-balanced": [*DOCUMENTS, "train.memory=balanced"],
     "ours-compiled": [*DOCUMENTS, "compile=regional"],
     "ours-packed": PACKS,
     "ours-packed-compiled": [*PACKS, "compile=regional"],
@@ -56,7 +57,9 @@ OURS = {
     "ours-packed-bfloat16": [*PACKS, "model.dtype=bfloat16"],
     "ours-packed-bfloat16-compiled": [*PACKS, "model.dtype=bfloat16", "compile=regional"],
 }
-SIDES = ["ours", "trl-float32", "ours-compiled", "ours-bfloat16", "trl", "ours-packed", "trl-packed-float32"]
+SIDES = [
+    "ours", "trl-float32", "ours-balanced", "ours-compiled", "ours-packed", "trl-packed-float32", "ours-bfloat16", "trl",
+]  # fmt: skip
 COMMON = [
     "data=local", "data/format=prompt_completion", "data.max_length=1024", "data.eval_rows=2", "tracking=mlflow",
     "optim.learning_rate=2e-4", "schedule=constant", "schedule.warmup_ratio=0", "train.save_steps=null",
