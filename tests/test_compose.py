@@ -57,6 +57,15 @@ def test_the_defaults_list_is_built_once_for_each_choice_of_groups(monkeypatch: 
     assert len(composed) == 2
 
 
+def test_what_refers_to_hydra_is_of_its_own_job():
+    named = "name='${hydra:runtime.choices.quant}-${hydra:job.num}-r${lora.r}'"
+    folder = "hydra.sweep.subdir=${hydra.job.override_dirname}"
+    jobs = jobs_of(["lora.r=4,8", "quant=none,8bit", named, folder])
+    assert [job.cfg["name"] for job in jobs] == ["none-0-r4", "8bit-1-r4", "none-2-r8", "8bit-3-r8"]
+    assert len({job.folder for job in jobs}) == 4
+    assert all(f"lora.r={job.cfg['lora']['r']}" in job.folder for job in jobs)
+
+
 def test_what_hydra_writes_of_itself_can_be_read_back_by_it(tmp_path: Path):
     [job] = jobs_of(["lora.r=4", 'name="1e3"', f"outputs_dir={tmp_path}"])
     compose.write_hydra(job, tmp_path)

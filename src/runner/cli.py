@@ -55,11 +55,14 @@ def plan(argv: list[str]) -> int:
             print(planning.HELP)
         return 0
     with composed(argv) as (_, jobs):
-        for job in jobs:
-            planning.show(folders.configuration(job.cfg, job.overrides))
-        launcher = admit.launcher_of(folders.configuration(jobs[0].cfg, jobs[0].overrides))
-        launcher.check()
-        print(launcher.plan(len(jobs)))
+        configurations = [folders.configuration(job.cfg, job.overrides) for job in jobs]
+        launchers = admit.by_launcher(configurations)
+        for launcher, _ in launchers:
+            launcher.check()
+        for configuration in configurations:
+            planning.show(configuration)
+        for launcher, numbers in launchers:
+            print(launcher.plan(len(numbers)))
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -211,11 +211,11 @@ class Composer:
         _refuse_without_effect(composed)
         plain: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
         node = plain.pop("hydra")
+        current: Any = HydraConfig.instance()
+        current.cfg = composed  # for what interpolates ${hydra:…}
         folder, sweep_dir = self._folders(composed, mode)
-        with read_write(composed), open_dict(composed):
-            for key in ("hydra", "experiment"):
-                composed.pop(key, None)
-        cfg = to_plain(composed)
+        own = [str(key) for key in composed if key not in ("hydra", "experiment")]
+        cfg = to_plain(OmegaConf.masked_copy(composed, own))
         return Job(cfg, plain, node, node["overrides"]["task"], folder, sweep_dir)
 
     def _folders(self, composed: DictConfig, mode: RunMode) -> tuple[str, str]:
@@ -234,7 +234,6 @@ class Composer:
             self._bases[key] = self.hydra.compose_config(
                 self.args.config_name or CONFIG_NAME, list(key[1]), mode, with_log_configuration=False
             )
-            HydraConfig.instance().set_config(self._bases[key])  # for what interpolates ${hydra:…}
         composed = copy.deepcopy(self._bases[key])
         values = [override for override in parsed if not any(override is choice for choice in choices)]
         lines = [(override.is_hydra_override(), str(override.input_line)) for override in parsed]
@@ -242,6 +241,11 @@ class Composer:
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
             composed.hydra.overrides.hydra = [line for is_hydra, line in lines if is_hydra]
             composed.hydra.overrides.task = [line for is_hydra, line in lines if not is_hydra]
+            form = composed.hydra.job.config.override_dirname
+            composed.hydra.job.override_dirname = get_overrides_dirname(
+                [override for override in parsed if not override.is_hydra_override()],
+                form.exclude_keys, form.item_sep, form.kv_sep,
+            )  # fmt: skip
         return composed
 
     def _changes_defaults(self, override: Override) -> bool:

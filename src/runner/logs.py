@@ -11,7 +11,7 @@ from runner import asked, console, named, standing
 from runner.errors import ConfigError, Fault
 from runner.rundir import RunDir
 from runner.standing import Standing
-from runner.sweepdir import sweep_of
+from runner.sweepdir import home_of, slurm_room
 
 HELP = """python -m runner logs RUN [-f] [--rank N] [outputs_dir=FOLDER]
 
@@ -92,8 +92,7 @@ def _of_slurm(rundir: RunDir, rank: int) -> list[Path]:
         job = str((rundir.read_manifest().get("slurm") or {}).get("job_id") or "")
     except named.DAMAGED:
         return []
-    sweep = sweep_of(rundir)
-    home = (sweep.path if sweep else rundir.path) / "slurm"
+    home = slurm_room(home_of(rundir))
     return [path for end in ("out", "err") for path in sorted(home.rglob(f"{job}_{rank}_log.{end}"))] if job else []
 
 

@@ -46,6 +46,8 @@ class Job:
     """What its script ended with; None while it has not, or where accounting does not say."""
     signal: int = 0
     """The signal that ended it, 0 where none did."""
+    is_guess: bool = False
+    """Whether Slurm knows the array and not this task: cancelled while it waited, or forgotten after it had run."""
 
     @property
     def is_active(self) -> bool:
@@ -217,7 +219,7 @@ def _queued(ids: Sequence[str]) -> dict[str, Job]:
 def _never_split(wanted: Sequence[str], known: Iterable[str]) -> dict[str, Job]:
     """The tasks of arrays that Slurm knows without them: cancelled while they waited, they leave no trace anywhere."""
     arrays = {id.partition("_")[0] for id in known}
-    return {id: Job(id, "CANCELLED") for id in wanted if "_" in id and id.partition("_")[0] in arrays}
+    return {id: Job(id, "CANCELLED", is_guess=True) for id in wanted if "_" in id and id.partition("_")[0] in arrays}
 
 
 def _job_in_queue(line: str) -> Job:

@@ -6,6 +6,7 @@ A folder cannot know that its worker was killed. Whoever asks finds out, and wri
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from runner import named
 from runner.errors import RunnerError
 from runner.rundir import DIED, DONE, RunDir, State, Status
-from runner.sweepdir import SweepDir, sweep_of
+from runner.sweepdir import SweepDir, home_of, slurm_room, sweep_of
 
 if TYPE_CHECKING:
     from runner.scheduler import Job
@@ -136,10 +137,29 @@ def _read(rundir: RunDir) -> Standing:
         state, manifest = rundir.read_state(), rundir.read_manifest()
         if state.status not in get_args(Status) or not all(isinstance(manifest.get(k) or {}, dict) for k in _NODES):
             raise TypeError("not what a run writes")
+        if state.status in ("pending", "running") and not manifest.get("slurm"):
+            manifest = {**manifest, "slurm": _not_noted(rundir, state)}
     except named.DAMAGED as error:
         named.say_damaged(rundir.path, error)
         return Standing(rundir, "damaged", f"{type(error).__name__}: {error}")
     return Standing(rundir, state.status, state.reason, state, manifest)
+
+
+def _not_noted(rundir: RunDir, state: State) -> dict[str, Any] | None:
+    """The job of a run whose submitter died before it noted it: the worker has written it down, or Slurm knows it."""
+    if state.scheduler_id and state.host not in ("", here()):
+        return {"job_id": state.scheduler_id}
+    for file in slurm_room(home_of(rundir)).glob("runner-*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RunnerError):
+            submission = json.loads(file.read_text())
+            folders = submission["folders"]
+            if submission["job_id"] or submission["cluster"] != "slurm" or str(rundir.path) not in folders:
+                continue
+            from runner import scheduler
+
+            for id in scheduler.named(submission["name"])[:1]:
+                return {"job_id": f"{id}_{folders.index(str(rundir.path))}" if len(folders) > 1 else id}
+    return None
 
 
 def _ask_slurm(found: Iterable[Standing]) -> dict[str, Job] | None:
@@ -163,7 +183,12 @@ def _job_id(standing: Standing) -> str:
 
 
 def _may_have_a_job(standing: Standing) -> bool:
-    return standing.status in ("pending", "running", "preempted") or _is_submitted_since(standing)
+    return standing.status in ("pending", "running", "preempted") or _is_submitted_since(standing) or _died(standing)
+
+
+def _died(standing: Standing) -> bool:
+    """Whether its mirror found the worker gone: why, and whether it is queued again, Slurm knows better."""
+    return standing.state.status == "killed" and standing.state.reason == DIED
 
 
 def _is_submitted_since(standing: Standing) -> bool:
@@ -176,12 +201,13 @@ def _settled(standing: Standing, job: Job | None, around: _Around) -> Standing:
     if standing.status in (*DONE, "missing", "damaged"):
         return standing
     is_alive = standing.rundir.is_alive()
-    if job is not None:
+    if job is not None and not (job.is_guess and standing.state.attempt):
         standing = replace(standing, job=job)
         status, reason = _with_slurm(standing, job, is_alive)
     else:
         status, reason = _with_lock(standing, is_alive, around)
-    if status != standing.state.status and status in ("killed", "failed"):
+    is_news = status != standing.state.status or (_died(standing) and reason != standing.state.reason)
+    if is_news and status in ("killed", "failed"):
         return write(standing, status, reason)
     return replace(standing, status=status, reason=reason)
 
@@ -189,7 +215,7 @@ def _settled(standing: Standing, job: Job | None, around: _Around) -> Standing:
 def _with_slurm(standing: Standing, job: Job, is_alive: bool) -> tuple[str, str]:
     """(status, reason) of a run that Slurm knows."""
     state = standing.state
-    has_ended = state.status in ("killed", "failed") and not _is_submitted_since(standing)
+    has_ended = state.status in ("killed", "failed") and not _is_submitted_since(standing) and not _died(standing)
     if has_ended:
         return state.status, state.reason
     if state.status == "running" and (is_alive or (job.is_active and job.state not in WAITING)):
@@ -205,7 +231,8 @@ def _with_slurm(standing: Standing, job: Job, is_alive: bool) -> tuple[str, str]
     if state.status == "preempted" and job.state != "CANCELLED":
         return "preempted", state.reason
     # A worker at work says itself of what it fails; where it said nothing, it was killed.
-    has_failed = job.state == "OUT_OF_MEMORY" or (job.state == "FAILED" and state.status != "running")
+    was_at_work = state.status == "running" or _died(standing)
+    has_failed = job.state == "OUT_OF_MEMORY" or (job.state == "FAILED" and not was_at_work)
     return ("failed" if has_failed else "killed"), _fate(standing, job)
 
 

@@ -85,6 +85,17 @@ class SweepDir:
         return [RunDir(self.path / job["folder"]) for job in self.read().get("jobs", {}).values()]
 
 
+def slurm_room(home: Path) -> Path:
+    """The folder of all that submitit and Slurm write of a sweep, or of a run alone: submissions, scripts, output."""
+    return home / "slurm"
+
+
+def home_of(rundir: RunDir) -> Path:
+    """Where a run is submitted from: the folder of its sweep, or its own."""
+    sweep = sweep_of(rundir)
+    return sweep.path if sweep else rundir.path
+
+
 def sweep_of(rundir: RunDir) -> SweepDir | None:
     """The sweep that a run belongs to."""
     folder = rundir.path.parent

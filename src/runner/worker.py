@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner import compiling, console, outcome, parallel, prepare, provenance, report, scheduler, tracking
-from runner.errors import Fault, LaunchError, Pruned, ResumeError, RunnerError, Stopped
+from runner.errors import Fault, Interrupted, LaunchError, Pruned, ResumeError, RunnerError, Stopped
 from runner.files import write_atomic
 from runner.outcome import Clock
 from runner.ranks import Ranks, lost_peer, of_environment, silent, unanimous
@@ -77,13 +77,18 @@ def attach(rundir: RunDir) -> int:
     """Follow a run that another worker holds, until that worker lets go of it; returns that run's exit code."""
     print(f"{rundir.path} is being worked on (pid {rundir.read_state().pid}); following its log", file=sys.stderr)
     position = rundir.log.stat().st_size if rundir.log.exists() else 0
-    while rundir.is_alive():
-        time.sleep(0.5)
-        if rundir.log.exists():
-            with rundir.log.open() as handle:
-                handle.seek(position)
-                sys.stderr.write(handle.read())
-                position = handle.tell()
+    try:
+        with Stop() as stop, stop.at_once():
+            while rundir.is_alive():
+                time.sleep(0.5)
+                if rundir.log.exists():
+                    with rundir.log.open() as handle:
+                        handle.seek(position)
+                        sys.stderr.write(handle.read())
+                        position = handle.tell()
+    except (Stopped, KeyboardInterrupt) as error:
+        print("no longer following; the run goes on", file=sys.stderr)
+        return error.exit_code if isinstance(error, Stopped) else Interrupted.exit_code
     return outcome.exit_code(rundir.read_state())
 
 

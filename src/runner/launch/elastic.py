@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runner import console, outcome, system
+from runner import outcome, system
 from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
 from runner.launch import local
 from runner.launch.protocol import Source
 from runner.launch.slots import Slot, share
 from runner.ranks import Several
-from runner.rundir import RunDir
+from runner.rundir import RunDir, State
 from runner.schema import Count
 from runner.stop import SIGNALS
 from runner.sweepdir import SweepDir
@@ -80,12 +80,13 @@ def run(rundir: RunDir, processes: int, mirrored: bool = False) -> int:
     """
     fork = not system.visible_gpus()
     if fork:
-        _warm()
+        local.load_libraries(with_adapters=True)
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _quiet()
+    before = rundir.read_state()
     with _passing_on_signals(processes) as asked, tempfile.TemporaryDirectory(prefix="runner-") as folder:
         newer: dict[str, Any] = {"signals_to_handle": "", "shutdown_timeout": LONGEST_END_S}
         config = LaunchConfig(
@@ -109,9 +110,9 @@ def run(rundir: RunDir, processes: int, mirrored: bool = False) -> int:
             leading = error.failures.get(0)
             if leading is not None and leading.exitcode > 0:  # rank 0 ended by itself and has written down how
                 return int(leading.exitcode)
-            return _what_it_came_to(rundir, asked)
+            return _what_it_came_to(rundir, before, asked)
         except SignalException:  # a torch that handles signals itself
-            return _what_it_came_to(rundir, asked)
+            return _what_it_came_to(rundir, before, asked)
 
 
 def _rank(path: str, processes: int, mirrored: bool) -> int:
@@ -135,10 +136,11 @@ def _rank(path: str, processes: int, mirrored: bool) -> int:
     return code
 
 
-def _what_it_came_to(rundir: RunDir, asked: list[int]) -> int:
+def _what_it_came_to(rundir: RunDir, before: State, asked: list[int]) -> int:
     """The exit code of a run whose ranks did not all complete it, and its state where no rank could write it down."""
     state = rundir.read_state()
-    if state.status in ("pending", "running") and not rundir.is_alive():
+    said_nothing = state.updated == before.updated or state.status in ("pending", "running")
+    if said_nothing and not rundir.is_alive():
         clock = outcome.Clock(state.seconds)
         if asked:
             return outcome.stopped(rundir, clock, _stopped_by(asked[-1]))
@@ -194,17 +196,6 @@ def _threads(processes: int) -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(asked) if asked.isdigit() else max(1, cores // processes)
-
-
-def _warm() -> None:
-    console.quiet_libraries()
-    import accelerate
-    import peft
-    import transformers
-
-    assert accelerate
-    assert peft
-    assert transformers
 
 
 def _quiet() -> None:

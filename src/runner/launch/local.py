@@ -107,6 +107,12 @@ def warm(slot: Slot) -> None:
     """Import what every run needs, without starting a thread and without touching CUDA."""
     os.environ["OMP_NUM_THREADS"] = str(slot.threads)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() asks NVML, where it would initialise CUDA
+    # peft imports bitsandbytes, which asks the GPU what it is: with GPUs each process does (0.5 s)
+    load_libraries(with_adapters=not slot.gpus)
+
+
+def load_libraries(*, with_adapters: bool) -> None:
+    """What every run needs, for processes that are forked from this one."""
     from runner import console
 
     console.quiet_libraries()
@@ -120,7 +126,7 @@ def warm(slot: Slot) -> None:
     assert accelerate
     assert torch
     assert transformers
-    if not slot.gpus:  # peft imports bitsandbytes, which asks the GPU what it is: with GPUs each process does (0.5 s)
+    if with_adapters:
         import peft
 
         assert peft

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from runner import scheduler
+from runner.errors import Fault, LaunchError
 from runner.files import write_atomic
 from runner.rundir import RunDir
+from runner.sweepdir import slurm_room
 
 if TYPE_CHECKING:
     from runner.launch.slurm import Slurm
 
 Cluster = Literal["slurm", "local", "debug"]
+room = slurm_room
+LONGEST_LEAVE_S = 120.0
+"""How long a job may need to leave its nodes: KillWait is 30 s where nobody set it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +54,6 @@ class Submission:
         if len(self.folders) == 1:
             return [self.job_id]
         return [f"{self.job_id}_{number}" for number in range(len(self.folders))]
-
-
-def room(home: Path) -> Path:
-    """The folder of all that submitit and Slurm write: scripts, pickles, the output of each task."""
-    return home / "slurm"
 
 
 def path(home: Path, name: str) -> Path:
@@ -104,13 +104,28 @@ def noted(home: Path) -> list[Submission]:
 
 
 def is_queued(rundirs: Sequence[RunDir]) -> list[bool]:
-    """For each run whether the job that its manifest notes still waits or runs.
+    """For each run whether the job that its manifest notes still waits or runs; waits for those that are leaving.
 
     Raises:
-        LaunchError: Slurm does not answer.
+        LaunchError: Slurm does not answer, or a job does not leave.
     """
     jobs = [rundir.read_manifest().get("slurm") or {} for rundir in rundirs]
-    known = scheduler.jobs(job["job_id"] for job in jobs if job.get("cluster") == "slurm")
+    ids = [job["job_id"] for job in jobs if job.get("cluster") == "slurm"]
+    over = {
+        job["job_id"]
+        for rundir, job in zip(rundirs, jobs, strict=True)
+        if job and rundir.read_state().status in ("killed", "failed")
+    }
+    give_up_at = time.monotonic() + LONGEST_LEAVE_S
+    while True:
+        known = scheduler.jobs(ids)
+        leaving = [id for id in over & known.keys() if known[id].state == "COMPLETING"]
+        if not leaving:
+            break
+        if time.monotonic() > give_up_at:
+            problem = f"job {leaving[0]} has ended, and does not leave its nodes"
+            raise LaunchError(Fault("", problem, "try again when squeue does not show it any more"))
+        time.sleep(1)
     active = {id for id, job in known.items() if job.is_active}
     return [
         job.get("job_id") in active or (job.get("cluster") == "local" and is_process(job["job_id"])) for job in jobs

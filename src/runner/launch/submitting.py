@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner import scheduler
 from runner.errors import Fault, LaunchError
 from runner.files import locked
 from runner.launch import sbatch, slurm_job, snapshot, submission
 from runner.launch.submission import Submission
-from runner.rundir import DONE, RunDir
+from runner.rundir import DONE, RunDir, State
 from runner.sweepdir import SweepDir
 
 if TYPE_CHECKING:
@@ -47,10 +47,15 @@ def submit(
                     job = rundir.read_manifest()["slurm"]["job_id"]
                     print(f"{rundir.path} is in the queue already (job {job})", file=sys.stderr)
             new = [rundir for rundir, known in zip(members, queued, strict=True) if not known]
-            for rundir in new:
-                _say_waiting(rundir)
+            ended = {rundir.path: found for rundir in new if (found := _say_waiting(rundir))}
             before()
-            left += _submit_new(asked, home, new)
+            try:
+                refused = _submit_new(asked, home, new)
+            except LaunchError:
+                _say_again(ended.values())
+                raise
+            _say_again(ended[rundir.path] for rundir in refused if rundir.path in ended)
+            left += refused
     return left
 
 
@@ -81,14 +86,34 @@ def _homes(rundirs: Sequence[RunDir], sweep: SweepDir | None) -> dict[Path, list
     return {rundir.path: [rundir] for rundir in rundirs}
 
 
-def _say_waiting(rundir: RunDir) -> None:
-    """Write down that the run waits: how it ended before, and the job that it was, are past."""
-    if rundir.read_state().status == "pending" and not rundir.read_manifest().get("slurm"):
-        return
+class _Ended(NamedTuple):
+    """How a run had ended before it was submitted again."""
+
+    rundir: RunDir
+    state: State
+    job: dict[str, Any] | None
+
+
+def _say_waiting(rundir: RunDir) -> _Ended | None:
+    """Write down that the run waits: how it ended before, and the job that it was, are past; returns them."""
+    state, job = rundir.read_state(), rundir.read_manifest().get("slurm")
+    if state.status == "pending" and not job:
+        return None
     with rundir.held() as mine:
         if mine and rundir.read_state().status not in DONE:
             rundir.update_manifest(slurm=None)
             rundir.write_state(status="pending", reason="")
+            return _Ended(rundir, state, job)
+    return None
+
+
+def _say_again(ended: Iterable[_Ended]) -> None:
+    """Slurm took them not: they are what they were."""
+    for rundir, state, job in ended:
+        with rundir.held() as mine:
+            if mine and rundir.read_state().status == "pending":
+                rundir.update_manifest(slurm=job)
+                rundir.write_state(status=state.status, reason=state.reason)
 
 
 def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> list[RunDir]:
