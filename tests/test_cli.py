@@ -229,6 +229,15 @@ def test_the_plan_of_a_run_is_that_of_its_own_configuration(capfd: pytest.Captur
     assert "random-64x2" in capfd.readouterr().out
 
 
+def test_the_plan_has_each_way_of_launching(capfd: pytest.CaptureFixture[str]):
+    words = ["launcher=slurm", "launcher.cluster=local", "launcher.tasks_per_node=1,2", "seed=1,2"]
+    assert cli.run(["plan", "-m", *QUICK, *words]) == 0
+    said = capfd.readouterr().out
+    assert said.count("random-64x2") == 4
+    launches = [line for line in said.splitlines() if "this machine" in line]
+    assert len(launches) == 2, said
+
+
 def test_a_model_that_cannot_fit_is_refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     from runner import memory
 

@@ -19,7 +19,8 @@ from conftest import TINY, node, prepared
 from runner import config, system, tracking
 from runner.errors import LaunchError
 from runner.launch import deaths, local, progress, slots
-from runner.rundir import RunDir
+from runner.launch import queue as queues
+from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
 
 SERVER = str(Path(__file__).with_name("queue_server.py"))
@@ -188,6 +189,19 @@ def test_two_queues_wait_for_each_other_without_a_slot(tmp_path: Path):
         assert codes == [0, 0, 0, 1, 0]
         assert "completed" in said
     assert attempts(sweep) == [1] * 5
+
+
+def test_what_another_queue_was_told_to_leave_is_taken_up(tmp_path: Path):
+    """Unlike what was cancelled, has failed or was killed where nobody can say why."""
+    ends = {"preempted": "stopped by SIGTERM", "killed": "interrupted", "failed": "no", "completed": ""}
+    for status, reason in ends.items():
+        rundir = prepared(tmp_path / status, *TINY)
+        job = queues.Job(0, rundir)
+        rundir.write_state(status=status, reason=reason, attempt=1)
+        found = job.outcome()
+        assert (found.status if found else None) == (status if status in ("failed", "completed") else None)
+    rundir.write_state(status="killed", reason=DIED, attempt=2)
+    assert job.outcome() == rundir.read_state()
 
 
 def test_how_a_process_ended_is_told_truthfully(tmp_path: Path):

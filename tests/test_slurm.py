@@ -263,6 +263,8 @@ def test_a_submitter_killed_before_it_notes_the_job_submits_it_once(slurm: None)
     [file] = Path("once/slurm").glob("runner-*.json")
     name = json.loads(file.read_text())["name"]
     assert json.loads(file.read_text())["job_id"] is None
+    status = json.loads(runner("status", "once", "--json").stdout)
+    assert [run["status"] for run in status] == ["queued"], "Slurm has it, whatever was noted"
     again = runner(*words)
     assert again.returncode == 0, again.stderr
     jobs = slurm_says("squeue", "-h", "-n", name, "-o", "%i").split()

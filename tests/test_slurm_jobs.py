@@ -16,7 +16,8 @@ import pytest
 from conftest import TINY, node, option, prepared
 from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm, slurm_says, until, weights
 
-from runner import cli, config, report
+from runner import cli, config, report, scheduler
+from runner.errors import LaunchError
 from runner.launch import following, sbatch, snapshot, submission
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
@@ -135,6 +136,13 @@ def test_what_failed_and_is_submitted_again_waits(slurm: None):
     until(lambda: all(map(has_left_the_queue, rundirs)))
     assert runner("sync", "outputs/sweeps/seed").returncode == 0
     assert {run.info.status for run in mlflow_runs()} == {"FAILED"}
+    Path("bin").mkdir()
+    refusing = f'[[ "$*" == *--test-only* ]] && exec {shutil.which("sbatch")} "$@"\necho "sbatch: error: no" >&2; exit 1\n'
+    Path("bin/sbatch").write_text(f"#!/bin/bash\n{refusing}")
+    Path("bin/sbatch").chmod(0o755)
+    refused = runner(*words, "retry=true", PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
+    assert refused.returncode != 0
+    assert {(run.read_state().status, run.read_state().reason) for run in rundirs} == {("failed", "not today")}
     again = runner(*words, "retry=true")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("queued") == 2
@@ -296,6 +304,25 @@ def test_debug_works_in_this_process(tmp_path: Path, cache: Path, monkeypatch: p
 
 
 # What needs neither Slurm nor training
+
+
+def test_a_job_that_is_leaving_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rundir = prepared(tmp_path / "run", *TINY)
+    rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
+    states = ["COMPLETING", "COMPLETING", "CANCELLED"]
+    monkeypatch.setattr(scheduler, "jobs", lambda ids: {id: scheduler.Job(id, states.pop(0)) for id in ids})
+    monkeypatch.setattr(submission.time, "sleep", lambda _: None)
+    rundir.write_state(status="killed", reason="cancelled by me")
+    assert submission.is_queued([rundir]) == [False]
+    assert states == []
+    rundir.write_state(status="preempted")  # it goes back into the queue
+    states.append("COMPLETING")
+    assert submission.is_queued([rundir]) == [True]
+    rundir.write_state(status="failed")
+    states += ["COMPLETING"] * 2
+    monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
+    with pytest.raises(LaunchError, match="job 7 has ended, and does not leave its nodes"):
+        submission.is_queued([rundir])
 
 
 def test_what_is_completed_is_not_submitted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

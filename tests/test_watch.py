@@ -16,7 +16,7 @@ import mlflow
 import pytest
 from conftest import TINY, prepared
 
-from runner import asked, cli, console, named, standing, system
+from runner import asked, cli, console, named, scheduler, standing, system
 from runner.errors import ConfigError, LaunchError
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
@@ -254,6 +254,33 @@ def test_another_machine_is_believed_unless_somebody_there_can_say(capsys: pytes
     assert "not cancelled" in out
     assert rundir.state.read_bytes() == before
     assert not rundir.cancel_request.exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "status", "reason"),
+    [
+        (scheduler.Job("7", "PENDING", "BeginTime"), "requeued", "Slurm: BeginTime"),
+        (scheduler.Job("7", "OUT_OF_MEMORY", signal=9), "failed", "Slurm: OUT_OF_MEMORY, signal 9"),
+        (scheduler.Job("7", "NODE_FAIL", nodes="n1"), "killed", "Slurm: NODE_FAIL, on n1"),
+        (scheduler.Job("7", "CANCELLED", is_guess=True), "killed", DIED),
+    ],
+)
+def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
+    job: scheduler.Job, status: str, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    rundir = played("run", "killed", slurm={"job_id": "7", "cluster": "slurm", "submitted": 1.0})
+    rundir.write_state(reason=DIED, attempt=1)
+    monkeypatch.setattr(scheduler, "jobs", lambda _: {"7": job})
+    [found] = standing.of([rundir])
+    assert (found.status, found.reason) == (status, reason)
+    assert rundir.read_state().status == ("killed" if status == "requeued" else status)
+
+
+def test_a_job_that_nobody_noted_is_known_by_what_its_worker_wrote(monkeypatch: pytest.MonkeyPatch):
+    rundir = played("run", "running")
+    rundir.write_state(host="n7", scheduler_id="7")
+    monkeypatch.setattr(scheduler, "jobs", lambda ids: {id: scheduler.Job(id, "RUNNING") for id in ids})
+    assert standing.of([rundir])[0].status == "running"
 
 
 def started(folder: Path, processes: list[subprocess.Popen[str]], *options: str) -> RunDir:
