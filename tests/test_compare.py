@@ -131,6 +131,9 @@ def test_folders_database_and_server_say_the_same(
         assert [group["setting"] for group in board["groups"]] == [
             group["setting"] for group in found["folders"]["groups"]
         ], way
+    best = found["database"]["runs"][0]
+    for word in (best["mlflow_run_id"][:12], best["label"]):
+        assert as_json(capsys, "uri=outputs/mlflow.db", word)["runs"][0]["mlflow_run_id"] == best["mlflow_run_id"]
     runs = found["folders"]["runs"]
     losses = [run["eval/loss"] for run in runs]
     assert losses == sorted(losses)
@@ -393,6 +396,8 @@ def test_pictures_are_written(here: Path, capsys: pytest.CaptureFixture[str]):
         (["--html", "--csv"], "--html: needs a value"),
         (["--wher", "x=1"], "no such option.*did you mean '--where'"),
         (["--csv", "--json"], "is more than one form"),
+        (["--sort", "loss", "--sort", "r"], "--sort: is given more than once"),
+        (["uri=a.db", "uri=b.db"], "uri: is given more than once"),
         (["--metrics", "nothing"], "no run has the metric 'nothing'.*metrics here: eval/best_loss, eval/loss"),
         (["--html", "file/page.html"], "--html=file/page.html: cannot be written"),
         (["--html", "outputs"], "--html=outputs: cannot be written"),
@@ -400,7 +405,7 @@ def test_pictures_are_written(here: Path, capsys: pytest.CaptureFixture[str]):
         (["uri=nothing.db"], "there is no such database"),
         (["uri=http://127.0.0.1:9", "x"], "the server, http://127.0.0.1:9.*refused"),
         (["outputs_dir=empty"], "there are no runs below empty yet"),
-        (["waiting"], "none of the 2 runs is completed: 2 pending.*lora.r=4|000-job"),
+        (["waiting"], "none of the 2 runs is completed: 2 pending.*(lora.r=4|000-job)"),
     ],
 )
 def test_a_line_that_means_nothing_is_refused_in_one_message(
@@ -421,7 +426,7 @@ def test_a_line_that_means_nothing_is_refused_in_one_message(
 def test_an_experiment_that_is_not_there_names_those_that_are(real: Path, capsys: pytest.CaptureFixture[str]):
     code, _, err = said(capsys, f"uri={real}/outputs/mlflow.db", "runer")
     assert code == 2
-    assert "there is no experiment or sweep 'runer'" in err
+    assert "there is no experiment, sweep or run 'runer'" in err
     assert "did you mean 'runner'? experiments: " in err
 
 

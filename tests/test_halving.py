@@ -40,6 +40,22 @@ def test_the_best_third_goes_on_and_a_larger_value_is_better_where_that_is_wante
     assert RUNGS.best(0, {"1": {2: 1.0}}, at_least=1) == ["1"]
 
 
+def test_what_is_no_number_is_behind_all_others():
+    nan, accuracy = float("nan"), Rungs(2, 3, "eval/token_accuracy", is_larger_better=True)
+    assert RUNGS.best(0, {"a": {2: 3.0}, "b": {2: nan}, "c": {2: 1.0}}) == ["c"]
+    assert accuracy.best(0, {"a": {2: nan}, "b": {2: 1.0}, "c": {2: 2.0}}) == ["c"]
+
+
+def test_one_run_comes_to_its_end_though_the_best_have_failed(tmp_path: Path):
+    runs = [a_run(tmp_path, name, s2=loss) for name, loss in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    halving = Halving(RUNGS, runs)
+    for rundir, status in zip(runs, ("failed", "pruned", "pruned"), strict=True):
+        rundir.write_state(status=status)
+        halving.ended(rundir, status)
+    assert halving.promoted(is_last=False) is None
+    assert halving.promoted(is_last=True) == (runs[1], 0)
+
+
 def test_who_is_behind_is_told_and_who_comes_to_be_ahead_goes_on(tmp_path: Path):
     runs = [a_run(tmp_path, "a", s2=1.0), a_run(tmp_path, "b", s2=2.0)]
     halving = Halving(RUNGS, runs)

@@ -96,14 +96,31 @@ def test_runs_are_ordered_the_better_first_and_the_unfinished_last():
 @pytest.mark.parametrize(
     ("key", "first"),
     [("loss", "low"), ("-loss", "high"), ("+tokens/s", "low"), ("tokens/s", "high"), ("lora.r", "low"),
-     ("-r", "high"), ("eval/token_accuracy", "high")],
+     ("-r", "high"), ("eval/token_accuracy", "high"), ("eval_arc_easy/acc", "high")],
 )  # fmt: skip
 def test_the_better_end_is_known_by_the_name_or_said(key: str, first: str):
+    accuracies = "eval/token_accuracy", "eval_arc_easy/acc"
     runs = [
-        a_run("high", loss=2, lora__r=16, **{"train/tokens_per_second": 9.0, "eval/token_accuracy": 0.9}),
-        a_run("low", loss=1, lora__r=8, **{"train/tokens_per_second": 5.0, "eval/token_accuracy": 0.5}),
+        a_run("high", loss=2, lora__r=16, **{"train/tokens_per_second": 9.0, **dict.fromkeys(accuracies, 0.9)}),
+        a_run("low", loss=1, lora__r=8, **{"train/tokens_per_second": 5.0, **dict.fromkeys(accuracies, 0.5)}),
     ]
     assert leaderboard.of(runs, sort=key).results[0].run == first
+
+
+def test_runs_of_a_search_are_ordered_by_what_it_looked_for():
+    key, searched = "eval/token_accuracy", {"search__direction": "maximize"}
+    for objective in (key, f"['{key}', 'train/tokens']"):
+        wanted = {"search__objective": objective, **searched}
+        runs = [a_run("a", loss=1, **{key: 0.5}, **wanted), a_run("b", loss=2, **{key: 0.9}, **wanted)]
+        assert leaderboard.of(runs).best.run == "b"
+        assert leaderboard.of(runs, sort="loss").best.run == "a"
+        assert leaderboard.of([*runs, a_run("c", loss=3, lora__r=1)]).best.run == "a", "not all of one search"
+
+
+def test_a_setting_that_ran_once_is_not_the_best_of_those_that_ran_often():
+    runs = [a_run(f"often-{seed}", loss=2 + seed / 10, lora__r=4, seed=seed) for seed in range(3)]
+    made = leaderboard.of([*runs, a_run("once", loss=1, lora__r=8, seed=0)], by="seed")
+    assert [(group.setting["lora.r"], group.is_best) for group in made.groups] == [("4", True), ("8", False)]
 
 
 def test_sorting_by_a_parameter_does_not_change_which_is_best():

@@ -20,7 +20,7 @@ import mlflow
 import pytest
 from conftest import TINY, prepared
 
-from runner import checkout, cli, contrast, prepare, provenance, rerun, worktree
+from runner import checkout, cli, contrast, prepare, provenance, rerun, store, worktree
 from runner.errors import ConfigError
 from runner.recorded import of_folder
 from runner.rundir import RunDir
@@ -216,7 +216,7 @@ def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
 def test_numbers_are_compared_as_they_are():
     nan, step = math.nan, {0: 1.0, 1: 2.0}
     assert contrast.numbers({"train/loss": {1: nan}}, {"train/loss": {1: nan}}).first is None
-    assert contrast.numbers({"train/loss": {1: math.inf}}, {"train/loss": {1: contrast.INFINITY}}).first is None
+    assert contrast.numbers({"train/loss": {1: math.inf}}, {"train/loss": {1: store.INFINITY}}).first is None
     assert contrast.numbers({"train/loss": step}, {"train/loss": {0: 1.0}}).steps == 1
     assert contrast.numbers({"train/mfu": {1: 0.1}}, {"train/mfu": {1: 0.2}}).steps == 0, "speed is no result"
     found = contrast.numbers({"train/loss": step, "eval/loss": {1: 5.0}}, {"train/loss": step, "eval/loss": {1: 4.0}})

@@ -137,8 +137,8 @@ def test_what_failed_and_is_submitted_again_waits(slurm: None):
     assert runner("sync", "outputs/sweeps/seed").returncode == 0
     assert {run.info.status for run in mlflow_runs()} == {"FAILED"}
     Path("bin").mkdir()
-    refusing = f'[[ "$*" == *--test-only* ]] && exec {shutil.which("sbatch")} "$@"\necho "sbatch: error: no" >&2; exit 1\n'
-    Path("bin/sbatch").write_text(f"#!/bin/bash\n{refusing}")
+    real, no = shutil.which("sbatch"), 'echo "sbatch: error: no" >&2; exit 1'
+    Path("bin/sbatch").write_text(f'#!/bin/bash\n[[ "$*" == *--test-only* ]] && exec {real} "$@"\n{no}\n')
     Path("bin/sbatch").chmod(0o755)
     refused = runner(*words, "retry=true", PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
     assert refused.returncode != 0

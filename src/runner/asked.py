@@ -60,6 +60,8 @@ def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Co
     options: dict[str, str] = {}
     faults: list[Fault] = []
     outputs_dir, rest = "outputs", iter(argv)
+    for option in [option for option in (*valued, "outputs_dir", "uri") if _times(argv, option) > 1]:
+        faults.append(Fault(option, "is given more than once", "give it once"))
     for word in rest:
         option, has_value, value = word.partition("=")
         if word == "--":  # the rest are words, whatever they begin with
@@ -82,6 +84,12 @@ def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Co
     if faults:
         raise ConfigError(*faults)
     return Asked(words, options, Path(outputs_dir).expanduser())
+
+
+def _times(argv: list[str], option: str) -> int:
+    """How often an option is given."""
+    words = argv[: argv.index("--")] if "--" in argv else argv
+    return sum(word == option or word.startswith(f"{option}=") for word in words)
 
 
 def settings(words: Iterable[str], keys: Collection[str]) -> tuple[list[str], dict[str, str]]:

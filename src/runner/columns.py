@@ -19,7 +19,10 @@ MATTER = ("loss", "best", "tokens/s", "memory", "time")
 """The metrics that are shown unless others are asked for."""
 ABOUT = ("run", "label", "status", "reason", "sweep", "folder", "mlflow_id")
 """What can be asked of a run besides its parameters and metrics."""
-LARGER_IS_BETTER = ("accuracy", "per_second", "mfu", "reward", "margins", "f1")
+LARGER_IS_BETTER = (
+    "accuracy", "per_second", "mfu", "reward", "margins", "f1",
+    "/acc", "/acc_norm", "_match", "/pass@1", "/bleu", "/rouge1", "/rouge2", "/rougeL", "/mcc",
+)  # fmt: skip
 SMALLER_IS_BETTER = ("loss", "perplexity", "gib", "seconds", "data_wait_fraction")
 """Ends of names that say which way a metric gets better, whatever it is sorted by."""
 OF_THE_MACHINE = ("per_second", "seconds", "gib", "mfu", "data_wait_fraction")
@@ -55,6 +58,19 @@ def goal(text: str, results: Sequence[Result], option: str) -> Goal:
     key = resolve(text.lstrip("+-"), results, option)
     upwards = text.startswith("-") or (not text.startswith("+") and key.endswith(LARGER_IS_BETTER))
     return Goal(key, upwards)
+
+
+def objective(results: Sequence[Result]) -> Goal | None:
+    """What a search of these runs looked for, the first of several; None where they are not all of one."""
+    wanted = {(r.params.get("search.objective", ""), r.params.get("search.direction", "")) for r in results}
+    name, direction = map(_first, wanted.pop() if len(wanted) == 1 else ("", ""))
+    is_known = any(name in result.metrics for result in results)
+    return Goal(name, direction == "maximize") if is_known else None
+
+
+def _first(text: str) -> str:
+    """Of a list as it stands among the parameters: ``['eval/loss', 'train/tokens']``."""
+    return text.strip("[]").partition(",")[0].strip("'\" ")
 
 
 def rated(order: Goal) -> Goal:

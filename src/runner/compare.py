@@ -6,12 +6,13 @@ import csv
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner import asked, columns, console, leaderboard, named, recorded, results
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, TrackingError
 from runner.leaderboard import Leaderboard
 from runner.results import Result
 from runner.rundir import RunDir
@@ -94,17 +95,13 @@ def _source(words: asked.Asked) -> _Source:
     embedded = words.outputs_dir.absolute() / "mlflow.db"
     try:
         return _from_folders(names, words.outputs_dir)
-    except ConfigError:
-        if not names or not embedded.exists() or not _are_experiments(names, embedded):
+    except ConfigError as error:
+        if not names or not embedded.exists():
             raise
-        return _from_store(f"sqlite:///{embedded}", names)
-
-
-def _are_experiments(names: Sequence[str], database: Path) -> bool:
-    from runner import stored
-
-    known = stored.opened(f"sqlite:///{database}").experiments()
-    return all(name in known for name in names)
+        try:
+            return _from_store(f"sqlite:///{embedded}", names)
+        except TrackingError:
+            raise error from None  # the folders' answer names what is near
 
 
 def _from_store(uri: str, names: list[str]) -> _Source:
@@ -215,7 +212,9 @@ def _show(made: Leaderboard, is_all: bool) -> None:
     shown = rows if is_all else rows[:SHOWN]
     _table("", made.titles(), shown, lead=["run", "status", *made.params])
     if len(shown) < len(rows):
-        print(f"and {len(rows) - len(shown)} more: --all shows them")
+        left = Counter(result.status for result in made.results[len(shown) :])
+        counts = ", ".join(f"{count} {status}" for status, count in left.items())
+        print(f"and {len(rows) - len(shown)} more ({counts}): --all shows them")
     for result in made.results if is_all else made.results[:SHOWN]:
         if result.reason:
             print(f"{result.status}  {result.run}: {result.reason}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import checkout, prepare, sending
+from runner import checkout, prepare, sending, store
 from runner.checkout import Changed, Code
 from runner.errors import RunnerError
 from runner.recorded import Curves, Recorded
@@ -18,8 +18,6 @@ PROGRAM = ("src/", "conf/", "pyproject.toml", "uv.lock")
 REPEATED = ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/epoch")
 """With all of ``eval/``, the metrics that a run repeats bit by bit where everything is the same. The rest is speed."""
 FINAL = ("train/loss", "train/tokens", "train/tokens_per_second", "train/mfu")
-INFINITY = 1.7976931348623157e308
-"""What MLflow makes of an infinite number."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def numbers(ours: Curves, theirs: Curves) -> Numbers:
 
 
 def _same(ours: float, theirs: float) -> bool:
-    ours, theirs = (max(-INFINITY, min(INFINITY, value)) for value in (ours, theirs))
+    ours, theirs = (max(-store.INFINITY, min(store.INFINITY, value)) for value in (ours, theirs))
     return ours == theirs or (math.isnan(ours) and math.isnan(theirs))
 
 

@@ -31,9 +31,9 @@ Measures what a run has trained with the metrics of its task, as training did; n
 RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
   --base        the base model instead, as quantized as in the run
   --name NAME   what the metrics are called: eval_NAME/loss, of the base eval_NAME/base_loss; by default as the data is
-                (held_out for the run's own rows, or the name of a task)
+                (held_out for the run's own rows, held_out_500 for another number of them, or the name of a task)
   --tasks …     tasks of lm-eval by name, or YAML files of your own; needs pip install 'runner[eval]'
-  --limit N     so many rows of each task, to try it
+  --limit N     so many rows of each task, to try it; it is called TASK_N then
   model.path=FOLDER   where the base model lies now, if not where it lay
 
 The results go into evaluations.jsonl of the run folder, and into the run in MLflow."""
@@ -61,7 +61,8 @@ def evaluate(argv: list[str]) -> int:
     if chosen is not None:
         found = benchmarks.measure(chosen, *_loaded(order), limit=_limit(words))
         for name, metrics in found.items():
-            _record(order, name, metrics, {"tasks": name, "limit": _limit(words)})
+            limit = _limit(words)
+            _record(order, f"{name}_{limit}" if limit else name, metrics, {"tasks": name, "limit": limit})
     else:
         given = _Rows(node, dataset.is_other(overrides), words.options.get("--name"))
         _record(order, *_measured(order, given))
@@ -125,6 +126,8 @@ def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[
 
     run = order.run
     batches, noted, name = _batches(run, given)
+    name = given.name or name
+    _refuse_name_of_other_rows(run, name, noted)
     device = build.pick_device()
     model, autocast = _model(order, device)
     fused.fuse(model)
@@ -135,7 +138,17 @@ def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[
     began = time.monotonic()
     sums = train.evaluation_sums(model, run.task, batches, in_place, before=_progress)
     noted["seconds"] = round(time.monotonic() - began, 3)
-    return given.name or name, run.task.metrics(sums), noted
+    return name, run.task.metrics(sums), noted
+
+
+def _refuse_name_of_other_rows(run: Trained, name: str, noted: dict[str, Any]) -> None:
+    """One name in MLflow and in ``compare`` means one set of rows."""
+    for earlier in tracking.read_evaluations(run.rundir):
+        its_data = earlier.get("data") or {}
+        same = its_data.get("digest") == noted["data"]["digest"] and earlier.get("tokens") == noted["tokens"]
+        if earlier.get("name") == name and its_data and not same:
+            problem = f"has been measured on other rows ({earlier.get('rows')} of {its_data.get('uri')})"
+            raise ConfigError(Fault("--name", problem, "give these a name of their own: --name NAME", name))
 
 
 def _model(order: _Order, device: torch.device) -> tuple[Any, torch.dtype | None]:
@@ -158,7 +171,8 @@ def _batches(run: Trained, given: _Rows) -> tuple[data.Batches, dict[str, Any], 
     if not given.are_other:
         splits, _, batches = build.load_data(cfg, run.task, run.result, run.tokenizer, settings, 0)
         report = replace(splits.report, truncated=0)  # it counts the training rows as well
-        return batches, _noted(splits.name, splits.digest, splits.uri, report), HELD_OUT
+        name = HELD_OUT if given.node == run.cfg["data"] else f"{HELD_OUT}_{report.eval_rows}"
+        return batches, _noted(splits.name, splits.digest, splits.uri, report), name
     settings_node, format_node, source_node = data.split_node(given.node)
     data_settings = config.bind(settings_node, "data", data.DataSettings)()
     models.check_max_length(run.result, data_settings.max_length)

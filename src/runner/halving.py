@@ -6,6 +6,7 @@ the best ``1 / reduction_factor`` of those that have; else it pauses, and goes o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,12 @@ class Rungs:
     def best(self, rung: int, reached: Mapping[Run, Values], at_least: int = 0) -> list[Run]:
         """The runs that go on from this rung, the best first; ``at_least``: so many, however few have come."""
         step, sign = self.step(rung), -1 if self.is_larger_better else 1
-        there = sorted((run for run in reached if step in reached[run]), key=lambda run: sign * reached[run][step])
+
+        def cost(run: Run) -> float:
+            value = reached[run][step]
+            return sign * value if math.isfinite(value) else math.inf
+
+        there = sorted((run for run in reached if step in reached[run]), key=cost)
         return there[: max(at_least, len(there) // self.reduction_factor)]
 
 
@@ -97,7 +103,9 @@ class Halving:
         at_least = int(is_last and not self.has_completed)
         tops = {path: self.top(RunDir(path)) for path in self.paused}
         for rung in sorted(set(tops.values()) - {-1}, reverse=True):
-            for path in self.rungs.best(rung, self.reached, at_least):
+            # Of those that ended otherwise none will come to its end: they are no reason that nobody else does.
+            among = {path: self.reached[path] for path in self.paused} if at_least else self.reached
+            for path in self.rungs.best(rung, among, at_least):
                 if tops.get(path) == rung:
                     return RunDir(path), rung
         return None

@@ -109,7 +109,7 @@ def of(
     Args:
         where: a condition, see ``condition``.
         metrics: names, with commas; else those that matter.
-        sort: a key, ``+`` or ``-`` before it; else the loss at the end.
+        sort: a key, ``+`` or ``-`` before it; else what a search of these runs looked for, or the loss at the end.
         by: the parameter over which runs are taken together.
         pareto: two keys or more, with commas.
 
@@ -128,7 +128,7 @@ def of(
         kept = [result for result in results if meets is None or meets(partial(columns.value, result))]
         _refuse_nothing(kept, results, where, asked)
         _refuse_mixed(kept)
-        goal = goal or Goal(LOSS, is_larger_better=False)
+        goal = goal or columns.objective(kept) or Goal(LOSS, is_larger_better=False)
         return _board(kept, goal, order or goal, shown or [], axes or [], over or "")
     raise ConfigError(*faults)
 

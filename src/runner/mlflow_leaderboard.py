@@ -38,7 +38,7 @@ def send(
     if parent.data.tags.get(STAMP) == stamp or not any(state.status == "completed" for state in states):
         return
     with contextlib.suppress(ConfigError):  # no run has a loss, or their tasks differ: there is no board
-        made = leaderboard.of(results.of_folders(rundirs, sweep.path.parents[1]))
+        made = leaderboard.of(results.of_folders(rundirs, sweep.path.parent.parent))
         _send_best(client, parent, made, max(state.updated for state in states))
         drawn = page.drawing(made)
         client.log_text(parent.info.run_id, redact(page.render(made, drawn, f"sweep {sweep.path.name}")), PAGE)

@@ -86,7 +86,14 @@ def grouped(
         for found in members.values()
     ]
     sign = -1 if goal.is_larger_better else 1
-    groups.sort(key=lambda group: sign * group.means[goal.key].value if goal.key in group.means else math.inf)
+    several = any(len(_values(group.results, goal.key)) > 1 for group in groups)
+
+    def place(group: Group) -> tuple[bool, float]:
+        """One run among settings with several says too little to be the best of them."""
+        found = group.means.get(goal.key)
+        return several and (found is None or found.n < 2), sign * found.value if found else math.inf
+
+    groups.sort(key=place)
     if not groups or goal.key not in groups[0].means:
         return groups
     first = _values(groups[0].results, goal.key)

@@ -172,5 +172,5 @@ def _dimension(override: Override, key: str, text: str) -> Dimension:
         values = list(sweep.range())
         is_whole = all(isinstance(value, int) for value in values)
         if len(values) > 1:
-            return Dimension(key, text, (), min(values), max(values), abs(values[1] - values[0]), is_whole)
+            return Dimension(key, text, (), min(values), max(values), abs(float(sweep.step)), is_whole)
     return Dimension(key, text, tuple(str(value) for value in override.sweep_string_iterator()))

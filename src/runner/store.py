@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 ID_TAG, LONGEST_TAG = "runner.id", 8000
+INFINITY = 1.7976931348623157e308
+"""What MLflow makes of an infinite number."""
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # MLflow retries for four minutes by default; whoever calls this module tries again by himself.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
-from runner import choices, rest, store
+from runner import choices, named, rest, store
 from runner.errors import Fault, TrackingError, suggest
 from runner.mlflow_run import explained
 from runner.recorded import STATUS
@@ -115,23 +115,34 @@ def _chosen(known: dict[str, str], words: Sequence[str], uri: str) -> list[str]:
             problem, remedy = f"holds {len(own)} experiments", f"name one: {', '.join(own)}"
             raise TrackingError(Fault("uri", problem, remedy, take_credentials(uri)[0]))
         return own
-    return list(words) if all(word in known for word in words) else []
+    if (of := [word for word in words if word in known]) and len(of) < len(words):
+        others = ", ".join(word for word in words if word not in known)
+        problem = f"'{of[0]}' is an experiment, and {others} is not"
+        raise TrackingError(Fault("", problem, "name experiments, or sweeps of one experiment"))
+    return list(words) if of else []
 
 
 def _of_sweeps(rows: Sequence[Row], words: Sequence[str], known: dict[str, str]) -> list[Row]:
+    """The runs that are meant: those of a sweep, or one by its name or the beginning of its id."""
     names = {row.tags.get("runner.sweep", "") for row in rows} - {""}
+    chosen: dict[str, Row] = {}
     for word in words:
-        if word not in names:
+        found = [row for row in rows if row.tags.get("runner.sweep") == word]
+        found = found or [row for row in rows if row.name == word]
+        found = found or [row for row in rows if len(word) >= named.SHORTEST_ID and row.run_id.startswith(word)]
+        if not found:
             hint = suggest(word, [*known, *names])
             there = f"experiments: {', '.join(known)}; sweeps: {', '.join(sorted(names)) or 'none'}"
-            raise TrackingError(Fault("", f"there is no experiment or sweep '{word}'", f"{hint} {there}".strip()))
-    return [row for row in rows if row.tags.get("runner.sweep") in words]
+            raise TrackingError(Fault("", f"there is no experiment, sweep or run '{word}'", f"{hint} {there}".strip()))
+        chosen.update({row.run_id: row for row in found})
+    return list(chosen.values())
 
 
 def _result(row: Row) -> Result:
     tags = row.tags
     params, implied = choices.named(row.params, choices.given_by(row.name.split(",")))
     folder = tags.get("runner.folder", "")
+    finite = {name: value for name, value in row.metrics.items() if abs(value) < store.INFINITY}
     return Result(
         run=row.run_id[:SHOWN_ID],
         label=row.name,
@@ -139,7 +150,7 @@ def _result(row: Row) -> Result:
         reason=tags.get("runner.reason", ""),
         params=params,
         implied=implied,
-        metrics=last_values([{"step": 0, "time": 0, **row.metrics}]),
+        metrics=last_values([{"step": 0, "time": 0, **finite}]),
         sweep=tags.get("runner.sweep", ""),
         folder=folder if folder and Path(folder).is_dir() else "",
         mlflow_id=row.run_id,
