@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from runner.train import Hooks, Parts
 
 Ask = Callable[[list[str]], list[str]]
+STATE_EVERY_S = 0.5
+"""Between two writings of how far a run is: each waits for the disk, for milliseconds or, on a network, more."""
 log = logging.getLogger("runner")
 
 
@@ -247,11 +249,21 @@ def _telling(rundir: RunDir, made: Inputs, clock: Clock, stop: Stop, graphs: lis
     """The hooks of rank 0: into the folder and onto the terminal."""
     from runner import train
 
+    reached, told_at = rundir.read_state().step, 0.0
+
+    def tell_state() -> None:
+        nonlocal told_at
+        rundir.write_state(step=reached, seconds=clock.seconds())
+        told_at = time.monotonic()
+
     with console.Display(made.total_steps) as display:
 
         def record(step: int, metrics: dict[str, float]) -> None:
+            nonlocal reached
             tracking.append(rundir, {"step": step, "time": time.time(), **metrics})
-            rundir.write_state(step=step, seconds=clock.seconds())
+            reached = step
+            if time.monotonic() - told_at >= STATE_EVERY_S:
+                tell_state()
             display.record(step, metrics)
 
         def check_stop() -> None:
@@ -259,13 +271,17 @@ def _telling(rundir: RunDir, made: Inputs, clock: Clock, stop: Stop, graphs: lis
             if rundir.prune_request.exists():
                 raise Pruned(rundir.prune_request.read_text())
 
-        yield train.Hooks(
-            record=record,
-            evaluating=display.evaluating,
-            saving=partial(tracking.sync_to_disk, rundir),
-            check_stop=check_stop,
-            warm=lambda: graphs.append(compiling.graphs()),
-        )
+        try:
+            yield train.Hooks(
+                record=record,
+                evaluating=display.evaluating,
+                saving=partial(tracking.sync_to_disk, rundir),
+                check_stop=check_stop,
+                warm=lambda: graphs.append(compiling.graphs()),
+            )
+        finally:
+            with contextlib.suppress(OSError):  # a full disk: what ends the run says so
+                tell_state()
 
 
 @contextlib.contextmanager
