@@ -78,7 +78,7 @@ def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
     splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings, ranks.rank)
     steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     if device.type == "cpu":
-        memory.return_what_is_freed()
+        memory.trim()
     return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
 
 
@@ -162,6 +162,8 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     if made.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if made.device.type == "cpu" and made.settings.memory != "speed":
+        memory.return_what_is_freed()
     told = expected.expect(cfg, made, roughly=True)
     if told.memory.total > expected.SAFE * told.free_bytes:
         told = expected.expect(cfg, made)
