@@ -142,7 +142,7 @@ def allocator_waste(device: torch.device, temporary_bytes: int, kept: Memory) ->
 
 
 def trim() -> None:
-    """Let glibc give back what it keeps of freed memory: 0.25 GiB after a GGUF file was converted; elsewhere nothing."""
+    """Let glibc give back what it keeps of freed memory, as 0.25 GiB after a GGUF file was converted."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
