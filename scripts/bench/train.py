@@ -58,7 +58,8 @@ OURS = {
     "ours-packed-bfloat16-compiled": [*PACKS, "model.dtype=bfloat16", "compile=regional"],
 }
 SIDES = [
-    "ours", "trl-float32", "ours-balanced", "ours-compiled", "ours-packed", "trl-packed-float32", "ours-bfloat16", "trl",
+    "ours", "trl-float32", "ours-balanced", "ours-compiled", "ours-packed", "trl-packed-float32", "ours-bfloat16",
+    "trl",
 ]  # fmt: skip
 COMMON = [
     "data=local", "data/format=prompt_completion", "data.max_length=1024", "data.eval_rows=2", "tracking=mlflow",
