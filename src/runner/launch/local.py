@@ -111,7 +111,7 @@ def warm(slot: Slot) -> None:
     load_libraries(with_adapters=not slot.gpus)
 
 
-def load_libraries(*, with_adapters: bool) -> None:
+def load_libraries(with_adapters: bool) -> None:
     """What every run needs, for processes that are forked from this one."""
     from runner import console
 
