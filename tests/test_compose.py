@@ -64,6 +64,8 @@ def test_what_refers_to_hydra_is_of_its_own_job():
     assert [job.cfg["name"] for job in jobs] == ["none-0-r4", "8bit-1-r4", "none-2-r8", "8bit-3-r8"]
     assert len({job.folder for job in jobs}) == 4
     assert all(f"lora.r={job.cfg['lora']['r']}" in job.folder for job in jobs)
+    jobs = jobs_of(["lora.r=4,8", "sweep='${hydra:runtime.choices.quant}'"])
+    assert [job.cfg["sweep"] for job in jobs] == ["none", "none"]
 
 
 def test_what_hydra_writes_of_itself_can_be_read_back_by_it(tmp_path: Path):

@@ -192,16 +192,16 @@ def test_two_queues_wait_for_each_other_without_a_slot(tmp_path: Path):
 
 
 def test_what_another_queue_was_told_to_leave_is_taken_up(tmp_path: Path):
-    """Unlike what was cancelled, has failed or was killed where nobody can say why."""
-    ends = {"preempted": "stopped by SIGTERM", "killed": "interrupted", "failed": "no", "completed": ""}
-    for status, reason in ends.items():
-        rundir = prepared(tmp_path / status, *TINY)
-        job = queues.Job(0, rundir)
-        rundir.write_state(status=status, reason=reason, attempt=1)
-        found = job.outcome()
-        assert (found.status if found else None) == (status if status in ("failed", "completed") else None)
-    rundir.write_state(status="killed", reason=DIED, attempt=2)
-    assert job.outcome() == rundir.read_state()
+    """Unlike what was cancelled, has failed, or was killed by something else: it would only happen again."""
+    rundir = prepared(tmp_path / "run", *TINY)
+    job = queues.Job(0, rundir)
+    for attempt, (status, reason) in enumerate([("preempted", "stopped by SIGTERM"), ("killed", "interrupted")], 1):
+        rundir.write_state(status=status, reason=reason, attempt=attempt)
+        assert job.outcome() is None
+    by_others = DIED, "cancelled by me", "killed by SIGKILL (out of memory)", "one of the 2 ranks died"
+    for status, reason in [("failed", "no"), ("completed", ""), *(("killed", reason) for reason in by_others)]:
+        rundir.write_state(status=status, reason=reason)
+        assert job.outcome() == rundir.read_state(), reason
 
 
 def test_how_a_process_ended_is_told_truthfully(tmp_path: Path):

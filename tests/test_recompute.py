@@ -28,7 +28,8 @@ def adapted(config: Any, lora: dict[str, Any] | None = None) -> Any:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     if lora is not None:
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False, **lora))
+        options = {"target_modules": "all-linear", "init_lora_weights": False, **lora}
+        model = get_peft_model(model, LoraConfig(**options))
         fused.fuse(model)
     return model.train()
 
@@ -109,6 +110,59 @@ def test_nothing_is_held_once_the_gradients_are_there(memory: Memory) -> None:
         assert [tensor() for tensor in made] == [None] * len(made)
     finally:
         gc.enable()
+
+
+def test_dropout_in_one_layer_is_drawn_once() -> None:
+    def model() -> Any:
+        return llama({"lora_dropout": 0.3, "target_modules": r".*layers\.1\..*_proj"})
+
+    expected, found = step(model()), model()
+    recompute.arrange(found, "balanced")
+    assert_same(step(found), expected)
+
+
+@pytest.mark.parametrize("memory", ["speed", "balanced"])
+def test_experts_beside_a_gated_mlp(memory: Memory) -> None:
+    sizes = {**SMALL, "intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    config = transformers.Qwen2MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)
+    expected, model = step(adapted(config)), adapted(config)
+    recompute.arrange(model, memory)
+    assert_same(step(model), expected)
+
+
+def test_a_result_that_is_saved_in_another_order_is_kept() -> None:
+    class Turned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = torch.nn.RMSNorm(4), torch.nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.norm(x.transpose(0, 1)).transpose(0, 1).contiguous())
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Turned(), Turned()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(layer(x).square().sum() for layer in self.layers)  # type: ignore[return-value]
+
+    def gradients(memory: Memory | None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = Model()
+        if memory:
+            recompute.arrange(model, memory)
+        model(torch.randn(4, 3, generator=torch.Generator().manual_seed(0))).backward()
+        return [parameter.grad for parameter in model.parameters()]  # type: ignore[misc]
+
+    assert all(map(torch.equal, gradients("speed"), gradients(None)))
+
+
+def test_an_activation_that_is_trained_has_its_gradient() -> None:
+    expected, model = step(llama(None, hidden_act="prelu")), llama(None, hidden_act="prelu")
+    assert any("act_fn" in name for name in expected)
+    recompute.arrange(model, "speed")
+    assert_same(step(model), expected)
 
 
 def test_an_mlp_of_another_kind_is_left_as_it_is() -> None:

@@ -17,10 +17,9 @@ from conftest import TINY, node, option, prepared
 from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm, slurm_says, until, weights
 
 from runner import cli, config, report, scheduler
-from runner.errors import LaunchError
 from runner.launch import following, sbatch, snapshot, submission
 from runner.rundir import DIED, RunDir
-from runner.sweepdir import SweepDir
+from runner.sweepdir import SweepDir, slurm_room
 
 __all__ = ["slurm"]  # the fixture
 HELD = "+launcher.additional_parameters.hold=true"
@@ -313,16 +312,16 @@ def test_a_job_that_is_leaving_is_waited_for(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(scheduler, "jobs", lambda ids: {id: scheduler.Job(id, states.pop(0)) for id in ids})
     monkeypatch.setattr(submission.time, "sleep", lambda _: None)
     rundir.write_state(status="killed", reason="cancelled by me")
-    assert submission.is_queued([rundir]) == [False]
+    assert submission.wait_until_left([rundir]) == []
     assert states == []
     rundir.write_state(status="preempted")  # it goes back into the queue
+    assert submission.wait_until_left([rundir]) == []
     states.append("COMPLETING")
     assert submission.is_queued([rundir]) == [True]
     rundir.write_state(status="failed")
     states += ["COMPLETING"] * 2
     monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
-    with pytest.raises(LaunchError, match="job 7 has ended, and does not leave its nodes"):
-        submission.is_queued([rundir])
+    assert submission.wait_until_left([rundir]) == [rundir]
 
 
 def test_what_is_completed_is_not_submitted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -331,7 +330,7 @@ def test_what_is_completed_is_not_submitted_again(tmp_path: Path, capsys: pytest
     for launcher in (("launcher=slurm",), ("launcher=slurm", "launcher.cluster=local")):
         assert cli.run([*TINY, *launcher, f"hydra.run.dir={rundir.path}"]) == 0
         assert "is completed already: nothing to do" in capsys.readouterr().err
-    assert not submission.room(rundir.path).exists()
+    assert not slurm_room(rundir.path).exists()
 
 
 def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.MonkeyPatch):

@@ -211,8 +211,6 @@ class Composer:
         _refuse_without_effect(composed)
         plain: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
         node = plain.pop("hydra")
-        current: Any = HydraConfig.instance()
-        current.cfg = composed  # for what interpolates ${hydra:…}
         folder, sweep_dir = self._folders(composed, mode)
         own = [str(key) for key in composed if key not in ("hydra", "experiment")]
         cfg = to_plain(OmegaConf.masked_copy(composed, own))
@@ -246,6 +244,8 @@ class Composer:
                 [override for override in parsed if not override.is_hydra_override()],
                 form.exclude_keys, form.item_sep, form.kv_sep,
             )  # fmt: skip
+        current: Any = HydraConfig.instance()
+        current.cfg = composed  # for what interpolates ${hydra:…}
         return composed
 
     def _changes_defaults(self, override: Override) -> bool:

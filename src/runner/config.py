@@ -35,6 +35,7 @@ REFUSED_KEYS = {
     "lr": "did you mean optim.learning_rate?",
     "batch_size": "did you mean train.per_device_batch_size?",
     "gradient_checkpointing": "choose train.memory=min (computes layers again) or train.memory=balanced (less of them)",
+    "outlier_threshold": "it went: 8-bit weights are multiplied in the dtype of the activations; leave the key out",
     "activation_checkpointing": "choose train.memory=min or train.memory=balanced",
     "epochs": "did you mean train.num_train_epochs (with train.max_steps=null)?",
 }

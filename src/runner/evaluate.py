@@ -171,7 +171,8 @@ def _batches(run: Trained, given: _Rows) -> tuple[data.Batches, dict[str, Any], 
     if not given.are_other:
         splits, _, batches = build.load_data(cfg, run.task, run.result, run.tokenizer, settings, 0)
         report = replace(splits.report, truncated=0)  # it counts the training rows as well
-        name = HELD_OUT if given.node == run.cfg["data"] else f"{HELD_OUT}_{report.eval_rows}"
+        same_rows = {**given.node, "packing": None} == {**run.cfg["data"], "packing": None}
+        name = HELD_OUT if same_rows else f"{HELD_OUT}_{report.eval_rows}"
         return batches, _noted(splits.name, splits.digest, splits.uri, report), name
     settings_node, format_node, source_node = data.split_node(given.node)
     data_settings = config.bind(settings_node, "data", data.DataSettings)()

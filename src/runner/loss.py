@@ -108,10 +108,12 @@ class _CrossEntropy(torch.autograd.Function):
             valid, wanted = (wanted != IGNORED)[:, None], wanted.clamp(min=0)[:, None]  # (rows, 1)
             values = part.float()  # (rows, V)
             chosen, highest = values.gather(-1, wanted), values.amax(-1, keepdim=True)
+            # In training nobody asks how many were right: a tie may count for it, and the costly look is left out.
+            right = chosen == highest if ctx.needs_input_grad[0] else values.argmax(-1, keepdim=True) == wanted
             exponentials = values.sub_(highest).exp_()
             total = exponentials.sum(-1, keepdim=True)
             loss += torch.where(valid, total.log() + highest - chosen, 0.0).sum()
-            correct += (valid & (chosen == highest)).sum()
+            correct += (valid & right).sum()
             if ctx.needs_input_grad[0]:
                 slope = exponentials.mul_(valid / total)  # d loss / d logits = softmax - one-hot
                 slope[torch.arange(len(wanted), device=wanted.device), wanted[:, 0]] -= valid[:, 0].to(slope.dtype)

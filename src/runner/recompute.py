@@ -43,30 +43,33 @@ def arrange(model: nn.Module, memory: Memory, *, eager: bool = True) -> None:
     if memory != "speed" and not layers:
         problem = f"{type(model).__name__} has no list of equal layers that could be computed again"
         raise ConfigError(Fault("train.memory", problem, "use train.memory=speed", memory))
-    gated = _gated_classes(layers[0], getattr(model, "dtype", torch.float32)) if layers else set()
+    gated = _gated_classes([layers[0], layers[-1]] if layers else [], getattr(model, "dtype", torch.float32))
     for layer in layers:
         match memory:
             case "min":
                 _again(layer)
             case "balanced":
-                _compute_mlp_again(layer, gated if eager else set())
+                again = _compute_mlp_again(layer, gated if eager else set())
                 if eager:
-                    _let_go_of_cheap_results(layer, gated, products=True)
+                    _let_go_of_cheap_results(layer, gated, again, products=True)
             case "speed":
                 if eager:
-                    _let_go_of_cheap_results(layer, gated, products=False)
+                    _let_go_of_cheap_results(layer, gated, set(), products=False)
 
 
-def _compute_mlp_again(layer: nn.Module, apart: set[type[nn.Module]]) -> None:
-    """By torch's checkpoint, but for classes that are seen to ``apart``."""
+def _compute_mlp_again(layer: nn.Module, apart: set[type[nn.Module]]) -> set[nn.Module]:
+    """By torch's checkpoint, but for classes seen to ``apart``; returns what is computed so, with its parts."""
     named = [(name.rpartition(".")[2], module) for name, module in layer.named_modules()]
     mlps = [module for name, module in named if name in MLPS or all(hasattr(module, part) for part in GATED)]
     if not mlps:
         problem = f"{type(layer).__name__} has no MLP that could be computed again by itself"
         raise ConfigError(Fault("train.memory", problem, "use train.memory=speed or min", "balanced"))
-    for mlp in mlps:
-        if type(mlp) not in apart:
+    found = [mlp for mlp in mlps if type(mlp) not in apart or _drops(mlp)]
+    inside = {part for mlp in found for part in mlp.modules() if part is not mlp}
+    for mlp in found:
+        if mlp not in inside:
             _again(mlp)
+    return {*found, *inside}
 
 
 def _again(module: nn.Module) -> None:
@@ -85,6 +88,7 @@ class _Result:
     """One that is not kept: how often it would have been, and how it is computed again."""
 
     numel: int
+    offset: int
     compute: Callable[[], Tensor]
     autocast: Callable[[], AbstractContextManager[Any]]
     """As it was in the forward pass."""
@@ -114,19 +118,22 @@ class _Forward:
         """Of the results: an address is not used again as long as there is a weak reference to it."""
 
     def offer(self, result: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """``compute`` gives it again; it keeps nothing itself but what ``pack`` gave it."""
+        """``compute`` gives it again, from what is kept anyway or from what ``pack`` gave it."""
+        if not result.is_contiguous():  # what is saved of it may be another order of the same numbers
+            return result
         device, storage = result.device.type, result.untyped_storage()
         autocast = partial(
             torch.autocast, device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
         )
-        self.results[storage._cdata] = _Result(result.numel(), compute, autocast)
+        self.results[storage._cdata] = _Result(result.numel(), int(result.storage_offset()), compute, autocast)
         self.storages.append(StorageWeakRef(storage))
         return result
 
     def pack(self, tensor: Tensor) -> Packed:
         found = self.results.get(tensor.untyped_storage()._cdata)
-        if found is None or tensor.numel() != found.numel or not tensor.is_contiguous():
-            return tensor
+        place = tensor.numel(), tensor.storage_offset()
+        if found is None or place != (found.numel, found.offset) or not tensor.is_contiguous():
+            return tensor.detach()  # with its history it would keep itself alive where no backward pass follows
         found.uses += 1
         return found, tensor.shape
 
@@ -141,13 +148,15 @@ class _Now:
     forward: _Forward | None = None
 
 
-def _let_go_of_cheap_results(layer: nn.Module, gated: set[type[nn.Module]], *, products: bool) -> None:
-    """In place. They are computed again from what is kept anyway; ``products``: those of the MLP are let go as well."""
+def _let_go_of_cheap_results(
+    layer: nn.Module, gated: set[type[nn.Module]], apart: set[nn.Module], *, products: bool
+) -> None:
+    """In place, but for what is ``apart``; ``products``: those of the MLP are let go as well."""
     now = _Now()
-    for module in layer.modules():
-        if type(module).__name__.endswith("Norm"):
+    for module in [module for module in layer.modules() if module not in apart]:
+        if type(module).__name__.endswith("Norm") and not list(module.children()):
             module.forward = _norm(module.forward, now)
-        elif type(module) in gated:
+        elif type(module) in gated and not _drops(module):
             module.forward = _gated(module, module.forward, now, products)
     layer.forward = _followed(layer.forward, now)
 
@@ -166,10 +175,12 @@ def _followed(forward: Callable[..., Any], now: _Now) -> Callable[..., Any]:
     return follow
 
 
-def _norm(forward: Callable[..., Tensor], now: _Now) -> Callable[..., Tensor]:
-    def normalize(*args: Any, **kwargs: Any) -> Tensor:
+def _norm(forward: Callable[..., Any], now: _Now) -> Callable[..., Any]:
+    def normalize(*args: Any, **kwargs: Any) -> Any:
         result = forward(*args, **kwargs)
-        return now.forward.offer(result, partial(forward, *args, **kwargs)) if now.forward else result
+        if now.forward is None or not isinstance(result, Tensor):
+            return result
+        return now.forward.offer(result, partial(forward, *args, **kwargs))
 
     return normalize
 
@@ -216,16 +227,21 @@ class _Gate(torch.autograd.Function):
         return of_gate, grad * activated.detach(), None
 
 
-def _gated_classes(layer: nn.Module, dtype: torch.dtype) -> set[type[nn.Module]]:
-    """The classes in it that compute down(act(gate(x)) * up(x)): by the names of their parts, and by trying."""
-    return {type(module) for module in layer.modules() if _is_gated(module, dtype)}
+def _gated_classes(layers: list[nn.Module], dtype: torch.dtype) -> set[type[nn.Module]]:
+    """The classes in them that compute down(act(gate(x)) * up(x)): by the names of their parts, and by trying."""
+    return {type(module) for layer in layers for module in layer.modules() if _is_gated(module, dtype)}
+
+
+def _drops(module: nn.Module) -> bool:
+    """What is dropped is drawn once; torch's checkpoint knows how to draw it again."""
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
 
 
 def _is_gated(module: Any, dtype: torch.dtype) -> bool:
-    if not all(callable(getattr(module, part, None)) for part in GATED):
+    if not all(callable(getattr(module, part, None)) for part in GATED) or _drops(module):
         return False
-    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules()):
-        return False  # what is dropped is drawn once; torch's checkpoint knows how to draw it again
+    if isinstance(module.act_fn, nn.Module) and list(module.act_fn.parameters()):
+        return False  # they would get no gradient
     device = next(module.parameters()).device
     if device.type == "meta":
         return True

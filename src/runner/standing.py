@@ -55,7 +55,7 @@ class Standing:
 
 def of(rundirs: Sequence[RunDir]) -> list[Standing]:
     """How these runs stand; a state that is not true any more is corrected in the folder."""
-    found = [_read(rundir) for rundir in rundirs]
+    found = _with_jobs([_read(rundir) for rundir in rundirs])
     jobs = _ask_slurm(found)
     around = _Around(silent=jobs is None)
     return [_settled(standing, (jobs or {}).get(_job_id(standing)), around) for standing in found]
@@ -137,29 +137,50 @@ def _read(rundir: RunDir) -> Standing:
         state, manifest = rundir.read_state(), rundir.read_manifest()
         if state.status not in get_args(Status) or not all(isinstance(manifest.get(k) or {}, dict) for k in _NODES):
             raise TypeError("not what a run writes")
-        if state.status in ("pending", "running") and not manifest.get("slurm"):
-            manifest = {**manifest, "slurm": _not_noted(rundir, state)}
     except named.DAMAGED as error:
         named.say_damaged(rundir.path, error)
         return Standing(rundir, "damaged", f"{type(error).__name__}: {error}")
     return Standing(rundir, state.status, state.reason, state, manifest)
 
 
-def _not_noted(rundir: RunDir, state: State) -> dict[str, Any] | None:
-    """The job of a run whose submitter died before it noted it: the worker has written it down, or Slurm knows it."""
-    if state.scheduler_id and state.host not in ("", here()):
-        return {"job_id": state.scheduler_id}
-    for file in slurm_room(home_of(rundir)).glob("runner-*.json"):
+def _with_jobs(found: Sequence[Standing]) -> list[Standing]:
+    """The same with jobs that a submitter died before noting: the worker wrote its own down, or Slurm knows it."""
+    notes: dict[Path, dict[str, str]] = {}
+
+    def job_of(standing: Standing) -> str:
+        state = standing.state
+        if state.status == "running" and state.scheduler_id and state.host not in ("", here()):
+            return state.scheduler_id
+        home = home_of(standing.rundir)
+        if home not in notes:
+            notes[home] = _not_noted(home)
+        return notes[home].get(str(standing.rundir.path), "")
+
+    return [
+        replace(standing, manifest={**standing.manifest, "slurm": {"job_id": job}})
+        if standing.status in ("pending", "running")
+        and not standing.manifest.get("slurm")
+        and (job := job_of(standing))
+        else standing
+        for standing in found
+    ]
+
+
+def _not_noted(home: Path) -> dict[str, str]:
+    """Folder → job, of submissions there that have no id yet, where Slurm has one."""
+    jobs: dict[str, str] = {}
+    for file in slurm_room(home).glob("runner-*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RunnerError):
             submission = json.loads(file.read_text())
-            folders = submission["folders"]
-            if submission["job_id"] or submission["cluster"] != "slurm" or str(rundir.path) not in folders:
+            if submission["job_id"] or submission["cluster"] != "slurm":
                 continue
             from runner import scheduler
 
+            folders = submission["folders"]
             for id in scheduler.named(submission["name"])[:1]:
-                return {"job_id": f"{id}_{folders.index(str(rundir.path))}" if len(folders) > 1 else id}
-    return None
+                ids = [f"{id}_{number}" for number in range(len(folders))] if len(folders) > 1 else [id]
+                jobs.update(zip(folders, ids, strict=True))
+    return jobs
 
 
 def _ask_slurm(found: Iterable[Standing]) -> dict[str, Job] | None:

@@ -114,8 +114,8 @@ class Job:
         """The state in which others left this run since it was handed over; None where it is still to be worked on."""
         state, known = self.rundir.read_state(), self.known
         another_attempt = state.attempt != known.attempt
-        if state.status in ("preempted", "killed") and another_attempt and state.reason != DIED:
-            return None  # another queue was told to stop; this one was not, nor was the run cancelled
+        if another_attempt and not state.reason.startswith("cancelled") and outcome.exit_code(state) in (75, 130):
+            return None  # another queue was told to stop, and this one was not
         if state.status == "completed" or (state.status != "pending" and another_attempt):
             return state
         return state if state.status in ("failed", "preempted", "pruned") and state.updated != known.updated else None

@@ -17,7 +17,7 @@ from runner.launch import following, sbatch, submission, submitting
 from runner.launch.protocol import Source
 from runner.rundir import RunDir
 from runner.schema import Count, Positive
-from runner.sweepdir import SweepDir
+from runner.sweepdir import SweepDir, slurm_room
 
 OF_SLURM = (
     "partition", "account", "qos", "cpus_per_task", "mem_gb", "constraint", "exclude", "nodelist", "reservation",
@@ -98,7 +98,7 @@ class Slurm:
             return f"{self.processes} process(es) on this machine (launcher.cluster={self.cluster}){on}"
         home = Path("RUN")
         code = None if self.snapshot == "none" else home / "code"
-        text = sbatch.script(self, submission.room(home), "NAME", code, min(runs, submitting.longest_array(self)))
+        text = sbatch.script(self, slurm_room(home), "NAME", code, min(runs, submitting.longest_array(self)))
         return text.replace(str(home.absolute()), str(home))
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from runner import scheduler
-from runner.errors import Fault, LaunchError
 from runner.files import write_atomic
 from runner.rundir import RunDir
 from runner.sweepdir import slurm_room
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from runner.launch.slurm import Slurm
 
 Cluster = Literal["slurm", "local", "debug"]
-room = slurm_room
 LONGEST_LEAVE_S = 120.0
 """How long a job may need to leave its nodes: KillWait is 30 s where nobody set it."""
 
@@ -57,7 +55,7 @@ class Submission:
 
 
 def path(home: Path, name: str) -> Path:
-    return room(home) / f"{name}.json"
+    return slurm_room(home) / f"{name}.json"
 
 
 def begin(asked: Slurm, home: Path, rundirs: Sequence[RunDir], code: Path | None, after: str | None) -> Submission:
@@ -104,36 +102,39 @@ def noted(home: Path) -> list[Submission]:
 
 
 def is_queued(rundirs: Sequence[RunDir]) -> list[bool]:
-    """For each run whether the job that its manifest notes still waits or runs; waits for those that are leaving.
+    """For each run whether the job that its manifest notes still waits or runs.
 
     Raises:
-        LaunchError: Slurm does not answer, or a job does not leave.
+        LaunchError: Slurm does not answer.
     """
     jobs = [rundir.read_manifest().get("slurm") or {} for rundir in rundirs]
-    ids = [job["job_id"] for job in jobs if job.get("cluster") == "slurm"]
-    over = {
-        job["job_id"]
-        for rundir, job in zip(rundirs, jobs, strict=True)
-        if job and rundir.read_state().status in ("killed", "failed")
-    }
-    give_up_at = time.monotonic() + LONGEST_LEAVE_S
-    while True:
-        known = scheduler.jobs(ids)
-        leaving = [id for id in over & known.keys() if known[id].state == "COMPLETING"]
-        if not leaving:
-            break
-        if time.monotonic() > give_up_at:
-            problem = f"job {leaving[0]} has ended, and does not leave its nodes"
-            raise LaunchError(Fault("", problem, "try again when squeue does not show it any more"))
-        time.sleep(1)
+    known = scheduler.jobs(job["job_id"] for job in jobs if job.get("cluster") == "slurm")
     active = {id for id, job in known.items() if job.is_active}
     return [
         job.get("job_id") in active or (job.get("cluster") == "local" and is_process(job["job_id"])) for job in jobs
     ]
 
 
+def wait_until_left(rundirs: Sequence[RunDir]) -> list[RunDir]:
+    """Wait while jobs of runs that have ended leave their nodes; returns the runs whose jobs do not.
+
+    Raises:
+        LaunchError: Slurm does not answer.
+    """
+    ended = [rundir for rundir in rundirs if rundir.read_state().status in ("killed", "failed")]
+    jobs = [(rundir, rundir.read_manifest().get("slurm") or {}) for rundir in ended]
+    ids = {job["job_id"]: rundir for rundir, job in jobs if job.get("cluster") == "slurm"}
+    give_up_at = time.monotonic() + LONGEST_LEAVE_S
+    while True:
+        known = scheduler.jobs(ids)
+        leaving = [rundir for id, rundir in ids.items() if id in known and known[id].state == "COMPLETING"]
+        if not leaving or time.monotonic() > give_up_at:
+            return leaving
+        time.sleep(1)
+
+
 def _all(home: Path) -> list[Submission]:
-    return [Submission(**json.loads(file.read_text())) for file in sorted(room(home).glob("runner-*.json"))]
+    return [Submission(**json.loads(file.read_text())) for file in sorted(slurm_room(home).glob("runner-*.json"))]
 
 
 def is_process(pid: str) -> bool:

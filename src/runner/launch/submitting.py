@@ -15,7 +15,7 @@ from runner.files import locked
 from runner.launch import sbatch, slurm_job, snapshot, submission
 from runner.launch.submission import Submission
 from runner.rundir import DONE, RunDir, State
-from runner.sweepdir import SweepDir
+from runner.sweepdir import SweepDir, slurm_room
 
 if TYPE_CHECKING:
     from runner.launch.slurm import Slurm
@@ -37,10 +37,17 @@ def submit(
     """
     left: list[RunDir] = []
     for home, members in _homes(rundirs, sweep).items():
-        room = submission.room(home)
+        room = slurm_room(home)
         with locked(room / ".lock"):  # two commands at once submit one after the other
             for id in submission.adopt(home):
                 print(f"found job {id}, which an earlier command submitted without noting it", file=sys.stderr)
+            stuck = submission.wait_until_left(members)
+            for rundir in stuck:
+                job = rundir.read_manifest()["slurm"]["job_id"]
+                print(f"{rundir.path} is not submitted: its job {job} has ended and does not leave its nodes; give the "
+                      "same command again when squeue shows it no more", file=sys.stderr)  # fmt: skip
+            left += stuck
+            members = [rundir for rundir in members if rundir not in stuck]
             queued = submission.is_queued(members)
             for rundir, is_queued in zip(members, queued, strict=True):
                 if is_queued:
@@ -48,10 +55,10 @@ def submit(
                     print(f"{rundir.path} is in the queue already (job {job})", file=sys.stderr)
             new = [rundir for rundir, known in zip(members, queued, strict=True) if not known]
             ended = {rundir.path: found for rundir in new if (found := _say_waiting(rundir))}
-            before()
             try:
+                before()
                 refused = _submit_new(asked, home, new)
-            except LaunchError:
+            except BaseException:
                 _say_again(ended.values())
                 raise
             _say_again(ended[rundir.path] for rundir in refused if rundir.path in ended)
@@ -67,7 +74,7 @@ def run_here(asked: Slurm, rundirs: Sequence[RunDir], sweep: SweepDir | None) ->
     for home, members in _homes(rundirs, sweep).items():
         for rundir in members:
             begun = submission.begin(asked, home, [rundir], None, None)
-            job = DebugExecutor(submission.room(home)).submit(slurm_job.run, str(submission.path(home, begun.name)))
+            job = DebugExecutor(slurm_room(home)).submit(slurm_job.run, str(submission.path(home, begun.name)))
             submission.note(home, begun, job.job_id)
             try:
                 job.results()
@@ -182,7 +189,7 @@ def _to_slurm(asked: Slurm, home: Path, begun: Submission) -> str:
     from submitit import SlurmExecutor
     from submitit.helpers import DelayedSubmission
 
-    room, file = submission.room(home), str(submission.path(home, begun.name))
+    room, file = slurm_room(home), str(submission.path(home, begun.name))
     DelayedSubmission(slurm_job.run, file).dump(room / f"{begun.name}.pkl")
     code = Path(begun.code) if begun.code else None
     made = sbatch.parameters(asked, begun.name, sbatch.setup_lines(asked, room, begun.name, code))
@@ -212,7 +219,7 @@ def _to_local(asked: Slurm, home: Path, begun: Submission) -> str:
             if begun.code:
                 path = [begun.code, *filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
                 os.environ.update(RUNNER_SNAPSHOT=begun.code, PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(path))
-            executor = LocalExecutor(submission.room(home), max_num_timeout=0, python=sbatch.python(asked))
+            executor = LocalExecutor(slurm_room(home), max_num_timeout=0, python=sbatch.python(asked))
             executor.update_parameters(
                 timeout_min=asked.timeout_min, tasks_per_node=asked.tasks, signal_delay_s=asked.signal_delay_s
             )
