@@ -124,7 +124,7 @@ def test_dropout_in_one_layer_is_drawn_once() -> None:
 @pytest.mark.parametrize("memory", ["speed", "balanced"])
 def test_experts_beside_a_gated_mlp(memory: Memory) -> None:
     sizes = {**SMALL, "intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-    config = transformers.Qwen2MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)
+    config = transformers.Qwen2MoeConfig(**sizes, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2)
     expected, model = step(adapted(config)), adapted(config)
     recompute.arrange(model, memory)
     assert_same(step(model), expected)

@@ -36,8 +36,8 @@ outputs_dir.
   --where CONDITION  KEY=VALUE, !=, <, <=, >, >=, ~ (contains), with and, or, not and brackets
   --metrics A,B      these instead of loss, best, tokens/s, memory and time
   --sort KEY         the better first: accuracy, acc, f1, mfu, per_second, reward and such get better upwards, all else
-                     downwards; -KEY upwards, +KEY downwards. ★ stays with the better end of a metric whose name says it.
-                     Without it: what a search of these runs looked for, else the loss
+                     downwards; -KEY upwards, +KEY downwards. ★ stays with the better end of a metric whose name says
+                     it. Without --sort: what a search of these runs looked for, else the loss
   --by KEY           take runs together that differ in KEY alone
   --pareto A,B       mark the runs that none beats in one without being worse in another; -A and +A as above
   --all              all runs on the terminal, not only the first 50
