@@ -153,7 +153,7 @@ def _check(model: nn.Module, mode: Mode, fullgraph: bool) -> None:
 
 
 def _check_compiler(device: torch.device) -> None:
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir("compiled")))  # what one run compiled, others find
+    _share_what_is_compiled()
     # Inductor writes C++ for a CPU and Triton for a GPU; Triton compiles its launcher with a C compiler.
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     if device.type == "cuda":
@@ -164,6 +164,16 @@ def _check_compiler(device: torch.device) -> None:
     if not any(map(shutil.which, names)):
         problem = f"needs a compiler on this machine, one of: {', '.join(names)}"
         raise ConfigError(Fault("compile", problem, "install one (Debian: apt install g++), or use compile=none"))
+
+
+def _share_what_is_compiled() -> None:
+    """What one run has compiled the next one finds, in the user's cache; unless somebody has chosen another folder.
+
+    torch writes the folder of its own choice into the environment as soon as it is imported.
+    """
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not chosen or os.path.basename(chosen).startswith("torchinductor_"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir("compiled"))
 
 
 def _decoder(model: Any) -> nn.Module:
