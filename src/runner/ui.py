@@ -204,7 +204,8 @@ def _page(address: str, name: str | None) -> str:
     wanted = name or ("runner" if "runner" in found else own[0] if own else "")
     if name:
         _refuse_unknown(name, found)
-    return f"{address}/#/experiments/{quote(str(found[wanted]))}" if wanted else address
+    # Its runs: without a page MLflow 3 opens what it has to say of traces.
+    return f"{address}/#/experiments/{quote(str(found[wanted]))}/runs" if wanted else address
 
 
 def _show(page: str, words: asked.Asked) -> None:
