@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,64 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test starts without MLflow's, and what it leaves of them in the environment goes with it."""
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "")
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Slurm that answers, and a folder to work in; nothing submitted there outlives the test."""
+    from runner import scheduler
+    from runner.errors import LaunchError
+
+    try:
+        scheduler.refuse_unreachable()
+    except LaunchError as error:
+        pytest.skip(f"no Slurm answers here, scripts/slurm-lab/up makes one ({error.faults[0].problem})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    cancel_jobs(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount_memory(folder, "size=4m")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def mount_memory(folder: Path, options: str) -> None:
+    """Mount a file system there that lies in memory; where that is not allowed the test is skipped."""
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system here")
+
+
+def fill(disk: Path, leaving: int) -> Path:
+    """Fill the disk but for so many bytes; returns the file that does."""
+    filler = disk / "filler"
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    filler.write_bytes(b"x" * (free - leaving))
+    return filler
+
+
+def jobs_of(folder: Path) -> list[str]:
+    """The ids of the jobs that were submitted from this folder or below it, noted or not, and have not left the queue.
+
+    Each task of an array is one of them.
+    """
+    command = ["squeue", "--noheader", "--array", "--format=%i %Z"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = (line.strip().partition(" ") for line in lines)
+    return [id for id, _, place in found if Path(place.strip()).is_relative_to(folder)]
+
+
+def cancel_jobs(folder: Path) -> None:
+    """Cancel all of ``jobs_of(folder)``."""
+    if ids := jobs_of(folder):
+        subprocess.run(["scancel", *ids], check=True, capture_output=True)
 
 
 def node(group: str, name: str, /, **changes: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Against a real Slurm (scripts/slurm-lab/up): arrays, several nodes, interruptions of every kind, refusals."""
+"""Against a real Slurm (scripts/slurm-lab/up): arrays, several nodes, interruptions of every kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import psutil
 import pytest
 
 from runner import scheduler, tracking
-from runner.errors import LaunchError
 from runner.rundir import RunDir, find_runs
 from runner.sweepdir import SweepDir
 
@@ -33,21 +32,6 @@ LONG = (
 """Some 15 s of training on one core: long enough to be disturbed."""
 SLURM = ("launcher=slurm", "launcher.timeout_min=60")
 TIMES = ("time", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction", "train/mfu")
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Slurm that answers, and a folder to work in; nothing submitted outlives the test."""
-    try:
-        scheduler.refuse_unreachable()
-    except LaunchError as error:
-        pytest.skip(f"no Slurm answers here, scripts/slurm-lab/up makes one ({error.faults[0].problem})")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    for path in Path().rglob("slurm/runner-*.json"):
-        if job := json.loads(path.read_text()).get("job_id"):
-            subprocess.run(["scancel", job], check=False, capture_output=True)
 
 
 def runner(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -271,43 +255,6 @@ def test_a_submitter_killed_before_it_notes_the_job_submits_it_once(slurm: None)
     assert jobs == [job_of(RunDir(Path("once").absolute()))]
     assert slurm_says("squeue", "-h", "-o", "%j").split().count(name) == 1
     assert len(list(Path("once/slurm").glob("runner-*.json"))) == 1
-
-
-REFUSED = [
-    ("launcher.partition=nope", "launcher.partition=nope", "partitions: "),
-    ("launcher.nodes=99", "launcher.nodes=99", "ask for fewer"),
-    ("launcher.gpus_per_node=9", "launcher.gpus_per_node=9", "ask for less"),
-    ("launcher.timeout_min=100000", "launcher.timeout_min=100000", "ask for less"),
-    ("launcher.mem_gb=9999", "launcher.mem_gb=9999", "ask for less"),
-]
-
-
-@pytest.mark.slurm
-@pytest.mark.parametrize(("override", "key", "remedy"), REFUSED, ids=[case[0] for case in REFUSED])
-def test_what_slurm_would_not_take_is_refused_before_anything_is_there(
-    slurm: None, override: str, key: str, remedy: str
-):
-    for mode in ([], ["-m", "seed=1,2"]):
-        done = runner(*mode, *SHORT, "launcher=slurm", override)
-        assert done.returncode == 2, done.stderr
-        assert key in done.stderr
-        assert remedy in done.stderr
-        assert "Traceback" not in done.stderr
-        assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize("what", ["missing", "down"])
-def test_without_a_slurm_the_launcher_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str):
-    if what == "down" and not shutil.which("sbatch"):
-        pytest.skip("no sbatch here")
-    monkeypatch.chdir(tmp_path)
-    environment = {"PATH": "/nowhere"} if what == "missing" else {"SLURM_CONF": "/nowhere/slurm.conf"}
-    done = runner(*SHORT, "launcher=slurm", **environment)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert ("sbatch" if what == "missing" else "/nowhere/slurm.conf") in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(Path().iterdir())
 
 
 def test_without_slurm_what_is_cancelled_before_it_began_never_begins(

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, node, option, prepared
-from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm, slurm_says, until, weights
+from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says, until, weights
 
 from runner import cli, config, report, scheduler
 from runner.launch import following, sbatch, snapshot, submission
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir, slurm_room
 
-__all__ = ["slurm"]  # the fixture
 HELD = "+launcher.additional_parameters.hold=true"
 OWN_FUNCTION = (
     "data=local", "data.path=rows.jsonl", "data/format=custom", "data.format.function=mine.py:text", "task=pretrain",

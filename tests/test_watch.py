@@ -17,7 +17,7 @@ import pytest
 from conftest import TINY, prepared
 
 from runner import asked, cli, console, named, scheduler, standing, system
-from runner.errors import ConfigError, LaunchError
+from runner.errors import ConfigError
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
 
@@ -270,6 +270,7 @@ def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
 ):
     rundir = played("run", "killed", slurm={"job_id": "7", "cluster": "slurm", "submitted": 1.0})
     rundir.write_state(reason=DIED, attempt=1)
+    monkeypatch.setattr(scheduler, "silence", lambda: "")
     monkeypatch.setattr(scheduler, "jobs", lambda _: {"7": job})
     [found] = standing.of([rundir])
     assert (found.status, found.reason) == (status, reason)
@@ -279,6 +280,7 @@ def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
 def test_a_job_that_nobody_noted_is_known_by_what_its_worker_wrote(monkeypatch: pytest.MonkeyPatch):
     rundir = played("run", "running")
     rundir.write_state(host="n7", scheduler_id="7")
+    monkeypatch.setattr(scheduler, "silence", lambda: "")
     monkeypatch.setattr(scheduler, "jobs", lambda ids: {id: scheduler.Job(id, "RUNNING") for id in ids})
     assert standing.of([rundir])[0].status == "running"
 
@@ -533,20 +535,6 @@ def test_a_reader_that_goes_away_is_no_error():
 
 
 # Slurm
-
-
-@pytest.fixture
-def slurm() -> Iterator[None]:
-    """A Slurm that answers; nothing submitted outlives the test."""
-    from runner import scheduler
-
-    try:
-        scheduler.refuse_unreachable()
-    except LaunchError as error:
-        pytest.skip(str(error))
-    yield
-    found = [RunDir(path.parent).read_manifest().get("slurm") for path in Path("outputs").rglob("manifest.json")]
-    scheduler.cancel([job["job_id"] for job in found if job])
 
 
 def submitted(*words: str) -> None:

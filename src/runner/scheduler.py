@@ -31,6 +31,9 @@ ON_ITS_WAY = ("REQUEUED", "PREEMPTED", "NODE_FAIL")
 LONGEST_WAIT_S = 60.0
 """How long a busy controller may take over an answer."""
 
+LONGEST_PING_S = 20.0
+"""How long it may take to say that it is there: twice Slurm's own MessageTimeout."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -190,16 +193,24 @@ def refuse_unreachable() -> None:
     conf = os.environ.get("SLURM_CONF")
     if conf and not Path(conf).is_file():
         raise LaunchError(Fault("launcher", f"SLURM_CONF names {conf}, which is no file", "correct it", "slurm"))
+    if said := silence():
+        remedy = "ask who runs the cluster, or set launcher.cluster=local to run here"
+        raise LaunchError(Fault("launcher", f"the Slurm controller does not answer: {said}", remedy, "slurm"))
+
+
+def silence() -> str:
+    """Why no controller answers, in Slurm's own words; empty where one does.
+
+    At once where its machine says no, where nothing comes back after its MessageTimeout and at the latest 20 s: squeue
+    and sbatch try again and again for as long as that and longer.
+    """
     try:
-        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=LONGEST_PING_S, check=False)
+    except FileNotFoundError:
+        return "scontrol is not on this machine's PATH"
     except subprocess.TimeoutExpired:
-        said = "no answer within 20 s"
-    else:
-        if re.search(r"is UP", done.stdout):
-            return
-        said = _first_line(done.stdout + done.stderr)
-    remedy = "ask who runs the cluster, or set launcher.cluster=local to run here"
-    raise LaunchError(Fault("launcher", f"the Slurm controller does not answer: {said}", remedy, "slurm"))
+        return f"no answer within {LONGEST_PING_S:.0f} s"
+    return "" if re.search(r"is UP", done.stdout) else _first_line(done.stdout + done.stderr)
 
 
 def _queued(ids: Sequence[str]) -> dict[str, Job]:

@@ -6,7 +6,6 @@ A folder cannot know that its worker was killed. Whoever asks finds out, and wri
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from runner import named
-from runner.errors import RunnerError
+from runner.jobs import Queue
 from runner.rundir import DIED, DONE, RunDir, State, Status
-from runner.sweepdir import SweepDir, home_of, slurm_room, sweep_of
+from runner.sweepdir import SweepDir, home_of, sweep_of
 
 if TYPE_CHECKING:
     from runner.scheduler import Job
@@ -55,8 +54,9 @@ class Standing:
 
 def of(rundirs: Sequence[RunDir]) -> list[Standing]:
     """How these runs stand; a state that is not true any more is corrected in the folder."""
-    found = _with_jobs([_read(rundir) for rundir in rundirs])
-    jobs = _ask_slurm(found)
+    slurm = Queue()
+    found = [_with_job(_read(rundir), slurm) for rundir in rundirs]
+    jobs = slurm.jobs(_job_id(standing) for standing in found if _may_have_a_job(standing))
     around = _Around(silent=jobs is None)
     return [_settled(standing, (jobs or {}).get(_job_id(standing)), around) for standing in found]
 
@@ -143,58 +143,14 @@ def _read(rundir: RunDir) -> Standing:
     return Standing(rundir, state.status, state.reason, state, manifest)
 
 
-def _with_jobs(found: Sequence[Standing]) -> list[Standing]:
-    """The same with jobs that a submitter died before noting: the worker wrote its own down, or Slurm knows it."""
-    notes: dict[Path, dict[str, str]] = {}
-
-    def job_of(standing: Standing) -> str:
-        state = standing.state
-        if state.status == "running" and state.scheduler_id and state.host not in ("", here()):
-            return state.scheduler_id
-        home = home_of(standing.rundir)
-        if home not in notes:
-            notes[home] = _not_noted(home)
-        return notes[home].get(str(standing.rundir.path), "")
-
-    return [
-        replace(standing, manifest={**standing.manifest, "slurm": {"job_id": job}})
-        if standing.status in ("pending", "running")
-        and not standing.manifest.get("slurm")
-        and (job := job_of(standing))
-        else standing
-        for standing in found
-    ]
-
-
-def _not_noted(home: Path) -> dict[str, str]:
-    """Folder → job, of submissions there that have no id yet, where Slurm has one."""
-    jobs: dict[str, str] = {}
-    for file in slurm_room(home).glob("runner-*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RunnerError):
-            submission = json.loads(file.read_text())
-            if submission["job_id"] or submission["cluster"] != "slurm":
-                continue
-            from runner import scheduler
-
-            folders = submission["folders"]
-            for id in scheduler.named(submission["name"])[:1]:
-                ids = [f"{id}_{number}" for number in range(len(folders))] if len(folders) > 1 else [id]
-                jobs.update(zip(folders, ids, strict=True))
-    return jobs
-
-
-def _ask_slurm(found: Iterable[Standing]) -> dict[str, Job] | None:
-    """What Slurm knows of the jobs of these runs; None where it does not answer."""
-    ids = sorted({_job_id(standing) for standing in found if _may_have_a_job(standing)} - {""})
-    if not ids:
-        return {}
-    from runner import scheduler
-
-    try:
-        return dict(scheduler.jobs(ids))
-    except RunnerError as error:
-        named.log.warning(f"Slurm does not answer, so what it would know is not shown: {error}")
-        return None
+def _with_job(standing: Standing, slurm: Queue) -> Standing:
+    """The same with the job that a submitter died before noting: the worker wrote its own down, or Slurm knows it."""
+    state = standing.state
+    if standing.status not in ("pending", "running") or standing.manifest.get("slurm"):
+        return standing
+    job = state.scheduler_id if state.status == "running" and state.host not in ("", here()) else ""
+    job = job or slurm.not_noted(home_of(standing.rundir)).get(str(standing.rundir.path), "")
+    return replace(standing, manifest={**standing.manifest, "slurm": {"job_id": job}}) if job else standing
 
 
 def _job_id(standing: Standing) -> str:
