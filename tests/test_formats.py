@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import textwrap
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from runner import config, formats
 from runner.errors import ConfigError, DataError
+from runner.imported import imported
 
 NAMES = ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 EXCHANGE = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
@@ -156,6 +158,38 @@ def test_a_function_of_ones_own_from_a_file(own):
 def test_a_function_of_ones_own_from_a_module(own, monkeypatch):
     monkeypatch.syspath_prepend(own.parent)
     assert custom("rows:to_messages")({"q": "Two and two?", "a": "Four."}) == EXCHANGE
+
+
+BESIDE = {
+    "rows_of_mine.py": "import wording_of_mine\nfrom parts_of_mine.inner import dot\n"
+    "def to_text(row):\n    return wording_of_mine.told(row) + dot\n",
+    "wording_of_mine.py": "import json\ndef told(row):\n    import phrases_of_mine\n    return phrases_of_mine.first\n",
+    "phrases_of_mine.py": "import rows_of_mine\nfirst = 'A phrase'\n",
+    "parts_of_mine/__init__.py": "",
+    "parts_of_mine/inner.py": "from .outer import dot\n",
+    "parts_of_mine/outer.py": "dot = '.'\n",
+    "unrelated.py": "no Python (\n",
+}
+
+
+def test_what_a_file_imports_from_its_own_folder_belongs_to_the_function(tmp_path, monkeypatch):
+    for name, text in BESIDE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    file = tmp_path / "rows_of_mine.py"
+    found = [str(path.relative_to(tmp_path)) for path in imported(file)]
+    assert found == sorted(BESIDE.keys() - {"rows_of_mine.py", "unrelated.py"})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert custom(f"{file}:to_text")({}) == "A phrase."
+    before = formats.source_text(f"{file}:to_text")
+    (tmp_path / "unrelated.py").write_text("other")
+    assert formats.source_text(f"{file}:to_text") == before
+    (tmp_path / "parts_of_mine/outer.py").write_text("dot = '!'")
+    assert formats.source_text(f"{file}:to_text") != before
+
+
+def test_the_text_of_a_function_that_stands_alone_is_that_of_its_file(own):
+    assert formats.source_text(f"{own}:to_text") == own.read_text()
 
 
 def test_what_a_function_gives_is_checked(own):

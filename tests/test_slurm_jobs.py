@@ -245,19 +245,49 @@ def test_a_search_goes_on_as_jobs_end(slurm: None):
 @pytest.mark.slow
 def test_a_function_of_the_users_is_frozen_with_the_code(slurm: None):
     write_rows()
-    file = Path("mine.py")
-    file.write_text('def text(row):\n    return row["a"] + " " + row["b"]\n')
+    write_functions("mine.py", ' + " "')
     words = (*SHORT, *OWN_FUNCTION, "tracking=offline")
-    here = runner(*words, "hydra.run.dir=here")
+    here = runner(
+        *words, "hydra.run.dir=here", RUNNER_CACHE=str(Path("cache").absolute())
+    )  # its rows are not the job's
     assert here.returncode == 0, here.stderr
     done = runner(*words, *SLURM, HELD, "hydra.run.dir=queued")
     assert done.returncode == 0, done.stderr
     rundir = RunDir(Path("queued").absolute())
-    file.write_text('def text(row):\n    raise SystemExit("edited")\n')
+    Path("mine.py").write_text('def text(row):\n    raise SystemExit("edited")\n')
+    Path("joining_of_mine.py").write_text('raise SystemExit("edited as well")\n')
     slurm_says("scontrol", "release", job_of(rundir))
     until(lambda: has_left_the_queue(rundir))
     assert rundir.read_state().status == "completed", rundir.read_state().reason
     assert weights(rundir) == weights(RunDir(Path("here")))
+
+
+def write_functions(file: str, between: str) -> None:
+    """A function of the user's in a file, and what it imports from another one beside it."""
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).write_text("import joining_of_mine\n\ndef text(row):\n    return joining_of_mine.join(row)\n")
+    text = f'def join(row):\n    return row["a"]{between} + row["b"]\n'
+    Path(file).with_name("joining_of_mine.py").write_text(text)
+
+
+def test_what_a_function_imports_from_beside_it_is_frozen_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows()
+    write_functions("own/mine.py", "")
+    function = ("data.format.function=own/mine.py:text",)
+    rundir = prepared(tmp_path / "run", *TINY, *(word for word in OWN_FUNCTION if "function" not in word), *function)
+    first = snapshot.take(tmp_path, [rundir])
+    files = sorted(path.name for path in (first / "functions").rglob("*") if path.is_file())
+    assert files == ["joining_of_mine.py", "mine.py"]
+    Path("own/unrelated.py").write_text("")
+    assert snapshot.take(tmp_path, [rundir]) == first
+    write_functions("own/mine.py", ' + " and "')
+    assert snapshot.take(tmp_path, [rundir]) != first
+    code = f"from runner import formats; print(formats._load('{tmp_path}/own/mine.py:text')(dict(a='1', b='2')))"
+    for frozen, expected in ((first, "12"), (tmp_path, "1 and 2")):
+        environment = {**os.environ, "RUNNER_SNAPSHOT": str(frozen), "PYTHONPATH": str(tmp_path / "own")}
+        said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        assert said == f"{expected}\n"
 
 
 def test_a_snapshot_is_a_package_of_its_own_and_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,11 +11,13 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError, DataError, Fault, suggest
+from runner.imported import imported
 
 Message = dict[str, str]
 """``{"role": …, "content": …}``"""
@@ -95,7 +97,7 @@ def check_custom(*, function: str) -> Iterator[Fault]:
     """A file, module or name that is not there, or a file that is not Python; nothing is run."""
     name = function.rpartition(":")[2]
     try:
-        tree = ast.parse(source_text(function))
+        tree = ast.parse(_source(function).read_text(encoding="utf-8"))
     except ConfigError as error:
         yield from error.faults
         return
@@ -111,7 +113,19 @@ def check_custom(*, function: str) -> Iterator[Fault]:
 
 
 def source_text(function: str) -> str:
-    """The text of the file that holds a custom function: part of the identity of what it made.
+    """The text that makes a custom function what it is: of its file, and of what that imports from its own folder.
+
+    Raises:
+        ConfigError: where no such file or module exists.
+    """
+    file = _source(function)
+    beside = imported(file) if _is_file(function) else []
+    parts = [f"{path.relative_to(file.parent)}\n{path.read_text(encoding='utf-8')}" for path in beside]
+    return "\0".join([file.read_text(encoding="utf-8"), *parts])
+
+
+def _source(function: str) -> Path:
+    """The file that holds a custom function; where this job has a frozen copy (RUNNER_SNAPSHOT) that copy.
 
     Raises:
         ConfigError: where no such file or module exists.
@@ -120,8 +134,10 @@ def source_text(function: str) -> str:
     if not where or not name.isidentifier():
         remedy = "for example data.format.function=rows.py:to_messages"
         raise ConfigError(Fault("function", "must be path/to/file.py:name or package.module:name", remedy, function))
-    if where.endswith(".py"):
-        file: Path | None = _frozen(Path(where).expanduser())
+    if _is_file(function):
+        named = Path(where).expanduser()
+        copy = Path(os.environ.get("RUNNER_SNAPSHOT", os.devnull)) / frozen_name(named, named)
+        file: Path | None = copy if copy.is_file() else named
     else:
         try:
             spec = importlib.util.find_spec(where)
@@ -131,18 +147,20 @@ def source_text(function: str) -> str:
     if file is None or not file.is_file():
         remedy = "correct it; a file is sought from the current directory, a module on Python's path"
         raise ConfigError(Fault("function", "no such file or module", remedy, function))
-    return file.read_text(encoding="utf-8")
+    return file.absolute()
 
 
-def frozen_name(file: Path) -> str:
-    """What the copy of a custom function's file is called in the code that was frozen for a queued job."""
-    return f"functions/{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:16]}.py"
+def _is_file(function: str) -> bool:
+    return function.rpartition(":")[0].endswith(".py")
 
 
-def _frozen(file: Path) -> Path:
-    """The copy that this job is to use where it has one (RUNNER_SNAPSHOT), so that later edits do not reach it."""
-    copy = Path(os.environ.get("RUNNER_SNAPSHOT", os.devnull)) / frozen_name(file)
-    return copy if copy.is_file() else file
+def frozen_name(file: Path, part: Path) -> str:
+    """What the copy of ``part`` is called in the code that was frozen for a queued job.
+
+    ``file`` holds a custom function; ``part`` is that file, or one of its folder that it imports.
+    """
+    digest = hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:16]
+    return f"functions/{digest}/{part.relative_to(file.parent)}"
 
 
 def looks_like(row: Row) -> str | None:
@@ -163,9 +181,12 @@ def looks_like(row: Row) -> str | None:
 def _load(function: str) -> Callable[[dict[str, Any]], Any]:
     where, _, name = function.rpartition(":")
     try:
-        if where.endswith(".py"):
+        if _is_file(function):
+            file = _source(function)
+            if imported(file) and str(file.parent) not in sys.path:
+                sys.path.insert(0, str(file.parent))  # as for a script; before what has been edited since it was frozen
             scope: dict[str, Any] = {"__name__": Path(where).stem, "__file__": where}
-            exec(compile(source_text(function), where, "exec"), scope)  # the user's own file, named by the user
+            exec(compile(file.read_text(encoding="utf-8"), where, "exec"), scope)  # the user's own, named by the user
             found = scope.get(name)
         else:
             found = getattr(importlib.import_module(where), name, None)

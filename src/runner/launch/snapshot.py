@@ -1,7 +1,8 @@
 """The code of a queued job, frozen when it was submitted: what is edited afterwards does not reach it.
 
 A snapshot is a folder like an installed package, ``runner/`` with ``runner/conf/`` in it, that a job puts first on
-Python's path; and in ``functions/`` the user's own files that its configuration names.
+Python's path; and in ``functions/`` the user's own files that its configuration names, and what those import from
+beside them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from runner import config, formats
+from runner.imported import imported
 from runner.prepare import read_config
 from runner.rundir import RunDir
 
@@ -75,10 +77,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _functions(rundirs: Iterable[RunDir]) -> Iterator[tuple[str, Path]]:
-    """The files that hold these runs' own functions (``data.format.function=FILE.py:name``)."""
+    """The files that hold these runs' own functions (``data.format.function=FILE.py:name``), and what those import from
+    their own folders.
+    """
     for rundir in rundirs:
         form = read_config(rundir)["data"].get("format") or {}
         where = str(form.get("function") or "").rpartition(":")[0]
         file = Path(where).expanduser()
         if where.endswith(".py") and file.is_file():
-            yield formats.frozen_name(file), file
+            yield from ((formats.frozen_name(file, part), part) for part in (file, *imported(file)))

@@ -1,0 +1,45 @@
+"""Which Python files of its own folder a file imports: read off their texts, nothing is run."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def imported(file: Path) -> list[Path]:
+    """The modules and packages beside ``file`` that it imports, anywhere in it, directly or through each other.
+
+    Of a package all of its Python files. What is only imported by a name that is computed is not found.
+    """
+    found: set[Path] = set()
+    left = [file]
+    while left:
+        for name in _names(left.pop()):
+            new = {path for path in _beside(file.parent, name) if path != file} - found
+            found |= new
+            left += new
+    return sorted(found)
+
+
+def _names(file: Path) -> set[str]:
+    """What a file imports, by the first part of each name; nothing where it is not Python: its import will say so."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return set()
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def _beside(folder: Path, name: str) -> Iterator[Path]:
+    """The files of a module or package of this name; Python prefers the package as well."""
+    if (folder / name / "__init__.py").is_file():
+        yield from (path for path in (folder / name).rglob("*.py") if path.is_file())
+    elif (folder / f"{name}.py").is_file():
+        yield folder / f"{name}.py"
