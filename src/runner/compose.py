@@ -128,7 +128,10 @@ class Composer:
     def master(self) -> DictConfig:
         """What the jobs of a sweep have in common, for the sweeper; the swept keys have their defaults in it."""
         with told(self.hydra, self.args):
-            return self._composed(self.fixed, RunMode.MULTIRUN)
+            composed = self._composed(self.fixed, RunMode.MULTIRUN)
+        with open_dict(composed):
+            composed.sweep = composed.sweep or self.sweep_name
+        return composed
 
     def chosen(self, group: str) -> dict[str, Any]:
         """The option of a group that all jobs of a sweep share, as a plain dict."""

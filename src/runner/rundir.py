@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -183,9 +183,12 @@ class RunDir:
             write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
         return manifest
 
-    def discard(self) -> None:
-        """Remove what this run wrote, and the folders that were made for it: it was refused before it started."""
-        made = [Path(path) for path in self.read_manifest().get("made_folders", [])]
+    def discard(self, made: Iterable[Path] | None = None) -> None:
+        """Remove what this run wrote, and the folders that were made for it: it was refused before it started.
+
+        ``made``: those folders, innermost first; None: as its manifest says.
+        """
+        made = [Path(path) for path in self.read_manifest().get("made_folders", [])] if made is None else made
         for entry in list(self.path.iterdir()):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for folder in made:

@@ -41,7 +41,12 @@ def sweep(hydra: Hydra, args: argparse.Namespace, composer: Composer, argv: list
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(master))
     task_function: Any = session
     sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task_function, config=master)
-    sweeper.sweep(list(args.overrides))
+    try:
+        sweeper.sweep(list(args.overrides))
+    except OSError as error:  # other sweepers than ours write into the folder of the sweep first
+        if session.has_launched:
+            raise
+        raise ConfigError(sweeps.outputs_fault(error, Path(master.hydra.sweep.dir).absolute())) from error
     return session.end()
 
 
@@ -52,6 +57,7 @@ class Session:
         self.composer, self.command = composer, ["python", "-m", "runner", *argv]
         self.entries: list[Entry] = []
         self.is_detached = False
+        self.has_launched = False
 
     def __call__(self, *_: object) -> None:
         raise AssertionError("Hydra runs no job itself: hydra/launcher=runner does")
@@ -131,6 +137,7 @@ class Session:
 
     def _launch(self, sweep: SweepDir, entries: list[Entry], launchers: list[tuple[Any, list[int]]]) -> None:
         started: set[Path] = set()
+        self.has_launched = True
         for launcher, numbers in launchers:
             todo = [entries[n] for n in numbers if entries[n].rundir.path not in started]
             todo = [each for each in _distinct(todo) if sweeps.has_to_work(each.rundir, each.wanted.cfg["retry"])]
@@ -163,9 +170,14 @@ def prepared(job: Job, folder: Path, command: list[str], *, is_new: bool = False
         prepare.refuse_other(RunDir(folder), job.cfg)
         return RunDir(folder)
     folder, made = folders.make(folder, is_new=is_new)
-    write_hydra(job, folder)
     name = {"name": job.cfg["name"] or notes["label"]} if notes.get("label") else {}
-    return prepare.prepare(job.cfg, folder, command, job.overrides, made, **notes, **name)
+    try:
+        write_hydra(job, folder)
+        return prepare.prepare(job.cfg, folder, command, job.overrides, made, **notes, **name)
+    except BaseException:  # a full disk: half a run is none
+        if not RunDir(folder).manifest.exists():
+            RunDir(folder).discard(made)
+        raise
 
 
 def _distinct(entries: list[Entry]) -> list[Entry]:

@@ -50,23 +50,63 @@ def joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted])
         ResumeError: the folder, or one that a job is to have, holds something else; nothing was written.
     """
     refuse(sweep)
-    with locked(sweep.lock):
-        manifest = sweep.read() or {"id": uuid.uuid4().hex, "name": name, "created": time.time(), "jobs": {}}
-        command = [redact(word) for word in command]
-        if manifest.setdefault("commands", [])[-1:] != [command]:
-            manifest["commands"].append(command)
-        jobs = manifest["jobs"]
-        for job in wanted:
-            if job.signature not in jobs:
-                folder = job.folder or f"{len(jobs):03d}-{job.signature[:8]}"
-                jobs[job.signature] = {"folder": folder, "label": job.label}
-        _refuse_shared([job["folder"] for job in jobs.values()])
-        rundirs = [RunDir(sweep.path / jobs[job.signature]["folder"]) for job in wanted]
-        for rundir, job in zip(rundirs, wanted, strict=True):
-            prepare.refuse_files(rundir.path)
-            prepare.refuse_other(rundir, job.cfg)
-        write_atomic(sweep.manifest, json.dumps(manifest, indent=1))
-        yield rundirs
+    missing = [path for path in (sweep.path, *sweep.path.parents) if not path.exists()]
+    try:
+        with locked(sweep.lock):
+            before = sweep.manifest.read_bytes() if sweep.manifest.exists() else b""
+            manifest, rundirs = _with(sweep.read(), sweep, name, command, wanted)
+            new = [rundir for rundir in rundirs if not rundir.manifest.exists()]
+            try:
+                write_atomic(sweep.manifest, json.dumps(manifest, indent=1))
+                yield rundirs
+            except BaseException:  # a full disk: as if this command had not been given
+                _take_back(sweep, before, new)
+                raise
+    except BaseException:
+        _remove_empty(sweep, missing)
+        raise
+
+
+def _with(
+    manifest: dict[str, Any], sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted]
+) -> tuple[dict[str, Any], list[RunDir]]:
+    """sweep.json with these jobs in it, and the folder of each; nothing is written."""
+    manifest = manifest or {"id": uuid.uuid4().hex, "name": name, "created": time.time(), "jobs": {}}
+    command = [redact(word) for word in command]
+    if manifest.setdefault("commands", [])[-1:] != [command]:
+        manifest["commands"].append(command)
+    jobs = manifest["jobs"]
+    for job in wanted:
+        if job.signature not in jobs:
+            folder = job.folder or f"{len(jobs):03d}-{job.signature[:8]}"
+            jobs[job.signature] = {"folder": folder, "label": job.label}
+    _refuse_shared([job["folder"] for job in jobs.values()])
+    rundirs = [RunDir(sweep.path / jobs[job.signature]["folder"]) for job in wanted]
+    for rundir, job in zip(rundirs, wanted, strict=True):
+        prepare.refuse_files(rundir.path)
+        prepare.refuse_other(rundir, job.cfg)
+    return manifest, rundirs
+
+
+def _take_back(sweep: SweepDir, before: bytes, new: list[RunDir]) -> None:
+    """Remove the runs that this command made, whole ones too, and give sweep.json its earlier content."""
+    for rundir in new:
+        if rundir.manifest.exists():
+            rundir.discard()
+    if before:
+        with contextlib.suppress(OSError):  # it lists runs that are not there then: the same command makes them
+            write_atomic(sweep.manifest, before)
+    else:
+        sweep.manifest.unlink(missing_ok=True)
+
+
+def _remove_empty(sweep: SweepDir, missing: list[Path]) -> None:
+    """Remove those of these folders, innermost first, that were made for the sweep and that nobody else uses."""
+    if sweep.path in missing and not sweep.manifest.exists():
+        sweep.lock.unlink(missing_ok=True)
+    for folder in missing:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def refuse(sweep: SweepDir) -> None:

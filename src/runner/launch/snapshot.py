@@ -41,14 +41,14 @@ def take(home: Path, rundirs: Iterable[RunDir]) -> Path:
 
 def _write(folder: Path, content: dict[str, bytes]) -> None:
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    for name, text in content.items():
-        path = aside / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text)
     try:
+        for name, text in content.items():
+            path = aside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text)
         aside.rename(folder)
-    except OSError:  # another submitter was faster: it wrote the same
-        shutil.rmtree(aside)
+    except OSError:  # a full disk; or another submitter was faster: it wrote the same
+        shutil.rmtree(aside, ignore_errors=True)
         if not folder.is_dir():
             raise
 

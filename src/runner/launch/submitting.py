@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runner import scheduler
+from runner import scheduler, sweeps
 from runner.errors import Fault, LaunchError
 from runner.files import locked
 from runner.launch import sbatch, slurm_job, snapshot, submission
@@ -33,37 +33,42 @@ def submit(
         the runs that Slurm refused after it had taken others, which is said.
 
     Raises:
-        LaunchError: Slurm took none.
+        LaunchError: Slurm took none, or what it is to run cannot be written down.
     """
     left: list[RunDir] = []
     for home, members in _homes(rundirs, sweep).items():
-        room = slurm_room(home)
-        with locked(room / ".lock"):  # two commands at once submit one after the other
-            for id in submission.adopt(home):
-                print(f"found job {id}, which an earlier command submitted without noting it", file=sys.stderr)
-            stuck = submission.wait_until_left(members)
-            for rundir in stuck:
-                job = rundir.read_manifest()["slurm"]["job_id"]
-                print(f"{rundir.path} is not submitted: its job {job} has ended and does not leave its nodes; give the "
-                      "same command again when squeue shows it no more", file=sys.stderr)  # fmt: skip
-            left += stuck
-            members = [rundir for rundir in members if rundir not in stuck]
-            queued = submission.is_queued(members)
-            for rundir, is_queued in zip(members, queued, strict=True):
-                if is_queued:
-                    job = rundir.read_manifest()["slurm"]["job_id"]
-                    print(f"{rundir.path} is in the queue already (job {job})", file=sys.stderr)
-            new = [rundir for rundir, known in zip(members, queued, strict=True) if not known]
-            ended = {rundir.path: found for rundir in new if (found := _say_waiting(rundir))}
-            try:
-                before()
-                refused = _submit_new(asked, home, new)
-            except BaseException:
-                _say_again(ended.values())
-                raise
-            _say_again(ended[rundir.path] for rundir in refused if rundir.path in ended)
-            left += refused
+        try:
+            with locked(slurm_room(home) / ".lock"):  # two commands at once submit one after the other
+                left += _submit_from(asked, home, members, before)
+        except OSError as error:
+            raise LaunchError(sweeps.outputs_fault(error, home)) from error
     return left
+
+
+def _submit_from(asked: Slurm, home: Path, members: list[RunDir], before: Callable[[], object]) -> list[RunDir]:
+    for id in submission.adopt(home):
+        print(f"found job {id}, which an earlier command submitted without noting it", file=sys.stderr)
+    stuck = submission.wait_until_left(members)
+    for rundir in stuck:
+        job = rundir.read_manifest()["slurm"]["job_id"]
+        print(f"{rundir.path} is not submitted: its job {job} has ended and does not leave its nodes; give the "
+              "same command again when squeue shows it no more", file=sys.stderr)  # fmt: skip
+    members = [rundir for rundir in members if rundir not in stuck]
+    queued = submission.is_queued(members)
+    for rundir, is_queued in zip(members, queued, strict=True):
+        if is_queued:
+            job = rundir.read_manifest()["slurm"]["job_id"]
+            print(f"{rundir.path} is in the queue already (job {job})", file=sys.stderr)
+    new = [rundir for rundir, known in zip(members, queued, strict=True) if not known]
+    ended = {rundir.path: found for rundir in new if (found := _say_waiting(rundir))}
+    try:
+        before()
+        refused = _submit_new(asked, home, new)
+    except BaseException:
+        _say_again(ended.values())
+        raise
+    _say_again(ended[rundir.path] for rundir in refused if rundir.path in ended)
+    return stuck + refused
 
 
 def run_here(asked: Slurm, rundirs: Sequence[RunDir], sweep: SweepDir | None) -> list[int]:
@@ -134,7 +139,7 @@ def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> list[RunDir]
             try:
                 id = (_to_slurm if asked.cluster == "slurm" else _to_local)(asked, home, begun)
             except Exception as error:  # its note stays: Slurm may have taken the job and not been able to say so
-                refusal = _refusal(error, len(taken), len(rundirs))
+                refusal = _refusal(error, home, len(taken), len(rundirs))
                 if not taken:
                     raise refusal from error
                 print(refusal, file=sys.stderr)
@@ -238,10 +243,12 @@ def _to_local(asked: Slurm, home: Path, begun: Submission) -> str:
     return id
 
 
-def _refusal(error: Exception, done: int, wanted: int) -> LaunchError:
+def _refusal(error: Exception, home: Path, done: int, wanted: int) -> LaunchError:
     """Slurm's reason not to take a job, and what has become of the others."""
     if isinstance(error, LaunchError):
         return error
+    if isinstance(error, OSError):
+        return LaunchError(sweeps.outputs_fault(error, home))
     lines = [line.strip() for line in str(error).splitlines() if "error:" in line] or [type(error).__name__]
     said = lines[-1].rpartition("error: ")[2]
     remedy = "the same command again submits the rest, once Slurm allows it"
