@@ -1,8 +1,9 @@
 """Work through the runs of a sweep in a queue; used by test_local, which stops and kills it.
 
-python queue_server.py PARALLEL SWEEP [imitate|ranks]   prints the exit codes
+python queue_server.py PARALLEL SWEEP [imitate|ranks] [held]   prints the exit codes
 
-``imitate``: the runs do what their names say; ``ranks``: each run has two processes.
+``imitate``: the runs do what their names say; ``ranks``: each run has two processes; ``held``: real runs wait before
+their third step, see gate.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import gate
 
 from runner.launch import elastic, local, queue
 from runner.launch.slots import Slot
@@ -53,10 +56,12 @@ def imitate(rundir: RunDir) -> int:
 
 
 if __name__ == "__main__":
-    parallel, sweep = int(sys.argv[1]), SweepDir(Path(sys.argv[2]))
-    if sys.argv[3:] == ["imitate"]:
+    parallel, sweep, how = int(sys.argv[1]), SweepDir(Path(sys.argv[2])), sys.argv[3:]
+    if "held" in how:
+        gate.hold(2)
+    if "imitate" in how:
         codes = queue.work_through(sweep.rundirs(), [Slot(1)] * parallel, imitate, sweep)
-    elif sys.argv[3:] == ["ranks"]:
+    elif "ranks" in how:
         codes = elastic.Elastic(2).launch(sweep.rundirs(), sweep)
     else:
         codes = local.Local(parallel, 1).launch(sweep.rundirs(), sweep)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gate
 import pytest
 from conftest import TINY, node, prepared
 
@@ -24,7 +26,6 @@ from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
 
 SERVER = str(Path(__file__).with_name("queue_server.py"))
-LONG = ("train.max_steps=300", "train.save_steps=50")
 
 
 def tiny_sweep(folder: Path, *jobs: str) -> SweepDir:
@@ -110,41 +111,45 @@ def test_a_failed_run_stops_no_other_and_what_is_completed_is_not_started_again(
 
 @pytest.mark.slow
 def test_a_killed_run_is_named_and_taken_up_where_it_was(tmp_path: Path, cache: Path):
-    sweep = tiny_sweep(tmp_path / "sweep", " ".join(LONG), "seed=1", "seed=2")
-    process, victim = queue(sweep, parallel=2), sweep.rundirs()[0]
-    wait_for(lambda: victim.read_state().step >= 60)
+    sweep = tiny_sweep(tmp_path / "sweep", "train.save_steps=1", "seed=1", "seed=2")
+    process, victim = queue(sweep, parallel=1, how="held"), sweep.rundirs()[0]
+    for rundir in sweep.rundirs()[1:]:
+        gate.let_go(rundir)
+    wait_for(lambda: gate.has_come(victim))
+    wait_for(lambda: victim.saved_step() == 2)
     os.kill(victim.read_state().pid, signal.SIGKILL)
     codes, said = ended(process)
     assert codes == [1, 0, 0]
     state = victim.read_state()
     assert (state.status, state.reason) == ("killed", "killed by SIGKILL")
-    assert f"at step {state.step}/300: killed by SIGKILL" in said
+    assert re.search(r"\[1/3\] train.save_steps=1: killed after .*: killed by SIGKILL\n", said)
     again, _ = ended(queue(sweep, parallel=2))
     assert again == [0, 0, 0]
     assert attempts(sweep) == [2, 1, 1]
-    assert [r["step"] for r in tracking.read(victim) if "train/loss" in r] == list(range(1, 301))
+    assert [r["step"] for r in tracking.read(victim) if "train/loss" in r] == [1, 2, 3]
+    assert "resumed at step 2/3" in victim.log.read_text()
 
 
 @pytest.mark.slow
 def test_sigterm_lets_the_runs_save_and_starts_no_other(tmp_path: Path, cache: Path):
-    sweep = tiny_sweep(tmp_path / "sweep", *(f"seed={n} {' '.join(LONG)}" for n in range(3)))
-    process = queue(sweep, parallel=2)
-    wait_for(lambda: all(rundir.read_state().step >= 3 for rundir in sweep.rundirs()[:2]))
+    sweep = tiny_sweep(tmp_path / "sweep", "seed=0", "seed=1", "seed=2")
+    process = queue(sweep, parallel=2, how="held")
+    wait_for(lambda: all(map(gate.has_come, sweep.rundirs()[:2])))
     process.send_signal(signal.SIGTERM)
     codes, said = ended(process)
     assert codes == [75, 75, 75]
     assert statuses(sweep) == ["preempted", "preempted", "pending"]
     for rundir in sweep.rundirs()[:2]:
-        step = rundir.read_state().step
-        assert (rundir.checkpoints / f"step-{step:06d}").is_dir()
-        assert f"the state is saved at step {step}" in said
+        assert rundir.read_state().step == 2
+        assert (rundir.checkpoints / "step-000002").is_dir()
+    assert said.count("the state is saved at step 2") == 2
 
 
 @pytest.mark.slow
 def test_the_runs_outlive_a_queue_that_is_killed(tmp_path: Path, cache: Path):
-    sweep = tiny_sweep(tmp_path / "sweep", " ".join(LONG), "seed=1")
-    process, rundir = queue(sweep, parallel=1), sweep.rundirs()[0]
-    wait_for(lambda: rundir.read_state().step >= 3)
+    sweep = tiny_sweep(tmp_path / "sweep", "seed=0", "seed=1")
+    process, rundir = queue(sweep, parallel=1, how="held"), sweep.rundirs()[0]
+    wait_for(lambda: gate.has_come(rundir))
     process.kill()
     process.wait()
     assert process.stderr
@@ -153,25 +158,28 @@ def test_the_runs_outlive_a_queue_that_is_killed(tmp_path: Path, cache: Path):
     process.stdout.close()
     with sweep.queue_lock.open() as handle, pytest.raises(BlockingIOError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its mirror has to see that somebody works here
-    codes, said = ended(queue(sweep, parallel=1))
-    assert codes == [0, 0]
+    another = queue(sweep, parallel=1)
+    assert another.stderr
+    assert another.stderr.readline().startswith("[1/2] seed=0: is being worked on")
+    gate.let_go(rundir)
+    assert ended(another)[0] == [0, 0]
     assert attempts(sweep) == [1, 1]
-    assert "[1/2] train.max_steps=300 train.save_steps=50: is being worked on" in said
 
 
 @pytest.mark.slow
 def test_runs_of_several_processes_take_the_same_queue(tmp_path: Path, cache: Path):
     ranks = "parallel=ddp launcher=accelerate launcher.processes=2"
-    sweep = tiny_sweep(tmp_path / "sweep", f"{ranks} {' '.join(LONG)}", f"{ranks} seed=1")
-    process, first = queue(sweep, parallel=1, how="ranks"), sweep.rundirs()[0]
-    wait_for(lambda: first.read_state().step >= 3)
+    sweep = tiny_sweep(tmp_path / "sweep", ranks, f"{ranks} seed=1")
+    process, (first, second) = queue(sweep, parallel=1, how="ranks held"), sweep.rundirs()
+    gate.let_go(second)
+    wait_for(lambda: gate.has_come(first))
     launcher = int(Path(f"/proc/{first.read_state().pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(launcher, signal.SIGKILL)  # its ranks save, and are waited for
     codes, said = ended(process)
     assert codes == [1, 0], "the queue itself was not stopped"
     assert statuses(sweep) == ["preempted", "completed"]
-    assert f"the state is saved at step {first.read_state().step}" in said
-    assert sweep.rundirs()[1].rank_log(1).exists()
+    assert "the state is saved at step 2" in said
+    assert second.rank_log(1).exists()
 
 
 @pytest.mark.slow
@@ -213,7 +221,7 @@ def test_how_a_process_ended_is_told_truthfully(tmp_path: Path):
     assert reasons[0] == "crashed (SIGSEGV)"
     assert "ended with exit code 3" in reasons[1]
     assert reasons[2:] == ["", "as asked"]
-    assert "[1/4] crash: failed" in said
+    assert re.search(r"\[1/4\] crash: failed after .* at step 1/2: crashed \(SIGSEGV\)\n", said)
     assert "loss 1.2500" in said
     assert "a line for the terminal" not in said
 
@@ -311,10 +319,16 @@ def test_a_second_ctrl_c_kills_and_the_states_say_so(tmp_path: Path):
     children = [rundir.read_state().pid for rundir in sweep.rundirs()[:2]]
     for child in children:
         os.kill(child, signal.SIGSTOP)  # one that does not listen any more
-    os.write(terminal, b"\x03")
-    time.sleep(1)  # so that it is a second one
-    os.write(terminal, b"\x03")
-    shown = read_all(terminal)
+    shown = ""
+
+    def are_gone_after_another() -> bool:  # what comes within a moment of the first is the same Ctrl-C
+        nonlocal shown
+        os.write(terminal, b"\x03")
+        shown += read_all(terminal, 0.1)
+        return all(map(is_gone, children))
+
+    wait_for(are_gone_after_another)
+    shown += read_all(terminal)
     os.close(terminal)
     os.waitpid(pid, 0)
     assert "stopping" in shown

@@ -1,0 +1,50 @@
+"""Runs that wait before a step until they are let go or told to stop, so that a test can disturb them there.
+
+``hold(step)`` in the process that works on the runs, or forks those that do; the rest in the test.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from runner.errors import Stopped
+from runner.rundir import RunDir
+
+HELD, OPEN = ".held", ".open"
+"""Files in the run folder: that the run has come to the gate, and that it may pass."""
+
+
+def hold(step: int) -> None:
+    """From now on every run of this process waits before its optimizer step number ``step`` (the first is 0)."""
+    from runner import train
+
+    optimizer_step = train.optimizer_step
+
+    def waiting(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+        folder = parts.checkpoints.folder.parent
+        if progress.step == step:
+            (folder / HELD).touch()
+        while progress.step == step and not (folder / OPEN).exists() and not _is_told_to_stop(hooks):
+            time.sleep(0.01)
+        optimizer_step(parts, progress, hooks)  # which stops on all ranks alike
+
+    train.optimizer_step = waiting
+
+
+def has_come(rundir: RunDir) -> bool:
+    """Whether the run waits at the gate, or has passed it."""
+    return (rundir.path / HELD).exists()
+
+
+def let_go(rundir: RunDir) -> None:
+    Path(rundir.path / OPEN).touch()
+
+
+def _is_told_to_stop(hooks: Any) -> bool:
+    try:
+        hooks.check_stop()
+    except Stopped:
+        return True
+    return False
