@@ -46,6 +46,8 @@ class Wanted:
 def joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted]) -> Iterator[list[RunDir]]:
     """Make the sweep, or add to it, and give each job its folder; nobody else changes the sweep during the block.
 
+    The runs that the block makes there are removed, and sweep.json is as it was, if it raises anything.
+
     Raises:
         ResumeError: the folder, or one that a job is to have, holds something else; nothing was written.
     """
