@@ -1,6 +1,8 @@
 """Work on a run folder with several ranks, one of which may go wrong at a step: used by test_parallel.
 
-python elastic_server.py FOLDER PROCESSES [raise|refuse|die|term|interrupt STEP RANK]
+python elastic_server.py FOLDER PROCESSES [raise|refuse|die|term|interrupt|drop STEP RANK]
+
+``drop``: the launcher is told to stop, and the rank is killed before that can have reached it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from runner.errors import DataError, Fault
 from runner.launch import elastic
 from runner.rundir import RunDir
 
-SIGNALS = {"die": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
+SIGNALS = {"die": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT, "drop": signal.SIGTERM}
 
 
 def go_wrong(what: str, at: int, rank: int) -> None:
@@ -29,7 +31,11 @@ def go_wrong(what: str, at: int, rank: int) -> None:
                 raise ZeroDivisionError("too deep a thought")
             if what == "refuse":
                 raise DataError(Fault("data", "row 7 is gone"))
+            if what == "drop":
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             os.kill(os.getpid() if what == "die" else launcher, SIGNALS[what])
+            if what == "drop":
+                os.kill(os.getpid(), signal.SIGKILL)
         step(parts, progress, hooks)
 
     train.optimizer_step = then

@@ -22,7 +22,7 @@ FLOORS = [
     {"asked", "prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules",
      "tracking", "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored",
      "outcome", "converter", "documents", "fused", "readings"},
-    {"halving", "ahead", "jobs"},
+    {"halving", "ahead", "jobs", "attached"},
     {"search", "chat", "attention", "origins", "store", "sweeps", "standing", "mirroring", "recompute"},
     {"sending"},
     {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run",

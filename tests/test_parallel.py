@@ -236,6 +236,25 @@ def test_a_run_that_was_stopped_or_killed_ends_with_the_same_weights(tmp_path: P
     assert outcome(rundir) == outcome(undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("end", "code", "status", "reason"),
+    [
+        ("die", 1, "killed", "one of the 2 ranks died without saying so (killed, or out of memory); "),
+        ("drop", 75, "preempted", "stopped by SIGTERM; "),
+    ],
+)
+def test_the_launcher_writes_down_the_end_of_a_rank_0_that_said_nothing(
+    tmp_path: Path, cache: Path, end: str, code: int, status: str, reason: str
+):
+    rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"))
+    found, said = worked(rundir, end, "3", "0")
+    state = rundir.read_state()
+    assert (found, state.status) == (code, status), said
+    assert state.reason == f"{reason}nothing was trained yet"
+    assert not rundir.is_alive()
+    assert "Traceback" not in said
+
+
 def test_a_run_that_was_given_up_is_so_for_all_ranks(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"))
     rundir.prune_request.write_text("given up at step 3")

@@ -6,17 +6,17 @@ import errno
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gate
 import pytest
-from conftest import TINY, prepared
+from conftest import TINY, fill, prepared
 
 from runner import build, compiling, console, outcome, prepare, report, samples, tracking, train, worker
 from runner.errors import (
@@ -382,26 +382,6 @@ def test_memory_that_really_is_not_there():
     assert str(outcome.explained(caught.value)).startswith("out of memory")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a file system here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(disk: Path, leaving: int) -> Path:
-    """Fill the disk but for so many bytes; returns the file that does."""
-    filler = disk / "filler"
-    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    filler.write_bytes(b"x" * (free - leaving))
-    return filler
-
-
 @pytest.mark.parametrize("leaving", [0, 64 * 1024], ids=["nothing", "no checkpoint"])
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     small_disk: Path, cache: Path, capfd: pytest.CaptureFixture[str], leaving: int
@@ -441,7 +421,75 @@ def test_a_full_disk_without_a_disk(tmp_path: Path, cache: Path, monkeypatch: py
     assert worker.work(rundir) == 0
 
 
+# Held by another worker
+
+
+WAITING = """
+import sys
+from pathlib import Path
+import gate
+from runner import worker
+from runner.rundir import RunDir
+gate.hold(2)
+sys.exit(worker.work(RunDir(Path(sys.argv[1]))))
+"""
+"""A worker that trains two steps and waits before the third."""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_whoever_follows_another_worker_may_leave_and_the_run_goes_on(
+    tmp_path: Path, cache: Path, number: signal.Signals, code: int
+):
+    rundir = prepared(tmp_path / "run", *SHORT)
+    tests = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    started = [sys.executable, "-c", WAITING, str(rundir.path)]
+    holding = subprocess.Popen(started, env=tests, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not gate.has_come(rundir):
+            assert holding.poll() is None
+            time.sleep(0.01)
+        following = subprocess.Popen(
+            [sys.executable, "-m", "runner.worker", str(rundir.path)], stderr=subprocess.PIPE, text=True
+        )
+        assert following.stderr
+        assert following.stderr.readline() == (
+            f"{rundir.path} is being worked on (pid {holding.pid}); following its log\n"
+        )
+        following.send_signal(number)
+        _, said = following.communicate(timeout=60)
+        assert (following.returncode, said) == (code, "no longer following; the run goes on\n")
+        assert holding.poll() is None
+        gate.let_go(rundir)
+        assert holding.wait(60) == 0
+    finally:
+        holding.kill()
+        holding.wait()
+    assert (rundir.read_state().status, rundir.read_state().attempt) == ("completed", 1)
+
+
 # Completed
+
+
+def test_how_far_a_run_is_gets_written_at_most_so_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rundir, now = prepared(tmp_path / "run", *TINY), [1000.0]
+    written: list[int] = []
+    write_state = RunDir.write_state
+
+    def counted(run: RunDir, **changes: Any) -> Any:
+        written.append(changes["step"])
+        return write_state(run, **changes)
+
+    monkeypatch.setattr(RunDir, "write_state", counted)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
+    made: Any = SimpleNamespace(total_steps=100)
+    each = worker.STATE_EVERY_S / 4
+    with Stop() as stop, worker._telling(rundir, made, outcome.Clock(0.0), stop, []) as hooks:
+        for step in range(1, 100):
+            hooks.record(step, {"train/loss": 1.0})
+            now[0] += each
+    assert written == [*range(1, 100, 4), 99], "every fourth, and the last"
+    assert rundir.read_state().step == 99
+    assert [record["step"] for record in tracking.read(rundir)] == list(range(1, 100)), "no record is left out"
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path, cache: Path):

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runner import compiling, console, outcome, parallel, prepare, provenance, report, scheduler, tracking
-from runner.errors import Fault, Interrupted, LaunchError, Pruned, ResumeError, RunnerError, Stopped
+from runner import attached, compiling, console, outcome, parallel, prepare, provenance, report, scheduler, tracking
+from runner.errors import Fault, LaunchError, Pruned, ResumeError, RunnerError, Stopped
 from runner.files import write_atomic
 from runner.outcome import Clock
 from runner.ranks import Ranks, lost_peer, of_environment, silent, unanimous
@@ -62,7 +62,7 @@ def work(rundir: RunDir, *, mirrored: bool = False) -> int:
         found = rundir.read_state()
         if not mine or found.status == "completed":
             _dismiss(ranks)
-            return _found_completed(rundir) if mine else attach(rundir)
+            return _found_completed(rundir) if mine else attached.follow(rundir)
         if rundir.cancel_request.exists():
             _dismiss(ranks)
             return _found_cancelled(rundir)
@@ -73,25 +73,6 @@ def work(rundir: RunDir, *, mirrored: bool = False) -> int:
     if code != 1 and not stop.was_hasty:
         ranks.leave()
     return code
-
-
-def attach(rundir: RunDir) -> int:
-    """Follow a run that another worker holds, until that worker lets go of it; returns that run's exit code."""
-    print(f"{rundir.path} is being worked on (pid {rundir.read_state().pid}); following its log", file=sys.stderr)
-    position = rundir.log.stat().st_size if rundir.log.exists() else 0
-    try:
-        with Stop() as stop, stop.at_once():
-            while rundir.is_alive():
-                time.sleep(0.5)
-                if rundir.log.exists():
-                    with rundir.log.open() as handle:
-                        handle.seek(position)
-                        sys.stderr.write(handle.read())
-                        position = handle.tell()
-    except (Stopped, KeyboardInterrupt) as error:
-        print("no longer following; the run goes on", file=sys.stderr)
-        return error.exit_code if isinstance(error, Stopped) else Interrupted.exit_code
-    return outcome.exit_code(rundir.read_state())
 
 
 def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:

@@ -1,0 +1,45 @@
+"""A second worker of a run: it follows the log of the first, and may leave."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from runner import outcome
+from runner.errors import Interrupted, Stopped
+from runner.rundir import RunDir
+from runner.stop import Stop
+
+LOOK_S = 0.5
+
+
+def follow(rundir: RunDir) -> int:
+    """Follow a run that another worker holds, until that worker lets go of it; Ctrl-C and SIGTERM end the following.
+
+    Returns:
+        the exit code of the run; 130 or 75 where the following was ended.
+    """
+    shown = rundir.log.stat().st_size if rundir.log.exists() else 0
+    try:
+        with Stop() as stop, stop.at_once():
+            pid = rundir.read_state().pid
+            print(f"{rundir.path} is being worked on (pid {pid}); following its log", file=sys.stderr)
+            while rundir.is_alive():
+                time.sleep(LOOK_S)
+                shown = _show(rundir.log, shown)
+            _show(rundir.log, shown)  # its last words may have come after the last look
+    except (Stopped, KeyboardInterrupt) as error:
+        print("no longer following; the run goes on", file=sys.stderr)
+        return error.exit_code if isinstance(error, Stopped) else Interrupted.exit_code
+    return outcome.exit_code(rundir.read_state())
+
+
+def _show(log: Path, position: int) -> int:
+    """Copy to the terminal what came after ``position``; returns where the log ends now."""
+    if not log.exists():
+        return position
+    with log.open() as handle:
+        handle.seek(position)
+        sys.stderr.write(handle.read())
+        return handle.tell()
