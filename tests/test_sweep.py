@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -103,39 +104,49 @@ def test_a_sweep_again_and_with_more_values(tmp_path: Path, cache: Path):
 @pytest.mark.slow
 def test_a_failed_job_stops_no_other_and_is_retried_on_request(tmp_path: Path, cache: Path):
     (tmp_path / "fussy.py").write_text(FUSSY)
+    functions = ",".join(f"fussy.py:{name}" for name in ("one", "two", "moody", "four", "five", "six"))
     words = (
-        "-m", *SMALL, "seed=0,1,2", "data=local", "data.path=rows.jsonl", "data/format=custom",
-        "data.format.function=fussy.py:row", "data.max_length=64,96",
+        "-m", *SMALL, "data=local", "data.path=rows.jsonl", "data/format=custom", f"data.format.function={functions}",
     )  # fmt: skip
     rows = [{"q": f"How many apples are {n} apples?", "a": f"There are {n} of them."} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     failing = runner(*words, cwd=tmp_path, FUSSY="1")
     assert failing.returncode == 1, failing.stderr
-    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "data.max_length+seed")
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "data.format.function")
     states = [rundir.read_state() for rundir in sweep.rundirs()]
-    assert "failed" in {state.status for state in states}
-    [reason] = {state.reason for state in states if state.status == "failed"}
-    assert "not today" in reason
-    assert "not today" in failing.stdout
-    parents, _ = mlflow_runs(tmp_path / "outputs")
+    assert [state.status for state in states] == ["completed"] * 2 + ["failed"] + ["completed"] * 3
+    assert "ValueError: not today" in states[2].reason
+    (told,) = [line for line in failing.stdout.splitlines() if line.startswith("failed  ")]
+    assert re.match(r"failed  data\.format\.function=fussy\.py\\?:moody: ", told)  # as Hydra quotes it
+    assert told.endswith("failed on this row: ValueError: not today")
+    assert len(re.findall(r"│ completed +│", failing.stdout)) == 5
+    assert len(re.findall(r"│ failed +│", failing.stdout)) == 1
+    parents, children = mlflow_runs(tmp_path / "outputs")
     assert [run.info.status for run in parents] == ["FAILED"]
+    assert sorted(run.info.status for run in children) == ["FAILED"] + ["FINISHED"] * 5
 
     refused = runner(*words, cwd=tmp_path)
     assert refused.returncode == 1, "what failed is not tried again by itself"
     assert "retry=true tries them again" in refused.stderr
     retried = runner(*words, "retry=true", cwd=tmp_path)
     assert retried.returncode == 0, retried.stderr
-    parents, _ = mlflow_runs(tmp_path / "outputs")
-    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert list(attempts(sweep).values()) == [1] * 6, "the five were left as they are"
+    parents, children = mlflow_runs(tmp_path / "outputs")
+    assert [run.info.status for run in parents + children] == ["FINISHED"] * 7
 
 
 FUSSY = """
 import os
 
-def row(row):
+def moody(row):
     if os.environ.get("FUSSY"):
         raise ValueError("not today")
     return [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
+
+def one(row):
+    return [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
+
+two = four = five = six = one
 """
 
 
@@ -181,3 +192,4 @@ def test_another_sweeper_of_hydra_gets_our_launcher(tmp_path: Path, cache: Path)
     done = runner("-m", *TINY, "train.max_steps=1", "seed=1,2", "hydra/sweeper=basic", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(attempts(SweepDir(tmp_path / "outputs" / "sweeps" / "seed")).values()) == [1, 1]
+    assert [path.name for path in (tmp_path / "outputs" / "sweeps").iterdir()] == ["seed"]
