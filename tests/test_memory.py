@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,12 +26,37 @@ CPU = torch.device("cpu")
 
 
 def test_memory_of_this_process_and_machine() -> None:
-    held, peak = memory.held_already(CPU), memory.peak_rss()
+    held, peak = memory.held_already(CPU), memory.peak_of_process()
     block = torch.ones((peak - held) // 4 + 64 * 2**20)  # 256 MiB beyond the peak so far
     assert memory.held_already(CPU) - held > 0.9 * block.nbytes
-    assert memory.peak_rss() - peak > 200 * 2**20
+    assert memory.peak_of_process() - peak > 200 * 2**20
     if not torch.cuda.is_available():
-        assert memory.metrics()["memory/peak_rss_gib"] * memory.GIB >= memory.peak_rss()
+        assert memory.metrics()["memory/peak_rss_gib"] * memory.GIB >= memory.peak_of_process()
+
+
+def test_libraries_do_not_count_nor_what_a_process_has_made_itself() -> None:
+    """A forked process holds few of the pages of libraries that its parent has touched, and counts the same."""
+    read = "import runner.memory as m, torch; print(m.libraries_mapped(), m._high_water_mark())"
+    told = subprocess.run([sys.executable, "-c", read], check=True, capture_output=True, text=True).stdout
+    libraries, peak = map(int, told.split())
+    assert 100 * 2**20 < libraries < peak, "torch's alone"
+    before, block = memory.libraries_mapped(), torch.ones(2**26)
+    assert memory.libraries_mapped() - before < 0.1 * block.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_what_was_done_before_does_not_count() -> None:
+    def take(values: int) -> None:
+        torch.ones(values).sum()
+
+    take(2**27)
+    memory.begin()
+    peak = memory.peak_of_process()
+    take(2**26)
+    assert 0.9 * 2**28 < memory.peak_of_process() - peak < 0.6 * 2**29
+
+
+def test_memory_of_this_machine() -> None:
     total, free = memory.of_device(CPU)
     assert 0 < free < total
     assert memory.of_device(CPU, 4)[0] == total // 4
@@ -163,7 +189,7 @@ parts.batches.step = lambda i: [heaviest]
 hooks = train.Hooks(*[lambda *_: None] * 5)
 for _ in range(2):
     train.optimizer_step(parts, Progress(), hooks)
-print(json.dumps([told, memory.peak_rss()]))
+print(json.dumps([told, memory.peak_of_process()]))
 """
 
 

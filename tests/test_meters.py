@@ -122,3 +122,16 @@ def test_meter_leaves_out_the_first_step_and_the_pauses(monkeypatch: pytest.Monk
         }
     )
     assert meter.rates() == meter.rates(), "reading changes nothing"
+
+
+def test_the_speed_of_a_resumed_run_is_that_of_all_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 50.0, 51.0])
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
+    meter = meters.Meter(flops_per_token=10.0, peak_flops=10_000.0)
+    meter.go_on(meters.Timing(steps=3, tokens=900, seconds=9.0, waited=1.0))
+    meter.step(500)  # this process warms up
+    assert meter.rates()["train/tokens_per_second"] == 100.0
+    meter.step(100)  # 1 s
+    assert meter.rates()["train/tokens_per_second"] == 100.0
+    assert meter.rates()["train/step_seconds"] == 1.0, "that is of the steps just now"
+    assert meter.timing == meters.Timing(steps=4, tokens=1000, seconds=10.0, waited=1.0)

@@ -19,6 +19,7 @@ from runner import (
     documents,
     expected,
     fused,
+    head,
     memory,
     meters,
     models,
@@ -78,7 +79,7 @@ def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
     splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings, ranks.rank)
     steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     if device.type == "cpu":
-        memory.trim()
+        memory.begin()
     return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
 
 
@@ -174,8 +175,9 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     batches, evaluation = settle_attention(made.source, model, autocast, made.batches, made.evaluation)
     if cfg["data"]["packing"]:
         attention.check_isolation(model, autocast)
-    config.bind(cfg["compile"], "compile")(model)
     chosen = config.bind(cfg["parallel"], "parallel")()
+    settle_head(model, autocast, chosen.kind)
+    config.bind(cfg["compile"], "compile")(model)
     in_place = spread.over(chosen, model, made.task, ranks, made.device, autocast)
     weight_decay = cfg["optim"].get("weight_decay", 0.0)
     optimizer = config.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
@@ -218,6 +220,13 @@ def settle_attention(
         raise ConfigError(Fault("model.attention", obstacle, "use model.attention=auto", source.attention))
     log.debug(f"no attention by document: {obstacle}")
     return list(batches)
+
+
+def settle_head(model: torch.nn.Module, autocast: torch.dtype | None, kind: str) -> None:
+    """Let the loss compute the logits where it can; of a sharded model the head is whole in its forward pass alone."""
+    obstacle = "it is sharded" if kind == "fsdp" else head.install(model, autocast)
+    if obstacle:
+        log.debug(f"logits are made by the model: {obstacle}")
 
 
 def pick_device() -> torch.device:

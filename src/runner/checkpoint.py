@@ -48,6 +48,8 @@ class Progress:
     """Whether the evaluation that is due at this step has been recorded."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last record of training metrics."""
+    timing: dict[str, Any] = field(default_factory=dict)
+    """What the steps took, as ``meters.Timing`` has it."""
 
 
 @dataclass
@@ -78,7 +80,11 @@ class Checkpoints:
         if _bytes(weights) + _bytes(state) > COPIED_BYTES:
             self._write(final, weights, state, progress)
         else:
-            content = _copied(weights), _copied(state), replace(progress, window=dict(progress.window))
+            content = (
+                _copied(weights),
+                _copied(state),
+                replace(progress, window=dict(progress.window)),
+            )
             self._writing = _in_thread(functools.partial(self._write, final, *content))
         return final
 

@@ -54,13 +54,13 @@ def plan(argv: list[str]) -> int:
         with console.piped():
             print(planning.HELP)
         return 0
-    with composed(argv) as (_, jobs):
+    with composed(argv) as (composer, jobs):
         configurations = [folders.configuration(job.cfg, job.overrides) for job in jobs]
         launchers = admit.by_launcher(configurations)
         for launcher, _ in launchers:
             launcher.check()
-        for configuration in configurations:
-            planning.show(configuration)
+        labels = [composer.label(job.overrides) for job in jobs] if len(jobs) > 1 else [""]
+        planning.show(zip(labels, configurations, strict=True))
         for launcher, numbers in launchers:
             print(launcher.plan(len(numbers)))
     return 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
@@ -129,8 +128,6 @@ class Display:
         self.total_steps = total_steps
         self.bar: Progress | None = None
         self.task: Any = None
-        self.began = time.monotonic()
-        self.first_step: int | None = None
 
     def __enter__(self) -> Display:
         if sys.stderr.isatty():
@@ -149,20 +146,15 @@ class Display:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """One record: the bar moves, or a line is written."""
-        text = shown(metrics)
-        if self.first_step is None:
-            self.first_step, self.began = step, time.monotonic()
+        text = shown(metrics) + self._eta(step, metrics)
         if self.bar:
             self.bar.update(self.task, completed=step, shown=text, description="training")
-        line = f"step {step}/{self.total_steps}  {text}{self._eta(step)}"
-        log.info(line, extra={"quiet": True} if self.bar else {})
+        log.info(f"step {step}/{self.total_steps}  {text}", extra={"quiet": True} if self.bar else {})
 
-    def _eta(self, step: int) -> str:
-        done = step - (self.first_step or 0)
-        if not done or step >= self.total_steps:
-            return ""
-        left = (time.monotonic() - self.began) / done * (self.total_steps - step)
-        return f"  eta {duration(left)}"
+    def _eta(self, step: int, metrics: dict[str, float]) -> str:
+        """What the steps that are left will take, evaluations not counted."""
+        left = (self.total_steps - step) * metrics.get("train/step_seconds", 0.0)
+        return f"  eta {duration(left)}" if left else ""
 
 
 def shown(metrics: dict[str, float]) -> str:
@@ -185,6 +177,11 @@ def header(lines: dict[str, str]) -> None:
         log.info(f"{label:<{width}}  {text}")
 
 
+def loading(what: str) -> None:
+    """Say on the terminal (stderr) what takes the next seconds."""
+    print(f"loading {what} …", file=sys.stderr)
+
+
 def say(text: str) -> None:
     """A line on the terminal (stdout) and in the log."""
     text = redact(text)
@@ -202,7 +199,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         drawn.add_row(*row)
     console().print(drawn)
-    for row in rows:
+    for row in [columns, *rows] if any(columns) else rows:
         log.info("  ".join(cell.replace("\n", " ") for cell in row), extra={"quiet": True})
 
 
@@ -242,14 +239,7 @@ def duration(seconds: float) -> str:
 
 def _bar() -> Progress:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
         TextColumn("{task.description}"),
@@ -257,8 +247,6 @@ def _bar() -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}"),
         TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
     )

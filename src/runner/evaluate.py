@@ -134,6 +134,7 @@ def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[
     (batches,) = build.settle_attention(run.result, model, autocast, batches)
     if given.node["packing"]:
         attention.check_isolation(model, autocast)
+    build.settle_head(model, autocast, "none")
     in_place = spread.over(parallel.none(), model, run.task, ALONE, device, autocast)
     began = time.monotonic()
     sums = train.evaluation_sums(model, run.task, batches, in_place, before=_progress)

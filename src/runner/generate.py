@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from runner import asked, console
 from runner import trained as training_results
 from runner.errors import ConfigError, DataError, Fault, RunnerError
+from runner.report import NOTHING
 from runner.trained import Trained
 
 HELP = """python -m runner generate RUN [PROMPT|-] [--compare] [--system TEXT] [--max-new-tokens N] [--temperature T] [--seed N]
@@ -55,9 +57,10 @@ def generate(argv: list[str]) -> int:
         raise ConfigError(Fault("PROMPT", "is empty", "give a text, or none for a conversation"))
     if settings.system is not None and run.task.name == "pretrain":
         raise ConfigError(Fault("--system", "has no effect: this run continues plain text", "leave it out"))
+    prompts = _prompts() if prompt is None else iter(())
     speakers = _load(run, compare=words.has("--compare"))
     if prompt is None:
-        _converse(run, speakers, settings)
+        _converse(run, speakers, settings, prompts)
     else:
         _answer(run, speakers, settings, [_History(settings.system) for _ in speakers], prompt)
     return 0
@@ -142,7 +145,9 @@ def _answer(
         with speaker.speaking() as model:
             answers.append(_ask(run, model, settings, history.messages(prompt), streams=alone))
     if not alone:
-        console.table("", [speaker.name for speaker in speakers], [answers])
+        console.table("", [speaker.name for speaker in speakers], [[answer or NOTHING for answer in answers]])
+    elif not answers[0]:
+        print(NOTHING, file=sys.stderr)
     return answers
 
 
@@ -182,19 +187,33 @@ def _room(model: Any, taken: int) -> int:
     return int(limit - taken)
 
 
-def _converse(run: Trained, speakers: list[_Speaker], settings: Settings) -> None:
-    """A conversation on the terminal; each speaker remembers its own answers."""
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        import readline  # noqa: F401 (gives input() its arrow keys)
+def _prompts() -> Iterator[str]:
+    """What is asked in a conversation: typed, or a line each of what is piped in, which has to begin with one.
 
+    Raises:
+        ConfigError: nothing is piped in.
+    """
+    if sys.stdin.isatty():
+        return _typed()
+    if not (first := sys.stdin.readline()):
+        raise ConfigError(Fault("PROMPT", "nothing came from stdin", "give a text, or pipe in a question a line"))
+    return chain([first], sys.stdin)
+
+
+def _typed() -> Iterator[str]:
+    import readline  # noqa: F401 (gives input() its arrow keys)
+
+    with suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
+def _converse(run: Trained, speakers: list[_Speaker], settings: Settings, prompts: Iterator[str]) -> None:
+    """A conversation; each speaker remembers its own answers."""
+    if sys.stdin.isatty():
         print(f"{console.nearest(run.rundir.path)}: /reset forgets the conversation, /quit ends it", file=sys.stderr)
     histories = [_History(settings.system) for _ in speakers]
-    while True:
-        try:
-            prompt = input("> " if is_terminal else "").strip()
-        except EOFError:
-            return
+    for prompt in map(str.strip, prompts):
         if prompt == "/quit":
             return
         if prompt == "/reset":

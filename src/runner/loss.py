@@ -1,26 +1,32 @@
 """Cross entropy of the next token, over the trained positions alone.
 
-Logits are the largest tensor of a step: (positions, V). They exist once, for trained positions only, in the model's
-dtype; their gradient is written over them. Plain cross entropy in float32 keeps up to five such tensors (logits, their
-float32 copy, log-probabilities, and the gradients of two of them).
+Logits are the largest tensor of a step: (positions, V). Here they exist for trained positions only, a chunk at a time
+where the head is a plain product (see ``head``), else once, in the model's dtype; their gradient is written over them.
+Plain cross entropy in float32 keeps up to five such tensors (logits, their float32 copy, log-probabilities, and the
+gradients of two of them).
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from runner import head
 from runner.packing import IGNORED
 
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", *DOCUMENTS)
 CHUNK_VALUES, CPU_CHUNK_VALUES = 2**25, 2**22
 """Logits worked on at once in float32: 128 MiB, as few kernels as possible; 16 MiB on a CPU, which keeps them near."""
+HEAD_POSITIONS, CPU_HEAD_POSITIONS = 2048, 1024
+"""Positions whose logits are computed at once, where the head is in the loss. Fewer cost time: at each the head's
+weight is read, and on a CPU packed, anew (with 128 positions a third of the product's time)."""
 EVAL_POSITIONS = 8192
 """Positions of one forward pass without gradients, unless a single row has more."""
 
@@ -48,24 +54,41 @@ def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def rehearsal(model: Any, asked: Mapping[str, Tensor], kept: Tensor) -> Tensor:
     """The loss as ``sums`` computes it, with the positions that have logits given: ``kept`` (count,) of each row."""
     offered = {} if _choice_offered(model) == "all" else {"logits_to_keep": kept}
-    logits = model(**asked, **offered, use_cache=False).logits
-    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return _summed(logits, targets)[0]
+    with _without_head(model) as linear:
+        last = model(**asked, **offered, use_cache=False).logits
+    return _summed(last, torch.zeros(last.shape[:-1], dtype=torch.int64, device=last.device), linear)[0]
 
 
 def _sums(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None = None) -> dict[str, Tensor]:
-    logits, targets = _logits(model, asked, labels, trained_at if len(labels) == 1 else None)
-    loss, correct = _summed(logits, targets)
+    with _without_head(model) as linear:
+        last, targets = _last(model, asked, labels, trained_at if len(labels) == 1 else None)
+    loss, correct = _summed(last, targets, linear)
     return {"loss": loss, "count": (targets != IGNORED).sum(), "correct": correct}
 
 
-def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    loss, correct = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+@contextlib.contextmanager
+def _without_head(model: Any) -> Iterator[nn.Linear | None]:
+    """The model's head, left out while the block runs if it is computed here."""
+    found = head.in_loss(model)
+    with head.left_out(found) if found else contextlib.nullcontext():
+        yield found
+
+
+def _summed(last: Tensor, targets: Tensor, linear: nn.Linear | None) -> tuple[Tensor, Tensor]:
+    """The loss, and how many were right, from logits, or from what the head is to make them of."""
+    last, targets = last.reshape(-1, last.shape[-1]), targets.reshape(-1)
+    if linear is not None and not linear.weight.requires_grad:
+        loss, correct = _HeadAndCrossEntropy.apply(last, linear.weight, linear.bias, targets)
+    else:
+        loss, correct = _CrossEntropy.apply(last if linear is None else linear(last), targets)
     return loss, correct
 
 
-def _logits(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits of the trained positions (or of more, where the model offers no less), and what they are to predict."""
+def _last(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits of the trained positions (or of more, where the model offers no less), and what they are to predict.
+
+    Without its head the model gives the last hidden states, (…, h) in the place of (…, V).
+    """
     trained = labels != IGNORED  # (B, T)
     match _choice_offered(model):
         case "mask" | "positions" if trained_at is not None:
@@ -94,31 +117,12 @@ def _choice_offered(model: Any) -> Literal["mask", "positions", "all"]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Summed cross entropy whose gradient takes the place of the logits, a chunk of rows at a time."""
+    """Summed cross entropy whose gradient takes the place of the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-        correct = torch.zeros((), dtype=torch.int64, device=logits.device)
         buffer = logits.detach()  # same memory, same version counter: autograd refuses if someone else needs the logits
-        values_at_once = CPU_CHUNK_VALUES if logits.device.type == "cpu" else CHUNK_VALUES
-        rows = max(1, values_at_once // logits.shape[1])
-        for start in range(0, len(logits), rows):
-            part, wanted = buffer[start : start + rows], targets[start : start + rows]
-            valid, wanted = (wanted != IGNORED)[:, None], wanted.clamp(min=0)[:, None]  # (rows, 1)
-            values = part.float()  # (rows, V)
-            chosen, highest = values.gather(-1, wanted), values.amax(-1, keepdim=True)
-            # In training nobody asks how many were right: a tie may count for it, and the costly look is left out.
-            right = chosen == highest if ctx.needs_input_grad[0] else values.argmax(-1, keepdim=True) == wanted
-            exponentials = values.sub_(highest).exp_()
-            total = exponentials.sum(-1, keepdim=True)
-            loss += torch.where(valid, total.log() + highest - chosen, 0.0).sum()
-            correct += (valid & right).sum()
-            if ctx.needs_input_grad[0]:
-                slope = exponentials.mul_(valid / total)  # d loss / d logits = softmax - one-hot
-                slope[torch.arange(len(wanted), device=wanted.device), wanted[:, 0]] -= valid[:, 0].to(slope.dtype)
-                if slope is not part:
-                    part.copy_(slope)
+        loss, correct = _descend(buffer, targets, wants_slope=ctx.needs_input_grad[0])
         ctx.slope = buffer
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -127,3 +131,63 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None]:
         slope, ctx.slope = ctx.slope, None  # used up: a second backward pass would scale it twice
         return slope.mul_(scale), None
+
+
+class _HeadAndCrossEntropy(torch.autograd.Function):
+    """The same from hidden states (n, h) and the weight of the head (V, h), which is not trained."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        device, wants_slope = hidden.device, ctx.needs_input_grad[0]
+        computed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        loss = torch.zeros((), dtype=torch.float32, device=device)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        ctx.slope = torch.empty_like(hidden) if wants_slope else hidden
+        chunks = max(1, -(-len(hidden) // (CPU_HEAD_POSITIONS if device.type == "cpu" else HEAD_POSITIONS)))
+        with torch.autocast(device.type, enabled=False):
+            weight, bias = weight.to(computed), bias.to(computed) if bias is not None else None
+            for given, wanted, slope in zip(
+                *(each.chunk(chunks) for each in (hidden, targets, ctx.slope)), strict=True
+            ):
+                logits = nn.functional.linear(given.to(computed), weight, bias)
+                summed, right = _descend(logits, wanted, wants_slope=wants_slope)
+                loss, correct = loss + summed, correct + right
+                if wants_slope:
+                    slope.copy_(logits @ weight)  # by now the logits' slope
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        slope, ctx.slope = ctx.slope, None
+        return slope.mul_(scale), None, None, None
+
+
+def _descend(logits: Tensor, targets: Tensor, *, wants_slope: bool) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy and the number of right guesses; ``wants_slope``: its gradient takes the logits' place.
+
+    Worked on in float32, a chunk of rows at a time.
+    """
+    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    correct = torch.zeros((), dtype=torch.int64, device=logits.device)
+    values_at_once = CPU_CHUNK_VALUES if logits.device.type == "cpu" else CHUNK_VALUES
+    rows = max(1, values_at_once // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        part, wanted = logits[start : start + rows], targets[start : start + rows]
+        valid, wanted = (wanted != IGNORED)[:, None], wanted.clamp(min=0)[:, None]  # (rows, 1)
+        values = part.float()  # (rows, V)
+        chosen, highest = values.gather(-1, wanted), values.amax(-1, keepdim=True)
+        # In training nobody asks how many were right: a tie may count for it, and the costly look is left out.
+        right = chosen == highest if wants_slope else values.argmax(-1, keepdim=True) == wanted
+        exponentials = values.sub_(highest).exp_()
+        total = exponentials.sum(-1, keepdim=True)
+        loss += torch.where(valid, total.log() + highest - chosen, 0.0).sum()
+        correct += (valid & right).sum()
+        if wants_slope:
+            slope = exponentials.mul_(valid / total)  # d loss / d logits = softmax - one-hot
+            slope[torch.arange(len(wanted), device=wanted.device), wanted[:, 0]] -= valid[:, 0].to(slope.dtype)
+            if slope is not part:
+                part.copy_(slope)
+    return loss, correct

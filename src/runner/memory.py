@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from runner import compiling, documents, loss, recompute
+from runner import compiling, documents, head, loss, recompute
 from runner.packing import Shape
 from runner.schema import Memory
 
@@ -131,7 +132,7 @@ def held_already(device: torch.device) -> int:
         return torch.cuda.memory_reserved(device)
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process().memory_info().rss) - libraries_mapped()
 
 
 def allocator_waste(device: torch.device, temporary_bytes: int, kept: Memory) -> int:
@@ -141,10 +142,15 @@ def allocator_waste(device: torch.device, temporary_bytes: int, kept: Memory) ->
     return int((HEAP_HOLES if kept == "speed" else FEWER_HEAP_HOLES) * temporary_bytes)
 
 
-def trim() -> None:
-    """Let glibc give back what it keeps of freed memory, as 0.25 GiB after a GGUF file was converted."""
+def begin() -> None:
+    """Let the peak begin here, without what is left of what was done before: preparing data, once for many runs.
+
+    glibc gives back what it keeps of freed memory, as 0.25 GiB after a GGUF file was converted.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def return_what_is_freed() -> None:
@@ -176,16 +182,31 @@ def of_device(device: torch.device, sharing: int = 1) -> tuple[int, int]:
 
 
 def metrics() -> dict[str, float]:
-    """The peak so far in GiB: of CUDA's allocator, or of this process's resident memory where there is no CUDA."""
+    """The peak so far in GiB: of CUDA's allocator, or of this process's own memory where there is no CUDA."""
     if torch.cuda.is_available():
         return {
             "memory/peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
             "memory/peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         }
-    return {"memory/peak_rss_gib": peak_rss() / GIB}
+    return {"memory/peak_rss_gib": peak_of_process() / GIB}
 
 
-def peak_rss() -> int:
+def peak_of_process() -> int:
+    """Bytes of resident memory at their peak, without ``libraries_mapped``."""
+    return _without_libraries(_high_water_mark())
+
+
+@functools.lru_cache(maxsize=1)
+def _without_libraries(resident: int) -> int:
+    """They are looked for only when the peak is another one; the kernel may have taken some away since."""
+    _most_mapped.append(max(_most_mapped.pop(), libraries_mapped()))
+    return resident - _most_mapped[0]
+
+
+_most_mapped = [0]
+
+
+def _high_water_mark() -> int:
     """Bytes. On Linux getrusage survives exec, so that a child would report its parent's: VmHWM does not."""
     status = Path("/proc/self/status")
     if status.exists():
@@ -194,6 +215,25 @@ def peak_rss() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def libraries_mapped() -> int:
+    """Bytes of the files of libraries that are in this process's resident memory as they are on the disk.
+
+    Processes share them, and one that was forked has only those that it has touched itself: two runs of one
+    configuration would differ by them. 0 where there is no /proc.
+    """
+    total, is_library, resident = 0, False, 0
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name, *words = line.split()
+            if "-" in name:  # a mapping begins: addresses, permissions, offset, device, inode, file
+                is_library = len(words) >= 5 and ".so" in words[4]
+            elif is_library and name == "Rss:":
+                resident = int(words[0])
+            elif is_library and name == "Anonymous:":
+                total += resident - int(words[0])
+    return total * 1024
 
 
 class Ledger(TorchDispatchMode):
@@ -248,6 +288,7 @@ def _peaks(
 
     if by_document:
         documents.adopt(model)
+    head.adopt(model)
     recompute.arrange(model, kept)
     computing = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
     begun: list[int] = []

@@ -9,6 +9,7 @@ import platform
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,39 @@ PEAK_TFLOPS = {
     "T4": (65.0, 8.1),
 }
 WINDOW = 50
-"""Steps over which the speed is averaged."""
+"""Steps over which the time of a step is averaged."""
+
+
+@dataclass
+class Timing:
+    """What steps took."""
+
+    steps: int = 0
+    tokens: int = 0
+    """Useful ones: padding is none."""
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds of those in which the step waited for data."""
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Meter:
-    """Speed over the last steps; a process's first (compiling, warming up) counts only while it is the only one."""
+    """Speed over a whole run, earlier attempts included.
+
+    A process's first step (compiling, warming up) counts only while there is no other.
+    """
 
     def __init__(self, flops_per_token: float, peak_flops: float) -> None:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._steps: deque[tuple[int, float, float]] = deque(maxlen=WINDOW)  # tokens, seconds, seconds waited for data
-        self._warm = False
+        self.timing, self._first = Timing(), Timing()  # of all steps that count, and of this process's first
+        self._recent: deque[float] = deque(maxlen=WINDOW)
         self.start()
+
+    def go_on(self, before: Timing) -> None:
+        """Count on from what the steps of earlier attempts took."""
+        self.timing = before
 
     def start(self) -> None:
         """Start the clock of the next step."""
@@ -62,22 +85,27 @@ class Meter:
     def step(self, tokens: int, waited: float = 0.0) -> None:
         """Note a finished step: its useful tokens, and the seconds it waited for data."""
         now = time.perf_counter()
-        if len(self._steps) == 1 and not self._warm:
-            self._steps.clear()
-            self._warm = True
-        self._steps.append((tokens, now - self._since, waited))
+        done = Timing(1, tokens, now - self._since, waited)
+        if self._first.steps:
+            self.timing += done
+            self._recent.append(done.seconds)
+        else:
+            self._first = done
         self._since = now
 
     def rates(self) -> dict[str, float]:
-        """Useful tokens per second, seconds per step, the part of them spent waiting for data, and MFU."""
-        if not self._steps:
+        """Useful tokens per second, the part of the time spent waiting for data, and MFU, of the run so far; and the
+        seconds of one of the last steps."""
+        timing = self.timing if self.timing.steps else self._first
+        if not timing.steps:
             return {}
-        tokens, seconds, waited = (sum(column) for column in zip(*self._steps, strict=True))
+        speed = timing.tokens / timing.seconds
+        recent = self._recent or [timing.seconds / timing.steps]
         return {
-            "train/tokens_per_second": tokens / seconds,
-            "train/step_seconds": seconds / len(self._steps),
-            "train/data_wait_fraction": waited / seconds,
-            "train/mfu": tokens / seconds * self._flops_per_token / self._peak_flops,
+            "train/tokens_per_second": speed,
+            "train/step_seconds": sum(recent) / len(recent),
+            "train/data_wait_fraction": timing.waited / timing.seconds,
+            "train/mfu": speed * self._flops_per_token / self._peak_flops,
         }
 
 

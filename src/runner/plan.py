@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from runner import console
+from runner import console, report
 from runner.packing import IGNORED
 
 HELP = """python -m runner plan [overrides]
@@ -25,22 +25,27 @@ ASSUMED_UTILISATION = 0.4
 """Part of the peak FLOP/s that training is assumed to reach, where the time is foretold."""
 
 
-def show(cfg: Mapping[str, Any]) -> None:
-    """Print the plan of one run.
+def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Print the plan of each run, under its label; of a row that several begin with, the text once.
 
     Raises:
-        ConfigError, DataError: the run would be refused.
+        ConfigError, DataError: a run would be refused.
     """
+    console.loading("torch and transformers")
     console.quiet_libraries()
     from runner import build, expected
 
-    made = build.settle_rows(cfg, build.inputs(cfg))
-    told = expected.expect(cfg, made)
-    rows = [*_model_rows(made, told), *_data_rows(cfg, made), *_time_rows(made, told)]
-    console.table("plan", ["", ""], [list(row) for row in rows])
-    print("one row of the first batch, with what is trained " + ("underlined" if _styled() else "in ⟦…⟧") + ":\n")
-    print(_marked(made, cfg["seed"]), "\n")
-    expected.check_fits(told)
+    shown = ""
+    for label, cfg in runs:
+        made = build.settle_rows(cfg, build.inputs(cfg))
+        told = expected.expect(cfg, made)
+        rows = [*_model_rows(made, told), *_data_rows(cfg, made), *_time_rows(made, told)]
+        console.table(f"plan  {label}".strip(), ["", ""], [list(row) for row in rows])
+        if (text := _marked(made)) != shown:
+            shown = text
+            manner = "underlined" if _styled() else "in ⟦…⟧"
+            print(f"one row of the first batch, with what is trained {manner}:\n\n{text}\n")
+        expected.check_fits(told)
 
 
 def _model_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
@@ -62,24 +67,24 @@ def _model_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
 
 
 def _data_rows(cfg: Mapping[str, Any], made: Any) -> list[tuple[str, str]]:
-    report, layout = made.splits.report, "packed" if cfg["data"]["packing"] else "padded at most"
+    counts, layout = made.splits.report, "packed" if cfg["data"]["packing"] else "padded at most"
     left_out = {
-        "duplicates": report.duplicates,
-        "truncated": report.truncated,
-        "too long, dropped": report.dropped,
-        "nothing to train": report.masked_out,
-        "prompts of the held-out set, dropped": report.leaked,
+        "duplicates": counts.duplicates,
+        "too long, dropped": counts.dropped,
+        "nothing to train": counts.masked_out,
+        "prompts of the held-out set, dropped": counts.leaked,
     }
     said = ", ".join(f"{count} {what}" for what, count in left_out.items() if count) or "none left out"
-    trained = report.train_trained_tokens / report.train_tokens
+    said += f"; {report.truncated(cfg, counts)}" if counts.truncated else ""
+    trained = counts.train_trained_tokens / counts.train_tokens
     return [
-        ("data", f"{made.splits.name}: {report.rows_read} rows read; {said}"),
+        ("data", f"{made.splits.name}: {counts.rows_read} rows read; {said}"),
         (
             "training",
-            f"{report.train_rows} rows{_limited(cfg, 'train_rows')}, {report.train_tokens} tokens, "
+            f"{counts.train_rows} rows{_limited(cfg, 'train_rows')}, {counts.train_tokens} tokens, "
             f"{trained:.0%} of them trained",
         ),
-        ("held out", f"{report.eval_rows} rows{_limited(cfg, 'eval_rows')}, {report.eval_tokens} tokens"),
+        ("held out", f"{counts.eval_rows} rows{_limited(cfg, 'eval_rows')}, {counts.eval_tokens} tokens"),
         ("batches", f"{layout}, {made.batches.efficiency:.1%} of their slots are used"),
     ]
 
@@ -103,12 +108,13 @@ def _time_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
         ),
         (
             "time",
-            f"about {console.duration(seconds)} of training at {ASSUMED_UTILISATION:.0%} of {peak / 1e12:.2f} TFLOP/s",
+            f"about {console.duration(max(seconds, 1))} of training at {ASSUMED_UTILISATION:.0%} of "
+            f"{peak / 1e12:.2f} TFLOP/s",
         ),
     ]
 
 
-def _marked(made: Any, seed: int, limit: int = 300) -> str:
+def _marked(made: Any, limit: int = 300) -> str:
     """The first row of the first step as text, with the spans that are learnt marked."""
     batch = made.batches.step(0)[0]
     ids, labels = batch["input_ids"][0].tolist()[:limit], batch["labels"][0].tolist()[:limit]

@@ -185,4 +185,4 @@ def _default_name(overrides: list[str]) -> str:
     named = [
         o for o in overrides if not o.startswith(("hydra.", "outputs_dir=", "tracking", "resume=", "train.sample"))
     ]
-    return redact(",".join(named))[:120] or "default"
+    return redact(",".join(named))[:120] or "defaults"

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
     from runner.build import Inputs
     from runner.checkpoint import Progress
+    from runner.data import DataReport
     from runner.train import Parts
 
+MANY_TRUNCATED = 0.1
+"""Part of the rows above which the limit is worth a thought."""
 NOTHING = "(nothing)"
 """What is shown of a model that ended its answer at once."""
 log = logging.getLogger("runner")
@@ -40,11 +43,25 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             f"{_hint(cfg, parts)}{_processes(cfg, parts)}",
             "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
             f"{data.eval_rows} held out, {parts.batches.efficiency:.0%} of each batch used"
-            + (f", {data.truncated} truncated" if data.truncated else "")
+            + (f", {truncated(cfg, data)}" if data.truncated else "")
             + (f", {data.dropped} dropped" if data.dropped else ""),
-            "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens{made.cut}",
+            "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens"
+            f"{_of_batch(parts)}{made.cut}",
         }
     )
+
+
+def truncated(cfg: Mapping[str, Any], data: DataReport) -> str:
+    """How many rows lose their end, and what to do where they are many."""
+    many = data.truncated > MANY_TRUNCATED * (data.train_rows + data.eval_rows)
+    longest = f" (the longest has {data.longest} tokens)" if many else ""
+    return f"{data.truncated} truncated at data.max_length={cfg['data']['max_length']}{longest}"
+
+
+def _of_batch(parts: Parts) -> str:
+    """Of several processes each has its own rows: what a step learns from is said where one may expect otherwise."""
+    world, rows = parts.ranks.world, parts.batches.per_step
+    return f" ({rows} rows, {rows // world} in each of {world} processes)" if world > 1 else ""
 
 
 def _processes(cfg: Mapping[str, Any], parts: Parts) -> str:
@@ -215,7 +232,8 @@ def _last_words(prompt: str, length: int = 160) -> str:
 
     text = re.sub(r"<\|[^|>]*\|>\w*\n?", "\n", prompt).strip().splitlines()
     text = [line for line in text if line.strip() and line.strip() not in ("assistant", "user", "system")]
-    return text[-1][-length:] if text else prompt[-length:]
+    last = text[-1] if text else prompt
+    return last if len(last) <= length else f"… {last[-length:].partition(' ')[2]}"
 
 
 def _next_command(rundir: RunDir, code: int) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from runner.ahead import Ahead
 from runner.checkpoint import Checkpoints, Progress
 from runner.data import Batches
 from runner.errors import Fault, Stopped, TrainingError
-from runner.meters import Meter
+from runner.meters import Meter, Timing
 from runner.ranks import Ranks
 from runner.readings import Readings
 from runner.schema import TrainSettings
@@ -84,6 +84,7 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
         TrainingError: the loss is not a number, or a checkpoint cannot be written.
     """
     first, saved = progress.step, boundary(progress)
+    parts.meter.go_on(Timing(**progress.timing))
     try:
         while True:
             if evaluation_is_due(progress.step, parts) and not progress.evaluated:
@@ -114,6 +115,7 @@ def boundary(progress: Progress) -> tuple[int, bool]:
 
 def save(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     catch_up(parts, progress, hooks)
+    progress.timing = asdict(parts.meter.timing)
     hooks.saving()
     parts.checkpoints.save(parts.model, parts.optimizer, progress)
     parts.meter.pause()

@@ -125,6 +125,7 @@ def load(
     from runner import models
 
     if not trained.is_adapter:
+        console.loading(f"the model of {console.nearest(trained.rundir.path)}")
         source = trained.result if dtype is None else replace(trained.result, dtype=dtype)
         return models.load(source, quant or trained.quant, device).eval()
     base = load_base(trained, device, dtype=dtype, quant=quant)
@@ -139,6 +140,7 @@ def load_base(
     """The model as it was before, in eval mode."""
     from runner import models
 
+    console.loading(f"{trained.base.name}, the base of {console.nearest(trained.rundir.path)}")
     source = trained.base if dtype is None else replace(trained.base, dtype=dtype)
     return models.load(source, quant or trained.quant, device).eval()
 

@@ -89,6 +89,8 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
             ranks.broadcast(not is_given_up)
             if is_given_up:
                 raise Pruned(rundir.prune_request.read_text())
+            if not mirrored:
+                console.loading("data and model")
             loaded = _load(rundir, cfg, ranks)
         summary = _train(rundir, loaded, stop, clock)
         rundir.write_state(status="completed", reason="", summary=summary, seconds=clock.seconds())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from runner import mirroring, system
+from runner import console, mirroring, system
 from runner.errors import Fault, LaunchError
 from runner.launch import queue
 from runner.launch.protocol import Source
@@ -106,6 +106,7 @@ def work(rundir: RunDir, mirrored: bool) -> int:
 def warm(slot: Slot) -> None:
     """Import what every run needs, without starting a thread and without touching CUDA."""
     os.environ["OMP_NUM_THREADS"] = str(slot.threads)
+    console.loading("torch and transformers, once for all runs")
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() asks NVML, where it would initialise CUDA
     # peft imports bitsandbytes, which asks the GPU what it is: with GPUs each process does (0.5 s)
     load_libraries(with_adapters=not slot.gpus)
@@ -113,8 +114,6 @@ def warm(slot: Slot) -> None:
 
 def load_libraries(with_adapters: bool) -> None:
     """What every run needs, for processes that are forked from this one."""
-    from runner import console
-
     console.quiet_libraries()
     import accelerate
     import torch._dynamo
