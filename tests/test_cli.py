@@ -239,9 +239,9 @@ def test_the_plan_has_each_way_of_launching(capfd: pytest.CaptureFixture[str]):
 
 
 def test_a_model_that_cannot_fit_is_refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    from runner import memory
+    from runner import usage
 
-    monkeypatch.setattr(memory, "of_device", lambda *_: (2**20, 2**20))
+    monkeypatch.setattr(usage, "of_device", lambda *_: (2**20, 2**20))
     for words in (["plan", *QUICK], list(QUICK)):
         assert cli.run(words) == 2
         said = capfd.readouterr().err

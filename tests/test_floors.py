@@ -21,7 +21,7 @@ FLOORS = [
      "imported"},
     {"asked", "prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules",
      "tracking", "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored",
-     "outcome", "converter", "documents", "fused", "head", "readings"},
+     "outcome", "converter", "documents", "fused", "head", "readings", "usage"},
     {"halving", "ahead", "jobs", "attached"},
     {"search", "chat", "attention", "origins", "store", "sweeps", "standing", "mirroring", "recompute"},
     {"sending"},

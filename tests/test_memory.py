@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from runner import documents, fused, loss, memory, recompute
+from runner import documents, fused, loss, memory, recompute, usage
 from runner.packing import Shape
 from runner.schema import Memory
 
@@ -26,22 +26,22 @@ CPU = torch.device("cpu")
 
 
 def test_memory_of_this_process_and_machine() -> None:
-    held, peak = memory.held_already(CPU), memory.peak_of_process()
+    held, peak = usage.held_already(CPU), usage.peak_of_process()
     block = torch.ones((peak - held) // 4 + 64 * 2**20)  # 256 MiB beyond the peak so far
-    assert memory.held_already(CPU) - held > 0.9 * block.nbytes
-    assert memory.peak_of_process() - peak > 200 * 2**20
+    assert usage.held_already(CPU) - held > 0.9 * block.nbytes
+    assert usage.peak_of_process() - peak > 200 * 2**20
     if not torch.cuda.is_available():
-        assert memory.metrics()["memory/peak_rss_gib"] * memory.GIB >= memory.peak_of_process()
+        assert usage.metrics()["memory/peak_rss_gib"] * usage.GIB >= usage.peak_of_process()
 
 
 def test_libraries_do_not_count_nor_what_a_process_has_made_itself() -> None:
     """A forked process holds few of the pages of libraries that its parent has touched, and counts the same."""
-    read = "import runner.memory as m, torch; print(m.libraries_mapped(), m._high_water_mark())"
+    read = "import runner.usage as m, torch; print(m.libraries_mapped(), m._high_water_mark())"
     told = subprocess.run([sys.executable, "-c", read], check=True, capture_output=True, text=True).stdout
     libraries, peak = map(int, told.split())
     assert 100 * 2**20 < libraries < peak, "torch's alone"
-    before, block = memory.libraries_mapped(), torch.ones(2**26)
-    assert memory.libraries_mapped() - before < 0.1 * block.nbytes
+    before, block = usage.libraries_mapped(), torch.ones(2**26)
+    assert usage.libraries_mapped() - before < 0.1 * block.nbytes
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -50,16 +50,16 @@ def test_what_was_done_before_does_not_count() -> None:
         torch.ones(values).sum()
 
     take(2**27)
-    memory.begin()
-    peak = memory.peak_of_process()
+    usage.begin()
+    peak = usage.peak_of_process()
     take(2**26)
-    assert 0.9 * 2**28 < memory.peak_of_process() - peak < 0.6 * 2**29
+    assert 0.9 * 2**28 < usage.peak_of_process() - peak < 0.6 * 2**29
 
 
 def test_memory_of_this_machine() -> None:
-    total, free = memory.of_device(CPU)
+    total, free = usage.of_device(CPU)
     assert 0 < free < total
-    assert memory.of_device(CPU, 4)[0] == total // 4
+    assert usage.of_device(CPU, 4)[0] == total // 4
 
 
 @pytest.mark.gpu
@@ -67,9 +67,9 @@ def test_memory_of_this_machine() -> None:
 def test_memory_of_a_gpu() -> None:
     torch.cuda.reset_peak_memory_stats()
     block = torch.ones(2**20, device="cuda")
-    metrics = memory.metrics()
-    assert block.nbytes / memory.GIB <= metrics["memory/peak_allocated_gib"] <= metrics["memory/peak_reserved_gib"]
-    total, free = memory.of_device(torch.device("cuda"))
+    metrics = usage.metrics()
+    assert block.nbytes / usage.GIB <= metrics["memory/peak_allocated_gib"] <= metrics["memory/peak_reserved_gib"]
+    total, free = usage.of_device(torch.device("cuda"))
     assert free < total
 
 
@@ -175,7 +175,7 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 import torch
-from runner import build, cli, expected, memory, train
+from runner import build, cli, expected, train, usage
 from runner.checkpoint import Progress
 from runner.rundir import RunDir
 with cli.composed(sys.argv[1:]) as (_, jobs):
@@ -189,7 +189,7 @@ parts.batches.step = lambda i: [heaviest]
 hooks = train.Hooks(*[lambda *_: None] * 5)
 for _ in range(2):
     train.optimizer_step(parts, Progress(), hooks)
-print(json.dumps([told, memory.peak_of_process()]))
+print(json.dumps([told, usage.peak_of_process()]))
 """
 
 
@@ -203,4 +203,4 @@ def test_a_process_takes_what_was_told(changes: str, cache: object) -> None:
     command = [sys.executable, "-c", TRAIN, "train.max_steps=3", "tracking=offline", *changes.split()]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     expected, real = json.loads(done.stdout.splitlines()[-1])
-    assert 0.9 < expected / real < 1.1, f"{expected / memory.GIB:.2f} GiB expected, {real / memory.GIB:.2f} seen"
+    assert 0.9 < expected / real < 1.1, f"{expected / usage.GIB:.2f} GiB expected, {real / usage.GIB:.2f} seen"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, composed, prepared
 
-from runner import build, expected, memory, prepare, tracking, worker
+from runner import build, expected, memory, prepare, tracking, usage, worker
 from runner.errors import ConfigError
 from runner.packing import Batches, Rows, divisors, pack
 
@@ -68,18 +68,18 @@ def test_no_batch_is_larger_than_the_largest(packing: bool, end_to_end: bool) ->
 def test_as_many_rows_as_fit(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for two rows, and not for four."""
     cfg = composed(*TINY, "train.per_device_batch_size=8", "train.micro_batch_size=auto")
-    monkeypatch.setattr(memory, "held_already", lambda _: 0)
+    monkeypatch.setattr(usage, "held_already", lambda _: 0)
     monkeypatch.setattr(memory, "allocator_waste", lambda *_: 0)
-    monkeypatch.setattr(memory, "of_device", lambda *_: (2**40, 2**40))
+    monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, 2**40))
     plenty = build.settle_rows(cfg, build.inputs(cfg))
     assert plenty.settings.micro_batch_size == 8
     sizes = {rows: expected.expect(cfg, build.compute_at_once(plenty, rows)).memory.total for rows in (2, 4)}
     assert sizes[2] < sizes[4]
-    monkeypatch.setattr(memory, "of_device", lambda *_: (2**40, int(sizes[2] / expected.ROOM) + 1))
+    monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, int(sizes[2] / expected.ROOM) + 1))
     tight = build.settle_rows(cfg, build.inputs(cfg))
     assert (tight.settings.micro_batch_size, tight.batches.rows_per_batch, len(tight.batches.step(0))) == (2, 2, 4)
     assert tight.total_steps == plenty.total_steps
-    monkeypatch.setattr(memory, "of_device", lambda *_: (2**40, 1))
+    monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, 1))
     assert build.settle_rows(cfg, build.inputs(cfg)).settings.micro_batch_size == 1, (
         "and the run is warned about, or refused, where it loads"
     )

@@ -226,9 +226,9 @@ def adapted(rows: dict[str, Any], compute: Any) -> Any:
 
 def tell(folder: Path, times: list[float], losses: list[float]) -> None:
     """What a process that is not runner's came to."""
-    from runner import memory
+    from runner import usage
 
-    peak = next(iter(memory.metrics().values()))
+    peak = next(iter(usage.metrics().values()))
     (folder / "result.json").write_text(json.dumps({"times": times, "losses": losses, "peak_gib": peak}))
 
 

@@ -20,7 +20,6 @@ from runner import (
     expected,
     fused,
     head,
-    memory,
     meters,
     models,
     optim,
@@ -28,6 +27,7 @@ from runner import (
     recompute,
     spread,
     train,
+    usage,
 )
 from runner.ahead import Ahead
 from runner.checkpoint import Checkpoints
@@ -79,7 +79,7 @@ def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
     splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings, ranks.rank)
     steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     if device.type == "cpu":
-        memory.begin()
+        usage.begin()
     return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
 
 
@@ -164,7 +164,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if made.device.type == "cpu" and made.settings.memory != "speed":
-        memory.return_what_is_freed()
+        usage.return_what_is_freed()
     told = expected.expect(cfg, made, roughly=True)
     if told.memory.total > expected.SAFE * told.free_bytes:
         told = expected.expect(cfg, made)
@@ -199,7 +199,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         meter=meters.Meter(told.flops_per_token, peak),
         readings=Readings.of(made.device),
         quote=partial(quote, made.tokenizer),
-        extra_metrics=lambda: ranks.largest(memory.metrics()),
+        extra_metrics=lambda: ranks.largest(usage.metrics()),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from runner import config, documents, fused, memory, meters, models, optim, parallel
+from runner import config, documents, fused, memory, meters, models, optim, parallel, usage
 from runner.errors import LESS_MEMORY, ConfigError, Fault
 from runner.precision import dtype_for, keep_updates
 
@@ -66,7 +66,7 @@ def expect(cfg: Mapping[str, Any], made: Inputs, *, roughly: bool = False) -> Ex
         activations += _largest_matrix(model) * size  # unpacked while it is used
     gradients = counts["trainable"] * (size if full else ADAPTER_BYTES)
     kind, processes = parallel.kind_of(cfg["parallel"]), parallel.processes_of(cfg["parallel"])
-    held = memory.held_already(made.device)
+    held = usage.held_already(made.device)
     found = memory.MemoryEstimate(
         weights=int(weights),
         gradients=gradients * 2 if kind == "ddp" and processes > 1 else gradients,  # and the buckets that are exchanged
@@ -76,7 +76,7 @@ def expect(cfg: Mapping[str, Any], made: Inputs, *, roughly: bool = False) -> Ex
     )
     if kind == "fsdp":
         found = found.in_shards(processes, memory.depth(model.config))
-    total, free = memory.of_device(made.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    total, free = usage.of_device(made.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     report = made.splits.report
     trained = report.train_trained_tokens / max(report.train_tokens, 1)
     return Expected(counts, found, held, total, free, meters.flops_per_token(model, cfg["data"]["max_length"], trained))
@@ -88,7 +88,7 @@ def check_fits(expected: Expected) -> None:
     Raises:
         ConfigError: with the ways to make it smaller.
     """
-    needed, gib = expected.memory.total, memory.GIB
+    needed, gib = expected.memory.total, usage.GIB
     if needed > expected.total_bytes:
         problem = f"needs about {needed / gib:.1f} GiB, and the device has {expected.total_bytes / gib:.1f} GiB"
         raise ConfigError(Fault("model", problem, LESS_MEMORY))

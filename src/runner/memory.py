@@ -1,15 +1,10 @@
-"""What training holds at its peak: told before anything is loaded, and measured."""
+"""What training holds at its peak, told before anything is loaded."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
-import resource
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,18 +17,13 @@ from runner import compiling, documents, head, loss, recompute
 from runner.packing import Shape
 from runner.schema import Memory
 
-GIB = 2**30
 LAYERS = 6, 8
 """Decoder layers of the models that are rehearsed for a deeper one; what the others take follows from the difference.
 
 Fewer would not do: the peak is the largest of several sums, of which another one may lead in a shallow model."""
-M_MMAP_THRESHOLD = -3
-"""Of malloc.h."""
-RETURNED_BYTES = 2 * 2**20
-"""Blocks of this size and more go back to the system at once; smaller ones would cost more time than they save."""
 HEAP_HOLES, FEWER_HEAP_HOLES = 0.7, 0.35
 """What a CPU's heap keeps empty between its blocks, as a part of activations and gradients (glibc 2.36); fewer where
-``return_what_is_freed`` was called."""
+``usage.return_what_is_freed`` was called."""
 ROUNDED = 0.05
 """What CUDA's allocator rounds up or cannot use, likewise; plus cuBLAS's workspace."""
 CUBLAS_BYTES = 64 * 2**20
@@ -126,114 +116,11 @@ def by_formula(config: Any, shape: Shape, *, kept: Memory, dtype_bytes: int, ful
     return activations + passing + logits * dtype_bytes + 2 * min(logits, loss.CHUNK_VALUES) * 4
 
 
-def held_already(device: torch.device) -> int:
-    """Bytes that this process takes of the device's memory now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)
-    import psutil
-
-    return int(psutil.Process().memory_info().rss) - libraries_mapped()
-
-
 def allocator_waste(device: torch.device, temporary_bytes: int, kept: Memory) -> int:
     """Bytes that the allocator keeps without use for so many bytes that come and go."""
     if device.type == "cuda":
         return int(ROUNDED * temporary_bytes) + CUBLAS_BYTES
     return int((HEAP_HOLES if kept == "speed" else FEWER_HEAP_HOLES) * temporary_bytes)
-
-
-def begin() -> None:
-    """Let the peak begin here, without what is left of what was done before: preparing data, once for many runs.
-
-    glibc gives back what it keeps of freed memory, as 0.25 GiB after a GGUF file was converted.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def return_what_is_freed() -> None:
-    """Let glibc give back large blocks as soon as they are freed; elsewhere nothing happens.
-
-    By itself it raises its threshold to the largest block that was freed, up to 32 MiB, and keeps such blocks in its
-    heap: a tenth more memory in all, and a fifth less time, as no page has to be cleared anew.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
-
-
-def of_device(device: torch.device, sharing: int = 1) -> tuple[int, int]:
-    """(total, free) bytes of the device for one process.
-
-    For a CPU those of the machine, or of the container's or Slurm step's limit where that is less, divided by the
-    processes of this run that share it.
-    """
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total, free
-    import psutil
-
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    for limit, used in _cgroup_limits():
-        total, free = min(total, limit), min(free, limit - used)
-    return total // sharing, free // sharing
-
-
-def metrics() -> dict[str, float]:
-    """The peak so far in GiB: of CUDA's allocator, or of this process's own memory where there is no CUDA."""
-    if torch.cuda.is_available():
-        return {
-            "memory/peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-            "memory/peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-        }
-    return {"memory/peak_rss_gib": peak_of_process() / GIB}
-
-
-def peak_of_process() -> int:
-    """Bytes of resident memory at their peak, without ``libraries_mapped``."""
-    return _without_libraries(_high_water_mark())
-
-
-@functools.lru_cache(maxsize=1)
-def _without_libraries(resident: int) -> int:
-    """They are looked for only when the peak is another one; the kernel may have taken some away since."""
-    _most_mapped.append(max(_most_mapped.pop(), libraries_mapped()))
-    return resident - _most_mapped[0]
-
-
-_most_mapped = [0]
-
-
-def _high_water_mark() -> int:
-    """Bytes. On Linux getrusage survives exec, so that a child would report its parent's: VmHWM does not."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def libraries_mapped() -> int:
-    """Bytes of the files of libraries that are in this process's resident memory as they are on the disk.
-
-    Processes share them, and one that was forked has only those that it has touched itself: two runs of one
-    configuration would differ by them. 0 where there is no /proc.
-    """
-    total, is_library, resident = 0, False, 0
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            name, *words = line.split()
-            if "-" in name:  # a mapping begins: addresses, permissions, offset, device, inode, file
-                is_library = len(words) >= 5 and ".so" in words[4]
-            elif is_library and name == "Rss:":
-                resident = int(words[0])
-            elif is_library and name == "Anonymous:":
-                total += resident - int(words[0])
-    return total * 1024
 
 
 class Ledger(TorchDispatchMode):
@@ -349,24 +236,3 @@ def depth(config: Any) -> int:
 
 def _text(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """(limit, used) in bytes of each group of this process (cgroup 2, then 1); files that are cached are free."""
-    for root, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        for folder in (Path(root), *(Path(root) / path for path in _own_groups())):
-            with contextlib.suppress(OSError, ValueError):
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                cached = int(stat.get("inactive_file", 0))
-                yield int((folder / limit).read_text()), int((folder / used).read_text()) - cached
-
-
-def _own_groups() -> Iterator[Path]:
-    """The groups of this process, each with those above it, below the root of their hierarchy."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            path = Path(line.split(":", 2)[2].lstrip("/"))
-            yield from (path, *path.parents[:-1])

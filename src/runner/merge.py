@@ -184,8 +184,8 @@ def _device(run: Trained) -> torch.device:
     """The accelerator where two such models in float32 fit, else the CPU."""
     import torch
 
-    from runner import build, memory, models, quant
+    from runner import build, models, quant, usage
 
     device = build.pick_device()
     size = models.describe(models.empty(run.result, quant.none()))["total"] * 4
-    return device if device.type != "cpu" and 2.5 * size < memory.of_device(device)[1] else torch.device("cpu")
+    return device if device.type != "cpu" and 2.5 * size < usage.of_device(device)[1] else torch.device("cpu")

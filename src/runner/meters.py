@@ -18,7 +18,6 @@ from torch import nn
 
 from runner.files import cache_dir, write_atomic
 
-GIB = 2**30
 PEAK_TFLOPS = {
     # name → (bf16, or fp16 where there is no bf16; float32), dense, from the makers' data sheets; the first match holds
     "GB200": (2500.0, 80.0),
