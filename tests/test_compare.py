@@ -12,9 +12,11 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -48,6 +50,21 @@ def real(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     folder = tmp_path_factory.mktemp("real")
     done = runner(*SWEEP, cwd=folder)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def copied(real: Path, tmp_path: Path) -> Path:
+    """The same once more, for a test that changes it: nothing in it names the first."""
+    folder = tmp_path / "copied"
+    shutil.copytree(real, folder)
+    for path in (*folder.rglob("*.json"), *folder.rglob("config.yaml")):
+        path.write_text(path.read_text().replace(str(real), str(folder)))
+    places = {"experiments": "artifact_location", "runs": "artifact_uri", "tags": "value"}
+    with closing(sqlite3.connect(folder / "outputs" / "mlflow.db")) as database:
+        for table, column in places.items():
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(real), str(folder)))
+        database.commit()
     return folder
 
 
@@ -169,10 +186,10 @@ def counted(cwd: Path, *words: str) -> str:
     return done.stderr.split("COUNTED")[1].strip()
 
 
-def test_many_runs_cost_no_more_questions_than_few(real: Path):
+def test_many_runs_cost_no_more_questions_than_few(real: Path, tmp_path: Path):
     few = counted(real, "uri=outputs/mlflow.db", "--where", "seed=1")
     assert few == "{'queries': 5} False False"
-    many = real / "many.db"
+    many = tmp_path / "many.db"
     shutil.copy(real / "outputs" / "mlflow.db", many)
     store.connect.cache_clear()
     client = store.connect(f"sqlite:///{many}")
@@ -255,9 +272,9 @@ def test_the_forms_hold_the_same(here: Path, capsys: pytest.CaptureFixture[str])
     words = ("--by", "seed", "--pareto", "loss,time")
     code, out, _ = said(capsys, *words, "--markdown")
     assert code == 0
-    groups, runs = (
-        [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()] for table in out.strip().split("\n\n")
-    )
+    heading, *tables = out.strip().split("\n\n")
+    assert heading == "**mean ± 95 % interval over seed**"
+    groups, runs = ([re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()] for table in tables)
     assert [cell.strip() for cell in groups[0]][:3] == ["lora.r", "n", "loss"]
     assert [cell.strip() for cell in groups[2]][:3] == ["4", "2", "1.0500 ± 0.6353"]
     assert len({len(row) for row in runs}) == 1
@@ -272,11 +289,68 @@ def test_the_forms_hold_the_same(here: Path, capsys: pytest.CaptureFixture[str])
     assert found["groups"][0]["means"]["eval/loss"]["n"] == 2
 
 
+def test_runs_that_differ_in_the_seed_alone_are_one_line_under_its_explanation(
+    here: Path, capsys: pytest.CaptureFixture[str]
+):
+    sweep = a_sweep()
+    for seed, loss in enumerate((1.0, 1.5, 2.0)):
+        played(sweep, 8, loss, seed=seed)
+    code, out, _ = said(capsys, "--by", "seed")
+    lines = [line.strip() for line in out.splitlines() if line.strip()]
+    assert code == 0
+    assert lines[0] == (
+        "mean ± 95 % interval over seed; nothing else differs, so there is no other setting to hold it against"
+    )
+    assert lines[1].split()[:2] == ["n", "loss"]
+    assert lines[3].split()[:4] == ["3", "1.5000", "±", "1.2421"]
+    assert lines[4] == "3 runs (3 completed): --all shows them"
+    assert "against the best" not in out
+    assert "001-job" in said(capsys, "--by", "seed", "--all")[1]
+    for form in ("--markdown", "--html=page.html"):
+        assert said(capsys, "--by", "seed", form)[0] == 0
+    assert "nothing else differs" in Path("page.html").read_text(encoding="utf-8")
+
+
 def test_the_page_is_of_what_was_compared(here: Path, capsys: pytest.CaptureFixture[str]):
     sweep = a_sweep("other/sweeps/played")
     played(sweep, 4, 2.0, seed=1), played(sweep, 8, 1.0, seed=1), played(sweep, 8, 1.0, seed=2)
     _, out, _ = said(capsys, "outputs_dir=other", "--where", "seed=1", "--by", "seed")
     assert "runner compare outputs_dir=other --where=seed=1 --by=seed --html compare.html" in out
+
+
+def test_runs_of_several_stores_do_not_stand_side_by_side(here: Path, capsys: pytest.CaptureFixture[str]):
+    client = store.connect(f"sqlite:///{here}/theirs.db")
+    store.create_run(client, store.experiment_id(client, "runner", here), "some id", "theirs", 1.7e9)
+    played(a_sweep("outputs/sweeps/mine"), 4, 1.0)
+    for words, told in {
+        ("uri=theirs.db", "uri=other.db"): "uri: is given more than once.*runs of several MLflow stores do not stand",
+        ("uri=theirs.db", "theirs", "outputs/sweeps/mine"): "no experiment, sweep or run 'outputs/sweeps/mine' in "
+        "sqlite:.*theirs.db.*folders are compared without uri=",
+        ("uri=theirs.db", "runner", "mine"): "'runner' is an experiment, and mine is not",
+    }.items():
+        code, out, err = said(capsys, *words)
+        assert (code, out) == (2, "")
+        assert re.search(told, err, re.DOTALL), err
+
+
+def test_what_keeps_the_embedded_database_from_answering_is_told(here: Path, capsys: pytest.CaptureFixture[str]):
+    played(a_sweep(), 4, 1.0)
+    code, _, err = said(capsys, "nosuch")
+    assert (code, "database" in err) == (2, False)
+    Path("outputs/mlflow.db").write_text("this is no database, and never was one")
+    code, _, err = said(capsys, "nosuch")
+    assert code == 2
+    assert "there is no run or sweep 'nosuch'" in err
+    assert "file is not a database" in err
+
+
+def test_runs_of_different_tasks_are_refused(here: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep()
+    played(sweep, 4, 1.0), played(sweep, 8, 2.0, task="pretrain")
+    code, out, err = said(capsys)
+    assert (code, out) == (2, "")
+    assert "different tasks (1 of sft, 1 of pretrain): their losses are not of one kind" in err
+    assert said(capsys, "--where", "task=pretrain")[0] == 0
 
 
 def test_no_password_is_shown(here: Path, server: Server, capsys: pytest.CaptureFixture[str]):
@@ -315,11 +389,16 @@ def test_the_page_is_complete_in_itself_and_takes_any_name(here: Path, capsys: p
     assert not re.findall(r"<(?:img|link|iframe|object)|src\s*=\s*[\"']|@import|url\((?!#)", page)
     assert set(re.findall(r"https?://[\w./]+", page)) == {"http://www.w3.org/2000/svg"}
     assert page.count("</script>") == 2, "one ends the data, one the program"
-    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert match
-    data = json.loads(match[1])
+    data = data_of(Path("deep/report.html"))
     assert [run["label"] for run in data["runs"]] == [f"{HOSTILE}{n}" for n in range(8)]
     assert data["curves"]["0"]["eval"] == [[0, 10, 20], [0.0, 0.0, 0.0], [0.0, 10.0, 20.0], [5.0, 0.75, 1.0]]
+
+
+def data_of(page: Path) -> dict:
+    """What the page draws."""
+    match = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    assert match
+    return json.loads(match[1])
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -344,6 +423,34 @@ def test_a_browser_draws_it(count: int, here: Path, capsys: pytest.CaptureFixtur
     assert html.escape("</script><script>document") in drawn
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
+def test_the_front_and_the_cells_of_the_page_are_those_of_the_terminal(here: Path, capsys: pytest.CaptureFixture[str]):
+    """Two runs are equal in both: both are on the front."""
+    sweep = a_sweep()
+    trained = [(1.0, 9.0), (1.0, 9.0), (2.0, 3.0), (2.0, 4.0), (3.0, 1234.5), (0.5, None)]
+    for n, (loss, seconds) in enumerate(trained):
+        played(sweep, 2**n, loss, seconds=seconds) if seconds else played(sweep, 2**n, loss, status="failed")
+    code, out, _ = said(capsys, "--pareto", "time,loss", "--html", "page.html")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if re.search(r"00\d-job +(completed|failed)", line)]
+    on_front = [number for number, row in enumerate(rows) if "◆" in row[0]]
+    assert [rows[number][1] for number in on_front] == ["000-job", "001-job", "002-job"]
+
+    data = data_of(Path("page.html"))
+    assert sorted(data["fronts"]["eval/loss"]["train/seconds"]) == on_front
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={here}/profile"]
+    address = (here / "page.html").as_uri()
+    done = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, check=True, timeout=120)
+    scatter = done.stdout.partition('id="scatter">')[2].partition("</svg>")[0]
+    ringed = re.findall(r'<circle[^>]*stroke="var\(--ink\)"[^>]*data-run="(\d+)"', scatter)
+    assert sorted(map(int, ringed)) == on_front
+    table = done.stdout.partition('id="table">')[2].partition("</table>")[0]
+    found = re.findall(r"<tr[^>]*data-run.*?</tr>", table, re.DOTALL)
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in found]
+    shown_there = [[re.sub(r"<[^>]+>", "", cell) for cell in row] for row in cells]
+    assert [" ".join(row).split() for row in shown_there] == rows
+
+
 def test_curves_are_thinned_without_losing_a_peak():
     values = [1.0] * 5000
     values[1234], values[4321] = 9.0, -3.0
@@ -355,19 +462,13 @@ def test_curves_are_thinned_without_losing_a_peak():
     assert thin.steps[thin.values.index(9.0)] == 1234
 
 
-def test_curves_of_runs_without_a_folder_come_from_mlflow(real: Path, tmp_path: Path):
-    found = json.loads(runner("compare", "--json", cwd=real).stdout)
-    moved = real.with_name("moved")
-    real.rename(moved)  # the folders that MLflow tells of are not there
-    try:
-        uri = f"uri={moved}/outputs/mlflow.db"
-        done = runner("compare", uri, "--html", str(tmp_path / "page.html"), cwd=tmp_path)
-    finally:
-        moved.rename(real)
+def test_curves_of_runs_without_a_folder_come_from_mlflow(copied: Path, tmp_path: Path):
+    found = json.loads(runner("compare", "--json", cwd=copied).stdout)
+    shutil.rmtree(copied / "outputs" / "sweeps")
+    uri = f"uri={copied}/outputs/mlflow.db"
+    done = runner("compare", uri, "--html", str(tmp_path / "page.html"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    match = re.search(r'id="data">(.*?)</script>', (tmp_path / "page.html").read_text(), re.DOTALL)
-    assert match
-    shown = json.loads(match[1])
+    shown = data_of(tmp_path / "page.html")
     assert [curve["eval"][0] for curve in shown["curves"].values()] == [[0, 1, 2]] * 4
     assert shown["curves"]["0"]["eval"][3][-1] == pytest.approx(found["runs"][0]["eval/loss"], rel=1e-5)
     tokens = shown["curves"]["0"]["eval"][1]
@@ -489,8 +590,8 @@ def test_what_a_person_sees_in_mlflow(real: Path, pages: str):
     assert "eval/loss" in compared
 
 
-def test_the_parent_shows_the_leaderboard_and_follows_when_runs_are_added(real: Path):
-    sweep = SweepDir(real / "outputs" / "sweeps" / "small")
+def test_the_parent_shows_the_leaderboard_and_follows_when_runs_are_added(copied: Path):
+    sweep = SweepDir(copied / "outputs" / "sweeps" / "small")
     noted = sweep.read()["mlflow"]
     client = store.connect(noted["uri"])
 

@@ -29,7 +29,7 @@ FLOORS = [
      "status", "logs", "cancel", "choices"},
     {"results", "recorded"},
     {"columns", "stored", "contrast"},
-    {"ranking", "curves", "diff", "worktree", "ui"},
+    {"ranking", "comparable", "curves", "diff", "worktree", "ui"},
     {"leaderboard"},
     {"page"},
     {"mlflow_leaderboard", "charts"},

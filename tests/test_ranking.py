@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,7 @@ def test_seeds_are_averaged_and_settings_that_differ_by_chance_are_said_so():
 def test_averaging_over_what_was_never_repeated_is_said_to_be_idle():
     made = leaderboard.of([a_run("a", loss=1, lora__r=4, seed=0), a_run("b", loss=2, lora__r=8, seed=1)], by="seed")
     assert any("nothing to average" in note for note in made.notes)
+    assert not made.has_means
     assert leaderboard.verdict(made.groups[1]) == "one run alone: no telling"
 
 
@@ -161,6 +163,19 @@ def test_two_repetitions_say_nothing_of_the_spread_of_a_machine(values: tuple[fl
     assert "±" in leaderboard.mean_text("eval/loss", intervals.mean(values))
 
 
+def test_where_nothing_but_the_seed_differs_there_is_one_group_and_nothing_to_hold_it_against():
+    made = leaderboard.of([a_run(str(seed), loss=1 + seed, seed=seed) for seed in range(3)], by="seed")
+    assert made.is_one_setting
+    assert made.group_titles() == ["n", "loss"]
+    assert made.group_rows() == [["3", "2.0000 ± 2.4841"]]
+    assert "nothing else differs" in made.group_heading()
+    several = [a_run(f"{r}-{seed}", loss=r + seed, lora__r=r, seed=seed) for r in (4, 8) for seed in range(2)]
+    made = leaderboard.of(several, by="seed")
+    assert not made.is_one_setting
+    assert made.group_titles() == ["lora.r", "n", "loss", "against the best"]
+    assert made.group_heading() == "mean ± 95 % interval over seed"
+
+
 def test_values_are_short_for_people_and_exact_for_programs():
     rates = ("0.0013981961408994052", "0.0012")
     made = leaderboard.of([a_run(rate, loss=n, lr=rate, seed=1 + n) for n, rate in enumerate(rates)])
@@ -195,6 +210,25 @@ def test_the_front_is_what_nothing_beats():
 def test_equal_runs_are_on_the_front_together_and_unfinished_ones_never():
     runs = [a_run("a", loss=1, **{"m/x": 1.0}), a_run("b", loss=1, **{"m/x": 1.0}), a_run("c", "failed", loss=0)]
     assert [run.run for run in ranking.front(runs, [LOSS, Goal("m/x", False)])] == ["a", "b"]
+
+
+def test_the_front_of_each_pair_is_the_front_of_these_two():
+    """Of few values, so that many runs are equal in one goal or in both."""
+    draw = random.Random(3)
+    runs = [
+        a_run(str(n), "completed" if n % 7 else "failed", loss=draw.randint(0, 9), lora__r=draw.choice([4, 8, "x"]),
+              **{"m/x": draw.randint(0, 9), **({} if n % 5 == 0 else {"m/y": draw.randint(0, 3)})})
+        for n in range(300)
+    ]  # fmt: skip
+    goals = [LOSS, Goal("m/x", is_larger_better=True), Goal("m/y", is_larger_better=False), Goal("lora.r", False)]
+    found = ranking.fronts(runs, goals)
+    assert len(found) == 10
+    for (one, other), places in found.items():
+        pair = [goal for key in (one, other) for goal in goals if goal.key == key]
+        assert [runs[place] for place in places] == ranking.front(runs, pair), (one, other)
+    costs = [(-run.metrics["m/x"], run.metrics["eval/loss"]) for run in runs if run.is_completed]
+    assert len(found["eval/loss", "m/x"]) == sum(not any(a <= x and b <= y and (a, b) != (x, y) for a, b in costs)
+                                                 for x, y in costs)  # fmt: skip
 
 
 def test_importance_finds_what_the_loss_depends_on():
@@ -338,3 +372,13 @@ def test_it_is_said_why_numbers_side_by_side_may_not_be_alike():
     assert "data.eval_rows" in notes
     assert "tokenizer" in notes
     assert leaderboard.of(runs[:1]).notes == []
+
+
+def test_runs_of_several_stores_are_compared_by_their_folders_and_that_is_said():
+    runs = [
+        replace(a_run(name, loss=1, lora__r=n), store=store)
+        for n, (name, store) in enumerate({"a": "http://one", "b": "sqlite:////two.db", "c": ""}.items())
+    ]
+    (note,) = leaderboard.of(runs).notes
+    assert "no page of MLflow has all of the runs, they were told to 2 stores (http://one, sqlite:////two.db)" in note
+    assert leaderboard.of(runs[1:]).notes == []

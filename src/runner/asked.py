@@ -61,7 +61,12 @@ def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Co
     faults: list[Fault] = []
     outputs_dir, rest = "outputs", iter(argv)
     for option in [option for option in (*valued, "outputs_dir", "uri") if _times(argv, option) > 1]:
-        faults.append(Fault(option, "is given more than once", "give it once"))
+        remedy = (
+            "give it once: runs of several MLflow stores do not stand side by side"
+            if option == "uri"
+            else "give it once"
+        )
+        faults.append(Fault(option, "is given more than once", remedy))
     for word in rest:
         option, has_value, value = word.partition("=")
         if word == "--":  # the rest are words, whatever they begin with

@@ -56,8 +56,12 @@ def goal(text: str, results: Sequence[Result], option: str) -> Goal:
         ConfigError: no run has it.
     """
     key = resolve(text.lstrip("+-"), results, option)
-    upwards = text.startswith("-") or (not text.startswith("+") and key.endswith(LARGER_IS_BETTER))
-    return Goal(key, upwards)
+    return Goal(key, True) if text.startswith("-") else Goal(key, False) if text.startswith("+") else by_name(key)
+
+
+def by_name(key: str) -> Goal:
+    """Which way a key gets better, as its name says: what it does not know gets better downwards."""
+    return Goal(key, key.endswith(LARGER_IS_BETTER))
 
 
 def objective(results: Sequence[Result]) -> Goal | None:
@@ -75,8 +79,7 @@ def _first(text: str) -> str:
 
 def rated(order: Goal) -> Goal:
     """What is the best, where runs are ordered so: a name that says which way is better is taken at its word."""
-    is_known = order.key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER))
-    return Goal(order.key, order.key.endswith(LARGER_IS_BETTER)) if is_known else order
+    return by_name(order.key) if order.key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER)) else order
 
 
 def resolve(word: str, results: Sequence[Result], option: str) -> str:

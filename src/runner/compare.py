@@ -32,15 +32,15 @@ is the latest sweep.
 
 RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; SWEEP its name or its
 folder. EXPERIMENT is MLflow's; uri names a server or sqlite:////path/mlflow.db, by default the database embedded in
-outputs_dir.
+outputs_dir. One store is asked at a time, and runs of different tasks are not compared.
   --where CONDITION  KEY=VALUE, !=, <, <=, >, >=, ~ (contains), with and, or, not and brackets
   --metrics A,B      these instead of loss, best, tokens/s, memory and time
   --sort KEY         the better first: accuracy, acc, f1, mfu, per_second, reward and such get better upwards, all else
                      downwards; -KEY upwards, +KEY downwards. ★ stays with the better end of a metric whose name says
                      it. Without --sort: what a search of these runs looked for, else the loss
-  --by KEY           take runs together that differ in KEY alone
+  --by KEY           take runs together that differ in KEY alone; where nothing else differs only their mean is shown
   --pareto A,B       mark the runs that none beats in one without being worse in another; -A and +A as above
-  --all              all runs on the terminal, not only the first 50
+  --all              all runs on the terminal, not only the first 50, or the mean of one setting
   --markdown, --csv, --json      for a report, a spreadsheet, a program
   --html FILE        one page, complete in itself         --png DIR   its charts as pictures
 A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy, eval_held_out/loss of the verb evaluate), an end of
@@ -99,10 +99,14 @@ def _source(words: asked.Asked) -> _Source:
     except ConfigError as error:
         if not names or not embedded.exists():
             raise
+        from runner import stored
+
         try:
             return _from_store(f"sqlite:///{embedded}", names)
-        except TrackingError:
+        except stored.UnknownNameError:
             raise error from None  # the folders' answer names what is near
+        except TrackingError as failure:
+            raise ConfigError(*error.faults, *failure.faults) from failure
 
 
 def _from_store(uri: str, names: list[str]) -> _Source:
@@ -192,8 +196,8 @@ def _print(made: Leaderboard, words: asked.Asked) -> None:
 
 def markdown(made: Leaderboard) -> str:
     """The table, and that of the groups, as GitHub and others show it."""
-    tables = [_markdown(made.group_titles(), made.group_rows())] if made.groups else []
-    tables.append(_markdown(made.titles(), made.rows()))
+    groups = [f"**{made.group_heading()}**", _markdown(made.group_titles(), made.group_rows())]
+    tables = [*(groups if made.has_means else []), _markdown(made.titles(), made.rows())]
     return "\n\n".join([*tables, *(f"> {note}" for note in made.notes)])
 
 
@@ -206,16 +210,18 @@ def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _show(made: Leaderboard, is_all: bool) -> None:
     """The tables on the terminal, then why runs failed and what is to be borne in mind."""
-    if made.groups:
-        _table(f"mean ± 95 % interval over {made.over}", made.group_titles(), made.group_rows(), lead=made.params)
+    if made.has_means:
+        _table(made.group_heading(), made.group_titles(), made.group_rows(), lead=made.params)
         print()
     rows = made.rows()
-    shown = rows if is_all else rows[:SHOWN]
-    _table("", made.titles(), shown, lead=["run", "status", *made.params])
+    shown = rows if is_all else [] if made.is_one_setting else rows[:SHOWN]
+    if shown:
+        _table("", made.titles(), shown, lead=["run", "status", *made.params])
     if len(shown) < len(rows):
         left = Counter(result.status for result in made.results[len(shown) :])
         counts = ", ".join(f"{count} {status}" for status, count in left.items())
-        print(f"and {len(rows) - len(shown)} more ({counts}): --all shows them")
+        more = f"and {len(rows) - len(shown)} more" if shown else f"{len(rows)} runs"
+        print(f"{more} ({counts}): --all shows them")
     for result in made.results if is_all else made.results[:SHOWN]:
         if result.reason:
             print(f"{result.status}  {result.run}: {result.reason}")
@@ -229,9 +235,11 @@ def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], lea
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    if title:  # not the table's own, which it breaks at its width
+        print(title)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in titles:
-        is_text = name in lead or name == "against the best"
+        is_text = name in lead or name == leaderboard.VERDICT
         drawn.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row in rows:
         drawn.add_row(*row, style="bold" if "★" in row[0] or "★" in row[-1] else None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from runner import columns, condition, ranking
+from runner import columns, comparable, condition, ranking
 from runner.columns import Goal, Value
 from runner.errors import ConfigError, Fault
 from runner.intervals import Mean
@@ -19,9 +19,10 @@ from runner.results import Result
 from runner.tracking import LOSS
 
 T = TypeVar("T")
+VERDICT = "against the best"
+"""The column of groups that says whether they differ."""
 FEW = 3
 """Repetitions below which speed, memory and time have no interval: two say of a machine what else it did."""
-NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,14 @@ class Leaderboard:
         """Status → how many runs."""
         return dict(Counter(result.status for result in self.results))
 
+    def keys(self) -> list[str]:
+        """The columns of ``rows`` by their full names."""
+        lead = ["run", *(["status"] if set(self.statuses) != {"completed"} else [])]
+        return [*lead, *self.params, *self.metrics]
+
     def titles(self) -> list[str]:
         """The heads of ``rows``: those of parameters and metrics can be typed as keys."""
-        lead = ["run", *(["status"] if set(self.statuses) != {"completed"} else [])]
-        return [*lead, *self.params, *(columns.title(key, self.metrics) for key in self.metrics)]
+        return [columns.title(key, self.metrics) if key in self.metrics else key for key in self.keys()]
 
     def rows(self) -> list[list[str]]:
         """A row of text for each run; ★ is the best, ◆ on the Pareto front."""
@@ -63,12 +68,32 @@ class Leaderboard:
         for result in self.results:
             marks = "★" * (result is self.best) + "◆" * (id(result) in on_front)
             lead = [f"{marks} {result.run}".strip(), *([result.status] if with_status else [])]
-            rows.append([*lead, *(columns.text(key, columns.value(result, key)) for key in self.params + self.metrics)])
+            rows.append([*lead, *self.cells(result)])
         return rows
+
+    def cells(self, result: Result) -> list[str]:
+        """What a run has of the parameters and the metrics that are shown, as text."""
+        return [columns.text(key, columns.value(result, key)) for key in self.params + self.metrics]
+
+    @property
+    def has_means(self) -> bool:
+        """Whether there is anything to take together: runs that differ in ``over`` alone."""
+        return any(len(group.results) > 1 for group in self.groups)
+
+    @property
+    def is_one_setting(self) -> bool:
+        """Whether all runs are of one group: it is compared with nothing."""
+        return self.has_means and len(self.groups) == 1
+
+    def group_heading(self) -> str:
+        """What the groups are, to stand above them."""
+        alone = "; nothing else differs, so there is no other setting to hold it against" if self.is_one_setting else ""
+        return f"mean ± 95 % interval over {self.over}{alone}"
 
     def group_titles(self) -> list[str]:
         setting = [key for key in self.params if key != self.over]
-        return [*setting, "n", *(columns.title(key, self.metrics) for key in self.metrics), "against the best"]
+        verdict = [] if self.is_one_setting else [VERDICT]
+        return [*setting, "n", *(columns.title(key, self.metrics) for key in self.metrics), *verdict]
 
     def group_rows(self) -> list[list[str]]:
         """A row of text for each group: means, with the interval that holds the true one in 95 of 100 cases."""
@@ -79,7 +104,7 @@ class Leaderboard:
             count = str(n) if n == len(group.results) else f"{n} of {len(group.results)}"
             numbers = [mean_text(key, group.means.get(key)) for key in self.metrics]
             values = [columns.text(key, group.setting.get(key)) for key in setting]
-            rows.append([*values, count, *numbers, verdict(group)])
+            rows.append([*values, count, *numbers, *([] if self.is_one_setting else [verdict(group)])])
         return rows
 
     def table(self) -> tuple[list[str], list[list[Value]]]:
@@ -126,8 +151,8 @@ def of(
     goal = columns.rated(order) if order and any(order.key in result.metrics for result in results) else None
     if not faults:
         kept = [result for result in results if meets is None or meets(partial(columns.value, result))]
-        _refuse_nothing(kept, results, where, asked)
-        _refuse_mixed(kept)
+        comparable.refuse_nothing(kept, results, where, asked)
+        comparable.refuse_mixed(kept)
         goal = goal or columns.objective(kept) or Goal(LOSS, is_larger_better=False)
         return _board(kept, goal, order or goal, shown or [], axes or [], over or "")
     raise ConfigError(*faults)
@@ -212,10 +237,11 @@ def _board(
     notes = ranking.cautions(results, params)
     if not params and len(results) > 1:
         notes.append("the runs differ in no parameter")
-    if over and all(len(group.results) < 2 for group in groups):
-        notes.append(f"no two runs differ in {over} alone: there is nothing to average")
     front = ranking.front(results, axes) if axes else []
-    return Leaderboard(ranking.ordered(results, order), params, shown, goal, best, axes, front, over, groups, notes)
+    made = Leaderboard(ranking.ordered(results, order), params, shown, goal, best, axes, front, over, groups, notes)
+    if over and not made.has_means:
+        notes.append(f"no two runs differ in {over} alone: there is nothing to average")
+    return made
 
 
 def _asked(faults: list[Fault], read: Callable[[], T], text: str) -> T | None:
@@ -248,40 +274,3 @@ def _noted(word: str, results: Sequence[Result], asked: list[str]) -> str:
     """The key that a word of the condition means, which is noted."""
     asked.append(columns.resolve(word, results, "--where"))
     return asked[-1]
-
-
-def _values_of(key: str, results: Sequence[Result]) -> str:
-    """``quant: 4bit, 8bit``, or of many numbers the ends."""
-    found = {value for result in results if (value := columns.value(result, key)) is not None}
-    numbers = sorted(number for value in found if (number := columns.number(value)) is not None)
-    if len(numbers) == len(found) > NAMED:
-        return f"{key}: {numbers[0]:.6g} to {numbers[-1]:.6g}"
-    texts = sorted(columns.text(key, value) for value in found)
-    return f"{key}: {', '.join(texts[:NAMED])}{' …' if len(texts) > NAMED else ''}"
-
-
-def _refuse_nothing(kept: Sequence[Result], results: Sequence[Result], where: str, asked: Sequence[str]) -> None:
-    if not kept:
-        if not where:
-            raise ConfigError(Fault("", "there is no run to compare"))
-        there = "; ".join(_values_of(key, results) for key in dict.fromkeys(asked))
-        raise ConfigError(Fault("--where", f"none of the {len(results)} runs meets it", f"there is {there}", where))
-    if any(result.is_completed for result in kept):
-        return
-    counts = ", ".join(f"{n} {status}" for status, n in Counter(result.status for result in kept).items())
-    runs = f"none of the {len(kept)} runs is completed" if len(kept) > 1 else f"{kept[0].label} is not completed"
-    lines = "".join(f"\n      {_standing(result)}" for result in kept[:8])
-    raise ConfigError(Fault("", f"{runs}: {counts}", f"python -m runner status shows how far they are{lines}"))
-
-
-def _standing(result: Result) -> str:
-    step = f"  step {result.step}/{result.total_steps}" if result.total_steps else ""
-    return f"{result.run}  {result.status}{step}" + (f"  {result.reason}" if result.reason else "")
-
-
-def _refuse_mixed(kept: Sequence[Result]) -> None:
-    tasks = Counter(result.params["task"] for result in kept if "task" in result.params)
-    if len(tasks) > 1:
-        counts = ", ".join(f"{n} of {task}" for task, n in tasks.items())
-        problem = f"these are runs of different tasks ({counts}): their losses are not of one kind"
-        raise ConfigError(Fault("task", problem, f"choose one: --where task={tasks.most_common(1)[0][0]}"))

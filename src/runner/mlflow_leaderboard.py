@@ -74,7 +74,10 @@ def _send_best(client: MlflowClient, parent: Run, made: Leaderboard, updated: fl
 def _note(made: Leaderboard, experiment: str) -> str:
     """The first of the board as Markdown, each with a link to its run."""
     titles = ["run", *made.params, *(columns.title(key, made.metrics) for key in made.metrics)]
-    rows = [[_link(result, experiment), *_cells(result, made)] for result in made.results[:SHOWN]]
+    rows = [
+        [_link(result, experiment), *(cell.replace("|", "\\|") for cell in made.cells(result))]
+        for result in made.results[:SHOWN]
+    ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [titles, ["---"] * len(titles), *rows])
     more = f"\n\nThe first {SHOWN} of {len(made.results)}; all are in {TABLE} and {PAGE}."
     return f"{OURS}: {_link(made.best, experiment)}\n\n{table}{more if len(made.results) > SHOWN else ''}"
@@ -83,11 +86,6 @@ def _note(made: Leaderboard, experiment: str) -> str:
 def _link(result: Result, experiment: str) -> str:
     label = result.label.replace("|", "\\|").replace("[", "(").replace("]", ")").replace("\n", " ")
     return f"[{label}](#/experiments/{experiment}/runs/{result.mlflow_id})" if result.mlflow_id else label
-
-
-def _cells(result: Result, made: Leaderboard) -> list[str]:
-    found = [columns.text(key, columns.value(result, key)) for key in made.params + made.metrics]
-    return [cell.replace("|", "\\|") for cell in found]
 
 
 def _rows(made: Leaderboard) -> list[dict[str, Any]]:

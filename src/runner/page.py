@@ -47,7 +47,7 @@ def render(made: Leaderboard, drawn: Drawing, title: str) -> str:
 
 def _data(made: Leaderboard, drawn: Drawing, title: str) -> dict[str, Any]:
     names = sorted({key for result in made.results for key in result.metrics})
-    on_front = {id(result) for result in made.front}
+    rows = made.rows()
     count = sum(1 for found in drawn.curves if found)
     return {
         "title": title,
@@ -56,20 +56,24 @@ def _data(made: Leaderboard, drawn: Drawing, title: str) -> dict[str, Any]:
         "notes": made.notes,
         "goal": made.goal.key,
         "params": made.params,
-        "metrics": made.metrics,
+        "columns": [
+            {"key": key, "title": head, "is_metric": key in made.metrics}
+            for key, head in zip(made.keys(), made.titles(), strict=True)
+        ],
         "all_metrics": [_metric(name, made) for name in names],
         "colour": _colour(made, drawn),
         "scatter": [axis.key for axis in drawn.scatter],
+        "fronts": _fronts(made, names),
         "parallel": list(dict.fromkeys([*(axis.key for axis in made.axes), made.goal.key])),
         "importance": [[key, round(share, 4)] for key, share in drawn.importance],
         "runs": [
             {
                 "run": result.run, "label": result.label, "status": result.status, "reason": result.reason,
-                "sweep": result.sweep, "folder": result.folder, "best": result is made.best,
-                "front": id(result) in on_front, "metrics": dict(result.metrics),
+                "sweep": result.sweep, "folder": result.folder, "best": result is made.best, "cells": row,
+                "metrics": dict(result.metrics),
                 "params": {key: result.params[key] for key in made.params if key in result.params},
             }
-            for result in made.results
+            for result, row in zip(made.results, rows, strict=True)
         ],
         "curves": {number: _points(found) for number, found in enumerate(drawn.curves) if found},
         "left_out": f"The curves of {count} of {len(made.results)} runs." if count < len(made.results) else "",
@@ -85,9 +89,22 @@ def _facts(made: Leaderboard) -> list[tuple[str, str]]:
 
 
 def _metric(name: str, made: Leaderboard) -> dict[str, Any]:
-    larger = next((axis for axis in (made.goal, *made.axes) if axis.key == name), None)
-    upwards = larger.is_larger_better if larger else name.endswith(columns.LARGER_IS_BETTER)
-    return {"key": name, "title": columns.title(name, made.metrics), "larger": upwards}
+    return {"key": name, "title": columns.title(name, made.metrics), "larger": _goal(name, made).is_larger_better}
+
+
+def _goal(key: str, made: Leaderboard) -> Goal:
+    """Which way it gets better: as was asked for, else as its name says."""
+    return next((goal for goal in (*made.axes, made.goal) if goal.key == key), columns.by_name(key))
+
+
+def _fronts(made: Leaderboard, names: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+    """Key → key → the runs on the front of these two: of every metric, and of every parameter that is a number."""
+    numbers = [key for key in made.params if any(columns.number(result.params.get(key)) is not None
+                                                 for result in made.results)]  # fmt: skip
+    found: dict[str, dict[str, list[int]]] = {}
+    for (one, other), runs in ranking.fronts(made.results, [_goal(key, made) for key in (*names, *numbers)]).items():
+        found.setdefault(one, {})[other] = runs
+    return found
 
 
 def _colour(made: Leaderboard, drawn: Drawing) -> str:
@@ -102,7 +119,7 @@ def _scatter(made: Leaderboard) -> tuple[Goal, Goal]:
     if made.axes:
         return made.axes[0], made.axes[1]
     across = next((key for key in (GPU_MEMORY, CPU_MEMORY, SPEED) if key in made.metrics), made.metrics[0])
-    return Goal(across, across.endswith(columns.LARGER_IS_BETTER)), made.goal
+    return columns.by_name(across), made.goal
 
 
 def _points(found: Curves) -> dict[str, Sequence[Any]]:
@@ -113,7 +130,9 @@ def _points(found: Curves) -> dict[str, Sequence[Any]]:
 
 
 def _groups(made: Leaderboard) -> dict[str, Any] | None:
-    if not made.groups:
+    if not made.has_means:
         return None
+    best = [number for number, group in enumerate(made.groups) if group.is_best]
     lead = len([key for key in made.params if key != made.over])
-    return {"over": made.over, "titles": made.group_titles(), "rows": made.group_rows(), "lead": lead}
+    return {"heading": made.group_heading(), "titles": made.group_titles(), "rows": made.group_rows(), "best": best,
+            "numbers": [lead, lead + 1 + len(made.metrics)]}  # fmt: skip

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from statistics import fmean
 
 from runner import columns, intervals
@@ -62,14 +63,24 @@ def best(results: Sequence[Result], goal: Goal) -> Result | None:
 
 
 def front(results: Sequence[Result], goals: Sequence[Goal]) -> list[Result]:
-    """The Pareto front: the completed runs that no other beats in one goal without being worse in another."""
-    costs = [(result, tuple(goal.cost(result) for goal in goals)) for result in results if result.is_completed]
-    rated = sorted((pair for pair in costs if all(map(math.isfinite, pair[1]))), key=lambda pair: pair[1])
-    kept: list[tuple[Result, tuple[float, ...]]] = []
-    for result, own in rated:  # whoever beats a run comes before it in this order
-        if not any(_beats(other, own) for _, other in kept):
-            kept.append((result, own))
-    return [result for result, _ in kept]
+    """The Pareto front: the completed runs that no other beats in one goal without being worse in another.
+
+    In the order of the first goal, the better first; runs that are equal in all goals are on it together.
+    """
+    completed = [result for result in results if result.is_completed]
+    costs = [tuple(goal.cost(result) for goal in goals) for result in completed]
+    return [completed[place] for place in _unbeaten(costs)]
+
+
+def fronts(results: Sequence[Result], goals: Sequence[Goal]) -> dict[tuple[str, str], list[int]]:
+    """The front of any two of these goals, as places in ``results``; a pair is in the order of ``goals``."""
+    places = [place for place, result in enumerate(results) if result.is_completed]
+    costs = {goal.key: [goal.cost(results[place]) for place in places] for goal in goals}
+    pairs = combinations_with_replacement(costs, 2)
+    return {
+        (one, other): [places[n] for n in _unbeaten(list(zip(costs[one], costs[other], strict=True)))]
+        for one, other in pairs
+    }
 
 
 def grouped(
@@ -126,6 +137,9 @@ def cautions(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
         said.append("the models differ: a loss per token compares only those that share a tokenizer")
     if len(devices := sorted({result.device for result in results} - {""})) > 1:
         said.append(f"they ran on different devices ({', '.join(devices)}): so do speed and memory differ")
+    if len(stores := sorted({result.store for result in results} - {""})) > 1:
+        said.append(f"these numbers are those of the folders: no page of MLflow has all of the runs, they were told to "
+                    f"{len(stores)} stores ({', '.join(stores)})")  # fmt: skip
     return said
 
 
@@ -144,8 +158,22 @@ def _place(result: Result, goal: Goal) -> tuple[float, str]:
     return goal.cost(result), found if isinstance(found, str) else ""
 
 
+def _unbeaten(costs: Sequence[tuple[float, ...]]) -> list[int]:
+    """The places of those that no other beats, the smallest first; an infinite cost is none."""
+    places: dict[tuple[float, ...], list[int]] = defaultdict(list)
+    for place, own in enumerate(costs):
+        if all(map(math.isfinite, own)):
+            places[own].append(place)
+    kept: list[tuple[float, ...]] = []
+    for own in sorted(places):  # whoever beats one comes before it in this order; of two costs the last kept does
+        if not any(_beats(other, own) for other in (kept[-1:] if len(own) == 2 else kept)):
+            kept.append(own)
+    return [place for own in kept for place in places[own]]
+
+
 def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
-    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
+    """Whether one is nowhere larger; the two are not equal."""
+    return all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def _values(results: Sequence[Result], key: str) -> list[float]:

@@ -39,6 +39,8 @@ class Result:
     folder: str = ""
     """Absolute; empty where it is not on this machine."""
     mlflow_id: str = ""
+    store: str = ""
+    """The MLflow store that the folder's run was told to; empty where it was told to none, or was read from one."""
     created: float = 0.0
     step: int = 0
     total_steps: int = 0
@@ -80,7 +82,7 @@ def _of(found: Standing, outputs_dir: Path, *, is_alone: bool) -> Result:
             status, reason = "damaged", str(error)
     if state.seconds:
         metrics[SECONDS] = state.seconds
-    hardware = said.get("hardware") or {}
+    hardware, mlflow = said.get("hardware") or {}, said.get("mlflow") or {}
     return Result(
         run=_handle(rundir, sweep.path if sweep else None, outputs_dir, is_alone),
         label=found.label,
@@ -91,7 +93,8 @@ def _of(found: Standing, outputs_dir: Path, *, is_alone: bool) -> Result:
         metrics=metrics,
         sweep=sweep.path.name if sweep else "",
         folder=str(rundir.path),
-        mlflow_id=str((said.get("mlflow") or {}).get("run_id") or ""),
+        mlflow_id=str(mlflow.get("run_id") or ""),
+        store=str(mlflow.get("uri") or ""),
         created=float(said.get("created") or 0),
         step=state.step,
         total_steps=state.total_steps,

@@ -57,11 +57,16 @@ class Store(Protocol):
         """(run id, metric, its points in the order of steps)."""
 
 
+class UnknownNameError(TrackingError):
+    """The store has no experiment, sweep or run of that name."""
+
+
 def read(uri: str, words: Sequence[str]) -> list[Result]:
     """The results of all runs of the experiments, or of the sweeps, that the words name; no word: the one experiment.
 
     Raises:
-        TrackingError: the store does not answer, or has none of that name.
+        UnknownNameError: the store has none of that name.
+        TrackingError: it does not answer, or what is meant cannot be told.
     """
     try:
         there = opened(uri)
@@ -71,11 +76,13 @@ def read(uri: str, words: Sequence[str]) -> list[Result]:
     except TrackingError:
         raise
     except Exception as error:  # a store fails in a hundred ways
-        remedy = "check the address, and whether the server runs"
+        remedy = (
+            "check the address, and whether the server runs" if store.is_server(uri) else "is that MLflow's database?"
+        )
         raise TrackingError(Fault("uri", explained(error, uri), remedy)) from error
     children = [row for row in rows if "runner.jobs" not in row.tags]
     if not chosen and words:
-        children = _of_sweeps(children, words, known)
+        children = _of_sweeps(children, words, known, uri)
     return [_result(row) for row in children]
 
 
@@ -113,7 +120,7 @@ def _chosen(known: dict[str, str], words: Sequence[str], uri: str) -> list[str]:
         own = [name for name in known if name != "Default"] or list(known)
         if len(own) != 1:
             problem, remedy = f"holds {len(own)} experiments", f"name one: {', '.join(own)}"
-            raise TrackingError(Fault("uri", problem, remedy, take_credentials(uri)[0]))
+            raise TrackingError(Fault("uri", problem, remedy, _plain(uri)))
         return own
     if (of := [word for word in words if word in known]) and len(of) < len(words):
         others = ", ".join(word for word in words if word not in known)
@@ -122,7 +129,7 @@ def _chosen(known: dict[str, str], words: Sequence[str], uri: str) -> list[str]:
     return list(words) if of else []
 
 
-def _of_sweeps(rows: Sequence[Row], words: Sequence[str], known: dict[str, str]) -> list[Row]:
+def _of_sweeps(rows: Sequence[Row], words: Sequence[str], known: dict[str, str], uri: str) -> list[Row]:
     """The runs that are meant: those of a sweep, or one by its name or the beginning of its id."""
     names = {row.tags.get("runner.sweep", "") for row in rows} - {""}
     chosen: dict[str, Row] = {}
@@ -133,9 +140,18 @@ def _of_sweeps(rows: Sequence[Row], words: Sequence[str], known: dict[str, str])
         if not found:
             hint = suggest(word, [*known, *names])
             there = f"experiments: {', '.join(known)}; sweeps: {', '.join(sorted(names)) or 'none'}"
-            raise TrackingError(Fault("", f"there is no experiment, sweep or run '{word}'", f"{hint} {there}".strip()))
+            if Path(word).expanduser().exists():
+                hint = "folders are compared without uri=…, runs of a store by the names that they have there;"
+            raise UnknownNameError(
+                Fault("", f"there is no experiment, sweep or run '{word}' in {_plain(uri)}", f"{hint} {there}".strip())
+            )
         chosen.update({row.run_id: row for row in found})
     return list(chosen.values())
+
+
+def _plain(uri: str) -> str:
+    """The address without a password."""
+    return take_credentials(uri)[0]
 
 
 def _result(row: Row) -> Result:
