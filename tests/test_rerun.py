@@ -63,6 +63,9 @@ def test_a_rerun_is_the_same_bit_by_bit_and_says_so(capfd: pytest.CaptureFixture
     made = the_rerun(original)
     assert re.search(r"code +the same\nenvironment the same\nhardware +the same", said)
     assert "identical to the original: train/loss, eval/loss and all else at 4 steps, bit by bit; and so are" in said
+    digest = original.read_manifest()["data"]["digest"]
+    assert f"data        is compared with the digest {digest[:12]} when it is read" in said
+    assert f"data        the same rows as then (digest {digest[:12]})\nrerun       identical" in said
     manifest = made.read_manifest()
     assert manifest["rerun"]["outcome"] == {"identical": True, "steps": 4, "first": None, "same_weights": True}
     assert manifest["signature"] == original.read_manifest()["signature"]
@@ -201,6 +204,13 @@ def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
     assert re.search(r"train/loss +\S+ +\S+  \([+-]", said)
     assert "the same: where and how, code, environment, data, hardware" in said
     assert "differs first at step 1: train/grad_norm" in said
+
+    trained("coarse", "quant=8bit", "tracking.experiment=other")
+    assert cli.run(["diff", "eight", "coarse", "--all"]) == 0
+    said = capfd.readouterr().out
+    assert re.search(r"configuration\n(.+\n)* +quant +none +8bit\n", said), "the option's name"
+    assert re.search(r" data\.format +messages +messages\n", said)
+    assert "_target_" not in said
 
     assert cli.run(["diff", "four", "eight", "--all"]) == 0
     assert re.search(r"optim\.learning_rate +0\.001 +0\.001", capfd.readouterr().out)

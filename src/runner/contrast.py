@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import checkout, prepare, sending, store
+from runner import checkout, choices, prepare, sending, store
 from runner.checkout import Changed, Code
 from runner.errors import RunnerError
 from runner.recorded import Curves, Recorded
@@ -64,9 +64,10 @@ class Numbers:
 
 def of(ours: Recorded, theirs: Recorded) -> list[Section]:
     """Everything about two runs, section by section."""
+    asked = [_named(run) for run in (ours, theirs)]
     return [
-        Section("configuration", _rows(*(_flat(_identity(run.config)) for run in (ours, theirs)))),
-        Section("where and how", _rows(*(_flat(_run_time(run.config)) for run in (ours, theirs)))),
+        Section("configuration", _rows(*(_part(keys, is_run_time=False) for keys in asked))),
+        Section("where and how", _rows(*(_part(keys, is_run_time=True) for keys in asked))),
         *materials(ours, theirs),
         Section("results", _rows(_results(ours), _results(theirs))),
     ]
@@ -100,12 +101,14 @@ def _same(ours: float, theirs: float) -> bool:
     return ours == theirs or (math.isnan(ours) and math.isnan(theirs))
 
 
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in prepare.RUN_TIME_KEYS}
+def _named(run: Recorded) -> dict[str, str]:
+    """The configuration, flattened; a group is its option's name, as it was chosen: ``quant: 4bit``."""
+    overrides = [str(override) for override in run.manifest.get("overrides") or []]
+    return choices.named(dict(sending.flatten(run.config)), choices.given_by(overrides))[0]
 
 
-def _run_time(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key in prepare.RUN_TIME_KEYS}
+def _part(keys: Mapping[str, str], *, is_run_time: bool) -> dict[str, str]:
+    return {key: text for key, text in keys.items() if (key.split(".")[0] in prepare.RUN_TIME_KEYS) == is_run_time}
 
 
 def _code(run: Recorded) -> dict[str, Any]:
@@ -192,10 +195,6 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]
         else:
             yield key
     yield from left
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, str]:
-    return dict(sending.flatten(tree))
 
 
 def _text(value: Any) -> str:

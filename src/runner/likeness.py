@@ -48,6 +48,7 @@ def tell_after(original: Recorded, rundir: RunDir, *, is_over: bool) -> None:
     is_same = found.first is None and found.steps > 0 and same_weights is not False
     outcome = {"identical": is_same, "steps": found.steps, "first": found.first, "same_weights": same_weights}
     rundir.update_manifest(rerun={**made.manifest["rerun"], "outcome": outcome})
+    _say(f"data        {_about_data(original, made)}")
     _say(f"rerun       {_verdict(found, same_weights)}")
     if not is_same:
         _say(f"compare     {command}")
@@ -91,6 +92,14 @@ def _hardware(then: dict[str, Any]) -> dict[str, Any]:
         found["device"] = then["device"] if str(then["device"]).startswith(kind) else kind
         found["device_name"] = gpus[0] if gpus else found["cpu"]
     return found
+
+
+def _about_data(original: Recorded, made: Recorded) -> str:
+    """Whether the worker read the rows of the original; it refuses others."""
+    then, now = (run.manifest.get("data") or {} for run in (original, made))
+    if not then.get("digest"):
+        return "the original did not note what it read: whether these were the same rows is not known"
+    return f"the same rows as then (digest {now['digest'][:12]})"
 
 
 def _verdict(found: contrast.Numbers, same_weights: bool | None) -> str:
