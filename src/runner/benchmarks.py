@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import json
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +55,18 @@ def choose(tasks: list[str]) -> Chosen:
     return Chosen(names, manager)
 
 
+def rows(chosen: Chosen, limit: int | None) -> dict[str, tuple[int, str]]:
+    """Task → how many rows it will be measured on, and their digest; of a group each of its tasks.
+
+    Raises:
+        DataError: the rows of a task cannot be had.
+    """
+    from lm_eval.tasks import get_task_dict
+
+    with _told(chosen):
+        return {name: _digest(docs, limit) for name, docs in _docs(get_task_dict(list(chosen.names), chosen.manager))}
+
+
 def measure(chosen: Chosen, model: Any, tokenizer: Any, *, limit: int | None) -> dict[str, dict[str, float]]:
     """Task → metric → value, as lm-eval counts them.
 
@@ -60,17 +77,42 @@ def measure(chosen: Chosen, model: Any, tokenizer: Any, *, limit: int | None) ->
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=_longest(model))
-    try:
+    with _told(chosen):
         found = lm_eval.simple_evaluate(
             wrapped, tasks=chosen.names, task_manager=chosen.manager, limit=limit, bootstrap_iters=0, log_samples=False
         )
+    return {name: _numbers(values) for name, values in found["results"].items()}
+
+
+@contextlib.contextmanager
+def _told(chosen: Chosen) -> Iterator[None]:
+    """What lm-eval fails of, in our words."""
+    try:
+        yield
     except (OSError, ConnectionError, ValueError, RuntimeError) as error:
         if "out of memory" in str(error):
             raise
         text = (str(error).splitlines() or [type(error).__name__])[0][:300]
         remedy = "tasks fetch their rows from the Hub: is it in reach? A YAML of your own may name local files"
         raise DataError(Fault("--tasks", f"cannot be run: {text}", remedy, ",".join(chosen.names))) from error
-    return {name: _numbers(values) for name, values in found["results"].items()}
+
+
+def _docs(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """(task, its rows) of what lm-eval makes of names: tasks, and groups with tasks and groups in them."""
+    for name, found in tree.items():
+        if isinstance(found, Mapping):
+            yield from _docs(found)
+        elif (docs := getattr(found, "eval_docs", None)) is not None:
+            yield str(name), docs
+
+
+def _digest(docs: Any, limit: int | None) -> tuple[int, str]:
+    """(rows, digest) of those that are asked."""
+    made, count = hashlib.sha256(), 0
+    for doc in islice(docs, limit):
+        made.update(json.dumps(doc, sort_keys=True, default=str).encode())
+        count += 1
+    return count, made.hexdigest()[:32]
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

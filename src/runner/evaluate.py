@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +60,7 @@ def evaluate(argv: list[str]) -> int:
     training_results.quiet()
     order = _Order(run, words.has("--base"), ["python", "-m", "runner", "evaluate", *argv])
     if chosen is not None:
-        found = benchmarks.measure(chosen, *_loaded(order), limit=_limit(words))
-        for name, metrics in found.items():
-            limit = _limit(words)
-            _record(order, f"{name}_{limit}" if limit else name, metrics, {"tasks": name, "limit": limit})
+        _measure_tasks(order, chosen, _limit(words))
     else:
         given = _Rows(node, dataset.is_other(overrides), words.options.get("--name"))
         _record(order, *_measured(order, given))
@@ -111,6 +109,22 @@ def _limit(words: asked.Asked) -> int | None:
     return int(words.number("--limit", 1, least=1)) if words.has("--limit") else None
 
 
+def _measure_tasks(order: _Order, chosen: benchmarks.Chosen, limit: int | None) -> None:
+    """Measure and note the tasks, and the groups that they are in."""
+    noted: dict[str, dict[str, Any]] = {}
+    for name, (count, digest) in benchmarks.rows(chosen, limit).items():
+        data = {"name": name, "digest": digest, "uri": f"the task {name}"}
+        noted[name] = {"tasks": name, "limit": limit, "rows": count, "data": data}
+        _refuse_name_of_other_rows(order.run, _limited(name, limit), noted[name])
+    for name, metrics in benchmarks.measure(chosen, *_loaded(order), limit=limit).items():
+        _record(order, _limited(name, limit), metrics, noted.get(name, {"tasks": name, "limit": limit}))
+
+
+def _limited(name: str, limit: int | None) -> str:
+    """What a task is called of which only so many rows are asked."""
+    return f"{name}_{limit}" if limit else name
+
+
 def _loaded(order: _Order) -> tuple[Any, Any]:
     """(the model, its tokenizer)"""
     from runner import build
@@ -144,12 +158,22 @@ def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[
 
 def _refuse_name_of_other_rows(run: Trained, name: str, noted: dict[str, Any]) -> None:
     """One name in MLflow and in ``compare`` means one set of rows."""
+    option, remedy = "--name", "give these a name of their own: --name NAME"
+    if "tasks" in noted:
+        option, remedy = "--tasks", "give the task another name, in its YAML (task: NAME), or restore its rows"
     for earlier in tracking.read_evaluations(run.rundir):
-        its_data = earlier.get("data") or {}
-        same = its_data.get("digest") == noted["data"]["digest"] and earlier.get("tokens") == noted["tokens"]
-        if earlier.get("name") == name and its_data and not same:
-            problem = f"has been measured on other rows ({earlier.get('rows')} of {its_data.get('uri')})"
-            raise ConfigError(Fault("--name", problem, "give these a name of their own: --name NAME", name))
+        if earlier.get("name") == name and not _is_of_same_rows(earlier, noted):
+            its_data = (earlier.get("data") or {}).get("uri") or f"the task {name}"
+            problem = f"has been measured on other rows ({earlier.get('rows', 'some')} of {its_data})"
+            raise ConfigError(Fault(option, problem, remedy, name))
+
+
+def _is_of_same_rows(earlier: Mapping[str, Any], noted: Mapping[str, Any]) -> bool:
+    """Whether an earlier result is of the rows that are about to be measured; of a group of tasks that is not known."""
+    if ("tasks" in earlier) != ("tasks" in noted):
+        return False
+    digests = [(each.get("data") or {}).get("digest") for each in (earlier, noted)]
+    return not all(digests) or (digests[0] == digests[1] and earlier.get("tokens") == noted.get("tokens"))
 
 
 def _model(order: _Order, device: torch.device) -> tuple[Any, torch.dtype | None]:
@@ -223,7 +247,7 @@ def _record(order: _Order, name: str, metrics: dict[str, float], noted: dict[str
     tracking.append_to(rundir.evaluations, record)
     for metric, value in named_metrics.items():
         print(f"{metric}  {value:.6g}")
-    if "rows" in noted:
+    if "trained_tokens" in noted:
         what = f"{noted['rows']} rows, {noted['trained_tokens']} trained tokens"
         cut = f", {noted['truncated']} truncated at data.max_length" if noted["truncated"] else ""
         print(f"{what}{cut}", file=sys.stderr)
