@@ -31,6 +31,7 @@ RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflo
 not exist, or is empty.
   --merged       the adapter is added to the base in full precision, also where the run was trained on 4 or 8 bits; the
                  logits are held against those of base and adapter on rows of the run, and differ by 1e-4 at most
+                 (by 1e-5 of the largest, where the model is too large to be computed in float64)
   --gguf         by llama.cpp's convert_hf_to_gguf.py, which must be on the PATH
   --dtype DTYPE  of a whole model: float32, bfloat16, float16; by default that of the base, of GGUF 16 bits
   model.path=FOLDER   where the base model lies now, if not where it lay"""
