@@ -98,6 +98,18 @@ def test_a_run_is_found_by_the_name_of_its_folder():
     assert "2026-11-24" not in said
 
 
+def test_the_nearest_is_named_though_many_are_newer():
+    played("old", name="First try,optim.learning_rate=0.001", created=1.0)
+    for number in range(named.SHOWN + 1):
+        played(f"new-{number}", name=f"lora.r={number}", created=10.0 + number)
+    assert "outputs/old" not in refused("nothing like it"), "the latest are listed"
+    assert "1 begins so:\n      outputs/old  (run First try" in refused("First")
+    assert "1 has that in its name:\n      outputs/old  (run First try" in refused("first")
+    assert "9 have that in their names:\n      outputs/new-8" in refused("ora.r")
+    assert "did you mean 'optim.learning_rate=0.001'?" in refused("optim.learning_rate=0.01")
+    assert named.resolve_run("optim.learning_rate=0.001", Path("outputs")).path.name == "old"
+
+
 def test_too_few_characters_of_an_id_are_said_to_be_too_few():
     run = played("one", mlflow={"run_id": "9abc" * 8})
     assert "written with 4 characters or more" in refused("9")

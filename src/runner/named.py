@@ -192,14 +192,16 @@ def _is_in(rundir: RunDir, sweeps: set[Path]) -> bool:
 def _nearest(word: str, entries: list[_Entry], outputs_dir: Path) -> str:
     if not entries:
         return "outputs_dir=FOLDER names another folder of runs"
-    begun = [entry for entry in entries if _begins(entry, word, outputs_dir)]
-    if len(begun) > 1:
-        return f"{len(begun)} begin so:{_listed(_newest_first(begun))}"
+    if begun := [entry for entry in entries if _begins(entry, word, outputs_dir)]:
+        return f"{len(begun)} {'begins' if len(begun) == 1 else 'begin'} so:{_listed(_newest_first(begun))}"
     if len(word) < SHORTEST_ID and (alike := [entry for entry in entries if entry.mlflow_id.startswith(word)]):
         few = f"an MLflow run id is written with {SHORTEST_ID} characters or more"
         return f"{few}; those that begin so:{_listed(_newest_first(alike))}"
+    if holding := [entry for entry in entries if any(word.lower() in name.lower() for name in entry.names)]:
+        has = "has that in its name" if len(holding) == 1 else "have that in their names"
+        return f"{len(holding)} {has}:{_listed(_newest_first(holding))}"
     names = {name for entry in entries for name in (*entry.names, console.nearest(entry.what.path))}
-    if hint := suggest(word, names):
+    if hint := suggest(word, names) or suggest(word, {part for name in names for part in name.split(",")}):
         return hint
     latest = _listed(_newest_first(entries))
     form = f"a folder, a name or the beginning of an MLflow run id ({SHORTEST_ID} characters or more)"
@@ -207,10 +209,11 @@ def _nearest(word: str, entries: list[_Entry], outputs_dir: Path) -> str:
 
 
 def _begins(entry: _Entry, word: str, outputs_dir: Path) -> bool:
-    """Whether the folder of a run, as one writes it, begins so."""
+    """Whether a name of a run, or its folder as one writes it, begins so."""
     path = entry.what.path
     below = [str(path.relative_to(outputs_dir.absolute()))] if path.is_relative_to(outputs_dir.absolute()) else []
-    return any(folder.startswith(word) for folder in (path.name, str(path), console.nearest(path), *below))
+    written = (*entry.names, path.name, str(path), console.nearest(path), *below)
+    return any(text.startswith(word) for text in written)
 
 
 def _runs_of_sweep(sweep: SweepDir) -> list[str]:
