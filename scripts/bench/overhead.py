@@ -1,6 +1,6 @@
-"""What runner costs beside the training itself: starting, refusing, preparing, tracking, tokenising.
+"""What runner costs beside the training itself: starting, refusing, preparing, tracking, comparing, tokenising.
 
-    python scripts/bench/overhead.py [--rounds N] [--jobs N] [--only start,first_step,tracking,sweep,tokens]
+    python scripts/bench/overhead.py [--rounds N] [--jobs N] [--only start,first_step,tracking,sweep,compare,tokens]
 
 Every row is measured anew, in processes of their own where a process is what is measured; medians over the rounds.
 Targets are those of the project's performance goals. What each further run of a sweep costs is in launch.py.
@@ -11,13 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
+import shutil
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +107,84 @@ def sweep(_: int, jobs: int) -> Iterator[tuple[str, str, str]]:
         yield f"{count} runs composed, checked and prepared", f"{composed:.1f} + {total - composed:.1f} s", "< 60 s"
 
 
+def compare(rounds: int, jobs: int) -> Iterator[tuple[str, str, str]]:
+    """The verb on so many completed runs of one sweep, which differ in rank, learning rate and seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_many(Path(folder), jobs)
+        store, page = [f"uri={folder}/mlflow.db", "runner"], ["--html", f"{folder}/page.html"]
+        ways = {
+            "folders": ["many"],
+            "folders, `--by seed`": ["many", "--by", "seed"],
+            "folders, `--html`": ["many", *page],
+            "MLflow's database": store,
+            "MLflow's database, `--html`": [*store, *page],
+            "MLflow's database, as no folder is called so": ["runner"],
+        }
+        for way, words in ways.items():
+            command = [sys.executable, "-m", "runner", "compare", *words, f"outputs_dir={folder}"]
+            wall = statistics.median(run(command)[0] for _ in range(rounds))
+            yield f"`compare` of {jobs} runs from {way}", f"{wall:.2f} s", "< 5 s"
+
+
+def make_many(folder: Path, jobs: int) -> None:
+    """A sweep called ``many`` below ``folder``, and MLflow's database: one run is trained, the others are copies of it
+    with another configuration and other numbers.
+    """
+    from runner.sweepdir import SweepDir
+
+    words = [*TINY, "train.max_steps=20", "train.eval_steps=5", "train.save_steps=null", "sweep=many", "seed=0"]
+    run([sys.executable, "-m", "runner", "-m", *words, f"outputs_dir={folder}"])
+    sweep, draw = SweepDir(folder / "sweeps" / "many"), random.Random(0)
+    (first,) = sweep.rundirs()
+    shutil.rmtree(first.checkpoints)
+    shutil.rmtree(first.model)
+    manifest, found = first.read_manifest(), sweep.read()["jobs"]
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        for number in range(1, jobs):
+            values = {"seed": number % 4, "r": 2 ** draw.randint(1, 6), "learning_rate": 10 ** draw.uniform(-5, -2)}
+            label = ",".join(f"{key}={value}" for key, value in values.items())
+            copy, identity = sweep.path / f"{number:04d}-copy", uuid.uuid4().hex
+            shutil.copytree(first.path, copy)
+            lines = [f"{key}: {value}" for key, value in values.items()]
+            (copy / "config.yaml").write_text(changed_config((copy / "config.yaml").read_text(), lines))
+            factor = draw.uniform(0.7, 1.3)
+            numbers = [{k: v if k in ("step", "time") else v * factor for k, v in r.items()} for r in records(copy)]
+            (copy / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in numbers))
+            told = {"label": label, "name": label, "mlflow": {**manifest["mlflow"], "run_id": identity}}
+            (copy / "manifest.json").write_text(json.dumps({**manifest, "id": identity, **told}))
+            found[identity] = {"folder": copy.name, "label": label}
+            copy_in_mlflow(database, manifest["mlflow"]["run_id"], identity, values, factor)
+        database.commit()
+    sweep.update(jobs=found)
+
+
+def changed_config(text: str, lines: list[str]) -> str:
+    """The YAML with these ``key: value`` in place of what stands behind the same keys, at any depth."""
+    keys = {line.partition(":")[0]: line for line in lines}
+
+    def changed(line: str) -> str:
+        key = line.strip().partition(":")[0]
+        return line[: len(line) - len(line.lstrip())] + keys[key] if key in keys else line
+
+    return "\n".join(changed(line) for line in text.splitlines())
+
+
+def copy_in_mlflow(database: sqlite3.Connection, of: str, identity: str, values: dict[str, Any], factor: float) -> None:
+    """A run of the database once more, under another id, with these parameters and its metrics times ``factor``."""
+    for table in ("runs", "params", "tags", "metrics", "latest_metrics"):
+        cursor = database.execute(f"SELECT * FROM {table} WHERE run_uuid = ?", [of])
+        names = [column[0] for column in cursor.description]
+        rows = [dict(zip(names, row, strict=True)) for row in cursor]
+        for row in rows:
+            row["run_uuid"] = identity
+            if table == "params":
+                row["value"] = str(values.get(row["key"].rpartition(".")[2], row["value"]))
+            elif "metrics" in table:
+                row["value"] *= factor
+        marks = ",".join("?" * len(names))
+        database.executemany(f"INSERT INTO {table} VALUES ({marks})", [tuple(row.values()) for row in rows])
+
+
 def tokens(rounds: int, _: int) -> Iterator[tuple[str, str, str]]:
     """All rows of the default data set, read, deduplicated, tokenised, packed and written."""
     code = (
@@ -140,7 +223,7 @@ def records(rundir: Path) -> list[dict[str, Any]]:
 
 
 Part = Callable[[int, int], Iterator[tuple[str, str, str]]]
-PARTS: dict[str, Part] = {part.__name__: part for part in (start, first_step, tracking, sweep, tokens)}
+PARTS: dict[str, Part] = {part.__name__: part for part in (start, first_step, tracking, sweep, compare, tokens)}
 
 if __name__ == "__main__":
     main()
