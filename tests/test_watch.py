@@ -99,7 +99,7 @@ def test_a_run_is_found_by_the_name_of_its_folder():
 
 
 def test_the_nearest_is_named_though_many_are_newer():
-    played("old", name="First try,optim.learning_rate=0.001", created=1.0)
+    played("old", name="First try,train.max_steps=300,train.eval_steps=50,optim.learning_rate=0.001", created=1.0)
     for number in range(named.SHOWN + 1):
         played(f"new-{number}", name=f"lora.r={number}", created=10.0 + number)
     assert "outputs/old" not in refused("nothing like it"), "the latest are listed"
