@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ def load_libraries(with_adapters: bool) -> None:
     """What every run needs, for processes that are forked from this one."""
     console.quiet_libraries()
     import accelerate
+    import rich.table
     import torch._dynamo
     import torch._inductor.compile_fx
     import transformers.modeling_utils
@@ -123,8 +125,10 @@ def load_libraries(with_adapters: bool) -> None:
     import transformers.models.llama.modeling_llama
 
     assert accelerate
+    assert rich
     assert torch
-    assert transformers
+    with contextlib.suppress(ImportError, AttributeError):  # a table of a thousand expressions (transformers 5)
+        transformers.conversion_mapping.get_checkpoint_conversion_mapping("llama")
     if with_adapters:
         import peft
 
