@@ -380,9 +380,13 @@ def test_asha_pauses_what_is_behind_and_takes_up_what_comes_to_be_ahead(tmp_path
         assert state.reason.startswith("paused at step ")
         assert rundir.saved_step() == state.step
         assert told[rundir.path.name] == TrialState.PRUNED
-    in_mlflow = {run.data.tags["runner.folder"]: run.data.tags["runner.status"] for run in mlflow_runs(tmp_path)
-                 if "runner.folder" in run.data.tags}  # fmt: skip
-    assert {in_mlflow[str(rundir.path)] for rundir in paused} == {"pruned"}
+
+    def in_mlflow() -> set[str | None]:
+        tags = [run.data.tags for run in mlflow_runs(tmp_path)]
+        told = {each["runner.folder"]: each["runner.status"] for each in tags if "runner.status" in each}
+        return {told.get(str(rundir.path)) for rundir in paused}
+
+    until(lambda: in_mlflow() == {"pruned"})
 
 
 @pytest.mark.slow
