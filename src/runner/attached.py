@@ -36,10 +36,12 @@ def follow(rundir: RunDir) -> int:
 
 
 def _show(log: Path, position: int) -> int:
-    """Copy to the terminal what came after ``position``; returns where the log ends now."""
-    if not log.exists():
+    """Copy to the terminal what came after ``position`` (bytes); returns where the log ends now."""
+    try:
+        with log.open("rb") as handle:
+            handle.seek(position)
+            new = handle.read()
+    except FileNotFoundError:  # nothing is said yet, or the run was refused and is gone
         return position
-    with log.open() as handle:
-        handle.seek(position)
-        sys.stderr.write(handle.read())
-        return handle.tell()
+    sys.stderr.write(new.decode(errors="replace"))
+    return position + len(new)

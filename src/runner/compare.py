@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import asked, columns, console, leaderboard, named, recorded, results
-from runner.errors import ConfigError, Fault, TrackingError
+from runner.errors import ConfigError, Fault, TrackingError, UnknownNameError
 from runner.leaderboard import Leaderboard
 from runner.results import Result
 from runner.rundir import RunDir
@@ -99,11 +99,10 @@ def _source(words: asked.Asked) -> _Source:
     except ConfigError as error:
         if not names or not embedded.exists():
             raise
-        from runner import stored
 
         try:
             return _from_store(f"sqlite:///{embedded}", names)
-        except stored.UnknownNameError:
+        except UnknownNameError:
             raise error from None  # the folders' answer names what is near
         except TrackingError as failure:
             raise ConfigError(*error.faults, *failure.faults) from failure

@@ -12,7 +12,9 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
@@ -171,8 +173,8 @@ def _share_what_is_compiled() -> None:
 
     torch writes the folder of its own choice into the environment as soon as it is imported.
     """
-    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    if not chosen or os.path.basename(chosen).startswith("torchinductor_"):
+    chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    if chosen == Path() or (chosen.parent == Path(tempfile.gettempdir()) and chosen.name.startswith("torchinductor_")):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir("compiled"))
 
 

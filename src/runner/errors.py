@@ -6,9 +6,11 @@ RunnerError                 exit code 1
 ├── LaunchError             2   a launcher refused the job
 ├── ResumeError             2   a run folder cannot be taken up again
 ├── TrackingError           2   the tracking store cannot be used as asked
+│   └── UnknownNameError    2   it has no experiment, sweep or run of that name
 └── TrainingError           1   training itself failed (a NaN loss, no memory, no space left)
 Stopped                         not an error: the run was asked to stop
 ├── Preempted               75  by SIGTERM (a scheduler)
+├── Pruned                  0   by a search, which may take it up again
 └── Interrupted             130 by Ctrl-C (the user)
 """
 
@@ -76,6 +78,10 @@ class ResumeError(RunnerError):
 
 class TrackingError(RunnerError):
     exit_code = 2
+
+
+class UnknownNameError(TrackingError):
+    pass
 
 
 class TrainingError(RunnerError):

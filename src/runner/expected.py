@@ -120,6 +120,7 @@ def _rehearsed(
             autocast=autocast,
             device=made.device,
             accumulates=batches.per_step > batches.per_micro_batch,
+            head_in_loss=parallel.kind_of(cfg["parallel"]) != "fsdp",
         )
     except Exception as error:
         log.debug(f"the step cannot be rehearsed, its memory is told by a formula: {error!r}")

@@ -1,4 +1,4 @@
-"""The head inside the loss: logits exist for a few positions at a time, and never all of them.
+"""Linear cross entropy: the head inside the loss, so that logits exist a chunk at a time, and never all of them.
 
 Only where they are a product with the head's weight and nothing else (a model may cap or scale them): ``install`` asks
 the model itself. The gradients come with the loss, as they need what would have to be computed again later.
@@ -28,11 +28,11 @@ def install(model: Any, autocast: torch.dtype | None = None) -> str:
     try:
         with torch.no_grad(), torch.random.fork_rng(), computing:
             expected = model.eval()(input_ids=ids, use_cache=False).logits.float()
-            with left_out(head):
+            with bypassed(head):
                 hidden = model(input_ids=ids, use_cache=False).logits
             found = head(hidden.to(head.weight.dtype)).float() if autocast is None else head(hidden).float()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return str(error).partition("\n")[0]
+    except Exception as error:  # a model's own code may fail of anything where logits are not what it expects
+        return str(error).partition("\n")[0] or type(error).__name__
     finally:
         model.train(training)
     tolerance = 1e-5 if expected.dtype == head.weight.dtype and autocast is None else 2e-2
@@ -64,7 +64,7 @@ def in_loss(model: Any) -> nn.Linear | None:
 
 
 @contextlib.contextmanager
-def left_out(head: nn.Module) -> Iterator[None]:
+def bypassed(head: nn.Module) -> Iterator[None]:
     """While the block runs, the head passes on what it is given."""
     head.forward = lambda hidden: hidden
     try:

@@ -70,7 +70,7 @@ def _sums(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tens
 def _without_head(model: Any) -> Iterator[nn.Linear | None]:
     """The model's head, left out while the block runs if it is computed here."""
     found = head.in_loss(model)
-    with head.left_out(found) if found else contextlib.nullcontext():
+    with head.bypassed(found) if found else contextlib.nullcontext():
         yield found
 
 
@@ -78,7 +78,7 @@ def _summed(last: Tensor, targets: Tensor, linear: nn.Linear | None) -> tuple[Te
     """The loss, and how many were right, from logits, or from what the head is to make them of."""
     last, targets = last.reshape(-1, last.shape[-1]), targets.reshape(-1)
     if linear is not None and not linear.weight.requires_grad:
-        loss, correct = _HeadAndCrossEntropy.apply(last, linear.weight, linear.bias, targets)
+        loss, correct = _LinearCrossEntropy.apply(last, linear.weight, linear.bias, targets)
     else:
         loss, correct = _CrossEntropy.apply(last if linear is None else linear(last), targets)
     return loss, correct
@@ -122,51 +122,52 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         buffer = logits.detach()  # same memory, same version counter: autograd refuses if someone else needs the logits
-        loss, correct = _descend(buffer, targets, wants_slope=ctx.needs_input_grad[0])
-        ctx.slope = buffer
+        loss, correct = _cross_entropy_(buffer, targets, needs_grad=ctx.needs_input_grad[0])
+        ctx.grad = buffer
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        slope, ctx.slope = ctx.slope, None  # used up: a second backward pass would scale it twice
-        return slope.mul_(scale), None
+        grad, ctx.grad = ctx.grad, None  # used up: a second backward pass would scale it twice
+        return grad.mul_(scale), None
 
 
-class _HeadAndCrossEntropy(torch.autograd.Function):
-    """The same from hidden states (n, h) and the weight of the head (V, h), which is not trained."""
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The same from hidden states (n, h) and the weight of the head (V, h), which is not trained.
+
+    The gradient of a chunk is computed with its logits, as in Liger Kernel (https://arxiv.org/abs/2410.10989, 3.2).
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        device, wants_slope = hidden.device, ctx.needs_input_grad[0]
+        device, needs_grad = hidden.device, ctx.needs_input_grad[0]
         computed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         loss = torch.zeros((), dtype=torch.float32, device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        ctx.slope = torch.empty_like(hidden) if wants_slope else hidden
+        ctx.grad = torch.empty_like(hidden) if needs_grad else hidden
         chunks = max(1, -(-len(hidden) // (CPU_HEAD_POSITIONS if device.type == "cpu" else HEAD_POSITIONS)))
         with torch.autocast(device.type, enabled=False):
             weight, bias = weight.to(computed), bias.to(computed) if bias is not None else None
-            for given, wanted, slope in zip(
-                *(each.chunk(chunks) for each in (hidden, targets, ctx.slope)), strict=True
-            ):
+            for given, wanted, grad in zip(*(each.chunk(chunks) for each in (hidden, targets, ctx.grad)), strict=True):
                 logits = nn.functional.linear(given.to(computed), weight, bias)
-                summed, right = _descend(logits, wanted, wants_slope=wants_slope)
+                summed, right = _cross_entropy_(logits, wanted, needs_grad=needs_grad)
                 loss, correct = loss + summed, correct + right
-                if wants_slope:
-                    slope.copy_(logits @ weight)  # by now the logits' slope
+                if needs_grad:
+                    grad.copy_(logits @ weight)  # by now the logits' grad
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        slope, ctx.slope = ctx.slope, None
-        return slope.mul_(scale), None, None, None
+        grad, ctx.grad = ctx.grad, None
+        return grad.mul_(scale), None, None, None
 
 
-def _descend(logits: Tensor, targets: Tensor, *, wants_slope: bool) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy and the number of right guesses; ``wants_slope``: its gradient takes the logits' place.
+def _cross_entropy_(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy and the number of right guesses; ``needs_grad``: its gradient takes the logits' place.
 
     Worked on in float32, a chunk of rows at a time.
     """
@@ -180,14 +181,14 @@ def _descend(logits: Tensor, targets: Tensor, *, wants_slope: bool) -> tuple[Ten
         values = part.float()  # (rows, V)
         chosen, highest = values.gather(-1, wanted), values.amax(-1, keepdim=True)
         # In training nobody asks how many were right: a tie may count for it, and the costly look is left out.
-        right = chosen == highest if wants_slope else values.argmax(-1, keepdim=True) == wanted
+        right = chosen == highest if needs_grad else values.argmax(-1, keepdim=True) == wanted
         exponentials = values.sub_(highest).exp_()
         total = exponentials.sum(-1, keepdim=True)
         loss += torch.where(valid, total.log() + highest - chosen, 0.0).sum()
         correct += (valid & right).sum()
-        if wants_slope:
-            slope = exponentials.mul_(valid / total)  # d loss / d logits = softmax - one-hot
-            slope[torch.arange(len(wanted), device=wanted.device), wanted[:, 0]] -= valid[:, 0].to(slope.dtype)
-            if slope is not part:
-                part.copy_(slope)
+        if needs_grad:
+            grad = exponentials.mul_(valid / total)  # d loss / d logits = softmax - one-hot
+            grad[torch.arange(len(wanted), device=wanted.device), wanted[:, 0]] -= valid[:, 0].to(grad.dtype)
+            if grad is not part:
+                part.copy_(grad)
     return loss, correct

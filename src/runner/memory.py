@@ -65,6 +65,7 @@ def rehearsed(
     autocast: torch.dtype | None,
     device: torch.device,
     accumulates: bool = False,
+    head_in_loss: bool = True,
 ) -> int:
     """Bytes that a step holds at its peak beside weights and gradients, from a step on tensors without content.
 
@@ -72,14 +73,17 @@ def rehearsed(
     Every operation is dispatched as in training, and every tensor counted while it lives. It takes about a second, as
     it is done with two small models: decoder layers are equal. The peak may lie where the backward pass begins, with
     all activations, or later, with gradients: both are followed. ``accumulates``: gradients of earlier micro-batches
-    are there from the beginning.
+    are there from the beginning. ``head_in_loss``: the loss computes the logits where it can, see ``head``.
 
     Raises:
         Exception: whatever a model does that looks into its tensors, or that a small one cannot be made.
     """
 
     def peaks(count: int) -> _Peaks:
-        return _peaks(make(count), shape, by_document, kept, autocast, device, accumulates)
+        model = make(count)
+        if head_in_loss:
+            head.adopt(model)
+        return _peaks(model, shape, by_document, kept, autocast, device, accumulates)
 
     if layers <= LAYERS[1]:
         return max(peaks(layers).in_all, 0)
@@ -175,7 +179,6 @@ def _peaks(
 
     if by_document:
         documents.adopt(model)
-    head.adopt(model)
     recompute.arrange(model, kept)
     computing = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
     begun: list[int] = []

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from urllib.parse import urlencode
 
 from runner import choices, named, rest, store
-from runner.errors import Fault, TrackingError, suggest
+from runner.errors import Fault, TrackingError, UnknownNameError, suggest
 from runner.mlflow_run import explained
 from runner.recorded import STATUS
 from runner.results import Result
@@ -55,10 +55,6 @@ class Store(Protocol):
 
     def history(self, run_ids: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str, list[Point]]]:
         """(run id, metric, its points in the order of steps)."""
-
-
-class UnknownNameError(TrackingError):
-    """The store has no experiment, sweep or run of that name."""
 
 
 def read(uri: str, words: Sequence[str]) -> list[Result]:

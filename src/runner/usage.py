@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+LIBRARY = re.compile(r"\.so(\.\d+)*$")
+"""The end of a library's path."""
 M_MMAP_THRESHOLD = -3
 """Of malloc.h."""
 RETURNED_BYTES = 2 * 2**20
@@ -79,17 +81,24 @@ def metrics() -> dict[str, float]:
 
 def peak_of_process() -> int:
     """Bytes of resident memory at their peak, without ``libraries_mapped``."""
-    return _without_libraries(_high_water_mark())
+    return _peak.less_libraries(_high_water_mark())
 
 
-@functools.lru_cache(maxsize=1)
-def _without_libraries(resident: int) -> int:
-    """They are looked for only when the peak is another one; the kernel may have taken some away since."""
-    _most_mapped.append(max(_most_mapped.pop(), libraries_mapped()))
-    return resident - _most_mapped[0]
+class _Peak:
+    """The last peak, and the most of libraries that was mapped: the kernel may have taken some away since.
+
+    They are looked for only when the peak is another one; what is mapped later counts from the next peak on.
+    """
+
+    resident = libraries = 0
+
+    def less_libraries(self, resident: int) -> int:
+        if resident != self.resident:
+            self.resident, self.libraries = resident, max(self.libraries, libraries_mapped())
+        return self.resident - self.libraries
 
 
-_most_mapped = [0]
+_peak = _Peak()
 
 
 def _high_water_mark() -> int:
@@ -114,7 +123,7 @@ def libraries_mapped() -> int:
         for line in Path("/proc/self/smaps").read_text().splitlines():
             name, *words = line.split()
             if "-" in name:  # a mapping begins: addresses, permissions, offset, device, inode, file
-                is_library = len(words) >= 5 and ".so" in words[4]
+                is_library = LIBRARY.search(line) is not None
             elif is_library and name == "Rss:":
                 resident = int(words[0])
             elif is_library and name == "Anonymous:":
