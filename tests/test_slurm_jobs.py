@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY, node, option, prepared
 from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says, until, weights
 
 from runner import cli, config, report, scheduler
-from runner.launch import following, sbatch, snapshot, submission
+from runner.launch import following, sbatch, snapshot, submission, submitting
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir, slurm_room
 
@@ -351,6 +353,37 @@ def test_a_job_that_is_leaving_is_waited_for(tmp_path: Path, monkeypatch: pytest
     states += ["COMPLETING"] * 2
     monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
     assert submission.wait_until_left([rundir]) == [rundir]
+
+
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=["Ctrl-C", "a full disk"]
+)
+def test_of_a_sweep_that_is_given_again_in_parts_those_that_are_taken_stay_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+):
+    """What stops the second part leaves the first as it is: it would be submitted twice."""
+    sweep, earlier = SweepDir(tmp_path), {"job_id": "7", "cluster": "debug"}
+    rundirs = [prepared(sweep.path / name, *TINY) for name in ("a", "b")]
+    for rundir in rundirs:
+        rundir.update_manifest(slurm=earlier)
+        rundir.write_state(status="killed", reason="cancelled by me")
+    begin, parts = submission.begin, [None, stop]
+
+    def begun(*asked: Any) -> submission.Submission:
+        if error := parts.pop(0):
+            raise error
+        return begin(*asked)
+
+    monkeypatch.setattr(submission, "begin", begun)
+    monkeypatch.setattr(submitting, "_to_local", lambda *_: "8")
+    asked = option("launcher", "slurm", cluster="local", snapshot="none")()
+    if isinstance(stop, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            submitting.submit(asked, rundirs, sweep)
+    else:
+        assert submitting.submit(asked, rundirs, sweep) == rundirs[1:]
+    assert [job_of(rundir) for rundir in rundirs] == ["8", "7"]
+    assert [rundir.read_state().status for rundir in rundirs] == ["pending", "killed"]
 
 
 def test_what_is_completed_is_not_submitted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

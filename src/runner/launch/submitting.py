@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -60,15 +61,15 @@ def _submit_from(asked: Slurm, home: Path, members: list[RunDir], before: Callab
             job = rundir.read_manifest()["slurm"]["job_id"]
             print(f"{rundir.path} is in the queue already (job {job})", file=sys.stderr)
     new = [rundir for rundir, known in zip(members, queued, strict=True) if not known]
-    ended = {rundir.path: found for rundir in new if (found := _say_waiting(rundir))}
+    ended: list[_Ended] = []
     try:
+        for rundir in new:
+            if found := _say_waiting(rundir):
+                ended.append(found)
         before()
-        refused = _submit_new(asked, home, new)
-    except BaseException:
-        _say_again(ended.values())
-        raise
-    _say_again(ended[rundir.path] for rundir in refused if rundir.path in ended)
-    return stuck + refused
+        return stuck + _submit_new(asked, home, new)
+    finally:
+        _say_again(ended)
 
 
 def run_here(asked: Slurm, rundirs: Sequence[RunDir], sweep: SweepDir | None) -> list[int]:
@@ -120,9 +121,11 @@ def _say_waiting(rundir: RunDir) -> _Ended | None:
 
 
 def _say_again(ended: Iterable[_Ended]) -> None:
-    """Slurm took them not: they are what they were."""
+    """Those that Slurm did not take are what they were; whose manifest notes a job again was taken."""
     for rundir, state, job in ended:
-        with rundir.held() as mine:
+        if rundir.read_manifest().get("slurm"):
+            continue
+        with contextlib.suppress(OSError), rundir.held() as mine:  # a full disk: it says that it waits, and may
             if mine and rundir.read_state().status == "pending":
                 rundir.update_manifest(slurm=job)
                 rundir.write_state(status=state.status, reason=state.reason)
@@ -135,16 +138,16 @@ def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> list[RunDir]
     for members, code in _by_code(asked, home, rundirs):
         for start in range(0, len(members), longest):
             part = members[start : start + longest]
-            begun = submission.begin(asked, home, part, code, previous or None)
             try:
+                begun = submission.begin(asked, home, part, code, previous or None)
                 id = (_to_slurm if asked.cluster == "slurm" else _to_local)(asked, home, begun)
+                submission.note(home, begun, id)
             except Exception as error:  # its note stays: Slurm may have taken the job and not been able to say so
                 refusal = _refusal(error, home, len(taken), len(rundirs))
                 if not taken:
                     raise refusal from error
                 print(refusal, file=sys.stderr)
                 return [rundir for rundir in rundirs if rundir not in taken]
-            submission.note(home, begun, id)
             taken += part
             _tell(asked, id, part, previous)
             previous = id if asked.array_parallelism else ""
