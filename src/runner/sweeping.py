@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,8 +176,9 @@ def prepared(job: Job, folder: Path, command: list[str], *, is_new: bool = False
         write_hydra(job, folder)
         return prepare.prepare(job.cfg, folder, command, job.overrides, made, **notes, **name)
     except BaseException:  # a full disk: half a run is none
-        if not RunDir(folder).manifest.exists():
-            RunDir(folder).discard(made)
+        with contextlib.suppress(OSError):  # what stopped it is said, not what cannot be removed
+            if not RunDir(folder).manifest.exists():
+                RunDir(folder).discard(made)
         raise
 
 
