@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import TINY, composed
 
 from runner import folders, sweeps
 from runner.errors import ConfigError, ResumeError
+from runner.files import is_held
 from runner.sweepdir import SweepDir
 from runner.sweeps import Wanted
 
@@ -48,6 +50,29 @@ def test_two_jobs_in_one_folder_are_refused_and_the_sweep_stays_as_it_was(tmp_pa
     with pytest.raises(ResumeError):
         join(sweep, wanted(2, "0"))
     assert sweep.manifest.read_text() == before
+
+
+def test_who_waits_for_a_sweep_that_another_gives_up_makes_it_alone(tmp_path: Path):
+    """The lock that it waited for is removed: who comes later would hold another one beside it."""
+    sweep, first, waiting, inside = SweepDir(tmp_path / "sweep"), wanted(1), wanted(2), []
+
+    def make() -> None:
+        with sweeps.joined(sweep, "mine", ["runner"], [waiting]):
+            inside.append(is_held(sweep.lock))
+
+    def give_up(pool: ThreadPoolExecutor) -> None:
+        with sweeps.joined(sweep, "mine", ["runner"], [first]):
+            other.append(pool.submit(make))
+            time.sleep(0.2)  # until it waits
+            raise KeyboardInterrupt
+
+    other: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            give_up(pool)
+        other[0].result(timeout=20)
+    assert inside == [True]
+    assert list(sweep.read()["jobs"]) == [waiting.signature]
 
 
 def test_a_folder_that_holds_something_else_is_refused_before_anything_is_written(tmp_path: Path):

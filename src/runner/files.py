@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from runner.errors import ConfigError, Fault
 
@@ -30,11 +31,29 @@ def cache_dir(room: str) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for, then hold, an advisory lock on ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    """Wait for, then hold, an advisory lock on ``path``; who holds it may remove the file, and then its folders."""
+    while True:
+        with _opened(path) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_same(handle, path):  # else it was removed meanwhile, and others may hold a new one
+                yield
+                return
+
+
+def _opened(path: Path) -> IO[str]:
+    """The file, with its folders made anew where somebody removes them as we come."""
+    for _ in range(20):
+        with contextlib.suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a")
+    return path.open("a")
+
+
+def _is_same(handle: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -55,17 +55,29 @@ def joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted])
     missing = [path for path in (sweep.path, *sweep.path.parents) if not path.exists()]
     try:
         with locked(sweep.lock):
-            before = sweep.manifest.read_bytes() if sweep.manifest.exists() else b""
-            manifest, rundirs = _with(sweep.read(), sweep, name, command, wanted)
-            new = [rundir for rundir in rundirs if not rundir.manifest.exists()]
             try:
-                write_atomic(sweep.manifest, json.dumps(manifest, indent=1))
-                yield rundirs
-            except BaseException:  # a full disk: as if this command had not been given
-                _take_back(sweep, before, new)
+                yield from _joined(sweep, name, command, wanted)
+            except BaseException:
+                if sweep.path in missing and not sweep.manifest.exists():
+                    with contextlib.suppress(OSError):
+                        sweep.lock.unlink()  # while it is held: who waits for it, or comes, sees that it is gone
                 raise
     except BaseException:
-        _remove_empty(sweep, missing)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # not empty: somebody else uses it
+                folder.rmdir()
+        raise
+
+
+def _joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted]) -> Iterator[list[RunDir]]:
+    before = sweep.manifest.read_bytes() if sweep.manifest.exists() else b""
+    manifest, rundirs = _with(sweep.read(), sweep, name, command, wanted)
+    new = [rundir for rundir in rundirs if not rundir.manifest.exists()]
+    try:
+        write_atomic(sweep.manifest, json.dumps(manifest, indent=1))
+        yield rundirs
+    except BaseException:  # a full disk: as if this command had not been given
+        _take_back(sweep, before, new)
         raise
 
 
@@ -91,24 +103,19 @@ def _with(
 
 
 def _take_back(sweep: SweepDir, before: bytes, new: list[RunDir]) -> None:
-    """Remove the runs that this command made, whole ones too, and give sweep.json its earlier content."""
+    """Remove the runs that this command made, whole ones too, and give sweep.json its earlier content.
+
+    What cannot be removed stays: what stopped the command is said.
+    """
     for rundir in new:
-        if rundir.manifest.exists():
-            rundir.discard()
-    if before:
-        with contextlib.suppress(OSError):  # it lists runs that are not there then: the same command makes them
-            write_atomic(sweep.manifest, before)
-    else:
-        sweep.manifest.unlink(missing_ok=True)
-
-
-def _remove_empty(sweep: SweepDir, missing: list[Path]) -> None:
-    """Remove those of these folders, innermost first, that were made for the sweep and that nobody else uses."""
-    if sweep.path in missing and not sweep.manifest.exists():
-        sweep.lock.unlink(missing_ok=True)
-    for folder in missing:
         with contextlib.suppress(OSError):
-            folder.rmdir()
+            if rundir.manifest.exists():
+                rundir.discard()
+    with contextlib.suppress(OSError):  # it lists runs that are not there then: the same command makes them
+        if before:
+            write_atomic(sweep.manifest, before)
+        else:
+            sweep.manifest.unlink(missing_ok=True)
 
 
 def refuse(sweep: SweepDir) -> None:
