@@ -19,6 +19,7 @@ from conftest import TINY, node, option, prepared
 from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says, until, weights
 
 from runner import cli, config, report, scheduler
+from runner.errors import LaunchError
 from runner.launch import following, sbatch, snapshot, submission, submitting
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir, slurm_room
@@ -462,6 +463,20 @@ class One:
 
     def look(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_search_does_not_follow_a_job_that_it_did_not_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its earlier job does not leave its nodes: an end of that one would be taken for this one's."""
+    rundir, sweep = prepared(tmp_path / "run", *TINY), SweepDir(tmp_path)
+    rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
+    rundir.write_state(status="failed")
+    monkeypatch.setattr(scheduler, "jobs", lambda ids: {id: scheduler.Job(id, "COMPLETING") for id in ids})
+    monkeypatch.setattr(scheduler, "settings", lambda *_: {})
+    monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
+    source = One(rundir)
+    with pytest.raises(LaunchError, match="run is not submitted: its earlier job does not leave its nodes"):
+        option("launcher", "slurm")().serve(source, sweep, 1)
+    assert not source.has_ended
 
 
 def test_sigterm_ends_the_following_and_not_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -31,7 +31,8 @@ def submit(
         before: called before the first is submitted, and when all say so.
 
     Returns:
-        the runs that Slurm refused after it had taken others, which is said.
+        the runs that are not submitted, which is said: their earlier jobs do not leave their nodes, or Slurm refused
+        them after it had taken others.
 
     Raises:
         LaunchError: Slurm took none, or what it is to run cannot be written down.
@@ -132,7 +133,7 @@ def _say_again(ended: Iterable[_Ended]) -> None:
 
 
 def _submit_new(asked: Slurm, home: Path, rundirs: list[RunDir]) -> list[RunDir]:
-    """Submit these runs; returns those that were refused after others had been taken."""
+    """Submit these runs; returns those that Slurm refused after it had taken others."""
     taken: list[RunDir] = []
     longest, previous = longest_array(asked), _still_queued(asked, home)
     for members, code in _by_code(asked, home, rundirs):
