@@ -360,7 +360,7 @@ def test_a_job_that_is_leaving_is_waited_for(tmp_path: Path, monkeypatch: pytest
     "stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=["Ctrl-C", "a full disk"]
 )
 def test_of_a_sweep_that_is_given_again_in_parts_those_that_are_taken_stay_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException
 ):
     """What stops the second part leaves the first as it is: it would be submitted twice."""
     sweep, earlier = SweepDir(tmp_path), {"job_id": "7", "cluster": "debug"}
@@ -383,6 +383,7 @@ def test_of_a_sweep_that_is_given_again_in_parts_those_that_are_taken_stay_so(
             submitting.submit(asked, rundirs, sweep)
     else:
         assert submitting.submit(asked, rundirs, sweep) == rundirs[1:]
+        assert "cannot be written: No space left on device; Slurm took 1 of 2 runs\n" in capsys.readouterr().err
     assert [job_of(rundir) for rundir in rundirs] == ["8", "7"]
     assert [rundir.read_state().status for rundir in rundirs] == ["pending", "killed"]
 

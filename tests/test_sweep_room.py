@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from conftest import TINY, fill, jobs_of, mount_memory
 from test_slurm import runner
 
 from runner import sweeps
+from runner.errors import LaunchError
 from runner.rundir import RunDir
 from runner.sweepdir import SweepDir
 
@@ -141,6 +144,35 @@ def test_code_that_finds_no_room_is_not_half_there_and_nothing_is_submitted(slur
     done = runner(*words)
     assert done.returncode == 0, done.stderr
     assert len(jobs_of(Path.cwd())) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "is_told"),
+    [
+        (errno.ENOSPC, None, True),
+        (errno.EACCES, "mine/000/run.json", True),
+        (errno.ENOTDIR, "", True),
+        (errno.EACCES, None, False),
+        (errno.EACCES, "rows.py", False),
+        (errno.ENOSPC, "elsewhere", False),
+        (errno.EAGAIN, None, False),
+        (errno.EPIPE, None, False),
+        (errno.EIO, None, False),
+        (errno.ENOENT, "mine/run.json", False),
+        (None, None, False),
+    ],
+)
+def test_only_what_is_wrong_with_the_folder_is_called_so(
+    tmp_path: Path, number: int | None, name: str | None, is_told: bool
+):
+    error = OSError("odd") if number is None else OSError(number, os.strerror(number))
+    error.filename = None if name is None else str(tmp_path / name)
+    with pytest.raises((OSError, LaunchError)) as caught, sweeps.writing(tmp_path / "mine", LaunchError):
+        raise error
+    if is_told:
+        assert str(caught.value).startswith(f"outputs_dir={tmp_path}/mine: cannot be written: {error.strerror}\n")
+    else:
+        assert caught.value is error
 
 
 def test_a_sweep_is_as_it_was_whatever_stops_its_making(tmp_path: Path):

@@ -280,10 +280,8 @@ def _run_one(job: Any, argv: list[str], joined: Joined | None) -> int:
         return 0
     is_new = not job.is_folder_named and not folder.exists()
     launcher.check()
-    try:
+    with sweeps.writing(folder):
         rundir = sweeping.prepared(job, folder, ["python", "-m", "runner", *argv], is_new=is_new)
-    except OSError as error:
-        raise ConfigError(sweeps.outputs_fault(error, folder)) from error
     rundir.forget_requests()
     return launcher.launch([rundir], None)[0]
 

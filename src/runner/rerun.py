@@ -263,15 +263,13 @@ def _prepared(original: Recorded, job: Job, folder: Path, argv: list[str], code:
         notes |= {"lock_sha256": provenance.lock_digest(code)}
         if prepare.signature(job.cfg) == prepare.signature(original.config):
             notes["signature"] = original.manifest.get("signature")  # as its own code reckons it
-    try:
-        command, is_new = ["python", "-m", "runner", "rerun", *argv], not job.is_folder_named
+    command, is_new = ["python", "-m", "runner", "rerun", *argv], not job.is_folder_named
+    with sweeps.writing(folder):
         rundir = sweeping.prepared(job, folder, command, is_new=is_new, **notes)
         if code:
             rundir.dirty_diff.unlink(missing_ok=True)
             if original.patch:
                 write_atomic(rundir.dirty_diff, original.patch.encode("utf-8", "surrogateescape"))
-    except OSError as error:
-        raise ConfigError(sweeps.outputs_fault(error, folder)) from error
     return rundir
 
 

@@ -317,11 +317,9 @@ def _fixed(dimension: Dimension) -> Fault:
 @contextlib.contextmanager
 def _alone(sweep: SweepDir) -> Iterator[None]:
     """Be the only one that proposes runs of this sweep."""
-    try:
+    with sweeps.writing(sweep.path):
         sweep.path.mkdir(parents=True, exist_ok=True)
         handle = sweep.search_lock.open("a")
-    except OSError as error:
-        raise ConfigError(sweeps.outputs_fault(error, sweep.path)) from error
     with handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's it is not inherited by what is forked

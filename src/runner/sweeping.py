@@ -45,9 +45,10 @@ def sweep(hydra: Hydra, args: argparse.Namespace, composer: Composer, argv: list
     try:
         sweeper.sweep(list(args.overrides))
     except OSError as error:  # other sweepers than ours write into the folder of the sweep first
-        if session.has_launched:
+        folder = Path(master.hydra.sweep.dir).absolute()
+        if session.has_launched or not sweeps.is_of_outputs(error, folder):
             raise
-        raise ConfigError(sweeps.outputs_fault(error, Path(master.hydra.sweep.dir).absolute())) from error
+        raise ConfigError(sweeps.outputs_fault(error, folder)) from error
     return session.end()
 
 
@@ -100,12 +101,9 @@ class Session:
         """Every job with its folder, prepared if it is new."""
         name = str(jobs[0].cfg["sweep"])
         wanted = [sweeps.Wanted(job.cfg, label, job.folder) for job, label in zip(jobs, labels, strict=True)]
-        try:
-            with sweeps.joined(sweep, name, self.command, wanted) as rundirs:
-                for rundir, job, each in zip(rundirs, jobs, wanted, strict=True):
-                    prepared(job, rundir.path, self.command, sweep=name, label=each.label)
-        except OSError as error:
-            raise ConfigError(sweeps.outputs_fault(error, sweep.path)) from error
+        with sweeps.writing(sweep.path), sweeps.joined(sweep, name, self.command, wanted) as rundirs:
+            for rundir, job, each in zip(rundirs, jobs, wanted, strict=True):
+                prepared(job, rundir.path, self.command, sweep=name, label=each.label)
         return [Entry(each, rundir, None) for each, rundir in zip(wanted, rundirs, strict=True)]
 
     def end(self) -> int:

@@ -7,7 +7,9 @@ to it, and two commands on the same folder agree, as only one of them at a time 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import time
 import uuid
 from collections import Counter
@@ -17,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from runner import prepare
-from runner.errors import Fault, ResumeError
+from runner.errors import ConfigError, Fault, ResumeError, RunnerError
 from runner.files import locked, write_atomic
 from runner.rundir import DONE, RunDir
 from runner.secrets import redact
 from runner.sweepdir import SweepDir
+
+OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+OF_A_FOLDER = {errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+"""What the system says of a folder that cannot be made or written; EIO it says of a terminal that is gone, too."""
 
 OTHERS = {".sweep.lock", ".search.lock", "search.journal", "multirun.yaml"}
 """What may lie in the folder before sweep.json does: ours, and what another sweeper of Hydra's wrote."""
@@ -140,6 +146,30 @@ def has_to_work(rundir: RunDir, retry: bool) -> bool:
     """Whether the run still needs a worker: not if it is done or given up, nor if it failed and is not retried."""
     status = rundir.read_state().status
     return status not in DONE and (status != "failed" or retry)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, refusal: type[RunnerError] = ConfigError) -> Iterator[None]:
+    """Say in the user's words that there is no room in this folder, or no right to write, where the block finds it so.
+
+    Raises:
+        RunnerError: ``refusal``. What else the system refuses (a process, a pipe, a file elsewhere) stays as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_of_outputs(error, folder):
+            raise
+        raise refusal(outputs_fault(error, folder)) from error
+
+
+def is_of_outputs(error: OSError, folder: Path) -> bool:
+    """Whether it is this folder, something below it or a folder above it that cannot be written."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return error.errno in OF_A_DISK  # no other tells without a name whether it is about a file at all
+    path, folder = Path(error.filename).absolute(), folder.absolute()
+    is_there = path.is_relative_to(folder) or folder.is_relative_to(path)
+    return is_there and error.errno in OF_A_DISK | OF_A_FOLDER
 
 
 def outputs_fault(error: OSError, folder: Path) -> Fault:

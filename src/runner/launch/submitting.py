@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,11 +40,11 @@ def submit(
     """
     left: list[RunDir] = []
     for home, members in _homes(rundirs, sweep).items():
-        try:
-            with locked(slurm_room(home) / ".lock"):  # two commands at once submit one after the other
-                left += _submit_from(asked, home, members, before)
-        except OSError as error:
-            raise LaunchError(sweeps.outputs_fault(error, home)) from error
+        with (
+            sweeps.writing(home, LaunchError),
+            locked(slurm_room(home) / ".lock"),  # two commands at once submit one after the other
+        ):
+            left += _submit_from(asked, home, members, before)
     return left
 
 
@@ -251,10 +252,12 @@ def _refusal(error: Exception, home: Path, done: int, wanted: int) -> LaunchErro
     """Slurm's reason not to take a job, and what has become of the others."""
     if isinstance(error, LaunchError):
         return error
-    if isinstance(error, OSError):
-        return LaunchError(sweeps.outputs_fault(error, home))
-    lines = [line.strip() for line in str(error).splitlines() if "error:" in line] or [type(error).__name__]
-    said = lines[-1].rpartition("error: ")[2]
+    if isinstance(error, OSError) and sweeps.is_of_outputs(error, home):
+        fault = sweeps.outputs_fault(error, home)
+        took = f"; Slurm took {done} of {wanted} runs" if done else ""
+        return LaunchError(replace(fault, problem=fault.problem + took))
+    lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
+    said = lines[-1].rpartition("error: ")[2] if lines else f"{type(error).__name__}: {error}"
     remedy = "the same command again submits the rest, once Slurm allows it"
     return LaunchError(Fault("launcher", f"Slurm took {done} of {wanted} runs and refused the next: {said}", remedy))
 
