@@ -162,9 +162,12 @@ def test_a_function_of_ones_own_from_a_module(own, monkeypatch):
 
 BESIDE = {
     "rows_of_mine.py": "import wording_of_mine\nfrom parts_of_mine.inner import dot\n"
-    "def to_text(row):\n    return wording_of_mine.told(row) + dot\n",
+    "from plain_of_mine.deep.mark import mark\n"
+    "def to_text(row):\n    return wording_of_mine.told(row) + dot + mark\n",
     "wording_of_mine.py": "import json\ndef told(row):\n    import phrases_of_mine\n    return phrases_of_mine.first\n",
     "phrases_of_mine.py": "import rows_of_mine\nfirst = 'A phrase'\n",
+    "plain_of_mine/deep/mark.py": "mark = ''\n",
+    "json/not_that_one.py": "",
     "parts_of_mine/__init__.py": "",
     "parts_of_mine/inner.py": "from .outer import dot\n",
     "parts_of_mine/outer.py": "dot = '.'\n",
@@ -174,11 +177,11 @@ BESIDE = {
 
 def test_what_a_file_imports_from_its_own_folder_belongs_to_the_function(tmp_path, monkeypatch):
     for name, text in BESIDE.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     file = tmp_path / "rows_of_mine.py"
     found = [str(path.relative_to(tmp_path)) for path in imported(file)]
-    assert found == sorted(BESIDE.keys() - {"rows_of_mine.py", "unrelated.py"})
+    assert found == sorted(BESIDE.keys() - {"rows_of_mine.py", "unrelated.py", "json/not_that_one.py"})
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert custom(f"{file}:to_text")({}) == "A phrase."
     before = formats.source_text(f"{file}:to_text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,8 +39,21 @@ def _names(file: Path) -> set[str]:
 
 
 def _beside(folder: Path, name: str) -> Iterator[Path]:
-    """The files of a module or package of this name; Python prefers the package as well."""
-    if (folder / name / "__init__.py").is_file():
+    """The files of a module or package of this name, in the order in which Python seeks them.
+
+    A folder without ``__init__.py`` comes after all others, an installed package of its name too.
+    """
+    is_package, is_module = (folder / name / "__init__.py").is_file(), (folder / f"{name}.py").is_file()
+    if is_package or not (is_module or _is_elsewhere(name)):
         yield from (path for path in (folder / name).rglob("*.py") if path.is_file())
-    elif (folder / f"{name}.py").is_file():
+    elif is_module:
         yield folder / f"{name}.py"
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Whether Python finds a module or package of this name, with a file or built in; nothing is imported."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # imported already, by who left no word of where it is
+        return True
+    return spec is not None and spec.origin is not None
