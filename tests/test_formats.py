@@ -175,20 +175,36 @@ BESIDE = {
 }
 
 
-def test_what_a_file_imports_from_its_own_folder_belongs_to_the_function(tmp_path, monkeypatch):
+def test_what_a_file_imports_from_its_own_folder_belongs_to_the_function(tmp_path):
     for name, text in BESIDE.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     file = tmp_path / "rows_of_mine.py"
     found = [str(path.relative_to(tmp_path)) for path in imported(file)]
     assert found == sorted(BESIDE.keys() - {"rows_of_mine.py", "unrelated.py", "json/not_that_one.py"})
-    monkeypatch.setattr(sys, "path", list(sys.path))
     assert custom(f"{file}:to_text")({}) == "A phrase."
     before = formats.source_text(f"{file}:to_text")
     (tmp_path / "unrelated.py").write_text("other")
     assert formats.source_text(f"{file}:to_text") == before
     (tmp_path / "parts_of_mine/outer.py").write_text("dot = '!'")
     assert formats.source_text(f"{file}:to_text") != before
+
+
+def test_helpers_of_one_name_in_two_folders_are_two(tmp_path):
+    modules, path = dict(sys.modules), list(sys.path)
+    functions = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.py").write_text(
+            "from clean_of_mine import early\ndef to_text(row):\n    from clean_of_mine.late import late\n"
+            "    return early + late\n"
+        )
+        (tmp_path / folder / "clean_of_mine").mkdir()
+        (tmp_path / folder / "clean_of_mine" / "__init__.py").write_text(f"early = '{folder}'")
+        (tmp_path / folder / "clean_of_mine" / "late.py").write_text(f"late = '{folder}'")
+        functions.append(custom(f"{tmp_path / folder}/rows.py:to_text"))
+    assert [function({}) for function in functions * 2] == ["aa", "bb"] * 2
+    assert (sys.modules, sys.path) == (modules, path)
 
 
 def test_the_text_of_a_function_that_stands_alone_is_that_of_its_file(own):

@@ -6,18 +6,18 @@ A row that does not fit is refused with the format it looks like; the caller add
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError, DataError, Fault, suggest
-from runner.imported import imported
+from runner.imported import Beside, imported
 
 Message = dict[str, str]
 """``{"role": …, "content": …}``"""
@@ -183,11 +183,13 @@ def _load(function: str) -> Callable[[dict[str, Any]], Any]:
     try:
         if _is_file(function):
             file = _source(function)
-            if imported(file) and str(file.parent) not in sys.path:
-                sys.path.insert(0, str(file.parent))  # as for a script; before what has been edited since it was frozen
+            beside = Beside(file)
             scope: dict[str, Any] = {"__name__": Path(where).stem, "__file__": where}
-            exec(compile(file.read_text(encoding="utf-8"), where, "exec"), scope)  # the user's own, named by the user
+            with beside if beside else contextlib.nullcontext():
+                exec(compile(file.read_text(encoding="utf-8"), where, "exec"), scope)  # the user's own, named by them
             found = scope.get(name)
+            if beside and callable(found):
+                found = functools.partial(_with, beside, found)
         else:
             found = getattr(importlib.import_module(where), name, None)
     except ConfigError as error:
@@ -199,6 +201,11 @@ def _load(function: str) -> Callable[[dict[str, Any]], Any]:
         problem = f"defines no function '{name}'"
         raise ConfigError(Fault("data.format.function", problem, "correct the name", function))
     return found
+
+
+def _with(beside: Beside, call: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> Any:
+    with beside:  # a function may import when it is called
+        return call(row)
 
 
 def _turns(row: Row, name: str, parameter: str, key: str, needed: tuple[str, str]) -> list[Mapping[str, Any]]:

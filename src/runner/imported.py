@@ -1,11 +1,14 @@
-"""Which Python files of its own folder a file imports: read off their texts, nothing is run."""
+"""Which Python files of its own folder a file imports, read off their texts; and their import, out of others' way."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 
 def imported(file: Path) -> list[Path]:
@@ -21,6 +24,39 @@ def imported(file: Path) -> list[Path]:
             found |= new
             left += new
     return sorted(found)
+
+
+class Beside:
+    """What a file imports from its own folder: within a ``with`` it can be imported, and outside in nobody's way.
+
+    Another folder may hold modules of the same names, and they are others.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._folder = str(file.parent)
+        self._names = {path.relative_to(file.parent).parts[0].removesuffix(".py") for path in imported(file)}
+        self._modules: dict[str, ModuleType] = {}
+        self._others: dict[str, ModuleType] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self._names)
+
+    def __enter__(self) -> None:
+        self._others = {name: sys.modules[name] for name in self._names if name in sys.modules}
+        sys.path.insert(0, self._folder)  # as for a script; before what has been edited since it was frozen
+        sys.modules.update(self._modules)
+        self._count = len(sys.modules)
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(self._folder)
+        if len(sys.modules) != self._count:  # this is asked for every row
+            ours = self._names - self._others.keys()
+            self._modules |= {name: sys.modules[name] for name in list(sys.modules) if name.partition(".")[0] in ours}
+        for name in self._modules:
+            sys.modules.pop(name, None)
+        sys.modules.update(self._others)
 
 
 def _names(file: Path) -> set[str]:
