@@ -188,6 +188,8 @@ def test_what_a_file_imports_from_its_own_folder_belongs_to_the_function(tmp_pat
     assert formats.source_text(f"{file}:to_text") == before
     (tmp_path / "parts_of_mine/outer.py").write_text("dot = '!'")
     assert formats.source_text(f"{file}:to_text") != before
+    (tmp_path / "parts_of_mine/outer.py").write_bytes("# coding: latin-1\ndot = 'é'".encode("latin-1"))
+    assert formats.source_text(f"{file}:to_text") != before
 
 
 def test_helpers_of_one_name_in_two_folders_are_two(tmp_path):

@@ -113,14 +113,14 @@ def check_custom(*, function: str) -> Iterator[Fault]:
 
 
 def source_text(function: str) -> str:
-    """The text that makes a custom function what it is: of its file, and of what that imports from its own folder.
+    """What makes a custom function what it is: the text of its file, and digests of what that imports from beside it.
 
     Raises:
         ConfigError: where no such file or module exists.
     """
     file = _source(function)
     beside = imported(file) if _is_file(function) else []
-    parts = [f"{path.relative_to(file.parent)}\n{path.read_text(encoding='utf-8')}" for path in beside]
+    parts = [f"{path.relative_to(file.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in beside]
     return "\0".join([file.read_text(encoding="utf-8"), *parts])
 
 
