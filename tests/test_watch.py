@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import mlflow
 import pytest
 from conftest import TINY, prepared
 
 from runner import asked, cli, console, named, scheduler, standing, system
-from runner.errors import ConfigError
+from runner.errors import ConfigError, Fault, LaunchError
+from runner.files import write_atomic
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
 
@@ -295,6 +297,28 @@ def test_a_job_that_nobody_noted_is_known_by_what_its_worker_wrote(monkeypatch: 
     monkeypatch.setattr(scheduler, "silence", lambda: "")
     monkeypatch.setattr(scheduler, "jobs", lambda ids: {id: scheduler.Job(id, "RUNNING") for id in ids})
     assert standing.of([rundir])[0].status == "running"
+
+
+def test_slurm_that_answers_a_ping_alone_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    questions = []
+
+    def hang(of: object) -> NoReturn:
+        questions.append(of)
+        raise LaunchError(Fault("", "squeue: no answer within 60 s"))
+
+    for attribute in ("named", "jobs"):
+        monkeypatch.setattr(scheduler, attribute, hang)
+    monkeypatch.setattr(scheduler, "silence", lambda: "")
+    rundirs = [played(name, "pending") for name in ("a", "b")]
+    for rundir in rundirs:
+        note = {"name": rundir.path.name, "job_id": None, "cluster": "slurm", "folders": [str(rundir.path)]}
+        write_atomic(rundir.path / "slurm" / "runner-x.json", json.dumps(note))
+    noted = played("c", "pending", slurm={"job_id": "7", "cluster": "slurm", "submitted": 1.0})
+    assert standing.of([*rundirs, noted])[2].status == "unknown"
+    assert questions == ["a"]
+    assert caplog.text.count("Slurm does not answer") == 1
 
 
 def started(folder: Path, processes: list[subprocess.Popen[str]], *options: str) -> RunDir:

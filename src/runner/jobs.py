@@ -35,7 +35,7 @@ class Queue:
         try:
             return dict(scheduler.jobs(wanted))
         except RunnerError as error:
-            _say_silent(str(error))
+            self._is_silent(str(error))
             return None
 
     def not_noted(self, home: Path) -> dict[str, str]:
@@ -46,14 +46,19 @@ class Queue:
 
     def _found(self, home: Path) -> Iterable[tuple[str, str]]:
         for file in slurm_room(home).glob("runner-*.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RunnerError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or gone
                 submission = json.loads(file.read_text())
                 if submission["job_id"] or submission["cluster"] != "slurm" or not self._answers:
                     continue
                 from runner import scheduler
 
                 folders = submission["folders"]
-                for id in scheduler.named(submission["name"])[:1]:
+                try:
+                    found = scheduler.named(submission["name"])
+                except RunnerError as error:
+                    self._is_silent(str(error))
+                    return
+                for id in found[:1]:
                     ids = [f"{id}_{number}" for number in range(len(folders))] if len(folders) > 1 else [id]
                     yield from zip(folders, ids, strict=True)
 
@@ -62,9 +67,10 @@ class Queue:
         from runner import scheduler
 
         if said := scheduler.silence():
-            _say_silent(said)
+            self._is_silent(said)
         return not said
 
-
-def _say_silent(why: str) -> None:
-    named.log.warning(f"Slurm does not answer, so what it would know is not shown: {why}")
+    def _is_silent(self, why: str) -> None:
+        """Say so, and ask no more: a controller that is there may still not answer squeue."""
+        self._answers = False
+        named.log.warning(f"Slurm does not answer, so what it would know is not shown: {why}")
