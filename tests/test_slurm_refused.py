@@ -105,9 +105,22 @@ def silent(slurm: None, request: pytest.FixtureRequest, tmp_path_factory: pytest
         yield str(folder / settings.name)
 
 
+def stub(command: Path, line: str) -> None:
+    """A command that does this, and fails."""
+    command.write_text(f"#!/bin/sh\n{line}\nexit 1\n")
+    command.chmod(0o755)
+
+
 @pytest.mark.slurm
-def test_a_controller_that_is_down_is_told_in_its_own_words_and_soon(silent: str, monkeypatch: pytest.MonkeyPatch):
-    said = refused(SLURM_CONF=silent)
+def test_a_controller_that_is_down_is_told_in_its_own_words_and_soon(
+    silent: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+):
+    """Without sbatch and squeue, each of which would try for a minute."""
+    there = tmp_path_factory.mktemp("bin")
+    for command in ("sbatch", "squeue"):
+        stub(there / command, f"echo {command} >>{there}/asked")
+    said = refused(SLURM_CONF=silent, PATH=f"{there}:{os.environ['PATH']}")
+    assert not (there / "asked").exists()
     assert said.startswith("error: launcher=slurm: the Slurm controller does not answer: Slurmctld(primary) at ")
     assert " is DOWN\n" in said
     assert "ask who runs the cluster" in said
@@ -149,8 +162,7 @@ def test_without_a_controller_status_tells_what_it_knows(silent: str):
 def test_slurm_is_asked_whether_it_answers_before_it_is_asked_anything(silent: str):
     """squeue waits for a controller that is down, for each submission anew."""
     Path("bin").mkdir()
-    Path("bin/squeue").write_text("#!/bin/sh\necho asked >>asked\nexit 1\n")
-    Path("bin/squeue").chmod(0o755)
+    stub(Path("bin/squeue"), "echo asked >>asked")
     for name in ("a", "b"):
         rundir = prepared(Path("outputs", "mine", name), *TINY)
         rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
