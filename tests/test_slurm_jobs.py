@@ -475,9 +475,45 @@ def test_a_search_does_not_follow_a_job_that_it_did_not_submit(tmp_path: Path, m
     monkeypatch.setattr(scheduler, "settings", lambda *_: {})
     monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
     source = One(rundir)
-    with pytest.raises(LaunchError, match="run is not submitted: its earlier job does not leave its nodes"):
+    with pytest.raises(LaunchError, match="launcher=run: an earlier job of theirs does not leave its nodes"):
         option("launcher", "slurm")().serve(source, sweep, 1)
     assert not source.has_ended
+
+
+def test_a_job_that_does_not_leave_keeps_no_other_run_of_a_search_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Two:
+        """Proposes two runs, and hears of ends."""
+
+        total = 2
+
+        def __init__(self) -> None:
+            self.left, self.ended_runs = [RunDir(tmp_path / name) for name in ("well", "stuck")], []
+
+        def next(self) -> RunDir | None:
+            return self.left.pop() if self.left else None
+
+        def ended(self, rundir: RunDir) -> None:
+            self.ended_runs.append(rundir.path.name)
+
+        def look(self) -> None:
+            pass
+
+    asked: list[str] = []
+
+    def submit(rundir: RunDir) -> list[RunDir]:
+        asked.append(rundir.path.name)
+        return [rundir] if rundir.path.name == "stuck" else []
+
+    monkeypatch.setattr(submission, "is_queued", lambda rundirs: [False] * len(rundirs))
+    monkeypatch.setattr(following, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(following, "SETTLING_S", 0.0)
+    source = Two()
+    with pytest.raises(LaunchError, match="launcher=stuck: an earlier job"):
+        following.serve(source, 1, submit)
+    assert asked == ["stuck", "well", "stuck"], "and once more after a job has ended"
+    assert source.ended_runs == ["well"]
 
 
 def test_sigterm_ends_the_following_and_not_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -489,7 +525,7 @@ def test_sigterm_ends_the_following_and_not_the_runs(tmp_path: Path, capsys: pyt
         assert following.follow([rundir]) == [75]
         assert "no longer following; 1 of 1 runs go on" in capsys.readouterr().err
         source = One(rundir)
-        assert following.serve(source, 1, lambda _: None) == 75
+        assert following.serve(source, 1, lambda _: []) == 75
         assert "no further runs are proposed; 1 go on" in capsys.readouterr().err
         assert not source.has_ended
         assert process.poll() is None

@@ -34,7 +34,11 @@ def locked(path: Path) -> Iterator[None]:
     """Wait for, then hold, an advisory lock on ``path``; who holds it may remove the file, and then its folders."""
     while True:
         with _opened(path) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:  # a file system without locks: it does not say of which file
+                error.filename = str(path)
+                raise
             if _is_same(handle, path):  # else it was removed meanwhile, and others may hold a new one
                 yield
                 return
@@ -43,9 +47,10 @@ def locked(path: Path) -> Iterator[None]:
 def _opened(path: Path) -> IO[str]:
     """The file, with its folders made anew where somebody removes them as we come."""
     for _ in range(20):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # mkdir finds the folder, and then no folder
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("a")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("a")
 
 

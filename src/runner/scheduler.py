@@ -210,6 +210,8 @@ def silence() -> str:
         return "scontrol is not on this machine's PATH"
     except subprocess.TimeoutExpired:
         return f"no answer within {LONGEST_PING_S:.0f} s"
+    except OSError as error:  # no process left, no memory
+        return f"scontrol cannot be started: {error.strerror}"
     return "" if re.search(r"is UP", done.stdout) else _first_line(done.stdout + done.stderr)
 
 
@@ -267,6 +269,8 @@ def _lines(command: list[str], *, or_none: bool = False) -> list[str]:
         said = "is not on this machine's PATH"
     except subprocess.TimeoutExpired:
         said = f"no answer within {LONGEST_WAIT_S:.0f} s"
+    except OSError as error:
+        said = f"cannot be started: {error.strerror}"
     if not said:
         return [line for line in done.stdout.splitlines() if line.strip()]
     if or_none:

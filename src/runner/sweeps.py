@@ -26,8 +26,11 @@ from runner.secrets import redact
 from runner.sweepdir import SweepDir
 
 OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-OF_A_FOLDER = {errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
-"""What the system says of a folder that cannot be made or written; EIO it says of a terminal that is gone, too."""
+OF_A_FOLDER = {
+    errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOTCONN,
+}  # fmt: skip
+"""What the system says of a folder that cannot be made, written or locked; EIO it says of a lost terminal, too."""
 
 OTHERS = {".sweep.lock", ".search.lock", "search.journal", "multirun.yaml"}
 """What may lie in the folder before sweep.json does: ours, and what another sweeper of Hydra's wrote."""
@@ -113,14 +116,17 @@ def _take_back(sweep: SweepDir, before: bytes, new: list[RunDir]) -> None:
 
     What cannot be removed stays: what stopped the command is said.
     """
+    stays = False
     for rundir in new:
-        with contextlib.suppress(OSError):
+        try:
             if rundir.manifest.exists():
                 rundir.discard()
+        except OSError:
+            stays = True
     with contextlib.suppress(OSError):  # it lists runs that are not there then: the same command makes them
         if before:
             write_atomic(sweep.manifest, before)
-        else:
+        elif not stays:
             sweep.manifest.unlink(missing_ok=True)
 
 
@@ -130,8 +136,10 @@ def refuse(sweep: SweepDir) -> None:
     Raises:
         ResumeError: with what to do instead.
     """
-    path = sweep.path
-    if path.is_dir() and not sweep.manifest.exists() and {entry.name for entry in path.iterdir()} - OTHERS:
+    path, names = sweep.path, set[str]()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{sweep.manifest.name}.")}
+    if names - OTHERS and not sweep.manifest.exists():  # asked last: another command may be making it
         remedy = "name another folder with sweep=NAME or hydra.sweep.dir=…"
         raise ResumeError(Fault("sweep", "its folder holds other files and no sweep", remedy, path))
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from runner import outcome
-from runner.errors import Interrupted, LaunchError, Preempted
+from runner.errors import Fault, Interrupted, LaunchError, Preempted
 from runner.launch import progress, submission
 from runner.launch.protocol import Source
 from runner.rundir import RunDir, State
@@ -38,8 +38,16 @@ def follow(rundirs: Sequence[RunDir]) -> list[int]:
     return [code_of_left if rundir in jobs.left else _code(rundir, len(rundirs) == 1) for rundir in rundirs]
 
 
-def serve(source: Source, at_once: int, submit: Callable[[RunDir], object]) -> int:
-    """Submit what ``source`` proposes, ``at_once`` at the same time; returns 0, 130 after Ctrl-C, 75 after SIGTERM."""
+Submit = Callable[[RunDir], Sequence[RunDir]]
+"""Submits a run; returns it where it could not, as its earlier job does not leave its nodes."""
+
+
+def serve(source: Source, at_once: int, submit: Submit) -> int:
+    """Submit what ``source`` proposes, ``at_once`` at the same time; returns 0, 130 after Ctrl-C, 75 after SIGTERM.
+
+    Raises:
+        LaunchError: nothing goes on, and what is left cannot be submitted.
+    """
     running: list[RunDir] = []
     try:
         with _ending_on_sigterm():
@@ -64,13 +72,20 @@ def _ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _serve(source: Source, at_once: int, submit: Callable[[RunDir], object], running: list[RunDir]) -> None:
+def _serve(source: Source, at_once: int, submit: Submit, running: list[RunDir]) -> None:
     """Go on until nothing more is proposed and all has ended; ``running`` holds those that go on."""
     refused: list[RunDir] = []
+    stuck: list[RunDir] = []
     while True:
-        while len(running) < at_once and (rundir := refused.pop() if refused else source.next()):
+        again, stuck = stuck, []
+        while len(running) < at_once:
+            rundir = refused.pop() if refused else source.next() or (again.pop() if again else None)
+            if rundir is None:
+                break
             try:
-                submit(rundir)
+                if submit(rundir):
+                    stuck.append(rundir)
+                    continue
             except LaunchError as error:  # a limit on jobs, a controller that is busy: not the end of a search
                 if not running:
                     raise
@@ -78,7 +93,9 @@ def _serve(source: Source, at_once: int, submit: Callable[[RunDir], object], run
                 refused.append(rundir)
                 break
             running.append(rundir)
+        stuck += again
         if not running:
+            _refuse_stuck(stuck)
             return
         jobs = _Jobs(running)
         while len(jobs.left) == len(running):
@@ -90,6 +107,13 @@ def _serve(source: Source, at_once: int, submit: Callable[[RunDir], object], run
             print(f"{rundir.path.name}: {state.status} {state.reason}".strip(), file=sys.stderr)
             source.ended(rundir)
             running.remove(rundir)
+
+
+def _refuse_stuck(rundirs: Sequence[RunDir]) -> None:
+    if rundirs:
+        problem = "an earlier job of theirs does not leave its nodes: not submitted"
+        names = ", ".join(rundir.path.name for rundir in rundirs)
+        raise LaunchError(Fault("launcher", problem, "give the same command again when squeue shows it no more", names))
 
 
 def _settled(rundir: RunDir) -> State:

@@ -131,15 +131,7 @@ class Slurm:
         several = at_once or self.array_parallelism
         assert several, "checked by search.check_combination"
         each = replace(self, array_parallelism=None)  # heeded here: they do not wait for each other
-
-        def submit(rundir: RunDir) -> None:
-            if submitting.submit(each, [rundir], sweep):
-                problem = f"{rundir.path.name} is not submitted: its earlier job does not leave its nodes"
-                raise LaunchError(
-                    Fault("launcher", problem, "give the same command again when squeue shows it no more")
-                )
-
-        return following.serve(source, several, submit)
+        return following.serve(source, several, lambda rundir: submitting.submit(each, [rundir], sweep))
 
 
 def _tell_of_refusal(sweep: SweepDir | None, left: list[RunDir]) -> None:
