@@ -511,7 +511,7 @@ def test_two_objectives_end_in_a_front(tmp_path: Path, cache: Path):
 
 @pytest.mark.slow
 def test_only_one_process_proposes(tmp_path: Path, cache: Path):
-    words = (*WORDS, "train.max_steps=2000", "search=random", RATES, "sweep=it", "tracking=offline")
+    words = (*WORDS, "train.max_steps=100000", "search=random", RATES, "sweep=it", "tracking=offline")
     driver = started(*words, cwd=tmp_path)
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
     until(lambda: sweep.rundirs() and sweep.rundirs()[0].read_state().step >= 1)
