@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -64,18 +65,19 @@ def slurm(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
-    folder = tmp_path / "disk"
+    with mounted(tmp_path / "disk", "size=4m") as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system that lies in memory; where none may be mounted the test is skipped."""
     folder.mkdir()
-    mount_memory(folder, "size=4m")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def mount_memory(folder: Path, options: str) -> None:
-    """Mount a file system there that lies in memory; where that is not allowed the test is skipped."""
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def fill(disk: Path, leaving: int) -> Path:

@@ -22,7 +22,7 @@ from conftest import TINY
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runner import cli, converter, tracking
+from runner import cli, converter, merge, tracking
 from runner.report import NOTHING
 from runner.rundir import RunDir
 
@@ -227,8 +227,6 @@ def test_a_model_trained_whole_is_exported_as_it_is(capsys: pytest.CaptureFixtur
 def test_a_merge_that_changes_the_model_is_refused_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    from runner import merge
-
     trained("first")
     merged = merge._merged
 
@@ -547,6 +545,21 @@ def test_tasks_of_lm_eval_from_a_local_file(capsys: pytest.CaptureFixture[str], 
 
 
 # the model that the default run trains
+
+
+@pytest.mark.parametrize("relative", [1e-5, 1e-12], ids=["rounding", "more than rounding"])
+def test_where_float64_does_not_fit_a_part_of_the_largest_logit_is_allowed(
+    relative: float, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trained("first")
+    monkeypatch.setattr(merge, "TOLERANCE", 0.0)
+    monkeypatch.setattr(merge, "RELATIVE", relative)
+    monkeypatch.setattr(merge, "_fits", lambda *_: False)
+    code, out, err = said(capsys, "export", "first", str(tmp_path / "m"), "--merged", "--dtype", "float32")
+    if relative > 1e-6:
+        assert (code, "computed in float32" in out) == (0, True), err
+    else:
+        assert (code, "a logit differs by" in err, list(tmp_path.iterdir())) == (1, True, []), err
 
 
 @pytest.mark.slow

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TINY, fill, jobs_of, mount_memory
+from conftest import TINY, fill, jobs_of, mounted
 from test_slurm import runner
 
 from runner import sweeps
@@ -43,11 +42,8 @@ def launcher(
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A file system that nothing can be written to, not even by root."""
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    mount_memory(folder, "ro")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "read-only", "ro") as folder:
+        yield folder
 
 
 def below_a_file(folder: Path) -> Path:
