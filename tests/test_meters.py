@@ -135,3 +135,13 @@ def test_the_speed_of_a_resumed_run_is_that_of_all_its_steps(monkeypatch: pytest
     assert meter.rates()["train/tokens_per_second"] == 100.0
     assert meter.rates()["train/step_seconds"] == 1.0, "that is of the steps just now"
     assert meter.timing == meters.Timing(steps=4, tokens=1000, seconds=10.0, waited=1.0)
+
+
+def test_no_run_is_faster_than_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was measured beside other work is none."""
+    clock = iter([0.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
+    meter = meters.Meter(flops_per_token=10.0, peak_flops=500.0)
+    for _ in range(3):
+        meter.step(100)
+    assert meter.rates()["train/mfu"] == pytest.approx(2 / 3), "of the best step, 1000 FLOP/s"

@@ -85,6 +85,8 @@ class Meter:
         """Note a finished step: its useful tokens, and the seconds it waited for data."""
         now = time.perf_counter()
         done = Timing(1, tokens, now - self._since, waited)
+        # Beside other work a peak is measured that the run itself then exceeds: it was none.
+        self._peak_flops = max(self._peak_flops, tokens / done.seconds * self._flops_per_token)
         if self._first.steps:
             self.timing += done
             self._recent.append(done.seconds)
