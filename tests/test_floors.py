@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 
 FLOORS = [
-    {"errors", "secrets", "intervals"},
+    {"errors", "secrets", "intervals", "heap", "scratch"},
     {"files"},
     {"rundir"},
     {"condition", "config", "sweepdir", "schema", "console", "stop", "readers", "precision", "adapter", "rest",

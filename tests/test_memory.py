@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from runner import documents, fused, loss, memory, recompute, usage
+from runner import documents, fused, loss, memory, recompute, scratch, usage
 from runner.packing import Shape
 from runner.schema import Memory
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def test_memory_of_this_process_and_machine() -> None:
     held, peak = usage.held_already(CPU), usage.peak_of_process()
-    block = torch.ones((peak - held) // 4 + 64 * 2**20)  # 256 MiB beyond the peak so far
+    block = torch.ones((peak - held) // 4 + 128 * 2**20)  # 512 MiB beyond the peak so far
     assert usage.held_already(CPU) - held > 0.9 * block.nbytes
     assert usage.peak_of_process() - peak > 200 * 2**20
     if not torch.cuda.is_available():
@@ -95,7 +95,9 @@ def test_a_rehearsal_foretells_what_a_step_makes(kind: str, kept: Memory, way: s
         device=CPU, accumulates=accumulates,
     )  # fmt: skip
     real = counted(made(kind, 12, "cpu"), kept, by_document=by_document, accumulates=accumulates, autocast=autocast)
-    assert abs(expected - real) < 0.02 * expected
+    assert -0.02 * expected < real - expected < 0.02 * expected + scratch.held(), (
+        "which stays, where it is needed or not"
+    )
 
 
 def test_less_is_kept_for_less_memory() -> None:
@@ -168,10 +170,13 @@ def counted(
                 total = loss.rehearsal(model.train(), asked, positions)
             total.backward()
             del total
-    return ledger.peak - weights - sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return ledger.peak - weights - gradients
 
 
 TRAIN = """
+from runner import heap
+heap.restart()
 import json, sys
 from pathlib import Path
 import torch

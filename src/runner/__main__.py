@@ -6,8 +6,10 @@ import sys
 
 
 def main() -> None:
-    from runner import cli
+    from runner import cli, heap
 
+    if cli.may_train(sys.argv[1:]):
+        heap.restart()
     sys.exit(cli.run(sys.argv[1:]))
 
 

@@ -163,8 +163,6 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
     if made.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if made.device.type == "cpu" and made.settings.memory != "speed":
-        usage.return_what_is_freed()
     told = expected.expect(cfg, made, roughly=True)
     if told.memory.total > expected.SAFE * told.free_bytes:
         told = expected.expect(cfg, made)

@@ -156,9 +156,18 @@ VERBS: dict[str, Verb] = {
     "generate": generate, "export": export, "register": register, "evaluate": evaluate,
 }  # fmt: skip
 
+SHOWING = ("--version", "-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
+"""Flags that show something in the place of a run."""
 
 OF_SWEEPS = ("sweep", "search", "launcher.parallel", "launcher.array_parallelism")
 """What keys begin with that mean nothing to one run."""
+
+
+def may_train(argv: list[str]) -> bool:
+    """Whether this process may come to train: it is not asked for a verb's answer, for help, or to show something."""
+    if argv and _is_word(argv[0]):
+        return argv[0] == "rerun"
+    return not set(SHOWING) & set(argv)
 
 
 def _is_word(argument: str) -> bool:

@@ -72,7 +72,7 @@ def expect(cfg: Mapping[str, Any], made: Inputs, *, roughly: bool = False) -> Ex
         gradients=gradients * 2 if kind == "ddp" and processes > 1 else gradients,  # and the buckets that are exchanged
         optimizer=int(counts["trainable"] * optim.state_bytes(cfg["optim"])),
         activations=activations,
-        libraries=held + memory.allocator_waste(made.device, activations + gradients, made.settings.memory),
+        libraries=held + memory.allocator_waste(made.device, activations, gradients),
     )
     if kind == "fsdp":
         found = found.in_shards(processes, memory.depth(model.config))

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner import scratch
+
 INT8_MAX = 127
 """What the largest weight of a row is stored as in 8 bits."""
 MANY_ROWS = 128
@@ -117,7 +119,8 @@ class _OfSum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
         ctx.state, ctx.scale = state, scale
-        return x @ torch.addmm(_dense(weight, state, x.dtype), b, a, alpha=scale).t()
+        summed = scratch.take("weight", (len(b), a.shape[1]), x)
+        return x @ _unpack_into(summed, weight, state).addmm_(b, a, alpha=scale).t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
@@ -125,13 +128,32 @@ class _OfSum(torch.autograd.Function):
         inputs, rank = a.shape[1], a.shape[0]
         dx = None
         if ctx.needs_input_grad[0]:
-            wide = torch.cat([_dense(weight, ctx.state, x.dtype), b * ctx.scale], 1)  # (N, K + r): one product for both
-            wide[:, :inputs].addmm_(b, a, alpha=ctx.scale)
+            wide = scratch.take("weight", (len(b), inputs + rank), x)  # W + scale · B A and scale · B: one product
+            _unpack_into(wide[:, :inputs], weight, ctx.state).addmm_(b, a, alpha=ctx.scale)
+            wide[:, inputs:] = b * ctx.scale
             dx, reduced = (grad @ wide).split([inputs, rank], 1)  # (n, K), (n, r)
         else:
             reduced = (grad @ b).mul_(ctx.scale)
-        db = ((x @ a.t()).t() @ grad).mul_(ctx.scale).t()
-        return dx, None, None, reduced.t() @ x, db, None
+        db = _narrow_product(x @ a.t(), grad).mul_(ctx.scale).t()
+        return dx, None, None, _narrow_product(reduced, x), db, None
+
+
+def _unpack_into(out: Tensor, weight: Tensor, state: Any) -> Tensor:
+    """The weight (N, K) as ``_dense`` gives it, written to ``out``."""
+    if isinstance(state, Tensor):
+        return out.copy_(weight).mul_(state[:, None] * (1 / INT8_MAX))
+    return out.copy_(_dense(weight, state, out.dtype))
+
+
+def _narrow_product(narrow: Tensor, wide: Tensor) -> Tensor:
+    """narrowᵀ (r, n) times wide (n, K), which a CPU's library computes on one core unless it is given several."""
+    if wide.device.type != "cpu" or torch.compiler.is_compiling():
+        return narrow.t() @ wide
+    parts = max(1, min(torch.get_num_threads(), len(wide) // MANY_ROWS))
+    size = len(wide) // parts
+    stacked = [rows[: parts * size].reshape(parts, size, -1) for rows in (narrow, wide)]
+    rest = [rows[parts * size :] for rows in (narrow, wide)]
+    return torch.bmm(stacked[0].transpose(1, 2), stacked[1]).sum(0).addmm_(rest[0].t(), rest[1])
 
 
 class _InPlace(torch.autograd.Function):

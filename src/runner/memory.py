@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from runner import compiling, documents, head, loss, recompute
+from runner import compiling, documents, head, heap, loss, recompute
 from runner.packing import Shape
 from runner.schema import Memory
 
@@ -21,9 +21,9 @@ LAYERS = 6, 8
 """Decoder layers of the models that are rehearsed for a deeper one; what the others take follows from the difference.
 
 Fewer would not do: the peak is the largest of several sums, of which another one may lead in a shallow model."""
-HEAP_HOLES, FEWER_HEAP_HOLES = 0.7, 0.35
-"""What a CPU's heap keeps empty between its blocks, as a part of activations and gradients (glibc 2.36); fewer where
-``usage.return_what_is_freed`` was called."""
+HEAP_HOLES, FEWER_HEAP_HOLES = 0.7, 0.2
+"""What glibc's heap keeps empty between its blocks, as a part of activations and gradients; less of activations where
+``heap`` is set, or will be when the run begins. Gradients come when activations go, and fit few of their places."""
 ROUNDED = 0.05
 """What CUDA's allocator rounds up or cannot use, likewise; plus cuBLAS's workspace."""
 CUBLAS_BYTES = 64 * 2**20
@@ -120,11 +120,11 @@ def by_formula(config: Any, shape: Shape, *, kept: Memory, dtype_bytes: int, ful
     return activations + passing + logits * dtype_bytes + 2 * min(logits, loss.CHUNK_VALUES) * 4
 
 
-def allocator_waste(device: torch.device, temporary_bytes: int, kept: Memory) -> int:
+def allocator_waste(device: torch.device, activations: int, gradients: int) -> int:
     """Bytes that the allocator keeps without use for so many bytes that come and go."""
     if device.type == "cuda":
-        return int(ROUNDED * temporary_bytes) + CUBLAS_BYTES
-    return int((HEAP_HOLES if kept == "speed" else FEWER_HEAP_HOLES) * temporary_bytes)
+        return int(ROUNDED * (activations + gradients)) + CUBLAS_BYTES
+    return int((FEWER_HEAP_HOLES if heap.is_glibc() else HEAP_HOLES) * activations + HEAP_HOLES * gradients)
 
 
 class Ledger(TorchDispatchMode):

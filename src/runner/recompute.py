@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from runner import compiling
+from runner import compiling, scratch
 from runner.errors import ConfigError, Fault
 from runner.schema import Memory
 
@@ -132,8 +132,10 @@ class _Forward:
     def pack(self, tensor: Tensor) -> Packed:
         found = self.results.get(tensor.untyped_storage()._cdata)
         place = tensor.numel(), tensor.storage_offset()
-        if found is None or place != (found.numel, found.offset) or not tensor.is_contiguous():
+        if found is None:
             return tensor.detach()  # with its history it would keep itself alive where no backward pass follows
+        if place != (found.numel, found.offset) or not tensor.is_contiguous():
+            return tensor.clone()  # a result may lie where the next one will, see ``scratch``
         found.uses += 1
         return found, tensor.shape
 
@@ -209,22 +211,29 @@ def _opened(activation: Callable[[Tensor], Tensor], gate: Packed, up: Packed) ->
 
 
 class _Gate(torch.autograd.Function):
-    """act(gate) * up, all (..., M), of which gate and up are kept."""
+    """act(gate) * up, all (..., M), of which gate and up are kept; valid until the next layer's, see ``scratch``."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return activation(gate) * up
+        out = scratch.take("opened", gate.shape, gate)
+        activated = torch.ops.aten.silu.out(gate, out=out) if _is_silu(activation) else activation(gate)
+        return torch.mul(activated, up, out=out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            activated = ctx.activation(gate)
-        (of_gate,) = torch.autograd.grad(activated, gate, grad * up)
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.activation(leaf)
+        (of_gate,) = torch.autograd.grad(activated, leaf, grad * up)
         return of_gate, grad * activated.detach(), None
+
+
+def _is_silu(activation: Any) -> bool:
+    """Whether it is SiLU and nothing else, which can be told where to write."""
+    return type(activation).__name__ in ("SiLU", "SiLUActivation") and not activation._forward_hooks
 
 
 def _gated_classes(layers: list[nn.Module], dtype: torch.dtype) -> set[type[nn.Module]]:

@@ -15,10 +15,6 @@ import torch
 GIB = 2**30
 LIBRARY = re.compile(r"\.so(\.\d+)*$")
 """The end of a library's path."""
-M_MMAP_THRESHOLD = -3
-"""Of malloc.h."""
-RETURNED_BYTES = 2 * 2**20
-"""Blocks of this size and more go back to the system at once; smaller ones would cost more time than they save."""
 
 
 def held_already(device: torch.device) -> int:
@@ -39,16 +35,6 @@ def begin() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def return_what_is_freed() -> None:
-    """Let glibc give back large blocks as soon as they are freed; elsewhere nothing happens.
-
-    By itself it raises its threshold to the largest block that was freed, up to 32 MiB, and keeps such blocks in its
-    heap: a tenth more memory in all, and a fifth less time, as no page has to be cleared anew.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
 
 
 def of_device(device: torch.device, sharing: int = 1) -> tuple[int, int]:

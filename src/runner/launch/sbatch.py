@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import scheduler
+from runner import heap, scheduler
 from runner.errors import Fault, LaunchError, suggest
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def setup_lines(asked: Slurm, folder: Path, name: str, code: Path | None) -> lis
         "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch since 22.05",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}",
         "export RUNNER_TRACEBACK=1",
+        f"export {heap.VARIABLE}={shlex.quote(heap.tunables())}",
     ]
     if code:
         quoted = shlex.quote(str(code))
