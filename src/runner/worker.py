@@ -214,9 +214,9 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
 
 
 def _begin(rundir: RunDir, loaded: Loaded) -> None:
-    cfg, made, _, progress = loaded
+    cfg, made, parts, progress = loaded
     tracking.rewind(rundir, progress.step, progress.evaluated)
-    rundir.update_manifest(**report.manifest(cfg, made, rundir))
+    rundir.update_manifest(**report.manifest(cfg, made, parts, rundir))
     if progress.step:
         log.info(f"resumed at step {progress.step}/{made.total_steps}")
     state = rundir.read_state()
