@@ -57,6 +57,8 @@ class Inputs:
     evaluation: data.Batches
     total_steps: int
     device: torch.device
+    told: expected.Expected | None = None
+    """What ``micro_batch_size=auto`` went by, from before the model was loaded."""
 
     @property
     def cut(self) -> str:
@@ -88,11 +90,19 @@ def settle_rows(cfg: Mapping[str, Any], made: Inputs, ranks: Ranks = ALONE) -> I
     if made.settings.micro_batch_size != "auto":
         return made
 
-    def that_fit() -> int:
-        choices = reversed(divisors(made.settings.per_device_batch_size))
-        return next((rows for rows in choices if expected.expect(cfg, compute_at_once(made, rows)).fits), 1)
+    told: dict[int, expected.Expected] = {}
 
-    return compute_at_once(made, min(ranks.gather(unanimous(ranks, that_fit))))
+    def that_fit() -> int:
+        for rows in reversed(divisors(made.settings.per_device_batch_size)):
+            told[rows] = expected.expect(cfg, compute_at_once(made, rows))
+            if told[rows].fits:
+                return rows
+        return 1
+
+    rows = min(ranks.gather(unanimous(ranks, that_fit)))
+    return replace(
+        compute_at_once(made, rows), told=told.get(rows) or expected.expect(cfg, compute_at_once(made, rows))
+    )
 
 
 def settle_compile(
