@@ -27,6 +27,7 @@ from runner import (
     fused,
     loss,
     meters,
+    precision,
     prepare,
     recompute,
     samples,
@@ -293,9 +294,9 @@ def test_the_step_as_it_is_put_together_is_one_graph_a_layer(
 def test_the_attention_of_a_gpu_is_no_break(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced on tensors without content: Dynamo sees the code that runs on a GPU, forward and backward."""
     pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert documents._register()
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        assert documents._register()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which does not know this device
     with torch.device("meta"):
         model = llama(2).to(torch.bfloat16)
@@ -322,7 +323,10 @@ def settled(
     monkeypatch.setattr(meters, "peak_flops", lambda *_: 1.0)
     flops = seconds * expected.ASSUMED_UTILISATION / made.batches.tokens_at(made.total_steps)
     told = dataclasses.replace(told, layers=layers, flops_per_token=flops)
-    return build.settle_compile(cfg, dataclasses.replace(made, device=GPU), told, **began)
+    monkeypatch.setattr(precision, "_is_fast_in_bfloat16", lambda _: True)
+    found = build.settle_compile(cfg, dataclasses.replace(made, device=GPU), told, **began)
+    monkeypatch.undo()
+    return found
 
 
 def test_auto_compiles_on_a_gpu_where_it_pays(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

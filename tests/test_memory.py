@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import transformers
 from conftest import TINY, composed, no_hooks
 from peft import LoraConfig, get_peft_model
 
-from runner import build, documents, expected, fused, loss, memory, precision, recompute, train, usage
+from runner import build, documents, expected, fused, loss, memory, recompute, train, usage
 from runner.checkpoint import Progress
 from runner.packing import Shape
 from runner.rundir import RunDir
@@ -208,24 +207,6 @@ def test_a_process_takes_what_was_told(changes: str, cache: object) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     expected, real = json.loads(done.stdout.splitlines()[-1])
     assert 0.9 < expected / real < 1.1, f"{expected / usage.GIB:.2f} GiB expected, {real / usage.GIB:.2f} seen"
-
-
-@pytest.mark.parametrize("options", ["lora=lora", "lora=lora quant=4bit train.memory=balanced", "lora=none"])
-def test_a_step_of_a_gpu_is_rehearsed_anywhere(
-    options: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """By operation, with the attention of a GPU, in bfloat16; not by the formula, which is told in the log."""
-    monkeypatch.setattr(precision, "_is_fast_in_bfloat16", lambda device: device.type == "cuda")
-    monkeypatch.setattr(usage, "held_already", lambda _: 0)
-    monkeypatch.setattr(usage, "of_device", lambda *_: (2**36, 2**36))
-    monkeypatch.setattr(documents, "_register", lambda: True)
-    cfg = composed(*TINY, *options.split(), "train.per_device_batch_size=4")
-    made = build.inputs(cfg)
-    with caplog.at_level("DEBUG", "runner"):
-        told = expected.expect(cfg, dataclasses.replace(made, device=torch.device("cuda", 0)))
-        of_cpu = expected.expect(cfg, made)
-    assert "cannot be rehearsed" not in caplog.text
-    assert 0 < told.memory.activations < of_cpu.memory.activations, "half of each number, at most"
 
 
 @pytest.mark.gpu

@@ -144,7 +144,7 @@ def is_asked_for(node: Mapping[str, Any]) -> bool:
     return node["_target_"] != f"{none.__module__}.{none.__name__}"
 
 
-def obstacle(device: torch.device, layers: int, *, in_8_bits: bool, in_shards: bool) -> str:
+def obstacle(device: torch.device, layers: int, in_8_bits: bool, in_shards: bool) -> str:
     """Why ``auto`` compiles nothing, however long the training; empty where nothing stands against it.
 
     ``layers``: how many ``layers_of`` finds. All of it is known before a weight is loaded.
