@@ -136,6 +136,17 @@ def prepared(folder: Path, *overrides: str) -> RunDir:
     return prepare.prepare(composed(*overrides), folder, ["runner", *overrides], list(overrides))
 
 
+def no_hooks(**others: Any) -> Any:
+    """Hooks of a training that nobody follows, but for ``others``."""
+    from runner import train
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    named = ("record", "evaluating", "saving", "check_stop", "warm")
+    return train.Hooks(**{**dict.fromkeys(named, nothing), **others})
+
+
 TINY = (
     "model=tiny", "tracking=offline", "data.max_length=128", "data.train_rows=64", "data.eval_rows=4",
     "train.sample_prompts=0",

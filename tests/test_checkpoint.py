@@ -42,6 +42,33 @@ def saved(
     return folder
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_not_waited_for_and_what_follows_is_not_in_it(tmp_path: Path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(16))).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    x = torch.randn(64, 1024, device="cuda")
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        model(x).square().sum().backward()
+        optimizer.step()
+        expected = [parameter.clone() for parameter in model.parameters()]
+        torch.cuda.synchronize()
+        checkpoints.finish()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(x).square().sum().backward()  # so that the device is busy when the copy is asked for
+            folder = checkpoints.save(model, optimizer, Progress(step=step))
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        checkpoints.finish()
+        assert folder.name == f"step-{step:06d}"
+        assert checkpoints.restore(model, optimizer).step == step
+        assert all(torch.equal(a, b) for a, b in zip(expected, model.parameters(), strict=True))
+
+
 def test_continuing_from_a_checkpoint_is_the_uninterrupted_run(tmp_path: Path):
     model, optimizer = small()
     take_steps(model, optimizer, 0, 6)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,11 +16,28 @@ import conftest
 import pytest
 import torch
 import transformers
+from conftest import TINY, composed, no_hooks, prepared
 from peft import LoraConfig, get_peft_model
 
-from runner import compiling, loss, recompute, samples
+from runner import (
+    build,
+    compiling,
+    documents,
+    expected,
+    fused,
+    loss,
+    meters,
+    precision,
+    prepare,
+    recompute,
+    samples,
+    train,
+    worker,
+)
+from runner.checkpoint import Progress
 from runner.config import config_dir, find_faults
 from runner.errors import ConfigError
+from runner.rundir import RunDir
 
 OPTIONS = sorted(path.stem for path in config_dir().glob("compile/*.yaml"))
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
@@ -237,4 +256,124 @@ def test_a_wrong_mode_is_told(name: str) -> None:
     assert not list(find_faults(node, "compile"))
     faults = list(find_faults({**node, "mode": "reduce_overhead"}, "compile"))
     assert [fault.key for fault in faults] == ["compile.mode"]
-    assert name == "none" or "did you mean 'reduce-overhead'?" in str(faults[0])
+    assert name in ("auto", "none") or "did you mean 'reduce-overhead'?" in str(faults[0])
+
+
+def traced(model: Any, *, mode: compiling.Mode, dynamic: bool | None, fullgraph: bool) -> Any:
+    """compile=regional up to the graphs, forward and backward, which then compute as they are: no C++ compiler."""
+    for layer in compiling.decoder_layers(model):
+        layer.compile(backend="aot_eager", dynamic=dynamic, fullgraph=fullgraph)
+    return model
+
+
+@pytest.mark.parametrize("kept", ["speed", "balanced", "min"])
+@pytest.mark.parametrize("quant", ["none", "4bit"])
+def test_the_step_as_it_is_put_together_is_one_graph_a_layer(
+    quant: str, kept: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused LoRA, attention by document, layers computed again, packed batches: no break, and nothing anew later."""
+    monkeypatch.setattr(compiling, "regional", traced)
+    options = (*TINY, "model.layers=3", f"quant={quant}", f"train.memory={kept}", "data.packing=true")
+    cfg = composed(*options, "compile=regional", "compile.fullgraph=true", "train.max_steps=6", "train.eval_steps=2")
+    made = build.inputs(cfg)
+    parts = build.parts(cfg, made, RunDir(tmp_path))
+    assert documents.uses(parts.model)
+    assert any(isinstance(module, fused._Fused) for module in parts.model.modules())
+    hooks = no_hooks()
+    train.evaluate(parts, hooks)
+    progress = Progress()
+    train.optimizer_step(parts, progress, hooks)
+    warm = compiling.graphs()
+    assert warm <= 3, "of evaluation, of the first layer, whose input has no gradient, and of all the others"
+    for _ in range(4):
+        train.optimizer_step(parts, progress, hooks)
+        train.evaluate(parts, hooks)
+    assert (compiling.graphs(), compiling.graph_breaks()) == (warm, [])
+
+
+def test_the_attention_of_a_gpu_is_no_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced on tensors without content: Dynamo sees the code that runs on a GPU, forward and backward."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        assert documents._register()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which does not know this device
+    with torch.device("meta"):
+        model = llama(2).to(torch.bfloat16)
+        model.set_attn_implementation(documents.NAME)
+        traced(model, mode=None, dynamic=None, fullgraph=True)
+        ids, ends = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+        asked = {"input_ids": ids, "position_ids": ids, **documents.arguments(ends, 16)}
+        model(**asked, use_cache=False).logits.sum().backward()
+    assert compiling.graphs() == 1
+    assert compiling.graph_breaks() == []
+
+
+GPU = torch.device("cuda", 0)
+
+
+def settled(
+    monkeypatch: pytest.MonkeyPatch, *overrides: str, seconds: float = 1e4, layers: int = 2, **began: Any
+) -> compiling.Choice:
+    """What compile=auto comes to on a GPU that has a compiler, for a training of so many seconds."""
+    monkeypatch.setattr(compiling, "_check_compiler", lambda _: None)
+    cfg = composed(*TINY, *overrides)
+    made = build.inputs(cfg)
+    told = expected.expect(cfg, made, roughly=True)
+    monkeypatch.setattr(meters, "peak_flops", lambda *_: 1.0)
+    flops = seconds * expected.ASSUMED_UTILISATION / made.batches.tokens_at(made.total_steps)
+    told = dataclasses.replace(told, layers=layers, flops_per_token=flops)
+    monkeypatch.setattr(precision, "_is_fast_in_bfloat16", lambda _: True)
+    found = build.settle_compile(cfg, dataclasses.replace(made, device=GPU), told, **began)
+    monkeypatch.undo()
+    return found
+
+
+def test_auto_compiles_on_a_gpu_where_it_pays(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = settled(monkeypatch, seconds=compiling.PAYS_FROM_S + 1)
+    assert (found.node, found.settled, found.reason) == (conftest.node("compile", "regional"), "regional", "")
+    found = settled(monkeypatch, seconds=compiling.PAYS_FROM_S - 1)
+    assert (found.node, found.settled, found.reason) == (conftest.node("compile", "none"), "none", "training is short")
+    assert "8-bit" in settled(monkeypatch, "quant=8bit").reason
+    assert settled(monkeypatch, "quant=4bit").settled == "regional"
+    assert "no list of equal layers" in settled(monkeypatch, layers=0).reason
+    asked_for = settled(monkeypatch, "compile=default", seconds=1)
+    assert (asked_for.node, asked_for.settled) == (conftest.node("compile", "default"), "")
+
+
+def test_a_run_goes_on_compiled_as_it_began(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settled(monkeypatch, began="none").reason == "the run began so"
+    assert settled(monkeypatch, began="regional", seconds=1).settled == "regional"
+
+
+def test_auto_without_a_compiler_computes_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "Triton" in compiling.obstacle(GPU, 2, in_8_bits=False, in_shards=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no-such-compiler" in compiling.obstacle(GPU, 2, in_8_bits=False, in_shards=False)
+
+
+def test_auto_is_no_other_run_wherever_it_is_settled(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The signature is that of ``auto``; what it came to stands in the manifest, and is what a resumed run does."""
+    rundir = prepared(tmp_path / "cpu", *TINY, "train.max_steps=2")
+    assert worker.work(rundir) == 0
+    assert rundir.read_manifest()["compile"] == "none"
+    assert rundir.read_manifest()["signature"] == prepare.signature(prepare.read_config(rundir))
+    began = []
+
+    def settle(cfg: Any, made: Any, told: Any, began_as: Any = None, **named: Any) -> compiling.Choice:
+        began.append(named.get("began", began_as))
+        return compiling.Choice(conftest.node("compile", "regional"), "regional")
+
+    monkeypatch.setattr(build, "settle_compile", settle)
+    monkeypatch.setattr(compiling, "regional", traced)
+    compiled = prepared(tmp_path / "gpu", *TINY, "train.max_steps=2")
+    assert worker.work(compiled) == 0
+    assert compiled.read_manifest()["compile"] == "regional"
+    assert compiled.read_manifest()["signature"] == rundir.read_manifest()["signature"]
+    assert compiled.read_state().summary["compile/graph_breaks"] == 0
+    compiled.write_state(status="killed")
+    assert worker.work(compiled) == 0
+    assert began == [None, "regional"]

@@ -38,6 +38,7 @@ FLOORS = [
     {"train", "sweep_mirror", "compare"},
     {"expected"},
     {"build", "checks", "report", "mirror", "likeness"},
+    {"probe"},
     {"worker", "plan", "folders", "trained", "card"},
     {"launch", "generate", "merge", "benchmarks"},
     {"explain", "export"},

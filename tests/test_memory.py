@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import TINY, composed, no_hooks
 from peft import LoraConfig, get_peft_model
 
-from runner import documents, fused, loss, memory, recompute, scratch, usage
+from runner import build, documents, expected, fused, loss, memory, recompute, scratch, train, usage
+from runner.checkpoint import Progress
 from runner.packing import Shape
+from runner.rundir import RunDir
 from runner.schema import Memory
 
 LLAMA = transformers.LlamaConfig(
@@ -209,3 +212,32 @@ def test_a_process_takes_what_was_told(changes: str, cache: object) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     expected, real = json.loads(done.stdout.splitlines()[-1])
     assert 0.9 < expected / real < 1.1, f"{expected / usage.GIB:.2f} GiB expected, {real / usage.GIB:.2f} seen"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "lora=lora",
+        "lora=lora train.memory=balanced",
+        "lora=lora train.memory=min",
+        "lora=lora quant=4bit",
+        "lora=none model.dtype=bfloat16",
+        "lora=none",
+    ],
+)
+def test_what_is_foretold_for_a_gpu_is_what_it_takes(options: str, cache: Path, tmp_path: Path) -> None:
+    shape = ("model.hidden_size=1024", "model.intermediate_size=4096", "model.layers=10", "model.heads=8")
+    rows = ("data.max_length=2048", "data.train_rows=400", "train.per_device_batch_size=4", "train.max_steps=4")
+    cfg = composed(*TINY, *shape, *rows, "compile=none", *options.split())
+    made = build.inputs(cfg)
+    told = expected.expect(cfg, made).memory
+    parts = build.parts(cfg, made, RunDir(tmp_path))
+    torch.cuda.reset_peak_memory_stats()
+    progress = Progress()
+    for _ in range(3):
+        train.optimizer_step(parts, progress, no_hooks())
+    peak = torch.cuda.max_memory_allocated()
+    print(f"{options}: {peak / (told.total - told.libraries):.3f} of what was foretold")
+    assert peak == pytest.approx(told.total - told.libraries, rel=0.1)

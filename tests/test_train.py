@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY, composed
 
-from runner import build, documents, train
+from runner import build, compiling, documents, train
 from runner.checkpoint import Progress
 from runner.errors import ConfigError, Preempted, TrainingError
 from runner.readings import Readings
@@ -291,6 +291,50 @@ def test_a_step_asks_the_device_for_nothing(tmp_path: Path, cache: Path, packing
     train.catch_up(parts, progress, recorded.hooks())
     assert [step for step, _ in recorded.records] == [1, 2, 3, 4, 5]
     assert progress.trained_tokens > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "compile=none",
+        "compile=none quant=4bit",
+        "compile=none quant=8bit",
+        "compile=none train.memory=balanced",
+        "compile=none train.memory=min",
+        "compile=none lora=none model.dtype=bfloat16",
+        "compile=none lora=none",
+        "compile=none data.packing=false",
+        "compile=regional compile.fullgraph=true",
+        "compile=regional compile.fullgraph=true quant=4bit",
+        "compile=regional compile.fullgraph=true train.memory=balanced",
+        "compile=regional compile.fullgraph=true lora=none",
+    ],
+)
+def test_a_step_never_waits_for_a_gpu(options: str, tmp_path: Path, cache: Path):
+    """What CUDA itself counts as waiting is an error, once the first steps have compiled and allocated."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    common = (*TINY, "model.hidden_size=128", "train.gradient_accumulation_steps=2", "train.max_steps=12")
+    _, parts = parts_of(tmp_path, *common, *options.split())
+    assert documents.uses(parts.model), "or attention is not what it should be on this GPU"
+    recorded, progress = Recorded(), Progress()
+    for _ in range(4):
+        train.optimizer_step(parts, progress, recorded.hooks())
+    warm = compiling.graphs()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            train.optimizer_step(parts, progress, recorded.hooks())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    train.catch_up(parts, progress, recorded.hooks())
+    assert [step for step, _ in recorded.records] == list(range(1, 11))
+    assert all(math.isfinite(loss) for loss in recorded.of("train/loss"))
+    if "regional" in options and "data.packing=false" not in options:
+        assert (compiling.graphs(), compiling.graph_breaks()) == (warm, [])
 
 
 def test_what_is_read_late_is_what_would_be_read_at_once(tmp_path: Path, cache: Path):

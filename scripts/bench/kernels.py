@@ -45,6 +45,7 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype, shapes = (torch.bfloat16, LARGE) if on_gpu else (torch.float32, SMALL)
     torch.manual_seed(0)
+    documents._register()  # asks torch what its attention takes
     bench = Bench(device, dtype, shapes, words.rows, words.rounds)
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, {words.rows} tokens, torch {torch.__version__}\n")
     print("| what | ms | of the limit | largest difference |")
@@ -74,6 +75,7 @@ class Bench:
         base = bnb.nn.Linear4bit(
             self.shapes.hidden, self.shapes.wide, bias=False, quant_type="nf4", compute_dtype=self.dtype
         )
+        base.weight.data = base.weight.data.to(self.dtype)  # which it is unpacked to, as transformers loads it
         self._compare_lora("the same in 4 bits", self._adapted(base))
 
     def attention(self) -> None:
@@ -94,7 +96,11 @@ class Bench:
 
         def masked() -> Tensor:
             attention = nn.functional.scaled_dot_product_attention
-            return attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+            if device.type == "cpu":
+                return attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+            # As transformers does it: no fast kernel of a GPU takes both shared heads and a mask.
+            wide = (tensor.repeat_interleave(shapes.heads // shapes.kv_heads, 1) for tensor in (key, value))
+            return attention(query, *wide, attn_mask=mask).transpose(1, 2)
 
         def by_document() -> Tensor:
             return documents.attend(module, query, key, value, None, cu_seq_lens_q=ends, max_length_q=longest)[0]

@@ -57,6 +57,8 @@ class Inputs:
     evaluation: data.Batches
     total_steps: int
     device: torch.device
+    told: expected.Expected | None = None
+    """What ``micro_batch_size=auto`` went by, from before the model was loaded."""
 
     @property
     def cut(self) -> str:
@@ -88,11 +90,40 @@ def settle_rows(cfg: Mapping[str, Any], made: Inputs, ranks: Ranks = ALONE) -> I
     if made.settings.micro_batch_size != "auto":
         return made
 
-    def that_fit() -> int:
-        choices = reversed(divisors(made.settings.per_device_batch_size))
-        return next((rows for rows in choices if expected.expect(cfg, compute_at_once(made, rows)).fits), 1)
+    told: dict[int, expected.Expected] = {}
 
-    return compute_at_once(made, min(ranks.gather(unanimous(ranks, that_fit))))
+    def that_fit() -> int:
+        for rows in reversed(divisors(made.settings.per_device_batch_size)):
+            told[rows] = expected.expect(cfg, compute_at_once(made, rows))
+            if told[rows].fits:
+                return rows
+        return 1
+
+    rows = min(ranks.gather(unanimous(ranks, that_fit)))
+    return replace(
+        compute_at_once(made, rows), told=told.get(rows) or expected.expect(cfg, compute_at_once(made, rows))
+    )
+
+
+def settle_compile(
+    cfg: Mapping[str, Any], made: Inputs, told: expected.Expected, began: str | None = None
+) -> compiling.Choice:
+    """``compile=auto`` settled: ``regional`` on a GPU that can, where training is long enough to win the wait back.
+
+    ``began``: as what the run began, which it keeps where it can, since compiled code rounds in other places.
+    """
+    node = cfg["compile"]
+    if parallel.kind_of(node) != "auto":
+        return compiling.Choice(node)
+    in_shards = parallel.kind_of(cfg["parallel"]) == "fsdp"
+    in_8_bits = config.bind(cfg["quant"], "quant")().bits == 8
+    reason = compiling.obstacle(made.device, told.layers, in_8_bits=in_8_bits, in_shards=in_shards)
+    if not reason and began == "none":
+        reason = "the run began so"
+    if not reason and began is None and expected.training_seconds(made, told)[0] < compiling.PAYS_FROM_S:
+        reason = "training is short"
+    name = "none" if reason else "regional"
+    return compiling.Choice(config.option("compile", name), name, reason)
 
 
 def compute_at_once(made: Inputs, rows: int) -> Inputs:
@@ -154,7 +185,6 @@ def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
     torch.manual_seed(cfg["seed"])
     model: torch.nn.Module = config.bind(cfg["lora"], "lora")(base)
     fused.fuse(model)
-    recompute.arrange(model, made.settings.memory, eager=not compiling.is_asked_for(cfg["compile"]))
     return model
 
 
@@ -169,13 +199,15 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         expected.check_fits(told)
     source, autocast = keep_updates(made.source, made.device, full=told.counts["adapter"] == 0)
     made = replace(made, source=source)
+    choice = settle_compile(cfg, made, told, began=rundir.read_manifest().get("compile"))
     model = load_model(cfg, made)
+    recompute.arrange(model, made.settings.memory, eager=not compiling.is_asked_for(choice.node))
     batches, evaluation = settle_attention(made.source, model, autocast, made.batches, made.evaluation)
     if cfg["data"]["packing"]:
         attention.check_isolation(model, autocast)
     chosen = config.bind(cfg["parallel"], "parallel")()
     settle_head(model, autocast, chosen.kind)
-    config.bind(cfg["compile"], "compile")(model)
+    config.bind(choice.node, "compile")(model)
     in_place = spread.over(chosen, model, made.task, ranks, made.device, autocast)
     weight_decay = cfg["optim"].get("weight_decay", 0.0)
     optimizer = config.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
@@ -191,6 +223,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         settings=made.settings,
         seed=cfg["seed"],
         total_steps=made.total_steps,
+        compile=choice,
         ranks=ranks,
         spread=in_place,
         checkpoints=Checkpoints(rundir.checkpoints, made.settings.save_total_limit, ranks),

@@ -29,8 +29,8 @@ from runner.errors import Fault, ResumeError, TrainingError
 from runner.ranks import ALONE, Ranks
 
 WEIGHTS, OPTIMIZER, PROGRESS, CHECKSUMS = "trainable.safetensors", "optimizer.pt", "progress.json", "checksums.json"
-COPIED_BYTES = 2**28
-"""Up to so much is copied, so that training need not wait for the disk."""
+COPIED_BYTES, CUDA_COPIED_BYTES = 2**28, 2**31
+"""Up to so much is copied, so that training need not wait for the disk; more from a GPU, whose memory is another."""
 PARTIAL, BEFORE, DAMAGED = "partial", "before", "damaged"
 """Endings of hidden folders: being written, about to be replaced, found unusable."""
 
@@ -64,7 +64,8 @@ class Checkpoints:
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Write a checkpoint of this step, in place of one of the same step; older ones beyond ``keep`` are removed.
 
-        Returns when everything is copied from the device, or written where the copy would be large; ``finish`` waits.
+        Returns when everything is copied, or on its way from a GPU, or written where the copy would be large;
+        ``finish`` waits. What changes the weights next comes after the copy: the device computes in order.
 
         Raises:
             TrainingError: this one or the one before could not be written (no space left, no permission); earlier
@@ -77,7 +78,8 @@ class Checkpoints:
         final = self.folder / f"step-{progress.step:06d}"
         if not leads:
             return final
-        if _bytes(weights) + _bytes(state) > COPIED_BYTES:
+        on_gpu = any(tensor.device.type == "cuda" for tensor in weights.values())
+        if _bytes(weights) + _bytes(state) > (CUDA_COPIED_BYTES if on_gpu else COPIED_BYTES):
             self._write(final, weights, state, progress)
         else:
             content = (
@@ -85,7 +87,8 @@ class Checkpoints:
                 _copied(state),
                 replace(progress, window=dict(progress.window)),
             )
-            self._writing = _in_thread(functools.partial(self._write, final, *content))
+            arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+            self._writing = _in_thread(functools.partial(self._write, final, *content, arrived))
         return final
 
     def finish(self) -> None:
@@ -98,7 +101,16 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def _write(self, final: Path, weights: dict[str, torch.Tensor], state: dict[str, Any], progress: Progress) -> None:
+    def _write(
+        self,
+        final: Path,
+        weights: dict[str, torch.Tensor],
+        state: dict[str, Any],
+        progress: Progress,
+        arrived: torch.cuda.Event | None = None,
+    ) -> None:
+        if arrived is not None:
+            arrived.synchronize()
         aside, before = (self.folder / f".{final.name}.{suffix}" for suffix in (PARTIAL, BEFORE))
         try:
             shutil.rmtree(aside, ignore_errors=True)
@@ -183,8 +195,11 @@ def _in_thread(write: Callable[[], None]) -> Future[None]:
 
 
 def _copied(content: Any) -> Any:
-    """The same, its tensors copied to the CPU."""
+    """The same, its tensors copied to the CPU, or on their way there from a GPU."""
     if isinstance(content, torch.Tensor):
+        if content.device.type == "cuda":
+            pinned = torch.empty(content.shape, dtype=content.dtype, pin_memory=True)
+            return pinned.copy_(content.detach(), non_blocking=True)
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
         return {key: _copied(value) for key, value in content.items()}

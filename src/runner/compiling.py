@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,26 @@ if TYPE_CHECKING:
     from torch import nn
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
+PAYS_FROM_S = 300
+"""Seconds of training, as ``plan`` tells them, from which on ``auto`` compiles on a GPU: the first step waits up to a
+minute longer, and each one is to take a tenth to a quarter less."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``compile`` came to."""
+
+    node: Mapping[str, Any]
+    """Of the option, which is no more ``auto``."""
+    settled: str = ""
+    """The name of the option where ``auto`` chose it."""
+    reason: str = ""
+    """Why ``auto`` does not compile; empty where it does."""
+
+
+def auto(model: nn.Module) -> nn.Module:
+    """``regional`` on a GPU where that pays, else ``none``; settled by ``build``, which knows the device."""
+    raise AssertionError("compile=auto is settled before anything is compiled")
 
 
 def none(model: nn.Module) -> nn.Module:
@@ -121,6 +142,26 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def is_asked_for(node: Mapping[str, Any]) -> bool:
     """Of the YAML of an option."""
     return node["_target_"] != f"{none.__module__}.{none.__name__}"
+
+
+def obstacle(device: torch.device, layers: int, in_8_bits: bool, in_shards: bool) -> str:
+    """Why ``auto`` compiles nothing, however long the training; empty where nothing stands against it.
+
+    ``layers``: how many ``layers_of`` finds. All of it is known before a weight is loaded.
+    """
+    if device.type != "cuda":
+        return "a CPU waits long and gains little"
+    if not layers:
+        return "the model has no list of equal layers"
+    if in_8_bits:
+        return "the 8-bit layers of bitsandbytes break graphs"
+    if in_shards:
+        return "the layers are in shards"
+    try:
+        _check_compiler(device)
+    except ConfigError as error:
+        return error.faults[0].problem
+    return ""
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import annotated_types
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -46,6 +47,11 @@ def config_dir() -> Path:
     """The folder of the config groups: beside the package in a wheel, at the top of a checkout."""
     packaged = Path(__file__).parent / "conf"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def option(group: str, name: str) -> dict[str, Any]:
+    """The node that ``group=name`` chooses, where nothing builds on another."""
+    return dict(yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text()))
 
 
 def to_plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ CUDA, on a CPU its flash kernel one document after the other. Without them it is
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 """Arguments of attention functions that change what is computed, and that the kernels used here do not take."""
+SHARING: dict[str, Any] = {}
+"""What torch's varlen attention is to be told where heads share keys and values; torch 2.11 sees it by itself, and has
+no argument for it. ``_register`` asks, since compiled code cannot."""
 
 
 def install(model: Any, longest: int, autocast: torch.dtype | None = None) -> str:
@@ -114,9 +118,9 @@ def attend(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
-    grouped, causal = query.shape[1] != key.shape[1], (-1, 0)
+    sharing, causal = SHARING if query.shape[1] != key.shape[1] else {}, (-1, 0)
     ends = cu_seq_lens_q, cu_seq_lens_q, longest, longest
-    out = varlen_attn(q, k, v, *ends, scale=scale, window_size=causal, enable_gqa=grouped)
+    out = varlen_attn(q, k, v, *ends, scale=scale, window_size=causal, **sharing)
     return out.unsqueeze(0), None  # type: ignore[union-attr]
 
 
@@ -129,9 +133,11 @@ def _register() -> bool:
         return False
     if torch.cuda.is_available():
         try:
-            from torch.nn.attention import varlen  # noqa: F401
+            from torch.nn.attention.varlen import varlen_attn
         except ImportError:
             return False
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            SHARING["enable_gqa"] = True
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return True

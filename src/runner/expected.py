@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from runner import config, documents, fused, memory, meters, models, optim, parallel, usage
+from runner import compiling, config, documents, fused, memory, meters, models, optim, parallel, usage
 from runner.errors import LESS_MEMORY, ConfigError, Fault
 from runner.precision import dtype_for, keep_updates
 
@@ -24,6 +24,8 @@ SAFE = 0.5
 """Below this part of the free memory the formula is trusted, and no step rehearsed."""
 ROOM = 0.95
 """Of the free memory, for micro_batch_size=auto."""
+ASSUMED_UTILISATION = 0.4
+"""Part of the peak FLOP/s that training is assumed to reach, where its time is foretold."""
 
 log = logging.getLogger("runner")
 
@@ -41,6 +43,8 @@ class Expected:
     """What the device has for this process, in use or not."""
     free_bytes: int
     flops_per_token: float
+    layers: int
+    """Equal ones that make up the decoder; 0 where there is no list of them."""
 
     @property
     def fits(self) -> bool:
@@ -79,7 +83,15 @@ def expect(cfg: Mapping[str, Any], made: Inputs, *, roughly: bool = False) -> Ex
     total, free = usage.of_device(made.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     report = made.splits.report
     trained = report.train_trained_tokens / max(report.train_tokens, 1)
-    return Expected(counts, found, held, total, free, meters.flops_per_token(model, cfg["data"]["max_length"], trained))
+    flops = meters.flops_per_token(model, cfg["data"]["max_length"], trained)
+    return Expected(counts, found, held, total, free, flops, len(compiling.layers_of(model)))
+
+
+def training_seconds(made: Inputs, told: Expected) -> tuple[float, float]:
+    """How long training takes at ``ASSUMED_UTILISATION`` of the device's peak, and that peak in FLOP/s."""
+    tokens = made.batches.tokens_at(made.total_steps)
+    peak = meters.peak_flops(made.device, dtype_for(made.source.dtype, made.device))
+    return tokens * told.flops_per_token / (peak * ASSUMED_UTILISATION), peak
 
 
 def check_fits(expected: Expected) -> None:

@@ -228,9 +228,17 @@ class Batches:
         laid.end_to_end = not self.packing
         return laid
 
+    def heaviest(self) -> Batch:
+        """The batch that the largest packs would make; packed ones are equally long, and those with most labels count.
+
+        Of this rank alone, and of no step.
+        """
+        counts = self._trained if self.packing else self.sizes
+        return self._build(np.argsort(counts, kind="stable")[-self.rows_per_batch :].tolist())
+
     def cut_into(self, rows: int) -> Batches:
-        """The same steps, computed so many rows at a time; it must divide ``rows_per_batch``."""
-        assert self.rows_per_batch % rows == 0
+        """The same steps, computed so many rows at a time on each rank; they must divide what it has in a step."""
+        assert self.per_step % (rows * self.world) == 0
         cut = copy.copy(self)
         cut.rows_per_batch, cut.per_micro_batch = rows, rows * self.world
         return cut

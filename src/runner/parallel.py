@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import yaml
-
-from runner.config import TARGET, config_dir
+from runner.config import TARGET, option
 from runner.errors import ConfigError, Fault
 from runner.schema import Count
 
@@ -67,7 +65,7 @@ def settle(node: Mapping[str, Any], processes: int) -> dict[str, Any]:
     kind = kind_of(node)
     if kind == "auto":
         kind = "ddp" if processes > 1 else "none"
-        node = _option(kind)
+        node = option("parallel", kind)
     if kind == "none":
         if processes > 1:
             problem = f"the launcher starts {processes} processes, and each would train the same"
@@ -105,7 +103,3 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
 def kind_of(node: Mapping[str, Any]) -> str:
     """The name of the option's function."""
     return str(node.get(TARGET, "")).rpartition(".")[2]
-
-
-def _option(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((config_dir() / "parallel" / f"{name}.yaml").read_text()))

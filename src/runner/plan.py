@@ -21,8 +21,6 @@ Exit code 2 where the run would be refused: nothing to train on, rows too long, 
 """
 
 GIB = 2**30
-ASSUMED_UTILISATION = 0.4
-"""Part of the peak FLOP/s that training is assumed to reach, where the time is foretold."""
 
 
 def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
@@ -39,7 +37,7 @@ def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
     for label, cfg in runs:
         made = build.settle_rows(cfg, build.inputs(cfg))
         told = expected.expect(cfg, made)
-        rows = [*_model_rows(made, told), *_data_rows(cfg, made), *_time_rows(made, told)]
+        rows = [*_model_rows(made, told), *_data_rows(cfg, made), *_time_rows(cfg, made, told)]
         console.table(f"plan  {label}".strip(), ["", ""], [list(row) for row in rows])
         if (text := _marked(made)) != shown:
             shown = text
@@ -94,13 +92,14 @@ def _limited(cfg: Mapping[str, Any], key: str) -> str:
     return f" (a sample: data.{key}={limit})" if limit is not None else ""
 
 
-def _time_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
-    from runner import meters
-    from runner.precision import dtype_for
+def _time_rows(cfg: Mapping[str, Any], made: Any, expected: Any) -> list[tuple[str, str]]:
+    from runner import build
+    from runner.expected import ASSUMED_UTILISATION, training_seconds
 
     tokens = made.batches.tokens_at(made.total_steps)
-    peak = meters.peak_flops(made.device, dtype_for(made.source.dtype, made.device))
-    seconds = tokens * expected.flops_per_token / (peak * ASSUMED_UTILISATION)
+    seconds, peak = training_seconds(made, expected)
+    choice = build.settle_compile(cfg, made, expected)
+    compiles = [("compile", f"no: {choice.reason}" if choice.reason else "each layer")] if choice.settled else []
     return [
         (
             "steps",
@@ -111,6 +110,7 @@ def _time_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
             f"about {console.duration(max(seconds, 1))} of training at {ASSUMED_UTILISATION:.0%} of "
             f"{peak / 1e12:.2f} TFLOP/s",
         ),
+        *compiles,
     ]
 
 

@@ -40,7 +40,7 @@ def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -
             "model": f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
             "device": f"{made.device}, weights in {weights_in(parts)}, attention {attention_of(parts)}"
-            f"{_hint(cfg, parts)}{_processes(cfg, parts)}",
+            f"{_compiled(parts)}{_hint(cfg, parts)}{_processes(cfg, parts)}",
             "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
             f"{data.eval_rows} held out, {parts.batches.efficiency:.0%} of each batch used"
             + (f", {truncated(cfg, data)}" if data.truncated else "")
@@ -66,6 +66,13 @@ def _of_batch(parts: Parts) -> str:
 
 def _processes(cfg: Mapping[str, Any], parts: Parts) -> str:
     return f", {parts.ranks.world} processes ({parallel.kind_of(cfg['parallel'])})" if parts.ranks.world > 1 else ""
+
+
+def _compiled(parts: Parts) -> str:
+    """What compile=auto came to, where there was a choice: on a GPU."""
+    if not parts.compile.settled or parts.spread.device.type != "cuda":
+        return ""
+    return f", not compiled: {parts.compile.reason}" if parts.compile.reason else ", each layer compiled"
 
 
 def _hint(cfg: Mapping[str, Any], parts: Parts) -> str:
@@ -94,12 +101,13 @@ def weights_in(parts: Parts) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def manifest(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir) -> dict[str, Any]:
+def manifest(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:
     """What only the worker knows: where model and data came from, and the machine it runs on."""
     data = {**data_identity(cfg, made), "name": made.splits.name, "report": asdict(made.splits.report)}
     model = {"name": made.source.name, "path": made.source.path, "revision": made.source.revision}
-    rows = made.settings.rows_at_a_time
-    return {"data": data, "model": model, "hardware": _hardware(rundir, made), "micro_batch_size": rows}
+    found = {"data": data, "model": model, "hardware": _hardware(rundir, made)}
+    settled = {"compile": parts.compile.settled} if parts.compile.settled else {}
+    return {**found, "micro_batch_size": made.settings.rows_at_a_time, **settled}
 
 
 def data_identity(cfg: Mapping[str, Any], made: Inputs) -> dict[str, Any]:

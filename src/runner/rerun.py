@@ -256,8 +256,7 @@ def _prepared(original: Recorded, job: Job, folder: Path, argv: list[str], code:
         "exact": code is not None,
     }
     notes: dict[str, Any] = {"rerun": origin, "data": known, "model": model}
-    if rows := original.manifest.get("micro_batch_size"):
-        notes["micro_batch_size"] = rows
+    notes |= {key: original.manifest[key] for key in ("micro_batch_size", "compile") if original.manifest.get(key)}
     if code:
         notes |= {key: original.manifest[key] for key in ("git", "code_sha256") if key in original.manifest}
         notes |= {"lock_sha256": provenance.lock_digest(code)}

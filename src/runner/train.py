@@ -21,6 +21,7 @@ import torch
 from runner import spread
 from runner.ahead import Ahead
 from runner.checkpoint import Checkpoints, Progress
+from runner.compiling import Choice
 from runner.data import Batches
 from runner.errors import Fault, Stopped, TrainingError
 from runner.meters import Meter, Timing
@@ -49,6 +50,7 @@ class Parts:
     settings: TrainSettings
     seed: int
     total_steps: int
+    compile: Choice
     ranks: Ranks
     spread: Spread
     checkpoints: Checkpoints

@@ -43,6 +43,8 @@ class Loaded(NamedTuple):
     made: Inputs
     parts: Parts
     progress: Progress
+    probed: dict[str, float]
+    """Metrics of the memory that was tried out."""
 
 
 def work(rundir: RunDir, *, mirrored: bool = False) -> int:
@@ -169,7 +171,7 @@ def _processes(count: int) -> str:
 
 
 def _load(rundir: RunDir, cfg: dict[str, Any], ranks: Ranks) -> Loaded:
-    from runner import build  # torch and all that, only now
+    from runner import build, probe  # torch and all that, only now
 
     console.quiet_libraries()
 
@@ -180,16 +182,17 @@ def _load(rundir: RunDir, cfg: dict[str, Any], ranks: Ranks) -> Loaded:
 
     made = build.settle_rows(cfg, unanimous(ranks, read), ranks)
     parts = unanimous(ranks, lambda: build.parts(cfg, made, rundir, ranks))
+    made, parts, probed = probe.fit(made, parts)
     if ranks.rank == 0:
         report.header(cfg, made, parts, rundir)
-    return Loaded(cfg, made, parts, parts.checkpoints.restore(parts.model, parts.optimizer))
+    return Loaded(cfg, made, parts, parts.checkpoints.restore(parts.model, parts.optimizer), probed)
 
 
 def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str, Any]:
     """Train from where the run stands to its end; returns the numbers of the summary."""
     from runner import models, samples, train
 
-    cfg, made, parts, progress = loaded
+    cfg, made, parts, progress, probed = loaded
     leads = parts.ranks.rank == 0
     if leads:
         _begin(rundir, loaded)
@@ -210,13 +213,13 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
         return {}
     rundir.update_manifest(weights_sha256=provenance.weights_digest(rundir.model))
     compiled = report.compiled(parts.model, sum(graphs))
-    return {**report.summary(rundir, parts, progress, clock.seconds()), **peaks, **compiled}
+    return {**report.summary(rundir, parts, progress, clock.seconds()), **peaks, **probed, **compiled}
 
 
 def _begin(rundir: RunDir, loaded: Loaded) -> None:
-    cfg, made, _, progress = loaded
+    cfg, made, parts, progress, _ = loaded
     tracking.rewind(rundir, progress.step, progress.evaluated)
-    rundir.update_manifest(**report.manifest(cfg, made, rundir))
+    rundir.update_manifest(**report.manifest(cfg, made, parts, rundir))
     if progress.step:
         log.info(f"resumed at step {progress.step}/{made.total_steps}")
     state = rundir.read_state()
