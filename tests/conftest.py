@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 import yaml
 
 from runner.rundir import RunDir
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+subprocess.Popen = warm.Popen  # type: ignore[misc]
+ENVIRONMENT = dict(os.environ)
+"""As no test has changed it."""
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
@@ -29,6 +33,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = "slurm" if item.get_closest_marker("slurm") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this process and those it starts fork theirs from; there is one once it is needed."""
+    warm.copy_databases(tmp_path_factory.mktemp("database"))
+    with warm.processes(ENVIRONMENT):
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What a test starts that is marked ``cold`` is started anew."""
+    warm.is_wanted = not item.get_closest_marker("cold")
+    yield
+    warm.is_wanted = True
 
 
 @pytest.fixture(scope="session")
