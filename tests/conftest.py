@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ ENVIRONMENT = dict(os.environ)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``--dist loadgroup``: a file stays in one process, with what its tests share; so does all that needs Slurm.
 
-    That comes first: it is the longest, and the other process does the rest meanwhile.
+    That comes first: it is the longest, and waits for its jobs while the other processes do the rest; what has most
+    slow tests is next, so that none is left to one process at the end.
     """
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, -slow[item.path]))
     for item in items:
         name = "slurm" if item.get_closest_marker("slurm") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))

@@ -60,9 +60,10 @@ class Start:
 
 @dataclass
 class Place:
-    """Where the warm process listens, and what its environment was before and after it loaded the libraries."""
+    """Where the warm process listens, its session and group, and its environment before and after its imports."""
 
     address: str
+    family: list[int]
     environments: list[dict[str, str]]
 
 
@@ -147,7 +148,7 @@ def _server(environment: dict[str, str]) -> Iterator[Place | None]:
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, cwd="/") as server:
             assert server.stdin
             assert server.stdout
-            yield Place(address, [environment, json.loads(server.stdout.readline())])
+            yield Place(address, _family(), [environment, json.loads(server.stdout.readline())])
             server.stdin.close()
 
 
@@ -165,7 +166,7 @@ def serve(address: str) -> Callable[[], Any]:
     _load()
     _make_database(Path(address).parent)
     assert threads() <= {"jemalloc_bg_thd"}, threads()  # which knows how to be forked
-    place = Place(address, [before, dict(os.environ)])
+    place = Place(address, _family(), [before, dict(os.environ)])
     _find = lambda: place  # noqa: E731
     set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
     with socket.socket(socket.AF_UNIX) as server, _children() as (wakeup, lines):
@@ -199,7 +200,13 @@ def _start(asked: dict[str, Any]) -> Start | None:
     blocked = [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
     group = None if asked["process_group"] == -1 else asked["process_group"]
     session = bool(asked["start_new_session"])
+    if not session and place.family != _family():
+        return None
     return Start(place.address, command, folder, environment, umask, session, group, blocked, ignored)
+
+
+def _family() -> list[int]:
+    return [os.getsid(0), os.getpgrp()]
 
 
 def _is_ours(command: list[str]) -> bool:
