@@ -6,29 +6,52 @@ import contextlib
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 import yaml
 
 from runner.rundir import RunDir
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+subprocess.Popen = warm.Popen  # type: ignore[misc]
+ENVIRONMENT = dict(os.environ)
+"""As no test has changed it."""
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``--dist loadgroup``: a file stays in one process, with what its tests share; so does all that needs Slurm.
 
-    That comes first: it is the longest, and the other process does the rest meanwhile.
+    That comes first: it is the longest, and waits for its jobs while the other processes do the rest; what has most
+    slow tests is next, so that none is left to one process at the end.
     """
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, -slow[item.path]))
     for item in items:
         name = "slurm" if item.get_closest_marker("slurm") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this process and those it starts fork theirs from; there is one once it is needed."""
+    warm.copy_databases(tmp_path_factory.mktemp("database"))
+    with warm.processes(ENVIRONMENT):
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What a test starts that is marked ``cold`` is started anew."""
+    warm.is_wanted = not item.get_closest_marker("cold")
+    yield
+    warm.is_wanted = True
 
 
 @pytest.fixture(scope="session")

@@ -204,6 +204,7 @@ def test_a_typo_is_refused_without_loading_torch(tmp_path: Path):
     assert (done.returncode, done.stdout.strip()) == (2, "False")
 
 
+@pytest.mark.cold
 def test_the_console_script_and_the_module_are_the_same_program(tmp_path: Path):
     script = Path(sys.executable).with_name("runner")
     for command in ([str(script)], [sys.executable, "-m", "runner"]):

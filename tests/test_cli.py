@@ -166,6 +166,7 @@ def test_a_token_among_the_keys_is_refused(capfd: pytest.CaptureFixture[str]):
     assert not Path("outputs").exists()
 
 
+@pytest.mark.cold
 def test_a_sweep_runs_every_job_and_tells_how_each_ended():
     command = [
         sys.executable, "-m", "runner", "-m", *QUICK, "lora.r=2,4", "lora.target_modules=[q_proj],[nothing]",
@@ -267,6 +268,7 @@ class _nothing:  # noqa: N801
     def __exit__(self, *_: object) -> None: ...
 
 
+@pytest.mark.cold
 def test_the_configuration_can_be_shown():
     done = subprocess.run(
         [sys.executable, "-m", "runner", "--cfg", "job", "quant=4bit"], capture_output=True, text=True

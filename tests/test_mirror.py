@@ -442,6 +442,7 @@ def mirrors_of(rundir: RunDir) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.cold
 def test_beside_a_worker(tmp_path: Path) -> None:
     """From nothing: a database made on the way, records mirrored while the worker works, a result to show."""
     rundir = make_run(tmp_path, system_metrics=True)
@@ -509,6 +510,7 @@ def test_kill_9_of_the_mirror_in_the_middle_of_its_batches(outputs: Path) -> Non
     assert_mirrored(rundir, "FINISHED")
 
 
+@pytest.mark.cold
 def test_six_start_together_on_a_fresh_database(tmp_path: Path) -> None:
     runs = [finish(make_run(tmp_path, f"run{number}")) for number in range(6)]
     together = time.monotonic() + 0.3

@@ -109,6 +109,7 @@ def test_a_completed_run_is_left_alone(tmp_path: Path, cache: Path, capfd: pytes
     assert "completed already" in capfd.readouterr().err
 
 
+@pytest.mark.cold
 def test_the_same_command_again_continues_and_then_leaves_alone(tmp_path: Path, cache: Path):
     """From the command line as users give it: stopped by a signal, given again, and once more."""
     options = (*TINY, f"outputs_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}", "train.max_steps=150")

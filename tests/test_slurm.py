@@ -87,18 +87,18 @@ def steps_in_mlflow(run: Any, outputs: str = "outputs") -> list[int]:
 
 @pytest.mark.slurm
 @pytest.mark.slow
-def test_an_array_of_eight_throttled_to_two_computes_what_the_local_run_does(slurm: None):
-    words = ("-m", *SHORT, *SLURM, "seed=range(8)", "launcher.array_parallelism=2", "launcher.wait=true")
+def test_an_array_of_four_throttled_to_two_computes_what_the_local_run_does(slurm: None):
+    words = ("-m", *SHORT, *SLURM, "seed=range(4)", "launcher.array_parallelism=2", "launcher.wait=true")
     done = runner(*words)
     assert done.returncode == 0, done.stderr
     rundirs = SweepDir(Path("outputs/sweeps/seed").absolute()).rundirs()
-    assert [rundir.read_state().status for rundir in rundirs] == ["completed"] * 8
+    assert [rundir.read_state().status for rundir in rundirs] == ["completed"] * 4
     ids = [job_of(rundir) for rundir in rundirs]
     assert {id.partition("_")[0] for id in ids} == {ids[0].partition("_")[0]}, "one array"
     assert most_at_once(ids) <= 2
     parents = [run for run in mlflow_runs() if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in mlflow_runs() if "mlflow.parentRunId" in run.data.tags]
-    assert [len(parents), len(children)] == [1, 8]
+    assert [len(parents), len(children)] == [1, 4]
     assert {run.info.status for run in parents + children} == {"FINISHED"}
     assert {run.data.tags["runner.slurm_job_id"] for run in children} == set(ids)
 
@@ -108,7 +108,7 @@ def test_an_array_of_eight_throttled_to_two_computes_what_the_local_run_does(slu
 
     again = runner(*words)
     assert again.returncode == 0
-    assert "8 of 8 jobs are completed already: skipped" in again.stderr
+    assert "4 of 4 jobs are completed already: skipped" in again.stderr
 
 
 def most_at_once(ids: list[str]) -> int:

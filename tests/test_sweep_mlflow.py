@@ -125,6 +125,7 @@ def test_parent_and_children(outputs: Path) -> None:
     assert statuses(sweep) == ["SCHEDULED"] * 5
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize("is_fresh", [True, False])
 def test_six_open_at_once(tmp_path: Path, fresh_database: Path, is_fresh: bool) -> None:
     if not is_fresh:  # making it lets one after another in; so here they have it, and start at the same moment

@@ -185,6 +185,7 @@ def test_a_signal_while_loading_stops_the_run_whatever_libraries_catch(
     assert worker.work(rundir) == 0
 
 
+@pytest.mark.cold
 def test_a_real_sigterm_while_a_real_worker_loads(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *SHORT)
     command = [sys.executable, "-m", "runner.worker", str(rundir.path)]
