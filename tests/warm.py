@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 MODULES = ("runner", "runner.worker", "runner.mirror")
 READ_WHEN_USED = (
     "RUNNER_", "MLFLOW_", "SLURM", "COVERAGE_", "COV_", "PYTEST_", "COMP_", "GIT_", "DO_NOT_TRACK", "COLUMNS", "LINES",
-    "PATH", "NO_COLOR", "TERM", "OLDPWD", "PWD", "SHLVL", "_",
+    "PATH", "NO_COLOR", "TERM", "OLDPWD", "PWD", "SHLVL", "_", "GLIBC_TUNABLES",
 )  # fmt: skip
 """How variables begin that no library reads when it is imported."""
 LONGEST_COMMAND = 4096
