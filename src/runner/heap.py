@@ -9,6 +9,7 @@ of what was kept; without these caches, and with large tensors at the bounds of 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -17,7 +18,10 @@ TUNABLES = {"glibc.malloc.tcache_count": "0", "glibc.malloc.mxfast": "0"}
 
 
 def is_glibc() -> bool:
-    return "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {}) and bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    try:
+        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (AttributeError, ValueError, OSError):  # another system, or another C library
+        return False
 
 
 def tunables() -> str:
@@ -35,4 +39,5 @@ def restart() -> None:
     if not is_glibc() or os.environ.get(VARIABLE) == tunables() or "torch" in sys.modules:
         return
     os.environ[VARIABLE] = tunables()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with contextlib.suppress(OSError):  # where it cannot, it needs more memory
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
