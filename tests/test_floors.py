@@ -13,12 +13,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 
 FLOORS = [
-    {"errors", "secrets", "intervals", "heap", "scratch"},
+    {"errors", "secrets", "intervals", "heap"},
     {"files"},
     {"rundir"},
     {"condition", "config", "sweepdir", "schema", "console", "stop", "readers", "precision", "adapter", "rest",
      "compiling", "ranks", "shards", "scheduler", "provenance", "checkout", "served",
-     "imported"},
+     "imported", "scratch"},
     {"asked", "prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules",
      "tracking", "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored",
      "outcome", "converter", "documents", "fused", "head", "readings", "usage"},

@@ -173,3 +173,16 @@ def test_compiled_it_breaks_no_graph(bits: int | None):
     for layer in model.base_model.model.model.layers:
         layer.compile(fullgraph=True)
     torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [5, 200, 257, 900])
+def test_a_narrow_product_is_shared_among_cores(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[int] = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: shared.append(len(a)) or bmm(a, b))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    numbers = torch.Generator().manual_seed(0)
+    narrow, wide = torch.randn(rows, 12, generator=numbers)[:, 4:], torch.randn(rows, 40, generator=numbers)
+    found = fused._narrow_product(narrow, wide)
+    torch.testing.assert_close(found, (narrow.double().t() @ wide.double()).float(), rtol=1e-5, atol=1e-4)
+    assert shared == {5: [], 200: [], 257: [2], 900: [3]}[rows]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import option
 
-from runner import cli, heap
+from runner import __main__, cli, heap
+from runner.launch import sbatch
 
 SAY = "import os; from runner import heap; heap.restart(); print(os.getpid(), os.environ.get(heap.VARIABLE))"
 
@@ -58,5 +61,17 @@ def test_a_program_that_has_loaded_torch_goes_on() -> None:
         ("--shell-completion query=bash", False),
     ],
 )
-def test_only_what_may_train_begins_anew(words: str, trains: bool) -> None:
-    assert cli.may_train(words.split()) == trains
+def test_only_what_may_train_begins_anew(words: str, trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["runner", *words.split()])
+    monkeypatch.setattr(heap, "restart", lambda: began.append("anew"))
+    monkeypatch.setattr(cli, "run", lambda argv: began.append(" ".join(argv)) or 0)
+    with pytest.raises(SystemExit, match="0"):
+        __main__.main()
+    assert began == ["anew"] * trains + [words]
+
+
+def test_a_job_of_slurm_is_started_with_the_heap_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(heap.VARIABLE, raising=False)
+    lines = sbatch.setup_lines(option("launcher", "slurm"), tmp_path, "job", None)
+    assert "export GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0" in lines

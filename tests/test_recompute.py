@@ -188,3 +188,32 @@ def test_layers_without_an_mlp_of_their_own_are_refused() -> None:
     recompute.arrange(adapted(config), "min")
     with pytest.raises(ConfigError, match="no list of equal layers"):
         recompute.arrange(torch.nn.Linear(2, 2), "min")
+
+
+def test_what_keeps_a_part_of_the_opened_gate_has_it_to_itself() -> None:
+    """The next layer's lies in the same memory."""
+
+    class Part(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x[..., : self.in_features // 2], self.weight[:, : self.in_features // 2])
+
+    def parted() -> Any:
+        model = adapted(transformers.LlamaConfig(**SMALL, intermediate_size=48))
+        for layer in model.get_decoder().layers:
+            layer.mlp.down_proj.__class__ = Part
+        return model
+
+    expected, model = step(parted()), parted()
+    recompute.arrange(model, "speed")
+    assert_same(step(model), expected)
+
+
+def test_opened_gates_of_all_layers_lie_in_one_place() -> None:
+    places: list[int] = []
+    model = llama({})
+    recompute.arrange(model, "speed")
+    for layer in model.get_decoder().layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: places.append(args[0].data_ptr()))
+    step(model)
+    assert len(places) == 2
+    assert len(set(places)) == 1

@@ -147,13 +147,15 @@ def _unpack_into(out: Tensor, weight: Tensor, state: Any) -> Tensor:
 
 def _narrow_product(narrow: Tensor, wide: Tensor) -> Tensor:
     """narrowᵀ (r, n) times wide (n, K), which a CPU's library computes on one core unless it is given several."""
-    if wide.device.type != "cpu" or torch.compiler.is_compiling():
+    parts = 1
+    if wide.device.type == "cpu" and not torch.compiler.is_compiling():
+        parts = min(torch.get_num_threads(), len(wide) // MANY_ROWS)
+    if parts < 2:
         return narrow.t() @ wide
-    parts = max(1, min(torch.get_num_threads(), len(wide) // MANY_ROWS))
     size = len(wide) // parts
-    stacked = [rows[: parts * size].reshape(parts, size, -1) for rows in (narrow, wide)]
-    rest = [rows[parts * size :] for rows in (narrow, wide)]
-    return torch.bmm(stacked[0].transpose(1, 2), stacked[1]).sum(0).addmm_(rest[0].t(), rest[1])
+    first, second = (rows[: parts * size].reshape(parts, size, -1) for rows in (narrow, wide))
+    left, right = (rows[parts * size :] for rows in (narrow, wide))
+    return torch.bmm(first.transpose(1, 2), second).sum(0).addmm_(left.t(), right)
 
 
 class _InPlace(torch.autograd.Function):
