@@ -48,10 +48,16 @@ def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """What a test starts that is marked ``cold`` is started anew."""
+    """What a ``cold`` test starts is started anew; what a test leaves in the environment for libraries goes with it."""
     warm.is_wanted = not item.get_closest_marker("cold")
+    before = dict(os.environ)
     yield
     warm.is_wanted = True
+    for name in warm.read_on_import({*before, *os.environ}):
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
 
 
 @pytest.fixture(scope="session")

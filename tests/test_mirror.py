@@ -109,6 +109,7 @@ def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return database
 
 
+@pytest.mark.cold  # where processes are warm databases are copied
 def test_who_is_killed_while_making_the_database_leaves_none_that_nobody_can_open(tmp_path: Path):
     """As a job's mirror is, when the job is requeued right after its start."""
     database = tmp_path / "mlflow.db"

@@ -19,7 +19,7 @@ from conftest import TINY, prepared
 
 from runner import asked, cli, console, named, scheduler, standing, system
 from runner.errors import ConfigError, Fault, LaunchError
-from runner.files import write_atomic
+from runner.files import is_held, write_atomic
 from runner.rundir import DIED, RunDir
 from runner.sweepdir import SweepDir
 
@@ -60,7 +60,7 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
-def until(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it never came"
@@ -337,7 +337,7 @@ def mlflow_status(rundir: RunDir) -> str:
 
 
 def kill_mirror(rundir: RunDir) -> None:
-    """kill -9 of the process that would otherwise find out that the worker is dead."""
+    """kill -9 of the process that would otherwise find out that the worker is dead; returns when it is gone."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
@@ -345,6 +345,7 @@ def kill_mirror(rundir: RunDir) -> None:
             continue
         if b"runner.mirror" in words and str(rundir.path).encode() in words:
             os.kill(int(folder.name), signal.SIGKILL)
+    until(lambda: not is_held(rundir.mirror_lock))
 
 
 def test_a_worker_at_work_then_killed_with_its_mirror(
@@ -600,7 +601,8 @@ def test_jobs_of_slurm_waiting_at_work_and_cancelled(slurm: None, capsys: pytest
     states = subprocess.run(["squeue", "-h", "-o", "%T", "-j", job.split("_")[0]], capture_output=True, text=True)
     assert "PENDING" not in states.stdout
     assert "RUNNING" not in states.stdout
-    until(lambda: {mlflow_status(rundir) for rundir in sweep.rundirs()} == {"KILLED"})
+    # Slurm gives a job that it ends half a minute: what its mirror did not manage by then the next who asks tells MLflow.
+    until(lambda: statuses(capsys) and {mlflow_status(rundir) for rundir in sweep.rundirs()} == {"KILLED"})
 
 
 @pytest.mark.slurm

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -220,7 +220,12 @@ def _differs(environment: dict[str, str], place: Place) -> bool:
     """Whether libraries would be imported otherwise than they were."""
     names = {name for each in (environment, *place.environments) for name in each}
     different = {name for name in names if environment.get(name) not in [each.get(name) for each in place.environments]}
-    return any(not name.startswith(READ_WHEN_USED) for name in different)
+    return bool(read_on_import(different))
+
+
+def read_on_import(names: Iterable[str]) -> list[str]:
+    """Which of these variables some library may read when it is imported."""
+    return [name for name in names if not name.startswith(READ_WHEN_USED)]
 
 
 def copy_databases(folder: Path) -> None:
