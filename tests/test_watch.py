@@ -601,7 +601,7 @@ def test_jobs_of_slurm_waiting_at_work_and_cancelled(slurm: None, capsys: pytest
     states = subprocess.run(["squeue", "-h", "-o", "%T", "-j", job.split("_")[0]], capture_output=True, text=True)
     assert "PENDING" not in states.stdout
     assert "RUNNING" not in states.stdout
-    # Slurm gives a job that it ends half a minute: what its mirror did not manage by then the next who asks tells MLflow.
+    # Slurm gives a job that it ends half a minute; what its mirror has not managed by then, the next who asks does.
     until(lambda: statuses(capsys) and {mlflow_status(rundir) for rundir in sweep.rundirs()} == {"KILLED"})
 
 
