@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner import attention, documents, head, loss, tasks
@@ -202,6 +203,20 @@ def test_with_the_head_in_the_loss_all_logits_are_never_there(monkeypatch: pytes
     assert rows_of_logits() == (batch["labels"] != loss.IGNORED).sum()
     assert head.install(model) == ""
     assert rows_of_logits() == 3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_shape_depends_on_what_only_the_device_knows(rows: int) -> None:
+    """Or each micro-batch would wait for it. Fake tensors hold nothing that could be asked for."""
+    model, batch = adapted(FAMILIES["llama"]), batch_of([[20]] * rows)
+    assert head.install(model) == ""
+    del batch["position_ids"]  # of which transformers asks whether a row holds several documents
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        known = {name: fake.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        assert loss.sums(model, known)["loss"].requires_grad
+        del known["trained_at"]
+        with pytest.raises(DynamicOutputShapeException):
+            loss.sums(model, known)
 
 
 def test_a_head_that_is_trained_or_wrapped_stays_with_the_model() -> None:

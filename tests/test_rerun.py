@@ -360,7 +360,7 @@ def test_a_run_that_a_database_has_not_is_refused_without_mlflow(tmp_path: Path)
 @pytest.mark.slow
 def test_ctrl_c_reaches_an_exact_rerun(tmp_path: Path):
     ours = clone(tmp_path / "ours")
-    done = runner(ours, *QUICK, "train.max_steps=2000", "train.save_steps=1000", "hydra.run.dir=first", "seed=1")
+    done = runner(ours, *QUICK, "train.max_steps=500", "train.save_steps=500", "hydra.run.dir=first", "seed=1")
     assert done.returncode == 0, done.stderr
     words = [sys.executable, "-m", "runner", "rerun", "first", "--exact", "hydra.run.dir=again"]
     proc = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ours / "src")}, stderr=subprocess.PIPE)

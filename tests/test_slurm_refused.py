@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, cancel_jobs, jobs_of, prepared
-from test_slurm import SHORT, SLURM, job_of, runner, slurm_says
+from test_slurm import SHORT, SLURM, job_of, runner, slurm_says, until
 
 from runner import scheduler
 from runner.sweepdir import SweepDir
@@ -197,7 +197,7 @@ def test_two_that_submit_the_same_sweep_at_once_submit_each_run_once(slurm: None
     assert len(queued) == 3
     (name,) = {rundir.read_manifest()["slurm"]["name"] for rundir in rundirs}
     array = queued[0].partition("_")[0]
-    assert slurm_says("sacct", "-nX", "-o", "JobName%40", "-j", array).split()[:1] == [name]
+    until(lambda: slurm_says("sacct", "-nX", "-o", "JobName%40", "-j", array).split()[:1] == [name])  # it is behind
     told = "".join(said)
     assert told.count("submitted 3 runs as job ") == 1
     assert told.count(" is in the queue already (job ") == 3

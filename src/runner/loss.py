@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from runner import head
+from runner import head, scratch
 from runner.packing import IGNORED
 
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -61,7 +61,11 @@ def rehearsal(model: Any, asked: Mapping[str, Tensor], kept: Tensor) -> Tensor:
 
 def _sums(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None = None) -> dict[str, Tensor]:
     with _without_head(model) as linear:
-        last, targets = _last(model, asked, labels, trained_at if len(labels) == 1 else None)
+        if linear is not None and trained_at is not None:
+            hidden = model(**asked, use_cache=False).logits[:, -labels.shape[1] :]  # prompt tuning has tokens in front
+            last, targets = (each.flatten(0, 1).index_select(0, trained_at) for each in (hidden, labels))
+        else:
+            last, targets = _last(model, asked, labels, trained_at if len(labels) == 1 else None)
     loss, correct = _summed(last, targets, linear)
     return {"loss": loss, "count": (targets != IGNORED).sum(), "correct": correct}
 
@@ -169,7 +173,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy_(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> tuple[Tensor, Tensor]:
     """Summed cross entropy and the number of right guesses; ``needs_grad``: its gradient takes the logits' place.
 
-    Worked on in float32, a chunk of rows at a time.
+    Worked on in float32, a chunk of rows at a time; each pass over them costs as much as a good part of the head's
+    product on a GPU, so there are four.
     """
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     correct = torch.zeros((), dtype=torch.int64, device=logits.device)
@@ -178,17 +183,15 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> tup
     for start in range(0, len(logits), rows):
         part, wanted = logits[start : start + rows], targets[start : start + rows]
         valid, wanted = (wanted != IGNORED)[:, None], wanted.clamp(min=0)[:, None]  # (rows, 1)
-        values = part.float()  # (rows, V)
-        chosen, highest = values.gather(-1, wanted), values.amax(-1, keepdim=True)
+        chosen, highest = part.gather(-1, wanted).float(), part.amax(-1, keepdim=True).float()
         # In training nobody asks how many were right: a tie may count for it, and the costly look is left out.
-        right = chosen == highest if needs_grad else values.argmax(-1, keepdim=True) == wanted
-        exponentials = values.sub_(highest).exp_()
-        total = exponentials.sum(-1, keepdim=True)
-        loss += torch.where(valid, total.log() + highest - chosen, 0.0).sum()
+        right = chosen == highest if needs_grad else part.argmax(-1, keepdim=True) == wanted
+        probabilities = scratch.take("probabilities", part.shape, part, torch.float32)  # (rows, V)
+        torch.softmax(part, -1, dtype=torch.float32, out=probabilities)
+        # The highest one is 1 / sum(exp(logits - highest)), and never below 1 / V.
+        loss += torch.where(valid, highest - chosen - probabilities.amax(-1, keepdim=True).log(), 0.0).sum()
         correct += (valid & right).sum()
         if needs_grad:
-            grad = exponentials.mul_(valid / total)  # d loss / d logits = softmax - one-hot
-            grad[torch.arange(len(wanted), device=wanted.device), wanted[:, 0]] -= valid[:, 0].to(grad.dtype)
-            if grad is not part:
-                part.copy_(grad)
+            probabilities[torch.arange(len(wanted), device=wanted.device), wanted[:, 0]] -= 1.0
+            torch.mul(probabilities, valid, out=part)  # d loss / d logits = softmax - one-hot
     return loss, correct

@@ -21,18 +21,18 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
-def take(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-    """A tensor of this shape, of the dtype and on the device of ``like``; what it holds is left of something else.
+def take(name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of this shape, on the device and, unless told, of the dtype of ``like``; it holds what was left there.
 
     On a CPU it is valid until the next one of that name is taken. Elsewhere, and where nothing is really computed
     (compiling, fake tensors), it is a new one: other devices keep freed memory themselves.
     """
     if like.device.type != "cpu" or type(like) is not Tensor or torch.compiler.is_compiling():
-        return like.new_empty(shape)
-    size = math.prod(shape) * like.element_size()
+        return like.new_empty(shape, dtype=dtype)
+    size = math.prod(shape) * (dtype or like.dtype).itemsize
     if name not in _BUFFERS.named or _BUFFERS.named[name].nbytes() < size:
         _BUFFERS.named[name] = torch.UntypedStorage(size)
-    return like.new_empty(0).set_(_BUFFERS.named[name], 0, torch.Size(shape))  # type: ignore[call-overload]
+    return like.new_empty(0, dtype=dtype).set_(_BUFFERS.named[name], 0, torch.Size(shape))  # type: ignore[call-overload]
 
 
 def held() -> int:
