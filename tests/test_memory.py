@@ -28,6 +28,12 @@ SHAPE = Shape(rows=2, length=160, trained=90)
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def nothing_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted begins without the memory that operations before it have left to be used again."""
+    monkeypatch.setattr(scratch, "_BUFFERS", scratch._Buffers())
+
+
 def test_memory_of_this_process_and_machine() -> None:
     held, peak = usage.held_already(CPU), usage.peak_of_process()
     block = torch.ones((peak - held) // 4 + 128 * 2**20)  # 512 MiB beyond the peak so far
