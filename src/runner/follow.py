@@ -144,7 +144,7 @@ def only_one(lock: Path, wait: bool) -> Iterator[bool]:
 def be_polite() -> None:
     """Leave the processor to workers from here on; not before, while a submitter waits for this process."""
     with contextlib.suppress(OSError):
-        os.nice(5)
+        os.nice(5)  # at 10 it got nothing for minutes where every core was taken
 
 
 def say(text: str, rundir: RunDir | None = None) -> None:

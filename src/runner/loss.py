@@ -173,8 +173,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy_(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> tuple[Tensor, Tensor]:
     """Summed cross entropy and the number of right guesses; ``needs_grad``: its gradient takes the logits' place.
 
-    Worked on in float32, a chunk of rows at a time; each pass over them costs as much as a good part of the head's
-    product on a GPU, so there are four.
+    Worked on in float32, a chunk of rows at a time, in as few passes over the logits as PyTorch's operations allow:
+    two maxima, softmax and, for the gradient, a product.
     """
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     correct = torch.zeros((), dtype=torch.int64, device=logits.device)
