@@ -15,9 +15,10 @@ import pytest
 import warm
 import yaml
 
-from runner.rundir import RunDir
+from runner.tracking.rundir import RunDir
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # the same dtype and numbers on every CPU: no AMX
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 subprocess.Popen = warm.Popen  # type: ignore[misc]
 ENVIRONMENT = dict(os.environ)
@@ -78,11 +79,11 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def slurm(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A Slurm that answers, and a folder to work in; nothing submitted there outlives the test."""
-    from runner import scheduler
     from runner.errors import LaunchError
+    from runner.tracking import slurm_client
 
     try:
-        scheduler.refuse_unreachable()
+        slurm_client.refuse_unreachable()
     except LaunchError as error:
         pytest.skip(f"no Slurm answers here, scripts/slurm-lab/up makes one ({error.faults[0].problem})")
     monkeypatch.chdir(tmp_path)
@@ -136,7 +137,7 @@ def cancel_jobs(folder: Path) -> None:
 
 def node(group: str, name: str, /, **changes: Any) -> dict[str, Any]:
     """The YAML of an option on top of the one that it builds on, with some keys changed."""
-    from runner.config import config_dir
+    from runner.config.bind import config_dir
 
     found = yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text())
     below = [base for base in found.pop("defaults", []) if base != "_self_"]
@@ -145,35 +146,35 @@ def node(group: str, name: str, /, **changes: Any) -> dict[str, Any]:
 
 def option(group: str, name: str, /, **changes: Any) -> Any:
     """An option, bound: it waits for its run-time objects."""
-    from runner.config import bind
+    from runner.config.bind import bind
 
     return bind(node(group, name, **changes), group)
 
 
 def composed(*overrides: str) -> dict[str, Any]:
     """The checked and frozen configuration of a command line, as a run folder would hold it."""
-    from runner import cli
+    from runner.cli import jobs
 
-    with cli.composed(list(overrides)) as (_, jobs):
-        return dict(jobs[0].cfg)
+    with jobs.composed(list(overrides)) as (_, found):
+        return dict(found[0].cfg)
 
 
 def prepared(folder: Path, *overrides: str) -> RunDir:
     """A run folder ready for a worker."""
-    from runner import prepare
+    from runner.tracking import manifest
 
-    return prepare.prepare(composed(*overrides), folder, ["runner", *overrides], list(overrides))
+    return manifest.prepare(composed(*overrides), folder, ["runner", *overrides], list(overrides))
 
 
 def no_hooks(**others: Any) -> Any:
     """Hooks of a training that nobody follows, but for ``others``."""
-    from runner import train
+    from runner.train import loop
 
     def nothing(*_: Any) -> None:
         pass
 
     named = ("record", "evaluating", "saving", "check_stop", "warm")
-    return train.Hooks(**{**dict.fromkeys(named, nothing), **others})
+    return loop.Hooks(**{**dict.fromkeys(named, nothing), **others})
 
 
 TINY = (

@@ -13,19 +13,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runner import train
 from runner.errors import DataError, Fault
-from runner.launch import elastic
-from runner.rundir import RunDir
+from runner.launch.local import accelerate
+from runner.tracking.rundir import RunDir
+from runner.train import loop
 
 SIGNALS = {"die": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT, "drop": signal.SIGTERM}
 
 
 def go_wrong(what: str, at: int, rank: int) -> None:
     """From now on, on this rank and before this step, the worst happens; "term" and "interrupt" reach the launcher."""
-    step, launcher = train.optimizer_step, os.getpid()
+    step, launcher = loop.optimizer_step, os.getpid()
 
-    def then(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+    def then(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
         if progress.step == at and parts.ranks.rank == rank:
             if what == "raise":
                 raise ZeroDivisionError("too deep a thought")
@@ -38,11 +38,11 @@ def go_wrong(what: str, at: int, rank: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         step(parts, progress, hooks)
 
-    train.optimizer_step = then
+    loop.optimizer_step = then
 
 
 if __name__ == "__main__":
     folder, processes, *wrong = sys.argv[1:]
     if wrong:
         go_wrong(wrong[0], int(wrong[1]), int(wrong[2]))
-    sys.exit(elastic.run(RunDir(Path(folder)), int(processes)))
+    sys.exit(accelerate.run(RunDir(Path(folder)), int(processes)))

@@ -21,8 +21,11 @@ import accelerate  # noqa: F401 - loaded before the fork, so that every child st
 import peft  # noqa: F401
 import transformers  # noqa: F401
 
-from runner import build, cli, train, worker  # noqa: F401
-from runner.rundir import RunDir
+from runner.cli import main as cli
+from runner.tracking.rundir import RunDir
+from runner.train import (
+    worker,
+)
 
 Road = Callable[[], int]
 

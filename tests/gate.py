@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import Stopped
-from runner.rundir import RunDir
+from runner.tracking.rundir import RunDir
 
 HELD, OPEN = ".held", ".open"
 """Files in the run folder: that the run has come to the gate, and that it may pass."""
@@ -18,11 +18,11 @@ HELD, OPEN = ".held", ".open"
 
 def hold(step: int) -> None:
     """From now on every run of this process waits before its optimizer step number ``step`` (the first is 0)."""
-    from runner import train
+    from runner.train import loop
 
-    optimizer_step = train.optimizer_step
+    optimizer_step = loop.optimizer_step
 
-    def waiting(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+    def waiting(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
         folder = parts.checkpoints.folder.parent
         if progress.step == step:
             (folder / HELD).touch()
@@ -30,7 +30,7 @@ def hold(step: int) -> None:
             time.sleep(0.01)
         optimizer_step(parts, progress, hooks)  # which stops on all ranks alike
 
-    train.optimizer_step = waiting
+    loop.optimizer_step = waiting
 
 
 def has_come(rundir: RunDir) -> bool:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import gate
 
-from runner.launch import elastic, local, queue
-from runner.launch.slots import Slot
-from runner.rundir import RunDir
-from runner.stop import Stop
-from runner.sweepdir import SweepDir
+from runner.launch.local import accelerate, launcher, queue
+from runner.launch.local.slots import Slot
+from runner.signals import Stop
+from runner.tracking.rundir import RunDir
+from runner.tracking.sweepdir import SweepDir
 
 
 def imitate(rundir: RunDir) -> int:
@@ -62,7 +62,7 @@ if __name__ == "__main__":
     if "imitate" in how:
         codes = queue.work_through(sweep.rundirs(), [Slot(1)] * parallel, imitate, sweep)
     elif "ranks" in how:
-        codes = elastic.Elastic(2).launch(sweep.rundirs(), sweep)
+        codes = accelerate.Elastic(2).launch(sweep.rundirs(), sweep)
     else:
-        codes = local.Local(parallel, 1).launch(sweep.rundirs(), sweep)
+        codes = launcher.Local(parallel, 1).launch(sweep.rundirs(), sweep)
     print(*codes)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from runner.ahead import Ahead
+from runner.train.prefetch import Ahead
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runner import cli
+from runner.cli import main
 
 LOCAL = ("model=tiny", "data=local", "tracking=offline")
 GOOD_ROW = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
@@ -134,7 +134,7 @@ BUILD: list[tuple[str, Callable[[Path], None], list[str], str]] = [
 def refused(capfd: pytest.CaptureFixture[str], *overrides: str) -> str:
     """Run it, demand a clean refusal, and return what was said."""
     before = everything(Path())
-    code = cli.run(list(overrides))
+    code = main.run(list(overrides))
     said = capfd.readouterr()
     assert code == 2, said.err
     assert "Traceback" not in said.err + said.out
@@ -184,7 +184,7 @@ def test_a_foreign_folder_is_untouched(tmp_path: Path, capfd: pytest.CaptureFixt
 
 def test_the_traceback_is_there_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     monkeypatch.setenv("RUNNER_TRACEBACK", "1")
-    assert cli.run(["quant=5bit"]) == 2
+    assert main.run(["quant=5bit"]) == 2
     assert "Traceback" in capfd.readouterr().err
 
 
@@ -197,9 +197,8 @@ def test_an_unwritable_cache_is_told(
 
 
 def test_a_typo_is_refused_without_loading_torch(tmp_path: Path):
-    code = (
-        "import sys; from runner import cli; c = cli.run(['quant=4bits']); print('torch' in sys.modules); sys.exit(c)"
-    )
+    code = "import sys; from runner.cli import main; code = main.run(['quant=4bits'])"
+    code += "; print('torch' in sys.modules); sys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (2, "False")
 

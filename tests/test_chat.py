@@ -7,9 +7,9 @@ from itertools import groupby
 import pytest
 from fixtures.chat_tokenizer import build
 
-from runner import chat
+from runner.data import chat_template
+from runner.data.packing import IGNORED
 from runner.errors import ConfigError, DataError
-from runner.packing import IGNORED
 
 TALK = [
     {"role": "user", "content": "Hello there!"},
@@ -34,10 +34,10 @@ THOUGHT = [
 ]
 
 
-def trained(messages: list[dict[str, str]], template: str, train_on: chat.TrainOn = "assistant") -> list[str]:
+def trained(messages: list[dict[str, str]], template: str, train_on: chat_template.TrainOn = "assistant") -> list[str]:
     """The runs of trained tokens, decoded; checks on the way that ids are transformers' and labels repeat them."""
     tokenizer = build(template)
-    features = chat.encode(messages, tokenizer, train_on)
+    features = chat_template.encode(messages, tokenizer, train_on)
     ids, labels = features["input_ids"], features["labels"]
     assert ids == tokenizer.apply_chat_template(messages)["input_ids"]
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
@@ -99,7 +99,7 @@ def test_a_header_that_ends_in_a_space_keeps_it():
     # "ASSISTANT: " + "you" is tokenised as ":", " you": that space was given, so the token is not trained, ...
     assert trained([TALK[0], {"role": "assistant", "content": "you and I"}], "plain") == [" and I\n"]
     # ... although its own offsets, trimmed, claim that it begins with the y.
-    ids, starts = chat._template(build("plain"), build("plain").get_chat_template()).tokenize(": you")
+    ids, starts = chat_template._template(build("plain"), build("plain").get_chat_template()).tokenize(": you")
     assert starts == [0, 1]
     assert len(ids) == 2
 
@@ -122,7 +122,7 @@ def test_a_generation_prompt_that_opens_a_thinking_which_the_answer_does_not_hav
 @pytest.mark.parametrize("template", ["smollm2", "llama3", "qwen", "qwen3", "mistral", "plain"])
 @pytest.mark.parametrize("messages", [TALK, WITH_SYSTEM, THOUGHT], ids=["talk", "system", "thought"])
 def test_the_two_ways_of_finding_answers_agree(messages, template):
-    found = chat._template(build(template), build(template).get_chat_template())
+    found = chat_template._template(build(template), build(template).get_chat_template())
     text = found.render(messages)
     skeleton = found._skeleton(tuple(message["role"] for message in messages))
     laid = skeleton.lay_over(messages, text) if skeleton else None
@@ -135,7 +135,7 @@ def test_the_two_ways_of_finding_answers_agree(messages, template):
 
 
 def test_the_prompt_ends_where_the_answer_begins():
-    rendered = chat.prompt(TALK[:1], build("llama3"))
+    rendered = chat_template.prompt(TALK[:1], build("llama3"))
     assert rendered == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHello there!<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -144,17 +144,17 @@ def test_the_prompt_ends_where_the_answer_begins():
 
 def test_a_template_that_hides_its_answers_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match="writes earlier turns differently") as caught:
-        chat.encode(TALK, build("counting"), "assistant")
+        chat_template.encode(TALK, build("counting"), "assistant")
     assert "task.train_on=all" in str(caught.value)
     assert len(trained(TALK, "counting", "all")) == 1
 
 
 def test_a_tokenizer_without_template_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match=r"model\.path.*no chat template") as caught:
-        chat.encode(TALK, build(None), "assistant")
+        chat_template.encode(TALK, build(None), "assistant")
     assert "task=pretrain" in str(caught.value)
 
 
 def test_a_conversation_the_template_refuses():
     with pytest.raises(DataError, match="roles must alternate"):
-        chat.encode([TALK[0], TALK[0], TALK[1]], build("mistral"), "assistant")
+        chat_template.encode([TALK[0], TALK[0], TALK[1]], build("mistral"), "assistant")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.checkpoint import Checkpoints, Progress
 from runner.errors import ResumeError, TrainingError
+from runner.train.checkpoint import Checkpoints, Progress
 
 
 def small(seed: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -106,7 +106,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytes
 def test_what_cannot_be_written_is_said_by_the_next_save_at_the_latest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied_bytes: int
 ):
-    monkeypatch.setattr("runner.checkpoint.COPIED_BYTES", copied_bytes)
+    monkeypatch.setattr("runner.train.checkpoint.COPIED_BYTES", copied_bytes)
     model, optimizer = small()
     (tmp_path / "file").touch()
     checkpoints = Checkpoints(tmp_path / "file" / "below", keep=1)

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from runner import cli, prepare, tracking
-from runner.rundir import RunDir
-from runner.sweepdir import SweepDir
+from runner.cli import jobs, main
+from runner.tracking import manifest, metrics_log
+from runner.tracking.rundir import RunDir
+from runner.tracking.sweepdir import SweepDir
 
 QUICK = (*TINY, "train.max_steps=2")
 
@@ -32,7 +33,7 @@ def runs() -> list[RunDir]:
 
 
 def test_a_run_leaves_its_folder_and_says_what_came_out(capfd: pytest.CaptureFixture[str]):
-    assert cli.run([*QUICK, "name=first"]) == 0
+    assert main.run([*QUICK, "name=first"]) == 0
     (rundir,) = runs()
     assert rundir.read_state().status == "completed"
     assert {path.name for path in rundir.path.iterdir()} >= {
@@ -50,7 +51,7 @@ def test_a_run_leaves_its_folder_and_says_what_came_out(capfd: pytest.CaptureFix
 
 
 def test_version_says_what_computes(capfd: pytest.CaptureFixture[str]):
-    assert cli.run(["--version"]) == 0
+    assert main.run(["--version"]) == 0
     first, *rest = capfd.readouterr().out.splitlines()
     assert first == f"runner {importlib.metadata.version('runner')}"
     assert f"torch {importlib.metadata.version('torch')}" in rest
@@ -58,10 +59,10 @@ def test_version_says_what_computes(capfd: pytest.CaptureFixture[str]):
 
 def test_a_named_folder_is_skipped_when_its_run_is_completed(capfd: pytest.CaptureFixture[str]):
     command = [*QUICK, "hydra.run.dir=mine"]
-    assert cli.run(command) == 0
+    assert main.run(command) == 0
     capfd.readouterr()
     before = {path: path.stat().st_mtime_ns for path in Path("mine").rglob("*")}
-    assert cli.run(command) == 0
+    assert main.run(command) == 0
     assert "completed already" in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in Path("mine").rglob("*")} == before
 
@@ -69,9 +70,9 @@ def test_a_named_folder_is_skipped_when_its_run_is_completed(capfd: pytest.Captu
 def test_another_configuration_in_a_named_folder_is_refused_and_nothing_is_overwritten(
     capfd: pytest.CaptureFixture[str],
 ):
-    assert cli.run([*QUICK, "hydra.run.dir=mine"]) == 0
+    assert main.run([*QUICK, "hydra.run.dir=mine"]) == 0
     before = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
-    assert cli.run([*QUICK, "hydra.run.dir=mine", "seed=2"]) == 2
+    assert main.run([*QUICK, "hydra.run.dir=mine", "seed=2"]) == 2
     assert "another configuration" in capfd.readouterr().err
     assert {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()} == before
 
@@ -94,44 +95,44 @@ def test_resume_by_folder_and_by_itself(capfd: pytest.CaptureFixture[str]):
     rundir = interrupted()
     stopped_at = rundir.read_state().step
     again = [*TINY, "train.max_steps=400", "train.save_steps=50"]
-    assert cli.run([f"resume={rundir.path}", "seed=1"]) == 2
+    assert main.run([f"resume={rundir.path}", "seed=1"]) == 2
     assert "cannot take seed=1" in capfd.readouterr().err
-    assert cli.run([*again, "resume=auto"]) == 0
+    assert main.run([*again, "resume=auto"]) == 0
     assert f"resumed at step {stopped_at}/400" in capfd.readouterr().err
     assert runs() == [rundir]
     assert (rundir.read_state().status, rundir.read_state().attempt) == ("completed", 2)
-    assert [r["step"] for r in tracking.read(rundir) if "train/loss" in r] == list(range(1, 401))
-    assert cli.run([f"resume={rundir.path}"]) == 0
+    assert [r["step"] for r in metrics_log.read(rundir) if "train/loss" in r] == list(range(1, 401))
+    assert main.run([f"resume={rundir.path}"]) == 0
     assert "completed already" in capfd.readouterr().err
 
 
 def test_an_unfinished_twin_is_mentioned_and_left_alone(capfd: pytest.CaptureFixture[str]):
     folder = Path("outputs/2020-01-01/00-00-00")
     cfg = configuration(*QUICK)
-    prepare.prepare(cfg, folder, [], []).write_state(status="killed")
-    assert cli.run(list(QUICK)) == 0
+    manifest.prepare(cfg, folder, [], []).write_state(status="killed")
+    assert main.run(list(QUICK)) == 0
     assert f"an unfinished run of this configuration lies in {folder.resolve()}" in capfd.readouterr().err
     assert len(runs()) == 2
     assert RunDir(folder).read_state().status == "killed"
 
 
 def configuration(*overrides: str) -> dict[str, object]:
-    with cli.composed(list(overrides)) as (_, jobs):
-        return dict(jobs[0].cfg)
+    with jobs.composed(list(overrides)) as (_, found):
+        return dict(found[0].cfg)
 
 
 def test_a_failed_run_is_only_retried_when_asked(capfd: pytest.CaptureFixture[str]):
     command = [*QUICK, "hydra.run.dir=mine"]
-    prepare.prepare(configuration(*command), Path("mine"), [], []).write_state(status="failed", reason="a NaN")
-    assert cli.run(command) == 2
+    manifest.prepare(configuration(*command), Path("mine"), [], []).write_state(status="failed", reason="a NaN")
+    assert main.run(command) == 2
     assert "failed: a NaN" in capfd.readouterr().err
-    assert cli.run([*command, "retry=true"]) == 0
+    assert main.run([*command, "retry=true"]) == 0
 
 
 def test_a_run_killed_while_it_was_prepared_can_be_started(capfd: pytest.CaptureFixture[str]):
     Path("mine/.hydra").mkdir(parents=True)
     Path("mine/config.yaml").write_text("half: ")
-    assert cli.run([*QUICK, "hydra.run.dir=mine"]) == 0
+    assert main.run([*QUICK, "hydra.run.dir=mine"]) == 0
     assert RunDir(Path("mine")).read_state().status == "completed"
 
 
@@ -139,14 +140,14 @@ def test_an_empty_folder_of_the_users_stays_when_a_run_in_it_is_refused(capfd: p
     Path("project/mine").mkdir(parents=True)
     Path("rows.jsonl").write_text("")
     refused = ["model=tiny", "data=local", "data.path=rows.jsonl", "tracking=offline", "hydra.run.dir=project/mine"]
-    assert cli.run(refused) == 2
+    assert main.run(refused) == 2
     assert Path("project/mine").is_dir()
     assert not list(Path("project/mine").iterdir())
 
 
 def test_no_secret_reaches_any_file(capfd: pytest.CaptureFixture[str]):
     uri = "tracking.uri=http://bob:hunter2secret@127.0.0.1:9"
-    assert cli.run([*(o for o in QUICK if not o.startswith("tracking")), "tracking=server", uri]) == 0
+    assert main.run([*(o for o in QUICK if not o.startswith("tracking")), "tracking=server", uri]) == 0
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "hunter2secret"
     (rundir,) = runs()
     files = [path for path in rundir.path.rglob("*") if path.is_file()]
@@ -159,7 +160,7 @@ def test_no_secret_reaches_any_file(capfd: pytest.CaptureFixture[str]):
 
 def test_a_token_among_the_keys_is_refused(capfd: pytest.CaptureFixture[str]):
     token = "hf_" + "aB3dE5gH7j" * 4
-    assert cli.run([*QUICK, f"name={token}"]) == 2
+    assert main.run([*QUICK, f"name={token}"]) == 2
     said = capfd.readouterr().err
     assert "looks like a secret" in said
     assert token not in said
@@ -197,14 +198,14 @@ def test_a_sweep_runs_every_job_and_tells_how_each_ended():
     ],
 )
 def test_what_would_have_no_effect_is_refused(overrides: list[str], said: str, capfd: pytest.CaptureFixture[str]):
-    assert cli.run([*QUICK, *overrides] if "resume=outputs/x" not in overrides else overrides) == 2
+    assert main.run([*QUICK, *overrides] if "resume=outputs/x" not in overrides else overrides) == 2
     assert said in capfd.readouterr().err
     assert not Path("outputs").exists()
 
 
 def test_a_home_folder_is_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cli.run([*QUICK, "outputs_dir='~/out'"]) == 0
+    assert main.run([*QUICK, "outputs_dir='~/out'"]) == 0
     assert len(list((tmp_path / "home" / "out").glob("*/*/model"))) == 1
     assert not Path("~").exists()
 
@@ -213,11 +214,11 @@ def test_a_damaged_neighbour_stops_nobody():
     folder = Path("outputs/2020-01-01/00-00-00")
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{")
-    assert cli.run(list(QUICK)) == 0
+    assert main.run(list(QUICK)) == 0
 
 
 def test_the_plan_shows_what_would_happen_and_writes_nothing(capfd: pytest.CaptureFixture[str]):
-    assert cli.run(["plan", *QUICK]) == 0
+    assert main.run(["plan", *QUICK]) == 0
     said = capfd.readouterr().out
     for word in ("parameters", "memory, GiB", "weights", "rows read", "% of their slots are used", "steps", "⟦"):
         assert word in said, word
@@ -225,14 +226,14 @@ def test_the_plan_shows_what_would_happen_and_writes_nothing(capfd: pytest.Captu
 
 
 def test_the_plan_of_a_run_is_that_of_its_own_configuration(capfd: pytest.CaptureFixture[str]):
-    prepare.prepare(configuration(*QUICK), Path("mine"), [], [])
-    assert cli.run(["plan", "resume=mine"]) == 0
+    manifest.prepare(configuration(*QUICK), Path("mine"), [], [])
+    assert main.run(["plan", "resume=mine"]) == 0
     assert "random-64x2" in capfd.readouterr().out
 
 
 def test_the_plan_has_each_way_of_launching(capfd: pytest.CaptureFixture[str]):
     words = ["launcher=slurm", "launcher.cluster=local", "launcher.tasks_per_node=1,2", "seed=1,2"]
-    assert cli.run(["plan", "-m", *QUICK, *words]) == 0
+    assert main.run(["plan", "-m", *QUICK, *words]) == 0
     said = capfd.readouterr().out
     assert said.count("random-64x2") == 4
     launches = [line for line in said.splitlines() if "this machine" in line]
@@ -240,11 +241,11 @@ def test_the_plan_has_each_way_of_launching(capfd: pytest.CaptureFixture[str]):
 
 
 def test_a_model_that_cannot_fit_is_refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    from runner import usage
+    from runner.train.memory import usage
 
     monkeypatch.setattr(usage, "of_device", lambda *_: (2**20, 2**20))
     for words in (["plan", *QUICK], list(QUICK)):
-        assert cli.run(words) == 2
+        assert main.run(words) == 2
         said = capfd.readouterr().err
         assert "GiB, and the device has 0.0 GiB" in said
         assert "quant=4bit" in said
@@ -254,7 +255,7 @@ def test_a_model_that_cannot_fit_is_refused(capfd: pytest.CaptureFixture[str], m
 def test_help_teaches(capfd: pytest.CaptureFixture[str]):
     for words in (["--help"], ["plan", "--help"]):
         with pytest.raises(SystemExit) if words == ["--help"] else _nothing() as ended:
-            assert cli.run(words) == 0
+            assert main.run(words) == 0
         if ended is not None:
             assert ended.value.code in (0, None)
     said = capfd.readouterr().out
@@ -294,9 +295,9 @@ def test_tab_completion_offers_options(line: str):
 def test_sync_brings_an_offline_run_to_mlflow(capfd: pytest.CaptureFixture[str]):
     import mlflow
 
-    assert cli.run(list(QUICK)) == 0
+    assert main.run(list(QUICK)) == 0
     (rundir,) = runs()
-    assert cli.run(["sync", str(rundir.path)]) == 0
+    assert main.run(["sync", str(rundir.path)]) == 0
     client = mlflow.MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert run.info.status == "FINISHED"

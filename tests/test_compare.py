@@ -25,9 +25,12 @@ from conftest import TINY
 from test_mirror import Server, fresh_database, server
 from test_ui import shown
 
-from runner import cli, curves, mlflow_sweep, sending, store, tracking
-from runner.rundir import RunDir
-from runner.sweepdir import SweepDir
+from runner.cli import main
+from runner.report import curves, publish
+from runner.tracking import metrics_log
+from runner.tracking.mlflow import parent_run, store, upload
+from runner.tracking.rundir import RunDir
+from runner.tracking.sweepdir import SweepDir
 
 SWEEP = (
     "-m", *(word for word in TINY if word != "tracking=offline"), "tracking.system_metrics=false", "train.max_steps=2",
@@ -36,11 +39,11 @@ SWEEP = (
 CONFIG = """task:
   _target_: runner.tasks.{task}
 lora:
-  _target_: runner.lora.lora
+  _target_: runner.models.lora.lora
   r: {r}
 seed: {seed}
 tracking:
-  _target_: runner.tracking.offline
+  _target_: runner.tracking.trackers.offline
 """
 
 
@@ -76,7 +79,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def runner(*words: str, cwd: Path, code: str = "") -> subprocess.CompletedProcess[str]:
     """The program as a process of its own; ``code`` is run before it in the same process."""
-    script = f"{code}\nimport sys\nfrom runner import cli\nsys.exit(cli.run({list(words)!r}))"
+    script = f"{code}\nimport sys\nfrom runner.cli import main\nsys.exit(main.run({list(words)!r}))"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, "-c", script]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=600)
@@ -84,7 +87,7 @@ def runner(*words: str, cwd: Path, code: str = "") -> subprocess.CompletedProces
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     capsys.readouterr()
-    code = cli.run(["compare", *words])
+    code = main.run(["compare", *words])
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -259,7 +262,7 @@ def test_what_was_evaluated_later_can_be_asked_for(here: Path, capsys: pytest.Ca
     sweep = a_sweep()
     for r, loss in ((4, 1.0), (8, 2.0)):
         record = {"time": 200.0, "step": 20, "name": "held_out", "metrics": {"eval_held_out/loss": -loss}}
-        tracking.append_to(played(sweep, r, loss).evaluations, record)
+        metrics_log.append_to(played(sweep, r, loss).evaluations, record)
     found = as_json(capsys, "--sort", "eval_held_out/loss", "--where", "eval_held_out/loss<0")
     assert [run["eval_held_out/loss"] for run in found["runs"]] == [-2.0, -1.0]
     assert found["best"] == "001-job"
@@ -576,7 +579,7 @@ def test_what_a_person_sees_in_mlflow(real: Path, pages: str):
     child = text_of(f"{pages}/runs/{best.read_manifest()['mlflow']['run_id']}")
     assert "chitchat" in child.partition("Datasets")[2], "the column Dataset is filled"
     assert "Parent run small" in child
-    name = sending.plain(best.read_manifest()["model"]["name"])
+    name = upload.plain(best.read_manifest()["model"]["name"])
     assert name in child.partition("Logged models")[2].partition("Registered prompts")[0], "so is the column Models"
 
     ids = json.dumps([rundir.read_manifest()["mlflow"]["run_id"] for rundir in runs])
@@ -610,10 +613,10 @@ def test_the_parent_shows_the_leaderboard_and_follows_when_runs_are_added(copied
     table = json.loads(file.read_text())
     assert [row[table["columns"].index("is_best")] for row in table["data"]] == [1.0, 0.0, 0.0, 0.0]
     before = data.tags["runner.leaderboard"]
-    assert mlflow_sweep.update_parent(sweep) == ""
+    assert parent_run.update_parent(sweep, publish=publish.send) == ""
     assert parent().data.tags["runner.leaderboard"] == before, "nothing new, nothing sent"
     client.set_tag(noted["parent_run_id"], "mlflow.note.content", "mine")
     best.write_state(reason="looked at again")
-    assert mlflow_sweep.update_parent(sweep) == ""
+    assert parent_run.update_parent(sweep, publish=publish.send) == ""
     assert parent().data.tags["runner.leaderboard"] != before
     assert parent().data.tags["mlflow.note.content"] == "mine", "what somebody wrote stays"

@@ -19,25 +19,15 @@ import transformers
 from conftest import TINY, composed, no_hooks, prepared
 from peft import LoraConfig, get_peft_model
 
-from runner import (
-    build,
-    compiling,
-    documents,
-    expected,
-    fused,
-    loss,
-    meters,
-    precision,
-    prepare,
-    recompute,
-    samples,
-    train,
-    worker,
-)
-from runner.checkpoint import Progress
-from runner.config import config_dir, find_faults
+from runner.config.bind import config_dir, find_faults
 from runner.errors import ConfigError
-from runner.rundir import RunDir
+from runner.models import dtypes
+from runner.models.kernels import activation_checkpointing, compilation, lora_linear, varlen_attention
+from runner.tasks import cross_entropy
+from runner.tracking import manifest
+from runner.tracking.rundir import RunDir
+from runner.train import build, estimate, generate, inputs, loop, throughput, worker
+from runner.train.checkpoint import Progress
 
 OPTIONS = sorted(path.stem for path in config_dir().glob("compile/*.yaml"))
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
@@ -75,7 +65,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
     for cut in (3, 5, 8, 11):
         ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(cut))
         positions = torch.cat([torch.arange(cut), torch.arange(16 - cut)]).repeat(2, 1)
-        labels = ids.roll(-1, 1).masked_fill(torch.arange(16) > cut, loss.IGNORED)
+        labels = ids.roll(-1, 1).masked_fill(torch.arange(16) > cut, cross_entropy.IGNORED)
         made.append({"input_ids": ids, "position_ids": positions, "labels": labels})
     return made
 
@@ -83,7 +73,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 def losses_and_gradients(model: torch.nn.Module) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     losses = []
     for batch in batches():
-        result = loss.sums(model, batch)
+        result = cross_entropy.sums(model, batch)
         result["loss"].backward()
         losses.append(result["loss"].detach())
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -96,13 +86,13 @@ def assert_compiles(name: str) -> None:
     assert [name for name, _ in model.named_parameters()] == names
     expected = losses_and_gradients(plain)
     torch.testing.assert_close(losses_and_gradients(model), expected, atol=1e-4, rtol=1e-4)
-    assert compiling.graph_breaks() == []
+    assert compilation.graph_breaks() == []
 
 
 @needs_compiler
 def test_regional_compiles_one_layer_for_all() -> None:
     assert_compiles("regional")
-    assert compiling.graphs() <= 2, "the first layer has an input without a gradient; the others share a graph"
+    assert compilation.graphs() <= 2, "the first layer has an input without a gradient; the others share a graph"
 
 
 @needs_compiler
@@ -112,12 +102,12 @@ def test_answers_leave_the_compiled_layers_to_training() -> None:
     model, asked = with_lora(llama(10)), Tokenizer()
     option("regional", fullgraph=True)(model)
     losses_and_gradients(model)
-    graphs = compiling.graphs()
-    assert len(samples.generate(model, asked, ["a", "bc"], max_new_tokens=3)) == 2
+    graphs = compilation.graphs()
+    assert len(generate.generate(model, asked, ["a", "bc"], max_new_tokens=3)) == 2
     losses_and_gradients(model)
-    assert compiling.graphs() == graphs
+    assert compilation.graphs() == graphs
     with torch.profiler.profile() as profile:
-        loss.sums(model, batches()[0])["loss"].backward()
+        cross_entropy.sums(model, batches()[0])["loss"].backward()
     compiled = sum(event.count for event in profile.key_averages() if event.key == "CompiledFunction")
     assert compiled == 10, "a call for each layer"
 
@@ -162,15 +152,15 @@ def test_what_one_run_compiled_the_next_one_finds(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_default_compiles_the_decoder_once() -> None:
     assert_compiles("default")
-    assert compiling.graphs() == 1
+    assert compilation.graphs() == 1
 
 
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", ["balanced", "min"])
-def test_computing_layers_again_goes_along(memory: recompute.Memory) -> None:
+def test_computing_layers_again_goes_along(memory: activation_checkpointing.Memory) -> None:
     plain, model = with_lora(llama(2)), with_lora(llama(2))
-    recompute.arrange(model, memory, eager=False)
+    activation_checkpointing.arrange(model, memory, eager=False)
     option("regional", fullgraph=True)(model)
     torch.testing.assert_close(losses_and_gradients(model), losses_and_gradients(plain), atol=1e-4, rtol=1e-4)
 
@@ -204,8 +194,10 @@ def test_quantized_layers(bits: int, tmp_path: Path) -> None:
     option("regional", fullgraph=bits == 4)(model)
     torch.testing.assert_close(losses_and_gradients(model), losses_and_gradients(plain), atol=1e-3, rtol=1e-3)
     with torch.no_grad():
-        torch.testing.assert_close(loss.sums(model.eval(), batches()[0]), loss.sums(plain.eval(), batches()[0]))
-    assert bool(compiling.graph_breaks()) == (bits == 8)
+        torch.testing.assert_close(
+            cross_entropy.sums(model.eval(), batches()[0]), cross_entropy.sums(plain.eval(), batches()[0])
+        )
+    assert bool(compilation.graph_breaks()) == (bits == 8)
 
 
 @needs_compiler
@@ -219,7 +211,7 @@ def test_a_graph_break_is_told() -> None:
     option("regional")(model)
     with torch.no_grad():
         model[0][1](model[0][0](torch.zeros(2, 4)))
-    [told] = compiling.graph_breaks()
+    [told] = compilation.graph_breaks()
     assert "graph_break" in told
 
 
@@ -232,10 +224,10 @@ def test_none_changes_nothing() -> None:
 def test_decoder_layers_are_found_inside_lora() -> None:
     model = llama()
     layers = list(model.model.layers)
-    assert compiling.decoder_layers(model) == layers
-    assert compiling.decoder_layers(with_lora(model)) == layers
+    assert compilation.decoder_layers(model) == layers
+    assert compilation.decoder_layers(with_lora(model)) == layers
     with pytest.raises(ConfigError, match="no list of equal layers"):
-        compiling.decoder_layers(torch.nn.Linear(2, 2))
+        compilation.decoder_layers(torch.nn.Linear(2, 2))
 
 
 def test_cuda_graphs_are_refused_on_a_cpu() -> None:
@@ -259,9 +251,9 @@ def test_a_wrong_mode_is_told(name: str) -> None:
     assert name in ("auto", "none") or "did you mean 'reduce-overhead'?" in str(faults[0])
 
 
-def traced(model: Any, *, mode: compiling.Mode, dynamic: bool | None, fullgraph: bool) -> Any:
+def traced(model: Any, *, mode: compilation.Mode, dynamic: bool | None, fullgraph: bool) -> Any:
     """compile=regional up to the graphs, forward and backward, which then compute as they are: no C++ compiler."""
-    for layer in compiling.decoder_layers(model):
+    for layer in compilation.decoder_layers(model):
         layer.compile(backend="aot_eager", dynamic=dynamic, fullgraph=fullgraph)
     return model
 
@@ -272,23 +264,23 @@ def test_the_step_as_it_is_put_together_is_one_graph_a_layer(
     quant: str, kept: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fused LoRA, attention by document, layers computed again, packed batches: no break, and nothing anew later."""
-    monkeypatch.setattr(compiling, "regional", traced)
+    monkeypatch.setattr(compilation, "regional", traced)
     options = (*TINY, "model.layers=3", f"quant={quant}", f"train.memory={kept}", "data.packing=true")
     cfg = composed(*options, "compile=regional", "compile.fullgraph=true", "train.max_steps=6", "train.eval_steps=2")
-    made = build.inputs(cfg)
+    made = inputs.inputs(cfg)
     parts = build.parts(cfg, made, RunDir(tmp_path))
-    assert documents.uses(parts.model)
-    assert any(isinstance(module, fused._Fused) for module in parts.model.modules())
+    assert varlen_attention.uses(parts.model)
+    assert any(isinstance(module, lora_linear._Fused) for module in parts.model.modules())
     hooks = no_hooks()
-    train.evaluate(parts, hooks)
+    loop.evaluate(parts, hooks)
     progress = Progress()
-    train.optimizer_step(parts, progress, hooks)
-    warm = compiling.graphs()
+    loop.optimizer_step(parts, progress, hooks)
+    warm = compilation.graphs()
     assert warm <= 3, "of evaluation, of the first layer, whose input has no gradient, and of all the others"
     for _ in range(4):
-        train.optimizer_step(parts, progress, hooks)
-        train.evaluate(parts, hooks)
-    assert (compiling.graphs(), compiling.graph_breaks()) == (warm, [])
+        loop.optimizer_step(parts, progress, hooks)
+        loop.evaluate(parts, hooks)
+    assert (compilation.graphs(), compilation.graph_breaks()) == (warm, [])
 
 
 def test_the_attention_of_a_gpu_is_no_break(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,17 +288,17 @@ def test_the_attention_of_a_gpu_is_no_break(monkeypatch: pytest.MonkeyPatch) -> 
     pytest.importorskip("torch.nn.attention.varlen")
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "is_available", lambda: True)
-        assert documents._register()
+        assert varlen_attention._register()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which does not know this device
     with torch.device("meta"):
         model = llama(2).to(torch.bfloat16)
-        model.set_attn_implementation(documents.NAME)
+        model.set_attn_implementation(varlen_attention.NAME)
         traced(model, mode=None, dynamic=None, fullgraph=True)
         ids, ends = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
-        asked = {"input_ids": ids, "position_ids": ids, **documents.arguments(ends, 16)}
+        asked = {"input_ids": ids, "position_ids": ids, **varlen_attention.arguments(ends, 16)}
         model(**asked, use_cache=False).logits.sum().backward()
-    assert compiling.graphs() == 1
-    assert compiling.graph_breaks() == []
+    assert compilation.graphs() == 1
+    assert compilation.graph_breaks() == []
 
 
 GPU = torch.device("cuda", 0)
@@ -314,25 +306,25 @@ GPU = torch.device("cuda", 0)
 
 def settled(
     monkeypatch: pytest.MonkeyPatch, *overrides: str, seconds: float = 1e4, layers: int = 2, **began: Any
-) -> compiling.Choice:
+) -> compilation.Choice:
     """What compile=auto comes to on a GPU that has a compiler, for a training of so many seconds."""
-    monkeypatch.setattr(compiling, "_check_compiler", lambda _: None)
+    monkeypatch.setattr(compilation, "_check_compiler", lambda _: None)
     cfg = composed(*TINY, *overrides)
-    made = build.inputs(cfg)
-    told = expected.expect(cfg, made, roughly=True)
-    monkeypatch.setattr(meters, "peak_flops", lambda *_: 1.0)
-    flops = seconds * expected.ASSUMED_UTILISATION / made.batches.tokens_at(made.total_steps)
+    made = inputs.inputs(cfg)
+    told = estimate.expect(cfg, made, roughly=True)
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1.0)
+    flops = seconds * estimate.ASSUMED_UTILISATION / made.batches.tokens_at(made.total_steps)
     told = dataclasses.replace(told, layers=layers, flops_per_token=flops)
-    monkeypatch.setattr(precision, "_is_fast_in_bfloat16", lambda _: True)
+    monkeypatch.setattr(dtypes, "_is_fast_in_bfloat16", lambda _: True)
     found = build.settle_compile(cfg, dataclasses.replace(made, device=GPU), told, **began)
     monkeypatch.undo()
     return found
 
 
 def test_auto_compiles_on_a_gpu_where_it_pays(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = settled(monkeypatch, seconds=compiling.PAYS_FROM_S + 1)
+    found = settled(monkeypatch, seconds=compilation.PAYS_FROM_S + 1)
     assert (found.node, found.settled, found.reason) == (conftest.node("compile", "regional"), "regional", "")
-    found = settled(monkeypatch, seconds=compiling.PAYS_FROM_S - 1)
+    found = settled(monkeypatch, seconds=compilation.PAYS_FROM_S - 1)
     assert (found.node, found.settled, found.reason) == (conftest.node("compile", "none"), "none", "training is short")
     assert "8-bit" in settled(monkeypatch, "quant=8bit").reason
     assert settled(monkeypatch, "quant=4bit").settled == "regional"
@@ -348,11 +340,11 @@ def test_a_run_goes_on_compiled_as_it_began(cache: Path, monkeypatch: pytest.Mon
 
 def test_auto_without_a_compiler_computes_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert "Triton" in compiling.obstacle(GPU, 2, in_8_bits=False, in_shards=False)
+    assert "Triton" in compilation.obstacle(GPU, 2, in_8_bits=False, in_shards=False)
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert "no-such-compiler" in compiling.obstacle(GPU, 2, in_8_bits=False, in_shards=False)
+    assert "no-such-compiler" in compilation.obstacle(GPU, 2, in_8_bits=False, in_shards=False)
 
 
 def test_auto_is_no_other_run_wherever_it_is_settled(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -360,15 +352,15 @@ def test_auto_is_no_other_run_wherever_it_is_settled(cache: Path, tmp_path: Path
     rundir = prepared(tmp_path / "cpu", *TINY, "train.max_steps=2")
     assert worker.work(rundir) == 0
     assert rundir.read_manifest()["compile"] == "none"
-    assert rundir.read_manifest()["signature"] == prepare.signature(prepare.read_config(rundir))
+    assert rundir.read_manifest()["signature"] == manifest.signature(manifest.read_config(rundir))
     began = []
 
-    def settle(cfg: Any, made: Any, told: Any, began_as: Any = None, **named: Any) -> compiling.Choice:
+    def settle(cfg: Any, made: Any, told: Any, began_as: Any = None, **named: Any) -> compilation.Choice:
         began.append(named.get("began", began_as))
-        return compiling.Choice(conftest.node("compile", "regional"), "regional")
+        return compilation.Choice(conftest.node("compile", "regional"), "regional")
 
     monkeypatch.setattr(build, "settle_compile", settle)
-    monkeypatch.setattr(compiling, "regional", traced)
+    monkeypatch.setattr(compilation, "regional", traced)
     compiled = prepared(tmp_path / "gpu", *TINY, "train.max_steps=2")
     assert worker.work(compiled) == 0
     assert compiled.read_manifest()["compile"] == "regional"

@@ -11,8 +11,8 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from runner import compose
-from runner.config import config_dir
+from runner.config import compose
+from runner.config.bind import config_dir
 from runner.errors import ConfigError
 
 GRIDS = (

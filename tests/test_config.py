@@ -8,9 +8,9 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import OmegaConf
 
-from runner import config
+from runner.config import bind
+from runner.config.schema import Seed
 from runner.errors import ConfigError, Fault, suggest
-from runner.schema import Seed
 
 
 def option(
@@ -42,7 +42,7 @@ def companion(*, name: str) -> str:
 
 
 def test_good_values_bind_and_wait_for_the_runtime_object():
-    assert config.bind(GOOD, "quant", option)("model") == ("model", 4, "nf4", 0, None, ["a"], True, {"a": 1})
+    assert bind.bind(GOOD, "quant", option)("model") == ("model", 4, "nf4", 0, None, ["a"], True, {"a": 1})
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_good_values_bind_and_wait_for_the_runtime_object():
     ],
 )
 def test_each_wrong_value_names_key_value_and_remedy(change: dict[str, Any], said: str):
-    (fault,) = config.find_faults({**GOOD, **change}, "quant", option)
+    (fault,) = bind.find_faults({**GOOD, **change}, "quant", option)
     assert fault.key == f"quant.{next(iter(change))}"
     assert fault.value == next(iter(change.values()))
     assert said in str(fault)
@@ -73,7 +73,7 @@ def test_each_wrong_value_names_key_value_and_remedy(change: dict[str, Any], sai
 
 def test_all_faults_come_at_once():
     with pytest.raises(ConfigError) as caught:
-        config.bind({"bits": 3, "kindd": "nf4"}, "quant", option)
+        bind.bind({"bits": 3, "kindd": "nf4"}, "quant", option)
     keys = [fault.key for fault in caught.value.faults]
     assert keys[:2] == ["quant.bits", "quant.kindd"]
     assert set(keys[2:]) == {"quant.kind", "quant.ratio", "quant.path", "quant.names", "quant.double", "quant.extra"}
@@ -83,52 +83,52 @@ def test_bounds_of_all_four_kinds():
     def bounded(*, a: Annotated[int, Gt(1)], b: Annotated[int, Le(3)]) -> None: ...
 
     bounded.__module__ = __name__
-    said = [str(fault) for fault in config.find_faults({"a": 1, "b": 4}, "", bounded)]
+    said = [str(fault) for fault in bind.find_faults({"a": 1, "b": 4}, "", bounded)]
     assert "whole number > 1" in said[0]
     assert "whole number <= 3" in said[1]
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 10**400])
 def test_numbers_that_are_none_fit_no_float(value: float):
-    assert config.mismatch(value, float) == "must be a finite number"
-    assert config.mismatch([1.0, value], list[float]) == "must be a list of a finite number"
+    assert bind.mismatch(value, float) == "must be a finite number"
+    assert bind.mismatch([1.0, value], list[float]) == "must be a list of a finite number"
 
 
 def test_a_seed_is_what_all_generators_take():
-    assert config.mismatch(2**63 - 1, Seed) == ""
-    assert f"<= {2**63 - 1}" in config.mismatch(2**63, Seed)
-    assert config.mismatch(-1, Seed)
+    assert bind.mismatch(2**63 - 1, Seed) == ""
+    assert f"<= {2**63 - 1}" in bind.mismatch(2**63, Seed)
+    assert bind.mismatch(-1, Seed)
 
 
 def test_the_companion_has_its_say_only_when_the_types_are_right():
-    assert [f.key for f in config.find_faults({"name": "bad"}, "x", companion)] == ["x.name"]
-    assert "must be" in str(next(config.find_faults({"name": 1}, "x", companion)))
+    assert [f.key for f in bind.find_faults({"name": "bad"}, "x", companion)] == ["x.name"]
+    assert "must be" in str(next(bind.find_faults({"name": 1}, "x", companion)))
 
 
 @pytest.mark.parametrize(
     "target",
-    ["os.system", "transformers.BitsAndBytesConfig", "runner", 3, None, "runner.nothing.here", "runner.quant.four_bits",
-     "runner.quant._private"],
+    ["os.system", "transformers.BitsAndBytesConfig", "runner", 3, None, "runner.nothing.here",
+     "runner.models.quantization.four_bits", "runner.models.quantization._private"],
 )  # fmt: skip
 def test_only_our_own_options_may_be_named(target: object):
     with pytest.raises(ConfigError):
-        config.bind({"_target_": target}, "quant")
+        bind.bind({"_target_": target}, "quant")
 
 
 def test_a_misspelt_option_function_gets_a_suggestion():
     with pytest.raises(ConfigError, match="did you mean 'four_bit'"):
-        config.bind({"_target_": "runner.quant.four_bits"}, "quant")
+        bind.bind({"_target_": "runner.models.quantization.four_bits"}, "quant")
 
 
 def test_missing_values_are_all_named():
     with pytest.raises(ConfigError) as caught:
-        config.to_plain(OmegaConf.create({"a": "???", "b": {"c": "???"}, "d": 1}))
+        bind.to_plain(OmegaConf.create({"a": "???", "b": {"c": "???"}, "d": 1}))
     assert [fault.key for fault in caught.value.faults] == ["a", "b.c"]
 
 
 def test_an_interpolation_that_leads_nowhere_is_told():
     with pytest.raises(ConfigError, match="not found"):
-        config.to_plain(OmegaConf.create({"a": "${nothing}"}))
+        bind.to_plain(OmegaConf.create({"a": "${nothing}"}))
 
 
 def test_suggest_is_silent_when_nothing_is_near():

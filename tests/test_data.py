@@ -17,9 +17,13 @@ import pytest
 from fixtures.chat_tokenizer import build
 from hydra import compose, initialize_config_dir
 
-from runner import chat, config, data, formats, sources, tasks
+from runner.config import bind, schema
+from runner.data import chat_template, dataset, formats, sources
+from runner.data.batches import PADDED_TO, Batches
+from runner.data.packing import IGNORED, Rows, one_by_one, pack
 from runner.errors import ConfigError, DataError
-from runner.packing import IGNORED, PADDED_TO, Batches, Rows, one_by_one, pack
+from runner.tasks import pretrain, sft
+from runner.tasks import task as tasks
 
 LENGTH = 96
 SETTINGS = {
@@ -50,11 +54,11 @@ def load(
     task: tasks.Task | None = None,
     train_on: str = "assistant",
     **changes: object,
-) -> data.Splits:
-    task = task or tasks.sft(train_on=train_on)
-    settings = data.DataSettings(**{**SETTINGS, **changes})
+) -> dataset.Splits:
+    task = task or sft.sft(train_on=train_on)
+    settings = schema.DataSettings(**{**SETTINGS, **changes})
     identity = {"format": {"_target_": "messages"}, "task": {"name": task.name, "train_on": train_on}}
-    return data.load(lambda: source(rows, held_out), read_messages, task, build("llama3"), settings, identity)
+    return dataset.load(lambda: source(rows, held_out), read_messages, task, build("llama3"), settings, identity)
 
 
 def texts(rows: Rows) -> list[str]:
@@ -71,7 +75,8 @@ def test_rows_become_the_tokens_of_the_chat_template():
     splits = load(map(talk, range(40)))
     assert len(splits.train) + len(splits.eval) == 40
     expected = {
-        tuple(chat.encode(talk(number)["messages"], build("llama3"), "assistant")["input_ids"]) for number in range(40)
+        tuple(chat_template.encode(talk(number)["messages"], build("llama3"), "assistant")["input_ids"])
+        for number in range(40)
     }
     assert {tuple(rows[i][0].tolist()) for rows in (splits.train, splits.eval) for i in range(len(rows))} == expected
 
@@ -136,7 +141,7 @@ def test_little_data_still_has_both_sides():
 
 def test_samples_are_held_out_prompts_with_what_followed():
     splits = load(map(talk, range(100)))
-    assert len(splits.samples) == data.SAMPLES
+    assert len(splits.samples) == dataset.SAMPLES
     sample = splits.samples[0]
     assert sample["prompt"].endswith("assistant<|end_header_id|>\n\n")
     assert any(sample["prompt"] + sample["reference"] in text for text in texts(splits.eval))
@@ -144,10 +149,10 @@ def test_samples_are_held_out_prompts_with_what_followed():
 
 def test_a_text_becomes_several_rows():
     rows = [{"text": f"{number} " + "and so on, " * 40} for number in range(8)]
-    task = tasks.pretrain(append_eos=True)
-    settings = data.DataSettings(**{**SETTINGS, "eval_fraction": 0.4})
+    task = pretrain.pretrain(append_eos=True)
+    settings = schema.DataSettings(**{**SETTINGS, "eval_fraction": 0.4})
     read = functools.partial(formats.text, key="text")
-    splits = data.load(lambda: source(rows), read, task, build(None), settings, {"format": {}, "task": {}})
+    splits = dataset.load(lambda: source(rows), read, task, build(None), settings, {"format": {}, "task": {}})
     assert splits.report.train_rows > splits.report.rows_read
     assert splits.report.truncated == 0
 
@@ -168,7 +173,7 @@ def test_faulty_rows_are_named_by_file_and_line():
 
 def test_a_row_that_the_task_refuses_is_named():
     with pytest.raises(DataError, match=r"rows\.jsonl:[12]: gives conversations"):
-        load([talk(1), talk(2)], task=tasks.pretrain(append_eos=True))
+        load([talk(1), talk(2)], task=pretrain.pretrain(append_eos=True))
 
 
 def test_nothing_to_train_on():
@@ -222,7 +227,7 @@ def counting(task: tasks.Task, calls: Counter) -> tasks.Task:
 
 def test_the_cache_is_hit_by_the_same_and_by_nothing_else():
     calls: Counter = Counter()
-    task = counting(tasks.sft(train_on="assistant"), calls)
+    task = counting(sft.sft(train_on="assistant"), calls)
     first = load(map(talk, range(20)), task=task)
     assert calls["encode"] == 20
     second = load(map(talk, range(20)), task=task)
@@ -235,12 +240,12 @@ def test_the_cache_is_hit_by_the_same_and_by_nothing_else():
 
 
 def test_the_key_holds_format_task_tokenizer_and_the_source_of_a_custom_function(tmp_path):
-    settings, found = data.DataSettings(**SETTINGS), source([])
+    settings, found = schema.DataSettings(**SETTINGS), source([])
     function = tmp_path / "rows.py"
     function.write_text("def f(row): return 'a'")
 
     def key(template: str = "llama3", **identity: object) -> str:
-        return data._cache_key(found, build(template), settings, identity)
+        return dataset._cache_key(found, build(template), settings, identity)
 
     own = {"format": {"function": f"{function}:f"}}
     keys = [key(), key("qwen"), key(task={"train_on": "last"}), key(format={"key": "x"}), key(**own)]
@@ -276,7 +281,7 @@ def test_a_damaged_entry_is_made_anew_with_a_warning(own_cache, caplog, damage):
 
 def test_two_at_once_tokenise_once():
     calls: Counter = Counter()
-    task = counting(tasks.sft(train_on="assistant"), calls)
+    task = counting(sft.sft(train_on="assistant"), calls)
     threads = [threading.Thread(target=load, args=(list(map(talk, range(40))), None, task)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -406,7 +411,7 @@ def test_the_padding_at_the_end_is_a_document_of_its_own():
         assert starts[row] >= 2 or first == 0
 
 
-def same(left: list[data.Batch], right: list[data.Batch]) -> bool:
+def same(left: list[dataset.Batch], right: list[dataset.Batch]) -> bool:
     return len(left) == len(right) and all(
         a[key].equal(b[key]) if hasattr(a[key], "equal") else a[key] == b[key]
         for a, b in zip(left, right, strict=True)
@@ -423,7 +428,7 @@ def test_a_step_depends_on_seed_and_number_alone(packing):
     assert not same(one.step(0), batches(documents(), packing=packing, max_length=40, seed=8).step(0))
 
 
-def seen_in(steps: Iterable[list[data.Batch]]) -> Counter[int]:
+def seen_in(steps: Iterable[list[dataset.Batch]]) -> Counter[int]:
     return Counter(int(i) for step in steps for batch in step for i in batch["input_ids"].flatten() if i > 0)
 
 
@@ -498,8 +503,8 @@ def test_efficiency_is_useful_tokens_for_each_slot(packing):
 
 
 def composed(*overrides: str) -> dict:
-    with initialize_config_dir(str(config.config_dir()), version_base="1.3"):
-        return config.to_plain(compose("config", list(overrides)))["data"]
+    with initialize_config_dir(str(bind.config_dir()), version_base="1.3"):
+        return bind.to_plain(compose("config", list(overrides)))["data"]
 
 
 @pytest.mark.parametrize("name", ["chitchat", "local", "hub"])
@@ -507,19 +512,19 @@ def composed(*overrides: str) -> dict:
 def test_every_source_composes_with_every_format(name, form, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     path = [] if name == "chitchat" else [f"data.path={tmp_path}/rows.jsonl"]
-    settings, form_node, source_node = data.split_node(composed(f"data={name}", f"data/format={form}", *path))
+    settings, form_node, source_node = dataset.split_node(composed(f"data={name}", f"data/format={form}", *path))
     assert form_node["_target_"] == f"runner.formats.{form}"
     assert source_node["_target_"] == f"runner.sources.{name}"
-    config.bind(source_node, "data")
-    config.bind(form_node, "data.format")
+    bind.bind(source_node, "data")
+    bind.bind(form_node, "data.format")
     # Every source takes the length of conf/data/base.yaml, but chitchat, which keeps the first run short.
-    assert config.bind(settings, "data", data.DataSettings)().max_length == (256 if name == "chitchat" else 512)
+    assert bind.bind(settings, "data", schema.DataSettings)().max_length == (256 if name == "chitchat" else 512)
 
 
 def test_wrong_settings_are_refused_together():
-    node, _, _ = data.split_node(composed("data.max_length=2", "data.overlong=truncat", "data.eval_fraction=1"))
+    node, _, _ = dataset.split_node(composed("data.max_length=2", "data.overlong=truncat", "data.eval_fraction=1"))
     with pytest.raises(ConfigError) as caught:
-        config.bind(node, "data", data.DataSettings)
+        bind.bind(node, "data", schema.DataSettings)
     assert [fault.key for fault in caught.value.faults] == ["data.max_length", "data.overlong", "data.eval_fraction"]
     assert "did you mean 'truncate'?" in str(caught.value)
 
@@ -529,11 +534,11 @@ def test_nothing_to_evaluate_on_is_known_before_anything_is_read(tmp_path):
     rows.write_text("{}")
     files = ["data=local", f"data.path={rows}", "data.eval_fraction=0"]
     for refused in (["data.eval_fraction=0"], files, ["data=hub", "data.path=a/b", "data.eval_fraction=0"]):
-        [fault] = data.check_node(composed(*refused))
+        [fault] = dataset.check_node(composed(*refused))
         assert (fault.key, fault.value) == ("data.eval_fraction", 0)
         assert "data.eval_path" in fault.remedy
     for fine in ([], [*files, f"data.eval_path={rows}"], files[:2]):
-        assert not list(data.check_node(composed(*fine)))
+        assert not list(dataset.check_node(composed(*fine)))
 
 
 def test_one_by_one():

@@ -3,67 +3,51 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 
-FLOORS = [
-    {"errors", "secrets", "intervals", "heap"},
-    {"files"},
-    {"rundir"},
-    {"condition", "config", "sweepdir", "schema", "console", "stop", "readers", "precision", "adapter", "rest",
-     "compiling", "ranks", "shards", "scheduler", "provenance", "checkout", "served",
-     "imported", "scratch"},
-    {"asked", "prepare", "quant", "lora", "formats", "sources", "optim", "torch_optim", "schedules",
-     "tracking", "packing", "splits", "parallel", "gguf", "hub", "modeldir", "tiny", "system", "named", "mirrored",
-     "outcome", "converter", "documents", "fused", "head", "readings", "usage"},
-    {"halving", "ahead", "jobs", "attached"},
-    {"search", "chat", "attention", "origins", "store", "sweeps", "standing", "mirroring", "recompute"},
-    {"sending"},
-    {"models", "loss", "data", "meters", "checkpoint", "samples", "mlflow_run",
-     "status", "logs", "cancel", "choices"},
-    {"results", "recorded"},
-    {"columns", "stored", "contrast"},
-    {"ranking", "comparable", "curves", "diff", "worktree", "ui"},
-    {"leaderboard"},
-    {"page"},
-    {"mlflow_leaderboard", "charts"},
-    {"tasks", "mlflow_sweep", "memory"},
-    {"spread", "follow"},
-    {"train", "sweep_mirror", "compare"},
-    {"expected"},
-    {"build", "checks", "report", "mirror", "likeness"},
-    {"probe"},
-    {"worker", "plan", "folders", "trained", "card"},
-    {"launch", "generate", "merge", "benchmarks"},
-    {"explain", "export"},
-    {"compose", "space", "register"},
-    {"admit", "dataset", "study"},
-    {"sweeping", "evaluate"},
-    {"rerun", "searching"},
-    {"cli"},
-    {"__main__"},
-]  # fmt: skip
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FLOORS = ["config", "data models tracking", "tasks report", "train", "launch", "sweep", "cli"]
+"""Packages, from the ground up: each may import those on lower floors, and the leaf modules."""
+LEAVES = ["errors", "secrets", "files", "signals", "terminal"]
+"""Modules without a package: each may import those before it."""
+ENTRY_POINTS = {"__main__", "worker", "mirror"}
+INSIDE = {
+    "tracking": ["", "mlflow", "mirror"],
+    "models": ["kernels", ""],
+    "train": ["distributed memory", ""],
+    "launch": ["", "local slurm"],
+}
+"""Packages that have packages inside, from the ground up; "" are the modules of the package itself."""
+
+RANK_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor.split()}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+FOLDERS = {".".join(path.parent.relative_to(PACKAGE).parts) for path in PACKAGE.rglob("__init__.py")}
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """The rooms of the package that a module imports when it is loaded or later, type checking aside."""
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a module imports when it is loaded or later, those for type checkers aside."""
     found: set[str] = set()
     for node in _walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "runner":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("runner."):
-            found.add(str(node.module).split(".")[1])
-    return found
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("runner."):
+            module = str(node.module).removeprefix("runner").removeprefix(".")
+            names = [f"{module}.{alias.name}".removeprefix(".") for alias in node.names]
+            found |= {name if name in MODULES else module for name in names}
+    return found - {""}  # runner.PACKAGE
 
 
-def _walk(node: ast.AST):
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             continue
@@ -71,22 +55,51 @@ def _walk(node: ast.AST):
         yield from _walk(child)
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def fault(module: str, other: str) -> str:
+    """Why ``module`` may not import ``other``; empty where it may."""
+    (package, _, rest), (below, _, other_rest) = module.partition("."), other.partition(".")
+    if module in ENTRY_POINTS:
+        return ""
+    if below in LEAVES:
+        return "" if package not in LEAVES or LEAVES.index(below) < LEAVES.index(package) else "leaves go one way"
+    if package in LEAVES or other in ENTRY_POINTS or below not in RANK_OF:
+        return "a leaf imports leaves alone, and nobody imports an entry point"
+    if package != below:
+        return "" if RANK_OF[below] < RANK_OF[package] else "packages import lower floors only"
+    order = [name for floor in INSIDE.get(package, [""]) for name in floor.split(" ")]
+    rank = {name: n for n, floor in enumerate(INSIDE.get(package, [""])) for name in floor.split(" ")}
+    inner, other_inner = rest.rpartition(".")[0], other_rest.rpartition(".")[0]
+    assert {inner, other_inner} <= set(order), f"{module} or {other} lies in a folder that INSIDE does not name"
+    return "" if inner == other_inner or rank[other_inner] < rank[inner] else f"inside {package} imports go {order}"
 
 
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+def test_every_package_has_a_floor_and_a_purpose():
+    assert {name.partition(".")[0] for name in MODULES if "." in name} == set(RANK_OF)
+    assert {name for name in MODULES if "." not in name} == {*LEAVES, *ENTRY_POINTS}
+    for folder in FOLDERS - {""}:
+        (only,) = ast.parse((PACKAGE / folder.replace(".", "/") / "__init__.py").read_text()).body
+        assert isinstance(only, ast.Expr), f"{folder}/__init__.py holds its purpose as a docstring and nothing else"
 
 
-def test_every_room_has_a_floor():
-    assert {room_of(path) for path in MODULES} == set(FLOOR_OF)
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_strictly_down(module: str):
+    told = {other: problem for other in imported(MODULES[module]) if (problem := fault(module, other))}
+    assert not told
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_imports_go_strictly_down(path: Path):
-    room = room_of(path)
-    for other in imported_rooms(path) - {room}:
-        assert FLOOR_OF[other] < FLOOR_OF[room], f"{room} imports {other}, which is not below it"
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_keeps_its_name(module: str):
+    """``from runner.tracking import manifest``, never ``as`` something else: one word for one thing."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("runner."):
+            renamed = [alias.name for alias in node.names if alias.asname]
+            assert not renamed
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: imported(path) & set(MODULES) for module, path in MODULES.items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    assert set(order) == set(MODULES)
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -99,7 +112,8 @@ HEAVY = {"torch", "transformers", "mlflow", "peft", "bitsandbytes", "datasets", 
 
 
 def test_importing_the_command_line_loads_nothing_heavy():
-    assert not loaded_by("import runner.cli, runner.compose, runner.checks, runner.prepare, runner.worker") & HEAVY
+    modules = ["cli.main", "config.compose", "config.check", "tracking.manifest", "train.worker"]
+    assert not loaded_by("import " + ", ".join(f"runner.{name}" for name in modules)) & HEAVY
 
 
 @pytest.mark.parametrize(
@@ -108,11 +122,11 @@ def test_importing_the_command_line_loads_nothing_heavy():
 )
 def test_watching_loads_nothing_heavy(verb: str, tmp_path: Path):
     for words in ([f"outputs_dir={tmp_path}"], ["--help"], [f"outputs_dir={tmp_path}", "nothing"]):
-        assert not loaded_by(f"from runner import cli\nimport os\ncli.run({[verb, *words]})") & HEAVY
+        assert not loaded_by(f"from runner.cli import main\nimport os\nmain.run({[verb, *words]})") & HEAVY
 
 
 def test_composing_and_checking_the_default_run_loads_nothing_heavy():
-    statement = "from runner import cli\nwith cli.composed([]) as found: pass"
+    statement = "from runner.cli import jobs\nwith jobs.composed([]) as found: pass"
     assert not loaded_by(statement) & HEAVY
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import pytest
 from hydra import compose, initialize_config_dir
 
-from runner import config, formats
+from runner.config import bind
+from runner.data import formats
+from runner.data.user_code import imported
 from runner.errors import ConfigError, DataError
-from runner.imported import imported
 
 NAMES = ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 EXCHANGE = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
@@ -28,8 +29,8 @@ ROWS = {
 @functools.cache
 def option(name: str, *overrides: str) -> Callable[..., formats.Example]:
     """The format as its YAML configures it."""
-    with initialize_config_dir(str(config.config_dir() / "data"), version_base="1.3"):
-        return config.bind(config.to_plain(compose(f"format/{name}", list(overrides)))["format"], "data.format")
+    with initialize_config_dir(str(bind.config_dir() / "data"), version_base="1.3"):
+        return bind.bind(bind.to_plain(compose(f"format/{name}", list(overrides)))["format"], "data.format")
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])
@@ -144,8 +145,8 @@ def own(tmp_path):
 
 
 def custom(function: object) -> Callable[..., formats.Example]:
-    node = {"_target_": "runner.formats.custom", "function": str(function)}
-    return config.bind(node, "data.format")
+    node = {"_target_": "runner.data.formats.custom", "function": str(function)}
+    return bind.bind(node, "data.format")
 
 
 def test_a_function_of_ones_own_from_a_file(own):

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runner import fused
+from runner.models.kernels import lora_linear
 
 SIZES = {
     "vocab_size": 64,
@@ -60,7 +60,7 @@ def step(model: Any, rows: int = 200) -> tuple[Tensor, dict[str, Tensor]]:
 def test_the_scale_of_rslora_counts():
     model = adapted(use_rslora=True)
     expected = step(model)
-    fused.fuse(model)
+    lora_linear.fuse(model)
     torch.testing.assert_close(step(model), expected, atol=2e-5, rtol=1e-3)
 
 
@@ -69,8 +69,8 @@ def test_the_scale_of_rslora_counts():
 def test_numbers_are_pefts(bits: int | None, rows: int):
     model = adapted(bits=bits)
     expected = step(model, rows)
-    assert fused.fuse(model) == 14
-    assert fused.fuse(model) == 0, "once is enough"
+    assert lora_linear.fuse(model) == 14
+    assert lora_linear.fuse(model) == 0, "once is enough"
     found = step(model, rows)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
@@ -80,7 +80,7 @@ def test_in_bfloat16_they_are_nearer_to_the_truth_than_its_rounding():
     model = adapted(torch.bfloat16)
     assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
     peft = step(model)
-    fused.fuse(model)
+    lora_linear.fuse(model)
     found = step(model)
     assert {gradient.dtype for gradient in found[1].values()} == {torch.float32}
     for name, gradient in truth[1].items():
@@ -108,7 +108,7 @@ def operations(model: Any) -> list[str]:
 def test_there_are_no_passes_over_the_output_but_the_product():
     model = adapted()
     before = operations(model)
-    fused.fuse(model)
+    lora_linear.fuse(model)
     after = operations(model)
     assert before.count("aten::mm") > after.count("aten::mm")
     for name in ("aten::mul", "aten::add"):
@@ -124,14 +124,14 @@ def test_what_is_not_plain_is_left_to_peft(options: dict[str, Any]):
     model = adapted(**options)
     torch.manual_seed(2)
     expected = step(model)
-    fused.fuse(model)
+    lora_linear.fuse(model)
     torch.manual_seed(2)
     torch.testing.assert_close(step(model), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_switched_off_merged_and_unmerged():
     model = adapted()
-    fused.fuse(model)
+    lora_linear.fuse(model)
     adapted_logits, _ = step(model)
     ids = torch.randint(0, 64, (2, 100), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), model.disable_adapter():
@@ -148,7 +148,7 @@ def test_what_is_saved_is_a_plain_peft_adapter(tmp_path):
     from peft import PeftModel
 
     model = adapted()
-    fused.fuse(model)
+    lora_linear.fuse(model)
     expected, _ = step(model)
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)
@@ -167,7 +167,7 @@ def step_logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_compiled_it_breaks_no_graph(bits: int | None):
     model = adapted(bits=bits)
-    fused.fuse(model)
+    lora_linear.fuse(model)
     expected = step(model)
     torch._dynamo.reset()
     for layer in model.base_model.model.model.layers:
@@ -183,6 +183,6 @@ def test_a_narrow_product_is_shared_among_cores(rows: int, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     numbers = torch.Generator().manual_seed(0)
     narrow, wide = torch.randn(rows, 12, generator=numbers)[:, 4:], torch.randn(rows, 40, generator=numbers)
-    found = fused._narrow_product(narrow, wide)
+    found = lora_linear._narrow_product(narrow, wide)
     torch.testing.assert_close(found, (narrow.double().t() @ wide.double()).float(), rtol=1e-5, atol=1e-4)
     assert shared == {5: [], 200: [], 257: [2], 900: [3]}[rows]

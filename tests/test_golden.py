@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import prepared
 
-from runner import tracking, worker
+from runner.tracking import metrics_log
+from runner.train import worker
 
 SHORT = ("data.max_length=128", "train.max_steps=4", "data.eval_rows=2", "train.sample_prompts=0", "tracking=offline")
 LOSSES = {
@@ -29,5 +30,5 @@ WAYS = (
 def test_the_losses_are_what_they_were(changes: str, cache: Path, tmp_path: Path) -> None:
     rundir = prepared(tmp_path / "run", *SHORT, *changes.split())
     assert worker.work(rundir) == 0
-    found = [record["train/loss"] for record in tracking.read(rundir) if "train/loss" in record]
+    found = [record["train/loss"] for record in metrics_log.read(rundir) if "train/loss" in record]
     np.testing.assert_allclose(found, LOSSES[changes.split()[0]], atol=2e-4)

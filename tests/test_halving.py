@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.halving import Halving, Rungs
-from runner.rundir import RunDir
+from runner.sweep.asha import Halving, Rungs
+from runner.tracking.rundir import RunDir
 
 RUNGS = Rungs(min_steps=2, reduction_factor=3, metric="eval/loss", is_larger_better=False)
 LAST = 18

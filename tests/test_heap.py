@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 from conftest import option
 
-from runner import __main__, cli, heap
-from runner.launch import sbatch
+from runner import __main__
+from runner.cli import main
+from runner.launch.slurm import script
+from runner.train.memory import heap
 
-SAY = "import os; from runner import heap; heap.restart(); print(os.getpid(), os.environ.get(heap.VARIABLE))"
+SAY = (
+    "import os; from runner.train.memory import heap; heap.restart(); print(os.getpid(), os.environ.get(heap.VARIABLE))"
+)
 
 
 def started(code: str, **environment: str) -> tuple[int, str]:
@@ -65,7 +69,7 @@ def test_only_what_may_train_begins_anew(words: str, trains: bool, monkeypatch: 
     began: list[str] = []
     monkeypatch.setattr(sys, "argv", ["runner", *words.split()])
     monkeypatch.setattr(heap, "restart", lambda: began.append("anew"))
-    monkeypatch.setattr(cli, "run", lambda argv: began.append(" ".join(argv)) or 0)
+    monkeypatch.setattr(main, "run", lambda argv: began.append(" ".join(argv)) or 0)
     with pytest.raises(SystemExit, match="0"):
         __main__.main()
     assert began == ["anew"] * trains + [words]
@@ -73,5 +77,5 @@ def test_only_what_may_train_begins_anew(words: str, trains: bool, monkeypatch: 
 
 def test_a_job_of_slurm_is_started_with_the_heap_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(heap.VARIABLE, raising=False)
-    lines = sbatch.setup_lines(option("launcher", "slurm"), tmp_path, "job", None)
+    lines = script.setup_lines(option("launcher", "slurm"), tmp_path, "job", None)
     assert "export GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0" in lines

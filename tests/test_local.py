@@ -18,12 +18,15 @@ import gate
 import pytest
 from conftest import TINY, node, prepared
 
-from runner import config, system, tracking
+from runner.config import bind
 from runner.errors import LaunchError
-from runner.launch import deaths, local, progress, slots
-from runner.launch import queue as queues
-from runner.rundir import DIED, RunDir
-from runner.sweepdir import SweepDir
+from runner.launch import progress_table
+from runner.launch.local import exit_reason, slots
+from runner.launch.local import launcher as local
+from runner.launch.local import queue as queues
+from runner.tracking import machine, metrics_log
+from runner.tracking.rundir import DIED, RunDir
+from runner.tracking.sweepdir import SweepDir
 
 SERVER = str(Path(__file__).with_name("queue_server.py"))
 
@@ -126,7 +129,7 @@ def test_a_killed_run_is_named_and_taken_up_where_it_was(tmp_path: Path, cache: 
     again, _ = ended(queue(sweep, parallel=2))
     assert again == [0, 0, 0]
     assert attempts(sweep) == [2, 1, 1]
-    assert [r["step"] for r in tracking.read(victim) if "train/loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in metrics_log.read(victim) if "train/loss" in r] == [1, 2, 3]
     assert "resumed at step 2/3" in victim.log.read_text()
 
 
@@ -353,7 +356,7 @@ def test_the_board_follows_runs_that_others_work_on(tmp_path: Path, capfd: pytes
     sweep = played_sweep(tmp_path, "sleep 1", "fail")
     sweep.rundirs()[1].write_state(status="killed", reason="in an earlier attempt")
     process = queue(sweep, parallel=1, how="imitate")
-    progress.follow(sweep.rundirs(), lambda: process.poll() is not None)
+    progress_table.follow(sweep.rundirs(), lambda: process.poll() is not None)
     ended(process)
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[")]
     assert said[:2] == ["[1/2] sleep 1: started", said[1]]
@@ -366,7 +369,7 @@ def test_a_search_counts_what_it_will_propose_and_a_run_that_goes_on_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     rundirs = played_sweep(tmp_path, "a", "b").rundirs()
-    shown = progress.ProgressTable(rundirs[:1], at_once=1, total=4)
+    shown = progress_table.ProgressTable(rundirs[:1], at_once=1, total=4)
     shown.started(0)
     shown.ended(0, "pruned", "paused at step 3")
     assert shown.add(rundirs[1]) == 1
@@ -380,7 +383,7 @@ def test_a_search_counts_what_it_will_propose_and_a_run_that_goes_on_once(
 
 def test_the_time_left_counts_what_runs_and_what_waits(tmp_path: Path):
     rundirs = played_sweep(tmp_path, "a", "b", "c", "d").rundirs()
-    shown = progress.ProgressTable(rundirs, at_once=1)
+    shown = progress_table.ProgressTable(rundirs, at_once=1)
     assert shown.summary() == "0/4 done"
     shown.started(0)
     rundirs[0].write_state(status="running", step=10, total_steps=20, seconds=50.0)
@@ -404,18 +407,18 @@ def test_the_kernels_count_of_kills_is_found(tmp_path: Path, files: dict[str, st
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert deaths.oom_kills(tmp_path) == expected
-    assert deaths.oom_kills() >= 0
+    assert exit_reason.oom_kills(tmp_path) == expected
+    assert exit_reason.oom_kills() >= 0
 
 
 def test_deaths_have_names():
-    assert deaths.by_signal(signal.SIGKILL, out_of_memory=True).reason.endswith("the kernel's OOM killer)")
-    assert deaths.by_signal(signal.SIGABRT, out_of_memory=False)[:2] == ("failed", "crashed (SIGABRT)")
-    assert deaths.by_signal(signal.SIGTERM, out_of_memory=False)[::2] == ("preempted", 75)
+    assert exit_reason.by_signal(signal.SIGKILL, out_of_memory=True).reason.endswith("the kernel's OOM killer)")
+    assert exit_reason.by_signal(signal.SIGABRT, out_of_memory=False)[:2] == ("failed", "crashed (SIGABRT)")
+    assert exit_reason.by_signal(signal.SIGTERM, out_of_memory=False)[::2] == ("preempted", 75)
 
 
 def launcher(**changes: object) -> local.Local:
-    made: local.Local = config.bind(node("launcher", "local", **changes), "launcher")()
+    made: local.Local = bind.bind(node("launcher", "local", **changes), "launcher")()
     return made
 
 
@@ -425,8 +428,8 @@ def test_gpus_are_shared_out_and_cores_divided(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert [slot.threads for slot in launcher(parallel=3).slots()] == [2, 2, 2]
     assert [slot.threads for slot in launcher(parallel=3, threads=5).slots()] == [5, 5, 5]
-    monkeypatch.setattr(system, "visible_gpus", lambda: ["0", "1", "2", "3"])
-    monkeypatch.setattr(system, "idle_gpus", lambda: ["1", "2", "3"])
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr(machine, "idle_gpus", lambda: ["1", "2", "3"])
     assert [slot.gpus for slot in launcher().slots()] == [("1",), ("2",), ("3",)]
     assert [slot.gpus for slot in launcher(parallel=4).slots()] == [("1",), ("2",), ("3",), ("0",)]
     launcher(parallel=4).check()
@@ -435,6 +438,6 @@ def test_gpus_are_shared_out_and_cores_divided(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_run_of_several_processes_has_a_gpu_for_each(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(system, "visible_gpus", lambda: ["0", "1", "2", "3", "4"])
-    monkeypatch.setattr(system, "idle_gpus", lambda: ["1", "2", "3", "4"])
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ["0", "1", "2", "3", "4"])
+    monkeypatch.setattr(machine, "idle_gpus", lambda: ["1", "2", "3", "4"])
     assert [slot.gpus for slot in slots.share(None, threads=1, processes=2)] == [("1", "2"), ("3", "4")]

@@ -12,9 +12,9 @@ from conftest import option
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from runner import lora, models, quant
 from runner.errors import ConfigError
-from runner.origins import ModelSource
+from runner.models import lora, pretrained, quantization
+from runner.models.sources import ModelSource
 
 SMALL: dict[str, dict[str, Any]] = {
     "adaption_prompt": {"adapter_layers": 2, "adapter_len": 4},
@@ -33,16 +33,16 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def source(cache: Path) -> ModelSource:
-    return models.resolve(option("model", "tiny")())
+    return pretrained.resolve(option("model", "tiny")())
 
 
 @pytest.fixture(scope="module")
 def untied(cache: Path) -> ModelSource:
-    return models.resolve(option("model", "tiny", tie_word_embeddings=False)())
+    return pretrained.resolve(option("model", "tiny", tie_word_embeddings=False)())
 
 
 def load(source: ModelSource, name: str = "none") -> Any:
-    return models.load(source, option("quant", name)(), "cpu")
+    return pretrained.load(source, option("quant", name)(), "cpu")
 
 
 def packed_rows() -> dict[str, torch.Tensor]:
@@ -108,7 +108,7 @@ def test_plain_peft_reads_back_the_same_logits(
     model = option("lora", name, **changes)(load(where))
     losses = train(model)
     assert losses[-1] < losses[0] - 0.05
-    models.save(model, models.tokenizer(where), tmp_path / "model")
+    pretrained.save(model, pretrained.tokenizer(where), tmp_path / "model")
     trained = logits(model)
     torch.testing.assert_close(logits(reloaded(where, tmp_path / "model")), trained, atol=2e-4, rtol=1e-4)
     # the adapter names its base, so that PEFT finds it alone
@@ -121,8 +121,8 @@ def test_saving_leaves_the_model_alone(source: ModelSource, tmp_path: Path) -> N
     model = option("lora", "pissa")(load(source))
     train(model, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    models.save(model, models.tokenizer(source), tmp_path / "model")
-    models.save(model, models.tokenizer(source), tmp_path / "model")
+    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
+    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -150,18 +150,20 @@ def test_the_start_of_every_adapter_is_the_base(source: ModelSource) -> None:
 def test_an_adapter_on_a_hub_model_names_its_id_and_commit(source: ModelSource, tmp_path: Path) -> None:
     base = load(source)
     base.name_or_path, base.config._commit_hash = "owner/name", "0" * 40  # as load() leaves a Hub model
-    models.save(option("lora", "lora")(base), models.tokenizer(source), tmp_path / "model")
+    pretrained.save(option("lora", "lora")(base), pretrained.tokenizer(source), tmp_path / "model")
     written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", "0" * 40)
 
 
 def test_only_the_adapter_trains_and_in_float32(source: ModelSource) -> None:
-    half = models.load(ModelSource(source.path, None, "bfloat16", "auto", False, "tiny"), quant.none(), "cpu")
+    half = pretrained.load(
+        ModelSource(source.path, None, "bfloat16", "auto", False, "tiny"), quantization.none(), "cpu"
+    )
     model = option("lora", "lora")(half)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert len(trained) == 2 * 14
-    counts = models.describe(model)
+    counts = pretrained.describe(model)
     assert counts["trainable"] == counts["adapter"] == sum(p.numel() for p in trained.values())
     assert counts["dtype"] == "bfloat16"
 
@@ -179,7 +181,7 @@ def test_every_peft_method_trains_and_is_read_back(source: ModelSource, method: 
     model = option("lora", "peft", method=method, **SMALL.get(method, {}))(load(source))
     losses = train(model, 10)
     assert losses[-1] < losses[0] or method == "pvera"  # PVeRA samples: its loss is noisy
-    models.save(model, models.tokenizer(source), tmp_path / "model")
+    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
     torch.testing.assert_close(logits(reloaded(source, tmp_path / "model")), logits(model), atol=2e-4, rtol=1e-4)
 
 
@@ -239,7 +241,7 @@ def test_bad_values_are_refused_before_anything_is_loaded(name: str, changes: di
 def test_what_does_not_fit_the_model_is_refused(
     source: ModelSource, name: str, changes: dict[str, Any], said: str, real: bool
 ) -> None:
-    model = load(source) if real else models.empty(source, quant.none())
+    model = load(source) if real else pretrained.empty(source, quantization.none())
     with pytest.raises(ConfigError) as refused:
         option("lora", name, **changes)(model)
     assert said in str(refused.value)
@@ -257,7 +259,7 @@ def test_what_does_not_fit_the_model_is_refused(
 def test_what_quantized_weights_cannot_do_is_refused_with_and_without_weights(
     source: ModelSource, name: str, changes: dict[str, Any], said: str
 ) -> None:
-    for model in (load(source, "4bit"), models.empty(source, option("quant", "4bit")())):
+    for model in (load(source, "4bit"), pretrained.empty(source, option("quant", "4bit")())):
         with pytest.raises(ConfigError) as refused:
             option("lora", name, **changes)(model)
         assert said in str(refused.value)
@@ -265,7 +267,7 @@ def test_what_quantized_weights_cannot_do_is_refused_with_and_without_weights(
 
 def test_the_saved_pissa_adapter_is_a_plain_lora_of_twice_the_rank(source: ModelSource, tmp_path: Path) -> None:
     model = option("lora", "pissa", r=4)(load(source))
-    models.save(model, models.tokenizer(source), tmp_path / "model")
+    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
     written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (8, 16, True)
     tensors = load_file(tmp_path / "model" / "adapter_model.safetensors")

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runner import attention, documents, head, loss, tasks
 from runner.errors import ConfigError
+from runner.models.kernels import attention, lm_head, varlen_attention
+from runner.tasks import cross_entropy, task
 
 SIZES = {
     "vocab_size": 64,
@@ -63,15 +64,15 @@ def batch_of(packs: list[list[int]], trained: float = 0.5) -> dict[str, Tensor]:
     ends = torch.tensor([0, *(size for pack in packs for size in pack), 0]).cumsum(0).to(torch.int32)
     ids = torch.randint(3, 64, (len(packs), length), generator=generator)
     positions = torch.tensor([[at for size in pack for at in range(size)] for pack in packs])
-    labels = ids.roll(-1, 1).masked_fill(positions.roll(-1, 1) == 0, loss.IGNORED)
-    labels[torch.rand(labels.shape, generator=generator) > trained] = loss.IGNORED
+    labels = ids.roll(-1, 1).masked_fill(positions.roll(-1, 1) == 0, cross_entropy.IGNORED)
+    labels[torch.rand(labels.shape, generator=generator) > trained] = cross_entropy.IGNORED
     return {
         "input_ids": ids,
         "position_ids": positions,
         "labels": labels,
         "document_ends": ends,
         "longest": max(size for pack in packs for size in pack),
-        "trained_at": (labels.flatten() != loss.IGNORED).nonzero()[:, 0],
+        "trained_at": (labels.flatten() != cross_entropy.IGNORED).nonzero()[:, 0],
     }
 
 
@@ -81,7 +82,7 @@ def with_virtual_tokens(model: torch.nn.Module) -> torch.nn.Module:
 
 def task_loss(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     """As the train loop asks for it."""
-    return tasks._loss(model, {**batch, "packed": True})
+    return task._loss(model, {**batch, "packed": True})
 
 
 @contextlib.contextmanager
@@ -99,7 +100,7 @@ def operations() -> Iterator[set[str]]:
 
 
 def unshifted(labels: Tensor) -> Tensor:
-    return torch.cat([torch.full_like(labels[:, :1], loss.IGNORED), labels[:, :-1]], 1)
+    return torch.cat([torch.full_like(labels[:, :1], cross_entropy.IGNORED), labels[:, :-1]], 1)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -112,9 +113,9 @@ def test_loss_and_gradient_are_transformers_own(family: str) -> None:
     reference, ours = build(FAMILIES[family]), build(FAMILIES[family])
     expected = reference(input_ids=batch["input_ids"], labels=unshifted(batch["labels"]), use_cache=False)
     expected.loss.backward()
-    result = loss.sums(ours, batch)
+    result = cross_entropy.sums(ours, batch)
     (result["loss"] / result["count"]).backward()
-    assert result["count"] == (batch["labels"] != loss.IGNORED).sum()
+    assert result["count"] == (batch["labels"] != cross_entropy.IGNORED).sum()
     assert result["correct"] == (expected.logits.argmax(-1) == batch["labels"]).sum()
     torch.testing.assert_close(result["loss"] / result["count"], expected.loss, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(gradients(ours), gradients(reference), atol=1e-6, rtol=1e-4)
@@ -123,33 +124,35 @@ def test_loss_and_gradient_are_transformers_own(family: str) -> None:
 @pytest.mark.parametrize("offered", ["mask", "positions", "all"])
 def test_every_way_to_choose_positions_is_the_same(offered: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, model = batch_of(PACKS), build(FAMILIES["gemma2"])
-    assert loss._choice_offered(model) == "mask"
-    expected = loss.sums(model, batch)
-    monkeypatch.setattr(loss, "_choice_offered", lambda _: offered)
-    torch.testing.assert_close(loss.sums(model, batch), expected, atol=1e-5, rtol=1e-6)
+    assert cross_entropy._choice_offered(model) == "mask"
+    expected = cross_entropy.sums(model, batch)
+    monkeypatch.setattr(cross_entropy, "_choice_offered", lambda _: offered)
+    torch.testing.assert_close(cross_entropy.sums(model, batch), expected, atol=1e-5, rtol=1e-6)
 
 
 def test_chunks_and_eval_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, model, again = batch_of(PACKS), build(FAMILIES["llama"]), build(FAMILIES["llama"])
-    loss.sums(model, batch)["loss"].backward()
+    cross_entropy.sums(model, batch)["loss"].backward()
     with torch.no_grad():
-        expected = loss.sums(model, batch)
-    monkeypatch.setattr(loss, "CPU_CHUNK_VALUES", 64 * 3)
-    monkeypatch.setattr(loss, "EVAL_POSITIONS", 20)
-    loss.sums(again, batch)["loss"].backward()
+        expected = cross_entropy.sums(model, batch)
+    monkeypatch.setattr(cross_entropy, "CPU_CHUNK_VALUES", 64 * 3)
+    monkeypatch.setattr(cross_entropy, "EVAL_POSITIONS", 20)
+    cross_entropy.sums(again, batch)["loss"].backward()
     torch.testing.assert_close(gradients(again), gradients(model), atol=1e-6, rtol=1e-5)
     seen = []
     model.lm_head.register_forward_hook(lambda _module, _args, output: seen.append(output.shape))
     with torch.no_grad():
-        torch.testing.assert_close(loss.sums(model, batch), expected, atol=1e-5, rtol=1e-6)
-    assert [shape[0] for shape in seen] == (batch["labels"] != loss.IGNORED).sum(1).tolist(), "one row at a time"
+        torch.testing.assert_close(cross_entropy.sums(model, batch), expected, atol=1e-5, rtol=1e-6)
+    assert [shape[0] for shape in seen] == (batch["labels"] != cross_entropy.IGNORED).sum(1).tolist(), (
+        "one row at a time"
+    )
 
 
 def test_only_trained_positions_reach_the_head_and_logits_exist_once() -> None:
     batch, model = batch_of(PACKS, trained=0.3), build(FAMILIES["llama"])
     logits = []
     model.lm_head.register_forward_hook(lambda _module, _args, output: logits.append(output))
-    result = loss.sums(model, batch)
+    result = cross_entropy.sums(model, batch)
     assert logits[0].shape == (int(result["count"]), 64)
     probabilities = logits[0].detach().clone()  # by now softmax - one-hot
     torch.testing.assert_close(probabilities.sum(-1), torch.zeros(len(probabilities)), atol=1e-5, rtol=0)
@@ -168,22 +171,24 @@ def test_the_head_in_the_loss_computes_the_same(
     """Cohere scales its logits, which a product may; Gemma 2 caps them."""
     config = {**FAMILIES, "cohere": transformers.CohereConfig(**GQA, logit_scale=0.5)}[family]
     batch, reference, model = batch_of(PACKS), adapted(config), adapted(config)
-    monkeypatch.setattr(loss, "CPU_HEAD_POSITIONS", 3)
-    assert (head.install(model, autocast) == "") == (family != "gemma2")
+    monkeypatch.setattr(cross_entropy, "CPU_HEAD_POSITIONS", 3)
+    assert (lm_head.install(model, autocast) == "") == (family != "gemma2")
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        found, expected = loss.sums(model, batch), loss.sums(reference, batch)
+        found, expected = cross_entropy.sums(model, batch), cross_entropy.sums(reference, batch)
     found["loss"].backward(), expected["loss"].backward()
     tolerance = {"atol": 1e-6, "rtol": 1e-5} if autocast is None else {"atol": 5e-2, "rtol": 5e-2}
     torch.testing.assert_close(found, expected, **tolerance)
     torch.testing.assert_close(gradients(model), gradients(reference), **tolerance)
     with torch.no_grad():
-        torch.testing.assert_close(loss.sums(model, batch), loss.sums(reference, batch), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            cross_entropy.sums(model, batch), cross_entropy.sums(reference, batch), atol=1e-5, rtol=1e-5
+        )
     assert model.generate(batch["input_ids"][:, :4], max_new_tokens=2).shape == (2, 6), "it still has its head"
 
 
 def test_with_the_head_in_the_loss_all_logits_are_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, model = batch_of(PACKS), adapted(FAMILIES["llama"])
-    monkeypatch.setattr(loss, "CPU_HEAD_POSITIONS", 3)
+    monkeypatch.setattr(cross_entropy, "CPU_HEAD_POSITIONS", 3)
 
     def rows_of_logits() -> int:
         seen = [0]
@@ -197,11 +202,11 @@ def test_with_the_head_in_the_loss_all_logits_are_never_there(monkeypatch: pytes
                 return made
 
         with Watch():
-            loss.sums(model, batch)["loss"].backward()
+            cross_entropy.sums(model, batch)["loss"].backward()
         return max(seen)
 
-    assert rows_of_logits() == (batch["labels"] != loss.IGNORED).sum()
-    assert head.install(model) == ""
+    assert rows_of_logits() == (batch["labels"] != cross_entropy.IGNORED).sum()
+    assert lm_head.install(model) == ""
     assert rows_of_logits() == 3
 
 
@@ -209,24 +214,24 @@ def test_with_the_head_in_the_loss_all_logits_are_never_there(monkeypatch: pytes
 def test_no_shape_depends_on_what_only_the_device_knows(rows: int) -> None:
     """Or each micro-batch would wait for it. Fake tensors hold nothing that could be asked for."""
     model, batch = adapted(FAMILIES["llama"]), batch_of([[20]] * rows)
-    assert head.install(model) == ""
+    assert lm_head.install(model) == ""
     del batch["position_ids"]  # of which transformers asks whether a row holds several documents
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         known = {name: fake.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        assert loss.sums(model, known)["loss"].requires_grad
+        assert cross_entropy.sums(model, known)["loss"].requires_grad
         del known["trained_at"]
         with pytest.raises(DynamicOutputShapeException):
-            loss.sums(model, known)
+            cross_entropy.sums(model, known)
 
 
 def test_a_head_that_is_trained_or_wrapped_stays_with_the_model() -> None:
     batch, reference, model = batch_of(PACKS), build(FAMILIES["llama"]), build(FAMILIES["llama"])
-    assert head.install(model) == ""
-    loss.sums(model, batch)["loss"].backward(), loss.sums(reference, batch)["loss"].backward()
+    assert lm_head.install(model) == ""
+    cross_entropy.sums(model, batch)["loss"].backward(), cross_entropy.sums(reference, batch)["loss"].backward()
     torch.testing.assert_close(gradients(model), gradients(reference), atol=1e-6, rtol=1e-5)
     assert "lm_head.weight" in gradients(model) or "model.embed_tokens.weight" in gradients(model)
     saved = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"])
-    assert head.install(get_peft_model(build(FAMILIES["llama"]), saved)) == "its head is not a plain product"
+    assert lm_head.install(get_peft_model(build(FAMILIES["llama"]), saved)) == "its head is not a plain product"
 
 
 def test_a_model_that_makes_more_of_its_logits_keeps_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +244,13 @@ def test_a_model_that_makes_more_of_its_logits_keeps_its_head(monkeypatch: pytes
         return made
 
     monkeypatch.setattr(model, "forward", squared)
-    assert head.install(model) == "LlamaForCausalLM makes more of its logits than a product"
-    assert head.in_loss(model) is None
+    assert lm_head.install(model) == "LlamaForCausalLM makes more of its logits than a product"
+    assert lm_head.in_loss(model) is None
 
 
 def test_bfloat16_is_summed_in_float32() -> None:
     batch, model = batch_of(PACKS), build(FAMILIES["llama"]).to(torch.bfloat16)
-    result = loss.sums(model, batch)
+    result = cross_entropy.sums(model, batch)
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     logits, labels = logits.float().flatten(0, 1), batch["labels"].flatten()
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
@@ -255,7 +260,7 @@ def test_bfloat16_is_summed_in_float32() -> None:
 
 def test_a_batch_that_trains_nothing_gives_zero_and_a_gradient_of_zero() -> None:
     batch, model = batch_of(PACKS, trained=0.0), build(FAMILIES["llama"])
-    result = loss.sums(model, batch)
+    result = cross_entropy.sums(model, batch)
     result["loss"].backward()
     assert result["loss"] == result["count"] == result["correct"] == 0
     assert not any(gradient.any() for gradient in gradients(model).values())
@@ -265,7 +270,7 @@ def test_prompt_tuning_is_scored_behind_its_virtual_tokens() -> None:
     tuned = with_virtual_tokens(build(FAMILIES["llama"]))
     batch = batch_of([[20]])
     expected = tuned(input_ids=batch["input_ids"], labels=unshifted(batch["labels"]))
-    result = loss.sums(tuned, {"input_ids": batch["input_ids"], "labels": batch["labels"]})
+    result = cross_entropy.sums(tuned, {"input_ids": batch["input_ids"], "labels": batch["labels"]})
     torch.testing.assert_close(result["loss"] / result["count"], expected.loss, atol=1e-5, rtol=1e-5)
 
 
@@ -290,7 +295,7 @@ def test_attention_by_document_is_that_of_a_mask(family: str) -> None:
     reference, model, batch = build(FAMILIES[family]), build(FAMILIES[family]), batch_of(PACKS)
     before = model.config._attn_implementation
     suits = family in ("llama", "qwen2", "gpt-neox")
-    assert (documents.install(model, batch["longest"]) == "") == documents.uses(model) == suits
+    assert (varlen_attention.install(model, batch["longest"]) == "") == varlen_attention.uses(model) == suits
     assert suits or model.config._attn_implementation == before
     with operations() as called:
         found = task_loss(model, batch)
@@ -302,8 +307,8 @@ def test_attention_by_document_is_that_of_a_mask(family: str) -> None:
 
 
 def test_a_window_longer_than_every_document_does_not_matter() -> None:
-    assert not documents.install(build(FAMILIES["mistral"]), longest=4)
-    assert "sliding_window" in documents.install(build(FAMILIES["mistral"]), longest=5)
+    assert not varlen_attention.install(build(FAMILIES["mistral"]), longest=4)
+    assert "sliding_window" in varlen_attention.install(build(FAMILIES["mistral"]), longest=5)
 
 
 def test_attention_by_document_answers_prompts_as_before() -> None:
@@ -313,7 +318,7 @@ def test_attention_by_document_answers_prompts_as_before() -> None:
         "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
     }
     expected = model.generate(**prompts, max_new_tokens=6, do_sample=False)
-    assert not documents.install(model, 20)
+    assert not varlen_attention.install(model, 20)
     assert torch.equal(model.generate(**prompts, max_new_tokens=6, do_sample=False), expected)
 
 
@@ -347,11 +352,11 @@ def test_prompt_tuning_cannot_be_packed() -> None:
 
 def test_the_mask_for_an_older_transformers_isolates_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build(FAMILIES["llama"]), batch_of(PACKS)
-    expected = loss.sums(model, batch)
+    expected = cross_entropy.sums(model, batch)
     monkeypatch.setattr(attention, "_masks_by_position", lambda: False)
     asked = attention.inputs(batch, True, model)
     assert asked["attention_mask"].shape == (2, 1, 20, 20)
-    torch.testing.assert_close(loss.sums(model, {**batch, **asked}), expected, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(cross_entropy.sums(model, {**batch, **asked}), expected, atol=1e-5, rtol=1e-6)
     attention.check_isolation(model, None)
     with pytest.raises(ConfigError, match="sliding window of 4"):
         attention.inputs(batch, True, build(FAMILIES["mistral"]))
@@ -359,12 +364,12 @@ def test_the_mask_for_an_older_transformers_isolates_too(monkeypatch: pytest.Mon
 
 def test_flash_attention_gets_one_row() -> None:
     model, batch = build(FAMILIES["llama"]), batch_of(PACKS)
-    expected = loss.sums(model, batch)
+    expected = cross_entropy.sums(model, batch)
     model.config._attn_implementation_internal = "flash_attention_2"
     asked = attention.inputs(batch, True, model)
     model.config._attn_implementation_internal = "sdpa"
     assert asked["input_ids"].shape == asked["position_ids"].shape == (1, 40)
-    torch.testing.assert_close(loss.sums(model, {**batch, **asked}), expected, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(cross_entropy.sums(model, {**batch, **asked}), expected, atol=1e-5, rtol=1e-6)
 
 
 def test_without_packing_attention_is_plainly_causal() -> None:

@@ -14,11 +14,14 @@ import transformers
 from conftest import TINY, composed, no_hooks
 from peft import LoraConfig, get_peft_model
 
-from runner import build, documents, expected, fused, loss, memory, recompute, scratch, train, usage
-from runner.checkpoint import Progress
-from runner.packing import Shape
-from runner.rundir import RunDir
-from runner.schema import Memory
+from runner.config.schema import Memory
+from runner.data.batches import Shape
+from runner.models.kernels import activation_checkpointing, buffers, lora_linear, varlen_attention
+from runner.tasks import cross_entropy
+from runner.tracking.rundir import RunDir
+from runner.train import build, estimate, inputs, loop
+from runner.train.checkpoint import Progress
+from runner.train.memory import peak, usage
 
 LLAMA = transformers.LlamaConfig(
     vocab_size=512, hidden_size=256, intermediate_size=384, num_hidden_layers=12, num_attention_heads=4,
@@ -31,7 +34,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def nothing_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is counted begins without the memory that operations before it have left to be used again."""
-    monkeypatch.setattr(scratch, "_BUFFERS", scratch._Buffers())
+    monkeypatch.setattr(buffers, "_BUFFERS", buffers._Buffers())
 
 
 def test_memory_of_this_process_and_machine() -> None:
@@ -84,7 +87,7 @@ def test_memory_of_a_gpu() -> None:
 
 
 def test_a_ledger_counts_what_lives_and_forgets_what_is_gone() -> None:
-    with memory.Ledger() as ledger:
+    with peak.Ledger() as ledger:
         kept = torch.zeros(1000)
         for _ in range(3):
             torch.ones(1000).sum()
@@ -100,12 +103,12 @@ def test_a_rehearsal_foretells_what_a_step_makes(kind: str, kept: Memory, way: s
     """Six and eight layers without content say what twelve with weights come to, within 2 %."""
     by_document, accumulates = way != "with a mask", way == "a second micro-batch"
     autocast = torch.bfloat16 if way == "in bfloat16" else None
-    expected = memory.rehearsed(
+    expected = peak.rehearsed(
         lambda layers: made(kind, layers, "meta"), 12, SHAPE, by_document=by_document, kept=kept, autocast=autocast,
         device=CPU, accumulates=accumulates,
     )  # fmt: skip
     real = counted(made(kind, 12, "cpu"), kept, by_document=by_document, accumulates=accumulates, autocast=autocast)
-    assert -0.02 * expected < real - expected < 0.02 * expected + scratch.held(), (
+    assert -0.02 * expected < real - expected < 0.02 * expected + buffers.held(), (
         "which stays, where it is needed or not"
     )
 
@@ -119,7 +122,7 @@ def test_less_is_kept_for_less_memory() -> None:
 @pytest.mark.parametrize("kept", ["speed", "balanced", "min"])
 def test_the_formula_is_near_where_nothing_can_be_rehearsed(kept: Memory) -> None:
     real = counted(made("lora", 12, "cpu"), kept)
-    told = memory.by_formula(LLAMA, SHAPE, kept=kept, dtype_bytes=4, full=False, scores=False)
+    told = peak.by_formula(LLAMA, SHAPE, kept=kept, dtype_bytes=4, full=False, scores=False)
     assert 0.7 < told / real < 2
 
 
@@ -128,13 +131,13 @@ def test_what_cannot_be_rehearsed_says_so() -> None:
         config = LLAMA
 
     with pytest.raises(Exception, match="no list of equal layers"):
-        memory.rehearsed(lambda _: Looks(), 6, SHAPE, by_document=True, kept="min", autocast=None, device=CPU)
+        peak.rehearsed(lambda _: Looks(), 6, SHAPE, by_document=True, kept="min", autocast=None, device=CPU)
 
 
 def test_shards_hold_a_share_and_two_layers() -> None:
-    whole = memory.MemoryEstimate(weights=1000, gradients=100, optimizer=200, activations=50, libraries=7)
+    whole = peak.MemoryEstimate(weights=1000, gradients=100, optimizer=200, activations=50, libraries=7)
     assert whole.total == 1357
-    assert whole.in_shards(4, layers=10) == memory.MemoryEstimate(450, 35, 50, 50, 7)
+    assert whole.in_shards(4, layers=10) == peak.MemoryEstimate(450, 35, 50, 50, 7)
 
 
 def made(kind: str, layers: int, device: str) -> Any:
@@ -144,7 +147,7 @@ def made(kind: str, layers: int, device: str) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(config)
     if kind == "lora":
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"), low_cpu_mem_usage=device == "meta")
-        fused.fuse(model)
+        lora_linear.fuse(model)
     return model
 
 
@@ -158,17 +161,17 @@ def counted(
 ) -> int:
     """Bytes of a real step above weights and gradients."""
     if by_document:
-        assert documents.install(model, SHAPE.length, autocast) == ""
+        assert varlen_attention.install(model, SHAPE.length, autocast) == ""
         ids = torch.zeros(1, SHAPE.tokens, dtype=torch.int64)
         ends = torch.tensor([0, SHAPE.length, SHAPE.tokens], dtype=torch.int32)
-        asked = {"input_ids": ids, "position_ids": ids, **documents.arguments(ends, SHAPE.length)}
+        asked = {"input_ids": ids, "position_ids": ids, **varlen_attention.arguments(ends, SHAPE.length)}
     else:
         ids = torch.zeros(SHAPE.rows, SHAPE.length, dtype=torch.int64)
         mask = torch.zeros(SHAPE.rows, 1, SHAPE.length, SHAPE.length)
         asked = {"input_ids": ids, "position_ids": ids, "attention_mask": mask}
-    recompute.arrange(model, kept)
+    activation_checkpointing.arrange(model, kept)
     positions = torch.arange(SHAPE.trained if by_document else SHAPE.trained // SHAPE.rows)
-    with memory.Ledger() as ledger:
+    with peak.Ledger() as ledger:
         for parameter in model.parameters():
             ledger.enter(parameter)
         weights = ledger.live
@@ -177,7 +180,7 @@ def counted(
                 ledger.enter(tensor)
         for _ in range(1 + accumulates):
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                total = loss.rehearsal(model.train(), asked, positions)
+                total = cross_entropy.rehearsal(model.train(), asked, positions)
             total.backward()
             del total
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -185,25 +188,27 @@ def counted(
 
 
 TRAIN = """
-from runner import heap
+from runner.train.memory import heap
 heap.restart()
 import json, sys
 from pathlib import Path
 import torch
-from runner import build, cli, expected, train, usage
-from runner.checkpoint import Progress
-from runner.rundir import RunDir
-with cli.composed(sys.argv[1:]) as (_, jobs):
-    cfg = dict(jobs[0].cfg)
-made = build.inputs(cfg)
-told = expected.expect(cfg, made).memory.total
+from runner.cli import jobs
+from runner.train import build, estimate, inputs, loop
+from runner.train.checkpoint import Progress
+from runner.train.memory import usage
+from runner.tracking.rundir import RunDir
+with jobs.composed(sys.argv[1:]) as (_, found):
+    cfg = dict(found[0].cfg)
+made = inputs.inputs(cfg)
+told = estimate.expect(cfg, made).memory.total
 parts = build.parts(cfg, made, RunDir(Path("run")))
 every = [parts.batches.step(number)[0] for number in range(40)]
 heaviest = max(every, key=lambda batch: (batch['tokens'], batch['trained']))
 parts.batches.step = lambda i: [heaviest]
-hooks = train.Hooks(*[lambda *_: None] * 5)
+hooks = loop.Hooks(*[lambda *_: None] * 5)
 for _ in range(2):
-    train.optimizer_step(parts, Progress(), hooks)
+    loop.optimizer_step(parts, Progress(), hooks)
 print(json.dumps([told, usage.peak_of_process()]))
 """
 
@@ -238,13 +243,13 @@ def test_what_is_foretold_for_a_gpu_is_what_it_takes(options: str, cache: Path, 
     shape = ("model.hidden_size=1024", "model.intermediate_size=4096", "model.layers=10", "model.heads=8")
     rows = ("data.max_length=2048", "data.train_rows=400", "train.per_device_batch_size=4", "train.max_steps=4")
     cfg = composed(*TINY, *shape, *rows, "compile=none", *options.split())
-    made = build.inputs(cfg)
-    told = expected.expect(cfg, made).memory
+    made = inputs.inputs(cfg)
+    told = estimate.expect(cfg, made).memory
     parts = build.parts(cfg, made, RunDir(tmp_path))
     torch.cuda.reset_peak_memory_stats()
     progress = Progress()
     for _ in range(3):
-        train.optimizer_step(parts, progress, no_hooks())
+        loop.optimizer_step(parts, progress, no_hooks())
     peak = torch.cuda.max_memory_allocated()
     print(f"{options}: {peak / (told.total - told.libraries):.3f} of what was foretold")
     assert peak == pytest.approx(told.total - told.libraries, rel=0.1)

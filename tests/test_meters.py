@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from runner import meters
+from runner.train import throughput
 
 LENGTH = 64
 LLAMA = transformers.LlamaConfig(
@@ -42,7 +42,7 @@ def test_flops_are_what_torch_counts(adapt) -> None:
     attention = LENGTH * LLAMA.hidden_size * LLAMA.num_hidden_layers
     expected = counter.get_total_flops() / ids.numel() + (7 - 12) * attention
     # LoRA: torch spares the first layer's queries, keys and values the gradient of an input nobody trains.
-    assert meters.flops_per_token(model, LENGTH) == pytest.approx(expected, rel=0.03)
+    assert throughput.flops_per_token(model, LENGTH) == pytest.approx(expected, rel=0.03)
 
 
 def test_flops_of_a_known_model_by_hand() -> None:
@@ -50,15 +50,15 @@ def test_flops_of_a_known_model_by_hand() -> None:
     hidden, wide, layers, vocabulary = 128, 384, 3, 512
     matrices = layers * (2 * hidden * hidden + 2 * hidden * 64 + 3 * hidden * wide) + vocabulary * hidden
     attention = 7 * LENGTH * hidden * layers
-    assert meters.flops_per_token(build(), LENGTH) == 6 * matrices + attention
+    assert throughput.flops_per_token(build(), LENGTH) == 6 * matrices + attention
     half_the_head = 6 * vocabulary * hidden / 2
-    assert meters.flops_per_token(build(), LENGTH, trained=0.5) == 6 * matrices + attention - half_the_head
+    assert throughput.flops_per_token(build(), LENGTH, trained=0.5) == 6 * matrices + attention - half_the_head
 
 
 def test_a_sliding_window_bounds_attention() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = build(transformers.MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=16))
-    assert meters.flops_per_token(model, 64) == meters.flops_per_token(model, 16)
+    assert throughput.flops_per_token(model, 64) == throughput.flops_per_token(model, 16)
 
 
 def test_only_the_experts_used_count() -> None:
@@ -66,7 +66,9 @@ def test_only_the_experts_used_count() -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 4}
 
     def flops(used: int) -> float:
-        return meters.flops_per_token(build(transformers.MixtralConfig(**sizes, **heads, num_experts_per_tok=used)), 8)
+        return throughput.flops_per_token(
+            build(transformers.MixtralConfig(**sizes, **heads, num_experts_per_tok=used)), 8
+        )
 
     assert flops(2) - flops(1) == 6 * 3 * 32 * 48, "one more expert: three matrices"
 
@@ -83,13 +85,13 @@ def test_peak_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA A10G", 70e12, 35e12),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert meters.peak_flops(torch.device("cuda"), torch.bfloat16) == bf16
-        assert meters.peak_flops(torch.device("cuda"), torch.float32) == fp32
+        assert throughput.peak_flops(torch.device("cuda"), torch.bfloat16) == bf16
+        assert throughput.peak_flops(torch.device("cuda"), torch.float32) == fp32
 
 
 def test_peak_of_a_cpu_is_the_best_ever_seen(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
-    first = meters.peak_flops(torch.device("cpu"), torch.float32)
+    first = throughput.peak_flops(torch.device("cpu"), torch.float32)
     assert 1e9 < first < 1e14
     [file] = (tmp_path / "meters").iterdir()
     kept = json.loads(file.read_text())
@@ -97,15 +99,15 @@ def test_peak_of_a_cpu_is_the_best_ever_seen(tmp_path, monkeypatch: pytest.Monke
     for earlier, expected in ((1e15, 1e15), (1.0, pytest.approx(first, rel=0.9))):
         file.write_text(json.dumps({**kept, "flops": earlier}))
         began = time.perf_counter()
-        assert meters.peak_flops(torch.device("cpu"), torch.float32) == expected
+        assert throughput.peak_flops(torch.device("cpu"), torch.float32) == expected
         assert time.perf_counter() - began < 2, "each start measures anew, briefly"
         assert json.loads(file.read_text())["flops"] == expected
 
 
 def test_meter_leaves_out_the_first_step_and_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 100.0, 102.0, 152.0, 156.0])
-    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
-    meter = meters.Meter(flops_per_token=10.0, peak_flops=10_000.0)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    meter = throughput.Meter(flops_per_token=10.0, peak_flops=10_000.0)
     assert meter.rates() == {}
     meter.step(500, waited=1.0)  # compiles: 100 s
     assert meter.rates()["train/step_seconds"] == 100.0, "better than nothing while there is no other"
@@ -126,22 +128,22 @@ def test_meter_leaves_out_the_first_step_and_the_pauses(monkeypatch: pytest.Monk
 
 def test_the_speed_of_a_resumed_run_is_that_of_all_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 50.0, 51.0])
-    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
-    meter = meters.Meter(flops_per_token=10.0, peak_flops=10_000.0)
-    meter.go_on(meters.Timing(steps=3, tokens=900, seconds=9.0, waited=1.0))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    meter = throughput.Meter(flops_per_token=10.0, peak_flops=10_000.0)
+    meter.go_on(throughput.Timing(steps=3, tokens=900, seconds=9.0, waited=1.0))
     meter.step(500)  # this process warms up
     assert meter.rates()["train/tokens_per_second"] == 100.0
     meter.step(100)  # 1 s
     assert meter.rates()["train/tokens_per_second"] == 100.0
     assert meter.rates()["train/step_seconds"] == 1.0, "that is of the steps just now"
-    assert meter.timing == meters.Timing(steps=4, tokens=1000, seconds=10.0, waited=1.0)
+    assert meter.timing == throughput.Timing(steps=4, tokens=1000, seconds=10.0, waited=1.0)
 
 
 def test_no_run_is_faster_than_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was measured beside other work is none."""
     clock = iter([0.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
-    meter = meters.Meter(flops_per_token=10.0, peak_flops=500.0)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    meter = throughput.Meter(flops_per_token=10.0, peak_flops=500.0)
     for _ in range(3):
         meter.step(100)
     assert meter.rates()["train/mfu"] == pytest.approx(2 / 3), "of the best step, 1000 FLOP/s"

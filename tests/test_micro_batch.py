@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from conftest import TINY, composed, prepared
 
-from runner import build, expected, memory, prepare, tracking, usage, worker
+from runner.config.schema import divisors
+from runner.data.batches import Batches
+from runner.data.packing import Rows, pack
 from runner.errors import ConfigError
-from runner.packing import Batches, Rows, divisors, pack
+from runner.tracking import manifest, metrics_log
+from runner.train import build, estimate, inputs, worker
+from runner.train.memory import peak, usage
 
 WIDE = ("model.hidden_size=256", "model.intermediate_size=512")
 """Where the results of products are worth keeping."""
@@ -69,18 +73,18 @@ def test_as_many_rows_as_fit(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Memory for two rows, and not for four."""
     cfg = composed(*TINY, "train.per_device_batch_size=8", "train.micro_batch_size=auto")
     monkeypatch.setattr(usage, "held_already", lambda _: 0)
-    monkeypatch.setattr(memory, "allocator_waste", lambda *_: 0)
+    monkeypatch.setattr(peak, "allocator_waste", lambda *_: 0)
     monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, 2**40))
-    plenty = build.settle_rows(cfg, build.inputs(cfg))
+    plenty = build.settle_rows(cfg, inputs.inputs(cfg))
     assert plenty.settings.micro_batch_size == 8
-    sizes = {rows: expected.expect(cfg, build.compute_at_once(plenty, rows)).memory.total for rows in (2, 4)}
+    sizes = {rows: estimate.expect(cfg, inputs.compute_at_once(plenty, rows)).memory.total for rows in (2, 4)}
     assert sizes[2] < sizes[4]
-    monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, int(sizes[2] / expected.ROOM) + 1))
-    tight = build.settle_rows(cfg, build.inputs(cfg))
+    monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, int(sizes[2] / peak.ROOM) + 1))
+    tight = build.settle_rows(cfg, inputs.inputs(cfg))
     assert (tight.settings.micro_batch_size, tight.batches.rows_per_batch, len(tight.batches.step(0))) == (2, 2, 4)
     assert tight.total_steps == plenty.total_steps
     monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, 1))
-    assert build.settle_rows(cfg, build.inputs(cfg)).settings.micro_batch_size == 1, (
+    assert build.settle_rows(cfg, inputs.inputs(cfg)).settings.micro_batch_size == 1, (
         "and the run is warned about, or refused, where it loads"
     )
 
@@ -90,7 +94,7 @@ def test_the_ranks_agree_on_what_fits_all(cache: Path) -> None:
     other: Any = SimpleNamespace(
         rank=0, world=2, gather=lambda mine: [mine, 2] if isinstance(mine, int) else [mine, None]
     )
-    assert build.settle_rows(cfg, build.inputs(cfg), other).settings.micro_batch_size == 2
+    assert build.settle_rows(cfg, inputs.inputs(cfg), other).settings.micro_batch_size == 2
 
 
 def test_a_run_goes_on_with_the_rows_that_it_began_with(cache: Path, tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(cache: Path, tmp_path: P
     assert worker.work(rundir) == 0
     assert rundir.read_manifest()["micro_batch_size"] == 2
     rundir.update_manifest(micro_batch_size=1)
-    assert prepare.pinned(prepare.read_config(rundir), rundir)["train"]["micro_batch_size"] == 1
+    assert manifest.pinned(manifest.read_config(rundir), rundir)["train"]["micro_batch_size"] == 1
 
 
 def test_the_pieces_train_what_the_whole_trains(cache: Path, tmp_path: Path) -> None:
@@ -107,7 +111,7 @@ def test_the_pieces_train_what_the_whole_trains(cache: Path, tmp_path: Path) -> 
     for pieces in ("null", "1"):
         rundir = prepared(tmp_path / pieces, *options, f"train.micro_batch_size={pieces}")
         assert worker.work(rundir) == 0
-        found.append([record["train/loss"] for record in tracking.read(rundir) if "train/loss" in record])
+        found.append([record["train/loss"] for record in metrics_log.read(rundir) if "train/loss" in record])
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 

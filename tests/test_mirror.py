@@ -26,12 +26,17 @@ import psutil
 import pytest
 import yaml
 
-from runner import follow, mirror, sending, store, tracking
-from runner.data import DataReport
+from runner.cli import sync as sync_verb
+from runner.config import bind
+from runner.data.dataset import DataReport
 from runner.errors import ConfigError, TrackingError
-from runner.mlflow_run import DIED, MlflowRun
-from runner.rundir import RunDir, State
-from runner.system import Sampler, _visible_gpus
+from runner.tracking import metrics_log
+from runner.tracking.machine import gpu_handles
+from runner.tracking.mirror import follow, spawn, sync
+from runner.tracking.mirror.sampler import Sampler
+from runner.tracking.mlflow import store, upload
+from runner.tracking.mlflow.run import DIED, MlflowRun
+from runner.tracking.rundir import RunDir, State
 
 THIS = Path(__file__).resolve()
 
@@ -45,7 +50,7 @@ def make_run(outputs: Path, name: str = "run", uri: str | None = None, **changes
     rundir.path.mkdir(parents=True)
     option = {"uri": uri, "experiment": "tests", "run_name": None, "log_model": "adapter"}
     sampled = {"system_metrics": False, "system_interval_s": 0.5}
-    node = {"_target_": "runner.tracking.mlflow", **option, **sampled, **changes}
+    node = {"_target_": "runner.tracking.trackers.mlflow", **option, **sampled, **changes}
     config = {"seed": 0, "outputs_dir": str(outputs), "lora": {"r": 8, "target_modules": ["q", "v"]}, "tracking": node}
     rundir.config.write_text(yaml.safe_dump(config))
     rundir.update_manifest(
@@ -65,7 +70,7 @@ def make_run(outputs: Path, name: str = "run", uri: str | None = None, **changes
 def finish(rundir: RunDir, steps: range = range(1, 6), status: str = "completed") -> RunDir:
     """The folder as a worker leaves it at the end."""
     for step in steps:
-        tracking.append(rundir, {"step": step, "time": 1.7e9 + step, "train/loss": 1 / step, "train/tokens": step})
+        metrics_log.append(rundir, {"step": step, "time": 1.7e9 + step, "train/loss": 1 / step, "train/tokens": step})
     rundir.log.write_text("the log\n")
     rundir.samples.write_text(
         json.dumps([{"prompt": "Hi", "before": "x"}, {"prompt": "Ho", "before": "y", "after": "z"}])
@@ -93,7 +98,7 @@ def assert_mirrored(rundir: RunDir, status: str) -> Any:
     """MLflow has each point of the folder once, and says how the run ended."""
     run = the_run(rundir)
     assert run.info.status == status
-    client, spool = store.connect(rundir.read_manifest()["mlflow"]["uri"]), tracking.read(rundir)
+    client, spool = store.connect(rundir.read_manifest()["mlflow"]["uri"]), metrics_log.read(rundir)
     for key in {key for record in spool for key in record} - {"step", "time"}:
         expected = [(record["step"], record[key]) for record in spool if key in record]
         assert sorted(history(client, run.info.run_id, key)) == expected, key
@@ -113,7 +118,7 @@ def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_who_is_killed_while_making_the_database_leaves_none_that_nobody_can_open(tmp_path: Path):
     """As a job's mirror is, when the job is requeued right after its start."""
     database = tmp_path / "mlflow.db"
-    code = f"from runner import store; store.connect('sqlite:///{database}')"
+    code = f"from runner.tracking.mlflow import store; store.connect('sqlite:///{database}')"
     maker = subprocess.Popen([sys.executable, "-c", code])
     begun = [database, database.with_name(".mlflow.db.new")]
     while not any(path.exists() and path.stat().st_size > 100_000 for path in begun):
@@ -214,7 +219,7 @@ def test_a_resume_goes_on_with_the_same_run(outputs: Path) -> None:
     live = MlflowRun.of(rundir)
     live.update()
     assert assert_mirrored(rundir, "KILLED").data.tags["runner.status"] == "preempted"
-    tracking.rewind(rundir, 3)
+    metrics_log.rewind(rundir, 3)
     rundir.write_state(status="running", reason="")
     live.update()
     assert the_run(rundir).info.status == "RUNNING"
@@ -254,12 +259,12 @@ def test_limits_of_mlflow(outputs: Path) -> None:
     rundir.update_manifest(command=["word"] * 4000, name="n" * 120)
     wide = {f"wide/{i}": float(i) for i in range(700)}
     for step in range(4):
-        tracking.append(rundir, {"step": step, "time": 1.7e9, **wide})
-    tracking.append(rundir, {"step": 4, "time": 1.7e9, **{f"wider/{i}": 1.0 for i in range(2300)}})
+        metrics_log.append(rundir, {"step": step, "time": 1.7e9, **wide})
+    metrics_log.append(rundir, {"step": 4, "time": 1.7e9, **{f"wider/{i}": 1.0 for i in range(2300)}})
     rundir.write_state(status="completed", started=1.7e9)
     MlflowRun.of(rundir).update()
     run = the_run(rundir)
-    assert len(run.data.params) == len(list(sending.flatten(config))), "no param is dropped"
+    assert len(run.data.params) == len(list(bind.flatten(config))), "no param is dropped"
     assert run.data.params["extra.key249"] == "249"
     assert run.data.params["extra._.weight"] == "1"
     assert run.data.params["extra.empty"] == '""'
@@ -275,7 +280,7 @@ def test_limits_of_mlflow(outputs: Path) -> None:
 
 def test_a_record_is_not_split_between_batches() -> None:
     groups = [[1] * 600, [2] * 600, [3] * 300, [4] * 2500, [5]]
-    batches = list(sending.batches(groups, 1000))
+    batches = list(upload.batches(groups, 1000))
     assert [len(batch) for batch in batches] == [600, 900, 1000, 1000, 501]
     assert [item for batch in batches for item in batch] == [item for group in groups for item in group]
     assert set(batches[1]) == {2, 3}
@@ -284,7 +289,7 @@ def test_a_record_is_not_split_between_batches() -> None:
 def test_numbers_that_are_none(outputs: Path) -> None:
     rundir = make_run(outputs)
     for step, value in enumerate([math.nan, math.inf, -math.inf, 1.0]):
-        tracking.append(rundir, {"step": step, "time": 1.7e9, "a": value})
+        metrics_log.append(rundir, {"step": step, "time": 1.7e9, "a": value})
     rundir.write_state(status="failed", reason="the loss is nan", started=1.7e9)
     for _ in range(2):
         MlflowRun.of(rundir).update()
@@ -349,7 +354,7 @@ def test_the_machine_is_sampled() -> None:
 
 @pytest.mark.gpu
 def test_only_our_gpus_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not list(_visible_gpus()):
+    if not list(gpu_handles()):
         pytest.skip("no GPU that NVML can see")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     found = Sampler(Path()).sample(os.getpid())
@@ -366,20 +371,20 @@ def test_only_our_gpus_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_follows_a_worker_to_its_end(outputs: Path) -> None:
     rundir = finish(make_run(outputs, system_metrics=True), status="running")
     with rundir.held(), ThreadPoolExecutor() as threads:
-        following = threads.submit(mirror.follow, rundir)
+        following = threads.submit(sync.follow, rundir)
         eventually(lambda: rundir.system.exists() and len(rundir.system.read_text().splitlines()) > 1)
-        tracking.append(rundir, {"step": 6, "time": 1.7e9, "train/loss": 0.0})
+        metrics_log.append(rundir, {"step": 6, "time": 1.7e9, "train/loss": 0.0})
         rundir.write_state(status="completed")
         assert following.result(20) == 0
     assert assert_mirrored(rundir, "FINISHED").data.metrics["system/disk_available_megabytes"] > 0
-    assert tracking.read_report(rundir) == {
+    assert spawn.read_report(rundir) == {
         "sent": 6, "unsent": 0, "problem": "", "told": rundir.read_state().updated
     }  # fmt: skip
 
 
 def test_it_closes_the_run_of_a_dead_worker(outputs: Path) -> None:
     rundir = finish(make_run(outputs), status="running")
-    assert mirror.follow(rundir) == 0
+    assert follow.follow(rundir) == 0
     assert rundir.read_state().reason == DIED
     assert assert_mirrored(rundir, "KILLED").data.tags["runner.reason"] == DIED
 
@@ -388,7 +393,7 @@ def test_it_waits_for_what_is_new(outputs: Path) -> None:
     """A resumed run says ``killed`` until its worker has built the model: that end is an old one."""
     rundir = finish(make_run(outputs), status="killed")
     with rundir.held(), ThreadPoolExecutor() as threads:
-        following = threads.submit(mirror.follow, rundir, rundir.read_state().updated)
+        following = threads.submit(sync.follow, rundir, rundir.read_state().updated)
         time.sleep(0.5)
         assert not following.done()
         rundir.write_state(status="completed")
@@ -399,8 +404,8 @@ def test_it_waits_for_what_is_new(outputs: Path) -> None:
 def test_it_gives_up_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "GRACE_S", 0.3)
     rundir = finish(make_run(tmp_path, uri=f"http://127.0.0.1:{_free_port()}"))
-    assert mirror.follow(rundir) == follow.GAVE_UP
-    report = tracking.read_report(rundir)
+    assert follow.follow(rundir) == follow.GAVE_UP
+    report = spawn.read_report(rundir)
     assert (report["sent"], report["unsent"]) == (0, 5)
     assert "refused" in report["problem"]
 
@@ -470,15 +475,15 @@ def test_beside_a_worker(tmp_path: Path) -> None:
 def test_kill_9_of_the_worker_then_of_the_mirror(outputs: Path) -> None:
     rundir = make_run(outputs)
     worker = start_worker(rundir, 1, 10_000, 0.02)
-    eventually(lambda: rundir.read_manifest().get("mlflow") and len(tracking.read(rundir)) > 20)
+    eventually(lambda: rundir.read_manifest().get("mlflow") and len(metrics_log.read(rundir)) > 20)
     worker.kill()
     worker.communicate()
     eventually(lambda: not mirrors_of(rundir))
     assert (rundir.read_state().status, rundir.read_state().reason) == ("killed", DIED)
     first = assert_mirrored(rundir, "KILLED").info.run_id
 
-    reached = len(tracking.read(rundir)) - 5
-    tracking.rewind(rundir, reached)
+    reached = len(metrics_log.read(rundir)) - 5
+    metrics_log.rewind(rundir, reached)
     worker = start_worker(rundir, reached + 1, 9999, 0.02)
     client = store.connect(f"sqlite:///{outputs}/mlflow.db")
     eventually(lambda: len(history(client, first, "train/loss")) > reached + 20)
@@ -489,7 +494,7 @@ def test_kill_9_of_the_worker_then_of_the_mirror(outputs: Path) -> None:
     assert result["unsent"] > 0
     assert "ended with code -9" in result["message"]
     assert the_run(rundir).info.status == "RUNNING"
-    (synced,) = mirror.sync([rundir.path])
+    (synced,) = sync.sync([rundir.path])
     assert (synced.status, synced.unsent, synced.problem) == ("completed", 0, "")
     run = assert_mirrored(rundir, "FINISHED")
     assert (run.info.run_id, run.data.tags["runner.attempt"]) == (first, "2")
@@ -500,7 +505,7 @@ def test_kill_9_of_the_mirror_in_the_middle_of_its_batches(outputs: Path) -> Non
     rundir = make_run(outputs)
     wide = {f"wide/{i}": float(i) for i in range(40)}
     for step in range(300):
-        tracking.append(rundir, {"step": step, "time": 1.7e9 + step, **wide})
+        metrics_log.append(rundir, {"step": step, "time": 1.7e9 + step, **wide})
     rundir.write_state(status="completed", started=1.7e9)
     for attempt in range(6):
         child = fork(lambda: MlflowRun.of(rundir).update())
@@ -549,20 +554,23 @@ def test_a_run_that_was_refused_leaves_nothing(tmp_path: Path) -> None:
     gone, idle = make_run(tmp_path, "gone"), make_run(tmp_path, "idle")
     with gone.held() as mine:
         assert mine
-        processes = [
-            tracking.start_mirror(rundir, yaml.safe_load(rundir.config.read_text())) for rundir in (gone, idle)
-        ]
+        processes = [spawn.start_mirror(rundir, yaml.safe_load(rundir.config.read_text())) for rundir in (gone, idle)]
         time.sleep(0.3)
         shutil.rmtree(gone.path)
         assert [process.wait(30) for process in processes if process] == [0, 0]
     assert not gone.path.exists()
     assert not (tmp_path / "mlflow.db").exists()
     assert idle.mirror_log.read_text() == ""
-    assert tracking.wait_mirror(processes[1], idle).message == ""
+    assert spawn.wait_mirror(processes[1], idle).message == ""
 
 
 def test_sync_of_offline_dead_and_broken_runs(outputs: Path) -> None:
-    offline = {"_target_": "runner.tracking.offline", "experiment": "later", "run_name": "named", "log_model": False}
+    offline = {
+        "_target_": "runner.tracking.trackers.offline",
+        "experiment": "later",
+        "run_name": "named",
+        "log_model": False,
+    }
     done, dead, waiting, broken, elsewhere = (make_run(outputs, name) for name in ("a", "b", "c", "d", "e"))
     for rundir in (done, dead):
         config = yaml.safe_load(rundir.config.read_text())
@@ -571,7 +579,7 @@ def test_sync_of_offline_dead_and_broken_runs(outputs: Path) -> None:
     dead.write_state(status="running", pid=999_999_999, host=os.uname().nodename)
     finish(elsewhere).write_state(status="running", host="another-machine")
     finish(broken).config.write_text("{")
-    results = {result.folder: result for result in mirror.sync([outputs])}
+    results = {result.folder: result for result in sync.sync([outputs])}
     assert len(results) == 5
     assert (results[done.path].status, results[done.path].problem) == ("completed", "")
     assert (results[dead.path].status, dead.read_state().reason) == ("killed", DIED)
@@ -586,32 +594,32 @@ def test_sync_of_offline_dead_and_broken_runs(outputs: Path) -> None:
 
 def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rundir = finish(make_run(outputs))
-    assert mirror.sync_command([str(outputs)]) == 0
+    assert sync_verb.main([str(outputs)]) == 0
     assert capsys.readouterr().out == f"{rundir.path}  completed  is in MLflow\n"
     before = rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()
     with pytest.raises(TrackingError, match="refused") as refused:
-        mirror.sync_command([str(outputs), "uri=http://127.0.0.1:9"])
+        sync_verb.main([str(outputs), "uri=http://127.0.0.1:9"])
     assert len(refused.value.faults) == 1, "said once, not for each run"
     with pytest.raises(ConfigError, match=r"is in sqlite:.*already, and a run is in one store"):
-        mirror.sync_command([str(rundir.path), f"uri=sqlite:///{outputs}/other.db"])
+        sync_verb.main([str(rundir.path), f"uri=sqlite:///{outputs}/other.db"])
     assert (rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()) == before
     assert capsys.readouterr().out == "", "what is in MLflow, and nothing else"
-    assert mirror.sync_command(["run", f"outputs_dir={outputs}"]) == 0
+    assert sync_verb.main(["run", f"outputs_dir={outputs}"]) == 0
     assert capsys.readouterr().out == f"{rundir.path}  completed  is in MLflow\n"
-    assert mirror.sync_command(["--help"]) == 0
+    assert sync_verb.main(["--help"]) == 0
     assert "uri=URI" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--force: no such option"):
-        mirror.sync_command(["--force"])
+        sync_verb.main(["--force"])
     monkeypatch.chdir(outputs / "mlartifacts")
     with pytest.raises(ConfigError, match="outputs holds no run"):
-        mirror.sync_command([])
+        sync_verb.main([])
 
 
 def test_sync_says_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run"):
-        mirror.sync([tmp_path])
+        sync.sync([tmp_path])
     with pytest.raises(ConfigError, match="did you mean 'http'"):
-        mirror.sync([tmp_path], "htp://host")
+        sync.sync([tmp_path], "htp://host")
 
 
 # --- a server ---------------------------------------------------------------------------------------------------------
@@ -685,14 +693,14 @@ def test_a_server_that_comes_late_dies_and_comes_back(tmp_path: Path, server: Se
         result = result_of(worker)
     finally:
         worker.kill()
-    written = len(tracking.read(rundir))
+    written = len(metrics_log.read(rundir))
     assert 0 < result["unsent"] <= written
     assert result["slowest"] < 1.0, "no record waited for the server"
     assert "refused" in result["message"]
     assert rundir.read_state().status == "completed"
-    assert mirror.sync([rundir.path])[0].unsent == written
+    assert sync.sync([rundir.path])[0].unsent == written
     server.start()
-    (synced,) = mirror.sync([rundir.path])
+    (synced,) = sync.sync([rundir.path])
     assert (synced.unsent, synced.problem, synced.url) == (0, "", rundir.read_manifest()["mlflow"]["url"])
     assert_mirrored(rundir, "FINISHED")
 
@@ -701,7 +709,7 @@ def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) ->
     rundir = make_run(tmp_path, uri=server.running().uri)
     config = yaml.safe_load(rundir.config.read_text())
     rundir.config.write_text(yaml.safe_dump({**config, "empty": "", "long": "x" * 7000}))
-    tracking.append(rundir, {"step": 0, "time": 1.7e9, "odd": math.nan, "high": math.inf})
+    metrics_log.append(rundir, {"step": 0, "time": 1.7e9, "odd": math.nan, "high": math.inf})
     finish(rundir)
     for _ in range(2):
         MlflowRun.of(rundir).update()
@@ -720,7 +728,7 @@ def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) ->
 
 def test_credentials_are_used_and_never_written(tmp_path: Path, server: Server) -> None:
     rundir = finish(make_run(tmp_path))
-    (result,) = mirror.sync([rundir.path], server.running().uri.replace("://", "://me:hunter2hunter2@"))
+    (result,) = sync.sync([rundir.path], server.running().uri.replace("://", "://me:hunter2hunter2@"))
     assert result.problem == ""
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "hunter2hunter2"
     assert str(result.url).startswith(server.uri)
@@ -740,7 +748,7 @@ def _assert_small(process: psutil.Process) -> None:
 
 
 def _problem(rundir: RunDir) -> str:
-    return str(tracking.read_report(rundir).get("problem", ""))
+    return str(spawn.read_report(rundir).get("problem", ""))
 
 
 def _free_port() -> int:
@@ -754,7 +762,7 @@ def work(folder: str, first: str, last: str, delay: str, ending: str) -> None:
     rundir, slowest = RunDir(Path(folder)), 0.0
     with rundir.held() as mine:
         assert mine
-        proc = tracking.start_mirror(rundir, yaml.safe_load(rundir.config.read_text()))
+        proc = spawn.start_mirror(rundir, yaml.safe_load(rundir.config.read_text()))
         state: State = rundir.read_state()
         rundir.write_state(
             status="running", attempt=state.attempt + 1, pid=os.getpid(), host=os.uname().nodename, started=time.time()
@@ -762,12 +770,14 @@ def work(folder: str, first: str, last: str, delay: str, ending: str) -> None:
         for step in range(int(first), int(last) + 1):
             time.sleep(float(delay))
             began = time.monotonic()
-            tracking.append(rundir, {"step": step, "time": time.time(), "train/loss": 1 / step, "train/tokens": step})
+            metrics_log.append(
+                rundir, {"step": step, "time": time.time(), "train/loss": 1 / step, "train/tokens": step}
+            )
             slowest = max(slowest, time.monotonic() - began)
             if (rundir.path / "enough").exists():
                 break
         rundir.write_state(status=ending)
-        result = tracking.wait_mirror(proc, rundir)
+        result = spawn.wait_mirror(proc, rundir)
     print(json.dumps({"url": result.url, "unsent": result.unsent, "message": result.message, "slowest": slowest}))
 
 

@@ -22,9 +22,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runner import gguf, models, origins, quant, tiny
 from runner.errors import ConfigError
-from runner.origins import ModelSource
+from runner.models import gguf_import, pretrained, quantization, sources, tiny
+from runner.models.sources import ModelSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -33,7 +33,7 @@ option = functools.partial(conftest.option, "model")
 
 @pytest.fixture(scope="module")
 def source(cache: Path) -> ModelSource:
-    return models.resolve(option("tiny")())
+    return pretrained.resolve(option("tiny")())
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def ids(length: int = 20) -> torch.Tensor:
 def refusal(path: Path) -> str:
     """What a folder is refused with: by the check before anything is loaded where it can, else by the loading."""
     try:
-        made = models.resolve(local(path))
-        models.tokenizer(made)
-        models.load(made, quant.none(), "cpu")
+        made = pretrained.resolve(local(path))
+        pretrained.tokenizer(made)
+        pretrained.load(made, quantization.none(), "cpu")
     except ConfigError as error:
         return str(error)
     raise AssertionError("it was not refused")
@@ -67,14 +67,14 @@ def refusal(path: Path) -> str:
 
 def test_tiny_is_made_once_and_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
-    models.resolve(option("tiny", layers=1)())  # imports what it needs
+    pretrained.resolve(option("tiny", layers=1)())  # imports what it needs
     start = time.perf_counter()
-    made = models.resolve(option("tiny")())
+    made = pretrained.resolve(option("tiny")())
     assert time.perf_counter() - start < 2
     written = (Path(made.path) / "model.safetensors").stat()
-    assert models.resolve(option("tiny")()).path == made.path
+    assert pretrained.resolve(option("tiny")()).path == made.path
     assert (Path(made.path) / "model.safetensors").stat().st_mtime_ns == written.st_mtime_ns
-    assert models.resolve(option("tiny", layers=1)()).path != made.path
+    assert pretrained.resolve(option("tiny", layers=1)()).path != made.path
 
 
 def test_tiny_is_the_same_for_everyone(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_tiny_is_the_same_for_everyone(tmp_path: Path) -> None:
 
 
 def test_the_byte_tokenizer_gives_back_every_text(source: ModelSource) -> None:
-    tokenizer = models.tokenizer(source)
+    tokenizer = pretrained.tokenizer(source)
     text = "Zoë  said:\n\t“naïve” 🙂 ½ \x00 <|im_end|>"
     encoded = tokenizer(text)["input_ids"]
     assert tokenizer.decode(encoded) == text
@@ -101,7 +101,7 @@ def test_the_byte_tokenizer_gives_back_every_text(source: ModelSource) -> None:
 def test_several_processes_make_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
     with ThreadPoolExecutor(4) as pool:
-        made = set(pool.map(lambda _: models.resolve(option("tiny")()).path, range(4)))
+        made = set(pool.map(lambda _: pretrained.resolve(option("tiny")()).path, range(4)))
     assert len(made) == 1
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [Path(made.pop()).name]
 
@@ -113,7 +113,7 @@ def test_several_processes_make_one_folder(tmp_path: Path, monkeypatch: pytest.M
 def test_smollm2_is_converted_to_an_ordinary_folder(cache: Path) -> None:
     from gguf import GGUFReader, dequantize
 
-    made = models.resolve(option("smollm2")())
+    made = pretrained.resolve(option("smollm2")())
     file = Path(option("smollm2")().path)
     assert Path(made.path).name.endswith(hashlib.sha256(file.read_bytes()).hexdigest()[:16])
     plain = AutoModelForCausalLM.from_pretrained(made.path)
@@ -123,20 +123,20 @@ def test_smollm2_is_converted_to_an_ordinary_folder(cache: Path) -> None:
     stored = tensors["blk.7.ffn_up.weight"]
     expected = torch.from_numpy(dequantize(stored.data, stored.tensor_type))
     assert torch.equal(plain.model.layers[7].mlp.up_proj.weight, expected)
-    counts = models.describe(models.load(made, quant.none(), "cpu"))
+    counts = pretrained.describe(pretrained.load(made, quantization.none(), "cpu"))
     assert (counts["total"], counts["linear"], counts["embedding"]) == (134515008, 106168320, 49152 * 576)
 
 
 @pytest.mark.slow
 def test_smollm2_keeps_tokenizer_template_and_sense(cache: Path) -> None:
-    made = models.resolve(option("smollm2")())
+    made = pretrained.resolve(option("smollm2")())
     tokenizer = AutoTokenizer.from_pretrained(made.path)
     # SmolLM splits digits off first: two spaces before a number stay together
     assert tokenizer.tokenize("a  123") == ["a", "ĠĠ", "1", "2", "3"]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False).startswith(
         "<|im_start|>system"
     )
-    model = models.load(made, quant.none(), "cpu").eval()
+    model = pretrained.load(made, quantization.none(), "cpu").eval()
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     said = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False)[0])
     assert "Paris" in said
@@ -144,10 +144,10 @@ def test_smollm2_keeps_tokenizer_template_and_sense(cache: Path) -> None:
 
 def test_a_text_of_the_metadata_is_found_without_reading_the_rest() -> None:
     file = Path(option("smollm2")().path)
-    assert gguf.read_text(file, "tokenizer.ggml.pre") == "smollm"
-    assert gguf.read_text(file, "general.architecture") == "llama"
-    assert gguf.read_text(file, "no.such.key") is None
-    assert gguf.read_text(file, "llama.block_count") is None
+    assert gguf_import.read_text(file, "tokenizer.ggml.pre") == "smollm"
+    assert gguf_import.read_text(file, "general.architecture") == "llama"
+    assert gguf_import.read_text(file, "no.such.key") is None
+    assert gguf_import.read_text(file, "llama.block_count") is None
 
 
 def test_binding_the_default_reads_no_weights() -> None:
@@ -179,7 +179,7 @@ def test_a_damaged_gguf_leaves_nothing_behind(cache: Path, tmp_path: Path, monke
     file = tmp_path / "cut.gguf"
     file.write_bytes(Path(option("smollm2")().path).read_bytes()[:5000])
     with pytest.raises(ConfigError, match="cannot be converted"):
-        models.resolve(local(file))
+        pretrained.resolve(local(file))
     assert not [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()]
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_gguf_leaves_nothing_behind(cache: Path, tmp_path: Path, monke
 
 
 def test_a_folder_is_loaded_as_plain_transformers_does(source: ModelSource, folder: Path) -> None:
-    model = models.load(models.resolve(local(folder)), quant.none(), "cpu")
+    model = pretrained.load(pretrained.resolve(local(folder)), quantization.none(), "cpu")
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model.eval()(input_ids=ids()).logits, plain.eval()(input_ids=ids()).logits)
     assert model.config.use_cache is False
@@ -196,12 +196,12 @@ def test_a_folder_is_loaded_as_plain_transformers_does(source: ModelSource, fold
 
 @pytest.mark.parametrize("attention", ["auto", "by_document", "sdpa", "eager"])
 def test_attention_is_what_was_asked(folder: Path, attention: str) -> None:
-    model = models.load(local(folder, attention=attention), quant.none(), "cpu")
+    model = pretrained.load(local(folder, attention=attention), quantization.none(), "cpu")
     assert model.config._attn_implementation == ("eager" if attention == "eager" else "sdpa")
 
 
 def test_dtype_is_what_was_asked(folder: Path) -> None:
-    model = models.load(local(folder, dtype="bfloat16"), quant.none(), "cpu")
+    model = pretrained.load(local(folder, dtype="bfloat16"), quantization.none(), "cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -253,10 +253,10 @@ def test_weights_that_are_no_safetensors(folder: Path) -> None:
 
 
 def test_a_shard_that_is_missing(source: ModelSource, tmp_path: Path) -> None:
-    model = models.load(source, quant.none(), "cpu")
+    model = pretrained.load(source, quantization.none(), "cpu")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
-    models.tokenizer(source).save_pretrained(tmp_path / "sharded")
-    whole = models.load(local(tmp_path / "sharded"), quant.none(), "cpu")
+    pretrained.tokenizer(source).save_pretrained(tmp_path / "sharded")
+    whole = pretrained.load(local(tmp_path / "sharded"), quantization.none(), "cpu")
     assert torch.equal(whole(input_ids=ids()).logits, model(input_ids=ids()).logits)
     shard = sorted((tmp_path / "sharded").glob("model-*.safetensors"))[0]
     shard.unlink()
@@ -304,7 +304,7 @@ def test_code_of_the_models_own_runs_only_when_trusted(folder: Path, caplog: pyt
     names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     change_config(folder, model_type="own", auto_map=names, architectures=["Model"])
     assert "set model.trust_remote_code=true" in refusal(folder)
-    model = models.load(models.resolve(local(folder, trust_remote_code=True)), quant.none(), "cpu")
+    model = pretrained.load(pretrained.resolve(local(folder, trust_remote_code=True)), quantization.none(), "cpu")
     assert type(model).__name__ == "Model"
     assert "runs on this machine" in caplog.text
 
@@ -357,9 +357,9 @@ def test_shapes_that_do_not_fit(changes: dict[str, Any], said: str) -> None:
 
 
 def test_rows_longer_than_the_model_are_refused(source: ModelSource) -> None:
-    models.check_max_length(source, 2048)
+    pretrained.check_max_length(source, 2048)
     with pytest.raises(ConfigError, match=r"data\.max_length=2049: random-64x2 was built for 2048 positions"):
-        models.check_max_length(source, 2049)
+        pretrained.check_max_length(source, 2049)
 
 
 @pytest.mark.parametrize(
@@ -378,22 +378,22 @@ def test_a_missing_padding_token_is_chosen_without_resizing(folder: Path, added:
     settings.pop("pad_token", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     change_config(folder, vocab_size=264)
-    assert models.tokenizer(local(folder)).pad_token == expected
+    assert pretrained.tokenizer(local(folder)).pad_token == expected
 
 
 def test_an_empty_model_counts_like_the_real_one(source: ModelSource) -> None:
-    empty, real = models.empty(source, quant.none()), models.load(source, quant.none(), "cpu")
+    empty, real = pretrained.empty(source, quantization.none()), pretrained.load(source, quantization.none(), "cpu")
     assert all(parameter.is_meta for parameter in empty.parameters())
-    assert models.describe(empty) == models.describe(real)
-    counts = models.describe(real)
+    assert pretrained.describe(empty) == pretrained.describe(real)
+    counts = pretrained.describe(real)
     assert counts["total"] == sum(p.numel() for p in real.parameters())
     assert counts["total"] == counts["embedding"] + counts["linear"] + counts["other"]
     assert counts["bytes"] == 4 * counts["total"]
 
 
 def test_an_untied_head_is_counted_apart(cache: Path) -> None:
-    made = models.resolve(option("tiny", tie_word_embeddings=False)())
-    counts = models.describe(models.empty(made, quant.none()))
+    made = pretrained.resolve(option("tiny", tie_word_embeddings=False)())
+    counts = pretrained.describe(pretrained.empty(made, quantization.none()))
     assert counts["head"] == counts["embedding"] == 259 * 64
 
 
@@ -402,12 +402,12 @@ def test_an_untied_head_is_counted_apart(cache: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_whole_model_is_read_back_by_plain_transformers(cache: Path, tmp_path: Path, tied: bool) -> None:
-    made = models.resolve(option("tiny", tie_word_embeddings=tied)())
-    model, tokenizer = models.load(made, quant.none(), "cpu"), models.tokenizer(made)
+    made = pretrained.resolve(option("tiny", tie_word_embeddings=tied)())
+    model, tokenizer = pretrained.load(made, quantization.none(), "cpu"), pretrained.tokenizer(made)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
-    models.save(model, tokenizer, tmp_path / "model")
+    pretrained.save(model, tokenizer, tmp_path / "model")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(plain.eval()(input_ids=ids()).logits, model.eval()(input_ids=ids()).logits)
     assert plain.config.use_cache is True
@@ -415,23 +415,23 @@ def test_a_whole_model_is_read_back_by_plain_transformers(cache: Path, tmp_path:
     again = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert again("hello <|im_end|>")["input_ids"] == tokenizer("hello <|im_end|>")["input_ids"]
     assert again.chat_template == tokenizer.chat_template
-    models.load(local(tmp_path / "model"), quant.none(), "cpu")
+    pretrained.load(local(tmp_path / "model"), quantization.none(), "cpu")
 
 
 def test_a_published_temperature_without_sampling_can_be_saved(source: ModelSource, tmp_path: Path) -> None:
-    model = models.load(source, quant.none(), "cpu")
+    model = pretrained.load(source, quantization.none(), "cpu")
     model.generation_config.temperature = 0.6
-    models.save(model, models.tokenizer(source), tmp_path / "model")
+    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
     written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (written["temperature"], written["do_sample"]) == (0.6, True)
 
 
 def test_a_save_that_fails_leaves_what_was_there(source: ModelSource, tmp_path: Path) -> None:
-    model, tokenizer = models.load(source, quant.none(), "cpu"), models.tokenizer(source)
-    models.save(model, tokenizer, tmp_path / "model")
+    model, tokenizer = pretrained.load(source, quantization.none(), "cpu"), pretrained.tokenizer(source)
+    pretrained.save(model, tokenizer, tmp_path / "model")
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     with pytest.raises(AttributeError):
-        models.save(model, None, tmp_path / "model")
+        pretrained.save(model, None, tmp_path / "model")
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -502,19 +502,19 @@ def hub_url(folder: Path) -> Iterator[str]:
 
 FETCH = """
 import sys, time
-from runner import models, quant, origins
+from runner.models import pretrained, quantization, sources
 from runner.errors import ConfigError
 name, revision, weights = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "weights"
 import huggingface_hub, transformers
 start = time.perf_counter()
 try:
-    source = models.resolve(origins.pretrained(
+    source = pretrained.resolve(sources.pretrained(
         path=name, revision=revision, dtype="float32", attention="auto", trust_remote_code=False))
-    models.tokenizer(source)
+    pretrained.tokenizer(source)
     print(source.path, source.revision)
     if weights:
         import torch
-        model = models.load(source, quant.none(), "cpu")
+        model = pretrained.load(source, quantization.none(), "cpu")
         print(float(model(input_ids=torch.arange(20)[None]).logits.detach().double().sum()))
         print(model.name_or_path, model.config._commit_hash)
 except ConfigError as error:
@@ -590,5 +590,5 @@ def test_hub_without_safetensors(hub_url: str, folder: Path, tmp_path: Path) -> 
 def test_every_name_that_is_offered_is_a_hub_id() -> None:
     for name in ("llama", "qwen", "mistral", "gemma", "phi"):
         made = option(name)()
-        assert origins.HUB_ID.fullmatch(made.path)
+        assert sources.HUB_ID.fullmatch(made.path)
         assert made.make is None

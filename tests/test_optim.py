@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from runner import optim, torch_optim
-from runner.config import find_faults
+from runner.config.bind import find_faults
 from runner.errors import ConfigError
+from runner.train import optim, torch_optim
 
 CONF = Path(__file__).parents[1] / "conf" / "optim"
 ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "torch"]

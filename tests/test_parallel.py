@@ -12,9 +12,10 @@ import pytest
 from conftest import TINY, composed, node, prepared
 from safetensors.torch import load_file
 
-from runner import parallel, tracking
 from runner.errors import ConfigError
-from runner.rundir import RunDir
+from runner.tracking import metrics_log
+from runner.tracking.rundir import RunDir
+from runner.train.distributed import parallel
 
 SERVER = Path(__file__).with_name("elastic_server.py")
 TIMES = ("time", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction", "train/mfu")
@@ -50,7 +51,7 @@ def completed(folder: Path, *overrides: str, processes: int = 2) -> RunDir:
 
 
 def alone(folder: Path, *overrides: str) -> RunDir:
-    from runner import worker
+    from runner.train import worker
 
     rundir = prepared(folder, *overrides)
     assert worker.work(rundir) == 0
@@ -58,7 +59,7 @@ def alone(folder: Path, *overrides: str) -> RunDir:
 
 
 def of(rundir: RunDir, name: str) -> list[float]:
-    return [record[name] for record in tracking.read(rundir) if name in record]
+    return [record[name] for record in metrics_log.read(rundir) if name in record]
 
 
 def weights(rundir: RunDir) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def outcome(rundir: RunDir) -> tuple[Any, ...]:
     """All that must not depend on what happened on the way."""
     records = [
         {k: v for k, v in record.items() if k not in TIMES and not k.startswith("memory/")}
-        for record in tracking.read(rundir)
+        for record in metrics_log.read(rundir)
     ]
     (file,) = rundir.model.glob("*.safetensors")
     return records, file.read_bytes()
@@ -121,7 +122,7 @@ def test_ranks_that_have_no_row_left_take_part_all_the_same(tmp_path: Path, cach
 
 
 def test_dropout_differs_between_ranks_and_not_between_runs(tmp_path: Path, cache: Path):
-    from runner.train import derived_seed
+    from runner.train.loop import derived_seed
 
     seeds = {derived_seed(0, step, rank) for step in range(50) for rank in range(8)}
     assert len(seeds) == 400
@@ -131,12 +132,12 @@ def test_dropout_differs_between_ranks_and_not_between_runs(tmp_path: Path, cach
 MAKING = """
 import os, time
 from conftest import option
-from runner import models
+from runner.models import pretrained
 if __name__ == "__main__":
     from torch import distributed
     distributed.init_process_group("gloo")
     time.sleep(5 * (os.environ["RANK"] == "0"))
-    models.resolve(option("model", "tiny")())
+    pretrained.resolve(option("model", "tiny")())
     distributed.barrier()
 """
 
@@ -146,7 +147,8 @@ import copy
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
-from runner import parallel, shards
+from runner.models import shards
+from runner.train.distributed import parallel
 
 def trained(cls, sharded):
     torch.manual_seed(0)
@@ -355,7 +357,7 @@ def test_a_refusal_among_several_is_one_message(tmp_path: Path, cache: Path, wro
 
 
 def test_a_run_is_refused_by_other_than_its_number_of_processes(tmp_path: Path, cache: Path):
-    from runner import worker
+    from runner.train import worker
 
     rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"))
     assert worker.work(rundir) == 2

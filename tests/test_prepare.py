@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from runner import prepare, provenance
+from runner import PACKAGE
 from runner.errors import ResumeError
-from runner.rundir import RunDir
+from runner.tracking import manifest as prepare
+from runner.tracking import provenance
+from runner.tracking.rundir import RunDir
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def test_a_folder_is_prepared_once_and_kept(tmp_path: Path):
     assert manifest["name"] == "seed=0"
     assert manifest["versions"]["torch"]
     assert manifest["git"].keys() >= {"sha", "dirty"}
-    assert manifest["code_sha256"] == provenance.digest_of_code(Path(prepare.__file__).parent)
+    assert manifest["code_sha256"] == provenance.digest_of_code(PACKAGE)
     assert prepare.read_config(rundir) == config()
     assert prepare.prepare(config(), tmp_path / "run", [], []).read_manifest()["id"] == manifest["id"]
 

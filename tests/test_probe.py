@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import TINY, composed, prepared
 
-from runner import build, loss, probe, tracking, worker
-from runner.rundir import RunDir
+from runner.tasks import cross_entropy
+from runner.tracking import metrics_log
+from runner.tracking.rundir import RunDir
+from runner.train import build, inputs, probe, worker
 
 EIGHT = (*TINY, "train.max_steps=3", "train.per_device_batch_size=8", "train.micro_batch_size=auto")
 LENGTH = 128
@@ -30,12 +32,12 @@ def worked(folder: Path, *overrides: str, code: int = 0) -> RunDir:
 
 
 def losses(rundir: RunDir) -> list[float]:
-    return [record["train/loss"] for record in tracking.read(rundir) if "train/loss" in record]
+    return [record["train/loss"] for record in metrics_log.read(rundir) if "train/loss" in record]
 
 
 def room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Memory for so many rows and no more; returns how many were asked for, growing."""
-    asked, real = [], loss.sums
+    asked, real = [], cross_entropy.sums
 
     def sums(model: Any, batch: Any) -> Any:
         asked.append(batch["input_ids"].numel() // LENGTH)
@@ -43,7 +45,7 @@ def room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, batch)
 
-    monkeypatch.setattr(loss, "sums", sums)
+    monkeypatch.setattr(cross_entropy, "sums", sums)
     return asked
 
 
@@ -103,7 +105,7 @@ def test_a_peak_far_from_what_was_foretold_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     cfg = composed(*EIGHT)
-    made = build.settle_rows(cfg, build.inputs(cfg))
+    made = build.settle_rows(cfg, inputs.inputs(cfg))
     assert made.told is not None
     foretold = made.told.memory.total - made.told.memory.libraries
     monkeypatch.setattr(probe, "_peak_bytes", lambda _: int(factor * foretold))
@@ -118,7 +120,7 @@ def test_a_peak_far_from_what_was_foretold_is_said(
 def test_the_heaviest_batch_is_one_that_no_step_exceeds(cache: Path) -> None:
     for packing in ("true", "false"):
         cfg = composed(*EIGHT, f"data.packing={packing}", "train.micro_batch_size=4")
-        batches = build.inputs(cfg).batches
+        batches = inputs.inputs(cfg).batches
         heaviest = batches.heaviest()
         count = "trained" if packing == "true" else "tokens"
         assert heaviest[count] >= max(batch[count] for step in range(4) for batch in batches.step(step))

@@ -11,17 +11,17 @@ import pytest
 import torch
 from conftest import option
 
-from runner import models, precision, quant
 from runner.errors import ConfigError
-from runner.origins import ModelSource
-from runner.quant import Quant
+from runner.models import dtypes, pretrained, quantization
+from runner.models.quantization import Quant
+from runner.models.sources import ModelSource
 
 QUANTIZED = ("8bit", "4bit", "fp4")
 
 
 @pytest.fixture(scope="module")
 def source(cache: Path) -> ModelSource:
-    return models.resolve(option("model", "tiny")())
+    return pretrained.resolve(option("model", "tiny")())
 
 
 def batch(rows: int = 2, length: int = 32) -> dict[str, torch.Tensor]:
@@ -46,14 +46,14 @@ def train(model: Any, inputs: dict[str, torch.Tensor], steps: int, learning_rate
 def test_linear_layers_are_stored_in_few_bits_and_the_head_is_not(source: ModelSource, name: str) -> None:
     import bitsandbytes as bnb
 
-    plain = models.load(source, quant.none(), "cpu")
-    model = models.load(source, option("quant", name)(), "cpu")
+    plain = pretrained.load(source, quantization.none(), "cpu")
+    model = pretrained.load(source, option("quant", name)(), "cpu")
     expected = bnb.nn.Linear8bitLt if name == "8bit" else bnb.nn.Linear4bit
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert len(linear) == 14
     assert all(isinstance(module, expected) for module in linear)
     assert type(model.lm_head) is torch.nn.Linear
-    counts, before = models.describe(model), models.describe(plain)
+    counts, before = pretrained.describe(model), pretrained.describe(plain)
     assert counts["total"] == before["total"]
     saved = before["bytes"] - counts["bytes"]
     assert saved > counts["linear"] * (4 - {"8bit": 1, "4bit": 0.52, "fp4": 0.57}[name]) * 0.98
@@ -62,8 +62,8 @@ def test_linear_layers_are_stored_in_few_bits_and_the_head_is_not(source: ModelS
 @pytest.mark.parametrize("name", ["none", *QUANTIZED])
 def test_an_empty_model_takes_the_bytes_of_the_real_one(source: ModelSource, name: str) -> None:
     chosen = option("quant", name)()
-    counted = models.describe(option("lora", "lora")(models.empty(source, chosen)))
-    real = models.describe(option("lora", "lora")(models.load(source, chosen, "cpu")))
+    counted = pretrained.describe(option("lora", "lora")(pretrained.empty(source, chosen)))
+    real = pretrained.describe(option("lora", "lora")(pretrained.load(source, chosen, "cpu")))
     assert counted["bytes"] == pytest.approx(real["bytes"], rel=0.03)
     assert {**counted, "bytes": 0} == {**real, "bytes": 0}
 
@@ -72,7 +72,7 @@ def test_an_empty_model_takes_the_bytes_of_the_real_one(source: ModelSource, nam
 @pytest.mark.parametrize("name", ["none", *QUANTIZED])
 def test_adapters_train_on_it(source: ModelSource, name: str, adapter: str) -> None:
     torch.manual_seed(0)
-    model = option("lora", adapter)(models.load(source, option("quant", name)(), "cpu"))
+    model = option("lora", adapter)(pretrained.load(source, option("quant", name)(), "cpu"))
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     losses = train(model, batch(), steps=6, learning_rate=1e-2)
     assert losses[-1] < losses[0] - 0.2
@@ -84,8 +84,8 @@ def test_adapters_train_on_it(source: ModelSource, name: str, adapter: str) -> N
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_loss_is_near_that_of_the_whole_weights(source: ModelSource, name: str) -> None:
     with torch.no_grad():
-        whole = models.load(source, quant.none(), "cpu").eval()(**batch()).loss
-        stored = models.load(source, option("quant", name)(), "cpu").eval()(**batch()).loss
+        whole = pretrained.load(source, quantization.none(), "cpu").eval()(**batch()).loss
+        stored = pretrained.load(source, option("quant", name)(), "cpu").eval()(**batch()).loss
     assert stored == pytest.approx(whole.item(), rel=0.02)
     assert stored != whole
 
@@ -96,7 +96,7 @@ def test_an_evaluation_does_not_change_the_gradients_that_follow(source: ModelSo
 
     def gradients(evaluate_first: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        model = option("lora", "lora")(models.load(source, option("quant", name)(), "cpu"))
+        model = option("lora", "lora")(pretrained.load(source, option("quant", name)(), "cpu"))
         if evaluate_first:
             with torch.no_grad():
                 model.eval()(**batch())
@@ -111,13 +111,13 @@ def test_an_evaluation_does_not_change_the_gradients_that_follow(source: ModelSo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", *QUANTIZED])
 def test_smollm2_learns_on_it(cache: Path, name: str) -> None:
-    source = models.resolve(option("model", "smollm2")())
-    tokenizer = models.tokenizer(source)
+    source = pretrained.resolve(option("model", "smollm2")())
+    tokenizer = pretrained.tokenizer(source)
     talk = [{"role": "user", "content": "Who keeps the light?"}, {"role": "assistant", "content": "Old Maren, now."}]
     text = tokenizer.apply_chat_template(talk, tokenize=False)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     torch.manual_seed(0)
-    model = option("lora", "lora")(models.load(source, option("quant", name)(), "cpu"))
+    model = option("lora", "lora")(pretrained.load(source, option("quant", name)(), "cpu"))
     losses = train(model, {"input_ids": ids, "labels": ids}, steps=6, learning_rate=1e-3)
     assert losses[0] < 7  # a random model: ln 49152 = 10.8
     assert losses[-1] < 0.75 * losses[0]
@@ -155,11 +155,11 @@ def test_without_bitsandbytes_the_remedy_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_gpu_with_bfloat16_computes_in_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_is_fast_in_bfloat16", lambda _device: True)
+    monkeypatch.setattr(dtypes, "_is_fast_in_bfloat16", lambda _device: True)
     slow = Quant("4bit", 4, compute_dtype="float32")
     with pytest.raises(ConfigError, match="computes 4-bit layers in bfloat16"):
-        quant.library_config(slow, "cuda")
-    assert quant.library_config(Quant("4bit", 4), "cuda").bnb_4bit_compute_dtype == torch.bfloat16
+        quantization.library_config(slow, "cuda")
+    assert quantization.library_config(Quant("4bit", 4), "cuda").bnb_4bit_compute_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("flags", ["", "avx512_bf16", "amx_bf16 avx512_bf16"])
@@ -168,25 +168,26 @@ def test_auto_is_bfloat16_only_where_the_cpu_is_fast_in_it(
 ) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor: 0\nflags\t\t: fpu sse2 {flags}\n")
-    monkeypatch.setattr(precision, "CPU_INFO", info)
-    precision.cpu_flags.cache_clear()
+    monkeypatch.setattr(dtypes, "CPU_INFO", info)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    dtypes._cpu_flags.cache_clear()
     try:
-        auto = precision.dtype_for("auto", "cpu")
+        auto = dtypes.dtype_for("auto", "cpu")
         assert auto == (torch.bfloat16 if "amx" in flags else torch.float32)
-        assert precision.dtype_for("bfloat16", "cpu") == torch.bfloat16
+        assert dtypes.dtype_for("bfloat16", "cpu") == torch.bfloat16
         assert ("30 to 60 times slower" in caplog.text) == (flags == "")
     finally:
-        precision.cpu_flags.cache_clear()
+        dtypes._cpu_flags.cache_clear()
 
 
 def test_binding_imports_no_heavy_library() -> None:
     code = (
-        "import sys, yaml; from runner import config, origins, quant, lora\n"
-        "d = config.config_dir()\n"
+        "import sys, yaml; from runner.config import bind\n"
+        "d = bind.config_dir()\n"
         "for path in [*d.glob('quant/*.yaml'), *d.glob('model/*.yaml'), *d.glob('lora/*.yaml')]:\n"
         "    node = yaml.safe_load(path.read_text())\n"
         "    if path.stem not in ('local', 'peft') and 'defaults' not in node:\n"
-        "        config.bind(node)() if path.parent.name != 'lora' else config.bind(node)\n"
+        "        bind.bind(node)() if path.parent.name != 'lora' else bind.bind(node)\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'bitsandbytes', 'tokenizers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

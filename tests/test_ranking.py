@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from runner import charts, choices, columns, condition, intervals, leaderboard, ranking
-from runner.columns import Goal
+from runner.config import choices
 from runner.errors import ConfigError
-from runner.results import Result
+from runner.report import charts, columns, condition, leaderboard, ranking, statistics
+from runner.report.columns import Goal
+from runner.report.results import Result
 
 LOSS = Goal("eval/loss", is_larger_better=False)
 
@@ -31,10 +32,10 @@ def a_run(name: str, status: str = "completed", loss: float | None = None, **val
 def test_students_distribution_is_that_of_scipy():
     for freedom in (1, 1.5, 2, 3.7, 9, 40, 1000):
         for t in (0.0, 0.3, 1.0, 2.5, 12.0):
-            assert intervals.upper_tail(t, freedom) == pytest.approx(stats.t.sf(t, freedom), rel=1e-9)
+            assert statistics.upper_tail(t, freedom) == pytest.approx(stats.t.sf(t, freedom), rel=1e-9)
         for probability in (0.5, 0.8, 0.975, 0.999):
             expected = stats.t.ppf(probability, freedom)
-            assert intervals.quantile(probability, freedom) == pytest.approx(expected, rel=1e-8, abs=1e-9)
+            assert statistics.quantile(probability, freedom) == pytest.approx(expected, rel=1e-8, abs=1e-9)
 
 
 def test_intervals_and_welchs_test_are_those_of_scipy():
@@ -43,17 +44,17 @@ def test_intervals_and_welchs_test_are_those_of_scipy():
         first = [draw.gauss(0, 1) for _ in range(draw.randint(2, 8))]
         second = [draw.gauss(0.5, 3) for _ in range(draw.randint(2, 8))]
         low, high = stats.t.interval(0.95, len(first) - 1, loc=sum(first) / len(first), scale=stats.sem(first))
-        found = intervals.mean(first)
+        found = statistics.mean(first)
         assert found.half_width is not None
         assert (found.value - found.half_width, found.value + found.half_width) == pytest.approx((low, high))
-        assert intervals.welch(first, second) == pytest.approx(stats.ttest_ind(first, second, equal_var=False).pvalue)
+        assert statistics.welch(first, second) == pytest.approx(stats.ttest_ind(first, second, equal_var=False).pvalue)
 
 
 def test_one_value_alone_says_nothing_of_the_spread():
-    assert intervals.mean([3.0]) == intervals.Mean(1, 3.0, None)
-    assert intervals.welch([1.0], [2.0, 3.0]) is None
-    assert intervals.welch([1.0, 1.0], [1.0, 1.0]) == 1.0
-    assert intervals.welch([1.0, 1.0], [2.0, 2.0]) == 0.0
+    assert statistics.mean([3.0]) == statistics.Mean(1, 3.0, None)
+    assert statistics.welch([1.0], [2.0, 3.0]) is None
+    assert statistics.welch([1.0, 1.0], [1.0, 1.0]) == 1.0
+    assert statistics.welch([1.0, 1.0], [2.0, 2.0]) == 0.0
 
 
 def test_seeds_are_averaged_and_settings_that_differ_by_chance_are_said_so():
@@ -159,8 +160,8 @@ def test_a_condition_that_no_run_meets_says_which_values_there_are():
     [((0.56, 0.56), "0.56 GiB"), ((0.5, 0.6, 0.7), "0.60 ± 0.25 GiB")],
 )
 def test_two_repetitions_say_nothing_of_the_spread_of_a_machine(values: tuple[float, ...], said: str):
-    assert leaderboard.mean_text("memory/peak_rss_gib", intervals.mean(values)) == said
-    assert "±" in leaderboard.mean_text("eval/loss", intervals.mean(values))
+    assert leaderboard.mean_text("memory/peak_rss_gib", statistics.mean(values)) == said
+    assert "±" in leaderboard.mean_text("eval/loss", statistics.mean(values))
 
 
 def test_where_nothing_but_the_seed_differs_there_is_one_group_and_nothing_to_hold_it_against():
@@ -262,7 +263,7 @@ def test_only_what_differs_is_shown_and_not_where_it_ran():
 
 def config(**changes: str) -> dict[str, str]:
     """Flattened, as a run folder or MLflow has it."""
-    four = {"quant._target_": "runner.quant.four_bit", "quant.kind": "nf4", "quant.double": "true",
+    four = {"quant._target_": "runner.models.quantization.four_bit", "quant.kind": "nf4", "quant.double": "true",
             "quant.compute_dtype": "auto"}  # fmt: skip
     return {**four, **{key.replace("__", "."): value for key, value in changes.items()}}
 
@@ -273,12 +274,12 @@ def test_an_option_is_known_again_by_what_it_sets():
     changed, implied = choices.named(config(quant__compute_dtype="float32"))
     assert changed["quant"] == "4bit"
     assert implied == {"quant._target_", "quant.kind", "quant.double"}
-    dora = {"lora._target_": "runner.lora.lora", "lora.r": "8", "lora.use_dora": "true"}
+    dora = {"lora._target_": "runner.models.lora.lora", "lora.r": "8", "lora.use_dora": "true"}
     assert choices.named(dora)[0]["lora"] == "dora"
 
 
 def test_what_two_options_have_in_common_is_settled_by_the_command_line():
-    pretrained = {"model._target_": "runner.origins.pretrained", "model.path": "/mine", "model.revision": "null"}
+    pretrained = {"model._target_": "runner.models.sources.pretrained", "model.path": "/mine", "model.revision": "null"}
     assert choices.named(pretrained)[0]["model"] == "pretrained"
     assert choices.named(pretrained, choices.given_by(["model=qwen", "lora.r=8"]))[0]["model"] == "qwen"
 
@@ -288,7 +289,7 @@ def test_what_follows_from_a_group_is_left_out_unless_somebody_set_it():
         params, implied = choices.named(flat)
         return Result(name, name, "completed", params=params, implied=implied, metrics={"eval/loss": loss})
 
-    none = of("none", 1, {"quant._target_": "runner.quant.none"})
+    none = of("none", 1, {"quant._target_": "runner.models.quantization.none"})
     assert ranking.differing([none, of("4bit", 2, config())]) == ["quant"]
     assert ranking.differing([none, of("4bit", 2, config(quant__double="false"))]) == ["quant", "quant.double"]
     assert ranking.differing([of("a", 1, config()), of("b", 2, config(quant__double="false"))]) == ["quant.double"]

@@ -12,9 +12,9 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from runner import fused, recompute
+from runner.config.schema import Memory
 from runner.errors import ConfigError
-from runner.schema import Memory
+from runner.models.kernels import activation_checkpointing, lora_linear
 
 IDS = torch.randint(0, 64, (1, 160), generator=torch.Generator().manual_seed(0))
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -30,7 +30,7 @@ def adapted(config: Any, lora: dict[str, Any] | None = None) -> Any:
     if lora is not None:
         options = {"target_modules": "all-linear", "init_lora_weights": False, **lora}
         model = get_peft_model(model, LoraConfig(**options))
-        fused.fuse(model)
+        lora_linear.fuse(model)
     return model.train()
 
 
@@ -52,7 +52,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.2}, {"use_dora": True}, None], ids=repr)
 def test_the_numbers_stay_the_same_bit_for_bit(lora: dict[str, Any] | None, memory: Memory) -> None:
     expected, model = step(llama(lora)), llama(lora)
-    recompute.arrange(model, memory)
+    activation_checkpointing.arrange(model, memory)
     assert_same(step(model), expected)
     with torch.no_grad():
         assert torch.equal(model.eval()(IDS).logits, llama(lora).eval()(IDS).logits)
@@ -65,7 +65,7 @@ def test_they_stay_so_under_autocast_and_in_families_with_other_norms_and_gates(
     for config in (transformers.Qwen3Config(**sizes), transformers.GemmaConfig(**sizes), of_phi):
         for dtype in (None, torch.bfloat16):
             expected, model = step(adapted(config, {}), dtype), adapted(config, {})
-            recompute.arrange(model, memory)
+            activation_checkpointing.arrange(model, memory)
             assert_same(step(model, dtype), expected)
 
 
@@ -82,7 +82,7 @@ def test_what_is_computed_again_is_computed_once(memory: Memory, times: dict[str
     layer = model.get_decoder().layers[1]
     for name, module in layer.named_modules():
         module.forward = counting(module.forward, counted, name.rpartition(".")[2])
-    recompute.arrange(model, memory)
+    activation_checkpointing.arrange(model, memory)
     counted.clear()  # a trial of the MLP
     step(model)
     assert {name: counted[name] for name in times} == times
@@ -99,7 +99,7 @@ def counting(forward: Any, counted: Counter[str], name: str) -> Any:
 @pytest.mark.parametrize("memory", ["speed", "balanced"])
 def test_nothing_is_held_once_the_gradients_are_there(memory: Memory) -> None:
     model = llama({})
-    recompute.arrange(model, memory)
+    activation_checkpointing.arrange(model, memory)
     made: list[weakref.ref[torch.Tensor]] = []
     model.get_decoder().layers[0].mlp.gate_proj.register_forward_hook(lambda *args: made.append(weakref.ref(args[2])))
     step(model)
@@ -117,7 +117,7 @@ def test_dropout_in_one_layer_is_drawn_once() -> None:
         return llama({"lora_dropout": 0.3, "target_modules": r".*layers\.1\..*_proj"})
 
     expected, found = step(model()), model()
-    recompute.arrange(found, "balanced")
+    activation_checkpointing.arrange(found, "balanced")
     assert_same(step(found), expected)
 
 
@@ -126,7 +126,7 @@ def test_experts_beside_a_gated_mlp(memory: Memory) -> None:
     sizes = {**SMALL, "intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
     config = transformers.Qwen2MoeConfig(**sizes, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2)
     expected, model = step(adapted(config)), adapted(config)
-    recompute.arrange(model, memory)
+    activation_checkpointing.arrange(model, memory)
     assert_same(step(model), expected)
 
 
@@ -151,7 +151,7 @@ def test_a_result_that_is_saved_in_another_order_is_kept() -> None:
         torch.manual_seed(0)
         model = Model()
         if memory:
-            recompute.arrange(model, memory)
+            activation_checkpointing.arrange(model, memory)
         model(torch.randn(4, 3, generator=torch.Generator().manual_seed(0))).backward()
         return [parameter.grad for parameter in model.parameters()]  # type: ignore[misc]
 
@@ -161,7 +161,7 @@ def test_a_result_that_is_saved_in_another_order_is_kept() -> None:
 def test_an_activation_that_is_trained_has_its_gradient() -> None:
     expected, model = step(llama(None, hidden_act="prelu")), llama(None, hidden_act="prelu")
     assert any("act_fn" in name for name in expected)
-    recompute.arrange(model, "speed")
+    activation_checkpointing.arrange(model, "speed")
     assert_same(step(model), expected)
 
 
@@ -177,17 +177,17 @@ def test_an_mlp_of_another_kind_is_left_as_it_is() -> None:
         return model
 
     expected, model = step(doubled()), doubled()
-    recompute.arrange(model, "balanced")
+    activation_checkpointing.arrange(model, "balanced")
     assert_same(step(model), expected)
 
 
 def test_layers_without_an_mlp_of_their_own_are_refused() -> None:
     config = transformers.OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32)
     with pytest.raises(ConfigError, match=r"train\.memory=balanced: OPTDecoderLayer has no MLP(.|\n)*speed or min"):
-        recompute.arrange(adapted(config), "balanced")
-    recompute.arrange(adapted(config), "min")
+        activation_checkpointing.arrange(adapted(config), "balanced")
+    activation_checkpointing.arrange(adapted(config), "min")
     with pytest.raises(ConfigError, match="no list of equal layers"):
-        recompute.arrange(torch.nn.Linear(2, 2), "min")
+        activation_checkpointing.arrange(torch.nn.Linear(2, 2), "min")
 
 
 def test_what_keeps_a_part_of_the_opened_gate_has_it_to_itself() -> None:
@@ -204,14 +204,14 @@ def test_what_keeps_a_part_of_the_opened_gate_has_it_to_itself() -> None:
         return model
 
     expected, model = step(parted()), parted()
-    recompute.arrange(model, "speed")
+    activation_checkpointing.arrange(model, "speed")
     assert_same(step(model), expected)
 
 
 def test_opened_gates_of_all_layers_lie_in_one_place() -> None:
     places: list[int] = []
     model = llama({})
-    recompute.arrange(model, "speed")
+    activation_checkpointing.arrange(model, "speed")
     for layer in model.get_decoder().layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: places.append(args[0].data_ptr()))
     step(model)

@@ -20,10 +20,13 @@ import mlflow
 import pytest
 from conftest import TINY, prepared
 
-from runner import checkout, cli, contrast, prepare, provenance, rerun, store, worktree
+from runner.cli import main, rerun, worktree
 from runner.errors import ConfigError
-from runner.recorded import of_folder
-from runner.rundir import RunDir
+from runner.report import diff
+from runner.report.record import of_folder
+from runner.tracking import checkout, manifest, provenance
+from runner.tracking.mlflow import store
+from runner.tracking.rundir import RunDir
 
 QUICK = (*TINY, "train.max_steps=3", "train.save_steps=3")
 MIRRORED = (*(word for word in QUICK if not word.startswith("tracking")), "tracking.system_metrics=false")
@@ -44,7 +47,7 @@ def rows(path: Path, count: int = 40) -> Path:
 
 
 def trained(folder: str, *overrides: str) -> RunDir:
-    assert cli.run([*QUICK, f"hydra.run.dir={folder}", *overrides]) == 0
+    assert main.run([*QUICK, f"hydra.run.dir={folder}", *overrides]) == 0
     return RunDir(Path(folder).absolute())
 
 
@@ -58,7 +61,7 @@ def the_rerun(of: RunDir) -> RunDir:
 def test_a_rerun_is_the_same_bit_by_bit_and_says_so(capfd: pytest.CaptureFixture[str]):
     original = trained("first")
     capfd.readouterr()
-    assert cli.run(["rerun", "first"]) == 0
+    assert main.run(["rerun", "first"]) == 0
     said = capfd.readouterr().err
     made = the_rerun(original)
     assert re.search(r"code +the same\nenvironment the same\nhardware +the same", said)
@@ -73,7 +76,7 @@ def test_a_rerun_is_the_same_bit_by_bit_and_says_so(capfd: pytest.CaptureFixture
     assert manifest["name"] == f"rerun of {original.read_manifest()['name']}"
     assert {"config.yaml", "overrides.yaml", "hydra.yaml"} == {path.name for path in (made.path / ".hydra").iterdir()}
 
-    assert cli.run(["diff", "first", str(made.path)]) == 0
+    assert main.run(["diff", "first", str(made.path)]) == 0
     said = capfd.readouterr().out
     assert "the same: configuration, code, environment, data, hardware" in said
     assert "the same, bit by bit, at all 4 steps that both have" in said
@@ -89,7 +92,7 @@ def test_other_numbers_are_found_where_they_begin(capfd: pytest.CaptureFixture[s
     original.update_manifest(weights_sha256="0" * 32, hardware={**original.read_manifest()["hardware"], "cpus": 4096})
     original.update_manifest(versions={**original.read_manifest()["versions"], "torch": "2.5.1"})
     capfd.readouterr()
-    assert cli.run(["rerun", "first"]) == 0
+    assert main.run(["rerun", "first"]) == 0
     said = capfd.readouterr().err
     outcome = the_rerun(original).read_manifest()["rerun"]["outcome"]
     assert (outcome["identical"], outcome["first"][:2], outcome["same_weights"]) == (False, [2, "train/loss"], False)
@@ -103,9 +106,9 @@ def test_where_and_how_may_be_changed_and_nothing_else(capfd: pytest.CaptureFixt
     original = trained("first")
     config = original.config.read_text()
     where = ["outputs_dir=elsewhere", "hydra.run.dir=again", "launcher.threads=1", "tracking.experiment=mine"]
-    assert cli.run(["rerun", "first", *where, "name=twice"]) == 0
+    assert main.run(["rerun", "first", *where, "name=twice"]) == 0
     made = RunDir(Path("again").absolute())
-    cfg = prepare.read_config(made)
+    cfg = manifest.read_config(made)
     assert made.read_manifest()["name"] == "twice"
     assert cfg["outputs_dir"] == str(Path("elsewhere").absolute())
     assert cfg["launcher"]["threads"] == 1
@@ -128,7 +131,7 @@ def test_where_and_how_may_be_changed_and_nothing_else(capfd: pytest.CaptureFixt
         (["tracking=server"], "needs a value"),
         (["--exactly"], "did you mean '--exact'"),
     ):
-        assert cli.run(["rerun", "first", *words]) == 2, words
+        assert main.run(["rerun", "first", *words]) == 2, words
         told = capfd.readouterr().err
         assert re.search(said, told, re.DOTALL), told
         assert "Traceback" not in told
@@ -140,9 +143,9 @@ def test_changed_data_is_refused_and_moved_data_is_found(tmp_path: Path, capfd: 
     mine = ("data=local", f"data.path={data}", "data/format=alpaca", "data.train_rows=null", "data.max_length=128")
     original = trained("first", *mine)
     moved = data.rename(tmp_path / "moved.jsonl")
-    assert cli.run(["rerun", "first"]) == 2
+    assert main.run(["rerun", "first"]) == 2
     assert "KEY=… names where they lie" in capfd.readouterr().err
-    assert cli.run(["rerun", "first", f"data.path={moved}"]) == 0
+    assert main.run(["rerun", "first", f"data.path={moved}"]) == 0
     assert "identical to the original" in capfd.readouterr().err
     made = the_rerun(original)
     assert made.read_manifest()["data"]["digest"] == original.read_manifest()["data"]["digest"]
@@ -150,7 +153,7 @@ def test_changed_data_is_refused_and_moved_data_is_found(tmp_path: Path, capfd: 
 
     with moved.open("a") as handle:
         handle.write('{"instruction": "And now?", "input": "", "output": "Something else."}\n')
-    assert cli.run(["rerun", "first", f"data.path={moved}"]) == 2
+    assert main.run(["rerun", "first", f"data.path={moved}"]) == 2
     assert "is not what the run was trained on that this repeats" in capfd.readouterr().err
     assert not list(Path("outputs").glob("*/*/config.yaml")), "what was refused leaves nothing"
 
@@ -189,7 +192,7 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
         (["rerun", "nobody"], "there is no run or sweep 'nobody'"),
         (["rerun", "empty", "--exact"], "is a folder, and no run"),
     ):
-        assert cli.run(words) == 2, words
+        assert main.run(words) == 2, words
         told = capfd.readouterr().err
         assert re.search(said, told, re.DOTALL), told
         assert "Traceback" not in told
@@ -198,7 +201,7 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
 
 def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
     four, eight = trained("four", "lora.r=4"), trained("eight")
-    assert cli.run(["diff", "four", "eight"]) == 0
+    assert main.run(["diff", "four", "eight"]) == 0
     said = capfd.readouterr().out
     assert re.search(r"configuration\n +lora\.r +4 +8\n\n", said), "and no other key"
     assert re.search(r"train/loss +\S+ +\S+  \([+-]", said)
@@ -206,17 +209,17 @@ def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
     assert "differs first at step 1: train/grad_norm" in said
 
     trained("coarse", "quant=8bit", "tracking.experiment=other")
-    assert cli.run(["diff", "eight", "coarse", "--all"]) == 0
+    assert main.run(["diff", "eight", "coarse", "--all"]) == 0
     said = capfd.readouterr().out
     assert re.search(r"configuration\n(.+\n)* +quant +none +8bit\n", said), "the option's name"
     assert re.search(r" data\.format +messages +messages\n", said)
     assert "_target_" not in said
 
-    assert cli.run(["diff", "four", "eight", "--all"]) == 0
+    assert main.run(["diff", "four", "eight", "--all"]) == 0
     assert re.search(r"optim\.learning_rate +0\.001 +0\.001", capfd.readouterr().out)
-    assert cli.run(["diff", "four", "eight", "--markdown"]) == 0
+    assert main.run(["diff", "four", "eight", "--markdown"]) == 0
     assert "| lora.r | 4 | 8 |" in capfd.readouterr().out
-    assert cli.run(["diff", "four", "eight", "--json"]) == 0
+    assert main.run(["diff", "four", "eight", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["sections"]["configuration"]["lora.r"] == {"values": ["4", "8"], "differs": True}
     assert [run["folder"] for run in told["runs"]] == [str(four.path), str(eight.path)]
@@ -225,11 +228,11 @@ def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
 
 def test_numbers_are_compared_as_they_are():
     nan, step = math.nan, {0: 1.0, 1: 2.0}
-    assert contrast.numbers({"train/loss": {1: nan}}, {"train/loss": {1: nan}}).first is None
-    assert contrast.numbers({"train/loss": {1: math.inf}}, {"train/loss": {1: store.INFINITY}}).first is None
-    assert contrast.numbers({"train/loss": step}, {"train/loss": {0: 1.0}}).steps == 1
-    assert contrast.numbers({"train/mfu": {1: 0.1}}, {"train/mfu": {1: 0.2}}).steps == 0, "speed is no result"
-    found = contrast.numbers({"train/loss": step, "eval/loss": {1: 5.0}}, {"train/loss": step, "eval/loss": {1: 4.0}})
+    assert diff.numbers({"train/loss": {1: nan}}, {"train/loss": {1: nan}}).first is None
+    assert diff.numbers({"train/loss": {1: math.inf}}, {"train/loss": {1: store.INFINITY}}).first is None
+    assert diff.numbers({"train/loss": step}, {"train/loss": {0: 1.0}}).steps == 1
+    assert diff.numbers({"train/mfu": {1: 0.1}}, {"train/mfu": {1: 0.2}}).steps == 0, "speed is no result"
+    found = diff.numbers({"train/loss": step, "eval/loss": {1: 5.0}}, {"train/loss": step, "eval/loss": {1: 4.0}})
     assert (found.first, found.largest, found.last) == ((1, "eval/loss", 5.0, 4.0), 1.0, 1)
 
 
@@ -268,10 +271,10 @@ def runner(code: Path, *words: str, **environment: str) -> subprocess.CompletedP
 
 def halve_learning_rate(code: Path) -> None:
     """An uncommitted change of results: a line, and a file that git does not know."""
-    (code / "src" / "runner" / "halved.py").write_text("FACTOR = 0.5\n")
-    file = code / "src" / "runner" / "optim.py"
+    (code / "src" / "runner" / "train" / "halved.py").write_text("FACTOR = 0.5\n")
+    file = code / "src" / "runner" / "train" / "optim.py"
     text = file.read_text().replace("lr=learning_rate, weight_decay", "lr=learning_rate * FACTOR, weight_decay")
-    file.write_text(text.replace("import torch\n", "import torch\n\n    from runner.halved import FACTOR\n", 1))
+    file.write_text(text.replace("import torch\n", "import torch\n\n    from runner.train.halved import FACTOR\n", 1))
 
 
 @pytest.mark.slow
@@ -290,8 +293,8 @@ def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
 
     as_it_is = runner(ours, "rerun", short, f"uri={uri}", "hydra.run.dir=plain")
     assert as_it_is.returncode == 0, as_it_is.stderr
-    assert re.search(r"src/runner/halved\.py  \+0 -1\n", as_it_is.stderr)
-    assert re.search(r"src/runner/optim\.py  \+\d+ -\d+\n", as_it_is.stderr)
+    assert re.search(r"src/runner/train/halved\.py  \+0 -1\n", as_it_is.stderr)
+    assert re.search(r"src/runner/train/optim\.py  \+\d+ -\d+\n", as_it_is.stderr)
     assert "not identical: first at step 1, train/learning_rate was 0.0005 and is 0.001" in as_it_is.stderr
 
     exact = runner(ours, "rerun", short, f"uri={uri}", "--exact", "hydra.run.dir='exact, one'")
@@ -317,9 +320,11 @@ def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
     again = runner(ours, "rerun", short, f"uri={uri}", "--exact", "lora.r=4")
     assert again.returncode == 2
     (folder,) = [Path(line.split()[0]) for line in git(ours, "worktree", "list").splitlines()[1:]]
-    (folder / "src" / "runner" / "halved.py").write_text("FACTOR = 2\n")
+    (folder / "src" / "runner" / "train" / "halved.py").write_text("FACTOR = 2\n")
     assert runner(ours, "rerun", short, f"uri={uri}", "--exact", "tracking=nothing").returncode == 2
-    assert (folder / "src" / "runner" / "halved.py").read_text() == "FACTOR = 0.5\n", "an edited copy is made anew"
+    assert (folder / "src" / "runner" / "train" / "halved.py").read_text() == "FACTOR = 0.5\n", (
+        "an edited copy is made anew"
+    )
 
     missing = runner(ours, "rerun", "0123abcd", f"uri={uri}")
     assert missing.returncode == 2
@@ -341,14 +346,14 @@ def test_what_is_noted_beside_a_worktree_goes_with_it(tmp_path: Path):
 
 
 def test_a_run_that_a_database_has_not_is_refused_without_mlflow(tmp_path: Path):
-    assert cli.run([*MIRRORED, "hydra.run.dir=first"]) == 0
+    assert main.run([*MIRRORED, "hydra.run.dir=first"]) == 0
     run = RunDir(Path("first").absolute())
     uri, of_it = f"sqlite:///{tmp_path}/outputs/mlflow.db", run.read_manifest()["mlflow"]["run_id"]
     program = (
-        "import sys; from runner import recorded\n"
-        f"assert recorded.of_store({of_it[:6]!r}, {uri!r}).folder.name == 'first'\n"
-        f"try: recorded.of_store('ffffffff', {uri!r})\n"
-        "except recorded.UnknownRunError as error: print(error)\n"
+        "import sys; from runner.report import record\n"
+        f"assert record.of_store({of_it[:6]!r}, {uri!r}).folder.name == 'first'\n"
+        f"try: record.of_store('ffffffff', {uri!r})\n"
+        "except record.UnknownRunError as error: print(error)\n"
         "assert 'mlflow' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -384,7 +389,7 @@ def test_exact_is_refused_where_the_code_cannot_be_had(tmp_path: Path):
 
     def refused(**changes: Any) -> str:
         git_says = {**run.manifest["git"], **changes.pop("git", {})}
-        changed = contrast.Recorded(**{**vars(run), **changes, "manifest": {**run.manifest, "git": git_says}})
+        changed = diff.Recorded(**{**vars(run), **changes, "manifest": {**run.manifest, "git": git_says}})
         with pytest.raises(ConfigError) as error:
             worktree.provide(changed)
         return str(error.value)

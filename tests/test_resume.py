@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from conftest import TINY, prepared
 
-from runner import tracking
-from runner.rundir import RunDir
+from runner.tracking import metrics_log
+from runner.tracking.rundir import RunDir
 
 SERVER = Path(__file__).with_name("fork_server.py")
 OPTIONS = (
@@ -30,7 +30,7 @@ def outcome(rundir: RunDir) -> dict[str, Any]:
     """All that must not depend on what happened on the way."""
     records = [
         {k: v for k, v in record.items() if k not in TIMES and not k.startswith("memory/")}
-        for record in tracking.read(rundir)
+        for record in metrics_log.read(rundir)
     ]
     weights = (rundir.model / "adapter_model.safetensors").read_bytes()
     return {"records": records, "weights": weights, "samples": rundir.samples.read_text()}
@@ -95,11 +95,11 @@ def test_signals_save_and_say_how_it_ended(tmp_path: Path, cache: Path, number: 
     assert f"resume={rundir.path}" in out
     saved = json.loads(next(rundir.checkpoints.glob("step-*/progress.json")).read_text())
     assert saved["step"] == state.step
-    assert tracking.read(rundir)[-1]["step"] == state.step
+    assert metrics_log.read(rundir)[-1]["step"] == state.step
 
 
 def test_a_completed_run_is_left_alone(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]):
-    from runner import worker
+    from runner.train import worker
 
     rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=1")
     assert worker.work(rundir) == 0
@@ -125,7 +125,7 @@ def test_the_same_command_again_continues_and_then_leaves_alone(tmp_path: Path, 
     assert (done.returncode, rundir.read_state().status) == (0, "completed"), done.stderr
     assert "resumed at step" in done.stderr
     assert rundir.read_state().attempt == 2
-    assert [r["step"] for r in tracking.read(rundir) if "train/loss" in r] == list(range(1, 151))
+    assert [r["step"] for r in metrics_log.read(rundir) if "train/loss" in r] == list(range(1, 151))
 
     before = {path: path.stat().st_mtime_ns for path in rundir.path.rglob("*")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

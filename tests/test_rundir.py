@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runner.files import cache_dir, write_atomic
-from runner.rundir import RunDir, State
+from runner.tracking.rundir import RunDir, State
 
 
 def test_state_starts_pending_and_changes_field_by_field(tmp_path: Path):
@@ -57,7 +57,7 @@ def test_concurrent_updates_of_the_manifest_lose_nothing(tmp_path: Path):
 def test_a_folder_is_alive_only_while_its_holder_is(tmp_path: Path):
     rundir = RunDir(tmp_path)
     assert not rundir.is_alive()
-    code = f"import time\nfrom pathlib import Path\nfrom runner.rundir import RunDir\n\
+    code = f"import time\nfrom pathlib import Path\nfrom runner.tracking.rundir import RunDir\n\
 with RunDir(Path({str(tmp_path)!r})).held() as mine:\n    print(mine, flush=True)\n    time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from runner import schedules
-from runner.config import bind, find_faults
+from runner.config.bind import bind, find_faults
 from runner.errors import ConfigError
+from runner.train import schedules
 
 OPTIONS = sorted(Path(__file__).parents[1].glob("conf/schedule/*.yaml"))
 TOTAL = 40

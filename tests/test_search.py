@@ -20,10 +20,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from runner import admit, cli, search, searching, space, sweeping, system, tracking
+from runner.cli import main
 from runner.errors import ConfigError, Fault
-from runner.rundir import RunDir
-from runner.sweepdir import SweepDir
+from runner.launch import prepare
+from runner.sweep import algorithms, search, session, space
+from runner.tracking import machine, metrics_log
+from runner.tracking.rundir import RunDir
+from runner.tracking.sweepdir import SweepDir
 
 WORDS = (
     "-m", "model=tiny", "data.max_length=128", "data.train_rows=64", "data.eval_rows=4", "train.sample_prompts=0",
@@ -150,10 +153,10 @@ def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path):
     done = runner(*WORDS[1:], "train.max_steps=2", "hydra.run.dir=run", "tracking=offline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rundir = RunDir(tmp_path / "run")
-    logged = {name for record in tracking.read(rundir) for name in record} - {"step", "time"}
-    elsewhere = search.ON_CPU if set(search.ON_CUDA) <= logged else search.ON_CUDA
-    assert logged == set(search.METRICS) - {*elsewhere, "training seconds"}
-    assert {metric for metric in search.METRICS if searching.value_of(rundir, metric) is None} == set(elsewhere)
+    logged = {name for record in metrics_log.read(rundir) for name in record} - {"step", "time"}
+    elsewhere = algorithms.ON_CPU if set(algorithms.ON_CUDA) <= logged else algorithms.ON_CUDA
+    assert logged == set(algorithms.METRICS) - {*elsewhere, "training seconds"}
+    assert {metric for metric in algorithms.METRICS if search.value_of(rundir, metric) is None} == set(elsewhere)
 
 
 @dataclass
@@ -188,8 +191,8 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
     def play(*words: str, end: Callable[[RunDir, int], dict[str, Any]] = completed) -> tuple[int, int]:
         launcher = Played(end)
         with monkeypatch.context() as patched:
-            patched.setattr(admit, "launcher_of", lambda _: launcher)
-            return cli.run([*WORDS, *words]), len(launcher.started)
+            patched.setattr(prepare, "launcher_of", lambda _: launcher)
+            return main.run([*WORDS, *words]), len(launcher.started)
 
     return play
 
@@ -201,7 +204,7 @@ def test_a_search_goes_on_only_with_runs_that_can_be_compared(play: Any, capsys:
     assert play(*SMALL) == (0, 2)
     for words, told in [
         (("train.max_steps=300",), "train.max_steps=60 (now 300)"),
-        (("model=smollm2", "search.trials=3"), "(now runner.origins.gguf)"),
+        (("model=smollm2", "search.trials=3"), "(now runner.models.sources.gguf)"),
         (("lora=dora",), "lora.use_dora"),
         (("seed=1",), "seed=0 (now 1)"),
     ]:
@@ -240,14 +243,14 @@ def test_failed_trials_are_failed_until_they_come_to_something(play: Any, capsys
 
 
 def test_a_proposal_that_cannot_be_run_has_failed(play: Any, monkeypatch: pytest.MonkeyPatch):
-    prepare = sweeping.Session.composed
+    prepare = session.Session.composed
 
-    def refusing(session: sweeping.Session, batch: Any, first: int) -> Any:
+    def refusing(session: session.Session, batch: Any, first: int) -> Any:
         if len(batch) == 1 and first == 1:
             raise ConfigError(Fault("lora.r", "is none that can be run"))
         return prepare(session, batch, first)
 
-    monkeypatch.setattr(sweeping.Session, "composed", refusing)
+    monkeypatch.setattr(session.Session, "composed", refusing)
     assert play(*SMALL) == (1, 1)
     assert play(*SMALL) == (1, 0)
 
@@ -265,18 +268,18 @@ def test_an_objective_that_was_not_logged_fails_the_search(play: Any, capsys: py
 def test_an_objective_of_the_other_device_is_refused(
     play: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu: bool, metric: str
 ):
-    monkeypatch.setattr(system, "has_cuda", lambda: gpu)
+    monkeypatch.setattr(machine, "has_cuda", lambda: gpu)
     assert play(*SMALL, f"search.objective={metric}") == (2, 0)
     assert f"search.objective={metric}: no run here logs this" in capsys.readouterr().err
     assert not Path("outputs").exists()
-    monkeypatch.setattr(system, "has_cuda", lambda: not gpu)
+    monkeypatch.setattr(machine, "has_cuda", lambda: not gpu)
     assert play(*SMALL, f"search.objective={metric}")[0] == 1, "it is begun"
 
 
 def test_a_run_that_was_given_up_is_in_the_table_with_its_last_loss(play: Any, capsys: pytest.CaptureFixture[str]):
     def end(rundir: RunDir, number: int) -> dict[str, Any]:
         for step, loss in ((0, 5.0), (4, 4.125)):
-            tracking.append(rundir, {"step": step, "time": 0.0, "eval/loss": loss})
+            metrics_log.append(rundir, {"step": step, "time": 0.0, "eval/loss": loss})
         return {"status": "pruned", "reason": "given up at step 4"}
 
     assert play(*SMALL, "search.trials=1", end=end) == (0, 1)
@@ -496,7 +499,7 @@ def test_two_objectives_end_in_a_front(tmp_path: Path, cache: Path):
     (sweep,) = map(SweepDir, (tmp_path / "outputs" / "sweeps").iterdir())
     ends: dict[str, tuple[float, float]] = {}
     for rundir in sweep.rundirs():
-        last = {name: value for record in tracking.read(rundir) for name, value in record.items()}
+        last = {name: value for record in metrics_log.read(rundir) for name, value in record.items()}
         ends[rundir.path.name] = last["eval/loss"], last["memory/peak_rss_gib"]
     assert len(ends) == 3
     front = {
@@ -541,5 +544,5 @@ def until(is_true: Any, seconds: float = 100) -> None:
 def test_a_value_that_is_no_number_is_none(tmp_path: Path):
     rundir = RunDir(tmp_path)
     rundir.metrics.write_text(json.dumps({"step": 1, "eval/loss": float("nan")}) + "\n")
-    assert searching.value_of(rundir, "eval/loss") is None
-    assert searching.value_of(rundir, "eval/token_accuracy") is None
+    assert search.value_of(rundir, "eval/loss") is None
+    assert search.value_of(rundir, "eval/token_accuracy") is None

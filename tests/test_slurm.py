@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from runner import scheduler, tracking
-from runner.rundir import RunDir, find_runs
-from runner.sweepdir import SweepDir
+from runner.tracking import metrics_log, slurm_client
+from runner.tracking.rundir import RunDir, find_runs
+from runner.tracking.sweepdir import SweepDir
 
 ROOT = Path(__file__).parents[1]
 BASE = (
@@ -56,7 +56,7 @@ def job_of(rundir: RunDir) -> str:
 
 
 def has_left_the_queue(rundir: RunDir) -> bool:
-    return not any(job.is_active for job in scheduler.jobs([job_of(rundir)]).values())
+    return not any(job.is_active for job in slurm_client.jobs([job_of(rundir)]).values())
 
 
 def weights(rundir: RunDir) -> bytes:
@@ -67,7 +67,7 @@ def records(rundir: RunDir) -> list[dict[str, Any]]:
     """All that was recorded but for how long it took."""
     return [
         {key: value for key, value in record.items() if key not in TIMES and not key.startswith("memory/")}
-        for record in tracking.read(rundir)
+        for record in metrics_log.read(rundir)
     ]
 
 
@@ -223,8 +223,8 @@ def test_later_edits_do_not_reach_a_queued_job(slurm: None):
     done = runner(*words, **there)
     assert done.returncode == 0, done.stderr
     rundir = RunDir(Path("queued").absolute())
-    assert Path(rundir.read_manifest()["snapshot"]["folder"], "runner", "train.py").exists()
-    for file in ("src/runner/train.py", "src/runner/worker.py", "conf/lora/lora.yaml", "conf/config.yaml"):
+    assert Path(rundir.read_manifest()["snapshot"]["folder"], "runner", "train", "loop.py").exists()
+    for file in ("src/runner/train/loop.py", "src/runner/worker.py", "conf/lora/lora.yaml", "conf/config.yaml"):
         Path("checkout", file).write_text("broken: [\n")
     slurm_says("scontrol", "release", job_of(rundir))
     until(lambda: has_left_the_queue(rundir))

@@ -18,11 +18,14 @@ import pytest
 from conftest import TINY, node, option, prepared
 from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says, until, weights
 
-from runner import cli, config, report, scheduler
+from runner.cli import main
+from runner.config import bind
 from runner.errors import LaunchError
-from runner.launch import following, sbatch, snapshot, submission, submitting
-from runner.rundir import DIED, RunDir
-from runner.sweepdir import SweepDir, slurm_room
+from runner.launch.slurm import monitor, script, snapshot, submission, submit
+from runner.sweep import table
+from runner.tracking import slurm_client
+from runner.tracking.rundir import DIED, RunDir
+from runner.tracking.sweepdir import SweepDir, slurm_room
 
 HELD = "+launcher.additional_parameters.hold=true"
 OWN_FUNCTION = (
@@ -286,7 +289,7 @@ def test_what_a_function_imports_from_beside_it_is_frozen_with_it(tmp_path: Path
     assert snapshot.take(tmp_path, [rundir]) == first
     write_functions("own/mine.py", ' + " and "')
     assert snapshot.take(tmp_path, [rundir]) != first
-    code = f"from runner import formats; print(formats._load('{tmp_path}/own/mine.py:text')(dict(a='1', b='2')))"
+    code = f"from runner.data import formats; print(formats._load('{tmp_path}/own/mine.py:text')(dict(a='1', b='2')))"
     for frozen, expected in ((first, "12"), (tmp_path, "1 and 2")):
         environment = {**os.environ, "RUNNER_SNAPSHOT": str(frozen), "PYTHONPATH": str(tmp_path / "own")}
         said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
@@ -298,19 +301,19 @@ def test_a_snapshot_is_a_package_of_its_own_and_changes_with_the_code(tmp_path: 
     rundir = prepared(tmp_path / "run", *TINY)
     checkout = tmp_path / "checkout"
     shutil.copytree(snapshot.PACKAGE, checkout / "src" / "runner", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(snapshot.config.config_dir(), checkout / "conf")
+    shutil.copytree(snapshot.bind.config_dir(), checkout / "conf")
     subprocess.run(["git", "init", "-q", str(checkout)], check=True)
     (checkout / ".gitignore").write_text("*.secret\n")
     (checkout / "src/runner/key.secret").write_text("not code")
     monkeypatch.setattr(snapshot, "PACKAGE", checkout / "src" / "runner")
-    monkeypatch.setattr(snapshot.config, "config_dir", lambda: checkout / "conf")
+    monkeypatch.setattr(snapshot.bind, "config_dir", lambda: checkout / "conf")
     first = snapshot.take(tmp_path, [rundir])
     assert snapshot.take(tmp_path, [rundir]) == first
     assert not list(first.rglob("*.secret"))
-    (checkout / "src/runner/train.py").open("a").write("# an uncommitted change\n")
+    (checkout / "src/runner/train/loop.py").open("a").write("# an uncommitted change\n")
     second = snapshot.take(tmp_path, [rundir])
     assert second != first
-    code = "from runner import config, train; print(train.__file__, config.config_dir())"
+    code = "from runner.config import bind; from runner.train import loop; print(loop.__file__, bind.config_dir())"
     environment = {**os.environ, "PYTHONPATH": str(second), "PYTHONSAFEPATH": "1"}
     said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
     assert said == [f"{second}/runner/train.py", f"{second}/runner/conf"]
@@ -341,7 +344,7 @@ def test_a_job_that_is_leaving_is_waited_for(tmp_path: Path, monkeypatch: pytest
     rundir = prepared(tmp_path / "run", *TINY)
     rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
     states = ["COMPLETING", "COMPLETING", "CANCELLED"]
-    monkeypatch.setattr(scheduler, "jobs", lambda ids: {id: scheduler.Job(id, states.pop(0)) for id in ids})
+    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {id: slurm_client.Job(id, states.pop(0)) for id in ids})
     monkeypatch.setattr(submission.time, "sleep", lambda _: None)
     rundir.write_state(status="killed", reason="cancelled by me")
     assert submission.wait_until_left([rundir]) == []
@@ -376,13 +379,13 @@ def test_of_a_sweep_that_is_given_again_in_parts_those_that_are_taken_stay_so(
         return begin(*asked)
 
     monkeypatch.setattr(submission, "begin", begun)
-    monkeypatch.setattr(submitting, "_to_local", lambda *_: "8")
+    monkeypatch.setattr(submit, "_to_local", lambda *_: "8")
     asked = option("launcher", "slurm", cluster="local", snapshot="none")()
     if isinstance(stop, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            submitting.submit(asked, rundirs, sweep)
+            submit.submit(asked, rundirs, sweep)
     else:
-        assert submitting.submit(asked, rundirs, sweep) == rundirs[1:]
+        assert submit.submit(asked, rundirs, sweep) == rundirs[1:]
         assert "cannot be written: No space left on device; Slurm took 1 of 2 runs\n" in capsys.readouterr().err
     assert [job_of(rundir) for rundir in rundirs] == ["8", "7"]
     assert [rundir.read_state().status for rundir in rundirs] == ["pending", "killed"]
@@ -392,7 +395,7 @@ def test_what_is_completed_is_not_submitted_again(tmp_path: Path, capsys: pytest
     rundir = prepared(tmp_path / "run", *TINY)
     rundir.write_state(status="completed")
     for launcher in (("launcher=slurm",), ("launcher=slurm", "launcher.cluster=local")):
-        assert cli.run([*TINY, *launcher, f"hydra.run.dir={rundir.path}"]) == 0
+        assert main.run([*TINY, *launcher, f"hydra.run.dir={rundir.path}"]) == 0
         assert "is completed already: nothing to do" in capsys.readouterr().err
     assert not slurm_room(rundir.path).exists()
 
@@ -407,7 +410,7 @@ def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.Monkey
     of_given = dict.fromkeys(("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS", "SBATCH_MEM_PER_NODE", "SBATCH_HINT"), "9")
 
     def seen_by_sbatch(**asked: object) -> dict[str, str]:
-        with sbatch.environment(option("launcher", "slurm", **asked)()):
+        with script.environment(option("launcher", "slurm", **asked)()):
             return {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
 
     for name, value in {**kept, **removed, **of_given}.items():
@@ -435,9 +438,9 @@ def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.Monkey
     ],
 )
 def test_what_nobody_heeds_without_slurm_is_refused(cluster: str, asked: dict[str, object], remedy: str):
-    assert not list(config.find_faults(node("launcher", "slurm", **asked), "launcher"))
-    assert not list(config.find_faults(node("launcher", "slurm", cluster=cluster), "launcher"))
-    (fault,) = config.find_faults(node("launcher", "slurm", cluster=cluster, **asked), "launcher")
+    assert not list(bind.find_faults(node("launcher", "slurm", **asked), "launcher"))
+    assert not list(bind.find_faults(node("launcher", "slurm", cluster=cluster), "launcher"))
+    (fault,) = bind.find_faults(node("launcher", "slurm", cluster=cluster, **asked), "launcher")
     assert (fault.key, fault.problem) == (f"launcher.{next(iter(asked))}", f"has no effect with cluster={cluster}")
     assert remedy in fault.remedy
 
@@ -471,8 +474,8 @@ def test_a_search_does_not_follow_a_job_that_it_did_not_submit(tmp_path: Path, m
     rundir, sweep = prepared(tmp_path / "run", *TINY), SweepDir(tmp_path)
     rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
     rundir.write_state(status="failed")
-    monkeypatch.setattr(scheduler, "jobs", lambda ids: {id: scheduler.Job(id, "COMPLETING") for id in ids})
-    monkeypatch.setattr(scheduler, "settings", lambda *_: {})
+    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {id: slurm_client.Job(id, "COMPLETING") for id in ids})
+    monkeypatch.setattr(slurm_client, "settings", lambda *_: {})
     monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
     source = One(rundir)
     with pytest.raises(LaunchError, match="launcher=run: an earlier job of theirs does not leave its nodes"):
@@ -507,11 +510,11 @@ def test_a_job_that_does_not_leave_keeps_no_other_run_of_a_search_waiting(
         return [rundir] if rundir.path.name == "stuck" else []
 
     monkeypatch.setattr(submission, "is_queued", lambda rundirs: [False] * len(rundirs))
-    monkeypatch.setattr(following, "FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(following, "SETTLING_S", 0.0)
+    monkeypatch.setattr(monitor, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(monitor, "SETTLING_S", 0.0)
     source = Two()
     with pytest.raises(LaunchError, match="launcher=stuck: an earlier job"):
-        following.serve(source, 1, submit)
+        monitor.serve(source, 1, submit)
     assert asked == ["stuck", "well", "stuck"], "and once more after a job has ended"
     assert source.ended_runs == ["well"]
 
@@ -522,10 +525,10 @@ def test_sigterm_ends_the_following_and_not_the_runs(tmp_path: Path, capsys: pyt
     timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     try:
-        assert following.follow([rundir]) == [75]
+        assert monitor.follow([rundir]) == [75]
         assert "no longer following; 1 of 1 runs go on" in capsys.readouterr().err
         source = One(rundir)
-        assert following.serve(source, 1, lambda _: []) == 75
+        assert monitor.serve(source, 1, lambda _: []) == 75
         assert "no further runs are proposed; 1 go on" in capsys.readouterr().err
         assert not source.has_ended
         assert process.poll() is None
@@ -541,7 +544,7 @@ def test_the_table_of_a_sweep_says_how_runs_stand_and_not_what_the_dead_wrote(
 ):
     rundir = prepared(tmp_path / "run", *TINY)
     rundir.write_state(status="running", attempt=1, host=os.uname().nodename)
-    report.sweep([("seed=1", rundir)], is_detached=False)
+    table.sweep([("seed=1", rundir)], is_detached=False)
     shown = capsys.readouterr().out
     assert f"killed  seed=1: {DIED}" in shown
     assert "running" not in shown

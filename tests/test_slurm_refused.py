@@ -15,8 +15,8 @@ import pytest
 from conftest import TINY, cancel_jobs, jobs_of, prepared
 from test_slurm import SHORT, SLURM, job_of, runner, slurm_says, until
 
-from runner import scheduler
-from runner.sweepdir import SweepDir
+from runner.tracking import slurm_client
+from runner.tracking.sweepdir import SweepDir
 
 HELD = "+launcher.additional_parameters.hold=true"
 SWEEP = ("-m", "seed=1,2")
@@ -126,8 +126,8 @@ def test_a_controller_that_is_down_is_told_in_its_own_words_and_soon(
     assert "ask who runs the cluster" in said
     with monkeypatch.context() as patched:
         patched.setenv("SLURM_CONF", silent)
-        patched.setattr(scheduler, "LONGEST_PING_S", 0.0)
-        assert scheduler.silence() == "no answer within 0 s"
+        patched.setattr(slurm_client, "LONGEST_PING_S", 0.0)
+        assert slurm_client.silence() == "no answer within 0 s"
 
 
 @pytest.mark.slurm

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from runner import sources
+from runner.data import sources
 from runner.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": "two — 好"}, {"text": "three, with a comma"}]
@@ -273,7 +273,7 @@ def refusing_hub():
 def ask_hub(endpoint: str, path: str) -> tuple[str, float]:
     """What `data=hub` says in a process of its own, online, against the given Hub; and after how many seconds."""
     code = (
-        "import time; from runner import sources; import huggingface_hub; began = time.time()\n"
+        "import time; from runner.data import sources; import huggingface_hub; began = time.time()\n"
         f"try: sources.hub(path={path!r}, name=None, split='train', eval_split=None, revision=None)\n"
         "except Exception as error: print(type(error).__name__, error, time.time() - began, sep='\\n')"
     )

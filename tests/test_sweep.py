@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from conftest import TINY
 
-from runner import sweeping, sweeps
-from runner.rundir import RunDir
-from runner.sweepdir import SweepDir
+from runner.sweep import folder
+from runner.sweep import session as sweeping
+from runner.tracking.rundir import RunDir
+from runner.tracking.sweepdir import SweepDir
 
 SMALL = (
     *(word for word in TINY if not word.startswith("tracking=")),
@@ -64,7 +65,7 @@ def test_a_stop_reaches_other_launchers_and_a_failure_does_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, others: int | None, told: str
 ):
     session = sweeping.Session(None, [])
-    entries = [sweeping.Entry(sweeps.Wanted({"retry": False}, n, ""), RunDir(tmp_path / n), None) for n in "ab"]
+    entries = [sweeping.Entry(folder.Wanted({"retry": False}, n, ""), RunDir(tmp_path / n), None) for n in "ab"]
     session._launch(SweepDir(tmp_path), entries, [(Stopped(code), [0]), (Stopped(0), [1])])
     assert [entry.code for entry in entries] == [code, others]
     assert told in capsys.readouterr().err

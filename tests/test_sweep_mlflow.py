@@ -34,13 +34,15 @@ from test_mirror import (
     the_run,
 )
 
-from runner import mirror, mirroring, mlflow_sweep, store, tracking
-from runner.mlflow_run import MlflowRun
-from runner.rundir import DIED, RunDir, State
-from runner.sweepdir import SweepDir
+from runner.tracking import metrics_log
+from runner.tracking.mirror import spawn, sync
+from runner.tracking.mlflow import parent_run, store
+from runner.tracking.mlflow.run import MlflowRun
+from runner.tracking.rundir import DIED, RunDir, State
+from runner.tracking.sweepdir import SweepDir
 
 THIS = Path(__file__).resolve()
-OFFLINE = {"_target_": "runner.tracking.offline", "experiment": "tests", "run_name": None, "log_model": False}
+OFFLINE = {"_target_": "runner.tracking.trackers.offline", "experiment": "tests", "run_name": None, "log_model": False}
 
 
 def make_sweep(outputs: Path, count: int, uri: str | None = None, name: str = "s", **node: Any) -> SweepDir:
@@ -54,7 +56,7 @@ def make_sweep(outputs: Path, count: int, uri: str | None = None, name: str = "s
 def add_jobs(sweep: SweepDir, count: int, uri: str | None = None, **node: Any) -> list[RunDir]:
     option = {"uri": uri, "experiment": "tests", "run_name": None, "log_model": False}
     sampled = {"system_metrics": False, "system_interval_s": 0.5}
-    tracked = node or {"_target_": "runner.tracking.mlflow", **option, **sampled}
+    tracked = node or {"_target_": "runner.tracking.trackers.mlflow", **option, **sampled}
     config = yaml.safe_dump({"seed": 0, "outputs_dir": str(sweep.path.parents[1]), "tracking": tracked})
     jobs, made = sweep.read()["jobs"], []
     for number in range(len(jobs), len(jobs) + count):
@@ -109,7 +111,7 @@ def statuses(sweep: SweepDir) -> list[str]:
 
 def test_parent_and_children(outputs: Path) -> None:
     sweep = make_sweep(outputs, 3)
-    assert mlflow_sweep.open_sweep(sweep, queued=True) == ""
+    assert parent_run.open_sweep(sweep, queued=True) == ""
     parent = parent_of(sweep)
     assert (parent.info.run_name, parent.info.status) == ("s", "RUNNING")
     assert parent.data.tags["runner.jobs"] == "3"
@@ -119,7 +121,7 @@ def test_parent_and_children(outputs: Path) -> None:
     assert (child.info.run_name, child.data.tags["runner.sweep"]) == ("lora.r=1", "s")
     before = sweep.read()["mlflow"], children_of(sweep).keys()
     add_jobs(sweep, 2)
-    assert mlflow_sweep.open_sweep(sweep, queued=True) == ""
+    assert parent_run.open_sweep(sweep, queued=True) == ""
     assert (sweep.read()["mlflow"], only_parents(sweep)) == (before[0], 1)
     assert before[1] < children_of(sweep).keys()
     assert statuses(sweep) == ["SCHEDULED"] * 5
@@ -141,20 +143,20 @@ def _open_at(sweep: SweepDir, together: float, is_fresh: bool) -> None:
     if not is_fresh:
         store.connect(f"sqlite:///{sweep.path.parents[1]}/mlflow.db")
     time.sleep(max(0.0, together - time.monotonic()))
-    assert mlflow_sweep.open_sweep(sweep, queued=True) == ""
+    assert parent_run.open_sweep(sweep, queued=True) == ""
 
 
 def test_killed_while_the_children_are_made(outputs: Path) -> None:
     """Wherever it dies, and even where the ids were not noted yet, the next one makes what is missing and no more."""
     sweep = make_sweep(outputs, 30)
     for pause in (0.05, 0.2, 0.3):
-        child = fork(lambda: mlflow_sweep.open_sweep(sweep) and None)
+        child = fork(lambda: parent_run.open_sweep(sweep) and None)
         time.sleep(pause)
         os.kill(child, 9)
         os.waitpid(child, 0)
     for rundir in sweep.rundirs()[:5]:
         rundir.update_manifest(mlflow=None)
-    mlflow_sweep.open_sweep(sweep)
+    parent_run.open_sweep(sweep)
     assert (only_parents(sweep), len(children_of(sweep))) == (1, 30)
 
 
@@ -176,10 +178,10 @@ def test_a_thousand_children_take_two_calls_each(outputs: Path) -> None:
     for name in counted:
         setattr(client, name, counting(name))
     try:
-        mlflow_sweep.open_sweep(sweep, queued=True)
+        parent_run.open_sweep(sweep, queued=True)
         made = Counter(calls)
         calls.clear()
-        mlflow_sweep.open_sweep(sweep, queued=True)
+        parent_run.open_sweep(sweep, queued=True)
     finally:
         for name in counted:
             delattr(client, name)
@@ -191,13 +193,13 @@ def test_a_thousand_children_take_two_calls_each(outputs: Path) -> None:
 
 def test_offline_leaves_no_trace_until_sync(outputs: Path) -> None:
     sweep = make_sweep(outputs, 2, **OFFLINE)
-    assert mirroring.start_sweep_mirror(sweep) is None
-    assert mirroring.open_in_mlflow(sweep) == ""
-    assert mlflow_sweep.open_sweep(sweep) == ""
+    assert spawn.start_sweep_mirror(sweep) is None
+    assert spawn.open_in_mlflow(sweep) == ""
+    assert parent_run.open_sweep(sweep) == ""
     assert "mlflow" not in sweep.read()
     for rundir in sweep.rundirs():
         finish(rundir)
-    results = mirror.sync([outputs])
+    results = sync.sync([outputs])
     assert [result.problem for result in results] == ["", "", ""]
     assert results[-1].folder == sweep.path
     assert statuses(sweep) == ["FINISHED"] * 2
@@ -213,33 +215,33 @@ def test_what_was_brought_elsewhere_stays_there(outputs: Path, fresh_database: P
     (tmp_path / "other.db").write_bytes(fresh_database.read_bytes())
     other = f"sqlite:///{tmp_path}/other.db"
     for uri in (other, None, other):
-        assert [result.problem for result in mirror.sync([sweep.path], uri)] == ["", ""]
+        assert [result.problem for result in sync.sync([sweep.path], uri)] == ["", ""]
         assert {rundir.read_manifest()["mlflow"]["uri"], sweep.read()["mlflow"]["uri"]} == {other}
 
 
 def test_another_store_has_a_parent_of_its_own(outputs: Path, fresh_database: Path, tmp_path: Path) -> None:
     sweep = make_sweep(outputs, 2)
-    mlflow_sweep.open_sweep(sweep, queued=True)
+    parent_run.open_sweep(sweep, queued=True)
     for rundir in sweep.rundirs():
         finish(rundir)
     first = sweep.read()["mlflow"]["parent_run_id"]
     (tmp_path / "other.db").write_bytes(fresh_database.read_bytes())
     other = f"sqlite:///{tmp_path}/other.db"
-    assert {result.problem.startswith(mirror.ELSEWHERE) for result in mirror.sync([sweep.path], other)} == {True}
+    assert {result.problem.startswith(sync.ELSEWHERE) for result in sync.sync([sweep.path], other)} == {True}
     assert sweep.read()["mlflow"]["parent_run_id"] == first, "a sweep is not led away from its store"
     database = Path(sweep.read()["mlflow"]["uri"].removeprefix("sqlite:///"))
     for uri, same in ((other, False), (None, True)):
         aside = database.rename(tmp_path / "gone.db") if uri else tmp_path / "gone.db"  # then it may go elsewhere
         if not uri:
             aside.rename(database)
-        assert [result.problem for result in mirror.sync([sweep.path], uri)] == ["", "", ""]
+        assert [result.problem for result in sync.sync([sweep.path], uri)] == ["", "", ""]
         assert (sweep.read()["mlflow"]["parent_run_id"] == first) is same
         assert (parent_of(sweep).info.status, statuses(sweep)) == ("FINISHED", ["FINISHED"] * 2)
 
 
 def test_a_store_that_does_not_answer_stops_nobody(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, 2, "http://127.0.0.1:9")
-    problem = mirroring.open_in_mlflow(sweep)
+    problem = spawn.open_in_mlflow(sweep)
     assert "refused" in problem
     assert "127.0.0.1:9" in problem
     assert "mlflow" not in sweep.read()
@@ -256,15 +258,15 @@ def test_a_store_that_does_not_answer_stops_nobody(tmp_path: Path) -> None:
 
 def test_a_deleted_parent_is_restored_by_who_works_on_the_sweep(outputs: Path) -> None:
     sweep = make_sweep(outputs, 2)
-    mlflow_sweep.open_sweep(sweep, queued=True)
+    parent_run.open_sweep(sweep, queued=True)
     parent, client = sweep.read()["mlflow"]["parent_run_id"], client_of(sweep)
-    for bring in (lambda: mlflow_sweep.open_sweep(sweep), lambda: mlflow_sweep.update_parent(sweep)):
+    for bring in (lambda: parent_run.open_sweep(sweep), lambda: parent_run.update_parent(sweep)):
         client.delete_run(parent)
         assert bring() == ""
         assert client.get_run(parent).info.lifecycle_stage == "active"
     finish(sweep.rundirs()[0])
     client.delete_run(parent)
-    problem = mirror.sync([sweep.path])[-1].problem
+    problem = sync.sync([sweep.path])[-1].problem
     assert f"mlflow runs restore --run-id {parent}" in problem, "sync does not bring back what somebody threw away"
     assert client.get_run(parent).info.lifecycle_stage == "deleted"
     assert_mirrored(sweep.rundirs()[0], "FINISHED")
@@ -274,12 +276,12 @@ def test_a_deleted_parent_is_restored_by_who_works_on_the_sweep(outputs: Path) -
 
 def test_a_parent_that_is_gone_for_good_is_made_anew(outputs: Path) -> None:
     sweep = make_sweep(outputs, 3)
-    mlflow_sweep.open_sweep(sweep, queued=True)
+    parent_run.open_sweep(sweep, queued=True)
     first, before = sweep.read()["mlflow"]["parent_run_id"], children_of(sweep)
     client_of(sweep).delete_run(first)
     collect = ["mlflow", "gc", "--backend-store-uri", sweep.read()["mlflow"]["uri"], "--run-ids", first]
     subprocess.run([sys.executable, "-m", *collect], check=True, capture_output=True, cwd=outputs)
-    assert mlflow_sweep.update_parent(sweep, queued=True) == ""
+    assert parent_run.update_parent(sweep, queued=True) == ""
     assert sweep.read()["mlflow"]["parent_run_id"] != first
     after = children_of(sweep)
     assert {key: run.info.run_id for key, run in after.items()} == {key: run.info.run_id for key, run in before.items()}
@@ -299,24 +301,24 @@ def test_a_parent_that_is_gone_for_good_is_made_anew(outputs: Path) -> None:
 )  # fmt: skip
 def test_status_of_the_parent(states: str, queued: bool, status: str) -> None:
     found: list[Any] = states.split()
-    assert mlflow_sweep.parent_status([State(status=each) for each in found], queued) == status
+    assert parent_run.parent_status([State(status=each) for each in found], queued) == status
 
 
 def test_the_parent_follows_its_children(outputs: Path) -> None:
     sweep = make_sweep(outputs, 3)
-    mlflow_sweep.open_sweep(sweep, queued=True)
+    parent_run.open_sweep(sweep, queued=True)
     first, second, third = sweep.rundirs()
-    assert mlflow_sweep.update_parent(sweep) == ""
+    assert parent_run.update_parent(sweep) == ""
     assert parent_of(sweep).info.status == "KILLED", "no queue, no scheduler: nobody will start them"
     second.update_manifest(slurm={"job_id": "12_1"})
-    mlflow_sweep.update_parent(sweep)
+    parent_run.update_parent(sweep)
     assert parent_of(sweep).info.status == "RUNNING"
-    mlflow_sweep.update_parent(sweep, queued=False)
+    parent_run.update_parent(sweep, queued=False)
     assert parent_of(sweep).info.status == "KILLED", "who asked the scheduler knows better"
     finish(first)
     finish(second, status="failed")
     third.write_state(status="killed", reason="cancelled")
-    assert [result.problem for result in mirror.sync([sweep.path])] == [""] * 4
+    assert [result.problem for result in sync.sync([sweep.path])] == [""] * 4
     parent = parent_of(sweep)
     counts = {key.removeprefix("runner.jobs_"): value for key, value in parent.data.tags.items() if "jobs_" in key}
     assert counts == {"completed": "1", "failed": "1", "killed": "1", "pruned": "0", "running": "0", "waiting": "0"}
@@ -333,7 +335,7 @@ def test_sync_leaves_jobs_of_slurm_to_slurm(outputs: Path) -> None:
     ours, dead = sweep.rundirs()
     for rundir, scheduler_id in ((ours, "12_0"), (dead, "")):
         finish(rundir).write_state(status="running", host=os.uname().nodename, scheduler_id=scheduler_id)
-    results = mirror.sync([sweep.path])
+    results = sync.sync([sweep.path])
     assert "asks Slurm" in results[0].problem
     assert (ours.read_state().status, dead.read_state().reason) == ("running", DIED)
     assert (statuses(sweep), parent_of(sweep).info.status) == (["RUNNING", "KILLED"], "RUNNING")
@@ -345,7 +347,7 @@ def test_the_mirror_of_one_job_keeps_the_parent(outputs: Path) -> None:
     first, second = sweep.rundirs()
     finish(first, status="running")
     with first.held():
-        process = tracking.start_mirror(first, yaml.safe_load(first.config.read_text()))
+        process = spawn.start_mirror(first, yaml.safe_load(first.config.read_text()))
         eventually(lambda: sweep.read().get("mlflow") and parent_of(sweep).data.tags.get("runner.jobs_running") == "1")
         assert statuses(sweep) == ["RUNNING", "SCHEDULED"]
         first.write_state(status="completed")
@@ -384,9 +386,9 @@ def enough(rundir: RunDir) -> None:
 
 
 def started(sweep: SweepDir) -> subprocess.Popen[bytes]:
-    process = mirroring.start_sweep_mirror(sweep)
+    process = spawn.start_sweep_mirror(sweep)
     assert process
-    assert mirroring.wait_opened(process, sweep) == ""
+    assert spawn.wait_opened(process, sweep) == ""
     return process
 
 
@@ -410,13 +412,13 @@ def test_a_sweep_from_its_start_to_its_end(tmp_path: Path) -> None:
     enough(third)
     assert [worker.wait(10) for worker in workers] == [0, 0, 0]
     (added,) = add_jobs(sweep, 1)
-    assert mirroring.open_in_mlflow(sweep) == ""
+    assert spawn.open_in_mlflow(sweep) == ""
     finish(added)
     eventually(lambda: the_run(added).info.status == "FINISHED")
     assert process.poll() is None, "a queue is at work"
     queue.end()
-    result = mirroring.wait_sweep_mirror(process, sweep)
-    assert result == mirroring.SweepResult(0, f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
+    result = spawn.wait_sweep_mirror(process, sweep)
+    assert result == spawn.SweepResult(0, f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
     assert statuses(sweep) == ["FINISHED", "FAILED", "FINISHED", "KILLED", "KILLED", "FINISHED"]
     assert (parent_of(sweep).info.status, only_parents(sweep)) == ("FAILED", 1)
     for rundir, status in ((first, "FINISHED"), (second, "FAILED"), (third, "FINISHED"), (added, "FINISHED")):
@@ -437,7 +439,7 @@ def test_kill_9_of_the_queue_and_of_a_worker(outputs: Path) -> None:
     assert (first.read_state().status, first.read_state().reason) == ("killed", DIED)
     assert process.poll() is None, "the other run goes on without its queue"
     enough(second)
-    assert mirroring.wait_sweep_mirror(process, sweep).untold == 0
+    assert spawn.wait_sweep_mirror(process, sweep).untold == 0
     assert process.returncode == 0
     assert_mirrored(second, "FINISHED")
     assert parent_of(sweep).info.status == "KILLED", "nobody will start the third"
@@ -459,7 +461,7 @@ def test_the_next_mirror_goes_on_where_one_was_killed(outputs: Path) -> None:
     worker = start_worker(first)
     eventually(lambda: "train/loss" in the_run(first).data.metrics)
     finish(second)
-    eventually(lambda: tracking.read_report(second).get("told"))
+    eventually(lambda: spawn.read_report(second).get("told"))
     killed.kill()
     killed.wait()
     enough(first)
@@ -515,8 +517,8 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path, server: Server) -> No
     sweep = make_sweep(tmp_path, 4, server.uri)
     first, second, *_ = sweep.rundirs()
     queue = Queue(sweep)
-    process = mirroring.start_sweep_mirror(sweep)
-    assert "refused" in mirroring.wait_opened(process, sweep)
+    process = spawn.start_sweep_mirror(sweep)
+    assert "refused" in spawn.wait_opened(process, sweep)
     worker = start_worker(first)
     server.start()
     eventually(lambda: sweep.read().get("mlflow"), 30)
@@ -527,12 +529,12 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path, server: Server) -> No
     assert worker.wait(10) == 0
     finish(second)
     queue.end()
-    result = mirroring.wait_sweep_mirror(process, sweep, 120)
+    result = spawn.wait_sweep_mirror(process, sweep, 120)
     assert process
     assert (process.returncode, result.untold) == (3, 2)
     assert "refused" in result.message
     server.start()
-    assert [found.problem for found in mirror.sync([sweep.path]) if found.status != "pending"] == ["", "", ""]
+    assert [found.problem for found in sync.sync([sweep.path]) if found.status != "pending"] == ["", "", ""]
     assert (statuses(sweep)[:2], only_parents(sweep)) == (["FINISHED", "FINISHED"], 1)
     assert_mirrored(first, "FINISHED")
     noted = sweep.read()["mlflow"]
@@ -544,7 +546,7 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path, server: Server) -> No
 
 
 def queue(folder: str) -> None:
-    with mirroring.queueing(SweepDir(Path(folder))):
+    with spawn.queueing(SweepDir(Path(folder))):
         sys.stdin.read()
 
 
@@ -555,7 +557,7 @@ def worker(folder: str, ending: str) -> None:
         rundir.write_state(status="running", attempt=1, pid=os.getpid(), host=os.uname().nodename, started=time.time())
         while not (rundir.path / "enough").exists():
             step += 1
-            tracking.append(rundir, {"step": step, "time": time.time(), "train/loss": 1 / step})
+            metrics_log.append(rundir, {"step": step, "time": time.time(), "train/loss": 1 / step})
             time.sleep(0.02)
         rundir.write_state(status=ending, summary={"steps": json.dumps(step)})
 

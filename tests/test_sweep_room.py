@@ -11,10 +11,11 @@ import pytest
 from conftest import TINY, fill, jobs_of, mounted
 from test_slurm import runner
 
-from runner import sweeps
+from runner import files
 from runner.errors import LaunchError
-from runner.rundir import RunDir
-from runner.sweepdir import SweepDir
+from runner.sweep import folder
+from runner.tracking.rundir import RunDir
+from runner.tracking.sweepdir import SweepDir
 
 LAUNCHERS = [
     pytest.param((), id="local"),
@@ -163,7 +164,7 @@ def test_only_what_is_wrong_with_the_folder_is_called_so(
 ):
     error = OSError("odd") if number is None else OSError(number, os.strerror(number))
     error.filename = None if name is None else str(tmp_path / name)
-    with pytest.raises((OSError, LaunchError)) as caught, sweeps.writing(tmp_path / "mine", LaunchError):
+    with pytest.raises((OSError, LaunchError)) as caught, files.writing(tmp_path / "mine", LaunchError):
         raise error
     if is_told:
         assert str(caught.value).startswith(f"outputs_dir={tmp_path}/mine: cannot be written: {error.strerror}\n")
@@ -174,19 +175,19 @@ def test_only_what_is_wrong_with_the_folder_is_called_so(
 def test_a_sweep_is_as_it_was_whatever_stops_its_making(tmp_path: Path):
     """Also the folders above it, which others may use meanwhile."""
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "mine")
-    wanted = sweeps.Wanted({"seed": 1}, "seed=1", "")
+    wanted = folder.Wanted({"seed": 1}, "seed=1", "")
 
-    def begin(*others: sweeps.Wanted) -> None:
-        with sweeps.joined(sweep, "mine", ["runner"], [wanted, *others]) as rundirs:
+    def begin(*others: folder.Wanted) -> None:
+        with folder.joined(sweep, "mine", ["runner"], [wanted, *others]) as rundirs:
             rundirs[-1].update_manifest(made_folders=[str(rundirs[-1].path)])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         begin()
     assert list(tmp_path.iterdir()) == []
-    with sweeps.joined(sweep, "mine", ["runner"], [wanted]) as (first,):
+    with folder.joined(sweep, "mine", ["runner"], [wanted]) as (first,):
         RunDir(first.path).update_manifest(signature=wanted.signature)
     before = tree(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        begin(sweeps.Wanted({"seed": 2}, "seed=2", ""))
+        begin(folder.Wanted({"seed": 2}, "seed=2", ""))
     assert tree(tmp_path) == before

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import TINY, composed
 
-from runner import folders, sweeps
 from runner.errors import ConfigError, ResumeError
 from runner.files import is_held
-from runner.sweepdir import SweepDir
-from runner.sweeps import Wanted
+from runner.sweep import folder
+from runner.sweep.folder import Wanted
+from runner.tracking import resume
+from runner.tracking.sweepdir import SweepDir
 
 
 def wanted(seed: int, folder: str = "") -> Wanted:
@@ -22,7 +23,7 @@ def wanted(seed: int, folder: str = "") -> Wanted:
 
 
 def join(sweep: SweepDir, *jobs: Wanted, command: tuple[str, ...] = ("runner", "-m")) -> list[str]:
-    with sweeps.joined(sweep, "mine", list(command), list(jobs)) as rundirs:
+    with folder.joined(sweep, "mine", list(command), list(jobs)) as rundirs:
         return [rundir.path.name for rundir in rundirs]
 
 
@@ -57,11 +58,11 @@ def test_who_waits_for_a_sweep_that_another_gives_up_makes_it_alone(tmp_path: Pa
     sweep, first, waiting, inside = SweepDir(tmp_path / "sweep"), wanted(1), wanted(2), []
 
     def make() -> None:
-        with sweeps.joined(sweep, "mine", ["runner"], [waiting]):
+        with folder.joined(sweep, "mine", ["runner"], [waiting]):
             inside.append(is_held(sweep.lock))
 
     def give_up(pool: ThreadPoolExecutor) -> None:
-        with sweeps.joined(sweep, "mine", ["runner"], [first]):
+        with folder.joined(sweep, "mine", ["runner"], [first]):
             other.append(pool.submit(make))
             time.sleep(0.2)  # until it waits
             raise KeyboardInterrupt
@@ -89,7 +90,7 @@ def test_a_folder_that_holds_something_else_is_refused_before_anything_is_writte
 def test_commands_of_the_same_second_get_a_folder_each(tmp_path: Path):
     """``for s in 1 2; do python -m runner seed=$s & done``: the second would have overwritten the first."""
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: folders.make(tmp_path / "day" / "10-15-00", is_new=True)[0], range(8)))
+        made = list(pool.map(lambda _: resume.make(tmp_path / "day" / "10-15-00", is_new=True)[0], range(8)))
     assert len(set(made)) == 8
     assert tmp_path / "day" / "10-15-00" in made
 
@@ -97,4 +98,4 @@ def test_commands_of_the_same_second_get_a_folder_each(tmp_path: Path):
 def test_a_file_in_the_way_is_named(tmp_path: Path):
     (tmp_path / "mine").write_text("text")
     with pytest.raises(ConfigError, match="is a file"):
-        folders.make(tmp_path / "mine")
+        resume.make(tmp_path / "mine")

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from runner import tracking
-from runner.config import bind, config_dir, find_faults
-from runner.rundir import RunDir
+from runner.config.bind import bind, config_dir, find_faults
+from runner.tracking import metrics_log, trackers
+from runner.tracking.mirror import spawn
+from runner.tracking.rundir import RunDir
 
 OPTION: dict[str, Any] = {
-    "_target_": "runner.tracking.mlflow",
+    "_target_": "runner.tracking.trackers.mlflow",
     "uri": None,
     "experiment": "runner",
     "run_name": None,
@@ -34,18 +35,18 @@ def record(step: int, **metrics: float) -> dict[str, Any]:
 
 
 def steps(rundir: RunDir) -> list[int]:
-    return [line["step"] for line in tracking.read(rundir)]
+    return [line["step"] for line in metrics_log.read(rundir)]
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    assert tracking.read(rundir) == []
+    assert metrics_log.read(rundir) == []
     written = [record(1, a=0.1), record(2, a=math.inf, b=-math.inf), record(3, a=1e-300)]
     for line in written:
-        tracking.append(rundir, line)
-    tracking.append(rundir, record(4, a=math.nan))
-    tracking.sync_to_disk(rundir)
-    back = tracking.read(rundir)
+        metrics_log.append(rundir, line)
+    metrics_log.append(rundir, record(4, a=math.nan))
+    metrics_log.sync_to_disk(rundir)
+    back = metrics_log.read(rundir)
     assert back[:3] == written
     assert math.isnan(back[3]["a"])
     for text in rundir.metrics.read_text().splitlines():
@@ -56,50 +57,50 @@ def test_a_half_written_line_is_left_out_and_a_broken_one_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rundir = RunDir(tmp_path)
-    tracking.append(rundir, record(1, a=1.0))
+    metrics_log.append(rundir, record(1, a=1.0))
     with rundir.metrics.open("ab") as handle:
         handle.write(b'{"step": 2, "ti')
     assert steps(rundir) == [1]
     assert not caplog.records
     with rundir.metrics.open("ab") as handle:
         handle.write(b'\n\x00\x00\n[3]\n{"a": 1}\n')
-    tracking.append(rundir, record(3, a=1.0))
+    metrics_log.append(rundir, record(3, a=1.0))
     assert steps(rundir) == [1, 3]
     assert len(caplog.records) == 4
 
 
 def test_tail_goes_on_where_it_stopped(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    tracking.append(rundir, record(1))
-    first, offset = tracking.tail(rundir.metrics, 0)
+    metrics_log.append(rundir, record(1))
+    first, offset = metrics_log.tail(rundir.metrics, 0)
     assert [line["step"] for line in first] == [1]
     with rundir.metrics.open("ab") as handle:
         handle.write(b'{"step": 2,')
-    assert tracking.tail(rundir.metrics, offset) == ([], offset)
+    assert metrics_log.tail(rundir.metrics, offset) == ([], offset)
     with rundir.metrics.open("ab") as handle:
         handle.write(b' "time": 1}\n')
-    assert [line["step"] for line in tracking.tail(rundir.metrics, offset)[0]] == [2]
+    assert [line["step"] for line in metrics_log.tail(rundir.metrics, offset)[0]] == [2]
 
 
 def test_rewind_cuts_back_to_a_checkpoint(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    assert tracking.rewind(rundir, 3) == 0
+    assert metrics_log.rewind(rundir, 3) == 0
     for line in (record(0, **{"eval/loss": 2.0}), record(1, x=1.0), record(2, x=1.0), record(2, **{"eval/loss": 1.0})):
-        tracking.append(rundir, line)
-    tracking.append(rundir, record(3, x=math.nan))
+        metrics_log.append(rundir, line)
+    metrics_log.append(rundir, record(3, x=math.nan))
     whole = rundir.metrics.read_bytes()
     inode = rundir.metrics.stat().st_ino
-    assert tracking.rewind(rundir, 3) == 0
+    assert metrics_log.rewind(rundir, 3) == 0
     assert rundir.metrics.stat().st_ino == inode, "an untouched file stays the same file"
     with rundir.metrics.open("ab") as handle:
         handle.write(b'{"half')
-    assert tracking.rewind(rundir, 3) == 0
+    assert metrics_log.rewind(rundir, 3) == 0
     assert rundir.metrics.read_bytes() == whole, "what a crash left at the end is cut off"
-    assert tracking.rewind(rundir, 2) == 1
+    assert metrics_log.rewind(rundir, 2) == 1
     assert steps(rundir) == [0, 1, 2, 2]
-    assert tracking.rewind(rundir, 2, evaluated=False) == 1
+    assert metrics_log.rewind(rundir, 2, evaluated=False) == 1
     assert steps(rundir) == [0, 1, 2], "an evaluation that will be made again is cut, the training record is kept"
-    assert tracking.rewind(rundir, 0, evaluated=False) == 3
+    assert metrics_log.rewind(rundir, 0, evaluated=False) == 3
     assert rundir.metrics.read_bytes() == b""
 
 
@@ -108,11 +109,11 @@ def test_a_full_disk_takes_no_part_of_a_record(tmp_path: Path) -> None:
     script = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from runner import tracking\nfrom runner.rundir import RunDir\n"
+        "from runner.tracking import metrics_log\nfrom runner.tracking.rundir import RunDir\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (250, 250))\n"
         "rundir = RunDir(Path(sys.argv[1]))\n"
-        "for step in range(9): tracking.append(rundir, {'step': step, 'time': 1.0, 'train/loss': 1.0})\n"
+        "for step in range(9): metrics_log.append(rundir, {'step': step, 'time': 1.0, 'train/loss': 1.0})\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert "OSError: [Errno 28]" in done.stderr
@@ -124,9 +125,9 @@ def test_a_full_disk_takes_no_part_of_a_record(tmp_path: Path) -> None:
 def test_records_survive_kill_9(tmp_path: Path) -> None:
     script = (
         "import itertools, sys\nfrom pathlib import Path\n"
-        "from runner import tracking\nfrom runner.rundir import RunDir\n"
+        "from runner.tracking import metrics_log\nfrom runner.tracking.rundir import RunDir\n"
         "for step in itertools.count():\n"
-        "    tracking.append(RunDir(Path(sys.argv[1])), {'step': step, 'time': 1.0, 'a': 0.5})\n"
+        "    metrics_log.append(RunDir(Path(sys.argv[1])), {'step': step, 'time': 1.0, 'a': 0.5})\n"
         "    print(step, flush=True)\n"
     )
     proc = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -187,18 +188,18 @@ def test_right_uris_pass_and_passwords_are_not_shown() -> None:
 
 
 def test_the_store_is_embedded_unless_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.store_uri(bind(OPTION)(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert trackers.store_uri(bind(OPTION)(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.chdir(tmp_path)
-    assert tracking.store_uri(bind(OPTION)(), "outputs") == f"sqlite:///{tmp_path}/outputs/mlflow.db"
-    assert tracking.store_uri(bind({**OPTION, "uri": "http://host"})(), tmp_path) == "http://host"
+    assert trackers.store_uri(bind(OPTION)(), "outputs") == f"sqlite:///{tmp_path}/outputs/mlflow.db"
+    assert trackers.store_uri(bind({**OPTION, "uri": "http://host"})(), tmp_path) == "http://host"
 
 
 def test_offline_starts_nothing(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    tracking.append(rundir, record(1))
-    node = {"_target_": "runner.tracking.offline", "experiment": "x", "run_name": None, "log_model": False}
-    assert tracking.start_mirror(rundir, {"tracking": node}) is None
-    result = tracking.wait_mirror(None, rundir)
+    metrics_log.append(rundir, record(1))
+    node = {"_target_": "runner.tracking.trackers.offline", "experiment": "x", "run_name": None, "log_model": False}
+    assert spawn.start_mirror(rundir, {"tracking": node}) is None
+    result = spawn.wait_mirror(None, rundir)
     assert (result.url, result.unsent) == (None, 1)
     assert result.message == "tracking=offline"
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from conftest import TINY, composed
 
-from runner import build, compiling, documents, train
-from runner.checkpoint import Progress
 from runner.errors import ConfigError, Preempted, TrainingError
-from runner.readings import Readings
-from runner.rundir import RunDir
+from runner.models.kernels import compilation, varlen_attention
+from runner.tracking.rundir import RunDir
+from runner.train import build, inputs, loop
+from runner.train.async_metrics import Readings
+from runner.train.checkpoint import Progress
 
 IN_STEP = tuple(
     f"/runner/{name}.py"
@@ -35,8 +36,8 @@ class Recorded:
         self.saves: list[None] = []
         self.stop_at = stop_at
 
-    def hooks(self) -> train.Hooks:
-        return train.Hooks(
+    def hooks(self) -> loop.Hooks:
+        return loop.Hooks(
             record=lambda step, metrics: self.records.append((step, metrics)),
             evaluating=lambda *_: None,
             saving=lambda: self.saves.append(None),
@@ -52,16 +53,16 @@ class Recorded:
         return [metrics[name] for _, metrics in self.records if name in metrics]
 
 
-def parts_of(folder: Path, *overrides: str) -> tuple[build.Inputs, train.Parts]:
+def parts_of(folder: Path, *overrides: str) -> tuple[inputs.Inputs, loop.Parts]:
     cfg = composed(*overrides)
-    made = build.inputs(cfg)
+    made = inputs.inputs(cfg)
     return made, build.parts(cfg, made, RunDir(folder))
 
 
-def trained(folder: Path, *overrides: str) -> tuple[train.Parts, Recorded]:
+def trained(folder: Path, *overrides: str) -> tuple[loop.Parts, Recorded]:
     _, parts = parts_of(folder, *overrides)
     recorded = Recorded()
-    train.train(parts, Progress(), recorded.hooks())
+    loop.train(parts, Progress(), recorded.hooks())
     return parts, recorded
 
 
@@ -85,7 +86,7 @@ def plain_loop(model: Any, batches: list[dict[str, Any]], learning_rate: float, 
     return losses
 
 
-def plain_model(made: build.Inputs, parts: train.Parts) -> Any:
+def plain_model(made: inputs.Inputs, parts: loop.Parts) -> Any:
     """The same base and the same initial adapter, through transformers and PEFT alone."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -112,7 +113,7 @@ def test_twenty_steps_on_the_real_model_equal_a_plain_loop(tmp_path: Path, cache
     factors = [parts.schedule(step, 20) for step in range(20)]
     expected = plain_loop(plain_model(made, parts), batches, 1e-3, factors)
     recorded = Recorded()
-    train.train(parts, Progress(), recorded.hooks())
+    loop.train(parts, Progress(), recorded.hooks())
     assert recorded.of("train/loss") == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < expected[0]
 
@@ -189,12 +190,12 @@ def test_a_stop_saves_and_the_rest_is_the_same_run(tmp_path: Path, cache: Path):
     _, parts = parts_of(tmp_path / "halves", *options)
     first = Recorded(stop_at=1)
     with pytest.raises(Preempted):
-        train.train(parts, Progress(), first.hooks())
+        loop.train(parts, Progress(), first.hooks())
     _, parts = parts_of(tmp_path / "halves", *options)
     progress = parts.checkpoints.restore(parts.model, parts.optimizer)
     assert progress.step == 3
     second = Recorded()
-    train.train(parts, progress, second.hooks())
+    loop.train(parts, progress, second.hooks())
     names = ("train/loss", "eval/loss", "train/grad_norm", "train/tokens")
     for name in names:
         assert first.of(name) + second.of(name) == uninterrupted.of(name), name
@@ -207,14 +208,14 @@ def test_a_stop_where_nothing_is_new_saves_nothing(tmp_path: Path, cache: Path):
     _, parts = parts_of(tmp_path, *TINY, "train.max_steps=6", "train.save_steps=2", "train.eval_steps=3")
     recorded = Recorded(stop_at=2)
     with pytest.raises(Preempted):
-        train.train(parts, Progress(), recorded.hooks())
+        loop.train(parts, Progress(), recorded.hooks())
     assert len(recorded.saves) == 1
     assert [path.name for path in parts.checkpoints.folder.iterdir()] == ["step-000002"]
 
     _, parts = parts_of(tmp_path / "other", *TINY, "train.max_steps=6", "train.save_steps=2")
     recorded = Recorded(stop_at=0)
     with pytest.raises(Preempted):
-        train.train(parts, Progress(), recorded.hooks())
+        loop.train(parts, Progress(), recorded.hooks())
     assert recorded.saves == []
 
 
@@ -225,12 +226,12 @@ def test_a_stop_during_an_evaluation_is_taken_up_there(tmp_path: Path, cache: Pa
     first = Recorded(stop_at=2)
     hooks = replace(first.hooks(), check_stop=lambda: None, evaluating=lambda *_: first._check())
     with pytest.raises(Preempted):
-        train.train(parts, Progress(), hooks)
+        loop.train(parts, Progress(), hooks)
     _, parts = parts_of(tmp_path / "halves", *options)
     progress = parts.checkpoints.restore(parts.model, parts.optimizer)
-    assert train.boundary(progress) == (2, False)
+    assert loop.boundary(progress) == (2, False)
     second = Recorded()
-    train.train(parts, progress, second.hooks())
+    loop.train(parts, progress, second.hooks())
     assert first.of("eval/loss") + second.of("eval/loss") == uninterrupted.of("eval/loss")
     assert len(second.saves) == 2, "step 2 once more, now evaluated, and the last"
 
@@ -238,7 +239,7 @@ def test_a_stop_during_an_evaluation_is_taken_up_there(tmp_path: Path, cache: Pa
 def test_an_evaluation_counts_its_batches_without_making_them(tmp_path: Path, cache: Path):
     _, parts = parts_of(tmp_path, *TINY, "data.eval_rows=5", "data.packing=false", "train.per_device_batch_size=2")
     told: list[tuple[int, int]] = []
-    train.evaluate(parts, replace(Recorded().hooks(), evaluating=lambda done, count: told.append((done, count))))
+    loop.evaluate(parts, replace(Recorded().hooks(), evaluating=lambda done, count: told.append((done, count))))
     count = len(list(parts.evaluation.one_pass()))
     assert told == [(done, count) for done in range(count + 1)]
 
@@ -250,15 +251,15 @@ def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path, cach
         weight.fill_(float("nan"))
     parts = replace(parts, settings=replace(parts.settings, eval_steps=None))
     with pytest.raises(TrainingError, match="at step 1") as caught:
-        train.optimizer_step(parts, Progress(), Recorded().hooks())
+        loop.optimizer_step(parts, Progress(), Recorded().hooks())
     assert "<|im_start|>" in str(caught.value)
     assert json.dumps(str(caught.value))
 
 
 def test_attention_by_document_is_refused_where_it_would_compute_something_else(tmp_path: Path, cache: Path):
     cfg = composed(*TINY, "model.attention=by_document")
-    made = build.inputs(cfg)
-    assert documents.uses(build.parts(cfg, made, RunDir(tmp_path)).model)
+    made = inputs.inputs(cfg)
+    assert varlen_attention.uses(build.parts(cfg, made, RunDir(tmp_path)).model)
     model = build.load_model(cfg, made)
     model.config._attn_implementation_internal = "eager"
     with pytest.raises(ConfigError, match=r"model\.attention=by_document: .* attention of its own"):
@@ -284,11 +285,11 @@ def test_a_step_asks_the_device_for_nothing(tmp_path: Path, cache: Path, packing
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     for _ in range(5):
-        train.optimizer_step(parts, progress, recorded.hooks())
-    of_device = [where for where in read if where[:2] != ("documents.py", "_spans")]  # a kernel of the CPU alone
-    assert of_device == [("readings.py", "due", "tolist")] * 3, "five steps, the last two still on their way"
+        loop.optimizer_step(parts, progress, recorded.hooks())
+    of_device = [where for where in read if where[:2] != ("varlen_attention.py", "_spans")]  # a kernel of the CPU alone
+    assert of_device == [("async_metrics.py", "due", "tolist")] * 3, "five steps, the last two still on their way"
     assert [step for step, _ in recorded.records] == [1, 2, 3]
-    train.catch_up(parts, progress, recorded.hooks())
+    loop.catch_up(parts, progress, recorded.hooks())
     assert [step for step, _ in recorded.records] == [1, 2, 3, 4, 5]
     assert progress.trained_tokens > 0
 
@@ -318,23 +319,23 @@ def test_a_step_never_waits_for_a_gpu(options: str, tmp_path: Path, cache: Path)
     torch._dynamo.utils.counters.clear()
     common = (*TINY, "model.hidden_size=128", "train.gradient_accumulation_steps=2", "train.max_steps=12")
     _, parts = parts_of(tmp_path, *common, *options.split())
-    assert documents.uses(parts.model), "or attention is not what it should be on this GPU"
+    assert varlen_attention.uses(parts.model), "or attention is not what it should be on this GPU"
     recorded, progress = Recorded(), Progress()
     for _ in range(4):
-        train.optimizer_step(parts, progress, recorded.hooks())
-    warm = compiling.graphs()
+        loop.optimizer_step(parts, progress, recorded.hooks())
+    warm = compilation.graphs()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(6):
-            train.optimizer_step(parts, progress, recorded.hooks())
+            loop.optimizer_step(parts, progress, recorded.hooks())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    train.catch_up(parts, progress, recorded.hooks())
+    loop.catch_up(parts, progress, recorded.hooks())
     assert [step for step, _ in recorded.records] == list(range(1, 11))
     assert all(math.isfinite(loss) for loss in recorded.of("train/loss"))
     if "regional" in options and "data.packing=false" not in options:
-        assert (compiling.graphs(), compiling.graph_breaks()) == (warm, [])
+        assert (compilation.graphs(), compilation.graph_breaks()) == (warm, [])
 
 
 def test_what_is_read_late_is_what_would_be_read_at_once(tmp_path: Path, cache: Path):
@@ -342,7 +343,7 @@ def test_what_is_read_late_is_what_would_be_read_at_once(tmp_path: Path, cache: 
     _, at_once = trained(tmp_path / "a", *options)
     _, parts = parts_of(tmp_path / "b", *options)
     late, progress = Recorded(), Progress()
-    train.train(replace(parts, readings=Readings(lag=2)), progress, late.hooks())
+    loop.train(replace(parts, readings=Readings(lag=2)), progress, late.hooks())
     for name in ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/epoch", "eval/loss"):
         assert late.of(name) == at_once.of(name), name
     assert [step for step, _ in late.records] == [step for step, _ in at_once.records]
@@ -356,10 +357,10 @@ def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path, cache: Path):
     with torch.no_grad():
         weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="at step 1"):
-        train.train(parts, Progress(evaluated=True), Recorded().hooks())
+        loop.train(parts, Progress(evaluated=True), Recorded().hooks())
     parts.checkpoints.finish()
     assert not list(tmp_path.glob("checkpoints/step-*"))
 
 
 def test_seeds_of_steps_differ():
-    assert len({train.derived_seed(seed, step) for seed in range(20) for step in range(50)}) == 1000
+    assert len({loop.derived_seed(seed, step) for seed in range(20) for step in range(50)}) == 1000

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner import cli, store, ui
+from runner.cli import main, ui
+from runner.tracking.mlflow import store
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +67,13 @@ def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixtu
         found = get(f"{base}/api/2.0/mlflow/experiments/get?experiment_id={experiment}")
         assert '"name": "runner"' in found
         # The same address for whoever names that server, and nothing is started for it.
-        assert cli.run(["ui", f"uri={base}", "--no-browser"]) == 0
+        assert main.run(["ui", f"uri={base}", "--no-browser"]) == 0
         assert capfd.readouterr().out.split()[-1] == page
-        assert cli.run(["ui", f"uri={base}", "--experiment", "other"]) == 0
+        assert main.run(["ui", f"uri={base}", "--experiment", "other"]) == 0
         assert capfd.readouterr().out.split()[-1] != page
-        assert cli.run(["ui", f"uri={base}", "--experiment", "rumner"]) == 2
+        assert main.run(["ui", f"uri={base}", "--experiment", "rumner"]) == 2
         assert "those there are: Default, other, runner" in capfd.readouterr().err
-        assert cli.run(["ui", f"uri={base}", "--port", "5001"]) == 2
+        assert main.run(["ui", f"uri={base}", "--port", "5001"]) == 2
         assert "that server runs already" in capfd.readouterr().err
 
         family = psutil.Process(proc.pid).children(recursive=True)
@@ -86,7 +87,7 @@ def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixtu
 def test_a_port_that_is_taken(outputs: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     with busy() as taken:
         port = taken.getsockname()[1]
-        assert cli.run(["ui", f"outputs_dir={outputs}", "--port", str(port)]) == 2
+        assert main.run(["ui", f"outputs_dir={outputs}", "--port", str(port)]) == 2
         said = capfd.readouterr().err
         assert f"--port={port}: is taken by another program" in said
         assert "is free; or leave --port out" in said
@@ -98,7 +99,7 @@ def test_a_port_that_is_taken(outputs: Path, capfd: pytest.CaptureFixture[str], 
 def test_an_experiment_that_is_not_there_is_refused_before_mlflow_starts(
     outputs: Path, capfd: pytest.CaptureFixture[str]
 ):
-    assert cli.run(["ui", f"outputs_dir={outputs}", "--experiment", "rumner"]) == 2
+    assert main.run(["ui", f"outputs_dir={outputs}", "--experiment", "rumner"]) == 2
     said = capfd.readouterr().err
     assert "did you mean 'runner'? those there are: Default, other, runner" in said
     assert "MLflow is starting" not in said
@@ -143,8 +144,8 @@ def test_what_ui_does_not_do_is_said(tmp_path: Path, capfd: pytest.CaptureFixtur
         ([f"uri=http://127.0.0.1:{port}"], "does not answer as an MLflow server does"),
         (["uri=ftp://somewhere"], "no scheme that MLflow can be reached by"),
     ):
-        assert cli.run(["ui", *words]) == 2, words
+        assert main.run(["ui", *words]) == 2, words
         told = capfd.readouterr().err
         assert said in told, told
         assert "Traceback" not in told
-    assert cli.run(["ui", "--help"]) == 0
+    assert main.run(["ui", "--help"]) == 0

@@ -17,18 +17,20 @@ import mlflow
 import pytest
 from conftest import TINY, prepared
 
-from runner import asked, cli, console, named, scheduler, standing, system
+from runner import terminal
+from runner.cli import args, main
 from runner.errors import ConfigError, Fault, LaunchError
 from runner.files import is_held, write_atomic
-from runner.rundir import DIED, RunDir
-from runner.sweepdir import SweepDir
+from runner.tracking import lookup, machine, run_status, slurm_client
+from runner.tracking.rundir import DIED, RunDir
+from runner.tracking.sweepdir import SweepDir
 
 MIRRORED = ("tracking=mlflow", "tracking.system_metrics=false")
 ENDLESS = ("train.max_steps=100000", "train.save_steps=50000", "train.eval_steps=50000")
 HOLD = """
 import signal, sys, time
 from pathlib import Path
-from runner.rundir import RunDir
+from runner.tracking.rundir import RunDir
 rundir = RunDir(Path(sys.argv[1]))
 def end(*_):
     rundir.write_state(status="killed", reason=rundir.cancel_request.read_text())
@@ -53,7 +55,7 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
     yield started
     for lock in Path.cwd().rglob("worker.lock"):
-        if pid := standing.holder(RunDir(lock.parent)):
+        if pid := run_status.holder(RunDir(lock.parent)):
             os.kill(pid, signal.SIGKILL)
     for process in started:
         process.kill()
@@ -71,7 +73,7 @@ def played(folder: str, status: str = "completed", sweep: SweepDir | None = None
     """A run folder without a run."""
     rundir = RunDir((sweep.path if sweep else Path("outputs").absolute()) / folder)
     rundir.write_state(status=status, step=3, total_steps=3, host=os.uname().nodename)
-    rundir.config.write_text("tracking:\n  _target_: runner.tracking.offline\n")
+    rundir.config.write_text("tracking:\n  _target_: runner.tracking.trackers.offline\n")
     rundir.update_manifest(**{"name": folder, **manifest})
     if sweep:
         jobs = sweep.read().get("jobs", {})
@@ -81,14 +83,14 @@ def played(folder: str, status: str = "completed", sweep: SweepDir | None = None
 
 def refused(word: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        named.resolve_run(word, Path("outputs"))
+        lookup.resolve_run(word, Path("outputs"))
     return str(caught.value)
 
 
 def test_a_run_is_found_by_the_name_of_its_folder():
     first, second = played("2026-11-23/23-07-46", name="a"), played("2026-11-23/23-08-00", name="b")
-    assert named.resolve_run("23-07-46", Path("outputs")) == first
-    assert named.resolve_run("2026-11-23/23-08-00", Path("outputs")) == second
+    assert lookup.resolve_run("23-07-46", Path("outputs")) == first
+    assert lookup.resolve_run("2026-11-23/23-08-00", Path("outputs")) == second
     played("2026-11-24/23-07-46", name="c")
     said = refused("23-07-46")
     assert "is the name of 2 runs" in said
@@ -102,21 +104,21 @@ def test_a_run_is_found_by_the_name_of_its_folder():
 
 def test_the_nearest_is_named_though_many_are_newer():
     played("old", name="First try,train.max_steps=300,train.eval_steps=50,optim.learning_rate=0.001", created=1.0)
-    for number in range(named.SHOWN + 1):
+    for number in range(lookup.SHOWN + 1):
         played(f"new-{number}", name=f"lora.r={number}", created=10.0 + number)
     assert "outputs/old" not in refused("nothing like it"), "the latest are listed"
     assert "1 begins so:\n      outputs/old  (run First try" in refused("First")
     assert "1 has that in its name:\n      outputs/old  (run First try" in refused("first")
     assert "9 have that in their names:\n      outputs/new-8" in refused("ora.r")
     assert "did you mean 'optim.learning_rate=0.001'?" in refused("optim.learning_rate=0.01")
-    assert named.resolve_run("optim.learning_rate=0.001", Path("outputs")).path.name == "old"
+    assert lookup.resolve_run("optim.learning_rate=0.001", Path("outputs")).path.name == "old"
 
 
 def test_too_few_characters_of_an_id_are_said_to_be_too_few():
     run = played("one", mlflow={"run_id": "9abc" * 8})
     assert "written with 4 characters or more" in refused("9")
     assert "4 characters or more" in refused("nothing like it")
-    assert named.resolve_run("9abc", Path("outputs")) == run
+    assert lookup.resolve_run("9abc", Path("outputs")) == run
 
 
 def test_a_sweep_names_its_runs_the_best_first():
@@ -135,11 +137,11 @@ def test_long_names_stay_apart_when_they_are_cut():
     fixed = "model=tiny,train.max_steps=20,data.max_length=128"
     names = [f"{fixed},lora.r={r},lora.lora_alpha={alpha}" for r in (8, 16) for alpha in (16, 32)]
     for width in (30, 48):
-        shown = console.told_apart([*names, "short"], width)
+        shown = terminal.told_apart([*names, "short"], width)
         assert len(set(shown)) == 5
         assert max(map(len, shown)) <= width
-    assert console.told_apart([*names, "short"], 48)[0] == "…lora.r=8,lora.lora_alpha=16"
-    assert console.told_apart([names[0], names[0]], 20) == [f"{names[0][:19]}…"] * 2
+    assert terminal.told_apart([*names, "short"], 48)[0] == "…lora.r=8,lora.lora_alpha=16"
+    assert terminal.told_apart([names[0], names[0]], 20) == [f"{names[0][:19]}…"] * 2
 
 
 def a_sweep(name: str, **said: object) -> SweepDir:
@@ -150,7 +152,7 @@ def a_sweep(name: str, **said: object) -> SweepDir:
 
 def said_of(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     capsys.readouterr()
-    code = cli.run(list(words))
+    code = main.run(list(words))
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -174,16 +176,16 @@ def test_a_run_is_found_by_each_of_its_names(capsys: pytest.CaptureFixture[str])
     outputs = Path("outputs")
     for word in ("outputs/2026-01-31/12-00-00", "2026-01-31/12-00-00", str(single.path), "first", "3f2a99", "3f2a",
                  "123_4"):  # fmt: skip
-        assert named.resolve(word, outputs) == single, word
+        assert lookup.resolve(word, outputs) == single, word
     for word in ("outputs/sweeps/ablation", "sweeps/ablation", "ablation", "77aa"):
-        assert named.resolve(word, outputs) == sweep, word
+        assert lookup.resolve(word, outputs) == sweep, word
     for word in ("quant=4bit,lora.r=8", "lora.r=8", "ablation/lora.r=8", "ablation/000-aa", "000-aa", "3f2b1"):
-        assert named.resolve(word, outputs) == job, word
+        assert lookup.resolve(word, outputs) == job, word
     with pytest.raises(ConfigError):
-        named.resolve("ablation/lora.r=80", outputs)
-    assert named.resolve_run("first", outputs) == single
+        lookup.resolve("ablation/lora.r=80", outputs)
+    assert lookup.resolve_run("first", outputs) == single
     with pytest.raises(ConfigError, match=r"(?s)is a sweep.*000-aa"):
-        named.resolve_run("ablation", outputs)
+        lookup.resolve_run("ablation", outputs)
 
 
 def test_what_is_not_there_or_ambiguous_is_refused_with_the_way_on(capsys: pytest.CaptureFixture[str]):
@@ -218,9 +220,9 @@ def test_damaged_folders_are_said_and_left_out(capsys: pytest.CaptureFixture[str
     assert found["a/good"]["status"] == "completed"
     assert [run["status"] for run in found.values()].count("damaged") == 8
     caplog.clear()
-    assert named.resolve("a/good", Path("outputs")) == good
+    assert lookup.resolve("a/good", Path("outputs")) == good
     with pytest.raises(ConfigError):
-        named.resolve("nothing", Path("outputs"))
+        lookup.resolve("nothing", Path("outputs"))
     assert "left out, its files cannot be read" in caplog.text
 
 
@@ -273,20 +275,20 @@ def test_another_machine_is_believed_unless_somebody_there_can_say(capsys: pytes
 @pytest.mark.parametrize(
     ("job", "status", "reason"),
     [
-        (scheduler.Job("7", "PENDING", "BeginTime"), "requeued", "Slurm: BeginTime"),
-        (scheduler.Job("7", "OUT_OF_MEMORY", signal=9), "failed", "Slurm: OUT_OF_MEMORY, signal 9"),
-        (scheduler.Job("7", "NODE_FAIL", nodes="n1"), "killed", "Slurm: NODE_FAIL, on n1"),
-        (scheduler.Job("7", "CANCELLED", is_guess=True), "killed", DIED),
+        (slurm_client.Job("7", "PENDING", "BeginTime"), "requeued", "Slurm: BeginTime"),
+        (slurm_client.Job("7", "OUT_OF_MEMORY", signal=9), "failed", "Slurm: OUT_OF_MEMORY, signal 9"),
+        (slurm_client.Job("7", "NODE_FAIL", nodes="n1"), "killed", "Slurm: NODE_FAIL, on n1"),
+        (slurm_client.Job("7", "CANCELLED", is_guess=True), "killed", DIED),
     ],
 )
 def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
-    job: scheduler.Job, status: str, reason: str, monkeypatch: pytest.MonkeyPatch
+    job: slurm_client.Job, status: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ):
     rundir = played("run", "killed", slurm={"job_id": "7", "cluster": "slurm", "submitted": 1.0})
     rundir.write_state(reason=DIED, attempt=1)
-    monkeypatch.setattr(scheduler, "silence", lambda: "")
-    monkeypatch.setattr(scheduler, "jobs", lambda _: {"7": job})
-    [found] = standing.of([rundir])
+    monkeypatch.setattr(slurm_client, "silence", lambda: "")
+    monkeypatch.setattr(slurm_client, "jobs", lambda _: {"7": job})
+    [found] = run_status.of([rundir])
     assert (found.status, found.reason) == (status, reason)
     assert rundir.read_state().status == ("killed" if status == "requeued" else status)
 
@@ -294,9 +296,9 @@ def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
 def test_a_job_that_nobody_noted_is_known_by_what_its_worker_wrote(monkeypatch: pytest.MonkeyPatch):
     rundir = played("run", "running")
     rundir.write_state(host="n7", scheduler_id="7")
-    monkeypatch.setattr(scheduler, "silence", lambda: "")
-    monkeypatch.setattr(scheduler, "jobs", lambda ids: {id: scheduler.Job(id, "RUNNING") for id in ids})
-    assert standing.of([rundir])[0].status == "running"
+    monkeypatch.setattr(slurm_client, "silence", lambda: "")
+    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {id: slurm_client.Job(id, "RUNNING") for id in ids})
+    assert run_status.of([rundir])[0].status == "running"
 
 
 def test_slurm_that_answers_a_ping_alone_is_asked_once(
@@ -309,14 +311,14 @@ def test_slurm_that_answers_a_ping_alone_is_asked_once(
         raise LaunchError(Fault("", "squeue: no answer within 60 s"))
 
     for attribute in ("named", "jobs"):
-        monkeypatch.setattr(scheduler, attribute, hang)
-    monkeypatch.setattr(scheduler, "silence", lambda: "")
+        monkeypatch.setattr(slurm_client, attribute, hang)
+    monkeypatch.setattr(slurm_client, "silence", lambda: "")
     rundirs = [played(name, "pending") for name in ("a", "b")]
     for rundir in rundirs:
         note = {"name": rundir.path.name, "job_id": None, "cluster": "slurm", "folders": [str(rundir.path)]}
         write_atomic(rundir.path / "slurm" / "runner-x.json", json.dumps(note))
     noted = played("c", "pending", slurm={"job_id": "7", "cluster": "slurm", "submitted": 1.0})
-    assert standing.of([*rundirs, noted])[2].status == "unknown"
+    assert run_status.of([*rundirs, noted])[2].status == "unknown"
     assert questions == ["a"]
     assert caplog.text.count("Slurm does not answer") == 1
 
@@ -412,12 +414,12 @@ def test_who_holds_the_folder_gets_the_signal_whatever_pid_stands_in_the_state(
     rundir = played("a/1", "running")
     worker = holding(rundir, processes)
     rundir.write_state(pid=stranger.pid)
-    assert standing.holder(rundir) == worker.pid
+    assert run_status.holder(rundir) == worker.pid
     code, out, _ = said_of("cancel", "a/1", capsys=capsys)
     assert code == 0
     assert worker.wait(10) == 130
     assert stranger.poll() is None
-    assert f"cancelled by {system.user()}@" in out
+    assert f"cancelled by {machine.user()}@" in out
     assert rundir.read_state().status == "killed"
 
 
@@ -426,7 +428,7 @@ def test_a_recycled_pid_is_never_signalled(processes: list[subprocess.Popen[str]
     processes.append(stranger)
     rundir = played("a/1", "running")
     rundir.write_state(pid=stranger.pid)
-    assert standing.holder(rundir) is None
+    assert run_status.holder(rundir) is None
     code, out, _ = said_of("cancel", "a/1", capsys=capsys)
     assert (code, stranger.poll()) == (0, None)
     assert "nothing to cancel, it is killed" in out
@@ -502,12 +504,12 @@ def test_a_queue_that_died_and_its_worker_that_did_not(
     processes[0].wait()
     found = list(statuses(capsys, "seeds").values())
     assert [run["status"] for run in found] == ["running", "pending", "pending", "pending"]
-    assert {run["reason"] for run in found[1:]} == {standing.NOBODY}
+    assert {run["reason"] for run in found[1:]} == {run_status.NOBODY}
     os.kill(first.read_state().pid, signal.SIGKILL)
     until(lambda: not first.is_alive())
     _, out, _ = said_of("status", capsys=capsys)
     assert re.search(r"seeds/ +3 pending, 1 killed", out)
-    assert standing.NOBODY in out
+    assert run_status.NOBODY in out
     assert first.read_state().reason == DIED
     assert said_of("cancel", "seeds", capsys=capsys)[0] == 0
     assert {rundir.read_state().status for rundir in sweep.rundirs()} == {"killed"}
@@ -519,25 +521,25 @@ def test_a_queue_that_died_and_its_worker_that_did_not(
 def test_logs_come_from_where_the_words_are(capfd: pytest.CaptureFixture[str]):
     sweep = a_sweep("ablation")
     rundir = played("000", "failed", sweep, label="seed=1", slurm={"job_id": "77_1", "cluster": "slurm"})
-    assert cli.run(["logs", "seed=1"]) == 0
+    assert main.run(["logs", "seed=1"]) == 0
     assert "no log: the run is failed" in capfd.readouterr().err
     home = sweep.path / "slurm"
     home.mkdir()
     (home / "77_1_0_log.err").write_text("no module named torch\n")
     (home / "77_10_0_log.err").write_text("of another task\n")
     rundir.terminal_log.write_text("on the terminal\n")
-    assert cli.run(["logs", "seed=1"]) == 0
+    assert main.run(["logs", "seed=1"]) == 0
     out = capfd.readouterr().out
     assert "no module named torch" in out
     assert "on the terminal" in out
     assert "another task" not in out
     rundir.log.write_text("step 3/3\n")
     rundir.rank_log(1).write_text("a warning\n")
-    assert cli.run(["logs", "seed=1"]) == 0
+    assert main.run(["logs", "seed=1"]) == 0
     assert capfd.readouterr().out == "step 3/3\n"
-    assert cli.run(["logs", "seed=1", "--rank", "1"]) == 0
+    assert main.run(["logs", "seed=1", "--rank", "1"]) == 0
     assert capfd.readouterr().out == "a warning\n"
-    assert cli.run(["logs", "ablation"]) == 2
+    assert main.run(["logs", "ablation"]) == 2
     assert "python -m runner logs outputs/sweeps/ablation/000" in capfd.readouterr().err
 
 
@@ -620,7 +622,7 @@ def test_jobs_of_slurm_that_died_without_a_word(slurm: None, capsys: pytest.Capt
     )
 
     submitted("name=shot", "tracking=offline")
-    shot = named.resolve_run("shot", Path("outputs"))
+    shot = lookup.resolve_run("shot", Path("outputs"))
     until(lambda: shot.read_state().step >= 3)
     os.kill(shot.read_state().pid, signal.SIGKILL)
     until(lambda: statuses(capsys)["shot"]["status"] != "running")
@@ -633,7 +635,7 @@ def test_a_job_of_slurm_that_is_requeued_lives_on_and_can_be_cancelled_meanwhile
     slurm: None, capsys: pytest.CaptureFixture[str]
 ):
     submitted("name=again", "tracking=offline")
-    again = named.resolve_run("again", Path("outputs"))
+    again = lookup.resolve_run("again", Path("outputs"))
     until(lambda: again.read_state().step >= 3)
     seen = {"running"}
     subprocess.run(["scontrol", "requeue", again.read_manifest()["slurm"]["job_id"]], check=True)
@@ -653,7 +655,7 @@ def test_the_verbs_load_nothing_heavy_where_there_are_runs(verb: str, processes:
     rundir = played("a/1", "running")
     rundir.log.write_text("step\n")
     holding(rundir, processes)
-    code = f"from runner import cli\nimport sys\ncli.run(['{verb}', 'a/1'])\nprint(*sys.modules, file=sys.stderr)"
+    code = f"from runner.cli import main\nimport sys\nmain.run(['{verb}', 'a/1'])\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
     assert "runner.standing" in loaded
@@ -661,8 +663,8 @@ def test_the_verbs_load_nothing_heavy_where_there_are_runs(verb: str, processes:
 
 
 def test_words_of_a_verb():
-    found = asked.read(["a", "--rank=2", "-f", "lora.r=8"], "help", flags=("-f",), valued=("--rank",))
+    found = args.read(["a", "--rank=2", "-f", "lora.r=8"], "help", flags=("-f",), valued=("--rank",))
     assert found
     assert (found.words, found.options) == (["a", "lora.r=8"], {"--rank": "2", "-f": ""})
     with pytest.raises(ConfigError, match="needs a value"):
-        asked.read(["--rank"], "help", valued=("--rank",))
+        args.read(["--rank"], "help", valued=("--rank",))

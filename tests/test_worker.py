@@ -18,19 +18,14 @@ import gate
 import pytest
 from conftest import TINY, fill, prepared
 
-from runner import build, compiling, console, outcome, prepare, report, samples, tracking, train, worker
-from runner.errors import (
-    LESS_MEMORY,
-    ConfigError,
-    DataError,
-    Fault,
-    Preempted,
-    ResumeError,
-    RunnerError,
-    TrackingError,
-)
-from runner.rundir import RunDir
-from runner.stop import ONE_GESTURE_S, Stop
+from runner import terminal
+from runner.errors import LESS_MEMORY, ConfigError, DataError, Fault, Preempted, ResumeError, RunnerError, TrackingError
+from runner.models.kernels import compilation
+from runner.signals import ONE_GESTURE_S, Stop
+from runner.tracking import manifest, metrics_log
+from runner.tracking.rundir import RunDir
+from runner.train import generate, loop, outcome, report, worker
+from runner.train import inputs as build
 
 SHORT = (*TINY, "train.max_steps=4", "train.save_steps=2")
 TOKEN = "hf_" + "aB3" * 10
@@ -38,14 +33,14 @@ TOKEN = "hf_" + "aB3" * 10
 
 def stopped_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on SIGTERM arrives when that many steps are done."""
-    step = train.optimizer_step
+    step = loop.optimizer_step
 
-    def and_signal(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+    def and_signal(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
         step(parts, progress, hooks)
         if progress.step == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train, "optimizer_step", and_signal)
+    monkeypatch.setattr(loop, "optimizer_step", and_signal)
 
 
 def raising(error: BaseException) -> Any:
@@ -103,7 +98,7 @@ def test_a_new_run_that_is_refused_leaves_nothing(tmp_path: Path, cache: Path, m
 
 def test_a_fault_that_shows_while_training_is_a_failure(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     rundir = prepared(tmp_path / "run", *SHORT)
-    monkeypatch.setattr(train, "optimizer_step", raising(DataError(Fault("data", "row 7 is gone"))))
+    monkeypatch.setattr(loop, "optimizer_step", raising(DataError(Fault("data", "row 7 is gone"))))
     assert worker.work(rundir) == 1
     assert (rundir.read_state().status, rundir.read_state().reason) == ("failed", "data: row 7 is gone")
 
@@ -146,12 +141,12 @@ def test_the_commits_of_the_first_attempt_are_used_again(tmp_path: Path):
     rundir = RunDir(tmp_path)
     train = {"micro_batch_size": None, "per_device_batch_size": 4}
     cfg = {"model": {"path": "o/m", "revision": "main"}, "data": {"path": "o/d", "revision": None}, "train": train}
-    assert prepare.pinned(cfg, rundir) == cfg
+    assert manifest.pinned(cfg, rundir) == cfg
     rundir.update_manifest(model={"revision": "a1"}, data={"revision": "b2"})
-    pinned = prepare.pinned(cfg, rundir)
+    pinned = manifest.pinned(cfg, rundir)
     assert (pinned["model"]["revision"], pinned["data"]["revision"]) == ("a1", "b2")
     local = {"model": {"path": "x"}, "data": {"path": "y"}, "train": train}
-    assert prepare.pinned(local, rundir) == local
+    assert manifest.pinned(local, rundir) == local
 
 
 # Stopped
@@ -222,7 +217,7 @@ def test_a_stop_while_the_untrained_model_answers_does_not_wait(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("it went on")
 
-    monkeypatch.setattr(samples, "generate", answering)
+    monkeypatch.setattr(generate, "generate", answering)
     assert worker.work(rundir) == 75
 
 
@@ -247,15 +242,15 @@ def test_a_second_interrupt_waits_for_nothing():
 def test_a_run_that_was_cancelled_is_killed_and_not_preempted(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *SHORT)
     with pytest.MonkeyPatch.context() as patched:
-        step = train.optimizer_step
+        step = loop.optimizer_step
 
-        def and_cancel(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+        def and_cancel(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
             step(parts, progress, hooks)
             if progress.step == 3:
                 rundir.cancel_request.write_text("cancelled by me")
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patched.setattr(train, "optimizer_step", and_cancel)
+        patched.setattr(loop, "optimizer_step", and_cancel)
         assert worker.work(rundir) == 130
     state = rundir.read_state()
     assert (state.status, state.reason) == ("killed", "cancelled by me; the state is saved at step 3")
@@ -286,15 +281,15 @@ def test_a_run_that_was_at_work_before_is_never_tidied_away(tmp_path: Path, cach
 def test_a_run_that_was_given_up_stays_so_until_it_is_asked_for_anew(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *SHORT)
     with pytest.MonkeyPatch.context() as patched:
-        step = train.optimizer_step
+        step = loop.optimizer_step
 
-        def and_preempt(parts: train.Parts, progress: Any, hooks: train.Hooks) -> None:
+        def and_preempt(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
             step(parts, progress, hooks)
             if progress.step == 3:
                 rundir.prune_request.write_text("given up at step 3")
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patched.setattr(train, "optimizer_step", and_preempt)
+        patched.setattr(loop, "optimizer_step", and_preempt)
         assert worker.work(rundir) == 0
     for status in ("pruned", "preempted", "killed"):  # whoever starts it: Slurm, or a search that is taken up
         state = rundir.read_state()
@@ -365,7 +360,7 @@ def test_out_of_memory_is_told_with_its_remedy(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
 ):
     rundir = prepared(tmp_path / "run", *SHORT)
-    monkeypatch.setattr(train, "optimizer_step", raising(error))
+    monkeypatch.setattr(loop, "optimizer_step", raising(error))
     assert worker.work(rundir) == 1
     told = capfd.readouterr().err
     assert "error: out of memory" in told
@@ -399,7 +394,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
         assert list(rundir.checkpoints.iterdir()) == []
     filler.unlink()
     assert worker.work(rundir) == 0
-    assert [r["step"] for r in tracking.read(rundir) if "train/loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in metrics_log.read(rundir) if "train/loss" in r] == [1, 2, 3, 4]
 
 
 def test_a_full_disk_without_a_disk(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -407,14 +402,14 @@ def test_a_full_disk_without_a_disk(tmp_path: Path, cache: Path, monkeypatch: py
     rundir = prepared(tmp_path / "run", *SHORT)
     full = raising(OSError(errno.ENOSPC, "No space left on device"))
     with monkeypatch.context() as patched:
-        append = tracking.append
+        append = metrics_log.append
 
         def append_then_full(run: RunDir, record: dict[str, Any]) -> None:
             append(run, record)
             if record["step"] == 2:
                 patched.setattr(os, "fsync", full)
 
-        patched.setattr(tracking, "append", append_then_full)
+        patched.setattr(metrics_log, "append", append_then_full)
         assert worker.work(rundir) == 1
     assert rundir.read_state().status == "running", "that could not be changed; whoever looks finds it dead"
     assert not rundir.is_alive()
@@ -429,8 +424,8 @@ WAITING = """
 import sys
 from pathlib import Path
 import gate
-from runner import worker
-from runner.rundir import RunDir
+from runner.train import worker
+from runner.tracking.rundir import RunDir
 gate.hold(2)
 sys.exit(worker.work(RunDir(Path(sys.argv[1]))))
 """
@@ -490,7 +485,7 @@ def test_how_far_a_run_is_gets_written_at_most_so_often(tmp_path: Path, monkeypa
             now[0] += each
     assert written == [*range(1, 100, 4), 99], "every fourth, and the last"
     assert rundir.read_state().step == 99
-    assert [record["step"] for record in tracking.read(rundir)] == list(range(1, 100)), "no record is left out"
+    assert [record["step"] for record in metrics_log.read(rundir)] == list(range(1, 100)), "no record is left out"
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path, cache: Path):
@@ -515,14 +510,14 @@ def test_no_secret_gets_into_the_log_or_the_terminal(
 ):
     monkeypatch.setenv("HF_TOKEN", "Xy7" * 9)
     log = logging.getLogger("runner")
-    with console.logging_to(tmp_path / "train.log"):
+    with terminal.logging_to(tmp_path / "train.log"):
         log.info("took %s", TOKEN)
         logging.getLogger("somebody").warning("GET http://me:pass@host/x")
         try:
             raise ValueError(f"bad header {os.environ['HF_TOKEN']}")
         except ValueError as error:
             log.error("it failed", exc_info=error)
-        console.say(f"next     {TOKEN}")
+        terminal.say(f"next     {TOKEN}")
     out, err = capfd.readouterr()
     written = (tmp_path / "train.log").read_text()
     for text in (written, err, out):
@@ -552,9 +547,9 @@ def test_the_log_has_the_end_and_the_warnings_of_libraries(
     assert "transformers.modeling_utils: a weight was not used" in written
 
 
-def eager(model: Any, *, mode: compiling.Mode, dynamic: bool | None, fullgraph: bool) -> Any:
+def eager(model: Any, *, mode: compilation.Mode, dynamic: bool | None, fullgraph: bool) -> Any:
     """compile=regional with Dynamo's own backend, which needs no compiler and no minute."""
-    for layer in compiling.decoder_layers(model):
+    for layer in compilation.decoder_layers(model):
         layer.compile(backend="eager", dynamic=dynamic, fullgraph=fullgraph)
     return model
 
@@ -573,12 +568,12 @@ def test_graph_breaks_are_told_and_counted(tmp_path: Path, cache: Path, monkeypa
         return forward(self, x)
 
     monkeypatch.setattr(LlamaMLP, "forward", broken)
-    monkeypatch.setattr(compiling, "regional", eager)
+    monkeypatch.setattr(compilation, "regional", eager)
     rundir = prepared(tmp_path / "run", *SHORT, "compile=regional", "data.packing=true")
     assert worker.work(rundir) == 0
     summary = rundir.read_state().summary
     assert summary["compile/graph_breaks"] == 1
-    assert 0 <= summary["compile/graphs_after_first_step"] < compiling.graphs()
+    assert 0 <= summary["compile/graphs_after_first_step"] < compilation.graphs()
     assert rundir.log.read_text().count("WARNING runner: graph break, ") == 1
 
 
@@ -591,7 +586,7 @@ def test_graphs_that_come_late_are_told_and_counted(caplog: pytest.LogCaptureFix
     model = torch.nn.Linear(3, 3)
     model.compile(backend="eager", dynamic=False)
     model(torch.zeros(2, 3))
-    warm = compiling.graphs()
+    warm = compilation.graphs()
     assert report.compiled(model, warm) == {"compile/graph_breaks": 0, "compile/graphs_after_first_step": 0}
     assert "after the first step" not in caplog.text
     model(torch.zeros(4, 3))

@@ -14,9 +14,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from runner import checks, config
+from runner.config import bind, check
 
-CONF = config.config_dir()
+CONF = bind.config_dir()
 PRESETS = sorted(CONF.glob("experiment/*.yaml"))
 FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml" and path not in PRESETS)
 OPTIONS = [path for path in FILES if path.stem != "base"]
@@ -56,28 +56,28 @@ def composed(files: dict[str, Path], *choices: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         made = compose("config", [*choices, *values])
     assert isinstance(made, DictConfig)
-    return config.to_plain(OmegaConf.masked_copy(made, [key for key in made if key != "experiment"]))
+    return bind.to_plain(OmegaConf.masked_copy(made, [key for key in made if key != "experiment"]))
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=name_of)
 def test_every_option_composes_and_passes_every_check(path: Path, files: dict[str, Path]) -> None:
     cfg = composed(files, name_of(path))
-    checks.check(cfg)
+    check.check(cfg)
     for key in path.parent.relative_to(CONF).parts:
         cfg = cfg[key]
-    assert _content(path).get(config.TARGET) in (cfg.get(config.TARGET), None), "none of its own: it builds on another"
+    assert _content(path).get(bind.TARGET) in (cfg.get(bind.TARGET), None), "none of its own: it builds on another"
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_source_goes_with_every_format(source: str, form: str, files: dict[str, Path]) -> None:
-    checks.check(composed(files, f"data={source}", f"data/format={form}"))
+    check.check(composed(files, f"data={source}", f"data/format={form}"))
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_composes_and_changes_something(path: Path, files: dict[str, Path]) -> None:
     cfg = composed(files, name_of(path))
-    checks.check(cfg)
+    check.check(cfg)
     assert cfg != composed(files)
 
 
@@ -109,7 +109,7 @@ def test_every_key_says_what_it_means(path: Path) -> None:
 
 def test_every_option_function_has_a_yaml() -> None:
     """An option is a public function with YAML keys; one that no YAML names is out of everybody's reach."""
-    named = {str(node[config.TARGET]) for node in map(_content, OPTIONS) if config.TARGET in node}
+    named = {str(node[bind.TARGET]) for node in map(_content, OPTIONS) if bind.TARGET in node}
     rooms = {target.rpartition(".")[0] for target in named}
     offered = {f"{room}.{name}" for room in rooms for name in _options(room)}
     assert len(offered) > 15
@@ -122,5 +122,5 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _options(room: str) -> Iterator[str]:
     for name, function in inspect.getmembers(importlib.import_module(room), inspect.isfunction):
-        if function.__module__ == room and not name.startswith(("_", "check_")) and config.keys_of(function):
+        if function.__module__ == room and not name.startswith(("_", "check_")) and bind.keys_of(function):
             yield name

@@ -105,6 +105,8 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
         if self._line is None:
             return super()._try_wait(wait_flags)  # type: ignore[misc]
+        if self._line.fileno() < 0:  # whoever waited was interrupted while the answer was read: it is lost
+            return self.pid, 1 << 8
         if wait_flags & os.WNOHANG and not select.select([self._line], [], [], 0)[0]:
             return 0, 0
         with self._line:
@@ -230,7 +232,7 @@ def read_on_import(names: Iterable[str]) -> list[str]:
 
 def copy_databases(folder: Path) -> None:
     """Let MLflow make one database for this process and those forked from it: its migrations take seconds each time."""
-    from runner import store
+    from runner.tracking.mlflow import store
 
     make, made = store._make, folder / "mlflow.db"
 
@@ -265,8 +267,8 @@ def _load() -> None:
     import pkgutil
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package
-    from runner import launch, store
-    from runner.launch import local
+    from runner.launch.local import launcher
+    from runner.tracking.mlflow import store
 
     for name, value in store.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -274,13 +276,12 @@ def _load() -> None:
     import mlflow.tracking.client
 
     assert mlflow
-    local.load_libraries(with_adapters=True)
+    launcher.load_libraries(with_adapters=True)
     import runner
 
-    for package in (runner, launch):
-        for module in pkgutil.iter_modules(package.__path__):
-            if module.name != "__main__":
-                __import__(f"{package.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(runner.__path__, "runner."):
+        if module.name not in MODULES and module.name != "runner.__main__":
+            __import__(module.name)
     logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
     for name in store.ENVIRONMENT:
         os.environ.pop(name)
@@ -288,7 +289,7 @@ def _load() -> None:
 
 def _make_database(folder: Path) -> None:
     """Beforehand, so that nobody makes it at the same time; in a process of its own: MLflow keeps what it opened."""
-    from runner import store
+    from runner.tracking.mlflow import store
 
     copy_databases(folder)
     if not (pid := os.fork()):

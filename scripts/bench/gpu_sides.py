@@ -123,7 +123,7 @@ def documents(case: Case, packed: bool, steps: int) -> list[np.ndarray]:
 
 def members(case: Case, side: str, steps: int) -> list[list[np.ndarray]]:
     """The rows of all steps, each the documents that share it."""
-    from runner import packing
+    from runner.data import packing
 
     packed = is_packed(case, side)
     made = documents(case, packed, steps)
@@ -188,17 +188,20 @@ def train_ours(case: Case, side: str, steps: int) -> dict[str, Any]:
     """The steps of runner's loop, with all that a run has around them but evaluation, checkpoints and tracking."""
     import torch
 
-    from runner import build, compiling, config, meters, models, train
-    from runner.checkpoint import Progress
-    from runner.rundir import RunDir
+    from runner.config import bind
+    from runner.models import pretrained
+    from runner.models.kernels import compilation
+    from runner.tracking.rundir import RunDir
+    from runner.train import build, loop, throughput
+    from runner.train.checkpoint import Progress
 
-    models.load = lambda source, quant, _: adopted(made_model(case), source, quant)  # type: ignore[assignment]
+    pretrained.load = lambda source, quant, _: adopted(made_model(case), source, quant)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
         cfg = composed(case, side, steps, Path(name))
-        made = inputs(cfg, case, side, steps, config.bind(cfg["task"], "task")())
+        made = inputs(cfg, case, side, steps, bind.bind(cfg["task"], "task")())
         parts = build.parts(cfg, made, RunDir(Path(name) / "run"))
         losses: list[float] = []
-        hooks = train.Hooks(
+        hooks = loop.Hooks(
             record=lambda _, metrics: losses.append(metrics["train/loss"]),
             evaluating=lambda *_: None,
             saving=lambda: None,
@@ -207,20 +210,20 @@ def train_ours(case: Case, side: str, steps: int) -> dict[str, Any]:
         )
         progress, times, graphs = Progress(), Clock(steps), 0
         for step in range(steps):
-            train.optimizer_step(parts, progress, hooks)
+            loop.optimizer_step(parts, progress, hooks)
             times.step_is_done()
-            graphs = compiling.graphs() if step == 0 else graphs
-        train.catch_up(parts, progress, hooks)
+            graphs = compilation.graphs() if step == 0 else graphs
+        loop.catch_up(parts, progress, hooks)
     tokens = [sum(batch["tokens"] for batch in parts.batches.step(step)) for step in range(steps)]
     spans = np.array([len(document) for row in members(case, side, steps) for document in row])
     return {
         **times.result(),
         "losses": losses,
         "tokens": tokens,
-        "flops_per_token": meters.flops_per_token(parts.model, int((spans**2).sum() / spans.sum())),
+        "flops_per_token": throughput.flops_per_token(parts.model, int((spans**2).sum() / spans.sum())),
         "attention": parts.model.config._attn_implementation,
-        "graph_breaks": compiling.graph_breaks() if compiling.is_compiled(parts.model) else [],
-        "graphs_after_first_step": compiling.graphs() - graphs,
+        "graph_breaks": compilation.graph_breaks() if compilation.is_compiled(parts.model) else [],
+        "graphs_after_first_step": compilation.graphs() - graphs,
         "torch": torch.__version__,
     }
 
@@ -231,7 +234,7 @@ def composed(case: Case, side: str, steps: int, folder: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from transformers import LlamaConfig
 
-    from runner import config
+    from runner.config import bind
 
     LlamaConfig(**case.shape, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
     adapter = ["lora=none"] if case.lora is None else [f"lora.r={case.lora}", f"lora.lora_alpha={2 * case.lora}"]
@@ -242,7 +245,7 @@ def composed(case: Case, side: str, steps: int, folder: Path) -> dict[str, Any]:
         "schedule=constant", "schedule.warmup_ratio=0", "parallel=none", f"train.max_steps={steps}",
         f"train.per_device_batch_size={rows_of(case, side)}", *OURS[side],
     ]  # fmt: skip
-    with initialize_config_dir(str(config.config_dir()), version_base=None):
+    with initialize_config_dir(str(bind.config_dir()), version_base=None):
         found = OmegaConf.to_container(compose("config", overrides), resolve=True)
     assert isinstance(found, dict)
     return found  # type: ignore[return-value]
@@ -250,15 +253,17 @@ def composed(case: Case, side: str, steps: int, folder: Path) -> dict[str, Any]:
 
 def inputs(cfg: dict[str, Any], case: Case, side: str, steps: int, task: Any) -> Any:
     """What ``build.inputs`` makes, of documents that are tokens already."""
-    from runner import build, packing
-    from runner.origins import ModelSource
-    from runner.schema import TrainSettings
+    from runner.config.schema import TrainSettings
+    from runner.data import packing
+    from runner.data.batches import Batches
+    from runner.models.sources import ModelSource
+    from runner.train import inputs
 
     rows = members(case, side, steps)
     ids = np.concatenate([document for row in rows for document in row]).astype(np.int32)
     offsets = np.cumsum([0, *(len(document) for row in rows for document in row)])
     packs = packing.Packs(np.arange(len(offsets) - 1), np.cumsum([0, *map(len, rows)]))
-    batches = packing.Batches(
+    batches = Batches(
         packing.Rows(ids, ids, offsets, packs),
         packing=cfg["data"]["packing"],
         max_length=case.length,
@@ -273,17 +278,16 @@ def inputs(cfg: dict[str, Any], case: Case, side: str, steps: int, task: Any) ->
     source = ModelSource(model["path"], None, model["dtype"], model["attention"], False, "random weights")
     splits: Any = SimpleNamespace(report=report)
     settings = TrainSettings(**cfg["train"])
-    return build.Inputs(task, source, None, settings, splits, batches, batches, steps, build.pick_device())
+    return inputs.Inputs(task, source, None, settings, splits, batches, batches, steps, inputs.pick_device())
 
 
 def adopted(model: Any, source: Any, quant: Any) -> Any:
     """What ``models.load`` does to a model that it has read."""
-    from runner import models
-    from runner import quant as quantization
+    from runner.models import pretrained, quantization
 
     if quant.bits is not None:
         quantization.make_trainable(model)
-    return models._marked(model, source, quant)
+    return pretrained._marked(model, source, quant)
 
 
 def train_with_trl(case: Case, side: str, steps: int) -> dict[str, Any]:
@@ -369,7 +373,7 @@ def trl_row(row: list[np.ndarray], packed: bool) -> dict[str, Any]:
 
 def byte_tokenizer() -> Any:
     """TRL wants one, to pad with."""
-    from runner import tiny
+    from runner.models import tiny
 
     return tiny.byte_tokenizer()
 
@@ -396,7 +400,7 @@ class Clock:
         self.times.append(time.time())
 
     def result(self) -> dict[str, Any]:
-        from runner import usage
+        from runner.train.memory import usage
 
         peaks = list(usage.metrics().values())
         return {"times": self.times, "peak_gib": peaks[0], "reserved_gib": peaks[-1]}

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runner import documents, fused, loss
+from runner.models.kernels import lora_linear, varlen_attention
+from runner.tasks import cross_entropy
 
 Pass = Callable[[], Any]
 
@@ -45,7 +46,7 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype, shapes = (torch.bfloat16, LARGE) if on_gpu else (torch.float32, SMALL)
     torch.manual_seed(0)
-    documents._register()  # asks torch what its attention takes
+    varlen_attention._register()  # asks torch what its attention takes
     bench = Bench(device, dtype, shapes, words.rows, words.rounds)
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, {words.rows} tokens, torch {torch.__version__}\n")
     print("| what | ms | of the limit | largest difference |")
@@ -103,7 +104,7 @@ class Bench:
             return attention(query, *wide, attn_mask=mask).transpose(1, 2)
 
         def by_document() -> Tensor:
-            return documents.attend(module, query, key, value, None, cu_seq_lens_q=ends, max_length_q=longest)[0]
+            return varlen_attention.attend(module, query, key, value, None, cu_seq_lens_q=ends, max_length_q=longest)[0]
 
         spans = ends.diff().double()
         flops = 3.5 * 2 * float((spans**2).sum()) * shapes.heads * shapes.head_dim
@@ -128,7 +129,7 @@ class Bench:
 
         def trained_rows() -> Tensor:
             logits = hidden[labels != -100] @ head.t()
-            return loss._CrossEntropy.apply(logits, kept)[0]
+            return cross_entropy._CrossEntropy.apply(logits, kept)[0]
 
         def torch_own() -> Tensor:
             return nn.functional.linear_cross_entropy(hidden[labels != -100], head, kept, reduction="sum")
@@ -159,7 +160,7 @@ class Bench:
 
         expected = torch.autograd.grad(side(), inputs)
         self._show(f"{name}, PEFT", self._both(lambda: model(x), inputs, grad), limit)
-        fused.fuse(model)
+        lora_linear.fuse(model)
         found = torch.autograd.grad(side(), inputs)
         apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
         self._show(f"{name}, fused", self._both(lambda: model(x), inputs, grad), limit, apart)

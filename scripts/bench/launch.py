@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runner import cli, prepare, tracking
-from runner.launch import local
-from runner.rundir import RunDir
+from runner.cli import jobs as cli_jobs
+from runner.launch.local import launcher as local
+from runner.tracking import manifest, metrics_log
+from runner.tracking.rundir import RunDir
 
 TINY = ["model=tiny", "tracking=offline", "data.max_length=128", "train.max_steps=3", "train.sample_prompts=0"]
 
@@ -51,15 +52,15 @@ def main(jobs: int, overrides: list[str]) -> None:
 
 
 def prepared(folder: Path, overrides: list[str]) -> RunDir:
-    with cli.composed(overrides) as (_, jobs):
-        return prepare.prepare(dict(jobs[0].cfg), folder, [], overrides)
+    with cli_jobs.composed(overrides) as (_, found):
+        return manifest.prepare(dict(found[0].cfg), folder, [], overrides)
 
 
 def timed(work: Callable[..., int]) -> Callable[..., int]:
     """The same work, with marks of the clock beside the run's records."""
 
     def marked(rundir: RunDir, mirrored: bool) -> int:
-        from runner import build, train
+        from runner.train import build, inputs, loop
 
         def mark(name: str) -> None:
             with (rundir.path / "marks").open("a") as handle:
@@ -79,9 +80,9 @@ def timed(work: Callable[..., int]) -> Callable[..., int]:
             setattr(module, function, wrapped)
 
         mark("forked")
-        between(build, "inputs", None, "inputs")
+        between(inputs, "inputs", None, "inputs")
         between(build, "load_model", "model begins", "model")
-        between(train, "train", "training", None)
+        between(loop, "train", "training", None)
         code = work(rundir, mirrored=mirrored)
         mark("gone")
         return code
@@ -92,7 +93,7 @@ def timed(work: Callable[..., int]) -> Callable[..., int]:
 def marks_of(rundir: RunDir) -> dict[str, float]:
     lines = (line.split(" ", 1) for line in (rundir.path / "marks").read_text().splitlines())
     found = {name: float(when) for when, name in lines}
-    records = tracking.read(rundir)
+    records = metrics_log.read(rundir)
     found["evaluated"] = next(r["time"] for r in records if "eval/loss" in r)
     found["first step"] = next(r["time"] for r in records if "train/loss" in r)
     return {**found, "end": rundir.read_state().updated}

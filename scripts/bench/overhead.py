@@ -93,16 +93,17 @@ def tracking(rounds: int, _: int) -> Iterator[tuple[str, str, str]]:
 
 def sweep(_: int, jobs: int) -> Iterator[tuple[str, str, str]]:
     """Composing, checking and preparing the runs of a sweep, without MLflow and Slurm."""
-    from runner import cli, prepare
+    from runner.cli import jobs as cli_jobs
+    from runner.tracking import manifest
 
     for count in (jobs // 10, jobs):
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
             words = ["-m", *TINY, "tracking=offline", f"seed=range({count})"]
-            with cli.composed(words) as (_composer, made):
+            with cli_jobs.composed(words) as (_composer, made):
                 composed = time.perf_counter() - began
                 for number, job in enumerate(made):
-                    prepare.prepare(dict(job.cfg), Path(folder) / str(number), [], words)
+                    manifest.prepare(dict(job.cfg), Path(folder) / str(number), [], words)
             total = time.perf_counter() - began
         yield f"{count} runs composed, checked and prepared", f"{composed:.1f} + {total - composed:.1f} s", "< 60 s"
 
@@ -130,7 +131,7 @@ def make_many(folder: Path, jobs: int) -> None:
     """A sweep called ``many`` below ``folder``, and MLflow's database: one run is trained, the others are copies of it
     with another configuration and other numbers.
     """
-    from runner.sweepdir import SweepDir
+    from runner.tracking.sweepdir import SweepDir
 
     words = [*TINY, "train.max_steps=20", "train.eval_steps=5", "train.save_steps=null", "sweep=many", "seed=0"]
     run([sys.executable, "-m", "runner", "-m", *words, f"outputs_dir={folder}"])
@@ -188,11 +189,11 @@ def copy_in_mlflow(database: sqlite3.Connection, of: str, identity: str, values:
 def tokens(rounds: int, _: int) -> Iterator[tuple[str, str, str]]:
     """All rows of the default data set, read, deduplicated, tokenised, packed and written."""
     code = (
-        "import time\nfrom runner import build, cli\n"
-        f"with cli.composed({['data.train_rows=null', 'tracking=offline']!r}) as (_, jobs):\n"
-        "    cfg = dict(jobs[0].cfg)\n"
-        "build.inputs({**cfg, 'data': {**cfg['data'], 'train_rows': 1}})\n"  # imports, and the model's conversion
-        "began = time.process_time()\nmade = build.inputs(cfg)\nseconds = time.process_time() - began\n"
+        "import time\nfrom runner.cli import jobs\nfrom runner.train import inputs\n"
+        f"with jobs.composed({['data.train_rows=null', 'tracking=offline']!r}) as (_, found):\n"
+        "    cfg = dict(found[0].cfg)\n"
+        "inputs.inputs({**cfg, 'data': {**cfg['data'], 'train_rows': 1}})\n"  # imports, and the model's conversion
+        "began = time.process_time()\nmade = inputs.inputs(cfg)\nseconds = time.process_time() - began\n"
         "report = made.splits.report\nprint((report.train_tokens + report.eval_tokens) / seconds)"
     )
     rates = []

@@ -17,9 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.rundir import DONE
-from runner.sweepdir import SweepDir
-from runner.tracking import last_values, read
+from runner.tracking.metrics_log import last_values, read
+from runner.tracking.rundir import DONE
+from runner.tracking.sweepdir import SweepDir
 
 KINDS = ("random", "tpe", "asha")
 TRIALS, STEPS = 12, 12

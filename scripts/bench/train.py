@@ -226,7 +226,7 @@ def adapted(rows: dict[str, Any], compute: Any) -> Any:
 
 def tell(folder: Path, times: list[float], losses: list[float]) -> None:
     """What a process that is not runner's came to."""
-    from runner import usage
+    from runner.train.memory import usage
 
     peak = next(iter(usage.metrics().values()))
     (folder / "result.json").write_text(json.dumps({"times": times, "losses": losses, "peak_gib": peak}))
@@ -244,18 +244,19 @@ def write_rows(folder: Path, steps: int, overrides: list[str]) -> None:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from runner import build, config
+    from runner.config import bind
+    from runner.train import inputs
 
     rows: dict[str, Any] = {"tokens": {}, "trained": {}, "quant": "none"}
     for side, name in (("ours", "documents"), ("ours-packed", "packed")):
-        with initialize_config_dir(str(config.config_dir()), version_base=None):
+        with initialize_config_dir(str(bind.config_dir()), version_base=None):
             cfg = OmegaConf.to_container(compose("config", [*ours(folder, side, steps), *overrides]), resolve=True)
-        made = build.inputs(cfg)  # type: ignore[arg-type]
+        made = inputs.inputs(cfg)  # type: ignore[arg-type]
         batches = [made.batches.step(step)[0] for step in range(steps)]
         rows[name] = [row for batch in batches for row in cut(batch, name)]
         rows["tokens"][name] = [batch["tokens"] for batch in batches]
         rows["trained"][name] = [batch["trained"] for batch in batches]
-        rows["model"], rows["quant"] = made.source.path, config.bind(cfg["quant"], "quant")().name  # type: ignore
+        rows["model"], rows["quant"] = made.source.path, bind.bind(cfg["quant"], "quant")().name  # type: ignore
         rows["pad"] = made.tokenizer.pad_token_id
     (folder / "rows.json").write_text(json.dumps(rows))
 

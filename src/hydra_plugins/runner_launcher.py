@@ -1,6 +1,6 @@
 """Hydra's door to this program: it accepts launchers and sweepers from the package ``hydra_plugins`` alone.
 
-Every start of Hydra imports this file, so nothing heavy stands in it. The work is done by ``runner.sweeping.Session``,
+Every start of Hydra imports this file, so nothing heavy stands in it. The work is done by ``sweep.session.Session``,
 which ``python -m runner -m`` gives to Hydra in the place of a task function.
 """
 

@@ -1,4 +1,6 @@
-import os
+"""Fine-tuning experiments that compose, launch, track and compare themselves."""
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-"""PyTorch asks Linux for huge pages where a tensor on the CPU is large: 6 % less time. It looks at its first tensor."""
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+"""The folder of this package; in a checkout conf/ and uv.lock are two levels above it."""

@@ -6,11 +6,12 @@ import sys
 
 
 def main() -> None:
-    from runner import cli, heap
+    from runner.cli import main
+    from runner.train.memory import heap
 
-    if cli.may_train(sys.argv[1:]):
+    if main.may_train(sys.argv[1:]):
         heap.restart()
-    sys.exit(cli.run(sys.argv[1:]))
+    sys.exit(main.run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, RunnerError
 
 
 def cache_dir(room: str) -> Path:
@@ -96,3 +97,43 @@ def stamp(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+OF_A_FOLDER = {
+    errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOTCONN,
+}  # fmt: skip
+"""What the system says of a folder that cannot be made, written or locked; EIO it says of a lost terminal, too."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path, refusal: type[RunnerError] = ConfigError) -> Iterator[None]:
+    """Say in the user's words that there is no room in this folder, or no right to write, where the block finds it so.
+
+    Raises:
+        RunnerError: ``refusal``. What else the system refuses (a process, a pipe, a file elsewhere) stays as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_of_outputs(error, folder):
+            raise
+        raise refusal(outputs_fault(error, folder)) from error
+
+
+def is_of_outputs(error: OSError, folder: Path) -> bool:
+    """Whether it is this folder, something below it or a folder above it that cannot be written."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return error.errno in OF_A_DISK  # no other tells without a name whether it is about a file at all
+    path, folder = Path(error.filename).absolute(), folder.absolute()
+    is_there = path.is_relative_to(folder) or folder.is_relative_to(path)
+    return is_there and error.errno in OF_A_DISK | OF_A_FOLDER
+
+
+def outputs_fault(error: OSError, folder: Path) -> Fault:
+    """What to say where a run folder cannot be written."""
+    remedy = "make room there, or set outputs_dir to a folder that can be written"
+    return Fault("outputs_dir", f"cannot be written: {error.strerror}", remedy, folder)

@@ -1,0 +1,1 @@
+"""Start prepared run folders: here, under torchrun, on Slurm."""

@@ -1,0 +1,178 @@
+"""The verb ``diff``: what two runs were asked for, made of and came to, side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from runner import terminal
+from runner.cli import args
+from runner.errors import ConfigError, Fault
+from runner.report import diff, record
+from runner.report.diff import Numbers, Row, Section
+from runner.report.record import Recorded
+
+HELP = """python -m runner diff RUN RUN [--all] [--patch] [--json | --markdown] [uri=URI] [outputs_dir=FOLDER]
+
+Two runs side by side: configuration, code (commit, uncommitted changes, the files and lines in between), packages,
+data, hardware and results. Only what differs is shown.
+
+  python -m runner diff outputs/2026-01-31/12-00-00 outputs/2026-01-31/12-30-00
+  python -m runner diff lora.r=8 lora.r=16 --all      two jobs of a sweep, with what is the same
+  python -m runner diff 3f2a 91c0 uri=https://…       two runs whose folders lie on other machines
+  python -m runner diff 3f2a outputs/mine --patch     the lines of code too
+
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
+  --all       what is the same too
+  --patch     the lines of code that differ, uncommitted changes included
+  --json      for programs, with everything: {"runs", "sections", "files", "numbers"}
+  --markdown  tables to paste
+  uri=URI     the MLflow store that has runs which lie on no disk here
+The exit code is 0, whether they differ or not."""
+
+WIDEST = 60
+"""Characters of a value; longer ones are cut in the middle, where they are not asked for as JSON."""
+_FRACTION = re.compile(r"-?\d+\.\d+(e-?\d+)?")
+_DIGEST = re.compile(r"[0-9a-f]{32,}")
+
+
+def main(argv: list[str]) -> int:
+    """The verb; returns the exit code.
+
+    Raises:
+        ConfigError: not two runs, twice the same, one that never began, or one that is not there.
+    """
+    flags = ("--all", "--patch", "--json", "--markdown")
+    words = args.read(argv, HELP, flags=flags)
+    if words is None:
+        return 0
+    if words.has("--json") and words.has("--patch"):
+        raise ConfigError(Fault("--patch", "the lines of code do not go into JSON", "leave out --patch or --json"))
+    runs, settings = args.settings(words.words, ("uri",))
+    ours, theirs = _the_two(runs, words, settings.get("uri"))
+    sections, numbers = diff.of(ours, theirs), diff.numbers(ours.curves, theirs.curves)
+    with terminal.piped():
+        if words.has("--json"):
+            print(json.dumps(_as_json(ours, theirs, sections, numbers), indent=1), flush=True)
+        else:
+            shown = _markdown if words.has("--markdown") else _text
+            print(shown(ours, theirs, sections, numbers, everything=words.has("--all")))
+            if words.has("--patch"):
+                print(f"\n{diff.patch(ours, theirs)}".rstrip() or "\nno lines of code differ, as far as git can say")
+    return 0
+
+
+def _the_two(runs: list[str], words: args.Asked, uri: str | None) -> tuple[Recorded, Recorded]:
+    if len(runs) != 2:
+        named = "one is named" if len(runs) == 1 else f"{len(runs) or 'none'} are named"
+        raise ConfigError(Fault("diff", f"compares two runs, and {named}", HELP.splitlines()[0]))
+    if words.has("--json") and words.has("--markdown"):
+        raise ConfigError(Fault("--markdown", "does not go with --json", "leave one of them out"))
+    ours, theirs = (record.find(word, words.outputs_dir, uri) for word in runs)
+    if ours.manifest.get("id") == theirs.manifest.get("id"):
+        problem = f"'{runs[0]}' and '{runs[1]}' are the same run, {ours.where}"
+        raise ConfigError(Fault("diff", problem, "name two: python -m runner status lists them"))
+    for run in (ours, theirs):
+        record.refuse_unbegun(run, "there is nothing to compare yet")
+    return ours, theirs
+
+
+def _text(ours: Recorded, theirs: Recorded, sections: Sequence[Section], numbers: Numbers, *, everything: bool) -> str:
+    head = [Row("run", ours.where, theirs.where), Row("name", ours.name, theirs.name)]
+    head += [Row("MLflow", ours.mlflow_id[:8], theirs.mlflow_id[:8])] if ours.mlflow_id or theirs.mlflow_id else []
+    tables = [("", head), *((section.title, _shown(section, everything)) for section in sections)]
+    cells = [(_key(row, title), *_values(row, title)) for title, rows in tables for row in rows]
+    widths = [max(len(cell[column]) for cell in cells) for column in range(2)]
+    lines: list[str] = []
+    for title, rows in tables:
+        section = next((each for each in sections if each.title == title), None)
+        if not rows and not (section and (section.files or section.note)):
+            continue
+        lines += ["", title] if title else []
+        for row in rows:
+            left, (middle, right) = _key(row, title), _values(row, title)
+            lines.append(f"{left:<{widths[0]}}  {middle:<{widths[1]}}  {right}{_change(row, title)}".rstrip())
+        if section:
+            lines += [f"  {changed}" for changed in section.files]
+            lines += [f"  {section.note}"] if section.note else []
+    alike = [section.title for section in sections if not section.differs]
+    lines += ["", f"the same: {', '.join(alike)}"] if alike else []
+    return "\n".join([*lines, "", _verdict(numbers)])
+
+
+def _markdown(
+    ours: Recorded, theirs: Recorded, sections: Sequence[Section], numbers: Numbers, *, everything: bool
+) -> str:
+    def cell(text: str) -> str:
+        return _short(text).replace("|", "\\|").replace("\n", " ") or "–"
+
+    lines = [f"| | {cell(ours.where)} | {cell(theirs.where)} |", "|---|---|---|"]
+    for section in sections:
+        rows = _shown(section, everything)
+        lines += [f"| **{section.title}** | | |"] if rows else []
+        lines += [f"| {cell(row.key)} | {' | '.join(map(cell, _values(row, section.title)))} |" for row in rows]
+    for section in sections:
+        lines += [""] if section.files or section.note else []
+        lines += [f"- `{changed.file}` {str(changed).removeprefix(changed.file).strip()}" for changed in section.files]
+        lines += [f"- {section.note}"] if section.note else []
+    return "\n".join([*lines, "", _verdict(numbers)])
+
+
+def _as_json(ours: Recorded, theirs: Recorded, sections: Sequence[Section], numbers: Numbers) -> dict[str, Any]:
+    runs = [
+        {"name": run.name, "folder": str(run.folder) if run.folder else None, "mlflow_run_id": run.mlflow_id or None,
+         "signature": run.manifest.get("signature"), "status": run.status}
+        for run in (ours, theirs)
+    ]  # fmt: skip
+    tables = {
+        section.title: {row.key: {"values": [row.ours, row.theirs], "differs": row.differs} for row in section.rows}
+        for section in sections
+    }
+    code = next(section for section in sections if section.title == "code")
+    return {"runs": runs, "sections": tables, "files": [asdict(changed) for changed in code.files],
+            "note": code.note, "numbers": asdict(numbers)}  # fmt: skip
+
+
+def _shown(section: Section, everything: bool) -> list[Row]:
+    return [row for row in section.rows if everything or row.differs]
+
+
+def _key(row: Row, title: str) -> str:
+    return f"  {row.key}" if title else row.key
+
+
+def _values(row: Row, title: str) -> tuple[str, str]:
+    """Both values as they are shown: results with six digits, unless they look the same then."""
+    ours, theirs = (
+        f"{float(text):.6g}" if title == "results" and _FRACTION.fullmatch(text) else text
+        for text in (row.ours, row.theirs)
+    )
+    return (_short(row.ours), _short(row.theirs)) if row.differs and ours == theirs else (_short(ours), _short(theirs))
+
+
+def _short(text: str) -> str:
+    text = text[:12] if _DIGEST.fullmatch(text) else text
+    half = WIDEST // 2
+    return (text if len(text) <= WIDEST else f"{text[: half - 1]}…{text[-half:]}") or "–"
+
+
+def _change(row: Row, title: str) -> str:
+    """By how much a result differs."""
+    if title != "results" or not row.differs:
+        return ""
+    try:
+        return f"  ({float(row.theirs) - float(row.ours):+.4g})"
+    except ValueError:
+        return ""
+
+
+def _verdict(numbers: Numbers) -> str:
+    if not numbers.steps:
+        return "they have no step in common at which the same was measured"
+    if numbers.first is None:
+        return f"losses and evaluations are the same, bit by bit, at all {numbers.steps} steps that both have"
+    step, name, ours, theirs = numbers.first
+    return f"what they measured differs first at step {step}: {name} {ours!r}, then {theirs!r}"

@@ -1,0 +1,172 @@
+"""The verb ``export``: a trained model as others load it: a plain PEFT adapter, a whole model, a GGUF file."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from runner import terminal
+from runner.cli import args
+from runner.errors import ConfigError, Fault, suggest
+from runner.models import gguf_export, model_folder
+from runner.report import model_card
+from runner.train import merge, trained
+from runner.train.trained import Trained
+
+if TYPE_CHECKING:
+    from runner.train.merge import Check
+
+HELP = """python -m runner export RUN [DIR] [--merged] [--gguf] [--dtype DTYPE]
+
+Writes what a run has trained, with its tokenizer and a model card, where others load it without this program.
+
+  python -m runner export first                     the adapter, for plain PEFT, in outputs/exports/first
+  python -m runner export first my/model --merged   the whole model, for plain transformers (vLLM, TGI, …)
+  python -m runner export first --gguf              the whole model as one file, for llama.cpp
+
+RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; DIR a folder that does
+not exist, or is empty.
+  --merged       the adapter is added to the base in full precision, also where the run was trained on 4 or 8 bits; the
+                 logits are held against those of base and adapter on rows of the run, and differ by 1e-4 at most
+                 (by 1e-5 of the largest, where the model is too large to be computed in float64)
+  --gguf         by llama.cpp's convert_hf_to_gguf.py, which must be on the PATH
+  --dtype DTYPE  of a whole model: float32, bfloat16, float16; by default that of the base, of GGUF 16 bits
+  model.path=FOLDER   where the base model lies now, if not where it lay"""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str]) -> int:
+    """The verb; returns the exit code.
+
+    Raises:
+        ConfigError: no RUN, one without a model, a folder that is not empty, no converter, an option without effect.
+        TrainingError: merging changed what the model says.
+    """
+    words = args.read(argv, HELP, flags=("--merged", "--gguf"), valued=("--dtype",))
+    if words is None:
+        return 0
+    run, rest = args.asked_for(words, "export", HELP.splitlines()[0])
+    order = _order(words, run, rest)
+    base = run.base.path if run.is_adapter else str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
+    trained.quiet()
+    with written_or_refused(order.folder) as aside:
+        check = _write(run, order, aside)
+        notes = check.notes() if check else {}
+        (aside / "README.md").write_text(model_card.text(run.rundir, order.kinds, base, notes))
+    for name, note in notes.items():
+        terminal.say(f"{name:<8} {note}")
+    files = sorted(order.folder.iterdir())
+    size = sum(path.stat().st_size for path in files)
+    terminal.say(f"export   {terminal.nearest(order.folder)}  ({', '.join(order.kinds)}, {size / 2**20:.1f} MiB)")
+    terminal.say(f"load     {terminal.nearest(order.folder / 'README.md')} says how")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What is to be written, and where."""
+
+    folder: Path
+    kinds: tuple[model_card.Kind, ...]
+    dtype: Dtype | None
+    converter: list[str]
+
+
+def _order(words: args.Asked, run: Trained, rest: list[str]) -> _Order:
+    faults: list[Fault] = []
+    if len(rest) > 1:
+        faults.append(Fault("export", "takes one folder", HELP.splitlines()[0], " ".join(rest)))
+    if words.has("--merged") and not run.is_adapter:
+        faults.append(Fault("--merged", "has no effect: this run trained all weights", "leave it out"))
+    whole = words.has("--merged") or not run.is_adapter
+    dtype = words.options.get("--dtype")
+    if dtype is not None and dtype not in DTYPES:
+        remedy = f"{suggest(dtype, DTYPES)} one of {', '.join(DTYPES)}".strip()
+        faults.append(Fault("--dtype", "no such number format", remedy, dtype))
+    elif dtype is not None and not (whole or words.has("--gguf")):
+        remedy = "add --merged, or leave it out: the adapter is exported as it is"
+        faults.append(Fault("--dtype", "has no effect on an adapter", remedy, dtype))
+    gguf_only = words.has("--gguf") and not words.has("--merged")
+    kinds: list[model_card.Kind] = [] if gguf_only else ["model" if whole else "adapter"]
+    kinds += ["gguf"] if words.has("--gguf") else []
+    command: list[str] = []
+    if words.has("--gguf"):
+        try:
+            command = gguf_export.find()
+        except ConfigError as error:
+            faults += error.faults
+    folder = Path(rest[0]).expanduser() if rest else words.outputs_dir / "exports" / default_name(run, kinds)
+    faults += _folder_faults(folder.absolute())
+    if faults:
+        raise ConfigError(*faults)
+    return _Order(folder.absolute(), tuple(kinds), cast("Dtype | None", dtype), command)
+
+
+def default_name(run: Trained, kinds: list[model_card.Kind]) -> str:
+    """The run's name as a folder: with what is in it, unless that is an adapter or a model trained whole."""
+    manifest = run.rundir.read_manifest()
+    name = str(manifest.get("name") or run.rundir.path.name)
+    if label := manifest.get("label"):
+        name = f"{manifest['sweep']}-{label}" if manifest.get("sweep") else str(label)
+    plain = re.sub(r"[^\w.,=+-]+", "-", name).strip("-.") or run.rundir.path.name
+    kind = "gguf" if kinds == ["gguf"] else "merged" if run.is_adapter and kinds[0] == "model" else ""
+    return f"{plain[:100]}-{kind}" if kind else plain[:100]
+
+
+def _folder_faults(folder: Path) -> Iterator[Fault]:
+    if folder.is_file():
+        yield Fault("DIR", "is a file", "name a folder that does not exist, or is empty", folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        yield Fault("DIR", "is not empty", "name another folder; nothing is written over", folder)
+
+
+@contextmanager
+def written_or_refused(folder: Path) -> Iterator[Path]:
+    """A folder to write into which takes the place of ``folder`` at the end, or vanishes with what was made for it."""
+    above = [path for path in folder.parents if not path.exists()]
+    try:
+        with model_folder.written_aside(folder) as aside:
+            yield aside
+            if _lies_there(folder):
+                raise ConfigError(Fault("DIR", "is not empty any more", "name another folder", folder))
+    except BaseException as error:
+        for path in above:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise ConfigError(Fault("DIR", f"cannot be written: {error}", "name another folder", folder)) from error
+        raise
+
+
+def _lies_there(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _write(run: Trained, order: _Order, aside: Path) -> Check | None:
+    """Everything but the card; returns what came out of checking a merged model."""
+    if order.kinds == ("adapter",):
+        _copy(run, aside)
+        return None
+    if "model" in order.kinds:
+        check = merge.write(run, aside, order.dtype)
+        if "gguf" in order.kinds:
+            gguf_export.convert(order.converter, aside, aside / f"{order.folder.name}.gguf", order.dtype)
+        return check
+    with tempfile.TemporaryDirectory(dir=aside, prefix=".model-") as whole:
+        check = merge.write(run, Path(whole), order.dtype)
+        gguf_export.convert(order.converter, Path(whole), aside / f"{order.folder.name}.gguf", order.dtype)
+    return check
+
+
+def _copy(run: Trained, aside: Path) -> None:
+    for path in sorted(run.rundir.model.iterdir()):
+        if path.is_file() and path.name != "README.md":
+            shutil.copy2(path, aside / path.name)

@@ -1,0 +1,302 @@
+"""The verb ``status``: what there is, what goes on, and how what is over has ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner import terminal
+from runner.cli import args
+from runner.terminal import duration
+from runner.tracking import lookup, run_status
+from runner.tracking.mirror import behind
+from runner.tracking.run_status import Standing
+from runner.tracking.rundir import FINAL, RunDir
+from runner.tracking.sweepdir import SweepDir
+
+HELP = """python -m runner status [RUN|SWEEP|FOLDER …] [--all] [--watch] [--json] [outputs_dir=FOLDER]
+
+How your runs stand, asked of their folders, of their processes and of Slurm. A run that died without saying so is
+found out, closed in its folder and, after the table, in MLflow.
+
+  python -m runner status                   the latest sweeps and runs, and everything that is not finished
+  python -m runner status lora.r+quant      each job of that sweep
+  python -m runner status outputs/2026-01-31 --all
+  python -m runner status --watch           again and again, until nothing goes on any more
+
+RUN is a run folder, a name, a Slurm job id, or the beginning (4 characters or more) of an MLflow run id; SWEEP its
+name or its folder.
+  --all     everything, not only the latest
+  --watch   look again every few seconds; Ctrl-C ends the looking, not the runs
+  --json    for programs: a list of runs and sweeps, those with a list of runs
+What it says
+  pending   nobody is at work on it         queued, requeued   waits for its turn, or for Slurm
+  starting  a worker loads it               stopping           it was told to leave, and saves
+  running
+  completed                                 failed, killed, preempted   with the reason
+  pruned    a search has paused it, and goes on with it if it comes to be among the best
+  unknown   it can only be seen elsewhere   missing, damaged   its folder is not what it was
+The exit code is 0, however they stand."""
+
+LATEST, LABEL = 15, 48
+POLL_S, SLURM_POLL_S = 2.0, 10.0
+"""Between two looks of --watch; Slurm's daemons serve everybody, and are asked less often."""
+TAIL_BYTES = 65536
+COLOURS = {
+    "completed": "32", "pruned": "32",
+    "running": "36", "starting": "36", "stopping": "36", "queued": "33", "requeued": "33",
+    "pending": "33", "preempted": "33", "failed": "31", "killed": "31", "damaged": "31", "missing": "31",
+    "unknown": "35",
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """The verb; returns the exit code.
+
+    Raises:
+        ConfigError: a word that is no run, sweep or folder of them, or no option.
+    """
+    words = args.read(argv, HELP, flags=("--all", "--watch", "--json"))
+    if words is None:
+        return 0
+    with terminal.piped():
+        if words.has("--watch"):
+            _watch(words)
+        else:
+            looked = _look(words)
+            _print(looked, words)
+            behind.tell_of(_over(looked))
+    return 0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A run by itself, or the runs of a sweep."""
+
+    sweep: SweepDir | None
+    runs: list[Standing]
+    is_named: bool
+
+    @property
+    def updated(self) -> float:
+        return max((run.state.updated for run in self.runs), default=0.0)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(run.status in (*FINAL, "missing", "damaged") for run in self.runs)
+
+
+def _look(words: args.Asked) -> list[_Group]:
+    """Everything that is asked for, as it stands now, latest first."""
+    found: dict[Path, tuple[RunDir | SweepDir, bool]] = {}
+    for word in words.words:
+        for what, is_named in lookup.meant(word, words.outputs_dir):
+            found.setdefault(what.path, (what, is_named))
+    if not words.words:
+        found = {what.path: (what, False) for what in lookup.scan(words.outputs_dir)}
+    rundirs = [[what] if isinstance(what, RunDir) else lookup.runs_of(what) for what, _ in found.values()]
+    stand = iter(run_status.of([rundir for several in rundirs for rundir in several]))
+    groups = [
+        _Group(what if isinstance(what, SweepDir) else None, [next(stand) for _ in several], is_named)
+        for (what, is_named), several in zip(found.values(), rundirs, strict=True)
+    ]
+    return groups if words.words else sorted(groups, key=lambda group: group.updated, reverse=True)
+
+
+def _print(groups: Sequence[_Group], words: args.Asked) -> None:
+    is_json = words.has("--json")
+    print(json.dumps([_as_json(group) for group in groups], indent=1) if is_json else _text(groups, words), flush=True)
+
+
+def _text(groups: Sequence[_Group], words: args.Asked) -> str:
+    shown = [
+        group for number, group in enumerate(groups)
+        if words.words or words.has("--all") or number < LATEST or not group.is_finished
+    ]  # fmt: skip
+    rows: list[_Row] = []
+    labels = iter(terminal.told_apart([run.label for group in shown if _is_open(group) for run in group.runs], LABEL))
+    for group in shown:
+        rows += [_Row.of_sweep(group)] if group.sweep else []
+        runs = group.runs if _is_open(group) else []
+        rows += [_Row.of_run(run, next(labels), indent=bool(group.sweep)) for run in runs]
+    if not rows:
+        return f"no runs below {terminal.nearest(words.outputs_dir.absolute())} yet: python -m runner starts one"
+    lines = _table(rows)
+    if len(shown) < len(groups):
+        lines.append(f"and {len(groups) - len(shown)} older ones: python -m runner status --all")
+    return "\n".join([*lines, *_hints(shown)])
+
+
+def _is_open(group: _Group) -> bool:
+    return group.sweep is None or group.is_named
+
+
+def _hints(shown: Sequence[_Group]) -> list[str]:
+    """What to do next with the one run or sweep that was named."""
+    if len(shown) != 1 or not shown[0].is_named or not shown[0].runs:
+        return []
+    group, hints = shown[0], []
+    counts = Counter(run.status for run in group.runs)
+    if group.sweep:
+        folder = terminal.nearest(group.sweep.path)
+        if counts["pending"] + counts["killed"] + counts["preempted"] and not any(run.is_live for run in group.runs):
+            hints.append("continue  give the command of the sweep again: what is completed is skipped")
+        if counts["failed"]:
+            hints.append("retry     the same command with retry=true")
+    else:
+        run, folder = group.runs[0], terminal.nearest(group.runs[0].rundir.path)
+        if run.status in ("pending", "killed", "preempted", "failed"):
+            hints.append(f"continue  python -m runner resume={folder}{' retry=true' * counts['failed']}")
+        if url := (run.manifest.get("mlflow") or {}).get("url"):
+            hints.append(f"MLflow    {url}")
+        hints.append(f"log       python -m runner logs {folder}")
+    if any(run.is_live for run in group.runs):
+        hints.append(f"cancel    python -m runner cancel {folder}")
+    return ["", *hints]
+
+
+@dataclass(frozen=True)
+class _Row:
+    cells: tuple[str, ...]
+    status: str = ""
+    reason: str = ""
+
+    @classmethod
+    def of_sweep(cls, group: _Group) -> _Row:
+        assert group.sweep
+        counts = Counter(run.status for run in group.runs)
+        order = sorted(counts, key=list(COLOURS).index)
+        said = ", ".join(f"{counts[status]} {status}" for status in order) or "no runs"
+        alike = order[0] if len(order) == 1 else ""
+        is_left = any(run.reason == run_status.NOBODY for run in group.runs) and not _is_open(group)
+        cells = (f"{group.sweep.path.name}/", said, "", "", "", "", terminal.nearest(group.sweep.path))
+        return cls(cells, alike, run_status.NOBODY if is_left else "")
+
+    @classmethod
+    def of_run(cls, run: Standing, label: str, *, indent: bool) -> _Row:
+        state = run.state
+        step = f"{state.step}/{state.total_steps}" if state.total_steps else ""
+        left = eta_s(run)
+        cells = ("  " * indent + label, run.status, step, _loss_text(run), duration(left) if left is not None else "",
+                 where(run), terminal.nearest(run.rundir.path))  # fmt: skip
+        return cls(cells, run.status, run.reason)
+
+
+def _table(rows: Sequence[_Row]) -> list[str]:
+    """Aligned columns; the folder is last and never cut, and a reason stands in a line of its own below its run."""
+    titles = ("run", "status", "step", "loss", "eta", "where", "folder")
+    everything = [titles, *(row.cells for row in rows)]
+    widths = [max(len(cells[column]) for cells in everything) for column in range(len(titles))]
+    kept = [column for column in range(len(titles)) if any(row.cells[column] for row in rows)]
+
+    def line(cells: Sequence[str], colour: str = "") -> str:
+        padded = {column: cells[column].ljust(widths[column]) for column in kept}
+        if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+            padded[1] = f"\x1b[{colour}m{padded[1]}\x1b[0m"
+        return "  ".join(padded.values()).rstrip()
+
+    lines = [line(titles)]
+    for row in rows:
+        lines.append(line(row.cells, COLOURS.get(row.status, "")))
+        lines += [f"{'':6}{row.reason}"] if row.reason else []
+    return lines
+
+
+def eta_s(run: Standing) -> float | None:
+    """Seconds until the run is through, at the pace it had so far; None where there is no telling."""
+    state = run.state
+    if run.status != "running" or not state.step or not state.seconds:
+        return None
+    left = (state.total_steps - state.step) * state.seconds / state.step
+    return max(0.0, left - max(0.0, time.time() - state.updated))
+
+
+def where(run: Standing) -> str:
+    """Where it is at work, or waits: pid@host, or its id in Slurm and the node."""
+    if not run.is_live:
+        return ""
+    if run.job is not None:
+        node = run.job.nodes if run.status in ("running", "starting", "stopping") else ""
+        return f"job {run.manifest['slurm']['job_id']}" + (f" on {node}" if node else "")
+    return f"{run.state.pid}@{run.state.host}" if run.status == "running" and run.state.pid else ""
+
+
+def loss_of(run: Standing) -> tuple[str, float] | None:
+    """("eval" or "train", the latest such loss); the one at the end once it is completed."""
+    final = run.state.summary.get("eval/loss")
+    if run.status == "completed" and isinstance(final, int | float):
+        return "eval", float(final)
+    if not run.rundir.metrics.exists():
+        return None
+    with run.rundir.metrics.open("rb") as handle:
+        handle.seek(max(0, handle.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = handle.read().splitlines()
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            for kind in ("eval", "train"):
+                if f"{kind}/loss" in record:
+                    return kind, float(record[f"{kind}/loss"])
+        except (ValueError, TypeError):  # cut short
+            continue
+    return None
+
+
+def _loss_text(run: Standing) -> str:
+    found = loss_of(run)
+    return f"{found[1]:.4f} {found[0]}" if found else ""
+
+
+def _as_json(group: _Group) -> dict[str, Any]:
+    runs = [_run_as_json(run) for run in group.runs]
+    if group.sweep is None:
+        return runs[0]
+    counts = dict(Counter(run.status for run in group.runs))
+    return {"kind": "sweep", "name": group.sweep.path.name, "folder": str(group.sweep.path), "counts": counts,
+            "runs": runs}  # fmt: skip
+
+
+def _run_as_json(run: Standing) -> dict[str, Any]:
+    kind, loss = loss_of(run) or (None, None)
+    state = run.state
+    return {
+        "kind": "run", "label": run.label, "folder": str(run.rundir.path), "status": run.status, "reason": run.reason,
+        "step": state.step, "total_steps": state.total_steps, "loss": loss, "loss_kind": kind, "eta_s": eta_s(run),
+        "host": state.host, "pid": state.pid, "job_id": (run.manifest.get("slurm") or {}).get("job_id"),
+        "slurm_state": run.job.state if run.job else None, "updated": state.updated,
+        "mlflow_run_id": (run.manifest.get("mlflow") or {}).get("run_id"),
+    }  # fmt: skip
+
+
+def _watch(words: args.Asked) -> None:
+    """Look again and again, until nothing goes on any more or Ctrl-C."""
+    before = ""
+    asked_before: set[Path] = set()
+    try:
+        while True:
+            groups = _look(words)
+            text = json.dumps([_as_json(group) for group in groups]) if words.has("--json") else _text(groups, words)
+            if sys.stdout.isatty():
+                print(f"\x1b[2J\x1b[H{text}", flush=True)
+            elif text != before:
+                print(text, end="\n" if words.has("--json") else "\n\n", flush=True)
+            before = text
+            behind.tell_of([rundir for rundir in _over(groups) if rundir.path not in asked_before])
+            asked_before |= {rundir.path for rundir in _over(groups)}
+            runs = [run for group in groups for run in group.runs]
+            if not any(run.is_live for run in runs):
+                return
+            time.sleep(SLURM_POLL_S if any(run.job for run in runs) else POLL_S)
+    except KeyboardInterrupt:
+        print("no longer watching; the runs go on", file=sys.stderr)
+
+
+def _over(groups: Iterable[_Group]) -> list[RunDir]:
+    return [run.rundir for group in groups for run in group.runs if run.status in (*FINAL, "preempted")]

@@ -1,0 +1,106 @@
+"""Every fault of a composed configuration, found before anything is written, loaded or queued."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runner.config import bind, schema
+from runner.config.schema import RunSettings, TrainSettings, divisors
+from runner.errors import ConfigError, Fault
+from runner.secrets import find_secrets
+
+OPTION_GROUPS = (
+    "task", "model", "quant", "lora", "optim", "schedule", "compile", "parallel", "tracking", "launcher", "search",
+)  # fmt: skip
+
+LIMITS = ("max_steps", "num_train_epochs", "max_tokens")
+"""The keys of ``train`` that say when training ends: exactly one of them."""
+
+
+def check(cfg: Mapping[str, Any]) -> None:
+    """Check the whole configuration (plain, resolved, without ``hydra``).
+
+    Raises:
+        ConfigError: with all faults at once.
+    """
+    faults = faults_of(cfg)
+    if faults:
+        raise ConfigError(*faults)
+
+
+def faults_of(cfg: Mapping[str, Any]) -> list[Fault]:
+    """All faults at once: of single values first, of combinations where the single values are right."""
+    return list(_group_faults(cfg)) or list(_combination_faults(cfg))
+
+
+def check_data(node: Mapping[str, Any]) -> None:
+    """Check the node ``data`` alone.
+
+    Raises:
+        ConfigError: with all its faults.
+    """
+    if faults := list(_data_faults(node)):
+        raise ConfigError(*faults)
+
+
+def faults_of_group(cfg: Mapping[str, Any], group: str) -> list[Fault]:
+    """The faults of one group by itself."""
+    return list(bind.find_faults(cfg[group], group))
+
+
+def _group_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    groups = {*OPTION_GROUPS, "train", "data"}
+    top = {key: value for key, value in cfg.items() if key not in groups}
+    for fault in bind.find_faults(top, "", RunSettings):
+        known = fault.problem != "no such key"
+        yield fault if known else bind.unknown_key(fault.key, [*bind.keys_of(RunSettings), *groups], fault.value)
+    for group in sorted(groups):
+        node = cfg.get(group)
+        if not isinstance(node, Mapping):
+            remedy = f"choose an option with {group}=…, or set one of its keys with {group}.key=…"
+            yield Fault(group, "must be a group of keys", remedy, node)
+        elif group == "train":
+            yield from bind.find_faults(node, group, TrainSettings)
+        elif group == "data":
+            yield from _data_faults(node)
+        else:
+            yield from bind.find_faults(node, group)
+
+
+def _data_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
+    settings, form, source = schema.split_data(dict(node))
+    yield from bind.find_faults(settings, "data", schema.DataSettings)
+    yield from bind.find_faults(form, "data.format")
+    known = {*bind.keys_of(schema.DataSettings), "format"}
+    for fault in bind.find_faults(source, "data"):
+        if fault.problem != "no such key":
+            yield fault
+            continue
+        own = bind.keys_of(bind.bind_target(source))
+        yield bind.unknown_key(fault.key.removeprefix("data."), [*known, *own], fault.value).below("data")
+
+
+def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    for key in find_secrets(cfg):
+        remedy = "put it into the environment (HF_TOKEN, MLFLOW_TRACKING_USERNAME and _PASSWORD): it is found there"
+        yield Fault(key, "looks like a secret, and the configuration of a run is written down", remedy)
+    yield from schema.check_data(cfg["data"])
+    for module in dict.fromkeys(inspect.getmodule(bind.bind_target(cfg[group])) for group in OPTION_GROUPS):
+        yield from getattr(module, "check_combination", lambda _: ())(cfg)
+    train = cfg["train"]
+    micro, rows = train["micro_batch_size"], train["per_device_batch_size"]
+    if isinstance(micro, int) and rows % micro:
+        remedy = f"use one of {', '.join(map(str, divisors(rows)))}, or auto"
+        yield Fault("train.micro_batch_size", f"does not divide train.per_device_batch_size={rows}", remedy, micro)
+    limits = [f"train.{key}" for key in LIMITS if train[key] is not None]
+    if not limits:
+        remedy = f"set one of {', '.join(f'train.{key}' for key in LIMITS)}"
+        yield Fault("train", "nothing says when training ends", remedy)
+    if len(limits) > 1:
+        remedy = f"keep one and set the others to null, as in {limits[1]}={train[limits[1][6:]]} {limits[0]}=null"
+        yield Fault("train", f"{' and '.join(limits)} both say when training ends", remedy)
+    task = bind.bind(cfg["task"], "task")()
+    if cfg["data"]["packing"] and not task.packable:
+        yield Fault("data.packing", f"task={task.name} cannot share a row between examples", "set it to false", True)

@@ -1,0 +1,315 @@
+"""Hydra's part: command line → composed configurations, each job composed once.
+
+Hydra composes every job of a sweep twice, at 0.2 s each. The slow part is the defaults list, and values come after it:
+so it is built once for each distinct choice of groups, and the values are applied to a copy by Hydra's own function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import setup_globals
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf._utils import OmegaConfDumper
+
+from runner.config.bind import config_dir, to_plain
+from runner.config.explain import CONFIG_NAME, is_choice, told
+from runner.errors import ConfigError, Fault
+from runner.secrets import redact_tree
+
+EFFECTIVE = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.searchpath",
+             "hydra.output_subdir", "hydra.sweeper")  # fmt: skip
+"""The keys of Hydra's own that do something here."""
+
+BY_US = ("hydra/launcher", "hydra/job_logging", "hydra/hydra_logging")
+"""Groups of Hydra's own of which only our option works."""
+
+
+ONE_A_SWEEP = ("outputs_dir", "sweep", "resume", "retry", "search")
+"""Keys of ours that say where a sweep lies and how it is taken up."""
+
+
+@dataclass
+class Job:
+    """One composed run as plain dicts: our configuration, and what Hydra writes of itself into ``.hydra/``."""
+
+    cfg: dict[str, Any]
+    """Resolved; the launcher and all later steps know nothing else."""
+    unresolved: dict[str, Any]
+    hydra: dict[str, Any]
+    """Both may hold secrets; ``write_hydra`` leaves them out."""
+    overrides: list[str]
+    """Ours, in the order given."""
+    folder: str
+    """Where Hydra's configuration puts a single run; of a sweep's job its own folder, or "" where we choose it."""
+    sweep_dir: str
+
+    @property
+    def is_folder_named(self) -> bool:
+        """Whether the user said where a single run goes."""
+        return any(override.startswith("hydra.run.dir=") for override in self.hydra["overrides"]["hydra"])
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Hydra's own command line.
+
+    Raises:
+        ConfigError: a flag of Hydra's that means something else here.
+    """
+    args = get_args_parser().parse_args(argv)
+    if args.experimental_rerun:
+        problem, remedy = "is not for this program", "rerun RUN trains a run again as it was, resume=RUN continues it"
+        raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
+    return args
+
+
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[Hydra]:
+    """Hydra with our groups, and those of ``--config-dir`` before them."""
+    search_path = create_config_search_path(str(config_dir()))
+    for extra in (args.config_path, args.config_dir):
+        if extra:
+            folder = os.path.abspath(extra)
+            if not os.path.isdir(folder):
+                raise ConfigError(Fault("--config-dir", "no such folder", "name a folder of config groups", extra))
+            search_path.prepend(provider="command-line", path=f"file://{folder}")
+    setup_globals()
+    hydra = Hydra.create_main_hydra2(task_name="runner", config_search_path=search_path)
+    try:
+        yield hydra
+    finally:
+        GlobalHydra.instance().clear()
+
+
+class Composer:
+    """Composes the jobs of one command line."""
+
+    def __init__(self, hydra: Hydra, args: argparse.Namespace) -> None:
+        self.hydra, self.args = hydra, args
+        self.parser = OverridesParser.create(config_loader=hydra.config_loader)
+        self._bases: dict[tuple[RunMode, tuple[str, ...]], DictConfig] = {}
+        self._choices: dict[str, bool] = {}
+        self._sweep_dir: str | None = None
+
+    def is_sweep(self) -> bool:
+        """Whether the command line asks for several runs: by ``-m``, or by ``hydra.mode``."""
+        if self.args.multirun:
+            return True
+        with told(self.hydra, self.args):
+            return bool(self._composed(self.args.overrides, RunMode.RUN).hydra.mode == RunMode.MULTIRUN)
+
+    def single(self) -> Job:
+        """The one run of the command line.
+
+        Raises:
+            ConfigError: an override that names nothing, with the nearest that exists.
+        """
+        with told(self.hydra, self.args):
+            return self._job(self.args.overrides, RunMode.RUN, 0)
+
+    def master(self) -> DictConfig:
+        """What the jobs of a sweep have in common, for the sweeper; the swept keys have their defaults in it."""
+        with told(self.hydra, self.args):
+            composed = self._composed(self.fixed, RunMode.MULTIRUN)
+        with open_dict(composed):
+            composed.sweep = composed.sweep or self.sweep_name
+        return composed
+
+    def chosen(self, group: str) -> dict[str, Any]:
+        """The option of a group that all jobs of a sweep share, as a plain dict."""
+        composed = self.master()
+        with read_write(composed), open_dict(composed):
+            return dict(to_plain(composed[group]))
+
+    def grid(self, arguments: Sequence[str]) -> list[list[str]]:
+        """The overrides of each job, every combination of the swept values, in Hydra's order."""
+        endless = [text for text in self.swept if isinstance(self.parser.parse_override(text).value(), IntervalSweep)]
+        if endless:
+            problem, remedy = "is a range without steps", "search=random, tpe or asha draw from it; or write range(…)"
+            raise ConfigError(*(Fault(_key(text), problem, remedy, text.partition("=")[2]) for text in endless))
+        with told(self.hydra, self.args):
+            (batch,) = BasicSweeper.split_arguments(self.parser.parse_overrides(list(arguments)), None)
+        return [list(overrides) for overrides in batch]
+
+    def value_of(self, text: str) -> Any:
+        """The value that an override gives, as Hydra reads it.
+
+        Raises:
+            ConfigError: it is no override, or has several values.
+        """
+        with told(self.hydra, self.args):
+            override = self.parser.parse_override(text)
+        if override.is_sweep_override():
+            raise ConfigError(Fault(override.key_or_group, "has several values", "give it one", _value(override)))
+        return override.value()
+
+    @functools.cached_property
+    def sweep_name(self) -> str:
+        """What a sweep is called unless ``sweep=NAME`` says so: the keys that have several values, joined."""
+        return named_by(self.parser.parse_override(text).key_or_group for text in self.swept) or "single"
+
+    def refuse_swept(self) -> None:
+        """Refuse several values for a key of which a sweep has one.
+
+        Raises:
+            ConfigError: naming them all.
+        """
+        with told(self.hydra, self.args):
+            parsed = [each for each in self.parser.parse_overrides(self.args.overrides) if each.is_sweep_override()]
+        faults = [
+            Fault(each.key_or_group, "cannot be swept: it is the whole sweep's", "give it one value", _value(each))
+            for each in parsed
+            if each.key_or_group in ONE_A_SWEEP or each.is_hydra_override()
+        ]
+        if faults:
+            raise ConfigError(*faults)
+
+    def label(self, overrides: Sequence[str]) -> str:
+        """What tells a job from the others of its sweep: the overrides that the command line does not fix."""
+        fixed = {_key(text) for text in self.fixed} - {
+            _key(text) for text in self.args.overrides if text not in self.fixed
+        }
+        return ",".join(text for text in overrides if _key(text) not in fixed)
+
+    @functools.cached_property
+    def swept(self) -> list[str]:
+        """The overrides of the command line that have several values."""
+        with told(self.hydra, self.args):
+            return [text for text in self.args.overrides if self.parser.parse_override(text).is_sweep_override()]
+
+    @functools.cached_property
+    def fixed(self) -> list[str]:
+        """The others."""
+        return [text for text in self.args.overrides if text not in self.swept]
+
+    def jobs(self, batch: Sequence[Sequence[str]], first: int = 0) -> list[Job]:
+        """One job for each list of overrides; ``first`` is the number of the first one."""
+        with told(self.hydra, self.args):
+            return [self._job(list(each), RunMode.MULTIRUN, number) for number, each in enumerate(batch, first)]
+
+    def _job(self, overrides: list[str], mode: RunMode, number: int) -> Job:
+        composed = self._composed(overrides, mode)
+        with read_write(composed.hydra), open_dict(composed.hydra):
+            if mode == RunMode.MULTIRUN:
+                composed.hydra.job.num, composed.hydra.job.id = number, f"runner_{number}"
+                composed.sweep = composed.sweep or self.sweep_name
+        _refuse_without_effect(composed)
+        plain: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
+        node = plain.pop("hydra")
+        folder, sweep_dir = self._folders(composed, mode)
+        own = [str(key) for key in composed if key not in ("hydra", "experiment")]
+        cfg = to_plain(OmegaConf.masked_copy(composed, own))
+        return Job(cfg, plain, node, node["overrides"]["task"], folder, sweep_dir)
+
+    def _folders(self, composed: DictConfig, mode: RunMode) -> tuple[str, str]:
+        """The job's own folder ("" where we choose it) and that of its sweep, which all jobs of a command share."""
+        node = composed.hydra
+        if mode == RunMode.RUN:
+            return _absolute(node.run.dir), ""
+        self._sweep_dir = self._sweep_dir or _absolute(node.sweep.dir)  # once: ${now:…} moves on
+        return (os.path.join(self._sweep_dir, node.sweep.subdir) if node.sweep.subdir else ""), self._sweep_dir
+
+    def _composed(self, overrides: list[str], mode: RunMode) -> DictConfig:
+        parsed = self.parser.parse_overrides(overrides)
+        choices = [override for override in parsed if self._changes_defaults(override)]
+        key = mode, tuple(str(override.input_line) for override in choices)
+        if key not in self._bases:
+            self._bases[key] = self.hydra.compose_config(
+                self.args.config_name or CONFIG_NAME, list(key[1]), mode, with_log_configuration=False
+            )
+        composed = copy.deepcopy(self._bases[key])
+        values = [override for override in parsed if not any(override is choice for choice in choices)]
+        lines = [(override.is_hydra_override(), str(override.input_line)) for override in parsed]
+        with read_write(composed.hydra):
+            ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+            composed.hydra.overrides.hydra = [line for is_hydra, line in lines if is_hydra]
+            composed.hydra.overrides.task = [line for is_hydra, line in lines if not is_hydra]
+            form = composed.hydra.job.config.override_dirname
+            composed.hydra.job.override_dirname = get_overrides_dirname(
+                [override for override in parsed if not override.is_hydra_override()],
+                form.exclude_keys, form.item_sep, form.kv_sep,
+            )  # fmt: skip
+        current: Any = HydraConfig.instance()
+        current.cfg = composed  # for what interpolates ${hydra:…}
+        return composed
+
+    def _changes_defaults(self, override: Override) -> bool:
+        """Whether the override is read when the defaults list is built: it chooses, or says where to look."""
+        key = override.key_or_group
+        if key not in self._choices:
+            self._choices[key] = is_choice(key, self.hydra)
+        return key == "hydra.searchpath" or (self._choices[key] and not isinstance(override.value(), dict))
+
+
+def named_by(keys: Iterable[str]) -> str:
+    """What a sweep over these keys is called."""
+    return "+".join(sorted({key.replace("/", ".") for key in keys}))[:120]
+
+
+def write_hydra(job: Job, folder: Path) -> None:
+    """Write ``.hydra/`` as Hydra does, where ``hydra.output_subdir`` says."""
+    if job.hydra["output_subdir"] is None:
+        return
+    into = folder / job.hydra["output_subdir"]
+    into.mkdir(parents=True, exist_ok=True)
+    job.hydra["runtime"]["output_dir"] = str(folder)
+    trees = {"config": job.unresolved, "hydra": {"hydra": job.hydra}, "overrides": job.overrides}
+    for name, tree in trees.items():
+        (into / f"{name}.yaml").write_text(_yaml(redact_tree(tree)))
+
+
+def _yaml(tree: Any) -> str:
+    """As OmegaConf writes it, by a faster writer."""
+    return str(yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes the texts that would be read back as numbers or booleans."""
+
+
+_Dumper.add_representer(str, OmegaConfDumper.str_representer)
+
+
+def _key(text: str) -> str:
+    return text.partition("=")[0]
+
+
+def _value(override: Override) -> str:
+    return str(override.input_line or "").partition("=")[2]
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _refuse_without_effect(composed: DictConfig) -> None:
+    faults = []
+    for override in composed.hydra.overrides.hydra:
+        key, _, value = str(override).lstrip("+~").partition("=")
+        if key in BY_US:
+            remedy = "launcher=local, launcher=accelerate or launcher=slurm says how jobs are started"
+            remedy = remedy if key == "hydra/launcher" else "leave it out: a run writes train.log"
+            faults.append(Fault(key, "has no other option here", remedy, value))
+        elif not key.replace("/", ".").startswith(EFFECTIVE):
+            remedy = f"leave it out; of Hydra's own keys these work: {', '.join(EFFECTIVE)}"
+            faults.append(Fault(key, "has no effect here", remedy, value))
+    if faults:
+        raise ConfigError(*faults)

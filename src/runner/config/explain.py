@@ -1,0 +1,126 @@
+"""Hydra's and OmegaConf's complaints in our words: which override, what is wrong with it, and what was meant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra._internal.hydra import Hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from runner.config.bind import config_dir, unknown_key
+from runner.errors import ConfigError, Fault, suggest
+from runner.secrets import redact
+
+CONFIG_NAME = "config"
+
+
+@contextmanager
+def told(hydra: Hydra, args: argparse.Namespace) -> Iterator[None]:
+    """Turn Hydra's and OmegaConf's complaints into ours."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError, AttributeError) as error:
+        raise ConfigError(*_faults(hydra, args, error)) from error
+
+
+def is_choice(key: str, hydra: Hydra) -> bool:
+    """Whether the key of an override names a config group."""
+    parent, _, name = key.rpartition("/")
+    return name in hydra.config_loader.list_groups(parent)
+
+
+def _faults(hydra: Hydra, args: argparse.Namespace, error: Exception) -> list[Fault]:
+    """Find every override that names no key or no option; where none does, pass Hydra's own words on."""
+    faults = list(_override_faults(hydra, args))
+    return faults or [Fault("", _plain_words(error), "python -m runner --help shows groups, options and examples")]
+
+
+def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
+    try:
+        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(args.overrides)
+    except HydraException:
+        yield from map(_syntax_fault, filter(lambda override: "=" not in override, args.overrides))
+        return
+    groups = {name for name in hydra.config_loader.list_groups("") if name != "hydra"}
+    choices = [override for override in parsed if is_choice(override.key_or_group, hydra)]
+    wrong = {id(override): list(_choice_faults(hydra, override)) for override in choices}
+    right = [override for override in choices if not wrong[id(override)] and not override.is_sweep_override()]
+    known = _known_keys(hydra, args, [str(override.input_line) for override in right])
+    for override in parsed:
+        key = override.key_or_group
+        if key.split(".")[0].split("/")[0] == "hydra" or override.is_add() or override.is_force_add():
+            continue
+        if id(override) in wrong:
+            yield from wrong[id(override)]
+        elif known and key not in known:
+            yield _key_fault(key, _value_of(override), known, groups)
+
+
+def _syntax_fault(override: str) -> Fault:
+    return Fault(override, "is neither a verb nor an override", "write key=value, or see python -m runner --help")
+
+
+def _value_of(override: Any) -> str:
+    return str(override.input_line or "").partition("=")[2]
+
+
+def _choice_faults(hydra: Hydra, override: Any) -> Iterator[Fault]:
+    group, value = override.key_or_group, _value_of(override)
+    options = [name for name in hydra.config_loader.get_group_options(group) if name != "base"]
+    for chosen in value.split(",") if value not in ("", "null") and "(" not in value else []:
+        if chosen.strip() not in options:
+            allowed = f"{suggest(chosen, options)} options here: {', '.join(options)}".strip()
+            yield Fault(group, "no such option", allowed, chosen)
+
+
+def _known_keys(hydra: Hydra, args: argparse.Namespace, choices: list[str]) -> set[str]:
+    """All keys that exist under the chosen options; empty where even the choices do not compose."""
+    try:
+        composed = hydra.compose_config(args.config_name or CONFIG_NAME, choices, RunMode.RUN, False)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return set()
+    ours = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
+    return set(_flattened(ours))
+
+
+def _flattened(node: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+
+
+def _key_fault(key: str, value: str, known: set[str], groups: set[str]) -> Fault:
+    parent, _, last = key.rpartition(".")
+    beside = sorted(k for k in known if k.rpartition(".")[0] == parent)
+    if beside:
+        names = [k.rpartition(".")[2] for k in beside if not k.endswith("_target_")] + (
+            [] if parent else sorted(groups)
+        )
+        if elsewhere := _options_with(parent, last):
+            return Fault(key, "no such key with this option", f"it is a key of {' and '.join(elsewhere)}", value)
+        fault = unknown_key(last, names, value)
+        if "did you mean" not in fault.remedy and (same := [k for k in known if k.rpartition(".")[2] == last]):
+            return Fault(key, "no such key", f"did you mean {' or '.join(sorted(same))}?", value)
+        return fault.below(parent)
+    return Fault(key, "no such key", f"{suggest(key, known)} groups: {', '.join(sorted(groups))}".strip(), value)
+
+
+def _options_with(group: str, key: str) -> list[str]:
+    """The options of a group whose YAML has the key."""
+    files = sorted(config_dir().joinpath(group).glob("*.yaml")) if group else []
+    having = [file.stem for file in files if re.search(rf"^{re.escape(key)}:", file.read_text(), re.MULTILINE)]
+    return [f"{group}={name}" for name in having if name != "base"]
+
+
+def _plain_words(error: Exception) -> str:
+    text = re.sub(r"\s+", " ", str(error).strip())
+    return redact(text)

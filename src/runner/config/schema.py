@@ -1,0 +1,102 @@
+"""The types of the keys that belong to no option: those at the top, and ``train``. Their values are in conf/.
+
+Where several rooms ask for the same kind of number, it is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Len, Lt
+
+from runner.errors import Fault
+
+Count = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
+"""What torch, NumPy and Python all take."""
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Memory = Literal["speed", "balanced", "min"]
+"""What of a forward pass is kept for the backward pass: see ``recompute``."""
+SweepName = Annotated[str, Len(1, 120)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The keys at the top of the configuration."""
+
+    name: str | None
+    seed: Seed
+    outputs_dir: str
+    sweep: SweepName | None
+    resume: str | None
+    retry: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long, how much at a time, and how often something is said or saved; the key comments are in conf/train."""
+
+    max_steps: Count | None
+    num_train_epochs: Positive | None
+    max_tokens: Count | None
+    per_device_batch_size: Count
+    micro_batch_size: Count | Literal["auto"] | None
+    gradient_accumulation_steps: Count
+    max_grad_norm: Positive | None
+    memory: Memory
+    logging_steps: Count
+    eval_steps: Count | None
+    save_steps: Count | None
+    save_total_limit: Count
+    deterministic: bool
+    sample_prompts: Annotated[int, Ge(0)]
+    sample_tokens: Count
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows of a forward pass; as long as ``micro_batch_size=auto`` is not settled, those of the device."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else self.per_device_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The keys of ``data`` that every source has."""
+
+    max_length: Annotated[int, Ge(8)]
+    packing: bool
+    overlong: Literal["truncate", "drop"]
+    deduplicate: bool
+    eval_fraction: Fraction
+    eval_rows: Count | None
+    train_rows: Count | None
+
+
+def divisors(count: int) -> list[int]:
+    """From 1 to ``count`` itself."""
+    return [size for size in range(1, count + 1) if count % size == 0]
+
+
+def split_data(node: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The config node ``data`` as (node of DataSettings, node of the format, node of the source)."""
+    names = {field.name for field in fields(DataSettings)}
+    settings = {key: value for key, value in node.items() if key in names}
+    source = {key: value for key, value in node.items() if key not in names and key != "format"}
+    form = node.get("format")
+    return settings, dict(form) if isinstance(form, Mapping) else {}, source
+
+
+def check_data(node: Mapping[str, Any]) -> Iterator[Fault]:
+    """Faults of the node ``data`` that lie between its settings and its source, each of them right by itself."""
+    settings, _, source = split_data(node)
+    brings_rows = any(value is not None for key, value in source.items() if key.startswith("eval_"))
+    if not settings["eval_fraction"] and not brings_rows:
+        yield nothing_held_out("leaves nothing to evaluate on: the source brings no rows for that", 0)
+
+
+def nothing_held_out(problem: str, fraction: float) -> Fault:
+    remedy = "raise data.eval_fraction, or name rows to evaluate on (data.eval_path, data.eval_split)"
+    return Fault("data.eval_fraction", problem, remedy, fraction)

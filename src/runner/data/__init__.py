@@ -1,0 +1,1 @@
+"""Data: rows from files or the Hub, made into token sequences, packed into batches."""

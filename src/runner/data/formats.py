@@ -1,0 +1,272 @@
+"""What a row means: each option turns one row into a conversation or a text.
+
+A row that does not fit is refused with the format it looks like; the caller adds the file and line.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from runner.data.user_code import Beside, imported
+from runner.errors import ConfigError, DataError, Fault, suggest
+
+Message = dict[str, str]
+"""``{"role": …, "content": …}``"""
+Example = list[Message] | str
+Row = Mapping[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def messages(row: Row, *, messages: str, role: str, content: str) -> Example:
+    """A list of messages under one key, as OpenAI's chat API takes them."""
+    turns = _turns(row, "messages", "messages", messages, (role, content))
+    return _checked([_said(str(turn[role]), _content(turn[content])) for turn in turns])
+
+
+def sharegpt(
+    row: Row, *, conversations: str, speaker: str, value: str, roles: dict[str, str], system: str | None
+) -> Example:
+    """A list of ``{"from": "human", "value": …}``; ``roles`` says who speaks, ``system`` names a key beside it."""
+    turns = _turns(row, "sharegpt", "conversations", conversations, (speaker, value))
+    for turn in turns:
+        if turn[speaker] not in roles:
+            problem = f"unknown speaker '{turn[speaker]}' (known: {', '.join(roles)})"
+            raise DataError(
+                Fault("data.format.roles", problem, f"say who it is: +data.format.roles.{turn[speaker]}=user")
+            )
+    return _checked(_system(row, system) + [_said(roles[turn[speaker]], _content(turn[value])) for turn in turns])
+
+
+def alpaca(row: Row, *, instruction: str, input: str, output: str, system: str | None) -> Example:
+    """An instruction with an optional input below it, and the output wanted: one exchange."""
+    asked = _text(row, "alpaca", "instruction", instruction)
+    answer = _text(row, "alpaca", "output", output)
+    extra = _text(row, "alpaca", "input", input) if row.get(input) is not None else ""
+    question = f"{asked}\n\n{extra}" if extra.strip() else asked
+    return _checked([*_system(row, system), _said("user", question), _said("assistant", answer)])
+
+
+def prompt_completion(row: Row, *, prompt: str, completion: str) -> Example:
+    """A prompt and its completion, each a text or a list of messages."""
+    parts: list[Message] = []
+    for parameter, key, role in (("prompt", prompt, "user"), ("completion", completion, "assistant")):
+        if isinstance(row.get(key), list):
+            turns = _turns(row, "prompt_completion", parameter, key, ("role", "content"))
+            parts += [_said(str(turn["role"]), _content(turn["content"])) for turn in turns]
+        else:
+            parts.append(_said(role, _text(row, "prompt_completion", parameter, key)))
+    return _checked(parts)
+
+
+def text(row: Row, *, key: str) -> Example:
+    """Plain text under one key, for continued pretraining."""
+    found = _text(row, "text", "key", key)
+    if not found.strip():
+        raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
+    return found
+
+
+def custom(row: Row, *, function: str) -> Example:
+    """Your own function, as ``path/to/file.py:name`` or ``package.module:name``: a row in, messages or a text out."""
+    call = _load(function)
+    try:
+        result = call(dict(row))
+    except Exception as error:
+        problem = f"failed on this row: {type(error).__name__}: {error}"
+        raise DataError(Fault("data.format.function", problem, "correct the function", function)) from error
+    if isinstance(result, str):
+        return result
+    if not isinstance(result, list) or not all(_has(turn, ("role", "content")) for turn in result):
+        problem = f"gave {type(result).__name__}, which is neither a text nor a list of messages"
+        remedy = 'return [{"role": …, "content": …}, …] or a str'
+        raise DataError(Fault("data.format.function", problem, remedy, function))
+    return _checked([_said(str(turn["role"]), _content(turn["content"])) for turn in result])
+
+
+def check_custom(*, function: str) -> Iterator[Fault]:
+    """A file, module or name that is not there, or a file that is not Python; nothing is run."""
+    name = function.rpartition(":")[2]
+    try:
+        tree = ast.parse(_source(function).read_text(encoding="utf-8"))
+    except ConfigError as error:
+        yield from error.faults
+        return
+    except SyntaxError as error:
+        yield Fault("function", f"is not Python: {error.msg} (line {error.lineno})", "correct the file", function)
+        return
+    bound = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    bound |= {alias.asname or alias.name for n in tree.body if isinstance(n, ast.ImportFrom) for alias in n.names}
+    bound |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    if name not in bound:
+        problem = f"defines no function '{name}'. {suggest(name, bound)}".strip()
+        yield Fault("function", problem, "correct the name", function)
+
+
+def source_text(function: str) -> str:
+    """What makes a custom function what it is: the text of its file, and digests of what that imports from beside it.
+
+    Raises:
+        ConfigError: where no such file or module exists.
+    """
+    file = _source(function)
+    beside = imported(file) if _is_file(function) else []
+    parts = [f"{path.relative_to(file.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in beside]
+    return "\0".join([file.read_text(encoding="utf-8"), *parts])
+
+
+def _source(function: str) -> Path:
+    """The file that holds a custom function; where this job has a frozen copy (RUNNER_SNAPSHOT) that copy.
+
+    Raises:
+        ConfigError: where no such file or module exists.
+    """
+    where, _, name = function.rpartition(":")
+    if not where or not name.isidentifier():
+        remedy = "for example data.format.function=rows.py:to_messages"
+        raise ConfigError(Fault("function", "must be path/to/file.py:name or package.module:name", remedy, function))
+    if _is_file(function):
+        named = Path(where).expanduser()
+        copy = Path(os.environ.get("RUNNER_SNAPSHOT", os.devnull)) / frozen_name(named, named)
+        file: Path | None = copy if copy.is_file() else named
+    else:
+        try:
+            spec = importlib.util.find_spec(where)
+        except ModuleNotFoundError:
+            spec = None
+        file = Path(spec.origin) if spec is not None and spec.origin else None
+    if file is None or not file.is_file():
+        remedy = "correct it; a file is sought from the current directory, a module on Python's path"
+        raise ConfigError(Fault("function", "no such file or module", remedy, function))
+    return file.absolute()
+
+
+def _is_file(function: str) -> bool:
+    return function.rpartition(":")[0].endswith(".py")
+
+
+def frozen_name(file: Path, part: Path) -> str:
+    """What the copy of ``part`` is called in the code that was frozen for a queued job.
+
+    ``file`` holds a custom function; ``part`` is that file, or one of its folder that it imports.
+    """
+    digest = hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:16]
+    return f"functions/{digest}/{part.relative_to(file.parent)}"
+
+
+def looks_like(row: Row) -> str | None:
+    """The format whose keys this row has, as ``data/format=`` takes it; None where it is none of them."""
+    if {"prompt", "completion"} <= row.keys():
+        return "prompt_completion"
+    firsts = [value[0] for value in row.values() if isinstance(value, list) and value]
+    if any(_has(first, ("role", "content")) for first in firsts):
+        return "messages"
+    if any(_has(first, ("from", "value")) for first in firsts):
+        return "sharegpt"
+    if {"instruction", "output"} <= row.keys():
+        return "alpaca"
+    return "text" if isinstance(row.get("text"), str) else None
+
+
+@functools.lru_cache
+def _load(function: str) -> Callable[[dict[str, Any]], Any]:
+    where, _, name = function.rpartition(":")
+    try:
+        if _is_file(function):
+            file = _source(function)
+            beside = Beside(file)
+            scope: dict[str, Any] = {"__name__": Path(where).stem, "__file__": where}
+            with beside if beside else contextlib.nullcontext():
+                exec(compile(file.read_text(encoding="utf-8"), where, "exec"), scope)  # the user's own, named by them
+            found = scope.get(name)
+            if beside and callable(found):
+                found = functools.partial(_with, beside, found)
+        else:
+            found = getattr(importlib.import_module(where), name, None)
+    except ConfigError as error:
+        raise ConfigError(*(fault.below("data.format") for fault in error.faults)) from None
+    except Exception as error:
+        problem = f"cannot be imported: {type(error).__name__}: {error}"
+        raise ConfigError(Fault("data.format.function", problem, "correct the file", function)) from error
+    if not callable(found):
+        problem = f"defines no function '{name}'"
+        raise ConfigError(Fault("data.format.function", problem, "correct the name", function))
+    return found
+
+
+def _with(beside: Beside, call: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> Any:
+    with beside:  # a function may import when it is called
+        return call(row)
+
+
+def _turns(row: Row, name: str, parameter: str, key: str, needed: tuple[str, str]) -> list[Mapping[str, Any]]:
+    turns = row.get(key)
+    if not isinstance(turns, list):
+        raise _misfit(row, name, parameter, key)
+    for number, turn in enumerate(turns, start=1):
+        if not _has(turn, needed):
+            has = ", ".join(turn) if isinstance(turn, Mapping) else type(turn).__name__
+            raise _misfit(row, name, parameter, key, f"message {number} needs {' and '.join(needed)}, it has {has}")
+    return turns
+
+
+def _text(row: Row, name: str, parameter: str, key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise _misfit(row, name, parameter, key)
+    return value
+
+
+def _misfit(row: Row, name: str, parameter: str, key: str, problem: str = "") -> DataError:
+    found = type(row[key]).__name__ if key in row else f"nothing (keys here: {', '.join(map(str, row)) or 'none'})"
+    problem = problem or f"finds {found} under '{key}'"
+    near = looks_like(row)
+    if near is not None and near != name:
+        return DataError(Fault("data/format", f"{problem}. The row looks like {near}", f"data/format={near}", name))
+    remedy = f"data.format.{parameter}=KEY says which key holds it; data/format=custom takes a function of yours"
+    return DataError(Fault("data/format", problem, remedy, name))
+
+
+def _has(value: object, keys: tuple[str, str]) -> bool:
+    return isinstance(value, dict) and keys[0] in value and keys[1] in value  # once for every message: no all()
+
+
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _system(row: Row, key: str | None) -> list[Message]:
+    found = row.get(key) if key is not None else None
+    return [_said("system", str(found))] if found else []
+
+
+def _content(value: object) -> str:
+    """The text of a message: a str, null (a turn without text), or OpenAI's list of text parts."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
+        return "".join(str(part.get("text") or "") for part in value)
+    problem = f"a message's content is {type(value).__name__}; only text can be trained on"
+    raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
+
+
+def _checked(conversation: list[Message]) -> list[Message]:
+    for number, message in enumerate(conversation, start=1):
+        if message["role"] not in ROLES:
+            problem = f"message {number} has the unknown role '{message['role']}'. {suggest(message['role'], ROLES)}"
+            raise DataError(Fault("", f"{problem} allowed: {', '.join(ROLES)}", "correct the role in the data"))
+        if message["role"] == "assistant" and not message["content"].strip():
+            problem = f"message {number}, of the assistant, is empty: it would teach the model to say nothing"
+            raise DataError(Fault("", problem, "leave the row out"))
+    if not any(message["role"] == "assistant" for message in conversation):
+        raise DataError(Fault("", "has no assistant turn: there is nothing to train on", "leave the row out"))
+    return conversation

@@ -1,0 +1,203 @@
+"""Where rows come from: the embedded conversations, local files, the Hugging Face Hub.
+
+Each option returns a ``Source``. Rows are read when asked for: a cache hit costs a digest and no parsing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.data import readers
+from runner.data.readers import Documents, Place, Row
+from runner.errors import DataError, Fault
+
+if TYPE_CHECKING:
+    import datasets
+
+HUB_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Records:
+    """The rows of one split with their places; each iteration reads them anew."""
+
+    read: Callable[[], Iterable[tuple[Place, Row]]]
+
+    def __iter__(self) -> Iterator[tuple[Place, Row]]:
+        return iter(self.read())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Named rows, with what identifies their content."""
+
+    name: str
+    train: Records
+    eval: Records | None
+    digest: str
+    """SHA-256 over the content, 32 hexadecimal digits: MLflow takes no more than 36."""
+    uri: str
+    """What MLflow's dataset lineage shows as the source."""
+    revision: str | None = None
+    """The commit of a dataset of the Hub."""
+
+
+def chitchat() -> Source:
+    """Conversations between people, from the installed package chitchat-dataset: works offline, needs no account.
+
+    Who speaks first is the user, who answers the assistant. Rows: ``{"messages": [{"role", "content"}, …]}``.
+    """
+    spec = importlib.util.find_spec("chitchat_dataset")  # found, not imported
+    if spec is None or spec.origin is None:
+        raise DataError(Fault("data", "the package chitchat-dataset is not installed", "uv sync", "chitchat"))
+    file = Path(spec.origin).with_name("dataset.json")
+    version = importlib.metadata.version("chitchat-dataset")
+    return Source(
+        name="chitchat",
+        train=Records(functools.partial(_conversations, file)),
+        eval=None,
+        digest=readers.digest([file], "chitchat"),
+        uri=f"package:chitchat-dataset=={version}",
+    )
+
+
+def local(*, path: str, eval_path: str | None, documents: Documents) -> Source:
+    """A file of json, jsonl, csv, tsv, parquet or txt, or a folder or glob of them, mixed as they come.
+
+    A json file holds a list of rows, ``{"data": [rows]}`` or one row. A txt file gives rows ``{"text": …}``: one
+    for the file, or one for each paragraph (``documents``).
+
+    Raises:
+        DataError: naming the file, and the line where there is one.
+    """
+    train = readers.find_files("data.path", path)
+    held_out = readers.find_files("data.eval_path", eval_path) if eval_path is not None else []
+    digests = [readers.digest(files, documents) for files in (train, held_out)]
+    return Source(
+        name=Path(path).stem,
+        train=Records(functools.partial(readers.read, train, documents)),
+        eval=Records(functools.partial(readers.read, held_out, documents)) if held_out else None,
+        digest=hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32],
+        uri=Path(path).expanduser().absolute().as_uri(),
+    )
+
+
+def check_local(*, path: str, eval_path: str | None, documents: str) -> Iterator[Fault]:
+    """Files that are not there, or of a kind that is not read; a cut through texts where there is no text."""
+    found: list[Path] = []
+    faults: list[Fault] = []
+    for key, value in (("path", path), ("eval_path", eval_path)):
+        try:
+            found += readers.find_files(key, value) if value is not None else []
+        except DataError as error:
+            faults += error.faults
+    yield from faults
+    if documents != "file" and not faults and not any(file.suffix.lower() == ".txt" for file in found):
+        yield Fault("documents", "has no effect: none of the files is a txt file", "leave it at file", documents)
+
+
+def hub(*, path: str, name: str | None, split: str, eval_split: str | None, revision: str | None) -> Source:
+    """A dataset of the Hugging Face Hub, or a local folder in the Hub's layout.
+
+    Raises:
+        DataError: within seconds where the Hub is out of reach, or the dataset is gated or does not exist.
+    """
+    commit = revision if _is_offline() or Path(path).exists() else _find_commit(path, revision)
+    train = _load_split(path, name, split, commit)
+    held_out = _load_split(path, name, eval_split, commit) if eval_split else None
+    marks = [path, commit or "", train._fingerprint, held_out._fingerprint if held_out is not None else ""]
+    return Source(
+        name=path.rstrip("/").rpartition("/")[2],
+        train=Records(functools.partial(_hub_rows, train, f"{path}[{split}]")),
+        eval=None if held_out is None else Records(functools.partial(_hub_rows, held_out, f"{path}[{eval_split}]")),
+        digest=hashlib.sha256("\n".join(marks).encode()).hexdigest()[:32],
+        uri=Path(path).resolve().as_uri() if Path(path).exists() else f"hf://datasets/{path}@{commit or 'main'}",
+        revision=commit,
+    )
+
+
+def check_hub(*, path: str, revision: str | None, **_: object) -> Iterator[Fault]:
+    if revision is not None and Path(path).exists():
+        problem = "is for datasets of the Hub, and data.path is on this machine"
+        yield Fault("revision", problem, "set data.revision=null", revision)
+
+
+def _conversations(file: Path) -> Iterator[tuple[Place, Row]]:
+    for number, conversation in enumerate(json.loads(file.read_bytes()).values(), start=1):
+        turns: list[tuple[str, str]] = []  # (sender, text), neighbours of one sender joined
+        for sender, text in ((part["sender"], part["text"].strip()) for t in conversation["messages"] for part in t):
+            if turns and turns[-1][0] == sender:
+                turns[-1] = (sender, f"{turns[-1][1]} {text}".strip())
+            elif text:
+                turns.append((sender, text))
+        turns = turns[: len(turns) // 2 * 2]  # a last turn that nobody answers teaches nothing
+        if turns:
+            roles = ("user", "assistant")
+            messages = [{"role": roles[i % 2], "content": text} for i, (_, text) in enumerate(turns)]
+            yield Place(file.name, number, "row"), {"messages": messages}
+
+
+def _is_offline() -> bool:
+    import huggingface_hub.constants
+
+    return bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+
+
+def _find_commit(path: str, revision: str | None) -> str:
+    """The commit the revision stands for now; one request with a short timeout, where `datasets` retries for 24 s."""
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception as error:
+        raise _refused(path, error) from error
+    return str(info.sha)
+
+
+def _load_split(path: str, name: str | None, split: str, commit: str | None) -> datasets.Dataset:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, name, split=split, revision=commit)
+    except Exception as error:
+        raise _refused(path, error) from error
+
+
+def _hub_rows(rows: datasets.Dataset, name: str) -> Iterator[tuple[Place, Row]]:
+    for number, row in enumerate(rows, start=1):
+        yield Place(name, number, "row"), dict(row)
+
+
+def _refused(path: str, error: Exception) -> DataError:
+    """One message for the Hub's many exceptions, told apart by name: their modules differ between versions."""
+    kinds = {kind.__name__ for cause in (error, error.__cause__, error.__context__) for kind in type(cause).__mro__}
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    own = "or use files of your own: data=local data.path=…"
+    if "GatedRepoError" in kinds:
+        problem, remedy = (
+            "is gated: its owners let in only whom they know",
+            f"accept its terms on its page, then {log_in}",
+        )
+    elif "RevisionNotFoundError" in kinds:
+        problem, remedy = "has no such revision", "correct data.revision, or set it to null for the latest"
+    elif kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        problem = "no such dataset on the Hub, or a private one that your token does not open"
+        remedy = f"correct the name; if it is private, {log_in}"
+    elif "OfflineModeIsEnabled" in kinds or (_is_offline() and "ConnectionError" in kinds):
+        problem, remedy = "is not in the cache, and HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE, {own}"
+    elif kinds & {"ConnectionError", "TransportError", "Timeout", "TimeoutError"}:
+        problem = "cannot be fetched: the Hub is out of reach"
+        remedy = f"check the connection, HTTPS_PROXY and HF_ENDPOINT; HF_HUB_OFFLINE=1 takes a cached copy; {own}"
+    else:
+        problem = " ".join(str(error).split())[:400] or type(error).__name__
+        remedy = "correct data.path, data.name, data.split or data.eval_split"
+    return DataError(Fault("data.path", problem, remedy, path))

@@ -1,0 +1,1 @@
+"""Launchers of this machine: a queue over its GPUs, and accelerate."""

@@ -1,0 +1,144 @@
+"""This machine: one run in this process; the runs of a sweep in a queue, one process each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from runner import terminal
+from runner.config.schema import Count
+from runner.errors import Fault, LaunchError
+from runner.launch.launcher import Source
+from runner.launch.local import queue
+from runner.launch.local.slots import Slot, share
+from runner.tracking import machine
+from runner.tracking.mirror import spawn
+from runner.tracking.rundir import RunDir
+from runner.tracking.sweepdir import SweepDir
+
+
+class Start(Protocol):
+    """Works on one run in a process of the queue; returns its exit code."""
+
+    def __call__(self, rundir: RunDir, *, mirrored: bool) -> int: ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """Runs of one process each; see launch/protocol.py."""
+
+    parallel: int | None
+    threads: int | None
+    processes: int = 1
+    is_detached: bool = False
+
+    def check(self, at_once: int | None = None) -> None:
+        have, jobs = len(machine.visible_gpus()), at_once or self.parallel or 1
+        if 0 < have < jobs:
+            problem = f"each run wants a GPU, and NVML and CUDA_VISIBLE_DEVICES show {have}"
+            key = "search.at_once" if at_once else "launcher.parallel"
+            raise LaunchError(Fault(key, problem, "ask for fewer, or leave it null", jobs))
+
+    def plan(self, runs: int) -> str:
+        slots = self.slots()
+        gpus = " | ".join(",".join(slot.gpus) for slot in slots if slot.gpus)
+        on = f", GPU {gpus}" if gpus else ""
+        at_once = f"{min(runs, len(slots))} of {runs} runs at once, " if runs > 1 else ""
+        threads = slots[0].threads
+        return f"on this machine: {at_once}{threads} thread{'s' if threads > 1 else ''} each{on}"
+
+    def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
+        if sweep is None and len(rundirs) == 1:
+            return [self._here(rundirs[0])]
+        return work_through(rundirs, self.slots(), work, sweep)
+
+    def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
+        return serve(source, self.slots(at_once), work, sweep)
+
+    def slots(self, at_once: int | None = None) -> list[Slot]:
+        return share(at_once or self.parallel, threads=self.threads)
+
+    def _here(self, rundir: RunDir) -> int:
+        from runner.train import worker
+
+        if self.threads:
+            os.environ["OMP_NUM_THREADS"] = str(self.threads)  # torch reads it when it is imported
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(self.threads)
+        return worker.work(rundir)
+
+
+def local(*, parallel: Count | None, threads: Count | None) -> Local:
+    """Train on this machine, several runs of a sweep at once where there is more than one GPU."""
+    return Local(parallel, threads)
+
+
+def serve(source: Source, slots: list[Slot], start: Start, sweep: SweepDir) -> int:
+    """Bring to their ends the runs that ``source`` proposes; returns the exit code."""
+    first = source.next()  # the mirror of the sweep begins with what there is
+    codes = work_through([first], slots, start, sweep, source) if first else []
+    return next((code for code in (130, 75) if code in codes), 0)
+
+
+def work_through(
+    rundirs: list[RunDir], slots: list[Slot], start: Start, sweep: SweepDir | None, source: Source | None = None
+) -> list[int]:
+    """Bring the runs to their ends in a queue of this machine; of a sweep one mirror brings all into MLflow."""
+    if sweep is None:
+        return queue.work_through(rundirs, slots, partial(start, mirrored=False), None, lambda: warm(slots[0]))
+    with spawn.mirrored(sweep) as opened:
+
+        def before_the_first() -> None:
+            warm(slots[0])  # seconds, in which the mirror makes parent and children
+            opened()
+
+        return queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, before_the_first, source)
+
+
+def work(rundir: RunDir, mirrored: bool) -> int:
+    """What a process of the queue does."""
+    from runner.train import worker
+
+    return worker.work(rundir, mirrored=mirrored)
+
+
+def warm(slot: Slot) -> None:
+    """Import what every run needs, without starting a thread and without touching CUDA."""
+    os.environ["OMP_NUM_THREADS"] = str(slot.threads)
+    terminal.loading("torch and transformers, once for all runs")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() asks NVML, where it would initialise CUDA
+    # peft imports bitsandbytes, which asks the GPU what it is: with GPUs each process does (0.5 s)
+    load_libraries(with_adapters=not slot.gpus)
+
+
+def load_libraries(with_adapters: bool) -> None:
+    """What every run needs, for processes that are forked from this one."""
+    terminal.quiet_libraries()
+    import accelerate
+    import rich.table
+    import torch._dynamo
+    import torch._inductor.compile_fx
+    import transformers.modeling_utils
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama
+
+    assert accelerate
+    assert rich
+    assert torch
+    with contextlib.suppress(ImportError, AttributeError):  # a table of a thousand expressions (transformers 5)
+        transformers.conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    if with_adapters:
+        import peft
+
+        assert peft
+    from runner.models import pretrained
+    from runner.train import build, generate, loop
+
+    assert build
+    assert pretrained
+    assert generate
+    assert loop

@@ -1,0 +1,1 @@
+"""The launcher for Slurm, through submitit."""

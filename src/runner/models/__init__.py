@@ -1,0 +1,1 @@
+"""Models: load, quantize, adapt (PEFT), save."""

@@ -1,0 +1,1 @@
+"""Faster computation inside a loaded model: attention, LoRA, LM head, recomputation, torch.compile."""

@@ -1,0 +1,193 @@
+"""Where models come from: the options of the group ``model``."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from runner.config.schema import Count, Seed
+from runner.errors import ConfigError, Fault
+from runner.files import cache_dir, locked
+from runner.models import gguf_import, model_folder, tiny
+from runner.models.dtypes import Precision, dtype_faults
+
+Attention = Literal["auto", "by_document", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is and how to load it; making one reads nothing and imports nothing."""
+
+    path: str
+    """A local folder or a Hub id; where ``make`` is set, only a name, until ``resolve``."""
+    revision: str | None
+    dtype: Precision
+    attention: Attention
+    trust_remote_code: bool
+    name: str
+    make: Callable[[], Path] | None = field(default=None, compare=False)
+    """Makes the folder, once, where it does not exist yet."""
+
+
+def pretrained(
+    *, path: str, revision: str | None, dtype: Precision, attention: Attention, trust_remote_code: bool
+) -> ModelSource:
+    """A model folder, a GGUF file, or a model of the Hugging Face Hub."""
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf" and local.is_file():
+        return _from_gguf(local, dtype, attention)
+    found = local.exists()
+    name = local.resolve().name if found else path.rpartition("/")[2]
+    return ModelSource(str(local.resolve()) if found else path, revision, dtype, attention, trust_remote_code, name)
+
+
+def gguf(*, package: str, file: str, dtype: Precision, attention: Attention) -> ModelSource:
+    """A GGUF file that lies in an installed Python package, which is not imported."""
+    return _from_gguf(_package_file(package, file), dtype, attention)
+
+
+def random(
+    *,
+    hidden_size: Count,
+    intermediate_size: Count,
+    layers: Count,
+    heads: Count,
+    kv_heads: Count,
+    max_position_embeddings: Count,
+    tie_word_embeddings: bool,
+    seed: Seed,
+    dtype: Precision,
+    attention: Attention,
+) -> ModelSource:
+    """A Llama of this shape with random weights and a byte-level tokenizer."""
+    shape: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": max_position_embeddings,
+        "tie_word_embeddings": tie_word_embeddings,
+        "seed": seed,
+    }
+    key = "random-" + hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
+    make = functools.partial(_make_once, key, functools.partial(tiny.write, **shape))
+    return ModelSource(key, None, dtype, attention, False, f"random-{hidden_size}x{layers}", make)
+
+
+def check_pretrained(
+    *, path: str, revision: str | None, dtype: Precision, attention: Attention, trust_remote_code: bool
+) -> Iterator[Fault]:
+    yield from dtype_faults("dtype", dtype)
+    yield from _attention_faults(attention)
+    local = Path(path).expanduser()
+    if not local.exists():
+        if not HUB_ID.fullmatch(path) or path.startswith("."):
+            yield Fault(
+                "path", "no such folder or file", "name a model folder, a .gguf file, or a Hub id owner/name", path
+            )
+        return
+    if revision is not None:
+        yield Fault(
+            "revision", "is for Hub models, and model.path is on this machine", "set model.revision=null", revision
+        )
+    if local.is_file():
+        yield from _file_faults(local)
+    if local.is_dir():
+        yield from (replace(fault, key="path") for fault in model_folder.faults(local))
+
+
+def check_gguf(*, package: str, file: str, dtype: Precision, attention: Attention) -> Iterator[Fault]:
+    yield from dtype_faults("dtype", dtype)
+    yield from _attention_faults(attention)
+    try:
+        gguf_import.check(_package_file(package, file))
+    except ConfigError as error:
+        yield from (replace(fault, key="file", value=file) for fault in error.faults)
+
+
+def check_random(
+    *, hidden_size: int, heads: int, kv_heads: int, dtype: Precision, attention: Attention, **_: Any
+) -> Iterator[Fault]:
+    yield from dtype_faults("dtype", dtype)
+    yield from _attention_faults(attention)
+    if hidden_size % (2 * heads):
+        yield Fault(
+            "hidden_size", f"must be a multiple of 2 × heads ({2 * heads})", f"set it to {4 * heads}", hidden_size
+        )
+    if heads % kv_heads:
+        yield Fault("kv_heads", f"must divide heads ({heads})", f"set it to {heads}", kv_heads)
+
+
+def _from_gguf(file: Path, dtype: Precision, attention: Attention) -> ModelSource:
+    def make() -> Path:
+        gguf_import.check(file)
+        with file.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        return _make_once(f"{file.stem}-{digest[:16]}", functools.partial(gguf_import.convert, file))
+
+    return ModelSource(str(file.resolve()), None, dtype, attention, False, file.stem, make)
+
+
+def _make_once(name: str, write: Callable[[Path], None]) -> Path:
+    folder = cache_dir("models") / name
+    with locked(folder.with_name(f".{name}.lock")):
+        if not folder.is_dir():
+            log.info("making %s, once", folder)
+            with model_folder.written_aside(folder) as aside:
+                _outside_group(write, aside)
+    return folder
+
+
+def _outside_group(write: Callable[[Path], None], folder: Path) -> None:
+    """Call ``write``; where ranks have joined, transformers (5.2x) would save nothing but on rank 0, whatever it saves.
+
+    A rank beyond 0 thus leaves it to a process that has joined none. Each machine may have a cache of its own, so that
+    waiting for rank 0 would not do.
+    """
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_rank() == 0:
+        write(folder)
+        return
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+        other.submit(write, folder).result()
+
+
+def _package_file(package: str, file: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        remedy = f"pip install {package.replace('_', '-')}, or use another model"
+        raise ConfigError(Fault("model.package", "is not installed", remedy, package))
+    return Path(spec.submodule_search_locations[0], file)
+
+
+def _file_faults(file: Path) -> Iterator[Fault]:
+    if file.suffix != ".gguf":
+        yield Fault("path", "is a file", "name the folder that holds config.json, or a .gguf file", file)
+        return
+    try:
+        gguf_import.check(file)
+    except ConfigError as error:
+        yield from (replace(fault, key="path") for fault in error.faults)
+
+
+def _attention_faults(attention: Attention) -> Iterator[Fault]:
+    if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        yield Fault(
+            "attention", "needs the package flash-attn, which is not installed", "use sdpa, nearly as fast", attention
+        )

@@ -1,0 +1,1 @@
+"""Results of runs: compare, rank, plot, describe."""

@@ -1,0 +1,209 @@
+"""Two runs side by side: what they were asked for, what they were made of, and what came of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.config import bind, choices
+from runner.errors import RunnerError
+from runner.report.record import Curves, Recorded
+from runner.tracking import checkout, manifest
+from runner.tracking.checkout import Changed, Code
+from runner.tracking.metrics_log import BEST, LOSS
+from runner.tracking.mlflow import store
+
+PROGRAM = ("src/", "conf/", "pyproject.toml", "uv.lock")
+"""The files of a checkout that a run depends on; the others are counted."""
+REPEATED = ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/epoch")
+"""With all of ``eval/``, the metrics that a run repeats bit by bit where everything is the same. The rest is speed."""
+FINAL = ("train/loss", "train/tokens", "train/tokens_per_second", "train/mfu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that both runs say something of; an empty text where one says nothing."""
+
+    key: str
+    ours: str
+    theirs: str
+
+    @property
+    def differs(self) -> bool:
+        return self.ours != self.theirs
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    rows: list[Row]
+    files: list[Changed] = field(default_factory=list)
+    """Files of the program that differ, where git can say."""
+    note: str = ""
+
+    @property
+    def differs(self) -> bool:
+        return any(row.differs for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How far two runs have the same numbers."""
+
+    steps: int
+    """At so many steps both have some."""
+    last: int
+    """The last of them."""
+    first: tuple[int, str, float, float] | None
+    """The first difference, (step, metric, ours, theirs); None where there is none."""
+    largest: float
+    """The largest difference of a loss."""
+    metrics: list[str]
+    """Those that were compared."""
+
+
+def of(ours: Recorded, theirs: Recorded) -> list[Section]:
+    """Everything about two runs, section by section."""
+    asked = [_named(run) for run in (ours, theirs)]
+    return [
+        Section("configuration", _rows(*(_part(keys, is_run_time=False) for keys in asked))),
+        Section("where and how", _rows(*(_part(keys, is_run_time=True) for keys in asked))),
+        *materials(ours, theirs),
+        Section("results", _rows(_results(ours), _results(theirs))),
+    ]
+
+
+def materials(ours: Recorded, theirs: Recorded) -> list[Section]:
+    """What two runs were made of besides their configurations."""
+    files, note = _files(ours, theirs)
+    return [
+        Section("code", _known(_rows(_code(ours), _code(theirs))), files, note),
+        Section("environment", _rows(_environment(ours), _environment(theirs))),
+        Section("data", _rows(_data(ours), _data(theirs))),
+        Section("hardware", _rows(_hardware(ours), _hardware(theirs))),
+    ]
+
+
+def numbers(ours: Curves, theirs: Curves) -> Numbers:
+    """Compare what both runs logged, at every step that both have."""
+    names = [name for name in ours if name in theirs and (name in REPEATED or name.startswith("eval/"))]
+    points = sorted((step, name) for name in names for step in ours[name].keys() & theirs[name].keys())
+    pairs = [(step, name, ours[name][step], theirs[name][step]) for step, name in points]
+    unlike = [pair for pair in pairs if not _same(pair[2], pair[3])]
+    losses = [abs(a - b) for _, name, a, b in unlike if name in ("train/loss", "eval/loss")]
+    steps = {step for step, _ in points}
+    first = unlike[0] if unlike else None
+    return Numbers(len(steps), max(steps, default=0), first, max(losses, default=0.0), names)
+
+
+def _same(ours: float, theirs: float) -> bool:
+    ours, theirs = (max(-store.INFINITY, min(store.INFINITY, value)) for value in (ours, theirs))
+    return ours == theirs or (math.isnan(ours) and math.isnan(theirs))
+
+
+def _named(run: Recorded) -> dict[str, str]:
+    """The configuration, flattened; a group is its option's name, as it was chosen: ``quant: 4bit``."""
+    overrides = [str(override) for override in run.manifest.get("overrides") or []]
+    return choices.named(dict(bind.flatten(run.config)), choices.given_by(overrides))[0]
+
+
+def _part(keys: Mapping[str, str], *, is_run_time: bool) -> dict[str, str]:
+    return {key: text for key, text in keys.items() if (key.split(".")[0] in manifest.RUN_TIME_KEYS) == is_run_time}
+
+
+def _code(run: Recorded) -> dict[str, Any]:
+    git = run.manifest.get("git") or {}
+    uncommitted = "none" if git.get("dirty") is False else ""
+    if git.get("dirty"):
+        digest = git.get("diff_sha256")
+        uncommitted = f"yes ({digest[:12]})" if digest else "yes"
+    return {"commit": git.get("sha"), "uncommitted changes": uncommitted, "digest": run.manifest.get("code_sha256")}
+
+
+def _environment(run: Recorded) -> dict[str, Any]:
+    return {**(run.manifest.get("versions") or {}), "lock file (sha256)": run.manifest.get("lock_sha256")}
+
+
+def _data(run: Recorded) -> dict[str, Any]:
+    data, model = run.manifest.get("data") or {}, run.manifest.get("model") or {}
+    plain = {key: data.get(key) for key in ("name", "digest", "revision", "uri", "function")}
+    report = {str(key).replace("_", " "): value for key, value in (data.get("report") or {}).items()}
+    return {**plain, **report, "model": model.get("name"), "model revision": model.get("revision")}
+
+
+def _hardware(run: Recorded) -> dict[str, Any]:
+    return dict(run.manifest.get("hardware") or {})
+
+
+def _results(run: Recorded) -> dict[str, Any]:
+    # The best loss is reckoned below for both: of the two sources only MLflow has it as a metric.
+    names = [n for n in run.curves if n in FINAL or (n.startswith(("eval/", "memory/")) and n != BEST)]
+    last = {name: run.curves[name][max(run.curves[name])] for name in sorted(names)}
+    losses = [value for step, value in run.curves.get(LOSS, {}).items() if step]  # from when training has begun
+    best = {f"{LOSS} (best)": min(losses)} if losses else {}
+    weights = run.manifest.get("weights_sha256")
+    return {"status": run.status, "steps": run.last_step, **last, **best, "weights (sha256)": weights}
+
+
+def _files(ours: Recorded, theirs: Recorded) -> tuple[list[Changed], str]:
+    """The files of the program that differ, and what there is to say of them."""
+    first, second = ours.code, theirs.code
+    if first is None or second is None:
+        lacking = ours if first is None else theirs
+        return [], f"{lacking.where} was started without a git checkout: its files are not known"
+    if first == second:
+        return [], ""
+    try:
+        found = checkout.between(first, second)
+    except RunnerError as error:
+        return [], f"which files differ cannot be said: {error}".splitlines()[0]
+    program = [changed for changed in found if changed.file.startswith(PROGRAM)]
+    others = len(found) - len(program)
+    hidden = [run.where for run in (ours, theirs) if (run.manifest.get("git") or {}).get("redacted")]
+    notes = [f"{others} other file{'s' * (others > 1)} (tests, documents)"] if others else []
+    notes += [f"secrets are cut out of the changes recorded of {' and '.join(hidden)}"] if hidden else []
+    return program, "; ".join(notes)
+
+
+def patch(ours: Recorded, theirs: Recorded) -> str:
+    """The lines of code that differ; empty where git cannot say."""
+    first, second = ours.code, theirs.code
+    if not isinstance(first, Code) or not isinstance(second, Code):
+        return ""
+    try:
+        return checkout.patch_between(first, second)
+    except RunnerError:
+        return ""
+
+
+def _rows(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Row]:
+    return [Row(key, _text(ours.get(key)), _text(theirs.get(key))) for key in _merged(ours, theirs)]
+
+
+def _known(rows: list[Row]) -> list[Row]:
+    """Without what only one of the two says, as runs of an older version do."""
+    return [row for row in rows if row.ours and row.theirs]
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of both, those that only the second has where it has them."""
+    left = list(ours)
+    for key in theirs:
+        if key in ours:
+            while left and key in left:
+                yield left.pop(0)
+        else:
+            yield key
+    yield from left
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value)
+    return str(value)

@@ -1,0 +1,158 @@
+"""The card of an exported model: what it is, what it was trained on and how well, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from runner.secrets import redact, redact_tree
+from runner.tracking import metrics_log
+from runner.tracking.manifest import RUN_TIME_KEYS, read_config
+from runner.tracking.rundir import RunDir
+
+Kind = Literal["adapter", "model", "gguf"]
+
+LOAD = {
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this one
+base = AutoModelForCausalLM.from_pretrained({base!r}){where}
+model = PeftModel.from_pretrained(base, folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)""",
+    "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this one
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)""",
+}
+SOURCES = {"gguf": "from the package {package}", "random": "random weights, model=tiny makes them"}
+"""Where a base model is from that is neither a folder nor on the Hub."""
+LOCAL = re.compile(r"(?:file://)?(?<![\w:/.<])/(?:[\w.@+~-]+/)+([\w.@+~-]+)")
+"""An absolute path: only its last part means something elsewhere."""
+ASK = """
+messages = [{"role": "user", "content": "Hello!"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+CONTINUE = """
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))"""
+
+
+def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str, str]) -> str:
+    """The card as Markdown; ``notes`` are more facts about this export, name → text.
+
+    ``base`` is the path or Hub id of the base model. No folder of this machine is named: the card goes with the model.
+    """
+    manifest, cfg = rundir.read_manifest(), read_config(rundir)
+    base_name = str((manifest.get("model") or {}).get("name") or LOCAL.sub(r"\1", base))
+    name = str(manifest.get("label") or manifest.get("name") or rundir.path.name)
+    parts = [
+        _front_matter(kinds, base),
+        f"# {name}",
+        f"Made from {_code(base_name)} ({_source(cfg, base)}) by `runner`, a fine-tuning experiment runner.",
+        "## How to load it",
+        *_loading(rundir, kinds, base, base_name),
+        "## How well it does",
+        "\n".join(_metrics(rundir)),
+        "## What it was trained on",
+        "\n".join(_data(manifest)),
+        "## How it was made",
+        f"    {redact(_command(manifest))}",
+        "\n".join(_facts({**_provenance(rundir, manifest), **notes})),
+        "<details><summary>the whole configuration</summary>",
+        "```json\n" + json.dumps(redact_tree(_identity(cfg)), indent=1, ensure_ascii=False) + "\n```",
+        "</details>",
+        "The licence of the base model, and of the data, holds for what is made from them.",
+    ]
+    return LOCAL.sub(r"…/\1", "\n\n".join(parts)) + "\n"
+
+
+def _front_matter(kinds: tuple[Kind, ...], base: str) -> str:
+    library = {"adapter": "peft", "model": "transformers"}.get(kinds[0])
+    published = [] if _is_local(base) else [f"base_model: {json.dumps(base)}"]
+    lines = ["---", *published, *([f"library_name: {library}"] if library else [])]
+    return "\n".join([*lines, "pipeline_tag: text-generation", *(["tags: [lora]"] if library == "peft" else []), "---"])
+
+
+def _source(cfg: Mapping[str, Any], base: str) -> str:
+    """Where the base model is from, in words that hold on other machines."""
+    node = cfg["model"]
+    made = SOURCES.get(str(node.get("_target_", "")).rpartition(".")[2])
+    if made:
+        return made.format(package=node.get("package"))
+    return "from a local folder" if _is_local(base) else f"`{base}` on the Hugging Face Hub"
+
+
+def _is_local(base: str) -> bool:
+    return base.startswith(("/", "\\")) or not base
+
+
+def _loading(rundir: RunDir, kinds: tuple[Kind, ...], base: str, base_name: str) -> Iterator[str]:
+    ask = CONTINUE if str(read_config(rundir)["task"].get("_target_", "")).endswith(".pretrain") else ASK
+    for kind in kinds:
+        if kind == "gguf":
+            yield "The .gguf file is for llama.cpp and what is built on it:\n\n    llama-cli -m FILE.gguf"
+        else:
+            where = "  # the folder in which you have this base model" if _is_local(base) else ""
+            code = LOAD[kind].format(base=base_name if where else base, where=where)
+            yield "```python\n" + code + "\n" + ask + "\n```"
+
+
+def _metrics(rundir: RunDir) -> Iterator[str]:
+    summary = rundir.read_state().summary
+    yield "| held-out | before | after |\n|---|---|---|"
+    for name in ("eval/loss", "eval/perplexity"):
+        if isinstance(summary.get(name), int | float):
+            before = summary.get(f"{name} before")
+            yield f"| {name} | {f'{before:.4f}' if isinstance(before, int | float) else ''} | {summary[name]:.4f} |"
+    later = {
+        name: value for record in metrics_log.read_evaluations(rundir) for name, value in record["metrics"].items()
+    }
+    if later:
+        yield "\nEvaluated later:\n"
+        yield from (f"- {name}: {value:.4f}" for name, value in later.items())
+
+
+def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
+    data = manifest.get("data") or {}
+    report = data.get("report") or {}
+    facts = {"name": data.get("name"), "source": data.get("uri"), "digest": data.get("digest")}
+    for key in ("train_rows", "eval_rows", "train_tokens", "train_trained_tokens", "truncated"):
+        facts[key.replace("_", " ")] = report.get(key)
+    yield from _facts(facts)
+
+
+def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"- {name}: {redact(str(value))}" for name, value in facts.items() if value not in (None, ""))
+
+
+def _provenance(rundir: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    git, versions, state = manifest.get("git") or {}, manifest.get("versions") or {}, rundir.read_state()
+    named = ("python", "torch", "transformers", "peft")
+    return {
+        "signature": manifest.get("signature"),
+        "steps": state.step,
+        "tokens": state.summary.get("train/tokens"),
+        "git commit": f"{git['sha']}{' (changed)' if git.get('dirty') else ''}" if git.get("sha") else None,
+        "versions": ", ".join(f"{name} {versions[name]}" for name in named if name in versions),
+        "MLflow run": (manifest.get("mlflow") or {}).get("run_id"),
+        "run": rundir.path.name,
+    }
+
+
+def _identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS}
+
+
+def _command(manifest: Mapping[str, Any]) -> str:
+    command = manifest.get("command") or []
+    return command if isinstance(command, str) else shlex.join(command)
+
+
+def _code(name: object) -> str:
+    return f"`{name}`"

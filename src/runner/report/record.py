@@ -1,0 +1,318 @@
+"""A run as it is recorded: in its folder, or, where that lies on another machine, in MLflow alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from runner import terminal
+from runner.errors import ConfigError, Fault, RunnerError, TrackingError, suggest
+from runner.secrets import redact
+from runner.tracking import lookup, metrics_log, provenance, run_status, trackers
+from runner.tracking.checkout import Code
+from runner.tracking.manifest import keep_credentials, read_config
+from runner.tracking.mlflow import store
+from runner.tracking.mlflow.run import explained
+from runner.tracking.rundir import RunDir
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+Curves = dict[str, dict[int, float]]
+"""Metric name → step → value."""
+
+STATUS = {"FINISHED": "completed", "KILLED": "killed", "FAILED": "failed", "RUNNING": "running", "SCHEDULED": "queued"}
+SHOWN, LATEST = 8, 200
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Everything that is known of one run."""
+
+    name: str
+    where: str
+    """Its folder, or the store and its id there."""
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    status: str = ""
+    curves: Curves = field(default_factory=dict)
+    patch: str = ""
+    """What was not committed when it started."""
+    folder: Path | None = None
+    """None where only MLflow has it."""
+
+    @property
+    def mlflow_id(self) -> str:
+        return str((self.manifest.get("mlflow") or {}).get("run_id") or "")
+
+    @property
+    def code(self) -> Code | None:
+        """What git knows of its code; None where it was started without."""
+        sha = (self.manifest.get("git") or {}).get("sha")
+        return Code(str(sha), self.patch) if sha else None
+
+    @property
+    def last_step(self) -> int:
+        return max((step for curve in self.curves.values() for step in curve), default=0)
+
+
+def find(word: str, outputs_dir: Path, uri: str | None = None) -> Recorded:
+    """The run that ``word`` means: a folder, a name, or the beginning of an MLflow run id.
+
+    ``uri`` is the MLflow store to look in first; without one the embedded database is asked where no folder is found.
+
+    Raises:
+        ConfigError: there is no such run, there are several, or what is recorded of it is not enough.
+        TrackingError: the store cannot be asked.
+    """
+    path = Path(word).expanduser()
+    if path.is_dir():
+        _refuse_runless(path, word)
+    if uri is None or path.is_dir():
+        return _found_here(word, outputs_dir)
+    try:
+        return of_store(word, uri)
+    except UnknownRunError:
+        with contextlib.suppress(ConfigError):
+            return of_folder(lookup.resolve_run(word, outputs_dir))
+        raise
+
+
+class UnknownRunError(ConfigError):
+    """The store has no such run."""
+
+
+def refuse_unbegun(run: Recorded, problem: str) -> None:
+    """Refuse a run that never began, of which there is nothing but what was asked for.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    if run.status == "pending" and not run.curves:
+        folder = terminal.nearest(run.folder) if run.folder else ""
+        if run.folder and (now := run_status.of([RunDir(run.folder)])[0].status) in run_status.LIVE:
+            remedy = f"wait until it is through: python -m runner status {folder}"
+            raise ConfigError(Fault("", f"{run.where} is {now}: {problem}", remedy))
+        remedy = f"python -m runner resume={folder} starts it" if folder else "start it where its folder lies"
+        raise ConfigError(Fault("", f"{run.where} has not begun: {problem}", remedy))
+
+
+def of_folder(rundir: RunDir) -> Recorded:
+    """The run in a folder.
+
+    Raises:
+        ConfigError: files of it are missing or damaged.
+    """
+    if not rundir.manifest.exists():
+        problem = f"{terminal.nearest(rundir.path)} holds no manifest.json: whoever prepared it was stopped meanwhile"
+        raise ConfigError(Fault("", problem, "give the run's command again"))
+    try:
+        manifest, state = rundir.read_manifest(), rundir.read_state()
+        config = read_config(rundir)
+        patch = _text_of(rundir.dirty_diff) if rundir.dirty_diff.exists() else ""
+        curves = _curves(metrics_log.read(rundir))
+    except RunnerError as error:
+        raise ConfigError(*error.faults) from error
+    except lookup.DAMAGED as error:
+        place, why = terminal.nearest(rundir.path), f"{type(error).__name__}: {error}"
+        problem = f"what {place} says of its run cannot be read ({why})"
+        raise ConfigError(Fault("", problem, "restore manifest.json and state.json, or name another run")) from error
+    if "weights_sha256" not in manifest and rundir.model.is_dir():
+        manifest["weights_sha256"] = provenance.weights_digest(rundir.model)
+    name = str(manifest.get("name") or rundir.path.name)
+    return Recorded(name, terminal.nearest(rundir.path), config, manifest, state.status, curves, patch, rundir.path)
+
+
+def of_store(word: str, uri: str) -> Recorded:
+    """The run that an MLflow store has, by name or by the beginning of its id.
+
+    Raises:
+        UnknownRunError: the store has no such run.
+        ConfigError: it has several, or not what is needed of it.
+        TrackingError: it cannot be asked.
+    """
+    uri = checked(uri)
+    with _asking(uri):
+        is_database = uri.startswith("sqlite:")
+        run_id = _only(*(_heads_of_database(word, uri) if is_database else _heads(word, uri)), word, uri).run_id
+        if is_database and (rundir := _lies_here(_tags_of_database(run_id, uri))):
+            return of_folder(rundir)
+        client = store.connect(uri)
+        run = client.get_run(run_id)
+        if rundir := _lies_here(run.data.tags):
+            return of_folder(rundir)
+        if "runner.signature" not in run.data.tags:
+            problem = f"{run.info.run_id[:8]} in {uri} is no single run of this program"
+            raise ConfigError(Fault("", problem, "name a run, not the parent of a sweep"))
+        curves = _histories(client, run)
+        files = dict(_artifacts(client, run, ("config.yaml", "manifest.json", "dirty.diff")))
+    if lacking := [name for name in ("config.yaml", "manifest.json") if name not in files]:
+        problem = f"{uri} has no {' and no '.join(lacking)} of the run {run.info.run_id[:8]}"
+        raise ConfigError(Fault("", problem, "python -m runner sync where its folder lies, or name that"))
+    manifest = json.loads(files["manifest.json"])
+    manifest["mlflow"] = {**(manifest.get("mlflow") or {}), "run_id": run.info.run_id}
+    status = run.data.tags.get("runner.status") or STATUS.get(run.info.status, "")
+    name = str(manifest.get("name") or run.info.run_name)
+    where = f"{run.info.run_id[:8]} in {uri}"
+    config = yaml.safe_load(files["config.yaml"])
+    return Recorded(name, where, config, manifest, status, curves, files.get("dirty.diff", ""))
+
+
+def checked(uri: str) -> str:
+    """The URI of a store without its credentials, which go where MLflow finds them.
+
+    Raises:
+        ConfigError: it names no store.
+        TrackingError: it names a database file that does not exist.
+    """
+    if faults := list(trackers.check_mlflow(uri=uri, experiment="runner", run_name=None)):
+        raise ConfigError(*faults)
+    node = {"tracking": {"uri": uri}}
+    keep_credentials(node)
+    uri = str(node["tracking"]["uri"])
+    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise TrackingError(Fault("uri", "there is no such database", "name one that runs were told to", uri))
+    return uri
+
+
+@contextlib.contextmanager
+def _asking(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except RunnerError:
+        raise
+    except Exception as error:  # a store fails in a hundred ways
+        raise TrackingError(Fault("uri", explained(error, uri), "does it run, and is the address right?")) from error
+
+
+def _refuse_runless(folder: Path, word: str) -> None:
+    if any((folder / file).exists() for file in ("state.json", "manifest.json", "sweep.json")):
+        return
+    found = [terminal.nearest(what.path) for what in lookup.scan(folder)]
+    shown = [*found[:SHOWN], *(["…"] if len(found) > SHOWN else [])]
+    remedy = "name one of these:" + "".join(f"\n      {line}" for line in shown) if found else "name a run's folder"
+    raise ConfigError(Fault("", f"{word} is a folder, and no run: it holds no manifest.json", remedy))
+
+
+def _found_here(word: str, outputs_dir: Path) -> Recorded:
+    """The run whose folder is here, or whose folder is gone and which the embedded database still has."""
+    try:
+        rundir = lookup.resolve_run(word, outputs_dir)
+    except ConfigError:
+        database = outputs_dir.absolute() / "mlflow.db"
+        if database.exists() and _may_be_id(word):
+            with contextlib.suppress(UnknownRunError):
+                return of_store(word, f"sqlite:///{database}")
+        raise
+    return of_folder(rundir)
+
+
+def _may_be_id(word: str) -> bool:
+    return len(word) >= lookup.SHORTEST_ID and set(word) <= set("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A run as it is listed."""
+
+    run_id: str
+    name: str
+    status: str
+
+
+def _only(found: list[_Head], latest: list[_Head], word: str, uri: str) -> _Head:
+    """The one run of all experiments that is called so."""
+    if len(found) == 1:
+        return found[0]
+    if found:
+        remedy = f"write more of its id:{_listed(found)}"
+        raise ConfigError(Fault("", f"'{word}' is the name of {len(found)} runs or more in {uri}", remedy))
+    names = [name for head in latest for name in (head.name, head.run_id)]
+    remedy = suggest(word, names) or (
+        f"the latest there:{_listed(latest)}" if latest else "it has no runs: uri=… names another"
+    )
+    raise UnknownRunError(Fault("", f"there is no run '{word}' in {uri}", remedy))
+
+
+def _listed(heads: Sequence[_Head]) -> str:
+    names = terminal.told_apart([head.name for head in heads[:SHOWN]], lookup.WIDEST)
+    lines = (f"{head.run_id}  {name}  {head.status}" for head, name in zip(heads, names, strict=False))
+    return redact("".join(f"\n      {line}" for line in lines))
+
+
+def _heads_of_database(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
+    """Those that are called so, and the latest: read as they lie there, as importing MLflow takes seconds."""
+    (rows,) = store.read_sqlite(
+        Path(uri.removeprefix("sqlite:///")),
+        [
+            "SELECT run_uuid, COALESCE(runs.name, ''), status FROM runs JOIN experiments USING (experiment_id) "
+            "WHERE runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active' ORDER BY start_time DESC"
+        ],
+    )
+    heads = [_Head(*row) for row in rows]
+    found = [head for head in heads if _may_be_id(word) and head.run_id.startswith(word)]
+    return found or [head for head in heads if head.name == word], heads[:LATEST]
+
+
+def _tags_of_database(run_id: str, uri: str) -> dict[str, str]:
+    database = Path(uri.removeprefix("sqlite:///"))
+    (rows,) = store.read_sqlite(database, ["SELECT key, value FROM tags WHERE run_uuid = ?"], [run_id])
+    return dict(rows)
+
+
+def _heads(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
+    """The same, asked of MLflow's client."""
+    client = store.connect(uri)
+    experiments = [str(each.experiment_id) for each in client.search_experiments()]
+
+    def search(wanted: str, count: int) -> list[_Head]:
+        found = client.search_runs(experiments, wanted, max_results=count)
+        return [_Head(run.info.run_id, run.info.run_name or "", run.info.status) for run in found]
+
+    found = search(f"attributes.run_id LIKE '{word}%'", SHOWN + 1) if _may_be_id(word) else []
+    if not found and not {"'", '"'} <= set(word):
+        quote = '"' if "'" in word else "'"
+        found = search(f"attributes.run_name = {quote}{word}{quote}", SHOWN + 1)
+    return found, [] if found or not experiments else search("", LATEST)
+
+
+def _lies_here(tags: Mapping[str, str]) -> RunDir | None:
+    """The folder of a run in MLflow, where it lies on this machine."""
+    folder = tags.get("runner.folder")
+    rundir = RunDir(Path(folder)) if folder else None
+    is_it = rundir and rundir.manifest.exists() and rundir.read_manifest().get("id") == tags.get(store.ID_TAG)
+    return rundir if is_it else None
+
+
+def _histories(client: MlflowClient, run: Run) -> Curves:
+    names = [name for name in run.data.metrics if not name.startswith("system/")]
+    return {name: {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)} for name in names}
+
+
+def _artifacts(client: MlflowClient, run: Run, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    there = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+    with tempfile.TemporaryDirectory(prefix="runner-") as folder:
+        for name in names:
+            if name in there:
+                yield name, _text_of(Path(client.download_artifacts(run.info.run_id, name, folder)))
+
+
+def _curves(records: list[metrics_log.Record]) -> Curves:
+    curves: Curves = {}
+    for record in records:
+        for name, value in record.items():
+            if name not in ("step", "time") and isinstance(value, int | float):
+                curves.setdefault(name, {})[record["step"]] = float(value)
+    return curves
+
+
+def _text_of(file: Path) -> str:
+    return file.read_bytes().decode("utf-8", "surrogateescape")

@@ -1,0 +1,1 @@
+"""Grid and hyperparameter search over many runs."""

@@ -1,0 +1,1 @@
+"""Training objectives: encode examples, compute the loss, name the metrics."""

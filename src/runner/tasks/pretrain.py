@@ -1,0 +1,39 @@
+"""Pretraining: next-token prediction on plain text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.data.examples import Example, Features
+from runner.errors import ConfigError, DataError, Fault
+from runner.tasks.task import Task, token_loss, token_metrics
+
+
+def pretrain(*, append_eos: bool) -> Task:
+    """Next-token prediction on plain text; long documents are cut into pieces of ``data.max_length``."""
+
+    def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
+        if not isinstance(example, str):
+            raise DataError(
+                Fault(
+                    "data.format",
+                    "gives conversations, and task=pretrain trains on plain text",
+                    "use task=sft, or data/format=text with data.format.key naming the text's key",
+                )
+            )
+        ids = tokenizer(example, add_special_tokens=True, verbose=False)["input_ids"]
+        if append_eos:
+            if tokenizer.eos_token_id is None:
+                raise ConfigError(
+                    Fault("task.append_eos", "this tokenizer has no end-of-sequence token", "set it to false", True)
+                )
+            ids = [*ids, tokenizer.eos_token_id]
+        pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+        return [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
+
+    def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:
+        words = str(example).split(" ")
+        half = min(len(words) // 2, 24)
+        return (" ".join(words[:half]), " ".join(words[half : 2 * half])) if half else None
+
+    return Task("pretrain", True, encode, prompt, token_loss, token_metrics)

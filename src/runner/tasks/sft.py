@@ -1,0 +1,36 @@
+"""Supervised fine-tuning on conversations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from runner.data.examples import Example, Features
+from runner.errors import DataError, Fault
+from runner.tasks.task import Task, token_loss, token_metrics
+
+
+def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
+    """Supervised fine-tuning: learn to write the assistant's turns of a conversation."""
+
+    def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
+        from runner.data import chat_template
+
+        if isinstance(example, str):
+            raise DataError(
+                Fault(
+                    "data.format",
+                    "gives plain text, and task=sft trains on conversations",
+                    "use task=pretrain, or a format that gives messages (data/format=messages, alpaca, …)",
+                )
+            )
+        return [chat_template.encode(example, tokenizer, train_on)]
+
+    def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:
+        from runner.data import chat_template
+
+        turns = [i for i, message in enumerate(example) if message["role"] == "assistant"]  # type: ignore[index]
+        if not turns or turns[0] == 0:
+            return None
+        return chat_template.prompt(list(example[: turns[0]]), tokenizer), str(example[turns[0]]["content"])  # type: ignore
+
+    return Task("sft", True, encode, prompt, token_loss, token_metrics)

@@ -1,0 +1,1 @@
+"""The run folder: its files, its status, how to find it."""

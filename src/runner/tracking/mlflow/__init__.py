@@ -1,0 +1,1 @@
+"""Upload of run folders and sweeps to an MLflow store."""

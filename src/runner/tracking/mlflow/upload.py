@@ -1,0 +1,182 @@
+"""What a run in MLflow should say: params, tags, metrics, data, model, tables and its end.
+
+Every function may be called again, by this process or by the next: what MLflow has already is not sent twice.
+Limits of MLflow (3.17): 100 params, 100 tags or 1000 metrics a batch; 6000 characters a param, 8000 a tag.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from runner.config.bind import flatten
+from runner.secrets import redact_tree
+from runner.tracking.mlflow.store import LONGEST_TAG, as_text, is_server, shorten
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+Known = dict[str, set[int]]
+"""Metric name → the steps that MLflow has."""
+
+PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 1000
+LONGEST_PARAM, LONGEST_NAME, LONGEST_DIGEST = 6000, 250, 36
+MODEL_TAG = "runner.model_id"
+T = TypeVar("T")
+
+
+def send_params(client: MlflowClient, run: Run, config: Mapping[str, Any]) -> None:
+    """The configuration, flattened with dots; a param never changes in MLflow, so a changed one becomes a tag."""
+    from mlflow.entities import Param
+
+    values = {_name(key): text for key, text in flatten(redact_tree(config))}
+    cut = sorted(key for key, text in values.items() if len(text) > LONGEST_PARAM)
+    values = {key: shorten(text, LONGEST_PARAM) for key, text in values.items()}
+    there = run.data.params
+    for keys in chunks([key for key in values if key not in there], PARAMS_PER_BATCH):
+        client.log_batch(run.info.run_id, params=[Param(key, values[key]) for key in keys])
+    changed = {key: values[key] for key in values if key in there and there[key] != values[key]}
+    send_tags(client, run, {"runner.cut_params": ", ".join(cut), "runner.changed_params": changed or ""})
+
+
+def send_tags(client: MlflowClient, run: Run, tags: Mapping[str, Any]) -> None:
+    """Set those tags that differ; an empty value takes the tag away."""
+    from mlflow.entities import RunTag
+
+    there, wanted = run.data.tags, {key: as_text(value, LONGEST_TAG) for key, value in tags.items()}
+    changed = [key for key, text in wanted.items() if text and there.get(key) != text]
+    for keys in chunks(changed, PARAMS_PER_BATCH):
+        client.log_batch(run.info.run_id, tags=[RunTag(key, wanted[key]) for key in keys])
+        there.update({key: wanted[key] for key in keys})
+    for key in [key for key, text in wanted.items() if not text and key in there]:
+        client.delete_tag(run.info.run_id, key)
+        del there[key]
+
+
+def known_steps(client: MlflowClient, run: Run) -> Known:
+    """The steps that MLflow has, of every metric of the run."""
+    names = client.get_run(run.info.run_id).data.metrics
+    history = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+    return defaultdict(set, {name: {metric.step for metric in points} for name, points in history.items()})
+
+
+def send_metrics(client: MlflowClient, run: Run, records: Iterable[Mapping[str, Any]], known: Known) -> None:
+    """Those points that are not ``known`` yet; MLflow takes a batch whole or not at all."""
+    from mlflow.entities import Metric
+
+    def points(record: Mapping[str, Any]) -> list[Metric]:
+        step, time_ms = int(record["step"]), int(record["time"] * 1000)
+        named = {_name(key): value for key, value in record.items() if key not in ("step", "time")}
+        return [Metric(key, float(value), time_ms, step) for key, value in named.items() if step not in known[key]]
+
+    for batch in batches(map(points, records), METRICS_PER_BATCH):
+        client.log_batch(run.info.run_id, metrics=batch)
+        for metric in batch:
+            known[metric.key].add(metric.step)
+
+
+def send_evaluations(client: MlflowClient, run: Run, records: Iterable[Mapping[str, Any]]) -> None:
+    """Those metrics of {time, step, metrics} that MLflow does not have: known by name, step and time."""
+    from mlflow.entities import Metric
+
+    points = [
+        Metric(_name(name), float(value), int(record["time"] * 1000), int(record["step"]))
+        for record in records
+        for name, value in record["metrics"].items()
+    ]
+    there = {
+        (name, point.step, point.timestamp)
+        for name in {point.key for point in points}
+        for point in client.get_metric_history(run.info.run_id, name)
+    }
+    lacking = [point for point in points if (point.key, point.step, point.timestamp) not in there]
+    for batch in chunks(lacking, METRICS_PER_BATCH):
+        client.log_batch(run.info.run_id, metrics=batch)
+
+
+def send_dataset(client: MlflowClient, run: Run, data: Mapping[str, Any]) -> None:
+    """The rows that the run trains on, as an input of the run: name, digest, source and numbers."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    digest, there = str(data.get("digest", ""))[:LONGEST_DIGEST], run.inputs.dataset_inputs
+    if not digest or digest in [given.dataset.digest for given in there]:
+        return
+    numbers = {key: value for key, value in (data.get("report") or {}).items() if isinstance(value, int | float)}
+    kind, source = _source(str(data.get("uri", "")))
+    name = str(data.get("name", "data"))[:LONGEST_NAME]
+    dataset = Dataset(name, digest, kind, json.dumps(source), profile=json.dumps(numbers))
+    there.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "training")]))
+    client.log_inputs(run.info.run_id, there[-1:])
+
+
+def send_model(client: MlflowClient, run: Run, name: str, kind: str, params: Mapping[str, str], step: int) -> None:
+    """Name the model that the run made as its output, for the column Models; its files are artifacts of the run."""
+    if MODEL_TAG in run.data.tags or not hasattr(client, "create_logged_model"):  # from MLflow 3 on
+        return
+    from mlflow.entities import LoggedModelOutput
+
+    about = f"Its files: artifacts/model of run {run.info.run_id}. `python -m runner register` makes it loadable here."
+    tags = {"mlflow.note.content": about, "runner.run_id": run.info.run_id}
+    made = client.create_logged_model(
+        run.info.experiment_id, plain(name), run.info.run_id, tags, dict(params), model_type=kind
+    )
+    client.finalize_logged_model(made.model_id, "READY")
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(made.model_id, step)])
+    send_tags(client, run, {MODEL_TAG: made.model_id})
+
+
+def plain(name: str) -> str:
+    """A name that MLflow takes for a logged model."""
+    return re.sub(r"[^\w-]", "-", name)
+
+
+def send_table(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Rows as a table that MLflow shows; ``log_table`` would append to the one there at every resume."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
+    client.log_text(run.info.run_id, json.dumps(table, ensure_ascii=False), name)
+    send_tags(client, run, {"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"}])})
+
+
+def set_status(client: MlflowClient, run: Run, status: str, ended: float | None) -> None:
+    """An end at that time (seconds since the epoch); where ``ended`` is None it is SCHEDULED or RUNNING again."""
+    if ended is None:
+        client.update_run(run.info.run_id, status)
+    else:
+        client.set_terminated(run.info.run_id, status, int(ended * 1000))
+
+
+def batches(groups: Iterable[list[T]], limit: int) -> Iterator[list[T]]:
+    """The groups in lists of at most ``limit`` items; a group is split only if it alone is larger than that."""
+    batch: list[T] = []
+    for group in groups:
+        if batch and len(batch) + len(group) > limit:
+            yield batch
+            batch = []
+        batch = batch + group
+        while len(batch) > limit:
+            yield batch[:limit]
+            batch = batch[limit:]
+    if batch:
+        yield batch
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _name(key: str) -> str:
+    """The key with what MLflow does not take in names (anything but ``/ . - : _`` space and letters) replaced."""
+    name = re.sub(r"[^/\w.\- :]", "_", key)[:LONGEST_NAME]
+    return name if posixpath.normpath(name) == name and not name.startswith(("/", "..")) else name.replace("/", "_")
+
+
+def _source(uri: str) -> tuple[str, dict[str, str]]:
+    if uri.startswith("hf://"):
+        return "hugging_face", {"path": uri.removeprefix("hf://").removeprefix("datasets/")}
+    return ("http", {"url": uri}) if is_server(uri) else ("local", {"uri": uri})

@@ -1,0 +1,111 @@
+"""What is recorded of a run: first lines in its folder, which are the truth; MLflow mirrors the folder.
+
+The process that trains writes metrics.jsonl and nothing else: no tracker can slow it down, stop it or lose its records.
+``python -m runner.mirror FOLDER``, a child that outlives it, brings the folder into MLflow.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from runner.config.schema import Positive
+from runner.errors import Fault, suggest
+from runner.secrets import redact
+
+DRIVERS = {"sqlite": "sqlite3", "postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
+"""The databases that MLflow can use, with the module that SQLAlchemy needs for each unless the URI names another."""
+
+
+LONGEST_NAME = 250
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where the records of a run are shown, besides its folder."""
+
+    kind: Literal["mlflow", "offline"]
+    experiment: str
+    run_name: str | None
+    log_model: bool | Literal["adapter"]
+    uri: str | None = None
+    system_metrics: bool = False
+    system_interval_s: float = 10.0
+
+
+def mlflow(
+    *,
+    uri: str | None,
+    experiment: str,
+    run_name: str | None,
+    log_model: bool | Literal["adapter"],
+    system_metrics: bool,
+    system_interval_s: Positive,
+) -> Tracking:
+    """Mirror the run into MLflow: the embedded database where ``uri`` is null, else that server or database."""
+    return Tracking("mlflow", experiment, run_name, log_model, uri, system_metrics, system_interval_s)
+
+
+def check_mlflow(*, uri: str | None, experiment: str, run_name: str | None, **_: Any) -> Iterator[Fault]:
+    yield from _name_faults(experiment, run_name)
+    if uri is not None:
+        yield from (replace(fault, value=redact(uri)) for fault in _uri_faults(uri))
+
+
+def offline(*, experiment: str, run_name: str | None, log_model: bool | Literal["adapter"]) -> Tracking:
+    """Keep the records in the run folder alone; the names are those that ``sync`` uses later."""
+    return Tracking("offline", experiment, run_name, log_model)
+
+
+def check_offline(*, experiment: str, run_name: str | None, **_: Any) -> Iterator[Fault]:
+    yield from _name_faults(experiment, run_name)
+
+
+def store_uri(tracking: Tracking, outputs_dir: str | Path) -> str:
+    """The URI of the MLflow store of a run: the one it names, else the database embedded in ``outputs_dir``."""
+    return tracking.uri or f"sqlite:///{Path(outputs_dir).expanduser().absolute() / 'mlflow.db'}"
+
+
+def _name_faults(experiment: str, run_name: str | None) -> Iterator[Fault]:
+    for key, name in (("experiment", experiment), ("run_name", run_name)):
+        if name is not None and not 0 < len(name.strip()) <= LONGEST_NAME:
+            yield Fault(key, f"must have 1 to {LONGEST_NAME} characters", "give it a shorter or a longer name", name)
+
+
+def _uri_faults(uri: str) -> Iterator[Fault]:
+    scheme = uri.partition(":")[0].lower()
+    database, _, driver = scheme.partition("+")
+    if "://" not in uri or scheme == "file" or (scheme not in ("http", "https") and database not in DRIVERS):
+        yield _wrong_store(uri, scheme)
+    elif scheme in ("http", "https"):
+        if not _names_host(uri):
+            yield Fault("uri", "names no host, or no valid port", "write it as http://host:port")
+    elif database == "sqlite":
+        if not uri.startswith("sqlite:////"):
+            remedy = "write an absolute path (four slashes: sqlite:////path/mlflow.db), or leave uri=null"
+            yield Fault("uri", "must name a database file by its absolute path", remedy)
+    elif importlib.util.find_spec(driver or DRIVERS[database]) is None:
+        remedy = "install it, or use an MLflow server (http://…) in front of the database"
+        yield Fault("uri", f"needs the package {driver or DRIVERS[database]}, which is not installed", remedy)
+
+
+def _wrong_store(uri: str, scheme: str) -> Fault:
+    if scheme == "file" or uri.startswith((".", "/", "~")) or ":" not in uri:
+        problem = "is a folder of files, which MLflow no longer supports as a store"
+        return Fault("uri", problem, "leave uri=null (sqlite under outputs_dir), or sqlite:////path/mlflow.db")
+    allowed = ["http", "https", *DRIVERS]
+    problem = f"has no scheme that MLflow can be reached by. {suggest(scheme, allowed)}".strip()
+    remedy = f"http://{uri}" if "://" not in uri else f"use null or one of {', '.join(f'{s}://' for s in allowed)}"
+    return Fault("uri", problem, remedy)
+
+
+def _names_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and parts.port != 0 and not any(c.isspace() for c in uri)
+    except ValueError:
+        return False

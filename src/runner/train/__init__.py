@@ -1,0 +1,1 @@
+"""Training: from a run folder to a trained model."""

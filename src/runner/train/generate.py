@@ -1,0 +1,71 @@
+"""Prompts, continued by a model: what the loss means in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from runner.models.kernels import compilation
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    max_new_tokens: int,
+    *,
+    in_step: bool = False,
+    temperature: float = 0.0,
+    stop: int | None = None,
+    streamer: Any = None,
+) -> list[str]:
+    """Continuations of ``prompts``, at most ``max_new_tokens`` tokens each, special tokens left out.
+
+    Greedy at ``temperature`` 0, else drawn from the whole distribution by torch's own random numbers. ``stop`` is a
+    token that ends them besides the model's own; ``streamer`` (transformers') hears of each token of a single prompt.
+    ``in_step``: all ranks call this, and none stops before the last has: they gather each other's shards.
+    """
+    if not prompts:
+        return []
+    was_training, side = model.training, tokenizer.padding_side
+    model.eval()
+    tokenizer.padding_side = "left"
+    try:
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = {name: inputs[name].to(_device(model)) for name in ("input_ids", "attention_mask")}
+        length = inputs["input_ids"].shape[1]
+        drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else _GREEDY
+        ends = {} if stop is None else {"eos_token_id": end_tokens(model, stop)}
+        with compilation.left_out():
+            out = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=bool(temperature),
+                use_cache=True,
+                synced_gpus=in_step,
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id,
+                **drawn,
+                **ends,
+            )
+        return [text.strip() for text in tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
+    finally:
+        tokenizer.padding_side = side
+        model.train(was_training)
+
+
+def end_tokens(model: Any, stop: int | None) -> list[int]:
+    """The tokens after which the model says no more, its own and ``stop``."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys(token for token in [*listed, stop] if token is not None))
+
+
+_GREEDY = {"temperature": None, "top_p": None, "top_k": None}
+"""What a published model sets of these is for sampling."""
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,111 @@
+"""The inputs of a training: everything that is known without loading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from runner.config import bind, schema
+from runner.config.schema import TrainSettings
+from runner.data import dataset
+from runner.data.batches import Batches
+from runner.models import pretrained
+from runner.models.sources import ModelSource
+from runner.tasks.task import Task
+from runner.train.distributed import parallel
+from runner.train.distributed.ranks import ALONE, Ranks
+from runner.train.memory import peak, usage
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known without loading weights: enough for ``plan`` and to refuse what cannot train."""
+
+    task: Task
+    source: ModelSource
+    tokenizer: Any
+    settings: TrainSettings
+    splits: dataset.Splits
+    batches: Batches
+    evaluation: Batches
+    total_steps: int
+    device: torch.device
+    told: peak.Expected | None = None
+    """What ``micro_batch_size=auto`` went by, from before the model was loaded."""
+
+    @property
+    def cut(self) -> str:
+        """How a step is cut into smaller pieces, as words behind its size; empty where it is not."""
+        rows, of_device = self.settings.rows_at_a_time, self.settings.per_device_batch_size
+        return f", {rows} of {of_device} rows at a time" if rows < of_device else ""
+
+
+def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
+    """Data, tokenizer and the number of steps; the batches are those of this rank.
+
+    Raises:
+        ConfigError, DataError: something that would not train, in one message with its remedy.
+    """
+    device = pick_device()
+    settings = TrainSettings(**cfg["train"])
+    task = bind.bind(cfg["task"], "task")()
+    source = pretrained.resolve(bind.bind(cfg["model"], "model")())
+    tokenizer = pretrained.tokenizer(source)
+    splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings, ranks.rank)
+    steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
+    if device.type == "cpu":
+        usage.begin()
+    return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
+
+
+def compute_at_once(made: Inputs, rows: int) -> Inputs:
+    """The same inputs with another micro-batch."""
+    batches, evaluation = made.batches.cut_into(rows), made.evaluation.cut_into(rows)
+    return replace(made, settings=replace(made.settings, micro_batch_size=rows), batches=batches, evaluation=evaluation)
+
+
+def load_data(
+    cfg: Mapping[str, Any],
+    task: Task,
+    source: ModelSource,
+    tokenizer: Any,
+    settings: TrainSettings,
+    rank: int,
+) -> tuple[dataset.Splits, Batches, Batches]:
+    settings_node, format_node, source_node = schema.split_data(dict(cfg["data"]))
+    data_settings = bind.bind(settings_node, "data", schema.DataSettings)()
+    pretrained.check_max_length(source, data_settings.max_length)
+    splits = dataset.load(
+        bind.bind(source_node, "data"),
+        bind.bind(format_node, "data.format"),
+        task,
+        tokenizer,
+        data_settings,
+        identity={"format": format_node, "task": cfg["task"]},
+    )
+    batches = partial(
+        Batches,
+        packing=data_settings.packing,
+        max_length=data_settings.max_length,
+        rows_per_batch=settings.rows_at_a_time,
+        seed=cfg["seed"],
+        pad_id=tokenizer.pad_token_id,
+        rank=rank,
+        world=parallel.processes_of(cfg["parallel"]),
+    )
+    training = batches(
+        splits.train,
+        accumulation=settings.gradient_accumulation_steps * (settings.per_device_batch_size // settings.rows_at_a_time),
+        shuffle=True,
+        epochs=settings.num_train_epochs,
+    )
+    return splits, training, batches(splits.eval, accumulation=1, shuffle=False)
+
+
+def pick_device() -> torch.device:
+    """The rank's own accelerator, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

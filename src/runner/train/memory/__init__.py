@@ -1,0 +1,1 @@
+"""Memory of a training: estimate, measure, tune the allocator."""

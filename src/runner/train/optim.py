@@ -1,0 +1,245 @@
+"""Optimizers: what is trained with what, and how it is decayed.
+
+Every option takes parameter groups, gives a ``torch.optim.Optimizer`` whose ``param_groups`` all follow
+``learning_rate``, and comes back bit for bit from its ``state_dict`` (saved by torch.save, read with weights_only).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
+
+from runner.config.schema import Fraction, NotNegative, Positive
+from runner.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+Groups = list[dict[str, Any]]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
+    """The trainable parameters in up to three groups, in the model's order: matrices, embeddings, vectors.
+
+    Matrices and embeddings (the output head counts as one) decay; biases, norms and other vectors do not, as in
+    transformers' Trainer. Each group says its ``kind``, so that an optimizer may treat matrices apart.
+
+    Raises:
+        ConfigError: nothing is trainable.
+    """
+    embeddings = {id(parameter) for parameter in _embedding_parameters(model)}
+    kinds: dict[str, list[Tensor]] = {"matrix": [], "embedding": [], "vector": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "embedding" if id(parameter) in embeddings else "matrix"
+            kinds[kind if parameter.ndim >= 2 else "vector"].append(parameter)
+    if not any(kinds.values()):
+        raise ConfigError(
+            Fault("lora", "no parameter of the model is trainable", "choose lora=lora, or lora=none to train them all")
+        )
+    decay = {"matrix": weight_decay, "embedding": weight_decay, "vector": 0.0}
+    return [{"params": params, "weight_decay": decay[kind], "kind": kind} for kind, params in kinds.items() if params]
+
+
+def adamw(
+    groups: Groups,
+    *,
+    learning_rate: Positive,
+    weight_decay: NotNegative,
+    betas: list[Fraction],
+    eps: Positive,
+    fused: Literal["auto"] | bool,
+) -> Optimizer:
+    """AdamW (https://arxiv.org/abs/1711.05101), torch's own.
+
+    The fused kernel takes a third of the time of the plain one on a CPU too, and repeats bit for bit; ``auto`` uses
+    it on CUDA and CPU, and the plain one elsewhere.
+    """
+    import torch
+
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    use_fused = devices <= {"cuda", "cpu"} if fused == "auto" else fused
+    try:
+        return torch.optim.AdamW(
+            groups, lr=learning_rate, weight_decay=weight_decay, betas=_pair(betas), eps=eps, fused=use_fused
+        )
+    except RuntimeError as error:
+        raise ConfigError(Fault("optim.fused", str(error).splitlines()[0], "set it to auto", fused)) from error
+
+
+def adamw_bnb(
+    groups: Groups,
+    *,
+    learning_rate: Positive,
+    weight_decay: NotNegative,
+    betas: list[Fraction],
+    eps: Positive,
+    bits: Literal[8, 32],
+    paged: bool,
+) -> Optimizer:
+    """AdamW of bitsandbytes: its state in 8 bits, in blocks of 256 values (https://arxiv.org/abs/2110.02861).
+
+    Parameters under 4096 values keep a 32-bit state. ``paged`` lets the state move to the CPU's memory when the
+    GPU's runs out. Runs on the CPU as well, several times slower than ``adamw``.
+
+    Raises:
+        ConfigError: ``paged`` on a CPU, where bitsandbytes 0.50 would ignore it with a warning.
+    """
+    from bitsandbytes.optim import AdamW
+
+    if paged and any(parameter.device.type != "cuda" for group in groups for parameter in group["params"]):
+        raise ConfigError(
+            Fault("optim.paged", "paging needs a CUDA GPU, and the model is not on one", "use optim=adamw_8bit", True)
+        )
+    return AdamW(
+        groups,
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        betas=_pair(betas),
+        eps=eps,
+        optim_bits=bits,
+        is_paged=paged,
+    )
+
+
+def lion(
+    groups: Groups,
+    *,
+    learning_rate: Positive,
+    weight_decay: NotNegative,
+    betas: list[Fraction],
+    bits: Literal[8, 32],
+) -> Optimizer:
+    """Lion of bitsandbytes: the sign of a momentum, so half of Adam's state (https://arxiv.org/abs/2302.06675)."""
+    from bitsandbytes.optim import Lion
+
+    return Lion(groups, lr=learning_rate, weight_decay=weight_decay, betas=_pair(betas), optim_bits=bits)
+
+
+def muon(
+    groups: Groups,
+    *,
+    learning_rate: Positive,
+    weight_decay: NotNegative,
+    momentum: Fraction,
+    nesterov: bool,
+    ns_steps: Annotated[int, Ge(1), Lt(100)],
+    betas: list[Fraction],
+    eps: Positive,
+) -> Optimizer:
+    """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for embeddings and vectors.
+
+    Muon's updates are scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982), so that both follow one
+    ``learning_rate``. ``betas`` and ``eps`` are AdamW's.
+
+    Raises:
+        ConfigError: torch is older than 2.9, or no matrix is trained.
+    """
+    import torch
+
+    matrices = [group for group in groups if group["kind"] == "matrix"]
+    others = [group for group in groups if group["kind"] != "matrix"]
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(Fault("optim", f"torch {torch.__version__} has no Muon", "install torch >= 2.9"))
+    if not matrices:
+        raise ConfigError(Fault("optim", "Muon trains matrices, and none is trainable here", "use optim=adamw"))
+    parts: list[Optimizer] = [
+        torch.optim.Muon(
+            matrices,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_steps=ns_steps,
+            adjust_lr_fn="match_rms_adamw",
+        )
+    ]
+    if others:
+        rest = adamw(others, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps, fused="auto")
+        parts.append(rest)
+    return _joined(parts)
+
+
+def state_bytes(node: Mapping[str, Any]) -> float:
+    """About how many bytes the optimizer of this config node keeps for each trained parameter."""
+    name = str(node.get("_target_", "")).rpartition(".")[2]
+    in_8_bits = node.get("bits") == 8
+    known = {"adamw": 8.0, "adamw_bnb": 2.1 if in_8_bits else 8.0, "lion": 1.1 if in_8_bits else 4.0, "muon": 4.0}
+    return known.get(name, 8.0)
+
+
+def check_adamw(*, betas: list[float], **_: object) -> Iterator[Fault]:
+    return _two_betas(betas)
+
+
+def check_adamw_bnb(*, betas: list[float], **_: object) -> Iterator[Fault]:
+    yield from _two_betas(betas)
+    yield from _needs_bitsandbytes()
+
+
+def check_lion(*, betas: list[float], **_: object) -> Iterator[Fault]:
+    yield from _two_betas(betas)
+    yield from _needs_bitsandbytes()
+
+
+def check_muon(*, betas: list[float], nesterov: bool, momentum: float, **_: object) -> Iterator[Fault]:
+    yield from _two_betas(betas)
+    if nesterov and momentum == 0:
+        yield Fault("nesterov", "has no effect without momentum", "set optim.nesterov=false or raise optim.momentum")
+
+
+def _joined(parts: list[Optimizer]) -> Optimizer:
+    """Several optimizers as one, with one state_dict: they share its groups and its state."""
+    from torch.optim import Optimizer
+
+    class Joined(Optimizer):  # accelerate and torch's checkpointing ask for a real Optimizer
+        def __init__(self) -> None:
+            super().__init__([group for part in parts for group in part.param_groups], {})
+            self._share()
+
+        def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+            for part in parts:
+                part.step()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            self._share()
+
+        def _share(self) -> None:
+            start = 0
+            for part in parts:
+                end = start + len(part.param_groups)
+                part.param_groups, part.state = self.param_groups[start:end], self.state
+                start = end
+
+    return Joined()
+
+
+def _embedding_parameters(model: nn.Module) -> Iterator[Tensor]:
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            yield from module.parameters()
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
+    if head is not None:
+        yield from head.parameters()
+
+
+def _pair(betas: list[float]) -> tuple[float, float]:
+    return betas[0], betas[1]
+
+
+def _two_betas(betas: list[float]) -> Iterator[Fault]:
+    if len(betas) != 2:
+        yield Fault("betas", "must be a list of two numbers", "for example optim.betas=[0.9,0.999]", betas)
+
+
+def _needs_bitsandbytes() -> Iterator[Fault]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield Fault("", "bitsandbytes is not installed, and this optimizer is its", "install it, or use optim=adamw")

@@ -1,0 +1,206 @@
+"""From RUN to what it has trained: the base it was trained on, with its adapter, or the whole model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from runner import terminal
+from runner.config.bind import TARGET, bind
+from runner.errors import ConfigError, Fault
+from runner.models import model_folder
+from runner.tracking import run_status
+from runner.tracking.rundir import RunDir
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.models.dtypes import Precision
+    from runner.models.quantization import Quant
+    from runner.models.sources import ModelSource
+    from runner.tasks.task import Task
+
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+AGAIN = {
+    "completed": "its folder model/ is gone: train it again",
+    "running": "wait until it is through: python -m runner status {run}",
+    "failed": "python -m runner logs {run} says why; python -m runner resume={run} retry=true tries again",
+}
+"""What to do about a run that has no model, by how it stands."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that has a model; nothing of it is loaded yet."""
+
+    rundir: RunDir
+    cfg: dict[str, Any]
+    base_path: str | None = None
+    """Where its base model lies now, if not where the configuration says."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.rundir.model / ADAPTER).is_file()
+
+    @cached_property
+    def base(self) -> ModelSource:
+        """The base model, its weights not read.
+
+        Raises:
+            ConfigError: it is gone.
+        """
+        from runner.models import pretrained
+
+        node = self.cfg["model"]
+        if self.base_path is not None:
+            kept = {"revision": None, "trust_remote_code": False, **_common(node)}
+            node = {TARGET: "runner.models.sources.pretrained", "path": self.base_path, **kept}
+        try:
+            return pretrained.resolve(bind(node, "model")())
+        except ConfigError as error:
+            remedy = "or, where the base model of this run lies elsewhere now, add model.path=FOLDER"
+            told = [replace(fault, remedy=f"{fault.remedy}; {remedy}".lstrip("; ")) for fault in error.faults]
+            raise ConfigError(*told) from error
+
+    @cached_property
+    def result(self) -> ModelSource:
+        """What carries the tokenizer, and of full fine-tuning the weights."""
+        if self.is_adapter:
+            return self.base
+        node = {**_common(self.cfg["model"]), "path": str(self.rundir.model), "revision": None}
+        code = bool(self.cfg["model"].get("trust_remote_code"))
+        source = bind({TARGET: "runner.models.sources.pretrained", **node, "trust_remote_code": code}, "model")()
+        return replace(source, name=self.rundir.path.name)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """As it was in training, chat template included."""
+        from runner.models import pretrained
+
+        return pretrained.tokenizer(self.result)
+
+    @cached_property
+    def task(self) -> Task:
+        task: Task = bind(self.cfg["task"], "task")()
+        return task
+
+    @property
+    def quant(self) -> Quant:
+        quant: Quant = bind(self.cfg["quant"], "quant")()
+        return quant
+
+
+def load(
+    trained: Trained,
+    device: torch.device | str,
+    *,
+    dtype: Precision | None = None,
+    quant: Quant | None = None,
+    unties: bool = False,
+) -> Any:
+    """The fine-tuned model, in eval mode; ``dtype`` and ``quant`` stand in for those of the run.
+
+    ``unties``: an adapter that changes the embeddings or the head gets a head of its own beside them.
+
+    Raises:
+        ConfigError: weights that are missing, damaged, or not those of this base.
+    """
+    from runner.models import pretrained
+
+    if not trained.is_adapter:
+        terminal.loading(f"the model of {terminal.nearest(trained.rundir.path)}")
+        source = trained.result if dtype is None else replace(trained.result, dtype=dtype)
+        return pretrained.load(source, quant or trained.quant, device).eval()
+    base = load_base(trained, device, dtype=dtype, quant=quant)
+    if unties:
+        _untie(base, trained)
+    return _adapted(base, trained)
+
+
+def load_base(
+    trained: Trained, device: torch.device | str, *, dtype: Precision | None = None, quant: Quant | None = None
+) -> Any:
+    """The model as it was before, in eval mode."""
+    from runner.models import pretrained
+
+    terminal.loading(f"{trained.base.name}, the base of {terminal.nearest(trained.rundir.path)}")
+    source = trained.base if dtype is None else replace(trained.base, dtype=dtype)
+    return pretrained.load(source, quant or trained.quant, device).eval()
+
+
+@contextlib.contextmanager
+def without_adapter(model: Any) -> Iterator[Any]:
+    """The model as it was before training, while the block runs; only where it ``has_base_inside``."""
+    with model.disable_adapter():
+        yield model
+
+
+def has_base_inside(model: Any) -> bool:
+    """Whether switching the adapter off gives the base: trained biases (``lora.bias``) stay in place."""
+    configs = getattr(model, "peft_config", {}).values()
+    return bool(configs) and all(getattr(config, "bias", "none") == "none" for config in configs)
+
+
+def quiet() -> None:
+    """Libraries at work for a verb say nothing but errors, on the terminal or anywhere."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+
+
+def _common(node: dict[str, Any]) -> dict[str, Any]:
+    return {key: node[key] for key in ("dtype", "attention") if key in node}
+
+
+def _adapted(base: Any, trained: Trained) -> Any:
+    from peft import PeftModel
+
+    weights = trained.rundir.model / ADAPTER_WEIGHTS
+    if problem := model_folder.damage(weights) if weights.is_file() else "is missing":
+        raise ConfigError(Fault("", f"{weights} {problem}", "train the run again, or restore the file"))
+    try:
+        return PeftModel.from_pretrained(base, str(trained.rundir.model)).eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        if "out of memory" in str(error):
+            raise
+        problem = f"the adapter does not fit on {trained.base.path}: {str(error).splitlines()[0][:200]}"
+        raise ConfigError(Fault("model.path", problem, "name the base model that the run was trained on")) from error
+
+
+def _untie(base: Any, trained: Trained) -> None:
+    from torch import nn
+
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight or not _changes_embeddings(base, trained):
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
+
+
+def _changes_embeddings(base: Any, trained: Trained) -> bool:
+    """Whether the adapter holds weights for the embeddings or the head."""
+    from safetensors import safe_open
+
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    names = [name for name, module in base.named_modules() if any(module is end for end in ends)]
+    with safe_open(trained.rundir.model / ADAPTER_WEIGHTS, "pt") as weights:
+        return any(f".{name}." in key for key in weights.keys() for name in names)  # noqa: SIM118 (not a dict)
+
+
+def refuse_without_model(rundir: RunDir) -> None:
+    if any((rundir.model / name).is_file() for name in (ADAPTER, "config.json")):
+        return
+    (run,) = run_status.of([rundir])
+    step = f" (step {run.state.step}/{run.state.total_steps})" if run.state.total_steps else ""
+    remedy = AGAIN.get("running" if run.is_live else run.status, "python -m runner resume={run} brings it to its end")
+    problem = f"the run {terminal.nearest(rundir.path)} has no model yet: it is {run.status}{step}"
+    raise ConfigError(Fault("", problem, remedy.format(run=terminal.nearest(rundir.path))))
