@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from runner.train.prefetch import Ahead
+from runner.train.prefetch import Prefetcher
 
 CPU = torch.device("cpu")
 
@@ -28,9 +28,9 @@ class Counted:
         return [{"input_ids": torch.full((1, 2), i), "tokens": i}]
 
 
-def ahead(total_steps: int) -> tuple[Ahead, Counted]:
+def ahead(total_steps: int) -> tuple[Prefetcher, Counted]:
     batches = Counted()
-    return Ahead(batches, CPU, total_steps), batches  # type: ignore[arg-type]
+    return Prefetcher(batches, CPU, total_steps), batches  # type: ignore[arg-type]
 
 
 def test_the_next_step_is_made_before_it_is_asked_for_and_none_beyond_the_last() -> None:
@@ -59,7 +59,7 @@ def test_what_fails_is_told_to_who_asks_for_it() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_they_are_there_when_it_computes() -> None:
     made, device = ahead(50)[0], torch.device("cuda", 0)
-    made = Ahead(made.batches, device, 50)
+    made = Prefetcher(made.batches, device, 50)
     for step in range(50):
         [batch] = made.step(step)
         assert batch["input_ids"].device == device

@@ -316,7 +316,7 @@ def settled(
     flops = seconds * estimate.ASSUMED_UTILISATION / made.batches.tokens_at(made.total_steps)
     told = dataclasses.replace(told, layers=layers, flops_per_token=flops)
     monkeypatch.setattr(dtypes, "_is_fast_in_bfloat16", lambda _: True)
-    found = build.settle_compile(cfg, dataclasses.replace(made, device=GPU), told, **began)
+    found = build.resolve_compile(cfg, dataclasses.replace(made, device=GPU), told, **began)
     monkeypatch.undo()
     return found
 
@@ -359,7 +359,7 @@ def test_auto_is_no_other_run_wherever_it_is_settled(cache: Path, tmp_path: Path
         began.append(named.get("began", began_as))
         return compilation.Choice(conftest.node("compile", "regional"), "regional")
 
-    monkeypatch.setattr(build, "settle_compile", settle)
+    monkeypatch.setattr(build, "resolve_compile", settle)
     monkeypatch.setattr(compilation, "regional", traced)
     compiled = prepared(tmp_path / "gpu", *TINY, "train.max_steps=2")
     assert worker.work(compiled) == 0

@@ -70,11 +70,11 @@ def test_who_is_behind_is_told_and_who_comes_to_be_ahead_goes_on(tmp_path: Path)
     halving.look(third)
     assert not halving.goes_on(third)
     assert halving.promoted(is_last=False) == (runs[0], 0), "of three one goes on: the first, which pauses"
-    halving.take_up(runs[0])
+    halving.resume(runs[0])
     assert (runs[0].read_state().status, runs[0].prune_request.exists()) == ("pending", False)
     assert halving.promoted(is_last=False) is None
     runs[1].write_state(status="running")
-    halving.take_up(runs[1])
+    halving.resume(runs[1])
     assert runs[1].read_state().status == "running", "somebody has resumed it"
 
 
@@ -103,7 +103,7 @@ def test_the_best_of_many_is_found_in_half_of_the_steps(tmp_path: Path, seed: in
         is_last = sum(1 for _ in tmp_path.iterdir()) == 12
         if found := halving.promoted(is_last=is_last):
             rundir = found[0]
-            halving.take_up(rundir)
+            halving.resume(rundir)
         elif is_last:
             break
         else:

@@ -376,7 +376,7 @@ def test_a_run_is_refused_by_other_than_its_number_of_processes(tmp_path: Path, 
     [("auto", 1, "none"), ("auto", 3, "ddp"), ("none", 1, "none"), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")],
 )
 def test_parallel_follows_from_the_launcher(chosen: str, processes: int, settled: str):
-    found = parallel.settle(node("parallel", chosen), processes)
+    found = parallel.resolve(node("parallel", chosen), processes)
     assert parallel.kind_of(found) == settled
     assert parallel.processes_of(found) == processes
     assert ("processes" in found) == (settled != "none"), "one process has the signature it always had"
@@ -393,7 +393,7 @@ def test_parallel_follows_from_the_launcher(chosen: str, processes: int, settled
 )
 def test_what_contradicts_the_launcher_is_refused(chosen: str, given: dict[str, int], processes: int, remedy: str):
     with pytest.raises(ConfigError, match=remedy):
-        parallel.settle(node("parallel", chosen, **given), processes)
+        parallel.resolve(node("parallel", chosen, **given), processes)
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,9 @@ def test_a_peak_far_from_what_was_foretold_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     cfg = composed(*EIGHT)
-    made = build.settle_rows(cfg, inputs.inputs(cfg))
-    assert made.told is not None
-    foretold = made.told.memory.total - made.told.memory.libraries
+    made = build.resolve_micro_batch_size(cfg, inputs.inputs(cfg))
+    assert made.estimate is not None
+    foretold = made.estimate.memory.total - made.estimate.memory.libraries
     monkeypatch.setattr(probe, "_peak_bytes", lambda _: int(factor * foretold))
     same, parts, metrics = probe.fit(made, build.parts(cfg, made, RunDir(tmp_path)))
     assert same is made

@@ -13,7 +13,7 @@ from runner.train.trained import Trained, refuse_without_model
 
 
 @dataclass(frozen=True)
-class Asked:
+class Args:
     """What was written behind a verb."""
 
     words: list[str]
@@ -45,7 +45,7 @@ class Asked:
         return value
 
 
-def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Collection[str] = ()) -> Asked | None:
+def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Collection[str] = ()) -> Args | None:
     """Take the words apart; None where help was asked for, which is printed then.
 
     ``teaching`` is the text of ``--help``; its first line says how the verb is written. ``flags`` are options without a
@@ -90,7 +90,7 @@ def read(argv: list[str], teaching: str, flags: Collection[str] = (), valued: Co
         faults.append(Fault("outputs_dir", "is no folder", "name the folder that the runs lie in", outputs_dir))
     if faults:
         raise ConfigError(*faults)
-    return Asked(words, options, Path(outputs_dir).expanduser())
+    return Args(words, options, Path(outputs_dir).expanduser())
 
 
 def _times(argv: list[str], option: str) -> int:
@@ -118,7 +118,7 @@ def settings(words: Iterable[str], keys: Collection[str]) -> tuple[list[str], di
     return rest, found
 
 
-def asked_for(words: Asked, verb: str, usage: str) -> tuple[Trained, list[str]]:
+def asked_for(words: Args, verb: str, usage: str) -> tuple[Trained, list[str]]:
     """The run that the first word names, and the other words; ``model.path=…`` among them is taken out.
 
     Raises:

@@ -16,7 +16,7 @@ from runner.files import write_atomic
 from runner.tracking import lookup, run_status
 from runner.tracking.machine import user
 from runner.tracking.mirror import behind
-from runner.tracking.run_status import Standing
+from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import FINAL, RunDir
 from runner.tracking.sweepdir import SweepDir
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     return int(any(run.status not in OVER for run in after))
 
 
-def _meant(words: args.Asked) -> list[RunDir]:
+def _meant(words: args.Args) -> list[RunDir]:
     """The runs that are named, those of sweeps included, each once."""
     found: dict[Path, RunDir] = {}
     for word in words.words:
@@ -72,7 +72,7 @@ def _meant(words: args.Asked) -> list[RunDir]:
     return list(found.values())
 
 
-def _say_over(runs: Sequence[Standing]) -> None:
+def _say_over(runs: Sequence[RunStatus]) -> None:
     if len(runs) == 1:
         print(f"{runs[0].label}: nothing to cancel, it is {runs[0].status}")
     elif runs:
@@ -85,13 +85,13 @@ def _say_over(runs: Sequence[Standing]) -> None:
 class _Ending:
     """Runs on their way to their end."""
 
-    runs: list[Standing]
+    runs: list[RunStatus]
     problems: dict[Path, str] = field(default_factory=dict)
     """Run folder → why it cannot be ended from here."""
     signalled: set[tuple[Path, int]] = field(default_factory=set)
     """Run folder and process that was told; a second signal would cut its saving short."""
 
-    def bring_about(self) -> list[Standing]:
+    def bring_about(self) -> list[RunStatus]:
         """End them and wait a little; returns how they stand then."""
         self._request()
         self._cancel_jobs()
@@ -108,7 +108,7 @@ class _Ending:
                 return runs
             time.sleep(SLURM_POLL_S if any(run.job for run in runs) else POLL_S)
 
-    def told(self, run: Standing) -> str:
+    def told(self, run: RunStatus) -> str:
         """How it stands, as a text for the person who cancelled it."""
         if problem := self.problems.get(run.rundir.path):
             return f"not cancelled: {problem}"
@@ -141,15 +141,15 @@ class _Ending:
                     run.rundir.cancel_request.unlink(missing_ok=True)
                     self.problems[run.rundir.path] = str(error)
 
-    def _possible(self, runs: Iterable[Standing]) -> list[Standing]:
+    def _possible(self, runs: Iterable[RunStatus]) -> list[RunStatus]:
         return [run for run in runs if run.status not in OVER and run.rundir.path not in self.problems]
 
-    def _waiting(self, runs: Iterable[Standing]) -> list[Standing]:
+    def _waiting(self, runs: Iterable[RunStatus]) -> list[RunStatus]:
         """Those that no worker holds, and none of Slurm's is about to."""
         free = [run for run in self._possible(runs) if not run.rundir.is_alive()]
         return [run for run in free if run.job is None or not run.job.is_active]
 
-    def _stop(self, run: Standing) -> None:
+    def _stop(self, run: RunStatus) -> None:
         """SIGTERM to the worker that holds the folder here, or to what is about to start it; a job gets Slurm's."""
         if (run.job is not None and run.job.is_active) or run not in self._possible([run]):
             return
@@ -165,6 +165,6 @@ class _Ending:
             self.problems[run.rundir.path] = f"its process {pid} belongs to somebody else"
 
 
-def _reason(run: Standing) -> str:
+def _reason(run: RunStatus) -> str:
     begun = "" if run.state.attempt or run.status in ("running", "starting") else " before it started"
     return f"cancelled{begun} by {user()}@{run_status.here()}"

@@ -91,7 +91,7 @@ class _Source:
     """Of the MLflow store; empty where folders were read."""
 
 
-def _source(words: args.Asked) -> _Source:
+def _source(words: args.Args) -> _Source:
     uris = [word.removeprefix("uri=") for word in words.words if word.startswith("uri=")]
     names = [word for word in words.words if not word.startswith("uri=")]
     if uris:
@@ -154,7 +154,7 @@ def _latest(outputs_dir: Path) -> list[RunDir | SweepDir]:
     return there
 
 
-def _write_files(made: Leaderboard, source: _Source, words: args.Asked) -> list[Path]:
+def _write_files(made: Leaderboard, source: _Source, words: args.Args) -> list[Path]:
     """The page and the pictures that are asked for.
 
     Raises:
@@ -183,7 +183,7 @@ def _write_files(made: Leaderboard, source: _Source, words: args.Asked) -> list[
     return written
 
 
-def _print(made: Leaderboard, words: args.Asked) -> None:
+def _print(made: Leaderboard, words: args.Args) -> None:
     if words.has("--json"):
         print(json.dumps(leaderboard.as_json(made), indent=1, allow_nan=False))
     elif words.has("--csv"):
@@ -250,7 +250,7 @@ def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], lea
     out.print(drawn)
 
 
-def _hints(made: Leaderboard, source: _Source, words: args.Asked) -> list[str]:
+def _hints(made: Leaderboard, source: _Source, words: args.Args) -> list[str]:
     """What to do next."""
     completed = [result for result in made.results if result.is_completed]
     rated = sorted((r for r in completed if r is not made.best), key=made.goal.cost)

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _the_two(runs: list[str], words: args.Asked, uri: str | None) -> tuple[Recorded, Recorded]:
+def _the_two(runs: list[str], words: args.Args, uri: str | None) -> tuple[Recorded, Recorded]:
     if len(runs) != 2:
         named = "one is named" if len(runs) == 1 else f"{len(runs) or 'none'} are named"
         raise ConfigError(Fault("diff", f"compares two runs, and {named}", HELP.splitlines()[0]))

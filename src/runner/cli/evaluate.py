@@ -92,7 +92,7 @@ class _Rows:
     name: str | None
 
 
-def _refuse_without_effect(words: args.Asked, overrides: list[str]) -> None:
+def _refuse_without_effect(words: args.Args, overrides: list[str]) -> None:
     faults = []
     name = words.options.get("--name")
     if words.has("--tasks"):
@@ -111,7 +111,7 @@ def _refuse_without_effect(words: args.Asked, overrides: list[str]) -> None:
         raise ConfigError(*faults)
 
 
-def _limit(words: args.Asked) -> int | None:
+def _limit(words: args.Args) -> int | None:
     return int(words.number("--limit", 1, least=1)) if words.has("--limit") else None
 
 
@@ -153,11 +153,11 @@ def _measured(order: _Order, given: _Rows) -> tuple[str, dict[str, float], dict[
     device = inputs.pick_device()
     model, autocast = _model(order, device)
     lora_linear.fuse(model)
-    (batches,) = build.settle_attention(run.result, model, autocast, batches)
+    (batches,) = build.resolve_attention(run.result, model, autocast, batches)
     if given.node["packing"]:
         attention.check_isolation(model, autocast)
-    build.settle_head(model, autocast, "none")
-    in_place = wrap.over(parallel.none(), model, run.task, ALONE, device, autocast)
+    build.resolve_lm_head(model, autocast, "none")
+    in_place = wrap.wrap(parallel.none(), model, run.task, ALONE, device, autocast)
     began = time.monotonic()
     sums = loop.evaluation_sums(model, run.task, batches, in_place, before=_progress)
     noted["seconds"] = round(time.monotonic() - began, 3)

@@ -80,7 +80,7 @@ class _Order:
     converter: list[str]
 
 
-def _order(words: args.Asked, run: Trained, rest: list[str]) -> _Order:
+def _order(words: args.Args, run: Trained, rest: list[str]) -> _Order:
     faults: list[Fault] = []
     if len(rest) > 1:
         faults.append(Fault("export", "takes one folder", HELP.splitlines()[0], " ".join(rest)))

@@ -108,7 +108,7 @@ def prompt_text(run: Trained, messages: list[Turn]) -> str:
     return f"{run.tokenizer.bos_token}{text}" if begins else text
 
 
-def _settings(words: args.Asked) -> Settings:
+def _settings(words: args.Args) -> Settings:
     temperature = words.number("--temperature", 0, least=0, whole=False)
     if words.has("--seed") and not temperature:
         remedy = "add --temperature 0.7, or leave it out"

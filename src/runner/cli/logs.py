@@ -11,7 +11,7 @@ from runner import terminal
 from runner.cli import args
 from runner.errors import ConfigError, Fault
 from runner.tracking import lookup, run_status
-from runner.tracking.run_status import Standing
+from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import home_of, slurm_room
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _the_run(words: args.Asked) -> RunDir:
+def _the_run(words: args.Args) -> RunDir:
     if len(words.words) != 1:
         problem = "needs a run" if not words.words else f"shows one run, and {len(words.words)} are named"
         raise ConfigError(Fault("logs", problem, HELP.splitlines()[0]))
@@ -61,7 +61,7 @@ def _the_run(words: args.Asked) -> RunDir:
     raise ConfigError(Fault("", f"'{words.words[0]}' is a sweep; its runs have a log each", f"one of these:{listed}"))
 
 
-def _rank(words: args.Asked) -> int:
+def _rank(words: args.Args) -> int:
     text = words.options.get("--rank", "0")
     if not text.isdecimal():
         raise ConfigError(Fault("--rank", "must be the number of a process: 0, 1, …", HELP.splitlines()[0], text))
@@ -102,7 +102,7 @@ def _is_spoken(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _why_none(run: Standing, rank: int) -> str:
+def _why_none(run: RunStatus, rank: int) -> str:
     """Why there is no log."""
     if run.state.attempt and rank:
         return (

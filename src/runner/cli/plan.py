@@ -58,7 +58,7 @@ def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
 
     shown = ""
     for label, cfg in runs:
-        made = build.settle_rows(cfg, inputs.inputs(cfg))
+        made = build.resolve_micro_batch_size(cfg, inputs.inputs(cfg))
         told = estimate.expect(cfg, made)
         rows = [*_model_rows(made, told), *_data_rows(cfg, made), *_time_rows(cfg, made, told)]
         terminal.table(f"plan  {label}".strip(), ["", ""], [list(row) for row in rows])
@@ -121,7 +121,7 @@ def _time_rows(cfg: Mapping[str, Any], made: Any, expected: Any) -> list[tuple[s
 
     tokens = made.batches.tokens_at(made.total_steps)
     seconds, peak = training_seconds(made, expected)
-    choice = build.settle_compile(cfg, made, expected)
+    choice = build.resolve_compile(cfg, made, expected)
     compiles = [("compile", f"no: {choice.reason}" if choice.reason else "each layer")] if choice.settled else []
     return [
         (

@@ -216,7 +216,7 @@ def _check_exact(job: Job) -> None:
     if not faults:
         job.cfg = manifest.freeze(job.cfg)
         try:
-            parallel.settle(job.cfg["parallel"], getattr(prepare.launcher_of(job.cfg), "processes", 1))
+            parallel.resolve(job.cfg["parallel"], getattr(prepare.launcher_of(job.cfg), "processes", 1))
         except ConfigError as error:
             faults = list(error.faults)
     if faults:

@@ -17,7 +17,7 @@ from runner.cli import args
 from runner.terminal import duration
 from runner.tracking import lookup, run_status
 from runner.tracking.mirror import behind
-from runner.tracking.run_status import Standing
+from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import FINAL, RunDir
 from runner.tracking.sweepdir import SweepDir
 
@@ -81,7 +81,7 @@ class _Group:
     """A run by itself, or the runs of a sweep."""
 
     sweep: SweepDir | None
-    runs: list[Standing]
+    runs: list[RunStatus]
     is_named: bool
 
     @property
@@ -93,7 +93,7 @@ class _Group:
         return all(run.status in (*FINAL, "missing", "damaged") for run in self.runs)
 
 
-def _look(words: args.Asked) -> list[_Group]:
+def _look(words: args.Args) -> list[_Group]:
     """Everything that is asked for, as it stands now, latest first."""
     found: dict[Path, tuple[RunDir | SweepDir, bool]] = {}
     for word in words.words:
@@ -110,12 +110,12 @@ def _look(words: args.Asked) -> list[_Group]:
     return groups if words.words else sorted(groups, key=lambda group: group.updated, reverse=True)
 
 
-def _print(groups: Sequence[_Group], words: args.Asked) -> None:
+def _print(groups: Sequence[_Group], words: args.Args) -> None:
     is_json = words.has("--json")
     print(json.dumps([_as_json(group) for group in groups], indent=1) if is_json else _text(groups, words), flush=True)
 
 
-def _text(groups: Sequence[_Group], words: args.Asked) -> str:
+def _text(groups: Sequence[_Group], words: args.Args) -> str:
     shown = [
         group for number, group in enumerate(groups)
         if words.words or words.has("--all") or number < LATEST or not group.is_finished
@@ -180,7 +180,7 @@ class _Row:
         return cls(cells, alike, run_status.NOBODY if is_left else "")
 
     @classmethod
-    def of_run(cls, run: Standing, label: str, *, indent: bool) -> _Row:
+    def of_run(cls, run: RunStatus, label: str, *, indent: bool) -> _Row:
         state = run.state
         step = f"{state.step}/{state.total_steps}" if state.total_steps else ""
         left = eta_s(run)
@@ -209,7 +209,7 @@ def _table(rows: Sequence[_Row]) -> list[str]:
     return lines
 
 
-def eta_s(run: Standing) -> float | None:
+def eta_s(run: RunStatus) -> float | None:
     """Seconds until the run is through, at the pace it had so far; None where there is no telling."""
     state = run.state
     if run.status != "running" or not state.step or not state.seconds:
@@ -218,7 +218,7 @@ def eta_s(run: Standing) -> float | None:
     return max(0.0, left - max(0.0, time.time() - state.updated))
 
 
-def where(run: Standing) -> str:
+def where(run: RunStatus) -> str:
     """Where it is at work, or waits: pid@host, or its id in Slurm and the node."""
     if not run.is_live:
         return ""
@@ -228,7 +228,7 @@ def where(run: Standing) -> str:
     return f"{run.state.pid}@{run.state.host}" if run.status == "running" and run.state.pid else ""
 
 
-def loss_of(run: Standing) -> tuple[str, float] | None:
+def loss_of(run: RunStatus) -> tuple[str, float] | None:
     """("eval" or "train", the latest such loss); the one at the end once it is completed."""
     final = run.state.summary.get("eval/loss")
     if run.status == "completed" and isinstance(final, int | float):
@@ -249,7 +249,7 @@ def loss_of(run: Standing) -> tuple[str, float] | None:
     return None
 
 
-def _loss_text(run: Standing) -> str:
+def _loss_text(run: RunStatus) -> str:
     found = loss_of(run)
     return f"{found[1]:.4f} {found[0]}" if found else ""
 
@@ -263,7 +263,7 @@ def _as_json(group: _Group) -> dict[str, Any]:
             "runs": runs}  # fmt: skip
 
 
-def _run_as_json(run: Standing) -> dict[str, Any]:
+def _run_as_json(run: RunStatus) -> dict[str, Any]:
     kind, loss = loss_of(run) or (None, None)
     state = run.state
     return {
@@ -275,7 +275,7 @@ def _run_as_json(run: Standing) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _watch(words: args.Asked) -> None:
+def _watch(words: args.Args) -> None:
     """Look again and again, until nothing goes on any more or Ctrl-C."""
     before = ""
     asked_before: set[Path] = set()

@@ -77,7 +77,7 @@ def _refuse_unknown(name: str, there: Collection[str]) -> None:
         raise ConfigError(Fault("--experiment", "there is none of that name", remedy, name))
 
 
-def _asked_port(words: args.Asked) -> int | None:
+def _asked_port(words: args.Args) -> int | None:
     """The port that was asked for, if it can be had."""
     if "--port" not in words.options:
         return None
@@ -130,7 +130,7 @@ def _embedded(outputs_dir: Path) -> str:
     return f"sqlite:///{database}"
 
 
-def _serve(uri: str, port: int, words: args.Asked) -> int:
+def _serve(uri: str, port: int, words: args.Args) -> int:
     """Serve until somebody ends it; every process that was started for it is gone afterwards."""
     address = f"http://{HOST}:{port}"
     print("MLflow is starting …", file=sys.stderr, flush=True)
@@ -210,7 +210,7 @@ def _page(address: str, name: str | None) -> str:
     return f"{address}/#/experiments/{quote(str(found[wanted]))}/runs" if wanted else address
 
 
-def _show(page: str, words: args.Asked) -> None:
+def _show(page: str, words: args.Args) -> None:
     print(f"MLflow   {page}", flush=True)
     has_display = sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     if has_display and not words.has("--no-browser"):

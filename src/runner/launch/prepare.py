@@ -59,7 +59,7 @@ def _settle(cfg: dict[str, Any], processes: int | None) -> list[Fault]:
     """Write into the configuration over how many processes the run is spread: it changes what is computed."""
     count = processes if processes is not None else getattr(launcher_of(cfg), "processes", 1)
     try:
-        cfg["parallel"] = parallel.settle(cfg["parallel"], count)
+        cfg["parallel"] = parallel.resolve(cfg["parallel"], count)
     except ConfigError as error:
         return list(error.faults)
     return list(parallel.check_combination(cfg))

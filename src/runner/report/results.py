@@ -14,7 +14,7 @@ from runner.config.bind import flatten
 from runner.errors import RunnerError
 from runner.tracking import lookup, manifest, metrics_log, run_status
 from runner.tracking.metrics_log import SECONDS, last_values
-from runner.tracking.run_status import Standing
+from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import sweep_of
 
@@ -67,7 +67,7 @@ def read_records(folder: str) -> list[dict[str, Any]]:
         return []
 
 
-def _of(found: Standing, outputs_dir: Path, *, is_alone: bool) -> Result:
+def _of(found: RunStatus, outputs_dir: Path, *, is_alone: bool) -> Result:
     rundir, state, said = found.rundir, found.state, found.manifest
     sweep = sweep_of(rundir)
     status, reason, implied = found.status, found.reason, frozenset[str]()

@@ -110,7 +110,7 @@ class Halving:
                     return RunDir(path), rung
         return None
 
-    def take_up(self, rundir: RunDir) -> None:
+    def resume(self, rundir: RunDir) -> None:
         """Let a run that pauses go on; one that somebody has taken up meanwhile is left to him."""
         self.paused.discard(rundir.path)
         if rundir.read_state().status == "pruned":

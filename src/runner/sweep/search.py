@@ -134,7 +134,7 @@ class Trials:
                 continue
             rung = trial.user_attrs.get("promoted")  # unless it has gone on since, before this process came
             if self.halving and rundir.path in self.halving.paused and rung == self.halving.top(rundir):
-                self.halving.take_up(rundir)
+                self.halving.resume(rundir)
             if folder.has_to_work(rundir, retry=bool(trial.user_attrs.get("is_retried"))):
                 rundir.forget_cancel()
                 if rundir.read_state().status == "failed":  # and is asked for anew

@@ -30,7 +30,7 @@ NOBODY = "nobody will start it: give the same command again"
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """One run: its folder, and what is true of it now."""
 
     rundir: RunDir
@@ -52,7 +52,7 @@ class Standing:
         return str(self.manifest.get("label") or self.manifest.get("name") or self.rundir.path.name)
 
 
-def of(rundirs: Sequence[RunDir]) -> list[Standing]:
+def of(rundirs: Sequence[RunDir]) -> list[RunStatus]:
     """How these runs stand; a state that is not true any more is corrected in the folder."""
     slurm = Queue()
     found = [_with_job(_read(rundir), slurm) for rundir in rundirs]
@@ -61,7 +61,7 @@ def of(rundirs: Sequence[RunDir]) -> list[Standing]:
     return [_settled(standing, (jobs or {}).get(_job_id(standing)), around) for standing in found]
 
 
-def write(standing: Standing, status: str, reason: str) -> Standing:
+def write(standing: RunStatus, status: str, reason: str) -> RunStatus:
     """Write down what its worker could not; nothing where a worker holds the folder or has said otherwise meanwhile."""
     rundir = standing.rundir
     try:
@@ -102,7 +102,7 @@ def holder(rundir: RunDir) -> int | None:
     return next(found, None)
 
 
-def supervisor(standing: Standing) -> int | None:
+def supervisor(standing: RunStatus) -> int | None:
     """The pid of the process of this machine by which submitit runs it (launcher.cluster=local); None without one."""
     slurm = standing.manifest.get("slurm") or {}
     if slurm.get("cluster") != "local":
@@ -130,20 +130,20 @@ class _Around:
     """Folder of a sweep → what ``has_queue`` says."""
 
 
-def _read(rundir: RunDir) -> Standing:
+def _read(rundir: RunDir) -> RunStatus:
     if not rundir.path.is_dir():
-        return Standing(rundir, "missing", "its folder is gone: it was refused, or removed")
+        return RunStatus(rundir, "missing", "its folder is gone: it was refused, or removed")
     try:
         state, manifest = rundir.read_state(), rundir.read_manifest()
         if state.status not in get_args(Status) or not all(isinstance(manifest.get(k) or {}, dict) for k in _NODES):
             raise TypeError("not what a run writes")
     except lookup.DAMAGED as error:
         lookup.say_damaged(rundir.path, error)
-        return Standing(rundir, "damaged", f"{type(error).__name__}: {error}")
-    return Standing(rundir, state.status, state.reason, state, manifest)
+        return RunStatus(rundir, "damaged", f"{type(error).__name__}: {error}")
+    return RunStatus(rundir, state.status, state.reason, state, manifest)
 
 
-def _with_job(standing: Standing, slurm: Queue) -> Standing:
+def _with_job(standing: RunStatus, slurm: Queue) -> RunStatus:
     """The same with the job that a submitter died before noting: the worker wrote its own down, or Slurm knows it."""
     state = standing.state
     if standing.status not in ("pending", "running") or standing.manifest.get("slurm"):
@@ -153,28 +153,28 @@ def _with_job(standing: Standing, slurm: Queue) -> Standing:
     return replace(standing, manifest={**standing.manifest, "slurm": {"job_id": job}}) if job else standing
 
 
-def _job_id(standing: Standing) -> str:
+def _job_id(standing: RunStatus) -> str:
     slurm = standing.manifest.get("slurm") or {}
     is_real = slurm.get("cluster") not in ("local", "debug")  # of submitit: no Slurm knows those ids
     return str(slurm.get("job_id") or "") if is_real else ""
 
 
-def _may_have_a_job(standing: Standing) -> bool:
+def _may_have_a_job(standing: RunStatus) -> bool:
     return standing.status in ("pending", "running", "preempted") or _is_submitted_since(standing) or _died(standing)
 
 
-def _died(standing: Standing) -> bool:
+def _died(standing: RunStatus) -> bool:
     """Whether its mirror found the worker gone: why, and whether it is queued again, Slurm knows better."""
     return standing.state.status == "killed" and standing.state.reason == DIED
 
 
-def _is_submitted_since(standing: Standing) -> bool:
+def _is_submitted_since(standing: RunStatus) -> bool:
     """Whether it was given to Slurm again after it had ended."""
     submitted = float((standing.manifest.get("slurm") or {}).get("submitted") or 0)
     return submitted > standing.state.updated and standing.status in ("failed", "killed")
 
 
-def _settled(standing: Standing, job: Job | None, around: _Around) -> Standing:
+def _settled(standing: RunStatus, job: Job | None, around: _Around) -> RunStatus:
     if standing.status in (*DONE, "missing", "damaged"):
         return standing
     is_alive = standing.rundir.is_alive()
@@ -189,7 +189,7 @@ def _settled(standing: Standing, job: Job | None, around: _Around) -> Standing:
     return replace(standing, status=status, reason=reason)
 
 
-def _with_slurm(standing: Standing, job: Job, is_alive: bool) -> tuple[str, str]:
+def _with_slurm(standing: RunStatus, job: Job, is_alive: bool) -> tuple[str, str]:
     """(status, reason) of a run that Slurm knows."""
     state = standing.state
     has_ended = state.status in ("killed", "failed") and not _is_submitted_since(standing) and not _died(standing)
@@ -213,7 +213,7 @@ def _with_slurm(standing: Standing, job: Job, is_alive: bool) -> tuple[str, str]
     return ("failed" if has_failed else "killed"), _fate(standing, job)
 
 
-def _is_ending(standing: Standing, job: Job, is_alive: bool) -> bool:
+def _is_ending(standing: RunStatus, job: Job, is_alive: bool) -> bool:
     """Whether it was told to leave and has not left yet; whether it goes back into the queue shows only then."""
     return job.state == "COMPLETING" or (is_alive and holder(standing.rundir) == standing.state.pid)
 
@@ -222,7 +222,7 @@ def _waits(job: Job) -> str:
     return f"Slurm: {job.reason}" if job.reason else "waits in Slurm's queue"
 
 
-def _fate(standing: Standing, job: Job) -> str:
+def _fate(standing: RunStatus, job: Job) -> str:
     """How Slurm ended a run whose worker did not say so itself."""
     if job.state == "CANCELLED":
         return _request(standing) or "cancelled outside (scancel)"
@@ -236,13 +236,13 @@ def _fate(standing: Standing, job: Job) -> str:
     return f"Slurm: {', '.join([job.state, *filter(None, details)])}"
 
 
-def _request(standing: Standing) -> str:
+def _request(standing: RunStatus) -> str:
     """What the person who cancelled it left in the folder; empty where nobody did."""
     request = standing.rundir.cancel_request
     return request.read_text().strip() if request.exists() else ""
 
 
-def _with_lock(standing: Standing, is_alive: bool, around: _Around) -> tuple[str, str]:
+def _with_lock(standing: RunStatus, is_alive: bool, around: _Around) -> tuple[str, str]:
     """(status, reason) of a run that only its lock tells of."""
     state = standing.state
     if is_alive:
@@ -257,7 +257,7 @@ def _with_lock(standing: Standing, is_alive: bool, around: _Around) -> tuple[str
     return state.status, state.reason
 
 
-def _waiting(standing: Standing, around: _Around) -> tuple[str, str]:
+def _waiting(standing: RunStatus, around: _Around) -> tuple[str, str]:
     sweep = sweep_of(standing.rundir)
     if _job_id(standing):
         knows = "does not answer" if around.silent else "does not know any more"

@@ -15,7 +15,7 @@ LAG = 2
 About = TypeVar("About")
 
 
-class Readings(Generic[About]):
+class AsyncMetrics(Generic[About]):
     """Numbers in the order in which they were computed, each with what it is about.
 
     Which are due depends on their number alone, not on how fast the device is: all ranks read the same at a time.
@@ -26,7 +26,7 @@ class Readings(Generic[About]):
         self._waiting: deque[tuple[About, Tensor, Any]] = deque()
 
     @classmethod
-    def of(cls, device: torch.device) -> Readings[About]:
+    def of(cls, device: torch.device) -> AsyncMetrics[About]:
         """A CPU has computed when its call returns; nothing is gained by waiting."""
         return cls(LAG if device.type == "cuda" else 0)
 

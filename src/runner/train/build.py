@@ -29,18 +29,18 @@ from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
 from runner.train import estimate, loop, optim, throughput
-from runner.train.async_metrics import Readings
+from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import parallel, wrap
 from runner.train.distributed.ranks import ALONE, Ranks, unanimous
 from runner.train.inputs import Inputs, compute_at_once
 from runner.train.memory import peak, usage
-from runner.train.prefetch import Ahead
+from runner.train.prefetch import Prefetcher
 
 log = logging.getLogger("runner")
 
 
-def settle_rows(cfg: Mapping[str, Any], made: Inputs, ranks: Ranks = ALONE) -> Inputs:
+def resolve_micro_batch_size(cfg: Mapping[str, Any], made: Inputs, ranks: Ranks = ALONE) -> Inputs:
     """``micro_batch_size=auto`` settled: as many rows at a time as are expected to fit on every rank."""
     if made.settings.micro_batch_size != "auto":
         return made
@@ -56,11 +56,11 @@ def settle_rows(cfg: Mapping[str, Any], made: Inputs, ranks: Ranks = ALONE) -> I
 
     rows = min(ranks.gather(unanimous(ranks, that_fit)))
     return replace(
-        compute_at_once(made, rows), told=told.get(rows) or estimate.expect(cfg, compute_at_once(made, rows))
+        compute_at_once(made, rows), estimate=told.get(rows) or estimate.expect(cfg, compute_at_once(made, rows))
     )
 
 
-def settle_compile(
+def resolve_compile(
     cfg: Mapping[str, Any], made: Inputs, told: peak.Expected, began: str | None = None
 ) -> compilation.Choice:
     """``compile=auto`` settled: ``regional`` on a GPU that can, where training is long enough to win the wait back.
@@ -110,16 +110,16 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         estimate.check_fits(told)
     source, autocast = keep_updates(made.source, made.device, full=told.counts["adapter"] == 0)
     made = replace(made, source=source)
-    choice = settle_compile(cfg, made, told, began=rundir.read_manifest().get("compile"))
+    choice = resolve_compile(cfg, made, told, began=rundir.read_manifest().get("compile"))
     model = load_model(cfg, made)
     activation_checkpointing.arrange(model, made.settings.memory, eager=not compilation.is_asked_for(choice.node))
-    batches, evaluation = settle_attention(made.source, model, autocast, made.batches, made.evaluation)
+    batches, evaluation = resolve_attention(made.source, model, autocast, made.batches, made.evaluation)
     if cfg["data"]["packing"]:
         attention.check_isolation(model, autocast)
     chosen = bind.bind(cfg["parallel"], "parallel")()
-    settle_head(model, autocast, chosen.kind)
+    resolve_lm_head(model, autocast, chosen.kind)
     bind.bind(choice.node, "compile")(model)
-    in_place = wrap.over(chosen, model, made.task, ranks, made.device, autocast)
+    in_place = wrap.wrap(chosen, model, made.task, ranks, made.device, autocast)
     weight_decay = cfg["optim"].get("weight_decay", 0.0)
     optimizer = bind.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
     peak = throughput.peak_flops(made.device, autocast or model_dtype(model)) * ranks.world
@@ -127,7 +127,7 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         model=model,
         task=made.task,
         batches=batches,
-        ahead=Ahead(batches, made.device, made.total_steps),
+        ahead=Prefetcher(batches, made.device, made.total_steps),
         evaluation=evaluation,
         optimizer=optimizer,
         schedule=bind.bind(cfg["schedule"], "schedule"),
@@ -139,13 +139,13 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
         spread=in_place,
         checkpoints=Checkpoints(rundir.checkpoints, made.settings.save_total_limit, ranks),
         meter=throughput.Meter(told.flops_per_token, peak),
-        readings=Readings.of(made.device),
+        readings=AsyncMetrics.of(made.device),
         quote=partial(quote, made.tokenizer),
         extra_metrics=lambda: ranks.largest(usage.metrics()),
     )
 
 
-def settle_attention(
+def resolve_attention(
     source: ModelSource, model: torch.nn.Module, autocast: torch.dtype | None, *batches: Batches
 ) -> list[Batches]:
     """Let the model attend by document where it can; rows that are not packed need no padding then.
@@ -164,7 +164,7 @@ def settle_attention(
     return list(batches)
 
 
-def settle_head(model: torch.nn.Module, autocast: torch.dtype | None, kind: str) -> None:
+def resolve_lm_head(model: torch.nn.Module, autocast: torch.dtype | None, kind: str) -> None:
     """Let the loss compute the logits where it can; of a sharded model the head is whole in its forward pass alone."""
     obstacle = "it is sharded" if kind == "fsdp" else lm_head.install(model, autocast)
     if obstacle:

@@ -34,7 +34,7 @@ class Inputs:
     evaluation: Batches
     total_steps: int
     device: torch.device
-    told: peak.Expected | None = None
+    estimate: peak.Expected | None = None
     """What ``micro_batch_size=auto`` went by, from before the model was loaded."""
 
     @property

@@ -23,12 +23,12 @@ from runner.data.batches import Batches
 from runner.errors import Fault, Stopped, TrainingError
 from runner.models.kernels.compilation import Choice
 from runner.tasks.task import Task
-from runner.train.async_metrics import Readings
+from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints, Progress
 from runner.train.distributed import wrap
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Spread
-from runner.train.prefetch import Ahead
+from runner.train.prefetch import Prefetcher
 from runner.train.throughput import Meter, Timing
 
 Record = Callable[[int, dict[str, float]], None]
@@ -41,7 +41,7 @@ class Parts:
     model: torch.nn.Module
     task: Task
     batches: Batches
-    ahead: Ahead
+    ahead: Prefetcher
     """The same, brought to the device one step before they are needed."""
     evaluation: Batches
     optimizer: torch.optim.Optimizer
@@ -55,7 +55,7 @@ class Parts:
     spread: Spread
     checkpoints: Checkpoints
     meter: Meter
-    readings: Readings[Step]
+    readings: AsyncMetrics[Step]
     quote: Callable[[dict[str, Any]], str]
     """A batch → the beginning of its text, for an error message."""
     extra_metrics: Callable[[], dict[str, float]]

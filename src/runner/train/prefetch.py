@@ -11,7 +11,7 @@ from torch import Tensor
 from runner.data.batches import Batch, Batches
 
 
-class Ahead:
+class Prefetcher:
     """Micro-batches by optimizer step, on the device, one step ahead of who asks for them."""
 
     def __init__(self, batches: Batches, device: torch.device, total_steps: int) -> None:

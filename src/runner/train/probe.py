@@ -19,7 +19,7 @@ from runner.errors import LESS_MEMORY, ConfigError, Fault
 from runner.models import shards
 from runner.train import inputs
 from runner.train.memory import usage
-from runner.train.prefetch import Ahead
+from runner.train.prefetch import Prefetcher
 
 if TYPE_CHECKING:
     from runner.train.inputs import Inputs
@@ -42,7 +42,7 @@ def fit(made: Inputs, parts: Parts) -> tuple[Inputs, Parts, dict[str, float]]:
         ConfigError: not even one row fits.
     """
     in_shards = any(map(shards.is_sharded, parts.model.parameters()))
-    if made.told is None or made.device.type not in DEVICES or in_shards:
+    if made.estimate is None or made.device.type not in DEVICES or in_shards:
         return made, parts, {}
     rows, peak = _that_fit(made, parts)
     rows = min(parts.ranks.gather(rows))
@@ -85,8 +85,8 @@ def _peak_of_step(made: Inputs, parts: Parts) -> int | None:
 
 
 def _step(made: Inputs, parts: Parts) -> None:
-    assert made.told is not None
-    held = torch.empty(made.told.memory.optimizer, dtype=torch.uint8, device=made.device)
+    assert made.estimate is not None
+    held = torch.empty(made.estimate.memory.optimizer, dtype=torch.uint8, device=made.device)
     parts.model.train()
     batch = parts.spread.on_device(parts.batches.heaviest())
     # From the second micro-batch on the gradients of those before are there while it computes.
@@ -104,14 +104,14 @@ def _cut(made: Inputs, parts: Parts, rows: int) -> tuple[Inputs, Parts]:
         return made, parts
     made = inputs.compute_at_once(made, rows)
     batches, evaluation = parts.batches.cut_into(rows), parts.evaluation.cut_into(rows)
-    ahead = Ahead(batches, made.device, made.total_steps)
+    ahead = Prefetcher(batches, made.device, made.total_steps)
     return made, replace(parts, settings=made.settings, batches=batches, evaluation=evaluation, ahead=ahead)
 
 
 def _compared(made: Inputs, peak: int) -> dict[str, float]:
     """What was foretold beside what was seen; said where it is far from it."""
-    assert made.told is not None
-    foretold = made.told.memory.total - made.told.memory.libraries
+    assert made.estimate is not None
+    foretold = made.estimate.memory.total - made.estimate.memory.libraries
     if abs(peak - foretold) > FAR * foretold:
         gib = usage.GIB
         log.warning(f"a step takes {peak / gib:.2f} GiB at its peak, and {foretold / gib:.2f} GiB were foretold")

@@ -188,7 +188,7 @@ def _load(rundir: RunDir, cfg: dict[str, Any], ranks: Ranks) -> Loaded:
         _refuse_other_data(rundir, report.data_identity(cfg, made))
         return made
 
-    made = build.settle_rows(cfg, unanimous(ranks, read), ranks)
+    made = build.resolve_micro_batch_size(cfg, unanimous(ranks, read), ranks)
     parts = unanimous(ranks, lambda: build.parts(cfg, made, rundir, ranks))
     made, parts, probed = probe.fit(made, parts)
     if ranks.rank == 0:

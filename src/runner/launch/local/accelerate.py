@@ -28,7 +28,7 @@ from runner.tracking import machine
 from runner.tracking.rundir import RunDir, State
 from runner.tracking.sweepdir import SweepDir
 from runner.train import outcome
-from runner.train.distributed.ranks import Several
+from runner.train.distributed.ranks import ProcessGroup
 
 LONGEST_END_S = 600
 """How long a rank that was told to stop may take to save, and to wait for MLflow: torch elastic then kills it."""
@@ -145,7 +145,7 @@ def _what_it_came_to(rundir: RunDir, before: State, asked: list[int]) -> int:
         clock = outcome.Clock(state.seconds)
         if asked:
             return outcome.stopped(rundir, clock, _stopped_by(asked[-1]))
-        return outcome.left_by_peer(rundir, clock, Several(0, 2, 0, 2), wait_s=0.0)
+        return outcome.left_by_peer(rundir, clock, ProcessGroup(0, 2, 0, 2), wait_s=0.0)
     if state.status == "killed" and not asked:
         return 1
     return outcome.exit_code(state)

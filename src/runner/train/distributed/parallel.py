@@ -56,7 +56,7 @@ def processes_of(node: Mapping[str, Any]) -> int:
     return int(node.get("processes") or 1)
 
 
-def settle(node: Mapping[str, Any], processes: int) -> dict[str, Any]:
+def resolve(node: Mapping[str, Any], processes: int) -> dict[str, Any]:
     """The node as it is written down, for a launcher that starts ``processes`` for each run.
 
     Raises:

@@ -96,7 +96,7 @@ ALONE: Ranks = Alone()
 
 
 @dataclass(frozen=True)
-class Several:
+class ProcessGroup:
     """One of several processes. What they tell each other goes through gloo on the CPU; gradients take NCCL on GPUs."""
 
     rank: int
@@ -190,7 +190,7 @@ def of_environment() -> Ranks:
     if world <= 1 or "RANK" not in os.environ:
         return ALONE
     rank = _number("RANK", 0)
-    return Several(rank, world, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", world))
+    return ProcessGroup(rank, world, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", world))
 
 
 def under_torchrun() -> bool:

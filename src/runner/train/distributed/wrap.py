@@ -43,7 +43,7 @@ class Spread:
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def over(
+def wrap(
     parallel: Parallel, model: nn.Module, task: Task, ranks: Ranks, device: torch.device, autocast: torch.dtype | None
 ) -> Spread:
     """Put the model in place; with ``fsdp`` its parameters are other objects from now on."""
