@@ -259,6 +259,8 @@ def _prepared(original: Recorded, job: Job, folder: Path, argv: list[str], code:
     with files.writing(folder):
         rundir = prepare.prepared(job, folder, command, is_new=is_new, **notes)
         if code:
+            if original.is_of_first:
+                manifest.write_for_first(rundir)
             rundir.dirty_diff.unlink(missing_ok=True)
             if original.patch:
                 write_atomic(rundir.dirty_diff, original.patch.encode("utf-8", "surrogateescape"))

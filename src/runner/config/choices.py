@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from runner.config import moved
 from runner.config.bind import config_dir, flatten
 
 TARGET = "._target_"
@@ -32,7 +33,7 @@ def named(params: Mapping[str, str], given: Mapping[str, str] | None = None) -> 
     for key, value in params.items():
         group = _home(key, nodes)
         if group:
-            nodes[group][key.removeprefix(f"{group}.")] = value
+            nodes[group][key.removeprefix(f"{group}.")] = moved.target_today(value) if key.endswith(TARGET) else value
     options = {
         group: _option(group, tuple(node.items()), (given or {}).get(group, "")) for group, node in nodes.items()
     }

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from runner import terminal
+from runner.config import moved
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError, suggest
 from runner.secrets import redact
 from runner.tracking import lookup, metrics_log, provenance, run_status, trackers
 from runner.tracking.checkout import Code
-from runner.tracking.manifest import keep_credentials, read_config
+from runner.tracking.manifest import is_of_first, keep_credentials, read_config
 from runner.tracking.mlflow import store
 from runner.tracking.mlflow.run import explained
 from runner.tracking.rundir import RunDir
@@ -48,6 +49,8 @@ class Recorded:
     """What was not committed when it started."""
     folder: Path | None = None
     """None where only MLflow has it."""
+    is_of_first: bool = False
+    """Whether version 0.1.0 froze its configuration, and so with other names of options."""
 
     @property
     def mlflow_id(self) -> str:
@@ -128,7 +131,8 @@ def of_folder(rundir: RunDir) -> Recorded:
     if "weights_sha256" not in manifest and rundir.model.is_dir():
         manifest["weights_sha256"] = provenance.weights_digest(rundir.model)
     name = str(manifest.get("name") or rundir.path.name)
-    return Recorded(name, terminal.nearest(rundir.path), config, manifest, state.status, curves, patch, rundir.path)
+    where = terminal.nearest(rundir.path)
+    return Recorded(name, where, config, manifest, state.status, curves, patch, rundir.path, is_of_first(rundir))
 
 
 def of_store(word: str, uri: str) -> Recorded:
@@ -163,7 +167,10 @@ def of_store(word: str, uri: str) -> Recorded:
     name = str(manifest.get("name") or run.info.run_name)
     where = f"{run.info.run_id[:8]} in {uri}"
     config = yaml.safe_load(files["config.yaml"])
-    return Recorded(name, where, config, manifest, status, curves, files.get("dirty.diff", ""))
+    first = moved.is_of_first(config)
+    return Recorded(
+        name, where, moved.to_today(config), manifest, status, curves, files.get("dirty.diff", ""), is_of_first=first
+    )
 
 
 def checked(uri: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from runner.config import bind, moved
 from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
 from runner.secrets import redact, take_credentials
@@ -35,8 +36,8 @@ def signature(cfg: Mapping[str, Any]) -> str:
 
 
 def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that change what is computed."""
-    return {key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS}
+    """The keys that change what is computed, with the option names of version 0.1.0."""
+    return moved.to_first({key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS})
 
 
 def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,8 +87,7 @@ def prepare(
     rundir = RunDir(folder)
     refuse_other(rundir, cfg)
     if not rundir.manifest.exists():
-        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast: a sweep writes a thousand of these
-        write_atomic(rundir.config, yaml.dump(dict(cfg), Dumper=dumper, sort_keys=False, allow_unicode=True))
+        _write_config(rundir, cfg)
         rundir.write_state(status="pending")
         manifest = _manifest(cfg, rundir, command, overrides)
         rundir.update_manifest(**{**manifest, "made_folders": [str(path) for path in made or []], **notes})
@@ -128,10 +128,30 @@ def read_config(rundir: RunDir) -> dict[str, Any]:
         ResumeError: there is none, or it cannot be read.
     """
     try:
-        return dict(yaml.load(rundir.config.read_text(), Loader=_LOADER))
+        return moved.to_today(_frozen(rundir))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         problem = f"is not a run folder: config.yaml cannot be read ({error})"
         raise ResumeError(Fault("", f"{rundir.path} {problem}", "name the folder of a run")) from error
+
+
+def is_of_first(rundir: RunDir) -> bool:
+    """Whether version 0.1.0 froze the configuration of this folder."""
+    return moved.is_of_first(_frozen(rundir))
+
+
+def write_for_first(rundir: RunDir) -> None:
+    """Write the configuration of this folder as version 0.1.0 reads it, whose code will train it."""
+    _write_config(rundir, moved.to_first(_frozen(rundir)))
+
+
+def _frozen(rundir: RunDir) -> dict[str, Any]:
+    """config.yaml as it is."""
+    return dict(yaml.load(rundir.config.read_text(), Loader=_LOADER))
+
+
+def _write_config(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast: a sweep writes a thousand of these
+    write_atomic(rundir.config, yaml.dump(dict(cfg), Dumper=dumper, sort_keys=False, allow_unicode=True))
 
 
 def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
@@ -170,6 +190,7 @@ def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overri
         "id": uuid.uuid4().hex,
         "signature": signature(cfg),
         "name": cfg["name"] or _default_name(overrides),
+        "tracking": bind.bind(cfg["tracking"], "tracking")().kind,
         "created": time.time(),
         "command": [redact(word) for word in command],
         "overrides": [redact(override) for override in overrides],

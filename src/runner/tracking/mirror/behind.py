@@ -19,10 +19,13 @@ FOLDERS_AT_ONCE = 200
 
 def is_wanted(rundir: RunDir) -> bool:
     """Whether the run is one that MLflow hears of without being asked (not ``tracking=offline``)."""
-    if (rundir.read_manifest().get("mlflow") or {}).get("run_id"):
+    manifest = rundir.read_manifest()
+    if (manifest.get("mlflow") or {}).get("run_id"):
         return True
-    try:  # as text: a thousand folders are asked, and reading YAML takes its time
-        return "_target_: runner.tracking.trackers.mlflow\n" in rundir.config.read_text()
+    if "tracking" in manifest:
+        return bool(manifest["tracking"] == "mlflow")
+    try:  # a run of version 0.1.0; read as text, since parsing the YAML of a thousand folders takes its time
+        return "_target_: runner.tracking.mlflow\n" in rundir.config.read_text()
     except (OSError, ValueError):
         return False
 
