@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from runner import terminal
 from runner.cli import args, benchmarks, evaluate_data
 from runner.config import schema
-from runner.data import dataset
+from runner.data import dataset, formats
 from runner.data.batches import Batches
 from runner.errors import ConfigError, Fault
 from runner.secrets import redact
@@ -213,7 +213,7 @@ def _batches(run: Trained, given: _Rows) -> tuple[Batches, dict[str, Any], str]:
     data_settings = bind.bind(settings_node, "data", schema.DataSettings)()
     pretrained.check_max_length(run.result, data_settings.max_length)
     source = bind.bind(source_node, "data")()
-    form = bind.bind(format_node, "data.format")
+    form = formats.of(format_node)
     rows, report = dataset.every_row(source, form, run.task, run.tokenizer, data_settings)
     _warn_of_trained_rows(run, source.digest, brings=source.eval is not None)
     batches = Batches(

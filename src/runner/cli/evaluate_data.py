@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from runner.config import check, compose
+from runner.config import check, compose, user_code
 from runner.config.bind import TARGET
 from runner.errors import ConfigError, Fault
 
@@ -39,6 +40,9 @@ def node(frozen: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
         choice = any(_key(text) == "data/format" for text in formats)
         made = {**frozen, **({"format": _composed(formats)["format"]} if choice else {})}
         _set(made, [text for text in overrides if not (choice and text in formats)])
+        if not choice and "data.format.function" in given:
+            made["format"].pop(user_code.PATHS, None)
+            user_code.settle({"data": made}, [Path.cwd()])
     if is_other(overrides) and "data.eval_rows" not in given:
         made["eval_rows"] = None
     check.check_data(made)
@@ -65,7 +69,9 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
         composer = compose.Composer(hydra, args)
         if composer.is_sweep():
             raise ConfigError(_one_value("evaluate"))
-        return dict(composer.single().cfg["data"])
+        job = composer.single()
+        user_code.settle(job.cfg, job.code_folders)
+        return dict(job.cfg["data"])
 
 
 def _set(made: dict[str, Any], overrides: list[str]) -> None:

@@ -11,10 +11,12 @@ import functools
 import importlib
 import inspect
 import json
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import PACKAGE
+from runner.config import user_code
 from runner.errors import ConfigError, Fault, suggest
 
 TARGET = "_target_"
-ALLOWED_TARGETS = ("runner.",)
-"""Only our own option functions may be named: a library class swallows a misspelt key, an option refuses it."""
 
 REFUSED_KEYS = {
     "device_map": "device_map=auto is for inference only: training places the whole model on its own device; "
@@ -84,24 +85,23 @@ def bind(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | No
     faults = list(find_faults(node, key, target))
     if faults:
         raise ConfigError(*faults)
-    function = target or _resolve(node[TARGET])
-    values = {name: value for name, value in node.items() if name != TARGET}
-    return functools.partial(function, **values)
+    function = target or _resolve(node)
+    return functools.partial(function, **_values(node), **_places(function, node))
 
 
 def find_faults(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | None = None) -> Iterator[Fault]:
     """Every fault of ``node``: unknown, missing and wrongly typed keys, then what its ``check_`` companion says."""
     try:
-        function = target or _resolve(node.get(TARGET))
+        function = target or _resolve(node)
     except ConfigError as error:
         yield from (fault.below(key) for fault in error.faults)
         return
-    values = {name: value for name, value in node.items() if name != TARGET}
+    values = _values(node)
     faults = [fault.below(key) for fault in _signature_faults(function, values)]
     yield from faults
     companion = getattr(inspect.getmodule(function), f"check_{function.__name__}", None)
     if not faults and companion is not None:
-        yield from (fault.below(key) for fault in companion(**values))
+        yield from (fault.below(key) for fault in companion(**values, **_places(companion, node)))
 
 
 def keys_of(function: Callable[..., Any]) -> list[str]:
@@ -111,7 +111,7 @@ def keys_of(function: Callable[..., Any]) -> list[str]:
 
 def bind_target(node: Mapping[str, Any]) -> Callable[..., Any]:
     """The function that the node's ``_target_`` names."""
-    return _resolve(node.get(TARGET))
+    return _resolve(node)
 
 
 def is_none(node: Mapping[str, Any]) -> bool:
@@ -119,33 +119,64 @@ def is_none(node: Mapping[str, Any]) -> bool:
     return str(node.get(TARGET, "")).rpartition(".")[2] == "none"
 
 
-def _resolve(name: object) -> Callable[..., Any]:
-    if not isinstance(name, str) or not name.startswith(ALLOWED_TARGETS) or name.count(".") < 2:
-        raise ConfigError(
-            Fault(
-                TARGET,
-                f"an option must be a function of runner (allowed: {', '.join(f'{p}…' for p in ALLOWED_TARGETS)})",
-                "wrap the call in a function of your own and use the option that takes it by name",
-                name,
-            )
+def _values(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the option: those of the node that are not for ``bind`` itself."""
+    return {name: value for name, value in node.items() if name not in (TARGET, user_code.PATHS)}
+
+
+def _places(function: Callable[..., Any], node: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the user's code is, for an option that calls a function of it."""
+    return (
+        {user_code.PATHS: node.get(user_code.PATHS)}
+        if user_code.PATHS in inspect.signature(function).parameters
+        else {}
+    )
+
+
+@functools.cache
+def options() -> frozenset[str]:
+    """The ``_target_`` of every option in conf/: of this package nothing else may be one."""
+    texts = (path.read_text() for path in config_dir().rglob("*.yaml"))
+    return frozenset(target for text in texts for target in re.findall(rf"^ *{TARGET}: (\S+)", text, re.MULTILINE))
+
+
+def _resolve(node: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function that a node names: an option of this package, or a function of the user's code.
+
+    A library's class is neither: it would swallow a misspelt key where an option refuses it.
+    """
+    name = node.get(TARGET)
+    if not isinstance(name, str) or "." not in name or name.partition(".")[0] == "runner":
+        if name not in options():
+            problem = f"is no option of runner. {suggest(str(name), options())}".strip()
+            raise ConfigError(Fault(TARGET, problem, "name an option, or a function of your own code", name))
+    elif not node.get(user_code.PATHS):
+        problem = (
+            f"'{name.partition('.')[0]}' is not part of your code, and only options and your own code may be named"
         )
+        remedy = "add its file or package (code=FILE.py), or wrap the call in a function of your own"
+        raise ConfigError(Fault(TARGET, problem, remedy, name))
     module_name, _, attribute = name.rpartition(".")
+    is_ours = name.partition(".")[0] == "runner"
+    paths = [] if is_ours else [Path(path) for path in node[user_code.PATHS]]
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(Fault(TARGET, str(error), "correct the name", name)) from error
+        module = user_code.load(module_name, paths) if paths else importlib.import_module(module_name)
+    except ConfigError as error:
+        raise ConfigError(*(replace(fault, key=fault.key or TARGET, value=name) for fault in error.faults)) from error
     function = getattr(module, attribute, None)
+    names = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
     if not callable(function) or attribute.startswith("_"):
-        names = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
-        raise ConfigError(
-            Fault(TARGET, f"no such option. {suggest(attribute, names)}".strip(), "correct the name", name)
-        )
+        problem = f"no such function. {suggest(attribute, names)}".strip()
+        raise ConfigError(Fault(TARGET, problem, "correct the name", name))
+    if paths and not user_code.from_user_code(function, paths):
+        problem = f"'{attribute}' is imported into {module_name} from {getattr(function, '__module__', 'elsewhere')}"
+        raise ConfigError(Fault(TARGET, problem, "wrap it in a function of your own, whose keys can be checked", name))
     return typing.cast("Callable[..., Any]", function)
 
 
 def _signature_faults(function: Callable[..., Any], values: Mapping[str, Any]) -> Iterator[Fault]:
     parameters = _parameters(function)
-    known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name != user_code.PATHS]
     takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in values.items():
         if name not in known:
@@ -176,7 +207,7 @@ def unknown_key(name: str, known: Iterable[str], value: object = ...) -> Fault:
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     # Only the YAML keys' annotations are evaluated: those of run-time objects may name torch, which is not loaded.
-    names = vars(importlib.import_module(function.__module__))
+    names = getattr(function, "__globals__", None) or vars(importlib.import_module(function.__module__))
     return {
         name: parameter.replace(annotation=_evaluated(parameter.annotation, names))
         if parameter.kind is parameter.KEYWORD_ONLY
@@ -288,6 +319,8 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """``{"lora": {"r": 8}}`` → ``("lora.r", "8")``; values as they are written in YAML."""
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
+            if key == user_code.PATHS:
+                continue
             yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         # An empty text gets quotes: MLflow's server takes no empty value.

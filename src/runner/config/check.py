@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from runner.config import bind, schema
+from runner.config import bind, schema, user_code
 from runner.config.schema import RunSettings, TrainSettings, divisors
 from runner.errors import ConfigError, Fault
 from runner.secrets import find_secrets
@@ -52,7 +52,7 @@ def faults_of_group(cfg: Mapping[str, Any], group: str) -> list[Fault]:
 
 def _group_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     groups = {*OPTION_GROUPS, "train", "data"}
-    top = {key: value for key, value in cfg.items() if key not in groups}
+    top = {key: value for key, value in cfg.items() if key not in groups and key != user_code.PATHS}
     for fault in bind.find_faults(top, "", RunSettings):
         known = fault.problem != "no such key"
         yield fault if known else bind.unknown_key(fault.key, [*bind.keys_of(RunSettings), *groups], fault.value)

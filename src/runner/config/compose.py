@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_d
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,6 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf._utils import OmegaConfDumper
 
+from runner.config import user_code
 from runner.config.bind import config_dir, to_plain
 from runner.config.explain import CONFIG_NAME, is_choice, told
 from runner.errors import ConfigError, Fault
@@ -61,6 +63,8 @@ class Job:
     folder: str
     """Where Hydra's configuration puts a single run; of a sweep's job its own folder, or "" where we choose it."""
     sweep_dir: str
+    code_folders: list[Path] = field(default_factory=list)
+    """Where code of the user's is found without being named: here, and in and beside ``--config-dir``."""
 
     @property
     def is_folder_named(self) -> bool:
@@ -94,9 +98,33 @@ def opened(args: argparse.Namespace) -> Iterator[Hydra]:
     setup_globals()
     hydra = Hydra.create_main_hydra2(task_name="runner", config_search_path=search_path)
     try:
-        yield hydra
+        with _own_options(hydra, args.overrides):
+            yield hydra
     finally:
         GlobalHydra.instance().clear()
+
+
+@contextmanager
+def _own_options(hydra: Hydra, overrides: Sequence[str]) -> Iterator[None]:
+    """While the block runs, ``group=name`` chooses a function of ``code=…`` if no YAML file has that name."""
+    texts = dict(text.partition("=")[::2] for text in overrides)
+    if user_code.KEY not in texts:
+        yield
+        return
+    value = yaml.safe_load(texts.pop(user_code.KEY)) or []
+    entries = value if isinstance(value, list) else str(value).split(",")
+    functions = user_code.options(map(str, entries))
+    store = ConfigStore.instance()
+    before = copy.deepcopy(store.repo)
+    for group, names in texts.items():
+        if is_choice(group, hydra):
+            for name in names.split(","):
+                if name in functions and name not in hydra.config_loader.get_group_options(group):
+                    store.store(group=group, name=name, node=functions[name], provider="code")
+    try:
+        yield
+    finally:
+        store.repo = before
 
 
 class Composer:
@@ -108,6 +136,8 @@ class Composer:
         self._bases: dict[tuple[RunMode, tuple[str, ...]], DictConfig] = {}
         self._choices: dict[str, bool] = {}
         self._sweep_dir: str | None = None
+        own = [Path(extra).resolve() for extra in (args.config_path, args.config_dir) if extra]
+        self._code_folders = [Path.cwd(), *own, *(folder.parent for folder in own)]
 
     def is_sweep(self) -> bool:
         """Whether the command line asks for several runs: by ``-m``, or by ``hydra.mode``."""
@@ -217,7 +247,7 @@ class Composer:
         folder, sweep_dir = self._folders(composed, mode)
         own = [str(key) for key in composed if key not in ("hydra", "experiment")]
         cfg = to_plain(OmegaConf.masked_copy(composed, own))
-        return Job(cfg, plain, node, node["overrides"]["task"], folder, sweep_dir)
+        return Job(cfg, plain, node, node["overrides"]["task"], folder, sweep_dir, self._code_folders)
 
     def _folders(self, composed: DictConfig, mode: RunMode) -> tuple[str, str]:
         """The job's own folder ("" where we choose it) and that of its sweep, which all jobs of a command share."""

@@ -31,6 +31,7 @@ class RunSettings:
     name: str | None
     seed: Seed
     outputs_dir: str
+    code: str | list[str] | dict[str, str] | None
     sweep: SweepName | None
     resume: str | None
     retry: bool

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from runner.config import schema
+from runner.config import schema, user_code
 from runner.config.schema import DataSettings
 from runner.data import formats, splits
 from runner.data.packing import IGNORED, Rows, one_by_one, pack
@@ -93,8 +93,8 @@ def load(
 ) -> Splits:
     """The tokenised splits, from the cache where the same was made before; two processes make it once.
 
-    ``identity`` holds the nodes ``format`` and ``task`` as configured, which with the content of the data, the
-    tokenizer and the settings say what the tokens are.
+    ``identity`` holds the nodes ``format`` and ``task`` as configured, and ``code``, the digests of the user's own code
+    (if any). With the content of the data, the tokenizer and the settings it determines the tokens.
 
     Raises:
         DataError: rows that cannot be read or do not fit, or nothing to train or to evaluate on.
@@ -247,12 +247,13 @@ def _nothing_left(split: str, items: list[Item], counts: Counter[str], settings:
 
 
 def _cache_key(source: Source, tokenizer: Any, settings: DataSettings, identity: Mapping[str, Any]) -> str:
-    function = (identity.get("format") or {}).get("function")
+    form = identity.get("format") or {}
+    function = form.get("function")
     parts = {
         "code": CODE_VERSION,
         "data": source.digest,
-        "identity": identity,
-        "function": formats.source_text(function) if function else None,
+        "identity": user_code.detached(identity),
+        "function": formats.source_text(function, form.get(user_code.PATHS) or ()) if function else None,
         "tokenizer": _fingerprint(tokenizer),
         "settings": asdict(settings),
     }

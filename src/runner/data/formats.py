@@ -6,18 +6,17 @@ A row that does not fit is refused with the format it looks like; the caller add
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.data.user_code import Beside, imported
-from runner.errors import ConfigError, DataError, Fault, suggest
+from runner.config import bind, user_code
+from runner.errors import ConfigError, DataError, Fault, RunnerError, suggest
 
 Message = dict[str, str]
 """``{"role": …, "content": …}``"""
@@ -76,28 +75,62 @@ def text(row: Row, *, key: str) -> Example:
     return found
 
 
-def custom(row: Row, *, function: str) -> Example:
-    """Your own function, as ``path/to/file.py:name`` or ``package.module:name``: a row in, messages or a text out."""
-    call = _load(function)
+def custom(row: Row, *, function: str, _code_: list[str] | None = None) -> Example:
+    """Your own function, as ``path/to/file.py:name`` or ``package.module:name``: a row in, messages or a text out.
+
+    ``_code_`` is set by this program: where the copy of the file is that the run keeps.
+    """
+    call = _load(function, tuple(_code_ or ()))
     try:
         result = call(dict(row))
     except Exception as error:
         problem = f"failed on this row: {type(error).__name__}: {error}"
         raise DataError(Fault("data.format.function", problem, "correct the function", function)) from error
+    return checked(result, "data.format.function", function)
+
+
+def of(node: Mapping[str, Any]) -> Callable[[Row], Example]:
+    """The format that a configuration names: an option of this module, or a function of the user's own.
+
+    Raises:
+        ConfigError: with all faults of the node.
+    """
+    call: Callable[[Row], Any] = bind.bind(node, "data.format")
+    if str(node[bind.TARGET]).startswith("runner."):
+        return call
+    return functools.partial(_own, call, str(node[bind.TARGET]))
+
+
+def _own(call: Callable[[dict[str, Any]], Any], name: str, row: Row) -> Example:
+    try:
+        result = call(dict(row))
+    except RunnerError:
+        raise
+    except Exception as error:
+        problem = f"{name} failed on this row: {type(error).__name__}: {error}"
+        raise DataError(Fault("data.format", problem, "correct the function, or leave the row out")) from error
+    return checked(result, "data.format", name)
+
+
+def checked(result: Any, key: str, name: str) -> Example:
+    """What a function of the user's made of a row, if it is a text or messages.
+
+    Raises:
+        DataError: it is something else.
+    """
     if isinstance(result, str):
         return result
     if not isinstance(result, list) or not all(_has(turn, ("role", "content")) for turn in result):
         problem = f"gave {type(result).__name__}, which is neither a text nor a list of messages"
-        remedy = 'return [{"role": …, "content": …}, …] or a str'
-        raise DataError(Fault("data.format.function", problem, remedy, function))
+        raise DataError(Fault(key, problem, 'return [{"role": …, "content": …}, …] or a str', name))
     return _checked([_said(str(turn["role"]), _content(turn["content"])) for turn in result])
 
 
-def check_custom(*, function: str) -> Iterator[Fault]:
-    """A file, module or name that is not there, or a file that is not Python; nothing is run."""
+def check_custom(*, function: str, _code_: list[str] | None = None) -> Iterator[Fault]:
+    """A file, module or name that does not exist, or a file that is not Python; nothing is run."""
     name = function.rpartition(":")[2]
     try:
-        tree = ast.parse(_source(function).read_text(encoding="utf-8"))
+        tree = ast.parse(_source(function, _code_ or ()).read_text(encoding="utf-8"))
     except ConfigError as error:
         yield from error.faults
         return
@@ -112,55 +145,43 @@ def check_custom(*, function: str) -> Iterator[Fault]:
         yield Fault("function", problem, "correct the name", function)
 
 
-def source_text(function: str) -> str:
-    """What makes a custom function what it is: the text of its file, and digests of what that imports from beside it.
+def source_text(function: str, code: Sequence[str]) -> str:
+    """The text of a custom function's file, and digests of the modules that it imports from the same folder.
 
     Raises:
-        ConfigError: where no such file or module exists.
+        ConfigError: no such file or module exists.
     """
-    file = _source(function)
-    beside = imported(file) if _is_file(function) else []
+    file = _source(function, code)
+    beside = [path for _, path in user_code.files([file]) if path != file] if code else []
     parts = [f"{path.relative_to(file.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in beside]
     return "\0".join([file.read_text(encoding="utf-8"), *parts])
 
 
-def _source(function: str) -> Path:
-    """The file that holds a custom function; where this job has a frozen copy (RUNNER_SNAPSHOT) that copy.
+def _source(function: str, code: Sequence[str]) -> Path:
+    """The file that holds a custom function: in the user's code, or of an installed package.
 
     Raises:
-        ConfigError: where no such file or module exists.
+        ConfigError: no such file or module exists.
     """
     where, _, name = function.rpartition(":")
     if not where or not name.isidentifier():
         remedy = "for example data.format.function=rows.py:to_messages"
         raise ConfigError(Fault("function", "must be path/to/file.py:name or package.module:name", remedy, function))
-    if _is_file(function):
-        named = Path(where).expanduser()
-        copy = Path(os.environ.get("RUNNER_SNAPSHOT", os.devnull)) / frozen_name(named, named)
-        file: Path | None = copy if copy.is_file() else named
-    else:
-        try:
-            spec = importlib.util.find_spec(where)
-        except ModuleNotFoundError:
-            spec = None
-        file = Path(spec.origin) if spec is not None and spec.origin else None
-    if file is None or not file.is_file():
+    for path in map(Path, code):
+        parts = where.split(".")
+        if user_code.module_name(path) == parts[0]:
+            inside = path.joinpath(*parts[1:]) if path.is_dir() else path
+            candidates = [inside / "__init__.py", inside.with_suffix(".py")] if path.is_dir() else [path]
+            if found := next((each for each in candidates if each.is_file()), None):
+                return found.absolute()
+    try:
+        spec = importlib.util.find_spec(where) if not where.endswith(".py") else None
+    except (ModuleNotFoundError, ValueError):
+        spec = None
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
         remedy = "correct it; a file is sought from the current directory, a module on Python's path"
         raise ConfigError(Fault("function", "no such file or module", remedy, function))
-    return file.absolute()
-
-
-def _is_file(function: str) -> bool:
-    return function.rpartition(":")[0].endswith(".py")
-
-
-def frozen_name(file: Path, part: Path) -> str:
-    """What the copy of ``part`` is called in the code that was frozen for a queued job.
-
-    ``file`` holds a custom function; ``part`` is that file, or one of its folder that it imports.
-    """
-    digest = hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:16]
-    return f"functions/{digest}/{part.relative_to(file.parent)}"
+    return Path(spec.origin)
 
 
 def looks_like(row: Row) -> str | None:
@@ -178,34 +199,24 @@ def looks_like(row: Row) -> str | None:
 
 
 @functools.lru_cache
-def _load(function: str) -> Callable[[dict[str, Any]], Any]:
-    where, _, name = function.rpartition(":")
+def _load(function: str, code: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
+    module, _, name = function.rpartition(":")
+    paths = [Path(path) for path in code]
+    is_own = module.partition(".")[0] in map(user_code.module_name, paths)
     try:
-        if _is_file(function):
-            file = _source(function)
-            beside = Beside(file)
-            scope: dict[str, Any] = {"__name__": Path(where).stem, "__file__": where}
-            with beside if beside else contextlib.nullcontext():
-                exec(compile(file.read_text(encoding="utf-8"), where, "exec"), scope)  # the user's own, named by them
-            found = scope.get(name)
-            if beside and callable(found):
-                found = functools.partial(_with, beside, found)
-        else:
-            found = getattr(importlib.import_module(where), name, None)
+        found = getattr(user_code.load(module, paths) if is_own else importlib.import_module(module), name, None)
     except ConfigError as error:
-        raise ConfigError(*(fault.below("data.format") for fault in error.faults)) from None
+        raise ConfigError(
+            *(replace(fault, key="data.format.function", value=function) for fault in error.faults)
+        ) from None
     except Exception as error:
         problem = f"cannot be imported: {type(error).__name__}: {error}"
         raise ConfigError(Fault("data.format.function", problem, "correct the file", function)) from error
     if not callable(found):
         problem = f"defines no function '{name}'"
         raise ConfigError(Fault("data.format.function", problem, "correct the name", function))
-    return found
-
-
-def _with(beside: Beside, call: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> Any:
-    with beside:  # a function may import when it is called
-        return call(row)
+    call: Callable[[dict[str, Any]], Any] = found
+    return call
 
 
 def _turns(row: Row, name: str, parameter: str, key: str, needed: tuple[str, str]) -> list[Mapping[str, Any]]:

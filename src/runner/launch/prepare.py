@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from runner.config import bind, check
+from runner.config import bind, check, user_code
 from runner.config.compose import Job, write_hydra
 from runner.errors import ConfigError, Fault
 from runner.launch.launcher import Launcher
@@ -30,12 +30,21 @@ def admit(jobs: Iterable[Job], processes: int | None = None) -> None:
     jobs = list(jobs)
     for job in jobs:
         manifest.keep_credentials(job.cfg)
-        for fault in check.faults_of(job.cfg) or _settle(job.cfg, processes):
+        for fault in _code_faults(job) or check.faults_of(job.cfg) or _settle(job.cfg, processes):
             faults[str(fault)] = fault
     if faults:
         raise ConfigError(*faults.values())
     for job in jobs:
         job.cfg = manifest.freeze(job.cfg)
+
+
+def _code_faults(job: Job) -> list[Fault]:
+    """Find the user's own code and note its digests; returns what is wrong with it."""
+    try:
+        user_code.settle(job.cfg, job.code_folders)
+    except ConfigError as error:
+        return list(error.faults)
+    return []
 
 
 def launcher_of(cfg: dict[str, Any]) -> Launcher:

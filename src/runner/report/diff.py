@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.config import bind, choices
+from runner.config import bind, choices, user_code
 from runner.errors import RunnerError
 from runner.report.record import Curves, Recorded
 from runner.tracking import checkout, manifest
@@ -168,7 +168,11 @@ def _files(ours: Recorded, theirs: Recorded) -> tuple[list[Changed], str]:
 
 
 def patch(ours: Recorded, theirs: Recorded) -> str:
-    """The lines of code that differ; empty where git cannot say."""
+    """The lines of code that differ, those of the user's own code first; empty if git does not know."""
+    return user_code.patch(ours.config, theirs.config) + _patch_of_program(ours, theirs)
+
+
+def _patch_of_program(ours: Recorded, theirs: Recorded) -> str:
     first, second = ours.code, theirs.code
     if not isinstance(first, Code) or not isinstance(second, Code):
         return ""

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from runner import terminal
-from runner.config import moved
+from runner.config import moved, user_code
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError, suggest
+from runner.files import cache_dir, locked
 from runner.secrets import redact
 from runner.tracking import lookup, metrics_log, provenance, run_status, trackers
 from runner.tracking.checkout import Code
@@ -158,6 +159,7 @@ def of_store(word: str, uri: str) -> Recorded:
             raise ConfigError(Fault("", problem, "name a run, not the parent of a sweep"))
         curves = _histories(client, run)
         files = dict(_artifacts(client, run, ("config.yaml", "manifest.json", "dirty.diff")))
+        code = _code(client, run, files.get("config.yaml", ""))
     if lacking := [name for name in ("config.yaml", "manifest.json") if name not in files]:
         problem = f"{uri} has no {' and no '.join(lacking)} of the run {run.info.run_id[:8]}"
         raise ConfigError(Fault("", problem, "python -m runner sync where its folder lies, or name that"))
@@ -168,9 +170,10 @@ def of_store(word: str, uri: str) -> Recorded:
     where = f"{run.info.run_id[:8]} in {uri}"
     config = yaml.safe_load(files["config.yaml"])
     first = moved.is_of_first(config)
-    return Recorded(
-        name, where, moved.to_today(config), manifest, status, curves, files.get("dirty.diff", ""), is_of_first=first
-    )
+    config = moved.to_today(config)
+    if code:
+        user_code.attach_copy(config, code)
+    return Recorded(name, where, config, manifest, status, curves, files.get("dirty.diff", ""), is_of_first=first)
 
 
 def checked(uri: str) -> str:
@@ -310,6 +313,18 @@ def _artifacts(client: MlflowClient, run: Run, names: tuple[str, ...]) -> Iterat
         for name in names:
             if name in there:
                 yield name, _text_of(Path(client.download_artifacts(run.info.run_id, name, folder)))
+
+
+def _code(client: MlflowClient, run: Run, config: str) -> Path | None:
+    """A copy of the user's own code that the run has in MLflow, in the cache; None if it has none."""
+    if not isinstance((yaml.safe_load(config) or {}).get(user_code.KEY), dict):
+        return None
+    folder = cache_dir("code") / run.info.run_id
+    with locked(folder.with_suffix(".lock")):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+                Path(client.download_artifacts(run.info.run_id, user_code.FOLDER, aside)).rename(folder)
+    return folder
 
 
 def _curves(records: list[metrics_log.Record]) -> Curves:

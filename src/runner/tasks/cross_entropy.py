@@ -65,7 +65,7 @@ def _sums(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tens
             hidden = model(**asked, use_cache=False).logits[:, -labels.shape[1] :]  # prompt tuning has tokens in front
             last, targets = (each.flatten(0, 1).index_select(0, trained_at) for each in (hidden, labels))
         else:
-            last, targets = _last(model, asked, labels, trained_at if len(labels) == 1 else None)
+            last, targets = trained_logits(model, asked, labels, trained_at if len(labels) == 1 else None)
     loss, correct = _summed(last, targets, linear)
     return {"loss": loss, "count": (targets != IGNORED).sum(), "correct": correct}
 
@@ -88,7 +88,9 @@ def _summed(last: Tensor, targets: Tensor, linear: nn.Linear | None) -> tuple[Te
     return loss, correct
 
 
-def _last(model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None) -> tuple[Tensor, Tensor]:
+def trained_logits(
+    model: Any, asked: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits of the trained positions (or of more, where the model offers no less), and what they are to predict.
 
     Without its head the model gives the last hidden states, (…, h) in the place of (…, V).

@@ -52,3 +52,21 @@ def token_loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     asked = attention.inputs(batch, batch["packed"], model)
     labels = batch["labels"].reshape(asked["input_ids"].shape)
     return cross_entropy.sums(model, {**asked, "labels": labels, "trained_at": batch.get("trained_at")})
+
+
+def predictions(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) and targets (n,) of the trained positions, for a loss of your own.
+
+    ``token_loss`` needs less memory: it never holds all logits at once.
+    """
+    from runner.data.packing import IGNORED
+    from runner.models.kernels import attention
+    from runner.tasks import cross_entropy
+
+    found = attention.inputs(batch, batch["packed"], model)
+    inputs = {name: found[name] for name in cross_entropy.MODEL_INPUTS if found.get(name) is not None}
+    labels = batch["labels"].reshape(inputs["input_ids"].shape)
+    logits, targets = cross_entropy.trained_logits(model, inputs, labels)
+    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    trained = targets != IGNORED
+    return logits[trained], targets[trained]

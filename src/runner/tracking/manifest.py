@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from runner.config import bind, moved
+from runner.config import bind, moved, user_code
 from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
 from runner.secrets import redact, take_credentials
@@ -24,7 +24,7 @@ from runner.tracking.rundir import UNFINISHED, RunDir
 RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher", "search")
 """Keys that say where and how a run happens, not what it computes: they do not change its identity."""
 
-BEFORE_THE_MANIFEST = {".hydra", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
+BEFORE_THE_MANIFEST = {".hydra", "code", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
 """What a run that was killed while it was being prepared leaves behind."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The same as ``safe_load``, seven times as fast: a sweep may have a thousand configurations."""
@@ -37,7 +37,10 @@ def signature(cfg: Mapping[str, Any]) -> str:
 
 def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that change what is computed, with the option names of version 0.1.0."""
-    return moved.to_first({key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS})
+    what = {key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS}
+    if what.get(user_code.KEY) is None:
+        what.pop(user_code.KEY, None)  # version 0.1.0 had no such key
+    return moved.to_first(user_code.detached(what))
 
 
 def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,10 +51,6 @@ def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
         value = frozen[group].get(key)
         if isinstance(value, str) and (os.path.exists(os.path.expanduser(value)) or glob.glob(value)):
             frozen[group][key] = os.path.abspath(os.path.expanduser(value))
-    form = frozen["data"].get("format") or {}
-    file, colon, function = str(form.get("function") or "").rpartition(":")
-    if colon and os.path.exists(file):
-        form["function"] = f"{os.path.abspath(file)}:{function}"
     return dict(frozen)
 
 
@@ -87,6 +86,7 @@ def prepare(
     rundir = RunDir(folder)
     refuse_other(rundir, cfg)
     if not rundir.manifest.exists():
+        user_code.copy(user_code.paths_of(cfg), rundir.code)
         _write_config(rundir, cfg)
         rundir.write_state(status="pending")
         manifest = _manifest(cfg, rundir, command, overrides)
@@ -128,7 +128,9 @@ def read_config(rundir: RunDir) -> dict[str, Any]:
         ResumeError: there is none, or it cannot be read.
     """
     try:
-        return moved.to_today(_frozen(rundir))
+        cfg = moved.to_today(_frozen(rundir))
+        user_code.attach_copy(cfg, rundir.code)
+        return cfg
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         problem = f"is not a run folder: config.yaml cannot be read ({error})"
         raise ResumeError(Fault("", f"{rundir.path} {problem}", "name the folder of a run")) from error
@@ -151,7 +153,7 @@ def _frozen(rundir: RunDir) -> dict[str, Any]:
 
 def _write_config(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast: a sweep writes a thousand of these
-    write_atomic(rundir.config, yaml.dump(dict(cfg), Dumper=dumper, sort_keys=False, allow_unicode=True))
+    write_atomic(rundir.config, yaml.dump(user_code.detached(cfg), Dumper=dumper, sort_keys=False, allow_unicode=True))
 
 
 def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
@@ -190,6 +192,7 @@ def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overri
         "id": uuid.uuid4().hex,
         "signature": signature(cfg),
         "name": cfg["name"] or _default_name(overrides),
+        **({"code": {path.name: str(path) for path in paths}} if (paths := user_code.paths_of(cfg)) else {}),
         "tracking": bind.bind(cfg["tracking"], "tracking")().kind,
         "created": time.time(),
         "command": [redact(word) for word in command],

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runner.config import user_code
 from runner.errors import ConfigError, Fault, ResumeError
 from runner.tracking import lookup, manifest
 from runner.tracking.rundir import RunDir
@@ -44,7 +45,12 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     if others:
         problem = f"continues the run as it was configured and cannot take {', '.join(others)}"
         raise ResumeError(Fault("resume", problem, "leave the others out, or start a new run with them", cfg["resume"]))
-    return {**manifest.read_config(RunDir(_resumed(cfg))), "retry": cfg["retry"]}
+    rundir = RunDir(_resumed(cfg))
+    frozen = {**manifest.read_config(rundir), "retry": cfg["retry"]}
+    for name in user_code.edited(frozen, rundir.read_manifest().get("code") or {}):
+        print(f"note: {name} was edited since this run began; the run continues with its own copy, {rundir.code}",
+              file=sys.stderr)  # fmt: skip
+    return frozen
 
 
 def refuse(folder: Path, cfg: dict[str, Any]) -> None:

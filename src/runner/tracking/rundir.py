@@ -70,6 +70,11 @@ class RunDir:
         return self.path / "state.json"
 
     @property
+    def code(self) -> Path:
+        """The copy of the user's own code."""
+        return self.path / "code"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

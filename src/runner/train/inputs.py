@@ -11,7 +11,7 @@ import torch
 
 from runner.config import bind, schema
 from runner.config.schema import TrainSettings
-from runner.data import dataset
+from runner.data import dataset, formats
 from runner.data.batches import Batches
 from runner.models import pretrained
 from runner.models.sources import ModelSource
@@ -81,11 +81,11 @@ def load_data(
     pretrained.check_max_length(source, data_settings.max_length)
     splits = dataset.load(
         bind.bind(source_node, "data"),
-        bind.bind(format_node, "data.format"),
+        formats.of(format_node),
         task,
         tokenizer,
         data_settings,
-        identity={"format": format_node, "task": cfg["task"]},
+        identity={"format": format_node, "task": cfg["task"], **({"code": cfg["code"]} if cfg.get("code") else {})},
     )
     batches = partial(
         Batches,

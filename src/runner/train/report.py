@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
+from runner.config import user_code
 from runner.models.kernels import compilation
 from runner.tracking import metrics_log
 from runner.tracking.manifest import signature
@@ -119,8 +120,9 @@ def data_identity(cfg: Mapping[str, Any], made: Inputs) -> dict[str, Any]:
     """What must be the same in each attempt at a run; ``function`` is the hash of a custom format's source text."""
     from runner.data import formats
 
-    function = (cfg["data"].get("format") or {}).get("function")
-    text = formats.source_text(function) if function else None
+    form = cfg["data"].get("format") or {}
+    function = form.get("function")
+    text = formats.source_text(function, form.get(user_code.PATHS) or ()) if function else None
     return {
         "digest": made.splits.digest,
         "revision": made.splits.revision,

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner import terminal
+from runner.config import user_code
 from runner.errors import Fault, LaunchError, Pruned, ResumeError, RunnerError, Stopped
 from runner.files import write_atomic
 from runner.models.kernels import compilation
@@ -184,6 +185,7 @@ def _load(rundir: RunDir, cfg: dict[str, Any], ranks: Ranks) -> Loaded:
     terminal.quiet_libraries()
 
     def read() -> Inputs:
+        user_code.refuse_changed(cfg)
         made = inputs.inputs(manifest.pinned(cfg, rundir), ranks)
         _refuse_other_data(rundir, report.data_identity(cfg, made))
         return made

@@ -1,8 +1,7 @@
 """The code of a queued job, frozen when it was submitted: what is edited afterwards does not reach it.
 
 A snapshot is a folder like an installed package, ``runner/`` with ``runner/conf/`` in it, that a job puts first on
-Python's path; and in ``functions/`` the user's own files that its configuration names, and what those import from
-beside them.
+Python's path. The user's own code is in the run folder already.
 """
 
 from __future__ import annotations
@@ -11,24 +10,20 @@ import hashlib
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from runner import PACKAGE
 from runner.config import bind
-from runner.data import formats
-from runner.data.user_code import imported
-from runner.tracking.manifest import read_config
-from runner.tracking.rundir import RunDir
 
 
-def take(home: Path, rundirs: Iterable[RunDir]) -> Path:
-    """Freeze the code as it is now, uncommitted changes included, and what these runs need besides.
+def take(home: Path) -> Path:
+    """Freeze the code as it is now, uncommitted changes included.
 
     Returns:
         ``home/code/<digest>``, which is there already where nothing has changed since the last time.
     """
-    files = {**dict(_code()), **dict(_functions(rundirs))}
+    files = dict(_code())
     content = {name: files[name].read_bytes() for name in sorted(files)}
     digest = hashlib.sha256()
     for name, text in content.items():
@@ -74,15 +69,3 @@ def _files(folder: Path) -> list[Path]:
         found = [folder / name for name in done.stdout.split("\0") if name]
         found = found or list(folder.rglob("*"))  # a repository that ignores it: an environment in somebody's project
     return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
-
-
-def _functions(rundirs: Iterable[RunDir]) -> Iterator[tuple[str, Path]]:
-    """The files that hold these runs' own functions (``data.format.function=FILE.py:name``), and what those import from
-    their own folders.
-    """
-    for rundir in rundirs:
-        form = read_config(rundir)["data"].get("format") or {}
-        where = str(form.get("function") or "").rpartition(":")[0]
-        file = Path(where).expanduser()
-        if where.endswith(".py") and file.is_file():
-            yield from ((formats.frozen_name(file, part), part) for part in (file, *imported(file)))

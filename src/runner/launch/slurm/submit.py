@@ -189,7 +189,7 @@ def _by_code(asked: SlurmRequest, home: Path, rundirs: list[RunDir]) -> Iterator
         else:
             fresh.append(rundir)
     if fresh:
-        code = None if asked.snapshot == "none" else snapshot.take(home, fresh)
+        code = None if asked.snapshot == "none" else snapshot.take(home)
         groups.setdefault(code, []).extend(fresh)
     for folder, members in groups.items():
         yield members, folder

@@ -118,6 +118,8 @@ class MlflowRun:
         for path in (self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff):
             if path.exists():
                 client.log_artifact(run.info.run_id, str(path))
+        if self.rundir.code.is_dir():
+            client.log_artifacts(run.info.run_id, str(self.rundir.code), self.rundir.code.name)
         environment = {"versions": manifest.get("versions") or {}, "packages": self.packages}
         client.log_text(run.info.run_id, json.dumps(environment, indent=1), "environment.json")
         self.known, self.status = upload.known_steps(client, run), run.info.status
