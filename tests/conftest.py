@@ -17,7 +17,15 @@ import yaml
 
 from runner.tracking.rundir import RunDir
 
+TESTS = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin while they wait are in the way of tests beside them
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes are started: each would compile torch anew
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(TESTS / folder) for folder in ("", "cli", "launch", "tracking")]
+    + [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+)
+"""Processes that tests start may import conftest, gate and warm, as tests do."""
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # the same dtype and numbers on every CPU: no AMX
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 subprocess.Popen = warm.Popen  # type: ignore[misc]
@@ -37,6 +45,52 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = "slurm" if item.get_closest_marker("slurm") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count what ``-m`` leaves out; every process of xdist leaves out the same."""
+    if items:
+        items[0].config.stash[LEFT_OUT] = sum(item.get_closest_marker("slow") is not None for item in items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Called for each process of xdist that ends, with what it counted."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what was left out, and how to run it."""
+    skipped = Counter(_need(report) for report in terminalreporter.stats.get("skipped", []))
+    ways = {
+        "slow": ("slow", "uv run pytest -m slow"),
+        "slurm": ("need a Slurm", "scripts/slurm-lab/up, then uv run pytest -m slurm"),
+        "browser": ("need Chromium", "apt-get install chromium"),
+        "gpu": ("need a GPU", "uv run pytest -m gpu, on a machine that has one"),
+    }
+    counts = {"slow": config.stash.get(LEFT_OUT, 0), **{need: skipped[need] for need in ("slurm", "browser", "gpu")}}
+    for need, count in counts.items():
+        if count:
+            what, way = ways[need]
+            terminalreporter.write_line(f"left out: {count} tests ({what}); to run them: {way}")
+
+
+def _need(report: Any) -> str:
+    """What a skipped test needs, from its reason."""
+    reason = str(report.longrepr).lower()
+    return next((need for word, need in NEEDS.items() if word in reason), "")
+
+
+NEEDS = {"slurm": "slurm", "chromium": "browser", "browser": "browser", "cuda": "gpu", "gpu": "gpu"}
+"""Words in the reason of a skipped test."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -131,6 +131,6 @@ def test_composing_and_checking_the_default_run_loads_nothing_heavy():
 
 
 def test_files_stay_in_one_process(request: pytest.FixtureRequest) -> None:
-    """What shares a Slurm or a server does not run beside itself; pytest-xdist says so by a name behind ``@``."""
+    """What shares a Slurm or a server does not run beside itself; pytest-xdist shows the group behind ``@``."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         assert request.node.nodeid.endswith("@test_floors")

@@ -215,7 +215,7 @@ def _is_ours(command: list[str]) -> bool:
     if len(command) < 2 or command[0] != sys.executable or len("\0".join(command)) >= LONGEST_COMMAND:
         return False
     words = command[2:] if command[1] == "-P" else command[1:]
-    return (words[0] == "-m" and words[1] in MODULES) or Path(words[0]).parent == HERE
+    return (words[0] == "-m" and words[1] in MODULES) or HERE in Path(words[0]).parents
 
 
 def _differs(environment: dict[str, str], place: Place) -> bool:
@@ -425,5 +425,5 @@ def _run(command: list[str], path: list[str]) -> None:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv[:] = words
-        sys.path[:] = [str(HERE), *path]
+        sys.path[:] = [str(Path(words[0]).parent), *path]
         runpy.run_path(words[0], run_name="__main__")

@@ -48,7 +48,7 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     function = _function(cfg)
     if function and (file := Path(function.rpartition(":")[0]).expanduser()).suffix == ".py" and file.is_file():
         entries.append(str(file))
-        cfg["data"]["format"]["function"] = f"{file.stem}:{function.rpartition(':')[2]}"
+        cfg["data"]["format"]["function"] = f"{file.name}:{function.rpartition(':')[2]}"
     for entry in entries:
         try:
             path = locate(entry)

@@ -152,7 +152,8 @@ def source_text(function: str, code: Sequence[str]) -> str:
         ConfigError: no such file or module exists.
     """
     file = _source(function, code)
-    beside = [path for _, path in user_code.files([file]) if path != file] if code else []
+    is_own = code or function.rpartition(":")[0].endswith(".py")
+    beside = [path for _, path in user_code.files([file]) if path != file] if is_own else []
     parts = [f"{path.relative_to(file.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in beside]
     return "\0".join([file.read_text(encoding="utf-8"), *parts])
 
@@ -167,10 +168,11 @@ def _source(function: str, code: Sequence[str]) -> Path:
     if not where or not name.isidentifier():
         remedy = "for example data.format.function=rows.py:to_messages"
         raise ConfigError(Fault("function", "must be path/to/file.py:name or package.module:name", remedy, function))
-    for path in map(Path, code):
-        parts = where.split(".")
-        if user_code.module_name(path) == parts[0]:
-            inside = path.joinpath(*parts[1:]) if path.is_dir() else path
+    module, paths = _module(function, code)
+    for path in paths:
+        first, *rest = module.split(".")
+        if user_code.module_name(path) == first:
+            inside = path.joinpath(*rest)
             candidates = [inside / "__init__.py", inside.with_suffix(".py")] if path.is_dir() else [path]
             if found := next((each for each in candidates if each.is_file()), None):
                 return found.absolute()
@@ -182,6 +184,15 @@ def _source(function: str, code: Sequence[str]) -> Path:
         remedy = "correct it; a file is sought from the current directory, a module on Python's path"
         raise ConfigError(Fault("function", "no such file or module", remedy, function))
     return Path(spec.origin)
+
+
+def _module(function: str, code: Sequence[str]) -> tuple[str, list[Path]]:
+    """The module of a custom function, and the user's code: the run's copy, or the file that a run of 0.1.0 names."""
+    where = function.rpartition(":")[0]
+    paths = [Path(path) for path in code]
+    if where.endswith(".py"):
+        return Path(where).stem, paths or [Path(where).expanduser()]
+    return where, paths
 
 
 def looks_like(row: Row) -> str | None:
@@ -200,8 +211,8 @@ def looks_like(row: Row) -> str | None:
 
 @functools.lru_cache
 def _load(function: str, code: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
-    module, _, name = function.rpartition(":")
-    paths = [Path(path) for path in code]
+    name = function.rpartition(":")[2]
+    module, paths = _module(function, code)
     is_own = module.partition(".")[0] in map(user_code.module_name, paths)
     try:
         found = getattr(user_code.load(module, paths) if is_own else importlib.import_module(module), name, None)

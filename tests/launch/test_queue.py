@@ -28,7 +28,7 @@ from runner.tracking import machine, metrics_log
 from runner.tracking.rundir import DIED, RunDir
 from runner.tracking.sweepdir import SweepDir
 
-SERVER = str(Path(__file__).with_name("queue_server.py"))
+SERVER = str(Path(__file__).parents[1] / "queue_server.py")
 
 
 def tiny_sweep(folder: Path, *jobs: str) -> SweepDir:

@@ -30,7 +30,7 @@ from runner.tracking.rundir import RunDir
 
 QUICK = (*TINY, "train.max_steps=3", "train.save_steps=3")
 MIRRORED = (*(word for word in QUICK if not word.startswith("tracking")), "tracking.system_metrics=false")
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train.distributed import parallel
 
-SERVER = Path(__file__).with_name("elastic_server.py")
+SERVER = Path(__file__).parents[1] / "elastic_server.py"
 TIMES = ("time", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction", "train/mfu")
 OPTIONS = (
     *TINY, "train.max_steps=6", "train.gradient_accumulation_steps=2", "train.per_device_batch_size=2",
@@ -205,8 +205,7 @@ def test_a_rank_beyond_0_makes_a_whole_model_too(tmp_path: Path):
     script = tmp_path / "making.py"
     script.write_text(MAKING)
     words = [*TORCHRUN[:5], str(script)]
-    tests = str(Path(__file__).parent)
-    env = {**environment(), "RUNNER_CACHE": str(tmp_path / "cache"), "PYTHONPATH": tests}
+    env = {**environment(), "RUNNER_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "cache" / "models").glob("random-*")

@@ -20,10 +20,11 @@ from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, ru
 
 from runner.cli import main
 from runner.config import bind
+from runner.data import formats
 from runner.errors import LaunchError
 from runner.launch.slurm import monitor, script, snapshot, submission, submit
 from runner.sweep import table
-from runner.tracking import slurm_client
+from runner.tracking import manifest, slurm_client
 from runner.tracking.rundir import DIED, RunDir
 from runner.tracking.sweepdir import SweepDir, slurm_room
 
@@ -280,25 +281,20 @@ def test_what_a_function_imports_from_beside_it_is_frozen_with_it(tmp_path: Path
     monkeypatch.chdir(tmp_path)
     write_rows()
     write_functions("own/mine.py", "")
-    function = ("data.format.function=own/mine.py:text",)
-    rundir = prepared(tmp_path / "run", *TINY, *(word for word in OWN_FUNCTION if "function" not in word), *function)
-    first = snapshot.take(tmp_path, [rundir])
-    files = sorted(path.name for path in (first / "functions").rglob("*") if path.is_file())
-    assert files == ["joining_of_mine.py", "mine.py"]
     Path("own/unrelated.py").write_text("")
-    assert snapshot.take(tmp_path, [rundir]) == first
+    function = ("data.format.function=own/mine.py:text",)
+    words = (*TINY, *(word for word in OWN_FUNCTION if "function" not in word), *function)
+    rundir = prepared(tmp_path / "run", *words)
+    assert sorted(path.name for path in rundir.code.iterdir()) == ["joining_of_mine.py", "mine.py"]
     write_functions("own/mine.py", ' + " and "')
-    assert snapshot.take(tmp_path, [rundir]) != first
-    code = f"from runner.data import formats; print(formats._load('{tmp_path}/own/mine.py:text')(dict(a='1', b='2')))"
-    for frozen, expected in ((first, "12"), (tmp_path, "1 and 2")):
-        environment = {**os.environ, "RUNNER_SNAPSHOT": str(frozen), "PYTHONPATH": str(tmp_path / "own")}
-        said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-        assert said == f"{expected}\n"
+    row = {"a": "1", "b": "2"}
+    assert formats.of(manifest.read_config(rundir)["data"]["format"])(row) == "12"
+    again = prepared(tmp_path / "again", *words)
+    assert formats.of(manifest.read_config(again)["data"]["format"])(row) == "1 and 2"
 
 
 def test_a_snapshot_is_a_package_of_its_own_and_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    rundir = prepared(tmp_path / "run", *TINY)
     checkout = tmp_path / "checkout"
     shutil.copytree(snapshot.PACKAGE, checkout / "src" / "runner", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(snapshot.bind.config_dir(), checkout / "conf")
@@ -307,11 +303,11 @@ def test_a_snapshot_is_a_package_of_its_own_and_changes_with_the_code(tmp_path: 
     (checkout / "src/runner/key.secret").write_text("not code")
     monkeypatch.setattr(snapshot, "PACKAGE", checkout / "src" / "runner")
     monkeypatch.setattr(snapshot.bind, "config_dir", lambda: checkout / "conf")
-    first = snapshot.take(tmp_path, [rundir])
-    assert snapshot.take(tmp_path, [rundir]) == first
+    first = snapshot.take(tmp_path)
+    assert snapshot.take(tmp_path) == first
     assert not list(first.rglob("*.secret"))
     (checkout / "src/runner/train/loop.py").open("a").write("# an uncommitted change\n")
-    second = snapshot.take(tmp_path, [rundir])
+    second = snapshot.take(tmp_path)
     assert second != first
     code = "from runner.config import bind; from runner.train import loop; print(loop.__file__, bind.config_dir())"
     environment = {**os.environ, "PYTHONPATH": str(second), "PYTHONSAFEPATH": "1"}

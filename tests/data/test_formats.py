@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import sys
 import textwrap
 from collections.abc import Callable
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from runner.config import bind
+from runner.config import bind, user_code
 from runner.data import formats
-from runner.data.user_code import imported
 from runner.errors import ConfigError, DataError
 
 NAMES = ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
@@ -145,15 +143,20 @@ def own(tmp_path):
 
 
 def custom(function: object) -> Callable[..., formats.Example]:
-    node = {"_target_": "runner.data.formats.custom", "function": str(function)}
-    return bind.bind(node, "data.format")
+    cfg = {"data": {"format": {"_target_": "runner.data.formats.custom", "function": str(function)}}}
+    user_code.settle(cfg)
+    return bind.bind(cfg["data"]["format"], "data.format")
+
+
+def source_text(function: str) -> str:
+    return formats.source_text(function, ())
 
 
 def test_a_function_of_ones_own_from_a_file(own):
     row = {"q": "Two and two?", "a": "Four."}
     assert custom(f"{own}:to_messages")(row) == EXCHANGE
     assert custom(f"{own}:to_text")(row) == "Two and two?"
-    assert "def to_messages" in formats.source_text(f"{own}:to_messages")
+    assert "def to_messages" in source_text(f"{own}:to_messages")
 
 
 def test_a_function_of_ones_own_from_a_module(own, monkeypatch):
@@ -181,37 +184,20 @@ def test_what_a_file_imports_from_its_own_folder_belongs_to_the_function(tmp_pat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     file = tmp_path / "rows_of_mine.py"
-    found = [str(path.relative_to(tmp_path)) for path in imported(file)]
-    assert found == sorted(BESIDE.keys() - {"rows_of_mine.py", "unrelated.py", "json/not_that_one.py"})
+    found = [name for name, _ in user_code.files([file])]
+    assert found == sorted(BESIDE.keys() - {"unrelated.py", "json/not_that_one.py"})
     assert custom(f"{file}:to_text")({}) == "A phrase."
-    before = formats.source_text(f"{file}:to_text")
+    before = source_text(f"{file}:to_text")
     (tmp_path / "unrelated.py").write_text("other")
-    assert formats.source_text(f"{file}:to_text") == before
+    assert source_text(f"{file}:to_text") == before
     (tmp_path / "parts_of_mine/outer.py").write_text("dot = '!'")
-    assert formats.source_text(f"{file}:to_text") != before
+    assert source_text(f"{file}:to_text") != before
     (tmp_path / "parts_of_mine/outer.py").write_bytes("# coding: latin-1\ndot = 'é'".encode("latin-1"))
-    assert formats.source_text(f"{file}:to_text") != before
-
-
-def test_helpers_of_one_name_in_two_folders_are_two(tmp_path):
-    modules, path = dict(sys.modules), list(sys.path)
-    functions = []
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "rows.py").write_text(
-            "from clean_of_mine import early\ndef to_text(row):\n    from clean_of_mine.late import late\n"
-            "    return early + late\n"
-        )
-        (tmp_path / folder / "clean_of_mine").mkdir()
-        (tmp_path / folder / "clean_of_mine" / "__init__.py").write_text(f"early = '{folder}'")
-        (tmp_path / folder / "clean_of_mine" / "late.py").write_text(f"late = '{folder}'")
-        functions.append(custom(f"{tmp_path / folder}/rows.py:to_text"))
-    assert [function({}) for function in functions * 2] == ["aa", "bb"] * 2
-    assert (sys.modules, sys.path) == (modules, path)
+    assert source_text(f"{file}:to_text") != before
 
 
 def test_the_text_of_a_function_that_stands_alone_is_that_of_its_file(own):
-    assert formats.source_text(f"{own}:to_text") == own.read_text()
+    assert source_text(f"{own}:to_text") == own.read_text()
 
 
 def test_what_a_function_gives_is_checked(own):
@@ -235,7 +221,8 @@ def test_functions_that_cannot_be_had(own):
     }.items():
         with pytest.raises(ConfigError) as caught:
             custom(function)
-        assert str(caught.value).startswith(f"data.format.function={function}: ")
+        shown = function.replace(f"{own.parent}/", "") if "none" not in function else function
+        assert str(caught.value).startswith(f"data.format.function={shown}: ")
         assert problem in str(caught.value)
 
 

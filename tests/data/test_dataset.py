@@ -512,7 +512,7 @@ def composed(*overrides: str) -> dict:
 def test_every_source_composes_with_every_format(name, form, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     path = [] if name == "chitchat" else [f"data.path={tmp_path}/rows.jsonl"]
-    settings, form_node, source_node = dataset.split_node(composed(f"data={name}", f"data/format={form}", *path))
+    settings, form_node, source_node = schema.split_data(composed(f"data={name}", f"data/format={form}", *path))
     assert form_node["_target_"] == f"runner.formats.{form}"
     assert source_node["_target_"] == f"runner.sources.{name}"
     bind.bind(source_node, "data")
@@ -522,7 +522,7 @@ def test_every_source_composes_with_every_format(name, form, tmp_path):
 
 
 def test_wrong_settings_are_refused_together():
-    node, _, _ = dataset.split_node(composed("data.max_length=2", "data.overlong=truncat", "data.eval_fraction=1"))
+    node, _, _ = schema.split_data(composed("data.max_length=2", "data.overlong=truncat", "data.eval_fraction=1"))
     with pytest.raises(ConfigError) as caught:
         bind.bind(node, "data", schema.DataSettings)
     assert [fault.key for fault in caught.value.faults] == ["data.max_length", "data.overlong", "data.eval_fraction"]
@@ -534,11 +534,11 @@ def test_nothing_to_evaluate_on_is_known_before_anything_is_read(tmp_path):
     rows.write_text("{}")
     files = ["data=local", f"data.path={rows}", "data.eval_fraction=0"]
     for refused in (["data.eval_fraction=0"], files, ["data=hub", "data.path=a/b", "data.eval_fraction=0"]):
-        [fault] = dataset.check_node(composed(*refused))
+        [fault] = schema.check_data(composed(*refused))
         assert (fault.key, fault.value) == ("data.eval_fraction", 0)
         assert "data.eval_path" in fault.remedy
     for fine in ([], [*files, f"data.eval_path={rows}"], files[:2]):
-        assert not list(dataset.check_node(composed(*fine)))
+        assert not list(schema.check_data(composed(*fine)))
 
 
 def test_one_by_one():

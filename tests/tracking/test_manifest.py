@@ -21,7 +21,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "outputs_dir": "outputs",
         "resume": None,
         "retry": False,
-        "tracking": {"uri": None},
+        "tracking": {"_target_": "runner.tracking.trackers.offline"},
         "launcher": {},
         "data": {"path": None},
         "model": {"path": "org/name"},
@@ -42,11 +42,10 @@ def test_keys_that_change_nothing_computed_leave_the_signature_alone():
 def test_freezing_makes_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").touch()
-    frozen = prepare.freeze(config(data={"path": "rows.jsonl", "format": {"function": "rows.jsonl:convert"}}))
+    frozen = prepare.freeze(config(data={"path": "rows.jsonl"}))
     assert frozen["data"]["path"] == str(tmp_path / "rows.jsonl")
     assert frozen["model"]["path"] == "org/name"
     assert frozen["outputs_dir"] == str(tmp_path / "outputs")
-    assert frozen["data"]["format"]["function"] == f"{tmp_path}/rows.jsonl:convert"
 
 
 def test_a_folder_is_prepared_once_and_kept(tmp_path: Path):

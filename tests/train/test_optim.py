@@ -18,7 +18,7 @@ from runner.config.bind import find_faults
 from runner.errors import ConfigError
 from runner.train import optim, torch_optim
 
-CONF = Path(__file__).parents[1] / "conf" / "optim"
+CONF = Path(__file__).parents[2] / "conf" / "optim"
 ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "torch"]
 NAMES = sorted(set(torch_optim._constructors()) - set(torch_optim.CLOSURE_OR_SPARSE))
 

@@ -437,9 +437,8 @@ def test_whoever_follows_another_worker_may_leave_and_the_run_goes_on(
     tmp_path: Path, cache: Path, number: signal.Signals, code: int
 ):
     rundir = prepared(tmp_path / "run", *SHORT)
-    tests = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     started = [sys.executable, "-c", WAITING, str(rundir.path)]
-    holding = subprocess.Popen(started, env=tests, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    holding = subprocess.Popen(started, env=dict(os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not gate.has_come(rundir):
             assert holding.poll() is None

@@ -12,7 +12,7 @@ from runner.config.bind import bind, find_faults
 from runner.errors import ConfigError
 from runner.train import schedules
 
-OPTIONS = sorted(Path(__file__).parents[1].glob("conf/schedule/*.yaml"))
+OPTIONS = sorted(Path(__file__).parents[2].glob("conf/schedule/*.yaml"))
 TOTAL = 40
 
 

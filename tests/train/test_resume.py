@@ -17,7 +17,7 @@ from conftest import TINY, prepared
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 
-SERVER = Path(__file__).with_name("fork_server.py")
+SERVER = Path(__file__).parents[1] / "fork_server.py"
 OPTIONS = (
     *TINY[:1], *TINY[2:4], "data.eval_rows=4", "train.sample_prompts=1", "train.sample_tokens=4",
     "train.max_steps=24", "train.save_steps=3", "train.eval_steps=5", "train.gradient_accumulation_steps=2",

@@ -20,7 +20,7 @@ from runner.tracking import metrics_log, slurm_client
 from runner.tracking.rundir import RunDir, find_runs
 from runner.tracking.sweepdir import SweepDir
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BASE = (
     "model=tiny", "data.max_length=128", "data.train_rows=64", "data.eval_rows=4", "train.sample_prompts=0",
 )  # fmt: skip
