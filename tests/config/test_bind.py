@@ -116,7 +116,7 @@ def test_only_our_own_options_may_be_named(target: object):
 
 
 def test_a_misspelt_option_function_gets_a_suggestion():
-    with pytest.raises(ConfigError, match="did you mean 'runner.models.quantization.four_bit'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'runner\.models\.quantization\.four_bit'"):
         bind.bind({"_target_": "runner.models.quantization.four_bits"}, "quant")
 
 

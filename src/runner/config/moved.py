@@ -31,19 +31,13 @@ MOVED_FUNCTIONS = {
     "runner.tasks.pretrain": "runner.tasks.pretrain.pretrain",
 }
 
-ADDED = {"code": None}
-"""Keys at the top that 0.1.0 did not have."""
-
 _MOVED_BACK = {new: old for old, new in MOVED.items()}
-_FUNCTIONSADDED = {"code": None}
-"""Keys at the top that 0.1.0 did not have."""
-
-_MOVED_BACK = {new: old for old, new in MOVED_FUNCTIONS.items()}
+_FUNCTIONS_MOVED_BACK = {new: old for old, new in MOVED_FUNCTIONS.items()}
 
 
 def to_today(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with each ``_target_`` of 0.1.0 replaced by the name that it has today, and keys added since."""
-    return {**ADDED, **_with_targets(config, target_today)}
+    """The configuration with each ``_target_`` of 0.1.0 replaced by the name that it has today."""
+    return _with_targets(config, target_today)
 
 
 def to_first(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +52,7 @@ def target_today(target: str) -> str:
 
 def is_of_first(config: Mapping[str, Any]) -> bool:
     """Whether version 0.1.0 froze this configuration."""
-    return any(key not in config for key in ADDED)
+    return to_today(config) != config
 
 
 def _replaced(target: str, functions: Mapping[str, str], modules: Mapping[str, str]) -> str:

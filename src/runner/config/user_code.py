@@ -40,7 +40,8 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     Raises:
         ConfigError: with every entry that names nothing.
     """
-    if isinstance(cfg.get(KEY), Mapping):  # frozen already; attach() has found the run's own copy
+    cfg.setdefault(KEY, None)  # a run of version 0.1.0 has no such key
+    if isinstance(cfg[KEY], Mapping):  # frozen already; attach() has found the run's own copy
         return
     entries = given(cfg)
     faults: list[Fault] = []
