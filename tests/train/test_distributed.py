@@ -190,6 +190,7 @@ distributed.barrier()
 """
 
 
+@pytest.mark.slow
 def test_every_optimizer_that_is_offered_for_shards_trains_them_as_the_whole(tmp_path: Path):
     script = tmp_path / "sharding.py"
     script.write_text(SHARDING)
@@ -200,6 +201,7 @@ def test_every_optimizer_that_is_offered_for_shards_trains_them_as_the_whole(tmp
         assert f"proven {name}\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_beyond_0_makes_a_whole_model_too(tmp_path: Path):
     """transformers saves nothing but on rank 0; each machine may have a cache of its own."""
     script = tmp_path / "making.py"
@@ -241,7 +243,7 @@ def test_a_run_that_was_stopped_or_killed_ends_with_the_same_weights(tmp_path: P
     ("end", "code", "status", "reason"),
     [
         ("die", 1, "killed", "one of the 2 ranks died without saying so (killed, or out of memory); "),
-        ("drop", 75, "preempted", "stopped by SIGTERM; "),
+        pytest.param("drop", 75, "preempted", "stopped by SIGTERM; ", marks=pytest.mark.slow),
     ],
 )
 def test_the_launcher_writes_down_the_end_of_a_rank_0_that_said_nothing(
@@ -317,6 +319,7 @@ def test_accelerate_that_started_one_of_several_is_refused(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_processes_started_by_others_leave_one_folder_and_one_run(
     tmp_path: Path, cache: Path, command: tuple[str, ...]
@@ -342,8 +345,8 @@ def test_processes_started_by_others_leave_one_folder_and_one_run(
     ("wrong", "message"),
     [
         ("trian.max_steps=3", "did you mean 'train.max_steps'?"),
-        ("parallel=none", "the launcher starts 2 processes"),
-        ("launcher=local", "2 processes were started already"),
+        pytest.param("parallel=none", "the launcher starts 2 processes", marks=pytest.mark.slow),
+        pytest.param("launcher=local", "2 processes were started already", marks=pytest.mark.slow),
     ],
 )
 def test_a_refusal_among_several_is_one_message(tmp_path: Path, cache: Path, wrong: str, message: str):

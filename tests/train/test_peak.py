@@ -98,7 +98,13 @@ def test_a_ledger_counts_what_lives_and_forgets_what_is_gone() -> None:
 
 @pytest.mark.parametrize("kept", ["speed", "balanced", "min"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("way", ["by document", "with a mask", "a second micro-batch", "in bfloat16"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "by document",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("with a mask", "a second micro-batch", "in bfloat16")),
+    ],
+)
 def test_a_rehearsal_foretells_what_a_step_makes(kind: str, kept: Memory, way: str) -> None:
     """Six and eight layers without content say what twelve with weights come to, within 2 %."""
     by_document, accumulates = way != "with a mask", way == "a second micro-batch"

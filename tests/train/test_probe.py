@@ -49,7 +49,7 @@ def room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-@pytest.mark.parametrize("accumulation", ["1", "2"])
+@pytest.mark.parametrize("accumulation", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_nothing_is_left_of_it(accumulation: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same run, bit for bit: weights, optimizer, random numbers, data."""
     options = ("lora.lora_dropout=0.2", f"train.gradient_accumulation_steps={accumulation}")

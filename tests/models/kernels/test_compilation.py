@@ -258,8 +258,10 @@ def traced(model: Any, *, mode: compilation.Mode, dynamic: bool | None, fullgrap
     return model
 
 
-@pytest.mark.parametrize("kept", ["speed", "balanced", "min"])
-@pytest.mark.parametrize("quant", ["none", "4bit"])
+@pytest.mark.parametrize(
+    "kept", ["speed", *(pytest.param(kept, marks=pytest.mark.slow) for kept in ("balanced", "min"))]
+)
+@pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.slow)])
 def test_the_step_as_it_is_put_together_is_one_graph_a_layer(
     quant: str, kept: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

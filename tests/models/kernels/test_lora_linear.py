@@ -164,7 +164,7 @@ def step_logits(model: Any) -> Tensor:
     return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("bits", [None, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (4, 8))])
 def test_compiled_it_breaks_no_graph(bits: int | None):
     model = adapted(bits=bits)
     lora_linear.fuse(model)
