@@ -268,25 +268,29 @@ def config(**changes: str) -> dict[str, str]:
     return {**four, **{key.replace("__", "."): value for key, value in changes.items()}}
 
 
-def test_an_option_is_known_again_by_what_it_sets():
-    assert choices.named(config())[0]["quant"] == "4bit"
-    assert choices.named(config(quant__kind="fp4", quant__double="false"))[0]["quant"] == "fp4"
-    changed, implied = choices.named(config(quant__compute_dtype="float32"))
+def test_a_group_is_named_by_the_option_that_was_chosen():
+    changed, implied = choices.named(config(quant__compute_dtype="float32"), {"quant": "4bit"})
     assert changed["quant"] == "4bit"
-    assert implied == {"quant._target_", "quant.kind", "quant.double"}
-    dora = {"lora._target_": "runner.models.lora.lora", "lora.r": "8", "lora.use_dora": "true"}
-    assert choices.named(dora)[0]["lora"] == "dora"
-
-
-def test_what_two_options_have_in_common_is_settled_by_the_command_line():
+    assert "quant._target_" not in changed
+    assert implied == {"quant.kind", "quant.double"}
     pretrained = {"model._target_": "runner.models.sources.pretrained", "model.path": "/mine", "model.revision": "null"}
-    assert choices.named(pretrained)[0]["model"] == "pretrained"
-    assert choices.named(pretrained, choices.given_by(["model=qwen", "lora.r=8"]))[0]["model"] == "qwen"
+    assert choices.named(pretrained, {"model": "qwen"})[0]["model"] == "qwen"
+    assert choices.named({"optim._target_": "my_lab.my_sgd", "optim.lr": "1"}, {"optim": "mine"})[0]["optim"] == "mine"
+
+
+def test_a_run_of_the_first_version_is_named_by_its_overrides_or_the_function():
+    old = {
+        "quant._target_": "runner.quant.four_bit",
+        "lora._target_": "runner.lora.lora",
+        "task._target_": "runner.tasks.sft",
+    }
+    found, _ = choices.named(old, choices.of_overrides(["quant=fp4", "lora.r=8"]))
+    assert found == {"quant": "fp4", "lora": "lora", "task": "sft"}
 
 
 def test_what_follows_from_a_group_is_left_out_unless_somebody_set_it():
     def of(name: str, loss: float, flat: dict[str, str]) -> Result:
-        params, implied = choices.named(flat)
+        params, implied = choices.named(flat, {"quant": "4bit"} if "quant.kind" in flat else {})
         return Result(name, name, "completed", params=params, implied=implied, metrics={"eval/loss": loss})
 
     none = of("none", 1, {"quant._target_": "runner.models.quantization.none"})

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import node
 
 from runner import PACKAGE
 from runner.errors import ResumeError
@@ -21,7 +22,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "outputs_dir": "outputs",
         "resume": None,
         "retry": False,
-        "tracking": {"_target_": "runner.tracking.trackers.offline"},
+        "tracking": node("tracking", "offline"),
         "launcher": {},
         "data": {"path": None},
         "model": {"path": "org/name"},

@@ -173,6 +173,10 @@ def _restored(original: Recorded, given: list[str], *, is_exact: bool) -> Job:
     cfg |= {group: job.cfg[group] for group in chosen}
     for key, value in values.items():
         _set(cfg, key, value)
+    job.hydra["runtime"]["choices"] = {
+        **manifest.choices(original.manifest),
+        **{group: job.choices[group] for group in chosen},
+    }
     job.cfg, job.unresolved = cfg, cfg
     job.overrides = [*map(str, original.manifest.get("overrides") or []), *given]
     job.hydra["overrides"]["task"] = job.overrides

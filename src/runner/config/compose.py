@@ -67,6 +67,12 @@ class Job:
     """Where code of the user's is found without being named: here, and in and beside ``--config-dir``."""
 
     @property
+    def choices(self) -> dict[str, str]:
+        """Group of ours → the option chosen: ``{"quant": "4bit", "data.format": "messages", …}``."""
+        chosen = self.hydra["runtime"]["choices"]
+        return {group.replace("/", "."): name for group, name in chosen.items() if name and not _is_of_hydra(group)}
+
+    @property
     def is_folder_named(self) -> bool:
         """Whether the user said where a single run goes."""
         return any(override.startswith("hydra.run.dir=") for override in self.hydra["overrides"]["hydra"])
@@ -316,6 +322,10 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 
 
 _Dumper.add_representer(str, OmegaConfDumper.str_representer)
+
+
+def _is_of_hydra(group: str) -> bool:
+    return group.partition("/")[0] == "hydra"
 
 
 def _key(text: str) -> str:

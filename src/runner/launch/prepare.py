@@ -86,7 +86,7 @@ def prepared(job: Job, folder: Path, command: list[str], *, is_new: bool = False
     name = {"name": job.cfg["name"] or notes["label"]} if notes.get("label") else {}
     try:
         write_hydra(job, folder)
-        return manifest.prepare(job.cfg, folder, command, job.overrides, made, **notes, **name)
+        return manifest.prepare(job.cfg, folder, command, job.overrides, made, choices=job.choices, **notes, **name)
     except BaseException:  # a full disk: half a run is none
         with contextlib.suppress(OSError):  # what stopped it is said, not what cannot be removed
             if not RunDir(folder).manifest.exists():

@@ -105,8 +105,7 @@ def _same(ours: float, theirs: float) -> bool:
 
 def _named(run: Recorded) -> dict[str, str]:
     """The configuration, flattened; a group is its option's name, as it was chosen: ``quant: 4bit``."""
-    overrides = [str(override) for override in run.manifest.get("overrides") or []]
-    return choices.named(dict(bind.flatten(run.config)), choices.given_by(overrides))[0]
+    return choices.named(dict(bind.flatten(run.config)), manifest.choices(run.manifest))[0]
 
 
 def _part(keys: Mapping[str, str], *, is_run_time: bool) -> dict[str, str]:

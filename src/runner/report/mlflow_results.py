@@ -154,7 +154,7 @@ def _plain(uri: str) -> str:
 
 def _result(row: Row) -> Result:
     tags = row.tags
-    params, implied = choices.named(row.params, choices.given_by(row.name.split(",")))
+    params, implied = choices.named(row.params, {**choices.of_overrides(row.name.split(",")), **row.params})
     folder = tags.get("runner.folder", "")
     finite = {name: value for name, value in row.metrics.items() if abs(value) < store.INFINITY}
     return Result(

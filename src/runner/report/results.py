@@ -75,9 +75,8 @@ def _of(found: RunStatus, outputs_dir: Path, *, is_alone: bool) -> Result:
     metrics: dict[str, float] = {}
     if status not in ("missing", "damaged"):
         try:
-            overrides = [str(override) for override in said.get("overrides") or []]
             flat = dict(flatten(manifest.read_config(rundir)))
-            params, implied = choices.named(flat, choices.given_by(overrides))
+            params, implied = choices.named(flat, manifest.choices(said))
             later = ({"step": r["step"], **r["metrics"]} for r in metrics_log.read_evaluations(rundir))
             metrics = last_values([*metrics_log.read(rundir), *later])
         except (RunnerError, *lookup.DAMAGED) as error:

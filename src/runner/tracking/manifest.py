@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from runner.config import bind, moved, user_code
+from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
 from runner.secrets import redact, take_credentials
@@ -168,6 +169,12 @@ def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
     if train["micro_batch_size"] == "auto" and rows and train["per_device_batch_size"] % rows == 0:
         settled["train"] = {**train, "micro_batch_size": rows}
     return {**cfg, **settled}
+
+
+def choices(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Group → option of a run."""
+    overrides = [str(override) for override in manifest.get("overrides") or []]
+    return dict(manifest["choices"]) if "choices" in manifest else of_overrides(overrides)
 
 
 def find_twin(outputs_dir: Path, name: str) -> RunDir | None:

@@ -114,7 +114,7 @@ class MlflowRun:
             began = state.started or (state.updated if state.status in ENDED else time.time())
             run = store.create_run(client, experiment, identity, name, began)
         note(self.rundir, self.uri, run)
-        upload.send_params(client, run, self.config)
+        upload.send_params(client, run, self.config, manifest.get("choices"))
         for path in (self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff):
             if path.exists():
                 client.log_artifact(run.info.run_id, str(path))

@@ -30,11 +30,16 @@ MODEL_TAG = "runner.model_id"
 T = TypeVar("T")
 
 
-def send_params(client: MlflowClient, run: Run, config: Mapping[str, Any]) -> None:
-    """The configuration, flattened with dots; a param never changes in MLflow, so a changed one becomes a tag."""
+def send_params(
+    client: MlflowClient, run: Run, config: Mapping[str, Any], choices: Mapping[str, str] | None = None
+) -> None:
+    """The configuration, flattened with dots, and the options chosen (``quant=4bit``).
+
+    A param never changes in MLflow: a changed one becomes a tag.
+    """
     from mlflow.entities import Param
 
-    values = {_name(key): text for key, text in flatten(redact_tree(config))}
+    values = {_name(key): text for key, text in flatten(redact_tree(config))} | dict(choices or {})
     cut = sorted(key for key, text in values.items() if len(text) > LONGEST_PARAM)
     values = {key: shorten(text, LONGEST_PARAM) for key, text in values.items()}
     there = run.data.params
