@@ -136,7 +136,7 @@ def test_what_ui_does_not_do_is_said(tmp_path: Path, capfd: pytest.CaptureFixtur
         port = nobody.getsockname()[1]
     for words, said in (
         ([f"outputs_dir={tmp_path}"], "there is nothing in MLflow yet"),
-        ([f"outputs_dir={tmp_path}/none"], "is no folder"),
+        ([f"outputs_dir={tmp_path}/none"], "is not a folder"),
         (["--port", "high"], "must be a whole number"),
         (["--port=70000"], "must be a whole number"),
         (["--prot", "1"], "did you mean '--port'"),

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     words = args.read(argv, HELP, flags=("--base",), valued=("--name", "--tasks", "--limit"))
     if words is None:
         return 0
-    run, overrides = args.asked_for(words, "evaluate", HELP.splitlines()[0])
+    run, overrides = args.trained_run(words, "evaluate", HELP.splitlines()[0])
     _refuse_without_effect(words, overrides)
     node = evaluate_data.node(run.cfg["data"], overrides)
     tasks = words.options["--tasks"].split(",") if words.has("--tasks") else []

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     words = args.read(argv, HELP, flags=("--merged", "--gguf"), valued=("--dtype",))
     if words is None:
         return 0
-    run, rest = args.asked_for(words, "export", HELP.splitlines()[0])
+    run, rest = args.trained_run(words, "export", HELP.splitlines()[0])
     order = _order(words, run, rest)
     base = run.base.path if run.is_adapter else str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
     trained.quiet()

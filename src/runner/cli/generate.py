@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     if words is None:
         return 0
     settings = _settings(words)
-    run, rest = args.asked_for(words, "generate", HELP.splitlines()[0])
+    run, rest = args.trained_run(words, "generate", HELP.splitlines()[0])
     if len(rest) > 1:
         raise ConfigError(Fault("generate", "takes one prompt", "put it in quotes", " ".join(rest)))
     prompt = sys.stdin.read() if rest == ["-"] else rest[0] if rest else None

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     words = args.read(argv, HELP, valued=("--alias",))
     if words is None:
         return 0
-    run, rest = args.asked_for(words, "register", HELP.splitlines()[0])
+    run, rest = args.trained_run(words, "register", HELP.splitlines()[0])
     alias = words.options.get("--alias")
     if faults := list(_faults(rest, alias)):
         raise ConfigError(*faults)

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     reproduction.tell_before(original, job.cfg, code)
     _keep_threads(original, job)
     rundir = _prepared(original, job, folder, argv, code)
-    exit_code = worktree.take_up(rundir, code) if code else launcher.launch([rundir], None)[0]
+    exit_code = worktree.finish(rundir, code) if code else launcher.launch([rundir], None)[0]
     if rundir.manifest.exists():  # it is tidied away where the worker refused it
         is_over = exit_code == 0 and not launcher.is_detached
         reproduction.tell_after(original, rundir, is_over=is_over)
