@@ -499,7 +499,7 @@ def test_pictures_are_written(here: Path, capsys: pytest.CaptureFixture[str]):
         (["--html"], "--html: needs a value"),
         (["--html", "--csv"], "--html: needs a value"),
         (["--wher", "x=1"], "no such option.*did you mean '--where'"),
-        (["--csv", "--json"], "is more than one form"),
+        (["--csv", "--json"], "are several output formats"),
         (["--sort", "loss", "--sort", "r"], "--sort: is given more than once"),
         (["uri=a.db", "uri=b.db"], "uri: is given more than once"),
         (["--metrics", "nothing"], "no run has the metric 'nothing'.*metrics here: eval/best_loss, eval/loss"),

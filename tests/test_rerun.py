@@ -79,7 +79,7 @@ def test_a_rerun_is_the_same_bit_by_bit_and_says_so(capfd: pytest.CaptureFixture
     assert main.run(["diff", "first", str(made.path)]) == 0
     said = capfd.readouterr().out
     assert "the same: configuration, code, environment, data, hardware" in said
-    assert "the same, bit by bit, at all 4 steps that both have" in said
+    assert "identical, bit by bit, at all 4 steps that both runs have" in said
 
 
 def test_other_numbers_are_found_where_they_begin(capfd: pytest.CaptureFixture[str]):
@@ -206,7 +206,7 @@ def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
     assert re.search(r"configuration\n +lora\.r +4 +8\n\n", said), "and no other key"
     assert re.search(r"train/loss +\S+ +\S+  \([+-]", said)
     assert "the same: where and how, code, environment, data, hardware" in said
-    assert "differs first at step 1: train/grad_norm" in said
+    assert "the metrics first differ at step 1: train/grad_norm" in said
 
     trained("coarse", "quant=8bit", "tracking.experiment=other")
     assert main.run(["diff", "eight", "coarse", "--all"]) == 0

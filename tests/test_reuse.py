@@ -493,8 +493,8 @@ def test_what_cannot_be_evaluated_is_refused(capsys: pytest.CaptureFixture[str],
         ("data.pth=x",): "no such key",
         ("data=locl",): "did you mean 'local'",
         ("data=local", "data.path=nowhere.jsonl"): "no such file",
-        ("rows.jsonl",): "is no override",
-        ("--limit", "3"): "is for --tasks",
+        ("rows.jsonl",): "is not an override",
+        ("--limit", "3"): "has no effect without --tasks",
         ("--name", "a/b"): "is no name",
     }.items():
         code, _, err = said(capsys, "evaluate", "first", *words)
@@ -536,8 +536,8 @@ def test_tasks_of_lm_eval_from_a_local_file(capsys: pytest.CaptureFixture[str], 
     with rows.open("a") as handle:
         handle.write('{"q": "2+2=", "choices": ["4", "5"], "answer": 0}\n')
     for refused, part in {
-        words: "--tasks=local_faq: has been measured on other rows (3 of the task local_faq)",
-        ("evaluate", "first", "--name", "local_faq"): "--name=local_faq: has been measured on other rows",
+        words: "--tasks=local_faq: was used before for other rows (3 of the task local_faq)",
+        ("evaluate", "first", "--name", "local_faq"): "--name=local_faq: was used before for other rows",
         ("evaluate", "first", "--tasks", "arc_esy"): "did you mean",
     }.items():
         code, _, err = said(capsys, *refused)

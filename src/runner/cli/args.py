@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runner import terminal
 from runner.errors import ConfigError, Fault, suggest
-from runner.tracking import lookup, manifest
-from runner.train.trained import Trained, refuse_without_model
+from runner.tracking import lookup
+
+if TYPE_CHECKING:
+    from runner.train.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,9 @@ def trained_run(words: Args, verb: str, synopsis: str) -> tuple[Trained, list[st
     Raises:
         ConfigError: no RUN, no such run, or a run without a model.
     """
+    from runner.tracking import manifest
+    from runner.train.trained import Trained, refuse_without_model
+
     paths = [word.partition("=")[2] for word in words.words if word.startswith("model.path=")]
     others = [word for word in words.words if not word.startswith("model.path=")]
     if not others:
