@@ -124,7 +124,7 @@ def test_an_empty_pipe_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(trained, "load", None)
     code, out, err = said(capsys, "generate", "first")
     assert (code, out) == (2, "")
-    assert "nothing came from stdin" in err
+    assert "stdin is empty" in err
 
 
 @pytest.mark.parametrize("name", ["first", "whole", "four"])
@@ -405,9 +405,9 @@ def test_what_cannot_be_registered_is_refused(capsys: pytest.CaptureFixture[str]
     client = mlflow.MlflowClient(run.read_manifest()["mlflow"]["uri"])
     client.create_registered_model("theirs")
     for words, part in {
-        ("first", "theirs"): "has not made",
-        ("first", "a/b"): "is no name for a model",
-        ("first", "bot", "--alias", "v1"): "is no name for an alias",
+        ("first", "theirs"): "did not create",
+        ("first", "a/b"): "is not a valid model name",
+        ("first", "bot", "--alias", "v1"): "is not a valid alias",
         ("first",): "needs a name",
     }.items():
         code, _, err = said(capsys, "register", *words)
@@ -495,7 +495,7 @@ def test_what_cannot_be_evaluated_is_refused(capsys: pytest.CaptureFixture[str],
         ("data=local", "data.path=nowhere.jsonl"): "no such file",
         ("rows.jsonl",): "is not an override",
         ("--limit", "3"): "has no effect without --tasks",
-        ("--name", "a/b"): "is no name",
+        ("--name", "a/b"): "is not a valid metric name",
     }.items():
         code, _, err = said(capsys, "evaluate", "first", *words)
         assert (code, part in err) == (2, True), (words, err)

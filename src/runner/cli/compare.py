@@ -38,11 +38,11 @@ folder; EXPERIMENT an experiment of MLflow. uri is a server or sqlite:////path/m
 outputs_dir. One store is read at a time, and runs of different tasks are not compared.
   --where CONDITION  KEY=VALUE, !=, <, <=, >, >=, ~ (contains), with and, or, not and brackets
   --metrics A,B      these metrics instead of loss, best, tokens/s, memory and time
-  --sort KEY         best first: higher is better for accuracy, acc, f1, mfu, per_second, reward and similar names, lower
-                     for all others. -KEY: highest first, +KEY: lowest first; ★ still marks the best run of a metric
+  --sort KEY         best first: higher is better for accuracy, acc, f1, mfu, per_second, reward and the like, lower for
+                     all others. -KEY: highest first, +KEY: lowest first; ★ still marks the best run of a metric
                      with a known direction. Default: the objective of the search that made these runs, else the loss
   --by KEY           average over runs that differ only in KEY; if nothing else differs, only the mean is shown
-  --pareto A,B       mark the Pareto front: no other run is better in A and not worse in B; -A, +A as in --sort
+  --pareto A,B       mark the Pareto front: no run is better in A and not worse in B; -A, +A as in --sort
   --all              print all runs, not only the first 50 or the mean of one setting
   --markdown, --csv, --json      for a report, a spreadsheet, a program
   --html FILE        one page, self-contained             --png DIR   its charts as pictures
