@@ -74,7 +74,7 @@ def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixtu
         assert main.run(["ui", f"uri={base}", "--experiment", "rumner"]) == 2
         assert "experiments: Default, other, runner" in capfd.readouterr().err
         assert main.run(["ui", f"uri={base}", "--port", "5001"]) == 2
-        assert "the server of uri is running already" in capfd.readouterr().err
+        assert "has no effect on the running server of uri" in capfd.readouterr().err
 
         family = psutil.Process(proc.pid).children(recursive=True)
         assert family

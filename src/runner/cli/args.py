@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +67,8 @@ def read(argv: list[str], usage: str, flags: Collection[str] = (), valued: Colle
     options: dict[str, str] = {}
     faults: list[Fault] = []
     outputs_dir, rest = "outputs", iter(argv)
-    for option in [option for option in (*valued, "outputs_dir", "uri") if _times(argv, option) > 1]:
+    counts = Counter(word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv))
+    for option in [option for option in (*valued, "outputs_dir", "uri") if counts[option] > 1]:
         remedy = "give it once: a command reads one MLflow store" if option == "uri" else "give it once"
         faults.append(Fault(option, "is given more than once", remedy))
     for word in rest:
@@ -90,12 +93,6 @@ def read(argv: list[str], usage: str, flags: Collection[str] = (), valued: Colle
     if faults:
         raise ConfigError(*faults)
     return Args(words, options, Path(outputs_dir).expanduser())
-
-
-def _times(argv: list[str], option: str) -> int:
-    """How many times an option is given."""
-    words = argv[: argv.index("--")] if "--" in argv else argv
-    return sum(word == option or word.startswith(f"{option}=") for word in words)
 
 
 def settings(words: Iterable[str], keys: Collection[str]) -> tuple[list[str], dict[str, str]]:

@@ -82,21 +82,18 @@ def _two_runs(runs: list[str], words: args.Args, uri: str | None) -> tuple[Recor
 def _text(ours: Recorded, theirs: Recorded, sections: Sequence[Section], numbers: Numbers, *, everything: bool) -> str:
     head = [Row("run", ours.where, theirs.where), Row("name", ours.name, theirs.name)]
     head += [Row("MLflow", ours.mlflow_id[:8], theirs.mlflow_id[:8])] if ours.mlflow_id or theirs.mlflow_id else []
-    tables = [("", head), *((section.title, _shown(section, everything)) for section in sections)]
-    cells = [(_key(row, title), *_values(row, title)) for title, rows in tables for row in rows]
+    tables = [(Section("", head), head), *((section, _shown(section, everything)) for section in sections)]
+    cells = [(_key(row, section.title), *_values(row, section.title)) for section, rows in tables for row in rows]
     widths = [max(len(cell[column]) for cell in cells) for column in range(2)]
     lines: list[str] = []
-    for title, rows in tables:
-        section = next((each for each in sections if each.title == title), None)
-        if not rows and not (section and (section.files or section.note)):
-            continue
-        lines += ["", title] if title else []
+    for section, rows in tables:
+        title = section.title
+        lines += ["", title] if title and (rows or section.files or section.note) else []
         for row in rows:
             key, (middle, right) = _key(row, title), _values(row, title)
             lines.append(f"{key:<{widths[0]}}  {middle:<{widths[1]}}  {right}{_change(row, title)}".rstrip())
-        if section:
-            lines += [f"  {changed}" for changed in section.files]
-            lines += [f"  {section.note}"] if section.note else []
+        lines += [f"  {changed}" for changed in section.files]
+        lines += [f"  {section.note}"] if section.note else []
     equal = [section.title for section in sections if not section.differs]
     lines += ["", f"the same: {', '.join(equal)}"] if equal else []
     return "\n".join([*lines, "", _verdict(numbers)])

@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
     if words is None:
         return 0
     run, overrides = args.trained_run(words, "evaluate", HELP.splitlines()[0])
+    limit = int(words.number("--limit", 10, least=1)) if words.has("--limit") else None
     _refuse_without_effect(words, overrides)
     node = evaluate_data.node(run.cfg["data"], overrides)
     tasks = words.options["--tasks"].split(",") if words.has("--tasks") else []
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     trained.quiet()
     order = _Order(run, words.has("--base"), ["python", "-m", "runner", "evaluate", *argv])
     if chosen is not None:
-        _evaluate_tasks(order, chosen, _limit(words))
+        _evaluate_tasks(order, chosen, limit)
     else:
         rows = _Rows(node, evaluate_data.is_other(overrides), words.options.get("--name"))
         _record(order, *_evaluated(order, rows))
@@ -108,14 +109,8 @@ def _refuse_without_effect(words: args.Args, overrides: list[str]) -> None:
         )
     if name is not None and not re.fullmatch(r"[\w.-]{1,100}", name):
         faults.append(Fault("--name", "is not a valid metric name", "use letters, digits, . - and _", name))
-    if words.has("--limit"):
-        words.number("--limit", 10, least=1)
     if faults:
         raise ConfigError(*faults)
-
-
-def _limit(words: args.Args) -> int | None:
-    return int(words.number("--limit", 1, least=1)) if words.has("--limit") else None
 
 
 def _evaluate_tasks(order: _Order, chosen: benchmarks.Chosen, limit: int | None) -> None:

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -155,14 +155,11 @@ def _write(run: Trained, order: _Order, aside: Path) -> Check | None:
     if order.kinds == ("adapter",):
         _copy(run, aside)
         return None
-    if "model" in order.kinds:
-        check = merge.write(run, aside, order.dtype)
+    keeps_model = "model" in order.kinds
+    with nullcontext(aside) if keeps_model else tempfile.TemporaryDirectory(dir=aside, prefix=".model-") as folder:
+        check = merge.write(run, Path(folder), order.dtype)
         if "gguf" in order.kinds:
-            gguf_export.convert(order.converter, aside, aside / f"{order.folder.name}.gguf", order.dtype)
-        return check
-    with tempfile.TemporaryDirectory(dir=aside, prefix=".model-") as whole:
-        check = merge.write(run, Path(whole), order.dtype)
-        gguf_export.convert(order.converter, Path(whole), aside / f"{order.folder.name}.gguf", order.dtype)
+            gguf_export.convert(order.converter, Path(folder), aside / f"{order.folder.name}.gguf", order.dtype)
     return check
 
 

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     words = args.read(argv, HELP, flags=("-f", "--follow"), valued=("--rank",))
     if words is None:
         return 0
-    rundir, rank = _named_run(words), _rank(words)
+    rundir, rank = _named_run(words), int(words.number("--rank", 0, least=0))
     with terminal.piped():
         if words.has("-f") or words.has("--follow"):
             return _follow(rundir, rank)
@@ -61,13 +61,6 @@ def _named_run(words: args.Args) -> RunDir:
     raise ConfigError(
         Fault("", f"'{words.words[0]}' is a sweep, and each of its runs has its own log", f"use one of these:{listed}")
     )
-
-
-def _rank(words: args.Args) -> int:
-    text = words.options.get("--rank", "0")
-    if not text.isdecimal():
-        raise ConfigError(Fault("--rank", "must be the rank of a process: 0, 1, …", HELP.splitlines()[0], text))
-    return int(text)
 
 
 def _show(rundir: RunDir, rank: int) -> None:

@@ -27,10 +27,12 @@ def run(argv: list[str]) -> int:
     """Run a command line and return its exit code. Errors are printed as one message, without a traceback."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about an optional package at import
     try:
-        if ranks.under_torchrun():
-            return _under_torchrun(argv)
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:
-            _check_accelerate()
+        if ranks.under_torchrun() or "ACCELERATE_MIXED_PRECISION" in os.environ:
+            from runner.launch import torchrun
+
+            if ranks.under_torchrun():  # rank 0 reads the command line, the other ranks follow it
+                return torchrun.among_several(lambda launcher: _hydra(argv, launcher))
+            torchrun.refuse_lonely()
         if argv == ["--version"]:
             return _version()
         if argv and _is_bare_word(argv[0]):
@@ -84,20 +86,6 @@ def _version() -> int:
     versions = provenance.versions()
     print("\n".join(f"{name} {versions[name]}" for name in sorted(versions, key=lambda name: name != "runner")))
     return 0
-
-
-def _check_accelerate() -> None:
-    """Refuse to run as the only process of an ``accelerate launch`` of several."""
-    from runner.launch import torchrun
-
-    torchrun.refuse_lonely()
-
-
-def _under_torchrun(argv: list[str]) -> int:
-    """Run one of several processes that torchrun or ``accelerate launch`` started; rank 0 reads the command line."""
-    from runner.launch import torchrun
-
-    return torchrun.among_several(lambda launcher: _hydra(argv, launcher))
 
 
 def _hydra(argv: list[str], joined: Joined | None = None) -> int:

@@ -43,7 +43,7 @@ RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflo
 
 OURS = "runner"
 """Tag of registered models that this program created."""
-PINNED = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2")
+PINNED = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2")
 ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]{1,255}", re.IGNORECASE)
 
 
@@ -220,8 +220,7 @@ def _pack(run: Trained, folder: Path, packed: Path, mlflow_run: Run, model_id: s
 
 def requirements() -> list[str]:
     """pip requirements to serve the model: the versions installed here."""
-    pinned = [f"{package}=={_version(package)}" for package in PINNED if _version(package)]
-    return [f"mlflow=={_version('mlflow')}", *pinned]
+    return [f"{package}=={version}" for package in PINNED if (version := _version(package))]
 
 
 def _version(package: str) -> str:

@@ -62,9 +62,7 @@ def main(argv: list[str]) -> int:
     uri = record.checked(settings["uri"]) if "uri" in settings else _embedded(words.outputs_dir)
     if store.is_server(uri):
         if port is not None:
-            raise ConfigError(
-                Fault("--port", "has no effect: the server of uri is running already", "leave it out", port)
-            )
+            raise ConfigError(Fault("--port", "has no effect on the running server of uri", "leave it out", port))
         _show(_page(uri, words.options.get("--experiment")), words)
         return 0
     if "--experiment" in words.options and uri.startswith("sqlite:"):
@@ -89,9 +87,7 @@ def _port_option(words: args.Args) -> int | None:
         return None
     text = words.options["--port"]
     if not text.isdecimal() or not 0 < int(text) <= LAST_PORT:
-        raise ConfigError(
-            Fault("--port", f"must be a whole number from 1 to {LAST_PORT}", "for example --port 5001", text)
-        )
+        raise ConfigError(Fault("--port", f"must be a whole number from 1 to {LAST_PORT}", "for example 5001", text))
     if problem := _why_taken(int(text)):
         remedy = f"--port {_next_free(int(text))} is free; or leave --port out"
         raise ConfigError(Fault("--port", problem, remedy, text))
