@@ -337,11 +337,11 @@ def test_what_is_noted_beside_a_worktree_goes_with_it(tmp_path: Path):
     for name in ("there", "gone"):
         for suffix in ("lock", "sha256"):
             (tmp_path / f".{name}.{suffix}").touch()
-    worktree._tidy(tmp_path)
+    worktree._remove_leftovers(tmp_path)
     assert len(list(tmp_path.iterdir())) == 5, "a process may be about to make it"
     for path in tmp_path.glob(".*"):
         os.utime(path, (1, 1))
-    worktree._tidy(tmp_path)
+    worktree._remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".there.lock", ".there.sha256", "there"]
 
 

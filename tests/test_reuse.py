@@ -117,11 +117,9 @@ def test_generate_reads_stdin_and_draws_the_same_with_the_same_seed(
 def test_an_empty_pipe_is_refused_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from runner.train import trained
-
     trained("first")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(trained, "load", None)
+    monkeypatch.setattr("runner.train.trained.load", None)
     code, out, err = said(capsys, "generate", "first")
     assert (code, out) == (2, "")
     assert "stdin is empty" in err
@@ -130,14 +128,13 @@ def test_an_empty_pipe_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize("name", ["first", "whole", "four"])
 def test_compare_asks_the_base_as_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str):
     from runner.cli import generate
-    from runner.train import trained
+    from runner.train.trained import load_base
 
     run = trained(name)
     loads = []
-    load = trained.load_base
-    monkeypatch.setattr(trained, "load_base", lambda *a, **k: loads.append(a) or load(*a, **k))
+    monkeypatch.setattr("runner.train.trained.load_base", lambda *a, **k: loads.append(a) or load_base(*a, **k))
     tables: list[Any] = []
-    monkeypatch.setattr(generate.console, "table", lambda *table: tables.append(table))
+    monkeypatch.setattr(generate.terminal, "table", lambda *table: tables.append(table))
     words = ("generate", name, "Hello!", "--max-new-tokens", "24", *(("--temperature", "1") if name == "whole" else ()))
     assert said(capsys, *words, "--compare")[0] == 0
     ((_, columns, [(base, tuned)]),) = tables
