@@ -1,7 +1,7 @@
-"""Hydra's door to this program: it accepts launchers and sweepers from the package ``hydra_plugins`` alone.
+"""Hydra plugins: the launcher and the sweeper that connect Hydra's multirun to this program.
 
-Every start of Hydra imports this file, so nothing heavy stands in it. The work is done by ``sweep.session.Session``,
-which ``python -m runner -m`` gives to Hydra in the place of a task function.
+Hydra finds plugins only in the package ``hydra_plugins`` and imports this file at every start: no heavy imports here.
+The work is done by ``sweep.session.Session``, which ``python -m runner -m`` passes to Hydra as the task function.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from omegaconf import DictConfig
 
 
 class RunnerLauncher(Launcher):
-    """Hands the jobs of any sweeper to the launcher that the configuration names: ``launcher=local`` and so on."""
+    """Run the jobs of any sweeper with the configured launcher (``launcher=local``, …)."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:  # noqa: ARG002
         self.session: Any = task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Train one run for each list of overrides; each returns its objective, the held-out loss."""
+        """Train one run per list of overrides; each returns its objective, the held-out loss."""
         returns: list[JobReturn] = self.session.launch(job_overrides, initial_job_idx)
         return returns
 
 
 class RunnerSweeper(Sweeper):
-    """Every combination of the swept values, composed once and launched together."""
+    """Grid sweep: compose every combination of the swept values once, then launch all of them together."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.session: Any = task_function

@@ -53,8 +53,8 @@ def empty_folder(folder: Path) -> None:
 
 COMPOSE: list[tuple[str, list[str], str]] = [
     ("misspelt group", ["modle=llama"], "did you mean 'model'"),
-    ("several values without -m", ["lora.r=4,8"], "has several values, and this is one run"),
-    ("several options without -m", ["quant=none,4bit"], "add -m: python -m runner -m"),
+    ("several values without -m", ["lora.r=4,8"], "has several values, but this is a single run"),
+    ("several options without -m", ["quant=none,4bit"], "add -m to sweep over them (python -m runner -m"),
     ("misspelt option", ["quant=4bits"], "did you mean '4bit'"),
     ("misspelt key", ["lora.rank_alpha=4"], "keys here: "),
     ("misspelt key with a neighbour", ["optim.learnin_rate=1e-4"], "did you mean 'learning_rate'"),

@@ -220,7 +220,7 @@ def test_a_damaged_neighbour_stops_nobody():
 def test_the_plan_shows_what_would_happen_and_writes_nothing(capfd: pytest.CaptureFixture[str]):
     assert main.run(["plan", *QUICK]) == 0
     said = capfd.readouterr().out
-    for word in ("parameters", "memory, GiB", "weights", "rows read", "% of their slots are used", "steps", "⟦"):
+    for word in ("parameters", "memory, GiB", "weights", "rows read", "% of the token slots are used", "steps", "⟦"):
         assert word in said, word
     assert not Path("outputs").exists()
 

@@ -79,7 +79,7 @@ def test_a_rerun_is_the_same_bit_by_bit_and_says_so(capfd: pytest.CaptureFixture
     assert main.run(["diff", "first", str(made.path)]) == 0
     said = capfd.readouterr().out
     assert "the same: configuration, code, environment, data, hardware" in said
-    assert "the same, bit by bit, at all 4 steps that both have" in said
+    assert "identical, bit by bit, at all 4 steps that both runs have" in said
 
 
 def test_other_numbers_are_found_where_they_begin(capfd: pytest.CaptureFixture[str]):
@@ -118,13 +118,13 @@ def test_where_and_how_may_be_changed_and_nothing_else(capfd: pytest.CaptureFixt
     capfd.readouterr()
 
     for words, said in (
-        (["lora.r=16", "seed=3"], "start that one: python -m runner model=tiny .*lora.r=16 seed=3"),
-        (["quant=4bit"], "would make it another run"),
+        (["lora.r=16", "seed=3"], "start a new run: python -m runner model=tiny .*lora.r=16 seed=3"),
+        (["quant=4bit"], "would change what is computed; a rerun accepts only where and how it runs"),
         (["train.maxsteps=1"], "error: train.maxsteps=1: no such key.*did you mean 'max_steps'"),
         (["quant=4bits"], "error: quant=4bits: no such option.*did you mean '4bit'"),
         (["trian.max_steps=1", "seed=3"], "error: trian.max_steps=1: no such key.*did you mean 'train'"),
-        (["resume=auto"], "means nothing to a rerun"),
-        (["hydra.run.dir=again"], "holds a run already"),
+        (["resume=auto"], "has no effect on a rerun"),
+        (["hydra.run.dir=again"], "contains a run already"),
         (["launcher.thread=1"], "did you mean 'threads'"),
         (["launcher=nowhere"], "no such option"),
         (["launcher=accelerate", "launcher.processes=2"], "each would train the same"),
@@ -144,7 +144,7 @@ def test_changed_data_is_refused_and_moved_data_is_found(tmp_path: Path, capfd: 
     original = trained("first", *mine)
     moved = data.rename(tmp_path / "moved.jsonl")
     assert main.run(["rerun", "first"]) == 2
-    assert "KEY=… names where they lie" in capfd.readouterr().err
+    assert "set KEY=… to their path here" in capfd.readouterr().err
     assert main.run(["rerun", "first", f"data.path={moved}"]) == 0
     assert "identical to the original" in capfd.readouterr().err
     made = the_rerun(original)
@@ -174,7 +174,7 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
     job = {"folder": str(begun.path), "label": "lora.r=4"}
     (sweep / "sweep.json").write_text(json.dumps({"name": "some", "jobs": {"x": job}}))
     for words, said in (
-        (["diff", "begun"], "compares two runs, and one is named"),
+        (["diff", "begun"], "needs two runs, not 1"),
         (["diff", "begun", "begun"], "are the same run"),
         (["diff", "begun", "waiting"], "has not begun: there is nothing to compare yet"),
         (["diff", "begun", "torn"], "cannot be read"),
@@ -186,7 +186,7 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
         (["diff", "begun", "nobody", "uri="], "needs a value"),
         (["diff", "--json", "--markdown", "begun", "torn"], "leave one of them out"),
         (["rerun"], "needs a run"),
-        (["rerun", "begun", "waiting"], "repeats one run, and 2 are named"),
+        (["rerun", "begun", "waiting"], "takes one run, not 2"),
         (["rerun", "waiting"], "has not begun.*resume="),
         (["rerun", "starting"], "starting is starting: there is nothing to repeat yet.*wait until it is through"),
         (["rerun", "nobody"], "there is no run or sweep 'nobody'"),
@@ -206,7 +206,7 @@ def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
     assert re.search(r"configuration\n +lora\.r +4 +8\n\n", said), "and no other key"
     assert re.search(r"train/loss +\S+ +\S+  \([+-]", said)
     assert "the same: where and how, code, environment, data, hardware" in said
-    assert "differs first at step 1: train/grad_norm" in said
+    assert "the metrics first differ at step 1: train/grad_norm" in said
 
     trained("coarse", "quant=8bit", "tracking.experiment=other")
     assert main.run(["diff", "eight", "coarse", "--all"]) == 0
@@ -337,11 +337,11 @@ def test_what_is_noted_beside_a_worktree_goes_with_it(tmp_path: Path):
     for name in ("there", "gone"):
         for suffix in ("lock", "sha256"):
             (tmp_path / f".{name}.{suffix}").touch()
-    worktree._tidy(tmp_path)
+    worktree._remove_leftovers(tmp_path)
     assert len(list(tmp_path.iterdir())) == 5, "a process may be about to make it"
     for path in tmp_path.glob(".*"):
         os.utime(path, (1, 1))
-    worktree._tidy(tmp_path)
+    worktree._remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".there.lock", ".there.sha256", "there"]
 
 
@@ -494,5 +494,5 @@ def test_weights_have_a_digest_of_their_values_alone(tmp_path: Path):
 
 
 def test_the_first_word_is_the_run_even_if_it_looks_like_an_override():
-    assert rerun._apart(["lora.r=8", "launcher.threads=1"]) == ("lora.r=8", ["launcher.threads=1"])
-    assert rerun._apart(["launcher.threads=1", "first"]) == ("first", ["launcher.threads=1"])
+    assert rerun._split(["lora.r=8", "launcher.threads=1"]) == ("lora.r=8", ["launcher.threads=1"])
+    assert rerun._split(["launcher.threads=1", "first"]) == ("first", ["launcher.threads=1"])

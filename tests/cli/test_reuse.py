@@ -117,27 +117,24 @@ def test_generate_reads_stdin_and_draws_the_same_with_the_same_seed(
 def test_an_empty_pipe_is_refused_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from runner.train import trained
-
     trained("first")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(trained, "load", None)
+    monkeypatch.setattr("runner.train.trained.load", None)
     code, out, err = said(capsys, "generate", "first")
     assert (code, out) == (2, "")
-    assert "nothing came from stdin" in err
+    assert "stdin is empty" in err
 
 
 @pytest.mark.parametrize("name", ["first", "whole", "four"])
 def test_compare_asks_the_base_as_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str):
     from runner.cli import generate
-    from runner.train import trained
+    from runner.train.trained import load_base
 
     run = trained(name)
     loads = []
-    load = trained.load_base
-    monkeypatch.setattr(trained, "load_base", lambda *a, **k: loads.append(a) or load(*a, **k))
+    monkeypatch.setattr("runner.train.trained.load_base", lambda *a, **k: loads.append(a) or load_base(*a, **k))
     tables: list[Any] = []
-    monkeypatch.setattr(generate.console, "table", lambda *table: tables.append(table))
+    monkeypatch.setattr(generate.terminal, "table", lambda *table: tables.append(table))
     words = ("generate", name, "Hello!", "--max-new-tokens", "24", *(("--temperature", "1") if name == "whole" else ()))
     assert said(capsys, *words, "--compare")[0] == 0
     ((_, columns, [(base, tuned)]),) = tables
@@ -405,9 +402,9 @@ def test_what_cannot_be_registered_is_refused(capsys: pytest.CaptureFixture[str]
     client = mlflow.MlflowClient(run.read_manifest()["mlflow"]["uri"])
     client.create_registered_model("theirs")
     for words, part in {
-        ("first", "theirs"): "has not made",
-        ("first", "a/b"): "is no name for a model",
-        ("first", "bot", "--alias", "v1"): "is no name for an alias",
+        ("first", "theirs"): "did not create",
+        ("first", "a/b"): "is not a valid model name",
+        ("first", "bot", "--alias", "v1"): "is not a valid alias",
         ("first",): "needs a name",
     }.items():
         code, _, err = said(capsys, "register", *words)
@@ -493,9 +490,9 @@ def test_what_cannot_be_evaluated_is_refused(capsys: pytest.CaptureFixture[str],
         ("data.pth=x",): "no such key",
         ("data=locl",): "did you mean 'local'",
         ("data=local", "data.path=nowhere.jsonl"): "no such file",
-        ("rows.jsonl",): "is no override",
-        ("--limit", "3"): "is for --tasks",
-        ("--name", "a/b"): "is no name",
+        ("rows.jsonl",): "is not an override",
+        ("--limit", "3"): "has no effect without --tasks",
+        ("--name", "a/b"): "is not a valid metric name",
     }.items():
         code, _, err = said(capsys, "evaluate", "first", *words)
         assert (code, part in err) == (2, True), (words, err)
@@ -536,8 +533,8 @@ def test_tasks_of_lm_eval_from_a_local_file(capsys: pytest.CaptureFixture[str], 
     with rows.open("a") as handle:
         handle.write('{"q": "2+2=", "choices": ["4", "5"], "answer": 0}\n')
     for refused, part in {
-        words: "--tasks=local_faq: has been measured on other rows (3 of the task local_faq)",
-        ("evaluate", "first", "--name", "local_faq"): "--name=local_faq: has been measured on other rows",
+        words: "--tasks=local_faq: was used before for other rows (3 of the task local_faq)",
+        ("evaluate", "first", "--name", "local_faq"): "--name=local_faq: was used before for other rows",
         ("evaluate", "first", "--tasks", "arc_esy"): "did you mean",
     }.items():
         code, _, err = said(capsys, *refused)

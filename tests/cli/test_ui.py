@@ -72,16 +72,16 @@ def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixtu
         assert main.run(["ui", f"uri={base}", "--experiment", "other"]) == 0
         assert capfd.readouterr().out.split()[-1] != page
         assert main.run(["ui", f"uri={base}", "--experiment", "rumner"]) == 2
-        assert "those there are: Default, other, runner" in capfd.readouterr().err
+        assert "experiments: Default, other, runner" in capfd.readouterr().err
         assert main.run(["ui", f"uri={base}", "--port", "5001"]) == 2
-        assert "that server runs already" in capfd.readouterr().err
+        assert "has no effect on the running server of uri" in capfd.readouterr().err
 
         family = psutil.Process(proc.pid).children(recursive=True)
         assert family
         proc.send_signal(signal.SIGINT)
         assert proc.wait(60) == 0
         assert not [member for member in family if member.is_running()]
-        assert "Ctrl-C ends it" in proc.communicate()[1]
+        assert "press Ctrl-C to stop" in proc.communicate()[1]
 
 
 def test_a_port_that_is_taken(outputs: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -89,11 +89,11 @@ def test_a_port_that_is_taken(outputs: Path, capfd: pytest.CaptureFixture[str], 
         port = taken.getsockname()[1]
         assert main.run(["ui", f"outputs_dir={outputs}", "--port", str(port)]) == 2
         said = capfd.readouterr().err
-        assert f"--port={port}: is taken by another program" in said
+        assert f"--port={port}: is in use by another program" in said
         assert "is free; or leave --port out" in said
         monkeypatch.setattr(ui, "FIRST_PORT", port)
         assert ui._free_port() > port
-        assert f"port {port} is taken; the next that is free is" in capfd.readouterr().err
+        assert f"port {port} is in use; using " in capfd.readouterr().err
 
 
 def test_an_experiment_that_is_not_there_is_refused_before_mlflow_starts(
@@ -101,8 +101,8 @@ def test_an_experiment_that_is_not_there_is_refused_before_mlflow_starts(
 ):
     assert main.run(["ui", f"outputs_dir={outputs}", "--experiment", "rumner"]) == 2
     said = capfd.readouterr().err
-    assert "did you mean 'runner'? those there are: Default, other, runner" in said
-    assert "MLflow is starting" not in said
+    assert "did you mean 'runner'? experiments: Default, other, runner" in said
+    assert "starting MLflow" not in said
 
 
 @pytest.mark.slow
@@ -135,13 +135,13 @@ def test_what_ui_does_not_do_is_said(tmp_path: Path, capfd: pytest.CaptureFixtur
     with busy() as nobody:
         port = nobody.getsockname()[1]
     for words, said in (
-        ([f"outputs_dir={tmp_path}"], "there is nothing in MLflow yet"),
-        ([f"outputs_dir={tmp_path}/none"], "is no folder"),
+        ([f"outputs_dir={tmp_path}"], "no runs in MLflow yet"),
+        ([f"outputs_dir={tmp_path}/none"], "is not a folder"),
         (["--port", "high"], "must be a whole number"),
         (["--port=70000"], "must be a whole number"),
         (["--prot", "1"], "did you mean '--port'"),
-        (["some"], "ui does not know this word"),
-        ([f"uri=http://127.0.0.1:{port}"], "does not answer as an MLflow server does"),
+        (["some"], "unexpected argument of ui"),
+        ([f"uri=http://127.0.0.1:{port}"], "does not answer like an MLflow server"),
         (["uri=ftp://somewhere"], "no scheme that MLflow can be reached by"),
     ):
         assert main.run(["ui", *words]) == 2, words

@@ -431,7 +431,7 @@ def test_a_recycled_pid_is_never_signalled(processes: list[subprocess.Popen[str]
     assert run_status.holder(rundir) is None
     code, out, _ = said_of("cancel", "a/1", capsys=capsys)
     assert (code, stranger.poll()) == (0, None)
-    assert "nothing to cancel, it is killed" in out
+    assert "nothing to cancel, the run is killed" in out
     assert rundir.read_state().reason == DIED
 
 
@@ -441,7 +441,7 @@ def test_what_is_over_is_left_as_it_is(capsys: pytest.CaptureFixture[str]):
     for rundir in runs:
         code, out, _ = said_of("cancel", str(rundir.path), capsys=capsys)
         assert code == 0
-        assert f"nothing to cancel, it is {rundir.read_state().status}" in out
+        assert f"nothing to cancel, the run is {rundir.read_state().status}" in out
         assert not rundir.cancel_request.exists()
     assert [rundir.state.read_bytes() for rundir in runs] == before
 
@@ -486,7 +486,7 @@ def test_cancelling_runs_of_a_queue_and_then_all_of_it(
 
     code, out, _ = said_of("cancel", "seeds", capsys=capsys)
     assert code == 0
-    assert "nothing to cancel in 2 runs that are over: 2 killed" in out
+    assert "nothing to cancel: 2 runs have ended already (2 killed)" in out
     assert processes[0].wait(60) == 1, "none is completed, and the queue itself was not stopped"
     assert [rundir.read_state().status for rundir in sweep.rundirs()] == ["killed"] * 4
     assert [rundir.read_state().attempt for rundir in sweep.rundirs()] == [1, 1, 0, 0]
@@ -658,7 +658,7 @@ def test_the_verbs_load_nothing_heavy_where_there_are_runs(verb: str, processes:
     code = f"from runner.cli import main\nimport sys\nmain.run(['{verb}', 'a/1'])\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
-    assert "runner.standing" in loaded
+    assert "runner.tracking.run_status" in loaded
     assert not loaded & {"torch", "transformers", "mlflow", "peft", "datasets", "submitit", "hydra", "omegaconf"}
 
 

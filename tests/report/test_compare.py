@@ -326,7 +326,7 @@ def test_runs_of_several_stores_do_not_stand_side_by_side(here: Path, capsys: py
     store.create_run(client, store.experiment_id(client, "runner", here), "some id", "theirs", 1.7e9)
     played(a_sweep("outputs/sweeps/mine"), 4, 1.0)
     for words, told in {
-        ("uri=theirs.db", "uri=other.db"): "uri: is given more than once.*runs of several MLflow stores do not stand",
+        ("uri=theirs.db", "uri=other.db"): "uri: is given more than once.*a command reads one MLflow store",
         ("uri=theirs.db", "theirs", "outputs/sweeps/mine"): "no experiment, sweep or run 'outputs/sweeps/mine' in "
         "sqlite:.*theirs.db.*folders are compared without uri=",
         ("uri=theirs.db", "runner", "mine"): "'runner' is an experiment, and mine is not",
@@ -499,7 +499,7 @@ def test_pictures_are_written(here: Path, capsys: pytest.CaptureFixture[str]):
         (["--html"], "--html: needs a value"),
         (["--html", "--csv"], "--html: needs a value"),
         (["--wher", "x=1"], "no such option.*did you mean '--where'"),
-        (["--csv", "--json"], "is more than one form"),
+        (["--csv", "--json"], "are several output formats"),
         (["--sort", "loss", "--sort", "r"], "--sort: is given more than once"),
         (["uri=a.db", "uri=b.db"], "uri: is given more than once"),
         (["--metrics", "nothing"], "no run has the metric 'nothing'.*metrics here: eval/best_loss, eval/loss"),
@@ -508,7 +508,7 @@ def test_pictures_are_written(here: Path, capsys: pytest.CaptureFixture[str]):
         (["--png", "file"], "--png=file: cannot be written"),
         (["uri=nothing.db"], "there is no such database"),
         (["uri=http://127.0.0.1:9", "x"], "the server, http://127.0.0.1:9.*refused"),
-        (["outputs_dir=empty"], "there are no runs below empty yet"),
+        (["outputs_dir=empty"], "no runs below empty yet"),
         (["waiting"], "none of the 2 runs is completed: 2 pending.*(lora.r=4|000-job)"),
     ],
 )

@@ -131,7 +131,10 @@ REFUSED = [
         ["-m", "search=tpe", "search.space={lora.r: [4,8]}"],
         "search.space.lora.r=[4, 8]: must be one text, in Hydra's sweep syntax\n    → write lora.r: '4,8'",
     ),
-    (["-m", "search=tpe", RATES, "--cfg", "job", "--package", "search"], "leave -m out to see the configuration"),
+    (
+        ["-m", "search=tpe", RATES, "--cfg", "job", "--package", "search"],
+        "--cfg=job: shows one configuration, but -m composes several\n    → leave -m out",
+    ),
     (["-m", "search=tpe", "lora.rank=int(interval(1,4))"], "no such key"),
     (["-m", "search=tpe", "quant=4bit,9bit"], "did you mean '8bit'"),
     (["-m", "search=tpe", "tracking.run_name=a,b"], "cannot be searched over"),

@@ -595,7 +595,7 @@ def test_sync_of_offline_dead_and_broken_runs(outputs: Path) -> None:
 def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rundir = finish(make_run(outputs))
     assert sync_verb.main([str(outputs)]) == 0
-    assert capsys.readouterr().out == f"{rundir.path}  completed  is in MLflow\n"
+    assert capsys.readouterr().out == f"{rundir.path}  completed  uploaded\n"
     before = rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()
     with pytest.raises(TrackingError, match="refused") as refused:
         sync_verb.main([str(outputs), "uri=http://127.0.0.1:9"])
@@ -605,7 +605,7 @@ def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkey
     assert (rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()) == before
     assert capsys.readouterr().out == "", "what is in MLflow, and nothing else"
     assert sync_verb.main(["run", f"outputs_dir={outputs}"]) == 0
-    assert capsys.readouterr().out == f"{rundir.path}  completed  is in MLflow\n"
+    assert capsys.readouterr().out == f"{rundir.path}  completed  uploaded\n"
     assert sync_verb.main(["--help"]) == 0
     assert "uri=URI" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--force: no such option"):

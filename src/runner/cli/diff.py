@@ -1,4 +1,4 @@
-"""The verb ``diff``: what two runs were asked for, made of and came to, side by side."""
+"""The verb ``diff``: configuration, code, data, hardware and results of two runs, side by side."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Two runs side by side: configuration, code (commit, uncommitted changes, the fil
 data, hardware and results. Only what differs is shown.
 
   python -m runner diff outputs/2026-01-31/12-00-00 outputs/2026-01-31/12-30-00
-  python -m runner diff lora.r=8 lora.r=16 --all      two jobs of a sweep, with what is the same
-  python -m runner diff 3f2a 91c0 uri=https://…       two runs whose folders lie on other machines
-  python -m runner diff 3f2a outputs/mine --patch     the lines of code too
+  python -m runner diff lora.r=8 lora.r=16 --all      two jobs of a sweep, equal values too
+  python -m runner diff 3f2a 91c0 uri=https://…       two runs whose folders are on other machines
+  python -m runner diff 3f2a outputs/mine --patch     with the lines of code
 
 RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
-  --all       what is the same too
-  --patch     the lines of code that differ, uncommitted changes included
-  --json      for programs, with everything: {"runs", "sections", "files", "numbers"}
-  --markdown  tables to paste
-  uri=URI     the MLflow store that has runs which lie on no disk here
-The exit code is 0, whether they differ or not."""
+  --all       also values that are equal
+  --patch     the lines of code that differ, with uncommitted changes
+  --json      everything, for programs: {"runs", "sections", "files", "numbers"}
+  --markdown  the same as Markdown tables
+  uri=URI     the MLflow store with runs whose folders are not on this machine
+The exit code is 0, whether the runs differ or not."""
 
 WIDEST = 60
-"""Characters of a value; longer ones are cut in the middle, where they are not asked for as JSON."""
+"""Characters of a value; longer values are cut in the middle, but not in JSON."""
 _FRACTION = re.compile(r"-?\d+\.\d+(e-?\d+)?")
 _DIGEST = re.compile(r"[0-9a-f]{32,}")
 
@@ -43,16 +43,16 @@ def main(argv: list[str]) -> int:
     """The verb; returns the exit code.
 
     Raises:
-        ConfigError: not two runs, twice the same, one that never began, or one that is not there.
+        ConfigError: not two runs, the same run twice, a run that never started, or an unknown run.
     """
     flags = ("--all", "--patch", "--json", "--markdown")
     words = args.read(argv, HELP, flags=flags)
     if words is None:
         return 0
     if words.has("--json") and words.has("--patch"):
-        raise ConfigError(Fault("--patch", "the lines of code do not go into JSON", "leave out --patch or --json"))
+        raise ConfigError(Fault("--patch", "has no effect with --json", "leave one of them out"))
     runs, settings = args.settings(words.words, ("uri",))
-    ours, theirs = _the_two(runs, words, settings.get("uri"))
+    ours, theirs = _two_runs(runs, words, settings.get("uri"))
     sections, numbers = diff.of(ours, theirs), diff.numbers(ours.curves, theirs.curves)
     with terminal.piped():
         if words.has("--json"):
@@ -61,20 +61,19 @@ def main(argv: list[str]) -> int:
             shown = _markdown if words.has("--markdown") else _text
             print(shown(ours, theirs, sections, numbers, everything=words.has("--all")))
             if words.has("--patch"):
-                print(f"\n{diff.patch(ours, theirs)}".rstrip() or "\nno lines of code differ, as far as git can say")
+                print(f"\n{diff.patch(ours, theirs)}".rstrip() or "\nno lines of code differ, according to git")
     return 0
 
 
-def _the_two(runs: list[str], words: args.Args, uri: str | None) -> tuple[Recorded, Recorded]:
+def _two_runs(runs: list[str], words: args.Args, uri: str | None) -> tuple[Recorded, Recorded]:
     if len(runs) != 2:
-        named = "one is named" if len(runs) == 1 else f"{len(runs) or 'none'} are named"
-        raise ConfigError(Fault("diff", f"compares two runs, and {named}", HELP.splitlines()[0]))
+        raise ConfigError(Fault("diff", f"needs two runs, not {len(runs)}", HELP.splitlines()[0]))
     if words.has("--json") and words.has("--markdown"):
-        raise ConfigError(Fault("--markdown", "does not go with --json", "leave one of them out"))
+        raise ConfigError(Fault("--markdown", "cannot be combined with --json", "leave one of them out"))
     ours, theirs = (record.find(word, words.outputs_dir, uri) for word in runs)
     if ours.manifest.get("id") == theirs.manifest.get("id"):
         problem = f"'{runs[0]}' and '{runs[1]}' are the same run, {ours.where}"
-        raise ConfigError(Fault("diff", problem, "name two: python -m runner status lists them"))
+        raise ConfigError(Fault("diff", problem, "give two different runs: python -m runner status lists them"))
     for run in (ours, theirs):
         record.refuse_unbegun(run, "there is nothing to compare yet")
     return ours, theirs
@@ -83,23 +82,20 @@ def _the_two(runs: list[str], words: args.Args, uri: str | None) -> tuple[Record
 def _text(ours: Recorded, theirs: Recorded, sections: Sequence[Section], numbers: Numbers, *, everything: bool) -> str:
     head = [Row("run", ours.where, theirs.where), Row("name", ours.name, theirs.name)]
     head += [Row("MLflow", ours.mlflow_id[:8], theirs.mlflow_id[:8])] if ours.mlflow_id or theirs.mlflow_id else []
-    tables = [("", head), *((section.title, _shown(section, everything)) for section in sections)]
-    cells = [(_key(row, title), *_values(row, title)) for title, rows in tables for row in rows]
+    tables = [(Section("", head), head), *((section, _shown(section, everything)) for section in sections)]
+    cells = [(_key(row, section.title), *_values(row, section.title)) for section, rows in tables for row in rows]
     widths = [max(len(cell[column]) for cell in cells) for column in range(2)]
     lines: list[str] = []
-    for title, rows in tables:
-        section = next((each for each in sections if each.title == title), None)
-        if not rows and not (section and (section.files or section.note)):
-            continue
-        lines += ["", title] if title else []
+    for section, rows in tables:
+        title = section.title
+        lines += ["", title] if title and (rows or section.files or section.note) else []
         for row in rows:
-            left, (middle, right) = _key(row, title), _values(row, title)
-            lines.append(f"{left:<{widths[0]}}  {middle:<{widths[1]}}  {right}{_change(row, title)}".rstrip())
-        if section:
-            lines += [f"  {changed}" for changed in section.files]
-            lines += [f"  {section.note}"] if section.note else []
-    alike = [section.title for section in sections if not section.differs]
-    lines += ["", f"the same: {', '.join(alike)}"] if alike else []
+            key, (middle, right) = _key(row, title), _values(row, title)
+            lines.append(f"{key:<{widths[0]}}  {middle:<{widths[1]}}  {right}{_change(row, title)}".rstrip())
+        lines += [f"  {changed}" for changed in section.files]
+        lines += [f"  {section.note}"] if section.note else []
+    equal = [section.title for section in sections if not section.differs]
+    lines += ["", f"the same: {', '.join(equal)}"] if equal else []
     return "\n".join([*lines, "", _verdict(numbers)])
 
 
@@ -145,7 +141,7 @@ def _key(row: Row, title: str) -> str:
 
 
 def _values(row: Row, title: str) -> tuple[str, str]:
-    """Both values as they are shown: results with six digits, unless they look the same then."""
+    """Both values as text: results with six digits, or with all digits if they would look equal."""
     ours, theirs = (
         f"{float(text):.6g}" if title == "results" and _FRACTION.fullmatch(text) else text
         for text in (row.ours, row.theirs)
@@ -171,8 +167,8 @@ def _change(row: Row, title: str) -> str:
 
 def _verdict(numbers: Numbers) -> str:
     if not numbers.steps:
-        return "they have no step in common at which the same was measured"
+        return "the runs have no step in common with the same metrics"
     if numbers.first is None:
-        return f"losses and evaluations are the same, bit by bit, at all {numbers.steps} steps that both have"
+        return f"losses and evaluations are identical, bit by bit, at all {numbers.steps} steps that both runs have"
     step, name, ours, theirs = numbers.first
-    return f"what they measured differs first at step {step}: {name} {ours!r}, then {theirs!r}"
+    return f"the metrics first differ at step {step}: {name} {ours!r} and {theirs!r}"

@@ -1,4 +1,4 @@
-"""The verb ``export``: a trained model as others load it: a plain PEFT adapter, a whole model, a GGUF file."""
+"""The verb ``export``: write a trained model as a PEFT adapter, a whole model or a GGUF file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 HELP = """python -m runner export RUN [DIR] [--merged] [--gguf] [--dtype DTYPE]
 
-Writes what a run has trained, with its tokenizer and a model card, where others load it without this program.
+Writes the model of a run, with its tokenizer and a model card, so that other programs can load it.
 
   python -m runner export first                     the adapter, for plain PEFT, in outputs/exports/first
   python -m runner export first my/model --merged   the whole model, for plain transformers (vLLM, TGI, …)
   python -m runner export first --gguf              the whole model as one file, for llama.cpp
 
 RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; DIR a folder that does
-not exist, or is empty.
-  --merged       the adapter is added to the base in full precision, also where the run was trained on 4 or 8 bits; the
-                 logits are held against those of base and adapter on rows of the run, and differ by 1e-4 at most
-                 (by 1e-5 of the largest, where the model is too large to be computed in float64)
-  --gguf         by llama.cpp's convert_hf_to_gguf.py, which must be on the PATH
-  --dtype DTYPE  of a whole model: float32, bfloat16, float16; by default that of the base, of GGUF 16 bits
-  model.path=FOLDER   where the base model lies now, if not where it lay"""
+not exist or is empty.
+  --merged       add the adapter to the base weights in full precision, also if the run was trained on 4 or 8 bits; the
+                 logits are compared with those of base and adapter on rows of the run, and may differ by 1e-4 at most
+                 (by 1e-5 of the largest logit, if the model is too large to be computed in float64)
+  --gguf         converted by llama.cpp's convert_hf_to_gguf.py, which must be on the PATH
+  --dtype DTYPE  dtype of a whole model: float32, bfloat16, float16; default: as the base model, for GGUF 16 bits
+  model.path=FOLDER   the base model, if it was moved since the run"""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,13 +47,13 @@ def main(argv: list[str]) -> int:
     """The verb; returns the exit code.
 
     Raises:
-        ConfigError: no RUN, one without a model, a folder that is not empty, no converter, an option without effect.
-        TrainingError: merging changed what the model says.
+        ConfigError: no RUN, a run without a model, a folder that is not empty, no converter, an option without effect.
+        TrainingError: merging changed the logits of the model.
     """
     words = args.read(argv, HELP, flags=("--merged", "--gguf"), valued=("--dtype",))
     if words is None:
         return 0
-    run, rest = args.asked_for(words, "export", HELP.splitlines()[0])
+    run, rest = args.trained_run(words, "export", HELP.splitlines()[0])
     order = _order(words, run, rest)
     base = run.base.path if run.is_adapter else str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
     trained.quiet()
@@ -66,13 +66,13 @@ def main(argv: list[str]) -> int:
     files = sorted(order.folder.iterdir())
     size = sum(path.stat().st_size for path in files)
     terminal.say(f"export   {terminal.nearest(order.folder)}  ({', '.join(order.kinds)}, {size / 2**20:.1f} MiB)")
-    terminal.say(f"load     {terminal.nearest(order.folder / 'README.md')} says how")
+    terminal.say(f"load     see {terminal.nearest(order.folder / 'README.md')}")
     return 0
 
 
 @dataclass(frozen=True)
 class _Order:
-    """What is to be written, and where."""
+    """What to write, and where."""
 
     folder: Path
     kinds: tuple[model_card.Kind, ...]
@@ -90,9 +90,9 @@ def _order(words: args.Args, run: Trained, rest: list[str]) -> _Order:
     dtype = words.options.get("--dtype")
     if dtype is not None and dtype not in DTYPES:
         remedy = f"{suggest(dtype, DTYPES)} one of {', '.join(DTYPES)}".strip()
-        faults.append(Fault("--dtype", "no such number format", remedy, dtype))
+        faults.append(Fault("--dtype", "no such dtype", remedy, dtype))
     elif dtype is not None and not (whole or words.has("--gguf")):
-        remedy = "add --merged, or leave it out: the adapter is exported as it is"
+        remedy = "add --merged, or leave it out: an adapter keeps its dtype"
         faults.append(Fault("--dtype", "has no effect on an adapter", remedy, dtype))
     gguf_only = words.has("--gguf") and not words.has("--merged")
     kinds: list[model_card.Kind] = [] if gguf_only else ["model" if whole else "adapter"]
@@ -111,7 +111,7 @@ def _order(words: args.Args, run: Trained, rest: list[str]) -> _Order:
 
 
 def default_name(run: Trained, kinds: list[model_card.Kind]) -> str:
-    """The run's name as a folder: with what is in it, unless that is an adapter or a model trained whole."""
+    """A folder name from the name of the run, with the suffix -merged or -gguf for such a model."""
     manifest = run.rundir.read_manifest()
     name = str(manifest.get("name") or run.rundir.path.name)
     if label := manifest.get("label"):
@@ -123,46 +123,43 @@ def default_name(run: Trained, kinds: list[model_card.Kind]) -> str:
 
 def _folder_faults(folder: Path) -> Iterator[Fault]:
     if folder.is_file():
-        yield Fault("DIR", "is a file", "name a folder that does not exist, or is empty", folder)
-    elif folder.is_dir() and any(folder.iterdir()):
-        yield Fault("DIR", "is not empty", "name another folder; nothing is written over", folder)
+        yield Fault("DIR", "is a file", "give a folder that does not exist or is empty", folder)
+    elif _has_files(folder):
+        yield Fault("DIR", "is not empty", "give another folder; existing files are never overwritten", folder)
 
 
 @contextmanager
 def written_or_refused(folder: Path) -> Iterator[Path]:
-    """A folder to write into which takes the place of ``folder`` at the end, or vanishes with what was made for it."""
-    above = [path for path in folder.parents if not path.exists()]
+    """A temporary folder that is renamed to ``folder`` at the end; after an error nothing remains."""
+    new_parents = [path for path in folder.parents if not path.exists()]
     try:
         with model_folder.written_aside(folder) as aside:
             yield aside
-            if _lies_there(folder):
-                raise ConfigError(Fault("DIR", "is not empty any more", "name another folder", folder))
+            if _has_files(folder):
+                raise ConfigError(Fault("DIR", "is not empty any more", "give another folder", folder))
     except BaseException as error:
-        for path in above:
+        for path in new_parents:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
         if isinstance(error, OSError):
-            raise ConfigError(Fault("DIR", f"cannot be written: {error}", "name another folder", folder)) from error
+            raise ConfigError(Fault("DIR", f"cannot be written: {error}", "give another folder", folder)) from error
         raise
 
 
-def _lies_there(folder: Path) -> bool:
+def _has_files(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
 def _write(run: Trained, order: _Order, aside: Path) -> Check | None:
-    """Everything but the card; returns what came out of checking a merged model."""
+    """Write everything but the model card; returns the check of a merged model."""
     if order.kinds == ("adapter",):
         _copy(run, aside)
         return None
-    if "model" in order.kinds:
-        check = merge.write(run, aside, order.dtype)
+    keeps_model = "model" in order.kinds
+    with nullcontext(aside) if keeps_model else tempfile.TemporaryDirectory(dir=aside, prefix=".model-") as folder:
+        check = merge.write(run, Path(folder), order.dtype)
         if "gguf" in order.kinds:
-            gguf_export.convert(order.converter, aside, aside / f"{order.folder.name}.gguf", order.dtype)
-        return check
-    with tempfile.TemporaryDirectory(dir=aside, prefix=".model-") as whole:
-        check = merge.write(run, Path(whole), order.dtype)
-        gguf_export.convert(order.converter, Path(whole), aside / f"{order.folder.name}.gguf", order.dtype)
+            gguf_export.convert(order.converter, Path(folder), aside / f"{order.folder.name}.gguf", order.dtype)
     return check
 
 

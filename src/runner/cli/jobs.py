@@ -1,4 +1,4 @@
-"""The jobs of a command line: composed and checked before anything is written."""
+"""Compose and check the jobs of a command line before anything is written."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from runner.errors import ConfigError, Fault
 
-OF_SWEEPS = ("sweep", "search", "launcher.parallel", "launcher.array_parallelism")
-"""What keys begin with that mean nothing to one run."""
+SWEEP_KEYS = ("sweep", "search", "launcher.parallel", "launcher.array_parallelism")
+"""Prefixes of keys that have no effect on a single run."""
 
 
 @contextmanager
 def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
-    """Compose and check every run of a command line, before anything is written; yields (composer, jobs).
+    """Compose and check every job of a command line; yields (composer, jobs).
 
-    Of a search, whose runs are not known, the first of those that stand for its space.
+    The runs of a search are not known in advance: it yields one job of its search space.
 
     Raises:
-        ConfigError: with the faults of all of them.
+        ConfigError: with the faults of all jobs.
     """
     from runner.config import compose
     from runner.launch import prepare
@@ -29,11 +29,11 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         if not may_sweep(args):
-            refuse_of_sweeps(composer)
+            refuse_sweep_keys(composer)
         if not composer.is_sweep():
             jobs = [composer.single()]
-        elif wanted := search.asked_for(composer):
-            yield composer, [search.planned(composer, wanted)]
+        elif settings := search.asked_for(composer):
+            yield composer, [search.planned(composer, settings)]
             return
         else:
             jobs = composer.jobs(composer.grid(args.overrides))
@@ -42,20 +42,26 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def may_sweep(args: Any) -> bool:
-    """Whether the command line asks for a sweep; where ``hydra.mode`` is given Hydra has to be asked."""
+    """Whether the command line may start a sweep. With ``hydra.mode=…`` only Hydra can decide."""
     return args.multirun or any(override.startswith("hydra.mode=") for override in args.overrides)
 
 
-def refuse_of_sweeps(composer: Any) -> None:
-    """Refuse, for one run, what only a sweep heeds."""
-    given = (override.partition("=") for override in composer.args.overrides)
-    told = {
-        key.lstrip("+"): value for key, _, value in given
-        if key.lstrip("+").startswith(OF_SWEEPS) and value not in ("null", "grid")
+def refuse_sweep_keys(composer: Any) -> None:
+    """Refuse keys that have no effect on a single run, and keys with several values.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    overrides = (override.partition("=") for override in composer.args.overrides)
+    ignored = {
+        key.lstrip("+"): value for key, _, value in overrides
+        if key.lstrip("+").startswith(SWEEP_KEYS) and value not in ("null", "grid")
     }  # fmt: skip
-    faults = [Fault(key, "has no effect without -m", "add -m, or leave it out", told[key]) for key in told]
+    faults = [
+        Fault(key, "has no effect without -m", "add -m, or leave it out", value) for key, value in ignored.items()
+    ]
     for key, _, values in (text.partition("=") for text in composer.swept):
-        remedy = "add -m: python -m runner -m …; or quote it, if it is one value"
-        faults.append(Fault(key, "has several values, and this is one run", remedy, values))
+        remedy = "add -m to sweep over them (python -m runner -m …), or quote the value if it is one"
+        faults.append(Fault(key, "has several values, but this is a single run", remedy, values))
     if faults:
         raise ConfigError(*faults)

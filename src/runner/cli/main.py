@@ -1,4 +1,7 @@
-"""The command line: a bare verb first, or Hydra's grammar. Exit codes: 0, 1 failed, 2 refused, 75, 130."""
+"""The command line: a verb with its arguments, or Hydra's overrides (train or sweep).
+
+Exit codes: 0 completed, 1 failed, 2 refused, 75 preempted, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,29 @@ if TYPE_CHECKING:
 
 
 def run(argv: list[str]) -> int:
-    """Do what the words ask for; returns the exit code, with a refusal told in one message."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package whenever it is imported
+    """Run a command line and return its exit code. Errors are printed as one message, without a traceback."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about an optional package at import
     try:
-        if ranks.under_torchrun():
-            return _among_several(argv)
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:
-            _refuse_lonely()
+        if ranks.under_torchrun() or "ACCELERATE_MIXED_PRECISION" in os.environ:
+            from runner.launch import torchrun
+
+            if ranks.under_torchrun():  # rank 0 reads the command line, the other ranks follow it
+                return torchrun.among_several(lambda launcher: _hydra(argv, launcher))
+            torchrun.refuse_lonely()
         if argv == ["--version"]:
             return _version()
-        if argv and _is_word(argv[0]):
+        if argv and _is_bare_word(argv[0]):
             return _verb(argv[0])(argv[1:])
         return _hydra(argv)
     except RunnerError as error:
-        _tell(error)
+        _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception as error:  # a fault of ours, or of the machine: said in a line all the same
-        _tell(RunnerError(Fault("", f"{type(error).__name__}: {error}", "RUNNER_TRACEBACK=1 shows where")))
+    except Exception as error:  # a bug, or a failure of the machine
+        remedy = "set RUNNER_TRACEBACK=1 to see the traceback"
+        _print_error(RunnerError(Fault("", f"{type(error).__name__}: {error}", remedy)))
         return 1
 
 
@@ -48,20 +54,20 @@ VERBS = (
     "plan", "status", "logs", "cancel", "sync", "compare", "diff", "rerun", "ui",
     "generate", "export", "register", "evaluate",
 )  # fmt: skip
-"""Each is a module of this package with a function ``main(argv)``."""
+"""Each verb is a module of this package with a function ``main(argv)``."""
 
-SHOWING = ("--version", "-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
-"""Flags that show something in the place of a run."""
+INFO_FLAGS = ("--version", "-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
+"""Flags that print information instead of starting a run."""
 
 
 def may_train(argv: list[str]) -> bool:
-    """Whether this process may come to train: it is not asked for a verb's answer, for help, or to show something."""
-    if argv and _is_word(argv[0]):
+    """Whether this command line may train: overrides without an information flag, or the verb ``rerun``."""
+    if argv and _is_bare_word(argv[0]):
         return argv[0] == "rerun"
-    return not set(SHOWING) & set(argv)
+    return not set(INFO_FLAGS) & set(argv)
 
 
-def _is_word(argument: str) -> bool:
+def _is_bare_word(argument: str) -> bool:
     return "=" not in argument and not argument.startswith(("-", "~", "+"))
 
 
@@ -74,25 +80,12 @@ def _verb(name: str) -> Callable[[list[str]], int]:
 
 
 def _version() -> int:
-    """Of the runner, and of what it computes with."""
+    """Print the versions of the runner and of the libraries that it computes with."""
     from runner.tracking import provenance
 
     versions = provenance.versions()
     print("\n".join(f"{name} {versions[name]}" for name in sorted(versions, key=lambda name: name != "runner")))
     return 0
-
-
-def _refuse_lonely() -> None:
-    from runner.launch import torchrun
-
-    torchrun.refuse_lonely()
-
-
-def _among_several(argv: list[str]) -> int:
-    """The command line of each process that torchrun or ``accelerate launch`` started: rank 0 does what it asks for."""
-    from runner.launch import torchrun
-
-    return torchrun.among_several(lambda launcher: _hydra(argv, launcher))
 
 
 def _hydra(argv: list[str], joined: Joined | None = None) -> int:
@@ -102,20 +95,20 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
 
     args = compose.parse(argv)
     if args.multirun and (args.cfg or args.info):
-        option, what = ("--cfg", "see the configuration") if args.cfg else ("--info", "ask for it")
-        problem = "shows one configuration, and -m means several"
-        raise ConfigError(Fault(option, problem, f"leave -m out to {what}", args.cfg or args.info))
+        option = "--cfg" if args.cfg else "--info"
+        problem = "shows one configuration, but -m composes several"
+        raise ConfigError(Fault(option, problem, "leave -m out", args.cfg or args.info))
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
-        return _ask_hydra(args, argv)
+        return _show_with_hydra(args, argv)
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         if not jobs.may_sweep(args):
-            jobs.refuse_of_sweeps(composer)
+            jobs.refuse_sweep_keys(composer)
         if joined:
             joined.refuse(args.overrides, is_sweep=composer.is_sweep())
         if composer.is_sweep():
-            if wanted := search.asked_for(composer):
-                return search.run(composer, wanted, argv)
+            if settings := search.asked_for(composer):
+                return search.run(composer, settings, argv)
             return session.sweep(hydra, args, composer, argv)
         job = composer.single()
         prepare.admit([job], joined.processes if joined else None)
@@ -131,7 +124,7 @@ def _run_one(job: Any, argv: list[str], joined: Joined | None) -> int:
     launcher: Launcher = joined or prepare.launcher_of(job.cfg)
     folder, job.cfg = resume.choose(job.cfg, Path(job.folder), named=job.is_folder_named, overrides=job.overrides)
     if not joined and not any(override.startswith("launcher") for override in job.overrides):
-        launcher = prepare.launcher_of(job.cfg)  # a resumed run goes the way it went
+        launcher = prepare.launcher_of(job.cfg)  # a resumed run keeps its own launcher
     resume.refuse(folder, job.cfg)
     if RunDir(folder).read_state().status == "completed":
         print(f"{folder} is completed already: nothing to do", file=sys.stderr)
@@ -144,14 +137,14 @@ def _run_one(job: Any, argv: list[str], joined: Joined | None) -> int:
     return launcher.launch([rundir], None)[0]
 
 
-def _ask_hydra(args: Any, argv: list[str]) -> int:
-    """--help, --cfg, --info and tab completion are Hydra's own."""
+def _show_with_hydra(args: Any, argv: list[str]) -> int:
+    """Let Hydra handle --help, --cfg, --info and tab completion."""
     import hydra
 
     from runner.config import compose, explain
     from runner.config.bind import config_dir
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # its exceptions come to us
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its exceptions instead of printing them
     if args.shell_completion:
         _complete_after_verb()
     sys.argv = ["runner", *argv]
@@ -163,7 +156,7 @@ def _ask_hydra(args: Any, argv: list[str]) -> int:
 
 
 def _complete_after_verb() -> None:
-    """Hydra completes overrides; a verb before them is none, and is taken out of the line that is completed."""
+    """Remove the verb from the line that Hydra completes: Hydra knows overrides only."""
     words = os.environ.get("COMP_LINE", "").split(" ")
     if len(words) > 2 and words[1] in VERBS:
         del words[1]
@@ -171,9 +164,8 @@ def _complete_after_verb() -> None:
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
 
 
-def _tell(error: RunnerError) -> None:
+def _print_error(error: RunnerError) -> None:
     if os.environ.get("RUNNER_TRACEBACK"):
         traceback.print_exception(error)
     count = len(error.faults)
-    title = "error" if count == 1 else f"{count} errors"
-    print(f"{title}: {error}" if count == 1 else f"{title}:\n{error}", file=sys.stderr)
+    print(f"error: {error}" if count == 1 else f"{count} errors:\n{error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The verb ``plan``: what a run would be. Everything is computed as in training; no weight is loaded or trained."""
+"""The verb ``plan``: dry run. Computes everything as training does, but loads and trains no weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from runner.train import report
 
 HELP = """python -m runner plan [overrides]
 
-What the run of these overrides would be: parameters, memory against the device, rows, tokens and how well they are
-packed, steps and time, and one sample as the model sees it, with the trained tokens marked. Nothing is trained.
-Exit code 2 where the run would be refused: nothing to train on, rows too long, a model that cannot fit.
+Dry run: parameters, memory against the device, rows, tokens, packing, steps and time of the run with these overrides,
+and one sample as the model sees it, with the trained tokens marked. Nothing is trained.
+Exit code 2 if the run would be refused: no rows to train on, rows too long, not enough memory.
 
     python -m runner plan
     python -m runner plan quant=4bit model=llama model.path=/models/llama
@@ -26,7 +26,7 @@ GIB = 2**30
 
 
 def main(argv: list[str]) -> int:
-    """What the run would be, without training it."""
+    """The verb; returns the exit code."""
     from runner.launch import prepare
     from runner.tracking import resume
 
@@ -34,12 +34,12 @@ def main(argv: list[str]) -> int:
         with terminal.piped():
             print(HELP)
         return 0
-    with jobs.composed(argv) as (composer, found):
-        configurations = [resume.configuration(job.cfg, job.overrides) for job in found]
+    with jobs.composed(argv) as (composer, composed):
+        configurations = [resume.configuration(job.cfg, job.overrides) for job in composed]
         launchers = prepare.by_launcher(configurations)
         for launcher, _ in launchers:
             launcher.check()
-        labels = [composer.label(job.overrides) for job in found] if len(found) > 1 else [""]
+        labels = [composer.label(job.overrides) for job in composed] if len(composed) > 1 else [""]
         show(zip(labels, configurations, strict=True))
         for launcher, numbers in launchers:
             print(launcher.plan(len(numbers)))
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
 
 def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """Print the plan of each run, under its label; of a row that several begin with, the text once.
+    """Print the plan of each run under its label; a sample that several runs share is printed once.
 
     Raises:
         ConfigError, DataError: a run would be refused.
@@ -58,18 +58,22 @@ def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
 
     shown = ""
     for label, cfg in runs:
-        made = build.resolve_micro_batch_size(cfg, inputs.inputs(cfg))
-        told = estimate.expect(cfg, made)
-        rows = [*_model_rows(made, told), *_data_rows(cfg, made), *_time_rows(cfg, made, told)]
+        run_inputs = build.resolve_micro_batch_size(cfg, inputs.inputs(cfg))
+        expected = estimate.expect(cfg, run_inputs)
+        rows = [
+            *_model_rows(run_inputs, expected),
+            *_data_rows(cfg, run_inputs),
+            *_time_rows(cfg, run_inputs, expected),
+        ]
         terminal.table(f"plan  {label}".strip(), ["", ""], [list(row) for row in rows])
-        if (text := _marked(made)) != shown:
+        if (text := _marked(run_inputs)) != shown:
             shown = text
-            manner = "underlined" if _styled() else "in ⟦…⟧"
-            print(f"one row of the first batch, with what is trained {manner}:\n\n{text}\n")
-        estimate.check_fits(told)
+            mark = "underlined" if _styled() else "in ⟦…⟧"
+            print(f"one row of the first batch, trained tokens {mark}:\n\n{text}\n")
+        estimate.check_fits(expected)
 
 
-def _model_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
+def _model_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     counts, memory = expected.counts, expected.memory
     parts = {
         "weights": memory.weights,
@@ -79,34 +83,34 @@ def _model_rows(made: Any, expected: Any) -> list[tuple[str, str]]:
         "libraries and buffers": memory.libraries,
     }
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    free = f"{expected.free_bytes / GIB:.1f} free of {expected.total_bytes / GIB:.1f} on {made.device}"
+    free = f"{expected.free_bytes / GIB:.1f} free of {expected.total_bytes / GIB:.1f} on {run_inputs.device}"
     return [
-        ("model", f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters"),
+        ("model", f"{run_inputs.source.name}, {counts['total'] / 1e6:.1f} M parameters"),
         ("trained", f"{counts['trainable'] / 1e6:.2f} M ({counts['trainable'] / counts['total']:.2%})"),
         ("memory, GiB", f"about {memory.total / GIB:.1f} ({free})\n{shown}"),
     ]
 
 
-def _data_rows(cfg: Mapping[str, Any], made: Any) -> list[tuple[str, str]]:
-    counts, layout = made.splits.report, "packed" if cfg["data"]["packing"] else "padded at most"
+def _data_rows(cfg: Mapping[str, Any], run_inputs: Any) -> list[tuple[str, str]]:
+    counts, layout = run_inputs.splits.report, "packed" if cfg["data"]["packing"] else "padded"
     left_out = {
         "duplicates": counts.duplicates,
         "too long, dropped": counts.dropped,
-        "nothing to train": counts.masked_out,
-        "prompts of the held-out set, dropped": counts.leaked,
+        "without trained tokens": counts.masked_out,
+        "with a prompt of the held-out set, dropped": counts.leaked,
     }
-    said = ", ".join(f"{count} {what}" for what, count in left_out.items() if count) or "none left out"
-    said += f"; {report.truncated(cfg, counts)}" if counts.truncated else ""
+    text = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none left out"
+    text += f"; {report.truncated(cfg, counts)}" if counts.truncated else ""
     trained = counts.train_trained_tokens / counts.train_tokens
     return [
-        ("data", f"{made.splits.name}: {counts.rows_read} rows read; {said}"),
+        ("data", f"{run_inputs.splits.name}: {counts.rows_read} rows read; {text}"),
         (
             "training",
             f"{counts.train_rows} rows{_limited(cfg, 'train_rows')}, {counts.train_tokens} tokens, "
             f"{trained:.0%} of them trained",
         ),
         ("held out", f"{counts.eval_rows} rows{_limited(cfg, 'eval_rows')}, {counts.eval_tokens} tokens"),
-        ("batches", f"{layout}, {made.batches.efficiency:.1%} of their slots are used"),
+        ("batches", f"{layout}, {run_inputs.batches.efficiency:.1%} of the token slots are used"),
     ]
 
 
@@ -115,19 +119,17 @@ def _limited(cfg: Mapping[str, Any], key: str) -> str:
     return f" (a sample: data.{key}={limit})" if limit is not None else ""
 
 
-def _time_rows(cfg: Mapping[str, Any], made: Any, expected: Any) -> list[tuple[str, str]]:
+def _time_rows(cfg: Mapping[str, Any], run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     from runner.train import build
     from runner.train.estimate import ASSUMED_UTILISATION, training_seconds
 
-    tokens = made.batches.tokens_at(made.total_steps)
-    seconds, peak = training_seconds(made, expected)
-    choice = build.resolve_compile(cfg, made, expected)
+    tokens = run_inputs.batches.tokens_at(run_inputs.total_steps)
+    seconds, peak = training_seconds(run_inputs, expected)
+    choice = build.resolve_compile(cfg, run_inputs, expected)
     compiles = [("compile", f"no: {choice.reason}" if choice.reason else "each layer")] if choice.settled else []
+    steps = run_inputs.total_steps
     return [
-        (
-            "steps",
-            f"{made.total_steps}, {tokens} tokens, {made.batches.epoch(made.total_steps):.2f} epochs{made.cut}",
-        ),
+        ("steps", f"{steps}, {tokens} tokens, {run_inputs.batches.epoch(steps):.2f} epochs{run_inputs.cut}"),
         (
             "time",
             f"about {terminal.duration(max(seconds, 1))} of training at {ASSUMED_UTILISATION:.0%} of "
@@ -137,19 +139,19 @@ def _time_rows(cfg: Mapping[str, Any], made: Any, expected: Any) -> list[tuple[s
     ]
 
 
-def _marked(made: Any, limit: int = 300) -> str:
-    """The first row of the first step as text, with the spans that are learnt marked."""
-    batch = made.batches.step(0)[0]
+def _marked(run_inputs: Any, limit: int = 300) -> str:
+    """The first row of the first step as text, with the trained spans marked."""
+    batch = run_inputs.batches.step(0)[0]
     ids, labels = batch["input_ids"][0].tolist()[:limit], batch["labels"][0].tolist()[:limit]
-    while len(ids) > 1 and ids[-1] == ids[-2] == made.tokenizer.pad_token_id:
+    while len(ids) > 1 and ids[-1] == ids[-2] == run_inputs.tokenizer.pad_token_id:
         ids.pop()
-    trained = [False, *(label != IGNORED for label in labels[:-1])]  # labels are shifted: they name the next token
+    trained = [False, *(label != IGNORED for label in labels[:-1])]  # labels are shifted by one: each is the next token
     text, start = "", 0
-    for at in range(1, len(ids) + 1):
-        if at == len(ids) or trained[at] != trained[start]:
-            piece = made.tokenizer.decode(ids[start:at])
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or trained[end] != trained[start]:
+            piece = run_inputs.tokenizer.decode(ids[start:end])
             text += _mark(piece) if trained[start] else piece
-            start = at
+            start = end
     return text + (" …" if len(ids) == limit else "")
 
 

@@ -1,4 +1,4 @@
-"""The verb ``register``: a trained model as a version of a name in MLflow's registry, ready to be loaded and served."""
+"""The verb ``register``: add a trained model to MLflow's model registry, ready to be loaded and served."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 HELP = """python -m runner register RUN NAME [--alias ALIAS]
 
-Puts what a run has trained into the model registry of the MLflow store that the run is in: a new version of NAME, the
-whole model in full precision, which answers texts by its chat template.
+Registers the model of a run in the MLflow store of that run: a new version of NAME. It is the whole model in full
+precision, and answers texts with its chat template.
 
   python -m runner register first support-bot --alias champion
   mlflow.pyfunc.load_model("models:/support-bot@champion").predict(["Hello!"])
   mlflow models serve -m models:/support-bot@champion --env-manager local
 
 RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
-  --alias ALIAS       points to this version from now on
-  model.path=FOLDER   where the base model lies now, if not where it lay"""
+  --alias ALIAS       set this alias to the new version
+  model.path=FOLDER   the base model, if it was moved since the run"""
 
 OURS = "runner"
-"""The tag of a registered model that this program has made."""
-PINNED = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2")
+"""Tag of registered models that this program created."""
+PINNED = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2")
 ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]{1,255}", re.IGNORECASE)
 
 
@@ -51,36 +51,36 @@ def main(argv: list[str]) -> int:
     """The verb; returns the exit code.
 
     Raises:
-        ConfigError: no RUN or NAME, a run without a model, or a name that MLflow does not take.
-        TrackingError: a run that is not in MLflow, or a name that somebody else's model has.
+        ConfigError: no RUN or NAME, a run without a model, or a name that MLflow does not accept.
+        TrackingError: a run that is not in MLflow, or a name that another program's model has.
     """
     words = args.read(argv, HELP, valued=("--alias",))
     if words is None:
         return 0
-    run, rest = args.asked_for(words, "register", HELP.splitlines()[0])
+    run, rest = args.trained_run(words, "register", HELP.splitlines()[0])
     alias = words.options.get("--alias")
     if faults := list(_faults(rest, alias)):
         raise ConfigError(*faults)
     (name,) = rest
-    place = _place(run)
+    location = _locate(run)
     try:
-        there = place.client.get_run(place.run_id)
-        exists = _refuse_foreign(place.client, name)
-        version = _register(run, place, there, name, exists=exists)
+        mlflow_run = location.client.get_run(location.run_id)
+        exists = _has_ours(location.client, name)
+        version = _register(run, location, mlflow_run, name, exists=exists)
         if alias:
-            place.client.set_registered_model_alias(name, alias, version)
+            location.client.set_registered_model_alias(name, alias, version)
     except RunnerError:
         raise
-    except Exception as error:  # a store fails in a hundred ways
-        remedy = f"is it the store that the run is in? python -m runner sync {terminal.nearest(run.rundir.path)} tells"
-        raise TrackingError(Fault("", explained(error, place.uri), remedy)) from error
-    _note(run, name, version, alias)
-    _tell(place, name, version, alias)
+    except Exception as error:  # MLflow raises many types
+        remedy = f"check that the store still has the run: python -m runner sync {terminal.nearest(run.rundir.path)}"
+        raise TrackingError(Fault("", explained(error, location.uri), remedy)) from error
+    _record(run, name, version, alias)
+    _print_usage(location, name, version, alias)
     return 0
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """Where the run is in MLflow."""
 
     client: MlflowClient
@@ -90,54 +90,56 @@ class _Place:
 
 def _faults(rest: list[str], alias: str | None) -> Iterator[Fault]:
     if len(rest) != 1:
-        problem = "needs a name for the model" if not rest else f"takes one name, and {len(rest)} are given"
+        problem = f"takes one model name, not {len(rest)}" if rest else "needs a name for the model"
         yield Fault("register", problem, HELP.splitlines()[0])
     elif not rest[0].strip() or re.search(r"[/:]|^\.+$", rest[0]) or len(rest[0]) > 250:
-        yield Fault("NAME", "is no name for a model", "use up to 250 characters, none of them / or :", rest[0])
+        yield Fault("NAME", "is not a valid model name", "use up to 250 characters, without / and :", rest[0])
     if alias is not None and not ALIAS.fullmatch(alias):
-        remedy = "use letters, digits, - and _; not latest, nor v1, v2 …, which MLflow keeps for itself"
-        yield Fault("--alias", "is no name for an alias", remedy, alias)
+        remedy = "use letters, digits, - and _; MLflow reserves latest and v1, v2, …"
+        yield Fault("--alias", "is not a valid alias", remedy, alias)
 
 
-def _place(run: Trained) -> _Place:
-    noted, near = run.rundir.read_manifest().get("mlflow") or {}, terminal.nearest(run.rundir.path)
-    if not noted.get("run_id"):
-        remedy = f"bring it there: python -m runner sync {near}"
+def _locate(run: Trained) -> _Location:
+    tracked, near = run.rundir.read_manifest().get("mlflow") or {}, terminal.nearest(run.rundir.path)
+    if not tracked.get("run_id"):
+        remedy = f"upload it: python -m runner sync {near}"
         raise TrackingError(Fault("", f"the run {near} is not in MLflow", remedy))
-    uri = str(noted["uri"])
+    uri = str(tracked["uri"])
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:") and not database.is_file():
-        remedy = f"put it back, or make it anew: python -m runner sync {near}"
-        raise TrackingError(Fault("", f"the MLflow database of the run is gone: {database}", remedy))
+        remedy = f"restore it, or create it again: python -m runner sync {near}"
+        raise TrackingError(Fault("", f"the MLflow database of the run is missing: {database}", remedy))
     try:
-        return _Place(store.connect(uri), uri, str(noted["run_id"]))
+        return _Location(store.connect(uri), uri, str(tracked["run_id"]))
     except Exception as error:
         problem = explained(error, uri)
-        raise TrackingError(Fault("", problem, "is the server up? Nothing was registered")) from error
+        raise TrackingError(Fault("", problem, "check that the server is running; nothing was registered")) from error
 
 
-def _refuse_foreign(client: MlflowClient, name: str) -> bool:
-    """Whether the name is there already, as one of ours."""
+def _has_ours(client: MlflowClient, name: str) -> bool:
+    """Whether this program has registered a model of that name.
+
+    Raises:
+        TrackingError: another program has.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        found = client.get_registered_model(name)
+        model = client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
-    if OURS not in found.tags:
-        problem = "is taken by a model that this program has not made"
-        remedy = (
-            f"use another name; or, to put versions of ours beside those, set its tag {OURS} (to anything) in MLflow"
-        )
+    if OURS not in model.tags:
+        problem = "is the name of a registered model that this program did not create"
+        remedy = f"use another name, or allow new versions: set the tag {OURS} of that model in MLflow, to any value"
         raise TrackingError(Fault("NAME", problem, remedy, name))
     return True
 
 
-def _register(run: Trained, place: _Place, there: Run, name: str, *, exists: bool) -> str:
-    """Make the model aside, bring it into the store, and register it last; returns the version."""
-    client = place.client
+def _register(run: Trained, location: _Location, mlflow_run: Run, name: str, *, exists: bool) -> str:
+    """Write the model to a temporary folder, upload it, then register it; returns the version."""
+    client = location.client
     trained.quiet()
     with tempfile.TemporaryDirectory(dir=run.rundir.path, prefix=".register-") as aside:
         folder = Path(aside, "model")
@@ -146,47 +148,50 @@ def _register(run: Trained, place: _Place, there: Run, name: str, *, exists: boo
         terminal.say(f"check    {check.notes()['check']}")
         base = str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
         (folder / "README.md").write_text(model_card.text(run.rundir, ("model",), base, check.notes()))
-        source, model_id = _bring(run, place, there, name, folder, Path(aside, "mlflow"))
-    made_name = False
+        source, model_id = _upload(run, location, mlflow_run, name, folder, Path(aside, "mlflow"))
+    is_new_name = False
     try:
         if not exists:
             client.create_registered_model(name, tags={OURS: "true"})
-            made_name = True
-        more = {"model_id": model_id} if model_id else {}
-        notes = {
+            is_new_name = True
+        by_id = {"model_id": model_id} if model_id else {}
+        tags = {
             "runner.signature": str(run.rundir.read_manifest().get("signature")),
             "runner.folder": str(run.rundir.path),
         }
-        return str(client.create_model_version(name, source, place.run_id, tags=notes, **more).version)
+        return str(client.create_model_version(name, source, location.run_id, tags=tags, **by_id).version)
     except BaseException:
-        if made_name:
+        if is_new_name:
             client.delete_registered_model(name)
         raise
 
 
-def _bring(run: Trained, place: _Place, there: Run, name: str, folder: Path, packed: Path) -> tuple[str, str | None]:
-    """Upload the model; returns its URI and, from MLflow 3 on, its id."""
-    client = place.client
+def _upload(
+    run: Trained, location: _Location, mlflow_run: Run, name: str, folder: Path, packed: Path
+) -> tuple[str, str | None]:
+    """Upload the model; returns (its URI, its id). The id is None before MLflow 3."""
+    client = location.client
     if not hasattr(client, "create_logged_model"):
-        _pack(run, folder, packed, there, None)
-        client.log_artifacts(place.run_id, str(packed), f"registered/{name}")
-        return f"{there.info.artifact_uri}/registered/{name}", None
+        _pack(run, folder, packed, mlflow_run, None)
+        client.log_artifacts(location.run_id, str(packed), f"registered/{name}")
+        return f"{mlflow_run.info.artifact_uri}/registered/{name}", None
     from mlflow.entities import LoggedModelOutput
 
-    logged = client.create_logged_model(there.info.experiment_id, upload.plain(name), place.run_id, model_type="runner")
+    experiment = mlflow_run.info.experiment_id
+    logged = client.create_logged_model(experiment, upload.plain(name), location.run_id, model_type="runner")
     try:
-        _pack(run, folder, packed, there, logged.model_id)
+        _pack(run, folder, packed, mlflow_run, logged.model_id)
         client.log_model_artifacts(logged.model_id, str(packed))
         client.finalize_logged_model(logged.model_id, "READY")
-        client.log_outputs(place.run_id, [LoggedModelOutput(logged.model_id, run.rundir.read_state().step)])
+        client.log_outputs(location.run_id, [LoggedModelOutput(logged.model_id, run.rundir.read_state().step)])
     except BaseException:
         client.delete_logged_model(logged.model_id)
         raise
     return f"models:/{logged.model_id}", logged.model_id
 
 
-def _pack(run: Trained, folder: Path, packed: Path, there: Run, model_id: str | None) -> None:
-    """Write MLflow's own layout around the model; the model is moved, not copied a second time, where that can be."""
+def _pack(run: Trained, folder: Path, packed: Path, mlflow_run: Run, model_id: str | None) -> None:
+    """Write the model in MLflow's folder layout to ``packed``, and remove ``folder``."""
     import mlflow
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -197,9 +202,9 @@ def _pack(run: Trained, folder: Path, packed: Path, there: Run, model_id: str | 
         ParamSpec("system", DataType.string, ""),
     ]
     text = Schema([ColSpec(DataType.string)])
-    made: dict[str, Any] = {"run_id": there.info.run_id, **({"model_id": model_id} if model_id else {})}
+    ids: dict[str, Any] = {"run_id": mlflow_run.info.run_id, **({"model_id": model_id} if model_id else {})}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of annotations, from which it would infer the signature that is given here
+        warnings.simplefilter("ignore")  # about missing type hints; the signature is given here
         mlflow.pyfunc.save_model(
             path=str(packed),
             python_model=str(Path(__file__).with_name("served.py")),
@@ -207,36 +212,35 @@ def _pack(run: Trained, folder: Path, packed: Path, there: Run, model_id: str | 
             model_config={"is_chat": run.task.name != "pretrain"},
             signature=ModelSignature(text, text, ParamSchema(params)),
             pip_requirements=requirements(),
-            mlflow_model=Model(**made),
+            mlflow_model=Model(**ids),
             metadata={"runner.signature": run.rundir.read_manifest().get("signature")},
         )
-    shutil.rmtree(folder)  # it was copied: two of them need not lie here while they are brought
+    shutil.rmtree(folder)  # it was copied: keep one copy on disk during the upload
 
 
 def requirements() -> list[str]:
-    """What has to be installed where the model is served, as it is here."""
-    found = [f"{package}=={_version(package)}" for package in PINNED if _version(package)]
-    return [f"mlflow=={_version('mlflow')}", *found]
+    """pip requirements to serve the model: the versions installed here."""
+    return [f"{package}=={version}" for package in PINNED if (version := _version(package))]
 
 
 def _version(package: str) -> str:
-    """Without the local part (+cu128): package indexes do not have it."""
+    """The installed version without its local part (+cu128), which package indexes do not have; empty if missing."""
     try:
         return importlib.metadata.version(package).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-def _note(run: Trained, name: str, version: str, alias: str | None) -> None:
+def _record(run: Trained, name: str, version: str, alias: str | None) -> None:
     before = run.rundir.read_manifest().get("registered") or []
     run.rundir.update_manifest(registered=[*before, {"name": name, "version": version, "alias": alias}])
 
 
-def _tell(place: _Place, name: str, version: str, alias: str | None) -> None:
+def _print_usage(location: _Location, name: str, version: str, alias: str | None) -> None:
     model = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
-    uri = take_credentials(place.uri)[0]
+    uri = take_credentials(location.uri)[0]
     terminal.say(f"version  {version} of {name}" + (f", alias {alias}" if alias else ""))
     code = f'import mlflow; print(mlflow.pyfunc.load_model({json.dumps(model)}).predict(["Hello!"]))'
-    there = f"MLFLOW_TRACKING_URI={shlex.quote(uri)}"
-    terminal.say(f"load     {there} python -c {shlex.quote(code)}")
-    terminal.say(f"serve    {there} mlflow models serve -m {shlex.quote(model)} --env-manager local")
+    environment = f"MLFLOW_TRACKING_URI={shlex.quote(uri)}"
+    terminal.say(f"load     {environment} python -c {shlex.quote(code)}")
+    terminal.say(f"serve    {environment} mlflow models serve -m {shlex.quote(model)} --env-manager local")

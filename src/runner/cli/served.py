@@ -1,6 +1,7 @@
-"""A trained model as MLflow serves it: texts in, answers out. MLflow copies this file beside the model.
+"""A trained model as an MLflow pyfunc model: texts in, answers out.
 
-So it knows nothing of this package: where it runs there are mlflow, torch and transformers, and the model's folder.
+MLflow copies this file into the model's folder, so it must not import this package: only mlflow, torch and transformers
+are installed where the model is served.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import mlflow
 
 
 class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """MLflow takes a model of one's own as a subclass of PythonModel; what it is given is in ``context``."""
+    """Custom models of MLflow are subclasses of PythonModel; ``context`` has their artifacts and settings."""
 
     _skip_type_hint_validation = True
-    """Without it MLflow asks for annotations at every load; it would take its signature from them (see ``predict``)."""
+    """Stops a warning of MLflow at every load about missing type hints (see ``predict``)."""
 
     def load_context(self, context: Any) -> None:
-        """Load model and tokenizer from the artifact ``model``; in float32 on a CPU, as it was stored on a GPU."""
+        """Load model and tokenizer from the artifact ``model``: float32 on a CPU, the stored dtype on a GPU."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,9 +29,9 @@ class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.model = (model if on_gpu else model.float()).to("cuda" if on_gpu else "cpu").eval()
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
-        """One answer for each text: of a DataFrame's first column, of a list, or a single one.
+        """One answer per text. ``model_input``: a DataFrame (its first column), a list of texts, or one text.
 
-        Without annotations: MLflow would take its signature from them, and know no parameters.
+        No type hints: MLflow would derive the signature from them, without ``params``.
         """
         if hasattr(model_input, "iloc"):
             model_input = model_input.iloc[:, 0].tolist() if model_input.ndim == 2 else model_input.tolist()
@@ -40,7 +41,7 @@ class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def _answer(self, text: str, max_new_tokens: int = 256, temperature: float = 0.0, system: str = "") -> str:
         import torch
 
-        drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+        sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
         greedy = {} if temperature else {"temperature": None, "top_p": None, "top_k": None}
         inputs = self.tokenizer(self._prompt(text, system), return_tensors="pt", add_special_tokens=False)
         ids = inputs["input_ids"].to(self.model.device)  # (1, T)
@@ -51,7 +52,7 @@ class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 max_new_tokens=int(max_new_tokens),
                 do_sample=bool(temperature),
                 pad_token_id=self.tokenizer.pad_token_id,
-                **drawn,
+                **sampling,
                 **greedy,
             )
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
@@ -61,9 +62,9 @@ class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             first = [{"role": "system", "content": system}] if system else []
             messages = [*first, {"role": "user", "content": text}]
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        start = self.tokenizer.bos_token_id
-        begins = start is not None and self.tokenizer("a")["input_ids"][:1] == [start]
-        return f"{self.tokenizer.bos_token}{text}" if begins else text
+        bos = self.tokenizer.bos_token_id
+        adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+        return f"{self.tokenizer.bos_token}{text}" if adds_bos else text
 
 
 mlflow.models.set_model(Answers())

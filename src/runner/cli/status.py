@@ -1,4 +1,4 @@
-"""The verb ``status``: what there is, what goes on, and how what is over has ended."""
+"""The verb ``status``: a table of runs and sweeps with their status."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from runner.tracking.sweepdir import SweepDir
 
 HELP = """python -m runner status [RUN|SWEEP|FOLDER …] [--all] [--watch] [--json] [outputs_dir=FOLDER]
 
-How your runs stand, asked of their folders, of their processes and of Slurm. A run that died without saying so is
-found out, closed in its folder and, after the table, in MLflow.
+Status of your runs, from their folders, their processes and Slurm. A run that died without updating its status is
+closed in its folder and, after the table, in MLflow.
 
-  python -m runner status                   the latest sweeps and runs, and everything that is not finished
+  python -m runner status                   the latest sweeps and runs, and all unfinished ones
   python -m runner status lora.r+quant      each job of that sweep
   python -m runner status outputs/2026-01-31 --all
-  python -m runner status --watch           again and again, until nothing goes on any more
+  python -m runner status --watch           repeat until no run is active
 
 RUN is a run folder, a name, a Slurm job id, or the beginning (4 characters or more) of an MLflow run id; SWEEP its
 name or its folder.
-  --all     everything, not only the latest
-  --watch   look again every few seconds; Ctrl-C ends the looking, not the runs
-  --json    for programs: a list of runs and sweeps, those with a list of runs
-What it says
-  pending   nobody is at work on it         queued, requeued   waits for its turn, or for Slurm
-  starting  a worker loads it               stopping           it was told to leave, and saves
+  --all     all runs, not only the latest
+  --watch   repeat every few seconds; Ctrl-C stops watching, not the runs
+  --json    for programs: a list of runs and sweeps; a sweep has a list of its runs
+Status
+  pending   no process works on it          queued, requeued   waits in the local queue or in Slurm
+  starting  a worker is loading             stopping           stop requested; it is saving its state
   running
   completed                                 failed, killed, preempted   with the reason
-  pruned    a search has paused it, and goes on with it if it comes to be among the best
-  unknown   it can only be seen elsewhere   missing, damaged   its folder is not what it was
-The exit code is 0, however they stand."""
+  pruned    paused by a search, which continues it if it becomes one of the best
+  unknown   only visible on another host    missing, damaged   its folder or files are gone or unreadable
+The exit code is always 0."""
 
 LATEST, LABEL = 15, 48
 POLL_S, SLURM_POLL_S = 2.0, 10.0
-"""Between two looks of --watch; Slurm's daemons serve everybody, and are asked less often."""
+"""Seconds between two updates of --watch. Longer for Slurm, whose daemons serve all users."""
 TAIL_BYTES = 65536
 COLOURS = {
     "completed": "32", "pruned": "32",
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     """The verb; returns the exit code.
 
     Raises:
-        ConfigError: a word that is no run, sweep or folder of them, or no option.
+        ConfigError: a word that names no run, sweep or folder of runs, or an unknown option.
     """
     words = args.read(argv, HELP, flags=("--all", "--watch", "--json"))
     if words is None:
@@ -70,15 +70,15 @@ def main(argv: list[str]) -> int:
         if words.has("--watch"):
             _watch(words)
         else:
-            looked = _look(words)
-            _print(looked, words)
-            behind.tell_of(_over(looked))
+            groups = _read(words)
+            _print(groups, words)
+            behind.tell_of(_ended(groups))
     return 0
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A run by itself, or the runs of a sweep."""
+    """A single run, or the runs of a sweep."""
 
     sweep: SweepDir | None
     runs: list[RunStatus]
@@ -93,19 +93,19 @@ class _Group:
         return all(run.status in (*FINAL, "missing", "damaged") for run in self.runs)
 
 
-def _look(words: args.Args) -> list[_Group]:
-    """Everything that is asked for, as it stands now, latest first."""
-    found: dict[Path, tuple[RunDir | SweepDir, bool]] = {}
+def _read(words: args.Args) -> list[_Group]:
+    """The current status of the named runs and sweeps, in their order; of all, latest first, if none is named."""
+    folders: dict[Path, tuple[RunDir | SweepDir, bool]] = {}
     for word in words.words:
-        for what, is_named in lookup.meant(word, words.outputs_dir):
-            found.setdefault(what.path, (what, is_named))
+        for folder, is_named in lookup.meant(word, words.outputs_dir):
+            folders.setdefault(folder.path, (folder, is_named))
     if not words.words:
-        found = {what.path: (what, False) for what in lookup.scan(words.outputs_dir)}
-    rundirs = [[what] if isinstance(what, RunDir) else lookup.runs_of(what) for what, _ in found.values()]
-    stand = iter(run_status.of([rundir for several in rundirs for rundir in several]))
+        folders = {folder.path: (folder, False) for folder in lookup.scan(words.outputs_dir)}
+    rundirs = [[folder] if isinstance(folder, RunDir) else lookup.runs_of(folder) for folder, _ in folders.values()]
+    statuses = iter(run_status.of([rundir for several in rundirs for rundir in several]))
     groups = [
-        _Group(what if isinstance(what, SweepDir) else None, [next(stand) for _ in several], is_named)
-        for (what, is_named), several in zip(found.values(), rundirs, strict=True)
+        _Group(folder if isinstance(folder, SweepDir) else None, [next(statuses) for _ in several], is_named)
+        for (folder, is_named), several in zip(folders.values(), rundirs, strict=True)
     ]
     return groups if words.words else sorted(groups, key=lambda group: group.updated, reverse=True)
 
@@ -127,7 +127,7 @@ def _text(groups: Sequence[_Group], words: args.Args) -> str:
         runs = group.runs if _is_open(group) else []
         rows += [_Row.of_run(run, next(labels), indent=bool(group.sweep)) for run in runs]
     if not rows:
-        return f"no runs below {terminal.nearest(words.outputs_dir.absolute())} yet: python -m runner starts one"
+        return f"no runs below {terminal.nearest(words.outputs_dir.absolute())} yet: start one with python -m runner"
     lines = _table(rows)
     if len(shown) < len(groups):
         lines.append(f"and {len(groups) - len(shown)} older ones: python -m runner status --all")
@@ -139,7 +139,7 @@ def _is_open(group: _Group) -> bool:
 
 
 def _hints(shown: Sequence[_Group]) -> list[str]:
-    """What to do next with the one run or sweep that was named."""
+    """Commands to run next, if exactly one run or sweep was named."""
     if len(shown) != 1 or not shown[0].is_named or not shown[0].runs:
         return []
     group, hints = shown[0], []
@@ -147,7 +147,7 @@ def _hints(shown: Sequence[_Group]) -> list[str]:
     if group.sweep:
         folder = terminal.nearest(group.sweep.path)
         if counts["pending"] + counts["killed"] + counts["preempted"] and not any(run.is_live for run in group.runs):
-            hints.append("continue  give the command of the sweep again: what is completed is skipped")
+            hints.append("continue  run the command of the sweep again: completed runs are skipped")
         if counts["failed"]:
             hints.append("retry     the same command with retry=true")
     else:
@@ -173,27 +173,27 @@ class _Row:
         assert group.sweep
         counts = Counter(run.status for run in group.runs)
         order = sorted(counts, key=list(COLOURS).index)
-        said = ", ".join(f"{counts[status]} {status}" for status in order) or "no runs"
-        alike = order[0] if len(order) == 1 else ""
-        is_left = any(run.reason == run_status.NOBODY for run in group.runs) and not _is_open(group)
-        cells = (f"{group.sweep.path.name}/", said, "", "", "", "", terminal.nearest(group.sweep.path))
-        return cls(cells, alike, run_status.NOBODY if is_left else "")
+        text = ", ".join(f"{counts[status]} {status}" for status in order) or "no runs"
+        shared = order[0] if len(order) == 1 else ""
+        is_orphaned = any(run.reason == run_status.NOBODY for run in group.runs) and not _is_open(group)
+        cells = (f"{group.sweep.path.name}/", text, "", "", "", "", terminal.nearest(group.sweep.path))
+        return cls(cells, shared, run_status.NOBODY if is_orphaned else "")
 
     @classmethod
     def of_run(cls, run: RunStatus, label: str, *, indent: bool) -> _Row:
         state = run.state
         step = f"{state.step}/{state.total_steps}" if state.total_steps else ""
-        left = eta_s(run)
-        cells = ("  " * indent + label, run.status, step, _loss_text(run), duration(left) if left is not None else "",
+        eta = eta_s(run)
+        cells = ("  " * indent + label, run.status, step, _loss_text(run), duration(eta) if eta is not None else "",
                  where(run), terminal.nearest(run.rundir.path))  # fmt: skip
         return cls(cells, run.status, run.reason)
 
 
 def _table(rows: Sequence[_Row]) -> list[str]:
-    """Aligned columns; the folder is last and never cut, and a reason stands in a line of its own below its run."""
+    """Lines with aligned columns, without empty ones. The folder is never cut; a reason is a line below its run."""
     titles = ("run", "status", "step", "loss", "eta", "where", "folder")
-    everything = [titles, *(row.cells for row in rows)]
-    widths = [max(len(cells[column]) for cells in everything) for column in range(len(titles))]
+    all_cells = [titles, *(row.cells for row in rows)]
+    widths = [max(len(cells[column]) for cells in all_cells) for column in range(len(titles))]
     kept = [column for column in range(len(titles)) if any(row.cells[column] for row in rows)]
 
     def line(cells: Sequence[str], colour: str = "") -> str:
@@ -210,16 +210,16 @@ def _table(rows: Sequence[_Row]) -> list[str]:
 
 
 def eta_s(run: RunStatus) -> float | None:
-    """Seconds until the run is through, at the pace it had so far; None where there is no telling."""
+    """Estimated seconds until the run ends, at its average speed so far; None if it is not running or has no steps."""
     state = run.state
     if run.status != "running" or not state.step or not state.seconds:
         return None
-    left = (state.total_steps - state.step) * state.seconds / state.step
-    return max(0.0, left - max(0.0, time.time() - state.updated))
+    remaining = (state.total_steps - state.step) * state.seconds / state.step
+    return max(0.0, remaining - max(0.0, time.time() - state.updated))
 
 
 def where(run: RunStatus) -> str:
-    """Where it is at work, or waits: pid@host, or its id in Slurm and the node."""
+    """Where a live run is: pid@host, or its Slurm job id and nodes; empty if it is not live."""
     if not run.is_live:
         return ""
     if run.job is not None:
@@ -229,7 +229,7 @@ def where(run: RunStatus) -> str:
 
 
 def loss_of(run: RunStatus) -> tuple[str, float] | None:
-    """("eval" or "train", the latest such loss); the one at the end once it is completed."""
+    """("eval" or "train", the latest loss); for a completed run the final eval loss; None if there is no loss."""
     final = run.state.summary.get("eval/loss")
     if run.status == "completed" and isinstance(final, int | float):
         return "eval", float(final)
@@ -244,14 +244,14 @@ def loss_of(run: RunStatus) -> tuple[str, float] | None:
             for kind in ("eval", "train"):
                 if f"{kind}/loss" in record:
                     return kind, float(record[f"{kind}/loss"])
-        except (ValueError, TypeError):  # cut short
+        except (ValueError, TypeError):  # a truncated line
             continue
     return None
 
 
 def _loss_text(run: RunStatus) -> str:
-    found = loss_of(run)
-    return f"{found[1]:.4f} {found[0]}" if found else ""
+    loss = loss_of(run)
+    return f"{loss[1]:.4f} {loss[0]}" if loss else ""
 
 
 def _as_json(group: _Group) -> dict[str, Any]:
@@ -276,27 +276,27 @@ def _run_as_json(run: RunStatus) -> dict[str, Any]:
 
 
 def _watch(words: args.Args) -> None:
-    """Look again and again, until nothing goes on any more or Ctrl-C."""
+    """Print the status repeatedly, until no run is live or Ctrl-C."""
     before = ""
-    asked_before: set[Path] = set()
+    uploaded: set[Path] = set()
     try:
         while True:
-            groups = _look(words)
+            groups = _read(words)
             text = json.dumps([_as_json(group) for group in groups]) if words.has("--json") else _text(groups, words)
             if sys.stdout.isatty():
                 print(f"\x1b[2J\x1b[H{text}", flush=True)
             elif text != before:
                 print(text, end="\n" if words.has("--json") else "\n\n", flush=True)
             before = text
-            behind.tell_of([rundir for rundir in _over(groups) if rundir.path not in asked_before])
-            asked_before |= {rundir.path for rundir in _over(groups)}
+            behind.tell_of([rundir for rundir in _ended(groups) if rundir.path not in uploaded])
+            uploaded |= {rundir.path for rundir in _ended(groups)}
             runs = [run for group in groups for run in group.runs]
             if not any(run.is_live for run in runs):
                 return
             time.sleep(SLURM_POLL_S if any(run.job for run in runs) else POLL_S)
     except KeyboardInterrupt:
-        print("no longer watching; the runs go on", file=sys.stderr)
+        print("stopped watching; the runs continue", file=sys.stderr)
 
 
-def _over(groups: Iterable[_Group]) -> list[RunDir]:
+def _ended(groups: Iterable[_Group]) -> list[RunDir]:
     return [run.rundir for group in groups for run in group.runs if run.status in (*FINAL, "preempted")]

@@ -1,4 +1,4 @@
-"""The verb ``ui``: MLflow's pages of the runs, on this machine's own address, until Ctrl-C."""
+"""The verb ``ui``: serve MLflow's web UI for the runs on localhost, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from runner.tracking.mlflow import rest, store
 
 HELP = """python -m runner ui [--port N] [--experiment NAME] [--no-browser] [uri=URI] [outputs_dir=FOLDER]
 
-Shows the runs in MLflow's own pages, served on this machine alone (127.0.0.1) until Ctrl-C.
+Opens MLflow's web UI with the runs, served on this machine only (127.0.0.1) until Ctrl-C.
 
   python -m runner ui                            the runs below outputs/
-  python -m runner ui outputs_dir=/scratch/me    those of another folder
+  python -m runner ui outputs_dir=/scratch/me    the runs of another folder
   python -m runner ui uri=https://mlflow.team    the address of the experiment's page on that server
 
-  --port N           listen there; without it on 5000, or on the next port that is free
-  --experiment NAME  show its page; by default that of `runner`, or the only one there is
-  --no-browser       only print the address; a machine without a display does no more anyway"""
+  --port N           listen on this port; default: 5000, or the next free port
+  --experiment NAME  open the page of this experiment; default: `runner`, else the latest one
+  --no-browser       only print the address, as on a machine without a display"""
 
 HOST, FIRST_PORT, LAST_PORT = "127.0.0.1", 5000, 65535
 PORTS_TRIED = 200
 START_S = 120.0
-"""How long a server may take until it answers: seconds, minutes on a busy machine with a cold disk."""
+"""Maximum time until the server answers: usually seconds, minutes on a busy machine with a cold disk."""
 END_S = 5.0
-"""How long its processes may take to leave."""
+"""Maximum time for the server's processes to end after a signal."""
 
 
 def main(argv: list[str]) -> int:
-    """The verb; returns the exit code: 0 after Ctrl-C, which is how it ends; 1 where the server ended by itself.
+    """The verb; returns the exit code: 0 after Ctrl-C, 1 if the server ended by itself.
 
     Raises:
-        ConfigError: a word it does not know, a port that is taken, or a folder without runs in MLflow.
+        ConfigError: an unknown word, a port in use, or a folder without runs in MLflow.
         TrackingError: a store that does not answer.
     """
     words = args.read(argv, HELP, flags=("--no-browser",), valued=("--port", "--experiment"))
@@ -57,33 +57,37 @@ def main(argv: list[str]) -> int:
         return 0
     unknown, settings = args.settings(words.words, ("uri",))
     if unknown:
-        raise ConfigError(*(Fault(word, "ui does not know this word", HELP.splitlines()[0]) for word in unknown))
-    port = _asked_port(words)
+        raise ConfigError(*(Fault(word, "unexpected argument of ui", HELP.splitlines()[0]) for word in unknown))
+    port = _port_option(words)
     uri = record.checked(settings["uri"]) if "uri" in settings else _embedded(words.outputs_dir)
     if store.is_server(uri):
         if port is not None:
-            raise ConfigError(Fault("--port", "has no effect: that server runs already", "leave it out", port))
+            raise ConfigError(Fault("--port", "has no effect on the running server of uri", "leave it out", port))
         _show(_page(uri, words.options.get("--experiment")), words)
         return 0
     if "--experiment" in words.options and uri.startswith("sqlite:"):
-        with contextlib.suppress(sqlite3.Error):  # of another version, or none: MLflow has the words for that
+        with contextlib.suppress(sqlite3.Error):  # MLflow itself reports a missing or outdated database
             _refuse_unknown(words.options["--experiment"], mlflow_results.opened(uri).experiments())
     return _serve(uri, port or _free_port(), words)
 
 
-def _refuse_unknown(name: str, there: Collection[str]) -> None:
-    if name not in there:
-        remedy = f"{suggest(name, there)} those there are: {', '.join(sorted(there)) or 'none'}".strip()
-        raise ConfigError(Fault("--experiment", "there is none of that name", remedy, name))
+def _refuse_unknown(name: str, experiments: Collection[str]) -> None:
+    if name not in experiments:
+        remedy = f"{suggest(name, experiments)} experiments: {', '.join(sorted(experiments)) or 'none'}".strip()
+        raise ConfigError(Fault("--experiment", "no such experiment", remedy, name))
 
 
-def _asked_port(words: args.Args) -> int | None:
-    """The port that was asked for, if it can be had."""
+def _port_option(words: args.Args) -> int | None:
+    """The port of ``--port``; None if the option is not given.
+
+    Raises:
+        ConfigError: it is not a port, or not free.
+    """
     if "--port" not in words.options:
         return None
     text = words.options["--port"]
     if not text.isdecimal() or not 0 < int(text) <= LAST_PORT:
-        raise ConfigError(Fault("--port", f"must be a whole number from 1 to {LAST_PORT}", "as in --port 5001", text))
+        raise ConfigError(Fault("--port", f"must be a whole number from 1 to {LAST_PORT}", "for example 5001", text))
     if problem := _why_taken(int(text)):
         remedy = f"--port {_next_free(int(text))} is free; or leave --port out"
         raise ConfigError(Fault("--port", problem, remedy, text))
@@ -93,7 +97,7 @@ def _asked_port(words: args.Args) -> int | None:
 def _free_port() -> int:
     port = _next_free(FIRST_PORT)
     if port != FIRST_PORT:
-        print(f"port {FIRST_PORT} is taken; the next that is free is {port}", file=sys.stderr)
+        print(f"port {FIRST_PORT} is in use; using {port}", file=sys.stderr)
     return port
 
 
@@ -101,8 +105,7 @@ def _next_free(first: int) -> int:
     for port in range(first, min(first + PORTS_TRIED, LAST_PORT + 1)):
         if not _why_taken(port):
             return port
-    remedy = "name one that is free: --port N"
-    raise ConfigError(Fault("--port", f"no port from {first} to {port} is free", remedy))
+    raise ConfigError(Fault("--port", f"no port from {first} to {port} is free", "choose a free one: --port N"))
 
 
 def _why_taken(port: int) -> str:
@@ -111,61 +114,61 @@ def _why_taken(port: int) -> str:
         try:
             probe.bind((HOST, port))
         except PermissionError:
-            return "is for the system's own programs"
+            return "is reserved for the system"
         except OSError:
-            return "is taken by another program"
+            return "is in use by another program"
     return ""
 
 
 def _embedded(outputs_dir: Path) -> str:
-    """The database below ``outputs_dir``."""
+    """The URI of the embedded database in ``outputs_dir``."""
     database = outputs_dir.absolute() / "mlflow.db"
     if not database.exists():
-        problem = f"there is nothing in MLflow yet: {outputs_dir} holds no mlflow.db"
+        problem = f"no runs in MLflow yet: {outputs_dir} contains no mlflow.db"
         remedy = (
-            "python -m runner trains a first run, python -m runner sync brings those of tracking=offline; "
-            "outputs_dir=FOLDER names another folder, uri=URI a server"
+            "train a run (python -m runner), upload runs of tracking=offline (python -m runner sync), "
+            "or choose another folder (outputs_dir=FOLDER) or a server (uri=URI)"
         )
         raise ConfigError(Fault("", problem, remedy))
     return f"sqlite:///{database}"
 
 
 def _serve(uri: str, port: int, words: args.Args) -> int:
-    """Serve until somebody ends it; every process that was started for it is gone afterwards."""
+    """Run the server until Ctrl-C or a signal; all processes of the server have ended afterwards."""
     address = f"http://{HOST}:{port}"
-    print("MLflow is starting …", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(prefix="runner-") as folder, _signals() as asked_to_end:
+    print("starting MLflow …", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="runner-") as folder, _signals() as signals:
         log = Path(folder, "server.log")
         proc = _start(uri, port, log)
         try:
             until = time.monotonic() + START_S
             while not _answers(address):
-                if asked_to_end:
+                if signals:
                     return 0
                 if proc.poll() is not None or time.monotonic() > until:
-                    raise TrackingError(Fault("", _why_not_started(proc, log), "see what it says above, if anything"))
+                    raise TrackingError(Fault("", _why_not_started(proc, log), "see the server's output above"))
                 time.sleep(0.1)
             _show(_page(address, words.options.get("--experiment")), words)
-            print("Ctrl-C ends it", file=sys.stderr, flush=True)
-            while not asked_to_end and proc.poll() is None:
+            print("press Ctrl-C to stop", file=sys.stderr, flush=True)
+            while not signals and proc.poll() is None:
                 time.sleep(0.2)
-            if not asked_to_end:
-                print(f"MLflow's server has ended:\n{_tail(log)}", file=sys.stderr)
-            return 0 if asked_to_end else 1
+            if not signals:
+                print(f"MLflow's server ended:\n{_tail(log)}", file=sys.stderr)
+            return 0 if signals else 1
         finally:
             _end(proc)
 
 
 def _start(uri: str, port: int, log: Path) -> subprocess.Popen[bytes]:
-    # The URI goes through the environment: it may hold a password, and everybody can read a command line.
+    # The URI is passed in the environment: it may contain a password, and all users can read a command line.
     environment = {
         **os.environ,
         **{name: value for name, value in store.ENVIRONMENT.items() if name not in os.environ},
         "MLFLOW_BACKEND_STORE_URI": store.with_credentials(uri),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # ten processes fewer, for features nobody uses here
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves ten processes of features that are not used here
         "MLFLOW_TRACKING_URI": "",
     }
-    # What `mlflow ui` does without: a registry, and artifacts of its own. Each run says where its artifacts lie.
+    # No artifact options for `mlflow ui`: each run has its own artifact URI.
     command = [sys.executable, "-P", "-m", "mlflow", "ui", "--host", HOST, "--port", str(port), "--workers", "1"]
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -174,8 +177,8 @@ def _start(uri: str, port: int, log: Path) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=output,
             env=environment,
-            cwd=log.parent,  # it makes ./mlartifacts where it stands
-            start_new_session=True,  # the terminal's Ctrl-C reaches this process alone, which ends the server
+            cwd=log.parent,  # MLflow creates ./mlartifacts in its working directory
+            start_new_session=True,  # Ctrl-C reaches only this process, which then ends the server
         )
 
 
@@ -192,22 +195,23 @@ def _page(address: str, name: str | None) -> str:
 
     Raises:
         ConfigError: there is no such experiment.
-        TrackingError: the server does not say.
+        TrackingError: the server does not answer like an MLflow server.
     """
     address = address.rstrip("/")
     latest = {"max_results": 1000, "order_by": ["last_update_time DESC"]}
     try:
         answer = rest.ask(address, "experiments/search", latest, timeout_s=20)
-        found = {each["name"]: each["experiment_id"] for each in answer.get("experiments", [])}
+        ids = {each["name"]: each["experiment_id"] for each in answer.get("experiments", [])}
     except (OSError, ValueError, KeyError) as error:
-        problem = f"{address} does not answer as an MLflow server does: {error}"
-        raise TrackingError(Fault("uri", problem, "does it run, and is the address right?")) from error
-    own = [each for each in found if each != "Default"]
-    wanted = name or ("runner" if "runner" in found else own[0] if own else "")
+        problem = f"{address} does not answer like an MLflow server: {error}"
+        remedy = "check that the server is running and that the address is right"
+        raise TrackingError(Fault("uri", problem, remedy)) from error
+    own = [each for each in ids if each != "Default"]
+    experiment = name or ("runner" if "runner" in ids else own[0] if own else "")
     if name:
-        _refuse_unknown(name, found)
-    # Its runs: without a page MLflow 3 opens what it has to say of traces.
-    return f"{address}/#/experiments/{quote(str(found[wanted]))}/runs" if wanted else address
+        _refuse_unknown(name, ids)
+    # /runs: without it MLflow 3 opens the page of traces.
+    return f"{address}/#/experiments/{quote(str(ids[experiment]))}/runs" if experiment else address
 
 
 def _show(page: str, words: args.Args) -> None:
@@ -220,14 +224,14 @@ def _show(page: str, words: args.Args) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """What this process was asked to end by while the block runs; nothing interrupts the block itself."""
-    asked_to_end: list[int] = []
-    with signals_to(lambda number, _: asked_to_end.append(number), signal.SIGHUP):
-        yield asked_to_end
+    """Collect the signals that ask this process to end while the block runs; they do not interrupt the block."""
+    numbers: list[int] = []
+    with signals_to(lambda number, _: numbers.append(number), signal.SIGHUP):
+        yield numbers
 
 
 def _end(proc: subprocess.Popen[bytes]) -> None:
-    """End the server and all its processes: one after the other, each by its own id."""
+    """End the server and its child processes: SIGTERM first, then SIGKILL."""
     import psutil
 
     family: list[Any] = []
@@ -245,11 +249,12 @@ def _end(proc: subprocess.Popen[bytes]) -> None:
 
 
 def _why_not_started(proc: subprocess.Popen[bytes], log: Path) -> str:
-    said = _tail(log)
-    if "database schema" in said:
-        return f"this database was made by another version of MLflow, which has to bring it up to date:\n{said}"
-    why = f"ended with code {proc.returncode}" if proc.returncode is not None else f"gives no answer in {START_S:.0f} s"
-    return f"MLflow's server {why}:\n{said}"
+    output = _tail(log)
+    if "database schema" in output:
+        return f"this database is of another version of MLflow and must be upgraded:\n{output}"
+    ended = proc.returncode is not None
+    problem = f"ended with code {proc.returncode}" if ended else f"did not answer within {START_S:.0f} s"
+    return f"MLflow's server {problem}:\n{output}"
 
 
 def _tail(log: Path) -> str:

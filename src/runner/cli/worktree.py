@@ -1,4 +1,4 @@
-"""The code of an earlier run, checked out into the user's cache: what ``rerun --exact`` runs."""
+"""Check out the code of an earlier run into the user's cache, for ``rerun --exact``."""
 
 from __future__ import annotations
 
@@ -25,69 +25,69 @@ STALE_S = 3600.0
 
 
 def provide(run: Recorded) -> Path:
-    """The folder that holds the very code of a run, made or found in the cache.
+    """A folder with the exact code of a run, from the cache or newly checked out.
 
     Raises:
-        ConfigError: there is no git, no such commit here, or what was recorded of the code does not make it again.
+        ConfigError: git is missing, the commit is not here, or commit and recorded changes do not give the code.
     """
     git, code = run.manifest.get("git") or {}, run.code
     checkout.refuse_unknown(code.sha if code else None)
     assert code
     if git.get("dirty") and not code.patch:
         problem = "its uncommitted changes were not recorded (dirty.diff is missing)"
-        raise ConfigError(Fault("--exact", problem, "leave --exact out: it runs with the code that is here"))
+        raise ConfigError(Fault("--exact", problem, "leave --exact out to run with the current code"))
     patch = hashlib.sha256(code.patch.encode("utf-8", "surrogateescape")).hexdigest()
-    _tidy(cache_dir("worktrees"))
+    _remove_leftovers(cache_dir("worktrees"))
     folder = cache_dir("worktrees") / (code.sha[:16] + (f"-{patch[:8]}" if code.patch else ""))
-    made_as = folder.with_name(f".{folder.name}.sha256")
+    digest_file = folder.with_name(f".{folder.name}.sha256")
     with locked(folder.with_name(f".{folder.name}.lock")):
-        if not _is_intact(folder, made_as):
+        if not _is_intact(folder, digest_file):
             _remove(folder)
             checkout.add_worktree(code, folder)
-            write_atomic(made_as, _digest(folder))
+            write_atomic(digest_file, _digest(folder))
     _refuse_other_code(run, folder)
     return folder
 
 
-def _tidy(rooms: Path) -> None:
-    """Remove what was noted beside worktrees that somebody has taken away since."""
+def _remove_leftovers(worktrees: Path) -> None:
+    """Remove digest and lock files of worktrees that no longer exist."""
     for suffix in (".sha256", ".lock"):
-        for path in rooms.glob(f".*{suffix}"):
-            with contextlib.suppress(OSError):  # another process tidies, too
-                is_old = time.time() - path.stat().st_mtime > STALE_S  # nobody is about to make the folder beside it
-                if is_old and not (rooms / path.name[1:].removesuffix(suffix)).exists() and not is_held(path):
+        for path in worktrees.glob(f".*{suffix}"):
+            with contextlib.suppress(OSError):  # another process removes them, too
+                is_old = time.time() - path.stat().st_mtime > STALE_S  # no process is creating its worktree now
+                if is_old and not (worktrees / path.name[1:].removesuffix(suffix)).exists() and not is_held(path):
                     path.unlink()
 
 
-def take_up(rundir: RunDir, folder: Path) -> int:
-    """Bring a prepared run to its end with the code in ``folder``; returns the exit code.
+def finish(rundir: RunDir, folder: Path) -> int:
+    """Train a prepared run with the code in ``folder``, in a child process; returns the exit code.
 
-    The run is handed over as any version of the program takes one: ``resume=RUN``. What this process is told by
-    signals it passes on, once: the other one has a group of its own, which the terminal's Ctrl-C does not reach.
+    The child gets the run as ``resume=RUN``, which every version of the program understands. Signals are forwarded to
+    the child once: it has its own process group, so that the terminal's Ctrl-C does not reach it.
     """
     quoted = str(rundir.path).replace("\\", "\\\\").replace("'", "\\'")
     before = os.environ.get("PYTHONPATH")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "src"), before]))}
     proc: subprocess.Popen[bytes] | None = None
-    asked: deque[int] = deque()
+    signals: deque[int] = deque()
 
-    def pass_on(*said: Any) -> None:
-        asked.extend(said[:1])
-        while proc and asked:
+    def forward(*handler_args: Any) -> None:
+        signals.extend(handler_args[:1])
+        while proc and signals:
             with contextlib.suppress(ProcessLookupError):
-                proc.send_signal(asked.popleft())
+                proc.send_signal(signals.popleft())
 
-    with signals_to(pass_on, signal.SIGHUP):
+    with signals_to(forward, signal.SIGHUP):
         command = [sys.executable, "-P", "-m", "runner", f"resume='{quoted}'"]
         proc = subprocess.Popen(command, env=environment, process_group=0)
-        pass_on()  # what came before there was a process
+        forward()  # signals that came before the child process existed
         code = proc.wait()
     return code if code >= 0 else 1
 
 
-def _is_intact(folder: Path, made_as: Path) -> bool:
-    """Whether it is what was made: neither cut short nor edited."""
-    return (folder / "src" / "runner").is_dir() and made_as.exists() and made_as.read_text() == _digest(folder)
+def _is_intact(folder: Path, digest_file: Path) -> bool:
+    """Whether a worktree is complete and was not edited."""
+    return (folder / "src" / "runner").is_dir() and digest_file.exists() and digest_file.read_text() == _digest(folder)
 
 
 def _digest(folder: Path) -> str:
@@ -101,12 +101,12 @@ def _remove(folder: Path) -> None:
 
 
 def _refuse_other_code(run: Recorded, folder: Path) -> None:
-    """The commit and the recorded changes must come to what ran, where the run says what that was."""
-    ran = run.manifest.get("code_sha256")
-    if not ran or ran == _digest(folder):
+    """Refuse a worktree whose digest is not the recorded digest of the code that ran, if one was recorded."""
+    recorded = run.manifest.get("code_sha256")
+    if not recorded or recorded == _digest(folder):
         return
-    why = "files that git ignores were part of it"
+    why = "files that git ignores were part of the code"
     if (run.manifest.get("git") or {}).get("redacted"):
-        why = "secrets were cut out of the uncommitted changes when they were recorded"
-    problem = f"the commit and the recorded changes do not come to the code that ran: {why}"
-    raise ConfigError(Fault("--exact", problem, "leave --exact out: it runs with the code that is here"))
+        why = "secrets were removed from the recorded changes"
+    problem = f"the commit and the recorded changes do not give the code that ran: {why}"
+    raise ConfigError(Fault("--exact", problem, "leave --exact out to run with the current code"))
