@@ -1,8 +1,8 @@
-"""The code of a queued job, frozen when it was submitted: what is edited afterwards does not reach it.
+"""Snapshot of the code at submission: later edits do not change queued jobs.
 
-A snapshot is a folder like an installed package, ``runner/`` with ``runner/conf/`` in it, that a job puts first on
-Python's path; and in ``functions/`` the user's own files that its configuration names, and what those import from
-beside them.
+A snapshot has the layout of the installed package, ``runner/`` with ``runner/conf/``; the job puts it first on
+PYTHONPATH. ``functions/`` contains the user's own files that the configuration names, and the modules that these
+files import from their folder.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from runner.tracking.rundir import RunDir
 
 
 def take(home: Path, rundirs: Iterable[RunDir]) -> Path:
-    """Freeze the code as it is now, uncommitted changes included, and what these runs need besides.
+    """Copy the current code, with uncommitted changes, and the user's functions of these runs.
 
     Returns:
-        ``home/code/<digest>``, which is there already where nothing has changed since the last time.
+        ``home/code/<digest>``; the existing folder if nothing has changed.
     """
     files = {**dict(_code()), **dict(_functions(rundirs))}
     content = {name: files[name].read_bytes() for name in sorted(files)}
     digest = hashlib.sha256()
-    for name, text in content.items():
-        digest.update(f"{name}\0{len(text)}\0".encode() + text)
+    for name, data in content.items():
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
     folder = home / "code" / digest.hexdigest()[:16]
     if not folder.is_dir():
         _write(folder, content)
@@ -40,49 +40,46 @@ def take(home: Path, rundirs: Iterable[RunDir]) -> Path:
 
 
 def _write(folder: Path, content: dict[str, bytes]) -> None:
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
-        for name, text in content.items():
-            path = aside / name
+        for name, data in content.items():
+            path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text)
-        aside.rename(folder)
-    except OSError:  # a full disk; or another submitter was faster: it wrote the same
-        shutil.rmtree(aside, ignore_errors=True)
+            path.write_bytes(data)
+        temporary.rename(folder)
+    except OSError:  # a full disk; or another process has written the same snapshot
+        shutil.rmtree(temporary, ignore_errors=True)
         if not folder.is_dir():
             raise
 
 
 def _code() -> Iterator[tuple[str, Path]]:
-    """(name in the snapshot, file) of the package and its config groups."""
+    """(name in the snapshot, file) for the package and conf/."""
     conf = bind.config_dir()
     for top, folder in (("runner/conf", conf), ("runner", PACKAGE)):
         for file in _files(folder):
             if top == "runner" and file.is_relative_to(conf):
-                continue  # in a wheel conf/ lies within the package
+                continue  # a wheel contains conf/ inside the package
             yield f"{top}/{file.relative_to(folder)}", file
 
 
 def _files(folder: Path) -> list[Path]:
-    """What belongs to the code in a folder: in a checkout all that git does not ignore, else all but compiled files."""
+    """Code files in a folder: in a git checkout all files that git does not ignore, else all but ``__pycache__``."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "."]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
+        listed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        found = list(folder.rglob("*"))
-    else:
-        found = [folder / name for name in done.stdout.split("\0") if name]
-        found = found or list(folder.rglob("*"))  # a repository that ignores it: an environment in somebody's project
-    return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+        listed = ""
+    # git lists nothing if the folder is ignored: a virtual environment in another project's checkout
+    paths = [folder / name for name in listed.split("\0") if name] or folder.rglob("*")
+    return sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
 
 
 def _functions(rundirs: Iterable[RunDir]) -> Iterator[tuple[str, Path]]:
-    """The files that hold these runs' own functions (``data.format.function=FILE.py:name``), and what those import from
-    their own folders.
-    """
+    """Files of the user's functions (``data.format.function=FILE.py:name``), and modules imported from beside them."""
     for rundir in rundirs:
-        form = read_config(rundir)["data"].get("format") or {}
-        where = str(form.get("function") or "").rpartition(":")[0]
-        file = Path(where).expanduser()
-        if where.endswith(".py") and file.is_file():
+        format = read_config(rundir)["data"].get("format") or {}
+        name = str(format.get("function") or "").rpartition(":")[0]
+        file = Path(name).expanduser()
+        if name.endswith(".py") and file.is_file():
             yield from ((formats.frozen_name(file, part), part) for part in (file, *imported(file)))
