@@ -235,7 +235,7 @@ def test_a_search_goes_on_as_jobs_end(slurm: None):
     refused = runner(*words)
     assert refused.returncode == 2
     assert not list(Path().iterdir())
-    assert "say how many may be at work, as search.at_once=8" in refused.stderr
+    assert "set it, for example search.at_once=8" in refused.stderr
     done = runner(*words, "search.at_once=2", "sweep=found")
     assert done.returncode == 0, done.stderr
     rundirs = SweepDir(Path("outputs/sweeps/found").absolute()).rundirs()

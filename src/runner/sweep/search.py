@@ -184,8 +184,7 @@ class Trials:
         """Print the best run; with several objectives, the Pareto front."""
         from optuna.trial import TrialState
 
-        trials = self.study.get_trials(deepcopy=False)
-        has_completed = any(trial.state == TrialState.COMPLETE for trial in trials)
+        has_completed = any(trial.state == TrialState.COMPLETE for trial in self._trials())
         states = self._last_states()
         counts = {state.name.lower(): states.count(state) for state in TrialState}
         terminal.say("search   " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))

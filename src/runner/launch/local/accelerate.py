@@ -23,7 +23,7 @@ from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
 from runner.launch.launcher import Source
 from runner.launch.local import launcher
 from runner.launch.local.slots import Slot, cores, share
-from runner.signals import SIGNALS
+from runner.signals import SIGNALS, signals_to
 from runner.tracking import machine
 from runner.tracking.rundir import RunDir, State
 from runner.tracking.sweepdir import SweepDir
@@ -177,18 +177,16 @@ def _forwarding_signals(processes: int) -> Iterator[list[int]]:
                         os.kill(pid, signals[forwarded])
                 forwarded += 1
 
-    before = {number: signal.signal(number, lambda received, _: signals.append(received)) for number in SIGNALS}
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     thread = threading.Thread(target=forward, daemon=True)
-    thread.start()
-    try:
-        yield signals
-    finally:
-        done.set()
-        thread.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+    with signals_to(lambda received, _: signals.append(received)):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        thread.start()
+        try:
+            yield signals
+        finally:
+            done.set()
+            thread.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _threads(processes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ from runner.tracking import machine
 from runner.tracking.mirror import spawn
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
+
+LIBRARIES = (
+    "accelerate", "rich.table", "torch._dynamo", "torch._inductor.compile_fx", "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "runner.models.pretrained", "runner.train.build", "runner.train.generate", "runner.train.loop",
+)  # fmt: skip
 
 
 class Start(Protocol):
@@ -111,34 +118,16 @@ def warm(slot: Slot) -> None:
     os.environ["OMP_NUM_THREADS"] = str(slot.threads)
     terminal.loading("torch and transformers, once for all runs")
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() queries NVML instead of initializing CUDA
-    # peft imports bitsandbytes, which initializes CUDA: with GPUs each child imports it (0.5 s)
+    # peft imports bitsandbytes, which queries the GPU: with GPUs each child imports it (0.5 s)
     load_libraries(with_adapters=not slot.gpus)
 
 
 def load_libraries(with_adapters: bool) -> None:
     """Import the libraries that every run needs before processes are forked from this one."""
     terminal.quiet_libraries()
-    import accelerate
-    import rich.table
-    import torch._dynamo
-    import torch._inductor.compile_fx
-    import transformers.modeling_utils
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama
-
-    assert accelerate
-    assert rich
-    assert torch
+    for name in (*LIBRARIES, "peft") if with_adapters else LIBRARIES:
+        importlib.import_module(name)
     with contextlib.suppress(ImportError, AttributeError):  # transformers 5: compiles a thousand expressions
-        transformers.conversion_mapping.get_checkpoint_conversion_mapping("llama")
-    if with_adapters:
-        import peft
+        from transformers import conversion_mapping
 
-        assert peft
-    from runner.models import pretrained
-    from runner.train import build, generate, loop
-
-    assert build
-    assert pretrained
-    assert generate
-    assert loop
+        conversion_mapping.get_checkpoint_conversion_mapping("llama")

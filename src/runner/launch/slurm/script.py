@@ -11,14 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runner.errors import Fault, LaunchError, suggest
+from runner.launch.slurm.request import SlurmRequest
 from runner.tracking import slurm_client
 from runner.train.memory import heap
-
-if TYPE_CHECKING:
-    from runner.launch.slurm.request import SlurmRequest
 
 REASONS = (
     ("partition", r"invalid partition|partition .*(not available|required)|access.* partition"),

@@ -12,16 +12,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner.files import write_atomic
-from runner.launch.slurm.request import Cluster
+from runner.launch.slurm.request import Cluster, SlurmRequest
 from runner.tracking import slurm_client
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import slurm_room
-
-if TYPE_CHECKING:
-    from runner.launch.slurm.request import SlurmRequest
 
 LONGEST_LEAVE_S = 120.0
 """How long a job may stay in state COMPLETING; Slurm's KillWait is 30 s by default."""

@@ -9,19 +9,17 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from runner import files
 from runner.errors import Fault, LaunchError
 from runner.files import locked
 from runner.launch.slurm import entry, script, snapshot, submission
+from runner.launch.slurm.request import SlurmRequest
 from runner.launch.slurm.submission import Submission
 from runner.tracking import slurm_client
 from runner.tracking.rundir import DONE, RunDir, State
 from runner.tracking.sweepdir import SweepDir, slurm_room
-
-if TYPE_CHECKING:
-    from runner.launch.slurm.request import SlurmRequest
 
 
 def submit(
