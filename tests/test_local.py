@@ -107,7 +107,7 @@ def test_a_failed_run_stops_no_other_and_what_is_completed_is_not_started_again(
     before = {path: path.stat().st_mtime_ns for path in sweep.rundirs()[0].path.rglob("*")}
     failed_again, said = ended(queue(sweep, parallel=2))
     assert failed_again == codes, "a failed run that is handed over is to be tried again"
-    assert said.count("completed already") == 5
+    assert said.count("already completed") == 5
     assert said.count("started") == 1
     assert {path: path.stat().st_mtime_ns for path in sweep.rundirs()[0].path.rglob("*")} == before
 

@@ -163,12 +163,8 @@ def check_slurm(
     if cluster != "slurm" and nodes > 1:
         yield Fault("nodes", f"cluster={cluster} uses only this machine", "set nodes to 1", nodes)
     if cluster == "debug" and (tasks_per_node or 1) > 1:
-        yield Fault(
-            "tasks_per_node",
-            "cluster=debug runs one process",
-            "set cluster=local for several processes",
-            tasks_per_node,
-        )
+        remedy = "set cluster=local for several processes"
+        yield Fault("tasks_per_node", "cluster=debug runs one process", remedy, tasks_per_node)
     if signal_delay_s >= timeout_min * 60:
         problem = f"the job would get the signal to save before it starts (launcher.timeout_min={timeout_min})"
         yield Fault("signal_delay_s", problem, "set it to less than the time limit", signal_delay_s)
@@ -178,12 +174,8 @@ def check_slurm(
     }  # fmt: skip
     for key in NO_EFFECT[cluster]:
         if values[key] and values[key] != _defaults()[key]:
-            remedy = (
-                f"remove it; {USE_LOCAL}"
-                if key in ("gpus_per_node", "array_parallelism")
-                else "remove it, or set cluster=slurm"
-            )
-            yield Fault(key, f"has no effect with cluster={cluster}", remedy, values[key])
+            other = USE_LOCAL if key in ("gpus_per_node", "array_parallelism") else "set cluster=slurm"
+            yield Fault(key, f"has no effect with cluster={cluster}", f"remove it, or {other}", values[key])
     keys = {"time": "timeout_min", "ntasks-per-node": "tasks_per_node", "mem": "mem_gb", "nodes": "nodes"}
     for name, value in additional_parameters.items():
         option = name.replace("_", "-")

@@ -54,10 +54,7 @@ def _submit_locked(
     request: SlurmRequest, home: Path, members: list[RunDir], before: Callable[[], object]
 ) -> list[RunDir]:
     for id in submission.adopt(home):
-        print(
-            f"recorded job {id}: an earlier command submitted it and was stopped before it could record the id",
-            file=sys.stderr,
-        )
+        print(f"recorded job {id}: an earlier command submitted it but did not record its id", file=sys.stderr)
     stuck = submission.wait_until_left(members)
     for rundir in stuck:
         job = rundir.read_manifest()["slurm"]["job_id"]
