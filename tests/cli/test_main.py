@@ -183,7 +183,7 @@ def test_a_sweep_runs_every_job_and_tells_how_each_ended():
     again = subprocess.run([*command[:-2], "lora.target_modules=[q_proj]", command[-1]],
                            capture_output=True, text=True, check=False)  # fmt: skip
     assert again.returncode == 0, again.stderr
-    assert "2 of 2 jobs are completed already" in again.stderr
+    assert "2 of 2 jobs are already completed" in again.stderr
 
 
 @pytest.mark.parametrize(

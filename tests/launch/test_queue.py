@@ -107,7 +107,7 @@ def test_a_failed_run_stops_no_other_and_what_is_completed_is_not_started_again(
     before = {path: path.stat().st_mtime_ns for path in sweep.rundirs()[0].path.rglob("*")}
     failed_again, said = ended(queue(sweep, parallel=2))
     assert failed_again == codes, "a failed run that is handed over is to be tried again"
-    assert said.count("completed already") == 5
+    assert said.count("already completed") == 5
     assert said.count("started") == 1
     assert {path: path.stat().st_mtime_ns for path in sweep.rundirs()[0].path.rglob("*")} == before
 
@@ -163,7 +163,7 @@ def test_the_runs_outlive_a_queue_that_is_killed(tmp_path: Path, cache: Path):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its mirror has to see that somebody works here
     another = queue(sweep, parallel=1)
     assert another.stderr
-    assert another.stderr.readline().startswith("[1/2] seed=0: is being worked on")
+    assert another.stderr.readline().startswith("[1/2] seed=0: another process (pid ")
     gate.let_go(rundir)
     assert ended(another)[0] == [0, 0]
     assert attempts(sweep) == [1, 1]
@@ -377,7 +377,7 @@ def test_a_search_counts_what_it_will_propose_and_a_run_that_goes_on_once(
     assert shown.add(rundirs[0]) == 0, "the same run again"
     shown.started(0)
     said = [line.partition(" after")[0] for line in capfd.readouterr().err.splitlines()]
-    assert said == ["[1/4] a: started", "[1/4] a: pruned", "[1/4] a: goes on from step 3"]
+    assert said == ["[1/4] a: started", "[1/4] a: pruned", "[1/4] a: resumes from step 3"]
     assert shown.summary() == "0/4 done"
 
 
@@ -387,7 +387,7 @@ def test_the_time_left_counts_what_runs_and_what_waits(tmp_path: Path):
     assert shown.summary() == "0/4 done"
     shown.started(0)
     rundirs[0].write_state(status="running", step=10, total_steps=20, seconds=50.0)
-    shown.look()
+    shown.refresh()
     assert shown.summary().startswith("0/4 done, about 3 min")
     shown.ended(0, "failed", "x")
     assert shown.summary().startswith("1/4 done")

@@ -108,7 +108,7 @@ def test_an_array_of_four_throttled_to_two_computes_what_the_local_run_does(slur
 
     again = runner(*words)
     assert again.returncode == 0
-    assert "4 of 4 jobs are completed already: skipped" in again.stderr
+    assert "4 of 4 jobs are already completed: skipped" in again.stderr
 
 
 def most_at_once(ids: list[str]) -> int:

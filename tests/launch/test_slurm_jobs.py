@@ -124,7 +124,7 @@ def test_a_sweep_that_sbatch_did_not_take_is_not_said_to_run(slurm: None):
     words = ("-m", *SHORT, *SLURM, HELD, "seed=1,2")
     done = runner(*words, PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
     assert done.returncode == 2, done.stderr
-    assert "Slurm took 0 of 2 runs and refused the next: Slurm is full" in done.stderr
+    assert "Slurm accepted 0 of 2 runs and refused the next: Slurm is full" in done.stderr
     assert [run.info.status for run in mlflow_runs()] == ["KILLED"] * 3
     assert runner(*words).returncode == 0
     assert sorted(run.info.status for run in mlflow_runs()) == ["RUNNING", "SCHEDULED", "SCHEDULED"]
@@ -167,7 +167,7 @@ def test_what_slurm_takes_of_a_sweep_is_shown_where_it_refuses_the_rest(slurm: N
     words = ("-m", *TINY, "train.max_steps=1", *SLURM, HELD)
     done = runner(*words, "launcher.tasks_per_node=1,2", **there)  # a launcher each
     assert done.returncode == 1, done.stderr
-    assert "Slurm took 0 of 1 runs and refused the next: Slurm is full" in done.stderr
+    assert "Slurm accepted 0 of 1 runs and refused the next: Slurm is full" in done.stderr
     assert re.search(r"queued.*\n.*pending", done.stdout), done.stdout
     Path("taken").unlink()
     longest = int(slurm_says("bash", "-c", "scontrol show config | sed -n 's/^MaxArraySize *= *//p'"))
@@ -175,7 +175,7 @@ def test_what_slurm_takes_of_a_sweep_is_shown_where_it_refuses_the_rest(slurm: N
         pytest.skip(f"arrays of {longest} here; scripts/slurm-lab/up has short ones")
     done = runner(*words, f"seed=range({longest + 1})", "sweep=long", **there)
     assert done.returncode == 1, done.stderr
-    assert f"Slurm took {longest} of {longest + 1} runs and refused the next: Slurm is full" in done.stderr
+    assert f"Slurm accepted {longest} of {longest + 1} runs and refused the next: Slurm is full" in done.stderr
     assert done.stdout.count("queued") == longest
     assert done.stdout.count("pending") == 1
 
@@ -224,7 +224,7 @@ def test_a_time_limit_that_leaves_no_time_to_train_is_not_requeued_for_ever(slur
     assert done.returncode == 75, done.stderr
     state = RunDir(Path("short").absolute()).read_state()
     assert [state.status, state.attempt] == ["preempted", 0]
-    assert state.reason.startswith("not requeued: its time limit leaves no time to train; give it a longer ")
+    assert state.reason.startswith("not requeued: the time limit leaves no time to train; set a larger ")
     [run] = mlflow_runs()
     assert (run.info.status, run.data.tags["runner.reason"]) == ("KILLED", state.reason)
 
@@ -236,7 +236,7 @@ def test_a_search_goes_on_as_jobs_end(slurm: None):
     refused = runner(*words)
     assert refused.returncode == 2
     assert not list(Path().iterdir())
-    assert "say how many may be at work, as search.at_once=8" in refused.stderr
+    assert "set it, for example search.at_once=8" in refused.stderr
     done = runner(*words, "search.at_once=2", "sweep=found")
     assert done.returncode == 0, done.stderr
     rundirs = SweepDir(Path("outputs/sweeps/found").absolute()).rundirs()
@@ -312,9 +312,9 @@ def test_a_snapshot_is_a_package_of_its_own_and_changes_with_the_code(tmp_path: 
     code = "from runner.config import bind; from runner.train import loop; print(loop.__file__, bind.config_dir())"
     environment = {**os.environ, "PYTHONPATH": str(second), "PYTHONSAFEPATH": "1"}
     said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
-    assert said == [f"{second}/runner/train.py", f"{second}/runner/conf"]
-    assert (second / "runner/train.py").read_text().endswith("# an uncommitted change\n")
-    assert not (first / "runner/train.py").read_text().endswith("# an uncommitted change\n")
+    assert said == [f"{second}/runner/train/loop.py", f"{second}/runner/conf"]
+    assert (second / "runner/train/loop.py").read_text().endswith("# an uncommitted change\n")
+    assert not (first / "runner/train/loop.py").read_text().endswith("# an uncommitted change\n")
 
 
 @pytest.mark.slow
@@ -376,13 +376,13 @@ def test_of_a_sweep_that_is_given_again_in_parts_those_that_are_taken_stay_so(
 
     monkeypatch.setattr(submission, "begin", begun)
     monkeypatch.setattr(submit, "_to_local", lambda *_: "8")
-    asked = option("launcher", "slurm", cluster="local", snapshot="none")()
+    request = option("launcher", "slurm", cluster="local", snapshot="none")().request
     if isinstance(stop, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            submit.submit(asked, rundirs, sweep)
+            submit.submit(request, rundirs, sweep)
     else:
-        assert submit.submit(asked, rundirs, sweep) == rundirs[1:]
-        assert "cannot be written: No space left on device; Slurm took 1 of 2 runs\n" in capsys.readouterr().err
+        assert submit.submit(request, rundirs, sweep) == rundirs[1:]
+        assert "cannot be written: No space left on device; Slurm accepted 1 of 2 runs\n" in capsys.readouterr().err
     assert [job_of(rundir) for rundir in rundirs] == ["8", "7"]
     assert [rundir.read_state().status for rundir in rundirs] == ["pending", "killed"]
 
@@ -406,7 +406,7 @@ def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.Monkey
     of_given = dict.fromkeys(("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS", "SBATCH_MEM_PER_NODE", "SBATCH_HINT"), "9")
 
     def seen_by_sbatch(**asked: object) -> dict[str, str]:
-        with script.environment(option("launcher", "slurm", **asked)()):
+        with script.environment(option("launcher", "slurm", **asked)().request):
             return {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
 
     for name, value in {**kept, **removed, **of_given}.items():
@@ -423,14 +423,14 @@ def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.Monkey
     [
         ("local", {"gpus_per_node": 2}, "launcher=accelerate"),
         ("local", {"array_parallelism": 2}, "launcher=local"),
-        ("local", {"max_requeues": 3}, "there is no Slurm"),
-        ("debug", {"container": "apptainer exec x"}, "there is no Slurm"),
-        ("debug", {"python": "/usr/bin/python3"}, "there is no Slurm"),
+        ("local", {"max_requeues": 3}, "remove it, or set cluster=slurm"),
+        ("debug", {"container": "apptainer exec x"}, "remove it, or set cluster=slurm"),
+        ("debug", {"python": "/usr/bin/python3"}, "remove it, or set cluster=slurm"),
         ("debug", {"array_parallelism": 2}, "launcher=local"),
         ("debug", {"gpus_per_node": 1}, "launcher=local"),
-        ("debug", {"snapshot": "new"}, "there is no Slurm"),
-        ("debug", {"timeout_min": 5}, "there is no Slurm"),
-        ("debug", {"signal_delay_s": 5}, "there is no Slurm"),
+        ("debug", {"snapshot": "new"}, "remove it, or set cluster=slurm"),
+        ("debug", {"timeout_min": 5}, "remove it, or set cluster=slurm"),
+        ("debug", {"signal_delay_s": 5}, "remove it, or set cluster=slurm"),
     ],
 )
 def test_what_nobody_heeds_without_slurm_is_refused(cluster: str, asked: dict[str, object], remedy: str):
@@ -450,7 +450,7 @@ def supervised(folder: Path) -> tuple[RunDir, subprocess.Popen[bytes]]:
 
 
 class One:
-    """Proposes this run; see launch/protocol.py: Source."""
+    """Proposes this run; see launch/launcher.py: Source."""
 
     def __init__(self, rundir: RunDir) -> None:
         self.left, self.has_ended = [rundir], False
@@ -461,7 +461,7 @@ class One:
     def ended(self, rundir: RunDir) -> None:  # noqa: ARG002
         self.has_ended = True
 
-    def look(self) -> None:
+    def poll(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -474,7 +474,7 @@ def test_a_search_does_not_follow_a_job_that_it_did_not_submit(tmp_path: Path, m
     monkeypatch.setattr(slurm_client, "settings", lambda *_: {})
     monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
     source = One(rundir)
-    with pytest.raises(LaunchError, match="launcher=run: an earlier job of theirs does not leave its nodes"):
+    with pytest.raises(LaunchError, match="launcher=run: not submitted: the run's earlier job has not left its nodes"):
         option("launcher", "slurm")().serve(source, sweep, 1)
     assert not source.has_ended
 
@@ -496,7 +496,7 @@ def test_a_job_that_does_not_leave_keeps_no_other_run_of_a_search_waiting(
         def ended(self, rundir: RunDir) -> None:
             self.ended_runs.append(rundir.path.name)
 
-        def look(self) -> None:
+        def poll(self) -> None:
             pass
 
     asked: list[str] = []
@@ -509,7 +509,7 @@ def test_a_job_that_does_not_leave_keeps_no_other_run_of_a_search_waiting(
     monkeypatch.setattr(monitor, "FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(monitor, "SETTLING_S", 0.0)
     source = Two()
-    with pytest.raises(LaunchError, match="launcher=stuck: an earlier job"):
+    with pytest.raises(LaunchError, match="launcher=stuck: not submitted: the run's earlier job"):
         monitor.serve(source, 1, submit)
     assert asked == ["stuck", "well", "stuck"], "and once more after a job has ended"
     assert source.ended_runs == ["well"]
@@ -522,10 +522,10 @@ def test_sigterm_ends_the_following_and_not_the_runs(tmp_path: Path, capsys: pyt
     timer.start()
     try:
         assert monitor.follow([rundir]) == [75]
-        assert "no longer following; 1 of 1 runs go on" in capsys.readouterr().err
+        assert "stopped following; 1 of 1 runs are still active" in capsys.readouterr().err
         source = One(rundir)
         assert monitor.serve(source, 1, lambda _: []) == 75
-        assert "no further runs are proposed; 1 go on" in capsys.readouterr().err
+        assert "stopped the search; 1 runs are still active" in capsys.readouterr().err
         assert not source.has_ended
         assert process.poll() is None
     finally:

@@ -25,10 +25,10 @@ REFUSED = [
     ("launcher.partition=nope", "Invalid partition name specified", "partitions: "),
     ("launcher.account=nope", "Invalid account or account/partition combination", "sacctmgr show associations"),
     ("launcher.qos=nope", "Invalid qos specification", "sacctmgr show qos"),
-    ("launcher.nodes=99", "More processors requested than permitted", "ask for fewer; nodes of each partition: "),
-    ("launcher.gpus_per_node=9", "Requested node configuration is not available", "ask for less; what a node has"),
-    ("launcher.timeout_min=100000", "Requested time limit is invalid", "ask for less; the longest time of each "),
-    ("launcher.mem_gb=9999", "Requested node configuration is not available", "ask for less; what a node has"),
+    ("launcher.nodes=99", "More processors requested than permitted", "request fewer; nodes of each partition: "),
+    ("launcher.gpus_per_node=9", "Requested node configuration is not available", "request less; resources of a node"),
+    ("launcher.timeout_min=100000", "Requested time limit is invalid", "request less; time limit of each "),
+    ("launcher.mem_gb=9999", "Requested node configuration is not available", "request less; resources of a node"),
 ]
 """(override, Slurm's own words, the beginning of the remedy)"""
 
@@ -55,7 +55,7 @@ def test_what_slurm_would_not_take_is_refused_before_anything_is_there(
     slurm: None, override: str, words: str, remedy: str
 ):
     said = refused(override)
-    assert said.startswith(f"error: {override}: Slurm refuses it: ")
+    assert said.startswith(f"error: {override}: Slurm refuses this request: ")
     assert words in said
     assert remedy in said.partition("    → ")[2]
 
@@ -200,7 +200,7 @@ def test_two_that_submit_the_same_sweep_at_once_submit_each_run_once(slurm: None
     until(lambda: slurm_says("sacct", "-nX", "-o", "JobName%40", "-j", array).split()[:1] == [name])  # it is behind
     told = "".join(said)
     assert told.count("submitted 3 runs as job ") == 1
-    assert told.count(" is in the queue already (job ") == 3
+    assert told.count(" is already queued (job ") == 3
 
 
 # No job is left behind by a test

@@ -59,7 +59,7 @@ def test_one_run_comes_to_its_end_though_the_best_have_failed(tmp_path: Path):
 def test_who_is_behind_is_told_and_who_comes_to_be_ahead_goes_on(tmp_path: Path):
     runs = [a_run(tmp_path, "a", s2=1.0), a_run(tmp_path, "b", s2=2.0)]
     halving = Halving(RUNGS, runs)
-    assert not halving.goes_on(runs[0]), "the best of two is no third"
+    assert not halving.continues(runs[0]), "the best of two is no third"
     said = runs[0].prune_request.read_text()
     assert said == "paused at step 2: eval/loss 1 is not among the best third of the runs so far"
     for rundir in runs:
@@ -67,8 +67,8 @@ def test_who_is_behind_is_told_and_who_comes_to_be_ahead_goes_on(tmp_path: Path)
         halving.ended(rundir, "pruned")
     assert halving.promoted(is_last=False) is None
     third = a_run(tmp_path, "c", s2=3.0)
-    halving.look(third)
-    assert not halving.goes_on(third)
+    halving.read(third)
+    assert not halving.continues(third)
     assert halving.promoted(is_last=False) == (runs[0], 0), "of three one goes on: the first, which pauses"
     halving.resume(runs[0])
     assert (runs[0].read_state().status, runs[0].prune_request.exists()) == ("pending", False)
@@ -89,7 +89,7 @@ def test_at_the_end_at_least_one_run_is_brought_to_its_end(tmp_path: Path):
 
 def test_a_run_at_its_last_step_is_not_given_up(tmp_path: Path):
     rundir = a_run(tmp_path, "a", s2=1.0, s6=1.0, s18=1.0)
-    assert Halving(RUNGS, [rundir]).goes_on(rundir)
+    assert Halving(RUNGS, [rundir]).continues(rundir)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -119,8 +119,8 @@ def test_the_best_of_many_is_found_in_half_of_the_steps(tmp_path: Path, seed: in
                 **{f"s{s}": v for s, v in {**known, step: ends[number] + noise[number][step]}.items()},
             )
             steps += step - max(known, default=0)
-            halving.look(rundir)
-            if not halving.goes_on(rundir):
+            halving.read(rundir)
+            if not halving.continues(rundir):
                 break
         status = "pruned" if rundir.prune_request.exists() else "completed"
         rundir.write_state(status=status)

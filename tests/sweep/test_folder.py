@@ -13,17 +13,17 @@ from conftest import TINY, composed
 from runner.errors import ConfigError, ResumeError
 from runner.files import is_held
 from runner.sweep import folder
-from runner.sweep.folder import Wanted
+from runner.sweep.folder import SweepJob
 from runner.tracking import resume
 from runner.tracking.sweepdir import SweepDir
 
 
-def wanted(seed: int, folder: str = "") -> Wanted:
-    return Wanted(composed(*TINY, f"seed={seed}"), f"seed={seed}", folder)
+def wanted(seed: int, folder: str = "") -> SweepJob:
+    return SweepJob(composed(*TINY, f"seed={seed}"), f"seed={seed}", folder)
 
 
-def join(sweep: SweepDir, *jobs: Wanted, command: tuple[str, ...] = ("runner", "-m")) -> list[str]:
-    with folder.joined(sweep, "mine", list(command), list(jobs)) as rundirs:
+def join(sweep: SweepDir, *jobs: SweepJob, command: tuple[str, ...] = ("runner", "-m")) -> list[str]:
+    with folder.adding(sweep, "mine", list(command), list(jobs)) as rundirs:
         return [rundir.path.name for rundir in rundirs]
 
 
@@ -58,11 +58,11 @@ def test_who_waits_for_a_sweep_that_another_gives_up_makes_it_alone(tmp_path: Pa
     sweep, first, waiting, inside = SweepDir(tmp_path / "sweep"), wanted(1), wanted(2), []
 
     def make() -> None:
-        with folder.joined(sweep, "mine", ["runner"], [waiting]):
+        with folder.adding(sweep, "mine", ["runner"], [waiting]):
             inside.append(is_held(sweep.lock))
 
     def give_up(pool: ThreadPoolExecutor) -> None:
-        with folder.joined(sweep, "mine", ["runner"], [first]):
+        with folder.adding(sweep, "mine", ["runner"], [first]):
             other.append(pool.submit(make))
             time.sleep(0.2)  # until it waits
             raise KeyboardInterrupt

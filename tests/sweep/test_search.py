@@ -91,16 +91,16 @@ def test_a_proposed_number_is_trained_to_the_last_digit(value: float):
 @pytest.mark.parametrize(
     ("swept", "more", "told"),
     [
-        ([], {}, "nothing to search over"),
-        (["k=8"], {}, "is one value and no range"),
-        (["k=interval(2,1)"], {}, "has its ends the wrong way round\n    → give the smaller first: interval(1,2)"),
-        (["k=interval(1,1)"], {}, "has no numbers in it"),
-        (["k=range(2,1)"], {}, "has no numbers in it"),
+        ([], {}, "the search space is empty"),
+        (["k=8"], {}, "is a single value, not a range"),
+        (["k=interval(2,1)"], {}, "has its ends in the wrong order\n    → put the smaller first: interval(1,2)"),
+        (["k=interval(1,1)"], {}, "is an empty range"),
+        (["k=range(2,1)"], {}, "is an empty range"),
         (["k=tag(log,interval(0,1))"], {}, "has no logarithm at its lower end"),
-        (["k=tag(log,choice(1,2))"], {}, "has a logarithm only as an interval"),
-        (["k=tag(lin,interval(0,1))"], {}, "has a tag that says nothing here: lin"),
-        (["k=1,2"], {"k": "1,2"}, "is given twice"),
-        ([], {"k": "interval(1"}, "cannot be read"),
+        (["k=tag(log,choice(1,2))"], {}, "cannot use tag(log, …): only intervals can"),
+        (["k=tag(lin,interval(0,1))"], {}, "has an unknown tag: lin"),
+        (["k=1,2"], {"k": "1,2"}, "is set twice"),
+        ([], {"k": "interval(1"}, "is not valid in Hydra's sweep syntax"),
     ],
 )
 def test_a_space_that_is_none_is_refused(swept: list[str], more: dict[str, str], told: str):
@@ -111,25 +111,25 @@ def test_a_space_that_is_none_is_refused(swept: list[str], more: dict[str, str],
 
 REFUSED = [
     (["search=tpe", RATES], "has no effect without -m"),
-    (["-m", "search=tpe"], "there is nothing to search over"),
+    (["-m", "search=tpe"], "the search space is empty"),
     (["-m", RATES], "search=random, tpe or asha draw from it"),
     (["-m", "search=tpe", "search.objective=eval/los", RATES], "did you mean 'eval/loss'"),
     (["-m", "search=tpe", "search.objective=[eval/loss,training seconds]", RATES], "2 objectives and 1 directions"),
     (["-m", "search=tpe", "search.direction=down", RATES], "must be one of minimize, maximize"),
     (["-m", "search=asha", RATES], "train.eval_steps"),
     (["-m", "search=asha", "train.eval_steps=4", RATES], "search.min_steps"),
-    (["-m", "search=asha", "train.eval_steps=5", "train.max_steps=10", RATES], "none would be given up"),
+    (["-m", "search=asha", "train.eval_steps=5", "train.max_steps=10", RATES], "no run would be paused"),
     (["-m", "search=asha", "train.eval_steps=5", "search.objective=train/mfu", RATES], "asha compares runs"),
     (["-m", "search=tpe", "lora.r=0,4"], "must be a whole number >= 1"),
     (
         ["-m", "search=tpe", "lora.r=interval(4,16)"],
-        "error: lora.r=interval(4,16): must be a whole number >= 1, and "
-        "there are others in between\n    → write 'lora.r=range(4,17)'",
+        "error: lora.r=interval(4,16): must be a whole number >= 1, but "
+        "this range contains fractions\n    → write 'lora.r=range(4,17)'",
     ),
-    (["-m", "search=tpe", "lora.r=[4,8]"], "[4,8], it is one value: a list"),
+    (["-m", "search=tpe", "lora.r=[4,8]"], "[4,8] is a single value, a list"),
     (
         ["-m", "search=tpe", "search.space={lora.r: [4,8]}"],
-        "search.space.lora.r=[4, 8]: must be one text, in Hydra's sweep syntax\n    → write lora.r: '4,8'",
+        "search.space.lora.r=[4, 8]: must be a string in Hydra's sweep syntax\n    → write lora.r: '4,8'",
     ),
     (
         ["-m", "search=tpe", RATES, "--cfg", "job", "--package", "search"],
@@ -214,7 +214,7 @@ def test_a_search_goes_on_only_with_runs_that_can_be_compared(play: Any, capsys:
         assert play(*SMALL, *words) == (2, 0), words
         said = capsys.readouterr().err
         assert told in said
-        assert "sweep=NAME starts a new one" in said
+        assert "or start a new one with sweep=NAME" in said
     same = ("search.trials=4", "tracking=offline", "launcher.parallel=2", "retry=true", "name=other")
     assert play(*SMALL, *same) == (0, 2)
 
@@ -240,7 +240,7 @@ def test_failed_trials_are_failed_until_they_come_to_something(play: Any, capsys
     assert play(*SMALL, end=end) == (1, 2)
     capsys.readouterr()
     assert play(*SMALL) == (1, 0), "nothing was done about it"
-    assert "retry=true tries again" in capsys.readouterr().out
+    assert "retry with retry=true" in capsys.readouterr().out
     assert play(*SMALL, "retry=true") == (0, 1)
     assert play(*SMALL) == (0, 0)
 
@@ -261,7 +261,7 @@ def test_a_proposal_that_cannot_be_run_has_failed(play: Any, monkeypatch: pytest
 def test_an_objective_that_was_not_logged_fails_the_search(play: Any, capsys: pytest.CaptureFixture[str]):
     assert play(*SMALL, "search.objective=train/mfu") == (1, 2)
     said = capsys.readouterr().out
-    assert "is completed, but counts as failed: it has no train/mfu" in said
+    assert "is completed but counts as failed: it has not logged train/mfu" in said
     assert "best  " not in said
 
 
@@ -273,7 +273,7 @@ def test_an_objective_of_the_other_device_is_refused(
 ):
     monkeypatch.setattr(machine, "has_cuda", lambda: gpu)
     assert play(*SMALL, f"search.objective={metric}") == (2, 0)
-    assert f"search.objective={metric}: no run here logs this" in capsys.readouterr().err
+    assert f"search.objective={metric}: is not logged on this machine" in capsys.readouterr().err
     assert not Path("outputs").exists()
     monkeypatch.setattr(machine, "has_cuda", lambda: not gpu)
     assert play(*SMALL, f"search.objective={metric}")[0] == 1, "it is begun"
@@ -335,7 +335,7 @@ def test_every_trial_is_a_run_and_the_same_command_goes_on(tmp_path: Path, cache
     assert [rundir.read_state().attempt for rundir in sweep.rundirs()] == [1] * 5
     other = runner(*words, "lora.lora_alpha=4,8", "sweep=tpe-lora.r+optim.learning_rate", cwd=tmp_path)
     assert other.returncode == 2
-    assert "this search has another space" in other.stderr
+    assert "the existing search has another space" in other.stderr
     runs = mlflow_runs(tmp_path)
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.status for run in parents] == ["FINISHED"]
@@ -523,7 +523,7 @@ def test_only_one_process_proposes(tmp_path: Path, cache: Path):
     until(lambda: sweep.rundirs() and sweep.rundirs()[0].read_state().step >= 1)
     second = runner(*words, cwd=tmp_path)
     assert second.returncode == 2
-    assert "another process is at it" in second.stderr
+    assert "another process runs this search" in second.stderr
     driver.send_signal(signal.SIGINT)
     assert driver.wait(60) == 130
     assert states(sweep) == ["killed"]

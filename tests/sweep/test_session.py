@@ -60,12 +60,14 @@ class Stopped:
         return [self.code] * len(rundirs)
 
 
-@pytest.mark.parametrize(("code", "others", "told"), [(1, 0, ""), (130, None, "not started of other launchers: b")])
+@pytest.mark.parametrize(
+    ("code", "others", "told"), [(1, 0, ""), (130, None, "jobs of other launchers were not started: b")]
+)
 def test_a_stop_reaches_other_launchers_and_a_failure_does_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, others: int | None, told: str
 ):
     session = sweeping.Session(None, [])
-    entries = [sweeping.Entry(folder.Wanted({"retry": False}, n, ""), RunDir(tmp_path / n), None) for n in "ab"]
+    entries = [sweeping.Entry(folder.SweepJob({"retry": False}, n, ""), RunDir(tmp_path / n), None) for n in "ab"]
     session._launch(SweepDir(tmp_path), entries, [(Stopped(code), [0]), (Stopped(0), [1])])
     assert [entry.code for entry in entries] == [code, others]
     assert told in capsys.readouterr().err
@@ -91,12 +93,12 @@ def test_a_sweep_again_and_with_more_values(tmp_path: Path, cache: Path):
 
     again = runner(*six, cwd=tmp_path)
     assert again.returncode == 0
-    assert "6 of 6 jobs are completed already: skipped" in again.stderr
+    assert "6 of 6 jobs are already completed: skipped" in again.stderr
     assert set(attempts(sweep).values()) == {1}
 
     more = runner("-m", *SMALL, "lora.r=4,8,16", "quant=none,8bit,4bit", cwd=tmp_path)  # in another order, too
     assert more.returncode == 0, more.stderr
-    assert "6 of 9 jobs are completed already: skipped" in more.stderr
+    assert "6 of 9 jobs are already completed: skipped" in more.stderr
     assert list(attempts(sweep).values()) == [1] * 9
     parents, children = mlflow_runs(tmp_path / "outputs")
     assert [len(parents), len(children)] == [1, 9]
@@ -128,7 +130,7 @@ def test_a_failed_job_stops_no_other_and_is_retried_on_request(tmp_path: Path, c
 
     refused = runner(*words, cwd=tmp_path)
     assert refused.returncode == 1, "what failed is not tried again by itself"
-    assert "retry=true tries them again" in refused.stderr
+    assert "retry them with retry=true" in refused.stderr
     retried = runner(*words, "retry=true", cwd=tmp_path)
     assert retried.returncode == 0, retried.stderr
     assert list(attempts(sweep).values()) == [1] * 6, "the five were left as they are"
@@ -154,7 +156,7 @@ two = four = five = six = one
 def test_values_that_come_to_the_same_are_one_run(tmp_path: Path, cache: Path):
     done = runner("-m", *TINY, "train.max_steps=1", "seed=1,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "each is run once" in done.stderr
+    assert "each configuration is run once" in done.stderr
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "seed")
     assert list(attempts(sweep).values()) == [1]
 
@@ -170,7 +172,7 @@ def test_a_named_sweep_and_named_folders(tmp_path: Path, cache: Path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["-m", "lora.r=4,8", "hydra.sweep.dir=there"], "holds other files and no sweep"),
+        (["-m", "lora.r=4,8", "hydra.sweep.dir=there"], "this folder contains other files and no sweep"),
         (["-m", "lora.r=4,8", "resume=auto"], "is for a single run"),
         (["-m", "seed=1,2", "outputs_dir=a,b"], "cannot be swept"),
         (["sweep=mine"], "has no effect without -m"),

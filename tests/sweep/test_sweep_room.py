@@ -121,7 +121,7 @@ def test_what_cannot_be_added_to_a_sweep_leaves_it_as_it_was(
     filler.unlink()
     more = runner(*there, "seed=0,1,2", OMP_NUM_THREADS="1")
     assert more.returncode == 0, more.stderr
-    assert "2 of 3 jobs are completed already: skipped" in more.stderr
+    assert "2 of 3 jobs are already completed: skipped" in more.stderr
     rundirs = SweepDir(small_disk / "sweeps" / "eight").rundirs()
     assert [rundir.read_state().attempt for rundir in rundirs] == [1, 1, 1]
 
@@ -175,19 +175,19 @@ def test_only_what_is_wrong_with_the_folder_is_called_so(
 def test_a_sweep_is_as_it_was_whatever_stops_its_making(tmp_path: Path):
     """Also the folders above it, which others may use meanwhile."""
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "mine")
-    wanted = folder.Wanted({"seed": 1}, "seed=1", "")
+    wanted = folder.SweepJob({"seed": 1}, "seed=1", "")
 
-    def begin(*others: folder.Wanted) -> None:
-        with folder.joined(sweep, "mine", ["runner"], [wanted, *others]) as rundirs:
+    def begin(*others: folder.SweepJob) -> None:
+        with folder.adding(sweep, "mine", ["runner"], [wanted, *others]) as rundirs:
             rundirs[-1].update_manifest(made_folders=[str(rundirs[-1].path)])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         begin()
     assert list(tmp_path.iterdir()) == []
-    with folder.joined(sweep, "mine", ["runner"], [wanted]) as (first,):
+    with folder.adding(sweep, "mine", ["runner"], [wanted]) as (first,):
         RunDir(first.path).update_manifest(signature=wanted.signature)
     before = tree(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        begin(folder.Wanted({"seed": 2}, "seed=2", ""))
+        begin(folder.SweepJob({"seed": 2}, "seed=2", ""))
     assert tree(tmp_path) == before

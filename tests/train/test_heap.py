@@ -77,5 +77,5 @@ def test_only_what_may_train_begins_anew(words: str, trains: bool, monkeypatch: 
 
 def test_a_job_of_slurm_is_started_with_the_heap_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(heap.VARIABLE, raising=False)
-    lines = script.setup_lines(option("launcher", "slurm"), tmp_path, "job", None)
+    lines = script.setup_lines(option("launcher", "slurm")().request, tmp_path, "job", None)
     assert "export GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0" in lines

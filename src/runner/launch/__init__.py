@@ -1,1 +1,1 @@
-"""Start prepared run folders: here, under torchrun, on Slurm."""
+"""Start the workers of prepared runs: on this machine, under torchrun, or on Slurm."""

@@ -1,4 +1,4 @@
-"""What every launcher is: it brings prepared run folders to life. How a worker comes to life is all they differ in."""
+"""Interfaces: a launcher starts the workers of prepared runs; a source proposes runs to a launcher."""
 
 from __future__ import annotations
 
@@ -9,57 +9,57 @@ from runner.tracking.sweepdir import SweepDir
 
 
 class Source(Protocol):
-    """Proposes runs one after the other, and learns how each ended."""
+    """Proposes runs one at a time, for example a hyperparameter search."""
 
     @property
     def total(self) -> int:
-        """How many runs it will propose; one that it proposes again counts once."""
+        """Number of runs that will be proposed; a run that is proposed twice counts once."""
 
     def next(self) -> RunDir | None:
-        """A further run to start now; None where there is none, or none yet."""
+        """The next run to start; None if there is none at the moment."""
 
     def ended(self, rundir: RunDir) -> None:
-        """The run's folder says how it ended."""
+        """Called when a run has ended; its state.json contains the result."""
 
-    def look(self) -> None:
-        """Called again and again while runs go on."""
+    def poll(self) -> None:
+        """Called repeatedly while runs are active."""
 
 
 class Launcher(Protocol):
-    """What an option of the group ``launcher`` returns; picklable, and made without importing torch."""
+    """Returned by the options of the config group ``launcher``. Picklable; created without importing torch."""
 
     @property
     def processes(self) -> int:
-        """Ranks of one run: the world size that its batches are divided over."""
+        """World size of one run: its batches are divided over these ranks."""
 
     @property
     def is_detached(self) -> bool:
         """Whether ``launch`` returns before the runs have ended."""
 
     def check(self, at_once: int | None = None) -> None:
-        """Refuse what this machine or the scheduler cannot give; called once, before anything is written.
+        """Check that this machine or the scheduler has what is requested; called once, before anything is written.
 
         Args:
-            at_once: how many runs a search wants to have at work.
+            at_once: how many runs a search wants to run at the same time.
 
         Raises:
-            LaunchError: with the scheduler's own reason.
+            LaunchError: the resources do not exist; contains the scheduler's own reason.
         """
 
     def plan(self, runs: int) -> str:
-        """What would be started for a run, or a sweep of so many: for Slurm the very script."""
+        """Describe how ``runs`` runs would be started; for Slurm, the sbatch script."""
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         """Start the workers of these runs.
 
         Returns:
-            an exit code for each, also 0 where it was only submitted; fewer where a stop came first. Of several runs
-            75 and 130 say that all of them were stopped, not one alone.
+            one exit code per run, 0 also for a run that was only submitted; fewer codes if the launcher was stopped
+            before all runs were started. With several runs, 75 and 130 mean that all of them were stopped.
         """
 
     def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
-        """Bring to their ends the runs that ``source`` proposes, ``at_once`` of them at the same time.
+        """Run what ``source`` proposes until it proposes nothing more, ``at_once`` runs at the same time.
 
         Returns:
-            the exit code: 0 where nothing more is proposed, 75 or 130 after a stop.
+            the exit code: 0 if the source has no more runs, 75 or 130 after a stop.
         """

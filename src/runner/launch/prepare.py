@@ -1,4 +1,4 @@
-"""From composed jobs to frozen ones: everything that can be refused is refused here, before anything is written."""
+"""Check composed jobs, then write their run folders. All faults are found before anything is written."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from runner.train.distributed import parallel
 
 
 def admit(jobs: Iterable[Job], processes: int | None = None) -> None:
-    """Check all jobs and freeze the configuration of each.
+    """Check all jobs and freeze their configurations in place.
 
     Args:
-        processes: how many there are, where somebody else started them (torchrun); None: as the launcher says.
+        processes: world size, if the processes were started from outside (torchrun); None: the launcher's.
 
     Raises:
-        ConfigError: with the faults of all of them, each once.
+        ConfigError: the faults of all jobs, each once.
     """
     faults: dict[str, Fault] = {}
     jobs = list(jobs)
     for job in jobs:
         manifest.keep_credentials(job.cfg)
-        for fault in _code_faults(job) or check.faults_of(job.cfg) or _settle(job.cfg, processes):
+        for fault in _code_faults(job) or check.faults_of(job.cfg) or _resolve_parallel(job.cfg, processes):
             faults[str(fault)] = fault
     if faults:
         raise ConfigError(*faults.values())
@@ -53,42 +53,43 @@ def launcher_of(cfg: dict[str, Any]) -> Launcher:
 
 
 def by_launcher(configs: Iterable[dict[str, Any]]) -> list[tuple[Launcher, list[int]]]:
-    """The launchers of these configurations, each with the numbers of those that name it."""
-    groups: dict[str, list[int]] = {}
-    found: dict[str, Launcher] = {}
-    for number, cfg in enumerate(configs):
+    """Group configurations by their launcher; returns (launcher, indices of its configurations)."""
+    groups: dict[str, tuple[Launcher, list[int]]] = {}
+    for index, cfg in enumerate(configs):
         key = json.dumps(cfg["launcher"], sort_keys=True)
-        groups.setdefault(key, []).append(number)
-        if key not in found:
-            found[key] = launcher_of(cfg)
-    return [(found[key], numbers) for key, numbers in groups.items()]
+        if key not in groups:
+            groups[key] = launcher_of(cfg), []
+        groups[key][1].append(index)
+    return list(groups.values())
 
 
-def _settle(cfg: dict[str, Any], processes: int | None) -> list[Fault]:
-    """Write into the configuration over how many processes the run is spread: it changes what is computed."""
-    count = processes if processes is not None else getattr(launcher_of(cfg), "processes", 1)
+def _resolve_parallel(cfg: dict[str, Any], processes: int | None) -> list[Fault]:
+    """Write the world size into ``cfg["parallel"]``, because it changes what is computed; returns the faults."""
+    world_size = processes if processes is not None else getattr(launcher_of(cfg), "processes", 1)
     try:
-        cfg["parallel"] = parallel.resolve(cfg["parallel"], count)
+        cfg["parallel"] = parallel.resolve(cfg["parallel"], world_size)
     except ConfigError as error:
         return list(error.faults)
     return list(parallel.check_combination(cfg))
 
 
 def prepared(job: Job, folder: Path, command: list[str], *, is_new: bool = False, **notes: Any) -> RunDir:
-    """The run's folder with ``.hydra/`` and our frozen configuration in it; that of an earlier run as it is.
+    """Write ``.hydra/`` and the frozen configuration into the run's folder; an existing run is kept as it is.
 
-    ``is_new``: it gets a folder of its own, whatever appears in ``folder`` meanwhile.
+    Args:
+        is_new: create a new folder, with another name if ``folder`` exists.
+        notes: more entries of manifest.json.
     """
     if not is_new and RunDir(folder).manifest.exists():
         manifest.refuse_other(RunDir(folder), job.cfg)
         return RunDir(folder)
-    folder, made = resume.make(folder, is_new=is_new)
+    folder, created = resume.make(folder, is_new=is_new)
     name = {"name": job.cfg["name"] or notes["label"]} if notes.get("label") else {}
     try:
         write_hydra(job, folder)
-        return manifest.prepare(job.cfg, folder, command, job.overrides, made, choices=job.choices, **notes, **name)
-    except BaseException:  # a full disk: half a run is none
-        with contextlib.suppress(OSError):  # what stopped it is said, not what cannot be removed
+        return manifest.prepare(job.cfg, folder, command, job.overrides, created, choices=job.choices, **notes, **name)
+    except BaseException:  # a full disk, for example: leave no incomplete run folder
+        with contextlib.suppress(OSError):  # report the first error, not the failed clean-up
             if not RunDir(folder).manifest.exists():
-                RunDir(folder).discard(made)
+                RunDir(folder).discard(created)
         raise

@@ -1,7 +1,6 @@
-"""How far several runs are, told while they run: a live table on a terminal, elsewhere a line for each event.
+"""Progress of several runs: a live table on a terminal, otherwise one line per event.
 
-It reads run folders and knows nothing of processes: a queue says which run has begun or ended, or ``follow`` finds it
-out from the folders alone.
+All progress is read from run folders. Which run has started or ended is reported by a queue, or found by ``follow``.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-LOOK_EVERY_S, TELL_EVERY_S = 0.5, 30.0
+REFRESH_EVERY_S, LOG_EVERY_S = 0.5, 30.0
 OVER = (*FINAL, "preempted", "cancelled", "refused")
 
 
 def follow(rundirs: list[RunDir], is_over: Callable[[], bool]) -> None:
-    """Show how far the runs are until ``is_over()``; whoever works on them, and wherever, is read off their folders."""
+    """Show the progress of runs on any machine, read from their folders, until ``is_over()`` returns True."""
     before = [rundir.read_state() for rundir in rundirs]
     with ProgressTable(rundirs, at_once=None) as table:
         while True:
             over = is_over()
             for number, rundir in enumerate(rundirs):
                 if table.has_changed(number):
-                    _take_over(table, number, rundir.read_state(), before[number])
-            table.look()
+                    _update(table, number, rundir.read_state(), before[number])
+            table.refresh()
             if over:
                 return
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(REFRESH_EVERY_S)
 
 
-def _take_over(table: ProgressTable, number: int, state: State, before: State) -> None:
-    """Show what a state says; what it said before the run was handed over again is past."""
+def _update(table: ProgressTable, number: int, state: State, before: State) -> None:
+    """Show a new state. An end that equals ``before`` is that of an earlier launch, unless the run is completed."""
     shown = table.rows[number].status
     if state.status == "running" and shown not in ("starting", "running"):
         table.started(number)
@@ -55,7 +54,7 @@ def _take_over(table: ProgressTable, number: int, state: State, before: State) -
 
 @dataclass
 class Row:
-    """What is shown of one run."""
+    """One line of the table: a run."""
 
     rundir: RunDir
     label: str
@@ -63,57 +62,57 @@ class Row:
     state: State = field(default_factory=State)
     loss: float | None = None
     reason: str = ""
-    began: float | None = None
-    """Seconds of the monotonic clock; also when it is worked on elsewhere."""
+    started_at: float | None = None
+    """Monotonic clock, in seconds; also set if another process trains the run."""
     seconds: float | None = None
-    """From its beginning to its end."""
-    told: float = 0.0
-    """When the last line on it was written."""
-    read: tuple[int, ...] = ()
-    """Which state.json was read last."""
+    """Seconds from start to end."""
+    logged_at: float = 0.0
+    """Time of the last line that was printed for this run."""
+    state_stamp: tuple[int, ...] = ()
+    """``stamp`` of the state.json that was read last."""
 
     @property
-    def is_watched(self) -> bool:
+    def is_active(self) -> bool:
         return self.status in ("starting", "running", "elsewhere")
 
-    def left_s(self) -> float | None:
-        """Seconds until its last step, at the speed so far."""
+    def remaining_s(self) -> float | None:
+        """Seconds until the last step, at the average speed so far; None if not known yet."""
         state = self.state
         if self.status not in ("running", "elsewhere") or not state.step or not state.seconds:
             return None
-        left = state.seconds / state.step * (state.total_steps - state.step)
-        return max(0.0, left - (time.time() - state.updated))
+        remaining = state.seconds / state.step * (state.total_steps - state.step)
+        return max(0.0, remaining - (time.time() - state.updated))
 
 
 class ProgressTable:
-    """The table; every change is told by its methods, and ``look`` reads how far the runs are, twice a second."""
+    """The table. ``started``, ``elsewhere`` and ``ended`` report events; ``refresh`` reads the progress of the runs."""
 
     def __init__(self, rundirs: list[RunDir], at_once: int | None, total: int = 0) -> None:
         self.rows: list[Row] = []
         self.total = total
-        """How many there will be, where they are proposed one after the other."""
+        """Number of runs at the end, if they are proposed one after the other."""
         for rundir in rundirs:
             self.add(rundir)
         self.at_once = at_once
         self.notice = ""
-        """What is said below the table: that it is being stopped."""
+        """A line below the table, for example that the queue is stopping."""
         self._live: Live | None = None
-        self._looked = 0.0
+        self._refreshed_at = 0.0
 
     def add(self, rundir: RunDir) -> int:
-        """One more run, or one again that goes on; returns its number."""
+        """Add a run, or reset the line of one that is launched again; returns its number."""
         manifest = rundir.read_manifest()
         row = Row(rundir, str(manifest.get("label") or manifest.get("name") or rundir.path.name))
-        known = next((number for number, each in enumerate(self.rows) if each.rundir.path == rundir.path), None)
-        if known is not None:
-            self.rows[known] = row
-            return known
+        for number, known in enumerate(self.rows):
+            if known.rundir.path == rundir.path:
+                self.rows[number] = row
+                return number
         self.rows.append(row)
         return len(self.rows) - 1
 
     @property
     def count(self) -> int:
-        """All runs, those that are still to be proposed too."""
+        """Number of runs, including those that have not been proposed yet."""
         return max(self.total, len(self.rows))
 
     def __enter__(self) -> ProgressTable:
@@ -121,7 +120,7 @@ class ProgressTable:
             from rich.console import Console
             from rich.live import Live
 
-            # No thread that refreshes: processes are forked beside this table.
+            # No refresh thread: the queue forks processes while the table is shown.
             terminal = Console(stderr=True, markup=False, highlight=False)
             self._live = Live(
                 console=terminal, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
@@ -137,85 +136,78 @@ class ProgressTable:
 
     def started(self, number: int) -> None:
         saved = self.rows[number].rundir.saved_step()
-        self._begin(number, "starting", f"goes on from step {saved}" if saved else "started")
+        self._start(number, "starting", f"resumes from step {saved}" if saved else "started")
 
     def elsewhere(self, number: int) -> None:
-        """Another process works on this run: it is waited for."""
+        """Another process trains this run; the queue waits for it."""
         pid = self.rows[number].rundir.read_state().pid
-        self._begin(number, "elsewhere", f"is being worked on (pid {pid}); waiting for it")
+        self._start(number, "elsewhere", f"another process (pid {pid}) trains this run; waiting for it to end")
 
     def ended(self, number: int, status: str, reason: str = "") -> None:
-        """The run is over, or was not started; ``status`` is that of its state, ``cancelled`` or ``refused``."""
+        """The run has ended, or was not started; ``status``: the status in state.json, ``cancelled`` or ``refused``."""
         row = self.rows[number]
         self._read(row)
         row.status, row.reason = status, reason
-        row.seconds = time.monotonic() - row.began if row.began is not None else None
+        row.seconds = time.monotonic() - row.started_at if row.started_at is not None else None
         row.loss = row.state.summary.get("eval/loss", row.loss) if status == "completed" else row.loss
-        self._tell(number, _ending(row))
-
-    def notify(self, text: str) -> None:
-        """Say something on all of them."""
-        self.notice = text
-        if not self._live:
-            _write(text)
-        self._draw()
+        self._log(number, _ending(row))
 
     def has_changed(self, number: int) -> bool:
-        """Whether the run's state was written since it was last read."""
-        return stamp(self.rows[number].rundir.state) != self.rows[number].read
+        """Whether state.json was written since it was last read."""
+        return stamp(self.rows[number].rundir.state) != self.rows[number].state_stamp
 
-    def look(self) -> None:
-        """Read how far the runs are and show it; does nothing more often than twice a second."""
+    def refresh(self) -> None:
+        """Read and show the progress of the runs, at most twice a second."""
         now = time.monotonic()
-        if now - self._looked < LOOK_EVERY_S:
+        if now - self._refreshed_at < REFRESH_EVERY_S:
             return
-        self._looked = now
+        self._refreshed_at = now
         for number, row in enumerate(self.rows):
-            if row.is_watched:
+            if row.is_active:
                 self._read(row)
                 if row.status == "starting" and row.state.status == "running":
                     row.status = "running"
-                if row.state.step and now - row.told >= TELL_EVERY_S:
-                    self._tell(number, _progress(row))
+                if row.state.step and now - row.logged_at >= LOG_EVERY_S:
+                    self._log(number, _progress(row))
         self._draw()
 
     def summary(self) -> str:
         """``3/6 done, about 4 min 00 s left``."""
-        done, left = sum(row.status in OVER for row in self.rows), self._left_s()
-        about = f", about {terminal.duration(left)} left" if left is not None else ""
+        done, remaining = sum(row.status in OVER for row in self.rows), self._remaining_s()
+        about = f", about {terminal.duration(remaining)} left" if remaining is not None else ""
         return f"{done}/{self.count} done{about}"
 
-    def _begin(self, number: int, status: str, line: str) -> None:
-        self.rows[number].status, self.rows[number].began = status, time.monotonic()
-        self._tell(number, line)
+    def _start(self, number: int, status: str, line: str) -> None:
+        self.rows[number].status, self.rows[number].started_at = status, time.monotonic()
+        self._log(number, line)
 
     def _read(self, row: Row) -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # removed, or damaged: what was known stays
-            if (seen := stamp(row.rundir.state)) != row.read:
-                row.state, row.read = row.rundir.read_state(), seen
+        with contextlib.suppress(OSError, ValueError, TypeError):  # removed or damaged: keep the last state
+            if (latest := stamp(row.rundir.state)) != row.state_stamp:
+                row.state, row.state_stamp = row.rundir.read_state(), latest
                 row.loss = _last_loss(row.rundir.metrics) or row.loss
 
-    def _left_s(self) -> float | None:
-        """Of all of them: what runs to its end, and what waits at the pace of the others."""
-        lefts = [left for row in self.rows if (left := row.left_s()) is not None]
-        whole = [row.seconds for row in self.rows if row.status == "completed" and row.seconds is not None]
-        whole += [time.monotonic() - row.began + left for row in self.rows
-                  if row.began is not None and (left := row.left_s()) is not None]  # fmt: skip
+    def _remaining_s(self) -> float | None:
+        """Seconds until all runs have ended, if waiting runs take as long as the others; None if not known yet."""
+        pairs = [(row, seconds) for row in self.rows if (seconds := row.remaining_s()) is not None]
+        totals = [row.seconds for row in self.rows if row.status == "completed" and row.seconds is not None]
+        totals += [time.monotonic() - row.started_at + seconds for row, seconds in pairs if row.started_at is not None]
         waiting = sum(row.status in ("waiting", "starting") for row in self.rows) + self.count - len(self.rows)
-        if (waiting and not whole) or not (waiting or lefts):
+        if (waiting and not totals) or not (waiting or pairs):
             return None
-        together = self.at_once or max(1, len(lefts))
-        return max([*lefts, (sum(lefts) + waiting * (sum(whole) / max(len(whole), 1))) / together])
+        active = [seconds for _, seconds in pairs]
+        at_once = self.at_once or max(1, len(active))
+        return max([*active, (sum(active) + waiting * (sum(totals) / max(len(totals), 1))) / at_once])
 
-    def _tell(self, number: int, text: str) -> None:
+    def _log(self, number: int, text: str) -> None:
         row = self.rows[number]
-        row.told = time.monotonic()
+        row.logged_at = time.monotonic()
         if not self._live:
             _write(f"[{number + 1}/{self.count}] {row.label}: {text}")
 
     def _draw(self) -> None:
         if self._live:
-            with contextlib.suppress(OSError):  # a terminal that was closed is no reason to stop
+            with contextlib.suppress(OSError):  # the terminal was closed: go on without it
                 self._live.update(self._table(self._live.console.height - 6), refresh=True)
 
     def _table(self, height: int) -> Table:
@@ -233,53 +225,52 @@ class ProgressTable:
 
 
 def _urgency(row: Row) -> int:
-    """What is shown first where there is no room for all."""
-    return 0 if row.is_watched else 1 if row.status in ("failed", "killed") else 2 if row.status == "waiting" else 3
+    """Sort key: runs with a low value are shown if the terminal has no room for all."""
+    return 0 if row.is_active else 1 if row.status in ("failed", "killed") else 2 if row.status == "waiting" else 3
 
 
 def _cells(row: Row) -> list[str]:
-    left = row.left_s()
-    time_of = f"took {terminal.duration(row.seconds)}" if row.seconds is not None else ""
+    remaining = row.remaining_s()
+    took = f"took {terminal.duration(row.seconds)}" if row.seconds is not None else ""
     status = row.status if row.status in ("running", "waiting", "completed") or not row.reason else ""
     return [
         row.label,
         status or redact(f"{row.status}: {row.reason}"),
         f"{row.state.step}/{row.state.total_steps}" if row.state.total_steps else "",
         f"{row.loss:.4f}" if row.loss is not None else "",
-        terminal.duration(left) if left is not None else time_of,
+        terminal.duration(remaining) if remaining is not None else took,
     ]
 
 
 def _progress(row: Row) -> str:
     loss = f"  loss {row.loss:.4f}" if row.loss is not None else ""
-    left = row.left_s()
-    return f"step {row.state.step}/{row.state.total_steps}{loss}" + (
-        f"  eta {terminal.duration(left)}" if left is not None else ""
-    )
+    remaining = row.remaining_s()
+    eta = f"  eta {terminal.duration(remaining)}" if remaining is not None else ""
+    return f"step {row.state.step}/{row.state.total_steps}{loss}{eta}"
 
 
 def _ending(row: Row) -> str:
-    if row.status == "completed" and row.began is None:
-        return "completed already: nothing to do"
+    if row.status == "completed" and row.started_at is None:
+        return "already completed"
     took = f" after {terminal.duration(row.seconds)}" if row.seconds is not None else ""
     if row.status == "completed":
-        far = f", loss {row.loss:.4f}" if row.loss is not None else ""
+        result = f", loss {row.loss:.4f}" if row.loss is not None else ""
     else:
-        far = f" at step {row.state.step}/{row.state.total_steps}" if row.state.step else ""
-    return redact(f"{row.status}{took}{far}" + (f": {row.reason}" if row.reason else ""))
+        result = f" at step {row.state.step}/{row.state.total_steps}" if row.state.step else ""
+    return redact(f"{row.status}{took}{result}" + (f": {row.reason}" if row.reason else ""))
 
 
 def _last_loss(metrics: Path, tail: int = 8192) -> float | None:
-    """The loss of the last record that has one."""
+    """The last train/loss in metrics.jsonl; reads only the last ``tail`` bytes."""
     with contextlib.suppress(OSError), metrics.open("rb") as handle:
         handle.seek(max(0, os.fstat(handle.fileno()).st_size - tail))
         for line in reversed(handle.read().splitlines()):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the first line of the tail is only a part
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the first line of the tail is incomplete
                 record: dict[str, Any] = json.loads(line)
                 return float(record["train/loss"])
     return None
 
 
 def _write(text: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that was closed, a pipe that nobody reads
+    with contextlib.suppress(OSError):  # the terminal or the pipe was closed
         print(text, file=sys.stderr, flush=True)

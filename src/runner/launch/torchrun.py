@@ -1,7 +1,7 @@
-"""Processes that somebody else started, each with the same command line: torchrun, or ``accelerate launch``.
+"""One run in processes that torchrun or ``accelerate launch`` has started, each with the same command line.
 
-Rank 0 composes, refuses or prepares; then it tells the others the folder, and all of them work on it. Only rank 0
-speaks, and the exit code is its own: whoever started them stops the others as soon as one ends with another than 0.
+Rank 0 composes, checks and prepares the run, then broadcasts its folder; all ranks train it. Only rank 0 prints, and
+its exit code is the result: torchrun stops the other ranks as soon as one ends with a code other than 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runner.train.distributed.ranks import Ranks, of_environment, silent
 
 @dataclass
 class Joined:
-    """The launcher of such processes: they are there already."""
+    """A launcher that starts nothing: the processes exist already."""
 
     processes: int
     is_detached: bool = False
@@ -32,14 +32,14 @@ class Joined:
         pass
 
     def plan(self, runs: int) -> str:
-        assert runs == 1, "a sweep is refused before"
+        assert runs == 1, "sweeps are refused in refuse()"
         return f"the {self.processes} processes that were started"
 
     def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:  # noqa: ARG002
-        raise AssertionError("a sweep is refused before")
+        raise AssertionError("sweeps are refused in refuse()")
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
-        assert sweep is None, "a sweep is refused before"
+        assert sweep is None, "sweeps are refused in refuse()"
         assert len(rundirs) == 1
         self.has_launched = True
         ranks = of_environment()
@@ -48,24 +48,24 @@ class Joined:
         return [_work(rundirs[0])]
 
     def refuse(self, overrides: list[str], *, is_sweep: bool) -> None:
-        """Refuse what such processes cannot do.
+        """Refuse what does not work under torchrun.
 
         Raises:
-            ConfigError: a launcher of ours, or a sweep.
+            ConfigError: a ``launcher`` override, or a sweep.
         """
         for override in overrides:
             key, _, value = override.partition("=")
             if key.partition(".")[0] == "launcher":
-                problem = f"{self.processes} processes were started already (torchrun, accelerate launch)"
-                raise ConfigError(Fault(key, problem, "leave it out, or leave starting them to runner", value))
+                problem = f"torchrun or accelerate launch has started {self.processes} processes already"
+                raise ConfigError(Fault(key, problem, "remove it, or run python -m runner without torchrun", value))
         if is_sweep:
-            problem = "a sweep starts the processes of each run itself"
+            problem = "a sweep cannot run under torchrun or accelerate launch: it starts the processes of each run"
             remedy = f"python -m runner -m launcher=accelerate launcher.processes={self.processes} …"
             raise ConfigError(Fault("-m", problem, remedy))
 
 
 def among_several(command: Callable[[Joined], int]) -> int:
-    """Do ``command`` on rank 0 and what follows from it on the others; returns the exit code of this process."""
+    """Call ``command`` on rank 0; the other ranks wait for the run folder and train. Returns this rank's exit code."""
     ranks = of_environment()
     if ranks.rank:
         with silent(os.devnull):
@@ -81,30 +81,33 @@ def among_several(command: Callable[[Joined], int]) -> int:
 
 
 def refuse_lonely() -> None:
-    """Refuse to be the one process that ``accelerate launch`` starts of several where it finds no GPU.
+    """Refuse to train in one process where ``accelerate launch`` was called with several.
+
+    Without a GPU, accelerate starts a single process and sets no variable that contains the requested number.
 
     Raises:
-        LaunchError: it was asked for several, and passed that on to nobody.
+        LaunchError: several processes were requested, one was started.
     """
-    wanted = _asked_of_accelerate() if "ACCELERATE_MIXED_PRECISION" in os.environ else 1
-    if wanted > 1 and of_environment().world == 1:
-        problem = f"accelerate launch was asked for {wanted} processes and started one: it found no GPU"
-        remedy = f"launcher=accelerate launcher.processes={wanted}, or torchrun --nproc-per-node {wanted} -m runner"
-        raise LaunchError(Fault("--num-processes", problem, remedy, wanted))
+    requested = _processes_of_accelerate() if "ACCELERATE_MIXED_PRECISION" in os.environ else 1
+    if requested > 1 and of_environment().world == 1:
+        problem = f"accelerate launch found no GPU and started 1 process instead of {requested}"
+        remedy = f"set launcher=accelerate launcher.processes={requested}, or use torchrun --nproc-per-node {requested}"
+        raise LaunchError(Fault("--num-processes", problem, remedy, requested))
 
 
-def _asked_of_accelerate() -> int:
-    """The number on the command line of the process that started this one; 1 where none stands there."""
+def _processes_of_accelerate() -> int:
+    """``--num_processes`` on the command line of the parent process; 1 if it is not set."""
     import psutil
 
     with contextlib.suppress(psutil.Error):
-        words = " ".join(psutil.Process(os.getppid()).cmdline())
-        found = re.search(r"--num[_-]processes[= ](\d+)", words)
-        return int(found[1]) if found else 1
+        command = " ".join(psutil.Process(os.getppid()).cmdline())
+        if match := re.search(r"--num[_-]processes[= ](\d+)", command):
+            return int(match[1])
     return 1
 
 
 def _follow(ranks: Ranks) -> int:
+    """Rank > 0: receive the run folder from rank 0 and train; an empty folder means that rank 0 has no run."""
     ranks.join()
     folder = ranks.broadcast("")
     if folder:

@@ -1,7 +1,7 @@
-"""The folder of a sweep: which runs it has, where they lie, and what is to be done with each.
+"""The folder of a sweep and its sweep.json: create run folders, add jobs, find existing ones.
 
-Runs are told apart by signature, never by number: the same command finds what is there, one with more values adds
-to it, and two commands on the same folder agree, as only one of them at a time reads and changes sweep.json.
+Runs are identified by signature, not by number: the same command finds its runs, and a command with more values adds
+runs. Concurrent commands read and change sweep.json one after the other.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from runner.tracking.rundir import DONE, RunDir
 from runner.tracking.sweepdir import SweepDir
 
 OTHERS = {".sweep.lock", ".search.lock", "search.journal", "multirun.yaml"}
-"""What may lie in the folder before sweep.json does: ours, and what another sweeper of Hydra's wrote."""
+"""Files that may exist in the folder before sweep.json: ours, and those of other Hydra sweepers."""
 
 
 @dataclass
-class Wanted:
-    """A job that a command asks for."""
+class SweepJob:
+    """A job of a sweep command."""
 
     cfg: dict[str, Any]
     label: str
-    """What tells it from the others: ``quant=4bit,lora.r=8``."""
+    """The swept values: ``quant=4bit,lora.r=8``."""
     folder: str
-    """Where it has to lie; "" where we choose."""
+    """Folder name required by the configuration; "": we choose."""
 
     @property
     def signature(self) -> str:
@@ -42,105 +42,104 @@ class Wanted:
 
 
 @contextlib.contextmanager
-def joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted]) -> Iterator[list[RunDir]]:
-    """Make the sweep, or add to it, and give each job its folder; nobody else changes the sweep during the block.
+def adding(sweep: SweepDir, name: str, command: list[str], jobs: list[SweepJob]) -> Iterator[list[RunDir]]:
+    """Create the sweep or add jobs to it; yields the folder of each job. The sweep is locked during the block.
 
-    The runs that the block makes there are removed, and sweep.json is as it was, if it raises anything.
+    If the block raises, the new runs are removed and sweep.json gets its earlier content.
 
     Raises:
-        ResumeError: the folder, or one that a job is to have, holds something else; nothing was written.
+        ResumeError: the sweep's folder or a run's folder contains something else; nothing was written.
     """
     refuse(sweep)
     missing = [path for path in (sweep.path, *sweep.path.parents) if not path.exists()]
     try:
         with locked(sweep.lock):
             try:
-                yield from _joined(sweep, name, command, wanted)
+                yield from _adding(sweep, name, command, jobs)
             except BaseException:
                 if sweep.path in missing and not sweep.manifest.exists():
                     with contextlib.suppress(OSError):
-                        sweep.lock.unlink()  # while it is held: who waits for it, or comes, sees that it is gone
+                        sweep.lock.unlink()  # while locked: waiting processes detect that the file is gone
                 raise
     except BaseException:
         for folder in missing:
-            with contextlib.suppress(OSError):  # not empty: somebody else uses it
+            with contextlib.suppress(OSError):  # not empty: used by another process
                 folder.rmdir()
         raise
 
 
-def _joined(sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted]) -> Iterator[list[RunDir]]:
+def _adding(sweep: SweepDir, name: str, command: list[str], jobs: list[SweepJob]) -> Iterator[list[RunDir]]:
     before = sweep.manifest.read_bytes() if sweep.manifest.exists() else b""
-    manifest, rundirs = _with(sweep.read(), sweep, name, command, wanted)
+    manifest, rundirs = _with(sweep.read(), sweep, name, command, jobs)
     new = [rundir for rundir in rundirs if not rundir.manifest.exists()]
     try:
         write_atomic(sweep.manifest, json.dumps(manifest, indent=1))
         yield rundirs
-    except BaseException:  # a full disk: as if this command had not been given
-        _take_back(sweep, before, new)
+    except BaseException:  # a full disk, for example: undo everything
+        _undo(sweep, before, new)
         raise
 
 
 def _with(
-    manifest: dict[str, Any], sweep: SweepDir, name: str, command: list[str], wanted: list[Wanted]
+    manifest: dict[str, Any], sweep: SweepDir, name: str, command: list[str], jobs: list[SweepJob]
 ) -> tuple[dict[str, Any], list[RunDir]]:
-    """sweep.json with these jobs in it, and the folder of each; nothing is written."""
+    """sweep.json with these jobs added, and the folder of each job; nothing is written."""
     manifest = manifest or {"id": uuid.uuid4().hex, "name": name, "created": time.time(), "jobs": {}}
     command = [redact(word) for word in command]
     if manifest.setdefault("commands", [])[-1:] != [command]:
         manifest["commands"].append(command)
-    jobs = manifest["jobs"]
-    for job in wanted:
-        if job.signature not in jobs:
-            folder = job.folder or f"{len(jobs):03d}-{job.signature[:8]}"
-            jobs[job.signature] = {"folder": folder, "label": job.label}
-    _refuse_shared([job["folder"] for job in jobs.values()])
-    rundirs = [RunDir(sweep.path / jobs[job.signature]["folder"]) for job in wanted]
-    for rundir, job in zip(rundirs, wanted, strict=True):
+    known = manifest["jobs"]
+    for job in jobs:
+        if job.signature not in known:
+            folder = job.folder or f"{len(known):03d}-{job.signature[:8]}"
+            known[job.signature] = {"folder": folder, "label": job.label}
+    _refuse_shared([entry["folder"] for entry in known.values()])
+    rundirs = [RunDir(sweep.path / known[job.signature]["folder"]) for job in jobs]
+    for rundir, job in zip(rundirs, jobs, strict=True):
         refuse_files(rundir.path)
         refuse_other(rundir, job.cfg)
     return manifest, rundirs
 
 
-def _take_back(sweep: SweepDir, before: bytes, new: list[RunDir]) -> None:
-    """Remove the runs that this command made, whole ones too, and give sweep.json its earlier content.
-
-    What cannot be removed stays: what stopped the command is said.
+def _undo(sweep: SweepDir, before: bytes, new: list[RunDir]) -> None:
+    """Remove the runs that this command created, and restore sweep.json. Errors here are ignored: the first error is
+    reported.
     """
-    stays = False
+    is_removed = True
     for rundir in new:
         try:
             if rundir.manifest.exists():
                 rundir.discard()
         except OSError:
-            stays = True
-    with contextlib.suppress(OSError):  # it lists runs that are not there then: the same command makes them
+            is_removed = False
+    with contextlib.suppress(OSError):  # sweep.json then lists missing runs: the same command creates them
         if before:
             write_atomic(sweep.manifest, before)
-        elif not stays:
+        elif is_removed:
             sweep.manifest.unlink(missing_ok=True)
 
 
 def refuse(sweep: SweepDir) -> None:
-    """Refuse a folder that holds other things than a sweep.
+    """Refuse a folder that contains other files and no sweep.
 
     Raises:
-        ResumeError: with what to do instead.
+        ResumeError: the folder is in use.
     """
     path, names = sweep.path, set[str]()
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{sweep.manifest.name}.")}
-    if names - OTHERS and not sweep.manifest.exists():  # asked last: another command may be making it
-        remedy = "name another folder with sweep=NAME or hydra.sweep.dir=…"
-        raise ResumeError(Fault("sweep", "its folder holds other files and no sweep", remedy, path))
+    if names - OTHERS and not sweep.manifest.exists():  # checked last: another command may be creating it
+        remedy = "choose another folder with sweep=NAME or hydra.sweep.dir=…"
+        raise ResumeError(Fault("sweep", "this folder contains other files and no sweep", remedy, path))
 
 
 def _refuse_shared(names: list[str]) -> None:
     if shared := [name for name, count in Counter(names).items() if count > 1]:
-        problem, remedy = "is the folder of more than one run", "let it hold what is swept, or leave it out"
+        problem, remedy = "is the folder of more than one run", "include the swept keys in it, or remove it"
         raise ResumeError(*(Fault("hydra.sweep.subdir", problem, remedy, name) for name in shared))
 
 
-def has_to_work(rundir: RunDir, retry: bool) -> bool:
-    """Whether the run still needs a worker: not if it is done or given up, nor if it failed and is not retried."""
+def needs_worker(rundir: RunDir, retry: bool) -> bool:
+    """Whether the run needs a worker: it is not completed or pruned, and not failed unless ``retry``."""
     status = rundir.read_state().status
     return status not in DONE and (status != "failed" or retry)

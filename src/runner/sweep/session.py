@@ -1,4 +1,4 @@
-"""A sweep at work: lists of overrides → checked jobs → prepared folders → a launcher → a table of how it went."""
+"""Run a sweep: compose and check jobs, prepare run folders, launch them, print a table of the results."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from runner.tracking.sweepdir import SweepDir
 
 @dataclass
 class Entry:
-    """One job of the command, and what came of it."""
+    """One job of the command, its run folder and exit code."""
 
-    wanted: folder.Wanted
+    job: folder.SweepJob
     rundir: RunDir
     code: int | None
-    """The exit code of its worker; None where none was started."""
+    """Exit code of the worker; None if no worker was started."""
 
 
 def sweep(hydra: Hydra, args: argparse.Namespace, composer: Composer, argv: list[str]) -> int:
@@ -47,16 +47,16 @@ def sweep(hydra: Hydra, args: argparse.Namespace, composer: Composer, argv: list
     sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task_function, config=master)
     try:
         sweeper.sweep(list(args.overrides))
-    except OSError as error:  # other sweepers than ours write into the folder of the sweep first
-        folder = Path(master.hydra.sweep.dir).absolute()
-        if session.has_launched or not files.is_of_outputs(error, folder):
+    except OSError as error:  # other Hydra sweepers write into the sweep's folder first
+        path = Path(master.hydra.sweep.dir).absolute()
+        if session.has_launched or not files.is_of_outputs(error, path):
             raise
-        raise ConfigError(files.outputs_fault(error, folder)) from error
+        raise ConfigError(files.outputs_fault(error, path)) from error
     return session.end()
 
 
 class Session:
-    """What ``-m`` gives to Hydra in the place of a task function: it takes jobs from a sweeper and launches them."""
+    """Hydra's task function for ``-m``: receives jobs from a sweeper and launches them."""
 
     def __init__(self, composer: Composer, argv: list[str]) -> None:
         self.composer, self.command = composer, ["python", "-m", "runner", *argv]
@@ -65,16 +65,16 @@ class Session:
         self.has_launched = False
 
     def __call__(self, *_: object) -> None:
-        raise AssertionError("Hydra runs no job itself: hydra/launcher=runner does")
+        raise AssertionError("Hydra must not run jobs: hydra/launcher=runner calls launch()")
 
     def grid(self, arguments: Sequence[str]) -> list[list[str]]:
         return self.composer.grid(arguments)
 
     def launch(self, batch: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-        """Bring these jobs to their end, or hand them over; returns their objectives for the sweeper.
+        """Train or submit these jobs; returns their results for the sweeper.
 
         Raises:
-            ConfigError, ResumeError, LaunchError: refused, before anything was written.
+            ConfigError, ResumeError, LaunchError: a job is refused; nothing was written.
         """
         jobs = self.composed(batch, first)
         labels = [self.composer.label(overrides) for overrides in batch]
@@ -83,16 +83,16 @@ class Session:
         for launcher, _ in launchers:
             launcher.check()
         entries = self.prepared(sweep, jobs, labels)
-        self._tell_what_is_there(entries)
+        self._print_existing(entries)
         self._launch(sweep, entries, launchers)
         self.entries += [entry for entry in entries if entry.rundir.path not in {e.rundir.path for e in self.entries}]
         return [_returned(entry, list(overrides)) for entry, overrides in zip(entries, batch, strict=True)]
 
     def composed(self, batch: Sequence[Sequence[str]], first: int) -> list[Job]:
-        """A checked job for each list of overrides.
+        """Compose and check a job for each list of overrides.
 
         Raises:
-            ConfigError, ResumeError: with all that is wrong with them.
+            ConfigError, ResumeError: all faults of these jobs.
         """
         jobs = self.composer.jobs(batch, first)
         prepare.admit(jobs)
@@ -101,48 +101,47 @@ class Session:
         return jobs
 
     def prepared(self, sweep: SweepDir, jobs: list[Job], labels: list[str]) -> list[Entry]:
-        """Every job with its folder, prepared if it is new."""
+        """Find or create the run folder of each job."""
         name = str(jobs[0].cfg["sweep"])
-        wanted = [folder.Wanted(job.cfg, label, job.folder) for job, label in zip(jobs, labels, strict=True)]
-        with files.writing(sweep.path), folder.joined(sweep, name, self.command, wanted) as rundirs:
-            for rundir, job, each in zip(rundirs, jobs, wanted, strict=True):
-                prepared(job, rundir.path, self.command, sweep=name, label=each.label)
-        return [Entry(each, rundir, None) for each, rundir in zip(wanted, rundirs, strict=True)]
+        added = [folder.SweepJob(job.cfg, label, job.folder) for job, label in zip(jobs, labels, strict=True)]
+        with files.writing(sweep.path), folder.adding(sweep, name, self.command, added) as rundirs:
+            for rundir, job, label in zip(rundirs, jobs, labels, strict=True):
+                prepared(job, rundir.path, self.command, sweep=name, label=label)
+        return [Entry(job, rundir, None) for job, rundir in zip(added, rundirs, strict=True)]
 
     def end(self) -> int:
-        """Tell how every job ended; returns the exit code of the command."""
+        """Print the table of all jobs; returns the exit code of the command."""
         codes = [entry.code for entry in self.entries]
         states = [entry.rundir.read_state().status for entry in self.entries]
-        table.sweep([(entry.wanted.label, entry.rundir) for entry in self.entries], is_detached=self.is_detached)
+        table.sweep([(entry.job.label, entry.rundir) for entry in self.entries], is_detached=self.is_detached)
         for stopped in (130, 75):
             if stopped in codes:
                 return stopped
         return int("failed" in states or any(code not in (0, None) for code in codes))
 
-    def _tell_what_is_there(self, entries: list[Entry]) -> None:
+    def _print_existing(self, entries: list[Entry]) -> None:
         states = [entry.rundir.read_state().status for entry in _distinct(entries)]
         done, failed = states.count("completed"), states.count("failed")
         if twins := len(entries) - len(states):
-            print(f"{twins} of these jobs are the same as others: each is run once", file=sys.stderr)
+            print(f"{twins} jobs are duplicates of others: each configuration is run once", file=sys.stderr)
         if done:
-            print(f"{done} of {len(states)} jobs are completed already: skipped", file=sys.stderr)
-        if failed and not all(entry.wanted.cfg["retry"] for entry in entries):
-            print(f"{failed} of {len(states)} jobs failed before; retry=true tries them again", file=sys.stderr)
+            print(f"{done} of {len(states)} jobs are already completed: skipped", file=sys.stderr)
+        if failed and not all(entry.job.cfg["retry"] for entry in entries):
+            print(f"{failed} of {len(states)} jobs failed before; retry them with retry=true", file=sys.stderr)
 
-    def _tell_what_is_left(self, entries: list[Entry], started: set[Path]) -> None:
-        """After a stop: what other launchers would have been given."""
-        left = [each for each in _distinct(entries) if each.rundir.path not in started]
-        left = [each for each in left if folder.has_to_work(each.rundir, each.wanted.cfg["retry"])]
-        if left:
-            labels = ", ".join(entry.wanted.label for entry in left)
-            print(f"stopped; not started of other launchers: {labels}", file=sys.stderr)
+    def _print_not_started(self, entries: list[Entry], started: set[Path]) -> None:
+        """After a stop: print the jobs of the launchers that were not called."""
+        remaining = [each for each in _distinct(entries) if each.rundir.path not in started]
+        labels = [each.job.label for each in remaining if folder.needs_worker(each.rundir, each.job.cfg["retry"])]
+        if labels:
+            print(f"stopped; jobs of other launchers were not started: {', '.join(labels)}", file=sys.stderr)
 
     def _launch(self, sweep: SweepDir, entries: list[Entry], launchers: list[tuple[Any, list[int]]]) -> None:
         started: set[Path] = set()
         self.has_launched = True
         for launcher, numbers in launchers:
             todo = [entries[n] for n in numbers if entries[n].rundir.path not in started]
-            todo = [each for each in _distinct(todo) if folder.has_to_work(each.rundir, each.wanted.cfg["retry"])]
+            todo = [each for each in _distinct(todo) if folder.needs_worker(each.rundir, each.job.cfg["retry"])]
             started |= {entry.rundir.path for entry in todo}
             if not todo:
                 continue
@@ -154,12 +153,12 @@ class Session:
             except LaunchError as error:
                 if all(entry.code is None for entry in entries):
                     raise
-                print(error, file=sys.stderr)  # those of another launcher were started: the table says which
+                print(error, file=sys.stderr)  # jobs of another launcher were started: the table shows them
                 codes = [1] * len(todo)
             for entry, code in zip(todo, codes, strict=False):
                 entry.code = code
             if any(code in (75, 130) for code in codes):
-                self._tell_what_is_left(entries, started)
+                self._print_not_started(entries, started)
                 break
 
 
@@ -168,9 +167,9 @@ def _distinct(entries: list[Entry]) -> list[Entry]:
 
 
 def _returned(entry: Entry, overrides: list[str]) -> JobReturn:
-    """What a sweeper of Hydra's learns of a job: its held-out loss, or that it failed."""
+    """Result of a job for Hydra's sweeper: the evaluation loss, or a failure."""
     state, failed = entry.rundir.read_state(), JobReturn(overrides=overrides, status=JobStatus.FAILED)
     if state.status == "completed":
         return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=state.summary.get("eval/loss"))
-    failed._return_value = LaunchError(Fault("", f"{entry.wanted.label}: {state.status} {state.reason}".strip()))
+    failed._return_value = LaunchError(Fault("", f"{entry.job.label}: {state.status} {state.reason}".strip()))
     return failed

@@ -1,7 +1,7 @@
-"""The space that a search looks through: values in Hydra's sweep syntax, as Optuna's distributions.
+"""Search space: convert values in Hydra's sweep syntax to Optuna's distributions.
 
-``a,b,c`` and ``choice(…)`` are categories, ``range(…)`` whole or evenly spaced numbers, ``interval(a,b)`` all numbers
-between, ``int(interval(a,b))`` all whole ones; ``tag(log, …)`` looks at their logarithm.
+``a,b,c`` and ``choice(…)`` are categories, ``range(…)`` are integers or evenly spaced numbers, ``interval(a,b)`` is a
+range of floats, ``int(interval(a,b))`` of integers; ``tag(log, …)`` samples on a logarithmic scale.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dimension:
-    """One key that is searched over."""
+    """One key of the search space."""
 
     key: str
     text: str
-    """Its values as they were written."""
+    """The values as the user wrote them."""
     choices: tuple[str, ...] = ()
-    """Ready to stand behind ``key=``; empty for numbers."""
+    """Categories in the syntax of overrides (``key=…``); empty for numbers."""
     low: float = 0.0
     high: float = 0.0
     step: float | None = None
@@ -47,27 +47,27 @@ class Dimension:
         return FloatDistribution(self.low, self.high, log=self.is_log, step=self.step)
 
     def extremes(self) -> list[str]:
-        """The values that show whether all of it can be run: each category, or both ends."""
+        """Values to check before a search: every category, or both ends of a range."""
         return list(self.choices) or [written(self.low, self.is_whole), written(self.high, self.is_whole)]
 
     def override(self, value: Any) -> str:
-        """``key=value`` for a value that was proposed."""
+        """``key=value`` for a value that Optuna proposes."""
         return f"{self.key}={value if self.choices else written(value, self.is_whole)}"
 
 
 def written(value: float, is_whole: bool) -> str:
-    """A number as it stands in an override, and comes back from there as it was."""
+    """A number in the syntax of overrides, without loss of precision."""
     return str(int(value)) if is_whole else repr(float(value))
 
 
 def dimensions(parser: OverridesParser, swept: Sequence[str], space: dict[str, str]) -> list[Dimension]:
-    """The dimensions of the swept overrides of a command line, and of ``search.space``.
+    """Dimensions from the command line's swept overrides and from ``search.space``.
 
     Raises:
-        ConfigError: with all that is wrong with them.
+        ConfigError: all faults of these values.
     """
     faults: list[Fault] = []
-    found: dict[str, Dimension] = {}
+    parsed: dict[str, Dimension] = {}
     texts = [*swept, *(f"{key}={text}" for key, text in space.items())]
     for text in texts:
         key, _, values = text.partition("=")
@@ -75,44 +75,41 @@ def dimensions(parser: OverridesParser, swept: Sequence[str], space: dict[str, s
         try:
             override = parser.parse_override(text)
         except HydraException as error:
-            faults.append(Fault(where, f"cannot be read: {str(error).splitlines()[0]}", SYNTAX, values))
+            problem = f"is not valid in Hydra's sweep syntax: {str(error).splitlines()[0]}"
+            faults.append(Fault(where, problem, SYNTAX, values))
             continue
-        faults += [Fault(where, *words, values) for words in _complaints(override, key in found)]
+        faults += [Fault(where, problem, remedy, values) for problem, remedy in _faults(override, key in parsed)]
         if not faults:
-            found[key] = _dimension(override, key, values)
+            parsed[key] = _dimension(override, key, values)
     if not texts:
-        remedy = f"add key=values, {SYNTAX}; in brackets, [4,8], it is one value: a list"
-        faults.append(Fault("search", "there is nothing to search over", remedy))
+        remedy = f"add key=values, {SYNTAX}; note that [4,8] is a single value, a list"
+        faults.append(Fault("search", "the search space is empty", remedy))
     if faults:
         raise ConfigError(*faults)
-    return list(found.values())
+    return list(parsed.values())
 
 
-SYNTAX = "as optim.learning_rate=tag(log,interval(1e-5,1e-2)), lora.r=4,8,16 or 'seed=range(1,9)'"
+SYNTAX = "for example optim.learning_rate=tag(log,interval(1e-5,1e-2)), lora.r=4,8,16 or 'seed=range(1,9)'"
 
 
 def refuse_listed(space: Mapping[str, Any]) -> None:
-    """Refuse values of ``search.space`` that are no text in Hydra's sweep syntax.
+    """Refuse values of ``search.space`` that are not strings, such as lists.
 
     Raises:
-        ConfigError: with all of them, and how they are written.
+        ConfigError: all such values; the remedy shows the string to write.
     """
-    faults = [
-        Fault(
-            f"search.space.{key}",
-            "must be one text, in Hydra's sweep syntax",
-            f"write {key}: '{_plainly(value)}'",
-            text,
-        )
-        for key, value in _leaves(space)
-        if not isinstance(value, str) and (text := json.dumps(value)) is not None
-    ]
+    faults: list[Fault] = []
+    for key, value in _leaves(space):
+        if not isinstance(value, str):
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            problem, remedy = "must be a string in Hydra's sweep syntax", f"write {key}: '{text}'"
+            faults.append(Fault(f"search.space.{key}", problem, remedy, json.dumps(value)))
     if faults:
         raise ConfigError(*faults)
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, and their values: ``{lora: {r: …}}`` is ``lora.r`` too."""
+    """Dotted keys and their values: ``{lora: {r: …}}`` yields ``lora.r``."""
     for key, value in node.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -120,45 +117,42 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _plainly(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def explained(error: ConfigError, dimensions: Sequence[Dimension]) -> ConfigError:
-    """What is wrong with the ends of a range, once for both; of whole numbers how to draw them alone."""
+    """Faults of the values at both ends of a range, as one fault; for integer keys with a remedy to draw integers."""
     fractions = {each.key: each for each in dimensions if not (each.choices or each.is_whole)}
     faults: list[Fault] = []
     for fault in error.faults:
         dimension = fractions.get(fault.key)
         if not dimension or "must be a whole number" not in fault.problem:
             faults.append(fault)
-        elif all(known.key != fault.key for known in faults):
+        elif all(other.key != fault.key for other in faults):
             low, high = math.ceil(dimension.low), math.floor(dimension.high)
             draw = f"tag(log,int(interval({low},{high})))" if dimension.is_log else f"range({low},{high + 1})"
-            problem = f"{fault.problem}, and there are others in between"
+            problem = f"{fault.problem}, but this range contains fractions"
             faults.append(Fault(fault.key, problem, f"write '{fault.key}={draw}'", dimension.text))
     return ConfigError(*faults)
 
 
-def _complaints(override: Override, is_known: bool) -> Iterator[tuple[str, str]]:
+def _faults(override: Override, is_known: bool) -> Iterator[tuple[str, str]]:
+    """(problem, remedy) for everything that is wrong with the values of a key."""
     sweep = override.value()
     if is_known:
-        yield "is given twice", "leave one of them out"
+        yield "is set twice", "remove one of them"
     elif not isinstance(sweep, Sweep):
-        yield "is one value and no range", SYNTAX
+        yield "is a single value, not a range", f"set several values, {SYNTAX}"
     elif isinstance(sweep, IntervalSweep):
         if sweep.start is None or sweep.end is None or sweep.start == sweep.end:
-            yield "has no numbers in it", "give it two ends, the smaller first"
+            yield "is an empty range", "set two different ends: interval(low,high)"
         elif sweep.start > sweep.end:
-            yield "has its ends the wrong way round", f"give the smaller first: interval({sweep.end:g},{sweep.start:g})"
+            yield "has its ends in the wrong order", f"put the smaller first: interval({sweep.end:g},{sweep.start:g})"
         elif "log" in sweep.tags and sweep.start <= 0:
-            yield "has no logarithm at its lower end", "let it begin above 0, or leave tag(log, …) out"
+            yield "has no logarithm at its lower end", "set a lower end above 0, or remove tag(log, …)"
     elif "log" in sweep.tags:
-        yield "has a logarithm only as an interval", "leave tag(log, …) out, or write interval(low,high)"
+        yield "cannot use tag(log, …): only intervals can", "remove tag(log, …), or write interval(low,high)"
     elif isinstance(sweep, RangeSweep) and not list(sweep.range()):
-        yield "has no numbers in it", "give the smaller end first; the other does not count"
+        yield "is an empty range", "set the smaller end first: range(start,stop); stop is excluded"
     if isinstance(sweep, Sweep) and (unknown := sweep.tags - {"log"}):
-        yield f"has a tag that says nothing here: {', '.join(sorted(unknown))}", "the one tag is log"
+        yield f"has an unknown tag: {', '.join(sorted(unknown))}", "the only tag is log"
 
 
 def _dimension(override: Override, key: str, text: str) -> Dimension:

@@ -1,4 +1,4 @@
-"""Optuna's study of a search: what it is about, so that only runs which can be compared come together in it."""
+"""Optuna's study of a search. It records the space and the fixed settings, so that all its runs are comparable."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from runner.sweep.space import Dimension
 
 
-def taken_up(wanted: Search, dimensions: Sequence[Dimension], fixed: dict[str, str], sweep: SweepDir) -> Study:
-    """The sweep's study, new or as it was left.
+def load_or_create(search: Search, dimensions: Sequence[Dimension], fixed: dict[str, str], sweep: SweepDir) -> Study:
+    """Load the sweep's study, or create it.
 
     Raises:
-        ResumeError: it was begun with another space, for other objectives, or with other runs.
+        ResumeError: the existing study has another space, other objectives, or runs with other fixed settings.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -33,33 +33,34 @@ def taken_up(wanted: Search, dimensions: Sequence[Dimension], fixed: dict[str, s
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(sweep.search_journal)))
     study = optuna.create_study(
-        study_name="search", storage=storage, load_if_exists=True, directions=list(wanted.objectives.values()),
+        study_name="search", storage=storage, load_if_exists=True, directions=list(search.objectives.values()),
         pruner=optuna.pruners.NopPruner(),
     )  # fmt: skip
-    about = {"space": {each.key: each.text for each in dimensions}, "objectives": wanted.objectives, "fixed": fixed}
-    known = {**about, **study.user_attrs.get("about", {})}  # one that was begun before "fixed" was noted takes this
+    about = {"space": {each.key: each.text for each in dimensions}, "objectives": search.objectives, "fixed": fixed}
+    known = {**about, **study.user_attrs.get("about", {})}  # studies of older versions do not contain "fixed"
     for differs in ("space", "objectives"):
         if known[differs] != about[differs]:
-            problem = f"this search has another {differs.rstrip('s')}: {_listed(known[differs])}"
-            raise ResumeError(Fault("search", problem, "sweep=NAME starts a new one", _listed(about[differs])))
+            what = "another space" if differs == "space" else "other objectives"
+            problem = f"the existing search has {what}: {_listed(known[differs])}"
+            raise ResumeError(Fault("search", problem, "start a new search with sweep=NAME", _listed(about[differs])))
     if known["fixed"] != fixed:
-        problem = f"its runs were begun with {_changes(known['fixed'], fixed)}: not to be compared with these"
-        remedy = "sweep=NAME starts a new one; without these changes it goes on"
+        problem = f"the existing runs of this search are not comparable: {_changes(known['fixed'], fixed)}"
+        remedy = "undo these changes to continue the search, or start a new one with sweep=NAME"
         raise ResumeError(Fault("search", problem, remedy, sweep.path.name))
     if study.user_attrs.get("about") != about:
         study.set_user_attr("about", about)
-    study.sampler = wanted.sampler(len(study.get_trials(deepcopy=False)))
+    study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
     return study
 
 
 def fixed_for_all(probes: Sequence[Job]) -> dict[str, str]:
-    """What all runs of the search compute with, by dotted keys: what its dimensions leave alone."""
-    found = [dict(flatten(redact_tree(manifest.identity(probe.cfg)))) for probe in probes]
-    return {key: value for key, value in found[0].items() if all(other.get(key) == value for other in found)}
+    """Settings that all runs of the search share, by dotted keys: everything that no dimension changes."""
+    configs = [dict(flatten(redact_tree(manifest.identity(probe.cfg)))) for probe in probes]
+    return {key: value for key, value in configs[0].items() if all(other.get(key) == value for other in configs)}
 
 
 def failures(study: Study) -> list[FrozenTrial]:
-    """The trials that failed and whose parameters have not come to anything since."""
+    """Failed trials whose parameters have not been completed or pruned in another trial."""
     from optuna.trial import TrialState
 
     trials = study.get_trials(deepcopy=False)
@@ -68,7 +69,7 @@ def failures(study: Study) -> list[FrozenTrial]:
 
 
 def params_of(trial: FrozenTrial) -> dict[str, Any]:
-    """What a trial stands for; of one that waits to be proposed, too."""
+    """Parameters of a trial, also of one that is still enqueued."""
     return dict(trial.params or trial.system_attrs.get("fixed_params") or {})
 
 
@@ -76,12 +77,10 @@ def _listed(pairs: Any) -> str:
     return ", ".join(f"{key}={text}" for key, text in pairs.items())
 
 
-def _changes(then: dict[str, str], now: dict[str, str]) -> str:
+def _changes(before: dict[str, str], now: dict[str, str]) -> str:
     """``train.max_steps=60 (now 300), model.path=…``"""
-    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return ", ".join(
-        f"{key}={then[key]} (now {now[key]})" if key in then and key in now
-        else f"{key}={then[key]} (now there is none)" if key in then
-        else f"no {key} (now {now[key]})"
+        f"{key}={before[key]} (now {now.get(key, 'not set')})" if key in before else f"{key} not set (now {now[key]})"
         for key in keys
-    )  # fmt: skip
+    )

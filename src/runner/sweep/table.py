@@ -8,26 +8,26 @@ from runner.tracking.rundir import DONE, RunDir
 
 
 def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
-    """All runs of a sweep as they stand, in one table, then what to do next; ``is_detached``: they go on after this."""
+    """Print the status of all runs of a sweep and the next command. ``is_detached``: runs continue without us."""
     rows, reasons = [], []
-    found = run_status.of([rundir for _, rundir in runs])
-    for (label, rundir), run in zip(runs, found, strict=True):
+    statuses = run_status.of([rundir for _, rundir in runs])
+    for (label, rundir), run in zip(runs, statuses, strict=True):
         loss = run.state.summary.get(metrics_log.LOSS)
         if run.status == "pruned":
             loss = metrics_log.last_values(metrics_log.read(rundir)).get(metrics_log.LOSS)
-        shown = f"{loss:.4f}" if loss is not None else "–"
-        rows.append([label or rundir.path.name, run.status, shown, terminal.nearest(rundir.path)])
-        if run.reason and run.status != "pending" and not run.is_live:  # what waits says so in the table
+        loss_text = f"{loss:.4f}" if loss is not None else "–"
+        rows.append([label or rundir.path.name, run.status, loss_text, terminal.nearest(rundir.path)])
+        if run.reason and run.status != "pending" and not run.is_live:  # the table shows waiting runs
             reasons.append(f"{run.status}  {label or rundir.path.name}: {run.reason}")
     terminal.table("sweep", ["run", "status", "held-out loss", "folder"], rows)
-    for reason in reasons:  # beside the table: a reason broken into a column can be neither read nor searched
+    for reason in reasons:  # below the table: line breaks in a column would make reasons hard to read and to search
         terminal.say(reason)
     home = terminal.nearest(runs[0][1].path.parent)
-    states = [run.status for run in found]
-    if is_detached or any(run.is_live for run in found):
+    states = {run.status for run in statuses}
+    if is_detached or any(run.is_live for run in statuses):
         terminal.say(f"next     python -m runner status {home}")
-    elif set(states) <= set(DONE):
+    elif states <= set(DONE):
         terminal.say(f"next     python -m runner compare {home}")
     else:
         again = "the same command with retry=true" if "failed" in states else "the same command again"
-        terminal.say(f"next     {again}: what is completed is skipped; python -m runner logs RUN says why one failed")
+        terminal.say(f"next     {again} (completed runs are skipped); python -m runner logs RUN shows why a run failed")

@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine, brought up and watched by torch elastic."""
+"""``launcher=accelerate``: several processes per run on this machine, started and monitored by torch elastic."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from runner.config.schema import Count
 from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
 from runner.launch.launcher import Source
 from runner.launch.local import launcher
-from runner.launch.local.slots import Slot, share
-from runner.signals import SIGNALS
+from runner.launch.local.slots import Slot, cores, share
+from runner.signals import SIGNALS, signals_to
 from runner.tracking import machine
 from runner.tracking.rundir import RunDir, State
 from runner.tracking.sweepdir import SweepDir
@@ -31,13 +31,13 @@ from runner.train import outcome
 from runner.train.distributed.ranks import ProcessGroup
 
 LONGEST_END_S = 600
-"""How long a rank that was told to stop may take to save, and to wait for MLflow: torch elastic then kills it."""
-DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
+"""Seconds that a rank has after a stop to save its state and to upload to MLflow; then torch elastic kills it."""
+PR_SET_PDEATHSIG = 1  # Linux prctl: a signal when the parent process ends
 
 
 @dataclass(frozen=True)
 class Elastic:
-    """``processes`` ranks of each run on this machine; of a sweep as many runs at once as there are GPUs for."""
+    """Launcher for runs of ``processes`` ranks each; trains as many runs at once as there are GPUs for."""
 
     processes: int
     is_detached: bool = False
@@ -45,16 +45,15 @@ class Elastic:
     def check(self, at_once: int | None = None) -> None:
         gpus = len(machine.visible_gpus())
         if 0 < gpus < self.processes * (at_once or 1) and gpus >= self.processes:
-            problem = f"{at_once} runs of {self.processes} processes want more than the {gpus} GPUs there are"
+            problem = f"{at_once} runs of {self.processes} processes need more than {gpus} GPUs"
             raise LaunchError(Fault("search.at_once", problem, f"set it to {gpus // self.processes} or less", at_once))
         if 0 < gpus < self.processes:
-            remedy = f"set it to {gpus} or less: each process computes on a GPU of its own"
-            raise LaunchError(Fault("launcher.processes", f"there are {gpus} GPUs", remedy, self.processes))
+            problem = f"each process needs its own GPU, and this machine has {gpus}"
+            raise LaunchError(Fault("launcher.processes", problem, f"set it to {gpus} or less", self.processes))
 
     def plan(self, runs: int) -> str:
-        several = min(runs, len(self._slots(None)))
-        at_once = f"; {several} of {runs} runs at once" if runs > 1 else ""
-        return f"{self.processes} processes on this machine, of {_threads(self.processes)} threads each{at_once}"
+        at_once = f"; {min(runs, len(self._slots(None)))} of {runs} runs at once" if runs > 1 else ""
+        return f"{self.processes} processes on this machine, {_threads(self.processes)} threads each{at_once}"
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
         if sweep is None and len(rundirs) == 1:
@@ -74,10 +73,10 @@ def accelerate(*, processes: Count) -> Elastic:
 
 
 def run(rundir: RunDir, processes: int, mirrored: bool = False) -> int:
-    """Work on one run with several ranks to its end; returns the exit code (0, 1, 2, 75 or 130).
+    """Train one run with several ranks; returns the exit code (0, 1, 2, 75 or 130).
 
-    Each rank is forked from this process after the libraries are imported. Where there are GPUs it starts afresh:
-    torch elastic asks for them, which touches CUDA, and that cannot be used after a fork then.
+    On the CPU, ranks are forked from this process after the libraries are imported. With GPUs they are spawned:
+    torch elastic initializes CUDA in this process, and CUDA cannot be used in a fork after that.
     """
     fork = not machine.visible_gpus()
     if fork:
@@ -88,7 +87,7 @@ def run(rundir: RunDir, processes: int, mirrored: bool = False) -> int:
 
     _quiet()
     before = rundir.read_state()
-    with _passing_on_signals(processes) as asked, tempfile.TemporaryDirectory(prefix="runner-") as folder:
+    with _forwarding_signals(processes) as signals, tempfile.TemporaryDirectory(prefix="runner-") as folder:
         newer: dict[str, Any] = {"signals_to_handle": "", "shutdown_timeout": LONGEST_END_S}
         config = LaunchConfig(
             **{name: value for name, value in newer.items() if name in LaunchConfig.__dataclass_fields__},
@@ -108,19 +107,19 @@ def run(rundir: RunDir, processes: int, mirrored: bool = False) -> int:
             codes = elastic_launch(config, _rank)(str(rundir.path), processes, mirrored)
             return int(codes[0])
         except ChildFailedError as error:
-            leading = error.failures.get(0)
-            if leading is not None and leading.exitcode > 0:  # rank 0 ended by itself and has written down how
-                return int(leading.exitcode)
-            return _what_it_came_to(rundir, before, asked)
-        except SignalException:  # a torch that handles signals itself
-            return _what_it_came_to(rundir, before, asked)
+            rank_0 = error.failures.get(0)
+            if rank_0 is not None and rank_0.exitcode > 0:  # not killed: rank 0 has written the run's state
+                return int(rank_0.exitcode)
+            return _exit_code(rundir, before, signals)
+        except SignalException:  # a version of torch that handles signals itself
+            return _exit_code(rundir, before, signals)
 
 
 def _rank(path: str, processes: int, mirrored: bool) -> int:
-    """What a process does that was started for one rank; its exit code, unless that is 0."""
-    os.setpgrp()  # Ctrl-C at the terminal reaches the launcher alone, which passes it on
+    """Entry point of one rank. Exits the process with the exit code unless that is 0."""
+    os.setpgrp()  # Ctrl-C reaches only the launcher, which forwards it
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     import torch
@@ -129,7 +128,7 @@ def _rank(path: str, processes: int, mirrored: bool) -> int:
 
     torch.set_num_threads(_threads(processes))
     code = worker.work(RunDir(Path(path)), mirrored=mirrored)
-    if code:  # torch elastic waits for all ranks where one returns, and stops the others where one ends
+    if code:  # elastic waits for all ranks if this one returns, and stops the others if it exits
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -137,16 +136,16 @@ def _rank(path: str, processes: int, mirrored: bool) -> int:
     return code
 
 
-def _what_it_came_to(rundir: RunDir, before: State, asked: list[int]) -> int:
-    """The exit code of a run whose ranks did not all complete it, and its state where no rank could write it down."""
+def _exit_code(rundir: RunDir, before: State, signals: list[int]) -> int:
+    """The exit code after a rank has failed or was stopped; also writes the run's state if no rank could write it."""
     state = rundir.read_state()
-    said_nothing = state.updated == before.updated or state.status in ("pending", "running")
-    if said_nothing and not rundir.is_alive():
+    is_unwritten = state.updated == before.updated or state.status in ("pending", "running")
+    if is_unwritten and not rundir.is_alive():
         clock = outcome.Clock(state.seconds)
-        if asked:
-            return outcome.stopped(rundir, clock, _stopped_by(asked[-1]))
+        if signals:
+            return outcome.stopped(rundir, clock, _stopped_by(signals[-1]))
         return outcome.left_by_peer(rundir, clock, ProcessGroup(0, 2, 0, 2), wait_s=0.0)
-    if state.status == "killed" and not asked:
+    if state.status == "killed" and not signals:
         return 1
     return outcome.exit_code(state)
 
@@ -158,50 +157,47 @@ def _stopped_by(number: int) -> Stopped:
 
 
 @contextlib.contextmanager
-def _passing_on_signals(processes: int) -> Iterator[list[int]]:
-    """While the block runs, signals are for the ranks, each once; yields those that came.
+def _forwarding_signals(processes: int) -> Iterator[list[int]]:
+    """Forward signals to the ranks, each signal once; yields the list of signals received so far.
 
-    Ranks begin with the signals blocked, until they can tell what to do with one. So this thread blocks them too, and
-    another one takes them, and passes them on when all ranks are there.
+    A rank inherits blocked signals and unblocks them when it can handle them. Therefore this thread blocks them, and
+    another thread receives them and forwards them when all ranks have started.
     """
-    asked: list[int] = []
+    signals: list[int] = []
     done = threading.Event()
 
-    def pass_on() -> None:
+    def forward() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        passed = 0
+        forwarded = 0
         while not done.wait(0.05):
             children = multiprocessing.active_children()
-            while len(asked) > passed and (passed or len(children) == processes):
+            while len(signals) > forwarded and (forwarded or len(children) == processes):
                 for pid in (child.pid for child in children if child.pid):
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, asked[passed])
-                passed += 1
+                        os.kill(pid, signals[forwarded])
+                forwarded += 1
 
-    before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in SIGNALS}
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    thread = threading.Thread(target=pass_on, daemon=True)
-    thread.start()
-    try:
-        yield asked
-    finally:
-        done.set()
-        thread.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+    thread = threading.Thread(target=forward, daemon=True)
+    with signals_to(lambda received, _: signals.append(received)):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        thread.start()
+        try:
+            yield signals
+        finally:
+            done.set()
+            thread.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _threads(processes: int) -> int:
-    """Of each process: the cores divided among them, unless OMP_NUM_THREADS says how many."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(asked) if asked.isdigit() else max(1, cores // processes)
+    """CPU threads of each process: OMP_NUM_THREADS, or the cores divided by the number of processes."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdigit() else max(1, cores() // processes)
 
 
 def _quiet() -> None:
-    """What torch elastic has to say of a rank that ended is in the run's state and in the rank's log."""
+    """Silence torch elastic's logs about failed ranks: the run's state and the rank's log contain the failure."""
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        chatty = logging.getLogger(name)
-        chatty.addHandler(logging.NullHandler())
-        chatty.propagate = False
+        logger = logging.getLogger(name)
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False

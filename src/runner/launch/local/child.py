@@ -1,4 +1,4 @@
-"""What a process forked from the queue becomes: one that owes the terminal nothing and works on one run."""
+"""Child process of the local queue: detach from the terminal, then train one run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from runner.tracking.rundir import RunDir
 
 
 def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: Iterable[int]) -> NoReturn:
-    """Work on the run in this process, which was forked for it, and end with its exit code.
+    """Train the run in this forked process, then exit with its exit code.
 
-    ``signals`` are blocked, and stay so until ``start`` can honour them; only a hangup finds it deaf from now on.
+    ``signals`` are blocked on entry; ``start`` unblocks them when it can handle them. SIGHUP is ignored from now on.
     """
     code = 1
     try:
@@ -25,7 +25,7 @@ def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: 
         _leave_terminal(rundir)
         for number in signals:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
-        _keep_to(slot)
+        _use(slot)
         if slot.gpus:
             rundir.update_manifest(gpus=",".join(slot.gpus))
         code = start(rundir)
@@ -39,44 +39,44 @@ def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: 
 
 
 def kill_session(leader: int) -> None:
-    """Kill a process that ``become`` has made the leader of a session, and all that it has started in it."""
+    """Send SIGKILL to a child process and to every process of its session, such as ranks and data workers."""
     for pid in [leader, *others_of(leader)]:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
 
 def others_of(leader: int) -> list[int]:
-    """The processes of its session besides itself."""
+    """The other processes of the session of ``leader``."""
     import psutil
 
-    found = []
+    others = []
     for pid in psutil.pids():
         with contextlib.suppress(OSError):
             if pid != leader and os.getsid(pid) == leader:
-                found.append(pid)
-    return found
+                others.append(pid)
+    return others
 
 
 def _leave_terminal(rundir: RunDir) -> None:
-    """What would go to the terminal goes into a file of the run; there is nothing to read."""
+    """Redirect stdout and stderr to the run's terminal.log, and stdin to /dev/null."""
     try:
         output = os.open(rundir.terminal_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError:  # a full disk must not be what a run fails of
+    except OSError:  # a full disk must not stop the run
         output = os.open(os.devnull, os.O_WRONLY)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (output, 1), (output, 2)):
+    empty = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((empty, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
     os.close(output)
-    os.close(nothing)
-    # The parent's may be anything by now, a notebook's for one.
+    os.close(empty)
+    # The parent may have replaced sys.stdout and sys.stderr, as a notebook does.
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
-def _keep_to(slot: Slot) -> None:
-    """Compute on the slot's threads and GPUs.
+def _use(slot: Slot) -> None:
+    """Limit this process to the slot's threads and GPUs.
 
     Raises:
-        RuntimeError: CUDA was touched before the fork, so that it cannot be used here.
+        RuntimeError: CUDA was initialized before the fork and cannot be used in this process.
     """
     os.environ["OMP_NUM_THREADS"] = str(slot.threads)
     if slot.gpus:
@@ -87,4 +87,4 @@ def _keep_to(slot: Slot) -> None:
 
     torch.set_num_threads(slot.threads)
     if slot.gpus and torch.cuda._is_in_bad_fork():
-        raise RuntimeError("CUDA was initialised before this process was forked: a fault of runner's queue")
+        raise RuntimeError("CUDA was initialized before this process was forked: a bug in runner's queue")

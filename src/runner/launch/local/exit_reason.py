@@ -1,4 +1,4 @@
-"""What is said of a process that a signal ended: in the run's state, and as an exit code."""
+"""Status, reason and exit code of a run whose process was ended by a signal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import NamedTuple
 from runner.tracking.rundir import Status
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-BY_KILL = "killed by SIGKILL"
 
 
 class Death(NamedTuple):
-    """How a run ended, in the words of its state."""
+    """How a process ended: status and reason for state.json, and the exit code."""
 
     status: Status
     reason: str
@@ -23,13 +22,13 @@ class Death(NamedTuple):
 
 
 def by_signal(number: int, *, out_of_memory: bool) -> Death:
-    """The death by signal ``number``; ``out_of_memory`` says that the kernel's OOM killer was at work meanwhile."""
+    """Outcome of a process ended by signal ``number``. ``out_of_memory``: the kernel's OOM killer killed a process."""
     name = signal.Signals(number).name
     if number == signal.SIGKILL:
-        return Death("killed", BY_KILL + " (out of memory: the kernel's OOM killer)" * out_of_memory, 1)
+        return Death("killed", "killed by SIGKILL" + " (out of memory: the kernel's OOM killer)" * out_of_memory, 1)
     if number in CRASHES:
         return Death("failed", f"crashed ({name})", 1)
-    if number == signal.SIGTERM:  # in the instant before its worker could listen
+    if number == signal.SIGTERM:  # before the worker had installed its signal handler
         return Death("preempted", "stopped by SIGTERM; nothing was trained yet", 75)
     if number == signal.SIGINT:
         return Death("killed", "interrupted; nothing was trained yet", 130)
@@ -37,21 +36,21 @@ def by_signal(number: int, *, out_of_memory: bool) -> Death:
 
 
 def oom_kills(root: Path = Path("/")) -> int:
-    """How many processes of our memory cgroup the kernel has killed for want of memory; of the machine without one.
+    """Number of processes that the OOM killer has killed in our memory cgroup; without cgroups, on this machine.
 
-    ``memory.events`` of cgroup v2, ``memory.oom_control`` of v1, else /proc/vmstat. The counter of the cgroup counts
-    kills on a machine that is out of memory as well, and none of a neighbour's.
+    Read from ``memory.events`` (cgroup v2), ``memory.oom_control`` (v1), else /proc/vmstat. The cgroup's counter
+    includes kills because the whole machine is out of memory, but not those of other cgroups.
     """
     for path in _counters(root):
         with contextlib.suppress(OSError, ValueError):
-            words = (line.split() for line in path.read_text().splitlines())
-            found = [int(line[1]) for line in words if line[:1] == ["oom_kill"]]
-            if found:
-                return found[0]
+            for line in path.read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
     return 0
 
 
 def _counters(root: Path) -> Iterator[Path]:
+    """Files that may contain the counter, the most specific first."""
     mounts = root / "sys/fs/cgroup"
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -60,5 +59,5 @@ def _counters(root: Path) -> Iterator[Path]:
                 continue
             top, name = (mounts / "memory", "memory.oom_control") if controllers else (mounts, "memory.events")
             yield top / path.lstrip("/") / name
-            yield top / name  # in a container without a cgroup namespace our own lies at the top
+            yield top / name  # in a container without a cgroup namespace
     yield root / "proc/vmstat"

@@ -1,8 +1,9 @@
-"""This machine: one run in this process; the runs of a sweep in a queue, one process each."""
+"""``launcher=local``: a single run in this process; the runs of a sweep in a queue, one process each."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -20,16 +21,22 @@ from runner.tracking.mirror import spawn
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
 
+LIBRARIES = (
+    "accelerate", "rich.table", "torch._dynamo", "torch._inductor.compile_fx", "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "runner.models.pretrained", "runner.train.build", "runner.train.generate", "runner.train.loop",
+)  # fmt: skip
+
 
 class Start(Protocol):
-    """Works on one run in a process of the queue; returns its exit code."""
+    """Trains one run in a process of the queue; returns its exit code."""
 
     def __call__(self, rundir: RunDir, *, mirrored: bool) -> int: ...
 
 
 @dataclass(frozen=True)
 class Local:
-    """Runs of one process each; see launch/protocol.py."""
+    """Launcher for runs of one process each; see launch/launcher.py."""
 
     parallel: int | None
     threads: int | None
@@ -37,11 +44,11 @@ class Local:
     is_detached: bool = False
 
     def check(self, at_once: int | None = None) -> None:
-        have, jobs = len(machine.visible_gpus()), at_once or self.parallel or 1
-        if 0 < have < jobs:
-            problem = f"each run wants a GPU, and NVML and CUDA_VISIBLE_DEVICES show {have}"
+        gpus, runs = len(machine.visible_gpus()), at_once or self.parallel or 1
+        if 0 < gpus < runs:
+            problem = f"each run needs its own GPU, and NVML and CUDA_VISIBLE_DEVICES show {gpus}"
             key = "search.at_once" if at_once else "launcher.parallel"
-            raise LaunchError(Fault(key, problem, "ask for fewer, or leave it null", jobs))
+            raise LaunchError(Fault(key, problem, f"set it to {gpus} or less, or to null", runs))
 
     def plan(self, runs: int) -> str:
         slots = self.slots()
@@ -78,8 +85,8 @@ def local(*, parallel: Count | None, threads: Count | None) -> Local:
 
 
 def serve(source: Source, slots: list[Slot], start: Start, sweep: SweepDir) -> int:
-    """Bring to their ends the runs that ``source`` proposes; returns the exit code."""
-    first = source.next()  # the mirror of the sweep begins with what there is
+    """Train the runs that ``source`` proposes, in a queue; returns the exit code."""
+    first = source.next()  # created before the sweep's mirror process starts
     codes = work_through([first], slots, start, sweep, source) if first else []
     return next((code for code in (130, 75) if code in codes), 0)
 
@@ -87,58 +94,40 @@ def serve(source: Source, slots: list[Slot], start: Start, sweep: SweepDir) -> i
 def work_through(
     rundirs: list[RunDir], slots: list[Slot], start: Start, sweep: SweepDir | None, source: Source | None = None
 ) -> list[int]:
-    """Bring the runs to their ends in a queue of this machine; of a sweep one mirror brings all into MLflow."""
+    """Train the runs in a queue of this machine. One mirror process uploads all runs of a sweep to MLflow."""
     if sweep is None:
         return queue.work_through(rundirs, slots, partial(start, mirrored=False), None, lambda: warm(slots[0]))
     with spawn.mirrored(sweep) as opened:
 
-        def before_the_first() -> None:
-            warm(slots[0])  # seconds, in which the mirror makes parent and children
+        def prepare() -> None:
+            warm(slots[0])  # takes seconds, in which the mirror creates the parent and child runs
             opened()
 
-        return queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, before_the_first, source)
+        return queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, prepare, source)
 
 
 def work(rundir: RunDir, mirrored: bool) -> int:
-    """What a process of the queue does."""
+    """Train one run of one process; the ``start`` function of the queue."""
     from runner.train import worker
 
     return worker.work(rundir, mirrored=mirrored)
 
 
 def warm(slot: Slot) -> None:
-    """Import what every run needs, without starting a thread and without touching CUDA."""
+    """Import the libraries that every run needs, without starting threads and without initializing CUDA."""
     os.environ["OMP_NUM_THREADS"] = str(slot.threads)
     terminal.loading("torch and transformers, once for all runs")
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() asks NVML, where it would initialise CUDA
-    # peft imports bitsandbytes, which asks the GPU what it is: with GPUs each process does (0.5 s)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() queries NVML instead of initializing CUDA
+    # peft imports bitsandbytes, which queries the GPU: with GPUs each child imports it (0.5 s)
     load_libraries(with_adapters=not slot.gpus)
 
 
 def load_libraries(with_adapters: bool) -> None:
-    """What every run needs, for processes that are forked from this one."""
+    """Import the libraries that every run needs before processes are forked from this one."""
     terminal.quiet_libraries()
-    import accelerate
-    import rich.table
-    import torch._dynamo
-    import torch._inductor.compile_fx
-    import transformers.modeling_utils
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama
+    for name in (*LIBRARIES, "peft") if with_adapters else LIBRARIES:
+        importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):  # transformers 5: compiles a thousand expressions
+        from transformers import conversion_mapping
 
-    assert accelerate
-    assert rich
-    assert torch
-    with contextlib.suppress(ImportError, AttributeError):  # a table of a thousand expressions (transformers 5)
-        transformers.conversion_mapping.get_checkpoint_conversion_mapping("llama")
-    if with_adapters:
-        import peft
-
-        assert peft
-    from runner.models import pretrained
-    from runner.train import build, generate, loop
-
-    assert build
-    assert pretrained
-    assert generate
-    assert loop
+        conversion_mapping.get_checkpoint_conversion_mapping("llama")

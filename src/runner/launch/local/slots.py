@@ -1,4 +1,4 @@
-"""What runs that are at work at the same time may each use of this machine."""
+"""Divide the GPUs and CPU cores of this machine among concurrent runs."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from runner.tracking import machine
 
 @dataclass(frozen=True)
 class Slot:
-    """The part of one run."""
+    """Resources of one run."""
 
     threads: int
     gpus: tuple[str, ...] = ()
-    """As CUDA_VISIBLE_DEVICES names them; empty leaves that as it is."""
+    """Values for CUDA_VISIBLE_DEVICES; empty: do not set the variable."""
 
 
 def share(parallel: int | None, *, threads: int | None, processes: int = 1) -> list[Slot]:
-    """What each of the runs at the same time may use: a GPU for each process, idle ones first, and cores.
+    """One slot per concurrent run: a GPU for each of its ``processes`` (idle GPUs first), and CPU threads.
 
     Args:
-        parallel: how many runs; None: as many as there are idle GPUs for, and one on the CPU.
-        threads: of each of a run's ``processes``; None: the cores divided by all of them.
+        parallel: number of concurrent runs; None: as many as the idle GPUs suffice for, or 1 without GPUs.
+        threads: CPU threads of each process; None: the cores divided by all processes.
     """
     gpus, idle = machine.visible_gpus(), machine.idle_gpus()
-    several = parallel or max(1, len(idle) // processes)
-    each = threads or max(1, cores() // (several * processes))
+    count = parallel or max(1, len(idle) // processes)
+    threads = threads or max(1, cores() // (count * processes))
     ordered = [*idle, *(gpu for gpu in gpus if gpu not in idle)]
-    return [Slot(each, tuple(ordered[n * processes : (n + 1) * processes])) for n in range(several)]
+    return [Slot(threads, tuple(ordered[n * processes : (n + 1) * processes])) for n in range(count)]
 
 
 def cores() -> int:
-    """Those that this process may use; OMP_NUM_THREADS, where it is set, says how many of them it should."""
-    named = os.environ.get("OMP_NUM_THREADS", "")
-    return int(named) if named.isdigit() and int(named) else len(os.sched_getaffinity(0))
+    """OMP_NUM_THREADS if it is set, else the number of CPU cores that this process may use."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(threads) if threads.isdigit() and int(threads) else available

@@ -1,1 +1,1 @@
-"""The launcher for Slurm, through submitit."""
+"""``launcher=slurm``: submit runs to Slurm with submitit."""

@@ -1,6 +1,6 @@
-"""What runs in each task of a job: it finds its run folder, says which rank it is, and works.
+"""Entry point of every Slurm task: find the run folder, set the rank's environment variables, train.
 
-Slurm starts the same job again after a preemption, and whoever comes back finds everything in the folder.
+A requeued job starts here again and resumes from the run folder.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from runner.tracking.mirror import behind
 from runner.tracking.rundir import RunDir
 
 EARLY_WARNING_S = 60.0
-"""How much sooner than asked for Slurm may warn of the time limit: it looks at the clock this seldom."""
-LONGEST_GOODBYE_S = 60.0
-"""How long a failed rank lets rank 0 say why, before its end takes the others down."""
+"""Slurm checks time limits once a minute: the signal may come this much earlier than ``signal_delay_s``."""
+REPORT_TIMEOUT_S = 60.0
+"""How long a failed rank waits for rank 0 to record the failure: when the rank exits, Slurm kills the others."""
 
 
 def run(file: str) -> None:
-    """Work as one rank on the run that this job is for; submitit calls this in every task.
+    """Train the run of this job as one rank; submitit calls this function in every task.
 
     Args:
-        file: a submission; its n-th folder is that of the n-th task of an array.
+        file: JSON file of the submission; array task n trains the n-th folder in it.
 
     Raises:
-        SystemExit: with the exit code of the run unless it is 0, so that Slurm says FAILED of what failed.
+        SystemExit: the run's exit code, unless it is 0; Slurm then shows the job as FAILED.
     """
     from submitit import JobEnvironment
 
     job = JobEnvironment()
-    asked = json.loads(Path(file).read_text())
-    rundir = RunDir(Path(asked["folders"][int(job.array_task_id or 0)]))
+    submission = json.loads(Path(file).read_text())
+    rundir = RunDir(Path(submission["folders"][int(job.array_task_id or 0)]))
     os.environ.update(rank_environment(job))
-    begun_at = rundir.saved_step()
-    early: list[int] = []  # a stop may come before the worker listens, and again while it is decided what follows
+    first_step = rundir.saved_step()
+    early: list[int] = []  # signals that arrive while no worker handles them
     with signals_to(lambda number, _: early.append(number)):
         code = _work(rundir, job, early)
         if job.global_rank == 0 and job.cluster == "slurm" and code == 75:
-            code = _after_stop(rundir, asked, has_advanced=rundir.saved_step() > begun_at)
+            code = _after_stop(rundir, submission, has_advanced=rundir.saved_step() > first_step)
     if code:
         sys.exit(code)
 
 
 def rank_environment(job: Any) -> dict[str, str]:
-    """The variables by which torch's ranks find each other."""
-    # A new port for each start: the last one may still be taken. Below the range from which Linux gives ports away.
+    """The environment variables of torch.distributed."""
+    # Another port for each start, as the last one may still be in use; below Linux's range of ephemeral ports.
     start = f"{job.job_id} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
     port = 20000 + int(hashlib.sha256(start.encode()).hexdigest(), 16) % 12000
     return {
@@ -66,7 +66,7 @@ def rank_environment(job: Any) -> dict[str, str]:
 
 
 def _work(rundir: RunDir, job: Any, early: list[int]) -> int:
-    """The exit code of this rank; that of a stop is rank 0's alone to give, it decides what Slurm does then."""
+    """Train; returns the exit code of this rank. After a stop, only rank 0 returns a code other than 0."""
     from runner.train import worker
 
     if job.global_rank == 0:
@@ -74,44 +74,42 @@ def _work(rundir: RunDir, job: Any, early: list[int]) -> int:
     code = 75 if early else worker.work(rundir)
     if job.global_rank == 0:
         return code
-    waited = time.monotonic()
-    while code == 1 and rundir.is_alive() and time.monotonic() - waited < LONGEST_GOODBYE_S:
+    ended_at = time.monotonic()
+    while code == 1 and rundir.is_alive() and time.monotonic() - ended_at < REPORT_TIMEOUT_S:
         time.sleep(0.2)
     return code if code == 1 else 0
 
 
 def _wait_for_predecessor(rundir: RunDir, early: list[int]) -> None:
-    """After a node was lost, the worker there may live on for a while; nobody can take over before it has ended."""
-    said = False
+    """After a node failure the old worker may still run for a while; wait until it has ended, or until a signal."""
+    if rundir.is_alive():
+        print(f"waiting for another worker of {rundir.path} to end", file=sys.stderr, flush=True)
     while rundir.is_alive() and not early:
-        if not said:
-            print(f"waiting for another worker of {rundir.path} to end", file=sys.stderr, flush=True)
-            said = True
         time.sleep(0.5)
 
 
-def _after_stop(rundir: RunDir, asked: dict[str, Any], *, has_advanced: bool) -> int:
-    """Continue after a preemption or the time limit: the job goes back into the queue, unless that is of no use."""
-    id, restarts, most = slurm_client.own_id(), slurm_client.own_restarts(), asked["max_requeues"]
+def _after_stop(rundir: RunDir, submission: dict[str, Any], *, has_advanced: bool) -> int:
+    """Requeue the job after a preemption or at the time limit, unless the job could not train any further."""
+    id, restarts, limit = slurm_client.own_id(), slurm_client.own_restarts(), submission["max_requeues"]
     reason = rundir.read_state().reason
     try:
         if slurm_client.fate(id, restarts) == "running":
-            if restarts >= most:
-                problem = f"not requeued again (launcher.max_requeues={most})"
-            elif not has_advanced and slurm_client.seconds_left(id) <= asked["signal_delay_s"] + EARLY_WARNING_S:
-                problem = "not requeued: its time limit leaves no time to train; give it a longer launcher.timeout_min"
+            if restarts >= limit:
+                problem = f"not requeued again (launcher.max_requeues={limit})"
+            elif not has_advanced and slurm_client.seconds_left(id) <= submission["signal_delay_s"] + EARLY_WARNING_S:
+                problem = "not requeued: the time limit leaves no time to train; set a larger launcher.timeout_min"
             else:
-                print(f"requeueing {id} ({restarts + 1}/{most}): {reason}", file=sys.stderr, flush=True)
+                print(f"requeueing job {id} ({restarts + 1}/{limit}): {reason}", file=sys.stderr, flush=True)
                 slurm_client.requeue(id)
                 return 75
-            _leave(rundir, f"{problem}; {reason}")
+            _record_not_requeued(rundir, f"{problem}; {reason}")
     except LaunchError as error:
-        _leave(rundir, f"could not be requeued ({error.faults[0].problem}); {reason}")
+        _record_not_requeued(rundir, f"could not be requeued ({error.faults[0].problem}); {reason}")
     return 75
 
 
-def _leave(rundir: RunDir, reason: str) -> None:
-    """It stays as it is until somebody submits it again; its mirror has ended before that was known."""
+def _record_not_requeued(rundir: RunDir, reason: str) -> None:
+    """Write to state.json, the manifest and MLflow that the job is not requeued; the run's mirror has ended already."""
     print(reason, file=sys.stderr, flush=True)
     rundir.write_state(reason=reason)
     rundir.update_manifest(slurm={**(rundir.read_manifest().get("slurm") or {}), "has_left": True})

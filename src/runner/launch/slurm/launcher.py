@@ -1,4 +1,4 @@
-"""Jobs of a Slurm cluster, through submitit: a run is a job, a sweep an array; the queue keeps them going."""
+"""``launcher=slurm``: a run is a Slurm job, a sweep is a job array; submitted with submitit."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from runner.tracking.mirror import behind, spawn
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir, slurm_room
 
-OF_SLURM = (
+SLURM_ONLY = (
     "partition", "account", "qos", "cpus_per_task", "mem_gb", "constraint", "exclude", "nodelist", "reservation",
     "modules", "setup", "srun_args", "additional_parameters",
 )  # fmt: skip
-"""What only Slurm heeds."""
+"""Keys that have an effect only on a real Slurm cluster."""
 
 NO_EFFECT = {
     "slurm": (),
-    "local": (*OF_SLURM, "gpus_per_node", "array_parallelism", "max_requeues"),
+    "local": (*SLURM_ONLY, "gpus_per_node", "array_parallelism", "max_requeues"),
     "debug": (
-        *OF_SLURM, "gpus_per_node", "array_parallelism", "max_requeues", "container", "python", "timeout_min",
+        *SLURM_ONLY, "gpus_per_node", "array_parallelism", "max_requeues", "container", "python", "timeout_min",
         "signal_delay_s", "snapshot",
     ),
 }  # fmt: skip
-"""Cluster → the keys that nobody heeds there."""
+"""``launcher.cluster`` → the keys that have no effect there."""
 
-SHARED_HERE = "launcher=local or launcher=accelerate share out the GPUs of this machine, and take turns"
+USE_LOCAL = "use launcher=local or launcher=accelerate to share the GPUs of this machine"
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """The launcher: submits runs as the request says."""
+    """Launcher that submits runs with the resources in ``request``."""
 
     request: SlurmRequest
 
@@ -56,17 +56,17 @@ class Slurm:
         return not self.request.wait and self.request.cluster != "debug"
 
     def check(self, at_once: int | None = None) -> None:  # noqa: ARG002 - Slurm queues them
-        """Refuse what Slurm would refuse, by asking it.
+        """Test the request with ``sbatch --test-only``.
 
         Raises:
-            LaunchError: with Slurm's own reason.
+            LaunchError: Slurm is not reachable or refuses the request; contains Slurm's reason.
         """
         if self.request.cluster == "slurm":
             slurm_client.refuse_unreachable()
             script.refuse(self.request)
 
     def plan(self, runs: int) -> str:
-        """The sbatch script; RUN stands for the folder of the run, or of the sweep, and NAME for the job's name."""
+        """The sbatch script. RUN replaces the folder of the run or sweep, NAME the job's name."""
         if self.request.cluster != "slurm":
             on = ", on its CPU" if self.request.cluster == "local" else ""
             return f"{self.request.processes} process(es) on this machine (launcher.cluster={self.request.cluster}){on}"
@@ -78,41 +78,41 @@ class Slurm:
         return text.replace(str(home.absolute()), str(home))
 
     def launch(self, rundirs: list[RunDir], sweep: SweepDir | None) -> list[int]:
-        """Submit the runs that are not in the queue; with ``wait`` follow all of them to their ends."""
+        """Submit the runs that are not queued yet; with ``wait``, follow all of them until they end."""
 
         def open_in_mlflow() -> None:
             if sweep:
-                spawn.open_in_mlflow(sweep)  # parent and children are there before the first job starts
+                spawn.open_in_mlflow(sweep)  # create parent and child runs before the first job starts
 
         if self.request.cluster == "debug":
             open_in_mlflow()
             return submit.run_here(self.request, rundirs, sweep)
         try:
-            left = submit.submit(self.request, rundirs, sweep, open_in_mlflow)
+            refused = submit.submit(self.request, rundirs, sweep, open_in_mlflow)
         except LaunchError:
-            _tell_of_refusal(sweep, rundirs)
+            _mark_refused(sweep, rundirs)
             raise
-        _tell_of_refusal(sweep, left)
+        _mark_refused(sweep, refused)
         if rundirs and not self.request.wait:
-            submit.tell_how_to_watch(sweep.path if sweep else rundirs[0].path)
-        taken = [rundir for rundir in rundirs if rundir not in left]
-        codes = monitor.follow(taken) if self.request.wait else [0] * len(taken)
-        found = dict(zip(taken, codes, strict=True))
-        return [found.get(rundir, 1) for rundir in rundirs]
+            submit.print_next_command(sweep.path if sweep else rundirs[0].path)
+        submitted = [rundir for rundir in rundirs if rundir not in refused]
+        codes = monitor.follow(submitted) if self.request.wait else [0] * len(submitted)
+        code_of = dict(zip(submitted, codes, strict=True))
+        return [code_of.get(rundir, 1) for rundir in rundirs]
 
     def serve(self, source: Source, sweep: SweepDir, at_once: int | None) -> int:
-        """Submit each run when there is room for it; Ctrl-C and SIGTERM end the proposing, not what was submitted."""
-        print("runs are proposed from here as others end: this stays, whatever launcher.wait says", file=sys.stderr)
-        submit.tell_how_to_watch(sweep.path)
-        several = at_once or self.request.array_parallelism
-        assert several, "checked by search.check_combination"
-        each = replace(self.request, array_parallelism=None)  # heeded here: they do not wait for each other
-        return monitor.serve(source, several, lambda rundir: submit.submit(each, [rundir], sweep))
+        """Submit proposed runs, ``at_once`` at the same time. Ctrl-C and SIGTERM do not end submitted jobs."""
+        print("this command submits runs until the search ends, whatever launcher.wait is", file=sys.stderr)
+        submit.print_next_command(sweep.path)
+        limit = at_once or self.request.array_parallelism
+        assert limit, "checked by algorithms.check_combination"
+        request = replace(self.request, array_parallelism=None)  # the limit is applied here: no job dependencies
+        return monitor.serve(source, limit, lambda rundir: submit.submit(request, [rundir], sweep))
 
 
-def _tell_of_refusal(sweep: SweepDir | None, left: list[RunDir]) -> None:
-    """Tell MLflow that nobody will start these runs of the sweep."""
-    if sweep and any(map(behind.is_wanted, left)):
+def _mark_refused(sweep: SweepDir | None, refused: list[RunDir]) -> None:
+    """Update the status in MLflow of runs of the sweep that were not submitted."""
+    if sweep and any(map(behind.is_wanted, refused)):
         behind.tell([sweep.path])
 
 
@@ -144,7 +144,7 @@ def slurm(
     snapshot: Literal["keep", "new", "none"],
     wait: bool,
 ) -> Slurm:
-    """Jobs of a Slurm cluster, one srun task for each process of a run."""
+    """Jobs on a Slurm cluster, one srun task per process of a run."""
     return Slurm(SlurmRequest(**locals()))
 
 
@@ -159,35 +159,36 @@ def check_slurm(
     additional_parameters: dict[str, Any],
     **others: Any,
 ) -> Iterator[Fault]:
-    """Combinations that cannot work, keys that nobody heeds, and options of sbatch that have a key of their own."""
+    """Find impossible combinations, keys without effect, and sbatch options that have their own key."""
     if cluster != "slurm" and nodes > 1:
-        yield Fault("nodes", f"cluster={cluster} is this one machine", "set nodes to 1", nodes)
+        yield Fault("nodes", f"cluster={cluster} uses only this machine", "set nodes to 1", nodes)
     if cluster == "debug" and (tasks_per_node or 1) > 1:
-        yield Fault("tasks_per_node", "cluster=debug is one process", "set cluster=local for several", tasks_per_node)
+        remedy = "set cluster=local for several processes"
+        yield Fault("tasks_per_node", "cluster=debug runs one process", remedy, tasks_per_node)
     if signal_delay_s >= timeout_min * 60:
-        problem = f"a job of {timeout_min} min would be told to save before it begins"
+        problem = f"the job would get the signal to save before it starts (launcher.timeout_min={timeout_min})"
         yield Fault("signal_delay_s", problem, "set it to less than the time limit", signal_delay_s)
-    told = {
+    values = {
         "additional_parameters": additional_parameters, "gpus_per_node": gpus_per_node, "timeout_min": timeout_min,
         "signal_delay_s": signal_delay_s, **others,
     }  # fmt: skip
     for key in NO_EFFECT[cluster]:
-        if told[key] and told[key] != _defaults()[key]:
-            remedy = SHARED_HERE if key in ("gpus_per_node", "array_parallelism") else "there is no Slurm"
-            yield Fault(key, f"has no effect with cluster={cluster}", f"leave it out: {remedy}", told[key])
+        if values[key] and values[key] != _defaults()[key]:
+            other = USE_LOCAL if key in ("gpus_per_node", "array_parallelism") else "set cluster=slurm"
+            yield Fault(key, f"has no effect with cluster={cluster}", f"remove it, or {other}", values[key])
     keys = {"time": "timeout_min", "ntasks-per-node": "tasks_per_node", "mem": "mem_gb", "nodes": "nodes"}
     for name, value in additional_parameters.items():
         option = name.replace("_", "-")
         key = keys.get(option, option.replace("-", "_"))
         if option in script.OURS:
-            yield Fault(f"additional_parameters.{name}", "is set by runner itself", "leave it out", value)
+            yield Fault(f"additional_parameters.{name}", "is set by runner itself", "remove it", value)
         elif key in ("nodes", "timeout_min", "gpus_per_node", "tasks_per_node", *others):
-            yield Fault(f"additional_parameters.{name}", "has a key of its own", f"set launcher.{key}", value)
+            yield Fault(f"additional_parameters.{name}", "has its own key", f"set launcher.{key}", value)
 
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """The option's own YAML: what stands there nobody has asked for."""
+    """Values in conf/launcher/slurm.yaml: a key that has its default value was not set by the user."""
     import yaml
 
     return dict(yaml.safe_load((bind.config_dir() / "launcher" / "slurm.yaml").read_text()))

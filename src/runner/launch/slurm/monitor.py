@@ -1,4 +1,4 @@
-"""Following submitted runs to their ends: the queue says whether a job has ended, the folder how far it is and how."""
+"""Follow submitted runs: squeue shows whether a job has ended, the run folder shows progress and result."""
 
 from __future__ import annotations
 
@@ -16,52 +16,58 @@ from runner.tracking.rundir import RunDir, State
 from runner.train import outcome
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0
-"""Between two questions to the scheduler, at the beginning and in the long run: it serves many."""
-LOOK_S = 0.5
+"""Seconds between two squeue calls, at first and after a long time without changes: other users need Slurm too."""
+POLL_S = 0.5
 SETTLING_S = 2.0
-"""How much later than its job's end a run's last words may reach us over a shared file system."""
+"""How long after its job's end a run's last state may take to arrive over a shared file system."""
 
 
 def follow(rundirs: Sequence[RunDir]) -> list[int]:
-    """Show how far the runs are until every job has left the queue; Ctrl-C and SIGTERM end the showing alone.
+    """Show progress until every job has left the queue. Ctrl-C and SIGTERM end this command, not the jobs.
 
     Returns:
-        the exit code of each run; for those that still go on 0 after Ctrl-C, 75 after SIGTERM.
+        the exit code of each run; for runs that are still active, 0 after Ctrl-C and 75 after SIGTERM.
     """
-    jobs, code_of_left = _Jobs(rundirs), 0
+    jobs, code_of_active = _Jobs(rundirs), 0
     try:
-        with _ending_on_sigterm():
+        with _raising_on_sigterm():
             progress_table.follow(list(rundirs), jobs.have_ended)
     except (KeyboardInterrupt, Preempted) as stop:
-        code_of_left = Preempted.exit_code if isinstance(stop, Preempted) else 0
-        print(f"\nno longer following; {len(jobs.left)} of {len(rundirs)} runs go on", file=sys.stderr)
-        print("    python -m runner status, logs and cancel take their folders", file=sys.stderr)
-    return [code_of_left if rundir in jobs.left else _code(rundir, len(rundirs) == 1) for rundir in rundirs]
+        code_of_active = Preempted.exit_code if isinstance(stop, Preempted) else 0
+        print(f"\nstopped following; {len(jobs.active)} of {len(rundirs)} runs are still active", file=sys.stderr)
+        print("    python -m runner status RUN, logs RUN or cancel RUN; RUN is a run folder", file=sys.stderr)
+    return [code_of_active if rundir in jobs.active else _code(rundir, len(rundirs) == 1) for rundir in rundirs]
 
 
 Submit = Callable[[RunDir], Sequence[RunDir]]
-"""Submits a run; returns it where it could not, as its earlier job does not leave its nodes."""
+"""Submits a run; returns the run if it was not submitted because its earlier job has not left its nodes."""
 
 
 def serve(source: Source, at_once: int, submit: Submit) -> int:
-    """Submit what ``source`` proposes, ``at_once`` at the same time; returns 0, 130 after Ctrl-C, 75 after SIGTERM.
+    """Submit the runs that ``source`` proposes, ``at_once`` at the same time.
+
+    Returns:
+        0; 130 after Ctrl-C, 75 after SIGTERM.
 
     Raises:
-        LaunchError: nothing goes on, and what is left cannot be submitted.
+        LaunchError: no run is active, and the remaining ones cannot be submitted.
     """
     running: list[RunDir] = []
     try:
-        with _ending_on_sigterm():
+        with _raising_on_sigterm():
             _serve(source, at_once, submit, running)
     except (KeyboardInterrupt, Preempted) as stop:
-        print(f"\nno further runs are proposed; {len(running)} go on, the same command takes up again", file=sys.stderr)
+        print(
+            f"\nstopped the search; {len(running)} runs are still active. The same command continues the search",
+            file=sys.stderr,
+        )
         return Preempted.exit_code if isinstance(stop, Preempted) else Interrupted.exit_code
     return 0
 
 
 @contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """While the block runs, SIGTERM raises Preempted wherever the program is, as Ctrl-C does KeyboardInterrupt."""
+def _raising_on_sigterm() -> Iterator[None]:
+    """While the block runs, SIGTERM raises Preempted, as Ctrl-C raises KeyboardInterrupt."""
 
     def end(*_: object) -> None:
         raise Preempted("stopped by SIGTERM")
@@ -74,7 +80,7 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 
 def _serve(source: Source, at_once: int, submit: Submit, running: list[RunDir]) -> None:
-    """Go on until nothing more is proposed and all has ended; ``running`` holds those that go on."""
+    """Loop until the source has no more runs and all runs have ended. ``running`` is updated in place."""
     refused: list[RunDir] = []
     stuck: list[RunDir] = []
     while True:
@@ -87,10 +93,10 @@ def _serve(source: Source, at_once: int, submit: Submit, running: list[RunDir]) 
                 if submit(rundir):
                     stuck.append(rundir)
                     continue
-            except LaunchError as error:  # a limit on jobs, a controller that is busy: not the end of a search
+            except LaunchError as error:  # job limit reached or controller busy: no reason to end a search
                 if not running:
                     raise
-                print(f"{error}; it is tried again when a job has ended", file=sys.stderr)
+                print(f"{error}; trying again when a job has ended", file=sys.stderr)
                 refused.append(rundir)
                 break
             running.append(rundir)
@@ -99,11 +105,11 @@ def _serve(source: Source, at_once: int, submit: Submit, running: list[RunDir]) 
             _refuse_stuck(stuck)
             return
         jobs = _Jobs(running)
-        while len(jobs.left) == len(running):
-            time.sleep(LOOK_S)
-            source.look()
+        while len(jobs.active) == len(running):
+            time.sleep(POLL_S)
+            source.poll()
             jobs.have_ended()
-        for rundir in [each for each in running if each not in jobs.left]:
+        for rundir in [each for each in running if each not in jobs.active]:
             state = _settled(rundir)
             print(f"{rundir.path.name}: {state.status} {state.reason}".strip(), file=sys.stderr)
             source.ended(rundir)
@@ -112,46 +118,47 @@ def _serve(source: Source, at_once: int, submit: Submit, running: list[RunDir]) 
 
 def _refuse_stuck(rundirs: Sequence[RunDir]) -> None:
     if rundirs:
-        problem = "an earlier job of theirs does not leave its nodes: not submitted"
+        problem = "not submitted: the run's earlier job has not left its nodes"
         names = ", ".join(rundir.path.name for rundir in rundirs)
-        raise LaunchError(Fault("launcher", problem, "give the same command again when squeue shows it no more", names))
+        raise LaunchError(Fault("launcher", problem, "repeat the command when squeue no longer lists the job", names))
 
 
 def _settled(rundir: RunDir) -> State:
-    """What a run whose job has ended says of itself, a moment later if need be."""
+    """State of a run whose job has ended; waits a moment if the state is not final yet."""
     if rundir.read_state().status in ("pending", "running"):
         time.sleep(SETTLING_S)
     return rundir.read_state()
 
 
 class _Jobs:
-    """The jobs that have not left the queue, asked for less and less often while nothing happens."""
+    """Polls squeue for the jobs of runs, less and less often while nothing changes."""
 
     def __init__(self, rundirs: Sequence[RunDir]) -> None:
-        self.left = list(rundirs)
+        self.active = list(rundirs)
         self._pause = FIRST_PAUSE_S
         self._due = time.monotonic() + FIRST_PAUSE_S
 
     def have_ended(self) -> bool:
+        """Whether all jobs have left the queue; updates ``active``."""
         if time.monotonic() < self._due:
             return False
         try:
-            queued = submission.is_queued(self.left)
-        except LaunchError as error:  # the jobs do not need the controller, and it comes back
-            print(f"{error.faults[0].problem}; asking again", file=sys.stderr)
-            queued = [True] * len(self.left)
-        before, self.left = self.left, [rundir for rundir, goes_on in zip(self.left, queued, strict=True) if goes_on]
-        has_changed = len(self.left) < len(before)
+            queued = submission.is_queued(self.active)
+        except LaunchError as error:  # jobs run on without the controller, which will return
+            print(f"{error.faults[0].problem}; trying again", file=sys.stderr)
+            queued = [True] * len(self.active)
+        has_changed = not all(queued)
+        self.active = [rundir for rundir, is_queued in zip(self.active, queued, strict=True) if is_queued]
         self._pause = FIRST_PAUSE_S if has_changed else min(LONGEST_PAUSE_S, self._pause * 1.3)
         self._due = time.monotonic() + self._pause
-        return not self.left
+        return not self.active
 
 
 def _code(rundir: RunDir, is_alone: bool) -> int:
-    """What its state says, of one among several that ended by itself 1; in words where its job wrote none."""
+    """Exit code by the run's state; 1 for a run that alone among several was stopped, or whose job wrote no state."""
     if (state := _settled(rundir)).status not in ("pending", "running"):
         code = outcome.exit_code(state)
         return code if is_alone or code not in (Preempted.exit_code, Interrupted.exit_code) else 1
     job = (rundir.read_manifest().get("slurm") or {}).get("job_id")
-    print(f"job {job} ended without a word: python -m runner logs {rundir.path}", file=sys.stderr)
+    print(f"job {job} ended without writing a state; see python -m runner logs {rundir.path}", file=sys.stderr)
     return 1

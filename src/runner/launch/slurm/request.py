@@ -1,4 +1,4 @@
-"""What is requested from Slurm for each run."""
+"""The settings of ``launcher=slurm``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Cluster = Literal["slurm", "local", "debug"]
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmRequest:
-    """What is asked of Slurm for each run; the comments are in conf/launcher/slurm.yaml."""
+    """Resources and options of each run's job; conf/launcher/slurm.yaml describes every field."""
 
     cluster: Cluster
     partition: str | None
@@ -40,9 +40,10 @@ class SlurmRequest:
 
     @property
     def tasks(self) -> int:
-        """Processes of one run on each machine."""
+        """Processes of one run on each node."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
     @property
     def processes(self) -> int:
+        """World size of one run."""
         return self.nodes * self.tasks

@@ -1,4 +1,4 @@
-"""The sbatch script of a run, and what Slurm thinks of it before anything is submitted."""
+"""Create the sbatch script of a run, and test it with ``sbatch --test-only`` before anything is submitted."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runner.errors import Fault, LaunchError, suggest
+from runner.launch.slurm.request import SlurmRequest
 from runner.tracking import slurm_client
 from runner.train.memory import heap
 
-if TYPE_CHECKING:
-    from runner.launch.slurm.request import SlurmRequest
-
-COMPLAINTS = (
+REASONS = (
     ("partition", r"invalid partition|partition .*(not available|required)|access.* partition"),
     ("account", r"invalid account|account.* not (permitted|allowed)|invalid .*account"),
     ("qos", r"invalid qos|qos"),
@@ -33,15 +31,15 @@ COMPLAINTS = (
     ("gpus_per_node", r"gres|gpu"),
     ("additional_parameters", r"unrecognized option|invalid option|unknown option|argument"),
 )
-"""(key, what Slurm says when it is that key that it does not like)."""
+"""(key, pattern of Slurm's messages about that key)."""
 
 CANDIDATES = (
     "nodelist", "exclude", "constraint", "gpus_per_node", "mem_gb", "cpus_per_task", "tasks_per_node", "nodes",
 )  # fmt: skip
-"""Keys to leave out, one at a time, where Slurm only says that it has no such nodes."""
+"""Keys to remove one at a time, if Slurm only reports that no nodes match."""
 
 OURS = ("array", "output", "error", "open-mode", "job-name", "signal", "requeue", "no-requeue", "wrap")
-"""Options of sbatch without which the runs could neither be found again nor continued."""
+"""Options of sbatch that runner sets to find and resume runs."""
 
 KEYS = {
     "partition": ("PARTITION",), "account": ("ACCOUNT",), "qos": ("QOS",), "timeout_min": ("TIMELIMIT",),
@@ -49,47 +47,47 @@ KEYS = {
     "gpus_per_node": ("GPUS_PER_NODE", "GPUS", "GPUS_PER_TASK", "GPUS_PER_SOCKET"),
     "mem_gb": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
 }  # fmt: skip
-"""Key → the variables, without SBATCH_, that sbatch would believe rather than the script."""
+"""Key → environment variables, without SBATCH_, that have priority over the script."""
 
 OTHER_NAMES = {"array": "ARRAY_INX", "switches": "REQ_SWITCH"}
-"""Options of sbatch whose variable is not called as they are."""
+"""Options of sbatch whose environment variable has another name."""
 
 
-def parameters(asked: SlurmRequest, name: str, setup: list[str]) -> dict[str, Any]:
-    """What submitit writes into the header, by its own names; ``setup`` comes after the user's lines."""
-    wanted = {
+def parameters(request: SlurmRequest, name: str, setup: list[str]) -> dict[str, Any]:
+    """Parameters of submitit's executor; ``setup``: shell lines after the user's own."""
+    options = {
         "job_name": name,
-        "partition": asked.partition,
-        "account": asked.account,
-        "qos": asked.qos,
-        "time": asked.timeout_min,
-        "nodes": asked.nodes,
-        "ntasks_per_node": asked.tasks,
-        "gpus_per_node": asked.gpus_per_node or None,
-        "cpus_per_task": asked.cpus_per_task,
-        "mem": None if asked.mem_gb is None else f"{int(asked.mem_gb * 1024)}MB",
-        "constraint": asked.constraint,
-        "exclude": asked.exclude,
-        "nodelist": asked.nodelist,
-        "signal_delay_s": asked.signal_delay_s,
-        "setup": [*(f"module load {shlex.quote(module)}" for module in asked.modules), *asked.setup, *setup],
-        "srun_args": list(asked.srun_args),
-        "wckey": None,  # submitit's own default names itself, and clusters that track keys refuse it
+        "partition": request.partition,
+        "account": request.account,
+        "qos": request.qos,
+        "time": request.timeout_min,
+        "nodes": request.nodes,
+        "ntasks_per_node": request.tasks,
+        "gpus_per_node": request.gpus_per_node or None,
+        "cpus_per_task": request.cpus_per_task,
+        "mem": None if request.mem_gb is None else f"{int(request.mem_gb * 1024)}MB",
+        "constraint": request.constraint,
+        "exclude": request.exclude,
+        "nodelist": request.nodelist,
+        "signal_delay_s": request.signal_delay_s,
+        "setup": [*(f"module load {shlex.quote(module)}" for module in request.modules), *request.setup, *setup],
+        "srun_args": list(request.srun_args),
+        "wckey": None,  # submitit's default is "submitit", which clusters that track wckeys refuse
     }
-    more = {"requeue": True, "reservation": asked.reservation, **asked.additional_parameters}
-    kept = {key: value for key, value in wanted.items() if value is not None or key == "wckey"}
-    return {**kept, "additional_parameters": {key: value for key, value in more.items() if value is not None}}
+    options = {key: value for key, value in options.items() if value is not None or key == "wckey"}
+    more = {"requeue": True, "reservation": request.reservation, **request.additional_parameters}
+    return {**options, "additional_parameters": {key: value for key, value in more.items() if value is not None}}
 
 
-def setup_lines(asked: SlurmRequest, folder: Path, name: str, code: Path | None) -> list[str]:
-    """What the script does before srun, so that each task finds its pickle, its code and its share of the machine."""
+def setup_lines(request: SlurmRequest, folder: Path, name: str, code: Path | None) -> list[str]:
+    """Shell lines before srun: each task's pickle file, code snapshot, CPU threads and allocator settings."""
     pickle = shlex.quote(str(folder / f"{name}.pkl"))
     own = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     lines = [
-        "# the pickle is here even where the submitting process did not live to put it under the job's id",
+        "# copy the pickle here, in case the submitting process died before it could",
         f'cp -n {pickle} {shlex.quote(str(folder))}/"{own}"_submitted.pkl',
-        "export SLURM_KILL_BAD_EXIT=1  # a rank that dies ends the others",
-        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch since 22.05",
+        "export SLURM_KILL_BAD_EXIT=1  # a rank that fails ends the others",
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since 22.05, srun does not inherit it from sbatch",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}",
         "export RUNNER_TRACEBACK=1",
         f"export {heap.VARIABLE}={shlex.quote(heap.tunables())}",
@@ -103,32 +101,32 @@ def setup_lines(asked: SlurmRequest, folder: Path, name: str, code: Path | None)
     return lines
 
 
-def command(asked: SlurmRequest, folder: Path) -> str:
-    """The words that srun starts in each task."""
-    return f"{python(asked)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+def command(request: SlurmRequest, folder: Path) -> str:
+    """The command that srun starts in each task."""
+    return f"{python(request)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
 
 
-def python(asked: SlurmRequest) -> str:
-    """The interpreter of the job, in its container where one is asked for."""
-    return " ".join(filter(None, (asked.container, asked.python or shlex.quote(sys.executable))))
+def python(request: SlurmRequest) -> str:
+    """The job's Python interpreter, after the words of ``container``."""
+    return " ".join(filter(None, (request.container, request.python or shlex.quote(sys.executable))))
 
 
-def script(asked: SlurmRequest, folder: Path, name: str, code: Path | None, runs: int) -> str:
-    """The script of one run, or of an array of so many, as submitit writes it."""
-    from submitit.slurm.slurm import _make_sbatch_string  # its executor calls this, and refuses where srun is missing
+def script(request: SlurmRequest, folder: Path, name: str, code: Path | None, runs: int) -> str:
+    """The script of one run, or of an array of ``runs`` runs, as submitit creates it."""
+    from submitit.slurm.slurm import _make_sbatch_string  # private; the public executor needs srun here
 
-    made = parameters(asked, name, setup_lines(asked, folder, name, code))
+    options = parameters(request, name, setup_lines(request, folder, name, code))
     if runs > 1:
-        made.update(map_count=runs, array_parallelism=asked.array_parallelism or runs)
-    return str(_make_sbatch_string(command=command(asked, folder), folder=folder, **made))
+        options.update(map_count=runs, array_parallelism=request.array_parallelism or runs)
+    return str(_make_sbatch_string(command=command(request, folder), folder=folder, **options))
 
 
 @contextmanager
-def environment(asked: SlurmRequest) -> Iterator[None]:
-    """Without the variables that would make sbatch ignore what was asked for, or that belong to the job we are in."""
+def environment(request: SlurmRequest) -> Iterator[None]:
+    """Remove environment variables that override the script, or that belong to the job this process runs in."""
     from submitit.helpers import clean_env
 
-    removed = {name: os.environ.pop(name) for name in _overriding(asked) if name in os.environ}
+    removed = {name: os.environ.pop(name) for name in _overriding(request) if name in os.environ}
     conf = os.environ.get("SLURM_CONF")
     try:
         if "SLURM_JOB_ID" not in os.environ:
@@ -142,48 +140,50 @@ def environment(asked: SlurmRequest) -> Iterator[None]:
         os.environ.update(removed)
 
 
-def _overriding(asked: SlurmRequest) -> set[str]:
-    """The variables that stand above what was asked for, above what is ours, or make sbatch wait for the job's end."""
-    of_keys = [name for key, names in KEYS.items() if getattr(asked, key) is not None for name in names]
-    options = [*OURS, "wait", *(name.replace("_", "-") for name in asked.additional_parameters)]
+def _overriding(request: SlurmRequest) -> set[str]:
+    """Variables that override the user's keys or runner's own options, or that make sbatch wait for the job to end."""
+    of_keys = [name for key, names in KEYS.items() if getattr(request, key) is not None for name in names]
+    options = [*OURS, "wait", *(name.replace("_", "-") for name in request.additional_parameters)]
     of_options = [OTHER_NAMES.get(option, option.upper().replace("-", "_")) for option in options]
     return {f"SBATCH_{name}" for name in [*of_keys, *of_options]}
 
 
-def refuse(asked: SlurmRequest) -> None:
-    """Show Slurm the script, without submitting it.
+def refuse(request: SlurmRequest) -> None:
+    """Test the script with ``sbatch --test-only``.
 
     Raises:
-        LaunchError: with Slurm's own reason, at the key that it is about where that can be told.
+        LaunchError: Slurm refuses it; contains Slurm's reason, and the key at fault if it can be determined.
     """
-    said = _complaint(asked)
-    if not said:
+    reason = _refusal(request)
+    if not reason:
         return
-    key = next((key for key, pattern in COMPLAINTS if re.search(pattern, said, re.IGNORECASE)), "")
-    if key == "nodelist" and asked.nodelist is None:
+    key = next((key for key, pattern in REASONS if re.search(pattern, reason, re.IGNORECASE)), "")
+    if key == "nodelist" and request.nodelist is None:
         key = "exclude"
     if not key:
-        given = (key for key in CANDIDATES if getattr(asked, key) not in (None, _WITHOUT.get(key)))
-        key = next((key for key in given if not _complaint(_without(asked, key))), "")
-    value = getattr(asked, key) if key else "slurm"
-    remedy = _remedy(asked, key) or "change what is asked for; sinfo shows what there is"
-    raise LaunchError(Fault(f"launcher.{key}" if key else "launcher", f"Slurm refuses it: {said}", remedy, value))
+        keys = (key for key in CANDIDATES if getattr(request, key) not in (None, _UNSET.get(key)))
+        key = next((key for key in keys if not _refusal(_without(request, key))), "")
+    value = getattr(request, key) if key else "slurm"
+    remedy = _remedy(request, key) or "change the request; sinfo shows the available resources"
+    raise LaunchError(
+        Fault(f"launcher.{key}" if key else "launcher", f"Slurm refuses this request: {reason}", remedy, value)
+    )
 
 
-def _without(asked: SlurmRequest, key: str) -> SlurmRequest:
-    nothing: dict[str, Any] = {key: _WITHOUT.get(key)}
-    return replace(asked, **nothing)
+_UNSET = {"nodes": 1}
+"""Values that request nothing, for keys where this is not null."""
 
 
-_WITHOUT = {"nodes": 1}
-"""What asks for nothing, where that is not null."""
+def _without(request: SlurmRequest, key: str) -> SlurmRequest:
+    change: dict[str, Any] = {key: _UNSET.get(key)}
+    return replace(request, **change)
 
 
-def _complaint(asked: SlurmRequest) -> str:
-    """Slurm's reason to refuse, in its own words; empty where it would take the job."""
-    text = script(asked, Path("slurm"), "runner", None, 1)
+def _refusal(request: SlurmRequest) -> str:
+    """Slurm's reason to refuse the job; empty if Slurm accepts it."""
+    text = script(request, Path("slurm"), "runner", None, 1)
     try:
-        with environment(asked):
+        with environment(request):
             done = subprocess.run(
                 ["sbatch", "--test-only"], input=text, capture_output=True, text=True, timeout=60, check=False
             )
@@ -196,26 +196,26 @@ def _complaint(asked: SlurmRequest) -> str:
     return "; ".join(dict.fromkeys(line for line in lines if not line.startswith("Try ")))
 
 
-def _remedy(asked: SlurmRequest, key: str) -> str:
+def _remedy(request: SlurmRequest, key: str) -> str:
     if key == "partition":
         names = slurm_client.partitions()
-        return f"{suggest(str(asked.partition), names)} partitions: {', '.join(names)}".strip()
+        return f"{suggest(str(request.partition), names)} partitions: {', '.join(names)}".strip()
     if key == "timeout_min":
-        return f"ask for less; the longest time of each partition: {_each('%R %l', asked)}"
+        return f"request less; time limit of each partition: {_each('%R %l', request)}"
     if key == "nodes":
-        return f"ask for fewer; nodes of each partition: {_each('%R %D', asked)}"
+        return f"request fewer; nodes of each partition: {_each('%R %D', request)}"
     if key in ("gpus_per_node", "mem_gb", "cpus_per_task", "tasks_per_node"):
-        return f"ask for less; what a node has (CPUs, MB, GPUs): {_each('%R %c %m %G', asked)}"
+        return f"request less; resources of a node (CPUs, MB, GPUs): {_each('%R %c %m %G', request)}"
     return {
-        "constraint": f"features of the nodes: {_each('%f', asked)}",
-        "nodelist": f"nodes: {_each('%N', asked)}",
-        "exclude": f"nodes: {_each('%N', asked)}",
+        "constraint": f"features of the nodes: {_each('%f', request)}",
+        "nodelist": f"nodes: {_each('%N', request)}",
+        "exclude": f"nodes: {_each('%N', request)}",
         "reservation": "scontrol show reservation lists them",
         "account": "sacctmgr show associations user=$USER lists yours",
         "qos": "sacctmgr show qos lists them",
-        "additional_parameters": "names are those of sbatch's long options, without the dashes",
+        "additional_parameters": "use the names of sbatch's long options, without the dashes",
     }.get(key, "")
 
 
-def _each(format: str, asked: SlurmRequest) -> str:
-    return ", ".join(slurm_client.sinfo(format, asked.partition))
+def _each(format: str, request: SlurmRequest) -> str:
+    return ", ".join(slurm_client.sinfo(format, request.partition))

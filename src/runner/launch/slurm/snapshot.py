@@ -1,7 +1,7 @@
-"""The code of a queued job, frozen when it was submitted: what is edited afterwards does not reach it.
+"""Snapshot of the code at submission: later edits do not change queued jobs.
 
-A snapshot is a folder like an installed package, ``runner/`` with ``runner/conf/`` in it, that a job puts first on
-Python's path. The user's own code is in the run folder already.
+A snapshot has the layout of the installed package, ``runner/`` with ``runner/conf/``; the job puts it first on
+PYTHONPATH. The user's own code is in the run folder already.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from runner.config import bind
 
 
 def take(home: Path) -> Path:
-    """Freeze the code as it is now, uncommitted changes included.
+    """Copy the current code, with uncommitted changes.
 
     Returns:
-        ``home/code/<digest>``, which is there already where nothing has changed since the last time.
+        ``home/code/<digest>``; the existing folder if nothing has changed.
     """
     files = dict(_code())
     content = {name: files[name].read_bytes() for name in sorted(files)}
     digest = hashlib.sha256()
-    for name, text in content.items():
-        digest.update(f"{name}\0{len(text)}\0".encode() + text)
+    for name, data in content.items():
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
     folder = home / "code" / digest.hexdigest()[:16]
     if not folder.is_dir():
         _write(folder, content)
@@ -35,37 +35,36 @@ def take(home: Path) -> Path:
 
 
 def _write(folder: Path, content: dict[str, bytes]) -> None:
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
-        for name, text in content.items():
-            path = aside / name
+        for name, data in content.items():
+            path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text)
-        aside.rename(folder)
-    except OSError:  # a full disk; or another submitter was faster: it wrote the same
-        shutil.rmtree(aside, ignore_errors=True)
+            path.write_bytes(data)
+        temporary.rename(folder)
+    except OSError:  # a full disk; or another process has written the same snapshot
+        shutil.rmtree(temporary, ignore_errors=True)
         if not folder.is_dir():
             raise
 
 
 def _code() -> Iterator[tuple[str, Path]]:
-    """(name in the snapshot, file) of the package and its config groups."""
+    """(name in the snapshot, file) for the package and conf/."""
     conf = bind.config_dir()
     for top, folder in (("runner/conf", conf), ("runner", PACKAGE)):
         for file in _files(folder):
             if top == "runner" and file.is_relative_to(conf):
-                continue  # in a wheel conf/ lies within the package
+                continue  # a wheel contains conf/ inside the package
             yield f"{top}/{file.relative_to(folder)}", file
 
 
 def _files(folder: Path) -> list[Path]:
-    """What belongs to the code in a folder: in a checkout all that git does not ignore, else all but compiled files."""
+    """Code files in a folder: in a git checkout all files that git does not ignore, else all but ``__pycache__``."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "."]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
+        listed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        found = list(folder.rglob("*"))
-    else:
-        found = [folder / name for name in done.stdout.split("\0") if name]
-        found = found or list(folder.rglob("*"))  # a repository that ignores it: an environment in somebody's project
-    return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+        listed = ""
+    # git lists nothing if the folder is ignored: a virtual environment in another project's checkout
+    paths = [folder / name for name in listed.split("\0") if name] or folder.rglob("*")
+    return sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
