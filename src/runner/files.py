@@ -32,8 +32,7 @@ def cache_dir(room: str) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Acquire the advisory lock on ``path`` (blocking) while the block runs. The holder may remove the file and its
-    folders."""
+    """Hold the advisory lock on ``path`` while the block runs; the holder may remove the file and its folders."""
     while True:
         with _opened(path) as handle:
             try:
@@ -113,8 +112,7 @@ def writing(folder: Path, refusal: type[RunnerError] = ConfigError) -> Iterator[
     """Turn an OSError of the block into a ``refusal`` if its cause is that ``folder`` cannot be written.
 
     Raises:
-        RunnerError: ``refusal``: disk full, no permission, … Any other OSError (of a process, a pipe, a file
-            elsewhere) is raised unchanged.
+        RunnerError: ``refusal``. Any other OSError (of a process, a pipe, a file elsewhere) is raised unchanged.
     """
     try:
         yield

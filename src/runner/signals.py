@@ -17,8 +17,7 @@ ONE_GESTURE_S = 0.5
 
 @contextmanager
 def signals_to(handler: Callable[[int, FrameType | None], None], *more: signal.Signals) -> Iterator[None]:
-    """While the block runs, SIGTERM, SIGUSR2, SIGINT and ``more`` call ``handler``, except those of ``more`` that are
-    ignored already (nohup ignores SIGHUP)."""
+    """While the block runs, SIGNALS, and those of ``more`` that nohup does not ignore, call ``handler``."""
     handled = [*SIGNALS, *(number for number in more if signal.getsignal(number) is not signal.SIG_IGN)]
     previous = {number: signal.signal(number, handler) for number in handled}
     try:

@@ -25,10 +25,8 @@ log = logging.getLogger("runner")
 
 @contextmanager
 def logging_to(path: Path, *, speaks: bool = True) -> Iterator[None]:
-    """While the block runs, write the messages of ``runner`` and the warnings of all libraries to ``path``.
-
-    ``speaks``: write the messages of ``runner`` to the terminal (stderr) as well.
-    """
+    """While the block runs, write the messages of ``runner`` and all warnings to ``path``, and with ``speaks`` the
+    messages of ``runner`` to the terminal (stderr) as well."""
     to_file = _File(path, encoding="utf-8")
     to_file.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_file.setLevel(logging.INFO)
@@ -215,10 +213,7 @@ def nearest(path: Path) -> str:
 
 
 def told_apart(names: Sequence[str], width: int) -> list[str]:
-    """The names shortened to ``width`` characters so that different names stay different.
-
-    A name is cut at its end; names that would become equal lose their common beginning instead.
-    """
+    """The names cut to ``width`` characters; names that would become equal lose their common beginning instead."""
     short = {name: name if len(name) <= width else name[: width - 1] + "…" for name in names}
     for equal in {text: [name for name in short if short[name] == text] for text in short.values()}.values():
         if len(equal) > 1 and width > 2:

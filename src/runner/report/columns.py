@@ -78,10 +78,7 @@ def _first(text: str) -> str:
 
 
 def rated(order: Goal) -> Goal:
-    """The goal that decides which run is best, for this sort order.
-
-    The direction of a metric with a known name (loss, accuracy, …) does not depend on the sort order.
-    """
+    """The goal that decides which run is best: by the name of the metric if known (loss, accuracy), else ``order``."""
     return by_name(order.key) if order.key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER)) else order
 
 

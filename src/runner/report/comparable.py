@@ -14,12 +14,7 @@ SHOWN = 8
 
 
 def refuse_nothing(kept: Sequence[Result], results: Sequence[Result], where: str, keys: Sequence[str]) -> None:
-    """Refuse an empty comparison.
-
-    Args:
-        kept: the runs of ``results`` that match ``where``.
-        where: the condition as typed; may be empty.
-        keys: the keys in the condition; the message lists their values.
+    """Refuse an empty comparison. ``kept``: the runs that match ``where``; ``keys``: the keys in this condition.
 
     Raises:
         ConfigError: no run matches, or none that matches is completed.

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runner.errors import ConfigError, Fault
+from runner.report.columns import Value
 
-Value = str | float | None
 Lookup = Callable[[str], Value]
 """Key → the value of a run; None if the run does not have the key."""
 Condition = Callable[[Lookup], bool]
@@ -41,8 +41,8 @@ def parse(text: str, resolve: Callable[[str], str]) -> Condition:
     """
     parser = _Parser(text, _tokens(text), resolve)
     condition = parser.either()
-    if parser.remaining:
-        raise parser.fault(f"unexpected '{parser.remaining[0].text}'")
+    if parser.tokens:
+        raise parser.fault(f"unexpected '{parser.tokens[0].text}'")
     return condition
 
 
@@ -70,7 +70,8 @@ def _tokens(text: str) -> list[_Token]:
 @dataclass
 class _Parser:
     text: str
-    remaining: list[_Token]
+    tokens: list[_Token]
+    """Those not yet parsed."""
     resolve: Callable[[str], str]
 
     def either(self) -> Condition:
@@ -94,20 +95,17 @@ class _Parser:
         return ConfigError(Fault("--where", problem, HINT, self.text))
 
     def _comparison(self) -> Condition:
-        if not self.remaining or self.remaining[0].kind == "mark":
-            raise self.fault(
-                f"a key is missing before '{self.remaining[0].text}'"
-                if self.remaining
-                else "the condition is incomplete"
-            )
-        typed = self.remaining.pop(0).text
+        if not self.tokens or self.tokens[0].kind == "mark":
+            before = f"a key is missing before '{self.tokens[0].text}'" if self.tokens else ""
+            raise self.fault(before or "the condition is incomplete")
+        typed = self.tokens.pop(0).text
         key = self.resolve(typed)
-        if not self.remaining or self.remaining[0].kind != "mark" or self.remaining[0].text in "()":
+        if not self.tokens or self.tokens[0].kind != "mark" or self.tokens[0].text in "()":
             raise self.fault(f"a comparison is missing after '{typed}'")
-        mark = self.remaining.pop(0).text
-        if not self.remaining or self.remaining[0].kind == "mark":
+        mark = self.tokens.pop(0).text
+        if not self.tokens or self.tokens[0].kind == "mark":
             raise self.fault(f"a value is missing after '{typed}{mark}'")
-        value = self.remaining.pop(0).text
+        value = self.tokens.pop(0).text
         if mark in OPERATORS and _number(value) is None:
             raise self.fault(f"'{typed}{mark}{value}': '{mark}' compares numbers, and '{value}' is not a number")
         return lambda run: _holds(run(key), mark, value)
@@ -119,8 +117,8 @@ class _Parser:
         return parts[0] if len(parts) == 1 else lambda run: join([one(run) for one in parts])
 
     def _take(self, text: str, kind: str = "word") -> bool:
-        if self.remaining and self.remaining[0].kind == kind and self.remaining[0].text.lower() == text:
-            del self.remaining[0]
+        if self.tokens and self.tokens[0].kind == kind and self.tokens[0].text.lower() == text:
+            del self.tokens[0]
             return True
         return False
 

@@ -82,7 +82,7 @@ def materials(ours: Recorded, theirs: Recorded) -> list[Section]:
         Section("code", _known(_rows(_code(ours), _code(theirs))), files, note),
         Section("environment", _rows(_environment(ours), _environment(theirs))),
         Section("data", _rows(_data(ours), _data(theirs))),
-        Section("hardware", _rows(_hardware(ours), _hardware(theirs))),
+        Section("hardware", _rows(*(run.manifest.get("hardware") or {} for run in (ours, theirs)))),
     ]
 
 
@@ -131,10 +131,6 @@ def _data(run: Recorded) -> dict[str, Any]:
     plain = {key: data.get(key) for key in ("name", "digest", "revision", "uri", "function")}
     report = {str(key).replace("_", " "): value for key, value in (data.get("report") or {}).items()}
     return {**plain, **report, "model": model.get("name"), "model revision": model.get("revision")}
-
-
-def _hardware(run: Recorded) -> dict[str, Any]:
-    return dict(run.manifest.get("hardware") or {})
 
 
 def _results(run: Recorded) -> dict[str, Any]:

@@ -134,8 +134,7 @@ def of(
     Args:
         where: a condition on runs, see ``condition``.
         metrics: comma-separated metrics to show; default: columns.MATTER.
-        sort: a key, optionally after ``+`` or ``-``; default: the objective of the search that the runs belong to, or
-            the final eval loss.
+        sort: a key, optionally after ``+`` or ``-``; default: the objective of the runs' search, or the eval loss.
         by: the parameter to average over (seed).
         pareto: at least two comma-separated metrics.
 
@@ -150,9 +149,8 @@ def of(
         return keys[-1]
 
     matches = _parsed(faults, lambda: condition.parse(where, resolve), where)
-    shown = _parsed(
-        faults, lambda: [columns.metric(name, results, "--metrics") for name in metrics.split(",")], metrics
-    )
+    names = metrics.split(",")
+    shown = _parsed(faults, lambda: [columns.metric(name, results, "--metrics") for name in names], metrics)
     axes = _parsed(faults, lambda: _axes(pareto, results), pareto)
     over = _parsed(faults, lambda: _parameter(by, results), by)
     order = _parsed(faults, lambda: columns.goal(sort, results, "--sort"), sort)
@@ -201,9 +199,8 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
         ],
     }  # fmt: skip
     if board.axes:
-        output["pareto"] = {
-            "axes": [axis.key for axis in board.axes], "front": [result.run for result in board.front]
-        }  # fmt: skip
+        front = [result.run for result in board.front]
+        output["pareto"] = {"axes": [axis.key for axis in board.axes], "front": front}
     if board.over:
         output["by"], output["groups"] = board.over, [_group_json(group) for group in board.groups]
     return output
@@ -235,8 +232,7 @@ def _board(
     if best is None:
         names = sorted({key for result in results if result.is_completed for key in result.metrics})
         problem = f"no completed run has the metric {goal.key}"
-        remedy = f"choose another metric with --sort: {', '.join(names)}" if names else "they have no metrics at all"
-        raise ConfigError(Fault("--sort", problem, remedy))
+        raise ConfigError(Fault("--sort", problem, f"choose another with --sort: {', '.join(names) or '(no metrics)'}"))
     params = ranking.differing(results)
     matter = [key for short in columns.MATTER for key in columns.SHORT[short]]
     shown = metrics or [key for key in matter if any(key in result.metrics for result in results)]

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 from runner.config import choices
 from runner.errors import Fault, TrackingError, UnknownNameError, suggest
-from runner.report.record import STATUS
+from runner.report.record import STATUS, tracking_errors
 from runner.report.results import Result
 from runner.secrets import take_credentials
 from runner.tracking import lookup
@@ -66,18 +66,11 @@ def read(uri: str, words: Sequence[str]) -> list[Result]:
         UnknownNameError: the store has no experiment, sweep or run of this name.
         TrackingError: the store cannot be read, or the words are ambiguous.
     """
-    try:
+    with tracking_errors(uri):
         source = opened(uri)
         known = source.experiments()
         chosen = _chosen(known, words, uri)
         rows = source.runs([known[name] for name in chosen] or list(known.values()))
-    except TrackingError:
-        raise
-    except Exception as error:  # the store's client, SQL and HTTP raise many types
-        remedy = "check that this is an MLflow database"
-        if store.is_server(uri):
-            remedy = "check the address, and that the server is running"
-        raise TrackingError(Fault("uri", explained(error, uri), remedy)) from error
     children = [row for row in rows if "runner.jobs" not in row.tags]
     if not chosen and words:
         children = _of_sweeps(children, words, known, uri)

@@ -44,13 +44,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_spe
 
 
 def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str, str]) -> str:
-    """The card as Markdown. It contains no absolute paths, because it is published with the model.
+    """The card as Markdown, without absolute paths, because it is published with the model.
 
-    Args:
-        rundir: the run.
-        kinds: what the folder contains: an adapter, a merged model, a GGUF file.
-        base: the path or Hub id of the base model.
-        notes: additional facts about this export, name → text.
+    ``base``: path or Hub id of the base model. ``notes``: additional facts about this export, name → text.
     """
     manifest, cfg = rundir.read_manifest(), read_config(rundir)
     base_name = str((manifest.get("model") or {}).get("name") or LOCAL.sub(r"\1", base))

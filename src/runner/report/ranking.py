@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from statistics import fmean
 
@@ -64,10 +64,9 @@ def best(results: Sequence[Result], goal: Goal) -> Result | None:
 
 
 def front(results: Sequence[Result], goals: Sequence[Goal]) -> list[Result]:
-    """The Pareto front: the completed runs that are not dominated, sorted by the first goal, the best first.
+    """The Pareto front: the completed runs that no other run dominates, sorted by the first goal, the best first.
 
-    A run dominates another if it is at least as good in all goals and better in one. Runs with equal values are all on
-    the front.
+    A run dominates another if it is at least as good in all goals and better in one.
     """
     completed = [result for result in results if result.is_completed]
     costs = [tuple(goal.cost(result) for goal in goals) for result in completed]
@@ -110,11 +109,8 @@ def grouped(
     if not groups or goal.key not in groups[0].means:
         return groups
     first = _values(groups[0].results, goal.key)
-    tested = [
-        Group(group.setting, group.results, group.means, statistics.welch(first, _values(group.results, goal.key)))
-        for group in groups[1:]
-    ]
-    return [Group(groups[0].setting, groups[0].results, groups[0].means, None, True), *tested]
+    others = (replace(each, p=statistics.welch(first, _values(each.results, goal.key))) for each in groups[1:])
+    return [replace(groups[0], is_best=True), *others]
 
 
 def importance(results: Sequence[Result], keys: Sequence[str], goal: Goal) -> list[tuple[str, float]]:

@@ -141,7 +141,7 @@ def of_store(word: str, uri: str) -> Recorded:
         TrackingError: the store cannot be read.
     """
     uri = checked(uri)
-    with _tracking_errors(uri):
+    with tracking_errors(uri):
         is_database = uri.startswith("sqlite:")
         run_id = _only(*(_heads_of_database(word, uri) if is_database else _heads(word, uri)), word, uri).run_id
         if is_database and (rundir := _local_folder(_tags_of_database(run_id, uri))):
@@ -186,14 +186,15 @@ def checked(uri: str) -> str:
 
 
 @contextlib.contextmanager
-def _tracking_errors(uri: str) -> Iterator[None]:
+def tracking_errors(uri: str) -> Iterator[None]:
     """Turn every exception of MLflow, SQL or HTTP in the block into a TrackingError."""
     try:
         yield
     except RunnerError:
         raise
     except Exception as error:
-        remedy = "check the address, and that the server is running"
+        is_server = store.is_server(uri)
+        remedy = "check the address, and that the server is running" if is_server else "is this an MLflow database?"
         raise TrackingError(Fault("uri", explained(error, uri), remedy)) from error
 
 
@@ -233,12 +234,7 @@ class _Head:
 
 
 def _only(matches: list[_Head], latest: list[_Head], word: str, uri: str) -> _Head:
-    """The only match.
-
-    Raises:
-        ConfigError: there are several.
-        UnknownRunError: there is none.
-    """
+    """The only match; raises ConfigError for several, UnknownRunError for none."""
     if len(matches) == 1:
         return matches[0]
     if matches:

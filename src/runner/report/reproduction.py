@@ -35,9 +35,9 @@ def tell_before(original: Recorded, cfg: dict[str, Any], code: Path | None) -> N
 
 
 def tell_after(original: Recorded, rundir: RunDir, *, is_over: bool) -> None:
-    """Print whether the rerun reproduced the original, and write the outcome into manifest.json of the rerun.
+    """Print whether the rerun reproduced the original, and write the outcome into its manifest.json.
 
-    ``is_over``: the rerun is completed; otherwise print the command that compares the two runs later.
+    If the rerun is not completed (``is_over``), only print the command that compares the two runs later.
     """
     first = terminal.nearest(original.folder) if original.folder else original.mlflow_id[:8]
     command = f"python -m runner diff {first} {terminal.nearest(rundir.path)}"
@@ -75,10 +75,7 @@ def _print_section(section: Section) -> None:
 
 
 def _here(original: Recorded, cfg: dict[str, Any], code: Path | None) -> Recorded:
-    """The manifest that the rerun will have on this machine, with code, versions and hardware.
-
-    ``code``: the worktree with the original's code; None for the current code.
-    """
+    """What the manifest of the rerun will contain. ``code``: a worktree with the original's code, or None."""
     current = checkout.current()
     patch = current.patch if current else ""
     manifest: dict[str, Any] = {"git": checkout.note(current)[0], "code_sha256": provenance.code_digest()}
