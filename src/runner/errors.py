@@ -1,17 +1,17 @@
-"""What can go wrong, and how it is said.
+"""Exceptions of this package, the exit code of each, and the text of an error message.
 
 RunnerError                 exit code 1
-├── ConfigError             2   the composed configuration cannot be run as it stands
-├── DataError               2   data is missing, unreadable, malformed, or would train nothing
+├── ConfigError             2   the composed configuration is invalid
+├── DataError               2   data is missing, unreadable, malformed, or contains no trained token
 ├── LaunchError             2   a launcher refused the job
-├── ResumeError             2   a run folder cannot be taken up again
-├── TrackingError           2   the tracking store cannot be used as asked
-│   └── UnknownNameError    2   it has no experiment, sweep or run of that name
-└── TrainingError           1   training itself failed (a NaN loss, no memory, no space left)
-Stopped                         not an error: the run was asked to stop
-├── Preempted               75  by SIGTERM (a scheduler)
-├── Pruned                  0   by a search, which may take it up again
-└── Interrupted             130 by Ctrl-C (the user)
+├── ResumeError             2   a run folder cannot be resumed
+├── TrackingError           2   the tracking store is unreachable or misused
+│   └── UnknownNameError    2   the store has no experiment, sweep or run of that name
+└── TrainingError           1   training itself failed (NaN loss, out of memory, disk full)
+Stopped                         not an error: the run received a request to stop
+├── Preempted               75  from a scheduler (SIGTERM, SIGUSR2)
+├── Pruned                  0   from a search, which may resume the run later
+└── Interrupted             130 from the user (Ctrl-C)
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ LESS_MEMORY = (
     "use train.micro_batch_size=auto or a smaller one, train.memory=balanced or min, quant=4bit, lora=lora, "
     "or a smaller data.max_length"
 )
-"""The remedy where memory does not suffice."""
+"""The remedy for a run that is out of memory."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: where, what stands there, what is allowed, and what to do."""
+    """One error of the user: the config key (or CLI option), its value, the problem, and the remedy."""
 
     key: str
     problem: str
     remedy: str = ""
     value: object = ...
-    """The offending value; ``...`` when there is none to show (a missing key, a fault of the machine)."""
+    """The invalid value; ``...`` if there is no value to show (a missing key, a full disk)."""
 
     def below(self, prefix: str) -> Fault:
-        """The same fault, with its key seen from further up the tree."""
+        """The same fault with ``prefix.`` in front of its key."""
         return replace(self, key=".".join(part for part in (prefix, self.key) if part))
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Fault:
 
 
 class RunnerError(Exception):
-    """A failure that is told to the user in one message, without a traceback."""
+    """A failure that is shown to the user as one message, without a traceback."""
 
     exit_code = 1
 
@@ -89,11 +89,11 @@ class TrainingError(RunnerError):
 
 
 class Stopped(BaseException):
-    """A request to stop, on its way to whom it concerns: no ``except Exception`` of a library may eat it."""
+    """A request to stop the run. A BaseException, so that no ``except Exception`` in a library catches the request."""
 
     exit_code: int
     status: str
-    """What state.json says of a run that ended so."""
+    """The status of the run in state.json."""
 
 
 class Preempted(Stopped):
@@ -109,9 +109,9 @@ class Interrupted(Stopped):
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
-    """``did you mean 'x'?`` for the nearest of ``allowed``, or an empty string where nothing is near."""
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else ""
+    """``did you mean 'x'?`` with the most similar word of ``allowed``; an empty string if no word is similar."""
+    similar = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f"did you mean '{similar[0]}'?" if similar else ""
 
 
 def _short(value: object, limit: int = 200) -> str:

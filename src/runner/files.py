@@ -1,4 +1,4 @@
-"""Files that several processes share: written whole, locked, watched; and the user's cache."""
+"""Files shared by several processes: atomic writes, advisory locks, change detection; and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from runner.errors import ConfigError, Fault, RunnerError
 
 
 def cache_dir(room: str) -> Path:
-    """A folder of the user's cache (``RUNNER_CACHE`` moves it), made if need be; what lies there can be made again.
+    """Create and return the folder ``room`` of the user's cache (``RUNNER_CACHE``, else ``~/.cache/runner``).
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: the folder cannot be created.
     """
     base = os.environ.get("RUNNER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "runner")
     folder = Path(base).expanduser() / room
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        remedy = "set RUNNER_CACHE to a folder that can be written"
-        raise ConfigError(Fault("", f"the cache folder {folder} cannot be made: {error.strerror}", remedy)) from error
+        remedy = "set the environment variable RUNNER_CACHE to a folder that can be written"
+        raise ConfigError(Fault("", f"cannot create the cache folder {folder}: {error.strerror}", remedy)) from error
     return folder
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for, then hold, an advisory lock on ``path``; who holds it may remove the file, and then its folders."""
+    """Hold the advisory lock on ``path`` while the block runs; the holder may remove the file and its folders."""
     while True:
         with _opened(path) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            except OSError as error:  # a file system without locks: it does not say of which file
+            except OSError as error:  # a file system without locks; flock's error has no file name
                 error.filename = str(path)
                 raise
-            if _is_same(handle, path):  # else it was removed meanwhile, and others may hold a new one
+            if _is_same(handle, path):  # else the file was removed meanwhile: lock the new one
                 yield
                 return
 
 
 def _opened(path: Path) -> IO[str]:
-    """The file, with its folders made anew where somebody removes them as we come."""
+    """Open the file for appending, and create its folders; retried if another process removes them meanwhile."""
     for _ in range(20):
-        with contextlib.suppress(FileNotFoundError, FileExistsError):  # mkdir finds the folder, and then no folder
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # FileExistsError: it vanished within mkdir
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("a")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,23 +63,23 @@ def _is_same(handle: IO[str], path: Path) -> bool:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new, never a part."""
+    """Write a file atomically: after a crash, and for every reader, it has the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with aside.open("wb") as handle:
+        with temporary.open("wb") as handle:
             handle.write(content.encode() if isinstance(content, str) else content)
             handle.flush()
             os.fsync(handle.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def is_held(lock: Path, *, shared: bool = False) -> bool:
-    """Whether a process holds the advisory lock on this file; ``shared`` where holders share it among themselves.
+    """Whether a process holds the advisory lock on this file; ``shared``: the holders use a shared lock (LOCK_SH).
 
-    Looking holds the lock for an instant. Who takes it alone should therefore try more than once.
+    The check itself holds the lock for an instant, so a non-blocking attempt to acquire it should be repeated.
     """
     mode, probe = ("r+", fcntl.LOCK_EX) if shared else ("r", fcntl.LOCK_SH)
     with contextlib.suppress(FileNotFoundError, PermissionError), lock.open(mode) as handle:
@@ -91,30 +91,28 @@ def is_held(lock: Path, *, shared: bool = False) -> bool:
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """Differs after every ``write_atomic`` and every line that is added; empty where there is no such file."""
+    """(inode, mtime in ns, size): changes with every ``write_atomic`` or appended line; () if there is no file."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return ()
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-
-
 OF_A_FOLDER = {
     errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
     errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.ENOTCONN,
 }  # fmt: skip
-"""What the system says of a folder that cannot be made, written or locked; EIO it says of a lost terminal, too."""
+"""Error numbers for a folder that cannot be created, written or locked; a lost terminal is EIO as well."""
 
 
 @contextlib.contextmanager
 def writing(folder: Path, refusal: type[RunnerError] = ConfigError) -> Iterator[None]:
-    """Say in the user's words that there is no room in this folder, or no right to write, where the block finds it so.
+    """Turn an OSError of the block into a ``refusal`` if its cause is that ``folder`` cannot be written.
 
     Raises:
-        RunnerError: ``refusal``. What else the system refuses (a process, a pipe, a file elsewhere) stays as it is.
+        RunnerError: ``refusal``. Any other OSError (of a process, a pipe, a file elsewhere) is raised unchanged.
     """
     try:
         yield
@@ -125,15 +123,19 @@ def writing(folder: Path, refusal: type[RunnerError] = ConfigError) -> Iterator[
 
 
 def is_of_outputs(error: OSError, folder: Path) -> bool:
-    """Whether it is this folder, something below it or a folder above it that cannot be written."""
+    """Whether the error means that this folder, a path below it or a folder above it cannot be written."""
     if not isinstance(error.filename, str | os.PathLike):
-        return error.errno in OF_A_DISK  # no other tells without a name whether it is about a file at all
+        return error.errno in OF_A_DISK  # without a file name, any other number may concern something else
     path, folder = Path(error.filename).absolute(), folder.absolute()
-    is_there = path.is_relative_to(folder) or folder.is_relative_to(path)
-    return is_there and error.errno in OF_A_DISK | OF_A_FOLDER
+    is_related = path.is_relative_to(folder) or folder.is_relative_to(path)
+    return is_related and error.errno in OF_A_DISK | OF_A_FOLDER
 
 
 def outputs_fault(error: OSError, folder: Path) -> Fault:
-    """What to say where a run folder cannot be written."""
-    remedy = "make room there, or set outputs_dir to a folder that can be written"
+    """The error message for a run folder that cannot be written."""
+    remedy = "set outputs_dir to a folder that can be written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free disk space there, or set outputs_dir to a folder on another disk"
+    elif error.errno == errno.ENAMETOOLONG:
+        remedy = "use a shorter name (sweep=NAME), or set outputs_dir to a shorter path"
     return Fault("outputs_dir", f"cannot be written: {error.strerror}", remedy, folder)

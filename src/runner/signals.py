@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM or SIGUSR2 (Slurm's warning) from a scheduler, Ctrl-C from a person."""
+"""Signal handling: stop a run on SIGTERM, SIGUSR2 (Slurm's warning before the time limit) or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from runner.errors import Interrupted, Preempted, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 ONE_GESTURE_S = 0.5
+"""Two SIGINTs within this time are one Ctrl-C: the terminal sends one, a launcher may forward another."""
 
 
 @contextmanager
 def signals_to(handler: Callable[[int, FrameType | None], None], *more: signal.Signals) -> Iterator[None]:
-    """While the block runs, SIGTERM, SIGUSR2, SIGINT and ``more`` call ``handler``; what nohup had ignored stays so."""
-    wanted = [*SIGNALS, *(number for number in more if signal.getsignal(number) is not signal.SIG_IGN)]
-    before = {number: signal.signal(number, handler) for number in wanted}
+    """While the block runs, SIGNALS, and those of ``more`` that nohup does not ignore, call ``handler``."""
+    handled = [*SIGNALS, *(number for number in more if signal.getsignal(number) is not signal.SIG_IGN)]
+    previous = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, old_handler in previous.items():
+            signal.signal(number, old_handler)
 
 
 class Stop:
-    """Turns signals into a Stopped that is raised where nothing is lost.
+    """Turns signals into a ``Stopped`` exception that is raised at a safe point.
 
-    A signal only sets a flag which ``check()`` reads; within ``at_once()`` it raises wherever the program is. A second
-    Ctrl-C waits for nothing: it is a KeyboardInterrupt. What comes within a moment of the first is the same Ctrl-C: it
-    reaches a process from the terminal, and from a launcher that passes it on.
+    A signal only sets ``requested``, and ``check()`` raises. Within ``at_once()`` the signal handler raises at once.
+    A second Ctrl-C, more than ONE_GESTURE_S after the first, raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self.requested: Stopped | None = None
         self.was_hasty = False
-        """Whether the program was stopped where it happened to be, which the other ranks know nothing of."""
+        """Whether the exception was raised outside ``check()``, so that the other ranks may still be training."""
         self._at_once = False
         self._first_at = 0.0
         self._handling = ExitStack()
 
     def __enter__(self) -> Stop:
         self._handling.enter_context(signals_to(self._on_signal))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have held them back until now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have blocked the signals until now
         return self
 
     def __exit__(self, *_: object) -> None:
         self._handling.close()
 
     def check(self) -> None:
-        """Raise the Stopped that was asked for, if any."""
+        """Raise ``requested``, if a signal has arrived."""
         if self.requested is not None:
             raise self.requested
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """While the block runs nothing is lost by stopping: raise a Stopped in the middle of it.
+        """Stopping is safe anywhere within the block: a signal raises immediately.
 
-        A library that eats the exception, or makes another one of it, only delays it to the end of the block.
+        If a library catches or replaces the exception, ``Stopped`` is raised at the end of the block.
         """
         self._at_once = True
         try:
@@ -76,8 +76,8 @@ class Stop:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         first, now = self._first_at, time.monotonic()
         self._first_at = first or now
-        named = signal.Signals(number).name
-        self.requested = Interrupted("interrupted") if number == signal.SIGINT else Preempted(f"stopped by {named}")
+        name = signal.Signals(number).name
+        self.requested = Interrupted("interrupted") if number == signal.SIGINT else Preempted(f"stopped by {name}")
         if number == signal.SIGINT and first and now - first > ONE_GESTURE_S:
             self.was_hasty = True
             raise KeyboardInterrupt

@@ -1,6 +1,6 @@
-"""What the person at the terminal sees: a header, a progress bar with loss and ETA, a summary and what to do next.
+"""Terminal output and logging: header, progress bar with loss and ETA, tables, messages.
 
-Every line also goes into train.log; on something that is no terminal the bar becomes one line a record.
+Every line is also written to train.log. Without a terminal (a pipe, a file), one line per record replaces the bar.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ log = logging.getLogger("runner")
 
 @contextmanager
 def logging_to(path: Path, *, speaks: bool = True) -> Iterator[None]:
-    """While the block runs, ``runner``'s messages go to ``path``, with everybody's warnings, and to the terminal.
-
-    ``speaks``: False leaves the terminal out.
-    """
+    """While the block runs, write the messages of ``runner`` and all warnings to ``path``, and with ``speaks`` the
+    messages of ``runner`` to the terminal (stderr) as well."""
     to_file = _File(path, encoding="utf-8")
     to_file.setFormatter(_Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_file.setLevel(logging.INFO)
@@ -55,16 +53,16 @@ def logging_to(path: Path, *, speaks: bool = True) -> Iterator[None]:
 
 @contextmanager
 def piped() -> Iterator[None]:
-    """Print while the block runs; a reader that has had enough (``| head``) ends it quietly."""
+    """For a block that prints: end without a traceback if the reader closes the pipe (``| head``)."""
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
 
 
 def quiet_libraries() -> None:
-    """No progress bars and no chatter of libraries between our own lines; what they warn of goes into the log."""
+    """Disable the progress bars and messages of transformers; its warnings go to the log."""
     import warnings
 
     from transformers.utils import logging as transformers_logging
@@ -77,21 +75,21 @@ def quiet_libraries() -> None:
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """What the terminal shows: our messages, and warnings raised in our code. The log has everybody's."""
+    """Filter of the terminal: messages of ``runner``, and warnings raised in its code. train.log has all of them."""
     if record.name == "py.warnings":
         return f"{os.sep}runner{os.sep}" in record.getMessage().partition(": ")[0]
     return record.name.partition(".")[0] == "runner" and not hasattr(record, "quiet")
 
 
 class _Terminal(logging.Handler):
-    """Writes to what ``sys.stderr`` is at that moment: a live progress bar stands in for it."""
+    """Writes to the current ``sys.stderr``: a live progress bar replaces that object."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
 
 
 class _File(logging.FileHandler):
-    """train.log, which must not be what a run fails of: on a full disk its lines are lost; the terminal has them."""
+    """train.log. Errors of the disk are ignored, so that a full disk loses log lines but does not stop the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exception(), OSError):
@@ -103,7 +101,7 @@ class _File(logging.FileHandler):
 
 
 class _Redacted(logging.Formatter):
-    """Cuts secrets out of the finished record: message, arguments and traceback."""
+    """Redacts secrets in the formatted record: message, arguments and traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
@@ -122,7 +120,7 @@ class _TerminalFormat(logging.Formatter):
 
 
 class Display:
-    """The progress of one run."""
+    """The progress bar of one run; log lines if stderr is no terminal."""
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
@@ -145,21 +143,21 @@ class Display:
             self.bar.update(self.task, description=f"evaluating {done}/{total}" if done < total else "training")
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """One record: the bar moves, or a line is written."""
+        """Show one record of metrics: update the bar, or write a line."""
         text = shown(metrics) + self._eta(step, metrics)
         if self.bar:
             self.bar.update(self.task, completed=step, shown=text, description="training")
         log.info(f"step {step}/{self.total_steps}  {text}", extra={"quiet": True} if self.bar else {})
 
     def _eta(self, step: int, metrics: dict[str, float]) -> str:
-        """What the steps that are left will take, evaluations not counted."""
-        left = (self.total_steps - step) * metrics.get("train/step_seconds", 0.0)
-        return f"  eta {duration(left)}" if left else ""
+        """The estimated time of the remaining steps, without evaluations."""
+        seconds = (self.total_steps - step) * metrics.get("train/step_seconds", 0.0)
+        return f"  eta {duration(seconds)}" if seconds else ""
 
 
 def shown(metrics: dict[str, float]) -> str:
-    """The metrics worth a glance, in one line."""
-    picked = {
+    """The most important metrics as one line: ``loss 2.3456  lr 1.00e-04``."""
+    formats = {
         "train/loss": ("loss", "{:.4f}"),
         "train/grad_norm": ("grad norm", "{:.3g}"),
         "train/learning_rate": ("lr", "{:.2e}"),
@@ -167,38 +165,38 @@ def shown(metrics: dict[str, float]) -> str:
         "eval/loss": ("eval loss", "{:.4f}"),
         "eval/token_accuracy": ("accuracy", "{:.3f}"),
     }
-    return "  ".join(f"{label} {form.format(metrics[k])}" for k, (label, form) in picked.items() if k in metrics)
+    return "  ".join(f"{label} {form.format(metrics[k])}" for k, (label, form) in formats.items() if k in metrics)
 
 
 def header(lines: dict[str, str]) -> None:
-    """What is about to happen, a line a fact."""
+    """Log what the run will do: one line ``label  text`` for each entry."""
     width = max(map(len, lines))
     for label, text in lines.items():
         log.info(f"{label:<{width}}  {text}")
 
 
 def loading(what: str) -> None:
-    """Say on the terminal (stderr) what takes the next seconds."""
+    """Print ``loading WHAT …`` to stderr before something that takes seconds."""
     print(f"loading {what} …", file=sys.stderr)
 
 
 def say(text: str) -> None:
-    """A line on the terminal (stdout) and in the log."""
+    """Print a line to stdout and write it to the log."""
     text = redact(text)
     print(text)
     log.info(text, extra={"quiet": True})
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on the terminal (stdout) and, as plain lines, in the log."""
+    """Print a table to stdout and write its rows to the log as plain lines."""
     from rich.table import Table
 
-    drawn = Table(title=title, title_justify="left", show_header=any(columns))
+    grid = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
-        drawn.add_column(column, overflow="fold")
+        grid.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
-    console().print(drawn)
+        grid.add_row(*row)
+    console().print(grid)
     for row in [columns, *rows] if any(columns) else rows:
         log.info("  ".join(cell.replace("\n", " ") for cell in row), extra={"quiet": True})
 
@@ -210,21 +208,21 @@ def console() -> Console:
 
 
 def nearest(path: Path) -> str:
-    """The path as one would type it here: relative where it lies below the current directory."""
+    """The path as the user would type it: relative if it is below the current directory, else absolute."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def told_apart(names: Sequence[str], width: int) -> list[str]:
-    """The names within ``width`` characters: cut at the end, or where they would be alike then, at the beginning."""
-    cut = {name: name if len(name) <= width else name[: width - 1] + "…" for name in names}
-    for alike in {text: [name for name in cut if cut[name] == text] for text in cut.values()}.values():
-        if len(alike) > 1 and width > 2:
-            pairs = zip(min(alike), max(alike), strict=False)
-            shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            part = max(shared.rfind(mark) + 1 for mark in ",/ ") or len(shared)
-            rest = told_apart([name[part:] for name in alike], width - 1)
-            cut |= {name: f"…{text.lstrip('…')}" for name, text in zip(alike, rest, strict=True)}
-    return [cut[name] for name in names]
+    """The names cut to ``width`` characters; names that would become equal lose their common beginning instead."""
+    short = {name: name if len(name) <= width else name[: width - 1] + "…" for name in names}
+    for equal in {text: [name for name in short if short[name] == text] for text in short.values()}.values():
+        if len(equal) > 1 and width > 2:
+            pairs = zip(min(equal), max(equal), strict=False)
+            prefix = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            start = max(prefix.rfind(mark) + 1 for mark in ",/ ") or len(prefix)
+            endings = told_apart([name[start:] for name in equal], width - 1)
+            short |= {name: f"…{text.lstrip('…')}" for name, text in zip(equal, endings, strict=True)}
+    return [short[name] for name in names]
 
 
 def duration(seconds: float) -> str:

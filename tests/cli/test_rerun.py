@@ -65,10 +65,11 @@ def test_a_rerun_is_the_same_bit_by_bit_and_says_so(capfd: pytest.CaptureFixture
     said = capfd.readouterr().err
     made = the_rerun(original)
     assert re.search(r"code +the same\nenvironment the same\nhardware +the same", said)
-    assert "identical to the original: train/loss, eval/loss and all else at 4 steps, bit by bit; and so are" in said
+    same = "train/loss, eval/loss and all other compared metrics at 4 steps, bit for bit; the weights are identical"
+    assert f"identical to the original: {same}" in said
     digest = original.read_manifest()["data"]["digest"]
-    assert f"data        is compared with the digest {digest[:12]} when it is read" in said
-    assert f"data        the same rows as then (digest {digest[:12]})\nrerun       identical" in said
+    assert f"data        will be checked against the digest {digest[:12]}" in said
+    assert f"data        the same rows as the original (digest {digest[:12]})\nrerun       identical" in said
     manifest = made.read_manifest()
     assert manifest["rerun"]["outcome"] == {"identical": True, "steps": 4, "first": None, "same_weights": True}
     assert manifest["signature"] == original.read_manifest()["signature"]
@@ -96,7 +97,7 @@ def test_other_numbers_are_found_where_they_begin(capfd: pytest.CaptureFixture[s
     said = capfd.readouterr().err
     outcome = the_rerun(original).read_manifest()["rerun"]["outcome"]
     assert (outcome["identical"], outcome["first"][:2], outcome["same_weights"]) == (False, [2, "train/loss"], False)
-    assert "not identical: first at step 2, train/loss was" in said
+    assert "not identical: first difference at step 2, train/loss was" in said
     assert re.search(r"environment torch: then 2\.5\.1, now \d", said)
     assert re.search(r"hardware +cpus: then 4096, now \d", said)
     assert said.index("cpus: then") < said.index("step 0/3"), "before it starts"
@@ -176,10 +177,10 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
     for words, said in (
         (["diff", "begun"], "needs two runs, not 1"),
         (["diff", "begun", "begun"], "are the same run"),
-        (["diff", "begun", "waiting"], "has not begun: there is nothing to compare yet"),
-        (["diff", "begun", "torn"], "cannot be read"),
-        (["diff", "begun", "bare"], "holds no manifest.json"),
-        (["diff", "begun", "empty"], "is a folder, and no run"),
+        (["diff", "begun", "waiting"], "has not started: there is nothing to compare yet"),
+        (["diff", "begun", "torn"], "the files of .*torn are damaged"),
+        (["diff", "begun", "bare"], "has no manifest.json"),
+        (["diff", "begun", "empty"], "is not a run folder"),
         (["diff", "begun", "some"], "is a sweep, and one run is wanted"),
         (["diff", "begun", "nobody", "uri=sqlite:////nowhere/mlflow.db"], "no such database"),
         (["diff", "begun", "nobody", "uri=file:///tmp"], "no longer supports"),
@@ -187,10 +188,13 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
         (["diff", "--json", "--markdown", "begun", "torn"], "leave one of them out"),
         (["rerun"], "needs a run"),
         (["rerun", "begun", "waiting"], "takes one run, not 2"),
-        (["rerun", "waiting"], "has not begun.*resume="),
-        (["rerun", "starting"], "starting is starting: there is nothing to repeat yet.*wait until it is through"),
+        (["rerun", "waiting"], "has not started.*resume="),
+        (
+            ["rerun", "starting"],
+            "starting is starting: there is nothing to repeat yet.*wait until the run has finished",
+        ),
         (["rerun", "nobody"], "there is no run or sweep 'nobody'"),
-        (["rerun", "empty", "--exact"], "is a folder, and no run"),
+        (["rerun", "empty", "--exact"], "is not a run folder"),
     ):
         assert main.run(words) == 2, words
         told = capfd.readouterr().err
@@ -295,11 +299,11 @@ def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
     assert as_it_is.returncode == 0, as_it_is.stderr
     assert re.search(r"src/runner/train/halved\.py  \+0 -1\n", as_it_is.stderr)
     assert re.search(r"src/runner/train/optim\.py  \+\d+ -\d+\n", as_it_is.stderr)
-    assert "not identical: first at step 1, train/learning_rate was 0.0005 and is 0.001" in as_it_is.stderr
+    assert "not identical: first difference at step 1, train/learning_rate was 0.0005 and is 0.001" in as_it_is.stderr
 
     exact = runner(ours, "rerun", short, f"uri={uri}", "--exact", "hydra.run.dir='exact, one'")
     assert exact.returncode == 0, exact.stderr
-    assert "identical to the original: train/loss, eval/loss and all else at 4 steps" in exact.stderr
+    assert "identical to the original: train/loss, eval/loss and all other compared metrics at 4 steps" in exact.stderr
     assert "and so are the weights" in exact.stderr
     manifest = RunDir(Path("exact, one")).read_manifest()
     assert {key: manifest[key] for key in ("git", "code_sha256")} == {
@@ -380,7 +384,7 @@ def test_ctrl_c_reaches_an_exact_rerun(tmp_path: Path):
     state = RunDir(Path("again")).read_state()
     assert (proc.returncode, state.status) == (130, "killed"), said
     assert "the state is saved at step" in state.reason
-    assert "when it is completed" in said
+    assert "when the rerun is completed" in said
 
 
 def test_exact_is_refused_where_the_code_cannot_be_had(tmp_path: Path):

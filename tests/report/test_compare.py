@@ -276,7 +276,7 @@ def test_the_forms_hold_the_same(here: Path, capsys: pytest.CaptureFixture[str])
     code, out, _ = said(capsys, *words, "--markdown")
     assert code == 0
     heading, *tables = out.strip().split("\n\n")
-    assert heading == "**mean ± 95 % interval over seed**"
+    assert heading == "**mean ± 95 % confidence interval over seed**"
     groups, runs = ([re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()] for table in tables)
     assert [cell.strip() for cell in groups[0]][:3] == ["lora.r", "n", "loss"]
     assert [cell.strip() for cell in groups[2]][:3] == ["4", "2", "1.0500 ± 0.6353"]
@@ -302,12 +302,12 @@ def test_runs_that_differ_in_the_seed_alone_are_one_line_under_its_explanation(
     lines = [line.strip() for line in out.splitlines() if line.strip()]
     assert code == 0
     assert lines[0] == (
-        "mean ± 95 % interval over seed; nothing else differs, so there is no other setting to hold it against"
+        "mean ± 95 % confidence interval over seed; nothing else differs, so there is no other setting to compare with"
     )
     assert lines[1].split()[:2] == ["n", "loss"]
     assert lines[3].split()[:4] == ["3", "1.5000", "±", "1.2421"]
     assert lines[4] == "3 runs (3 completed): --all shows them"
-    assert "against the best" not in out
+    assert "compared with best" not in out
     assert "001-job" in said(capsys, "--by", "seed", "--all")[1]
     for form in ("--markdown", "--html=page.html"):
         assert said(capsys, "--by", "seed", form)[0] == 0
@@ -328,8 +328,8 @@ def test_runs_of_several_stores_do_not_stand_side_by_side(here: Path, capsys: py
     for words, told in {
         ("uri=theirs.db", "uri=other.db"): "uri: is given more than once.*a command reads one MLflow store",
         ("uri=theirs.db", "theirs", "outputs/sweeps/mine"): "no experiment, sweep or run 'outputs/sweeps/mine' in "
-        "sqlite:.*theirs.db.*folders are compared without uri=",
-        ("uri=theirs.db", "runner", "mine"): "'runner' is an experiment, and mine is not",
+        "sqlite:.*theirs.db.*to compare folders, leave out uri=",
+        ("uri=theirs.db", "runner", "mine"): "'runner' is an experiment, but mine is not",
     }.items():
         code, out, err = said(capsys, *words)
         assert (code, out) == (2, "")
@@ -352,7 +352,7 @@ def test_runs_of_different_tasks_are_refused(here: Path, capsys: pytest.CaptureF
     played(sweep, 4, 1.0), played(sweep, 8, 2.0, task="pretrain")
     code, out, err = said(capsys)
     assert (code, out) == (2, "")
-    assert "different tasks (1 of sft, 1 of pretrain): their losses are not of one kind" in err
+    assert "different tasks (1 of sft, 1 of pretrain): their losses cannot be compared" in err
     assert said(capsys, "--where", "task=pretrain")[0] == 0
 
 
@@ -502,7 +502,7 @@ def test_pictures_are_written(here: Path, capsys: pytest.CaptureFixture[str]):
         (["--csv", "--json"], "are several output formats"),
         (["--sort", "loss", "--sort", "r"], "--sort: is given more than once"),
         (["uri=a.db", "uri=b.db"], "uri: is given more than once"),
-        (["--metrics", "nothing"], "no run has the metric 'nothing'.*metrics here: eval/best_loss, eval/loss"),
+        (["--metrics", "nothing"], "no run has the metric 'nothing'.*available metrics: eval/best_loss, eval/loss"),
         (["--html", "file/page.html"], "--html=file/page.html: cannot be written"),
         (["--html", "outputs"], "--html=outputs: cannot be written"),
         (["--png", "file"], "--png=file: cannot be written"),

@@ -71,7 +71,7 @@ def test_seeds_are_averaged_and_settings_that_differ_by_chance_are_said_so():
     assert best.means["eval/loss"].value == pytest.approx(1.02)
     assert same.p == pytest.approx(stats.ttest_ind(losses[4], losses[8], equal_var=False).pvalue)
     verdicts = [leaderboard.verdict(group).split(" (")[0] for group in made.groups]
-    assert verdicts == ["★ best", "cannot be told apart", "worse"]
+    assert verdicts == ["★ best", "no significant difference", "worse"]
     assert worse.means["eval/loss"].n == 3
     assert len(worse.results) == 4, "the failed one is in the group and not in its mean"
     counts = [row[made.group_titles().index("n")] for row in made.group_rows()]
@@ -82,7 +82,7 @@ def test_averaging_over_what_was_never_repeated_is_said_to_be_idle():
     made = leaderboard.of([a_run("a", loss=1, lora__r=4, seed=0), a_run("b", loss=2, lora__r=8, seed=1)], by="seed")
     assert any("nothing to average" in note for note in made.notes)
     assert not made.has_means
-    assert leaderboard.verdict(made.groups[1]) == "one run alone: no telling"
+    assert leaderboard.verdict(made.groups[1]) == "only one run: cannot test"
 
 
 # Order, front, importance
@@ -143,14 +143,16 @@ def test_sorting_the_other_way_round_does_not_make_the_worst_run_the_best():
 def test_runs_that_have_measured_nothing_say_so():
     runs = [a_run("a", "pending"), a_run("b", "pending", lora__r=8)]
     for options in ({"metrics": "loss,nope"}, {"sort": "loss"}, {"where": "eval/loss<1"}):
-        with pytest.raises(ConfigError, match="these runs have measured nothing yet") as refused:
+        with pytest.raises(ConfigError, match="these runs have no metrics yet") as refused:
             leaderboard.of(runs, **options)
         assert "did you mean" not in str(refused.value)
 
 
 def test_a_condition_that_no_run_meets_says_which_values_there_are():
     runs = [a_run("tiny one", loss=n, quant=quant, lora__r=n) for n, quant in enumerate(["4bit", "8bit"] * 6)]
-    with pytest.raises(ConfigError, match=r"none of the 12 runs meets it\n.*quant: 4bit, 8bit; lora.r: 0 to 11"):
+    with pytest.raises(
+        ConfigError, match=r"none of the 12 runs matches this condition\n.*quant: 4bit, 8bit; lora.r: 0 to 11"
+    ):
         leaderboard.of(runs, where="quant=4bits and r>=0")
     assert len(leaderboard.of(runs, where="name~tiny").results) == 12, "name is what the run is called"
 
@@ -173,8 +175,8 @@ def test_where_nothing_but_the_seed_differs_there_is_one_group_and_nothing_to_ho
     several = [a_run(f"{r}-{seed}", loss=r + seed, lora__r=r, seed=seed) for r in (4, 8) for seed in range(2)]
     made = leaderboard.of(several, by="seed")
     assert not made.is_one_setting
-    assert made.group_titles() == ["lora.r", "n", "loss", "against the best"]
-    assert made.group_heading() == "mean ± 95 % interval over seed"
+    assert made.group_titles() == ["lora.r", "n", "loss", "compared with best"]
+    assert made.group_heading() == "mean ± 95 % confidence interval over seed"
 
 
 def test_values_are_short_for_people_and_exact_for_programs():
@@ -189,10 +191,10 @@ def test_values_are_short_for_people_and_exact_for_programs():
 
 
 def test_the_axis_of_what_is_ranked_by_is_one_of_numbers():
-    heights, ticks = charts._along([5.531812345678, None, 5.6])
+    heights, ticks = charts._scaled([5.531812345678, None, 5.6])
     assert (heights, [text for _, text in ticks]) == ([0.0, None, 1.0], ["5.532", "5.566", "5.6"])
-    assert charts._along([1.0, 1.0]) == ([0.5, 0.5], [(0.5, "1")])
-    assert charts._places("lr", ["0.0013981961408994052", "0.0012"])[1] == [(0.0, "0.0012"), (1.0, "0.001398")]
+    assert charts._scaled([1.0, 1.0]) == ([0.5, 0.5], [(0.5, "1")])
+    assert charts._positions("lr", ["0.0013981961408994052", "0.0012"])[1] == [(0.0, "0.0012"), (1.0, "0.001398")]
 
 
 def test_the_front_is_what_nothing_beats():
@@ -328,10 +330,11 @@ def test_a_condition_chooses_runs(text: str, expected: str):
     ("text", "said"),
     [
         ("lora.r>=", "a value is missing after 'lora.r>='"), ("lora.r", "a comparison is missing after 'lora.r'"),
-        ("(lora.r=4", r"a \) is missing"), ("lora.r=4 quant=none", "'quant' is not expected there"),
-        ("lora.r=4 and", "it ends too early"), ("=4", "a key is missing before '='"), ("lora.rr=4", "did you mean"),
-        ("quant<4bit", "only numbers are smaller or larger"), ("lora.r='4", "cannot be read from here on: '4"),
-        ("__import__('os').system('true')", "no run has '__import__'"),
+        ("(lora.r=4", r"a \) is missing"), ("lora.r=4 quant=none", "unexpected 'quant'"),
+        ("lora.r=4 and", "the condition is incomplete"), ("=4", "a key is missing before '='"),
+        ("lora.rr=4", "did you mean"),
+        ("quant<4bit", "'<' compares numbers, and '4bit' is not a number"), ("lora.r='4", "syntax error at: '4"),
+        ("__import__('os').system('true')", "no run has the key '__import__'"),
     ],
 )  # fmt: skip
 def test_a_condition_that_says_nothing_is_refused(text: str, said: str):
@@ -341,7 +344,7 @@ def test_a_condition_that_says_nothing_is_refused(text: str, said: str):
 
 def test_a_key_that_may_mean_several_things_is_asked_back():
     runs = [a_run("a", loss=1, lora__r=4, model__r=2)]
-    with pytest.raises(ConfigError, match=r"'r' may mean several things(?s:.*)lora\.r, model\.r"):
+    with pytest.raises(ConfigError, match=r"'r' is ambiguous(?s:.*)use one of lora\.r, model\.r"):
         leaderboard.of(runs, where="r=4")
 
 
@@ -352,7 +355,7 @@ def test_all_faults_of_a_line_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
         leaderboard.of(RUNS, where="lora.rr=4", metrics="eval/los", pareto="loss", by="eval/loss", sort="nothing/like")
     assert [fault.key for fault in caught.value.faults] == ["--where", "--metrics", "--pareto", "--by", "--sort"]
-    assert "did you mean 'eval/loss'? metrics here: eval/loss" in str(caught.value)
+    assert "did you mean 'eval/loss'? available metrics: eval/loss" in str(caught.value)
 
 
 def test_runs_of_different_tasks_are_not_compared():
@@ -365,7 +368,7 @@ def test_runs_of_different_tasks_are_not_compared():
 def test_where_nothing_is_completed_it_says_what_there_is():
     with pytest.raises(ConfigError, match=r"none of the 2 runs is completed: 1 running, 1 queued"):
         leaderboard.of([a_run("a", "running", loss=1), a_run("b", "queued")])
-    with pytest.raises(ConfigError, match="none of the 3 runs meets it"):
+    with pytest.raises(ConfigError, match="none of the 3 runs matches this condition"):
         leaderboard.of(RUNS, where="lora.r>100")
     with pytest.raises(ConfigError, match=r"no completed run has the metric eval/loss(?s:.*)--sort: acc/x"):
         leaderboard.of([a_run("a", **{"acc/x": 1.0})])
@@ -385,5 +388,5 @@ def test_runs_of_several_stores_are_compared_by_their_folders_and_that_is_said()
         for n, (name, store) in enumerate({"a": "http://one", "b": "sqlite:////two.db", "c": ""}.items())
     ]
     (note,) = leaderboard.of(runs).notes
-    assert "no page of MLflow has all of the runs, they were told to 2 stores (http://one, sqlite:////two.db)" in note
+    assert "the runs are in 2 MLflow stores (http://one, sqlite:////two.db): no store has all of them" in note
     assert leaderboard.of(runs[1:]).notes == []

@@ -100,7 +100,7 @@ def test_a_sweep_on_a_full_disk_is_refused_and_leaves_nothing(
     fill(small_disk, leaving)
     before = tree(small_disk)
     said = refusal(*EIGHT, *launcher, f"outputs_dir={small_disk}/outputs")
-    assert "/sweeps/eight: cannot be written: No space left on device\n    → make room there" in said
+    assert "/sweeps/eight: cannot be written: No space left on device\n    → free disk space there" in said
     assert tree(small_disk) == before
     if launcher:
         assert jobs_of(Path.cwd()) == []
@@ -149,6 +149,7 @@ def test_code_that_finds_no_room_is_not_half_there_and_nothing_is_submitted(slur
         (errno.ENOSPC, None, True),
         (errno.EACCES, "mine/000/run.json", True),
         (errno.ENOTDIR, "", True),
+        (errno.ENAMETOOLONG, "mine/000", True),
         (errno.EACCES, None, False),
         (errno.EACCES, "rows.py", False),
         (errno.ENOSPC, "elsewhere", False),
@@ -167,7 +168,10 @@ def test_only_what_is_wrong_with_the_folder_is_called_so(
     with pytest.raises((OSError, LaunchError)) as caught, files.writing(tmp_path / "mine", LaunchError):
         raise error
     if is_told:
-        assert str(caught.value).startswith(f"outputs_dir={tmp_path}/mine: cannot be written: {error.strerror}\n")
+        remedies = {errno.ENOSPC: "free disk space there", errno.ENAMETOOLONG: "use a shorter name"}
+        remedy = remedies.get(error.errno or 0, "set outputs_dir to a folder that can be written")
+        expected = f"outputs_dir={tmp_path}/mine: cannot be written: {error.strerror}\n    → {remedy}"
+        assert str(caught.value).startswith(expected)
     else:
         assert caught.value is error
 

@@ -1,4 +1,4 @@
-"""The charts of the page as pictures, for a paper or a slide."""
+"""Write the charts of the HTML page as PNG files with matplotlib, for a paper or a slide."""
 
 from __future__ import annotations
 
@@ -17,137 +17,140 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT, DPI = 7.0, 4.2, 160
-"""Inches, and dots an inch: 1120 by 672."""
+"""Inches, inches, dots per inch: 1120 by 672 pixels."""
 WIDE = 50
-"""A range whose end is that many times its beginning is drawn by its logarithm, as learning rates are."""
+"""An axis is logarithmic if its largest value is more than WIDE times its smallest (learning rates)."""
 BEST, OTHERS = "#2458c5", "#9aa0ac"
 
+Scale = tuple[list[float | None], list[tuple[float, str]]]
+"""(position of each value on an axis from 0 to 1, ticks as (position, label))"""
 
-def draw(made: Leaderboard, drawn: Drawing, folder: Path) -> list[Path]:
-    """Write loss.png, tradeoff.png, importance.png and parallel.png, those that have something to show.
+
+def draw(board: Leaderboard, drawing: Drawing, folder: Path) -> list[Path]:
+    """Write loss.png, tradeoff.png, importance.png and parallel.png, except those without data; returns their paths.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted: list[tuple[str, bool, Callable[[Axes, Leaderboard, Drawing], None]]] = [
-        ("loss", any("eval" in found for found in drawn.curves), _loss),
+    charts: list[tuple[str, bool, Callable[[Axes, Leaderboard, Drawing], None]]] = [
+        ("loss", any("eval" in curves for curves in drawing.curves), _loss),
         ("tradeoff", True, _tradeoff),
-        ("importance", bool(drawn.importance), _importance),
-        ("parallel", bool(made.params), _parallel),
+        ("importance", bool(drawing.importance), _importance),
+        ("parallel", bool(board.params), _parallel),
     ]
-    return [_write(folder / f"{name}.png", plot, made, drawn) for name, has, plot in wanted if has]
+    return [_write(folder / f"{name}.png", plot, board, drawing) for name, has_data, plot in charts if has_data]
 
 
-def _write(path: Path, plot: Callable[[Axes, Leaderboard, Drawing], None], made: Leaderboard, drawn: Drawing) -> Path:
+def _write(
+    path: Path, plot: Callable[[Axes, Leaderboard, Drawing], None], board: Leaderboard, drawing: Drawing
+) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")  # no pyplot: it looks for a display
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")  # not pyplot, which needs a display
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    plot(axes, made, drawn)
+    plot(axes, board, drawing)
     figure.savefig(path)
     return path
 
 
-def _loss(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
-    count = sum("eval" in found for found in drawn.curves)
-    for result, found in zip(made.results, drawn.curves, strict=True):
-        if "eval" in found and result is not made.best:
-            strength = max(0.15, min(0.8, 12 / count))
-            axes.plot(found["eval"].steps, found["eval"].values, color=OTHERS, alpha=strength, linewidth=1)
-    for result, found in zip(made.results, drawn.curves, strict=True):
-        if "eval" in found and result is made.best:
+def _loss(axes: Axes, board: Leaderboard, drawing: Drawing) -> None:
+    pairs = zip(board.results, drawing.curves, strict=True)
+    evals = [(result, curves["eval"]) for result, curves in pairs if "eval" in curves]
+    alpha = max(0.15, min(0.8, 12 / len(evals)))
+    for result, curve in sorted(evals, key=lambda pair: pair[0] is board.best):  # the best run last: on top
+        if result is board.best:
             label = _plain(f"best: {result.label}")
-            axes.plot(found["eval"].steps, found["eval"].values, color=BEST, linewidth=2.2, label=label, marker=".")
+            axes.plot(curve.steps, curve.values, color=BEST, linewidth=2.2, label=label, marker=".")
             axes.legend(frameon=False)
+        else:
+            axes.plot(curve.steps, curve.values, color=OTHERS, alpha=alpha, linewidth=1)
     axes.set(xlabel="steps", ylabel="loss on held-out text")
     axes.grid(alpha=0.25)
 
 
-def _tradeoff(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
-    across, up = drawn.scatter
-    front = ranking.front(made.results, drawn.scatter)
-    completed = [result for result in made.results if result.is_completed]
+def _tradeoff(axes: Axes, board: Leaderboard, drawing: Drawing) -> None:
+    across, up = drawing.scatter
+    front = ranking.front(board.results, drawing.scatter)
+    completed = [result for result in board.results if result.is_completed]
     axes.scatter(_numbers(completed, across), _numbers(completed, up), color=OTHERS, s=22)
     xs, ys = _numbers(front, across), _numbers(front, up)
     axes.scatter(xs, ys, color=BEST, s=42, zorder=3)
     axes.step(xs, ys, where="post", color=BEST, linestyle="--", linewidth=1, label="Pareto front")
     axes.legend(frameon=False)
-    axes.set(xlabel=_title(across.key, made), ylabel=_title(up.key, made))
+    axes.set(xlabel=_title(across.key, board), ylabel=_title(up.key, board))
     axes.grid(alpha=0.25)
 
 
-def _importance(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
-    shown = drawn.importance[:12][::-1]
+def _importance(axes: Axes, board: Leaderboard, drawing: Drawing) -> None:
+    shown = drawing.importance[:12][::-1]
     axes.barh([_plain(key) for key, _ in shown], [share for _, share in shown], color=BEST, height=0.6)
-    axes.set(xlim=(0, 1), xlabel=f"share of the variance of the ranks in {made.goal.key} (ε²)")
+    axes.set(xlim=(0, 1), xlabel=f"share of the variance of the ranks in {board.goal.key} (ε²)")
 
 
-def _parallel(axes: Axes, made: Leaderboard, drawn: Drawing) -> None:
-    """Each parameter is an axis, the last one is what is ranked by; the best run is on top."""
-    keys = [*made.params, made.goal.key]
-    places = [_places(key, [columns.value(result, key) for result in made.results]) for key in made.params]
-    places.append(_along([columns.number(columns.value(result, made.goal.key)) for result in made.results]))
-    completed = [number for number, result in enumerate(made.results) if result.is_completed]
-    for number in sorted(completed, key=lambda number: made.results[number] is made.best):
-        is_best = made.results[number] is made.best
-        strength = 1.0 if is_best else max(0.12, min(0.7, 15 / len(completed)))
-        heights: list[Any] = [column[0][number] for column in places]
+def _parallel(axes: Axes, board: Leaderboard, drawing: Drawing) -> None:
+    """Parallel coordinates: one axis for each parameter, and the ranked metric as the last; the best run on top."""
+    keys = [*board.params, board.goal.key]
+    scales = [_positions(key, [columns.value(result, key) for result in board.results]) for key in board.params]
+    scales.append(_scaled([columns.number(columns.value(result, board.goal.key)) for result in board.results]))
+    completed = [index for index, result in enumerate(board.results) if result.is_completed]
+    for index in sorted(completed, key=lambda index: board.results[index] is board.best):
+        is_best = board.results[index] is board.best
+        alpha = 1.0 if is_best else max(0.12, min(0.7, 15 / len(completed)))
+        heights: list[Any] = [positions[index] for positions, _ in scales]
         colour, width = (BEST, 2.2) if is_best else (OTHERS, 1.0)
-        axes.plot(range(len(keys)), heights, color=colour, alpha=strength, linewidth=width)
-    for place, (_, ticks) in enumerate(places):
-        axes.axvline(place, color="#55585f", linewidth=0.8)
+        axes.plot(range(len(keys)), heights, color=colour, alpha=alpha, linewidth=width)
+    for x, (_, ticks) in enumerate(scales):
+        axes.axvline(x, color="#55585f", linewidth=0.8)
         for height, text in ticks:
-            axes.text(place + 0.03, height, _plain(text), fontsize=7, va="center")
+            axes.text(x + 0.03, height, _plain(text), fontsize=7, va="center")
     axes.set_xticks(range(len(keys)), [_plain(key.rpartition(".")[2]) for key in keys], fontsize=8)
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
 
 
-def _places(key: str, values: Sequence[columns.Value]) -> tuple[list[float | None], list[tuple[float, str]]]:
-    """Where each value lies on an axis from 0 to 1, and some of the values to write beside it."""
+def _positions(key: str, values: Sequence[columns.Value]) -> Scale:
+    """The scale of a parameter: numeric for many different numbers, else one equally spaced position for each value."""
     numbers = [columns.number(value) for value in values]
     known = [number for number in numbers if number is not None]
     if known and len(set(known)) > ranking.LEVELS and len(known) == sum(value is not None for value in values):
-        return _along(numbers, by_logarithm=min(known) > 0 and max(known) / min(known) > WIDE)
+        return _scaled(numbers, is_log=min(known) > 0 and max(known) / min(known) > WIDE)
     distinct = sorted({str(value) for value in values if value is not None}, key=lambda text: (_order(text), text))
-    place = {text: (number / (len(distinct) - 1) if len(distinct) > 1 else 0.5) for number, text in enumerate(distinct)}
-    ticks = [(height, columns.text(key, text)[:18]) for text, height in place.items()][:12]
-    return [None if value is None else place[str(value)] for value in values], ticks
+    position = {text: (n / (len(distinct) - 1) if len(distinct) > 1 else 0.5) for n, text in enumerate(distinct)}
+    ticks = [(height, columns.text(key, text)[:18]) for text, height in position.items()][:12]
+    return [None if value is None else position[str(value)] for value in values], ticks
 
 
-def _along(
-    numbers: Sequence[float | None], *, by_logarithm: bool = False
-) -> tuple[list[float | None], list[tuple[float, str]]]:
-    """Numbers on an axis from 0 to 1, and what to write at its ends and in its middle; equal ones lie there."""
-    bent, straight = (math.log, math.exp) if by_logarithm else (float, float)
-    known = [bent(number) for number in numbers if number is not None]
+def _scaled(numbers: Sequence[float | None], *, is_log: bool = False) -> Scale:
+    """The numeric scale of these numbers, with ticks at both ends and in the middle; 0.5 if all are equal."""
+    forward, backward = (math.log, math.exp) if is_log else (float, float)
+    known = [forward(number) for number in numbers if number is not None]
     low, high = min(known), max(known)
     if low == high:
-        return [None if number is None else 0.5 for number in numbers], [(0.5, f"{straight(low):.4g}")]
-    at = [None if number is None else (bent(number) - low) / (high - low) for number in numbers]
-    return at, [(height, f"{straight(low + height * (high - low)):.4g}") for height in (0.0, 0.5, 1.0)]
+        return [None if number is None else 0.5 for number in numbers], [(0.5, f"{backward(low):.4g}")]
+    positions = [None if number is None else (forward(number) - low) / (high - low) for number in numbers]
+    return positions, [(height, f"{backward(low + height * (high - low)):.4g}") for height in (0.0, 0.5, 1.0)]
 
 
 def _order(text: str) -> float:
-    found = columns.number(text)
-    return float("inf") if found is None else found
+    number = columns.number(text)
+    return math.inf if number is None else number
 
 
 def _numbers(results: Sequence[Result], goal: Goal) -> list[float]:
-    """What the runs have there; NaN, which is not drawn, where they have none."""
-    found = [columns.number(columns.value(result, goal.key)) for result in results]
-    return [math.nan if number is None else number for number in found]
+    """The values of the runs; NaN, which matplotlib does not draw, for a run without the value."""
+    numbers = [columns.number(columns.value(result, goal.key)) for result in results]
+    return [math.nan if number is None else number for number in numbers]
 
 
-def _title(key: str, made: Leaderboard) -> str:
-    short = columns.title(key, made.metrics)
+def _title(key: str, board: Leaderboard) -> str:
+    short = columns.title(key, board.metrics)
     return _plain(key if short == key else f"{short} ({key})")
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
+    """Escape the dollar sign, which starts a formula in matplotlib."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""What can be asked of runs and how it is written: short names of metrics, "did you mean", numbers and their digits."""
+"""Columns of a comparison: resolve the names of metrics and parameters, and format their values."""
 
 from __future__ import annotations
 
@@ -14,81 +14,81 @@ from runner.tracking.metrics_log import BEST, LOSS, SECONDS
 
 SPEED, GPU_MEMORY, CPU_MEMORY = "train/tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"
 SHORT = {"loss": [LOSS], "best": [BEST], "tokens/s": [SPEED], "memory": [GPU_MEMORY, CPU_MEMORY], "time": [SECONDS]}
-"""Short name → the metrics it may mean; the first that a run has counts."""
+"""Short name → the metrics that it may mean; the first that any run has is used."""
 MATTER = ("loss", "best", "tokens/s", "memory", "time")
-"""The metrics that are shown unless others are asked for."""
+"""The metrics shown by default."""
 ABOUT = ("run", "label", "status", "reason", "sweep", "folder", "mlflow_id")
-"""What can be asked of a run besides its parameters and metrics."""
+"""Fields of a Result that can be used as keys besides parameters and metrics."""
 LARGER_IS_BETTER = (
     "accuracy", "per_second", "mfu", "reward", "margins", "f1",
     "/acc", "/acc_norm", "_match", "/pass@1", "/bleu", "/rouge1", "/rouge2", "/rougeL", "/mcc",
 )  # fmt: skip
 SMALLER_IS_BETTER = ("loss", "perplexity", "gib", "seconds", "data_wait_fraction")
-"""Ends of names that say which way a metric gets better, whatever it is sorted by."""
+"""Suffixes of metric names that decide which direction is better, whatever the sort order."""
 OF_THE_MACHINE = ("per_second", "seconds", "gib", "mfu", "data_wait_fraction")
-"""Ends of the names of what depends on the machine and on what else it does."""
+"""Suffixes of metrics that depend on the machine and its load."""
 FRACTION, DIGITS = re.compile(r"-?\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE), 7
-"""A number as a search writes it, and so many characters of it that are shown whole."""
+"""A number as a search writes it; longer ones than DIGITS characters are rounded."""
 NAMED = 12
-"""Names that a message lists."""
+"""Number of names that a message lists."""
 
 Value = str | float | None
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A metric, or a parameter, and which way it gets better."""
+    """A metric or parameter, and whether larger values are better."""
 
     key: str
     is_larger_better: bool
 
     def cost(self, result: Result) -> float:
-        """Small is good; infinite where the run has no such number."""
-        found = number(value(result, self.key))
-        return math.inf if found is None else -found if self.is_larger_better else found
+        """The value with the sign that makes smaller better; infinite if the run has no such number."""
+        measured = number(value(result, self.key))
+        return math.inf if measured is None else -measured if self.is_larger_better else measured
 
 
 def goal(text: str, results: Sequence[Result], option: str) -> Goal:
-    """``KEY`` gets better the way its name says (accuracy and speed upwards, all else downwards); ``-KEY`` upwards,
-    ``+KEY`` downwards.
+    """Parse a sort key. ``-KEY``: larger is better, ``+KEY``: smaller is better, ``KEY``: decided by the name (larger
+    for accuracy and speed, else smaller).
 
     Raises:
-        ConfigError: no run has it.
+        ConfigError: no run has the key.
     """
     key = resolve(text.lstrip("+-"), results, option)
     return Goal(key, True) if text.startswith("-") else Goal(key, False) if text.startswith("+") else by_name(key)
 
 
 def by_name(key: str) -> Goal:
-    """Which way a key gets better, as its name says: what it does not know gets better downwards."""
+    """Decide by the name of the key whether larger is better; smaller if the name is unknown."""
     return Goal(key, key.endswith(LARGER_IS_BETTER))
 
 
 def objective(results: Sequence[Result]) -> Goal | None:
-    """What a search of these runs looked for, the first of several; None where they are not all of one."""
-    wanted = {(r.params.get("search.objective", ""), r.params.get("search.direction", "")) for r in results}
-    name, direction = map(_first, wanted.pop() if len(wanted) == 1 else ("", ""))
+    """The (first) objective of the search that these runs belong to; None unless all runs have the same objective."""
+    objectives = {(r.params.get("search.objective", ""), r.params.get("search.direction", "")) for r in results}
+    name, direction = map(_first, objectives.pop() if len(objectives) == 1 else ("", ""))
     is_known = any(name in result.metrics for result in results)
     return Goal(name, direction == "maximize") if is_known else None
 
 
 def _first(text: str) -> str:
-    """Of a list as it stands among the parameters: ``['eval/loss', 'train/tokens']``."""
+    """The first item of a list that is stored as text: ``['eval/loss', 'train/tokens']``."""
     return text.strip("[]").partition(",")[0].strip("'\" ")
 
 
 def rated(order: Goal) -> Goal:
-    """What is the best, where runs are ordered so: a name that says which way is better is taken at its word."""
+    """The goal that decides which run is best: by the name of the metric if known (loss, accuracy), else ``order``."""
     return by_name(order.key) if order.key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER)) else order
 
 
 def resolve(word: str, results: Sequence[Result], option: str) -> str:
-    """The key that a word means: whole, a short name, ``data/format``, or an end that only one key has (``r``).
+    """The key that a word stands for: a full key, a short name, ``data/format``, or the unique end of a key (``r``).
 
-    ``name`` is what the run is called, as ``label``: the key of that name in the configuration is mostly empty.
+    ``name`` stands for ``label``, because the config key ``name`` is empty in most runs.
 
     Raises:
-        ConfigError: none, or several.
+        ConfigError: the word matches no key, or several.
     """
     params = {key for result in results for key in result.params}
     metrics = {key for result in results for key in result.metrics}
@@ -104,36 +104,34 @@ def resolve(word: str, results: Sequence[Result], option: str) -> str:
     if len(ends) == 1:
         return ends[0]
     if ends:
-        raise ConfigError(Fault(option, f"'{word}' may mean several things", f"write one of {', '.join(ends)}"))
+        raise ConfigError(Fault(option, f"'{word}' is ambiguous", f"use one of {', '.join(ends)}"))
     if not metrics and (word in SHORT or "/" in word):
         raise ConfigError(_nothing_measured(option))
     known = [*(short for short, keys in SHORT.items() if metrics & set(keys)), *sorted(metrics), *sorted(params)]
-    some = f"there are {', '.join(known[:NAMED])} … ({len(params)} parameters, {len(metrics)} metrics)"
-    raise ConfigError(Fault(option, f"no run has '{word}'", suggest(word, known) or some))
+    available = f"available: {', '.join(known[:NAMED])} … ({len(params)} parameters, {len(metrics)} metrics)"
+    raise ConfigError(Fault(option, f"no run has the key '{word}'", suggest(word, known) or available))
 
 
 def metric(word: str, results: Sequence[Result], option: str) -> str:
-    """``resolve`` for what has to be a metric."""
+    """Like ``resolve``, for metrics only."""
     names = sorted({key for result in results for key in result.metrics})
     candidates = [word, *SHORT.get(word, []), *(name for name in names if name.endswith(f"/{word}"))]
-    found = list(dict.fromkeys(name for name in candidates if name in names))
-    if word in found or (found and word in SHORT):
-        return found[0]
-    if len(found) == 1:
-        return found[0]
+    matches = list(dict.fromkeys(name for name in candidates if name in names))
+    if matches and (len(matches) == 1 or matches[0] == word or word in SHORT):
+        return matches[0]
     if not names:
         raise ConfigError(_nothing_measured(option))
     hint = suggest(word, [*names, *(short for short, keys in SHORT.items() if set(keys) & set(names))])
-    there = f"metrics here: {', '.join(names)}"
-    raise ConfigError(Fault(option, f"no run has the metric '{word}'", f"{hint} {there}".strip()))
+    available = f"available metrics: {', '.join(names)}"
+    raise ConfigError(Fault(option, f"no run has the metric '{word}'", f"{hint} {available}".strip()))
 
 
 def _nothing_measured(option: str) -> Fault:
-    return Fault(option, "these runs have measured nothing yet", "python -m runner status shows how far they are")
+    return Fault(option, "these runs have no metrics yet", "see their progress with python -m runner status")
 
 
 def value(result: Result, key: str) -> Value:
-    """What a run has under a key; None where it has nothing."""
+    """The metric, parameter or field of a run with this key; None if the run has none."""
     if key in result.metrics:
         return result.metrics[key]
     if key in result.params:
@@ -141,34 +139,34 @@ def value(result: Result, key: str) -> Value:
     return str(getattr(result, key)) if key in ABOUT else None
 
 
-def number(found: Value) -> float | None:
-    """The number that a value is; None for a text, and for what is not finite."""
+def number(value: Value) -> float | None:
+    """The value as a finite number; None if it is not one."""
     try:
-        read = float(found) if found is not None else math.nan
+        parsed = float(value) if value is not None else math.nan
     except ValueError:
         return None
-    return read if math.isfinite(read) else None
+    return parsed if math.isfinite(parsed) else None
 
 
 def title(key: str, keys: Iterable[str] = ()) -> str:
-    """The head of a column: the short name, where it means this key alone among ``keys``."""
-    for short, meant in SHORT.items():
-        if key in meant:
-            return short if len(set(meant) & set(keys)) < 2 else key
+    """The title of a column: the short name, unless it would stand for several of ``keys``."""
+    for short, metrics in SHORT.items():
+        if key in metrics:
+            return short if len(set(metrics) & set(keys)) < 2 else key
     return key
 
 
-def text(key: str, found: Value) -> str:
-    """A value with as many digits as say something; a dash where there is none."""
-    if found is None:
+def text(key: str, value: Value) -> str:
+    """A value as text, with the unit and the significant digits of its key; a dash for None."""
+    if value is None:
         return "–"
-    if isinstance(found, str):
-        is_long = len(found) > DIGITS and ("." in found or "e" in found) and FRACTION.fullmatch(found)
-        return f"{float(found):.4g}" if is_long else found
+    if isinstance(value, str):
+        is_long = len(value) > DIGITS and ("." in value or "e" in value) and FRACTION.fullmatch(value)
+        return f"{float(value):.4g}" if is_long else value
     if key == SECONDS:
-        return duration(found) if found >= 10 else f"{found:.2g} s"
+        return duration(value) if value >= 10 else f"{value:.2g} s"
     if key.endswith(("loss", "perplexity")):
-        return f"{found:.4f}"
+        return f"{value:.4f}"
     if key.endswith("gib"):
-        return f"{found:.2f} GiB"
-    return f"{found:.0f}" if abs(found) >= 1000 else f"{found:.4g}"
+        return f"{value:.2f} GiB"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,10 +1,10 @@
-"""A condition on runs as people write it: ``lora.r>=8 and (quant=4bit or not status=failed)``.
+"""Parser of conditions on runs (``--where``): ``lora.r>=8 and (quant=4bit or not status=failed)``.
 
     either   = both {"or" both}
     both     = single {"and" single}
     single   = "not" single | "(" either ")" | KEY OPERATOR VALUE
 
-A grammar of its own, as nothing that was typed may be executed.
+Not Python's own parser: user input is never evaluated as code.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runner.errors import ConfigError, Fault
+from runner.report.columns import Value
 
-Value = str | float | None
 Lookup = Callable[[str], Value]
-"""Key → what a run has there; None where it has nothing."""
+"""Key → the value of a run; None if the run does not have the key."""
 Condition = Callable[[Lookup], bool]
 
 HINT = "write KEY=VALUE, KEY!=VALUE, KEY<VALUE, <=, >, >=, or KEY~TEXT (contains); join them with and, or, not, ( )"
@@ -31,18 +31,19 @@ _TOKEN = re.compile(
 
 
 def parse(text: str, resolve: Callable[[str], str]) -> Condition:
-    """The condition that ``text`` says; ``resolve`` turns a key as typed into a key as stored, or refuses it.
+    """Parse a condition; ``resolve`` turns a typed key into a full key, or raises.
 
-    Numbers are compared as numbers (``1e-4`` is ``0.0001``), all else as text. A run without the key meets only ``!=``.
+    Numbers are compared as numbers (``1e-4`` equals ``0.0001``), other values as text, ignoring case. A run without the
+    key matches only ``!=``.
 
     Raises:
-        ConfigError: it is no condition, or has a key that nothing knows.
+        ConfigError: a syntax error, or an unknown key.
     """
     parser = _Parser(text, _tokens(text), resolve)
-    found = parser.either()
-    if parser.left:
-        raise parser.fault(f"'{parser.left[0].text}' is not expected there")
-    return found
+    condition = parser.either()
+    if parser.tokens:
+        raise parser.fault(f"unexpected '{parser.tokens[0].text}'")
+    return condition
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _tokens(text: str) -> list[_Token]:
     while text[position:].strip():
         match = _TOKEN.match(text, position)
         if match is None:
-            problem = f"cannot be read from here on: {text[position:].strip()}"
+            problem = f"syntax error at: {text[position:].strip()}"
             raise ConfigError(Fault("--where", problem, HINT, text))
         quoted = match["double"] if match["double"] is not None else match["single"]
         kind = "mark" if match["mark"] else "word" if match["word"] else "quoted"
@@ -69,7 +70,8 @@ def _tokens(text: str) -> list[_Token]:
 @dataclass
 class _Parser:
     text: str
-    left: list[_Token]
+    tokens: list[_Token]
+    """Those not yet parsed."""
     resolve: Callable[[str], str]
 
     def either(self) -> Condition:
@@ -93,18 +95,19 @@ class _Parser:
         return ConfigError(Fault("--where", problem, HINT, self.text))
 
     def _comparison(self) -> Condition:
-        if not self.left or self.left[0].kind == "mark":
-            raise self.fault(f"a key is missing before '{self.left[0].text}'" if self.left else "it ends too early")
-        typed = self.left.pop(0).text
+        if not self.tokens or self.tokens[0].kind == "mark":
+            before = f"a key is missing before '{self.tokens[0].text}'" if self.tokens else ""
+            raise self.fault(before or "the condition is incomplete")
+        typed = self.tokens.pop(0).text
         key = self.resolve(typed)
-        if not self.left or self.left[0].kind != "mark" or self.left[0].text in "()":
+        if not self.tokens or self.tokens[0].kind != "mark" or self.tokens[0].text in "()":
             raise self.fault(f"a comparison is missing after '{typed}'")
-        mark = self.left.pop(0).text
-        if not self.left or self.left[0].kind == "mark":
+        mark = self.tokens.pop(0).text
+        if not self.tokens or self.tokens[0].kind == "mark":
             raise self.fault(f"a value is missing after '{typed}{mark}'")
-        value = self.left.pop(0).text
+        value = self.tokens.pop(0).text
         if mark in OPERATORS and _number(value) is None:
-            raise self.fault(f"'{typed}{mark}{value}': only numbers are smaller or larger")
+            raise self.fault(f"'{typed}{mark}{value}': '{mark}' compares numbers, and '{value}' is not a number")
         return lambda run: _holds(run(key), mark, value)
 
     def _joined(self, word: str, part: Callable[[], Condition], join: Callable[[Sequence[bool]], bool]) -> Condition:
@@ -114,21 +117,21 @@ class _Parser:
         return parts[0] if len(parts) == 1 else lambda run: join([one(run) for one in parts])
 
     def _take(self, text: str, kind: str = "word") -> bool:
-        if self.left and self.left[0].kind == kind and self.left[0].text.lower() == text:
-            del self.left[0]
+        if self.tokens and self.tokens[0].kind == kind and self.tokens[0].text.lower() == text:
+            del self.tokens[0]
             return True
         return False
 
 
-def _holds(there: Value, mark: str, wanted: str) -> bool:
-    if there is None:
+def _holds(value: Value, mark: str, operand: str) -> bool:
+    if value is None:
         return mark == "!="
     if mark == "~":
-        return wanted.lower() in str(there).lower()
-    number, other = _number(there), _number(wanted)
+        return operand.lower() in str(value).lower()
+    number, other = _number(value), _number(operand)
     if mark in OPERATORS:
         return number is not None and other is not None and OPERATORS[mark](number, other)
-    is_equal = number == other if number is not None and other is not None else str(there).lower() == wanted.lower()
+    is_equal = number == other if number is not None and other is not None else str(value).lower() == operand.lower()
     return is_equal != (mark == "!=")
 
 

@@ -1,4 +1,4 @@
-"""Two runs side by side: what they were asked for, what they were made of, and what came of them."""
+"""Compare two runs: configuration, code, environment, data, hardware, results, and the logged values step by step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from runner.tracking.metrics_log import BEST, LOSS
 from runner.tracking.mlflow import store
 
 PROGRAM = ("src/", "conf/", "pyproject.toml", "uv.lock")
-"""The files of a checkout that a run depends on; the others are counted."""
+"""Files of the repository that can change a run; other changed files are only counted."""
 REPEATED = ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/epoch")
-"""With all of ``eval/``, the metrics that a run repeats bit by bit where everything is the same. The rest is speed."""
+"""Metrics that a deterministic rerun reproduces bit for bit, besides ``eval/*``; the others depend on speed."""
 FINAL = ("train/loss", "train/tokens", "train/tokens_per_second", "train/mfu")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that both runs say something of; an empty text where one says nothing."""
+    """The values of one key in both runs; an empty text if a run has no value."""
 
     key: str
     ours: str
@@ -40,7 +40,7 @@ class Section:
     title: str
     rows: list[Row]
     files: list[Changed] = field(default_factory=list)
-    """Files of the program that differ, where git can say."""
+    """Files of the program that differ; empty without git."""
     note: str = ""
 
     @property
@@ -50,44 +50,44 @@ class Section:
 
 @dataclass(frozen=True)
 class Numbers:
-    """How far two runs have the same numbers."""
+    """The result of comparing the logged values of two runs."""
 
     steps: int
-    """At so many steps both have some."""
+    """Number of steps at which both runs logged a value."""
     last: int
-    """The last of them."""
+    """The last of these steps."""
     first: tuple[int, str, float, float] | None
-    """The first difference, (step, metric, ours, theirs); None where there is none."""
+    """The first difference, (step, metric, ours, theirs); None if all values are equal."""
     largest: float
-    """The largest difference of a loss."""
+    """The largest absolute difference of train/loss or eval/loss."""
     metrics: list[str]
-    """Those that were compared."""
+    """The metrics that were compared."""
 
 
 def of(ours: Recorded, theirs: Recorded) -> list[Section]:
-    """Everything about two runs, section by section."""
-    asked = [_named(run) for run in (ours, theirs)]
+    """All sections of the comparison, with equal and different rows."""
+    configs = [_named(run) for run in (ours, theirs)]
     return [
-        Section("configuration", _rows(*(_part(keys, is_run_time=False) for keys in asked))),
-        Section("where and how", _rows(*(_part(keys, is_run_time=True) for keys in asked))),
+        Section("configuration", _rows(*(_part(keys, is_run_time=False) for keys in configs))),
+        Section("where and how", _rows(*(_part(keys, is_run_time=True) for keys in configs))),
         *materials(ours, theirs),
         Section("results", _rows(_results(ours), _results(theirs))),
     ]
 
 
 def materials(ours: Recorded, theirs: Recorded) -> list[Section]:
-    """What two runs were made of besides their configurations."""
+    """The sections on what a result depends on besides the configuration: code, environment, data, hardware."""
     files, note = _files(ours, theirs)
     return [
         Section("code", _known(_rows(_code(ours), _code(theirs))), files, note),
         Section("environment", _rows(_environment(ours), _environment(theirs))),
         Section("data", _rows(_data(ours), _data(theirs))),
-        Section("hardware", _rows(_hardware(ours), _hardware(theirs))),
+        Section("hardware", _rows(*(run.manifest.get("hardware") or {} for run in (ours, theirs)))),
     ]
 
 
 def numbers(ours: Curves, theirs: Curves) -> Numbers:
-    """Compare what both runs logged, at every step that both have."""
+    """Compare the logged values at all steps that both runs have."""
     names = [name for name in ours if name in theirs and (name in REPEATED or name.startswith("eval/"))]
     points = sorted((step, name) for name in names for step in ours[name].keys() & theirs[name].keys())
     pairs = [(step, name, ours[name][step], theirs[name][step]) for step, name in points]
@@ -104,7 +104,7 @@ def _same(ours: float, theirs: float) -> bool:
 
 
 def _named(run: Recorded) -> dict[str, str]:
-    """The configuration, flattened; a group is its option's name, as it was chosen: ``quant: 4bit``."""
+    """The configuration flattened with dots; a group has the name of its chosen option: ``quant: 4bit``."""
     return choices.named(dict(bind.flatten(run.config)), manifest.choices(run.manifest))[0]
 
 
@@ -132,42 +132,40 @@ def _data(run: Recorded) -> dict[str, Any]:
     return {**plain, **report, "model": model.get("name"), "model revision": model.get("revision")}
 
 
-def _hardware(run: Recorded) -> dict[str, Any]:
-    return dict(run.manifest.get("hardware") or {})
-
-
 def _results(run: Recorded) -> dict[str, Any]:
-    # The best loss is reckoned below for both: of the two sources only MLflow has it as a metric.
+    # The best loss is computed below for both runs: only MLflow stores it as a metric, the run folder does not.
     names = [n for n in run.curves if n in FINAL or (n.startswith(("eval/", "memory/")) and n != BEST)]
     last = {name: run.curves[name][max(run.curves[name])] for name in sorted(names)}
-    losses = [value for step, value in run.curves.get(LOSS, {}).items() if step]  # from when training has begun
+    losses = [
+        value for step, value in run.curves.get(LOSS, {}).items() if step
+    ]  # without the evaluation before training
     best = {f"{LOSS} (best)": min(losses)} if losses else {}
     weights = run.manifest.get("weights_sha256")
     return {"status": run.status, "steps": run.last_step, **last, **best, "weights (sha256)": weights}
 
 
 def _files(ours: Recorded, theirs: Recorded) -> tuple[list[Changed], str]:
-    """The files of the program that differ, and what there is to say of them."""
+    """(files of the program that differ, notes)."""
     first, second = ours.code, theirs.code
     if first is None or second is None:
-        lacking = ours if first is None else theirs
-        return [], f"{lacking.where} was started without a git checkout: its files are not known"
+        without_git = ours if first is None else theirs
+        return [], f"{without_git.where} was started outside a git repository: its source files are unknown"
     if first == second:
         return [], ""
     try:
-        found = checkout.between(first, second)
+        changes = checkout.between(first, second)
     except RunnerError as error:
-        return [], f"which files differ cannot be said: {error}".splitlines()[0]
-    program = [changed for changed in found if changed.file.startswith(PROGRAM)]
-    others = len(found) - len(program)
-    hidden = [run.where for run in (ours, theirs) if (run.manifest.get("git") or {}).get("redacted")]
+        return [], f"cannot list the files that differ: {error}".splitlines()[0]
+    program = [changed for changed in changes if changed.file.startswith(PROGRAM)]
+    others = len(changes) - len(program)
+    redacted = [run.where for run in (ours, theirs) if (run.manifest.get("git") or {}).get("redacted")]
     notes = [f"{others} other file{'s' * (others > 1)} (tests, documents)"] if others else []
-    notes += [f"secrets are cut out of the changes recorded of {' and '.join(hidden)}"] if hidden else []
+    notes += [f"secrets are redacted in the recorded changes of {' and '.join(redacted)}"] if redacted else []
     return program, "; ".join(notes)
 
 
 def patch(ours: Recorded, theirs: Recorded) -> str:
-    """The lines of code that differ, those of the user's own code first; empty if git does not know."""
+    """The differing lines of code as a patch, those of the user's own code first; empty without git."""
     return user_code.patch(ours.config, theirs.config) + _patch_of_program(ours, theirs)
 
 
@@ -186,20 +184,20 @@ def _rows(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Row]:
 
 
 def _known(rows: list[Row]) -> list[Row]:
-    """Without what only one of the two says, as runs of an older version do."""
+    """The rows for which both runs have a value (a run started outside a git repository has no commit)."""
     return [row for row in rows if row.ours and row.theirs]
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
-    """The keys of both, those that only the second has where it has them."""
-    left = list(ours)
+    """The keys of both in one order; keys that only ``theirs`` has keep their position."""
+    remaining = list(ours)
     for key in theirs:
         if key in ours:
-            while left and key in left:
-                yield left.pop(0)
+            while key in remaining:
+                yield remaining.pop(0)
         else:
             yield key
-    yield from left
+    yield from remaining
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The leaderboard: runs in order, with what they differ in and what was measured; what every output is made from."""
+"""The leaderboard: ranked runs with the parameters that differ and their metrics; the source of all output formats."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from runner.report.statistics import Mean
 from runner.tracking.metrics_log import LOSS
 
 T = TypeVar("T")
-VERDICT = "against the best"
-"""The column of groups that says whether they differ."""
+VERDICT = "compared with best"
+"""The title of the column with the result of the significance test."""
 FEW = 3
-"""Repetitions below which speed, memory and time have no interval: two say of a machine what else it did."""
+"""Speed, memory and time get an interval from this number of repetitions on: two are mostly noise of the machine."""
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Results held against each other."""
+    """A comparison of runs."""
 
     results: list[Result]
-    """In order; those that are not completed come last."""
+    """In order of rank; runs that are not completed come last."""
     params: list[str]
-    """What they differ in."""
+    """The parameters that differ between the runs."""
     metrics: list[str]
-    """What is shown."""
+    """The metrics to show."""
     goal: Goal
-    """What ``best`` is the best in."""
+    """Decides which run is ``best``."""
     best: Result
     axes: list[Goal] = field(default_factory=list)
-    """What the Pareto front weighs against each other; empty where that was not asked for."""
+    """The goals of the Pareto front; empty without ``--pareto``."""
     front: list[Result] = field(default_factory=list)
     over: str = ""
-    """The parameter that the runs of a group differ in; empty where there are no groups."""
+    """The parameter that groups average over (``--by``); empty if there are no groups."""
     groups: list[Group] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -52,16 +52,16 @@ class Leaderboard:
         return dict(Counter(result.status for result in self.results))
 
     def keys(self) -> list[str]:
-        """The columns of ``rows`` by their full names."""
+        """The full keys of the columns of ``rows``."""
         lead = ["run", *(["status"] if set(self.statuses) != {"completed"} else [])]
         return [*lead, *self.params, *self.metrics]
 
     def titles(self) -> list[str]:
-        """The heads of ``rows``: those of parameters and metrics can be typed as keys."""
+        """The titles of the columns of ``rows``; titles of parameters and metrics can be typed as keys."""
         return [columns.title(key, self.metrics) if key in self.metrics else key for key in self.keys()]
 
     def rows(self) -> list[list[str]]:
-        """A row of text for each run; ★ is the best, ◆ on the Pareto front."""
+        """One row of text for each run; ★ marks the best run, ◆ a run on the Pareto front."""
         on_front = {id(result) for result in self.front}
         with_status = set(self.statuses) != {"completed"}
         rows = []
@@ -72,23 +72,23 @@ class Leaderboard:
         return rows
 
     def cells(self, result: Result) -> list[str]:
-        """What a run has of the parameters and the metrics that are shown, as text."""
+        """The parameters and metrics of a run as text."""
         return [columns.text(key, columns.value(result, key)) for key in self.params + self.metrics]
 
     @property
     def has_means(self) -> bool:
-        """Whether there is anything to take together: runs that differ in ``over`` alone."""
+        """Whether any group has several runs, that is, runs that differ only in ``over``."""
         return any(len(group.results) > 1 for group in self.groups)
 
     @property
     def is_one_setting(self) -> bool:
-        """Whether all runs are of one group: it is compared with nothing."""
+        """Whether all runs are in one group, so that there is no other group to compare with."""
         return self.has_means and len(self.groups) == 1
 
     def group_heading(self) -> str:
-        """What the groups are, to stand above them."""
-        alone = "; nothing else differs, so there is no other setting to hold it against" if self.is_one_setting else ""
-        return f"mean ± 95 % interval over {self.over}{alone}"
+        """The heading of the table of groups."""
+        alone = "; nothing else differs, so there is no other setting to compare with" if self.is_one_setting else ""
+        return f"mean ± 95 % confidence interval over {self.over}{alone}"
 
     def group_titles(self) -> list[str]:
         setting = [key for key in self.params if key != self.over]
@@ -96,7 +96,7 @@ class Leaderboard:
         return [*setting, "n", *(columns.title(key, self.metrics) for key in self.metrics), *verdict]
 
     def group_rows(self) -> list[list[str]]:
-        """A row of text for each group: means, with the interval that holds the true one in 95 of 100 cases."""
+        """One row of text for each group: its parameters, and means with 95 % confidence intervals."""
         setting = [key for key in self.params if key != self.over]
         rows = []
         for group in self.groups:
@@ -108,7 +108,7 @@ class Leaderboard:
         return rows
 
     def table(self) -> tuple[list[str], list[list[Value]]]:
-        """Everything by its full name, metrics as numbers, parameters as they were written: for programs."""
+        """(full column names, rows) for CSV and JSON: metrics as numbers, parameters as text."""
         names = ["run", "label", "status", "reason", "step", "is_best", *(["is_on_front"] if self.axes else [])]
         on_front = {id(result) for result in self.front}
         rows: list[list[Value]] = []
@@ -129,75 +129,81 @@ def of(
     by: str = "",
     pareto: str = "",
 ) -> Leaderboard:
-    """Put the results on a board.
+    """Compare the results.
 
     Args:
-        where: a condition, see ``condition``.
-        metrics: names, with commas; else those that matter.
-        sort: a key, ``+`` or ``-`` before it; else what a search of these runs looked for, or the loss at the end.
-        by: the parameter over which runs are taken together.
-        pareto: two keys or more, with commas.
+        where: a condition on runs, see ``condition``.
+        metrics: comma-separated metrics to show; default: columns.MATTER.
+        sort: a key, optionally after ``+`` or ``-``; default: the objective of the runs' search, or the eval loss.
+        by: the parameter to average over (seed).
+        pareto: at least two comma-separated metrics.
 
     Raises:
-        ConfigError: with every fault of these; or nothing to compare is left.
+        ConfigError: with the faults of all options; or no completed run is left to compare.
     """
     faults: list[Fault] = []
-    asked: list[str] = []
-    meets = _asked(faults, lambda: condition.parse(where, lambda word: _noted(word, results, asked)), where)
-    shown = _asked(faults, lambda: [columns.metric(name, results, "--metrics") for name in metrics.split(",")], metrics)
-    axes = _asked(faults, lambda: _axes(pareto, results), pareto)
-    over = _asked(faults, lambda: _parameter(by, results), by)
-    order = _asked(faults, lambda: columns.goal(sort, results, "--sort"), sort)
+    keys: list[str] = []
+
+    def resolve(word: str) -> str:
+        keys.append(columns.resolve(word, results, "--where"))
+        return keys[-1]
+
+    matches = _parsed(faults, lambda: condition.parse(where, resolve), where)
+    names = metrics.split(",")
+    shown = _parsed(faults, lambda: [columns.metric(name, results, "--metrics") for name in names], metrics)
+    axes = _parsed(faults, lambda: _axes(pareto, results), pareto)
+    over = _parsed(faults, lambda: _parameter(by, results), by)
+    order = _parsed(faults, lambda: columns.goal(sort, results, "--sort"), sort)
     goal = columns.rated(order) if order and any(order.key in result.metrics for result in results) else None
     if not faults:
-        kept = [result for result in results if meets is None or meets(partial(columns.value, result))]
-        comparable.refuse_nothing(kept, results, where, asked)
+        kept = [result for result in results if matches is None or matches(partial(columns.value, result))]
+        comparable.refuse_nothing(kept, results, where, keys)
         comparable.refuse_mixed(kept)
         goal = goal or columns.objective(kept) or Goal(LOSS, is_larger_better=False)
         return _board(kept, goal, order or goal, shown or [], axes or [], over or "")
     raise ConfigError(*faults)
 
 
-def mean_text(key: str, found: Mean | None) -> str:
-    if found is None:
+def mean_text(key: str, mean: Mean | None) -> str:
+    """``3.6094 ± 0.0012``; without the interval if there are too few values, a dash for None."""
+    if mean is None:
         return "–"
-    text = columns.text(key, found.value)
-    if found.half_width is None or (found.n < FEW and key.endswith(columns.OF_THE_MACHINE)):
+    text = columns.text(key, mean.value)
+    if mean.half_width is None or (mean.n < FEW and key.endswith(columns.OF_THE_MACHINE)):
         return text
-    about = columns.text(key, found.half_width)
+    half_width = columns.text(key, mean.half_width)
     number, _, unit = text.partition(" ")
-    is_same = unit and about.partition(" ")[2] == unit and " " not in unit
-    return f"{number} ± {about}" if is_same else f"{text} ± {about}"
+    has_same_unit = unit and half_width.partition(" ")[2] == unit and " " not in unit
+    return f"{number} ± {half_width}" if has_same_unit else f"{text} ± {half_width}"
 
 
 def verdict(group: Group) -> str:
-    """Whether a setting differs from the best one by more than chance would explain."""
+    """Whether the group is significantly worse than the best group (Welch's t-test)."""
     if group.is_best:
         return "★ best"
     if group.p is None:
-        return "one run alone: no telling"
+        return "only one run: cannot test"
     p = f"p = {group.p:.2g}"
-    return f"worse ({p})" if group.p < ranking.SIGNIFICANT else f"cannot be told apart ({p})"
+    return f"worse ({p})" if group.p < ranking.SIGNIFICANT else f"no significant difference ({p})"
 
 
 def as_json(board: Leaderboard) -> dict[str, Any]:
-    """The board for programs."""
+    """The leaderboard as the output of ``--json``."""
     names, rows = board.table()
-    found: dict[str, Any] = {
+    output: dict[str, Any] = {
         "objective": board.goal.key, "larger_is_better": board.goal.is_larger_better, "parameters": board.params,
         "metrics": board.metrics, "best": board.best.run, "notes": board.notes,
         "runs": [
-            {name: plain(found) if name in board.params else found for name, found in zip(names, row, strict=True)}
+            {name: plain(value) if name in board.params else value for name, value in zip(names, row, strict=True)}
             for row in rows
         ],
     }  # fmt: skip
     if board.axes:
-        found["pareto"] = {
-            "axes": [axis.key for axis in board.axes], "front": [result.run for result in board.front]
-        }  # fmt: skip
+        front = [result.run for result in board.front]
+        output["pareto"] = {"axes": [axis.key for axis in board.axes], "front": front}
     if board.over:
-        found["by"], found["groups"] = board.over, [_group_json(group) for group in board.groups]
-    return found
+        output["by"], output["groups"] = board.over, [_group_json(group) for group in board.groups]
+    return output
 
 
 def _group_json(group: Group) -> dict[str, Any]:
@@ -208,15 +214,15 @@ def _group_json(group: Group) -> dict[str, Any]:
 
 
 def plain(text: Value) -> Any:
-    """A parameter as JSON has it: ``"1"`` is 1, ``"true"`` is true; a text that is neither stays one."""
+    """The JSON value of a parameter: ``"1"`` → 1, ``"true"`` → true; other texts stay texts."""
     if not isinstance(text, str):
         return text
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return text
-    is_plain = found is None or isinstance(found, bool | int) or (isinstance(found, float) and math.isfinite(found))
-    return found if is_plain else text
+    is_scalar = value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_scalar else text
 
 
 def _board(
@@ -226,7 +232,7 @@ def _board(
     if best is None:
         names = sorted({key for result in results if result.is_completed for key in result.metrics})
         problem = f"no completed run has the metric {goal.key}"
-        raise ConfigError(Fault("--sort", problem, f"name another with --sort: {', '.join(names) or 'there is none'}"))
+        raise ConfigError(Fault("--sort", problem, f"choose another with --sort: {', '.join(names) or '(no metrics)'}"))
     params = ranking.differing(results)
     matter = [key for short in columns.MATTER for key in columns.SHORT[short]]
     shown = metrics or [key for key in matter if any(key in result.metrics for result in results)]
@@ -236,20 +242,20 @@ def _board(
     groups = ranking.grouped(results, params, over, goal, shown) if over else []
     notes = ranking.cautions(results, params)
     if not params and len(results) > 1:
-        notes.append("the runs differ in no parameter")
+        notes.append("all runs have the same parameters")
     front = ranking.front(results, axes) if axes else []
-    made = Leaderboard(ranking.ordered(results, order), params, shown, goal, best, axes, front, over, groups, notes)
-    if over and not made.has_means:
-        notes.append(f"no two runs differ in {over} alone: there is nothing to average")
-    return made
+    board = Leaderboard(ranking.ordered(results, order), params, shown, goal, best, axes, front, over, groups, notes)
+    if over and not board.has_means:
+        notes.append(f"no two runs differ only in {over}: nothing to average")
+    return board
 
 
-def _asked(faults: list[Fault], read: Callable[[], T], text: str) -> T | None:
-    """What an option says; None where it was not given, or is wrong, which is noted."""
+def _parsed(faults: list[Fault], parse: Callable[[], T], text: str) -> T | None:
+    """The parsed option; None if the option is not set, or invalid: its faults are then added to ``faults``."""
     if not text:
         return None
     try:
-        return read()
+        return parse()
     except ConfigError as error:
         faults.extend(error.faults)
         return None
@@ -258,7 +264,7 @@ def _asked(faults: list[Fault], read: Callable[[], T], text: str) -> T | None:
 def _axes(text: str, results: Sequence[Result]) -> list[Goal]:
     names = text.split(",")
     if len(names) < 2:
-        raise ConfigError(Fault("--pareto", "needs two metrics or more", "--pareto memory,loss", text))
+        raise ConfigError(Fault("--pareto", "needs at least two metrics", "for example --pareto memory,loss", text))
     goals = [columns.goal(name, results, "--pareto") for name in names]
     return [Goal(columns.metric(goal.key, results, "--pareto"), goal.is_larger_better) for goal in goals]
 
@@ -266,11 +272,5 @@ def _axes(text: str, results: Sequence[Result]) -> list[Goal]:
 def _parameter(word: str, results: Sequence[Result]) -> str:
     key = columns.resolve(word, results, "--by")
     if not any(key in result.params for result in results):
-        raise ConfigError(Fault("--by", f"'{word}' is no parameter", "name one that runs were repeated over: seed"))
+        raise ConfigError(Fault("--by", f"'{word}' is not a parameter", "name the repeated parameter, such as seed"))
     return key
-
-
-def _noted(word: str, results: Sequence[Result], asked: list[str]) -> str:
-    """The key that a word of the condition means, which is noted."""
-    asked.append(columns.resolve(word, results, "--where"))
-    return asked[-1]

@@ -1,4 +1,4 @@
-"""The card of an exported model: what it is, what it was trained on and how well, and how to load it."""
+"""Write the model card of an exported model: usage, evaluation, training data, training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ LOAD = {
     "adapter": """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # this one
+folder = "."  # the folder of this card
 base = AutoModelForCausalLM.from_pretrained({base!r}){where}
 model = PeftModel.from_pretrained(base, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)""",
     "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # this one
+folder = "."  # the folder of this card
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)""",
 }
-SOURCES = {"gguf": "from the package {package}", "random": "random weights, model=tiny makes them"}
-"""Where a base model is from that is neither a folder nor on the Hub."""
+SOURCES = {"gguf": "from the package {package}", "random": "random weights of model=tiny"}
+"""Option function of ``model`` → the source of a base model that is neither a folder nor on the Hub."""
 LOCAL = re.compile(r"(?:file://)?(?<![\w:/.<])/(?:[\w.@+~-]+/)+([\w.@+~-]+)")
-"""An absolute path: only its last part means something elsewhere."""
+"""An absolute path; the card contains only its last part."""
 ASK = """
 messages = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -44,9 +44,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_spe
 
 
 def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str, str]) -> str:
-    """The card as Markdown; ``notes`` are more facts about this export, name → text.
+    """The card as Markdown, without absolute paths, because it is published with the model.
 
-    ``base`` is the path or Hub id of the base model. No folder of this machine is named: the card goes with the model.
+    ``base``: path or Hub id of the base model. ``notes``: additional facts about this export, name → text.
     """
     manifest, cfg = rundir.read_manifest(), read_config(rundir)
     base_name = str((manifest.get("model") or {}).get("name") or LOCAL.sub(r"\1", base))
@@ -54,20 +54,20 @@ def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str,
     parts = [
         _front_matter(kinds, base),
         f"# {name}",
-        f"Made from {_code(base_name)} ({_source(cfg, base)}) by `runner`, a fine-tuning experiment runner.",
-        "## How to load it",
+        f"Fine-tuned from `{base_name}` ({_source(cfg, base)}) with `runner`, a fine-tuning experiment runner.",
+        "## Usage",
         *_loading(rundir, kinds, base, base_name),
-        "## How well it does",
+        "## Evaluation",
         "\n".join(_metrics(rundir)),
-        "## What it was trained on",
+        "## Training data",
         "\n".join(_data(manifest)),
-        "## How it was made",
+        "## Training",
         f"    {redact(_command(manifest))}",
         "\n".join(_facts({**_provenance(rundir, manifest), **notes})),
-        "<details><summary>the whole configuration</summary>",
+        "<details><summary>Full configuration</summary>",
         "```json\n" + json.dumps(redact_tree(_identity(cfg)), indent=1, ensure_ascii=False) + "\n```",
         "</details>",
-        "The licence of the base model, and of the data, holds for what is made from them.",
+        "The licences of the base model and of the training data apply to this model.",
     ]
     return LOCAL.sub(r"…/\1", "\n\n".join(parts)) + "\n"
 
@@ -80,11 +80,11 @@ def _front_matter(kinds: tuple[Kind, ...], base: str) -> str:
 
 
 def _source(cfg: Mapping[str, Any], base: str) -> str:
-    """Where the base model is from, in words that hold on other machines."""
+    """The source of the base model, without paths of this machine."""
     node = cfg["model"]
-    made = SOURCES.get(str(node.get("_target_", "")).rpartition(".")[2])
-    if made:
-        return made.format(package=node.get("package"))
+    source = SOURCES.get(str(node.get("_target_", "")).rpartition(".")[2])
+    if source:
+        return source.format(package=node.get("package"))
     return "from a local folder" if _is_local(base) else f"`{base}` on the Hugging Face Hub"
 
 
@@ -96,9 +96,9 @@ def _loading(rundir: RunDir, kinds: tuple[Kind, ...], base: str, base_name: str)
     ask = CONTINUE if str(read_config(rundir)["task"].get("_target_", "")).endswith(".pretrain") else ASK
     for kind in kinds:
         if kind == "gguf":
-            yield "The .gguf file is for llama.cpp and what is built on it:\n\n    llama-cli -m FILE.gguf"
+            yield "Load the .gguf file with llama.cpp, or a program based on llama.cpp:\n\n    llama-cli -m FILE.gguf"
         else:
-            where = "  # the folder in which you have this base model" if _is_local(base) else ""
+            where = "  # replace by the path of this base model" if _is_local(base) else ""
             code = LOAD[kind].format(base=base_name if where else base, where=where)
             yield "```python\n" + code + "\n" + ask + "\n```"
 
@@ -114,7 +114,7 @@ def _metrics(rundir: RunDir) -> Iterator[str]:
         name: value for record in metrics_log.read_evaluations(rundir) for name, value in record["metrics"].items()
     }
     if later:
-        yield "\nEvaluated later:\n"
+        yield "\nLater evaluations:\n"
         yield from (f"- {name}: {value:.4f}" for name, value in later.items())
 
 
@@ -133,13 +133,13 @@ def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _provenance(rundir: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
     git, versions, state = manifest.get("git") or {}, manifest.get("versions") or {}, rundir.read_state()
-    named = ("python", "torch", "transformers", "peft")
+    packages = ("python", "torch", "transformers", "peft")
     return {
         "signature": manifest.get("signature"),
         "steps": state.step,
         "tokens": state.summary.get("train/tokens"),
         "git commit": f"{git['sha']}{' (changed)' if git.get('dirty') else ''}" if git.get("sha") else None,
-        "versions": ", ".join(f"{name} {versions[name]}" for name in named if name in versions),
+        "versions": ", ".join(f"{name} {versions[name]}" for name in packages if name in versions),
         "MLflow run": (manifest.get("mlflow") or {}).get("run_id"),
         "run": rundir.path.name,
     }
@@ -152,7 +152,3 @@ def _identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def _command(manifest: Mapping[str, Any]) -> str:
     command = manifest.get("command") or []
     return command if isinstance(command, str) else shlex.join(command)
-
-
-def _code(name: object) -> str:
-    return f"`{name}`"

@@ -1,4 +1,4 @@
-"""What the parent of a sweep shows in MLflow when its runs are through: the best run, a table of all, and the page."""
+"""Upload the result of a sweep to its parent run in MLflow: the best run, a table of all runs, the HTML page."""
 
 from __future__ import annotations
 
@@ -23,65 +23,65 @@ if TYPE_CHECKING:
 STAMP, NOTE = "runner.leaderboard", "mlflow.note.content"
 TABLE, PAGE = "leaderboard.json", "compare.html"
 OURS = "**Best of this sweep**"
-"""How a note of ours begins; what somebody else wrote there stays."""
+"""The beginning of a note written by this module; a note without it was written by the user and is kept."""
 SHOWN = 10
 
 
 def send(
     client: MlflowClient, parent: Run, sweep: SweepDir, rundirs: Sequence[RunDir], states: Sequence[State]
 ) -> None:
-    """Put it on the parent, unless what is there was made of the same runs in the same states.
+    """Upload the leaderboard, unless the parent run already has it for the same runs in the same states.
 
     Raises:
-        Exception: whatever a store that does not answer raises; the next call does what is left.
+        Exception: any error of the MLflow store; the next call repeats the upload.
     """
     stamp = _stamp(states)
     if parent.data.tags.get(STAMP) == stamp or not any(state.status == "completed" for state in states):
         return
-    with contextlib.suppress(ConfigError):  # no run has a loss, or their tasks differ: there is no board
-        made = leaderboard.of(results.of_folders(rundirs, sweep.path.parent.parent))
-        _send_best(client, parent, made, max(state.updated for state in states))
-        drawn = page.drawing(made)
-        client.log_text(parent.info.run_id, redact(page.render(made, drawn, f"sweep {sweep.path.name}")), PAGE)
-        upload.send_table(client, parent, _rows(made), TABLE)
+    with contextlib.suppress(ConfigError):  # no run has a loss, or the tasks differ: no leaderboard
+        board = leaderboard.of(results.of_folders(rundirs, sweep.path.parent.parent))
+        _send_best(client, parent, board, max(state.updated for state in states))
+        drawing = page.drawing(board)
+        client.log_text(parent.info.run_id, redact(page.render(board, drawing, f"sweep {sweep.path.name}")), PAGE)
+        upload.send_table(client, parent, _rows(board), TABLE)
     upload.send_tags(client, parent, {STAMP: stamp})
 
 
 def _stamp(states: Sequence[State]) -> str:
-    """The same for the same runs, however often it is asked."""
+    """Identifies the set of runs and their last update."""
     return f"{len(states)} runs, {max(state.updated for state in states):.6f}" if states else ""
 
 
-def _send_best(client: MlflowClient, parent: Run, made: Leaderboard, updated: float) -> None:
-    """The best child as metrics and tags: a param could not change when a later run is better."""
+def _send_best(client: MlflowClient, parent: Run, board: Leaderboard, updated: float) -> None:
+    """Log the best child run as metrics and tags; not as params, which cannot change when a later run is better."""
     from mlflow.entities import Metric
 
-    best = made.best
-    # The step is the number of runs, and the time that of their last news: what is said last counts in MLflow.
-    metrics = {key: best.metrics[key] for key in made.metrics if key in best.metrics}
-    points = [Metric(key, value, int(updated * 1000), len(made.results)) for key, value in metrics.items()]
+    best = board.best
+    # MLflow shows the value with the highest step and time: the number of runs, and the time of their last update.
+    metrics = {key: best.metrics[key] for key in board.metrics if key in best.metrics}
+    points = [Metric(key, value, int(updated * 1000), len(board.results)) for key, value in metrics.items()]
     client.log_batch(parent.info.run_id, metrics=points)
     note = parent.data.tags.get(NOTE, "")
     tags: dict[str, Any] = {
         "runner.best_run": best.label,
         "runner.best_run_id": best.mlflow_id,
         "runner.best_folder": best.folder,
-        "runner.best_params": ", ".join(f"{key}={best.params[key]}" for key in made.params if key in best.params),
-        NOTE: _note(made, str(parent.info.experiment_id)) if not note or note.startswith(OURS) else note,
+        "runner.best_params": ", ".join(f"{key}={best.params[key]}" for key in board.params if key in best.params),
+        NOTE: _note(board, str(parent.info.experiment_id)) if not note or note.startswith(OURS) else note,
     }
     upload.send_tags(client, parent, tags)
 
 
-def _note(made: Leaderboard, experiment: str) -> str:
-    """The first of the board as Markdown, each with a link to its run."""
-    titles = ["run", *made.params, *(columns.title(key, made.metrics) for key in made.metrics)]
+def _note(board: Leaderboard, experiment: str) -> str:
+    """The first SHOWN rows of the leaderboard as Markdown, each with a link to its run."""
+    titles = ["run", *board.params, *(columns.title(key, board.metrics) for key in board.metrics)]
     rows = [
-        [_link(result, experiment), *(cell.replace("|", "\\|") for cell in made.cells(result))]
-        for result in made.results[:SHOWN]
+        [_link(result, experiment), *(cell.replace("|", "\\|") for cell in board.cells(result))]
+        for result in board.results[:SHOWN]
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [titles, ["---"] * len(titles), *rows])
-    more = f"\n\nThe first {SHOWN} of {len(made.results)}; all are in {TABLE} and {PAGE}."
-    return f"{OURS}: {_link(made.best, experiment)}\n\n{table}{more if len(made.results) > SHOWN else ''}"
+    more = f"\n\nThe first {SHOWN} of {len(board.results)} runs; all are in {TABLE} and {PAGE}."
+    return f"{OURS}: {_link(board.best, experiment)}\n\n{table}{more if len(board.results) > SHOWN else ''}"
 
 
 def _link(result: Result, experiment: str) -> str:
@@ -89,6 +89,6 @@ def _link(result: Result, experiment: str) -> str:
     return f"[{label}](#/experiments/{experiment}/runs/{result.mlflow_id})" if result.mlflow_id else label
 
 
-def _rows(made: Leaderboard) -> list[dict[str, Any]]:
-    names, rows = made.table()
+def _rows(board: Leaderboard) -> list[dict[str, Any]]:
+    names, rows = board.table()
     return [json.loads(redact(json.dumps(dict(zip(names, row, strict=True))))) for row in rows]

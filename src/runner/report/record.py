@@ -1,4 +1,4 @@
-"""A run as it is recorded: in its folder, or, where that lies on another machine, in MLflow alone."""
+"""Read everything recorded about a run: from its folder, or from MLflow if the folder is on another machine."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ SHOWN, LATEST = 8, 200
 
 @dataclass(frozen=True)
 class Recorded:
-    """Everything that is known of one run."""
+    """Everything recorded about one run."""
 
     name: str
     where: str
-    """Its folder, or the store and its id there."""
+    """For messages: the run folder, or ``ID in URI``."""
     config: dict[str, Any]
     manifest: dict[str, Any]
     status: str = ""
     curves: Curves = field(default_factory=dict)
     patch: str = ""
-    """What was not committed when it started."""
+    """The uncommitted changes of the code when the run started."""
     folder: Path | None = None
-    """None where only MLflow has it."""
+    """None if the run was read from MLflow."""
     is_of_first: bool = False
-    """Whether version 0.1.0 froze its configuration, and so with other names of options."""
+    """Whether version 0.1.0 wrote its configuration, with that version's names of options."""
 
     @property
     def mlflow_id(self) -> str:
@@ -59,7 +59,7 @@ class Recorded:
 
     @property
     def code(self) -> Code | None:
-        """What git knows of its code; None where it was started without."""
+        """Commit and uncommitted changes; None for a run started outside a git repository."""
         sha = (self.manifest.get("git") or {}).get("sha")
         return Code(str(sha), self.patch) if sha else None
 
@@ -69,19 +69,19 @@ class Recorded:
 
 
 def find(word: str, outputs_dir: Path, uri: str | None = None) -> Recorded:
-    """The run that ``word`` means: a folder, a name, or the beginning of an MLflow run id.
+    """The run named by ``word``: a folder, a name, or the beginning of an MLflow run id.
 
-    ``uri`` is the MLflow store to look in first; without one the embedded database is asked where no folder is found.
+    ``uri``: search this MLflow store first. Without it, search the folders, then the database ``outputs/mlflow.db``.
 
     Raises:
-        ConfigError: there is no such run, there are several, or what is recorded of it is not enough.
-        TrackingError: the store cannot be asked.
+        ConfigError: there is no such run, there are several, or its records are incomplete.
+        TrackingError: the store cannot be read.
     """
     path = Path(word).expanduser()
     if path.is_dir():
         _refuse_runless(path, word)
     if uri is None or path.is_dir():
-        return _found_here(word, outputs_dir)
+        return _local(word, outputs_dir)
     try:
         return of_store(word, uri)
     except UnknownRunError:
@@ -95,29 +95,29 @@ class UnknownRunError(ConfigError):
 
 
 def refuse_unbegun(run: Recorded, problem: str) -> None:
-    """Refuse a run that never began, of which there is nothing but what was asked for.
+    """Refuse a run that has not started training: only its configuration is recorded.
 
     Raises:
-        ConfigError: with what to do.
+        ConfigError: the run has not started.
     """
     if run.status == "pending" and not run.curves:
         folder = terminal.nearest(run.folder) if run.folder else ""
         if run.folder and (now := run_status.of([RunDir(run.folder)])[0].status) in run_status.LIVE:
-            remedy = f"wait until it is through: python -m runner status {folder}"
+            remedy = f"wait until the run has finished; its progress: python -m runner status {folder}"
             raise ConfigError(Fault("", f"{run.where} is {now}: {problem}", remedy))
-        remedy = f"python -m runner resume={folder} starts it" if folder else "start it where its folder lies"
-        raise ConfigError(Fault("", f"{run.where} has not begun: {problem}", remedy))
+        remedy = f"start it: python -m runner resume={folder}" if folder else "start it on the machine with its folder"
+        raise ConfigError(Fault("", f"{run.where} has not started: {problem}", remedy))
 
 
 def of_folder(rundir: RunDir) -> Recorded:
-    """The run in a folder.
+    """Read a run folder.
 
     Raises:
-        ConfigError: files of it are missing or damaged.
+        ConfigError: files of the run are missing or damaged.
     """
     if not rundir.manifest.exists():
-        problem = f"{terminal.nearest(rundir.path)} holds no manifest.json: whoever prepared it was stopped meanwhile"
-        raise ConfigError(Fault("", problem, "give the run's command again"))
+        problem = f"{terminal.nearest(rundir.path)} has no manifest.json: the preparation of the run was interrupted"
+        raise ConfigError(Fault("", problem, "run the command of the run again"))
     try:
         manifest, state = rundir.read_manifest(), rundir.read_state()
         config = read_config(rundir)
@@ -126,8 +126,7 @@ def of_folder(rundir: RunDir) -> Recorded:
     except RunnerError as error:
         raise ConfigError(*error.faults) from error
     except lookup.DAMAGED as error:
-        place, why = terminal.nearest(rundir.path), f"{type(error).__name__}: {error}"
-        problem = f"what {place} says of its run cannot be read ({why})"
+        problem = f"the files of {terminal.nearest(rundir.path)} are damaged ({type(error).__name__}: {error})"
         raise ConfigError(Fault("", problem, "restore manifest.json and state.json, or name another run")) from error
     if "weights_sha256" not in manifest and rundir.model.is_dir():
         manifest["weights_sha256"] = provenance.weights_digest(rundir.model)
@@ -137,32 +136,35 @@ def of_folder(rundir: RunDir) -> Recorded:
 
 
 def of_store(word: str, uri: str) -> Recorded:
-    """The run that an MLflow store has, by name or by the beginning of its id.
+    """Read a run from an MLflow store, or from its folder if that is on this machine.
+
+    ``word`` is the name of the run or the beginning of its id.
 
     Raises:
         UnknownRunError: the store has no such run.
-        ConfigError: it has several, or not what is needed of it.
-        TrackingError: it cannot be asked.
+        ConfigError: the store has several such runs, or config.yaml or manifest.json of the run is missing.
+        TrackingError: the store cannot be read.
     """
     uri = checked(uri)
-    with _asking(uri):
+    with tracking_errors(uri):
         is_database = uri.startswith("sqlite:")
         run_id = _only(*(_heads_of_database(word, uri) if is_database else _heads(word, uri)), word, uri).run_id
-        if is_database and (rundir := _lies_here(_tags_of_database(run_id, uri))):
+        if is_database and (rundir := _local_folder(_tags_of_database(run_id, uri))):
             return of_folder(rundir)
         client = store.connect(uri)
         run = client.get_run(run_id)
-        if rundir := _lies_here(run.data.tags):
+        if rundir := _local_folder(run.data.tags):
             return of_folder(rundir)
         if "runner.signature" not in run.data.tags:
-            problem = f"{run.info.run_id[:8]} in {uri} is no single run of this program"
-            raise ConfigError(Fault("", problem, "name a run, not the parent of a sweep"))
+            problem = f"{run.info.run_id[:8]} in {uri} is not a training run of runner"
+            raise ConfigError(Fault("", problem, "name a training run, not the parent run of a sweep"))
         curves = _histories(client, run)
         files = dict(_artifacts(client, run, ("config.yaml", "manifest.json", "dirty.diff")))
         code = _code(client, run, files.get("config.yaml", ""))
-    if lacking := [name for name in ("config.yaml", "manifest.json") if name not in files]:
-        problem = f"{uri} has no {' and no '.join(lacking)} of the run {run.info.run_id[:8]}"
-        raise ConfigError(Fault("", problem, "python -m runner sync where its folder lies, or name that"))
+    if missing := [name for name in ("config.yaml", "manifest.json") if name not in files]:
+        problem = f"{uri} has no {' and no '.join(missing)} of the run {run.info.run_id[:8]}"
+        remedy = "upload them with python -m runner sync on the machine with the run folder, or name that folder"
+        raise ConfigError(Fault("", problem, remedy))
     manifest = json.loads(files["manifest.json"])
     manifest["mlflow"] = {**(manifest.get("mlflow") or {}), "run_id": run.info.run_id}
     status = run.data.tags.get("runner.status") or STATUS.get(run.info.status, "")
@@ -177,11 +179,11 @@ def of_store(word: str, uri: str) -> Recorded:
 
 
 def checked(uri: str) -> str:
-    """The URI of a store without its credentials, which go where MLflow finds them.
+    """Check the URI of a store, and move its credentials into MLflow's environment variables; returns the rest.
 
     Raises:
-        ConfigError: it names no store.
-        TrackingError: it names a database file that does not exist.
+        ConfigError: the URI is invalid.
+        TrackingError: the database file does not exist.
     """
     if faults := list(trackers.check_mlflow(uri=uri, experiment="runner", run_name=None)):
         raise ConfigError(*faults)
@@ -189,31 +191,34 @@ def checked(uri: str) -> str:
     keep_credentials(node)
     uri = str(node["tracking"]["uri"])
     if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise TrackingError(Fault("uri", "there is no such database", "name one that runs were told to", uri))
+        raise TrackingError(Fault("uri", "there is no such database", "the default is outputs/mlflow.db", uri))
     return uri
 
 
 @contextlib.contextmanager
-def _asking(uri: str) -> Iterator[None]:
+def tracking_errors(uri: str) -> Iterator[None]:
+    """Turn every exception of MLflow, SQL or HTTP in the block into a TrackingError."""
     try:
         yield
     except RunnerError:
         raise
-    except Exception as error:  # a store fails in a hundred ways
-        raise TrackingError(Fault("uri", explained(error, uri), "does it run, and is the address right?")) from error
+    except Exception as error:
+        is_server = store.is_server(uri)
+        remedy = "check the address, and that the server is running" if is_server else "is this an MLflow database?"
+        raise TrackingError(Fault("uri", explained(error, uri), remedy)) from error
 
 
 def _refuse_runless(folder: Path, word: str) -> None:
     if any((folder / file).exists() for file in ("state.json", "manifest.json", "sweep.json")):
         return
-    found = [terminal.nearest(what.path) for what in lookup.scan(folder)]
-    shown = [*found[:SHOWN], *(["…"] if len(found) > SHOWN else [])]
-    remedy = "name one of these:" + "".join(f"\n      {line}" for line in shown) if found else "name a run's folder"
-    raise ConfigError(Fault("", f"{word} is a folder, and no run: it holds no manifest.json", remedy))
+    paths = [terminal.nearest(run_or_sweep.path) for run_or_sweep in lookup.scan(folder)]
+    lines = [*paths[:SHOWN], *(["…"] if len(paths) > SHOWN else [])]
+    remedy = "name one of these:" + "".join(f"\n      {line}" for line in lines) if paths else "name a run folder"
+    raise ConfigError(Fault("", f"{word} is not a run folder: it has no manifest.json", remedy))
 
 
-def _found_here(word: str, outputs_dir: Path) -> Recorded:
-    """The run whose folder is here, or whose folder is gone and which the embedded database still has."""
+def _local(word: str, outputs_dir: Path) -> Recorded:
+    """The run in a folder below ``outputs_dir``; if its folder was deleted, the run in ``outputs_dir/mlflow.db``."""
     try:
         rundir = lookup.resolve_run(word, outputs_dir)
     except ConfigError:
@@ -231,24 +236,23 @@ def _may_be_id(word: str) -> bool:
 
 @dataclass(frozen=True)
 class _Head:
-    """A run as it is listed."""
+    """A run in a list of runs."""
 
     run_id: str
     name: str
     status: str
 
 
-def _only(found: list[_Head], latest: list[_Head], word: str, uri: str) -> _Head:
-    """The one run of all experiments that is called so."""
-    if len(found) == 1:
-        return found[0]
-    if found:
-        remedy = f"write more of its id:{_listed(found)}"
-        raise ConfigError(Fault("", f"'{word}' is the name of {len(found)} runs or more in {uri}", remedy))
-    names = [name for head in latest for name in (head.name, head.run_id)]
-    remedy = suggest(word, names) or (
-        f"the latest there:{_listed(latest)}" if latest else "it has no runs: uri=… names another"
-    )
+def _only(matches: list[_Head], latest: list[_Head], word: str, uri: str) -> _Head:
+    """The only match; raises ConfigError for several, UnknownRunError for none."""
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        remedy = f"use more characters of the run id:{_listed(matches)}"
+        raise ConfigError(Fault("", f"'{word}' is ambiguous: it matches {len(matches)} or more runs in {uri}", remedy))
+    remedy = suggest(word, [name for head in latest for name in (head.name, head.run_id)])
+    if not remedy:
+        remedy = f"its latest runs:{_listed(latest)}" if latest else "the store has no runs: name another with uri=…"
     raise UnknownRunError(Fault("", f"there is no run '{word}' in {uri}", remedy))
 
 
@@ -259,7 +263,7 @@ def _listed(heads: Sequence[_Head]) -> str:
 
 
 def _heads_of_database(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
-    """Those that are called so, and the latest: read as they lie there, as importing MLflow takes seconds."""
+    """(runs that match ``word``, the latest runs), read with SQL because importing MLflow takes seconds."""
     (rows,) = store.read_sqlite(
         Path(uri.removeprefix("sqlite:///")),
         [
@@ -268,8 +272,8 @@ def _heads_of_database(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
         ],
     )
     heads = [_Head(*row) for row in rows]
-    found = [head for head in heads if _may_be_id(word) and head.run_id.startswith(word)]
-    return found or [head for head in heads if head.name == word], heads[:LATEST]
+    matches = [head for head in heads if _may_be_id(word) and head.run_id.startswith(word)]
+    return matches or [head for head in heads if head.name == word], heads[:LATEST]
 
 
 def _tags_of_database(run_id: str, uri: str) -> dict[str, str]:
@@ -279,27 +283,27 @@ def _tags_of_database(run_id: str, uri: str) -> dict[str, str]:
 
 
 def _heads(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
-    """The same, asked of MLflow's client."""
+    """(runs that match ``word``, the latest runs), read with MLflow's client."""
     client = store.connect(uri)
     experiments = [str(each.experiment_id) for each in client.search_experiments()]
 
-    def search(wanted: str, count: int) -> list[_Head]:
-        found = client.search_runs(experiments, wanted, max_results=count)
-        return [_Head(run.info.run_id, run.info.run_name or "", run.info.status) for run in found]
+    def search(query: str, count: int) -> list[_Head]:
+        runs = client.search_runs(experiments, query, max_results=count)
+        return [_Head(run.info.run_id, run.info.run_name or "", run.info.status) for run in runs]
 
-    found = search(f"attributes.run_id LIKE '{word}%'", SHOWN + 1) if _may_be_id(word) else []
-    if not found and not {"'", '"'} <= set(word):
+    matches = search(f"attributes.run_id LIKE '{word}%'", SHOWN + 1) if _may_be_id(word) else []
+    if not matches and not {"'", '"'} <= set(word):
         quote = '"' if "'" in word else "'"
-        found = search(f"attributes.run_name = {quote}{word}{quote}", SHOWN + 1)
-    return found, [] if found or not experiments else search("", LATEST)
+        matches = search(f"attributes.run_name = {quote}{word}{quote}", SHOWN + 1)
+    return matches, [] if matches or not experiments else search("", LATEST)
 
 
-def _lies_here(tags: Mapping[str, str]) -> RunDir | None:
-    """The folder of a run in MLflow, where it lies on this machine."""
+def _local_folder(tags: Mapping[str, str]) -> RunDir | None:
+    """The folder of a run in MLflow; None if it is not on this machine."""
     folder = tags.get("runner.folder")
     rundir = RunDir(Path(folder)) if folder else None
-    is_it = rundir and rundir.manifest.exists() and rundir.read_manifest().get("id") == tags.get(store.ID_TAG)
-    return rundir if is_it else None
+    is_same = rundir and rundir.manifest.exists() and rundir.read_manifest().get("id") == tags.get(store.ID_TAG)
+    return rundir if is_same else None
 
 
 def _histories(client: MlflowClient, run: Run) -> Curves:
@@ -308,10 +312,11 @@ def _histories(client: MlflowClient, run: Run) -> Curves:
 
 
 def _artifacts(client: MlflowClient, run: Run, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    there = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+    """(name, content) of those of the files ``names`` that MLflow has."""
+    available = {entry.path for entry in client.list_artifacts(run.info.run_id)}
     with tempfile.TemporaryDirectory(prefix="runner-") as folder:
         for name in names:
-            if name in there:
+            if name in available:
                 yield name, _text_of(Path(client.download_artifacts(run.info.run_id, name, folder)))
 
 

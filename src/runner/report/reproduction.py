@@ -1,4 +1,4 @@
-"""How alike a rerun and its original are: what differs before it starts, and whether the same came of it."""
+"""Report how a rerun compares with its original: the differences before it starts, and its results after."""
 
 from __future__ import annotations
 
@@ -15,64 +15,67 @@ from runner.tracking.rundir import RunDir
 
 
 def tell_before(original: Recorded, cfg: dict[str, Any], code: Path | None) -> None:
-    """Say what is repeated, and everything that is not as it was then."""
+    """Print which run is repeated, and every difference in code, environment and hardware."""
     steps = f", {original.last_step} steps" if original.last_step else ""
-    _say(f"rerun of    {original.where}  ({original.status}{steps})")
+    _print(f"rerun of    {original.where}  ({original.status}{steps})")
     here = _here(original, cfg, code)
     for section in diff.materials(original, here):
         if section.title != "data":
-            _tell_section(section)
+            _print_section(section)
     if code:
-        _say(f"            it runs in {code}")
+        _print(f"            the code runs in {code}")
     data = original.manifest.get("data") or {}
-    digest = f"is compared with the digest {data['digest'][:12]} when it is read" if data.get("digest") else "unknown"
-    _say(f"data        {digest}")
+    digest = f"will be checked against the digest {data['digest'][:12]}" if data.get("digest") else "unknown"
+    _print(f"data        {digest}")
     if original.status not in ("completed", ""):
-        _say(f"note        the original is {original.status}: only the steps that it has can be compared")
+        _print(f"note        the original is {original.status}: only its recorded steps can be compared")
     device = (original.manifest.get("hardware") or {}).get("device", "cpu")
     if device != "cpu" and not cfg["train"].get("deterministic"):
-        _say("note        it was not deterministic (train.deterministic=false): the last digits may differ on a GPU")
+        _print("note        train.deterministic=false: on a GPU the last digits may differ")
 
 
 def tell_after(original: Recorded, rundir: RunDir, *, is_over: bool) -> None:
-    """Say whether the numbers are those of the original, and write it into the manifest; ``is_over``: it completed."""
+    """Print whether the rerun reproduced the original, and write the outcome into its manifest.json.
+
+    If the rerun is not completed (``is_over``), only print the command that compares the two runs later.
+    """
     first = terminal.nearest(original.folder) if original.folder else original.mlflow_id[:8]
     command = f"python -m runner diff {first} {terminal.nearest(rundir.path)}"
     if not is_over:
-        _say(f"compare     {command}   when it is completed")
+        _print(f"compare     {command}   when the rerun is completed")
         return
-    made = record.of_folder(rundir)
-    found = diff.numbers(original.curves, made.curves)
-    weights = [run.manifest.get("weights_sha256") for run in (original, made)]
-    # A run that was killed has the weights of the middle of its way, or none.
+    rerun = record.of_folder(rundir)
+    numbers = diff.numbers(original.curves, rerun.curves)
+    weights = [run.manifest.get("weights_sha256") for run in (original, rerun)]
+    # A killed run has no final weights to compare.
     is_comparable = all(weights) and original.status == "completed"
     same_weights = weights[0] == weights[1] if is_comparable else None
-    is_same = found.first is None and found.steps > 0 and same_weights is not False
-    outcome = {"identical": is_same, "steps": found.steps, "first": found.first, "same_weights": same_weights}
-    rundir.update_manifest(rerun={**made.manifest["rerun"], "outcome": outcome})
-    _say(f"data        {_about_data(original, made)}")
-    _say(f"rerun       {_verdict(found, same_weights)}")
+    is_same = numbers.first is None and numbers.steps > 0 and same_weights is not False
+    outcome = {"identical": is_same, "steps": numbers.steps, "first": numbers.first, "same_weights": same_weights}
+    rundir.update_manifest(rerun={**rerun.manifest["rerun"], "outcome": outcome})
+    _print(f"data        {_about_data(original, rerun)}")
+    _print(f"rerun       {_verdict(numbers, same_weights)}")
     if not is_same:
-        _say(f"compare     {command}")
+        _print(f"compare     {command}")
 
 
-def _tell_section(section: Section) -> None:
+def _print_section(section: Section) -> None:
     differing = [row for row in section.rows if row.differs]
     title = f"{section.title:<11} "
     if not differing:
-        _say(f"{title}the same" + (f"; {section.note}" if section.note and not section.files else ""))
+        _print(f"{title}the same" + (f"; {section.note}" if section.note and not section.files else ""))
         return
     for row in differing:
-        _say(f"{title}{row.key}: then {_short(row.ours)}, now {_short(row.theirs)}")
+        _print(f"{title}{row.key}: then {_short(row.ours)}, now {_short(row.theirs)}")
         title = " " * len(title)
     for changed in section.files:
-        _say(f"{title}{changed}")
+        _print(f"{title}{changed}")
     if section.note:
-        _say(f"{title}{section.note}")
+        _print(f"{title}{section.note}")
 
 
 def _here(original: Recorded, cfg: dict[str, Any], code: Path | None) -> Recorded:
-    """This machine and the code that will run, in the words of a manifest; what cannot be known yet is as it was."""
+    """What the manifest of the rerun will contain. ``code``: a worktree with the original's code, or None."""
     current = checkout.current()
     patch = current.patch if current else ""
     manifest: dict[str, Any] = {"git": checkout.note(current)[0], "code_sha256": provenance.code_digest()}
@@ -86,40 +89,42 @@ def _here(original: Recorded, cfg: dict[str, Any], code: Path | None) -> Recorde
 
 
 def _hardware(then: dict[str, Any]) -> dict[str, Any]:
-    """This machine, with the device that a worker will find, where the original says what it had."""
-    found = {**provenance.machine(), **{key: value for key, value in then.items() if key == "threads"}}
+    """The hardware of this machine, with the device that the worker will use if the original recorded its device."""
+    hardware = {**provenance.machine(), **{key: value for key, value in then.items() if key == "threads"}}
     if "device" in then:
         gpus = machine.gpu_names()
         kind = "cuda" if gpus else "cpu"
-        found["device"] = then["device"] if str(then["device"]).startswith(kind) else kind
-        found["device_name"] = gpus[0] if gpus else found["cpu"]
-    return found
+        hardware["device"] = then["device"] if str(then["device"]).startswith(kind) else kind
+        hardware["device_name"] = gpus[0] if gpus else hardware["cpu"]
+    return hardware
 
 
-def _about_data(original: Recorded, made: Recorded) -> str:
-    """Whether the worker read the rows of the original; it refuses others."""
-    then, now = (run.manifest.get("data") or {} for run in (original, made))
+def _about_data(original: Recorded, rerun: Recorded) -> str:
+    """The line on the data; the worker itself refuses rows with another digest than the original's."""
+    then, now = (run.manifest.get("data") or {} for run in (original, rerun))
     if not then.get("digest"):
-        return "the original did not note what it read: whether these were the same rows is not known"
-    return f"the same rows as then (digest {now['digest'][:12]})"
+        return "the original has no data digest: cannot check that the rows are the same"
+    return f"the same rows as the original (digest {now['digest'][:12]})"
 
 
-def _verdict(found: diff.Numbers, same_weights: bool | None) -> str:
-    if not found.steps:
-        return "no step was reached that could be compared"
-    about = {True: "and so are the weights", False: "but the weights differ", None: "the weights cannot be compared"}
-    if found.first is None:
-        measured = ", ".join(name for name in ("train/loss", "eval/loss") if name in found.metrics)
-        text = f"identical to the original: {measured} and all else at {found.steps} steps, bit by bit"
-        return f"{text}; {about[same_weights]}"
-    step, name, then, now = found.first
-    text = f"not identical: first at step {step}, {name} was {then!r} and is {now!r}"
-    return f"{text}; the losses differ by at most {found.largest:.3g}"
+def _verdict(numbers: diff.Numbers, same_weights: bool | None) -> str:
+    if not numbers.steps:
+        return "there is no step to compare"
+    weights = {True: "the weights are identical", False: "the weights differ", None: "the weights cannot be compared"}
+    if numbers.first is None:
+        losses = ", ".join(name for name in ("train/loss", "eval/loss") if name in numbers.metrics)
+        text = (
+            f"identical to the original: {losses} and all other compared metrics at {numbers.steps} steps, bit for bit"
+        )
+        return f"{text}; {weights[same_weights]}"
+    step, name, then, now = numbers.first
+    text = f"not identical: first difference at step {step}, {name} was {then!r} and is {now!r}"
+    return f"{text}; the losses differ by at most {numbers.largest:.3g}"
 
 
 def _short(text: str) -> str:
     return text[:12] if len(text) >= 32 and " " not in text else text or "unknown"
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What came of runs: one flat record each, of what was set and what was measured, read from run folders."""
+"""Read run folders into results: one flat record for each run, with its parameters and metrics."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class Result:
     """One run."""
 
     run: str
-    """What to type where RUN is asked for."""
+    """What the user can type as RUN."""
     label: str
-    """What it is called: ``quant=4bit,lora.r=8``."""
+    """The name to show: ``quant=4bit,lora.r=8``."""
     status: str
     reason: str = ""
     params: Mapping[str, str] = field(default_factory=dict)
-    """The configuration, flattened with dots; a group is its option's name: {"quant": "4bit", "lora.r": "8"}."""
+    """The configuration flattened with dots; a group has its option's name: {"quant": "4bit", "lora.r": "8"}."""
     implied: frozenset[str] = frozenset()
-    """Those keys of ``params`` that stand as the option of their group has them."""
+    """The keys of ``params`` whose values follow from the chosen option of their group."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Name → the last value; an infinite or missing number is not there."""
+    """Name → last value; only finite numbers."""
     sweep: str = ""
     folder: str = ""
-    """Absolute; empty where it is not on this machine."""
+    """Absolute path; empty if the folder is not on this machine."""
     mlflow_id: str = ""
     store: str = ""
-    """The MLflow store that the folder's run was told to; empty where it was told to none, or was read from one."""
+    """URI of the MLflow store that the run logs to; empty with tracking=offline, or for a result read from MLflow."""
     created: float = 0.0
     step: int = 0
     total_steps: int = 0
@@ -54,39 +54,39 @@ class Result:
 
 
 def of_folders(rundirs: Sequence[RunDir], outputs_dir: Path) -> list[Result]:
-    """The results of these runs as they stand now; one whose files are damaged says so."""
+    """The current results of these runs; a run with damaged files has the status ``damaged``."""
     sweeps = {rundir.path.parent for rundir in rundirs if sweep_of(rundir)}
-    return [_of(standing, outputs_dir, is_alone=len(sweeps) < 2) for standing in run_status.of(rundirs)]
+    return [_of(status, outputs_dir, is_one_sweep=len(sweeps) < 2) for status in run_status.of(rundirs)]
 
 
 def read_records(folder: str) -> list[dict[str, Any]]:
-    """The records of a run's folder; none where it is not there or cannot be read."""
+    """The records in metrics.jsonl of a run folder; an empty list if they cannot be read."""
     try:
         return metrics_log.read(RunDir(Path(folder))) if folder else []
     except (OSError, json.JSONDecodeError):
         return []
 
 
-def _of(found: RunStatus, outputs_dir: Path, *, is_alone: bool) -> Result:
-    rundir, state, said = found.rundir, found.state, found.manifest
+def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
+    rundir, state = run.rundir, run.state
     sweep = sweep_of(rundir)
-    status, reason, implied = found.status, found.reason, frozenset[str]()
+    status, reason, implied = run.status, run.reason, frozenset[str]()
     params: dict[str, str] = {}
     metrics: dict[str, float] = {}
     if status not in ("missing", "damaged"):
         try:
             flat = dict(flatten(manifest.read_config(rundir)))
-            params, implied = choices.named(flat, manifest.choices(said))
+            params, implied = choices.named(flat, manifest.choices(run.manifest))
             later = ({"step": r["step"], **r["metrics"]} for r in metrics_log.read_evaluations(rundir))
             metrics = last_values([*metrics_log.read(rundir), *later])
         except (RunnerError, *lookup.DAMAGED) as error:
             status, reason = "damaged", str(error)
     if state.seconds:
         metrics[SECONDS] = state.seconds
-    hardware, mlflow = said.get("hardware") or {}, said.get("mlflow") or {}
+    hardware, mlflow = run.manifest.get("hardware") or {}, run.manifest.get("mlflow") or {}
     return Result(
-        run=_handle(rundir, sweep.path if sweep else None, outputs_dir, is_alone),
-        label=found.label,
+        run=_handle(rundir, sweep.path if sweep else None, outputs_dir, is_one_sweep),
+        label=run.label,
         status=status,
         reason=reason,
         params=params,
@@ -96,17 +96,17 @@ def _of(found: RunStatus, outputs_dir: Path, *, is_alone: bool) -> Result:
         folder=str(rundir.path),
         mlflow_id=str(mlflow.get("run_id") or ""),
         store=str(mlflow.get("uri") or ""),
-        created=float(said.get("created") or 0),
+        created=float(run.manifest.get("created") or 0),
         step=state.step,
         total_steps=state.total_steps,
         device=str(hardware.get("device_name") or ""),
     )
 
 
-def _handle(rundir: RunDir, sweep: Path | None, outputs_dir: Path, is_alone: bool) -> str:
-    """The shortest that is understood: the folder's name among those of one sweep, SWEEP/NAME, or the folder."""
+def _handle(rundir: RunDir, sweep: Path | None, outputs_dir: Path, is_one_sweep: bool) -> str:
+    """The shortest valid RUN: the folder's name if all runs are of one sweep, else SWEEP/NAME or the path."""
     if sweep:
-        return rundir.path.name if is_alone else f"{sweep.name}/{rundir.path.name}"
+        return rundir.path.name if is_one_sweep else f"{sweep.name}/{rundir.path.name}"
     if rundir.path.is_relative_to(outputs_dir.absolute()):
         return str(rundir.path.relative_to(outputs_dir.absolute()))
     return terminal.nearest(rundir.path)

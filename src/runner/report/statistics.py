@@ -1,6 +1,6 @@
-"""What a few repetitions allow one to say: a mean with its confidence interval, and whether two means differ.
+"""Means with confidence intervals, and Welch's t-test.
 
-Student's distribution is computed here, as importing scipy takes longer than everything else that is asked for.
+Student's t distribution is implemented here because importing scipy takes longer than the whole command.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Mean:
     n: int
     value: float
     half_width: float | None
-    """None where one value alone says nothing of the spread."""
+    """None for a single value."""
 
 
 def mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Mean:
-    """The mean with its interval by Student's t: it holds the true mean in 95 of 100 such experiments."""
+    """The mean with its confidence interval (Student's t): 95 % of such intervals contain the true mean."""
     n = len(values)
     if n < 2:
         return Mean(n, fmean(values), None)
@@ -33,27 +33,24 @@ def mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Mean:
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Two-sided p of Welch's t-test, which takes no equal variances for granted; None with less than two values each.
-
-    How likely means at least so far apart would be if both samples came from the same distribution.
-    """
+    """The two-sided p value of Welch's t-test (variances may differ); None if a sample has fewer than two values."""
     if min(len(first), len(second)) < 2:
         return None
     parts = [variance(values) / len(values) for values in (first, second)]
-    apart, spread = abs(fmean(first) - fmean(second)), sum(parts)
-    if spread == 0:
-        return 1.0 if apart == 0 else 0.0
-    freedom = spread**2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True))
-    return 2 * upper_tail(apart / math.sqrt(spread), freedom)
+    difference, total = abs(fmean(first) - fmean(second)), sum(parts)
+    if total == 0:
+        return 1.0 if difference == 0 else 0.0
+    freedom = total**2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True))
+    return 2 * upper_tail(difference / math.sqrt(total), freedom)
 
 
 def upper_tail(t: float, freedom: float) -> float:
-    """P(T > t) for t >= 0 and Student's distribution with ``freedom`` degrees (Abramowitz & Stegun 26.7.1)."""
+    """P(T > t) for t >= 0, T of Student's t distribution with ``freedom`` degrees (Abramowitz & Stegun 26.7.1)."""
     return 0.5 * _beta(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
 def quantile(probability: float, freedom: float) -> float:
-    """The t below which a variable of Student's distribution falls with this probability (0.5 and above)."""
+    """The quantile of Student's t distribution for a probability of at least 0.5, by bisection."""
     low, high = 0.0, 1.0
     while upper_tail(high, freedom) > 1 - probability:
         high *= 2
@@ -66,10 +63,10 @@ def quantile(probability: float, freedom: float) -> float:
 
 
 def _beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function (Abramowitz & Stegun 26.5.8), by the side that converges faster."""
+    """The regularised incomplete beta function (Abramowitz & Stegun 26.5.8)."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
+    if x > (a + 1) / (a + b + 2):  # the symmetric form converges faster there
         return 1 - _beta(1 - x, b, a)
     log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
     return math.exp(log_front) / a / _fraction(x, a, b)
