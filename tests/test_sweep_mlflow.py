@@ -494,7 +494,7 @@ def test_a_thousand_that_wait_are_not_read(outputs: Path) -> None:
     sweep = make_sweep(outputs, 40)
     queue = Queue(sweep)
     process = started(sweep)
-    eventually(lambda: "every run" in sweep.mirror_log.read_text())
+    eventually(lambda: "created all runs of the sweep in MLflow" in sweep.mirror_log.read_text())
     time.sleep(2)
     before = _bytes_read(process.pid)
     time.sleep(5)
