@@ -371,7 +371,7 @@ def test_only_our_gpus_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_follows_a_worker_to_its_end(outputs: Path) -> None:
     rundir = finish(make_run(outputs, system_metrics=True), status="running")
     with rundir.held(), ThreadPoolExecutor() as threads:
-        following = threads.submit(sync.follow, rundir)
+        following = threads.submit(follow.follow, rundir)
         eventually(lambda: rundir.system.exists() and len(rundir.system.read_text().splitlines()) > 1)
         metrics_log.append(rundir, {"step": 6, "time": 1.7e9, "train/loss": 0.0})
         rundir.write_state(status="completed")
@@ -393,7 +393,7 @@ def test_it_waits_for_what_is_new(outputs: Path) -> None:
     """A resumed run says ``killed`` until its worker has built the model: that end is an old one."""
     rundir = finish(make_run(outputs), status="killed")
     with rundir.held(), ThreadPoolExecutor() as threads:
-        following = threads.submit(sync.follow, rundir, rundir.read_state().updated)
+        following = threads.submit(follow.follow, rundir, rundir.read_state().updated)
         time.sleep(0.5)
         assert not following.done()
         rundir.write_state(status="completed")

@@ -658,7 +658,7 @@ def test_the_verbs_load_nothing_heavy_where_there_are_runs(verb: str, processes:
     code = f"from runner.cli import main\nimport sys\nmain.run(['{verb}', 'a/1'])\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
-    assert "runner.standing" in loaded
+    assert "runner.tracking.run_status" in loaded
     assert not loaded & {"torch", "transformers", "mlflow", "peft", "datasets", "submitit", "hydra", "omegaconf"}
 
 

@@ -1,4 +1,4 @@
-"""The GPUs that this process may use, found through NVML without importing torch; and the user name."""
+"""The GPUs that this process may use (through NVML, without importing torch), and the user name."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ def write(run: RunStatus, status: str, reason: str) -> RunStatus:
     """Correct state.json; no change if a worker holds the folder or the file has changed since it was read."""
     rundir = run.rundir
     try:
-        with rundir.held() as mine:
-            if mine and rundir.read_state() == run.state:
+        with rundir.held() as is_held:
+            if is_held and rundir.read_state() == run.state:
                 state = rundir.write_state(status=status, reason=reason)
                 return replace(run, status=status, reason=reason, state=state)
     except OSError as error:  # not writable: the correct status is shown nevertheless
@@ -104,7 +104,7 @@ def holder(rundir: RunDir) -> int | None:
 
 
 def supervisor(run: RunStatus) -> int | None:
-    """Pid of the local submitit process that runs it (launcher.cluster=local); None if there is none."""
+    """Pid of the local submitit process that supervises the run (launcher.cluster=local); None if there is none."""
     slurm = run.manifest.get("slurm") or {}
     if slurm.get("cluster") != "local":
         return None

@@ -62,7 +62,7 @@ def _open(sweep: SweepDir) -> str:
     """Create the MLflow runs; returns the error message, empty on success. The submitter starts the jobs next."""
     import mlflow  # noqa: F401 - takes seconds: import it while the submitter prepares the run folders
 
-    with locked(sweep.lock):  # the submitter holds this lock until sweep.json is complete
+    with locked(sweep.lock):  # the submitter holds this lock while it prepares the run folders
         pass
     problem = parent_run.try_open(sweep, queued=True)
     say(problem or "created all runs of the sweep in MLflow")

@@ -1,4 +1,4 @@
-"""Upload to MLflow what is missing there: run folders whose own upload process could not, and sweeps' parent runs."""
+"""Complete uploads to MLflow: of runs whose own upload process failed, and of the parent runs of sweeps."""
 
 from __future__ import annotations
 
