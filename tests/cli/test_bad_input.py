@@ -101,7 +101,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("broken override", ["quant=[4"], ""),
     ("one bad value of a sweep", ["-m", "lora.r=4,x"], "must be a whole number"),
     ("resume of nothing", ["resume=outputs/nowhere"], "there is no run or sweep"),
-    ("resume with other overrides", ["resume=outputs/nowhere", "seed=3"], "cannot take seed=3"),
+    ("resume with other overrides", ["resume=outputs/nowhere", "seed=3"], "cannot change seed=3"),
 ]
 
 BUILD: list[tuple[str, Callable[[Path], None], list[str], str]] = [
@@ -125,7 +125,7 @@ BUILD: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("weights that are not safetensors", pickled_weights, ["model=llama", "model.path=model"], "safetensors"),
     ("target modules that match nothing", nothing, ["model=tiny", "lora.target_modules=[c_attn]"], "q_proj"),
     ("outputs that cannot be written", a_file_for_outputs, ["model=tiny"], "outputs_dir"),
-    ("a folder with other files", a_foreign_folder, ["model=tiny", "hydra.run.dir=mine"], "holds other files"),
+    ("a folder with other files", a_foreign_folder, ["model=tiny", "hydra.run.dir=mine"], "contains files but no run"),
     ("a custom format that is not there", rows(GOOD_ROW),
      [*LOCAL, "data.path=rows.jsonl", "data/format=custom", "data.format.function=rows.py:convert"], "rows.py"),
 ]  # fmt: skip

@@ -73,7 +73,7 @@ def test_another_configuration_in_a_named_folder_is_refused_and_nothing_is_overw
     assert main.run([*QUICK, "hydra.run.dir=mine"]) == 0
     before = {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()}
     assert main.run([*QUICK, "hydra.run.dir=mine", "seed=2"]) == 2
-    assert "another configuration" in capfd.readouterr().err
+    assert "contains a run with another configuration" in capfd.readouterr().err
     assert {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()} == before
 
 
@@ -96,7 +96,7 @@ def test_resume_by_folder_and_by_itself(capfd: pytest.CaptureFixture[str]):
     stopped_at = rundir.read_state().step
     again = [*TINY, "train.max_steps=400", "train.save_steps=50"]
     assert main.run([f"resume={rundir.path}", "seed=1"]) == 2
-    assert "cannot take seed=1" in capfd.readouterr().err
+    assert "cannot change seed=1" in capfd.readouterr().err
     assert main.run([*again, "resume=auto"]) == 0
     assert f"resumed at step {stopped_at}/400" in capfd.readouterr().err
     assert runs() == [rundir]
@@ -111,7 +111,7 @@ def test_an_unfinished_twin_is_mentioned_and_left_alone(capfd: pytest.CaptureFix
     cfg = configuration(*QUICK)
     manifest.prepare(cfg, folder, [], []).write_state(status="killed")
     assert main.run(list(QUICK)) == 0
-    assert f"an unfinished run of this configuration lies in {folder.resolve()}" in capfd.readouterr().err
+    assert f"an unfinished run with this configuration is in {folder.resolve()}" in capfd.readouterr().err
     assert len(runs()) == 2
     assert RunDir(folder).read_state().status == "killed"
 
@@ -189,7 +189,7 @@ def test_a_sweep_runs_every_job_and_tells_how_each_ended():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["-m", "seed=1,2", "resume=outputs/x"], "this starts several"),
+        (["-m", "seed=1,2", "resume=outputs/x"], "this command starts several"),
         (["hydra.job.chdir=true"], "has no effect here"),
         (["hydra/launcher=basic"], "has no other option here"),
         (["--experimental-rerun", "x"], "is not for this program"),

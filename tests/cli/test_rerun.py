@@ -181,7 +181,7 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
         (["diff", "begun", "torn"], "the files of .*torn are damaged"),
         (["diff", "begun", "bare"], "has no manifest.json"),
         (["diff", "begun", "empty"], "is not a run folder"),
-        (["diff", "begun", "some"], "is a sweep, and one run is wanted"),
+        (["diff", "begun", "some"], "is a sweep, but one run is required"),
         (["diff", "begun", "nobody", "uri=sqlite:////nowhere/mlflow.db"], "no such database"),
         (["diff", "begun", "nobody", "uri=file:///tmp"], "no longer supports"),
         (["diff", "begun", "nobody", "uri="], "needs a value"),
@@ -398,7 +398,7 @@ def test_exact_is_refused_where_the_code_cannot_be_had(tmp_path: Path):
             worktree.provide(changed)
         return str(error.value)
 
-    assert "does not say which commit it ran" in refused(git={"sha": None})
+    assert "no commit is recorded" in refused(git={"sha": None})
     if checkout.current() is None:
         pytest.skip("these tests do not lie in a git checkout")
     assert "is not in" in refused(git={"sha": "0" * 40})

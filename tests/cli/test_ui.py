@@ -142,7 +142,7 @@ def test_what_ui_does_not_do_is_said(tmp_path: Path, capfd: pytest.CaptureFixtur
         (["--prot", "1"], "did you mean '--port'"),
         (["some"], "unexpected argument of ui"),
         ([f"uri=http://127.0.0.1:{port}"], "does not answer like an MLflow server"),
-        (["uri=ftp://somewhere"], "no scheme that MLflow can be reached by"),
+        (["uri=ftp://somewhere"], "is not a URI scheme supported by MLflow"),
     ):
         assert main.run(["ui", *words]) == 2, words
         told = capfd.readouterr().err

@@ -96,7 +96,7 @@ def test_a_run_is_found_by_the_name_of_its_folder():
     assert "is the name of 2 runs" in said
     assert "2026-11-24/23-07-46" in said
     said = refused("2026-11-23/23-0")
-    assert "2 begin so:" in said
+    assert "names that begin with '2026-11-23/23-0' (2):" in said
     assert "23-07-46" in said
     assert "23-08-00" in said
     assert "2026-11-24" not in said
@@ -107,16 +107,16 @@ def test_the_nearest_is_named_though_many_are_newer():
     for number in range(lookup.SHOWN + 1):
         played(f"new-{number}", name=f"lora.r={number}", created=10.0 + number)
     assert "outputs/old" not in refused("nothing like it"), "the latest are listed"
-    assert "1 begins so:\n      outputs/old  (run First try" in refused("First")
-    assert "1 has that in its name:\n      outputs/old  (run First try" in refused("first")
-    assert "9 have that in their names:\n      outputs/new-8" in refused("ora.r")
+    assert "names that begin with 'First' (1):\n      outputs/old  (run First try" in refused("First")
+    assert "names that contain 'first' (1):\n      outputs/old  (run First try" in refused("first")
+    assert "names that contain 'ora.r' (9):\n      outputs/new-8" in refused("ora.r")
     assert "did you mean 'optim.learning_rate=0.001'?" in refused("optim.learning_rate=0.01")
     assert lookup.resolve_run("optim.learning_rate=0.001", Path("outputs")).path.name == "old"
 
 
 def test_too_few_characters_of_an_id_are_said_to_be_too_few():
     run = played("one", mlflow={"run_id": "9abc" * 8})
-    assert "written with 4 characters or more" in refused("9")
+    assert "for an MLflow run id give 4 characters or more" in refused("9")
     assert "4 characters or more" in refused("nothing like it")
     assert lookup.resolve_run("9abc", Path("outputs")) == run
 
@@ -223,7 +223,7 @@ def test_damaged_folders_are_said_and_left_out(capsys: pytest.CaptureFixture[str
     assert lookup.resolve("a/good", Path("outputs")) == good
     with pytest.raises(ConfigError):
         lookup.resolve("nothing", Path("outputs"))
-    assert "left out, its files cannot be read" in caplog.text
+    assert "skipped, its files cannot be read" in caplog.text
 
 
 def test_help_teaches_and_nothing_yet_is_no_error(capsys: pytest.CaptureFixture[str]):
@@ -360,7 +360,7 @@ def test_a_worker_at_work_then_killed_with_its_mirror(
     state = rundir.read_state()
     assert re.search(rf"mine +running +\d+/100000 .* {state.pid}@{state.host}", out)
     assert "train" in out
-    assert "MLflow has not heard" not in err
+    assert "not fully uploaded to MLflow" not in err
     assert statuses(capsys)["mine"]["eta_s"]
 
     kill_mirror(rundir)
@@ -371,9 +371,9 @@ def test_a_worker_at_work_then_killed_with_its_mirror(
     assert re.search(r"mine +killed", out)
     assert DIED in out
     assert (rundir.read_state().status, rundir.read_state().reason) == ("killed", DIED)
-    assert "told: 1 killed" in err
+    assert "uploaded: 1 killed" in err
     assert mlflow_status(rundir) == "KILLED"
-    assert "MLflow has not heard" not in said_of("status", capsys=capsys)[2]
+    assert "not fully uploaded to MLflow" not in said_of("status", capsys=capsys)[2]
     assert "resume=outputs/2026-01-31/12-00-00" in said_of("status", "mine", capsys=capsys)[1]
 
 
@@ -594,7 +594,7 @@ def test_jobs_of_slurm_waiting_at_work_and_cancelled(slurm: None, capsys: pytest
 
     subprocess.run(["scancel", two.read_manifest()["slurm"]["job_id"]], check=True)
     until(lambda: statuses(capsys)["seed=2"]["status"] == "killed")
-    assert two.read_state().reason == "cancelled outside (scancel)"
+    assert two.read_state().reason == "cancelled with scancel"
 
     assert said_of("cancel", "seeds", capsys=capsys)[0] == 0
     assert [rundir.read_state().status for rundir in sweep.rundirs()] == ["killed"] * 3
@@ -612,7 +612,7 @@ def test_jobs_of_slurm_that_died_without_a_word(slurm: None, capsys: pytest.Capt
     submitted("name=early", "launcher.setup=['echo going wrong >&2; exit 3']", "tracking=offline")
     until(lambda: statuses(capsys)["early"]["status"] == "failed")
     # The number is accounting's, which may be behind the controller; that one says NonZeroExitCode.
-    why = r"Slurm: FAILED, .*(exit code 3|NonZeroExitCode), .*before the run began"
+    why = r"Slurm: FAILED, .*(exit code 3|NonZeroExitCode), .*before the run started"
     assert re.match(why, str(statuses(capsys)["early"]["reason"]))
     assert (
         "going wrong"

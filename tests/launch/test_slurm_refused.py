@@ -80,7 +80,7 @@ def test_a_slurm_conf_that_is_not_there_is_named(tmp_path: Path, monkeypatch: py
     if not shutil.which("sbatch"):
         pytest.skip("no sbatch here")
     monkeypatch.chdir(tmp_path)
-    assert "SLURM_CONF names /nowhere/slurm.conf, which is no file" in refused(SLURM_CONF="/nowhere/slurm.conf")
+    assert "SLURM_CONF=/nowhere/slurm.conf is not a file" in refused(SLURM_CONF="/nowhere/slurm.conf")
 
 
 # A controller that is down
@@ -123,7 +123,7 @@ def test_a_controller_that_is_down_is_told_in_its_own_words_and_soon(
     assert not (there / "asked").exists()
     assert said.startswith("error: launcher=slurm: the Slurm controller does not answer: Slurmctld(primary) at ")
     assert " is DOWN\n" in said
-    assert "ask who runs the cluster" in said
+    assert "contact the administrators of the cluster" in said
     with monkeypatch.context() as patched:
         patched.setenv("SLURM_CONF", silent)
         patched.setattr(slurm_client, "LONGEST_PING_S", 0.0)
@@ -152,7 +152,7 @@ def test_without_a_controller_status_tells_what_it_knows(silent: str):
     assert asked.returncode == 0, asked.stderr
     found = {Path(run["folder"]).name: (run["status"], run["reason"]) for run in json.loads(asked.stdout)}
     assert found["done"] == ("completed", "")
-    assert found["waiting"] == ("unknown", "it was given to Slurm as job 7, and Slurm does not answer")
+    assert found["waiting"] == ("unknown", "submitted as Slurm job 7; Slurm does not answer")
     assert found["alone"][0] == "pending"
     assert asked.stderr.count("Slurm does not answer") == 1
     assert waiting.read_state().status == "pending"

@@ -82,7 +82,7 @@ def test_a_folder_that_holds_something_else_is_refused_before_anything_is_writte
     (sweep.path / "notes").mkdir()
     (sweep.path / "notes" / "mine.txt").write_text("text")
     before = json.loads(sweep.manifest.read_text())
-    with pytest.raises(ResumeError, match="holds other files and no run"):
+    with pytest.raises(ResumeError, match="contains files but no run"):
         join(sweep, wanted(2, "notes"))
     assert sweep.read() == before
 

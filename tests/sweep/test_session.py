@@ -173,7 +173,7 @@ def test_a_named_sweep_and_named_folders(tmp_path: Path, cache: Path):
     ("words", "told"),
     [
         (["-m", "lora.r=4,8", "hydra.sweep.dir=there"], "this folder contains other files and no sweep"),
-        (["-m", "lora.r=4,8", "resume=auto"], "is for a single run"),
+        (["-m", "lora.r=4,8", "resume=auto"], "is for a single run, but this command starts several"),
         (["-m", "seed=1,2", "outputs_dir=a,b"], "cannot be swept"),
         (["sweep=mine"], "has no effect without -m"),
         (["launcher.parallel=2"], "has no effect without -m"),

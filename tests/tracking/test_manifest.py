@@ -63,7 +63,7 @@ def test_a_folder_is_prepared_once_and_kept(tmp_path: Path):
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path: Path):
     prepare.prepare(config(), tmp_path, [], [])
-    with pytest.raises(ResumeError, match="another configuration"):
+    with pytest.raises(ResumeError, match="contains a run with another configuration"):
         prepare.prepare(config(seed=1), tmp_path, [], [])
 
 

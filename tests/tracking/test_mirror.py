@@ -492,7 +492,7 @@ def test_kill_9_of_the_worker_then_of_the_mirror(outputs: Path) -> None:
     enough(rundir)
     result = result_of(worker)
     assert result["unsent"] > 0
-    assert "ended with code -9" in result["message"]
+    assert "the upload process ended with exit code -9" in result["message"]
     assert the_run(rundir).info.status == "RUNNING"
     (synced,) = sync.sync([rundir.path])
     assert (synced.status, synced.unsent, synced.problem) == ("completed", 0, "")
@@ -583,7 +583,7 @@ def test_sync_of_offline_dead_and_broken_runs(outputs: Path) -> None:
     assert len(results) == 5
     assert (results[done.path].status, results[done.path].problem) == ("completed", "")
     assert (results[dead.path].status, dead.read_state().reason) == ("killed", DIED)
-    assert "has not started" in results[waiting.path].problem
+    assert "not started yet" in results[waiting.path].problem
     assert "config.yaml cannot be read" in results[broken.path].problem
     assert "another-machine" in results[elsewhere.path].problem
     assert elsewhere.read_state().status == "running", "who is not on that machine cannot know"
@@ -600,7 +600,7 @@ def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkey
     with pytest.raises(TrackingError, match="refused") as refused:
         sync_verb.main([str(outputs), "uri=http://127.0.0.1:9"])
     assert len(refused.value.faults) == 1, "said once, not for each run"
-    with pytest.raises(ConfigError, match=r"is in sqlite:.*already, and a run is in one store"):
+    with pytest.raises(ConfigError, match=r"is already in sqlite:.*, and a run can be in one store only"):
         sync_verb.main([str(rundir.path), f"uri=sqlite:///{outputs}/other.db"])
     assert (rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()) == before
     assert capsys.readouterr().out == "", "what is in MLflow, and nothing else"
@@ -611,12 +611,12 @@ def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkey
     with pytest.raises(ConfigError, match="--force: no such option"):
         sync_verb.main(["--force"])
     monkeypatch.chdir(outputs / "mlartifacts")
-    with pytest.raises(ConfigError, match="outputs holds no run"):
+    with pytest.raises(ConfigError, match="outputs contains no run"):
         sync_verb.main([])
 
 
 def test_sync_says_what_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(ConfigError, match="contains no run"):
         sync.sync([tmp_path])
     with pytest.raises(ConfigError, match="did you mean 'http'"):
         sync.sync([tmp_path], "htp://host")

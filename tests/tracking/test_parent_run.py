@@ -336,7 +336,7 @@ def test_sync_leaves_jobs_of_slurm_to_slurm(outputs: Path) -> None:
     for rundir, scheduler_id in ((ours, "12_0"), (dead, "")):
         finish(rundir).write_state(status="running", host=os.uname().nodename, scheduler_id=scheduler_id)
     results = sync.sync([sweep.path])
-    assert "asks Slurm" in results[0].problem
+    assert "running as Slurm job 12_0; to check this: python -m runner status" in results[0].problem
     assert (ours.read_state().status, dead.read_state().reason) == ("running", DIED)
     assert (statuses(sweep), parent_of(sweep).info.status) == (["RUNNING", "KILLED"], "RUNNING")
 
@@ -494,7 +494,7 @@ def test_a_thousand_that_wait_are_not_read(outputs: Path) -> None:
     sweep = make_sweep(outputs, 40)
     queue = Queue(sweep)
     process = started(sweep)
-    eventually(lambda: "every run" in sweep.mirror_log.read_text())
+    eventually(lambda: "created all runs of the sweep in MLflow" in sweep.mirror_log.read_text())
     time.sleep(2)
     before = _bytes_read(process.pid)
     time.sleep(5)

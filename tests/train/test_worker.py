@@ -85,7 +85,7 @@ def test_a_refusal_after_a_kill_that_nobody_wrote_down_says_killed(
         assert worker.work(rundir) == 2
     state = rundir.read_state()
     assert (state.status, state.step) == ("killed", 3)
-    assert "died without saying so" in state.reason
+    assert "worker killed (SIGKILL or out of memory)" in state.reason
     assert worker.work(rundir) == 0
 
 

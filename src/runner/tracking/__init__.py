@@ -1,1 +1,1 @@
-"""The run folder: its files, its status, how to find it."""
+"""Run folders: their files, their status, how to find them, and their upload to MLflow."""

@@ -1,6 +1,6 @@
-"""The project's git checkout: which commit, what is not committed, what lies between two codes, and a copy of one.
+"""The git checkout of this project: current commit and uncommitted changes, diffs, and worktrees for old commits.
 
-A *code* is a commit and the uncommitted changes on top of it, as a patch that ``git apply`` takes.
+A ``Code`` is a commit with the uncommitted changes on top of it, as a patch for ``git apply``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from runner.secrets import redact
 HERE = PACKAGE
 TIMEOUT_S = 60
 _PLAIN = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--src-prefix=a/", "--dst-prefix=b/")
-"""Whatever the user's own git is configured to show."""
-_ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
-"""What git sets for its hooks: a run that a hook starts would be told of another repository."""
+"""The same diff format for every user, whatever their git configuration."""
+_HOOK_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
+"""Environment variables that git sets for hooks; they would point a run started by a hook to another repository."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """A commit, and the changes on top of it."""
+    """A commit and the uncommitted changes on top of it."""
 
     sha: str
     patch: str = ""
@@ -37,7 +37,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Changed:
-    """A file that two codes differ in, with the number of lines; None for a binary one."""
+    """A file that differs between two codes, with numbers of added and removed lines (None for a binary file)."""
 
     file: str
     added: int | None
@@ -49,10 +49,7 @@ class Changed:
 
 @functools.cache
 def current() -> Code | None:
-    """The code of the checkout that this process runs from, new files of the program included; asked once a process.
-
-    None where there is no git, or no checkout.
-    """
+    """The code that this process runs, including untracked source files; None without git or a checkout. Cached."""
     sha = _try("rev-parse", "HEAD")
     if sha is None or (top := top_folder()) is None:
         return None
@@ -61,7 +58,7 @@ def current() -> Code | None:
 
 
 def note(code: Code | None) -> tuple[dict[str, object], str]:
-    """What is written down of a code: {sha, dirty, diff_sha256, redacted}, and the patch without secrets."""
+    """(entry for the manifest: {sha, dirty, diff_sha256, redacted}, patch without secrets)."""
     if code is None:
         return {"sha": None, "dirty": None}, ""
     kept = redact(code.patch)
@@ -71,7 +68,7 @@ def note(code: Code | None) -> tuple[dict[str, object], str]:
 
 
 def top_folder() -> Path | None:
-    """The top of the checkout that this process runs from; None if that is somebody else's, around an environment."""
+    """Top folder of this project's checkout; None if the package is installed inside another repository."""
     top = _try("rev-parse", "--show-toplevel")
     return Path(top.strip()) if top and _try("ls-files", "--error-unmatch", "errors.py") is not None else None
 
@@ -82,10 +79,10 @@ def has(sha: str) -> bool:
 
 
 def between(ours: Code, theirs: Code) -> list[Changed]:
-    """The files that differ between two codes, uncommitted changes included.
+    """The files that differ between two codes, including uncommitted changes.
 
     Raises:
-        ConfigError: git cannot say: one of the commits is not here, or its patch does not apply.
+        ConfigError: a commit is not in this repository, or a patch does not apply.
     """
     with _trees(ours, theirs) as (first, second, environment):
         table = _git(*_PLAIN, "--numstat", "-z", first, second, environment=environment)
@@ -94,7 +91,7 @@ def between(ours: Code, theirs: Code) -> list[Changed]:
 
 
 def patch_between(ours: Code, theirs: Code) -> str:
-    """The lines that differ, as git shows them.
+    """The differing lines, as printed by git diff.
 
     Raises:
         ConfigError: as ``between``.
@@ -104,56 +101,56 @@ def patch_between(ours: Code, theirs: Code) -> str:
 
 
 def refuse_unknown(sha: str | None) -> Path:
-    """The top of this checkout, whose repository has the commit.
+    """Top folder of this checkout; its repository contains the commit.
 
     Raises:
-        ConfigError: there is no git, no checkout, no commit recorded, or this one is not there.
+        ConfigError: no git, no checkout, no recorded commit, or the commit is not in the repository.
     """
     if not sha:
-        problem = "the run does not say which commit it ran: it was not started from a git checkout"
-        raise ConfigError(Fault("--exact", problem, "leave --exact out: it runs with the code that is here"))
+        problem = "no commit is recorded for this run: it was not started from a git checkout"
+        raise ConfigError(Fault("--exact", problem, "omit --exact to run with the current code"))
     if _try("--version") is None:
-        raise ConfigError(Fault("--exact", "needs git, and there is none here", "install git, or leave --exact out"))
+        raise ConfigError(Fault("--exact", "needs git, which is not installed", "install git, or omit --exact"))
     top = top_folder()
     if top is None:
-        problem = f"runner is not started from a git checkout here ({HERE})"
-        raise ConfigError(Fault("--exact", problem, "clone the project and start it there, or leave --exact out"))
+        problem = f"this runner is not in a git checkout ({HERE})"
+        raise ConfigError(Fault("--exact", problem, "start runner from a clone of the project, or omit --exact"))
     if not has(sha):
-        remedy = "fetch it (git fetch --all), or use the clone that the run was started from"
+        remedy = "fetch it (git fetch --all), or use the clone from which the run was started"
         raise ConfigError(Fault("--exact", f"the commit {sha} is not in {top}", remedy))
     return top
 
 
 def add_worktree(code: Code, folder: Path) -> None:
-    """Check the code out into ``folder``, a worktree of this repository, with its patch applied.
+    """Check out the code, with its patch applied, as a git worktree in ``folder``.
 
     Raises:
-        ConfigError: git cannot: with its own words.
+        ConfigError: git fails; contains git's message.
     """
     top = refuse_unknown(code.sha)
     try:
-        # Forced, for a folder of the same name that somebody has removed without telling git.
+        # --force: git may still list a worktree of the same name whose folder was removed.
         _git("worktree", "add", "--force", "--detach", str(folder), code.sha, cwd=top)
         if code.patch:
-            _git("apply", "--whitespace=nowarn", "-", cwd=folder, given=code.patch)
+            _git("apply", "--whitespace=nowarn", "-", cwd=folder, stdin=code.patch)
     except subprocess.CalledProcessError as error:
         remove_worktree(folder)
-        what = "the recorded uncommitted changes do not apply" if "apply" in error.cmd else "git makes no worktree"
-        remedy = "leave --exact out: it runs with the code that is here"
-        raise ConfigError(Fault("--exact", f"{what} of {code.sha[:12]}: {_words(error)}", remedy)) from error
+        what = "the recorded uncommitted changes do not apply" if "apply" in error.cmd else "git worktree add failed"
+        problem = f"{what} (commit {code.sha[:12]}): {_stderr(error)}"
+        raise ConfigError(Fault("--exact", problem, "omit --exact to run with the current code")) from error
 
 
 def remove_worktree(folder: Path) -> None:
-    """Take a worktree that ``add_worktree`` made away again."""
+    """Remove a worktree created by ``add_worktree``."""
     _try("worktree", "remove", "--force", "--force", str(folder))
 
 
 @contextmanager
 def _trees(*codes: Code) -> Iterator[tuple[str, str, Mapping[str, str]]]:
-    """The trees of two codes and the environment in which git finds them; the repository stays as it was."""
+    """Write two codes as git trees into a temporary object store; yields both tree ids and the environment for git."""
     objects = _try("rev-parse", "--git-path", "objects")
     if objects is None:
-        raise ConfigError(Fault("", "there is no git checkout here"))
+        raise ConfigError(Fault("", "not a git checkout"))
     with tempfile.TemporaryDirectory(prefix="runner-") as folder:
         environment = {
             "GIT_OBJECT_DIRECTORY": folder,
@@ -170,27 +167,27 @@ def _tree(code: Code, environment: Mapping[str, str]) -> str:
     try:
         _git("read-tree", code.sha, environment=environment)
         if code.patch:
-            _git("apply", "--cached", "--whitespace=nowarn", "-", environment=environment, given=code.patch,
+            _git("apply", "--cached", "--whitespace=nowarn", "-", environment=environment, stdin=code.patch,
                  cwd=top_folder() or HERE)  # fmt: skip
         return _git("write-tree", environment=environment).strip()
     except subprocess.CalledProcessError as error:
-        problem = f"the recorded uncommitted changes on {code.sha[:12]} cannot be read: {_words(error)}"
+        problem = f"the recorded uncommitted changes do not apply (commit {code.sha[:12]}): {_stderr(error)}"
         raise ConfigError(Fault("", problem)) from error
 
 
 def _new_files(top: Path) -> str:
-    """The patch that makes those files of the program which git does not know yet."""
-    listed = _try("ls-files", "-z", "--others", "--exclude-standard", "--", "src", "conf", cwd=top) or ""
-    if not (names := [name for name in listed.split("\0") if name]):
+    """A patch that adds the untracked files in src and conf."""
+    untracked = _try("ls-files", "-z", "--others", "--exclude-standard", "--", "src", "conf", cwd=top) or ""
+    if not (names := [name for name in untracked.split("\0") if name]):
         return ""
-    with tempfile.TemporaryDirectory(prefix="runner-") as folder:  # the user's index stays as it is
+    with tempfile.TemporaryDirectory(prefix="runner-") as folder:  # do not change the user's index
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
         _try("add", "--intent-to-add", "--", *names, cwd=top, environment=index)
         return _try(*_PLAIN, "--binary", "--", *names, cwd=top, environment=index) or ""
 
 
 def _try(*arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str | None:
-    """What git says; None where it cannot."""
+    """Output of git; None if it fails."""
     try:
         return _git(*arguments, cwd=cwd, environment=environment)
     except (OSError, subprocess.SubprocessError):
@@ -198,21 +195,21 @@ def _try(*arguments: str, cwd: Path | None = None, environment: Mapping[str, str
 
 
 def _git(
-    *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None, given: str | None = None
+    *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None, stdin: str | None = None
 ) -> str:
-    inherited = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
-    done = subprocess.run(
+    inherited = {name: value for name, value in os.environ.items() if name not in _HOOK_VARIABLES}
+    result = subprocess.run(
         ["git", *arguments],
         cwd=cwd or HERE,
         env={**inherited, "LC_ALL": "C", **(environment or {})},
-        input=given.encode("utf-8", "surrogateescape") if given is not None else None,
-        stdin=subprocess.DEVNULL if given is None else None,
+        input=stdin.encode("utf-8", "surrogateescape") if stdin is not None else None,
+        stdin=subprocess.DEVNULL if stdin is None else None,
         capture_output=True,
         check=True,
         timeout=TIMEOUT_S,
     )
-    return done.stdout.decode("utf-8", "surrogateescape")
+    return result.stdout.decode("utf-8", "surrogateescape")
 
 
-def _words(error: subprocess.CalledProcessError) -> str:
+def _stderr(error: subprocess.CalledProcessError) -> str:
     return " ".join(bytes(error.stderr or b"").decode(errors="replace").split())[:300] or str(error)

@@ -1,6 +1,6 @@
-"""RUN as people write it: a folder, an MLflow run id, a Slurm job id, the name of a run or of a sweep.
+"""Find the run or sweep for RUN: a folder, an MLflow run id, a Slurm job id, or the name of a run or sweep.
 
-Every manifest below the outputs folder is read once; a damaged one is left out, and that is said.
+Reads every manifest below the outputs folder once; skips damaged ones with a warning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from runner import terminal
 from runner.errors import ConfigError, Fault, suggest
@@ -21,56 +20,57 @@ from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir, sweep_of
 
 SHORTEST_ID = 4
-"""Characters of an MLflow run id: fewer are more likely a name that was cut short."""
+"""Minimum characters of an MLflow run id prefix: shorter words are more likely part of a name."""
 SHOWN, WIDEST = 8, 48
-"""Lines that a message lists, and characters of a name in them."""
+"""Maximum lines of a list in a message, and maximum characters of a name in it."""
 DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError)
-"""What reading the files of a run folder raises that a crash, a disk or a person has spoilt."""
+"""Errors of reading a run folder with damaged files."""
 log = logging.getLogger("runner")
 
 
 def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
-    """The run or the sweep that ``word`` means.
+    """The run or sweep that ``word`` names.
 
-    A folder counts from the current directory or from ``outputs_dir``, or its own name alone; an MLflow id may be cut
-    to a unique prefix; a job of a sweep is also SWEEP/LABEL, and a part of a label (``quant=4bit,lora.r=8``) will do.
+    ``word`` may be a folder (relative to the current directory or to ``outputs_dir``, or its last component only), a
+    unique prefix of an MLflow id, a Slurm job id, a name, SWEEP/LABEL, or some parts of a label
+    (``quant=4bit,lora.r=8``).
 
     Raises:
-        ConfigError: there is none (with the nearest names), or there are several (with all of them).
+        ConfigError: no match (with the nearest names), or several matches (with all of them).
     """
     if folder := _folder(word, outputs_dir):
         return folder
     entries = list(_entries(outputs_dir))
-    found = _sweeps_over_their_runs([entry for entry in entries if word in entry.names])
-    found = found or [entry for entry in entries if word == entry.what.path.name]
-    if not found and len(word) >= SHORTEST_ID:
-        found = [entry for entry in entries if entry.mlflow_id.startswith(word)]
-    found = found or [entry for entry in entries if any(_says(name, word) for name in entry.names)]
-    if len(found) == 1:
-        return found[0].what
-    if found:
-        remedy = f"name one of these folders:{_listed(_newest_first(found))}"
-        raise ConfigError(Fault("", f"'{word}' is the name of {len(found)} runs", remedy))
+    matches = _without_runs_of_matching_sweeps([entry for entry in entries if word in entry.names])
+    matches = matches or [entry for entry in entries if word == entry.what.path.name]
+    if not matches and len(word) >= SHORTEST_ID:
+        matches = [entry for entry in entries if entry.mlflow_id.startswith(word)]
+    matches = matches or [entry for entry in entries if any(_has_parts(name, word) for name in entry.names)]
+    if len(matches) == 1:
+        return matches[0].what
+    if matches:
+        remedy = f"name one of these folders:{_listed(matches)}"
+        raise ConfigError(Fault("", f"'{word}' is the name of {len(matches)} runs", remedy))
     raise ConfigError(
         Fault("", f"there is no run or sweep '{word}' below {outputs_dir}", _nearest(word, entries, outputs_dir))
     )
 
 
 def resolve_run(word: str, outputs_dir: Path) -> RunDir:
-    """The single run that ``word`` means.
+    """The single run that ``word`` names.
 
     Raises:
-        ConfigError: as ``resolve``, and for a sweep (with its runs).
+        ConfigError: as ``resolve``; also for a sweep (with its runs).
     """
-    found = resolve(word, outputs_dir)
-    if isinstance(found, RunDir):
-        return found
-    lines = _lines(_runs_of_sweep(found))
-    raise ConfigError(Fault("", f"'{word}' is a sweep, and one run is wanted", f"name one of its runs:{lines}"))
+    match = resolve(word, outputs_dir)
+    if isinstance(match, RunDir):
+        return match
+    lines = _lines(_runs_of_sweep(match))
+    raise ConfigError(Fault("", f"'{word}' is a sweep, but one run is required", f"name one of its runs:{lines}"))
 
 
 def meant(word: str, outputs_dir: Path) -> list[tuple[RunDir | SweepDir, bool]]:
-    """What a word means, and whether that is its name: a run or a sweep, or everything below a folder.
+    """(run or sweep, True) if ``word`` names one, else (…, False) for all runs and sweeps below the folder ``word``.
 
     Raises:
         ConfigError: as ``resolve``.
@@ -79,29 +79,29 @@ def meant(word: str, outputs_dir: Path) -> list[tuple[RunDir | SweepDir, bool]]:
         return [(resolve(word, outputs_dir), True)]
     except ConfigError:
         folders = [path for path in (Path(word).expanduser(), outputs_dir / word) if path.is_dir()]
-        below = [(what, False) for path in folders[:1] for what in scan(path.resolve())]
-        if not below:
+        contents = [(what, False) for path in folders[:1] for what in scan(path.resolve())]
+        if not contents:
             raise
-        return below
+        return contents
 
 
 def scan(folder: Path) -> Iterator[RunDir | SweepDir]:
-    """The run or sweep that ``folder`` is, or all of those below it; those of a sweep count as one.
+    """The run or sweep in ``folder`` itself, else all runs and sweeps below it; a sweep is one item, without its runs.
 
-    Only names of files are looked at, and nothing below a run or a sweep.
+    Checks file names only, and does not descend into a run or a sweep.
     """
-    for place, below, files in os.walk(folder.absolute()):
-        below[:] = sorted(name for name in below if not name.startswith(".") and name != "mlartifacts")
+    for path, subfolders, files in os.walk(folder.absolute()):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "mlartifacts")
         if "sweep.json" in files:
-            below.clear()
-            yield SweepDir(Path(place))
+            subfolders.clear()
+            yield SweepDir(Path(path))
         elif "state.json" in files or "manifest.json" in files:
-            below.clear()
-            yield RunDir(Path(place))
+            subfolders.clear()
+            yield RunDir(Path(path))
 
 
 def runs_of(sweep: SweepDir) -> list[RunDir]:
-    """The runs of a sweep; none, and a warning, where sweep.json cannot be read."""
+    """The runs of a sweep; an empty list and a warning if sweep.json cannot be read."""
     try:
         return sweep.rundirs()
     except DAMAGED as error:
@@ -110,13 +110,13 @@ def runs_of(sweep: SweepDir) -> list[RunDir]:
 
 
 def say_damaged(folder: Path, error: Exception) -> None:
-    """Warn of a folder that is left out."""
-    log.warning(f"left out, its files cannot be read: {folder} ({type(error).__name__}: {error})")
+    """Warn that a folder is skipped."""
+    log.warning(f"skipped, its files cannot be read: {folder} ({type(error).__name__}: {error})")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A run or a sweep and what it may be called."""
+    """A run or a sweep with its names."""
 
     what: RunDir | SweepDir
     names: tuple[str, ...]
@@ -124,25 +124,22 @@ class _Entry:
     created: float
 
     def line(self, name: str) -> str:
-        made = time.strftime("%F %T", time.localtime(self.created)) if self.created else ""
+        created = time.strftime(", created %F %T", time.localtime(self.created)) if self.created else ""
         kind = "sweep" if isinstance(self.what, SweepDir) else "run"
-        return f"{terminal.nearest(self.what.path)}  ({kind} {name}{', made ' + made if made else ''})"
+        return f"{terminal.nearest(self.what.path)}  ({kind} {name}{created})"
 
 
 def _entries(outputs_dir: Path) -> Iterator[_Entry]:
-    for found in scan(outputs_dir):
-        if isinstance(found, SweepDir):
-            yield from _of_sweep(found)
-        else:
-            yield from _of_run(found)
+    for what in scan(outputs_dir):
+        yield from _of_sweep(what) if isinstance(what, SweepDir) else _of_run(what)
 
 
 def _of_sweep(sweep: SweepDir) -> Iterator[_Entry]:
     try:
-        said = sweep.read()
-        mlflow_id = str((said.get("mlflow") or {}).get("parent_run_id") or "")
-        name = str(said.get("name") or sweep.path.name)
-        yield _Entry(sweep, (name, sweep.path.name), mlflow_id, float(said.get("created") or 0))
+        manifest = sweep.read()
+        mlflow_id = str((manifest.get("mlflow") or {}).get("parent_run_id") or "")
+        name = str(manifest.get("name") or sweep.path.name)
+        yield _Entry(sweep, (name, sweep.path.name), mlflow_id, float(manifest.get("created") or 0))
         rundirs = sweep.rundirs()
     except DAMAGED as error:
         return say_damaged(sweep.path, error)
@@ -152,13 +149,13 @@ def _of_sweep(sweep: SweepDir) -> Iterator[_Entry]:
 
 def _of_run(rundir: RunDir, sweep: str = "") -> Iterator[_Entry]:
     try:
-        said: dict[str, Any] = rundir.read_manifest()
-        own = [said.get("label"), said.get("name"), rundir.path.name if sweep else None]
+        manifest = rundir.read_manifest()
+        own = [manifest.get("label"), manifest.get("name"), rundir.path.name if sweep else None]
         names = [str(name) for name in own if name]
         names += [f"{sweep}/{name}" for name in names if sweep]
-        names += [str(job) for job in [(said.get("slurm") or {}).get("job_id")] if job]
-        mlflow_id = str((said.get("mlflow") or {}).get("run_id") or "")
-        yield _Entry(rundir, tuple(names) or (rundir.path.name,), mlflow_id, float(said.get("created") or 0))
+        names += [str(job) for job in [(manifest.get("slurm") or {}).get("job_id")] if job]
+        mlflow_id = str((manifest.get("mlflow") or {}).get("run_id") or "")
+        yield _Entry(rundir, tuple(names) or (rundir.path.name,), mlflow_id, float(manifest.get("created") or 0))
     except DAMAGED as error:
         say_damaged(rundir.path, error)
 
@@ -172,16 +169,16 @@ def _folder(word: str, outputs_dir: Path) -> RunDir | SweepDir | None:
     return None
 
 
-def _says(name: str, word: str) -> bool:
-    """Whether all parts of ``word`` are among those of ``name``, both with the same sweep before them, or none."""
-    (sweep, _, label), (wanted, _, parts) = name.rpartition("/"), word.rpartition("/")
-    return sweep == wanted and set(parts.split(",")) <= set(label.split(","))
+def _has_parts(name: str, word: str) -> bool:
+    """Whether ``name`` has all comma-separated parts of ``word``, and both have the same sweep prefix (or none)."""
+    (name_sweep, _, label), (word_sweep, _, parts) = name.rpartition("/"), word.rpartition("/")
+    return name_sweep == word_sweep and set(parts.split(",")) <= set(label.split(","))
 
 
-def _sweeps_over_their_runs(found: list[_Entry]) -> list[_Entry]:
-    """A sweep named like its runs is the sweep."""
-    sweeps = {entry.what.path for entry in found if isinstance(entry.what, SweepDir)}
-    return [entry for entry in found if isinstance(entry.what, SweepDir) or not _is_in(entry.what, sweeps)]
+def _without_runs_of_matching_sweeps(matches: list[_Entry]) -> list[_Entry]:
+    """A sweep and its runs may have the same name: then the name means the sweep."""
+    sweeps = {entry.what.path for entry in matches if isinstance(entry.what, SweepDir)}
+    return [entry for entry in matches if isinstance(entry.what, SweepDir) or not _is_in(entry.what, sweeps)]
 
 
 def _is_in(rundir: RunDir, sweeps: set[Path]) -> bool:
@@ -190,61 +187,58 @@ def _is_in(rundir: RunDir, sweeps: set[Path]) -> bool:
 
 
 def _nearest(word: str, entries: list[_Entry], outputs_dir: Path) -> str:
+    """A remedy with the names nearest to ``word``."""
     if not entries:
-        return "outputs_dir=FOLDER names another folder of runs"
-    if begun := [entry for entry in entries if _begins(entry, word, outputs_dir)]:
-        return f"{len(begun)} {'begins' if len(begun) == 1 else 'begin'} so:{_listed(_newest_first(begun))}"
-    if len(word) < SHORTEST_ID and (alike := [entry for entry in entries if entry.mlflow_id.startswith(word)]):
-        few = f"an MLflow run id is written with {SHORTEST_ID} characters or more"
-        return f"{few}; those that begin so:{_listed(_newest_first(alike))}"
-    if holding := [entry for entry in entries if any(word.lower() in name.lower() for name in entry.names)]:
-        has = "has that in its name" if len(holding) == 1 else "have that in their names"
-        return f"{len(holding)} {has}:{_listed(_newest_first(holding))}"
+        return "set outputs_dir=FOLDER to search another folder"
+    if matches := [entry for entry in entries if _begins(entry, word, outputs_dir)]:
+        return f"names that begin with '{word}' ({len(matches)}):{_listed(matches)}"
+    if len(word) < SHORTEST_ID and (matches := [entry for entry in entries if entry.mlflow_id.startswith(word)]):
+        return f"for an MLflow run id give {SHORTEST_ID} characters or more; ids with this prefix:{_listed(matches)}"
+    if matches := [entry for entry in entries if any(word.lower() in name.lower() for name in entry.names)]:
+        return f"names that contain '{word}' ({len(matches)}):{_listed(matches)}"
     names = {name for entry in entries for name in (*entry.names, terminal.nearest(entry.what.path))}
     if hint := suggest(word, names) or suggest(word, {part for name in names for part in name.split(",")}):
         return hint
-    latest = _listed(_newest_first(entries))
-    form = f"a folder, a name or the beginning of an MLflow run id ({SHORTEST_ID} characters or more)"
-    return f"RUN is {form}; the latest:{latest}"
+    forms = f"a folder, a name or the beginning of an MLflow run id ({SHORTEST_ID} characters or more)"
+    return f"RUN is {forms}; the latest:{_listed(entries)}"
 
 
 def _begins(entry: _Entry, word: str, outputs_dir: Path) -> bool:
-    """Whether a name of a run, or its folder as one writes it, begins so."""
+    """Whether a name of the run, or its path in any notation, begins with ``word``."""
     path = entry.what.path
-    below = [str(path.relative_to(outputs_dir.absolute()))] if path.is_relative_to(outputs_dir.absolute()) else []
-    written = (*entry.names, path.name, str(path), terminal.nearest(path), *below)
-    return any(text.startswith(word) for text in written)
+    relative = [str(path.relative_to(outputs_dir.absolute()))] if path.is_relative_to(outputs_dir.absolute()) else []
+    texts = (*entry.names, path.name, str(path), terminal.nearest(path), *relative)
+    return any(text.startswith(word) for text in texts)
 
 
 def _runs_of_sweep(sweep: SweepDir) -> list[str]:
-    """A line for each run: its folder, what it is called and how it stands; the best, which is marked, first."""
-    found: list[tuple[float, str, str, str]] = []
+    """One line per run: folder, label, and loss or status; the best run first, with a mark."""
+    rows: list[tuple[float, str, str, str]] = []
     for rundir in runs_of(sweep):
         with contextlib.suppress(*DAMAGED):
-            state, said = rundir.read_state(), rundir.read_manifest()
+            state, manifest = rundir.read_state(), rundir.read_manifest()
             loss = state.summary.get("eval/loss") if state.status == "completed" else None
             cost = float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
-            how = f"loss {cost:.4f}" if math.isfinite(cost) else state.status
-            found.append((cost, terminal.nearest(rundir.path), str(said.get("label") or said.get("name") or ""), how))
-    best = min(found, default=None)
-    found.sort(key=lambda each: each is not best)
-    labels = terminal.told_apart([label for _, _, label, _ in found], WIDEST)
-    marks = [" ★ the best" if each is best and math.isfinite(each[0]) else "" for each in found]
-    rows = zip(found, labels, marks, strict=True)
-    return [f"{folder}  ({label}, {how}){mark}" for (_, folder, _, how), label, mark in rows]
+            result = f"loss {cost:.4f}" if math.isfinite(cost) else state.status
+            label = str(manifest.get("label") or manifest.get("name") or "")
+            rows.append((cost, terminal.nearest(rundir.path), label, result))
+    best = min(rows, default=None)
+    rows.sort(key=lambda row: row is not best)
+    labels = terminal.told_apart([label for _, _, label, _ in rows], WIDEST)
+    marks = [" ★ the best" if row is best and math.isfinite(row[0]) else "" for row in rows]
+    parts = zip(rows, labels, marks, strict=True)
+    return [f"{folder}  ({label}, {result}){mark}" for (_, folder, _, result), label, mark in parts]
 
 
-def _newest_first(entries: Iterable[_Entry]) -> list[_Entry]:
-    return sorted(entries, key=lambda entry: entry.created, reverse=True)
-
-
-def _listed(entries: Sequence[_Entry]) -> str:
+def _listed(entries: Iterable[_Entry]) -> str:
+    """One line per entry, newest first, at most ``SHOWN``."""
+    entries = sorted(entries, key=lambda entry: entry.created, reverse=True)
     names = terminal.told_apart([entry.names[0] for entry in entries[:SHOWN]], WIDEST)
     return _lines([entry.line(name) for entry, name in zip(entries, names, strict=False)], len(entries))
 
 
 def _lines(lines: Sequence[str], count: int = 0) -> str:
-    """One below the other; ``count``: of so many."""
+    """The lines as an indented list, at most ``SHOWN``; ``count``: number of items if ``lines`` contains only some."""
     count = max(count, len(lines))
     more = [f"… and {count - SHOWN} more"] if count > SHOWN else []
     return "".join(f"\n      {line}" for line in [*lines[:SHOWN], *more])

@@ -1,8 +1,4 @@
-"""Samples of the machine that a run trains on: CPU, memory, disk, and those GPUs that are ours.
-
-MLflow's own monitor stops for good at its first failing call and shows every GPU of the node; this one skips what
-fails and looks at ``CUDA_VISIBLE_DEVICES`` only. The names are MLflow's, so that its charts find them.
-"""
+"""The GPUs that this process may use (through NVML, without importing torch), and the user name."""
 
 from __future__ import annotations
 
@@ -15,29 +11,29 @@ from typing import Any
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; found without CUDA, which stays untouched."""
+    """The GPUs of this process, as written in CUDA_VISIBLE_DEVICES; does not initialise CUDA."""
     return [name for name, _ in _named_gpus()]
 
 
 def has_cuda() -> bool:
-    """Whether torch computes on a GPU here, as far as that can be known without importing it."""
+    """Whether torch can use a GPU here, guessed without importing torch."""
     return bool(visible_gpus()) and not importlib.metadata.version("torch").endswith("+cpu")
 
 
 def gpu_names() -> list[str]:
-    """What those of ``visible_gpus`` are called: ``["NVIDIA A100-SXM4-80GB"]``."""
-    found = []
+    """Product names of ``visible_gpus``: ``["NVIDIA A100-SXM4-80GB"]``."""
+    names = []
     for handle in gpu_handles():
         import pynvml
 
         with contextlib.suppress(Exception):
             name = pynvml.nvmlDeviceGetName(handle)
-            found.append(name.decode() if isinstance(name, bytes) else str(name))
-    return found
+            names.append(name.decode() if isinstance(name, bytes) else str(name))
+    return names
 
 
 def idle_gpus() -> list[str]:
-    """Those of ``visible_gpus`` that nobody computes on; one that cannot tell counts as idle."""
+    """Those of ``visible_gpus`` without a compute process; a GPU that does not report its processes counts as idle."""
     return [name for name, handle in _named_gpus() if not _is_busy(handle)]
 
 
@@ -49,21 +45,21 @@ def _is_busy(handle: Any) -> bool:
     return False
 
 
-def gpu_handles(given: str | None = None) -> Iterator[Any]:
-    """NVML's handles of those GPUs, in the order of CUDA_VISIBLE_DEVICES; none without NVML."""
-    return (handle for _, handle in _named_gpus(given))
+def gpu_handles(visible: str | None = None) -> Iterator[Any]:
+    """NVML handles of the GPUs in ``visible`` (default: CUDA_VISIBLE_DEVICES), in that order; empty without NVML."""
+    return (handle for _, handle in _named_gpus(visible))
 
 
-def _named_gpus(given: str | None = None) -> Iterator[tuple[str, Any]]:
+def _named_gpus(visible: str | None = None) -> Iterator[tuple[str, Any]]:
     try:
         import pynvml
 
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
-    except Exception:  # no package, no driver, no GPU: nothing to sample
+    except Exception:  # no package, no driver, or no GPU
         return
-    everything = ",".join(map(str, range(count)))
-    visible = given if given is not None else os.environ.get("CUDA_VISIBLE_DEVICES", everything)
+    if visible is None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
     for name in filter(None, (word.strip() for word in visible.split(","))):
         with contextlib.suppress(Exception):
             find = pynvml.nvmlDeviceGetHandleByUUID
@@ -71,7 +67,7 @@ def _named_gpus(given: str | None = None) -> Iterator[tuple[str, Any]]:
 
 
 def user() -> str:
-    """Who runs this."""
+    """Name of the current user."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name

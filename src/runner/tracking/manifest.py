@@ -1,4 +1,4 @@
-"""From a checked configuration to a run folder that says everything a worker needs, and who the run is."""
+"""Prepare a run folder: config.yaml, manifest.json and the signature of the configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from runner.tracking import checkout, provenance
 from runner.tracking.rundir import UNFINISHED, RunDir
 
 RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher", "search")
-"""Keys that say where and how a run happens, not what it computes: they do not change its identity."""
+"""Keys that do not change what a run computes, only where and how it runs: not part of its signature."""
 
 BEFORE_THE_MANIFEST = {".hydra", "code", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
-"""What a run that was killed while it was being prepared leaves behind."""
+"""Files left by a run that was killed while it was prepared."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The same as ``safe_load``, seven times as fast: a sweep may have a thousand configurations."""
+"""Same result as ``safe_load``, seven times as fast: a sweep may have a thousand configurations."""
 
 
 def signature(cfg: Mapping[str, Any]) -> str:
-    """The identity of a run: 16 hexadecimal digits over all keys that change what is computed."""
+    """Hash (16 hex digits) of all keys that change what is computed."""
     return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -45,7 +45,7 @@ def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with local paths made absolute: what is written down and handed over."""
+    """The configuration for config.yaml, with absolute local paths."""
     frozen = json.loads(json.dumps(cfg))
     frozen["outputs_dir"] = os.path.abspath(os.path.expanduser(cfg["outputs_dir"]))
     for group, key in (("data", "path"), ("data", "eval_path"), ("model", "path")):
@@ -56,16 +56,20 @@ def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep_credentials(cfg: dict[str, Any]) -> None:
-    """Move a user name and password from the tracking URI into this process's environment, where workers find them.
+    """Move user name and password from the tracking URI into the environment, which workers inherit.
 
-    They must not stand in any file of the run, and a worker knows its run folder and its environment alone.
+    So no file of the run contains them.
     """
-    uri = cfg["tracking"].get("uri")
-    if uri:
-        cfg["tracking"]["uri"], user, password = take_credentials(uri)
-        for name, value in (("MLFLOW_TRACKING_USERNAME", user), ("MLFLOW_TRACKING_PASSWORD", password)):
-            if value:
-                os.environ[name] = value
+    if uri := cfg["tracking"].get("uri"):
+        cfg["tracking"]["uri"] = credentials_into_environment(uri)
+
+
+def credentials_into_environment(uri: str) -> str:
+    """Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD from the URI; returns the URI without them."""
+    uri, user, password = take_credentials(uri)
+    credentials = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    os.environ.update({name: value for name, value in credentials.items() if value})
+    return uri
 
 
 def prepare(
@@ -73,16 +77,16 @@ def prepare(
     folder: Path,
     command: list[str],
     overrides: list[str],
-    made: list[Path] | None = None,
+    made_folders: Sequence[Path] = (),
     **notes: Any,
 ) -> RunDir:
-    """Write the frozen configuration, the state ``pending`` and, last, the manifest into ``folder``.
+    """Write config.yaml, state.json (``pending``) and, last, manifest.json into ``folder``.
 
-    A folder that holds a run of the same signature is left as it is, for a worker to take up. ``made`` are the folders
-    that were made for this run: they go again should it be refused. ``notes`` are added to the manifest.
+    A folder that contains a run with the same signature is not changed: a worker can continue it. ``made_folders``: the
+    folders created for this run, removed if it is refused. ``notes`` are added to the manifest.
 
     Raises:
-        ResumeError: the folder holds a run of another signature.
+        ResumeError: the folder contains a run with another signature.
     """
     rundir = RunDir(folder)
     refuse_other(rundir, cfg)
@@ -91,42 +95,42 @@ def prepare(
         _write_config(rundir, cfg)
         rundir.write_state(status="pending")
         manifest = _manifest(cfg, rundir, command, overrides)
-        rundir.update_manifest(**{**manifest, "made_folders": [str(path) for path in made or []], **notes})
+        rundir.update_manifest(**{**manifest, "made_folders": [str(path) for path in made_folders], **notes})
     return rundir
 
 
 def refuse_other(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds a run of another configuration."""
-    found, name = rundir.read_manifest().get("signature"), signature(cfg)
-    if found and found != name:
+    """Refuse a folder that contains a run with another configuration."""
+    existing, ours = rundir.read_manifest().get("signature"), signature(cfg)
+    if existing and existing != ours:
         raise ResumeError(
             Fault(
                 "hydra.run.dir",
-                f"holds a run of another configuration (signature {found}, this one is {name})",
-                "name another folder, or compare the two config.yaml",
+                f"contains a run with another configuration (its signature: {existing}, of this run: {ours})",
+                "choose another folder, or compare the two config.yaml files",
                 rundir.path,
             )
         )
 
 
 def refuse_files(folder: Path) -> None:
-    """Refuse a folder that holds files, but no run.
+    """Refuse a folder that contains files but no run.
 
     Raises:
-        ResumeError: with what to do instead.
+        ResumeError: it does.
     """
     if RunDir(folder).manifest.exists() or not folder.is_dir():
         return
     if {path.name for path in folder.iterdir()} - BEFORE_THE_MANIFEST:
         remedy = "name an empty folder, or the folder of a run"
-        raise ResumeError(Fault("hydra.run.dir", "holds other files and no run", remedy, folder))
+        raise ResumeError(Fault("hydra.run.dir", "contains files but no run", remedy, folder))
 
 
 def read_config(rundir: RunDir) -> dict[str, Any]:
-    """The frozen configuration of a run folder.
+    """The configuration in config.yaml of a run folder.
 
     Raises:
-        ResumeError: there is none, or it cannot be read.
+        ResumeError: the file is missing or cannot be read.
     """
     try:
         cfg = moved.to_today(_frozen(rundir))
@@ -158,17 +162,18 @@ def _write_config(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
 
 
 def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
-    """The configuration with what the first attempt found: commits of the Hub, as a branch may move meanwhile, and how
-    many rows fit, as sums in another order would be another run.
+    """The configuration with values fixed by the first attempt: Hub commits and micro-batch size.
+
+    A Hub branch may move between attempts, and another micro-batch size changes the order of floating-point sums.
     """
     manifest = rundir.read_manifest()
-    found = {group: (manifest.get(group) or {}).get("revision") for group in ("model", "data")}
-    named = {group: revision for group, revision in found.items() if revision and "revision" in cfg[group]}
-    settled = {group: {**cfg[group], "revision": revision} for group, revision in named.items()}
+    recorded = {group: (manifest.get(group) or {}).get("revision") for group in ("model", "data")}
+    revisions = {group: revision for group, revision in recorded.items() if revision and "revision" in cfg[group]}
+    fixed = {group: {**cfg[group], "revision": revision} for group, revision in revisions.items()}
     train, rows = cfg["train"], manifest.get("micro_batch_size")
     if train["micro_batch_size"] == "auto" and rows and train["per_device_batch_size"] % rows == 0:
-        settled["train"] = {**train, "micro_batch_size": rows}
-    return {**cfg, **settled}
+        fixed["train"] = {**train, "micro_batch_size": rows}
+    return {**cfg, **fixed}
 
 
 def choices(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -177,17 +182,17 @@ def choices(manifest: Mapping[str, Any]) -> dict[str, str]:
     return dict(manifest["choices"]) if "choices" in manifest else of_overrides(overrides)
 
 
-def find_twin(outputs_dir: Path, name: str) -> RunDir | None:
-    """The latest unfinished run with this signature below ``outputs_dir``, if any."""
+def find_twin(outputs_dir: Path, signature: str) -> RunDir | None:
+    """The latest unfinished run with this signature below ``outputs_dir``; None if there is none."""
     twins = []
     for manifest in outputs_dir.glob("*/*/manifest.json"):
         rundir = RunDir(manifest.parent)
         try:
             state = rundir.read_state()
-            if rundir.read_manifest().get("signature") == name and state.status in UNFINISHED:
+            if rundir.read_manifest().get("signature") == signature and state.status in UNFINISHED:
                 twins.append((state.updated, str(rundir.path), rundir))
         except (OSError, ValueError, TypeError):
-            continue  # a damaged folder is no twin
+            continue  # skip a damaged folder
     return max(twins)[2] if twins else None
 
 
@@ -213,7 +218,5 @@ def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overri
 
 
 def _default_name(overrides: list[str]) -> str:
-    named = [
-        o for o in overrides if not o.startswith(("hydra.", "outputs_dir=", "tracking", "resume=", "train.sample"))
-    ]
-    return redact(",".join(named))[:120] or "defaults"
+    unnamed = ("hydra.", "outputs_dir=", "tracking", "resume=", "train.sample")
+    return redact(",".join(word for word in overrides if not word.startswith(unnamed)))[:120] or "defaults"

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` of a run folder: append, read, and cut back to a checkpoint."""
+"""Append to metrics.jsonl of a run folder, read it, and truncate it to the step of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,31 +16,29 @@ from runner.tracking.rundir import RunDir
 
 log = logging.getLogger("runner")
 
-
 Record = dict[str, Any]
 """{"step": int, "time": seconds since the epoch, metric name: float, …}"""
 
-
 LOSS, BEST, SECONDS, TOKENS = "eval/loss", "eval/best_loss", "train/seconds", "train/tokens"
-"""The loss at the end and the smallest there was, the seconds of training of all attempts, the tokens seen."""
+"""Metric names: eval loss, smallest eval loss so far, training seconds of all attempts, tokens seen."""
 
 
 def append(rundir: RunDir, record: Mapping[str, Any]) -> None:
-    """Add one record to metrics.jsonl; once this returns, a kill -9 of this process no longer loses it.
+    """Append one record to metrics.jsonl; after this returns, a kill -9 of this process does not lose it.
 
     Raises:
-        OSError: no space left; nothing of the record is in the file then.
+        OSError: no space left; the file is unchanged.
     """
     append_to(rundir.metrics, record)
 
 
 def append_to(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one record to a .jsonl file, whole or not at all."""
-    line = (json.dumps(_written(record), allow_nan=False) + "\n").encode()
+    """Append one record to a .jsonl file, completely or not at all."""
+    line = (json.dumps(_without_nan(record), allow_nan=False) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         before = os.fstat(handle).st_size
-        if (written := os.write(handle, line)) < len(line):  # a disk that is full takes a part
+        if (written := os.write(handle, line)) < len(line):  # a full disk may accept a part of the line
             os.ftruncate(handle, before)
             raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written", str(path))
     finally:
@@ -48,74 +46,74 @@ def append_to(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def sync_to_disk(rundir: RunDir) -> None:
-    """Make the records survive a power cut: called when a checkpoint is saved."""
+    """fsync metrics.jsonl, so that it survives a power failure: called when a checkpoint is saved."""
     if rundir.metrics.exists():
         with rundir.metrics.open("rb") as handle:
             os.fsync(handle.fileno())
 
 
 def rewind(rundir: RunDir, step: int, evaluated: bool = True) -> int:
-    """Cut the records back to a checkpoint, from which they are written anew; returns how many were cut.
+    """Remove the records after the checkpoint of ``step``, as training repeats those steps; returns how many.
 
-    Keeps every whole record up to ``step``; of those at ``step`` itself the evaluation only if it is ``evaluated``.
+    ``evaluated``: keep also the eval record at ``step`` itself.
     """
     if not rundir.metrics.exists():
         return 0
     content = rundir.metrics.read_bytes()
     records = read(rundir)
     kept = [r for r in records if r["step"] < step or (r["step"] == step and (evaluated or not _is_evaluation(r)))]
-    text = "".join(json.dumps(_written(record), allow_nan=False) + "\n" for record in kept).encode()
+    text = "".join(json.dumps(_without_nan(record), allow_nan=False) + "\n" for record in kept).encode()
     if text != content:
         write_atomic(rundir.metrics, text)
     return len(records) - len(kept)
 
 
 def read(rundir: RunDir) -> list[Record]:
-    """All records of the run; a last line that was cut short by a crash is left out."""
+    """All records of the run, without an incomplete last line after a crash."""
     return tail(rundir.metrics, 0)[0]
 
 
 def read_evaluations(rundir: RunDir) -> list[Record]:
-    """What ``evaluate`` has found of the run: {time, step, name, metrics: {…}, …}, oldest first."""
+    """Results of the command ``evaluate``: {time, step, name, metrics: {…}, …}, oldest first."""
     if not rundir.evaluations.exists():
         return []
-    found = []
+    records = []
     for line in rundir.evaluations.read_text().splitlines():
         try:
             record = json.loads(line)
             metrics = {str(name): float(value) for name, value in record["metrics"].items()}
-            found.append({**record, "step": int(record["step"]), "time": float(record["time"]), "metrics": metrics})
+            records.append({**record, "step": int(record["step"]), "time": float(record["time"]), "metrics": metrics})
         except (ValueError, TypeError, KeyError, AttributeError):
-            log.warning(f"{rundir.evaluations}: left out a line that is no record: {line[:80]!r}")
-    return found
+            log.warning(f"{rundir.evaluations}: skipped an invalid line: {line[:80]!r}")
+    return records
 
 
 def last_values(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The last value of each metric, and the best of the evaluations after training began."""
-    found: dict[str, float] = {}
+    """Last finite value of each metric, and the smallest eval loss after step 0 as ``BEST``."""
+    values: dict[str, float] = {}
     best = math.inf
     for record in records:
-        found.update({name: value for name, value in record.items() if name not in ("step", "time")})
+        values.update({name: value for name, value in record.items() if name not in ("step", "time")})
         if record["step"] > 0 and math.isfinite(loss := record.get(LOSS, math.inf)):
             best = min(best, loss)
     if math.isfinite(best):
-        found[BEST] = best
-    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+        values[BEST] = best
+    return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
 
 def tail(path: Path, offset: int) -> tuple[list[Record], int]:
-    """The records of a .jsonl file from byte ``offset`` on, and the offset after the last whole line."""
+    """Records of a .jsonl file after byte ``offset``, and the offset after the last complete line."""
     if not path.exists():
         return [], 0
     with path.open("rb") as handle:
         handle.seek(offset)
-        whole, newline, _ = handle.read().rpartition(b"\n")
-    return list(_records(whole.splitlines(), path)), offset + len(whole) + len(newline)
+        complete, newline, _ = handle.read().rpartition(b"\n")
+    return list(_records(complete.splitlines(), path)), offset + len(complete) + len(newline)
 
 
-def _written(record: Mapping[str, Any]) -> Record:
-    # JSON knows no NaN and no infinities: they are written as words, which float() reads back.
-    inner = {k: _written(v) if isinstance(v, Mapping) else v for k, v in record.items()}
+def _without_nan(record: Mapping[str, Any]) -> Record:
+    # JSON has no NaN and no infinity: they are written as strings, which float() reads back.
+    inner = {k: _without_nan(v) if isinstance(v, Mapping) else v for k, v in record.items()}
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in inner.items()}
 
 
@@ -125,7 +123,7 @@ def _records(lines: Iterable[bytes], path: Path) -> Iterator[Record]:
             record = json.loads(line)
             yield {k: float(v) if isinstance(v, str) else v for k, v in record.items()} | {"step": int(record["step"])}
         except (ValueError, TypeError, KeyError, AttributeError):
-            log.warning(f"{path}: left out a line that is no record: {line[:80]!r}")
+            log.warning(f"{path}: skipped an invalid line: {line[:80]!r}")
 
 
 def _is_evaluation(record: Record) -> bool:

@@ -1,6 +1,6 @@
-"""What a run is made of besides its configuration: the program's text, packages and their lock, machine, weights.
+"""Hashes and versions for reproducing a run: source code, packages and lock file, machine, weights.
 
-Two runs with the same of all of these, and the same configuration and data, compute the same.
+Two runs that agree in all of these, in configuration and in data compute the same result.
 """
 
 from __future__ import annotations
@@ -27,71 +27,71 @@ _CHUNK = 1 << 22
 
 @functools.cache
 def code_digest() -> str:
-    """The program that this process runs: every file of it, wherever it is installed; asked once, without git."""
+    """Hash of the source code of this process, computed once; needs no git."""
     return digest_of_code(PACKAGE)
 
 
 def digest_of_code(package: Path) -> str:
-    """32 hexadecimal digits over the sources in ``package``, its door to Hydra, and the YAML files of its options."""
+    """Hash (32 hex digits) of the sources in ``package``, its Hydra plugin and its YAML files."""
     conf = package / "conf" if (package / "conf").is_dir() else package.parents[1] / "conf"
-    door = package.with_name("hydra_plugins") / "runner_launcher.py"
-    named = [(f"runner/{file.relative_to(package)}", file) for file in package.rglob("*.py")]
-    named += [("hydra_plugins/runner_launcher.py", door)] if door.exists() else []
-    named += [(f"conf/{file.relative_to(conf)}", file) for file in conf.rglob("*.yaml")]
-    found = hashlib.sha256()
-    for name, file in sorted(named):
+    plugin = package.with_name("hydra_plugins") / "runner_launcher.py"
+    files = [(f"runner/{file.relative_to(package)}", file) for file in package.rglob("*.py")]
+    files += [("hydra_plugins/runner_launcher.py", plugin)] if plugin.exists() else []
+    files += [(f"conf/{file.relative_to(conf)}", file) for file in conf.rglob("*.yaml")]
+    digest = hashlib.sha256()
+    for name, file in sorted(files):
         text = file.read_bytes()
-        found.update(f"{name}\0{len(text)}\0".encode() + text)
-    return found.hexdigest()[:32]
+        digest.update(f"{name}\0{len(text)}\0".encode() + text)
+    return digest.hexdigest()[:32]
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The version of Python and of each of ``PACKAGES`` that is installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the installed ``PACKAGES``."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @functools.cache
 def lock_digest(top: Path = PACKAGE.parents[1]) -> str | None:
-    """The hash of the checkout's lock file; None where there is none, as in an installed package."""
+    """Hash of uv.lock; None if there is no such file, as in an installed package."""
     lock = top / "uv.lock"
     return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None
 
 
 def machine() -> dict[str, Any]:
-    """This machine, seen without importing torch: {host, cpu, cpus, system}."""
+    """{host, cpu, cpus, system} of this machine, without importing torch."""
     return {"host": platform.node(), "cpu": _cpu_name(), "cpus": os.cpu_count(), "system": platform.platform()}
 
 
 def weights_digest(folder: Path) -> str | None:
-    """32 hexadecimal digits over all tensors in the ``.safetensors`` files of ``folder``; None where there are none.
+    """Hash (32 hex digits) of all tensors in the ``.safetensors`` files of ``folder``; None if there are none.
 
-    Over names, types, shapes and bytes, and nothing else: the same weights cut into other files have the same digest.
+    Covers names, dtypes, shapes and bytes only: the same weights in other shards have the same hash.
     """
     tensors = sorted((tensor for file in folder.glob("*.safetensors") for tensor in _tensors(file)), key=lambda t: t[0])
     if not tensors:
         return None
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, form, file, first, last in tensors:
-        found.update(f"{name}\0{form}\0".encode())
+        digest.update(f"{name}\0{form}\0".encode())
         with file.open("rb") as handle:
             handle.seek(first)
             while first < last:
                 first += len(chunk := handle.read(min(_CHUNK, last - first)))
-                found.update(chunk)
+                digest.update(chunk)
                 if not chunk:
-                    raise OSError(f"{file} ends within a tensor")
-    return found.hexdigest()[:32]
+                    raise OSError(f"{file} is truncated: it ends within a tensor")
+    return digest.hexdigest()[:32]
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, str, Path, int, int]]:
-    """(name, type and shape, file, first byte, byte after the last) of each tensor; the format is safetensors' own."""
+    """(name, dtype and shape, file, first byte, end byte) of each tensor, from the header of the safetensors file."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(length))

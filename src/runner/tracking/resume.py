@@ -1,4 +1,4 @@
-"""Which folder a run gets: the one that was named, that of a run to be taken up, or a new one."""
+"""Choose the folder of a run: the folder the user named, the folder of the run to resume, or a new one."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ RESUME_KEYS = ("resume", "retry", "launcher")
 
 
 def choose(cfg: dict[str, Any], composed: Path, *, named: bool, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
-    """The folder of a single run and the configuration that will be frozen in it.
+    """(folder, configuration) of a single run.
 
     Args:
-        composed: the folder that Hydra composed (``hydra.run.dir``).
-        named: whether the user named it.
+        composed: the value of ``hydra.run.dir``.
+        named: whether the user set ``hydra.run.dir``.
 
     Raises:
-        ResumeError: there is no such run, or more was asked for than to continue it.
+        ConfigError: no run for ``resume=RUN``.
+        ResumeError: ``resume=RUN`` together with other overrides, or its config.yaml cannot be read.
     """
     if cfg["resume"] == "auto":
         return _twin_or_new(cfg, composed, named=named), cfg
     if cfg["resume"]:
         if named:
-            raise ResumeError(Fault("hydra.run.dir", "a resumed run stays in its folder", "leave it out", composed))
-        frozen = configuration(cfg, overrides)
+            raise ResumeError(Fault("hydra.run.dir", "a resumed run stays in its folder", "omit it", composed))
+        frozen = configuration(cfg, overrides)  # raises on other overrides before the folder is looked up
         return _resumed(cfg), frozen
     if named:
         return composed, cfg
@@ -38,13 +39,14 @@ def choose(cfg: dict[str, Any], composed: Path, *, named: bool, overrides: list[
 
 
 def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """What a run is configured as: with ``resume=RUN`` as it was frozen then, and nothing else may be asked for."""
+    """The configuration of a run; with ``resume=RUN`` the one in its config.yaml, and overrides are refused."""
     if cfg["resume"] in (None, "auto"):
         return cfg
     others = [o for o in overrides if o.partition("=")[0].partition(".")[0] not in RESUME_KEYS]
     if others:
-        problem = f"continues the run as it was configured and cannot take {', '.join(others)}"
-        raise ResumeError(Fault("resume", problem, "leave the others out, or start a new run with them", cfg["resume"]))
+        problem = f"uses the configuration of that run and cannot change {', '.join(others)}"
+        remedy = "remove these overrides, or start a new run with them"
+        raise ResumeError(Fault("resume", problem, remedy, cfg["resume"]))
     rundir = RunDir(_resumed(cfg))
     frozen = {**manifest.read_config(rundir), "retry": cfg["retry"]}
     for name in user_code.edited(frozen, rundir.read_manifest().get("code") or {}):
@@ -57,7 +59,7 @@ def refuse(folder: Path, cfg: dict[str, Any]) -> None:
     """Refuse a folder that this run may not use.
 
     Raises:
-        ResumeError: it holds other files, a run of another configuration, or a failed run (without ``retry=true``).
+        ResumeError: other files in it, a run with another configuration, or a failed run (without ``retry=true``).
     """
     rundir = RunDir(folder)
     manifest.refuse_files(folder)
@@ -71,20 +73,21 @@ def refuse(folder: Path, cfg: dict[str, Any]) -> None:
 
 
 def refuse_resume(cfg: dict[str, Any]) -> None:
-    """``resume`` names one run; a sweep is taken up by its folder."""
+    """Refuse ``resume`` for a sweep, which continues when its command is repeated."""
     if cfg["resume"]:
-        remedy = "give the sweep's command again: what is completed is skipped, the rest goes on"
-        raise ResumeError(Fault("resume", "is for a single run, and this starts several", remedy, cfg["resume"]))
+        remedy = "repeat the command of the sweep: completed runs are skipped, the others continue"
+        problem = "is for a single run, but this command starts several"
+        raise ResumeError(Fault("resume", problem, remedy, cfg["resume"]))
 
 
 def make(folder: Path, *, is_new: bool = False) -> tuple[Path, list[Path]]:
-    """Make the folder and those above it; returns it, and those that were not there, innermost first.
+    """Create the folder and its missing parents; returns (folder, the created folders, innermost first).
 
     Args:
-        is_new: nobody else may have it; where another command was faster it is ``folder-2`` …
+        is_new: the folder must not exist yet; if it does, ``folder-2`` … is created instead.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: the folder cannot be created.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -108,20 +111,20 @@ def _twin_or_new(cfg: dict[str, Any], composed: Path, *, named: bool) -> Path:
     twin = manifest.find_twin(Path(cfg["outputs_dir"]), manifest.signature(cfg))
     if twin:
         return twin.path
-    print("resume=auto: no unfinished run of this configuration here; starting a new one", file=sys.stderr)
+    print("resume=auto: no unfinished run with this configuration; starting a new run", file=sys.stderr)
     return composed if named else _unused(composed)
 
 
 def _mention_twin(cfg: dict[str, Any]) -> None:
     twin = manifest.find_twin(Path(cfg["outputs_dir"]), manifest.signature(cfg))
     if twin and twin.is_alive():
-        print(f"note: the same configuration is being trained in {twin.path}", file=sys.stderr)
+        print(f"note: a run with the same configuration is training in {twin.path}", file=sys.stderr)
     elif twin:
-        print(f"note: an unfinished run of this configuration lies in {twin.path}", file=sys.stderr)
-        print("      this is a new run; resume=auto would take up the old one", file=sys.stderr)
+        print(f"note: an unfinished run with this configuration is in {twin.path}", file=sys.stderr)
+        print("      starting a new run; to continue the old one, use resume=auto", file=sys.stderr)
 
 
-def _unused(wanted: Path) -> Path:
-    """``wanted``, or ``wanted-2`` … where a run began there in the same second."""
-    candidates = (wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}") for number in range(1, 1000))
-    return next(path for path in candidates if not path.exists())
+def _unused(folder: Path) -> Path:
+    """``folder``, or ``folder-2`` … if it exists (a run that started in the same second)."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000))
+    return next(path for path in (folder, *numbered) if not path.exists())

@@ -1,6 +1,6 @@
-"""How a run really stands: what its folder says, held against the lock of its worker and against Slurm.
+"""Current status of runs: state.json, corrected by the worker lock and by Slurm.
 
-A folder cannot know that its worker was killed. Whoever asks finds out, and writes it down.
+A worker that is killed cannot update state.json; the next status query detects this and corrects the file.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from runner.tracking.slurm_client import Job
 
 LIVE = ("queued", "starting", "running", "stopping", "requeued")
-"""What is going to go on without anybody's help."""
+"""Statuses of runs that proceed without a command of the user."""
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _NODES = ("slurm", "mlflow")
-"""Keys of the manifest that hold a dict, if anything."""
-NOBODY = "nobody will start it: give the same command again"
+"""Optional keys of the manifest whose value is a dict."""
+NOBODY = "no process will start this run: repeat the command"
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: its folder, and what is true of it now."""
+    """Current status of one run."""
 
     rundir: RunDir
     status: str
-    """That of the state, or what no worker can write: one of LIVE, unknown, missing or damaged."""
+    """The status in state.json, or one that no worker writes: one of LIVE, unknown, missing or damaged."""
     reason: str = ""
     state: State = field(default_factory=State)
     manifest: dict[str, Any] = field(default_factory=dict)
     job: Job | None = None
-    """What Slurm says of it."""
+    """Its Slurm job, if Slurm lists one."""
 
     @property
     def is_live(self) -> bool:
@@ -48,63 +48,64 @@ class RunStatus:
 
     @property
     def label(self) -> str:
-        """What it is called among its siblings, or by itself."""
+        """Short name of the run: its label in the sweep, else its own name, else the name of its folder."""
         return str(self.manifest.get("label") or self.manifest.get("name") or self.rundir.path.name)
 
 
 def of(rundirs: Sequence[RunDir]) -> list[RunStatus]:
-    """How these runs stand; a state that is not true any more is corrected in the folder."""
+    """The current status of these runs; an outdated state.json is corrected."""
     slurm = Queue()
-    found = [_with_job(_read(rundir), slurm) for rundir in rundirs]
-    jobs = slurm.jobs(_job_id(standing) for standing in found if _may_have_a_job(standing))
-    around = _Around(silent=jobs is None)
-    return [_settled(standing, (jobs or {}).get(_job_id(standing)), around) for standing in found]
+    runs = [_with_job_id(_read(rundir), slurm) for rundir in rundirs]
+    jobs = slurm.jobs(_job_id(run) for run in runs if _may_have_a_job(run))
+    context = _Context(slurm_is_silent=jobs is None)
+    return [_resolve(run, (jobs or {}).get(_job_id(run)), context) for run in runs]
 
 
-def write(standing: RunStatus, status: str, reason: str) -> RunStatus:
-    """Write down what its worker could not; nothing where a worker holds the folder or has said otherwise meanwhile."""
-    rundir = standing.rundir
+def write(run: RunStatus, status: str, reason: str) -> RunStatus:
+    """Correct state.json; no change if a worker holds the folder or the file has changed since it was read."""
+    rundir = run.rundir
     try:
-        with rundir.held() as mine:
-            if mine and rundir.read_state() == standing.state:
+        with rundir.held() as is_held:
+            if is_held and rundir.read_state() == run.state:
                 state = rundir.write_state(status=status, reason=reason)
-                return replace(standing, status=status, reason=reason, state=state)
-    except OSError as error:  # somebody else's folder: the truth is shown all the same
-        lookup.log.warning(f"{rundir.path} says {standing.state.status} and that cannot be corrected: {error.strerror}")
-        return replace(standing, status=status, reason=reason)
-    return replace(standing, state=rundir.read_state())
+                return replace(run, status=status, reason=reason, state=state)
+    except OSError as error:  # not writable: the correct status is shown nevertheless
+        lookup.log.warning(
+            f"{rundir.path}: state.json is outdated (status {run.state.status}) and cannot be written: {error.strerror}"
+        )
+        return replace(run, status=status, reason=reason)
+    return replace(run, state=rundir.read_state())
 
 
 def has_queue(sweep: SweepDir) -> bool | None:
-    """Whether a process here works through the sweep; None if none ever did.
+    """Whether a local queue runs the sweep; None if no local queue ever did.
 
-    The workers that a queue forked hold its lock as well, and may outlive it: they start no further run.
+    Workers forked by a queue inherit its lock and may outlive the queue: a lock held by workers only does not count.
     """
     if not sweep.queue_lock.exists():
         return None
     if not sweep.is_worked_on():
         return False
-    with_it = [files for _, files in _open_files() if _is_open(sweep.queue_lock, files)]
-    own = RunDir(sweep.path).lock.name
-    return not with_it or any(own not in map(os.path.basename, files) for files in with_it)
+    holders = [files for _, files in _open_files() if _is_open(sweep.queue_lock, files)]
+    worker_lock = RunDir(sweep.path).lock.name
+    return not holders or any(worker_lock not in map(os.path.basename, files) for files in holders)
 
 
 def holder(rundir: RunDir) -> int | None:
-    """The pid of the process of this machine that holds the folder; None where there is none, or it is not mine.
+    """Pid of the local process that holds the folder; None if there is none, or it belongs to another user.
 
-    state.json may name a process that ended long ago, and whose number another has got since: so what counts is who has
-    the lock open.
+    The pid in state.json may have been reused by another process: so this checks which process has the lock file open.
     """
     if not rundir.is_alive():
         return None
-    likely = [rundir.read_state().pid]
-    found = (pid for pids in (likely, None) for pid, files in _open_files(pids) if _is_open(rundir.lock, files))
-    return next(found, None)
+    recorded = [rundir.read_state().pid]  # checked first: a scan of all processes is slow
+    holders = (pid for pids in (recorded, None) for pid, files in _open_files(pids) if _is_open(rundir.lock, files))
+    return next(holders, None)
 
 
-def supervisor(standing: RunStatus) -> int | None:
-    """The pid of the process of this machine by which submitit runs it (launcher.cluster=local); None without one."""
-    slurm = standing.manifest.get("slurm") or {}
+def supervisor(run: RunStatus) -> int | None:
+    """Pid of the local submitit process that supervises the run (launcher.cluster=local); None if there is none."""
+    slurm = run.manifest.get("slurm") or {}
     if slurm.get("cluster") != "local":
         return None
     import psutil
@@ -116,165 +117,167 @@ def supervisor(standing: RunStatus) -> int | None:
 
 
 def here() -> str:
-    """This machine, as states name it."""
+    """Host name of this machine, as written to state.json."""
     return os.uname().nodename
 
 
 @dataclass(frozen=True)
-class _Around:
-    """What several runs share."""
+class _Context:
+    """Facts shared by all runs of one status query."""
 
-    silent: bool
-    """Whether Slurm was asked and did not answer."""
+    slurm_is_silent: bool
+    """Slurm was called and did not answer."""
     queues: dict[Path, bool | None] = field(default_factory=dict)
-    """Folder of a sweep → what ``has_queue`` says."""
+    """Sweep folder → result of ``has_queue``."""
 
 
 def _read(rundir: RunDir) -> RunStatus:
     if not rundir.path.is_dir():
-        return RunStatus(rundir, "missing", "its folder is gone: it was refused, or removed")
+        return RunStatus(rundir, "missing", "its folder does not exist: the run was refused, or the folder removed")
     try:
         state, manifest = rundir.read_state(), rundir.read_manifest()
         if state.status not in get_args(Status) or not all(isinstance(manifest.get(k) or {}, dict) for k in _NODES):
-            raise TypeError("not what a run writes")
+            raise TypeError("unexpected contents of state.json or manifest.json")
     except lookup.DAMAGED as error:
         lookup.say_damaged(rundir.path, error)
         return RunStatus(rundir, "damaged", f"{type(error).__name__}: {error}")
     return RunStatus(rundir, state.status, state.reason, state, manifest)
 
 
-def _with_job(standing: RunStatus, slurm: Queue) -> RunStatus:
-    """The same with the job that a submitter died before noting: the worker wrote its own down, or Slurm knows it."""
-    state = standing.state
-    if standing.status not in ("pending", "running") or standing.manifest.get("slurm"):
-        return standing
+def _with_job_id(run: RunStatus, slurm: Queue) -> RunStatus:
+    """Add the job id if the submitter died before it recorded the id: taken from the worker's state, or from Slurm."""
+    state = run.state
+    if run.status not in ("pending", "running") or run.manifest.get("slurm"):
+        return run
     job = state.scheduler_id if state.status == "running" and state.host not in ("", here()) else ""
-    job = job or slurm.not_noted(home_of(standing.rundir)).get(str(standing.rundir.path), "")
-    return replace(standing, manifest={**standing.manifest, "slurm": {"job_id": job}}) if job else standing
+    job = job or slurm.unrecorded_jobs(home_of(run.rundir)).get(str(run.rundir.path), "")
+    return replace(run, manifest={**run.manifest, "slurm": {"job_id": job}}) if job else run
 
 
-def _job_id(standing: RunStatus) -> str:
-    slurm = standing.manifest.get("slurm") or {}
-    is_real = slurm.get("cluster") not in ("local", "debug")  # of submitit: no Slurm knows those ids
-    return str(slurm.get("job_id") or "") if is_real else ""
+def _job_id(run: RunStatus) -> str:
+    slurm = run.manifest.get("slurm") or {}
+    is_slurm = slurm.get("cluster") not in ("local", "debug")  # with these, submitit runs the job without Slurm
+    return str(slurm.get("job_id") or "") if is_slurm else ""
 
 
-def _may_have_a_job(standing: RunStatus) -> bool:
-    return standing.status in ("pending", "running", "preempted") or _is_submitted_since(standing) or _died(standing)
+def _may_have_a_job(run: RunStatus) -> bool:
+    return run.status in ("pending", "running", "preempted") or _is_submitted_since(run) or _died(run)
 
 
-def _died(standing: RunStatus) -> bool:
-    """Whether its mirror found the worker gone: why, and whether it is queued again, Slurm knows better."""
-    return standing.state.status == "killed" and standing.state.reason == DIED
+def _died(run: RunStatus) -> bool:
+    """Whether a local process found the worker killed; only Slurm has the cause, and whether the job was requeued."""
+    return run.state.status == "killed" and run.state.reason == DIED
 
 
-def _is_submitted_since(standing: RunStatus) -> bool:
-    """Whether it was given to Slurm again after it had ended."""
-    submitted = float((standing.manifest.get("slurm") or {}).get("submitted") or 0)
-    return submitted > standing.state.updated and standing.status in ("failed", "killed")
+def _is_submitted_since(run: RunStatus) -> bool:
+    """Whether the run was submitted to Slurm again after it had ended."""
+    submitted = float((run.manifest.get("slurm") or {}).get("submitted") or 0)
+    return submitted > run.state.updated and run.status in ("failed", "killed")
 
 
-def _settled(standing: RunStatus, job: Job | None, around: _Around) -> RunStatus:
-    if standing.status in (*DONE, "missing", "damaged"):
-        return standing
-    is_alive = standing.rundir.is_alive()
-    if job is not None and not (job.is_guess and standing.state.attempt):
-        standing = replace(standing, job=job)
-        status, reason = _with_slurm(standing, job, is_alive)
+def _resolve(run: RunStatus, job: Job | None, context: _Context) -> RunStatus:
+    if run.status in (*DONE, "missing", "damaged"):
+        return run
+    is_alive = run.rundir.is_alive()
+    if job is not None and not (job.is_guess and run.state.attempt):
+        run = replace(run, job=job)
+        status, reason = _by_slurm(run, job, is_alive)
     else:
-        status, reason = _with_lock(standing, is_alive, around)
-    is_news = status != standing.state.status or (_died(standing) and reason != standing.state.reason)
-    if is_news and status in ("killed", "failed"):
-        return write(standing, status, reason)
-    return replace(standing, status=status, reason=reason)
+        status, reason = _by_lock(run, is_alive, context)
+    is_outdated = status != run.state.status or (_died(run) and reason != run.state.reason)
+    if is_outdated and status in ("killed", "failed"):
+        return write(run, status, reason)
+    return replace(run, status=status, reason=reason)
 
 
-def _with_slurm(standing: RunStatus, job: Job, is_alive: bool) -> tuple[str, str]:
-    """(status, reason) of a run that Slurm knows."""
-    state = standing.state
-    has_ended = state.status in ("killed", "failed") and not _is_submitted_since(standing) and not _died(standing)
+def _by_slurm(run: RunStatus, job: Job, is_alive: bool) -> tuple[str, str]:
+    """(status, reason) of a run whose job Slurm lists."""
+    state = run.state
+    has_ended = state.status in ("killed", "failed") and not _is_submitted_since(run) and not _died(run)
     if has_ended:
         return state.status, state.reason
     if state.status == "running" and (is_alive or (job.is_active and job.state not in WAITING)):
         return "running", "suspended by Slurm" * (job.state == "SUSPENDED")
-    if state.status == "preempted" and _is_ending(standing, job, is_alive):
+    if state.status == "preempted" and _is_ending(run, job, is_alive):
         return "stopping", state.reason
     if is_alive:
         return "starting", ""
     if job.state in WAITING:
-        return ("queued" if state.attempt == 0 else "requeued"), _waits(job)
+        return ("queued" if state.attempt == 0 else "requeued"), _pending_reason(job)
     if job.is_active:
         return "starting", ""
     if state.status == "preempted" and job.state != "CANCELLED":
         return "preempted", state.reason
-    # A worker at work says itself of what it fails; where it said nothing, it was killed.
-    was_at_work = state.status == "running" or _died(standing)
-    has_failed = job.state == "OUT_OF_MEMORY" or (job.state == "FAILED" and not was_at_work)
-    return ("failed" if has_failed else "killed"), _fate(standing, job)
+    # A worker that fails records the error itself; a worker without a record was killed.
+    had_started = state.status == "running" or _died(run)
+    has_failed = job.state == "OUT_OF_MEMORY" or (job.state == "FAILED" and not had_started)
+    return ("failed" if has_failed else "killed"), _slurm_reason(run, job)
 
 
-def _is_ending(standing: RunStatus, job: Job, is_alive: bool) -> bool:
-    """Whether it was told to leave and has not left yet; whether it goes back into the queue shows only then."""
-    return job.state == "COMPLETING" or (is_alive and holder(standing.rundir) == standing.state.pid)
+def _is_ending(run: RunStatus, job: Job, is_alive: bool) -> bool:
+    """Whether the job received the stop signal and has not ended yet; a requeue is visible only after the end."""
+    return job.state == "COMPLETING" or (is_alive and holder(run.rundir) == run.state.pid)
 
 
-def _waits(job: Job) -> str:
-    return f"Slurm: {job.reason}" if job.reason else "waits in Slurm's queue"
+def _pending_reason(job: Job) -> str:
+    return f"Slurm: {job.reason}" if job.reason else "pending in Slurm"
 
 
-def _fate(standing: RunStatus, job: Job) -> str:
-    """How Slurm ended a run whose worker did not say so itself."""
+def _slurm_reason(run: RunStatus, job: Job) -> str:
+    """Why the job ended, from Slurm, for a worker that recorded no reason."""
     if job.state == "CANCELLED":
-        return _request(standing) or "cancelled outside (scancel)"
+        return _cancel_reason(run) or "cancelled with scancel"
     details = [
         job.reason if job.reason != job.state else "",
         f"exit code {job.exit_code}" if job.exit_code else "",
         f"signal {job.signal}" if job.signal else "",
         f"on {job.nodes}" if job.nodes else "",
-        "before the run began" if not standing.state.attempt else "",
+        "before the run started" if not run.state.attempt else "",
     ]
     return f"Slurm: {', '.join([job.state, *filter(None, details)])}"
 
 
-def _request(standing: RunStatus) -> str:
-    """What the person who cancelled it left in the folder; empty where nobody did."""
-    request = standing.rundir.cancel_request
+def _cancel_reason(run: RunStatus) -> str:
+    """Contents of the cancel request; empty if there is none."""
+    request = run.rundir.cancel_request
     return request.read_text().strip() if request.exists() else ""
 
 
-def _with_lock(standing: RunStatus, is_alive: bool, around: _Around) -> tuple[str, str]:
-    """(status, reason) of a run that only its lock tells of."""
-    state = standing.state
+def _by_lock(run: RunStatus, is_alive: bool, context: _Context) -> tuple[str, str]:
+    """(status, reason) of a run without a job in Slurm, from its worker lock."""
+    state = run.state
     if is_alive:
-        is_ending = state.status in ("killed", "failed", "preempted") and holder(standing.rundir) == state.pid
+        is_ending = state.status in ("killed", "failed", "preempted") and holder(run.rundir) == state.pid
         return (state.status, state.reason) if is_ending or state.status == "running" else ("starting", "")
     if state.status == "running":
-        if (around.silent and _job_id(standing)) or not (_job_id(standing) or state.host in ("", here())):
-            return "unknown", f"its last sign came {_ago(state.updated)}; only {state.host} knows more"
-        return "killed", _request(standing) or DIED
+        if (context.slurm_is_silent and _job_id(run)) or not (_job_id(run) or state.host in ("", here())):
+            return "unknown", f"last update {_ago(state.updated)}; check on {state.host}"
+        return "killed", _cancel_reason(run) or DIED
     if state.status == "pending":
-        return _waiting(standing, around)
+        return _by_queue(run, context)
     return state.status, state.reason
 
 
-def _waiting(standing: RunStatus, around: _Around) -> tuple[str, str]:
-    sweep = sweep_of(standing.rundir)
-    if _job_id(standing):
-        knows = "does not answer" if around.silent else "does not know any more"
-        return "unknown", f"it was given to Slurm as job {_job_id(standing)}, and Slurm {knows}"
-    if supervisor(standing):
+def _by_queue(run: RunStatus, context: _Context) -> tuple[str, str]:
+    """(status, reason) of a pending run without a worker: whether some process will start it."""
+    sweep = sweep_of(run.rundir)
+    if _job_id(run):
+        problem = "does not answer" if context.slurm_is_silent else "no longer lists this job"
+        return "unknown", f"submitted as Slurm job {_job_id(run)}; Slurm {problem}"
+    if supervisor(run):
         return "starting", ""
     if sweep is None:
-        return "pending", "nobody is at work on it"
-    if sweep.path not in around.queues:
-        around.queues[sweep.path] = has_queue(sweep)
-    if around.queues[sweep.path]:
+        return "pending", "no process is running it"
+    if sweep.path not in context.queues:
+        context.queues[sweep.path] = has_queue(sweep)
+    if context.queues[sweep.path]:
         return "queued", ""
-    return "pending", NOBODY if around.queues[sweep.path] is False else "is being prepared, or nobody will start it"
+    had_queue = context.queues[sweep.path] is False
+    return "pending", NOBODY if had_queue else "being prepared, or no process will start it"
 
 
 def _open_files(pids: Iterable[int] | None = None) -> Iterator[tuple[int, list[str]]]:
-    """(pid, files) of these processes, by default all of this machine, whose files I may see."""
+    """(pid, open files) of these local processes, by default all; processes of other users are skipped."""
     import psutil
 
     for pid in psutil.pids() if pids is None else pids:

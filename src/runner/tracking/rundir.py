@@ -1,4 +1,4 @@
-"""The run folder: the only place that names the files of a run, and the only one that writes its state.
+"""Paths and state of a run folder. No other module contains the file names of a run or writes state.json.
 
 .hydra/ config.yaml manifest.json state.json metrics.jsonl system.jsonl samples.json train.log checkpoints/ model/
 """
@@ -21,39 +21,39 @@ from runner.files import is_held, locked, write_atomic
 
 Status = Literal["pending", "running", "preempted", "completed", "failed", "killed", "pruned"]
 DONE: tuple[Status, ...] = ("completed", "pruned")
-"""Nothing is left to do."""
+"""The run has ended for good."""
 FINAL: tuple[Status, ...] = (*DONE, "failed", "killed")
-"""It goes on only if somebody asks for that."""
+"""The run continues only after a request of the user."""
 UNFINISHED: tuple[Status, ...] = ("pending", "running", "preempted", "killed")
-DIED = "the process died without saying so (killed, or out of memory)"
-"""The reason that others write down for a worker which could not."""
+DIED = "worker killed (SIGKILL or out of memory)"
+"""Reason that another process writes to state.json if the worker was killed before it could write its own."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What state.json says: how far the run is and how it ended."""
+    """Contents of state.json: progress of the run and how it ended."""
 
     status: Status = "pending"
     step: int = 0
     total_steps: int = 0
     attempt: int = 0
     reason: str = ""
-    """Why it stopped, in one line; empty while it runs and after success."""
+    """Why the run stopped, in one line; empty while it runs and after success."""
     pid: int = 0
     host: str = ""
     scheduler_id: str = ""
     started: float = 0.0
-    """Seconds since the epoch at which the first attempt began."""
+    """Start of the first attempt, in seconds since the epoch."""
     updated: float = 0.0
     seconds: float = 0.0
-    """Spent on training, all attempts together; the hours in between do not count."""
+    """Training time of all attempts; the time between attempts is not counted."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """The numbers shown at the end: metric name → value."""
+    """Final numbers of the run: metric name → value."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Every path of one run hangs off this object."""
+    """A run folder: its paths, state and manifest."""
 
     path: Path
 
@@ -80,17 +80,17 @@ class RunDir:
 
     @property
     def system(self) -> Path:
-        """Samples of CPU, memory and GPU by time, in the form of metrics.jsonl."""
+        """Samples of CPU, memory and GPU over time, in the format of metrics.jsonl."""
         return self.path / "system.jsonl"
 
     @property
     def samples(self) -> Path:
-        """Generations before and after: a list of {prompt, reference, before, after}."""
+        """Generations before and after training: a list of {prompt, reference, before, after}."""
         return self.path / "samples.json"
 
     @property
     def evaluations(self) -> Path:
-        """What ``evaluate`` found after training: a line {time, step, name, rows, data, metrics, …} each time."""
+        """Results of the command ``evaluate``: one line {time, step, name, rows, data, metrics, …} per call."""
         return self.path / "evaluations.jsonl"
 
     @property
@@ -98,46 +98,46 @@ class RunDir:
         return self.path / "train.log"
 
     def rank_log(self, rank: int) -> Path:
-        """The log of one process of the run; that of rank 0 is ``log``."""
+        """The log of one rank; rank 0 writes to ``log``."""
         return self.log if rank == 0 else self.path / f"train.rank-{rank}.log"
 
     def rank_failure(self, rank: int) -> Path:
-        """Why a rank beyond 0 failed, in its own words; rank 0 makes it the run's reason."""
+        """Error message of a failed rank > 0; rank 0 copies it into the reason in state.json."""
         return self.path / f".failure.rank-{rank}"
 
     @property
     def terminal_log(self) -> Path:
-        """What the run would have told the terminal, which a sweep keeps for its table."""
+        """Terminal output of a run in a sweep, whose terminal shows the progress table instead."""
         return self.path / "terminal.log"
 
     @property
     def queue_lock(self) -> Path:
-        """Held by the queue that has taken on this run, from before its worker comes to life until its end is known."""
+        """Lock held by the local queue that runs this run, from before the worker starts until its end is recorded."""
         return self.path / ".queue.lock"
 
     @property
     def cancel_request(self) -> Path:
-        """Lies here from the moment somebody cancels the run until it is handed over again; its text is the reason."""
+        """Marker file: a cancel was requested. Contains the reason; removed when the run is launched again."""
         return self.path / ".cancel"
 
     @property
     def prune_request(self) -> Path:
-        """Lies here once a search has given the run up, until somebody asks for it anew; its text is the reason."""
+        """Marker file: a search pruned the run. Contains the reason; removed when the user launches the run again."""
         return self.path / ".prune"
 
     @property
     def mirror_log(self) -> Path:
-        """What the process that mirrors this folder into MLflow had to say."""
+        """Log of the process that uploads this folder to MLflow."""
         return self.path / "mirror.log"
 
     @property
     def mirror_report(self) -> Path:
-        """What that process has sent and what it has not: {sent, unsent, problem}."""
+        """Progress of the upload: {sent, unsent, problem, told}; ``told``: ``updated`` of the uploaded state."""
         return self.path / "mirror.json"
 
     @property
     def mirror_lock(self) -> Path:
-        """Held by the process that mirrors this folder: there is never more than one."""
+        """Lock held by the process that uploads this folder; at most one process does."""
         return self.path / ".mirror.lock"
 
     @property
@@ -150,7 +150,7 @@ class RunDir:
 
     @property
     def dirty_diff(self) -> Path:
-        """``git diff HEAD`` at the start, where the working tree was dirty."""
+        """``git diff HEAD`` at the start of the run; written only if there were uncommitted changes."""
         return self.path / "dirty.diff"
 
     @property
@@ -158,22 +158,22 @@ class RunDir:
         return self.path / "worker.lock"
 
     def read_state(self) -> State:
-        """The state; ``pending`` where none was written yet."""
+        """Contents of state.json; the status is ``pending`` if the file does not exist."""
         return State(**json.loads(self.state.read_text())) if self.state.exists() else State()
 
     def write_state(self, **changes: Any) -> State:
-        """Change some fields of the state, atomically."""
+        """Change some fields of state.json, atomically."""
         state = State(**{**asdict(self.read_state()), **changes, "updated": time.time()})
         write_atomic(self.state, json.dumps(asdict(state), indent=1))
         return state
 
     def forget_cancel(self) -> None:
-        """Drop the request to cancel the run: it is handed over again. A worker that is ending still needs it."""
+        """Remove the cancel request before the run is launched again. Kept while a worker runs: it reads the file."""
         if not self.is_alive():
             self.cancel_request.unlink(missing_ok=True)
 
     def forget_requests(self) -> None:
-        """Drop what asked to end the run, as ``forget_cancel`` does, and what gave it up: somebody wants it anew."""
+        """Remove the cancel and the prune request before the user launches the run again."""
         self.forget_cancel()
         if not self.is_alive():
             self.prune_request.unlink(missing_ok=True)
@@ -182,38 +182,39 @@ class RunDir:
         return dict(json.loads(self.manifest.read_text())) if self.manifest.exists() else {}
 
     def update_manifest(self, **changes: Any) -> dict[str, Any]:
-        """Add to the manifest under a lock: the submitter, the worker and the mirror all do."""
+        """Add keys to manifest.json, under a lock: submitter, worker and upload process all write this file."""
         with locked(self.path / ".manifest.lock"):
             manifest = {**self.read_manifest(), **changes}
             write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
         return manifest
 
-    def discard(self, made: Iterable[Path] | None = None) -> None:
-        """Remove what this run wrote, and the folders that were made for it: it was refused before it started.
+    def discard(self, folders: Iterable[Path] | None = None) -> None:
+        """Remove the files of a run that was refused before it started, and the folders created for it.
 
-        ``made``: those folders, innermost first; None: as its manifest says.
+        ``folders``: the created folders, innermost first; None: read them from the manifest.
         """
-        made = [Path(path) for path in self.read_manifest().get("made_folders", [])] if made is None else made
+        if folders is None:
+            folders = [Path(path) for path in self.read_manifest().get("made_folders", [])]
         for entry in list(self.path.iterdir()):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty: another run is in it
+        for folder in folders:
+            with contextlib.suppress(OSError):  # not empty: contains another run
                 folder.rmdir()
 
     def saved_step(self) -> int:
-        """The step from which this run would be continued; 0 where nothing is saved yet."""
+        """Step of the latest checkpoint; 0 if there is none."""
         return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
 
     def is_alive(self) -> bool:
-        """Whether a worker holds this folder; a worker that was killed holds it no more."""
+        """Whether a worker process holds the lock of this folder (the lock is released when the process dies)."""
         return is_held(self.lock)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:
-        """Hold the folder for this worker while the block runs; yields False where another worker holds it."""
+        """Hold the worker lock of the folder inside the ``with`` block; yields False if another worker holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with self.lock.open("a") as handle:
-            for attempt in range(10):  # who only looks whether a worker lives holds the lock for an instant
+            for attempt in range(10):  # is_alive of another process holds the lock for an instant
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -225,17 +226,17 @@ class RunDir:
 
 
 def find_runs(folder: Path) -> list[RunDir]:
-    """The run folder itself, or all run folders below it, oldest name first.
+    """``folder`` if it is a run folder, else all run folders below it, sorted by path.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no run folder there.
     """
-    found = []
-    for place, below, files in os.walk(folder.absolute()):
-        below.sort()
+    rundirs = []
+    for path, subfolders, files in os.walk(folder.absolute()):
+        subfolders.sort()
         if "state.json" in files:
-            below.clear()
-            found.append(RunDir(Path(place)))
-    if not found:
-        raise ConfigError(Fault("", f"{folder} holds no run", "name a run folder, or a folder of run folders"))
-    return found
+            subfolders.clear()
+            rundirs.append(RunDir(Path(path)))
+    if not rundirs:
+        raise ConfigError(Fault("", f"{folder} contains no run", "name a run folder, or a folder with run folders"))
+    return rundirs

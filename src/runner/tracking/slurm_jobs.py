@@ -1,4 +1,4 @@
-"""The jobs of runs, asked of Slurm's queue during one look at them: by their ids, or by what their submitter left."""
+"""Find the Slurm jobs of runs, by recorded job id or by the name of the submission."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
 
 
 class Queue:
-    """Slurm as it is during one look; where it does not answer that is said once, and it is not asked again."""
+    """Slurm's jobs for one status query. If Slurm does not answer: one warning, and no further calls."""
 
     def __init__(self) -> None:
-        self._of_home: dict[Path, dict[str, str]] = {}
+        self._unrecorded: dict[Path, dict[str, str]] = {}
 
     def jobs(self, ids: Iterable[str]) -> dict[str, Job] | None:
-        """What Slurm knows of the jobs with these ids, the empty one aside; None where it does not answer."""
-        wanted = sorted({*ids} - {""})
-        if not wanted:
+        """Job id → job, for those ids that Slurm lists (empty ids are ignored); None if Slurm does not answer."""
+        ids = sorted({*ids} - {""})
+        if not ids:
             return {}
         if not self._answers:
             return None
         from runner.tracking import slurm_client
 
         try:
-            return dict(slurm_client.jobs(wanted))
+            return dict(slurm_client.jobs(ids))
         except RunnerError as error:
             self._is_silent(str(error))
             return None
 
-    def not_noted(self, home: Path) -> dict[str, str]:
-        """Folder → job, of submissions below ``home`` that have no id yet, where Slurm has one."""
-        if home not in self._of_home:
-            self._of_home[home] = dict(self._found(home))
-        return self._of_home[home]
+    def unrecorded_jobs(self, home: Path) -> dict[str, str]:
+        """Run folder → job id, for submissions below ``home`` whose submitter died before it recorded the id."""
+        if home not in self._unrecorded:
+            self._unrecorded[home] = dict(self._find_unrecorded(home))
+        return self._unrecorded[home]
 
-    def _found(self, home: Path) -> Iterable[tuple[str, str]]:
+    def _find_unrecorded(self, home: Path) -> Iterable[tuple[str, str]]:
         for file in slurm_room(home).glob("runner-*.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or gone
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged or removed
                 submission = json.loads(file.read_text())
                 if submission["job_id"] or submission["cluster"] != "slurm" or not self._answers:
                     continue
@@ -54,11 +54,11 @@ class Queue:
 
                 folders = submission["folders"]
                 try:
-                    found = slurm_client.named(submission["name"])
+                    array_ids = slurm_client.named(submission["name"])
                 except RunnerError as error:
                     self._is_silent(str(error))
                     return
-                for id in found[:1]:
+                for id in array_ids[:1]:
                     ids = [f"{id}_{number}" for number in range(len(folders))] if len(folders) > 1 else [id]
                     yield from zip(folders, ids, strict=True)
 
@@ -66,11 +66,11 @@ class Queue:
     def _answers(self) -> bool:
         from runner.tracking import slurm_client
 
-        if said := slurm_client.silence():
-            self._is_silent(said)
-        return not said
+        if problem := slurm_client.silence():
+            self._is_silent(problem)
+        return not problem
 
-    def _is_silent(self, why: str) -> None:
-        """Say so, and ask no more: a controller that is there may still not answer squeue."""
+    def _is_silent(self, problem: str) -> None:
+        """Warn, and stop calling Slurm: a controller that answers a ping may still not answer squeue."""
         self._answers = False
-        lookup.log.warning(f"Slurm does not answer, so what it would know is not shown: {why}")
+        lookup.log.warning(f"Slurm does not answer, so the states of its jobs are missing: {problem}")

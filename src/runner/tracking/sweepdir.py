@@ -1,4 +1,4 @@
-"""The folder of a sweep: the only place that names its files. It holds sweep.json and, one folder each, its runs."""
+"""Paths of a sweep folder, which contains sweep.json and one folder per run. No other module names its files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.tracking.rundir import RunDir
 
 @dataclass(frozen=True)
 class SweepDir:
-    """Every path of one sweep hangs off this object; its runs are RunDirs in folders below it."""
+    """A sweep folder: its paths, sweep.json and its runs."""
 
     path: Path
 
@@ -24,37 +24,37 @@ class SweepDir:
 
     @property
     def lock(self) -> Path:
-        """Held for an instant by whoever reads and changes sweep.json."""
+        """Lock held while a process reads and changes sweep.json."""
         return self.path / ".sweep.lock"
 
     @property
     def queue_lock(self) -> Path:
-        """Held by each process that works through this sweep here (shared: two may)."""
+        """Shared lock held by every local queue that runs this sweep."""
         return self.path / ".queue.lock"
 
     @property
     def cancel_request(self) -> Path:
-        """Lies here once somebody has cancelled the search, until it is taken up again: nothing more is proposed."""
+        """Marker file: the search was cancelled and proposes no more runs; removed when the search continues."""
         return self.path / ".cancel"
 
     @property
     def search_lock(self) -> Path:
-        """Held by the process that proposes the runs of this sweep: a second one would propose against it."""
+        """Lock held by the process that proposes the runs of this search; at most one process does."""
         return self.path / ".search.lock"
 
     @property
     def search_journal(self) -> Path:
-        """What Optuna has proposed and was told, line by line."""
+        """Journal of the Optuna study: proposed trials and reported results, one per line."""
         return self.path / "search.journal"
 
     @property
     def mlflow_lock(self) -> Path:
-        """Held by whoever makes the sweep's runs in MLflow, or brings their parent up to date."""
+        """Lock held while a process creates the sweep's runs in MLflow or updates their parent run."""
         return self.path / ".mlflow.lock"
 
     @property
     def mirror_lock(self) -> Path:
-        """Held by the process that mirrors all runs of this sweep: a second one waits until the first is done."""
+        """Lock held by the process that uploads all runs of this sweep; a second process waits for the first to end."""
         return self.path / ".mirror.lock"
 
     @property
@@ -63,40 +63,40 @@ class SweepDir:
 
     @property
     def mirror_report(self) -> Path:
-        """How far that process got: {pid, opened, untold, problem}."""
+        """Progress of the upload: {pid, opened, untold, problem}; ``untold``: ended runs not fully uploaded."""
         return self.path / "mirror.json"
 
     def is_worked_on(self) -> bool:
-        """Whether a queue works through this sweep here, or a worker that it forked does, even after it was killed."""
+        """Whether a local queue runs this sweep, or a worker forked by a queue that was killed since."""
         return is_held(self.queue_lock, shared=True)
 
     def read(self) -> dict[str, Any]:
         return dict(json.loads(self.manifest.read_text())) if self.manifest.exists() else {}
 
     def update(self, **changes: Any) -> dict[str, Any]:
-        """Change sweep.json under its lock; returns what stands there then."""
+        """Change keys of sweep.json under its lock; returns the new contents."""
         with locked(self.lock):
             manifest = {**self.read(), **changes}
             write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
         return manifest
 
     def rundirs(self) -> list[RunDir]:
-        """The runs of the sweep, in the order in which they were asked for."""
+        """The runs of the sweep, in the order of sweep.json."""
         return [RunDir(self.path / job["folder"]) for job in self.read().get("jobs", {}).values()]
 
 
 def slurm_room(home: Path) -> Path:
-    """The folder of all that submitit and Slurm write of a sweep, or of a run alone: submissions, scripts, output."""
+    """Folder for the files of submitit and Slurm (submissions, scripts, output) of a sweep or a single run."""
     return home / "slurm"
 
 
 def home_of(rundir: RunDir) -> Path:
-    """Where a run is submitted from: the folder of its sweep, or its own."""
+    """The folder from which a run is submitted: the folder of its sweep, or its own folder."""
     sweep = sweep_of(rundir)
     return sweep.path if sweep else rundir.path
 
 
 def sweep_of(rundir: RunDir) -> SweepDir | None:
-    """The sweep that a run belongs to."""
+    """The sweep of a run; None for a single run."""
     folder = rundir.path.parent
     return SweepDir(folder) if (folder / "sweep.json").exists() else None

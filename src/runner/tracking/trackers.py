@@ -1,7 +1,7 @@
-"""What is recorded of a run: first lines in its folder, which are the truth; MLflow mirrors the folder.
+"""The options of ``tracking``: upload run folders to MLflow, or keep them local.
 
-The process that trains writes metrics.jsonl and nothing else: no tracker can slow it down, stop it or lose its records.
-``python -m runner.mirror FOLDER``, a child that outlives it, brings the folder into MLflow.
+The worker writes only to its run folder, so that a tracking server can neither slow down nor stop training. A separate
+process, ``python -m runner.mirror FOLDER``, uploads the folder to MLflow and continues after the worker has ended.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from runner.errors import Fault, suggest
 from runner.secrets import redact
 
 DRIVERS = {"sqlite": "sqlite3", "postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
-"""The databases that MLflow can use, with the module that SQLAlchemy needs for each unless the URI names another."""
-
-
+"""Databases that MLflow supports → the default driver module of SQLAlchemy."""
 LONGEST_NAME = 250
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where the records of a run are shown, besides its folder."""
+    """Settings for the upload of a run to MLflow."""
 
     kind: Literal["mlflow", "offline"]
     experiment: str
@@ -46,7 +44,7 @@ def mlflow(
     system_metrics: bool,
     system_interval_s: Positive,
 ) -> Tracking:
-    """Mirror the run into MLflow: the embedded database where ``uri`` is null, else that server or database."""
+    """Upload the run to the MLflow server or database ``uri``; null: the embedded database in outputs_dir."""
     return Tracking("mlflow", experiment, run_name, log_model, uri, system_metrics, system_interval_s)
 
 
@@ -57,7 +55,7 @@ def check_mlflow(*, uri: str | None, experiment: str, run_name: str | None, **_:
 
 
 def offline(*, experiment: str, run_name: str | None, log_model: bool | Literal["adapter"]) -> Tracking:
-    """Keep the records in the run folder alone; the names are those that ``sync`` uses later."""
+    """Keep the records in the run folder only; ``sync`` can upload them later under these names."""
     return Tracking("offline", experiment, run_name, log_model)
 
 
@@ -66,14 +64,14 @@ def check_offline(*, experiment: str, run_name: str | None, **_: Any) -> Iterato
 
 
 def store_uri(tracking: Tracking, outputs_dir: str | Path) -> str:
-    """The URI of the MLflow store of a run: the one it names, else the database embedded in ``outputs_dir``."""
+    """URI of the MLflow store of a run: the configured one, else the embedded database in ``outputs_dir``."""
     return tracking.uri or f"sqlite:///{Path(outputs_dir).expanduser().absolute() / 'mlflow.db'}"
 
 
 def _name_faults(experiment: str, run_name: str | None) -> Iterator[Fault]:
     for key, name in (("experiment", experiment), ("run_name", run_name)):
         if name is not None and not 0 < len(name.strip()) <= LONGEST_NAME:
-            yield Fault(key, f"must have 1 to {LONGEST_NAME} characters", "give it a shorter or a longer name", name)
+            yield Fault(key, f"must have 1 to {LONGEST_NAME} characters", "choose another name", name)
 
 
 def _uri_faults(uri: str) -> Iterator[Fault]:
@@ -83,22 +81,22 @@ def _uri_faults(uri: str) -> Iterator[Fault]:
         yield _wrong_store(uri, scheme)
     elif scheme in ("http", "https"):
         if not _names_host(uri):
-            yield Fault("uri", "names no host, or no valid port", "write it as http://host:port")
+            yield Fault("uri", "has no host or an invalid port", "write it as http://host:port")
     elif database == "sqlite":
         if not uri.startswith("sqlite:////"):
             remedy = "write an absolute path (four slashes: sqlite:////path/mlflow.db), or leave uri=null"
             yield Fault("uri", "must name a database file by its absolute path", remedy)
     elif importlib.util.find_spec(driver or DRIVERS[database]) is None:
-        remedy = "install it, or use an MLflow server (http://…) in front of the database"
+        remedy = "install it, or use an MLflow server (http://…) that is connected to the database"
         yield Fault("uri", f"needs the package {driver or DRIVERS[database]}, which is not installed", remedy)
 
 
 def _wrong_store(uri: str, scheme: str) -> Fault:
     if scheme == "file" or uri.startswith((".", "/", "~")) or ":" not in uri:
-        problem = "is a folder of files, which MLflow no longer supports as a store"
+        problem = "is a folder: MLflow no longer supports file stores"
         return Fault("uri", problem, "leave uri=null (sqlite under outputs_dir), or sqlite:////path/mlflow.db")
     allowed = ["http", "https", *DRIVERS]
-    problem = f"has no scheme that MLflow can be reached by. {suggest(scheme, allowed)}".strip()
+    problem = f"is not a URI scheme supported by MLflow. {suggest(scheme, allowed)}".strip()
     remedy = f"http://{uri}" if "://" not in uri else f"use null or one of {', '.join(f'{s}://' for s in allowed)}"
     return Fault("uri", problem, remedy)
 

@@ -1,1 +1,1 @@
-"""The process that uploads run folders to MLflow while they are trained."""
+"""The separate process that uploads run folders to MLflow while they train."""

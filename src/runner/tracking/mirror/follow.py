@@ -1,7 +1,7 @@
-"""One run folder followed into MLflow, step by step: the work of the process beside a worker, or of a sweep's mirror.
+"""Upload one run folder to MLflow while the run trains, in the upload process of the run or of its sweep.
 
-The folder is the truth. Whatever stops this process, the next one looks at what MLflow has and sends the rest. It
-outlives its worker, so that a run which was killed is said to be killed, in the folder and in MLflow.
+The run folder is the source of truth: if this process is killed, the next one compares MLflow with the folder and sends
+what is missing. It outlives the worker, so that a killed run gets the status killed in state.json and in MLflow.
 """
 
 from __future__ import annotations
@@ -26,55 +26,56 @@ from runner.tracking.sweepdir import sweep_of
 
 POLL_S = 0.2
 BATCH_S = 2.0
-"""Between two batches while the run goes on: MLflow's pages are two seconds behind, at 1 % of a core."""
+"""Between two uploads while the run trains: MLflow lags two seconds behind, at a cost of 1 % of a core."""
 GRACE_S = 15.0
-"""How long after the end of the run a store that does not answer is asked again."""
+"""After the end of the run: how long to retry if the store does not answer."""
 LONGEST_PAUSE_S = 10.0
 GAVE_UP = 3
 
 
 def follow(rundir: RunDir, since: float = 0.0, publish: Publish | None = None) -> int:
-    """Mirror the folder until MLflow knows how the run ended; its sweep's parent, if it has one, is kept up to date.
+    """Upload the folder until the end of the run is uploaded; also update the parent run of its sweep, if any.
 
-    ``since`` is the time stamp of the state that the folder had before this attempt of the run; ``publish`` writes the
-    results of a sweep onto its parent.
+    Args:
+        since: ``updated`` of state.json before this attempt of the run.
+        publish: writes the results of a sweep to its parent run.
 
     Returns:
-        the exit code: 0 all is told or there is nothing to tell, 3 the store did not answer to the end.
+        exit code: 0 everything is uploaded, or there is nothing to upload; 3 the store did not answer.
     """
-    with only_one(rundir.mirror_lock, wait=True) as mine:
-        if not mine or not _has_begun(rundir, since):
+    with only_one(rundir.mirror_lock, wait=True) as is_locked:
+        if not is_locked or not _has_started(rundir, since):
             return 0
-        follower, give_up_at = Follower(MlflowRun.of(rundir), tells_parent=True, publish=publish), float("inf")
+        follower, give_up_at = Follower(MlflowRun.of(rundir), updates_parent=True, publish=publish), float("inf")
         while not follower.step():
             if not follower.ended:
                 give_up_at = float("inf")
             elif give_up_at == float("inf"):
                 give_up_at = time.monotonic() + GRACE_S
             if time.monotonic() > give_up_at:
-                say(f"gave up: {follower.run.report(follower.problem)} records are not in MLflow")
+                say(f"gave up: {follower.run.report(follower.problem)} records not uploaded")
                 return GAVE_UP
             time.sleep(POLL_S)
         return 0
 
 
 class Follower:
-    """Brings one run into MLflow while it goes on, and tells how it ended."""
+    """Uploads one run to MLflow while it trains, until its end is uploaded."""
 
     def __init__(
-        self, run: MlflowRun, *, tells_parent: bool, gpus: str | None = None, publish: Publish | None = None
+        self, run: MlflowRun, *, updates_parent: bool, gpus: str | None = None, publish: Publish | None = None
     ) -> None:
-        """``tells_parent``: nobody else keeps the parent of its sweep; ``gpus``: as in CUDA_VISIBLE_DEVICES."""
+        """``updates_parent``: also update the parent run of the sweep; ``gpus``: as in CUDA_VISIBLE_DEVICES."""
         self.run, self.problem, self.failures, self.ended = run, "", 0, False
         self.state = run.rundir.read_state()
         self._publish = publish
-        self._parent = sweep_of(run.rundir) if tells_parent else None
-        self._parent_is_made, self._parent_knows, self._due = False, "", 0.0
+        self._parent = sweep_of(run.rundir) if updates_parent else None
+        self._parent_exists, self._parent_status, self._due = False, "", 0.0
         self._samples = _samples(run, gpus)
         run.packages = _installed()
 
-    def step(self, may_tell: bool = True) -> bool:
-        """Do what is due; True once all is told of a run that ended, or where its folder is gone."""
+    def step(self, may_upload: bool = True) -> bool:
+        """Sample and upload if due; True once the run has ended and is uploaded, or its folder is gone."""
         if not self.run.rundir.state.exists():
             return True
         self.state = close_if_dead(self.run.rundir)
@@ -83,55 +84,56 @@ class Follower:
             next(self._samples)
         elif not before:
             self._due = 0.0
-        if not may_tell or time.monotonic() < self._due:
+        if not may_upload or time.monotonic() < self._due:
             return False
-        before_problem, self.problem = self.problem, self._tell()
+        before_problem, self.problem = self.problem, self._upload()
         self.failures = self.failures + 1 if self.problem else 0
         if self.problem != before_problem:
-            say(self.problem or "the store answers again", self.run.rundir)
+            say(self.problem or "the MLflow store answers again", self.run.rundir)
             self.run.report(self.problem)
         if self.ended and not self.problem:
-            say(f"all {self.run.sent} records are in MLflow", self.run.rundir)
+            say(f"uploaded all {self.run.sent} records", self.run.rundir)
             self.run.report("")
             return True
         pause = min(2.0**self.failures, LONGEST_PAUSE_S) if self.problem else BATCH_S
         self._due = time.monotonic() + (min(pause, 1.0) if self.ended else pause)
         return False
 
-    def _tell(self) -> str:
+    def _upload(self) -> str:
+        """Upload what is new; returns the error message, empty on success."""
         run = self.run
-        if self._parent and not self._parent_is_made:
-            # The store may not have answered when the sweep was submitted: whoever comes first makes the parent.
+        if self._parent and not self._parent_exists:
+            # The store may not have answered when the sweep was submitted: then the first run creates the parent run.
             if not parent_run.is_open(run.rundir, run.uri) and (problem := parent_run.try_open(self._parent)):
                 return problem
-            self._parent_is_made = True
+            self._parent_exists = True
         if problem := run.try_update():
             return problem
-        if self._parent and self._parent_knows != run.status:
+        if self._parent and self._parent_status != run.status:
             if problem := parent_run.update_parent(self._parent, publish=self._publish):
                 return problem
-            self._parent_knows = run.status
+            self._parent_status = run.status
         return ""
 
 
 def close_if_dead(rundir: RunDir) -> State:
-    """Say ``killed`` of a run whose process here is gone while its state says ``running``; returns the state."""
+    """Set the status to ``killed`` if it is ``running`` but the local worker is dead; returns the state."""
     state = rundir.read_state()
     if state.status == "running" and _is_here(state) and not rundir.is_alive():
-        with rundir.held() as mine:
-            if mine and rundir.read_state().status == "running":
+        with rundir.held() as is_held:
+            if is_held and rundir.read_state().status == "running":
                 state = rundir.write_state(status="killed", reason=DIED)
     return state
 
 
 def _is_here(state: State) -> bool:
-    """Whether the run is on this machine: of another one nothing can be seen from here."""
+    """Whether the run is on this machine; workers of other machines cannot be checked."""
     return state.host in ("", os.uname().nodename)
 
 
 @contextlib.contextmanager
 def only_one(lock: Path, wait: bool) -> Iterator[bool]:
-    """Be the only one behind this lock; yields False where another is, or where the folder is gone."""
+    """Acquire the lock file exclusively. Yields False if it is held by another process, or the folder is gone."""
     try:
         handle = lock.open("a")
     except FileNotFoundError:
@@ -147,20 +149,20 @@ def only_one(lock: Path, wait: bool) -> Iterator[bool]:
 
 
 def be_polite() -> None:
-    """Leave the processor to workers from here on; not before, while a submitter waits for this process."""
+    """Lower the CPU priority of this process. Call it once no submitter waits for this process."""
     with contextlib.suppress(OSError):
-        os.nice(5)  # at 10 it got nothing for minutes where every core was taken
+        os.nice(5)  # at 10 the process got no CPU time for minutes if all cores were busy
 
 
 def say(text: str, rundir: RunDir | None = None) -> None:
-    """One line with the time, for mirror.log."""
+    """Print one line with the time, for mirror.log."""
     where = f"{rundir.path.name}: " if rundir else ""
     print(time.strftime("%F %T"), where + redact(text), flush=True)
 
 
-def _has_begun(rundir: RunDir, since: float) -> bool:
-    """Wait until the worker has begun to train; False if it never does: it was refused, there is nothing to tell."""
-    import mlflow  # noqa: F401 - seconds of import, spent while the worker imports its own
+def _has_started(rundir: RunDir, since: float) -> bool:
+    """Wait until the worker trains; False if it ends before (the run was refused: nothing to upload)."""
+    import mlflow  # noqa: F401 - takes seconds: import it while the worker imports torch
 
     while rundir.path.exists():
         state = rundir.read_state()
@@ -173,7 +175,7 @@ def _has_begun(rundir: RunDir, since: float) -> bool:
 
 
 def _samples(run: MlflowRun, gpus: str | None) -> Iterator[None]:
-    """Each ``next`` appends a sample of the machine to system.jsonl if one is due."""
+    """Each ``next`` appends a sample of the system metrics to system.jsonl if one is due."""
     if not run.tracking.system_metrics:
         while True:
             yield
@@ -183,7 +185,7 @@ def _samples(run: MlflowRun, gpus: str | None) -> Iterator[None]:
     while True:
         if time.monotonic() >= due:
             due = time.monotonic() + run.tracking.system_interval_s
-            with contextlib.suppress(OSError):  # a full disk: the samples are the least of it
+            with contextlib.suppress(OSError):  # a full disk: samples are not essential
                 append_to(rundir.system, {"step": step, "time": time.time(), **sampler.sample(rundir.read_state().pid)})
                 step += 1
         yield
@@ -191,5 +193,5 @@ def _samples(run: MlflowRun, gpus: str | None) -> Iterator[None]:
 
 @functools.cache
 def _installed() -> dict[str, str]:
-    found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    return dict(sorted(found.items(), key=lambda item: str(item[0]).lower()))
+    versions = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    return dict(sorted(versions.items(), key=lambda item: str(item[0]).lower()))

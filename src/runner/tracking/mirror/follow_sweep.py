@@ -1,8 +1,8 @@
-"""One process that mirrors all runs of a sweep into MLflow while queues on this machine work through them.
+"""Upload all runs of a sweep to MLflow from one process, while local queues run the sweep.
 
-It makes the parent and its children first; a submitter waits for that. Then it follows what runs, tells each end and
-the parent, and ends itself when no queue is left and all is told. A second one on the same sweep waits until the first
-is done: should that be killed, it goes on.
+First creates the parent run and the child runs (the submitter waits for this). Then uploads the active runs, updates
+the parent run, and ends when no queue is left and everything is uploaded. A second process for the same sweep waits for
+the first to end, and continues if the first was killed.
 """
 
 from __future__ import annotations
@@ -35,109 +35,112 @@ from runner.tracking.mlflow.run import ENDED, MlflowRun
 from runner.tracking.rundir import RunDir, State
 from runner.tracking.sweepdir import SweepDir
 
-LOOK_S = 1.0
-"""Between two looks at the runs that are not followed: their time stamps only, so that a thousand cost 5 ms."""
+SCAN_S = 1.0
+"""Between two scans for started or ended runs; a scan compares time stamps only: 5 ms for a thousand runs."""
 
 
 def open_only(sweep: SweepDir) -> int:
-    """Make the parent and the children, and say so in mirror.json; returns 0, or 3 where the store does not answer."""
-    return GAVE_UP if _opened(sweep) else 0
+    """Create the parent run and the child runs, and report it in mirror.json; returns 0, or 3 if the store fails."""
+    return GAVE_UP if _open(sweep) else 0
 
 
 def follow_sweep(sweep: SweepDir, publish: Publish | None = None) -> int:
-    """Make parent and children, then mirror all runs of the sweep until no queue is left and all is told.
+    """Create the parent run and the child runs, then upload all runs until no queue is left and all are uploaded.
 
-    ``publish`` writes the results onto the parent at the end.
+    ``publish`` writes the results to the parent run at the end.
 
     Returns:
-        the exit code: 0 all is told, 3 the store did not answer to the end.
+        exit code: 0 everything is uploaded, 3 the store did not answer.
     """
-    problem = _opened(sweep)
+    problem = _open(sweep)
     be_polite()
-    with only_one(sweep.mirror_lock, wait=True) as mine:
-        return _Mirror(sweep, problem, publish).until_told() if mine else 0
+    with only_one(sweep.mirror_lock, wait=True) as is_locked:
+        return _Mirror(sweep, problem, publish).run() if is_locked else 0
 
 
-def _opened(sweep: SweepDir) -> str:
-    """Returns the problem; empty where there is none. Whoever starts this starts the jobs next, so they are queued."""
-    import mlflow  # noqa: F401 - seconds of import, which may pass while the submitter still prepares folders
+def _open(sweep: SweepDir) -> str:
+    """Create the MLflow runs; returns the error message, empty on success. The submitter starts the jobs next."""
+    import mlflow  # noqa: F401 - takes seconds: import it while the submitter prepares the run folders
 
-    with locked(sweep.lock):
+    with locked(sweep.lock):  # the submitter holds this lock while it prepares the run folders
         pass
     problem = parent_run.try_open(sweep, queued=True)
-    say(problem or "every run of the sweep has its id in MLflow")
+    say(problem or "created all runs of the sweep in MLflow")
     _report(sweep, opened=not problem, untold=0, problem=problem)
     return problem
 
 
-def _report(sweep: SweepDir, **said: object) -> None:
+def _report(sweep: SweepDir, **progress: object) -> None:
     with contextlib.suppress(OSError):  # a full disk, or a folder that is gone
-        write_atomic(sweep.mirror_report, json.dumps({"pid": os.getpid(), **said}))
+        write_atomic(sweep.mirror_report, json.dumps({"pid": os.getpid(), **progress}))
 
 
 @dataclass
 class _Followed:
     follower: Follower
     lock: contextlib.ExitStack
-    """Holds the run's mirror lock."""
+    """Holds the mirror lock of the run."""
 
 
 @dataclass
 class _Mirror:
     sweep: SweepDir
     problem: str
-    """Why parent and children could not be made so far, or what the store last failed with."""
+    """The last error of the store; empty if the last call succeeded."""
     publish: Publish | None = None
     opened: bool = False
+    """Whether the parent run and all child runs exist."""
     rundirs: list[RunDir] = field(default_factory=list)
     listed: tuple[int, ...] = ()
-    """The stamp of the sweep.json that ``rundirs`` are from."""
+    """Stamp of sweep.json when ``rundirs`` was read."""
     stamps: dict[Path, tuple[int, ...]] = field(default_factory=dict)
-    """Of the state.json of each run that needs nothing as long as it stays like that."""
+    """Run folder → stamp of its state.json; the run needs no upload until this stamp changes."""
     states: dict[Path, State] = field(default_factory=dict)
     active: dict[Path, _Followed] = field(default_factory=dict)
     others: set[Path] = field(default_factory=set)
-    """Runs that another mirror is at work on."""
+    """Runs that another process uploads."""
     silent_until: float = 0.0
+    """Do not call the store before this time, as it did not answer."""
     failures: int = 0
     parent_due: float = 0.0
-    parent_knows: tuple[object, ...] = ()
+    parent_counts: tuple[object, ...] = ()
+    """The counts that the parent run has."""
 
-    def until_told(self) -> int:
+    def run(self) -> int:
         self.opened = not self.problem
-        look_due, last_told = 0.0, time.monotonic()
+        scan_due, last_progress = 0.0, time.monotonic()
         while self.sweep.manifest.exists():
-            has_queue = self.sweep.is_worked_on()  # before the look: a run that ended before its queue did is seen
-            if time.monotonic() >= look_due:
-                self._look()
-                look_due = time.monotonic() + LOOK_S
-                if not has_queue and not self.active and not self.others and self._tell_parent(False):
+            has_queue = self.sweep.is_worked_on()  # before the scan, which then finds all runs of an ended queue
+            if time.monotonic() >= scan_due:
+                self._scan()
+                scan_due = time.monotonic() + SCAN_S
+                if not has_queue and not self.active and not self.others and self._update_parent(False):
                     return self._end(0)
-            is_at_work = has_queue or self.others or any(not each.follower.ended for each in self.active.values())
-            if self._step() or is_at_work:
-                last_told = time.monotonic()
-            self._tell_parent(has_queue)
-            if time.monotonic() - last_told > GRACE_S:
+            is_training = has_queue or self.others or any(not each.follower.ended for each in self.active.values())
+            if self._step() or is_training:
+                last_progress = time.monotonic()
+            self._update_parent(has_queue)
+            if time.monotonic() - last_progress > GRACE_S:
                 return self._end(GAVE_UP)
             time.sleep(POLL_S)
         return 0
 
-    def _look(self) -> None:
-        """Take up what has begun or ended since the last look."""
+    def _scan(self) -> None:
+        """Find runs that started or ended since the last scan, and follow them."""
         if (listed := stamp(self.sweep.manifest)) != self.listed:
             self.rundirs, self.listed = self.sweep.rundirs(), listed
         self.others.clear()
         for rundir in self.rundirs:
             path = rundir.path
-            if path in self.active or (seen := stamp(rundir.state)) == self.stamps.get(path):
+            if path in self.active or (current := stamp(rundir.state)) == self.stamps.get(path):
                 continue
-            with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged folder: sync says what is wrong
+            with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged folder: sync reports the error
                 state = self.states[path] = rundir.read_state()
-                if not _has_to_be_told(rundir, state) or self._take_up(rundir):
-                    self.stamps[path] = seen
+                if not _needs_upload(rundir, state) or self._follow(rundir):
+                    self.stamps[path] = current
 
-    def _take_up(self, rundir: RunDir) -> bool:
-        """Follow the run; False where another mirror does, which is looked at again."""
+    def _follow(self, rundir: RunDir) -> bool:
+        """Start to upload the run; False if another process does: the next scan tries again."""
         lock = contextlib.ExitStack()
         if not lock.enter_context(only_one(rundir.mirror_lock, wait=False)):
             self.others.add(rundir.path)
@@ -151,37 +154,37 @@ class _Mirror:
         if run.tracking.kind == "offline":
             lock.close()
             return True
-        if not parent_run.is_open(rundir, run.uri):  # a search has added it since
+        if not parent_run.is_open(rundir, run.uri):  # added by a search after the last open
             self.opened = False
-        follower = Follower(run, tells_parent=False, gpus=rundir.read_manifest().get("gpus"))
+        follower = Follower(run, updates_parent=False, gpus=rundir.read_manifest().get("gpus"))
         self.active[rundir.path] = _Followed(follower, lock)
         return True
 
     def _step(self) -> bool:
-        """Let each run that is followed do what is due; returns whether one was told to its end."""
+        """Upload what is new of each active run; returns whether a run was completed."""
         if not self.opened and time.monotonic() >= self.silent_until:
-            self._answered(parent_run.try_open(self.sweep, queued=self.sweep.is_worked_on()))
+            self._record_answer(parent_run.try_open(self.sweep, queued=self.sweep.is_worked_on()))
             self.opened = not self.problem
         count = len(self.active)
         for path, each in list(self.active.items()):
-            may_tell = self.opened and time.monotonic() >= self.silent_until
-            if each.follower.ended and not may_tell:
-                continue  # a thousand that ended while the store was away are not looked at five times a second
+            may_upload = self.opened and time.monotonic() >= self.silent_until
+            if each.follower.ended and not may_upload:
+                continue  # a thousand runs may have ended while the store did not answer: do not poll them
             failures = each.follower.failures
-            is_done = each.follower.step(may_tell)
+            is_done = each.follower.step(may_upload)
             self.states[path] = each.follower.state
             if each.follower.failures > failures and not store.answers(each.follower.run.uri):
-                self._answered(each.follower.problem)
+                self._record_answer(each.follower.problem)
             elif is_done:
-                self._answered("")
+                self._record_answer("")
             if is_done:
                 each.lock.close()
                 del self.active[path]
-                self.stamps.pop(path, None)  # it may have been taken up again meanwhile
+                self.stamps.pop(path, None)  # the run may have been started again meanwhile
         return len(self.active) < count
 
-    def _answered(self, problem: str) -> None:
-        """What the store said last; while it is silent nobody asks it."""
+    def _record_answer(self, problem: str) -> None:
+        """Record the result of the last call of the store; pause further calls after an error."""
         self.failures = self.failures + 1 if problem else 0
         if problem:
             self.silent_until = time.monotonic() + min(2.0**self.failures, LONGEST_PAUSE_S)
@@ -189,34 +192,32 @@ class _Mirror:
             self.problem = problem
             _report(self.sweep, opened=self.opened, untold=len(self.active), problem=problem)
 
-    def _tell_parent(self, has_queue: bool) -> bool:
-        """Bring the parent up to date if something changed; returns whether it is."""
+    def _update_parent(self, has_queue: bool) -> bool:
+        """Update the parent run if counts changed; returns whether it is up to date."""
         now, states = time.monotonic(), [self.states.get(rundir.path, State()) for rundir in self.rundirs]
-        found = (has_queue, *sorted(Counter(state.status for state in states).items()))
-        if not self.opened or found == self.parent_knows:
+        counts = (has_queue, *sorted(Counter(state.status for state in states).items()))
+        if not self.opened or counts == self.parent_counts:
             return self.opened
         if now < max(self.silent_until, self.parent_due if has_queue else 0.0):
             return False
         self.parent_due = now + BATCH_S
-        if problem := parent_run.update_parent(
-            self.sweep, states=states, queued=has_queue or None, publish=self.publish
-        ):
+        queued = has_queue or None
+        if problem := parent_run.update_parent(self.sweep, states=states, queued=queued, publish=self.publish):
             say(problem)
-            self._answered(problem)
+            self._record_answer(problem)
             return False
-        self.parent_knows = found
+        self.parent_counts = counts
         return True
 
     def _end(self, code: int) -> int:
-        untold = [each.follower.run.rundir for each in self.active.values()]
         for each in self.active.values():
             each.follower.run.report(each.follower.problem or self.problem)
-        say(f"gave up: {len(untold)} runs are not in MLflow to their end" if code else "all runs are in MLflow")
-        _report(self.sweep, opened=self.opened, untold=len(untold), problem=self.problem if code else "")
+        say(f"gave up: {len(self.active)} runs not fully uploaded" if code else "uploaded all runs")
+        _report(self.sweep, opened=self.opened, untold=len(self.active), problem=self.problem if code else "")
         return code
 
 
-def _has_to_be_told(rundir: RunDir, state: State) -> bool:
+def _needs_upload(rundir: RunDir, state: State) -> bool:
     if state.status in ENDED:
         return read_report(rundir).get("told") != state.updated
     return state.status == "running"

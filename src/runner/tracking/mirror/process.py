@@ -14,21 +14,23 @@ from runner.tracking.sweepdir import SweepDir
 
 
 def main(argv: Sequence[str], publish: Publish) -> int:
-    """``FOLDER [SINCE]``, ``--sweep SWEEP`` or ``--open SWEEP``; signals that are meant for workers are ignored.
+    """Run the upload process; returns the exit code. Ignores SIGINT, SIGTERM and SIGHUP, which are for workers.
 
-    ``publish`` writes the results of a sweep onto its parent run. Returns the exit code.
+    Args:
+        argv: ``FOLDER [SINCE]``, ``--sweep SWEEP`` or ``--open SWEEP``.
+        publish: writes the results of a sweep to its parent run.
     """
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)  # it ends by itself soon after its worker, once the end is uploaded
-    how, folder = argv[0], Path(argv[-1] if argv[0].startswith("--") else argv[0])
+        signal.signal(name, signal.SIG_IGN)  # ends by itself once the end of the run is uploaded
+    mode, folder = argv[0], Path(argv[-1] if argv[0].startswith("--") else argv[0])
     try:
-        if how == "--open":
+        if mode == "--open":
             return follow_sweep.open_only(SweepDir(folder))
-        if how == "--sweep":
+        if mode == "--sweep":
             return follow_sweep.follow_sweep(SweepDir(folder), publish)
         be_polite()
         return follow(RunDir(folder), float(argv[1]) if len(argv) > 1 else 0.0, publish)
     except FileNotFoundError:
         if folder.exists():
             raise
-        return 0  # refused before it began, and tidied away
+        return 0  # the run was refused before it started, and its folder removed

@@ -1,6 +1,6 @@
-"""The mirror of a sweep as its submitter sees it: a process to start, to wait for, and to ask how far it got.
+"""Start the upload process of a run or sweep, wait for it, and read its progress.
 
-Only this process loads MLflow; the submitter imports nothing heavy for it.
+Only the upload process imports MLflow, which takes seconds.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Mirror = subprocess.Popen[bytes]
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How far MLflow got with a sweep."""
+    """Result of the upload of a sweep."""
 
     untold: int
-    """Runs that ended and are not in MLflow to their end."""
+    """Ended runs that are not fully uploaded."""
     message: str
-    """How to look at the sweep, or why MLflow has not got it all; ``python -m runner sync`` brings the rest."""
+    """How to open the sweep in MLflow, or why the upload is incomplete; ``python -m runner sync`` completes it."""
 
 
 @contextlib.contextmanager
 def queueing(sweep: SweepDir) -> Iterator[None]:
-    """Say, while the block runs, that a queue of this machine works through the sweep; several may at once."""
+    """Hold the shared queue lock of the sweep inside the ``with`` block: a local queue runs the sweep."""
     with sweep.queue_lock.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_SH)
         yield
@@ -47,59 +47,58 @@ def queueing(sweep: SweepDir) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mirrored(sweep: SweepDir) -> Iterator[Callable[[], None]]:
-    """While the block works through the sweep here, one process brings all its runs into MLflow; it ends soon after.
+    """Run one upload process for the sweep inside the ``with`` block, and wait for its end afterwards.
 
-    Yields what waits until the ids of parent and children are fixed: to be called before the first job starts.
+    Yields a function that waits until the parent run and the child runs exist: call it before the first job starts.
     """
     with queueing(sweep):
         mirror = start_sweep_mirror(sweep)
-        yield lambda: _tell(wait_opened(mirror, sweep))
+        yield lambda: _warn(wait_opened(mirror, sweep))
     result = wait_sweep_mirror(mirror, sweep)
     if result.untold:
-        print(f"MLflow has not got {result.untold} runs to their end ({result.message})", file=sys.stderr)
-        print(f"bring them: python -m runner sync {sweep.path}", file=sys.stderr)
+        print(f"not fully uploaded to MLflow: {result.untold} runs ({result.message})", file=sys.stderr)
+        print(f"to upload them: python -m runner sync {sweep.path}", file=sys.stderr)
 
 
 def start_sweep_mirror(sweep: SweepDir) -> Mirror | None:
-    """Start the process that makes the sweep's runs in MLflow and then mirrors them; None if all are offline.
+    """Start the process that creates the sweep's runs in MLflow and uploads them; None if all runs are offline.
 
-    Whoever starts it is ``queueing`` already, or it finds no queue and ends. It runs in a session
-    of its own: neither Ctrl-C nor the end of this process takes it along.
+    Call it inside ``queueing``: without a queue the process ends at once. It has its own session: neither Ctrl-C nor
+    the end of this process stops it.
     """
     return _start(sweep, "--sweep")
 
 
 def open_in_mlflow(sweep: SweepDir, timeout_s: float = 600.0) -> str:
-    """Make the sweep's runs in MLflow where each job mirrors itself (launcher=slurm), and wait for it.
+    """Create the sweep's runs in MLflow and wait until they exist; each job uploads itself later (launcher=slurm).
 
     Returns:
-        why MLflow has not got them, which is also said; empty when it has, or when all are offline. Jobs may start
-        either way.
+        the error message, also printed; empty on success, or if all runs are offline. Jobs may start in any case.
     """
     problem = wait_opened(_start(sweep, "--open"), sweep, timeout_s)
-    _tell(problem)
+    _warn(problem)
     return problem
 
 
 def wait_opened(mirror: Mirror | None, sweep: SweepDir, timeout_s: float = 600.0) -> str:
-    """Wait until the ids of parent and children are fixed; returns why they are not, empty when they are."""
+    """Wait until the parent run and the child runs exist; returns the error message, empty on success."""
     give_up_at = time.monotonic() + timeout_s
     while mirror:
         code = mirror.poll()
-        if (said := _report(sweep)).get("pid") == mirror.pid:
-            return str(said["problem"])
+        if (report := _report(sweep)).get("pid") == mirror.pid:
+            return str(report["problem"])
         if code is not None:
-            return f"the mirror ended with code {code}, see {sweep.mirror_log}"
+            return f"the upload process ended with exit code {code}, see {sweep.mirror_log}"
         if time.monotonic() > give_up_at:
-            return f"process {mirror.pid} is still making its runs in MLflow, see {sweep.mirror_log}"
+            return f"process {mirror.pid} is still creating the runs in MLflow, see {sweep.mirror_log}"
         time.sleep(0.05)
     return ""
 
 
 def wait_sweep_mirror(mirror: Mirror | None, sweep: SweepDir, timeout_s: float = 60.0) -> SweepResult:
-    """Wait until the mirror has told MLflow all of the sweep; whoever calls this is ``queueing`` no more.
+    """Wait until the sweep is uploaded; call it after ``queueing`` has ended.
 
-    Where another queue still works on the same sweep it goes on for that one, and this returns after ``timeout_s``.
+    If another queue still runs the same sweep, the upload process continues, and this returns after ``timeout_s``.
     """
     if mirror is None:
         return SweepResult(0, "tracking=offline")
@@ -107,25 +106,29 @@ def wait_sweep_mirror(mirror: Mirror | None, sweep: SweepDir, timeout_s: float =
         code: int | None = mirror.wait(timeout_s)
     except subprocess.TimeoutExpired:
         code = None
-    noted, said = sweep.read().get("mlflow") or {}, _report(sweep)
+    report = _report(sweep)
+    message = _message(code, mirror.pid, sweep.mirror_log, sweep.read().get("mlflow") or {}, report)
+    return SweepResult(0 if code == 0 else int(report.get("untold", 0)), message)
+
+
+def _message(code: int | None, pid: int, log: Path, ids: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """How to open the run or sweep in MLflow, or why the upload is incomplete; ``code``: None while it continues."""
     if code == 0:
-        return SweepResult(0, noted.get("url") or (f"mlflow ui --backend-store-uri {noted['uri']}" if noted else ""))
-    untold = int(said.get("untold", 0))
+        return ids.get("url") or (f"mlflow ui --backend-store-uri {ids['uri']}" if ids else "")
     if code is None:
-        return SweepResult(untold, f"process {mirror.pid} is still telling MLflow, see {sweep.mirror_log}")
-    problem = said.get("problem") or f"the mirror ended with code {code}, see {sweep.mirror_log}"
-    return SweepResult(untold, problem)
+        return f"process {pid} is still uploading, see {log}"
+    return report.get("problem") or f"the upload process ended with exit code {code}, see {log}"
 
 
-def _tell(problem: str) -> None:
+def _warn(problem: str) -> None:
     if problem:
-        print(f"MLflow: {problem}; the runs go on, and `runner sync` brings them later", file=sys.stderr)
+        print(f"MLflow: {problem}; training continues, upload later: python -m runner sync", file=sys.stderr)
 
 
-def _start(sweep: SweepDir, how: str) -> Mirror | None:
+def _start(sweep: SweepDir, mode: str) -> Mirror | None:
     if not any(_is_mirrored(rundir) for rundir in sweep.rundirs()):
         return None
-    command = [sys.executable, "-P", "-m", "runner.mirror", how, str(sweep.path)]
+    command = [sys.executable, "-P", "-m", "runner.mirror", mode, str(sweep.path)]
     return mirror_process(command, sweep.mirror_log)
 
 
@@ -144,10 +147,10 @@ def _report(sweep: SweepDir) -> dict[str, Any]:
 
 
 def start_mirror(rundir: RunDir, cfg: Mapping[str, Any]) -> subprocess.Popen[bytes] | None:
-    """Start the process that mirrors ``rundir`` into MLflow; None with ``tracking=offline``.
+    """Start the process that uploads ``rundir`` to MLflow; None with ``tracking=offline``.
 
-    It runs in a session of its own, so that neither Ctrl-C nor the end of this process takes it along, and knows by
-    the time stamp it is given which state of the run is old.
+    It has its own session: neither Ctrl-C nor the end of this process stops it. Its last argument is the time stamp of
+    the current state.json, so that it can recognise a newer state.
     """
     if bind(cfg["tracking"], "tracking")().kind == "offline":
         return None
@@ -156,9 +159,9 @@ def start_mirror(rundir: RunDir, cfg: Mapping[str, Any]) -> subprocess.Popen[byt
 
 
 def mirror_process(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a process that mirrors, by itself: it outlives this one, and Ctrl-C does not reach it."""
-    # One thread is plenty for what waits; and no telemetry, whatever the shell says.
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1"}
+    """Start an upload process in its own session: it outlives this process, and Ctrl-C does not stop it."""
+    # The process mostly waits: one thread is enough. No telemetry, whatever the user's environment.
+    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1"}
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
@@ -166,42 +169,36 @@ def mirror_process(command: list[str], log: Path) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**os.environ, **quiet},
+            env={**os.environ, **settings},
         )
 
 
 @dataclass(frozen=True)
 class MirrorResult:
-    """How far MLflow got."""
+    """Result of the upload of a run."""
 
     url: str | None
-    """The page of the run, on a server."""
+    """Page of the run on an MLflow server; else None."""
     unsent: int
-    """Records that MLflow does not have."""
+    """Records that are not in MLflow yet."""
     message: str
-    """How to look at the run, or why MLflow has not got it all; ``python -m runner sync`` brings the rest."""
+    """How to open the run in MLflow, or why the upload is incomplete; ``python -m runner sync`` completes it."""
 
 
 def wait_mirror(proc: subprocess.Popen[bytes] | None, rundir: RunDir, timeout_s: float = 60.0) -> MirrorResult:
-    """Wait until the mirror has told MLflow all of it, has given up, or has taken too long."""
+    """Wait until the run is uploaded, the upload process has given up, or ``timeout_s`` has passed."""
     if proc is None:
         return MirrorResult(None, len(read(rundir)), "tracking=offline")
     try:
         code: int | None = proc.wait(timeout_s)
     except subprocess.TimeoutExpired:
         code = None
-    noted, said = rundir.read_manifest().get("mlflow") or {}, read_report(rundir)
-    url = noted.get("url")
-    # A mirror that was killed has sent more than it last wrote down: better to say too many than too few.
-    unsent = 0 if code == 0 else max(0, len(read(rundir)) - int(said.get("sent", 0)))
-    if code == 0:
-        return MirrorResult(url, unsent, url or (f"mlflow ui --backend-store-uri {noted['uri']}" if noted else ""))
-    if code is None:
-        return MirrorResult(url, unsent, f"process {proc.pid} is still telling MLflow, see {rundir.mirror_log}")
-    problem = said.get("problem") or f"the mirror ended with code {code}, see {rundir.mirror_log}"
-    return MirrorResult(url, unsent, problem)
+    ids, report = rundir.read_manifest().get("mlflow") or {}, read_report(rundir)
+    # A killed upload process may have sent more than it reported: this is an upper bound.
+    unsent = 0 if code == 0 else max(0, len(read(rundir)) - int(report.get("sent", 0)))
+    return MirrorResult(ids.get("url"), unsent, _message(code, proc.pid, rundir.mirror_log, ids, report))
 
 
 def read_report(rundir: RunDir) -> dict[str, Any]:
-    """What the mirror last wrote of itself: {sent, unsent, problem}; empty before it wrote anything."""
+    """Progress of the upload from mirror.json: {sent, unsent, problem, told}; empty if there is none."""
     return dict(json.loads(rundir.mirror_report.read_text())) if rundir.mirror_report.exists() else {}

@@ -1,4 +1,4 @@
-"""MLflow's REST API 2.0, asked without MLflow: importing that takes longer than the answer."""
+"""Calls of MLflow's REST API 2.0 without ``import mlflow``, which takes longer than the call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ TIMEOUT_S = 60.0
 
 
 def ask(uri: str, what: str, body: dict[str, Any] | None = None, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-    """What the server at ``uri`` answers to ``what`` (``runs/search``); with a ``body`` it is posted.
+    """Answer of the server at ``uri`` to a GET of ``what`` (such as ``runs/search``), or to a POST of ``body``.
 
     Raises:
-        TrackingError: the server refuses.
-        OSError, ValueError: it does not answer, or not as MLflow does.
+        TrackingError: the server answers with an HTTP error.
+        OSError, ValueError: no answer, or no JSON object.
     """
     address, user, password = take_credentials(uri)
     headers = {"Content-Type": "application/json", **_authorization(user, password)}
@@ -32,23 +32,23 @@ def ask(uri: str, what: str, body: dict[str, Any] | None = None, timeout_s: floa
             return dict(json.load(answer))
     except urllib.error.HTTPError as error:
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if error.code in (401, 403) else ""
-        problem = f"answers {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+        problem = f"HTTP error {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
         raise TrackingError(Fault("uri", problem, remedy, address)) from error
 
 
 def _authorization(user: str | None, password: str | None) -> dict[str, str]:
-    """Who asks: as the URI says, else the environment, in the order in which MLflow's own client reads it."""
+    """Credentials of the URI, else of the environment, in the same order as MLflow's own client."""
     if not user:
         user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
         if not (user and password):
             token = os.environ.get("MLFLOW_TRACKING_TOKEN")
             return {"Authorization": f"Bearer {token}"} if token else {}
-    both = f"{user}:{password or ''}".encode()
-    return {"Authorization": f"Basic {b64encode(both).decode()}"}
+    credentials = f"{user}:{password or ''}".encode()
+    return {"Authorization": f"Basic {b64encode(credentials).decode()}"}
 
 
 def _tls() -> ssl.SSLContext:
-    """As MLflow's client is told by the environment."""
+    """TLS settings from the environment variables of MLflow's client."""
     context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
     if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

@@ -1,7 +1,7 @@
-"""The MLflow run of a run folder: what it says is what the folder says.
+"""Upload one run folder to its MLflow run.
 
-``MlflowRun.update`` may be called at any time, again and again, by one process after another: it looks at what MLflow
-has and sends the rest. So nothing depends on a process that lives to the end.
+``MlflowRun.update`` is idempotent: it compares the folder with MLflow and sends what is missing. So if an upload
+process is killed, the next one continues.
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ STATUS = {
 }  # fmt: skip
 ENDED = (*FINAL, "preempted")
 TOLD_TAG = "runner.mirrored"
-"""Set last: the time stamp of the state up to which MLflow has everything."""
+"""Set last: ``updated`` of the final state, once everything up to it is uploaded."""
 
 
 @dataclass
 class MlflowRun:
-    """One run folder, the store it is mirrored into, and how far that got."""
+    """A run folder, its MLflow store, and the progress of the upload."""
 
     rundir: RunDir
     uri: str
     tracking: Tracking
     config: dict[str, Any]
     packages: dict[str, str] = field(default_factory=dict)
-    """What is installed where the run runs; empty where that is not known."""
+    """Installed packages of the run's environment; empty if unknown."""
     run: Run | None = None
     status: str = ""
-    """What MLflow says of the run: RUNNING, FINISHED …"""
+    """Status of the run in MLflow: RUNNING, FINISHED …"""
     known: upload.Known = field(default_factory=dict)
     positions: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    """File → its inode, and the bytes of it that MLflow has."""
+    """File → (its inode, number of bytes already uploaded)."""
     sent: int = 0
-    """Records of metrics.jsonl that MLflow has."""
+    """Number of records of metrics.jsonl that are in MLflow."""
     told: float = 0.0
-    """The time stamp of the state up to which MLflow has everything; 0 while the run goes on."""
+    """``updated`` of the final state, once everything is uploaded; 0 while the run continues."""
 
     @classmethod
     def of(cls, rundir: RunDir, uri: str | None = None) -> MlflowRun:
-        """The run of a folder in the store at ``uri``, by default its own (see ``home``)."""
+        """The run of a folder in the store at ``uri``; default: the run's own store (see ``home``)."""
         config = manifest.read_config(rundir)
         tracking = bind(config["tracking"], "tracking")()
         return cls(rundir, uri or home(rundir, tracking, config["outputs_dir"]), tracking, config)
 
     def update(self) -> None:
-        """Bring MLflow up to what the folder says now; what is there already is not sent again."""
+        """Upload everything in the folder that MLflow does not have yet."""
         state, client = self.rundir.read_state(), store.connect(self.uri)
         run = self.run = self.run or self._open(client, state, self.rundir.read_manifest())
         manifest, ended = self.rundir.read_manifest(), state.status in ENDED
@@ -82,37 +82,37 @@ class MlflowRun:
             if ended and run.data.tags.get(TOLD_TAG) != str(state.updated):
                 self._send_results(client, run)
                 upload.send_tags(client, run, {TOLD_TAG: str(state.updated)})
-        finally:  # a model that cannot be stored leaves no run RUNNING for ever
+        finally:  # even if the upload of the model fails, the run does not stay RUNNING
             self._send_status(client, run, state)
         self.told = state.updated if ended else 0.0
 
     def try_update(self) -> str:
-        """``update``, with what went wrong as a text; empty when nothing did."""
+        """Like ``update``, but returns the error message; empty on success."""
         try:
             self.update()
-        except Exception as error:  # a store fails in a hundred ways; none of them may end the mirror
-            self.run, self.positions = None, {}  # look anew at what is there
+        except Exception as error:  # MLflow stores raise many exception types; none may end the upload process
+            self.run, self.positions = None, {}  # compare everything with MLflow again
             return explained(error, self.uri)
         return ""
 
     def report(self, problem: str) -> int:
-        """Write down how far MLflow is behind the folder; returns the number of records it lacks."""
+        """Write the progress to mirror.json; returns the number of records that are not in MLflow."""
         unsent = max(0, len(read(self.rundir)) - self.sent)
         if self.rundir.path.exists():
-            said = {"sent": self.sent, "unsent": unsent, "problem": problem, "told": self.told}
-            write_atomic(self.rundir.mirror_report, json.dumps(said))
+            report = {"sent": self.sent, "unsent": unsent, "problem": problem, "told": self.told}
+            write_atomic(self.rundir.mirror_report, json.dumps(report))
         return unsent
 
     def _open(self, client: MlflowClient, state: State, manifest: dict[str, Any]) -> Run:
-        """Find the run or make it, and send what holds from its beginning to its end."""
+        """Find or create the run, and send what does not change: params, config, manifest, environment."""
         artifacts = artifacts_dir(self.uri, self.config["outputs_dir"])
         experiment = store.experiment_id(client, self.tracking.experiment, artifacts)
         identity = str(manifest.get("id") or self.rundir.path)
         run = store.find_run(client, experiment, identity, (manifest.get("mlflow") or {}).get("run_id"))
         if run is None:
             name = self.tracking.run_name or str(manifest.get("name") or self.rundir.path.name)
-            began = state.started or (state.updated if state.status in ENDED else time.time())
-            run = store.create_run(client, experiment, identity, name, began)
+            started = state.started or (state.updated if state.status in ENDED else time.time())
+            run = store.create_run(client, experiment, identity, name, started)
         note(self.rundir, self.uri, run)
         upload.send_params(client, run, self.config, manifest.get("choices"))
         for path in (self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff):
@@ -129,7 +129,7 @@ class MlflowRun:
         if not path.exists():
             return
         inode, (before, offset) = path.stat().st_ino, self.positions.get(path, (0, 0))
-        offset = offset if inode == before else 0  # another inode: cut back by a resume, read it all again
+        offset = offset if inode == before else 0  # another inode: truncated by a resume, read all of it again
         records, end = tail(path, offset)
         upload.send_metrics(client, run, records, self.known)
         self.positions[path] = inode, end
@@ -137,11 +137,11 @@ class MlflowRun:
             self.sent = (self.sent if offset else 0) + len(records)
 
     def _send_evaluations(self, client: MlflowClient, run: Run) -> None:
-        """What was measured after training; the same step may have been measured twice, told apart by their times."""
+        """Results of the command ``evaluate``; a step may have several, which differ in time."""
         path = self.rundir.evaluations
-        if not path.exists() or self.positions.get(path) == (path.stat().st_ino, path.stat().st_size):
+        position = (path.stat().st_ino, path.stat().st_size) if path.exists() else None
+        if position is None or self.positions.get(path) == position:
             return
-        position = path.stat().st_ino, path.stat().st_size
         upload.send_evaluations(client, run, read_evaluations(self.rundir))
         client.log_artifact(run.info.run_id, str(path))
         self.positions[path] = position
@@ -149,66 +149,66 @@ class MlflowRun:
     def _send_status(self, client: MlflowClient, run: Run, state: State) -> None:
         if self.status == STATUS[state.status]:
             return
-        # Nobody saw it die: it was at work until its last record, not until somebody looked.
-        unseen = state.reason == DIED and self.rundir.metrics.exists()
-        ended_at = self.rundir.metrics.stat().st_mtime if unseen else state.updated
+        # A killed worker wrote no end time: use the time of its last record, not the time of the status query.
+        was_killed = state.reason == DIED and self.rundir.metrics.exists()
+        ended_at = self.rundir.metrics.stat().st_mtime if was_killed else state.updated
         upload.set_status(client, run, STATUS[state.status], ended_at if state.status in ENDED else None)
         self.status = STATUS[state.status]
 
     def _send_results(self, client: MlflowClient, run: Run) -> None:
-        """What there is to show at the end: log, manifest, samples as a table, and the model if it is asked for."""
+        """Send the results of a finished run: log, manifest, samples as a table, and the model (``log_model``)."""
         for path in (self.rundir.manifest, self.rundir.log):
             if path.exists():
                 client.log_artifact(run.info.run_id, str(path))
         if self.rundir.samples.exists():
             upload.send_table(client, run, json.loads(self.rundir.samples.read_text()), self.rundir.samples.name)
-        self._send_outcome(client, run)
-        wanted, is_adapter = self.tracking.log_model, (self.rundir.model / "adapter_config.json").exists()
-        if self.rundir.model.is_dir() and (wanted is True or (wanted == "adapter" and is_adapter)):
+        self._send_summary(client, run)
+        log_model, is_adapter = self.tracking.log_model, (self.rundir.model / "adapter_config.json").exists()
+        if self.rundir.model.is_dir() and (log_model is True or (log_model == "adapter" and is_adapter)):
             client.log_artifacts(run.info.run_id, str(self.rundir.model), self.rundir.model.name)
             model = self.rundir.read_manifest().get("model") or {}
             params = {"base": str(model.get("path")), "revision": str(model.get("revision"))}
             kind, step = "adapter" if is_adapter else "model", self.rundir.read_state().step
             upload.send_model(client, run, str(model.get("name") or "model"), kind, params, step)
 
-    def _send_outcome(self, client: MlflowClient, run: Run) -> None:
-        """What no record says and comparing asks for: the best loss and the seconds of training, at the last step."""
+    def _send_summary(self, client: MlflowClient, run: Run) -> None:
+        """Send the metrics that no record contains and ``compare`` uses: best eval loss and training seconds."""
         from mlflow.entities import Metric
 
         state = self.rundir.read_state()
-        known = {BEST: last_values(read(self.rundir)).get(BEST), SECONDS: state.seconds or None}
+        summary = {BEST: last_values(read(self.rundir)).get(BEST), SECONDS: state.seconds or None}
         now_ms = int(state.updated * 1000)
-        points = [Metric(name, value, now_ms, state.step) for name, value in known.items() if value is not None]
+        points = [Metric(name, value, now_ms, state.step) for name, value in summary.items() if value is not None]
         if points:
             client.log_batch(run.info.run_id, metrics=points)
 
 
 def home(rundir: RunDir, tracking: Tracking, outputs_dir: str | Path) -> str:
-    """The store of a run: the one that its configuration names; of ``tracking=offline`` the one it was brought into."""
+    """URI of the store of a run: the configured one; with ``tracking=offline`` the one it was uploaded to, if any."""
     if tracking.kind == "offline":
-        with contextlib.suppress(OSError, ValueError):  # a damaged manifest is said where it is needed
-            noted = str((rundir.read_manifest().get("mlflow") or {}).get("uri") or "")
-            if noted and store.is_there(noted):
-                return noted
+        with contextlib.suppress(OSError, ValueError):  # a damaged manifest is reported elsewhere
+            recorded = str((rundir.read_manifest().get("mlflow") or {}).get("uri") or "")
+            if recorded and store.is_there(recorded):
+                return recorded
     return store_uri(tracking, outputs_dir)
 
 
 def artifacts_dir(uri: str, outputs_dir: str | Path) -> Path | None:
-    """Where the artifacts of a store lie; None where its server decides."""
+    """Artifact folder of the embedded store; None if a server decides."""
     return None if store.is_server(uri) else Path(outputs_dir, "mlartifacts")
 
 
 def note(rundir: RunDir, uri: str, run: Run, **more: Any) -> None:
-    """Write into the manifest which run of MLflow this folder is; a parent in another store is forgotten."""
-    noted = rundir.read_manifest().get("mlflow") or {}
-    here = where(uri, run)
-    kept = noted if noted.get("uri", here["uri"]) == here["uri"] else {}
-    if {**kept, **here, **more} != noted:
-        rundir.update_manifest(mlflow={**kept, **here, **more})
+    """Record the ids of the MLflow run in the manifest; a recorded parent run in another store is removed."""
+    recorded = rundir.read_manifest().get("mlflow") or {}
+    ids = where(uri, run)
+    same_store = recorded if recorded.get("uri", ids["uri"]) == ids["uri"] else {}
+    if (updated := {**same_store, **ids, **more}) != recorded:
+        rundir.update_manifest(mlflow=updated)
 
 
 def where(uri: str, run: Run) -> dict[str, Any]:
-    """What is noted of a run: {run_id, experiment_id, uri, url}."""
+    """Entry for the manifest: {run_id, experiment_id, uri, url}; ``url``: page of the run on a server, else None."""
     uri, _, _ = take_credentials(uri)
     run_id, experiment = run.info.run_id, run.info.experiment_id
     url = f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if store.is_server(uri) else None
@@ -216,7 +216,7 @@ def where(uri: str, run: Run) -> dict[str, Any]:
 
 
 def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, Any]:
-    """The tags of a run; MLflow's own are set by us, as it would describe the process that mirrors."""
+    """Tags of a run. Includes MLflow's own tags, which MLflow would fill with data of the upload process."""
     git, command = manifest.get("git") or {}, manifest.get("command") or []
     return {
         "runner.signature": manifest.get("signature"),
@@ -239,7 +239,7 @@ def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, An
 
 
 def explained(error: Exception, uri: str) -> str:
-    """What went wrong in a line, without secrets."""
+    """The error in one line, without secrets."""
     store_name = "the embedded database" if not store.is_server(uri) else "the server"
     text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}".splitlines()[0]
     return redact(f"MLflow ({store_name}, {take_credentials(uri)[0]}): {text[:600]}")

@@ -1,4 +1,4 @@
-"""MLflow stores: open one, find or make an experiment and a run in it. What a run says is sent by ``sending``."""
+"""Open an MLflow store; find or create experiments and runs in it. The contents of runs: see ``upload``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 ID_TAG, LONGEST_TAG = "runner.id", 8000
 INFINITY = 1.7976931348623157e308
-"""What MLflow makes of an infinite number."""
+"""The number that MLflow stores for infinity."""
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # MLflow retries for four minutes by default; whoever calls this module tries again by himself.
+    # MLflow retries for four minutes by default; the callers of this module have their own retries.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -33,12 +33,12 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
-"""How MLflow behaves here, unless the user's environment says otherwise."""
+"""Defaults for MLflow's environment variables; the user's own values have priority."""
 
 
 @functools.cache
 def connect(uri: str) -> MlflowClient:
-    """A client of the store; makes a sqlite database where there is none (3 s on two cores)."""
+    """A client for the store. Creates a missing sqlite database (3 s on two cores)."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow
@@ -47,40 +47,40 @@ def connect(uri: str) -> MlflowClient:
         mlflow.set_tracking_uri(uri := with_credentials(uri))
         return mlflow.MlflowClient(uri)
     database = Path(uri.removeprefix("sqlite:///"))
-    # Processes that start together on a fresh file ruin it: one at a time may open it, which is what a client does.
+    # Two processes that open a new database file at the same time corrupt it: MlflowClient opens it, so take a lock.
     with locked(database.with_name(f".{database.name}.lock")):
         if not database.exists():
             _make(database)
-        mlflow.set_tracking_uri(uri)  # artifacts of an older MLflow ask for this one, not for the client's
+        mlflow.set_tracking_uri(uri)  # older MLflow versions use this URI for artifacts, not the client's
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
     return client
 
 
 def _make(database: Path) -> None:
-    """Make a sqlite database aside: who is killed meanwhile leaves half of one, and no MLflow opens that again."""
+    """Create a sqlite database under a temporary name: MLflow cannot open one whose creation was interrupted."""
     import mlflow
 
-    aside = database.with_name(f".{database.name}.new")
-    for left in (aside, aside.with_name(f"{aside.name}-journal")):
-        left.unlink(missing_ok=True)
-    mlflow.MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
-    aside.rename(database)
+    temporary = database.with_name(f".{database.name}.new")
+    for file in (temporary, temporary.with_name(f"{temporary.name}-journal")):
+        file.unlink(missing_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+    temporary.rename(database)
 
 
 def answers(uri: str) -> bool:
-    """Whether the store can be asked anything at all."""
+    """Whether the store answers a query."""
     try:
         connect(uri).search_experiments(max_results=1)
-    except Exception:  # refused, timed out, locked, out of date: it does not answer
+    except Exception:  # connection refused, timeout, locked database, old schema, …
         return False
     return True
 
 
 def read_sqlite(database: Path, queries: Sequence[str], values: Sequence[Any] = ()) -> list[list[Any]]:
-    """What MLflow's database answers to all queries as of one moment, without importing MLflow: others write meanwhile.
+    """Rows of each query on MLflow's database, in one transaction (a consistent snapshot), without importing MLflow.
 
-    The tables have kept their columns since MLflow 1.0.
+    The columns of the tables have not changed since MLflow 1.0.
     """
     with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
         connection.execute("BEGIN")
@@ -88,7 +88,7 @@ def read_sqlite(database: Path, queries: Sequence[str], values: Sequence[Any] = 
 
 
 def is_there(uri: str) -> bool:
-    """Whether the store may still be asked: a database whose file is gone may not."""
+    """False for a sqlite database whose file does not exist; True for all other stores."""
     return not uri.startswith("sqlite:") or Path(uri.removeprefix("sqlite:///")).exists()
 
 
@@ -97,68 +97,68 @@ def is_server(uri: str) -> bool:
 
 
 def experiment_id(client: MlflowClient, name: str, artifacts: Path | None) -> str:
-    """The id of the experiment, made if need be with its artifacts under ``artifacts`` (None: the server decides).
+    """Id of the experiment, created if missing, with artifacts under ``artifacts`` (None: the server decides).
 
     Raises:
-        TrackingError: it was deleted.
+        TrackingError: the experiment was deleted.
     """
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return str(client.create_experiment(name, artifacts.absolute().as_uri() if artifacts else None))
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # someone else was faster
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # created by another process meanwhile
                 raise
-            found = client.get_experiment_by_name(name)
-    if found is None or found.lifecycle_stage != "active":
-        remedy = f"restore it (mlflow experiments restore), or set tracking.experiment to another than {name}"
+            experiment = client.get_experiment_by_name(name)
+    if experiment is None or experiment.lifecycle_stage != "active":
+        remedy = f"restore it (mlflow experiments restore), or set tracking.experiment to another name than {name}"
         raise TrackingError(Fault("tracking.experiment", "was deleted in MLflow", remedy, name))
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
-def find_run(client: MlflowClient, experiment: str, identity: str, noted: str | None) -> Run | None:
-    """The run noted earlier, or the one that bears the tag ``runner.id``; None where MLflow has neither.
+def find_run(client: MlflowClient, experiment: str, identity: str, recorded_id: str | None) -> Run | None:
+    """The run with the id in the manifest, else the run with the tag ``runner.id``; None if MLflow has neither.
 
-    The tag is there from the moment a run is made: a crash before its id was noted makes no second run.
+    The tag is set when the run is created: so a crash before its id is recorded does not cause a second run.
 
     Raises:
-        TrackingError: it was deleted.
+        TrackingError: the run was deleted.
     """
-    run = find_any_run(client, experiment, identity, noted)
+    run = find_any_run(client, experiment, identity, recorded_id)
     if run is not None and run.info.lifecycle_stage != "active":
         remedy = f"restore it: mlflow runs restore --run-id {run.info.run_id}"
         raise TrackingError(Fault("", f"the MLflow run {run.info.run_id} was deleted", remedy))
     return run
 
 
-def find_any_run(client: MlflowClient, experiment: str, identity: str, noted: str | None) -> Run | None:
-    """``find_run`` that also returns a run which was deleted and can be restored."""
+def find_any_run(client: MlflowClient, experiment: str, identity: str, recorded_id: str | None) -> Run | None:
+    """Like ``find_run``, but also returns a deleted run, which can be restored."""
     from mlflow.entities import ViewType
     from mlflow.exceptions import MlflowException
 
     run = None
-    if noted:
+    if recorded_id:
         try:
-            run = client.get_run(noted)
+            run = client.get_run(recorded_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
     if run is None or run.data.tags.get(ID_TAG) != identity:
-        wanted = f"tags.`{ID_TAG}` = '{identity}'"
-        runs = client.search_runs([experiment], wanted, run_view_type=ViewType.ALL, max_results=1)
+        query = f"tags.`{ID_TAG}` = '{identity}'"
+        runs = client.search_runs([experiment], query, run_view_type=ViewType.ALL, max_results=1)
         run = client.get_run(runs[0].info.run_id) if runs else None
     return run
 
 
 def find_runs(client: MlflowClient, experiments: Sequence[str], tag: str, value: str) -> Iterator[Run]:
-    """All runs that bear this tag, deleted ones included; a thousand of them are one call."""
+    """All runs with this tag, including deleted ones; one call per thousand runs."""
     from mlflow.entities import ViewType
 
-    token, wanted = None, f"tags.`{tag}` = '{value}'"
+    token, query = None, f"tags.`{tag}` = '{value}'"
     while token != "":
-        page = client.search_runs(list(experiments), wanted, ViewType.ALL, max_results=1000, page_token=token)
+        page = client.search_runs(list(experiments), query, ViewType.ALL, max_results=1000, page_token=token)
         yield from page
         token = page.token or ""
 
@@ -171,25 +171,25 @@ def create_run(
     started: float,
     tags: Mapping[str, Any] | None = None,
 ) -> Run:
-    """A new run, RUNNING; ``started`` in seconds since the epoch."""
-    given = {key: text for key, value in (tags or {}).items() if (text := as_text(value, LONGEST_TAG))}
-    return client.create_run(experiment, int(started * 1000), {ID_TAG: identity, **given}, name)
+    """Create a run with status RUNNING; ``started`` in seconds since the epoch."""
+    texts = {key: text for key, value in (tags or {}).items() if (text := as_text(value, LONGEST_TAG))}
+    return client.create_run(experiment, int(started * 1000), {ID_TAG: identity, **texts}, name)
 
 
 def with_credentials(uri: str) -> str:
-    """A database takes user and password in its URI only; a server is told them by MLflow, from the environment."""
+    """Add the credentials of the environment to a database URI. For a server, MLflow itself reads the environment."""
     if is_server(uri):
         return uri
     return put_credentials(uri, os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD"))
 
 
 def shorten(text: str, limit: int) -> str:
-    """The text within ``limit`` characters; where something is cut, the end says so."""
+    """Truncate the text to ``limit`` characters, with a mark at the end."""
     mark = f" … [cut: {len(text)} characters; whole in config.yaml]"
     return text if len(text) <= limit else text[: limit - len(mark)] + mark
 
 
 def as_text(value: Any, limit: int) -> str:
-    """A value as MLflow takes it: no longer than ``limit``."""
+    """The value as text, truncated to ``limit`` characters."""
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
     return shorten(text, limit)

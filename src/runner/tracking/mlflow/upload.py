@@ -1,7 +1,7 @@
-"""What a run in MLflow should say: params, tags, metrics, data, model, tables and its end.
+"""Upload the contents of a run to MLflow: params, tags, metrics, dataset, model, tables and status.
 
-Every function may be called again, by this process or by the next: what MLflow has already is not sent twice.
-Limits of MLflow (3.17): 100 params, 100 tags or 1000 metrics a batch; 6000 characters a param, 8000 a tag.
+Every function is idempotent: it sends only what MLflow does not have yet.
+Limits of MLflow (3.17): 100 params, 100 tags or 1000 metrics per batch; 6000 characters per param, 8000 per tag.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 Known = dict[str, set[int]]
-"""Metric name → the steps that MLflow has."""
+"""Metric name → steps that are already in MLflow."""
 
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 1000
 LONGEST_PARAM, LONGEST_NAME, LONGEST_DIGEST = 6000, 250, 36
@@ -35,43 +35,43 @@ def send_params(
 ) -> None:
     """The configuration, flattened with dots, and the options chosen (``quant=4bit``).
 
-    A param never changes in MLflow: a changed one becomes a tag.
+    MLflow cannot change params: changed values go into a tag.
     """
     from mlflow.entities import Param
 
     values = {_name(key): text for key, text in flatten(redact_tree(config))} | dict(choices or {})
-    cut = sorted(key for key, text in values.items() if len(text) > LONGEST_PARAM)
+    truncated = sorted(key for key, text in values.items() if len(text) > LONGEST_PARAM)
     values = {key: shorten(text, LONGEST_PARAM) for key, text in values.items()}
-    there = run.data.params
-    for keys in chunks([key for key in values if key not in there], PARAMS_PER_BATCH):
+    existing = run.data.params
+    for keys in chunks([key for key in values if key not in existing], PARAMS_PER_BATCH):
         client.log_batch(run.info.run_id, params=[Param(key, values[key]) for key in keys])
-    changed = {key: values[key] for key in values if key in there and there[key] != values[key]}
-    send_tags(client, run, {"runner.cut_params": ", ".join(cut), "runner.changed_params": changed or ""})
+    changed = {key: values[key] for key in values if key in existing and existing[key] != values[key]}
+    send_tags(client, run, {"runner.cut_params": ", ".join(truncated), "runner.changed_params": changed or ""})
 
 
 def send_tags(client: MlflowClient, run: Run, tags: Mapping[str, Any]) -> None:
-    """Set those tags that differ; an empty value takes the tag away."""
+    """Set the tags that differ; an empty value deletes the tag."""
     from mlflow.entities import RunTag
 
-    there, wanted = run.data.tags, {key: as_text(value, LONGEST_TAG) for key, value in tags.items()}
-    changed = [key for key, text in wanted.items() if text and there.get(key) != text]
+    existing, texts = run.data.tags, {key: as_text(value, LONGEST_TAG) for key, value in tags.items()}
+    changed = [key for key, text in texts.items() if text and existing.get(key) != text]
     for keys in chunks(changed, PARAMS_PER_BATCH):
-        client.log_batch(run.info.run_id, tags=[RunTag(key, wanted[key]) for key in keys])
-        there.update({key: wanted[key] for key in keys})
-    for key in [key for key, text in wanted.items() if not text and key in there]:
+        client.log_batch(run.info.run_id, tags=[RunTag(key, texts[key]) for key in keys])
+        existing.update({key: texts[key] for key in keys})
+    for key in [key for key, text in texts.items() if not text and key in existing]:
         client.delete_tag(run.info.run_id, key)
-        del there[key]
+        del existing[key]
 
 
 def known_steps(client: MlflowClient, run: Run) -> Known:
-    """The steps that MLflow has, of every metric of the run."""
+    """Metric name → steps in MLflow, for every metric of the run."""
     names = client.get_run(run.info.run_id).data.metrics
     history = {name: client.get_metric_history(run.info.run_id, name) for name in names}
     return defaultdict(set, {name: {metric.step for metric in points} for name, points in history.items()})
 
 
 def send_metrics(client: MlflowClient, run: Run, records: Iterable[Mapping[str, Any]], known: Known) -> None:
-    """Those points that are not ``known`` yet; MLflow takes a batch whole or not at all."""
+    """The points that are not in ``known``, which is updated. MLflow stores a batch completely or not at all."""
     from mlflow.entities import Metric
 
     def points(record: Mapping[str, Any]) -> list[Metric]:
@@ -86,7 +86,7 @@ def send_metrics(client: MlflowClient, run: Run, records: Iterable[Mapping[str, 
 
 
 def send_evaluations(client: MlflowClient, run: Run, records: Iterable[Mapping[str, Any]]) -> None:
-    """Those metrics of {time, step, metrics} that MLflow does not have: known by name, step and time."""
+    """The metrics of records {time, step, metrics} that are not in MLflow yet, compared by name, step and time."""
     from mlflow.entities import Metric
 
     points = [
@@ -94,54 +94,54 @@ def send_evaluations(client: MlflowClient, run: Run, records: Iterable[Mapping[s
         for record in records
         for name, value in record["metrics"].items()
     ]
-    there = {
+    existing = {
         (name, point.step, point.timestamp)
         for name in {point.key for point in points}
         for point in client.get_metric_history(run.info.run_id, name)
     }
-    lacking = [point for point in points if (point.key, point.step, point.timestamp) not in there]
-    for batch in chunks(lacking, METRICS_PER_BATCH):
+    missing = [point for point in points if (point.key, point.step, point.timestamp) not in existing]
+    for batch in chunks(missing, METRICS_PER_BATCH):
         client.log_batch(run.info.run_id, metrics=batch)
 
 
 def send_dataset(client: MlflowClient, run: Run, data: Mapping[str, Any]) -> None:
-    """The rows that the run trains on, as an input of the run: name, digest, source and numbers."""
+    """The training data as an MLflow dataset: name, digest, source and statistics."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    digest, there = str(data.get("digest", ""))[:LONGEST_DIGEST], run.inputs.dataset_inputs
-    if not digest or digest in [given.dataset.digest for given in there]:
+    digest, inputs = str(data.get("digest", ""))[:LONGEST_DIGEST], run.inputs.dataset_inputs
+    if not digest or digest in [existing.dataset.digest for existing in inputs]:
         return
     numbers = {key: value for key, value in (data.get("report") or {}).items() if isinstance(value, int | float)}
     kind, source = _source(str(data.get("uri", "")))
     name = str(data.get("name", "data"))[:LONGEST_NAME]
     dataset = Dataset(name, digest, kind, json.dumps(source), profile=json.dumps(numbers))
-    there.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "training")]))
-    client.log_inputs(run.info.run_id, there[-1:])
+    inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "training")]))
+    client.log_inputs(run.info.run_id, inputs[-1:])
 
 
 def send_model(client: MlflowClient, run: Run, name: str, kind: str, params: Mapping[str, str], step: int) -> None:
-    """Name the model that the run made as its output, for the column Models; its files are artifacts of the run."""
-    if MODEL_TAG in run.data.tags or not hasattr(client, "create_logged_model"):  # from MLflow 3 on
+    """Register the trained model as output of the run (column Models in MLflow); its files are run artifacts."""
+    if MODEL_TAG in run.data.tags or not hasattr(client, "create_logged_model"):  # added in MLflow 3
         return
     from mlflow.entities import LoggedModelOutput
 
     about = f"Its files: artifacts/model of run {run.info.run_id}. `python -m runner register` makes it loadable here."
     tags = {"mlflow.note.content": about, "runner.run_id": run.info.run_id}
-    made = client.create_logged_model(
+    model = client.create_logged_model(
         run.info.experiment_id, plain(name), run.info.run_id, tags, dict(params), model_type=kind
     )
-    client.finalize_logged_model(made.model_id, "READY")
-    client.log_outputs(run.info.run_id, [LoggedModelOutput(made.model_id, step)])
-    send_tags(client, run, {MODEL_TAG: made.model_id})
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
+    send_tags(client, run, {MODEL_TAG: model.model_id})
 
 
 def plain(name: str) -> str:
-    """A name that MLflow takes for a logged model."""
+    """The name with characters that MLflow forbids in model names replaced."""
     return re.sub(r"[^\w-]", "-", name)
 
 
 def send_table(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Rows as a table that MLflow shows; ``log_table`` would append to the one there at every resume."""
+    """Upload rows as an MLflow table. MLflow's ``log_table`` would append the same rows again at every resume."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
     client.log_text(run.info.run_id, json.dumps(table, ensure_ascii=False), name)
@@ -149,7 +149,7 @@ def send_table(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]]
 
 
 def set_status(client: MlflowClient, run: Run, status: str, ended: float | None) -> None:
-    """An end at that time (seconds since the epoch); where ``ended`` is None it is SCHEDULED or RUNNING again."""
+    """Set the status, with the end time ``ended`` (seconds since the epoch); None for SCHEDULED and RUNNING."""
     if ended is None:
         client.update_run(run.info.run_id, status)
     else:
@@ -157,7 +157,7 @@ def set_status(client: MlflowClient, run: Run, status: str, ended: float | None)
 
 
 def batches(groups: Iterable[list[T]], limit: int) -> Iterator[list[T]]:
-    """The groups in lists of at most ``limit`` items; a group is split only if it alone is larger than that."""
+    """Join groups to lists of at most ``limit`` items; splits only groups larger than ``limit``."""
     batch: list[T] = []
     for group in groups:
         if batch and len(batch) + len(group) > limit:
@@ -176,7 +176,7 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _name(key: str) -> str:
-    """The key with what MLflow does not take in names (anything but ``/ . - : _`` space and letters) replaced."""
+    """The key with characters that MLflow forbids in names (all but ``/ . - : _``, space and letters) replaced."""
     name = re.sub(r"[^/\w.\- :]", "_", key)[:LONGEST_NAME]
     return name if posixpath.normpath(name) == name and not name.startswith(("/", "..")) else name.replace("/", "_")
 
