@@ -84,7 +84,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     (
         "a library class as an option",
         ["quant._target_=transformers.BitsAndBytesConfig"],
-        "must be a function of runner",
+        "'transformers' is not part of your code, and only options and your own code may be named",
     ),
     ("unknown PEFT method", ["lora=peft", "lora.method=loraa"], "did you mean"),
     ("unknown PEFT option", ["lora=peft", "lora.method=ia3", "+lora.rank=3"], "rank"),

@@ -231,7 +231,7 @@ def test_help_teaches_and_nothing_yet_is_no_error(capsys: pytest.CaptureFixture[
         code, out, _ = said_of(verb, "--help", capsys=capsys)
         assert code == 0
         assert f"python -m runner {verb} " in out.splitlines()[0]
-    assert said_of("status", capsys=capsys)[:2] == (0, "no runs below outputs yet: python -m runner starts one\n")
+    assert said_of("status", capsys=capsys)[:2] == (0, "no runs below outputs yet: start one with python -m runner\n")
 
 
 # status

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from runner.config import moved
 from runner.config.bind import flatten
 from runner.errors import Fault, ResumeError
 from runner.secrets import redact_tree
@@ -79,6 +80,7 @@ def _listed(pairs: Any) -> str:
 
 def _changes(before: dict[str, str], now: dict[str, str]) -> str:
     """``train.max_steps=60 (now 300), model.path=…``"""
+    before, now = ({key: moved.target_today(text) for key, text in keys.items()} for keys in (before, now))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return ", ".join(
         f"{key}={before[key]} (now {now.get(key, 'not set')})" if key in before else f"{key} not set (now {now[key]})"
