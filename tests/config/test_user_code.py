@@ -99,7 +99,7 @@ def test_the_run_keeps_the_code_that_it_was_started_with(capfd: pytest.CaptureFi
     assert main.run([*start, "hydra.run.dir=run"]) == 2
     assert "another configuration" in capfd.readouterr().err
     assert main.run(["rerun", "run", "hydra.run.dir=again", "tracking=offline"]) == 0
-    assert "bit by bit; and so are the weights" in capfd.readouterr().err
+    assert "bit for bit; the weights are identical" in capfd.readouterr().err
     assert main.run([*start, "hydra.run.dir=other"]) == 0
     capfd.readouterr()
     assert main.run(["diff", "run", "other", "--patch"]) == 0
