@@ -82,7 +82,7 @@ def with_virtual_tokens(model: torch.nn.Module) -> torch.nn.Module:
 
 def task_loss(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     """As the train loop asks for it."""
-    return task._loss(model, {**batch, "packed": True})
+    return task.token_loss(model, {**batch, "packed": True})
 
 
 @contextlib.contextmanager

@@ -96,8 +96,8 @@ class _Template:
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
         self.tokenizer = tokenizer
         self.has_markers = bool(GENERATION_MARKER.search(text))
-        self.skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
-        self.openings: dict[tuple[str, str], int | None] = {}
+        self._skeleton = functools.cache(self._build_skeleton)
+        self.openings: dict[tuple[str, str], int] = {}
         self.fast: Any = _fast_tokenizer(tokenizer)
         self.generation_prompt, self.closing, self.tail = self._analyse_turn()
 
@@ -157,11 +157,6 @@ class _Template:
         tokens = (token for token in self.tokenizer.get_added_vocab() if token.strip() and token in tail)
         closing = tail[: min((tail.index(token) + len(token) for token in tokens), default=len(tail))]
         return prompted[len(question) :] if prompted.startswith(question) else "", closing, tail
-
-    def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
-        if roles not in self.skeletons:
-            self.skeletons[roles] = self._build_skeleton(roles)
-        return self.skeletons[roles]
 
     def _build_skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
         """The text that the template writes around these roles; None if it does not show where answers start."""

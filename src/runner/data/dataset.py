@@ -229,10 +229,7 @@ def _count_trained(rows: Rows) -> int:
 def _no_rows(split: str, items: list[Item], counts: Counter[str], settings: DataSettings) -> DataError:
     summary = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("rows_read", "duplicates", "leaked"))
     if not items and split == "eval" and counts["rows_read"] == 1:
-        remedy = (
-            "a text file counts as one row: split it at blank lines with data.documents=paragraph, or set "
-            "data.eval_path"
-        )
+        remedy = "split a text file at blank lines with data.documents=paragraph, or set data.eval_path"
         return DataError(Fault("data", "has one row only, so there is no row for evaluation", remedy))
     if not items and split == "eval":
         return DataError(schema.nothing_held_out(f"selects no rows for evaluation ({summary})", settings.eval_fraction))

@@ -38,8 +38,7 @@ def state(model: Any) -> dict[str, Any]:
     """The adapter's tensors, by PEFT's names."""
     from peft import get_peft_model_state_dict
 
-    # The default "auto" queries the Hub whether the vocabulary was resized; it never is here. modules_to_save are
-    # included in any case.
+    # The default "auto" asks the Hub whether the vocabulary was resized, which never happens here.
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 

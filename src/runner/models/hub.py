@@ -24,9 +24,12 @@ def fetch(name: str, revision: str | None, *, weights: bool, code: bool) -> Path
     from huggingface_hub import snapshot_download
 
     patterns = SMALL_FILES + (WEIGHT_FILES if weights else []) + (["*.py"] if code else [])
-    filters = {"allow_patterns": patterns, "ignore_patterns": SKIPPED}
     try:
-        return Path(snapshot_download(name, revision=revision, etag_timeout=10, **filters))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=SKIPPED, etag_timeout=10
+            )
+        )
     except Exception as error:
         fault = _fault(name, revision, error)
         if fault is None:

@@ -78,18 +78,19 @@ def lora(
     Raises:
         ConfigError: target modules that do not exist, or an option without effect on this model.
     """
-    options = {
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "target_modules": target_modules,
-        "modules_to_save": modules_to_save,
-        "bias": bias,
-        "use_dora": use_dora,
-        "use_rslora": use_rslora,
-        "init_lora_weights": init_lora_weights,
-    }
-    return peft(model, method="lora", **options)
+    return peft(
+        model,
+        method="lora",
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+        bias=bias,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        init_lora_weights=init_lora_weights,
+    )
 
 
 def peft(model: nn.Module, *, method: str, **options: Any) -> nn.Module:
