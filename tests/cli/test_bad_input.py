@@ -79,7 +79,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("a usual name for the learning rate", ["lr=1e-4"], "did you mean optim.learning_rate"),
     ("a key of another option", ["model.path=/models/llama"], "model=local"),
     ("nothing ends the training", ["train.max_steps=null"], "nothing says when training ends"),
-    ("quantized full fine-tuning", ["quant=4bit", "lora=none"], "full fine-tuning cannot train quantized weights"),
+    ("quantized full fine-tuning", ["quant=4bit", "lora=none"], "full fine-tuning does not support quantized weights"),
     ("device_map", ["+model.device_map=auto"], "inference only"),
     (
         "a library class as an option",

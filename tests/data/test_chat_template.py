@@ -125,7 +125,7 @@ def test_the_two_ways_of_finding_answers_agree(messages, template):
     found = chat_template._template(build(template), build(template).get_chat_template())
     text = found.render(messages)
     skeleton = found._skeleton(tuple(message["role"] for message in messages))
-    laid = skeleton.lay_over(messages, text) if skeleton else None
+    laid = skeleton.match(messages, text) if skeleton else None
     try:
         by_prefixes = list(found._find_by_prefixes(messages, text))
     except ConfigError:
@@ -143,14 +143,14 @@ def test_the_prompt_ends_where_the_answer_begins():
 
 
 def test_a_template_that_hides_its_answers_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match="writes earlier turns differently") as caught:
+    with pytest.raises(ConfigError, match="the template renders earlier turns differently") as caught:
         chat_template.encode(TALK, build("counting"), "assistant")
     assert "task.train_on=all" in str(caught.value)
     assert len(trained(TALK, "counting", "all")) == 1
 
 
 def test_a_tokenizer_without_template_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match=r"model\.path.*no chat template") as caught:
+    with pytest.raises(ConfigError, match=r"model\.path.*the model's tokenizer has no chat template") as caught:
         chat_template.encode(TALK, build(None), "assistant")
     assert "task=pretrain" in str(caught.value)
 

@@ -178,20 +178,18 @@ def test_a_row_that_the_task_refuses_is_named():
 
 def test_nothing_to_train_on():
     long_question = [talk(number, question=f"{number} " + "why " * 300) for number in range(9)]
-    with pytest.raises(
-        DataError, match=r"none of the .* training rows has a token to train on: all are masked"
-    ) as caught:
+    with pytest.raises(DataError, match=r"none of the .* training rows has a label: all tokens are masked") as caught:
         load(long_question)
-    assert f"were cut at data.max_length={LENGTH}" in str(caught.value)
-    assert "raise data.max_length" in str(caught.value)
-    with pytest.raises(DataError, match=rf"data\.max_length={LENGTH}: every training row is longer"):
+    assert f"were truncated to data.max_length={LENGTH}" in str(caught.value)
+    assert "increase data.max_length" in str(caught.value)
+    with pytest.raises(DataError, match=rf"data\.max_length={LENGTH}: every training row is longer than this limit"):
         load(long_question, overlong="drop")
-    with pytest.raises(DataError, match=r"data: no row is left to train on \(22 rows read, 0 duplicates, 10 leaked\)"):
+    with pytest.raises(DataError, match=r"data: there are no training rows \(22 rows read, 0 duplicates, 10 leaked\)"):
         load(map(talk, range(10)), held_out=map(talk, range(12)))
 
 
 def test_nothing_to_evaluate_on():
-    with pytest.raises(DataError, match=r"data\.eval_fraction=0: holds no row out") as caught:
+    with pytest.raises(DataError, match=r"data\.eval_fraction=0: selects no rows for evaluation") as caught:
         load(map(talk, range(10)), eval_fraction=0)
     assert "raise data.eval_fraction" in str(caught.value)
 
@@ -273,7 +271,7 @@ def test_a_damaged_entry_is_made_anew_with_a_warning(own_cache, caplog, damage):
         case "report":
             report.write_text('{"report": {"rows')
     assert texts(load(map(talk, range(20))).train) == before
-    assert "is damaged and is made anew" in caplog.text
+    assert "is damaged, tokenising again" in caplog.text
     caplog.clear()
     load(map(talk, range(20)))
     assert not caplog.text
@@ -467,7 +465,7 @@ def test_tokens_and_steps_agree():
         assert made.steps(max_tokens=wanted) == np.searchsorted(counted, wanted)
     assert made.steps(12, None, None) == 12
     assert made.steps(12, None, int(counted[7])) == 7
-    with pytest.raises(ConfigError, match="nothing says when training ends"):
+    with pytest.raises(ConfigError, match="no stopping criterion"):
         made.steps(None, None, None)
 
 
@@ -513,8 +511,8 @@ def test_every_source_composes_with_every_format(name, form, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     path = [] if name == "chitchat" else [f"data.path={tmp_path}/rows.jsonl"]
     settings, form_node, source_node = schema.split_data(composed(f"data={name}", f"data/format={form}", *path))
-    assert form_node["_target_"] == f"runner.formats.{form}"
-    assert source_node["_target_"] == f"runner.sources.{name}"
+    assert form_node["_target_"] == f"runner.data.formats.{form}"
+    assert source_node["_target_"] == f"runner.data.sources.{name}"
     bind.bind(source_node, "data")
     bind.bind(form_node, "data.format")
     # Every source takes the length of conf/data/base.yaml, but chitchat, which keeps the first run short.

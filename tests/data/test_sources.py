@@ -96,20 +96,25 @@ def test_the_digest_is_of_the_content_not_of_the_place(folder, tmp_path):
     ("name", "content", "message", "remedy"),
     [
         ("x.jsonl", '{"a": 1}\n{"a": 2\n', r"x\.jsonl:2: malformed JSON: .*column 8", "correct that line"),
-        ("x.jsonl", '[\n{"a": 1}\n]', r"x\.jsonl:1: malformed JSON", "name it .json"),
+        ("x.jsonl", '[\n{"a": 1}\n]', r"x\.jsonl:1: malformed JSON", "rename the file to .json:"),
         ("x.json", '[{"a": 1},\n {"a": }]', r"x\.json:2: malformed JSON", "correct that line"),
-        ("x.json", '{"a": 1}\n{"a": 2}\n', r"x\.json:2: malformed JSON: Extra data", "name it .jsonl"),
-        ("x.jsonl", '{"a": 1}\n[1, 2]\n', r"x\.jsonl:2: a row must be an object .* not list", '{"messages"'),
-        ("x.json", "[1, 2]", r"x\.json, row 1: a row must be an object .* not int", '{"text"'),
-        ("x.csv", "a,b\n1,2\n3\n", r"x\.csv:3: has not as many values as there are columns \(a, b\)", "quote"),
-        ("x.csv", "a,b\n1,2,3\n", r"x\.csv:2: has not as many values", "quote"),
+        ("x.json", '{"a": 1}\n{"a": 2}\n', r"x\.json:2: malformed JSON: Extra data", "rename the file to .jsonl:"),
+        ("x.jsonl", '{"a": 1}\n[1, 2]\n', r"x\.jsonl:2: a row must be a JSON object, not list", '{"messages"'),
+        ("x.json", "[1, 2]", r"x\.json, row 1: a row must be a JSON object, not int", '{"text"'),
+        ("x.csv", "a,b\n1,2\n3\n", r"x\.csv:3: number of values differs from number of columns \(a, b\)", "quote"),
+        ("x.csv", "a,b\n1,2,3\n", r"x\.csv:2: number of values differs", "quote"),
         ("x.csv", 'a,b\n1,"2\n', r"x\.csv:2: malformed table", "correct that line"),
-        ("x.jsonl", "", r"x\.jsonl: is empty", "fill it"),
-        ("x.json", " \n", r"x\.json: is empty", "fill it"),
-        ("x.txt", "\n", r"x\.txt: is empty", "fill it"),
-        ("x.csv", "a,b\n", r"x\.csv: is empty", "fill it"),
+        ("x.jsonl", "", r"x\.jsonl: contains no rows", "add rows"),
+        ("x.json", " \n", r"x\.json: contains no rows", "add rows"),
+        ("x.txt", "\n", r"x\.txt: contains no rows", "add rows"),
+        ("x.csv", "a,b\n", r"x\.csv: contains no rows", "add rows"),
         ("x.jsonl", b"\x80\x00\xff", r"x\.jsonl: is not UTF-8 text .* at byte 0", "iconv"),
-        ("x.parquet", b"PAR1 but not really", r"x\.parquet: is not a whole parquet file", "write it anew"),
+        (
+            "x.parquet",
+            b"PAR1 but not really",
+            r"x\.parquet: damaged or not a parquet file",
+            "write or download the file again",
+        ),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, name, content, message, remedy):
@@ -126,9 +131,9 @@ def test_paths_that_lead_nowhere(tmp_path):
     for path, problem in {
         "row.jsonl": "no such file or folder. did you mean 'rows.jsonl'?",
         "nowhere/row.jsonl": "no such file or folder.",
-        "rows.xlsx": "is of no kind that is read here.",
-        "empty": "holds no file that can be read (allowed: .json, .jsonl",
-        "*.csv": "holds no file that can be read",
+        "rows.xlsx": "unsupported file type.",
+        "empty": "contains no file of a supported type (.json, .jsonl",
+        "*.csv": "contains no file of a supported type",
     }.items():
         with pytest.raises(DataError) as caught:
             local(tmp_path / path)
@@ -285,16 +290,16 @@ def ask_hub(endpoint: str, path: str) -> tuple[str, float]:
 
 def test_what_the_hub_refuses_is_said_with_its_remedy(refusing_hub):
     said, _ = ask_hub(refusing_hub, "some/gated")
-    assert said.startswith("DataError\ndata.path=some/gated: is gated")
+    assert said.startswith("DataError\ndata.path=some/gated: is a gated dataset and your token has no access")
     assert "hf auth login" in said
     said, _ = ask_hub(refusing_hub, "some/missing")
-    assert "no such dataset on the Hub, or a private one" in said
+    assert "no such dataset on the Hub, or it is private" in said
     said, _ = ask_hub(refusing_hub, "some/branch")
     assert "has no such revision" in said
 
 
 def test_a_hub_out_of_reach_is_said_within_seconds():
     said, seconds = ask_hub("http://127.0.0.1:9", "some/thing")
-    assert "the Hub is out of reach" in said
+    assert "the Hub cannot be reached" in said
     assert "HF_HUB_OFFLINE=1" in said
     assert seconds < 10

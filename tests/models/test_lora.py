@@ -214,8 +214,8 @@ def test_methods_offered_on_quantized_weights_train_there(source: ModelSource, m
         ("peft", {"method": "vera", "r": "8"}, "lora.r=8: must be a whole number"),
         ("peft", {"method": "ia3", "feedforward_modules": ["x"], "target_modules": ["y"]}, "subset"),
         ("peft", {"method": "lora", "init_lora_weights": "eva"}, "passes over the data"),
-        ("peft", {"method": "lora", "corda_config": {}}, "more than this training loop"),
-        ("peft", {"method": "lora", "task_type": "SEQ_CLS"}, "follows from the run"),
+        ("peft", {"method": "lora", "corda_config": {}}, "is not supported by this train loop"),
+        ("peft", {"method": "lora", "task_type": "SEQ_CLS"}, "is set by the runner"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_loaded(name: str, changes: dict[str, Any], said: str) -> None:
@@ -230,11 +230,11 @@ def test_bad_values_are_refused_before_anything_is_loaded(name: str, changes: di
         ("lora", {"target_modules": ["q_proj", "vproj"]}, "lora.target_modules=vproj: matches no module"),
         ("lora", {"target_modules": ["vproj"]}, "did you mean 'v_proj'?"),
         ("lora", {"target_modules": "q_proj"}, "linear modules: down_proj, gate_proj, k_proj, lm_head"),
-        ("lora", {"target_modules": "*proj"}, "is not a regular expression"),
+        ("lora", {"target_modules": "*proj"}, "is not a valid regular expression"),
         ("lora", {"modules_to_save": ["score"]}, "lora.modules_to_save=score"),
-        ("lora", {"target_modules": ["self_attn"]}, "PEFT cannot put lora on this model"),
-        ("lora", {"bias": "all"}, "this model has no biases"),
-        ("peft", {"method": "c3a", "block_size": 7}, "PEFT cannot put c3a"),
+        ("lora", {"target_modules": ["self_attn"]}, "PEFT cannot apply lora to this model"),
+        ("lora", {"bias": "all"}, "the target modules of this model have no biases"),
+        ("peft", {"method": "c3a", "block_size": 7}, "PEFT cannot apply c3a to this model"),
     ],
 )
 @pytest.mark.parametrize("real", [True, False])
@@ -250,9 +250,9 @@ def test_what_does_not_fit_the_model_is_refused(
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("none", {}, "full fine-tuning cannot train quantized weights"),
-        ("pissa", {}, "would be quantized again"),
-        ("lora", {"init_lora_weights": "olora"}, "would be quantized again"),
+        ("none", {}, "full fine-tuning does not support quantized weights"),
+        ("pissa", {}, "needs unquantized base weights"),
+        ("lora", {"init_lora_weights": "olora"}, "needs unquantized base weights"),
         ("peft", {"method": "lokr"}, "does not work on quantized weights"),
     ],
 )

@@ -82,7 +82,7 @@ def with_virtual_tokens(model: torch.nn.Module) -> torch.nn.Module:
 
 def task_loss(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     """As the train loop asks for it."""
-    return task._loss(model, {**batch, "packed": True})
+    return task.token_loss(model, {**batch, "packed": True})
 
 
 @contextlib.contextmanager
@@ -231,7 +231,7 @@ def test_a_head_that_is_trained_or_wrapped_stays_with_the_model() -> None:
     torch.testing.assert_close(gradients(model), gradients(reference), atol=1e-6, rtol=1e-5)
     assert "lm_head.weight" in gradients(model) or "model.embed_tokens.weight" in gradients(model)
     saved = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"])
-    assert lm_head.install(get_peft_model(build(FAMILIES["llama"]), saved)) == "its head is not a plain product"
+    assert lm_head.install(get_peft_model(build(FAMILIES["llama"]), saved)) == "the LM head is not a plain nn.Linear"
 
 
 def test_a_model_that_makes_more_of_its_logits_keeps_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,9 @@ def test_the_operation_of_attention_by_document_is_sound() -> None:
 
 @pytest.mark.parametrize("family", MIXING)
 def test_a_model_that_mixes_documents_is_refused(family: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.packing=True: .* see each other\n    → set data\.packing=false"):
+    with pytest.raises(
+        ConfigError, match=r"data\.packing=True: .* attend to each other\n    → set data\.packing=false"
+    ):
         attention.check_isolation(build(MIXING[family]), None)
 
 

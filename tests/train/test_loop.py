@@ -262,7 +262,7 @@ def test_attention_by_document_is_refused_where_it_would_compute_something_else(
     assert varlen_attention.uses(build.parts(cfg, made, RunDir(tmp_path)).model)
     model = build.load_model(cfg, made)
     model.config._attn_implementation_internal = "eager"
-    with pytest.raises(ConfigError, match=r"model\.attention=by_document: .* attention of its own"):
+    with pytest.raises(ConfigError, match=r"model\.attention=by_document: .* has its own attention implementation"):
         build.resolve_attention(made.source, model, None, made.batches)
     source = replace(made.source, attention="sdpa")
     assert build.resolve_attention(source, model, None, made.batches) == [made.batches]

@@ -114,9 +114,8 @@ def test_a_rehearsal_foretells_what_a_step_makes(kind: str, kept: Memory, way: s
         device=CPU, accumulates=accumulates,
     )  # fmt: skip
     real = counted(made(kind, 12, "cpu"), kept, by_document=by_document, accumulates=accumulates, autocast=autocast)
-    assert -0.02 * expected < real - expected < 0.02 * expected + buffers.held(), (
-        "which stays, where it is needed or not"
-    )
+    reused = sum(storage.nbytes() for storage in buffers._BUFFERS.named.values())  # some MB, in no estimate
+    assert -0.02 * expected < real - expected < 0.02 * expected + reused
 
 
 def test_less_is_kept_for_less_memory() -> None:
@@ -136,7 +135,7 @@ def test_what_cannot_be_rehearsed_says_so() -> None:
     class Looks(torch.nn.Module):
         config = LLAMA
 
-    with pytest.raises(Exception, match="no list of equal layers"):
+    with pytest.raises(Exception, match="no list of decoder layers of one class"):
         peak.rehearsed(lambda _: Looks(), 6, SHAPE, by_document=True, kept="min", autocast=None, device=CPU)
 
 

@@ -1,1 +1,1 @@
-"""Data: rows from files or the Hub, made into token sequences, packed into batches."""
+"""Read rows from files or the Hub, tokenise them, and pack the token sequences into batches."""

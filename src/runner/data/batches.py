@@ -1,4 +1,17 @@
-"""Batches of packed or padded token sequences: those of a step are a pure function of (seed, step)."""
+"""Build batches of packed or padded token sequences; the batches of a step are a pure function of (seed, step).
+
+A batch is a dict:
+
+- ``input_ids``, ``labels``, ``position_ids``: (B, T) int64. Labels are shifted: ``labels[b, t]`` is the token to
+  predict at position ``t``, or -100; the last token of a document has no label. In packed rows, position ids restart
+  at 0 in each document, and the padding at the end counts as one more document.
+- ``document_ends``: (documents + 1,) int32, the document boundaries in the flattened batch, from 0 to B * T. The last
+  value is repeated so that all packed batches have the same number of boundaries.
+- ``longest``: int, an upper bound of the document length.
+- ``trained_at``: (trained,) int64, the flattened positions that have a label.
+- ``packed``: bool, whether a row contains several documents.
+- ``tokens``, ``trained``: ints, the number of tokens without padding, and of labels.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +29,8 @@ from runner.errors import ConfigError, Fault
 
 Batch = dict[str, Any]
 
-
 PADDED_TO = 8
-"""Padded rows are a multiple of this long: tensor cores want it, and fewer shapes occur."""
+"""Padded lengths are multiples of this: faster on tensor cores, and fewer different shapes."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,7 @@ class Shape:
     rows: int
     length: int
     trained: int
-    """Positions with a label."""
+    """Number of labels."""
 
     @property
     def tokens(self) -> int:
@@ -38,9 +50,9 @@ class Shape:
 class Batches:
     """The batches of a training or an evaluation; those of step ``i`` are a pure function of (seed, i).
 
-    The packs (rows, where nothing is packed) of one epoch follow those of the last, each in an order of its own. A
-    step takes ``rows_per_batch * accumulation * world`` of them, and this rank its share. ``epochs`` ends the stream:
-    the last step is then shortened rather than running into the next epoch.
+    Every epoch has its own order of the packs (without packing: of the rows). A step takes the next
+    ``rows_per_batch * accumulation * world`` packs, possibly across the end of an epoch; this rank computes its share.
+    With ``epochs``, the stream ends after that many epochs, and the last step may be smaller.
     """
 
     def __init__(
@@ -64,33 +76,33 @@ class Batches:
         self.per_micro_batch = rows_per_batch * world
         self.per_step = self.per_micro_batch * accumulation
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
-        self.sizes = np.add.reduceat(rows.lengths[self.packs.rows], self.packs.offsets[:-1])  # useful tokens of each
-        assert packing is False or self.sizes.max() <= max_length, "the packs are larger than the rows of a batch"
+        self.sizes = np.add.reduceat(rows.lengths[self.packs.rows], self.packs.offsets[:-1])  # tokens of each pack
+        assert packing is False or self.sizes.max() <= max_length, "a pack is longer than max_length"
         self._most_documents = int(np.diff(self.packs.offsets).max(initial=0))
         self.end_to_end = False
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         self._tokens_before = functools.lru_cache(maxsize=2)(self._sum_tokens)
 
     def step(self, i: int) -> list[Batch]:
-        """The micro-batches of optimizer step ``i``, counted from 0; the same number on every rank."""
+        """The micro-batches of optimizer step ``i`` (from 0); every rank gets the same number of them."""
         positions = range(i * self.per_step, min((i + 1) * self.per_step, self._end()))
-        packs = [int(self._order(at // len(self.packs))[at % len(self.packs)]) for at in positions]
+        packs = [int(self._order(p // len(self.packs))[p % len(self.packs)]) for p in positions]
         return list(self._cut(packs))
 
     def one_pass(self) -> Iterator[Batch]:
-        """Every pack once, in the order of the first epoch: an evaluation."""
+        """Every pack once, in the order of the first epoch, for an evaluation."""
         return self._cut(self._order(0).tolist())
 
     @property
     def batches_in_pass(self) -> int:
-        """How many batches ``one_pass`` yields."""
+        """Number of batches that ``one_pass`` yields."""
         return math.ceil(len(self.packs) / self.per_micro_batch)
 
     def steps(self, max_steps: int | None = None, epochs: float | None = None, max_tokens: int | None = None) -> int:
-        """Optimizer steps until the first of these limits is reached.
+        """Number of optimizer steps until the first of these limits is reached.
 
         Raises:
-            ConfigError: there is no limit.
+            ConfigError: all limits are None.
         """
         limits = [max_steps] if max_steps is not None else []
         for limit in (epochs, self.epochs):
@@ -100,42 +112,42 @@ class Batches:
             limits.append(math.ceil(self._packs_until(max_tokens) / self.per_step))
         if not limits:
             remedy = "set one of train.max_steps, train.num_train_epochs, train.max_tokens"
-            raise ConfigError(Fault("train", "nothing says when training ends", remedy))
+            raise ConfigError(Fault("train", "no stopping criterion", remedy))
         return max(1, min(limits))
 
     def tokens_at(self, step: int) -> int:
-        """Useful tokens of the first ``step`` steps, over all ranks."""
+        """Tokens without padding in the first ``step`` steps, over all ranks."""
         epoch, packs = divmod(min(step * self.per_step, self._end()), len(self.packs))
         return int(epoch * self.sizes.sum() + self._tokens_before(epoch)[packs])
 
     def epoch(self, step: int) -> float:
-        """How many times the data has been gone through after ``step`` steps."""
+        """Number of epochs, as a fraction, after ``step`` steps."""
         return float(min(step * self.per_step, self._end()) / len(self.packs))
 
     def laid_end_to_end(self) -> Batches:
-        """The same batches without padding: rows that are not packed follow each other in one, (1, sum of lengths)."""
-        laid = copy.copy(self)
-        laid.end_to_end = not self.packing
-        return laid
+        """A copy without padding between rows: unpacked rows are concatenated to one row, (1, sum of lengths)."""
+        batches = copy.copy(self)
+        batches.end_to_end = not self.packing
+        return batches
 
     def heaviest(self) -> Batch:
-        """The batch that the largest packs would make; packed ones are equally long, and those with most labels count.
+        """A batch of this rank with the largest packs, to measure peak memory; belongs to no training step.
 
-        Of this rank alone, and of no step.
+        With packing all rows have equal length, so the packs with the most labels are used.
         """
         counts = self._trained if self.packing else self.sizes
         return self._build(np.argsort(counts, kind="stable")[-self.rows_per_batch :].tolist())
 
     def cut_into(self, rows: int) -> Batches:
-        """The same steps, computed so many rows at a time on each rank; they must divide what it has in a step."""
+        """A copy with the same steps in micro-batches of ``rows`` rows, which must divide a rank's rows of a step."""
         assert self.per_step % (rows * self.world) == 0
-        cut = copy.copy(self)
-        cut.rows_per_batch, cut.per_micro_batch = rows, rows * self.world
-        return cut
+        batches = copy.copy(self)
+        batches.rows_per_batch, batches.per_micro_batch = rows, rows * self.world
+        return batches
 
     @property
     def largest(self) -> Shape:
-        """No batch is larger, and none has more trained positions."""
+        """Upper bound of the size and the number of labels of any batch."""
         longest = int(self._largest_of(self.sizes).max())
         rows = min(self.rows_per_batch, len(self.packs))
         trained = int(self._largest_of(self._trained).sum())
@@ -145,17 +157,17 @@ class Batches:
 
     @functools.cached_property
     def _trained(self) -> np.ndarray:
-        """Trained positions of each pack."""
+        """Number of labels in each pack."""
         of_rows = np.add.reduceat(self.rows.labels != IGNORED, self.rows.offsets[:-1], dtype=np.int64)
         return np.add.reduceat(of_rows[self.packs.rows], self.packs.offsets[:-1])
 
     def _largest_of(self, counts: np.ndarray) -> np.ndarray:
-        """The largest counts that can meet in one batch."""
+        """The ``rows_per_batch`` largest counts: the worst case of one batch."""
         return np.sort(counts)[-self.rows_per_batch :]
 
     @property
     def efficiency(self) -> float:
-        """Useful tokens for each slot computed, over the first epoch."""
+        """Fraction of the computed positions that are not padding, in the first epoch."""
         if self.packing:
             return float(self.sizes.sum() / (len(self.packs) * self.max_length))
         parts = np.split(self.sizes[self._order(0)], range(self.rows_per_batch, len(self.packs), self.rows_per_batch))
@@ -164,7 +176,7 @@ class Batches:
         return float(self.sizes.sum() / sum(len(part) * self._padded(int(part.max())) for part in parts))
 
     def _draw_order(self, epoch: int) -> np.ndarray:
-        """The order of the packs in one epoch; from a generator whose raw numbers numpy promises never to change."""
+        """The order of the packs in one epoch, from PCG64's raw numbers: numpy guarantees that they never change."""
         if not self.shuffle:
             return np.arange(len(self.packs))
         numbers = np.random.PCG64([self.seed % 2**64, epoch]).random_raw(len(self.packs))
@@ -184,17 +196,17 @@ class Batches:
         return self._packs_of(self.epochs) if self.epochs is not None else 2**62
 
     def _cut(self, packs: list[int]) -> Iterator[Batch]:
-        for at in range(0, len(packs), self.per_micro_batch):
-            yield self._build(packs[at : at + self.per_micro_batch][self.rank :: self.world])
+        for start in range(0, len(packs), self.per_micro_batch):
+            yield self._build(packs[start : start + self.per_micro_batch][self.rank :: self.world])
 
     def _build(self, packs: list[int]) -> Batch:
-        """One micro-batch: the packs given, and rows of nothing but padding where the shape asks for more."""
+        """Build one micro-batch of these packs; rows that are missing for the fixed shape contain only padding."""
         import torch
 
         members = [self.packs.rows[self.packs.offsets[k] : self.packs.offsets[k + 1]] for k in packs]
         if self.end_to_end:
             members = [np.concatenate(members)] if members else []
-        # Packed batches keep one shape even at the end of an epoch: a new one would compile the model anew.
+        # Packed batches keep their shape even at the end of an epoch: a new shape would recompile the model.
         count = self.rows_per_batch if self.packing else max(len(members), 1)
         length = self._padded(max((int(self.rows.lengths[rows].sum()) for rows in members), default=0))
         ids = np.full((count, length), self.pad_id, dtype=np.int64)
@@ -218,7 +230,7 @@ class Batches:
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(positions),
-            "document_ends": torch.from_numpy(self._fixed(ends)),
+            "document_ends": torch.from_numpy(self._pad_ends(ends)),
             "longest": self.max_length,
             "trained_at": torch.from_numpy(np.flatnonzero(labels != IGNORED)),
             "packed": self.packing or self.end_to_end,
@@ -226,13 +238,13 @@ class Batches:
             "trained": int((labels != IGNORED).sum()),
         }
 
-    def _fixed(self, ends: list[int]) -> np.ndarray:
-        """The ends of the documents, as many in each packed batch; (documents + 1,) int32."""
+    def _pad_ends(self, ends: list[int]) -> np.ndarray:
+        """Document ends, (documents + 1,) int32; packed batches repeat the last one up to a fixed number."""
         most = self.rows_per_batch * (self._most_documents + 1) + 1 if self.packing else 0
         return np.array(ends + [ends[-1]] * max(most - len(ends), 0), dtype=np.int32)
 
     def _padded(self, length: int) -> int:
-        """How long the rows of a batch are whose longest has this many tokens."""
+        """The row length T of a batch whose longest row has ``length`` tokens."""
         if self.packing:
             return self.max_length
         if self.end_to_end:

@@ -1,6 +1,6 @@
-"""From a source of rows to tokens on disk, once for the same (data, format, task, tokenizer, settings).
+"""Tokenise a dataset and cache the result on disk, keyed by data, format, task, tokenizer and settings.
 
-rows → examples → duplicates out → split by prompt → tokens and labels → packs → a cache folder, memory-mapped.
+rows → examples → deduplicate → split by prompt → tokens and labels → packs → cache folder, memory-mapped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from runner.config import schema, user_code
 from runner.config.schema import DataSettings
 from runner.data import formats, splits
+from runner.data.examples import Encoder, Example
 from runner.data.packing import IGNORED, Rows, one_by_one, pack
 from runner.data.splits import Item
 from runner.errors import DataError, Fault
@@ -29,103 +30,103 @@ from runner.files import cache_dir, locked, write_atomic
 
 if TYPE_CHECKING:
     from runner.data.sources import Source
-    from runner.tasks.task import Task
 
 CODE_VERSION = 1
-"""To be raised when the same data and settings give other tokens than before."""
+"""Part of the cache key. Increase it when a code change alters the tokens of the same data and settings."""
 SAMPLES = 8
+"""Held-out prompts kept for text samples during training."""
 
 log = logging.getLogger(__name__)
-
-Example = formats.Example
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What became of the rows; counts of both splits together unless the name says which."""
+    """Counts of the preprocessing. A field without ``train`` or ``eval`` in its name counts both splits."""
 
     rows_read: int = 0
     duplicates: int = 0
     leaked: int = 0
-    """Training rows left out because the evaluation file holds their prompt."""
+    """Training rows removed because the evaluation rows contain the same prompt."""
     train_rows: int = 0
-    """Tokenised rows: a task may make several of one example."""
+    """Tokenised rows; a task may produce several from one example."""
     eval_rows: int = 0
     train_tokens: int = 0
     eval_tokens: int = 0
     train_trained_tokens: int = 0
-    """Tokens that count in the loss: those with a label and a token before them."""
+    """Tokens that enter the loss: those with a label, except the first token of a row."""
     eval_trained_tokens: int = 0
     truncated: int = 0
-    """Rows cut at ``data.max_length``."""
+    """Rows truncated to ``data.max_length``."""
     dropped: int = 0
-    """Rows left out because they are longer than that."""
+    """Rows removed because they are longer than ``data.max_length``."""
     masked_out: int = 0
-    """Rows left out because no token of theirs is trained, or none within ``data.max_length``."""
+    """Rows removed because no token within ``data.max_length`` has a label."""
     longest: int = 0
-    """Tokens of the longest row, before it was cut or dropped."""
+    """Tokens of the longest row, before truncating or dropping."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Tokenised data, ready for ``Batches``."""
+    """Tokenised training and evaluation data, the input of ``Batches``."""
 
     train: Rows
     eval: Rows
     report: DataReport
     name: str
     digest: str
-    """Of the rows' content, as the source gives it."""
+    """Hash of the rows' content: ``Source.digest``."""
     uri: str
     samples: list[dict[str, str]]
-    """A few held-out prompts as text, with what followed them: {prompt, reference}."""
+    """A few held-out prompts as text, with their reference answers: {prompt, reference}."""
     revision: str | None = None
-    """The commit of a dataset of the Hub."""
+    """Commit hash of a Hub dataset."""
 
 
 def load(
     source_fn: Callable[[], Source],
     format_fn: Callable[[Mapping[str, Any]], Example],
-    task: Task,
+    task: Encoder,
     tokenizer: Any,
     settings: DataSettings,
     identity: Mapping[str, Any],
 ) -> Splits:
-    """The tokenised splits, from the cache where the same was made before; two processes make it once.
+    """Return the tokenised splits from the cache; tokenise first if the cache has no entry. A lock avoids double work.
 
-    ``identity`` holds the nodes ``format`` and ``task`` as configured, and ``code``, the digests of the user's own code
-    (if any). With the content of the data, the tokenizer and the settings it determines the tokens.
+    ``identity``: the config nodes ``format`` and ``task``, and ``code``, the digests of the user's own code if there is
+    any. The cache key is a hash of them, the data, the tokenizer and the settings.
 
     Raises:
-        DataError: rows that cannot be read or do not fit, or nothing to train or to evaluate on.
+        DataError: unreadable or malformed rows, or no rows for training or evaluation.
     """
     source = source_fn()
     key = _cache_key(source, tokenizer, settings, identity)
     try:
         folder = cache_dir("data") / key
         with locked(folder.with_suffix(".lock")):
-            found = _read(folder)
-            if found is None:
-                _write(folder, _make(source, format_fn, task, tokenizer, settings))
-                found = _read(folder)
+            entry = _read(folder)
+            if entry is None:
+                _write(folder, _tokenise(source, format_fn, task, tokenizer, settings))
+                entry = _read(folder)
     except OSError as error:
         problem = f"the cache of tokenised data cannot be written: {error.strerror or error} ({error.filename or key})"
-        raise DataError(Fault("", problem, "free space, or move the cache with RUNNER_CACHE=DIR")) from error
-    assert found is not None, "what was just written can be read"
-    return Splits(**vars(found), name=source.name, digest=source.digest, uri=source.uri, revision=source.revision)
+        raise DataError(Fault("", problem, "free disk space, or move the cache with RUNNER_CACHE=DIR")) from error
+    assert entry is not None, "an entry that was just written can be read"
+    return Splits(**vars(entry), name=source.name, digest=source.digest, uri=source.uri, revision=source.revision)
 
 
 def every_row(
     source: Source,
     format_fn: Callable[[Mapping[str, Any]], Example],
-    task: Task,
+    task: Encoder,
     tokenizer: Any,
     settings: DataSettings,
 ) -> tuple[Rows, DataReport]:
-    """All rows of a source to evaluate on, ``eval_rows`` at most: those it brings for that, else all; not cached.
+    """Tokenise a source for evaluation, without the cache: its evaluation rows if it has any, else all its rows.
+
+    At most ``settings.eval_rows`` rows.
 
     Raises:
-        DataError: rows that cannot be read or do not fit, or nothing to evaluate on.
+        DataError: unreadable or malformed rows, or no rows.
     """
     counts: Counter[str] = Counter()
     records = source.train if source.eval is None else source.eval
@@ -135,8 +136,8 @@ def every_row(
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What the cache keeps of Splits."""
+class _CacheEntry:
+    """The fields of ``Splits`` that the cache stores."""
 
     train: Rows
     eval: Rows
@@ -145,16 +146,16 @@ class _Made:
 
 
 class _Columns(NamedTuple):
-    """The tokenised rows of a split, one after the other."""
+    """The tokenised rows of one split, concatenated."""
 
     ids: array.array
     labels: array.array
     offsets: list[int]
 
 
-def _make(
-    source: Source, format_fn: Callable[..., Example], task: Task, tokenizer: Any, settings: DataSettings
-) -> _Made:
+def _tokenise(
+    source: Source, format_fn: Callable[..., Example], task: Encoder, tokenizer: Any, settings: DataSettings
+) -> _CacheEntry:
     counts: Counter[str] = Counter()
     train = splits.collect(source.train, format_fn, settings.deduplicate, counts)
     if source.eval is not None:
@@ -166,18 +167,18 @@ def _make(
         kept, held_out = splits.split_by_prompt(train, settings.eval_fraction)
     chosen = {"train": splits.limit(kept, settings.train_rows), "eval": splits.limit(held_out, settings.eval_rows)}
     rows = {split: _split(split, items, task, tokenizer, settings, counts) for split, items in chosen.items()}
-    continued = (task.prompt(item.example, tokenizer) for item in chosen["eval"][:SAMPLES])
-    samples = [{"prompt": prompt, "reference": reference} for prompt, reference in filter(None, continued)]
-    return _Made(rows["train"], rows["eval"], DataReport(**counts), samples)
+    prompts_with_answers = (task.prompt(item.example, tokenizer) for item in chosen["eval"][:SAMPLES])
+    samples = [{"prompt": prompt, "reference": reference} for prompt, reference in filter(None, prompts_with_answers)]
+    return _CacheEntry(rows["train"], rows["eval"], DataReport(**counts), samples)
 
 
 def _split(
-    split: str, items: list[Item], task: Task, tokenizer: Any, settings: DataSettings, counts: Counter[str]
+    split: str, items: list[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
 ) -> Rows:
-    """The tokens of one split; adds to ``counts``."""
+    """Tokenise one split; adds to ``counts``."""
     columns = _encode(items, task, tokenizer, settings, counts)
     if len(columns.offsets) == 1:
-        raise _nothing_left(split, items, counts, settings)
+        raise _no_rows(split, items, counts, settings)
     rows = _to_rows(columns, settings)
     counts[f"{split}_rows"] += len(rows)
     counts[f"{split}_tokens"] += len(columns.ids)
@@ -186,7 +187,7 @@ def _split(
 
 
 def _encode(
-    items: Iterable[Item], task: Task, tokenizer: Any, settings: DataSettings, counts: Counter[str]
+    items: Iterable[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
 ) -> _Columns:
     columns = _Columns(array.array("i"), array.array("i"), [0])
     for item in items:
@@ -204,7 +205,7 @@ def _encode(
                     continue
                 ids, labels = ids[: settings.max_length], labels[: settings.max_length]
             if labels.count(IGNORED) >= len(labels) - (bool(labels) and labels[0] != IGNORED):
-                counts["masked_out"] += 1  # a label on the first token has nothing before it to be predicted from
+                counts["masked_out"] += 1  # the first token has no context to be predicted from: its label is unused
                 continue
             columns.ids.extend(ids)
             columns.labels.extend(labels)
@@ -225,24 +226,24 @@ def _count_trained(rows: Rows) -> int:
     return int(trained.sum())
 
 
-def _nothing_left(split: str, items: list[Item], counts: Counter[str], settings: DataSettings) -> DataError:
-    read = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("rows_read", "duplicates", "leaked"))
+def _no_rows(split: str, items: list[Item], counts: Counter[str], settings: DataSettings) -> DataError:
+    summary = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("rows_read", "duplicates", "leaked"))
     if not items and split == "eval" and counts["rows_read"] == 1:
-        remedy = "a text file is one row: data.documents=paragraph cuts it at blank lines; or name data.eval_path"
-        return DataError(Fault("data", "has one row, and none is left to evaluate on", remedy))
+        remedy = "split a text file at blank lines with data.documents=paragraph, or set data.eval_path"
+        return DataError(Fault("data", "has one row only, so there is no row for evaluation", remedy))
     if not items and split == "eval":
-        return DataError(schema.nothing_held_out(f"holds no row out ({read})", settings.eval_fraction))
+        return DataError(schema.nothing_held_out(f"selects no rows for evaluation ({summary})", settings.eval_fraction))
     if not items:
-        return DataError(Fault("data", f"no row is left to train on ({read})", "give it more rows, or other ones"))
+        return DataError(Fault("data", f"there are no training rows ({summary})", "add rows, or use another dataset"))
     kind = "training" if split == "train" else "evaluation"
     if counts["dropped"] and counts["dropped"] >= counts["masked_out"]:
-        problem = f"every {kind} row is longer than that (the longest has {counts['longest']} tokens)"
-        remedy = "raise it, or cut them with data.overlong=truncate"
+        problem = f"every {kind} row is longer than this limit (the longest row has {counts['longest']} tokens)"
+        remedy = "increase the limit, or truncate the rows with data.overlong=truncate"
         return DataError(Fault("data.max_length", problem, remedy, settings.max_length))
-    problem = f"none of the {len(items)} {kind} rows has a token to train on: all are masked"
+    problem = f"none of the {len(items)} {kind} rows has a label: all tokens are masked"
     if counts["truncated"]:
-        problem += f" ({counts['truncated']} were cut at data.max_length={settings.max_length})"
-    remedy = "raise data.max_length, check that the answers are the assistant's, or set task.train_on=all"
+        problem += f" ({counts['truncated']} rows were truncated to data.max_length={settings.max_length})"
+    remedy = "increase data.max_length, check that answers have the role assistant, or set task.train_on=all"
     return DataError(Fault("task.train_on", problem, remedy))
 
 
@@ -261,38 +262,38 @@ def _cache_key(source: Source, tokenizer: Any, settings: DataSettings, identity:
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    """Over all that decides which tokens a text becomes: the tokenizer's own tables and its chat template."""
+    """Hash everything that determines the tokens of a text: the tokenizer's vocabulary, rules and chat template."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is not None:
-        fast.no_padding(), fast.no_truncation()  # set by whoever called it last
+        fast.no_padding(), fast.no_truncation()  # state of the last call, which to_str would include
     tables = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
     marks = [type(tokenizer).__name__, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)]
     return hashlib.sha256(json.dumps([tables, *marks]).encode()).hexdigest()
 
 
-def _write(folder: Path, made: _Made) -> None:
-    """Write a cache entry aside, then move it into place: a reader finds all of it or nothing."""
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+def _write(folder: Path, entry: _CacheEntry) -> None:
+    """Write a cache entry atomically: into a temporary folder, then rename."""
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
-        aside.mkdir()
+        temporary.mkdir()
         for split in ("train", "eval"):
-            getattr(made, split).save(aside, split)
-        meta = {"report": asdict(made.report), "samples": made.samples}
-        write_atomic(aside / "report.json", json.dumps(meta, indent=1, ensure_ascii=False))
-        shutil.rmtree(folder, ignore_errors=True)  # a corrupt one
-        aside.rename(folder)
+            getattr(entry, split).save(temporary, split)
+        meta = {"report": asdict(entry.report), "samples": entry.samples}
+        write_atomic(temporary / "report.json", json.dumps(meta, indent=1, ensure_ascii=False))
+        shutil.rmtree(folder, ignore_errors=True)  # a corrupt entry
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read(folder: Path) -> _Made | None:
-    """A cache entry; None where there is none, or one that is damaged."""
+def _read(folder: Path) -> _CacheEntry | None:
+    """Read a cache entry; None if it is missing or damaged."""
     if not folder.exists():
         return None
     try:
         meta = json.loads((folder / "report.json").read_text())
         train, held_out = Rows.load(folder, "train"), Rows.load(folder, "eval")
-        return _Made(train, held_out, DataReport(**meta["report"]), meta["samples"])
+        return _CacheEntry(train, held_out, DataReport(**meta["report"]), meta["samples"])
     except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
-        log.warning("the cache of tokenised data is damaged and is made anew: %s (%s)", folder, error)
+        log.warning("the cache of tokenised data is damaged, tokenising again: %s (%s)", folder, error)
         return None

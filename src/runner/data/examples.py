@@ -1,4 +1,4 @@
-"""What passes from a dataset format to a task: the example that a row becomes, and the token sequences made of it."""
+"""Types shared by dataset formats and tasks: the example parsed from a row, and its token sequences."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Protocol
 Example = list[dict[str, Any]] | str
 """A conversation (a list of messages, each with ``role`` and ``content``) or plain text."""
 Features = dict[str, list[int]]
-"""One token sequence: ``input_ids`` and ``labels`` of equal length; -100 marks a position without loss."""
+"""One token sequence: ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss."""
 
 
 class Encoder(Protocol):
-    """The part of a task that ``data.dataset`` calls."""
+    """The part of a task that ``data.dataset`` uses."""
 
     @property
     def name(self) -> str: ...
@@ -23,4 +23,4 @@ class Encoder(Protocol):
 
     @property
     def prompt(self) -> Callable[[Example, Any], tuple[str, str] | None]:
-        """(example, tokenizer) → (prompt, reference answer) for the samples; None where the example has no prompt."""
+        """(example, tokenizer) → (prompt, reference answer) for the samples; None if the example has no prompt."""

@@ -1,6 +1,6 @@
-"""Rows out of files: json, jsonl, csv, tsv, parquet, txt, and folders and globs of them.
+"""Read rows from json, jsonl, csv, tsv, parquet and txt files, and from folders and globs of such files.
 
-Every fault of a file is a DataError that names it, and the line where there is one.
+Errors in a file are raised as DataError with the file name, and the line if known.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 
 
 class Place(NamedTuple):
-    """Where a row stands, for the message that has to name it."""
+    """The position of a row in its file, for error messages."""
 
     file: str
     number: int
-    """Counted from 1."""
+    """Starts at 1."""
     unit: Literal["line", "row"] = "line"
 
     def __str__(self) -> str:
@@ -35,33 +35,35 @@ class Place(NamedTuple):
 
 
 def find_files(key: str, path: str) -> list[Path]:
-    """The files that a path, folder or glob stands for, in a stable order.
+    """List the files of a path, folder or glob, sorted by name.
+
+    ``key``: the config key to name in an error.
 
     Raises:
-        DataError: written from ``key``; nothing there, or nothing that is read here.
+        DataError: no such file, or no file of a supported type.
     """
-    found = Path(path).expanduser()
-    if found.is_dir() or (glob.has_magic(path) and not found.exists()):
-        pattern = str(found / "**" / "*") if found.is_dir() else str(found)
+    location = Path(path).expanduser()
+    if location.is_dir() or (glob.has_magic(path) and not location.exists()):
+        pattern = str(location / "**" / "*") if location.is_dir() else str(location)
         files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
         files = [file for file in files if file.is_file() and file.suffix.lower() in EXTENSIONS]
         if not files:
-            problem = f"holds no file that can be read (allowed: {', '.join(EXTENSIONS)})"
+            problem = f"contains no file of a supported type ({', '.join(EXTENSIONS)})"
             raise DataError(Fault(key, problem, "correct the path", path))
         return files
-    if not found.exists():
-        near = suggest(found.name, os.listdir(found.parent)) if found.parent.is_dir() else ""
-        remedy = "correct the path; a relative one starts at the current directory"
+    if not location.exists():
+        near = suggest(location.name, os.listdir(location.parent)) if location.parent.is_dir() else ""
+        remedy = "correct the path; relative paths start at the current directory"
         raise DataError(Fault(key, f"no such file or folder. {near}".strip(), remedy, path))
-    if found.suffix.lower() not in EXTENSIONS:
-        near = suggest(found.suffix.lower(), EXTENSIONS)
-        problem = f"is of no kind that is read here. {near} allowed: {', '.join(EXTENSIONS)}"
-        raise DataError(Fault(key, problem, "convert or rename it", path))
-    return [found]
+    if location.suffix.lower() not in EXTENSIONS:
+        near = suggest(location.suffix.lower(), EXTENSIONS)
+        problem = f"unsupported file type. {near} supported: {', '.join(EXTENSIONS)}"
+        raise DataError(Fault(key, problem, "convert or rename the file", path))
+    return [location]
 
 
 def digest(files: list[Path], note: str) -> str:
-    """SHA-256 over the bytes and kinds of all files and the note, 32 digits; a file that moves keeps it."""
+    """SHA-256 of the bytes and types of all files and of ``note``, 32 hex digits; independent of the files' paths."""
     total = hashlib.sha256(note.encode())
     for file in files:
         with _readable(file), file.open("rb") as handle:
@@ -71,18 +73,18 @@ def digest(files: list[Path], note: str) -> str:
 
 
 def read(files: list[Path], documents: Documents) -> Iterator[tuple[Place, Row]]:
-    """Every row of the files with its place; ``documents`` says what a row of a txt file is."""
+    """Yield every row of the files with its position; ``documents``: whether a txt file or a paragraph is a row."""
     for file in files:
         empty = True
         with _readable(file):
             for place, row in _read_file(file, documents):
                 if not isinstance(row, dict):
-                    problem = f"{place}: a row must be an object with named values, not {type(row).__name__}"
-                    raise DataError(Fault("", problem, 'write {"messages": […]}, {"text": "…"} or the like'))
+                    problem = f"{place}: a row must be a JSON object, not {type(row).__name__}"
+                    raise DataError(Fault("", problem, 'write for example {"messages": […]} or {"text": "…"}'))
                 empty = False
                 yield place, row
         if empty:
-            raise DataError(Fault("", f"{file}: is empty", "fill it, or leave it out of the path"))
+            raise DataError(Fault("", f"{file}: contains no rows", "add rows, or remove the file"))
 
 
 def _read_file(file: Path, documents: Documents) -> Iterator[tuple[Place, Any]]:
@@ -104,7 +106,7 @@ def _read_json(file: Path) -> Iterator[tuple[Place, Any]]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         is_lines = error.msg == "Extra data" and text.lstrip().startswith("{")
-        remedy = "name it .jsonl: it holds one object a line" if is_lines else ""
+        remedy = "rename the file to .jsonl: it contains one object per line" if is_lines else ""
         raise _malformed(file, error.lineno, error, remedy) from None
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
@@ -122,7 +124,7 @@ def _read_json_lines(file: Path) -> Iterator[tuple[Place, Any]]:
                 yield Place(name, number), json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 is_list = number == 1 and line.startswith("[")
-                remedy = "name it .json: it holds one list over several lines" if is_list else ""
+                remedy = "rename the file to .json: it contains one list over several lines" if is_list else ""
                 raise _malformed(file, number, error, remedy) from None
 
 
@@ -132,18 +134,18 @@ def _malformed(file: Path, line: int, error: json.JSONDecodeError, remedy: str) 
 
 
 def _read_table(file: Path, delimiter: str) -> Iterator[tuple[Place, Row]]:
-    csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 KiB
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is too small for documents
     with file.open(encoding="utf-8-sig", newline="") as handle:
         reader = csv.DictReader(handle, delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 if None in row or None in row.values():
                     columns = ", ".join(reader.fieldnames or ())
-                    problem = f"{file}:{reader.line_num}: has not as many values as there are columns ({columns})"
-                    raise DataError(Fault("", problem, 'correct that line; quote values that hold commas or quotes "'))
+                    problem = f"{file}:{reader.line_num}: number of values differs from number of columns ({columns})"
+                    raise DataError(Fault("", problem, 'correct that line; quote values that contain commas or "'))
                 yield Place(str(file), reader.line_num), row
         except csv.Error as error:
-            problem = f"{file}:{reader.line_num + 1}: malformed table: {error}, in the row that begins here"
+            problem = f"{file}:{reader.line_num + 1}: malformed table: {error}, in the row that starts at this line"
             raise DataError(Fault("", problem, "correct that line")) from None
 
 
@@ -158,7 +160,8 @@ def _read_parquet(file: Path) -> Iterator[tuple[Place, Row]]:
             yield Place(str(file), number, "row"), row
     except pyarrow.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
-        raise DataError(Fault("", f"{file}: is not a whole parquet file: {reason}", "write it anew")) from None
+        problem = f"{file}: damaged or not a parquet file: {reason}"
+        raise DataError(Fault("", problem, "write or download the file again")) from None
 
 
 def _read_text(file: Path, documents: Documents) -> Iterator[tuple[Place, Row]]:
@@ -179,12 +182,12 @@ def _read_text(file: Path, documents: Documents) -> Iterator[tuple[Place, Row]]:
 
 @contextlib.contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """What the machine or the encoding refuses while a file is read, as a DataError that names the file."""
+    """Turn I/O and encoding errors during reading into a DataError that names the file."""
     try:
         yield
     except UnicodeDecodeError as error:
         problem = f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})"
-        raise DataError(Fault("", problem, "convert it (iconv -t utf-8), or correct the path")) from None
+        raise DataError(Fault("", problem, "convert the file (iconv -t utf-8), or correct the path")) from None
     except OSError as error:
         problem = f"{file}: cannot be read: {error.strerror or error}"
-        raise DataError(Fault("", problem, "correct its permissions or the path")) from None
+        raise DataError(Fault("", problem, "correct the file's permissions, or the path")) from None

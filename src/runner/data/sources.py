@@ -1,6 +1,6 @@
-"""Where rows come from: the embedded conversations, local files, the Hugging Face Hub.
+"""Sources of rows, the options of the group ``data``: bundled conversations, local files, the Hugging Face Hub.
 
-Each option returns a ``Source``. Rows are read when asked for: a cache hit costs a digest and no parsing.
+Each option returns a ``Source``. Rows are read lazily: after a cache hit only the digest is computed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HUB_TIMEOUT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Records:
-    """The rows of one split with their places; each iteration reads them anew."""
+    """The rows of one split with their positions; each iteration reads them from the source again."""
 
     read: Callable[[], Iterable[tuple[Place, Row]]]
 
@@ -37,27 +37,28 @@ class Records:
 
 @dataclass(frozen=True)
 class Source:
-    """Named rows, with what identifies their content."""
+    """The rows of a dataset, with the name and hash that identify it."""
 
     name: str
     train: Records
     eval: Records | None
     digest: str
-    """SHA-256 over the content, 32 hexadecimal digits: MLflow takes no more than 36."""
+    """SHA-256 of the content, first 32 hexadecimal digits: MLflow accepts at most 36."""
     uri: str
-    """What MLflow's dataset lineage shows as the source."""
+    """The source shown in MLflow's dataset lineage."""
     revision: str | None = None
-    """The commit of a dataset of the Hub."""
+    """Commit hash of a Hub dataset."""
 
 
 def chitchat() -> Source:
     """Conversations between people, from the installed package chitchat-dataset: works offline, needs no account.
 
-    Who speaks first is the user, who answers the assistant. Rows: ``{"messages": [{"role", "content"}, …]}``.
+    The first speaker gets the role user, the second the role assistant.
+    Rows: ``{"messages": [{"role", "content"}, …]}``.
     """
-    spec = importlib.util.find_spec("chitchat_dataset")  # found, not imported
+    spec = importlib.util.find_spec("chitchat_dataset")  # does not import it
     if spec is None or spec.origin is None:
-        raise DataError(Fault("data", "the package chitchat-dataset is not installed", "uv sync", "chitchat"))
+        raise DataError(Fault("data", "the package chitchat-dataset is not installed", "run: uv sync", "chitchat"))
     file = Path(spec.origin).with_name("dataset.json")
     version = importlib.metadata.version("chitchat-dataset")
     return Source(
@@ -70,13 +71,13 @@ def chitchat() -> Source:
 
 
 def local(*, path: str, eval_path: str | None, documents: Documents) -> Source:
-    """A file of json, jsonl, csv, tsv, parquet or txt, or a folder or glob of them, mixed as they come.
+    """A json, jsonl, csv, tsv, parquet or txt file, or a folder or glob of such files; types may be mixed.
 
-    A json file holds a list of rows, ``{"data": [rows]}`` or one row. A txt file gives rows ``{"text": …}``: one
-    for the file, or one for each paragraph (``documents``).
+    A json file contains a list of rows, ``{"data": [rows]}`` or one row. A txt file gives rows ``{"text": …}``: one
+    per file, or one per paragraph (``documents``).
 
     Raises:
-        DataError: naming the file, and the line where there is one.
+        DataError: with the file name, and the line if known.
     """
     train = readers.find_files("data.path", path)
     held_out = readers.find_files("data.eval_path", eval_path) if eval_path is not None else []
@@ -91,24 +92,24 @@ def local(*, path: str, eval_path: str | None, documents: Documents) -> Source:
 
 
 def check_local(*, path: str, eval_path: str | None, documents: str) -> Iterator[Fault]:
-    """Files that are not there, or of a kind that is not read; a cut through texts where there is no text."""
-    found: list[Path] = []
+    """Check that the files exist and have a supported type, and that ``documents`` has an effect."""
+    files: list[Path] = []
     faults: list[Fault] = []
     for key, value in (("path", path), ("eval_path", eval_path)):
         try:
-            found += readers.find_files(key, value) if value is not None else []
+            files += readers.find_files(key, value) if value is not None else []
         except DataError as error:
             faults += error.faults
     yield from faults
-    if documents != "file" and not faults and not any(file.suffix.lower() == ".txt" for file in found):
-        yield Fault("documents", "has no effect: none of the files is a txt file", "leave it at file", documents)
+    if documents != "file" and not faults and not any(file.suffix.lower() == ".txt" for file in files):
+        yield Fault("documents", "has no effect: there is no txt file", "set data.documents=file", documents)
 
 
 def hub(*, path: str, name: str | None, split: str, eval_split: str | None, revision: str | None) -> Source:
     """A dataset of the Hugging Face Hub, or a local folder in the Hub's layout.
 
     Raises:
-        DataError: within seconds where the Hub is out of reach, or the dataset is gated or does not exist.
+        DataError: the Hub cannot be reached (detected within seconds), or the dataset is gated or does not exist.
     """
     commit = revision if _is_offline() or Path(path).exists() else _find_commit(path, revision)
     train = _load_split(path, name, split, commit)
@@ -126,7 +127,7 @@ def hub(*, path: str, name: str | None, split: str, eval_split: str | None, revi
 
 def check_hub(*, path: str, revision: str | None, **_: object) -> Iterator[Fault]:
     if revision is not None and Path(path).exists():
-        problem = "is for datasets of the Hub, and data.path is on this machine"
+        problem = "applies to Hub datasets only, and data.path is a local folder"
         yield Fault("revision", problem, "set data.revision=null", revision)
 
 
@@ -138,7 +139,7 @@ def _conversations(file: Path) -> Iterator[tuple[Place, Row]]:
                 turns[-1] = (sender, f"{turns[-1][1]} {text}".strip())
             elif text:
                 turns.append((sender, text))
-        turns = turns[: len(turns) // 2 * 2]  # a last turn that nobody answers teaches nothing
+        turns = turns[: len(turns) // 2 * 2]  # drop a last turn without an answer
         if turns:
             roles = ("user", "assistant")
             messages = [{"role": roles[i % 2], "content": text} for i, (_, text) in enumerate(turns)]
@@ -152,13 +153,13 @@ def _is_offline() -> bool:
 
 
 def _find_commit(path: str, revision: str | None) -> str:
-    """The commit the revision stands for now; one request with a short timeout, where `datasets` retries for 24 s."""
+    """Resolve a revision to its commit hash: one request with a short timeout, whereas `datasets` retries for 24 s."""
     import huggingface_hub
 
     try:
         info = huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
     except Exception as error:
-        raise _refused(path, error) from error
+        raise _hub_error(path, error) from error
     return str(info.sha)
 
 
@@ -169,7 +170,7 @@ def _load_split(path: str, name: str | None, split: str, commit: str | None) -> 
     try:
         return datasets.load_dataset(path, name, split=split, revision=commit)
     except Exception as error:
-        raise _refused(path, error) from error
+        raise _hub_error(path, error) from error
 
 
 def _hub_rows(rows: datasets.Dataset, name: str) -> Iterator[tuple[Place, Row]]:
@@ -177,26 +178,24 @@ def _hub_rows(rows: datasets.Dataset, name: str) -> Iterator[tuple[Place, Row]]:
         yield Place(name, number, "row"), dict(row)
 
 
-def _refused(path: str, error: Exception) -> DataError:
-    """One message for the Hub's many exceptions, told apart by name: their modules differ between versions."""
+def _hub_error(path: str, error: Exception) -> DataError:
+    """Turn an exception of the Hub libraries into one message; by class name, as their modules vary by version."""
     kinds = {kind.__name__ for cause in (error, error.__cause__, error.__context__) for kind in type(cause).__mro__}
     log_in = "log in with `hf auth login` or set HF_TOKEN"
-    own = "or use files of your own: data=local data.path=…"
+    own = "or use local files: data=local data.path=…"
     if "GatedRepoError" in kinds:
-        problem, remedy = (
-            "is gated: its owners let in only whom they know",
-            f"accept its terms on its page, then {log_in}",
-        )
+        problem = "is a gated dataset and your token has no access"
+        remedy = f"accept the terms on the dataset's page, then {log_in}"
     elif "RevisionNotFoundError" in kinds:
         problem, remedy = "has no such revision", "correct data.revision, or set it to null for the latest"
     elif kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        problem = "no such dataset on the Hub, or a private one that your token does not open"
+        problem = "no such dataset on the Hub, or it is private and your token has no access"
         remedy = f"correct the name; if it is private, {log_in}"
     elif "OfflineModeIsEnabled" in kinds or (_is_offline() and "ConnectionError" in kinds):
         problem, remedy = "is not in the cache, and HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE, {own}"
     elif kinds & {"ConnectionError", "TransportError", "Timeout", "TimeoutError"}:
-        problem = "cannot be fetched: the Hub is out of reach"
-        remedy = f"check the connection, HTTPS_PROXY and HF_ENDPOINT; HF_HUB_OFFLINE=1 takes a cached copy; {own}"
+        problem = "cannot be downloaded: the Hub cannot be reached"
+        remedy = f"check the connection, HTTPS_PROXY and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses a cached copy; {own}"
     else:
         problem = " ".join(str(error).split())[:400] or type(error).__name__
         remedy = "correct data.path, data.name, data.split or data.eval_split"

@@ -1,4 +1,4 @@
-"""From the rows of a source to distinct examples, split so that no prompt stands on both sides."""
+"""Convert rows to examples, remove duplicates, and split so that no prompt is in both training and evaluation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ SHOWN_FAULTS = 5
 
 
 class Item(NamedTuple):
-    """An example, where it came from, and what tells it and its prompt apart."""
+    """An example with its file and line, and hashes to compare examples and prompts."""
 
     place: str
     example: Example
     key: bytes
+    """Hash of the example."""
     prompt: bytes
+    """Hash of the prompt, without regard to case and white space."""
 
 
 def collect(
@@ -32,10 +34,12 @@ def collect(
     deduplicate: bool,
     counts: Counter[str],
 ) -> list[Item]:
-    """The examples of one split, each once where ``deduplicate``; adds to ``counts`` rows_read and duplicates.
+    """Convert the rows of one split to examples; ``deduplicate`` removes repeated examples.
+
+    Adds ``rows_read`` and ``duplicates`` to ``counts``.
 
     Raises:
-        DataError: naming the first few rows that do not fit.
+        DataError: lists the first malformed rows, at most ``SHOWN_FAULTS``.
     """
     items: dict[bytes, Item] = {}
     faults: list[Fault] = []
@@ -45,7 +49,7 @@ def collect(
             example = format_fn(row)
         except DataError as error:
             faults += at_place(place, error)
-            if len(faults) >= SHOWN_FAULTS or faults[-1].key:  # with a key it is the configuration: all rows have it
+            if len(faults) >= SHOWN_FAULTS or faults[-1].key:  # a fault with a config key would repeat for every row
                 break
             continue
         key = _hash(json.dumps(example))
@@ -60,9 +64,9 @@ def collect(
 
 
 def split_by_prompt(items: list[Item], fraction: float) -> tuple[list[Item], list[Item]]:
-    """(train, eval), by a hash of the prompt: the same prompt is always on the same side, in any version of the data.
+    """Split into (train, eval) by a hash of the prompt: a prompt stays on its side when the dataset changes.
 
-    Where little data leaves one side empty, the prompt of the lowest hash alone is held out.
+    If a small dataset leaves one side empty, exactly the prompt with the lowest hash is held out.
     """
     prompts = {item.prompt for item in items}
     held_out = {prompt for prompt in prompts if int.from_bytes(prompt) < fraction * 2**128}
@@ -73,20 +77,20 @@ def split_by_prompt(items: list[Item], fraction: float) -> tuple[list[Item], lis
 
 
 def limit(items: list[Item], count: int | None) -> list[Item]:
-    """At most ``count`` items, chosen by their hash: a sample that a larger one contains; in the order they stood."""
+    """At most ``count`` items in their original order, selected by hash: a larger ``count`` keeps the same items."""
     if count is None or len(items) <= count:
         return items
-    chosen = sorted(range(len(items)), key=lambda at: (items[at].key, at))[:count]
-    return [items[at] for at in sorted(chosen)]
+    selected = sorted(range(len(items)), key=lambda i: (items[i].key, i))[:count]
+    return [items[i] for i in sorted(selected)]
 
 
 def at_place(place: object, error: DataError) -> list[Fault]:
-    """The faults of ``error``, each with where it was found."""
+    """The faults of ``error``, each with its file and line in front of the message."""
     return [replace(fault, problem=f"{place}: {fault.problem}") for fault in error.faults]
 
 
 def _prompt(example: Example) -> str:
-    """What must not be in both splits: the first thing the user says, or the text."""
+    """The text that must not be in both splits: the first user message, or the whole plain text."""
     if isinstance(example, str):
         return example
     return next((turn["content"] for turn in example if turn["role"] == "user"), example[0]["content"])

@@ -1,1 +1,1 @@
-"""Models: load, quantize, adapt (PEFT), save."""
+"""Load, quantize, adapt (PEFT) and save models."""

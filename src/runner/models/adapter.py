@@ -1,8 +1,8 @@
-"""A PEFT adapter's weights: what to keep of their start, and writing them for plain PEFT.
+"""Save a PEFT adapter so that plain PEFT loads it onto the original base model, also for PiSSA and OLoRA.
 
-PiSSA and OLoRA cut their start B₀·A₀ out of the base weights W and train B·A on the rest. The finished model is thus
-W + B·A − B₀·A₀ = W + [B, −B₀]·[A; A₀]: on the original base, a plain LoRA of twice the rank. PEFT can convert so too,
-by loading a second adapter into the model at work; here the start is kept aside, and saving leaves the model alone.
+PiSSA and OLoRA subtract the initial adapter B₀·A₀ from the base weights W and train B·A. The final weights are
+W + B·A − B₀·A₀ = W + [B, −B₀]·[A; A₀]: on the original base, a plain LoRA of twice the rank. PEFT's own conversion
+loads a second adapter into the model; here a copy of the initial adapter is kept, and saving does not change the model.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 
-def is_cut_from_base(init: Any) -> bool:
-    """Whether these initial weights are taken out of the base weights."""
+def subtracts_initial(init: Any) -> bool:
+    """Whether this initialisation subtracts the initial adapter from the base weights (PiSSA, OLoRA)."""
     return isinstance(init, str) and init.lower().startswith(("pissa", "olora"))
 
 
 @contextlib.contextmanager
-def same_cut_each_time() -> Iterator[None]:
-    """A seed of its own for PiSSA's randomised SVD: a resumed run must cut the same start again."""
+def fixed_seed() -> Iterator[None]:
+    """Fix the seed of PiSSA's randomised SVD: a resumed run must compute the same initial adapter again."""
     import torch
 
     with torch.random.fork_rng():
@@ -29,29 +29,29 @@ def same_cut_each_time() -> Iterator[None]:
         yield
 
 
-def keep_start(model: Any) -> None:
-    """Keep the adapter's start with the model, for ``save``."""
+def keep_initial(model: Any) -> None:
+    """Store a copy of the initial adapter on the model, for ``save``."""
     model.initial_adapter = {name: tensor.detach().cpu().clone() for name, tensor in state(model).items()}
 
 
 def state(model: Any) -> dict[str, Any]:
-    """The adapter's tensors by PEFT's names."""
+    """The adapter's tensors, by PEFT's names."""
     from peft import get_peft_model_state_dict
 
-    # "auto" would ask the Hub whether the vocabulary grew; here it never does, and modules_to_save are in anyway.
+    # The default "auto" asks the Hub whether the vocabulary was resized, which never happens here.
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def save(model: Any, folder: Path, found: dict[str, Any]) -> None:
-    """Write the adapter, ``found`` by ``state``, to ``folder`` so that plain PEFT loads it onto the *original* base."""
+def save(model: Any, folder: Path, tensors: dict[str, Any]) -> None:
+    """Write the adapter to ``folder`` for the *original* base model; ``tensors``: the result of ``state``."""
     from safetensors.torch import save_file
 
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
-    tensors = {name: tensor.detach().cpu() for name, tensor in found.items()}
-    start = getattr(model, "initial_adapter", None)
-    if start is not None:
-        tensors = {name: _beside_start(name, tensor, start) for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    initial = getattr(model, "initial_adapter", None)
+    if initial is not None:
+        tensors = {name: _subtract_initial(name, tensor, initial) for name, tensor in tensors.items()}
         _double_rank(config)
     config.save_pretrained(str(folder))
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
@@ -59,18 +59,19 @@ def save(model: Any, folder: Path, found: dict[str, Any]) -> None:
     model.create_or_update_model_card(str(folder))
 
 
-def _beside_start(name: str, tensor: Any, start: dict[str, Any]) -> Any:
+def _subtract_initial(name: str, tensor: Any, initial: dict[str, Any]) -> Any:
+    """[A; A₀] for A and [B, −B₀] for B: their product is B·A − B₀·A₀."""
     import torch
 
     if name.endswith("lora_A.weight"):
-        return torch.cat([tensor, start[name].to(tensor)], dim=0)
+        return torch.cat([tensor, initial[name].to(tensor)], dim=0)
     if name.endswith("lora_B.weight"):
-        return torch.cat([tensor, -start[name].to(tensor)], dim=1)
+        return torch.cat([tensor, -initial[name].to(tensor)], dim=1)
     return tensor
 
 
 def _double_rank(config: Any) -> None:
-    """Twice the rank at the same scale, which is alpha / r, or alpha / √r with rsLoRA."""
+    """Double the rank and keep the scale, which is alpha / r, or alpha / √r with rsLoRA."""
     factor = 2**0.5 if config.use_rslora else 2
     config.init_lora_weights = True
     config.r *= 2

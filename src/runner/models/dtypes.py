@@ -1,4 +1,4 @@
-"""Number formats of weights and arithmetic: which one this hardware computes fast, and which are refused."""
+"""Choose the dtype of weights and computation: which dtypes this hardware computes fast, and which are not allowed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 def dtype_for(name: Precision, device: torch.device | str) -> torch.dtype:
-    """The dtype ``name`` means on ``device``: ``auto`` is bfloat16 where the hardware is fast in it, else float32.
+    """The torch dtype of ``name`` on ``device``; ``auto``: bfloat16 if the hardware computes it fast, else float32.
 
-    A CPU counts as fast with AMX only. One LoRA step of SmolLM2-135M took 130 s in bfloat16 against 4.5 s in float32
-    on a CPU with neither AMX nor AVX512-BF16. With AVX512-BF16 alone it is 1.6 times as fast as float32, for whom its
-    precision suffices: see ``faster_dtype``.
+    A CPU counts as fast only with AMX. One LoRA step of SmolLM2-135M took 130 s in bfloat16 but 4.5 s in float32 on a
+    CPU with neither AMX nor AVX512-BF16. With AVX512-BF16 only, bfloat16 is 1.6 times as fast as float32 but less
+    precise, so the user decides: see ``faster_dtype``.
     """
     import torch
 
@@ -36,8 +36,8 @@ def dtype_for(name: Precision, device: torch.device | str) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float32
     if name == "bfloat16" and not fast and not (device.type == "cpu" and "avx512_bf16" in cpu_flags()):
         log.warning(
-            "bfloat16 was asked for, and this %s does not compute in it: expect steps 30 to 60 times slower than in "
-            "float32. Use dtype=auto.",
+            "dtype=bfloat16: this %s has no bfloat16 instructions; expect steps 30 to 60 times slower than in float32. "
+            "Use dtype=auto.",
             device.type,
         )
     dtype: torch.dtype = getattr(torch, name)
@@ -45,7 +45,7 @@ def dtype_for(name: Precision, device: torch.device | str) -> torch.dtype:
 
 
 def faster_dtype(used: torch.dtype, device: torch.device) -> str | None:
-    """A dtype that this CPU computes faster in than in the one that is used; None where there is none."""
+    """A dtype in which this CPU is faster than in ``used``; None if there is none."""
     import torch
 
     if device.type == "cpu" and used == torch.float32 and "avx512_bf16" in cpu_flags():
@@ -54,7 +54,7 @@ def faster_dtype(used: torch.dtype, device: torch.device) -> str | None:
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The keyword of ``from_pretrained`` and ``from_config``: transformers 4.56 renamed it."""
+    """The dtype as keyword argument of ``from_pretrained`` and ``from_config``; transformers 4.56 renamed it."""
     import transformers
 
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
@@ -62,21 +62,23 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def dtype_faults(key: str, name: Precision) -> Iterator[Fault]:
-    """float16 underflows without a loss scaler, and there is none here."""
+    """float16 is not allowed: its gradients underflow without a loss scaler, which this train loop does not have."""
     if name == "float16":
-        problem = "cannot be trained: float16 gradients underflow without a loss scaler, and this loop has none"
-        yield Fault(key, problem, f"use {key}=bfloat16 (same size, the range of float32), or auto", name)
+        problem = (
+            "not supported: float16 gradients underflow without a loss scaler, which this train loop does not have"
+        )
+        yield Fault(key, problem, f"use {key}=bfloat16 (same size, range of float32), or auto", name)
 
 
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-"""oneDNN's own variables: it computes with no newer instructions than the one that they name."""
+"""Environment variables of oneDNN: the newest instruction set that it may use."""
 
 
 def cpu_flags() -> frozenset[str]:
-    """The instruction sets that oneDNN uses on this CPU, in Linux's names; empty where there is no /proc/cpuinfo.
+    """The instruction sets that oneDNN uses on this CPU, by Linux's names; empty if there is no /proc/cpuinfo.
 
-    ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI`` leaves AMX and AVX512-BF16 unused (oneDNN's documentation, "CPU dispatcher
-    control"), and bfloat16 is slow then.
+    For example, ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI`` disables AMX and AVX512-BF16 (oneDNN's documentation, "CPU
+    dispatcher control"), which makes bfloat16 slow.
     """
     limit = next((os.environ[name].upper() for name in ISA_LIMITS if os.environ.get(name)), "")
     unused = set()
@@ -99,5 +101,5 @@ def _is_fast_in_bfloat16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate it
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs emulate it
     return device.type == "cpu" and "amx_bf16" in cpu_flags()

@@ -1,7 +1,6 @@
-"""From a GGUF file to a folder that trains: float32 safetensors, configuration, tokenizer and chat template.
+"""Convert a GGUF file to a model folder: float32 safetensors, configuration, tokenizer and chat template.
 
-Weights of a GGUF file can be dequantized but not trained, and transformers needs about 20 s to read them. So the work
-is done once, and what comes out is an ordinary model folder.
+transformers can load a GGUF file (in about 20 s) but not train its weights. The file is therefore converted once.
 """
 
 from __future__ import annotations
@@ -15,43 +14,46 @@ from runner.errors import ConfigError, Fault
 
 MAGIC = b"GGUF"
 STRING = 8
-"""The type number of a text in GGUF's metadata (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+"""The type code of a string in GGUF metadata (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the model in ``file`` to ``folder`` as transformers reads it.
+    """Convert ``file`` to the model folder ``folder``.
 
     Raises:
-        ConfigError: not a GGUF file, a damaged one, or an architecture that transformers cannot convert.
+        ConfigError: not a GGUF file, a damaged file, or an architecture that transformers cannot convert.
     """
     check(file)
     try:
         model, tokenizer = _read(file)
     except (ValueError, KeyError, IndexError, OSError, NotImplementedError, struct.error) as error:
         problem = f"cannot be converted: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        raise ConfigError(
-            Fault("model.path", problem, "fetch the file again, or use the safetensors model", file)
-        ) from error
+        remedy = "download the file again, or use the safetensors version of the model"
+        raise ConfigError(Fault("model.path", problem, remedy, file)) from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def check(file: Path) -> None:
-    """Refuse what is no GGUF file, by its first four bytes."""
+    """Check the first four bytes of a GGUF file.
+
+    Raises:
+        ConfigError: the file does not exist, or is not a GGUF file.
+    """
     if not file.is_file():
-        raise ConfigError(Fault("model.path", "no such file", "name a GGUF file", file))
+        raise ConfigError(Fault("model.path", "no such file", "set it to a GGUF file", file))
     with file.open("rb") as handle:
         if handle.read(4) != MAGIC:
-            raise ConfigError(Fault("model.path", "is not a GGUF file", "name a GGUF file", file))
+            raise ConfigError(Fault("model.path", "is not a GGUF file", "set it to a GGUF file", file))
 
 
 def _read(file: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where)
-    # A model from a GGUF counts as quantized and cannot be saved: its weights move into one that never was.
+    location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**location)
+    # transformers treats a model loaded from GGUF as quantized and does not save it: copy the weights to a new model.
     config = loaded.config
     for leftover in ("quantization_config", "_model_name_or_path"):
         config.__dict__.pop(leftover, None)
@@ -62,13 +64,13 @@ def _read(file: Path) -> tuple[Any, Any]:
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    _restore_splitting(tokenizer, read_text(file, "tokenizer.ggml.pre"))
+    tokenizer = AutoTokenizer.from_pretrained(**location)
+    _restore_pre_tokenizer(tokenizer, read_text(file, "tokenizer.ggml.pre"))
     return model, tokenizer
 
 
-def _restore_splitting(tokenizer: Any, name: str | None) -> None:
-    """SmolLM splits digits off before its merges apply; transformers 5.23 does not know this ``tokenizer.ggml.pre``."""
+def _restore_pre_tokenizer(tokenizer: Any, name: str | None) -> None:
+    """Restore SmolLM's pre-tokenizer, which splits digits: transformers 5.23 ignores ``tokenizer.ggml.pre=smollm``."""
     from tokenizers import pre_tokenizers
 
     if name == "smollm":
@@ -78,7 +80,7 @@ def _restore_splitting(tokenizer: Any, name: str | None) -> None:
 
 
 def read_text(file: Path, key: str) -> str | None:
-    """A text of the metadata, found without parsing the rest (which takes seconds); None where there is none."""
+    """Read one string of the metadata by searching for its key; parsing everything takes seconds. None if missing."""
     name = struct.pack("<Q", len(key)) + key.encode()
     with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content.find(name)

@@ -1,4 +1,4 @@
-"""Fetching a model from the Hugging Face Hub, or saying in one message why it cannot be had."""
+"""Download a model from the Hugging Face Hub, with one clear message for each kind of failure."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from runner.errors import ConfigError, Fault
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 WEIGHT_FILES = ["model*.safetensors"]
 SKIPPED = ["*/*", "consolidated*"]
-"""Folders, and second copies of the weights in their makers' own layout: neither is read by transformers."""
+"""Subfolders, and copies of the weights in the vendor's own format: transformers reads neither."""
 
 
 def fetch(name: str, revision: str | None, *, weights: bool, code: bool) -> Path:
-    """The local folder of a Hub model, downloaded if not in the cache; ``weights`` False: only the small files.
+    """The local folder of a Hub model, downloaded if it is not in the cache.
+
+    ``weights``: also the weights, not only the small files. ``code``: also Python files.
 
     Raises:
-        ConfigError: within seconds, when the model, its revision, the permission or the Hub is missing.
+        ConfigError: no such model or revision, no permission, or the Hub cannot be reached (detected within seconds).
     """
     from huggingface_hub import snapshot_download
 
-    wanted = SMALL_FILES + (WEIGHT_FILES if weights else []) + (["*.py"] if code else [])
+    patterns = SMALL_FILES + (WEIGHT_FILES if weights else []) + (["*.py"] if code else [])
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=SKIPPED, etag_timeout=10)
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=SKIPPED, etag_timeout=10
+            )
         )
     except Exception as error:
         fault = _fault(name, revision, error)
@@ -40,16 +44,17 @@ def _fault(name: str, revision: str | None, error: Exception) -> Fault | None:
     local = "or use a folder on this machine: model.path=DIR"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
-        remedy = f"accept its licence at {page}, then {log_in}; {local}"
-        return Fault("model.path", "is gated: its owners let in only whom they know", remedy, name)
+        remedy = f"accept the licence at {page}, then {log_in}; {local}"
+        return Fault("model.path", "is a gated repository and your token has no access", remedy, name)
     if isinstance(error, errors.RepositoryNotFoundError):
-        problem = "no such model on the Hub, or a private one that your token does not open"
+        problem = "no such model on the Hub, or it is private and your token has no access"
         return Fault("model.path", problem, f"correct the name ({page}); if it is private, {log_in}; {local}", name)
     if isinstance(error, errors.RevisionNotFoundError):
-        remedy = f"name a branch, tag or commit listed at {page}/commits, or null for the latest"
+        remedy = f"use a branch, tag or commit listed at {page}/commits, or null for the latest"
         return Fault("model.revision", f"no such revision of {name}", remedy, revision)
     if "No space left" in str(error):
-        return Fault("model.path", "no space left to download it", "free space, or move the cache with HF_HOME", name)
+        remedy = "free disk space, or move the cache with HF_HOME"
+        return Fault("model.path", "no disk space left for the download", remedy, name)
     if not isinstance(error, errors.LocalEntryNotFoundError | errors.HfHubHTTPError | OSError):
         return None
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -1,6 +1,6 @@
-"""What is trained: everything, a LoRA adapter, or any other adapter that PEFT has.
+"""Choose the trainable parameters, the options of the group ``lora``: all, LoRA, or any other PEFT adapter.
 
-Adapters are float32 whatever the base is stored in (PEFT's default): small updates are lost in bfloat16's 8 bits.
+Adapters are float32 for any dtype of the base (PEFT's default): small updates are lost in bfloat16's 8 bits.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_
 SET_HERE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 }  # fmt: skip
-"""Fields of PEFT's configurations that follow from the run."""
+"""Fields of PEFT's configurations that the runner sets."""
 
 UNSUITED = {
-    "adalora": "its ranks are re-allocated by a call after every step, which this loop does not make: use lora=lora",
-    "xlora": "it mixes adapters trained before",
-    "poly": "it needs a task id with every row",
-    "shadow": "its auxiliary loss is computed inside PEFT, from labels that this loop does not pass",
+    "adalora": "it needs a call after every step to reallocate ranks, which this train loop does not make",
+    "xlora": "it combines adapters that are already trained",
+    "poly": "it needs a task id in every row",
+    "shadow": "its auxiliary loss needs the labels inside PEFT, which this train loop does not pass",
 }
-"""PEFT methods that would run and not do what they promise, and why."""
+"""PEFT methods that would run here but not work as intended, with the reason."""
 
 UNSUITED_FIELDS = {"alora_invocation_tokens", "use_asa", "megatron_core"}
-"""Fields that, like all whose names end in _config, need more than rows and a loop: calls, objects, files."""
+"""Fields that need calls, objects or files which this train loop does not provide; so do all named ``…_config``."""
 
 DATA_INITS = ("eva", "corda", "loftq", "lora_ga")
 
@@ -46,18 +46,17 @@ ON_QUANTIZED = (
     "beft", "hira", "ia3", "lily", "ln_tuning", "lora", "miss", "oft", "pvera", "randlora", "road", "trainable_tokens",
     "vera",
 )  # fmt: skip
-"""Methods that compute right on 4-bit and 8-bit weights (tested); others crash, or take packed bytes for weights."""
+"""Methods that are correct on 4-bit and 8-bit weights (tested); others crash, or use packed bytes as weights."""
 
 
 def none(model: nn.Module) -> nn.Module:
-    """Full fine-tuning: every parameter trains.
+    """Full fine-tuning: all parameters are trainable.
 
     Raises:
-        ConfigError: quantized weights, which cannot.
+        ConfigError: the weights are quantized.
     """
     if _is_quantized(model):
-        remedy = "train an adapter on them (lora=lora), or load them whole (quant=none)"
-        raise ConfigError(Fault("lora", "full fine-tuning cannot train quantized weights", remedy, "none"))
+        raise ConfigError(_full_on_quantized())
     return model.requires_grad_(True)
 
 
@@ -74,30 +73,31 @@ def lora(
     use_rslora: bool,
     init_lora_weights: Init,
 ) -> nn.Module:
-    """LoRA (https://arxiv.org/abs/2106.09685) and its kin: DoRA (2402.09353), rsLoRA (2312.03732), PiSSA (2404.02948).
+    """LoRA (https://arxiv.org/abs/2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), PiSSA (2404.02948).
 
     Raises:
-        ConfigError: modules that do not exist, or an option that cannot take effect on this model.
+        ConfigError: target modules that do not exist, or an option without effect on this model.
     """
-    options = {
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "target_modules": target_modules,
-        "modules_to_save": modules_to_save,
-        "bias": bias,
-        "use_dora": use_dora,
-        "use_rslora": use_rslora,
-        "init_lora_weights": init_lora_weights,
-    }
-    return peft(model, method="lora", **options)
+    return peft(
+        model,
+        method="lora",
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+        bias=bias,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        init_lora_weights=init_lora_weights,
+    )
 
 
 def peft(model: nn.Module, *, method: str, **options: Any) -> nn.Module:
-    """An adapter by any method of PEFT, by its name there; ``options`` are the fields of that method's configuration.
+    """An adapter of any PEFT method; ``method`` is PEFT's name, ``options`` are fields of its configuration class.
 
     Raises:
-        ConfigError: what ``check_peft`` finds, modules that do not exist, or PEFT's own refusal of this model.
+        ConfigError: faults of ``check_peft``, target modules that do not exist, or an error raised by PEFT.
     """
     with compilation.deferred():
         from peft import get_peft_model
@@ -106,33 +106,33 @@ def peft(model: nn.Module, *, method: str, **options: Any) -> nn.Module:
     _refuse(_model_faults(model, method, options))
     config = _config_class(method)(task_type="CAUSAL_LM", **options)
     meta = any(parameter.is_meta for parameter in model.parameters())
-    cut = not meta and adapter.is_cut_from_base(options.get("init_lora_weights"))
+    subtracts = not meta and adapter.subtracts_initial(options.get("init_lora_weights"))
     if meta and "init_lora_weights" in options:
-        config.init_lora_weights = True  # the others compute with the weights
+        config.init_lora_weights = True  # other initialisations compute with the weights
     revision = getattr(model.config, "_commit_hash", None)
     try:
-        with adapter.same_cut_each_time() if cut else contextlib.nullcontext():
+        with adapter.fixed_seed() if subtracts else contextlib.nullcontext():
             adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=meta)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError, ImportError) as error:
-        raise ConfigError(_refusal(method, error)) from error
+        raise ConfigError(_peft_fault(method, error)) from error
     _refuse(_effect_faults(adapted, options))
-    if cut:
-        adapter.keep_start(adapted)
+    if subtracts:
+        adapter.keep_initial(adapted)
     return adapted
 
 
 def check_lora(*, init_lora_weights: Init, r: int, **_: Any) -> Iterator[Fault]:
     if init_lora_weights == "orthogonal" and r % 2:
-        yield Fault("r", "must be even for orthogonal initial weights", f"set it to {r + 1}", r)
+        yield Fault("r", "must be even with init_lora_weights=orthogonal", f"set it to {r + 1}", r)
 
 
 def check_peft(*, method: str, **options: Any) -> Iterator[Fault]:
-    """Faults of a method and of its options, against PEFT's own configuration class: this imports PEFT."""
+    """Check a method and its options against PEFT's configuration class (imports PEFT)."""
     known = methods()
     name = method.lower()
     if name in UNSUITED or (name in _all_methods() and name not in known):
         reason = UNSUITED.get(name, "it prepends virtual tokens, which shift positions and labels of packed rows")
-        yield Fault("method", f"is not offered: {reason}", f"use one of {', '.join(known)}", method)
+        yield Fault("method", f"is not supported: {reason}", f"use one of {', '.join(known)}", method)
         return
     if name not in known:
         remedy = f"{suggest(name, known)} methods: {', '.join(known)}".strip()
@@ -145,30 +145,29 @@ def check_peft(*, method: str, **options: Any) -> Iterator[Fault]:
 
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
-    """Faults of ``lora`` together with ``quant``."""
+    """Check the options ``lora`` and ``quant`` together."""
     if is_none(cfg["quant"]):
         return
     if is_none(cfg["lora"]):
-        remedy = "train an adapter on them (lora=lora), or load them whole (quant=none)"
-        yield Fault("lora", "full fine-tuning cannot train quantized weights", remedy, "none")
+        yield _full_on_quantized()
         return
-    given = {key: value for key, value in cfg["lora"].items() if key in ("method", "init_lora_weights")}
-    yield from (fault.below("lora") for fault in check_on_quantized(**given))
+    options = {key: value for key, value in cfg["lora"].items() if key in ("method", "init_lora_weights")}
+    yield from (fault.below("lora") for fault in check_on_quantized(**options))
 
 
 def check_on_quantized(*, method: str = "lora", init_lora_weights: Any = True, **_: Any) -> Iterator[Fault]:
-    """Faults of the keys of ``lora`` or ``peft`` that matter on quantized weights; needs no model, imports nothing."""
+    """Check that the adapter works on quantized weights; needs no model and imports no library."""
     if method.lower() not in ON_QUANTIZED:
         remedy = f"use quant=none, or one of {', '.join(ON_QUANTIZED)}"
         yield Fault("method", "does not work on quantized weights", remedy, method)
-    if adapter.is_cut_from_base(init_lora_weights):
-        problem = "cuts its start out of the base weights, and what is left would be quantized again, with loss"
-        remedy = "use lora=lora on quantized weights, or quant=none"
+    if adapter.subtracts_initial(init_lora_weights):
+        problem = "needs unquantized base weights (PiSSA and OLoRA subtract the initial adapter from them)"
+        remedy = "use lora=lora with quantized weights, or set quant=none"
         yield Fault("init_lora_weights", problem, remedy, init_lora_weights)
 
 
 def methods() -> list[str]:
-    """The PEFT methods that train here, by their names."""
+    """The names of the supported PEFT methods."""
     return sorted(name for name, cls in _all_methods().items() if name not in UNSUITED and not _is_prompt(cls))
 
 
@@ -195,47 +194,46 @@ def _option_faults(method: str, options: dict[str, Any]) -> Iterator[Fault]:
     known = {field.name for field in dataclasses.fields(cls)} - SET_HERE
     for name, value in options.items():
         if name in SET_HERE:
-            yield Fault(name, "follows from the run", "leave it out", value)
+            yield Fault(name, "is set by the runner", "remove this option", value)
         elif name in UNSUITED_FIELDS or name.endswith("_config"):
-            yield Fault(name, "needs more than this training loop gives it", "leave it out", value)
+            yield Fault(name, "is not supported by this train loop", "remove this option", value)
         elif name not in known:
             yield unknown_key(name, known, value)
         elif name == "init_lora_weights" and value in DATA_INITS:
-            problem = "needs passes over the data before training, which are not made here"
+            problem = "is not supported: it needs passes over the data before training"
             yield Fault(name, problem, "use true, gaussian, orthogonal, pissa, pissa_niter_16 or olora", value)
         elif name != "init_lora_weights" and (problem := mismatch(value, types[name])):
             yield Fault(name, problem, f"see PEFT's {cls.__name__}.{name}", value)
 
 
 def _construction_faults(method: str, options: dict[str, Any]) -> Iterator[Fault]:
-    """What the configuration class itself finds: missing fields and impossible combinations."""
+    """Errors raised by the configuration class: missing fields and impossible combinations."""
     try:
         _config_class(method)(task_type="CAUSAL_LM", **options)
     except (ValueError, TypeError, ImportError) as error:
-        yield Fault("", f"{method}: {_first_line(error)}", "set the options as PEFT asks: '+lora.name=value'")
+        yield Fault("", f"{method}: {_first_line(error)}", "set the options that PEFT requires: '+lora.name=value'")
 
 
 def _model_faults(model: nn.Module, method: str, options: dict[str, Any]) -> Iterator[Fault]:
     if _is_quantized(model):
         yield from check_on_quantized(method=method, **options)
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
-        wanted = options.get(key)
-        if not wanted or wanted == ALL_LINEAR:
+        patterns = options.get(key)
+        if not patterns or patterns == ALL_LINEAR:
             continue
-        for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
             try:
-                matched = _matches(model, pattern, is_regex=isinstance(wanted, str))
+                matched = _matches(model, pattern, is_regex=isinstance(patterns, str))
             except re.error as error:
-                yield Fault(
-                    key, f"is not a regular expression: {error}", "correct it, or give a list of names", pattern
-                )
+                problem = f"is not a valid regular expression: {error}"
+                yield Fault(key, problem, "correct it, or use a list of module names", pattern)
                 continue
             if not matched:
                 yield _no_match(model, key, pattern)
 
 
 def _matches(model: nn.Module, pattern: str, *, is_regex: bool) -> bool:
-    """As PEFT matches: a text is a regular expression for the whole name; the entries of a list are ends of names."""
+    """Match module names as PEFT does: a string is a regular expression for the full name, a list contains suffixes."""
     names = [name for name, _ in model.named_modules()]
     if is_regex:
         return any(re.fullmatch(pattern, name) for name in names)
@@ -254,17 +252,24 @@ def _no_match(model: nn.Module, key: str, pattern: str) -> Fault:
 def _effect_faults(model: Any, options: dict[str, Any]) -> Iterator[Fault]:
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
-        yield Fault("", "leaves nothing to train", "choose other target modules")
+        yield Fault("", "no parameter is trainable", "choose other target modules")
     if options.get("bias", "none") != "none" and not any(name.endswith("bias") for name in trainable):
-        yield Fault("bias", "cannot take effect: this model has no biases there", "set it to none", options["bias"])
+        yield Fault(
+            "bias", "has no effect: the target modules of this model have no biases", "set it to none", options["bias"]
+        )
 
 
-def _refusal(method: str, error: Exception) -> Fault:
+def _full_on_quantized() -> Fault:
+    remedy = "train an adapter (lora=lora), or load the weights without quantization (quant=none)"
+    return Fault("lora", "full fine-tuning does not support quantized weights", remedy, "none")
+
+
+def _peft_fault(method: str, error: Exception) -> Fault:
     text = _first_line(error)
     if "target_modules" in text and "specify" in text:
-        problem = f"{method} has no default for this model"
-        return Fault("lora.target_modules", problem, f"'+lora.target_modules={ALL_LINEAR}'")
-    return Fault("lora", f"PEFT cannot put {method} on this model: {text}", "use other options, or lora=lora", method)
+        problem = f"PEFT has no default target modules of {method} for this model"
+        return Fault("lora.target_modules", problem, f"set '+lora.target_modules={ALL_LINEAR}'")
+    return Fault("lora", f"PEFT cannot apply {method} to this model: {text}", "use other options, or lora=lora", method)
 
 
 def _first_line(error: Exception) -> str:
@@ -276,6 +281,5 @@ def _is_quantized(model: nn.Module) -> bool:
 
 
 def _refuse(faults: Iterator[Fault]) -> None:
-    found = tuple(fault.below("lora") for fault in faults)
-    if found:
-        raise ConfigError(*found)
+    if prefixed := tuple(fault.below("lora") for fault in faults):
+        raise ConfigError(*prefixed)

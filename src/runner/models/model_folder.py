@@ -1,4 +1,4 @@
-"""A model's folder: what it must hold (configuration, safetensors weights, tokenizer); writing it all or nothing."""
+"""Check that a model folder is complete (configuration, safetensors weights, tokenizer); write a folder atomically."""
 
 from __future__ import annotations
 
@@ -16,43 +16,44 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tokenizer_config.json")
 CONVERT = (
-    "convert them where you trust their origin: AutoModelForCausalLM.from_pretrained(DIR, weights_only=True)"
-    ".save_pretrained(NEW_DIR), and copy the tokenizer files"
+    "if you trust their origin, convert them: AutoModelForCausalLM.from_pretrained(DIR, weights_only=True)"
+    ".save_pretrained(NEW_DIR), then copy the tokenizer files"
 )
 
 
 def check(folder: Path, *, weights: bool = True) -> None:
-    """Refuse a folder that lacks something.
+    """Check that a model folder is complete; ``weights`` False: without checking the weights.
 
     Raises:
-        ConfigError: with all it lacks.
+        ConfigError: files are missing or damaged; lists all of them.
     """
-    found = tuple(faults(folder, weights=weights))
-    if found:
-        raise ConfigError(*found)
+    if problems := tuple(faults(folder, weights=weights)):
+        raise ConfigError(*problems)
 
 
 def faults(folder: Path, *, weights: bool = True) -> Iterator[Fault]:
-    """Everything ``folder`` lacks; cheap, and reads no weights."""
+    """Everything that is missing or damaged in ``folder``; fast, as it reads only the headers of weight files."""
     if not (folder / "config.json").is_file():
         yield from _no_config(folder)
         return
     if not any(list(folder.glob(pattern)) for pattern in TOKENIZERS):
-        remedy = "copy the tokenizer files of the model it comes from (tokenizer.json, tokenizer_config.json) into it"
+        remedy = (
+            "copy the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) into the folder"
+        )
         yield Fault("model.path", "has no tokenizer", remedy, folder)
     if weights:
         yield from _weight_faults(folder)
 
 
 def damage(file: Path) -> str:
-    """What is wrong with a safetensors file, by its length and header (8 bytes n, n bytes of JSON, the tensors)."""
+    """The problem of a safetensors file, or "". Checks its size and header (8 bytes n, n bytes of JSON, tensors)."""
     if not file.is_file():
-        return f"is named in {INDEX} and is missing"
+        return f"is listed in {INDEX} but missing"
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > size - 8:
-            return "is damaged: the header is cut short or is not safetensors"
+            return "is damaged: the header is truncated or not safetensors"
         try:
             header = json.loads(handle.read(length))
             end = max(
@@ -61,27 +62,27 @@ def damage(file: Path) -> str:
         except (ValueError, KeyError, TypeError, AttributeError):
             return "is damaged: the header is not safetensors"
     missing = 8 + length + end - size
-    return f"is damaged: it ends {missing} bytes early" if missing > 0 else ""
+    return f"is damaged: the last {missing} bytes are missing" if missing > 0 else ""
 
 
 @contextlib.contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of ``folder`` when all is written, and vanishes otherwise."""
+    """Write a folder atomically: yields a temporary folder, which replaces ``folder`` unless the block raises."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(4)
-    aside, old = (folder.with_name(f".{folder.name}.{mark}{suffix}") for suffix in ("", ".old"))
-    aside.mkdir()
+    temporary, old = (folder.with_name(f".{folder.name}.{mark}{suffix}") for suffix in ("", ".old"))
+    temporary.mkdir()
     try:
-        yield aside
-        for file in aside.rglob("*"):
+        yield temporary
+        for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         if folder.exists():
             folder.rename(old)
-        aside.rename(folder)
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -89,11 +90,11 @@ def _no_config(folder: Path) -> Iterator[Fault]:
     if (folder / "adapter_config.json").is_file():
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         problem = "is an adapter, not a model"
-        yield Fault("model.path", problem, f"name its base model: model.path={base}", folder)
+        yield Fault("model.path", problem, f"set it to the adapter's base model: model.path={base}", folder)
         return
     ggufs = sorted(folder.glob("*.gguf"))
-    remedy = f"name the file: model.path={ggufs[0]}" if ggufs else "name the folder that holds config.json"
-    yield Fault("model.path", "is no model folder: config.json is missing", remedy, folder)
+    remedy = f"set it to the file: model.path={ggufs[0]}" if ggufs else "set it to the folder that contains config.json"
+    yield Fault("model.path", "is not a model folder: config.json is missing", remedy, folder)
 
 
 def _weight_faults(folder: Path) -> Iterator[Fault]:
@@ -101,16 +102,15 @@ def _weight_faults(folder: Path) -> Iterator[Fault]:
     if not files:
         unsafe = sorted(path.name for pattern in UNSAFE_WEIGHTS for path in folder.glob(pattern))
         if unsafe:
-            problem = (
-                f"its weights ({', '.join(unsafe[:3])}) are pickles, which can run code: only safetensors are loaded"
-            )
+            names = ", ".join(unsafe[:3])
+            problem = f"its weights ({names}) are pickle files, which can run code: only safetensors are supported"
             yield Fault("model.path", problem, CONVERT, folder)
         else:
-            yield Fault("model.path", f"has no weights ({WEIGHTS})", "fetch the model again, or name another", folder)
+            remedy = "download the model again, or use another one"
+            yield Fault("model.path", f"has no weights ({WEIGHTS})", remedy, folder)
     for file in files:
-        problem = damage(file)
-        if problem:
-            yield Fault("model.path", problem, "fetch the file again", file)
+        if problem := damage(file):
+            yield Fault("model.path", problem, "download the file again", file)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Models: reading them, loading them to be trained, saving them so that plain transformers and PEFT can load them."""
+"""Load a model and its tokenizer for training; save the result in the format of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -20,25 +20,17 @@ if TYPE_CHECKING:
 
     from runner.models.quantization import Quant
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
-    from runner.models.sources import ModelSource
-
-
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
-"""Tried in this order where a tokenizer names no padding token; ordinary text holds none of them."""
+"""Candidates, in this order, for a tokenizer without a padding token; none of them occurs in ordinary text."""
 
 log = logging.getLogger(__name__)
 
 
 def resolve(source: ModelSource) -> ModelSource:
-    """The same model with all but its weights at hand: converted if it must be, a Hub revision pinned to its commit.
+    """Convert or download everything but the weights; returns the source with its folder, or with its Hub commit.
 
     Raises:
-        ConfigError: it cannot be had, or its folder lacks something.
+        ConfigError: the model cannot be downloaded or converted, or its folder is incomplete.
     """
     if source.make is not None:
         return replace(source, path=str(source.make()), make=None)
@@ -51,71 +43,71 @@ def resolve(source: ModelSource) -> ModelSource:
 
 
 def architecture(source: ModelSource) -> Any:
-    """The transformers configuration, read without the weights.
+    """The transformers configuration of the model; reads no weights.
 
     Raises:
-        ConfigError: an unknown architecture, code of the model's own, or weights already quantized.
+        ConfigError: unknown architecture, custom model code without ``trust_remote_code``, or quantized weights.
     """
     from transformers import AutoConfig
 
     folder = _folder(source, weights=False)
-    with _told(source):
+    with _loading_errors(source):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     if source.trust_remote_code and getattr(config, "auto_map", None):
-        log.warning("model.trust_remote_code=true: Python code that came with %s runs on this machine", source.name)
+        log.warning("model.trust_remote_code=true: Python code from the model %s runs on this machine", source.name)
     if getattr(config, "quantization_config", None):
-        remedy = "name the model it was made from, and choose how to quantize it with quant=4bit or quant=8bit"
-        raise ConfigError(Fault("model.path", "its weights are quantized already", remedy, source.path))
+        remedy = "use the original model, and quantize it with quant=4bit or quant=8bit"
+        raise ConfigError(Fault("model.path", "its weights are already quantized", remedy, source.path))
     return config
 
 
 def tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, with a padding token.
 
-    One that has none gets a special token which its vocabulary holds already: the embeddings are not resized. The last
-    resort is the end-of-text token, which is safe here, as padding is left out of the loss by position, not by its id.
+    If it has none, an existing special token of its vocabulary is used, so the embeddings need no resizing. The last
+    choice is the end-of-text token: this is safe because padding is excluded from the loss by position, not by id.
 
     Raises:
-        ConfigError: none, an unreadable one, or one with more tokens than the model has embeddings.
+        ConfigError: the tokenizer is missing or unreadable, or has more tokens than the model has embeddings.
     """
     from transformers import AutoTokenizer
 
-    with _told(source):
-        made = AutoTokenizer.from_pretrained(_folder(source, weights=False), trust_remote_code=source.trust_remote_code)
-    if made.pad_token is None:
-        vocabulary = made.get_vocab()
-        made.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), made.eos_token)
-    if made.pad_token is None:
-        remedy = "name one in tokenizer_config.json (pad_token)"
-        raise ConfigError(
-            Fault("model.path", "its tokenizer has neither a padding nor an end token", remedy, source.path)
+    with _loading_errors(source):
+        result = AutoTokenizer.from_pretrained(
+            _folder(source, weights=False), trust_remote_code=source.trust_remote_code
         )
-    rows = architecture(source).get_text_config().vocab_size
-    if len(made) > rows:
-        problem = f"its tokenizer has {len(made)} tokens, the model embeds {rows}: they do not belong together"
-        raise ConfigError(Fault("model.path", problem, "use the tokenizer files that came with the model", source.path))
-    return made
+    if result.pad_token is None:
+        vocabulary = result.get_vocab()
+        result.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), result.eos_token)
+    if result.pad_token is None:
+        problem, remedy = "its tokenizer has neither pad_token nor eos_token", "set pad_token in tokenizer_config.json"
+        raise ConfigError(Fault("model.path", problem, remedy, source.path))
+    embeddings = architecture(source).get_text_config().vocab_size
+    if len(result) > embeddings:
+        problem = f"its tokenizer has {len(result)} tokens, but the model has {embeddings} embeddings"
+        raise ConfigError(Fault("model.path", problem, "use the model's original tokenizer files", source.path))
+    return result
 
 
 def check_max_length(source: ModelSource, max_length: int) -> None:
-    """Refuse rows longer than the model has positions for.
+    """Check that the model supports ``max_length`` positions.
 
     Raises:
-        ConfigError: with the longest that can be used.
+        ConfigError: it does not; the remedy names the largest possible value.
     """
     limit = getattr(architecture(source).get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
-        problem = f"{source.name} was built for {limit} positions at most"
+        problem = f"{source.name} supports {limit} positions at most"
         raise ConfigError(Fault("data.max_length", problem, f"set data.max_length={limit} or less", max_length))
 
 
 def empty(
     source: ModelSource, quant: Quant, device: torch.device | str = "cpu", layers: int | None = None
 ) -> nn.Module:
-    """The model without its weights (on torch's meta device), as ``load`` would make it on ``device``.
+    """The model on torch's meta device, without weights, otherwise as ``load`` would create it for ``device``.
 
-    Enough for ``lora`` and ``describe``, and made in no time: an adapter that would be refused is refused here.
-    ``layers``: so many of its decoder layers, or all.
+    Sufficient for ``lora`` and ``describe``, so a wrong adapter option is detected without loading any weights.
+    ``layers``: the number of decoder layers to create; None: all.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -126,28 +118,28 @@ def empty(
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
-    with _told(source), torch.device("meta"):
+    with _loading_errors(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,
             trust_remote_code=source.trust_remote_code,
             attn_implementation=_attention(source),
             **dtype_argument(dtype_for(source.dtype, device)),
         )
-    return _marked(model, source, quant)
+    return _annotate(model, source, quant)
 
 
 def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Module:
-    """The whole model on ``device``, ready to be trained: quantized as asked, without a key-value cache.
+    """Load the model for training: on ``device``, quantized according to ``quant``, with use_cache=False.
 
     Raises:
-        ConfigError: weights that are missing, damaged, not safetensors or not this model's.
+        ConfigError: weights are missing, damaged, not safetensors, or do not match the architecture.
     """
     from transformers import AutoModelForCausalLM
 
     config = architecture(source)
     folder = _folder(source, weights=True)
     model_folder.check(folder)
-    with _told(source):
+    with _loading_errors(source):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -161,44 +153,45 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        problem = f"lacks {len(missing)} of the model's weights ({', '.join(missing[:3])} …), which would be random"
-        raise ConfigError(Fault("model.path", problem, "name a complete model for text generation", source.path))
+        names = ", ".join(missing[:3])
+        problem = f"lacks {len(missing)} of the model's weights ({names} …), which would be initialised randomly"
+        raise ConfigError(Fault("model.path", problem, "use a complete model for text generation", source.path))
     if quant.bits is not None:
         quantization.make_trainable(model)
         quantization.leave_file(model)
     model.config.use_cache = False
-    return _marked(model, source, quant)
+    return _annotate(model, source, quant)
 
 
 def _attention(source: ModelSource) -> str:
-    """What transformers is asked for; ``documents`` may put its own in its place."""
+    """The attention to load with; ``kernels.varlen_attention`` may replace it later."""
     return "sdpa" if source.attention in ("auto", "by_document") else source.attention
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True) -> None:
-    """Write what was trained, and the tokenizer, to ``folder``, all or nothing.
+    """Write the trained weights and the tokenizer to ``folder``, atomically.
 
-    An adapter is written as a plain PEFT adapter of the original base model; a fully trained model as safetensors.
-    Where the model is in shards each rank calls this, and one of them ``writes``.
+    An adapter is saved as a plain PEFT adapter of the original base model, a fully trained model as safetensors.
+    With a sharded model every rank must call this, one of them with ``writes``.
     """
     model = getattr(model, "_orig_mod", model)
     is_adapter = hasattr(model, "peft_config")
     state = shards.gathered(adapter.state(model) if is_adapter else model.state_dict(keep_vars=True), keep=writes)
     if not writes:
         return
-    with model_folder.written_aside(folder) as aside:
+    with model_folder.written_aside(folder) as temporary:
         if is_adapter:
-            adapter.save(model, aside, state)
+            adapter.save(model, temporary, state)
         else:
-            save_whole(model, aside, state)
-        tokenizer.save_pretrained(aside)
+            save_whole(model, temporary, state)
+        tokenizer.save_pretrained(temporary)
 
 
 def save_whole(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Write all weights, ``state``, and the configuration into ``folder`` as plain transformers does."""
+    """Write all weights (``state``) and the configuration to ``folder`` with transformers' ``save_pretrained``."""
     generation = getattr(model, "generation_config", None)
     if generation is not None and any((generation.temperature, generation.top_p, generation.top_k)):
-        # Many published models set a temperature without do_sample, which transformers loads and then refuses to save.
+        # Many published models set a temperature without do_sample; transformers loads this but fails to save it.
         generation.do_sample = True
     use_cache, model.config.use_cache = model.config.use_cache, True
     try:
@@ -208,11 +201,11 @@ def save_whole(model: Any, folder: Path, state: dict[str, Any]) -> None:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Parameter counts: ``total``, ``trainable`` and by kind; packed 4-bit weights count as what they stand for.
+    """Parameter counts: ``total``, ``trainable``, and by kind. A packed 4-bit byte counts as two parameters.
 
-    The kinds are ``embedding``, ``linear`` (what quantization applies to), ``head`` (an untied one), ``adapter`` and
-    ``other`` (norms, biases). ``bytes`` is the memory of all as stored, for an empty model as it would be; ``dtype``
-    is the one the weights that are not quantized have.
+    Kinds: ``embedding``, ``linear`` (quantization applies to these), ``head`` (if not tied), ``adapter``, ``other``
+    (norms, biases). ``bytes``: memory of all parameters as stored; of an empty model, as they would be stored.
+    ``dtype``: of the weights that are not quantized.
     """
     counts = dict.fromkeys(("total", "trainable", "embedding", "linear", "head", "adapter", "other", "bytes"), 0)
     kinds = _kinds(model)
@@ -226,6 +219,18 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {**counts, "dtype": str(embedding.weight.dtype).removeprefix("torch.")}
 
 
+def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tuple[ModelSource, torch.dtype | None]:
+    """For full fine-tuning: float32 weights with bfloat16 autocast, as bfloat16 weights lose small updates.
+
+    Returns (source, autocast dtype). Changes nothing unless ``source.dtype`` is ``auto``.
+    """
+    import torch
+
+    if full and source.dtype == "auto" and dtype_for("auto", device) == torch.bfloat16:
+        return replace(source, dtype="float32"), torch.bfloat16
+    return source, None
+
+
 def _folder(source: ModelSource, *, weights: bool) -> Path:
     if source.make is not None:
         return source.make()
@@ -235,8 +240,8 @@ def _folder(source: ModelSource, *, weights: bool) -> Path:
 
 
 @contextlib.contextmanager
-def _told(source: ModelSource) -> Iterator[None]:
-    """Turn what transformers says of a model it cannot read into one message."""
+def _loading_errors(source: ModelSource) -> Iterator[None]:
+    """Turn transformers' exceptions about an unreadable model into one ConfigError."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -244,18 +249,17 @@ def _told(source: ModelSource) -> Iterator[None]:
         if "out of memory" in text:
             raise
         if "trust_remote_code" in text:
+            problem = f"{source.name} needs Python code from its own repository"
             remedy = "read that code; if you trust it, set model.trust_remote_code=true"
-            fault = Fault(
-                "model.trust_remote_code", f"{source.name} needs Python code of its own to run", remedy, False
-            )
+            fault = Fault("model.trust_remote_code", problem, remedy, False)
         else:
-            remedy = "use a model for text generation that the installed transformers knows"
+            remedy = "use a model for text generation that the installed transformers supports"
             fault = Fault("model.path", f"cannot be loaded: {text.splitlines()[0][:300]}", remedy, source.path)
         raise ConfigError(fault) from error
 
 
-def _marked(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
-    """Note what an adapter must name as its base (a Hub id, not the cache), and whether all may be trained."""
+def _annotate(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
+    """Record on the model its source (an adapter names it as its base: a Hub id, not the cache) and quantization."""
     model.name_or_path = model.config._name_or_path = source.path
     model.config._commit_hash = source.revision
     model.quant, model.is_quantized = quant, quant.bits is not None
@@ -263,7 +267,7 @@ def _marked(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:
-    """Parameter name → kind, of all that are not ``other``."""
+    """Parameter name → kind; parameters of kind ``other`` are omitted."""
     from torch import nn
 
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
@@ -287,7 +291,7 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 def _bytes(parameter: nn.Parameter, quant: Quant | None) -> int:
-    """The parameter's own memory and, of a quantized one, its scales'."""
+    """Memory of the parameter, including the scales of a quantized one."""
     if parameter.is_meta and quant is not None and quant.bytes_per_weight is not None:
         return int(parameter.numel() * quant.bytes_per_weight)
     size = parameter.numel() * parameter.element_size()
@@ -296,15 +300,3 @@ def _bytes(parameter: nn.Parameter, quant: Quant | None) -> int:
         size += state.absmax.numel() * state.absmax.element_size()
         state = state.state2
     return int(size)
-
-
-def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tuple[ModelSource, torch.dtype | None]:
-    """Weights that train whole are kept in float32 and computed with in bfloat16: pure bfloat16 loses small updates.
-
-    Returns the source and the dtype of autocast. A dtype that was asked for is left as it is.
-    """
-    import torch
-
-    if full and source.dtype == "auto" and dtype_for("auto", device) == torch.bfloat16:
-        return replace(source, dtype="float32"), torch.bfloat16
-    return source, None

@@ -1,4 +1,4 @@
-"""Tensors in shards over the ranks, and the same tensors whole: files hold whole ones, however a model is spread."""
+"""Convert between sharded tensors (DTensor) and full tensors: files always contain full tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as one process would hold it; a sharded one is gathered, so every rank has to ask."""
+    """The full tensor; gathers a sharded one, so every rank must call this."""
     gather: Any = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
@@ -17,20 +17,20 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def like(tensor: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """``found``, a whole tensor, spread as ``tensor`` is."""
+def like(tensor: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """Shard ``full`` in the same way as ``tensor``; returns it unchanged if ``tensor`` is not sharded."""
     if not is_sharded(tensor):
-        return found
+        return full
     from torch.distributed.tensor import distribute_tensor
 
-    spread: Any = tensor
-    return distribute_tensor(found.to(tensor.dtype), spread.device_mesh, spread.placements)
+    sharded: Any = tensor
+    return distribute_tensor(full.to(tensor.dtype), sharded.device_mesh, sharded.placements)
 
 
 def gathered(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
-    """Whole tensors by name; sharded ones come to the CPU one at a time and stay there where ``keep``.
+    """Full tensors by name. Sharded tensors are gathered one at a time and moved to the CPU; None unless ``keep``.
 
-    A tensor that stands under two names stays one: tied weights are written once.
+    A tensor under two names (tied weights) stays one tensor and is written once.
     """
     seen: dict[int, Any] = {}
     for value in state.values():
@@ -42,25 +42,25 @@ def gathered(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
 def _gathered(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
     if not is_sharded(tensor):
         return tensor.detach()
-    found = whole(tensor.detach())
-    return found.cpu() if keep else None
+    full = whole(tensor.detach())
+    return full.cpu() if keep else None
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with whole tensors."""
-    found = optimizer.state_dict()
-    return {**found, "state": {number: gathered(one, keep=keep) for number, one in found["state"].items()}}
+    """``optimizer.state_dict()`` with full tensors; every rank must call this."""
+    state_dict = optimizer.state_dict()
+    return {**state_dict, "state": {i: gathered(state, keep=keep) for i, state in state_dict["state"].items()}}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict[str, Any]) -> None:
-    """Take up what ``optimizer_state`` gave, spread as the parameters are."""
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load the result of ``optimizer_state``; shards the state in the same way as the parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {number: _spread(parameters[number], one) for number, one in found["state"].items()}
-    optimizer.load_state_dict({**found, "state": state})
+    sharded = {i: _shard(parameters[i], state) for i, state in state_dict["state"].items()}
+    optimizer.load_state_dict({**state_dict, "state": sharded})
 
 
-def _spread(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """One parameter's state; what has its shape is sharded as it is, a count of steps is not."""
+def _shard(parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """One parameter's optimizer state: tensors of the parameter's shape are sharded, others (step counts) are not."""
     return {
         name: like(parameter, value) if isinstance(value, torch.Tensor) and value.shape == parameter.shape else value
         for name, value in state.items()

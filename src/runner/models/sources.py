@@ -1,4 +1,4 @@
-"""Where models come from: the options of the group ``model``."""
+"""Sources of models, the options of the group ``model``: Hub, local folder, GGUF file, random weights."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is and how to load it; making one reads nothing and imports nothing."""
+    """Location of a model and how to load it. Creating one reads no file and imports no library."""
 
     path: str
-    """A local folder or a Hub id; where ``make`` is set, only a name, until ``resolve``."""
+    """A local folder or a Hub id. If ``make`` is set, only a label until ``pretrained.resolve`` replaces it."""
     revision: str | None
     dtype: Precision
     attention: Attention
     trust_remote_code: bool
     name: str
     make: Callable[[], Path] | None = field(default=None, compare=False)
-    """Makes the folder, once, where it does not exist yet."""
+    """Creates the model folder if it does not exist yet, and returns it."""
 
 
 def pretrained(
@@ -50,13 +50,13 @@ def pretrained(
     local = Path(path).expanduser()
     if local.suffix == ".gguf" and local.is_file():
         return _from_gguf(local, dtype, attention)
-    found = local.exists()
-    name = local.resolve().name if found else path.rpartition("/")[2]
-    return ModelSource(str(local.resolve()) if found else path, revision, dtype, attention, trust_remote_code, name)
+    is_local = local.exists()
+    name = local.resolve().name if is_local else path.rpartition("/")[2]
+    return ModelSource(str(local.resolve()) if is_local else path, revision, dtype, attention, trust_remote_code, name)
 
 
 def gguf(*, package: str, file: str, dtype: Precision, attention: Attention) -> ModelSource:
-    """A GGUF file that lies in an installed Python package, which is not imported."""
+    """A GGUF file inside an installed Python package; the package is not imported."""
     return _from_gguf(_package_file(package, file), dtype, attention)
 
 
@@ -97,14 +97,12 @@ def check_pretrained(
     local = Path(path).expanduser()
     if not local.exists():
         if not HUB_ID.fullmatch(path) or path.startswith("."):
-            yield Fault(
-                "path", "no such folder or file", "name a model folder, a .gguf file, or a Hub id owner/name", path
-            )
+            remedy = "set it to a model folder, a .gguf file, or a Hub id owner/name"
+            yield Fault("path", "no such folder or file", remedy, path)
         return
     if revision is not None:
-        yield Fault(
-            "revision", "is for Hub models, and model.path is on this machine", "set model.revision=null", revision
-        )
+        problem = "applies to Hub models only, and model.path is local"
+        yield Fault("revision", problem, "set model.revision=null", revision)
     if local.is_file():
         yield from _file_faults(local)
     if local.is_dir():
@@ -126,9 +124,8 @@ def check_random(
     yield from dtype_faults("dtype", dtype)
     yield from _attention_faults(attention)
     if hidden_size % (2 * heads):
-        yield Fault(
-            "hidden_size", f"must be a multiple of 2 × heads ({2 * heads})", f"set it to {4 * heads}", hidden_size
-        )
+        problem = f"must be a multiple of 2 × heads ({2 * heads})"
+        yield Fault("hidden_size", problem, f"set it to {4 * heads}", hidden_size)
     if heads % kv_heads:
         yield Fault("kv_heads", f"must divide heads ({heads})", f"set it to {heads}", kv_heads)
 
@@ -147,25 +144,25 @@ def _make_once(name: str, write: Callable[[Path], None]) -> Path:
     folder = cache_dir("models") / name
     with locked(folder.with_name(f".{name}.lock")):
         if not folder.is_dir():
-            log.info("making %s, once", folder)
-            with model_folder.written_aside(folder) as aside:
-                _outside_group(write, aside)
+            log.info("writing the model folder %s (once)", folder)
+            with model_folder.written_aside(folder) as temporary:
+                _write_on_any_rank(write, temporary)
     return folder
 
 
-def _outside_group(write: Callable[[Path], None], folder: Path) -> None:
-    """Call ``write``; where ranks have joined, transformers (5.2x) would save nothing but on rank 0, whatever it saves.
+def _write_on_any_rank(write: Callable[[Path], None], folder: Path) -> None:
+    """Call ``write(folder)``; on rank 1 and above in a subprocess without a process group.
 
-    A rank beyond 0 thus leaves it to a process that has joined none. Each machine may have a cache of its own, so that
-    waiting for rank 0 would not do.
+    In a process group, transformers (5.2x) saves on rank 0 only. Waiting for rank 0 is not enough, because each
+    machine may have its own cache.
     """
     from torch import distributed
 
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_rank() == 0:
         write(folder)
         return
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
-        other.submit(write, folder).result()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as subprocess:
+        subprocess.submit(write, folder).result()
 
 
 def _package_file(package: str, file: str) -> Path:
@@ -178,7 +175,8 @@ def _package_file(package: str, file: str) -> Path:
 
 def _file_faults(file: Path) -> Iterator[Fault]:
     if file.suffix != ".gguf":
-        yield Fault("path", "is a file", "name the folder that holds config.json, or a .gguf file", file)
+        problem = "is neither a folder nor a .gguf file"
+        yield Fault("path", problem, "set it to the folder that contains config.json, or to a .gguf file", file)
         return
     try:
         gguf_import.check(file)
@@ -188,6 +186,5 @@ def _file_faults(file: Path) -> Iterator[Fault]:
 
 def _attention_faults(attention: Attention) -> Iterator[Fault]:
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        yield Fault(
-            "attention", "needs the package flash-attn, which is not installed", "use sdpa, nearly as fast", attention
-        )
+        problem = "needs the package flash-attn, which is not installed"
+        yield Fault("attention", problem, "use sdpa, which is nearly as fast", attention)

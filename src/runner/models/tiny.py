@@ -1,4 +1,4 @@
-"""A Llama with random weights and a tokenizer of bytes: made in a second, trained in milliseconds, needs nothing."""
+"""A tiny Llama with random weights and a byte-level tokenizer, for tests: no download, milliseconds per step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHATML = (
 
 
 def write(folder: Path, *, seed: int, **shape: Any) -> None:
-    """Write model and tokenizer to ``folder``; ``shape`` are keys of transformers' LlamaConfig."""
+    """Write model and tokenizer to ``folder``; ``shape``: arguments of transformers' LlamaConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,7 +33,7 @@ def write(folder: Path, *, seed: int, **shape: Any) -> None:
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer with one token for each byte, three special ones and ChatML; every text comes back as it was."""
+    """A tokenizer with one token per byte, three special tokens and a ChatML template; lossless for every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

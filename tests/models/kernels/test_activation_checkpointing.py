@@ -183,10 +183,12 @@ def test_an_mlp_of_another_kind_is_left_as_it_is() -> None:
 
 def test_layers_without_an_mlp_of_their_own_are_refused() -> None:
     config = transformers.OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32)
-    with pytest.raises(ConfigError, match=r"train\.memory=balanced: OPTDecoderLayer has no MLP(.|\n)*speed or min"):
+    with pytest.raises(
+        ConfigError, match=r"train\.memory=balanced: OPTDecoderLayer has no MLP module(.|\n)*speed or min"
+    ):
         activation_checkpointing.arrange(adapted(config), "balanced")
     activation_checkpointing.arrange(adapted(config), "min")
-    with pytest.raises(ConfigError, match="no list of equal layers"):
+    with pytest.raises(ConfigError, match="no list of decoder layers of one class"):
         activation_checkpointing.arrange(torch.nn.Linear(2, 2), "min")
 
 

@@ -1,1 +1,1 @@
-"""Faster computation inside a loaded model: attention, LoRA, LM head, recomputation, torch.compile."""
+"""Make a loaded model faster or smaller: attention, LoRA, LM head, activation checkpointing, torch.compile."""

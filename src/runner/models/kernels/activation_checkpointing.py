@@ -1,10 +1,10 @@
-"""Memory for time: what of a decoder layer's forward pass is kept for the backward pass, and what is computed again.
+"""Activation checkpointing of decoder layers: save fewer activations, recompute the others in the backward pass.
 
-``speed`` keeps what takes time to compute: all but the results of norms and of the gates of MLPs, which are a third of
-everything and cost next to nothing. ``balanced`` computes the whole MLP again, whose inside is the widest part of a
-layer. ``min`` keeps the input of a layer alone. The numbers are the same, bit for bit.
+``speed`` drops only the outputs of norms and of the activation function in MLPs: a third of all activations, almost
+free to recompute. ``balanced`` also recomputes the whole MLP, the widest part of a layer. ``min`` saves only the input
+of each layer. Results are bit-identical in all three.
 
-What is compiled decides by itself what is cheap, and the whole MLP or layer is computed again by torch's checkpoint.
+In compiled layers Inductor drops cheap activations itself; there torch's checkpoint recomputes the MLP or the layer.
 """
 
 from __future__ import annotations
@@ -26,77 +26,81 @@ from runner.errors import ConfigError, Fault
 from runner.models.kernels import buffers, compilation
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
-"""The parts of an MLP that computes down(act(gate(x)) * up(x)), as in Llama."""
+"""Attributes of a gated MLP, which computes down(act(gate(x)) * up(x)), as in Llama."""
 MLPS = ("mlp", "feed_forward", "ffn")
-"""What other MLPs are called in their layers."""
+"""Attribute names of other MLPs in their layers."""
 
 
 def arrange(model: nn.Module, memory: Memory, *, eager: bool = True) -> None:
-    """Let the decoder layers of ``model`` keep no more than that. In place; before compiling.
+    """Apply the option ``train.memory`` to the decoder layers of ``model``, in place. Call before compiling.
 
-    ``eager``: nothing will be compiled.
+    ``eager``: the model will not be compiled.
 
     Raises:
-        ConfigError: the model has no list of decoder layers, or no MLPs in them.
+        ConfigError: the model has no list of decoder layers, or the layers have no MLP.
     """
     layers = compilation.layers_of(model)
     if memory != "speed" and not layers:
-        problem = f"{type(model).__name__} has no list of equal layers that could be computed again"
+        problem = f"{type(model).__name__} has no list of decoder layers of one class to recompute"
         raise ConfigError(Fault("train.memory", problem, "use train.memory=speed", memory))
     gated = _gated_classes([layers[0], layers[-1]] if layers else [], getattr(model, "dtype", torch.float32))
     for layer in layers:
         match memory:
             case "min":
-                _again(layer)
+                _checkpoint(layer)
             case "balanced":
-                again = _compute_mlp_again(layer, gated if eager else set())
+                checkpointed = _checkpoint_mlps(layer, gated if eager else set())
                 if eager:
-                    _let_go_of_cheap_results(layer, gated, again, products=True)
+                    _drop_cheap_activations(layer, gated, checkpointed, products=True)
             case "speed":
                 if eager:
-                    _let_go_of_cheap_results(layer, gated, set(), products=False)
+                    _drop_cheap_activations(layer, gated, set(), products=False)
 
 
-def _compute_mlp_again(layer: nn.Module, apart: set[type[nn.Module]]) -> set[nn.Module]:
-    """By torch's checkpoint, but for classes seen to ``apart``; returns what is computed so, with its parts."""
+def _checkpoint_mlps(layer: nn.Module, excluded: set[type[nn.Module]]) -> set[nn.Module]:
+    """Recompute MLPs with torch's checkpoint, except classes in ``excluded``; returns these MLPs and their submodules.
+
+    MLPs with dropout are never excluded.
+    """
     named = [(name.rpartition(".")[2], module) for name, module in layer.named_modules()]
     mlps = [module for name, module in named if name in MLPS or all(hasattr(module, part) for part in GATED)]
     if not mlps:
-        problem = f"{type(layer).__name__} has no MLP that could be computed again by itself"
+        problem = f"{type(layer).__name__} has no MLP module to recompute"
         raise ConfigError(Fault("train.memory", problem, "use train.memory=speed or min", "balanced"))
-    found = [mlp for mlp in mlps if type(mlp) not in apart or _drops(mlp)]
-    inside = {part for mlp in found for part in mlp.modules() if part is not mlp}
-    for mlp in found:
+    selected = [mlp for mlp in mlps if type(mlp) not in excluded or _has_dropout(mlp)]
+    inside = {part for mlp in selected for part in mlp.modules() if part is not mlp}
+    for mlp in selected:
         if mlp not in inside:
-            _again(mlp)
-    return {*found, *inside}
+            _checkpoint(mlp)
+    return {*selected, *inside}
 
 
-def _again(module: nn.Module) -> None:
+def _checkpoint(module: nn.Module) -> None:
+    """Recompute the whole module in the backward pass, with torch's checkpoint."""
     forward = module.forward
 
-    def computed_again(*args: Any, **kwargs: Any) -> Any:
+    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    module.forward = computed_again
+    module.forward = checkpointed_forward
 
 
 @dataclass
-class _Result:
-    """One that is not kept: how often it would have been, and how it is computed again."""
+class _Activation:
+    """A dropped activation: how to recompute it, and how many backward functions still need it."""
 
     numel: int
     offset: int
     compute: Callable[[], Tensor]
     autocast: Callable[[], AbstractContextManager[Any]]
-    """As it was in the forward pass."""
+    """The autocast state of the forward pass."""
     uses: int = 0
     value: Tensor | None = None
 
     def take(self, shape: Size) -> Tensor:
-        """For one of its uses; it lives from the first to the last of them."""
+        """The value for one use; recomputed at the first use and freed after the last."""
         if self.value is None:
             with torch.no_grad(), self.autocast():
                 self.value = self.compute()
@@ -106,112 +110,117 @@ class _Result:
         return value.reshape(shape)
 
 
-Packed = Tensor | tuple[_Result, Size]
+Packed = Tensor | tuple[_Activation, Size]
 
 
 class _Forward:
-    """A forward pass of a layer: which of its results are computed again, by the storage that they lie in."""
+    """One forward pass of a layer: its dropped activations, by the address of their storage."""
 
     def __init__(self) -> None:
-        self.results: dict[int, _Result] = {}
+        self.activations: dict[int, _Activation] = {}
         self.storages: list[StorageWeakRef] = []
-        """Of the results: an address is not used again as long as there is a weak reference to it."""
+        """Weak references to the storages: they prevent that an address is reused."""
 
-    def offer(self, result: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        """``compute`` gives it again, from what is kept anyway or from what ``pack`` gave it."""
-        if not result.is_contiguous():  # what is saved of it may be another order of the same numbers
+    def drop(self, result: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """Do not save ``result`` for the backward pass; ``compute`` recomputes it from saved or packed tensors."""
+        if not result.is_contiguous():  # autograd may save the same numbers in another order
             return result
         device, storage = result.device.type, result.untyped_storage()
         autocast = partial(
             torch.autocast, device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
         )
-        self.results[storage._cdata] = _Result(result.numel(), int(result.storage_offset()), compute, autocast)
+        self.activations[storage._cdata] = _Activation(result.numel(), int(result.storage_offset()), compute, autocast)
         self.storages.append(StorageWeakRef(storage))
         return result
 
     def pack(self, tensor: Tensor) -> Packed:
-        found = self.results.get(tensor.untyped_storage()._cdata)
-        place = tensor.numel(), tensor.storage_offset()
-        if found is None:
-            return tensor.detach()  # with its history it would keep itself alive where no backward pass follows
-        if place != (found.numel, found.offset) or not tensor.is_contiguous():
-            return tensor.clone()  # a result may lie where the next one will, see ``scratch``
-        found.uses += 1
-        return found, tensor.shape
+        activation = self.activations.get(tensor.untyped_storage()._cdata)
+        extent = tensor.numel(), tensor.storage_offset()
+        if activation is None:
+            return tensor.detach()  # its graph would be a reference cycle, never freed without a backward pass
+        if extent != (activation.numel, activation.offset) or not tensor.is_contiguous():
+            return tensor.clone()  # the storage may be a buffer that the next layer overwrites, see ``buffers``
+        activation.uses += 1
+        return activation, tensor.shape
 
 
 def _unpack(packed: Packed) -> Tensor:
     return packed if isinstance(packed, Tensor) else packed[0].take(packed[1])
 
 
-class _Now:
-    """The forward pass that a layer is in, for its modules."""
+class _State:
+    """The running forward pass of a layer, shared with its modules; None outside of a forward pass."""
 
     forward: _Forward | None = None
 
 
-def _let_go_of_cheap_results(
-    layer: nn.Module, gated: set[type[nn.Module]], apart: set[nn.Module], *, products: bool
+def _drop_cheap_activations(
+    layer: nn.Module, gated: set[type[nn.Module]], excluded: set[nn.Module], *, products: bool
 ) -> None:
-    """In place, but for what is ``apart``; ``products``: those of the MLP are let go as well."""
-    now = _Now()
-    for module in [module for module in layer.modules() if module not in apart]:
+    """Drop the outputs of norms and MLP gates, in place, except in ``excluded``.
+
+    ``products``: also drop the outputs of gate_proj and up_proj.
+    """
+    state = _State()
+    for module in [module for module in layer.modules() if module not in excluded]:
         if type(module).__name__.endswith("Norm") and not list(module.children()):
-            module.forward = _norm(module.forward, now)
-        elif type(module) in gated and not _drops(module):
-            module.forward = _gated(module, module.forward, now, products)
-    layer.forward = _followed(layer.forward, now)
+            module.forward = _norm_forward(module.forward, state)
+        elif type(module) in gated and not _has_dropout(module):
+            module.forward = _gated_forward(module, module.forward, state, products)
+    layer.forward = _layer_forward(layer.forward, state)
 
 
-def _followed(forward: Callable[..., Any], now: _Now) -> Callable[..., Any]:
-    def follow(*args: Any, **kwargs: Any) -> Any:
+def _layer_forward(forward: Callable[..., Any], state: _State) -> Callable[..., Any]:
+    def compute(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        now.forward = _Forward()
+        state.forward = _Forward()
         try:
-            with saved_tensors_hooks(now.forward.pack, _unpack):
+            with saved_tensors_hooks(state.forward.pack, _unpack):
                 return forward(*args, **kwargs)
         finally:
-            now.forward = None  # what is left of it hangs on the results that the backward pass will ask for
-
-    return follow
-
-
-def _norm(forward: Callable[..., Any], now: _Now) -> Callable[..., Any]:
-    def normalize(*args: Any, **kwargs: Any) -> Any:
-        result = forward(*args, **kwargs)
-        if now.forward is None or not isinstance(result, Tensor):
-            return result
-        return now.forward.offer(result, partial(forward, *args, **kwargs))
-
-    return normalize
-
-
-def _gated(mlp: Any, forward: Callable[[Tensor], Tensor], now: _Now, products: bool) -> Callable[[Tensor], Tensor]:
-    def compute(x: Tensor) -> Tensor:
-        if not (during := now.forward):
-            return forward(x)
-        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-        if products:
-            during.offer(gate, partial(_applied, mlp.gate_proj, during.pack(x)))
-            during.offer(up, partial(_applied, mlp.up_proj, during.pack(x)))
-        opened = _Gate.apply(gate, up, mlp.act_fn)
-        during.offer(opened, partial(_opened, mlp.act_fn, during.pack(gate), during.pack(up)))
-        return mlp.down_proj(opened)
+            state.forward = None  # the autograd graph still references the activations that it needs
 
     return compute
 
 
-def _applied(function: Callable[[Tensor], Tensor], x: Packed) -> Tensor:
+def _norm_forward(forward: Callable[..., Any], state: _State) -> Callable[..., Any]:
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        if state.forward is None or not isinstance(result, Tensor):
+            return result
+        return state.forward.drop(result, partial(forward, *args, **kwargs))
+
+    return compute
+
+
+def _gated_forward(
+    mlp: Any, forward: Callable[[Tensor], Tensor], state: _State, products: bool
+) -> Callable[[Tensor], Tensor]:
+    def compute(x: Tensor) -> Tensor:
+        if not (current := state.forward):
+            return forward(x)
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        if products:
+            current.drop(gate, partial(_apply, mlp.gate_proj, current.pack(x)))
+            current.drop(up, partial(_apply, mlp.up_proj, current.pack(x)))
+        product = _Gate.apply(gate, up, mlp.act_fn)
+        current.drop(product, partial(_apply_gate, mlp.act_fn, current.pack(gate), current.pack(up)))
+        return mlp.down_proj(product)
+
+    return compute
+
+
+def _apply(function: Callable[[Tensor], Tensor], x: Packed) -> Tensor:
     return function(_unpack(x))
 
 
-def _opened(activation: Callable[[Tensor], Tensor], gate: Packed, up: Packed) -> Tensor:
+def _apply_gate(activation: Callable[[Tensor], Tensor], gate: Packed, up: Packed) -> Tensor:
     return activation(_unpack(gate)) * _unpack(up)
 
 
 class _Gate(torch.autograd.Function):
-    """act(gate) * up, all (..., M), of which gate and up are kept; valid until the next layer's, see ``scratch``."""
+    """act(gate) * up, all (..., M); saves gate and up. The result is valid until the next layer, see ``buffers``."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -227,30 +236,30 @@ class _Gate(torch.autograd.Function):
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = ctx.activation(leaf)
-        (of_gate,) = torch.autograd.grad(activated, leaf, grad * up)
-        return of_gate, grad * activated.detach(), None
+        (gate_grad,) = torch.autograd.grad(activated, leaf, grad * up)
+        return gate_grad, grad * activated.detach(), None
 
 
 def _is_silu(activation: Any) -> bool:
-    """Whether it is SiLU and nothing else, which can be told where to write."""
+    """Whether the activation is plain SiLU, which has a variant with an output tensor."""
     return type(activation).__name__ in ("SiLU", "SiLUActivation") and not activation._forward_hooks
 
 
 def _gated_classes(layers: list[nn.Module], dtype: torch.dtype) -> set[type[nn.Module]]:
-    """The classes in them that compute down(act(gate(x)) * up(x)): by the names of their parts, and by trying."""
+    """The module classes that compute down(act(gate(x)) * up(x)): checked by attribute names and by a forward pass."""
     return {type(module) for layer in layers for module in layer.modules() if _is_gated(module, dtype)}
 
 
-def _drops(module: nn.Module) -> bool:
-    """What is dropped is drawn once; torch's checkpoint knows how to draw it again."""
+def _has_dropout(module: nn.Module) -> bool:
+    """Whether the module has dropout: recomputing must use the same mask, which only torch's checkpoint restores."""
     return any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
 
 
 def _is_gated(module: Any, dtype: torch.dtype) -> bool:
-    if not all(callable(getattr(module, part, None)) for part in GATED) or _drops(module):
+    if not all(callable(getattr(module, part, None)) for part in GATED) or _has_dropout(module):
         return False
     if isinstance(module.act_fn, nn.Module) and list(module.act_fn.parameters()):
-        return False  # they would get no gradient
+        return False  # ``_Gate`` computes no gradient of these parameters
     device = next(module.parameters()).device
     if device.type == "meta":
         return True

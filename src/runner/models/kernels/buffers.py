@@ -1,6 +1,7 @@
-"""Memory for what lives for one operation of a layer and is as large in the next one.
+"""Reusable CPU buffers for temporary tensors that have the same size in every layer.
 
-Taken from the heap each time, it would leave holes between what is kept for the backward pass, and be cleared anew.
+Allocating them for each layer would fragment the heap between the saved activations, and the kernel would zero the
+new pages each time.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _BUFFERS = _Buffers()
 
 
 def take(name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of this shape, on the device and, unless told, of the dtype of ``like``; it holds what was left there.
+    """An uninitialised tensor of this shape, on the device of ``like``; ``dtype`` defaults to that of ``like``.
 
-    On a CPU it is valid until the next one of that name is taken. Elsewhere, and where nothing is really computed
-    (compiling, fake tensors), it is a new one: other devices keep freed memory themselves.
+    On a CPU it is valid until the next call with the same ``name``. On other devices (whose allocators reuse freed
+    memory), while compiling and with fake tensors, it is a newly allocated tensor.
     """
     if like.device.type != "cpu" or type(like) is not Tensor or torch.compiler.is_compiling():
         return like.new_empty(shape, dtype=dtype)
@@ -33,8 +34,3 @@ def take(name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | Non
     if name not in _BUFFERS.named or _BUFFERS.named[name].nbytes() < size:
         _BUFFERS.named[name] = torch.UntypedStorage(size)
     return like.new_empty(0, dtype=dtype).set_(_BUFFERS.named[name], 0, torch.Size(shape))  # type: ignore[call-overload]
-
-
-def held() -> int:
-    """Bytes that this thread keeps for all names: some MB, which no estimate counts."""
-    return sum(storage.nbytes() for storage in _BUFFERS.named.values())

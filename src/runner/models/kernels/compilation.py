@@ -1,7 +1,7 @@
-"""torch.compile, in place: a compiled module keeps its parameters' names, so checkpoints and adapters do not notice.
+"""torch.compile, the options of the group ``compile``. In place, so parameter names and checkpoints do not change.
 
-What is compiled has shapes that stay the same from step to step. The head is left out on purpose: it sees only the
-positions that are trained, and their number is another one in each batch.
+Only the decoder is compiled: its shapes are the same in every step. The LM head is not compiled, because it computes
+only the positions with a label, whose number differs between batches.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ if TYPE_CHECKING:
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
 PAYS_FROM_S = 300
-"""Seconds of training, as ``plan`` tells them, from which on ``auto`` compiles on a GPU: the first step waits up to a
-minute longer, and each one is to take a tenth to a quarter less."""
+"""Minimum estimated training time, in seconds, for which ``auto`` compiles on a GPU: the first step takes up to a
+minute longer, each further step should take 10 to 25 % less."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``compile`` came to."""
+    """The option of ``compile`` after resolving ``auto``."""
 
     node: Mapping[str, Any]
-    """Of the option, which is no more ``auto``."""
+    """The config node of the option; never ``auto``."""
     settled: str = ""
-    """The name of the option where ``auto`` chose it."""
+    """The name of the option if ``auto`` chose it."""
     reason: str = ""
-    """Why ``auto`` does not compile; empty where it does."""
+    """Why ``auto`` does not compile; empty if it does."""
 
 
 def auto(model: nn.Module) -> nn.Module:
-    """``regional`` on a GPU where that pays, else ``none``; settled by ``build``, which knows the device."""
-    raise AssertionError("compile=auto is settled before anything is compiled")
+    """``regional`` on a GPU if the training is long enough, else ``none``; resolved by ``train.build``."""
+    raise AssertionError("compile=auto must be resolved before compiling")
 
 
 def none(model: nn.Module) -> nn.Module:
-    """Every operation by itself, as PyTorch does without asking."""
+    """Eager execution: do not compile."""
     return model
 
 
 def regional(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: bool) -> nn.Module:
-    """Compile one decoder layer and use it for all: the first step waits seconds, not minutes.
+    """Compile one decoder layer and reuse its graph for all layers: compiling takes seconds, not minutes.
 
     Raises:
-        ConfigError: the device cannot, no decoder layers are found, or ``fullgraph`` with 8-bit layers.
+        ConfigError: the device is not supported, no decoder layers are found, or ``fullgraph`` with 8-bit layers.
     """
     _check(model, mode, fullgraph)
     for layer in decoder_layers(model):
@@ -66,10 +66,10 @@ def regional(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: b
 
 
 def whole(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: bool) -> nn.Module:
-    """Compile the decoder, all layers in one graph: the longest wait, and what CUDA graphs need.
+    """Compile the whole decoder as one graph: takes longest to compile; needed for CUDA graphs.
 
     Raises:
-        ConfigError: the device cannot, or ``fullgraph`` with 8-bit layers.
+        ConfigError: the device is not supported, or ``fullgraph`` with 8-bit layers.
     """
     _check(model, mode, fullgraph)
     _decoder(model).compile(mode=mode, dynamic=dynamic, fullgraph=fullgraph)
@@ -78,10 +78,10 @@ def whole(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: bool
 
 @contextlib.contextmanager
 def left_out() -> Iterator[None]:
-    """While the block runs, what is compiled computes as it is written.
+    """Run compiled modules in eager mode inside the block.
 
-    For generation: its shapes change with every token, and its cache is another object in each layer. The graphs of one
-    answer would use up Dynamo's limit for a function, and training would not be compiled any more, without a word.
+    For generation: its shapes change with every token, and every layer has another cache object. One answer would
+    reach Dynamo's recompile limit, after which training would silently run in eager mode too.
     """
     import torch
 
@@ -94,9 +94,10 @@ def left_out() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """For an import: what it decorates with torch.compile is compiled when it is first called.
+    """For imports inside the block: delay each ``@torch.compile`` to the first call of the decorated function.
 
-    The decorator loads Inductor at once, 1.5 s and more: bitsandbytes 0.50 does so at its top, and PEFT imports it.
+    The decorator imports Inductor immediately (1.5 s or more). bitsandbytes 0.50 uses it at module level, and PEFT
+    imports bitsandbytes.
     """
     import torch
 
@@ -116,19 +117,19 @@ def deferred() -> Iterator[None]:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that make up the decoder, to be compiled.
+    """Like ``layers_of``, but an error if there are none.
 
     Raises:
-        ConfigError: there is no list of equal ones.
+        ConfigError: the decoder has no list of layers of one class.
     """
     if not (layers := layers_of(model)):
-        problem = f"{type(model).__name__} has no list of equal layers"
+        problem = f"{type(model).__name__} has no list of decoder layers of one class"
         raise ConfigError(Fault("compile", problem, "use compile=default or compile=none"))
     return layers
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The largest list of modules of one class in the decoder; empty where there is none."""
+    """The decoder layers: the largest ModuleList whose modules have one class; empty if there is none."""
     from torch import nn
 
     lists: list[nn.ModuleList] = [
@@ -140,23 +141,23 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def is_asked_for(node: Mapping[str, Any]) -> bool:
-    """Of the YAML of an option."""
+    """Whether the config node ``compile`` is an option other than ``none``."""
     return node["_target_"] != f"{none.__module__}.{none.__name__}"
 
 
 def obstacle(device: torch.device, layers: int, in_8_bits: bool, in_shards: bool) -> str:
-    """Why ``auto`` compiles nothing, however long the training; empty where nothing stands against it.
+    """The reason why ``auto`` never compiles this model, or "". Needs no weights.
 
-    ``layers``: how many ``layers_of`` finds. All of it is known before a weight is loaded.
+    ``layers``: the number of decoder layers found by ``layers_of``.
     """
     if device.type != "cuda":
-        return "a CPU waits long and gains little"
+        return "on a CPU, compiling takes long and gains little"
     if not layers:
-        return "the model has no list of equal layers"
+        return "the model has no list of decoder layers of one class"
     if in_8_bits:
-        return "the 8-bit layers of bitsandbytes break graphs"
+        return "8-bit layers of bitsandbytes cause graph breaks"
     if in_shards:
-        return "the layers are in shards"
+        return "the layers are sharded"
     try:
         _check_compiler(device)
     except ConfigError as error:
@@ -169,15 +170,15 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def graph_breaks() -> list[str]:
-    """Why compiled code had to go back to Python: each reason with how often it was met; empty when it never had."""
+    """The reasons of graph breaks, each with its count; empty if there were none."""
     from torch._dynamo.utils import counters
 
     return [f"{count} × {' '.join(reason.split())[:300]}" for reason, count in counters["graph_break"].items()]
 
 
 def graphs() -> int:
-    """How many graphs this process has compiled; more of them after the first steps are recompilations."""
-    if "torch._dynamo" not in sys.modules:  # takes a second to load, and nothing has been compiled without it
+    """Number of graphs compiled by this process; an increase after the first steps means recompilation."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet; the import would take a second
         return 0
     from torch._dynamo.utils import counters
 
@@ -187,35 +188,35 @@ def graphs() -> int:
 def _check(model: nn.Module, mode: Mode, fullgraph: bool) -> None:
     device = next(model.parameters()).device
     if mode == "reduce-overhead" and device.type != "cuda":
-        problem = f"reduce-overhead records CUDA graphs, and the model is on {device}: it would change nothing"
+        problem = f"has no effect: reduce-overhead records CUDA graphs, but the model is on {device}"
         raise ConfigError(Fault("compile.mode", problem, "use compile=regional or compile=default", mode))
     if fullgraph and any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        problem = "the 8-bit layers of bitsandbytes break the graph in evaluation"
+        problem = "8-bit layers of bitsandbytes cause graph breaks in evaluation"
         raise ConfigError(Fault("compile.fullgraph", problem, "set it to false, or use quant=4bit", True))
     _check_compiler(device)
 
 
 def _check_compiler(device: torch.device) -> None:
-    _share_what_is_compiled()
-    # Inductor writes C++ for a CPU and Triton for a GPU; Triton compiles its launcher with a C compiler.
+    _set_cache_folder()
+    # Inductor generates C++ for a CPU and Triton for a GPU; Triton compiles its launcher with a C compiler.
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     if device.type == "cuda":
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
         if importlib.util.find_spec("triton") is None:
-            problem = "needs Triton to write code for the GPU"
+            problem = "needs Triton to generate GPU code, which is not installed"
             raise ConfigError(Fault("compile", problem, "install triton, or use compile=none"))
     if not any(map(shutil.which, names)):
-        problem = f"needs a compiler on this machine, one of: {', '.join(names)}"
+        problem = f"needs a C/C++ compiler on the PATH, one of: {', '.join(names)}"
         raise ConfigError(Fault("compile", problem, "install one (Debian: apt install g++), or use compile=none"))
 
 
-def _share_what_is_compiled() -> None:
-    """What one run has compiled the next one finds, in the user's cache; unless somebody has chosen another folder.
+def _set_cache_folder() -> None:
+    """Let Inductor cache compiled code in the user's cache folder, shared by all runs, unless the user set a folder.
 
-    torch writes the folder of its own choice into the environment as soon as it is imported.
+    torch sets the variable to a temporary folder when it is imported; that value does not count as set by the user.
     """
-    chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
-    if chosen == Path() or (chosen.parent == Path(tempfile.gettempdir()) and chosen.name.startswith("torchinductor_")):
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    if folder == Path() or (folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith("torchinductor_")):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir("compiled"))
 
 

@@ -1,7 +1,8 @@
-"""Linear cross entropy: the head inside the loss, so that logits exist a chunk at a time, and never all of them.
+"""Linear cross entropy: compute the LM head inside the loss, so that only one chunk of the logits exists at a time.
 
-Only where they are a product with the head's weight and nothing else (a model may cap or scale them): ``install`` asks
-the model itself. The gradients come with the loss, as they need what would have to be computed again later.
+Correct only if the logits are the plain product with the head's weight (some models cap or scale them); ``install``
+tests the model. The loss computes its gradients in the forward pass: the backward pass would have to recompute the
+logits.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import nn
 
 
 def install(model: Any, autocast: torch.dtype | None = None) -> str:
-    """Let ``loss`` compute the logits of ``model`` if that gives the same; else it does not, and this says why.
+    """Move the LM head into the loss if the logits stay the same. Returns "", or the reason why it was not moved.
 
-    The proof is a small forward pass with the head and one without it. ``autocast`` as in training.
+    Compares a small forward pass with the head to one without it. ``autocast``: as in training.
     """
-    if found_before := obstacle(model):
-        return found_before
+    if reason := obstacle(model):
+        return reason
     device, training = model.get_input_embeddings().weight.device, model.training
     ids = torch.tensor([[1, 2, 3]], device=device)
     head = _head(model)
@@ -30,42 +31,42 @@ def install(model: Any, autocast: torch.dtype | None = None) -> str:
             expected = model.eval()(input_ids=ids, use_cache=False).logits.float()
             with bypassed(head):
                 hidden = model(input_ids=ids, use_cache=False).logits
-            found = head(hidden.to(head.weight.dtype)).float() if autocast is None else head(hidden).float()
-    except Exception as error:  # a model's own code may fail of anything where logits are not what it expects
+            logits = head(hidden.to(head.weight.dtype)).float() if autocast is None else head(hidden).float()
+    except Exception as error:  # custom model code may raise anything if its logits have an unexpected shape
         return str(error).partition("\n")[0] or type(error).__name__
     finally:
         model.train(training)
     tolerance = 1e-5 if expected.dtype == head.weight.dtype and autocast is None else 2e-2
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
-        return f"{type(model).__name__} makes more of its logits than a product"
+    if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=tolerance, atol=tolerance):
+        return f"the logits of {type(model).__name__} are not the plain output of its head"
     head.is_in_loss = True
     return ""
 
 
 def adopt(model: Any) -> None:
-    """The same without the proof, for a model without weights that has no ``obstacle``."""
+    """Like ``install`` but without the comparison, for a model without weights (meta device)."""
     if not obstacle(model):
         _head(model).is_in_loss = True
 
 
 def obstacle(model: Any) -> str:
-    """Why the loss cannot compute the logits, as far as it is known without computing; empty where nothing is."""
+    """The reason why the loss cannot compute the logits, or "". Checks the model's structure; no forward pass."""
     head = _head(model)
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
-        return "its head is not a plain product"
+        return "the LM head is not a plain nn.Linear"
     capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return "it caps its logits" if capped else ""
+    return "the model caps its logits" if capped else ""
 
 
 def in_loss(model: Any) -> nn.Linear | None:
-    """The head that the loss computes with; None where the model does so."""
+    """The LM head that the loss has to apply; None if the model applies it."""
     head = _head(model)
     return head if getattr(head, "is_in_loss", False) else None
 
 
 @contextlib.contextmanager
 def bypassed(head: nn.Module) -> Iterator[None]:
-    """While the block runs, the head passes on what it is given."""
+    """Replace the LM head by the identity inside the block, so that the model returns hidden states."""
     head.forward = lambda hidden: hidden
     try:
         yield

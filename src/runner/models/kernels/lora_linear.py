@@ -1,15 +1,15 @@
-"""LoRA inside the matrix product of its base layer: PEFT's layers and numbers, without their passes over activations.
+"""Faster LoRA layers: same results as PEFT with fewer passes over activations.
 
-PEFT computes ``x Wᵀ + scale · (x Aᵀ) Bᵀ`` as it is written: several passes over tensors as large as the output, and
-with float32 adapters on a bfloat16 base a float32 copy of every input. Here
+PEFT computes ``x Wᵀ + scale · (x Aᵀ) Bᵀ`` term by term: several passes over tensors of the size of the output, and,
+with float32 adapters on a bfloat16 base, a float32 copy of every input. Instead:
 
-- in float32, with many rows: one product with ``W + scale · B A``, a sum as small as the weight itself, made anew in
-  the backward pass. The same product gives the gradient of the input;
-- else: the low-rank part is added in place, in the dtype of the input, and the adapters stay float32 only as what the
-  optimizer sees. (In bfloat16 a small ``B A`` would be lost in the sum with ``W``.)
+- In float32 with many rows: one product with the merged weight ``W + scale · B A``, which is only as large as the
+  weight and is computed again in the backward pass. The same product gives the gradient of the input.
+- Otherwise: the low-rank term is added in place, in the dtype of the input; only the optimizer uses float32 adapters.
+  (In bfloat16 a small ``B A`` would be lost in the sum with ``W``.)
 
-Weights in 4 and 8 bits are unpacked once for all that. A layer stays the PEFT layer that it was, in its names, in what
-is saved and in merging; whatever is not plain LoRA (DoRA, dropout, several adapters, …) computes as PEFT does.
+Weights in 4 and 8 bits are unpacked only once per pass. Layers remain PEFT layers: names, saving and merging do not
+change. Layers that are not plain LoRA (DoRA, dropout, several adapters, …) compute as PEFT does.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from runner.models.kernels import buffers
 
 INT8_MAX = 127
-"""What the largest weight of a row is stored as in 8 bits."""
+"""The 8-bit value of the largest weight of a row."""
 MANY_ROWS = 128
-"""From so many rows on adding up the weight costs less than a pass over the output."""
+"""With at least this many rows, merging the weight costs less than a pass over the output."""
 
 
 def fuse(model: nn.Module) -> int:
-    """Let the LoRA layers of a model compute so where they can; returns how many there are. In place."""
-    found = [module for module in model.modules() if _is_lora(module)]
-    for module in found:
+    """Replace the forward of the model's LoRA layers, in place; returns the number of layers."""
+    layers = [module for module in model.modules() if _is_lora(module)]
+    for module in layers:
         cls: Any = type(module)
         module.__class__ = _fused(cls)
-    return len(found)
+    return len(layers)
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -53,7 +53,7 @@ def _fused(cls: Any) -> type[nn.Module]:
 
 
 class _Fused(nn.Module):
-    """Before a LoRA layer of PEFT in the order of its classes."""
+    """Mixin placed before PEFT's LoRA class in the method resolution order."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
@@ -64,8 +64,8 @@ class _Fused(nn.Module):
             return super().forward(x, *args, **kwargs)
         rows = x.reshape(-1, x.shape[-1])
         adapters = layer.lora_A[name].weight, layer.lora_B[name].weight
-        by_sum = rows.dtype == adapters[0].dtype == torch.float32 and len(rows) >= MANY_ROWS
-        product = _OfSum if by_sum else _InPlace
+        merge = rows.dtype == adapters[0].dtype == torch.float32 and len(rows) >= MANY_ROWS
+        product = _MergedProduct if merge else _InPlaceProduct
         out = product.apply(rows, weight, state, *adapters, layer.scaling[name])
         if layer.base_layer.bias is not None:
             out = out + layer.base_layer.bias
@@ -73,7 +73,7 @@ class _Fused(nn.Module):
 
 
 def _only_adapter(layer: Any) -> str | None:
-    """The adapter that is active, if it is the only one and plain; else the layer computes as PEFT does."""
+    """The name of the active adapter if it is the only one and plain LoRA; else None (PEFT's forward is used)."""
     names = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
         return None
@@ -86,14 +86,14 @@ def _only_adapter(layer: Any) -> str | None:
 
 
 def _state(base: Any) -> Any:
-    """How the weight of a layer is unpacked: bitsandbytes' state of 4 bits, the scales (N,) of 8; None: it is dense."""
+    """Data to unpack a quantized weight: bitsandbytes' state (4 bits) or row scales (N,) (8 bits); None if dense."""
     if hasattr(base.weight, "SCB"):
-        return base.weight.SCB if base.weight.SCB is not None else base.state.SCB  # where the first forward puts it
+        return base.weight.SCB if base.weight.SCB is not None else base.state.SCB  # the first forward moves it there
     return getattr(base.weight, "quant_state", None)
 
 
 def _computes_as_stored(base: Any, state: Any, x: Tensor) -> bool:
-    """Whether the layer multiplies in the dtype of its input, without autocast's or bitsandbytes' casts."""
+    """Whether the layer computes in the dtype of its input, without casts by autocast or bitsandbytes."""
     if torch.is_autocast_enabled(x.device.type):
         return False
     if state is None:
@@ -102,7 +102,7 @@ def _computes_as_stored(base: Any, state: Any, x: Tensor) -> bool:
 
 
 def _dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) to multiply with; unpacked where it is stored in 4 or 8 bits."""
+    """The dense weight (N, K); unpacked if it is stored in 4 or 8 bits."""
     if state is None:
         return weight
     if isinstance(state, Tensor):
@@ -112,15 +112,15 @@ def _dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(weight, state).to(dtype)
 
 
-class _OfSum(torch.autograd.Function):
+class _MergedProduct(torch.autograd.Function):
     """x (n, K) times (W + scale · B A)ᵀ (K, N)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
         ctx.state, ctx.scale = state, scale
-        summed = buffers.take("weight", (len(b), a.shape[1]), x)
-        return x @ _unpack_into(summed, weight, state).addmm_(b, a, alpha=scale).t()
+        merged = buffers.take("weight", (len(b), a.shape[1]), x)
+        return x @ _unpack_into(merged, weight, state).addmm_(b, a, alpha=scale).t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
@@ -128,7 +128,7 @@ class _OfSum(torch.autograd.Function):
         inputs, rank = a.shape[1], a.shape[0]
         dx = None
         if ctx.needs_input_grad[0]:
-            wide = buffers.take("weight", (len(b), inputs + rank), x)  # W + scale · B A and scale · B: one product
+            wide = buffers.take("weight", (len(b), inputs + rank), x)  # [W + scale · B A, scale · B]: a single product
             _unpack_into(wide[:, :inputs], weight, ctx.state).addmm_(b, a, alpha=ctx.scale)
             wide[:, inputs:] = b * ctx.scale
             dx, reduced = (grad @ wide).split([inputs, rank], 1)  # (n, K), (n, r)
@@ -139,14 +139,14 @@ class _OfSum(torch.autograd.Function):
 
 
 def _unpack_into(out: Tensor, weight: Tensor, state: Any) -> Tensor:
-    """The weight (N, K) as ``_dense`` gives it, written to ``out``."""
+    """Write the dense weight (N, K) to ``out``."""
     if isinstance(state, Tensor):
         return out.copy_(weight).mul_(state[:, None] * (1 / INT8_MAX))
     return out.copy_(_dense(weight, state, out.dtype))
 
 
 def _narrow_product(narrow: Tensor, wide: Tensor) -> Tensor:
-    """narrowᵀ (r, n) times wide (n, K), which a CPU's library computes on one core unless it is given several."""
+    """narrowᵀ (r, n) times wide (n, K); split into parts on a CPU, whose BLAS uses one core for a single product."""
     parts = 1
     if wide.device.type == "cpu" and not torch.compiler.is_compiling():
         parts = min(torch.get_num_threads(), len(wide) // MANY_ROWS)
@@ -154,12 +154,12 @@ def _narrow_product(narrow: Tensor, wide: Tensor) -> Tensor:
         return narrow.t() @ wide
     size = len(wide) // parts
     first, second = (rows[: parts * size].reshape(parts, size, -1) for rows in (narrow, wide))
-    left, right = (rows[parts * size :] for rows in (narrow, wide))
-    return torch.bmm(first.transpose(1, 2), second).sum(0).addmm_(left.t(), right)
+    rest, wide_rest = (rows[parts * size :] for rows in (narrow, wide))
+    return torch.bmm(first.transpose(1, 2), second).sum(0).addmm_(rest.t(), wide_rest)
 
 
-class _InPlace(torch.autograd.Function):
-    """scale · (x Aᵀ) Bᵀ, and x (n, K) times Wᵀ (K, N) added to it in place; A and B cast to the dtype of x."""
+class _InPlaceProduct(torch.autograd.Function):
+    """scale · (x Aᵀ) Bᵀ with x (n, K) times Wᵀ (K, N) added in place; A and B are cast to the dtype of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:

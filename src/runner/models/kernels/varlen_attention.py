@@ -1,8 +1,8 @@
-"""Attention by document: rows of many documents, each computed alone; no mask, and no score that a mask would discard.
+"""Attention by document: compute each packed document separately, without a mask and without masked-out scores.
 
-Registered with transformers as the attention implementation ``by_document``. Where the caller names the documents
-(``cu_seq_lens_q``, as for FlashAttention) the best kernel that is there computes them: torch's varlen attention on
-CUDA, on a CPU its flash kernel one document after the other. Without them it is torch's SDPA, with transformers' mask.
+Registered in transformers as the attention implementation ``by_document``. If the caller passes the document
+boundaries (``cu_seq_lens_q``, as for FlashAttention), torch's varlen attention computes them on CUDA, and torch's CPU
+flash kernel one document at a time on a CPU. Without boundaries it is torch's SDPA with transformers' mask.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ from torch import Tensor
 
 NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
-"""Arguments of attention functions that change what is computed, and that the kernels used here do not take."""
+"""Arguments of attention functions that change the result and that these kernels do not support."""
 SHARING: dict[str, Any] = {}
-"""What torch's varlen attention is to be told where heads share keys and values; torch 2.11 sees it by itself, and has
-no argument for it. ``_register`` asks, since compiled code cannot."""
+"""Arguments for torch's varlen attention if heads share keys and values (GQA). Empty for torch 2.11, which detects it.
+Filled by ``_register``, since compiled code cannot inspect a signature."""
 
 
 def install(model: Any, longest: int, autocast: torch.dtype | None = None) -> str:
-    """Let ``model`` attend by document if it computes the same with it; else it stays as it is, and this says why.
+    """Switch ``model`` to attention by document if the logits stay the same. Returns "", or the reason why not.
 
-    The proof is a small forward pass both ways: a model may cap its scores, bias them, slide a window shorter than the
-    ``longest`` document over them, or keep the names of the documents from its attention. ``autocast`` as in training.
+    Compares a small forward pass both ways: a model may cap or bias its scores, use a sliding window shorter than
+    ``longest``, or not pass the document boundaries to its attention. ``autocast``: as in training.
     """
-    if found_before := obstacle(model):
-        return found_before
+    if reason := obstacle(model):
+        return reason
     base = _base(model)
     before = base.config._attn_implementation
     expected = _trial(model, longest, autocast)
     try:
         adopt(model)
-        found = _trial(model, longest, autocast)
-        tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
-        if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+        logits = _trial(model, longest, autocast)
+        tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
+        if torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             return ""
-        reason = f"logits differ by {float((found - expected).abs().max()):.3g}"
+        reason = f"logits differ by {float((logits - expected).abs().max()):.3g}"
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
     base.set_attn_implementation(before)
-    return f"it does not suit {type(base).__name__}: {reason}"
+    return f"{type(base).__name__} does not support attention by document: {reason}"
 
 
 def adopt(model: Any) -> None:
-    """The same without the proof, for a model that has no ``obstacle``."""
+    """Like ``install`` but without the comparison."""
     if not obstacle(model):
         _base(model).set_attn_implementation(NAME)
 
 
 def obstacle(model: Any) -> str:
-    """Why a model cannot attend so, as far as it is known without computing; empty where nothing stands against it."""
+    """The reason why a model cannot use attention by document, or "". Checks its structure; no forward pass."""
     base = _base(model)
     if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):
-        return f"{type(base).__name__} has an attention of its own"
-    return "" if _register() else "this torch or this transformers is too old for it"
+        return f"{type(base).__name__} has its own attention implementation"
+    return "" if _register() else "attention by document needs a newer torch or transformers"
 
 
 def _base(model: Any) -> Any:
@@ -69,10 +69,10 @@ def uses(model: Any) -> bool:
 
 
 def arguments(ends: Tensor, longest: int) -> dict[str, Any]:
-    """What a model is called with besides one row of tokens (1, T).
+    """Keyword arguments of the model's forward, in addition to one row of tokens (1, T).
 
-    ``ends`` (documents + 1,) int32 are where documents begin and end, from 0 to T; ends may repeat. None is longer
-    than ``longest``. The mask stands for one that was made already: transformers then makes none.
+    ``ends``: (documents + 1,) int32, document boundaries from 0 to T; values may repeat. ``longest``: upper bound of
+    the document length. The mask is a dummy: with a 4D mask, transformers does not build its own.
     """
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ends.device)
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
@@ -95,23 +95,23 @@ def attend(
     """transformers' attention function: query (B, H, T, D), key and value (B, Hkv, T, D) → (B, T, H, D).
 
     Raises:
-        NotImplementedError: documents with what the kernels cannot do; ``install`` finds that out.
+        NotImplementedError: document boundaries with an argument that the kernels do not support (see ``install``).
     """
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        named = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **named, **others)  # type: ignore
+        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **others)  # type: ignore
     longest = max_length_q or query.shape[2]
     windowed = sliding_window is not None and sliding_window < longest
-    odd = [name for name in UNKNOWN if others.get(name) is not None]
-    odd += ["dropout"] * bool(dropout) + ["sliding_window"] * windowed
-    if odd or not getattr(module, "is_causal", True) or query.shape[0] != 1:
-        raise NotImplementedError(f"attention with {', '.join(odd) or 'rows apart or without a causal order'}")
+    unsupported = [name for name in UNKNOWN if others.get(name) is not None]
+    unsupported += ["dropout"] * bool(dropout) + ["sliding_window"] * windowed
+    if unsupported or not getattr(module, "is_causal", True) or query.shape[0] != 1:
+        raise NotImplementedError(f"attention with {', '.join(unsupported) or 'several rows, or without causality'}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if torch.is_autocast_enabled(query.device.type):  # which knows torch's own attention, and not these kernels
-        computed = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(computed), key.to(computed), value.to(computed)
+    if torch.is_autocast_enabled(query.device.type):  # autocast casts torch's own attention, but not these kernels
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.device.type == "cpu":
         out, _ = _cpu(query, key, value, cu_seq_lens_q, scale)
         return out, None
@@ -125,7 +125,7 @@ def attend(
 
 
 def _register() -> bool:
-    """Make the name known to transformers; False where this transformers or this torch has no place for it."""
+    """Register the implementation in transformers; False if transformers or torch is too old."""
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -145,15 +145,15 @@ def _register() -> bool:
 
 @torch.no_grad()
 def _trial(model: Any, longest: int, autocast: torch.dtype | None) -> Tensor:
-    """Logits of three short documents in one row."""
+    """Logits of three short documents packed into one row."""
     device, training = model.get_input_embeddings().weight.device, model.training
     lengths = [3, 1, 2]
-    positions = torch.tensor([[at for length in lengths for at in range(length)]], device=device)
+    positions = torch.tensor([[i for length in lengths for i in range(length)]], device=device)
     ends = torch.tensor([0, 3, 4, 6], dtype=torch.int32, device=device)
-    named = arguments(ends, longest) if uses(model) else {}
+    boundaries = arguments(ends, longest) if uses(model) else {}
     try:
         with torch.random.fork_rng(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits: Tensor = model.train()(positions + 1, position_ids=positions, use_cache=False, **named).logits
+            logits: Tensor = model.train()(positions + 1, position_ids=positions, use_cache=False, **boundaries).logits
             return logits
     finally:
         model.train(training)
@@ -161,7 +161,7 @@ def _trial(model: Any, longest: int, autocast: torch.dtype | None) -> Tensor:
 
 @torch.library.custom_op("runner::attention_by_document", mutates_args=())
 def _cpu(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention within each document, one after the other: (1, T, H, D), and log-sum-exp (H, T)."""
+    """Causal attention, one document at a time; returns (1, T, H, D) and the log-sum-exp (H, T)."""
     heads, length, width = query.shape[1:]
     out = query.new_zeros(1, length, heads, width)
     normalizer = query.new_zeros((heads, length), dtype=torch.float32)
@@ -188,21 +188,21 @@ def _cpu_backward(
         q, k, v, o, g = (_document(tensor, span, groups) for tensor in (query, key, value, out, grad))
         lse = normalizer[:, span].unflatten(0, groups)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        of_q, of_k, of_v = kernel(g, q, k, v, o, lse, 0.0, True, scale=scale)  # (Hkv, H / Hkv, t, D)
-        dq[0, span].unflatten(1, groups).copy_(of_q.permute(2, 0, 1, 3))
-        torch.sum(of_k.permute(2, 0, 1, 3), 2, out=dk[0, span])
-        torch.sum(of_v.permute(2, 0, 1, 3), 2, out=dv[0, span])
+        grad_q, grad_k, grad_v = kernel(g, q, k, v, o, lse, 0.0, True, scale=scale)  # (Hkv, H / Hkv, t, D)
+        dq[0, span].unflatten(1, groups).copy_(grad_q.permute(2, 0, 1, 3))
+        torch.sum(grad_k.permute(2, 0, 1, 3), 2, out=dk[0, span])
+        torch.sum(grad_v.permute(2, 0, 1, 3), 2, out=dv[0, span])
     return dq, dk, dv
 
 
 def _spans(ends: Tensor) -> list[slice]:
-    """The documents; ends that repeat fill up a fixed number of them."""
+    """The position ranges of the documents; skips repeated ends, which only pad ``ends`` to a fixed length."""
     marks = ends.tolist()
     return [slice(start, end) for start, end in itertools.pairwise(marks) if start < end]
 
 
 def _document(tensor: Tensor, span: slice, groups: tuple[int, int]) -> Tensor:
-    """One document of (1, heads, T, D) as (Hkv, H / Hkv, t, D); a group shares its keys and values, without copies."""
+    """One document of (1, heads, T, D) as (Hkv, H / Hkv, t, D); expands keys and values of a group without a copy."""
     part = tensor[0, :, span]  # (heads, t, D)
     if len(part) == groups[0]:
         return part[:, None].expand(-1, groups[1], -1, -1)
@@ -230,8 +230,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, ends = ctx.saved_tensors
-    found = _cpu_backward(grad, *tensors, ends, ctx.scale)
-    return *(tensor.transpose(1, 2) for tensor in found), None, None
+    gradients = _cpu_backward(grad, *tensors, ends, ctx.scale)
+    return *(tensor.transpose(1, 2) for tensor in gradients), None, None
 
 
 _cpu.register_autograd(_gradients, setup_context=_keep)
