@@ -247,7 +247,7 @@ def test_a_model_that_cannot_fit_is_refused(capfd: pytest.CaptureFixture[str], m
     for words in (["plan", *QUICK], list(QUICK)):
         assert main.run(words) == 2
         said = capfd.readouterr().err
-        assert "GiB, and the device has 0.0 GiB" in said
+        assert "GiB, but the device has 0.0 GiB" in said
         assert "quant=4bit" in said
     assert not Path("outputs").exists()
 

@@ -155,7 +155,7 @@ def test_changed_data_is_refused_and_moved_data_is_found(tmp_path: Path, capfd: 
     with moved.open("a") as handle:
         handle.write('{"instruction": "And now?", "input": "", "output": "Something else."}\n')
     assert main.run(["rerun", "first", f"data.path={moved}"]) == 2
-    assert "is not what the run was trained on that this repeats" in capfd.readouterr().err
+    assert "is not the data of the original run" in capfd.readouterr().err
     assert not list(Path("outputs").glob("*/*/config.yaml")), "what was refused leaves nothing"
 
 

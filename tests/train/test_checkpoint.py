@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_is_used(tmp_path: Pa
         broken.write_bytes(content)
     else:
         broken.unlink()
-    with pytest.warns(UserWarning, match="step-000002 is skipped"):
+    with pytest.warns(UserWarning, match="skipping checkpoint step-000002"):
         assert checkpoints.restore(*small()).step == 1
     assert shown(tmp_path) == ["step-000001"]
 
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_never_outlives_a_good_one(tmp_path: Path):
         broken = saved(checkpoints, model, optimizer, Progress(step=step))
     (broken / "optimizer.pt").write_bytes(b"")
     checkpoints = Checkpoints(tmp_path, keep=1)
-    with pytest.warns(UserWarning, match="step-000020 is skipped"):
+    with pytest.warns(UserWarning, match="skipping checkpoint step-000020"):
         assert checkpoints.restore(*small()).step == 10
     saved(checkpoints, model, optimizer, Progress(step=15))
     assert shown(tmp_path) == ["step-000015"]

@@ -228,7 +228,7 @@ def test_a_run_that_was_stopped_or_killed_ends_with_the_same_weights(tmp_path: P
     state = rundir.read_state()
     if end == "die":
         assert (code, state.status) == (1, "killed"), said
-        assert state.reason.startswith("one of the 2 ranks died without saying so")
+        assert state.reason.startswith("one of the 2 ranks was killed (SIGKILL or out of memory)")
     else:
         assert (code, state.status) == (75, "preempted"), said
         assert state.reason.startswith("stopped by SIGTERM; the state is saved at step ")
@@ -242,7 +242,7 @@ def test_a_run_that_was_stopped_or_killed_ends_with_the_same_weights(tmp_path: P
 @pytest.mark.parametrize(
     ("end", "code", "status", "reason"),
     [
-        ("die", 1, "killed", "one of the 2 ranks died without saying so (killed, or out of memory); "),
+        ("die", 1, "killed", "one of the 2 ranks was killed (SIGKILL or out of memory); "),
         pytest.param("drop", 75, "preempted", "stopped by SIGTERM; ", marks=pytest.mark.slow),
     ],
 )
@@ -283,7 +283,7 @@ def test_ranks_of_a_run_that_was_cancelled_meanwhile_train_nothing(tmp_path: Pat
     code, said = worked(rundir)
     assert code == 130, said
     assert (rundir.read_state().status, rundir.read_state().attempt) == ("killed", 0)
-    assert said.count("is not begun: cancelled before it started by me") == 1
+    assert said.count("is not started: cancelled before it started by me") == 1
 
 
 def test_a_rank_that_raises_is_the_reason(tmp_path: Path, cache: Path):
@@ -369,7 +369,7 @@ def test_a_run_is_refused_by_other_than_its_number_of_processes(tmp_path: Path, 
     rundir = prepared(tmp_path / "one", *OPTIONS)
     code, said = worked(rundir)
     assert code == 2
-    assert said.count("this run is trained by 1 process, and 2 processes started") == 1
+    assert said.count("this run needs 1 process, but 2 processes started") == 1
 
 
 # What goes with what

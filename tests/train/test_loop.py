@@ -272,7 +272,7 @@ def test_attention_by_document_is_refused_where_it_would_compute_something_else(
 def test_a_step_asks_the_device_for_nothing(tmp_path: Path, cache: Path, packing: str, monkeypatch: pytest.MonkeyPatch):
     """What makes Python wait for a GPU: reading a tensor's value. All that is read is what earlier steps came to."""
     _, parts = parts_of(tmp_path, *TINY, f"data.packing={packing}", "train.gradient_accumulation_steps=2")
-    parts = replace(parts, readings=AsyncMetrics(lag=2))
+    parts = replace(parts, async_metrics=AsyncMetrics(lag=2))
     recorded, progress, read = Recorded(), Progress(), []
     for name in ("item", "tolist", "__float__", "__int__", "__bool__", "nonzero"):
         real = getattr(torch.Tensor, name)
@@ -343,7 +343,7 @@ def test_what_is_read_late_is_what_would_be_read_at_once(tmp_path: Path, cache: 
     _, at_once = trained(tmp_path / "a", *options)
     _, parts = parts_of(tmp_path / "b", *options)
     late, progress = Recorded(), Progress()
-    loop.train(replace(parts, readings=AsyncMetrics(lag=2)), progress, late.hooks())
+    loop.train(replace(parts, async_metrics=AsyncMetrics(lag=2)), progress, late.hooks())
     for name in ("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/epoch", "eval/loss"):
         assert late.of(name) == at_once.of(name), name
     assert [step for step, _ in late.records] == [step for step, _ in at_once.records]
@@ -352,7 +352,7 @@ def test_what_is_read_late_is_what_would_be_read_at_once(tmp_path: Path, cache: 
 def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path, cache: Path):
     """It is found two steps later on a GPU, and before every checkpoint."""
     _, parts = parts_of(tmp_path, *TINY, "train.max_steps=3", "train.save_steps=1", "data.eval_rows=2")
-    parts = replace(parts, readings=AsyncMetrics(lag=2))
+    parts = replace(parts, async_metrics=AsyncMetrics(lag=2))
     weight = next(p for name, p in parts.model.named_parameters() if p.requires_grad and "lora_B" in name)
     with torch.no_grad():
         weight.fill_(float("nan"))

@@ -164,7 +164,7 @@ def test_muon_without_matrices_is_refused() -> None:
 
 
 def test_paging_needs_a_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.paged=True: paging needs a CUDA GPU"):
+    with pytest.raises(ConfigError, match=r"optim\.paged=True: needs a CUDA GPU"):
         option("paged_adamw_8bit")(optim.parameter_groups(tiny(), 0.1))
 
 
@@ -190,7 +190,7 @@ def test_groups_of_a_model_with_lora_and_a_tied_head() -> None:
 
 
 def test_nothing_to_train_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no parameter of the model is trainable"):
+    with pytest.raises(ConfigError, match="the model has no trainable parameter"):
         optim.parameter_groups(tiny().requires_grad_(False), 0.1)
 
 
@@ -205,7 +205,7 @@ def test_nothing_to_train_is_refused() -> None:
         ("adamw_8bit", {"bits": 4}, "bits", "one of 8, 32"),
         ("muon", {"momentum": 0}, "nesterov", "without momentum"),
         ("torch", {"name": "adagrad"}, "name", "did you mean 'Adagrad'?"),
-        ("torch", {"name": "LBFGS"}, "name", "several times a step"),
+        ("torch", {"name": "LBFGS"}, "name", "several times per step"),
         ("torch", {"name": "SparseAdam"}, "name", "sparse gradients"),
         ("torch", {"name": "Muon"}, "name", "optim=muon"),
         ("torch", {"name": "Adagrad", "lr_decy": 0.1}, "lr_decy", "did you mean 'lr_decay'?"),

@@ -113,7 +113,7 @@ def test_a_peak_far_from_what_was_foretold_is_said(
     assert same is made
     assert parts.settings.micro_batch_size == 8
     assert metrics["memory/probed_gib"] == pytest.approx(factor * metrics["memory/expected_gib"], rel=1e-3)
-    assert ("GiB were foretold" in caplog.text) == is_said
+    assert ("GiB estimated" in caplog.text) == is_said
     assert all(parameter.grad is None for parameter in parts.model.parameters())
 
 

@@ -107,5 +107,5 @@ def test_faults_are_told(changes: dict, said: str) -> None:
 
 
 def test_a_decay_that_does_not_fit_is_refused_at_run_time() -> None:
-    with pytest.raises(ConfigError, match="do not fit into 10 steps"):
+    with pytest.raises(ConfigError, match="exceed the 10 steps of the run"):
         schedules.wsd(0, 10, warmup_steps=8, warmup_ratio=0.0, decay_ratio=0.5, min_ratio=0.0)

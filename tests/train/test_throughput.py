@@ -130,7 +130,7 @@ def test_the_speed_of_a_resumed_run_is_that_of_all_its_steps(monkeypatch: pytest
     clock = iter([0.0, 50.0, 51.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     meter = throughput.Meter(flops_per_token=10.0, peak_flops=10_000.0)
-    meter.go_on(throughput.Timing(steps=3, tokens=900, seconds=9.0, waited=1.0))
+    meter.resume(throughput.Timing(steps=3, tokens=900, seconds=9.0, waited=1.0))
     meter.step(500)  # this process warms up
     assert meter.rates()["train/tokens_per_second"] == 100.0
     meter.step(100)  # 1 s

@@ -117,7 +117,7 @@ def test_changed_rows_are_refused_on_resume(tmp_path: Path, cache: Path, caplog:
     before, records = rundir.read_state(), rundir.metrics.read_bytes()
     rows_file(path, 60, "that makes")
     assert worker.work(rundir) == 2
-    assert "is not what this run began with" in caplog.text
+    assert "has changed since this run began (digest" in caplog.text
     assert "restore the data, or start a new run" in caplog.text
     assert (rundir.read_state(), rundir.metrics.read_bytes()) == (before, records)
     rows_file(path, 60, "it is")
@@ -133,7 +133,7 @@ def test_a_changed_function_is_refused_on_resume(tmp_path: Path, cache: Path, ca
     rundir = preempted_run(tmp_path / "run", *options)
     code.write_text("def to_text(row):\n    return row['reply'] + row['question']\n")
     assert worker.work(rundir) == 2
-    assert "the source text of the function has changed" in caplog.text
+    assert "the source code of the function has changed" in caplog.text
     assert rundir.read_state().status == "preempted"
 
 
@@ -387,7 +387,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     assert worker.work(rundir) == 1
     told = capfd.readouterr().err
     assert "No space left" in told
-    assert "→ make room" in told
+    assert "→ free disk space" in told
     assert "Traceback" not in told
     if leaving:
         assert rundir.read_state().status == "failed"
@@ -413,7 +413,7 @@ def test_a_full_disk_without_a_disk(tmp_path: Path, cache: Path, monkeypatch: py
         assert worker.work(rundir) == 1
     assert rundir.read_state().status == "running", "that could not be changed; whoever looks finds it dead"
     assert not rundir.is_alive()
-    assert "make room" in rundir.log.read_text()
+    assert "free disk space" in rundir.log.read_text()
     assert worker.work(rundir) == 0
 
 
@@ -478,7 +478,7 @@ def test_how_far_a_run_is_gets_written_at_most_so_often(tmp_path: Path, monkeypa
     monkeypatch.setattr(worker, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
     made: Any = SimpleNamespace(total_steps=100)
     each = worker.STATE_EVERY_S / 4
-    with Stop() as stop, worker._telling(rundir, made, outcome.Clock(0.0), stop, []) as hooks:
+    with Stop() as stop, worker._writing_hooks(rundir, made, outcome.Clock(0.0), stop, []) as hooks:
         for step in range(1, 100):
             hooks.record(step, {"train/loss": 1.0})
             now[0] += each

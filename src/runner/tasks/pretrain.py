@@ -17,16 +17,15 @@ def pretrain(*, append_eos: bool) -> Task:
             raise DataError(
                 Fault(
                     "data.format",
-                    "gives conversations, and task=pretrain trains on plain text",
-                    "use task=sft, or data/format=text with data.format.key naming the text's key",
+                    "gives conversations, but task=pretrain needs plain text",
+                    "use task=sft, or data/format=text with data.format.key=<the column that contains the text>",
                 )
             )
         ids = tokenizer(example, add_special_tokens=True, verbose=False)["input_ids"]
         if append_eos:
             if tokenizer.eos_token_id is None:
-                raise ConfigError(
-                    Fault("task.append_eos", "this tokenizer has no end-of-sequence token", "set it to false", True)
-                )
+                problem = "the tokenizer has no end-of-sequence token"
+                raise ConfigError(Fault("task.append_eos", problem, "set task.append_eos=false", True))
             ids = [*ids, tokenizer.eos_token_id]
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         return [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]

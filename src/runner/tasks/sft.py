@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on conversations."""
+"""Supervised fine-tuning (SFT) on conversations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runner.tasks.task import Task, token_loss, token_metrics
 
 
 def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
-    """Supervised fine-tuning: learn to write the assistant's turns of a conversation."""
+    """Supervised fine-tuning on the assistant turns of a conversation; ``train_on`` selects the trained turns."""
 
     def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
         from runner.data import chat_template
@@ -19,8 +19,8 @@ def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
             raise DataError(
                 Fault(
                     "data.format",
-                    "gives plain text, and task=sft trains on conversations",
-                    "use task=pretrain, or a format that gives messages (data/format=messages, alpaca, …)",
+                    "gives plain text, but task=sft needs conversations",
+                    "use task=pretrain, or a conversation format (data/format=messages, alpaca, …)",
                 )
             )
         return [chat_template.encode(example, tokenizer, train_on)]

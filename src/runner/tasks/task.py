@@ -1,7 +1,7 @@
-"""A task: what the train loop needs to know about an objective.
+"""The training objective (task): how examples are encoded, which loss is computed, which metrics are reported.
 
-Sums (not means) are what the loop asks for, so that accumulation and ranks average exactly: over the trained tokens of
-the whole step.
+``Task.loss`` returns sums, not means, so that the train loop averages exactly over all trained tokens of a step,
+whatever the number of micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from runner.data.examples import Example, Features
 
 @dataclass(frozen=True)
 class Task:
-    """The seam between the train loop and what is being learnt."""
+    """The interface between the train loop and a training objective."""
 
     name: str
     packable: bool
     """Whether several examples may share a row of a batch."""
     encode: Callable[[Example, Any, int], list[Features]]
-    """(example, tokenizer, max_length) → features; ``labels`` hold -100 where nothing is trained."""
+    """(example, tokenizer, max_length) → features; ``labels`` are -100 at untrained positions."""
     prompt: Callable[[Example, Any], tuple[str, str] | None]
-    """(example, tokenizer) → (text to continue, what followed there), for the samples; None where it has none."""
+    """(example, tokenizer) → (prompt, reference continuation) for generated samples; None if the example has none."""
     loss: Callable[[Any, dict[str, Any]], dict[str, Tensor]]
-    """(model, batch) → sums: at least ``loss`` and the ``count`` it is to be divided by."""
+    """(model, batch) → sums; at least ``loss`` and its divisor ``count``."""
     metrics: Callable[[dict[str, float]], dict[str, float]]
-    """The sums of a whole evaluation → metrics by name, without the ``eval/`` before it."""
+    """Sums of a whole evaluation → metrics by name, without the prefix ``eval/``."""
 
 
 def token_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Loss (nats per trained token), perplexity and accuracy of the next token."""
+    """Loss (nats per trained token), perplexity and next-token accuracy."""
     loss = sums["loss"] / sums["count"]
     return {
         "loss": loss,
@@ -46,12 +46,13 @@ def token_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def token_loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Summed next-token cross entropy of a batch, see ``cross_entropy.sums``."""
     from runner.models.kernels import attention
     from runner.tasks import cross_entropy
 
-    asked = attention.inputs(batch, batch["packed"], model)
-    labels = batch["labels"].reshape(asked["input_ids"].shape)
-    return cross_entropy.sums(model, {**asked, "labels": labels, "trained_at": batch.get("trained_at")})
+    inputs = attention.inputs(batch, batch["packed"], model)
+    labels = batch["labels"].reshape(inputs["input_ids"].shape)
+    return cross_entropy.sums(model, {**inputs, "labels": labels, "trained_at": batch.get("trained_at")})
 
 
 def predictions(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -63,8 +64,8 @@ def predictions(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     from runner.models.kernels import attention
     from runner.tasks import cross_entropy
 
-    found = attention.inputs(batch, batch["packed"], model)
-    inputs = {name: found[name] for name in cross_entropy.MODEL_INPUTS if found.get(name) is not None}
+    arguments = attention.inputs(batch, batch["packed"], model)
+    inputs = {name: arguments[name] for name in cross_entropy.MODEL_INPUTS if arguments.get(name) is not None}
     labels = batch["labels"].reshape(inputs["input_ids"].shape)
     logits, targets = cross_entropy.trained_logits(model, inputs, labels)
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)

@@ -1,4 +1,4 @@
-"""What a device has computed, on its way to Python: read some steps later, so that no step waits for it."""
+"""Copy metrics from the GPU asynchronously: they are read some steps later, so that no step waits for them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 LAG = 2
-"""Steps that Python may be ahead of a device that computes by itself."""
+"""Number of steps between a step on a GPU and reading its metrics."""
 
 About = TypeVar("About")
 
 
 class AsyncMetrics(Generic[About]):
-    """Numbers in the order in which they were computed, each with what it is about.
+    """Queue of metric tensors, each with a label (``about``), in the order in which they were computed.
 
-    Which are due depends on their number alone, not on how fast the device is: all ranks read the same at a time.
+    Entries are due by count, not by time, so that all ranks read the same entries at the same step.
     """
 
     def __init__(self, lag: int) -> None:
@@ -27,11 +27,11 @@ class AsyncMetrics(Generic[About]):
 
     @classmethod
     def of(cls, device: torch.device) -> AsyncMetrics[About]:
-        """A CPU has computed when its call returns; nothing is gained by waiting."""
+        """A queue with ``LAG`` on CUDA and no lag on the CPU, where operations are synchronous."""
         return cls(LAG if device.type == "cuda" else 0)
 
     def put(self, about: About, numbers: Tensor) -> None:
-        """Start the way of ``numbers`` (n,) from the device; does not wait for them."""
+        """Start an asynchronous copy of ``numbers`` (n,) to the CPU."""
         arrived = None
         if numbers.device.type == "cuda":
             pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -40,9 +40,9 @@ class AsyncMetrics(Generic[About]):
             arrived.record()
         self._waiting.append((about, numbers, arrived))
 
-    def due(self, *, all_of_them: bool = False) -> Iterator[tuple[About, list[float]]]:
-        """Those that ``lag`` others have followed, or all; waits for the device where it is not so far yet."""
-        while len(self._waiting) > (0 if all_of_them else self.lag):
+    def due(self, *, everything: bool = False) -> Iterator[tuple[About, list[float]]]:
+        """Yield entries that are followed by at least ``lag`` others, or all; waits for unfinished copies."""
+        while len(self._waiting) > (0 if everything else self.lag):
             about, numbers, arrived = self._waiting.popleft()
             if arrived is not None:
                 arrived.synchronize()

@@ -1,4 +1,4 @@
-"""A second worker of a run: it follows the log of the first, and may leave."""
+"""Follow the log of a run that another worker is training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LOOK_S = 0.5
 
 
 def follow(rundir: RunDir) -> int:
-    """Follow a run that another worker holds, until that worker lets go of it; Ctrl-C and SIGTERM end the following.
+    """Print the log of a run until the worker that holds its lock ends; Ctrl-C or SIGTERM stops only the printing.
 
     Returns:
-        the exit code of the run; 130 or 75 where the following was ended.
+        the exit code of the run; 130 (Ctrl-C) or 75 (SIGTERM) if the printing was stopped.
     """
     shown = rundir.log.stat().st_size if rundir.log.exists() else 0
     try:
@@ -28,7 +28,7 @@ def follow(rundir: RunDir) -> int:
             while rundir.is_alive():
                 time.sleep(LOOK_S)
                 shown = _show(rundir.log, shown)
-            _show(rundir.log, shown)  # its last words may have come after the last look
+            _show(rundir.log, shown)  # lines written after the last look
     except (Stopped, KeyboardInterrupt) as error:
         print("no longer following; the run goes on", file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else Interrupted.exit_code
@@ -36,12 +36,12 @@ def follow(rundir: RunDir) -> int:
 
 
 def _show(log: Path, position: int) -> int:
-    """Copy to the terminal what came after ``position`` (bytes); returns where the log ends now."""
+    """Print the log from byte ``position`` on; return the new end of the log."""
     try:
         with log.open("rb") as handle:
             handle.seek(position)
             new = handle.read()
-    except FileNotFoundError:  # nothing is said yet, or the run was refused and is gone
+    except FileNotFoundError:  # no log yet, or the run was refused and its folder removed
         return position
     sys.stderr.write(new.decode(errors="replace"))
     return position + len(new)

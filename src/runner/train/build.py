@@ -1,4 +1,4 @@
-"""From a frozen configuration to the parts of a training: every option bound, every object made once."""
+"""Build the parts of the train loop from a frozen configuration: model, optimizer, batches, checkpoints."""
 
 from __future__ import annotations
 
@@ -40,54 +40,53 @@ from runner.train.prefetch import Prefetcher
 log = logging.getLogger("runner")
 
 
-def resolve_micro_batch_size(cfg: Mapping[str, Any], made: Inputs, ranks: Ranks = ALONE) -> Inputs:
-    """``micro_batch_size=auto`` settled: as many rows at a time as are expected to fit on every rank."""
-    if made.settings.micro_batch_size != "auto":
-        return made
+def resolve_micro_batch_size(cfg: Mapping[str, Any], inputs: Inputs, ranks: Ranks = ALONE) -> Inputs:
+    """Replace ``micro_batch_size=auto`` by the largest micro-batch that is expected to fit on every rank."""
+    if inputs.settings.micro_batch_size != "auto":
+        return inputs
 
-    told: dict[int, peak.Expected] = {}
+    estimates: dict[int, peak.Expected] = {}
 
-    def that_fit() -> int:
-        for rows in reversed(divisors(made.settings.per_device_batch_size)):
-            told[rows] = estimate.expect(cfg, compute_at_once(made, rows))
-            if told[rows].fits:
+    def largest_that_fits() -> int:
+        for rows in reversed(divisors(inputs.settings.per_device_batch_size)):
+            estimates[rows] = estimate.expect(cfg, compute_at_once(inputs, rows))
+            if estimates[rows].fits:
                 return rows
         return 1
 
-    rows = min(ranks.gather(unanimous(ranks, that_fit)))
-    return replace(
-        compute_at_once(made, rows), estimate=told.get(rows) or estimate.expect(cfg, compute_at_once(made, rows))
-    )
+    rows = min(ranks.gather(unanimous(ranks, largest_that_fits)))
+    inputs = compute_at_once(inputs, rows)
+    return replace(inputs, estimate=estimates.get(rows) or estimate.expect(cfg, inputs))
 
 
 def resolve_compile(
-    cfg: Mapping[str, Any], made: Inputs, told: peak.Expected, began: str | None = None
+    cfg: Mapping[str, Any], inputs: Inputs, expected: peak.Expected, began: str | None = None
 ) -> compilation.Choice:
-    """``compile=auto`` settled: ``regional`` on a GPU that can, where training is long enough to win the wait back.
+    """Replace ``compile=auto`` by ``regional`` if the GPU supports it and training is long enough to pay for it.
 
-    ``began``: as what the run began, which it keeps where it can, since compiled code rounds in other places.
+    ``began``: the choice of an earlier attempt. It is kept if possible, because compiled code rounds differently.
     """
     node = cfg["compile"]
     if parallel.kind_of(node) != "auto":
         return compilation.Choice(node)
     in_shards = parallel.kind_of(cfg["parallel"]) == "fsdp"
     in_8_bits = bind.bind(cfg["quant"], "quant")().bits == 8
-    reason = compilation.obstacle(made.device, told.layers, in_8_bits=in_8_bits, in_shards=in_shards)
+    reason = compilation.obstacle(inputs.device, expected.layers, in_8_bits=in_8_bits, in_shards=in_shards)
     if not reason and began == "none":
-        reason = "the run began so"
-    if not reason and began is None and estimate.training_seconds(made, told)[0] < compilation.PAYS_FROM_S:
+        reason = "the run began without compilation"
+    if not reason and began is None and estimate.training_seconds(inputs, expected)[0] < compilation.PAYS_FROM_S:
         reason = "training is short"
     name = "none" if reason else "regional"
     return compilation.Choice(bind.option("compile", name), name, reason)
 
 
-def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
-    """The model on its device, quantized and adapted as configured; its initial weights depend on the seed alone.
+def load_model(cfg: Mapping[str, Any], inputs: Inputs) -> torch.nn.Module:
+    """Load the model on its device, quantize it and add the adapter; initial weights depend only on the seed.
 
-    One that will be cut into shards stays in the machine's memory until then: the device need not hold it whole.
+    With ``parallel=fsdp`` the model stays on the CPU until it is sharded, because it may not fit on one device.
     """
     quant = bind.bind(cfg["quant"], "quant")()
-    device, source = made.device, made.source
+    device, source = inputs.device, inputs.source
     if parallel.kind_of(cfg["parallel"]) == "fsdp":
         source = replace(source, dtype="bfloat16" if dtype_for(source.dtype, device) == torch.bfloat16 else "float32")
         device = torch.device("cpu")
@@ -99,48 +98,48 @@ def load_model(cfg: Mapping[str, Any], made: Inputs) -> torch.nn.Module:
     return model
 
 
-def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
-    """Everything the train loop takes; the optimizer comes after the model is in place, which may change parameters."""
-    if made.settings.deterministic:
+def parts(cfg: Mapping[str, Any], inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
+    """Build everything that the train loop needs. Creates the optimizer last: FSDP replaces the parameters."""
+    if inputs.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    told = estimate.expect(cfg, made, roughly=True)
-    if told.memory.total > estimate.SAFE * told.free_bytes:
-        told = estimate.expect(cfg, made)
-        estimate.check_fits(told)
-    source, autocast = keep_updates(made.source, made.device, full=told.counts["adapter"] == 0)
-    made = replace(made, source=source)
-    choice = resolve_compile(cfg, made, told, began=rundir.read_manifest().get("compile"))
-    model = load_model(cfg, made)
-    activation_checkpointing.arrange(model, made.settings.memory, eager=not compilation.is_asked_for(choice.node))
-    batches, evaluation = resolve_attention(made.source, model, autocast, made.batches, made.evaluation)
+    expected = estimate.expect(cfg, inputs, roughly=True)
+    if expected.memory.total > estimate.SAFE * expected.free_bytes:
+        expected = estimate.expect(cfg, inputs)
+        estimate.check_fits(expected)
+    source, autocast = keep_updates(inputs.source, inputs.device, full=expected.counts["adapter"] == 0)
+    inputs = replace(inputs, source=source)
+    choice = resolve_compile(cfg, inputs, expected, began=rundir.read_manifest().get("compile"))
+    model = load_model(cfg, inputs)
+    activation_checkpointing.arrange(model, inputs.settings.memory, eager=not compilation.is_asked_for(choice.node))
+    batches, evaluation = resolve_attention(inputs.source, model, autocast, inputs.batches, inputs.evaluation)
     if cfg["data"]["packing"]:
         attention.check_isolation(model, autocast)
     chosen = bind.bind(cfg["parallel"], "parallel")()
     resolve_lm_head(model, autocast, chosen.kind)
     bind.bind(choice.node, "compile")(model)
-    in_place = wrap.wrap(chosen, model, made.task, ranks, made.device, autocast)
+    wrapped = wrap.wrap(chosen, model, inputs.task, ranks, inputs.device, autocast)
     weight_decay = cfg["optim"].get("weight_decay", 0.0)
     optimizer = bind.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
-    peak = throughput.peak_flops(made.device, autocast or model_dtype(model)) * ranks.world
+    peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
     return loop.Parts(
         model=model,
-        task=made.task,
+        task=inputs.task,
         batches=batches,
-        ahead=Prefetcher(batches, made.device, made.total_steps),
+        prefetcher=Prefetcher(batches, inputs.device, inputs.total_steps),
         evaluation=evaluation,
         optimizer=optimizer,
         schedule=bind.bind(cfg["schedule"], "schedule"),
-        settings=made.settings,
+        settings=inputs.settings,
         seed=cfg["seed"],
-        total_steps=made.total_steps,
+        total_steps=inputs.total_steps,
         compile=choice,
         ranks=ranks,
-        spread=in_place,
-        checkpoints=Checkpoints(rundir.checkpoints, made.settings.save_total_limit, ranks),
-        meter=throughput.Meter(told.flops_per_token, peak),
-        readings=AsyncMetrics.of(made.device),
-        quote=partial(quote, made.tokenizer),
+        wrapped=wrapped,
+        checkpoints=Checkpoints(rundir.checkpoints, inputs.settings.save_total_limit, ranks),
+        meter=throughput.Meter(expected.flops_per_token, peak),
+        async_metrics=AsyncMetrics.of(inputs.device),
+        quote=partial(quote, inputs.tokenizer),
         extra_metrics=lambda: ranks.largest(usage.metrics()),
     )
 
@@ -148,33 +147,34 @@ def parts(cfg: Mapping[str, Any], made: Inputs, rundir: RunDir, ranks: Ranks = A
 def resolve_attention(
     source: ModelSource, model: torch.nn.Module, autocast: torch.dtype | None, *batches: Batches
 ) -> list[Batches]:
-    """Let the model attend by document where it can; rows that are not packed need no padding then.
+    """Install attention by document if the model supports it; unpacked rows then need no padding.
 
     Raises:
-        ConfigError: it was asked for, and the model cannot.
+        ConfigError: model.attention=by_document, but the model does not support it.
     """
     if source.attention not in ("auto", "by_document"):
         return list(batches)
     obstacle = varlen_attention.install(model, batches[0].max_length, autocast)
     if not obstacle:
-        return [one.laid_end_to_end() for one in batches]
+        return [split.laid_end_to_end() for split in batches]
     if source.attention == "by_document":
         raise ConfigError(Fault("model.attention", obstacle, "use model.attention=auto", source.attention))
-    log.debug(f"no attention by document: {obstacle}")
+    log.debug(f"attention by document is not used: {obstacle}")
     return list(batches)
 
 
 def resolve_lm_head(model: torch.nn.Module, autocast: torch.dtype | None, kind: str) -> None:
-    """Let the loss compute the logits where it can; of a sharded model the head is whole in its forward pass alone."""
-    obstacle = "it is sharded" if kind == "fsdp" else lm_head.install(model, autocast)
+    """Let the loss compute the logits if possible; an FSDP model gathers its head only inside its forward pass."""
+    obstacle = "the model is sharded" if kind == "fsdp" else lm_head.install(model, autocast)
     if obstacle:
-        log.debug(f"logits are made by the model: {obstacle}")
+        log.debug(f"the model computes the logits, not the loss: {obstacle}")
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:
+    """float32 for float32 weights, otherwise bfloat16 (quantized weights too)."""
     return torch.float32 if next(model.parameters()).dtype == torch.float32 else torch.bfloat16
 
 
 def quote(tokenizer: Any, batch: Mapping[str, Any], length: int = 40) -> str:
-    """The first tokens of a batch as text."""
+    """The first ``length`` tokens of a batch as text."""
     return str(tokenizer.decode(batch["input_ids"][0, :length].tolist()))

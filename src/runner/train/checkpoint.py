@@ -1,8 +1,8 @@
-"""Checkpoints: written aside, flushed to the disk and renamed, so that what has its final name is whole.
+"""Checkpoints, written atomically: to a hidden folder, fsync, then rename; a folder with its final name is complete.
 
-A checkpoint holds what cannot be made again: the trainable weights, the optimizer's state and how far the run is.
-The schedule, the order of the data and all random numbers are pure functions of (seed, step) and need no saving.
-Every rank takes part in saving and restoring, as each may hold but a shard; rank 0 writes and tidies up.
+A checkpoint contains the trainable weights, the optimizer state and the progress. The schedule, the order of the data
+and all random numbers are pure functions of (seed, step) and are not saved. All ranks take part in saving and
+restoring, because each may have only a shard; rank 0 writes and deletes files.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from runner.train.distributed.ranks import ALONE, Ranks
 
 WEIGHTS, OPTIMIZER, PROGRESS, CHECKSUMS = "trainable.safetensors", "optimizer.pt", "progress.json", "checksums.json"
 COPIED_BYTES, CUDA_COPIED_BYTES = 2**28, 2**31
-"""Up to so much is copied, so that training need not wait for the disk; more from a GPU, whose memory is another."""
+"""Up to this size a checkpoint is copied and written in the background; GPU tensors are copied to CPU memory."""
 PARTIAL, BEFORE, DAMAGED = "partial", "before", "damaged"
-"""Endings of hidden folders: being written, about to be replaced, found unusable."""
+"""Suffixes of hidden folders: being written, being replaced, damaged."""
 
 
 @dataclass
 class Progress:
-    """How far training is; everything the loop carries from one step to the next."""
+    """Position of training: the state that the loop carries from one step to the next."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Tokens seen, padding not counted."""
+    """Tokens seen, without padding."""
     trained_tokens: int = 0
     evaluated: bool = False
     """Whether the evaluation that is due at this step has been recorded."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last record of training metrics."""
     timing: dict[str, Any] = field(default_factory=dict)
-    """What the steps took, as ``meters.Timing`` has it."""
+    """Fields of ``throughput.Timing``."""
 
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run, the last ``keep`` of them, written by a thread while training goes on."""
+    """The last ``keep`` checkpoints of a run, written by a background thread."""
 
     folder: Path
     keep: int
@@ -62,14 +62,14 @@ class Checkpoints:
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-        """Write a checkpoint of this step, in place of one of the same step; older ones beyond ``keep`` are removed.
+        """Write a checkpoint of this step, replace one of the same step, and delete old ones beyond ``keep``.
 
-        Returns when everything is copied, or on its way from a GPU, or written where the copy would be large;
-        ``finish`` waits. What changes the weights next comes after the copy: the device computes in order.
+        Small checkpoints are copied and written in the background (call ``finish`` to wait), large ones are written
+        before returning. A GPU copy is asynchronous, but in stream order: later updates do not change it.
 
         Raises:
-            TrainingError: this one or the one before could not be written (no space left, no permission); earlier
-                checkpoints are untouched.
+            TrainingError: this or the previous checkpoint cannot be written (disk full, no permission); earlier
+                checkpoints are unchanged.
         """
         self.finish()
         leads = self.ranks.rank == 0
@@ -82,20 +82,16 @@ class Checkpoints:
         if _bytes(weights) + _bytes(state) > (CUDA_COPIED_BYTES if on_gpu else COPIED_BYTES):
             self._write(final, weights, state, progress)
         else:
-            content = (
-                _copied(weights),
-                _copied(state),
-                replace(progress, window=dict(progress.window)),
-            )
+            content = _copied(weights), _copied(state), replace(progress, window=dict(progress.window))
             arrived = torch.cuda.current_stream().record_event() if on_gpu else None
             self._writing = _in_thread(functools.partial(self._write, final, *content, arrived))
         return final
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written is whole.
+        """Wait for the checkpoint that is being written.
 
         Raises:
-            TrainingError: it could not be written.
+            TrainingError: the checkpoint cannot be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -123,40 +119,42 @@ class Checkpoints:
             for path in (*aside.iterdir(), aside):
                 _flush(path)
             if final.exists():
-                final.rename(before)  # a kill from here to the next line costs nothing: `restore` takes it back
+                final.rename(before)  # if killed before the next line, `_tidy` renames it back
             aside.rename(final)
             _flush(self.folder)
             self._prune(progress.step)
         except (OSError, SafetensorError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 self._tidy()
-            remedy = "make room (or set outputs_dir elsewhere), then give the same command with this hydra.run.dir"
+            remedy = (
+                "free disk space (or set outputs_dir to another disk), then repeat the command with this hydra.run.dir"
+            )
             raise TrainingError(Fault("", f"cannot write the checkpoint {final}: {error}", remedy)) from error
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Load the newest whole checkpoint, or return a fresh Progress where there is none.
+        """Load the newest valid checkpoint and return its progress, or a new Progress if there is no checkpoint.
 
-        A damaged checkpoint is put aside with a warning, and the one before is used: were it left in its place, it
-        would count among those to keep.
+        A damaged checkpoint is renamed with a warning, so that it does not count for ``keep``, and the previous
+        checkpoint is loaded.
         """
         self.finish()
-        found = self.ranks.broadcast(self._newest_whole() if self.ranks.rank == 0 else None)
-        if found is None:
+        newest = self.ranks.broadcast(self._newest_valid() if self.ranks.rank == 0 else None)
+        if newest is None:
             return Progress()
-        folder = self.folder / found
+        folder = self.folder / newest
         _load_trainable(model, load_file(folder / WEIGHTS), folder)
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         shards.load_optimizer_state(optimizer, state)
         return Progress(**json.loads((folder / PROGRESS).read_text()))
 
-    def _newest_whole(self) -> str | None:
-        """The name of the newest whole checkpoint; damaged ones are put aside."""
+    def _newest_valid(self) -> str | None:
+        """The name of the newest valid checkpoint; renames damaged ones."""
         self._tidy()
         for step in self._steps():
             folder = self.folder / f"step-{step:06d}"
             problem = _problem(folder)
             if problem:
-                warnings.warn(f"checkpoint {folder.name} is skipped: {problem}", stacklevel=2)
+                warnings.warn(f"skipping checkpoint {folder.name}: {problem}", stacklevel=2)
                 damaged = folder.with_name(f".{folder.name}.{DAMAGED}")
                 shutil.rmtree(damaged, ignore_errors=True)
                 folder.rename(damaged)
@@ -165,12 +163,12 @@ class Checkpoints:
         return None
 
     def _steps(self) -> list[int]:
-        """The steps of which there are checkpoints, whole or damaged, the newest first."""
+        """Steps of all checkpoints, damaged ones included, newest first."""
         names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def _tidy(self) -> None:
-        """Finish what a kill left half done: a checkpoint that was to be replaced, and one that was being written."""
+        """Clean up after a kill: restore a checkpoint that was being replaced, delete one that was being written."""
         for before in self.folder.glob(f".step-*.{BEFORE}"):
             final = before.with_name(before.name[1:].removesuffix(f".{BEFORE}"))
             shutil.rmtree(before, ignore_errors=True) if final.exists() else before.rename(final)
@@ -178,7 +176,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _prune(self, written: int) -> None:
-        """Remove what the checkpoint of step ``written`` makes superfluous; never that one, nor a later one."""
+        """Delete checkpoints older than step ``written`` beyond ``keep``, and hidden folders up to that step."""
         for step in [step for step in self._steps() if step < written][self.keep - 1 :]:
             shutil.rmtree(self.folder / f"step-{step:06d}", ignore_errors=True)
         for aside in (*self.folder.glob(f".step-*.{BEFORE}"), *self.folder.glob(f".step-*.{DAMAGED}")):
@@ -187,7 +185,7 @@ class Checkpoints:
 
 
 def _in_thread(write: Callable[[], None]) -> Future[None]:
-    """Run it in a thread that the process waits for when it ends."""
+    """Run ``write`` in a thread; the process waits for the thread before it exits."""
     pool = ThreadPoolExecutor(1, "checkpoint")
     writing = pool.submit(write)
     pool.shutdown(wait=False)
@@ -195,7 +193,7 @@ def _in_thread(write: Callable[[], None]) -> Future[None]:
 
 
 def _copied(content: Any) -> Any:
-    """The same, its tensors copied to the CPU, or on their way there from a GPU."""
+    """Copy all tensors of a nested structure to the CPU; copies from a GPU are asynchronous."""
     if isinstance(content, torch.Tensor):
         if content.device.type == "cuda":
             pinned = torch.empty(content.shape, dtype=content.dtype, pin_memory=True)
@@ -207,6 +205,7 @@ def _copied(content: Any) -> Any:
 
 
 def _bytes(content: Any) -> int:
+    """Total bytes of the tensors in a nested structure."""
     if isinstance(content, torch.Tensor):
         return content.nbytes
     values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
@@ -214,7 +213,7 @@ def _bytes(content: Any) -> int:
 
 
 def _trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    # Tied weights appear once: named_parameters() leaves out what it has shown already.
+    # Tied weights appear once: named_parameters() skips duplicates.
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -222,7 +221,7 @@ def _load_trainable(model: torch.nn.Module, saved: dict[str, torch.Tensor], fold
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if parameters.keys() != saved.keys():
         differing = sorted(parameters.keys() ^ saved.keys())[:3]
-        problem = f"checkpoint {folder} holds other weights than this configuration trains ({', '.join(differing)}, …)"
+        problem = f"checkpoint {folder} does not match the trainable parameters ({', '.join(differing)}, …)"
         raise ResumeError(Fault("", problem, "start a new run"))
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -230,13 +229,13 @@ def _load_trainable(model: torch.nn.Module, saved: dict[str, torch.Tensor], fold
 
 
 def _problem(folder: Path) -> str:
-    """Why the checkpoint cannot be used; empty where it can."""
+    """Why the checkpoint cannot be used; empty if it is valid."""
     try:
         sums: dict[str, Any] = json.loads((folder / CHECKSUMS).read_text())
         wrong = [name for name, expected in sums.items() if _sha256(folder / name) != expected]
     except (OSError, ValueError) as error:
-        return f"it is not whole ({error})"
-    return f"{', '.join(wrong)} changed since it was written" if wrong else ""
+        return f"it is incomplete ({error})"
+    return f"checksum of {', '.join(wrong)} does not match" if wrong else ""
 
 
 def _sha256(path: Path) -> str:

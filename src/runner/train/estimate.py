@@ -1,4 +1,4 @@
-"""What a training will take, told before any weight is loaded."""
+"""Estimate memory, FLOPs and time of a training run before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -26,82 +26,82 @@ if TYPE_CHECKING:
     from runner.train.inputs import Inputs
 
 ADAPTER_BYTES = 4
-"""Adapters train in float32."""
+"""Per adapter parameter: adapters are trained in float32."""
 SAFE = 0.5
-"""Below this part of the free memory the formula is trusted, and no step rehearsed."""
+"""Below this fraction of the free memory the estimate by formula is enough, and no step is simulated."""
 ASSUMED_UTILISATION = 0.4
-"""Part of the peak FLOP/s that training is assumed to reach, where its time is foretold."""
+"""MFU assumed when estimating the training time."""
 
 log = logging.getLogger("runner")
 
 
-def expect(cfg: Mapping[str, Any], made: Inputs, *, roughly: bool = False) -> Expected:
-    """Count parameters and memory on a model without weights; ``roughly``: by a formula, in a tenth of the time."""
+def expect(cfg: Mapping[str, Any], inputs: Inputs, *, roughly: bool = False) -> Expected:
+    """Count parameters and estimate memory on the meta device; ``roughly``: by a formula, in a tenth of the time."""
     quant = bind.bind(cfg["quant"], "quant")()
-    model = bind.bind(cfg["lora"], "lora")(pretrained.empty(made.source, quant, made.device))
+    model = bind.bind(cfg["lora"], "lora")(pretrained.empty(inputs.source, quant, inputs.device))
     counts = pretrained.describe(model)
     full = counts["adapter"] == 0
-    source, autocast = keep_updates(made.source, made.device, full=full)
-    size = dtype_for(source.dtype, made.device).itemsize
+    source, autocast = keep_updates(inputs.source, inputs.device, full=full)
+    size = dtype_for(source.dtype, inputs.device).itemsize
     weights = counts["linear"] * (quant.bytes_per_weight or size)
     weights += (counts["total"] - counts["linear"] - counts["adapter"]) * size + counts["adapter"] * ADAPTER_BYTES
-    using = replace(made, source=source)
-    activations = _by_formula(using, model, autocast, full=full)
+    inputs = replace(inputs, source=source)
+    activations = _by_formula(inputs, model, autocast, full=full)
     if not roughly:
-        activations = _rehearsed(cfg, using, model, autocast, otherwise=activations)
+        activations = _rehearsed(cfg, inputs, model, autocast, fallback=activations)
     if quant.bits is not None:
-        activations += _largest_matrix(model) * size  # unpacked while it is used
+        activations += _largest_matrix(model) * size  # dequantized while it is used
     gradients = counts["trainable"] * (size if full else ADAPTER_BYTES)
     kind, processes = parallel.kind_of(cfg["parallel"]), parallel.processes_of(cfg["parallel"])
-    held = usage.held_already(made.device)
-    found = peak.MemoryEstimate(
+    held = usage.held_already(inputs.device)
+    memory = peak.MemoryEstimate(
         weights=int(weights),
-        gradients=gradients * 2 if kind == "ddp" and processes > 1 else gradients,  # and the buckets that are exchanged
+        gradients=gradients * 2 if kind == "ddp" and processes > 1 else gradients,  # plus DDP's buckets
         optimizer=int(counts["trainable"] * optim.state_bytes(cfg["optim"])),
         activations=activations,
-        libraries=held + peak.allocator_waste(made.device, activations, gradients),
+        libraries=held + peak.allocator_waste(inputs.device, activations, gradients),
     )
     if kind == "fsdp":
-        found = found.in_shards(processes, peak.depth(model.config))
-    total, free = usage.of_device(made.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    report = made.splits.report
+        memory = memory.in_shards(processes, peak.depth(model.config))
+    total, free = usage.of_device(inputs.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    report = inputs.splits.report
     trained = report.train_trained_tokens / max(report.train_tokens, 1)
     flops = throughput.flops_per_token(model, cfg["data"]["max_length"], trained)
-    return Expected(counts, found, held, total, free, flops, len(compilation.layers_of(model)))
+    return Expected(counts, memory, held, total, free, flops, len(compilation.layers_of(model)))
 
 
-def training_seconds(made: Inputs, told: Expected) -> tuple[float, float]:
-    """How long training takes at ``ASSUMED_UTILISATION`` of the device's peak, and that peak in FLOP/s."""
-    tokens = made.batches.tokens_at(made.total_steps)
-    peak = throughput.peak_flops(made.device, dtype_for(made.source.dtype, made.device))
-    return tokens * told.flops_per_token / (peak * ASSUMED_UTILISATION), peak
+def training_seconds(inputs: Inputs, expected: Expected) -> tuple[float, float]:
+    """(training seconds at ``ASSUMED_UTILISATION`` of the peak, peak FLOP/s of the device)."""
+    tokens = inputs.batches.tokens_at(inputs.total_steps)
+    peak = throughput.peak_flops(inputs.device, dtype_for(inputs.source.dtype, inputs.device))
+    return tokens * expected.flops_per_token / (peak * ASSUMED_UTILISATION), peak
 
 
 def check_fits(expected: Expected) -> None:
-    """Refuse a model that cannot fit; warn where it does not fit beside what else is running.
+    """Check the estimate against the device's memory; log a warning if it exceeds only the free memory.
 
     Raises:
-        ConfigError: with the ways to make it smaller.
+        ConfigError: the estimate exceeds the total memory.
     """
     needed, gib = expected.memory.total, usage.GIB
     if needed > expected.total_bytes:
-        problem = f"needs about {needed / gib:.1f} GiB, and the device has {expected.total_bytes / gib:.1f} GiB"
+        problem = f"needs about {needed / gib:.1f} GiB, but the device has {expected.total_bytes / gib:.1f} GiB"
         raise ConfigError(Fault("model", problem, LESS_MEMORY))
     if needed - expected.held_bytes > expected.free_bytes:
         free = f"{expected.free_bytes / gib:.1f} of {expected.total_bytes / gib:.1f} GiB are free"
-        log.warning(f"about {needed / gib:.1f} GiB will be needed, and {free}; if it runs out: {LESS_MEMORY}")
+        log.warning(f"training needs about {needed / gib:.1f} GiB, but {free}. If it runs out of memory: {LESS_MEMORY}")
 
 
 def _rehearsed(
-    cfg: Mapping[str, Any], made: Inputs, model: Any, autocast: torch.dtype | None, *, otherwise: int
+    cfg: Mapping[str, Any], inputs: Inputs, model: Any, autocast: torch.dtype | None, *, fallback: int
 ) -> int:
-    """Bytes that live from forward to backward pass of the largest step; ``otherwise`` where it cannot be rehearsed."""
+    """Peak activation bytes of the largest step, simulated with fake tensors; ``fallback`` if that fails."""
     quant = bind.bind(cfg["quant"], "quant")()
-    by_document = _attends_by_document(made, model, autocast)
-    batches = made.batches.laid_end_to_end() if by_document else made.batches
+    by_document = _attends_by_document(inputs, model, autocast)
+    batches = inputs.batches.laid_end_to_end() if by_document else inputs.batches
 
     def make(layers: int) -> nn.Module:
-        small: nn.Module = bind.bind(cfg["lora"], "lora")(pretrained.empty(made.source, quant, made.device, layers))
+        small: nn.Module = bind.bind(cfg["lora"], "lora")(pretrained.empty(inputs.source, quant, inputs.device, layers))
         lora_linear.fuse(small)
         return small
 
@@ -111,31 +111,31 @@ def _rehearsed(
             peak.depth(model.config),
             batches.largest,
             by_document=by_document,
-            kept=made.settings.memory,
+            kept=inputs.settings.memory,
             autocast=autocast,
-            device=made.device,
+            device=inputs.device,
             accumulates=batches.per_step > batches.per_micro_batch,
             head_in_loss=parallel.kind_of(cfg["parallel"]) != "fsdp",
         )
     except Exception as error:
-        log.debug(f"the step cannot be rehearsed, its memory is told by a formula: {error!r}")
-        return otherwise
+        log.debug(f"cannot simulate the step, its memory is estimated by a formula: {error!r}")
+        return fallback
 
 
-def _attends_by_document(made: Inputs, model: Any, autocast: torch.dtype | None) -> bool:
-    """Whether it will, as far as that is known without weights: on a GPU its kernels are for 16 bits."""
-    wide = dtype_for(made.source.dtype, made.device) == torch.float32 and autocast is None
-    wanted = made.source.attention in ("auto", varlen_attention.NAME)
-    return wanted and not varlen_attention.obstacle(model) and not (wide and made.device.type == "cuda")
+def _attends_by_document(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> bool:
+    """Whether the model will use attention by document; on a GPU its kernels need 16-bit dtypes."""
+    wide = dtype_for(inputs.source.dtype, inputs.device) == torch.float32 and autocast is None
+    enabled = inputs.source.attention in ("auto", varlen_attention.NAME)
+    return enabled and not varlen_attention.obstacle(model) and not (wide and inputs.device.type == "cuda")
 
 
-def _by_formula(made: Inputs, model: Any, autocast: torch.dtype | None, *, full: bool) -> int:
-    """The same for a model like Llama, from its numbers."""
-    size = (autocast or dtype_for(made.source.dtype, made.device)).itemsize
-    settings, shape, scores = made.settings, made.batches.largest, made.source.attention == "eager"
+def _by_formula(inputs: Inputs, model: Any, autocast: torch.dtype | None, *, full: bool) -> int:
+    """Peak activation bytes of the largest step, by a formula for Llama-like models."""
+    size = (autocast or dtype_for(inputs.source.dtype, inputs.device)).itemsize
+    settings, shape, scores = inputs.settings, inputs.batches.largest, inputs.source.attention == "eager"
     return peak.by_formula(model.config, shape, kept=settings.memory, dtype_bytes=size, full=full, scores=scores)
 
 
 def _largest_matrix(model: nn.Module) -> int:
-    """Values of the largest weight that may be quantized."""
+    """Number of values of the largest linear weight."""
     return max((module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)), default=0)

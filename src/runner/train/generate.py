@@ -1,4 +1,4 @@
-"""Prompts, continued by a model: what the loss means in words."""
+"""Generate text from prompts, to show samples of a model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def generate(
     stop: int | None = None,
     streamer: Any = None,
 ) -> list[str]:
-    """Continuations of ``prompts``, at most ``max_new_tokens`` tokens each, special tokens left out.
+    """Continuations of ``prompts`` of at most ``max_new_tokens`` tokens each, without special tokens.
 
-    Greedy at ``temperature`` 0, else drawn from the whole distribution by torch's own random numbers. ``stop`` is a
-    token that ends them besides the model's own; ``streamer`` (transformers') hears of each token of a single prompt.
-    ``in_step``: all ranks call this, and none stops before the last has: they gather each other's shards.
+    Greedy at ``temperature`` 0, else sampled from the full distribution with torch's random state. ``stop`` is an end
+    token in addition to the model's own. ``streamer`` (of transformers) receives each token; only for a single prompt.
+    ``in_step``: for FSDP; all ranks call this function and run until the last one is done (``synced_gpus``).
     """
     if not prompts:
         return []
@@ -36,7 +36,7 @@ def generate(
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         inputs = {name: inputs[name].to(_device(model)) for name in ("input_ids", "attention_mask")}
         length = inputs["input_ids"].shape[1]
-        drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else _GREEDY
+        sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else _GREEDY
         ends = {} if stop is None else {"eos_token_id": end_tokens(model, stop)}
         with compilation.left_out():
             out = model.generate(
@@ -47,7 +47,7 @@ def generate(
                 synced_gpus=in_step,
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id,
-                **drawn,
+                **sampling,
                 **ends,
             )
         return [text.strip() for text in tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
@@ -57,14 +57,14 @@ def generate(
 
 
 def end_tokens(model: Any, stop: int | None) -> list[int]:
-    """The tokens after which the model says no more, its own and ``stop``."""
+    """End-of-sequence tokens of the model, plus ``stop``."""
     own = model.generation_config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     return list(dict.fromkeys(token for token in [*listed, stop] if token is not None))
 
 
 _GREEDY = {"temperature": None, "top_p": None, "top_k": None}
-"""What a published model sets of these is for sampling."""
+"""Resets the sampling settings of a published model, which would cause warnings."""
 
 
 def _device(model: Any) -> torch.device:

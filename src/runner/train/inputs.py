@@ -1,4 +1,4 @@
-"""The inputs of a training: everything that is known without loading weights."""
+"""Inputs of a training run that need no model weights: task, tokenizer, data, number of steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from runner.train.memory import peak, usage
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known without loading weights: enough for ``plan`` and to refuse what cannot train."""
+    """Everything known without loading weights; enough for ``plan`` and for most checks."""
 
     task: Task
     source: ModelSource
@@ -35,20 +35,20 @@ class Inputs:
     total_steps: int
     device: torch.device
     estimate: peak.Expected | None = None
-    """What ``micro_batch_size=auto`` went by, from before the model was loaded."""
+    """The estimate from which ``micro_batch_size=auto`` was chosen; None if the size was set."""
 
     @property
     def cut(self) -> str:
-        """How a step is cut into smaller pieces, as words behind its size; empty where it is not."""
+        """Text about micro-batches to append to the size of a step; empty if the step is one batch."""
         rows, of_device = self.settings.rows_at_a_time, self.settings.per_device_batch_size
         return f", {rows} of {of_device} rows at a time" if rows < of_device else ""
 
 
 def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
-    """Data, tokenizer and the number of steps; the batches are those of this rank.
+    """Load data and tokenizer and count the steps; the batches are those of this rank.
 
     Raises:
-        ConfigError, DataError: something that would not train, in one message with its remedy.
+        ConfigError, DataError: the configuration or the data cannot be used for training.
     """
     device = pick_device()
     settings = TrainSettings(**cfg["train"])
@@ -62,10 +62,11 @@ def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
     return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
 
 
-def compute_at_once(made: Inputs, rows: int) -> Inputs:
-    """The same inputs with another micro-batch."""
-    batches, evaluation = made.batches.cut_into(rows), made.evaluation.cut_into(rows)
-    return replace(made, settings=replace(made.settings, micro_batch_size=rows), batches=batches, evaluation=evaluation)
+def compute_at_once(inputs: Inputs, rows: int) -> Inputs:
+    """The same inputs with micro-batches of ``rows`` rows."""
+    settings = replace(inputs.settings, micro_batch_size=rows)
+    batches, evaluation = inputs.batches.cut_into(rows), inputs.evaluation.cut_into(rows)
+    return replace(inputs, settings=settings, batches=batches, evaluation=evaluation)
 
 
 def load_data(
@@ -76,6 +77,7 @@ def load_data(
     settings: TrainSettings,
     rank: int,
 ) -> tuple[dataset.Splits, Batches, Batches]:
+    """(splits, training batches of this rank, evaluation batches of this rank)."""
     settings_node, format_node, source_node = schema.split_data(dict(cfg["data"]))
     data_settings = bind.bind(settings_node, "data", schema.DataSettings)()
     pretrained.check_max_length(source, data_settings.max_length)
@@ -107,5 +109,5 @@ def load_data(
 
 
 def pick_device() -> torch.device:
-    """The rank's own accelerator, else the CPU."""
+    """This rank's current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

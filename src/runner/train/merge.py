@@ -1,6 +1,6 @@
-"""Adapter and base made one, in full precision, and held against both on rows of the run.
+"""Merge an adapter into its base model in full precision, and compare the logits with the unmerged model.
 
-Merging into 4-bit weights would round the sum again (peft#2321): the base is loaded as it was published, in float32.
+The base is loaded unquantized in float32, because merging into 4-bit weights rounds the sum again (peft#2321).
 """
 
 from __future__ import annotations
@@ -19,55 +19,56 @@ if TYPE_CHECKING:
     import torch
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit: in float32, or in float64 where float32 rounds more than that by itself."""
+"""Maximum allowed logit difference: in float32, or in float64 if float32 rounding alone exceeds it."""
 RELATIVE = 1e-5
-"""Largest difference as a part of the largest logit, in float32, where memory does not hold the model in float64: there
-rounding alone comes to 3e-6 of it and more (SmolLM2-135M: 8e-5 at logits of 31, of which 2e-5 are left in float64)."""
+"""Maximum allowed difference relative to the largest logit, in float32, if memory is too small for float64. Rounding
+alone gives 3e-6 and more (SmolLM2-135M: 8e-5 at logits of 31; 2e-5 in float64)."""
 COPIES = 2.5
-"""What must be free for a check, in sizes of the model in float32: two of those, or one in float64, and some."""
+"""Free memory needed for the check, in float32 model sizes: two float32 models or one float64 model, plus reserve."""
 ROWS, LONGEST = 4, 256
-STOCK = "The quick brown fox jumps over the lazy dog; 12 of them did, said Ana, and nobody knew why."
+"""Rows of a check, and their maximum number of tokens."""
+FALLBACK_TEXT = "The quick brown fox jumps over the lazy dog; 12 of them did, said Ana, and nobody knew why."
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the merged model is from base and adapter, before it is rounded to the number format that is stored."""
+    """Logit difference between merged and unmerged model, before rounding to the stored dtype."""
 
     largest: float = 0.0
-    """Of all logits."""
+    """Maximum over all logits."""
     allowed: float = TOLERANCE
     computed_in: str = "float32"
 
 
 @dataclass(frozen=True)
 class Check:
-    """How far the model that was written is from the run's own: base and adapter, unmerged."""
+    """Comparison of the written model with the unmerged model (base + adapter)."""
 
     merging: Difference
     rounded: float
-    """The largest difference of the written model, rounded to ``dtype``."""
+    """Maximum logit difference of the written model, rounded to ``dtype``."""
     dtype: str
     rows: str
 
     def notes(self) -> dict[str, str]:
-        """Facts for the terminal and the card."""
-        found = self.merging
-        said = f"logits differ by {found.largest:.1e} at most from base + adapter in full precision (allowed: "
-        said += f"{found.allowed:.3g}; computed in {found.computed_in}, on {self.rows})"
-        once = "" if self.dtype == "float32" else f", by {self.rounded:.1e} once rounded to {self.dtype}"
-        return {"check": said + once, "dtype": self.dtype}
+        """Results for the terminal and the model card."""
+        difference = self.merging
+        text = f"logits differ by {difference.largest:.1e} at most from base + adapter in full precision (allowed: "
+        text += f"{difference.allowed:.3g}; computed in {difference.computed_in}, on {self.rows})"
+        if self.dtype != "float32":
+            text += f", by {self.rounded:.1e} after rounding to {self.dtype}"
+        return {"check": text, "dtype": self.dtype}
 
 
 def write(run: Trained, folder: Path, dtype: str | None) -> Check:
-    """Write the whole model, with its tokenizer, into ``folder``, and check what plain transformers reads there.
+    """Write the merged model and its tokenizer to ``folder``, load it with transformers and compare its logits.
 
-    No logit may differ by more than 1e-4 from base and adapter. Logits of 40 are rounded by more than that in float32,
-    whatever the order of the sums: then all is computed again in float64, or, where memory does not hold it, 1e-5 of
-    the largest logit is allowed.
+    No logit may differ by more than 1e-4 from base + adapter. Large logits (40) are rounded by more than that in
+    float32; then the comparison is repeated in float64 or, if memory is too small, 1e-5 of the largest logit is allowed.
 
     Raises:
-        TrainingError: it says something else than base and adapter; what was written is of no use then.
-        ConfigError: an adapter that cannot be merged.
+        TrainingError: the difference is too large; do not use the written files.
+        ConfigError: PEFT cannot merge the adapter.
     """
     from runner.data import chat_template
     from runner.models import pretrained
@@ -81,7 +82,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
     if run.is_adapter:
         model = _merged(model)
         merging = _difference(run, model, rows, expected)
-    _refuse_other(merging.largest, merging.allowed, "merging")
+    _check_difference(merging.largest, merging.allowed, "merging")
     merged = _logits(model, rows)
     stored = dtype or _stored(run)
     model.to(dtype=_torch_dtype(stored))
@@ -93,7 +94,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
     run.tokenizer.save_pretrained(folder)
     del model
     read = _logits(_read(folder, device), rows)
-    _refuse_other(_worst(merged, read), TOLERANCE if stored == "float32" else float("inf"), "writing")
+    _check_difference(_worst(merged, read), TOLERANCE if stored == "float32" else float("inf"), "writing")
     return Check(merging, _worst(expected, read), stored, where)
 
 
@@ -104,7 +105,7 @@ def _unmerged(run: Trained, device: torch.device) -> Any:
 
 
 def _merged(model: Any) -> Any:
-    """The base with the adapter in it; each sum is taken in float64, layer by layer, and rounded once."""
+    """Merge the adapter into the base, layer by layer in float64, rounded once to float32."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     try:
@@ -114,7 +115,7 @@ def _merged(model: Any) -> Any:
                 module.merge(safe_merge=True)
                 module.float()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that all is merged already
+            warnings.simplefilter("ignore")  # warns that all layers are merged already
             return model.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         if "out of memory" in str(error):
@@ -122,48 +123,49 @@ def _merged(model: Any) -> Any:
         method = next(iter(model.peft_config.values())).peft_type
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]
         problem = f"PEFT cannot merge {getattr(method, 'value', method)}: {text}"
-        raise ConfigError(Fault("--merged", problem, "export the adapter as it is: leave --merged out")) from error
+        raise ConfigError(Fault("--merged", problem, "export the adapter unmerged: remove --merged")) from error
 
 
 def _difference(run: Trained, model: Any, rows: list[list[int]], expected: list[Any]) -> Difference:
-    """How far ``model``, merged, is from ``expected``: the logits of base and adapter, in float32."""
+    """Difference of the merged ``model`` from ``expected``, the float32 logits of base + adapter."""
     in_float32 = _worst(expected, _logits(model, rows))
     if in_float32 <= TOLERANCE:
         return Difference(in_float32)
     device = next(model.parameters()).device
     if not _fits(run, device):
         return Difference(in_float32, max(TOLERANCE, RELATIVE * max(float(row.abs().max()) for row in expected)))
-    found = _logits(model.double(), rows)
-    model.float()  # as it was: each of its numbers is one of float32
-    return Difference(_worst(_logits(_unmerged(run, device).double(), rows), found), TOLERANCE, "float64")
+    merged = _logits(model.double(), rows)
+    model.float()  # lossless: the weights were float32 before
+    unmerged = _logits(_unmerged(run, device).double(), rows)
+    return Difference(_worst(unmerged, merged), TOLERANCE, "float64")
 
 
-def _worst(expected: list[Any], found: list[Any]) -> float:
-    """The largest difference of a logit; not a number where one of them is none."""
-    differences = [float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)]
+def _worst(expected: list[Any], actual: list[Any]) -> float:
+    """Maximum logit difference; NaN if any logit is NaN."""
+    differences = [float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True)]
     return max(differences) if all(d == d for d in differences) else float("nan")
 
 
-def _refuse_other(difference: float, allowed: float, doing: str) -> None:
+def _check_difference(difference: float, allowed: float, doing: str) -> None:
     if not difference <= allowed:
-        problem = f"{doing} changed what the model says: a logit differs by {difference:.2e}, allowed is {allowed:g}"
-        remedy = "nothing was exported; the adapter as it is (without --merged) is sound. Tell us which adapter this is"
+        problem = f"{doing} changed the logits by up to {difference:.2e} (allowed: {allowed:g})"
+        remedy = "nothing was exported; export the adapter without --merged, and please report this adapter as a bug"
         raise TrainingError(Fault("--merged", problem, remedy))
 
 
 def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
-    """For each row its logits (T, V), on the CPU, in the precision that they were computed in."""
+    """Logits (T, V) of each row, on the CPU, in the dtype of the computation."""
     import torch
 
     model.eval()
     device = next(model.parameters()).device
     with torch.no_grad():
-        asked = (torch.tensor([row], device=device) for row in rows)
-        return [model(input_ids=ids, use_cache=False).logits[0].cpu() for ids in asked]
+        batches = (torch.tensor([row], device=device) for row in rows)
+        return [model(input_ids=ids, use_cache=False).logits[0].cpu() for ids in batches]
 
 
 def _read(folder: Path, device: torch.device) -> Any:
-    """The model as anybody reads it: computed in float32 from the weights as they are stored."""
+    """Load the written model with plain transformers, in float32."""
     from transformers import AutoModelForCausalLM
 
     from runner.models.dtypes import dtype_argument
@@ -172,7 +174,7 @@ def _read(folder: Path, device: torch.device) -> Any:
 
 
 def _rows(run: Trained) -> tuple[list[list[int]], str]:
-    """A few rows of tokens, held out where the run's data is at hand, and what they are."""
+    """(a few rows of tokens, their description): held-out rows if the run's data is available."""
     from runner.config.schema import TrainSettings
     from runner.train import inputs
 
@@ -180,12 +182,12 @@ def _rows(run: Trained) -> tuple[list[list[int]], str]:
     try:
         loaded = inputs.load_data(cfg, run.task, run.result, run.tokenizer, TrainSettings(**cfg["train"]), 0)
         held_out = loaded[0].eval
-        found = [held_out[number][0][:LONGEST].tolist() for number in range(min(ROWS, len(held_out)))]
-        return found, f"{len(found)} held-out rows"
-    except RunnerError:  # moved, or changed: the folder of the run keeps a few prompts
+        rows = [held_out[number][0][:LONGEST].tolist() for number in range(min(ROWS, len(held_out)))]
+        return rows, f"{len(rows)} held-out rows"
+    except RunnerError:  # data moved or changed: use the prompts saved in the run folder
         texts = [sample["prompt"] for sample in _samples(run)][:ROWS]
-    where = f"{len(texts)} prompts of the run" if texts else "a stock sentence: the run's data is not at hand"
-    return [_tokens(run, text) for text in texts or [STOCK]], where
+    where = f"{len(texts)} prompts of the run" if texts else "a fixed sentence: the run's data is not available"
+    return [_tokens(run, text) for text in texts or [FALLBACK_TEXT]], where
 
 
 def _samples(run: Trained) -> list[dict[str, str]]:
@@ -197,12 +199,12 @@ def _tokens(run: Trained, text: str) -> list[int]:
 
 
 def _stored(run: Trained) -> str:
-    """The number format in which the base model lies on disk, or that of the fully trained weights."""
+    """The dtype of the base model's files or, after full fine-tuning, of the run's files."""
     from runner.models import pretrained
 
     config = pretrained.architecture(run.result)
-    found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
-    return str(found).removeprefix("torch.")
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
+    return str(dtype).removeprefix("torch.")
 
 
 def _torch_dtype(name: str) -> torch.dtype:
@@ -212,7 +214,7 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 
 def _device(run: Trained) -> torch.device:
-    """The accelerator where two such models in float32 fit, else the CPU."""
+    """The GPU if it has enough free memory for the check, else the CPU."""
     import torch
 
     from runner.train import inputs
@@ -222,7 +224,7 @@ def _device(run: Trained) -> torch.device:
 
 
 def _fits(run: Trained, device: torch.device) -> bool:
-    """Whether the device has room for a check."""
+    """Whether the device has enough free memory for a check."""
     from runner.models import pretrained, quantization
     from runner.train.memory import usage
 

@@ -1,7 +1,7 @@
-"""Optimizers: what is trained with what, and how it is decayed.
+"""Options of ``optim``: optimizers and parameter groups.
 
-Every option takes parameter groups, gives a ``torch.optim.Optimizer`` whose ``param_groups`` all follow
-``learning_rate``, and comes back bit for bit from its ``state_dict`` (saved by torch.save, read with weights_only).
+Every option takes parameter groups and returns a ``torch.optim.Optimizer``. All its ``param_groups`` use
+``learning_rate``, and its ``state_dict`` restores it bit-identically (torch.save, torch.load with weights_only).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Groups = list[dict[str, Any]]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """The trainable parameters in up to three groups, in the model's order: matrices, embeddings, vectors.
+    """Group the trainable parameters, in the model's order: matrices, embeddings, vectors; empty groups are left out.
 
-    Matrices and embeddings (the output head counts as one) decay; biases, norms and other vectors do not, as in
-    transformers' Trainer. Each group says its ``kind``, so that an optimizer may treat matrices apart.
+    Weight decay applies to matrices and embeddings (including the LM head), not to biases, norms and other vectors, as
+    in transformers' Trainer. Each group has a ``kind``, so that an optimizer can treat matrices differently.
 
     Raises:
         ConfigError: nothing is trainable.
@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
             kinds[kind if parameter.ndim >= 2 else "vector"].append(parameter)
     if not any(kinds.values()):
         raise ConfigError(
-            Fault("lora", "no parameter of the model is trainable", "choose lora=lora, or lora=none to train them all")
+            Fault("lora", "the model has no trainable parameter", "use lora=lora, or lora=none for full fine-tuning")
         )
     decay = {"matrix": weight_decay, "embedding": weight_decay, "vector": 0.0}
     return [{"params": params, "weight_decay": decay[kind], "kind": kind} for kind, params in kinds.items() if params]
@@ -54,10 +54,10 @@ def adamw(
     eps: Positive,
     fused: Literal["auto"] | bool,
 ) -> Optimizer:
-    """AdamW (https://arxiv.org/abs/1711.05101), torch's own.
+    """AdamW of torch (https://arxiv.org/abs/1711.05101).
 
-    The fused kernel takes a third of the time of the plain one on a CPU too, and repeats bit for bit; ``auto`` uses
-    it on CUDA and CPU, and the plain one elsewhere.
+    ``fused=auto`` uses the fused kernel on CUDA and CPU, and the plain one elsewhere. The fused kernel takes a third of
+    the time of the plain one, also on a CPU, and is deterministic.
     """
     import torch
 
@@ -68,7 +68,7 @@ def adamw(
             groups, lr=learning_rate, weight_decay=weight_decay, betas=_pair(betas), eps=eps, fused=use_fused
         )
     except RuntimeError as error:
-        raise ConfigError(Fault("optim.fused", str(error).splitlines()[0], "set it to auto", fused)) from error
+        raise ConfigError(Fault("optim.fused", str(error).splitlines()[0], "set optim.fused=auto", fused)) from error
 
 
 def adamw_bnb(
@@ -81,19 +81,19 @@ def adamw_bnb(
     bits: Literal[8, 32],
     paged: bool,
 ) -> Optimizer:
-    """AdamW of bitsandbytes: its state in 8 bits, in blocks of 256 values (https://arxiv.org/abs/2110.02861).
+    """AdamW of bitsandbytes, with 8-bit state in blocks of 256 values (https://arxiv.org/abs/2110.02861).
 
-    Parameters under 4096 values keep a 32-bit state. ``paged`` lets the state move to the CPU's memory when the
-    GPU's runs out. Runs on the CPU as well, several times slower than ``adamw``.
+    Parameters with fewer than 4096 values keep a 32-bit state. ``paged`` moves the state to CPU memory when GPU memory
+    runs out. Also works on the CPU, several times slower than ``adamw``.
 
     Raises:
-        ConfigError: ``paged`` on a CPU, where bitsandbytes 0.50 would ignore it with a warning.
+        ConfigError: ``paged`` on a CPU; bitsandbytes 0.50 would ignore it with a warning.
     """
     from bitsandbytes.optim import AdamW
 
     if paged and any(parameter.device.type != "cuda" for group in groups for parameter in group["params"]):
         raise ConfigError(
-            Fault("optim.paged", "paging needs a CUDA GPU, and the model is not on one", "use optim=adamw_8bit", True)
+            Fault("optim.paged", "needs a CUDA GPU, but the model is not on one", "use optim=adamw_8bit", True)
         )
     return AdamW(
         groups,
@@ -114,7 +114,7 @@ def lion(
     betas: list[Fraction],
     bits: Literal[8, 32],
 ) -> Optimizer:
-    """Lion of bitsandbytes: the sign of a momentum, so half of Adam's state (https://arxiv.org/abs/2302.06675)."""
+    """Lion of bitsandbytes: updates by the sign of a momentum, with half of Adam's state (https://arxiv.org/abs/2302.06675)."""
     from bitsandbytes.optim import Lion
 
     return Lion(groups, lr=learning_rate, weight_decay=weight_decay, betas=_pair(betas), optim_bits=bits)
@@ -133,11 +133,11 @@ def muon(
 ) -> Optimizer:
     """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for embeddings and vectors.
 
-    Muon's updates are scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982), so that both follow one
-    ``learning_rate``. ``betas`` and ``eps`` are AdamW's.
+    Muon's updates are scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982), so that both use the same
+    ``learning_rate``. ``betas`` and ``eps`` are for AdamW.
 
     Raises:
-        ConfigError: torch is older than 2.9, or no matrix is trained.
+        ConfigError: torch is older than 2.9, or no matrix is trainable.
     """
     import torch
 
@@ -146,7 +146,7 @@ def muon(
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(Fault("optim", f"torch {torch.__version__} has no Muon", "install torch >= 2.9"))
     if not matrices:
-        raise ConfigError(Fault("optim", "Muon trains matrices, and none is trainable here", "use optim=adamw"))
+        raise ConfigError(Fault("optim", "Muon needs matrices, but none is trainable", "use optim=adamw"))
     parts: list[Optimizer] = [
         torch.optim.Muon(
             matrices,
@@ -165,10 +165,10 @@ def muon(
 
 
 def state_bytes(node: Mapping[str, Any]) -> float:
-    """About how many bytes the optimizer of this config node keeps for each trained parameter."""
+    """Approximate bytes of optimizer state per trained parameter, for this config node; 8 if unknown."""
     name = str(node.get("_target_", "")).rpartition(".")[2]
-    in_8_bits = node.get("bits") == 8
-    known = {"adamw": 8.0, "adamw_bnb": 2.1 if in_8_bits else 8.0, "lion": 1.1 if in_8_bits else 4.0, "muon": 4.0}
+    is_8bit = node.get("bits") == 8
+    known = {"adamw": 8.0, "adamw_bnb": 2.1 if is_8bit else 8.0, "lion": 1.1 if is_8bit else 4.0, "muon": 4.0}
     return known.get(name, 8.0)
 
 
@@ -193,10 +193,10 @@ def check_muon(*, betas: list[float], nesterov: bool, momentum: float, **_: obje
 
 
 def _joined(parts: list[Optimizer]) -> Optimizer:
-    """Several optimizers as one, with one state_dict: they share its groups and its state."""
+    """Combine several optimizers into one with one state_dict; the parts share its groups and state."""
     from torch.optim import Optimizer
 
-    class Joined(Optimizer):  # accelerate and torch's checkpointing ask for a real Optimizer
+    class Joined(Optimizer):  # accelerate and torch's checkpointing require a subclass of Optimizer
         def __init__(self) -> None:
             super().__init__([group for part in parts for group in part.param_groups], {})
             self._share()
@@ -242,4 +242,6 @@ def _two_betas(betas: list[float]) -> Iterator[Fault]:
 
 def _needs_bitsandbytes() -> Iterator[Fault]:
     if importlib.util.find_spec("bitsandbytes") is None:
-        yield Fault("", "bitsandbytes is not installed, and this optimizer is its", "install it, or use optim=adamw")
+        yield Fault(
+            "", "this optimizer needs bitsandbytes, which is not installed", "install bitsandbytes, or use optim=adamw"
+        )

@@ -1,4 +1,4 @@
-"""How an attempt at a run ended, in words and in its state: stopped, refused, failed, or left by another rank."""
+"""Record how an attempt at a run ended (stopped, refused, failed, rank lost) in state.json and in the log."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from runner.train.distributed.ranks import Ranks, lost_peer
 
 OUT_OF_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "not enough memory")
 CODES = {"completed": 0, "pruned": 0, "preempted": 75, "killed": 130}
-"""The exit code of a run by its status; 1 for every other."""
+"""Status → exit code; 1 for all others."""
 LAST_WORDS_S = 5.0
-"""How long another rank's last words may take to be seen: its file travels through a shared file system."""
+"""How long to wait for another rank's error file, which may appear late on a shared file system."""
 log = logging.getLogger("runner")
 
 
 def exit_code(state: State) -> int:
-    """The exit code that belongs to a state: of one killed by request 130, of one killed by anything else 1."""
+    """The exit code for a state; status killed gives 130 if the user stopped the run, else 1."""
     if state.status == "killed" and not state.reason.startswith(("interrupted", "cancelled")):
         return 1
     return CODES.get(state.status, 1)
 
 
 class Clock:
-    """Seconds of training, those of earlier attempts included; it stands until it is started."""
+    """Training seconds including earlier attempts; does not run until ``start``."""
 
     def __init__(self, before: float) -> None:
         self._before = before
@@ -50,38 +50,39 @@ class Clock:
 
 
 def clear(rundir: RunDir) -> None:
-    """Remove what an earlier attempt left to be said: its ranks' last words."""
+    """Remove the error files that the ranks of an earlier attempt wrote."""
     for path in rundir.path.glob(f"{rundir.rank_failure(0).name[:-1]}*"):
         path.unlink(missing_ok=True)
 
 
 def refused(rundir: RunDir, clock: Clock, error: RunnerError) -> int:
-    """Nothing was done. What the folder said before stays true, unless nobody is there to read this message."""
+    """Log an error before training started; state.json changes only if the run is unattended, or was killed before."""
     log.error(str(error), exc_info=error if os.environ.get("RUNNER_TRACEBACK") else None)
     if is_unattended(rundir):
         note(rundir, clock, status="failed", reason=str(error))
         return 1
-    if rundir.read_state().status == "running":  # a kill -9 that nobody has written down yet
+    if rundir.read_state().status == "running":  # an earlier attempt was killed by SIGKILL and could not record it
         note(rundir, clock, status="killed", reason=DIED)
     return 2
 
 
 def is_unattended(rundir: RunDir) -> bool:
-    """Whether the run is one of a sweep or under a scheduler: what it says is read in its folder, later."""
+    """Whether the run belongs to a sweep or a Slurm job, so that nobody reads its terminal output."""
     return "SLURM_JOB_ID" in os.environ or sweep_of(rundir) is not None
 
 
 def stopped(rundir: RunDir, clock: Clock, error: BaseException) -> int:
-    asked = error if isinstance(error, Stopped) else Interrupted("interrupted twice")
-    reason = f"{asked}; {_saved(rundir)}"
-    status, code = asked.status, asked.exit_code
+    """Record that the run was stopped: preempted, interrupted, cancelled or pruned; return the exit code."""
+    stop = error if isinstance(error, Stopped) else Interrupted("interrupted twice")
+    reason = f"{stop}; {_saved(rundir)}"
+    status, code = stop.status, stop.exit_code
     if rundir.cancel_request.exists():
         reason = f"{rundir.cancel_request.read_text().strip() or 'cancelled'}; {_saved(rundir)}"
         status, code = Interrupted.status, Interrupted.exit_code
     elif status == "preempted" and slurm_client.is_cancelled():
         reason = f"cancelled outside (scancel); {_saved(rundir)}"
         status, code = Interrupted.status, Interrupted.exit_code
-    elif status == "preempted" and rundir.prune_request.exists():  # it would be taken up again only to be given up
+    elif status == "preempted" and rundir.prune_request.exists():  # a resumed run would be pruned at once
         reason = f"{rundir.prune_request.read_text()}; {_saved(rundir)}"
         status, code = Pruned.status, Pruned.exit_code
     log.info(reason, extra={"quiet": True})
@@ -90,27 +91,28 @@ def stopped(rundir: RunDir, clock: Clock, error: BaseException) -> int:
 
 
 def failed(rundir: RunDir, clock: Clock, error: Exception) -> int:
+    """Log the error and record status failed; returns exit code 1."""
     error = explained(error)
-    told(rundir, error)
+    _log_error(rundir, error)
     note(rundir, clock, status="failed", reason=first_line(error))
     return 1
 
 
 def left_by_peer(rundir: RunDir, clock: Clock, ranks: Ranks, wait_s: float = LAST_WORDS_S) -> int:
-    """Another rank is no more: its last words are the run's reason, and without any it was killed."""
+    """Record that another rank died: its error is the run's reason; without an error the rank was killed."""
     words = last_words(rundir, ranks, wait_s)
     if words:
         log.error(f"{words}\n    → the traceback is in {rundir.path}/train.rank-*.log")
         note(rundir, clock, status="failed", reason=words.splitlines()[0])
     else:
-        reason = f"one of the {ranks.world} ranks died without saying so (killed, or out of memory); {_saved(rundir)}"
+        reason = f"one of the {ranks.world} ranks was killed (SIGKILL or out of memory); {_saved(rundir)}"
         log.error(reason)
         note(rundir, clock, status="killed", reason=reason)
     return 1
 
 
 def last_words(rundir: RunDir, ranks: Ranks, wait_s: float) -> str:
-    """Why another rank failed, ``rank 1: …``; empty where none says so within the time."""
+    """The error of another rank, ``rank 1: …``; empty if no rank wrote one within ``wait_s`` seconds."""
     until = time.monotonic() + wait_s
     while ranks.world > 1:
         for rank in range(1, ranks.world):
@@ -123,10 +125,10 @@ def last_words(rundir: RunDir, ranks: Ranks, wait_s: float) -> str:
 
 
 def failed_along(rundir: RunDir, ranks: Ranks, error: Exception) -> int:
-    """The end of a rank beyond 0: it leaves its words to rank 0, or ends as rank 0 did if that left first."""
+    """End a rank other than 0: write its error to a file for rank 0; 0 if rank 0 has recorded the run's end already."""
     if lost_peer(error):
         log.warning(f"lost another rank: {first_line(error)}")
-        return 0 if _is_written_down(rundir) else 1
+        return 0 if _is_recorded(rundir) else 1
     error = explained(error)
     log.error("".join(traceback.format_exception(error)))
     with contextlib.suppress(OSError):
@@ -135,35 +137,36 @@ def failed_along(rundir: RunDir, ranks: Ranks, error: Exception) -> int:
 
 
 def note(rundir: RunDir, clock: Clock, *, status: str, reason: str) -> None:
-    """Write down how it ended; on a full disk it stays unwritten, and the run counts as killed: it can be continued."""
+    """Write status and reason to state.json; if that fails (disk full), the run counts as killed and can be resumed."""
     with contextlib.suppress(OSError):
         rundir.write_state(status=status, reason=redact(reason), seconds=clock.seconds())
 
 
 def explained(error: Exception) -> Exception:
-    """Failures of the machine in words that help; everything else as it is."""
+    """Replace out-of-memory and disk-full errors by a TrainingError with a remedy; return other errors unchanged."""
     text = f"{type(error).__name__}: {error}".lower()
     if isinstance(error, RunnerError):
         return error
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
-        return _told_as(f"out of memory: {error}".splitlines()[0], LESS_MEMORY, error)
+        return _training_error(f"out of memory: {error}".splitlines()[0], LESS_MEMORY, error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text:
-        remedy = "make room, then give the same command with this hydra.run.dir; or set outputs_dir elsewhere"
-        return _told_as(f"no space left on the device: {error}", remedy, error)
+        remedy = "free disk space, then repeat the command with this hydra.run.dir; or set outputs_dir to another disk"
+        return _training_error(f"no space left on the device: {error}", remedy, error)
     return error
 
 
-def told(rundir: RunDir, error: Exception) -> None:
-    """Say it on the terminal in a line or two; the traceback goes into the log."""
-    wanted = bool(os.environ.get("RUNNER_TRACEBACK"))
+def _log_error(rundir: RunDir, error: Exception) -> None:
+    """Print the error in one or two lines; the traceback goes into the log (RUNNER_TRACEBACK: to both)."""
+    shows_traceback = bool(os.environ.get("RUNNER_TRACEBACK"))
     if isinstance(error, RunnerError):
-        log.error(str(error), exc_info=error if wanted else None)
+        log.error(str(error), exc_info=error if shows_traceback else None)
     else:
-        log.error("".join(traceback.format_exception(error)), extra={} if wanted else {"quiet": True})
+        log.error("".join(traceback.format_exception(error)), extra={} if shows_traceback else {"quiet": True})
         log.error(f"{first_line(error)}\n    → the traceback is in {rundir.log}")
 
 
 def first_line(error: BaseException) -> str:
+    """First line of the message, with the type of errors that are not ours."""
     text = str(error) or type(error).__name__
     first = text.splitlines()[0]
     return first if isinstance(error, RunnerError) else f"{type(error).__name__}: {first}"
@@ -174,8 +177,8 @@ def _saved(rundir: RunDir) -> str:
     return f"the state is saved at step {step}" if step else "nothing was trained yet"
 
 
-def _is_written_down(rundir: RunDir) -> bool:
-    """Whether rank 0 says within a moment how the run ended."""
+def _is_recorded(rundir: RunDir) -> bool:
+    """Whether rank 0 records the end of the run within ``LAST_WORDS_S`` seconds."""
     until = time.monotonic() + LAST_WORDS_S
     while rundir.read_state().status in ("pending", "running"):
         if time.monotonic() >= until:
@@ -184,7 +187,7 @@ def _is_written_down(rundir: RunDir) -> bool:
     return True
 
 
-def _told_as(problem: str, remedy: str, error: Exception) -> TrainingError:
-    told = TrainingError(Fault("", problem, remedy))
-    told.__cause__ = error
-    return told
+def _training_error(problem: str, remedy: str, error: Exception) -> TrainingError:
+    explanation = TrainingError(Fault("", problem, remedy))
+    explanation.__cause__ = error
+    return explanation

@@ -1,4 +1,4 @@
-"""The batches of the next step: made, and on their way to the device, while this one computes."""
+"""Prepare the batches of the next step and copy them to the device while the current step computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runner.data.batches import Batch, Batches
 
 
 class Prefetcher:
-    """Micro-batches by optimizer step, on the device, one step ahead of who asks for them."""
+    """Micro-batches of each optimizer step on the device, prefetched one step ahead."""
 
     def __init__(self, batches: Batches, device: torch.device, total_steps: int) -> None:
         self.batches, self.device, self.total_steps = batches, device, total_steps
@@ -21,15 +21,15 @@ class Prefetcher:
         self._next: tuple[int, Future[Any]] | None = None
 
     def step(self, i: int) -> list[Batch]:
-        """Those of step ``i``, counted from 0; the next is begun. The device waits for the copy, Python does not."""
-        number, made = self._next or (-1, None)
-        batches, arrived = made.result() if made and number == i else self._make(i)
+        """Micro-batches of step ``i`` (from 0); starts step i + 1. Only the device waits for the copy."""
+        number, future = self._next or (-1, None)
+        batches, arrived = future.result() if future and number == i else self._make(i)
         self._next = (i + 1, self._pool.submit(self._make, i + 1)) if i + 1 < self.total_steps else None
         if arrived is not None:
             now = torch.cuda.current_stream(self.device)
             now.wait_event(arrived)
             for tensor in (value for batch in batches for value in batch.values() if isinstance(value, Tensor)):
-                tensor.record_stream(now)  # or its memory would be used again by the other stream
+                tensor.record_stream(now)  # otherwise the copy stream could reuse its memory
         return list(batches)
 
     def _make(self, i: int) -> tuple[list[Batch], torch.cuda.Event | None]:
@@ -41,5 +41,5 @@ class Prefetcher:
             return copied, self._stream.record_event()
 
     def _copied(self, value: Any) -> Any:
-        """From pinned memory: from any other the copy would wait for what the device computes."""
+        """Copy through pinned memory; from pageable memory the copy would wait for the device."""
         return value.pin_memory().to(self.device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -1,7 +1,7 @@
-"""One step without its update, at the largest shape, before the first: what does not fit shows at once, and not later.
+"""Run one training step at the largest shape before training, to check that ``micro_batch_size=auto`` fits the GPU.
 
-Nothing is left of it: no gradient, no random number, no batch of the run. What the optimizer will keep is held free
-meanwhile, as it comes with the first update. So ``micro_batch_size=auto`` need not rely on what was foretold.
+The step has no optimizer update and leaves no trace: no gradients, unchanged random state, no batch consumed. Memory
+for the optimizer state, which is allocated in the first update, is reserved during the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from runner.config.schema import divisors
 from runner.errors import LESS_MEMORY, ConfigError, Fault
 from runner.models import shards
-from runner.train import inputs
+from runner.train.inputs import compute_at_once
 from runner.train.memory import usage
 from runner.train.prefetch import Prefetcher
 
@@ -26,57 +26,58 @@ if TYPE_CHECKING:
     from runner.train.loop import Parts
 
 DEVICES = ("cuda",)
-"""Where memory runs out with an error that can be caught: a CPU's system kills the process."""
+"""Devices that raise an error when out of memory; on a CPU the system kills the process."""
 FAR = 0.1
-"""Part of what was foretold by which the peak may differ without a word."""
+"""Relative difference between measured and estimated peak above which a warning is logged."""
 log = logging.getLogger("runner")
 
 
-def fit(made: Inputs, parts: Parts) -> tuple[Inputs, Parts, dict[str, float]]:
-    """What ``micro_batch_size=auto`` foretold, tried: with fewer rows at a time where so many do not fit on every rank.
+def fit(inputs: Inputs, parts: Parts) -> tuple[Inputs, Parts, dict[str, float]]:
+    """Try the micro-batch chosen by ``micro_batch_size=auto``; reduce it until a step fits on every rank.
 
-    Returns also the metrics ``memory/expected_gib`` and ``memory/probed_gib``, of this rank; none where nothing was
-    tried: on a CPU, where the rows were given, and in shards, where ranks that compute wait for one that cannot.
+    Also returns the metrics ``memory/expected_gib`` and ``memory/probed_gib`` of this rank. Nothing is tried, and the
+    metrics are empty, on a CPU, if the micro-batch size was set, and with FSDP, where the other ranks would wait for a
+    rank that is out of memory.
 
     Raises:
         ConfigError: not even one row fits.
     """
-    in_shards = any(map(shards.is_sharded, parts.model.parameters()))
-    if made.estimate is None or made.device.type not in DEVICES or in_shards:
-        return made, parts, {}
-    rows, peak = _that_fit(made, parts)
+    sharded = any(map(shards.is_sharded, parts.model.parameters()))
+    if inputs.estimate is None or inputs.device.type not in DEVICES or sharded:
+        return inputs, parts, {}
+    rows, peak = _largest_that_fits(inputs, parts)
     rows = min(parts.ranks.gather(rows))
     if not rows:
-        problem = f"a step of one row, {made.batches.largest.length} tokens long, does not fit on {made.device}"
+        problem = f"a step of one row, {inputs.batches.largest.length} tokens long, does not fit on {inputs.device}"
         raise ConfigError(Fault("model", problem, LESS_MEMORY))
-    metrics = _compared(made, peak) if rows == made.settings.rows_at_a_time else {}
-    return *_cut(made, parts, rows), metrics
+    metrics = _compared(inputs, peak) if rows == inputs.settings.rows_at_a_time else {}
+    return *_cut(inputs, parts, rows), metrics
 
 
-def _that_fit(made: Inputs, parts: Parts) -> tuple[int, int]:
-    """The most rows that fit on this rank, 0 where none does; and the peak in bytes."""
+def _largest_that_fits(inputs: Inputs, parts: Parts) -> tuple[int, int]:
+    """(largest number of rows that fits on this rank, its peak in bytes); (0, 0) if not even one row fits."""
     start = parts.settings.rows_at_a_time
     choices = [rows for rows in reversed(divisors(parts.settings.per_device_batch_size)) if rows <= start]
     for rows, smaller in zip(choices, [*choices[1:], 0], strict=True):
-        _, tried = _cut(made, parts, rows)
-        if (peak := _peak_of_step(made, tried)) is not None:
+        _, smaller_parts = _cut(inputs, parts, rows)
+        if (peak := _peak_of_step(inputs, smaller_parts)) is not None:
             return rows, peak
         if smaller:
             log.warning(
-                f"{rows} rows at a time do not fit on {made.device}: trying {smaller}; the batch stays the same"
+                f"{rows} rows at a time do not fit on {inputs.device}: trying {smaller}; the batch stays the same"
             )
     return 0, 0
 
 
-def _peak_of_step(made: Inputs, parts: Parts) -> int | None:
-    """Bytes at the peak of forward and backward pass; None where there were not so many."""
-    device, fits = made.device, True
+def _peak_of_step(inputs: Inputs, parts: Parts) -> int | None:
+    """Peak bytes of one forward and backward pass; None if out of memory."""
+    device, fits = inputs.device, True
     _forget(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            _step(made, parts)
+            _step(inputs, parts)
         except torch.OutOfMemoryError:
-            fits = False  # what is cleared below still hangs on the error here
+            fits = False  # memory is released below: the error still references the tensors here
     peak = _peak_bytes(device)
     for parameter in parts.model.parameters():
         parameter.grad = None
@@ -84,38 +85,39 @@ def _peak_of_step(made: Inputs, parts: Parts) -> int | None:
     return peak if fits else None
 
 
-def _step(made: Inputs, parts: Parts) -> None:
-    assert made.estimate is not None
-    held = torch.empty(made.estimate.memory.optimizer, dtype=torch.uint8, device=made.device)
+def _step(inputs: Inputs, parts: Parts) -> None:
+    assert inputs.estimate is not None
+    optimizer_state = torch.empty(inputs.estimate.memory.optimizer, dtype=torch.uint8, device=inputs.device)
     parts.model.train()
-    batch = parts.spread.on_device(parts.batches.heaviest())
-    # From the second micro-batch on the gradients of those before are there while it computes.
+    batch = parts.wrapped.on_device(parts.batches.heaviest())
+    # The second pass runs with the gradients of the first, as in gradient accumulation.
     for _ in range(2 if parts.batches.per_step > parts.batches.per_micro_batch else 1):
-        with parts.spread.accumulating(False):
-            with parts.spread.computing():
-                loss = parts.spread.forward(batch)["loss"]
+        with parts.wrapped.accumulating(False):
+            with parts.wrapped.autocasting():
+                loss = parts.wrapped.forward(batch)["loss"]
             (loss / max(batch["trained"], 1)).backward()
-    del held
+    del optimizer_state
 
 
-def _cut(made: Inputs, parts: Parts, rows: int) -> tuple[Inputs, Parts]:
-    """Both with another micro-batch."""
+def _cut(inputs: Inputs, parts: Parts, rows: int) -> tuple[Inputs, Parts]:
+    """Inputs and parts with micro-batches of ``rows`` rows."""
     if rows == parts.settings.rows_at_a_time:
-        return made, parts
-    made = inputs.compute_at_once(made, rows)
+        return inputs, parts
+    inputs = compute_at_once(inputs, rows)
     batches, evaluation = parts.batches.cut_into(rows), parts.evaluation.cut_into(rows)
-    ahead = Prefetcher(batches, made.device, made.total_steps)
-    return made, replace(parts, settings=made.settings, batches=batches, evaluation=evaluation, ahead=ahead)
+    prefetcher = Prefetcher(batches, inputs.device, inputs.total_steps)
+    parts = replace(parts, settings=inputs.settings, batches=batches, evaluation=evaluation, prefetcher=prefetcher)
+    return inputs, parts
 
 
-def _compared(made: Inputs, peak: int) -> dict[str, float]:
-    """What was foretold beside what was seen; said where it is far from it."""
-    assert made.estimate is not None
-    foretold = made.estimate.memory.total - made.estimate.memory.libraries
-    if abs(peak - foretold) > FAR * foretold:
+def _compared(inputs: Inputs, peak: int) -> dict[str, float]:
+    """Metrics of estimated and measured peak; logs a warning if they differ by more than ``FAR``."""
+    assert inputs.estimate is not None
+    estimated = inputs.estimate.memory.total - inputs.estimate.memory.libraries
+    if abs(peak - estimated) > FAR * estimated:
         gib = usage.GIB
-        log.warning(f"a step takes {peak / gib:.2f} GiB at its peak, and {foretold / gib:.2f} GiB were foretold")
-    return {"memory/expected_gib": foretold / usage.GIB, "memory/probed_gib": peak / usage.GIB}
+        log.warning(f"peak memory of a step: {peak / gib:.2f} GiB measured, {estimated / gib:.2f} GiB estimated")
+    return {"memory/expected_gib": estimated / usage.GIB, "memory/probed_gib": peak / usage.GIB}
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -123,7 +125,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _forget(device: torch.device) -> None:
-    """Give back what is free, and let the peak begin anew."""
+    """Empty the cache of the allocator and reset its peak statistics."""
     gc.collect()
     if device.type == "cuda":
         with contextlib.suppress(RuntimeError):

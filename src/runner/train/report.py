@@ -1,4 +1,4 @@
-"""What a run says of itself: the header before it, the summary after it, and the numbers both leave in the folder."""
+"""Terminal output of a run (header, summary) and the entries it writes to manifest.json."""
 
 from __future__ import annotations
 
@@ -28,44 +28,44 @@ if TYPE_CHECKING:
     from runner.train.loop import Parts
 
 MANY_TRUNCATED = 0.1
-"""Part of the rows above which the limit is worth a thought."""
+"""Fraction of truncated rows above which the header also shows the longest row."""
 NOTHING = "(nothing)"
-"""What is shown of a model that ended its answer at once."""
+"""Shown for an empty answer of the model."""
 log = logging.getLogger("runner")
 
 
-def header(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -> None:
-    """What is about to be trained, on what, for how long."""
+def header(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
+    """Print model, device, data and steps before training."""
     from runner.models import pretrained
 
     counts = pretrained.describe(parts.model)
-    data, tokens = made.splits.report, made.batches.tokens_at(made.total_steps)
+    data, tokens = inputs.splits.report, inputs.batches.tokens_at(inputs.total_steps)
     terminal.header(
         {
             "run": f"{rundir.path}  (signature {signature(cfg)})",
-            "model": f"{made.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
+            "model": f"{inputs.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
-            "device": f"{made.device}, weights in {weights_in(parts)}, attention {attention_of(parts)}"
+            "device": f"{inputs.device}, weights in {weights_in(parts)}, attention {attention_of(parts)}"
             f"{_compiled(parts)}{_hint(cfg, parts)}{_processes(cfg, parts)}",
-            "data": f"{cfg['data'].get('path') or made.splits.name}: {data.train_rows} rows to train on, "
-            f"{data.eval_rows} held out, {parts.batches.efficiency:.0%} of each batch used"
+            "data": f"{cfg['data'].get('path') or inputs.splits.name}: {data.train_rows} training rows, "
+            f"{data.eval_rows} held out, {parts.batches.efficiency:.0%} of the tokens in a batch are not padding"
             + (f", {truncated(cfg, data)}" if data.truncated else "")
             + (f", {data.dropped} dropped" if data.dropped else ""),
-            "steps": f"{made.total_steps} of about {tokens // max(made.total_steps, 1)} tokens"
-            f"{_of_batch(parts)}{made.cut}",
+            "steps": f"{inputs.total_steps} of about {tokens // max(inputs.total_steps, 1)} tokens"
+            f"{_of_batch(parts)}{inputs.cut}",
         }
     )
 
 
 def truncated(cfg: Mapping[str, Any], data: DataReport) -> str:
-    """How many rows lose their end, and what to do where they are many."""
+    """How many rows are truncated, with the longest row if many are."""
     many = data.truncated > MANY_TRUNCATED * (data.train_rows + data.eval_rows)
     longest = f" (the longest has {data.longest} tokens)" if many else ""
     return f"{data.truncated} truncated at data.max_length={cfg['data']['max_length']}{longest}"
 
 
 def _of_batch(parts: Parts) -> str:
-    """Of several processes each has its own rows: what a step learns from is said where one may expect otherwise."""
+    """Rows per step and per process; empty for a single process."""
     world, rows = parts.ranks.world, parts.batches.per_step
     return f" ({rows} rows, {rows // world} in each of {world} processes)" if world > 1 else ""
 
@@ -75,23 +75,23 @@ def _processes(cfg: Mapping[str, Any], parts: Parts) -> str:
 
 
 def _compiled(parts: Parts) -> str:
-    """What compile=auto came to, where there was a choice: on a GPU."""
-    if not parts.compile.settled or parts.spread.device.type != "cuda":
+    """The result of compile=auto; empty on a CPU, where it has no effect."""
+    if not parts.compile.settled or parts.wrapped.device.type != "cuda":
         return ""
     return f", not compiled: {parts.compile.reason}" if parts.compile.reason else ", each layer compiled"
 
 
 def _hint(cfg: Mapping[str, Any], parts: Parts) -> str:
-    """What would be faster on this device."""
+    """A faster model.dtype for this device, if any."""
     from runner.models.dtypes import faster_dtype
 
     used = next(parts.model.parameters()).dtype
-    faster = faster_dtype(used, parts.spread.device) if cfg["model"]["dtype"] == "auto" else None
-    return f" (model.dtype={faster} is faster here, and less precise)" if faster else ""
+    faster = faster_dtype(used, parts.wrapped.device) if cfg["model"]["dtype"] == "auto" else None
+    return f" (model.dtype={faster} is faster on this device, but less precise)" if faster else ""
 
 
 def attention_of(parts: Parts) -> str:
-    """The implementation that the model attends with."""
+    """The attention implementation of the model."""
     config: Any = parts.model.config
     return str(getattr(config, "_attn_implementation", None) or "its own").replace("_", " ")
 
@@ -107,43 +107,48 @@ def weights_in(parts: Parts) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def manifest(cfg: Mapping[str, Any], made: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:
-    """What only the worker knows: where model and data came from, and the machine it runs on."""
-    data = {**data_identity(cfg, made), "name": made.splits.name, "report": asdict(made.splits.report)}
-    model = {"name": made.source.name, "path": made.source.path, "revision": made.source.revision}
-    found = {"data": data, "model": model, "hardware": _hardware(rundir, made)}
-    settled = {"compile": parts.compile.settled} if parts.compile.settled else {}
-    return {**found, "micro_batch_size": made.settings.rows_at_a_time, **settled}
+def manifest(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:
+    """Entries of manifest.json written by the worker: data, model, hardware, micro-batch size, compile."""
+    data = {**data_identity(cfg, inputs), "name": inputs.splits.name, "report": asdict(inputs.splits.report)}
+    model = {"name": inputs.source.name, "path": inputs.source.path, "revision": inputs.source.revision}
+    choice = {"compile": parts.compile.settled} if parts.compile.settled else {}
+    return {
+        "data": data,
+        "model": model,
+        "hardware": _hardware(rundir, inputs),
+        "micro_batch_size": inputs.settings.rows_at_a_time,
+        **choice,
+    }
 
 
-def data_identity(cfg: Mapping[str, Any], made: Inputs) -> dict[str, Any]:
-    """What must be the same in each attempt at a run; ``function`` is the hash of a custom format's source text."""
+def data_identity(cfg: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """Data fields that must be equal in all attempts of a run; ``function``: hash of a custom format's source code."""
     from runner.data import formats
 
     form = cfg["data"].get("format") or {}
     function = form.get("function")
     text = formats.source_text(function, form.get(user_code.PATHS) or ()) if function else None
     return {
-        "digest": made.splits.digest,
-        "revision": made.splits.revision,
-        "uri": made.splits.uri,
+        "digest": inputs.splits.digest,
+        "revision": inputs.splits.revision,
+        "uri": inputs.splits.uri,
         "function": hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
     }
 
 
-def _hardware(rundir: RunDir, made: Inputs) -> dict[str, Any]:
-    """The machine, as the submitter saw it, and the worker's device."""
+def _hardware(rundir: RunDir, inputs: Inputs) -> dict[str, Any]:
+    """Hardware recorded by the submitter, plus the worker's device."""
     import torch
 
-    known = dict(rundir.read_manifest().get("hardware", {}))
-    name = torch.cuda.get_device_name(made.device) if made.device.type == "cuda" else known.get("cpu")
-    return {**known, "device": str(made.device), "device_name": name, "threads": torch.get_num_threads()}
+    submitted = dict(rundir.read_manifest().get("hardware", {}))
+    name = torch.cuda.get_device_name(inputs.device) if inputs.device.type == "cuda" else submitted.get("cpu")
+    return {**submitted, "device": str(inputs.device), "device_name": name, "threads": torch.get_num_threads()}
 
 
 def summary(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) -> dict[str, Any]:
-    """The numbers at the end, read from the records: they are the same after a resume.
+    """The final numbers of a run, read from metrics.jsonl, so that they do not depend on resumes.
 
-    ``seconds`` are those of all attempts, without the time between them.
+    ``seconds``: training time of all attempts.
     """
     evaluations = [record for record in metrics_log.read(rundir) if "eval/loss" in record]
     first, last = evaluations[0], evaluations[-1]
@@ -161,20 +166,19 @@ def summary(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) ->
 
 
 def compiled(model: nn.Module, warm: int) -> dict[str, int]:
-    """What came of compiling, told and counted; ``warm`` are the graphs that there were after the first step."""
+    """Count and log graph breaks and recompilations; ``warm`` is the number of graphs after the first step."""
     if not compilation.is_compiled(model):
         return {}
     breaks, later = compilation.graph_breaks(), compilation.graphs() - warm
     for reason in breaks:
-        log.warning(f"graph break, {reason}")
+        log.warning(f"graph break: {reason}")
     if later:
-        remedy = "TORCH_LOGS=recompiles says why"
-        log.warning(f"graphs compiled after the first step: {later}; {remedy}")
+        log.warning(f"graphs compiled after the first step: {later}; for the reasons set TORCH_LOGS=recompiles")
     return {"compile/graph_breaks": len(breaks), "compile/graphs_after_first_step": later}
 
 
 def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> None:
-    """The last words: what came out, where it lies, and what to do next; ``mirrored``: None where others see to it."""
+    """Print the result, its paths and the next command; ``mirrored``: None if another process uploads to MLflow."""
     state = rundir.read_state()
     if state.status == "completed":
         terminal.table("", ["", ""], _summary_rows(state.summary))
@@ -184,9 +188,8 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     if mirrored and mirrored.url:
         terminal.say(f"MLflow   {mirrored.url}")
     if mirrored and mirrored.unsent:
-        lacking = f"{mirrored.unsent} records ({mirrored.message})"
-        terminal.say(f"MLflow has not got {lacking}; they are safe in the run folder.")
-        terminal.say(f"bring them: python -m runner sync {rundir.path}")
+        terminal.say(f"not uploaded to MLflow: {mirrored.unsent} records ({mirrored.message})")
+        terminal.say(f"upload   python -m runner sync {rundir.path}")
     terminal.say(f"next     {_next_command(rundir, code if state.status != 'pruned' else 130)}")
 
 
@@ -209,14 +212,14 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
 
 def _show_samples(rundir: RunDir) -> None:
     samples = json.loads(rundir.samples.read_text()) if rundir.samples.exists() else []
-    said = [{key: str(text).strip() or NOTHING for key, text in sample.items()} for sample in samples]
-    rows = [[_last_words(s["prompt"]), s["before"], s["after"], s["reference"]] for s in said]
+    shown = [{key: str(text).strip() or NOTHING for key, text in sample.items()} for sample in samples]
+    rows = [[_last_line(s["prompt"]), s["before"], s["after"], s["reference"]] for s in shown]
     if rows:
         terminal.table("held-out prompts", ["prompt", "before", "after", "reference"], rows)
 
 
-def _last_words(prompt: str, length: int = 160) -> str:
-    """The end of a prompt without its markup: what was asked."""
+def _last_line(prompt: str, length: int = 160) -> str:
+    """The last line of a prompt without chat markup, at most ``length`` characters."""
     import re
 
     text = re.sub(r"<\|[^|>]*\|>\w*\n?", "\n", prompt).strip().splitlines()
@@ -230,8 +233,8 @@ def _next_command(rundir: RunDir, code: int) -> str:
         uri = rundir.read_manifest().get("mlflow", {}).get("uri", "")
         if not uri:
             return f"python -m runner sync {rundir.path}"
-        is_usual = uri == f"sqlite:///{Path('outputs').absolute() / 'mlflow.db'}"
-        return "python -m runner ui" if is_usual else f"python -m runner ui uri={uri}"
+        is_default = uri == f"sqlite:///{Path('outputs').absolute() / 'mlflow.db'}"
+        return "python -m runner ui" if is_default else f"python -m runner ui uri={uri}"
     if code in (75, 130):
         return f"python -m runner resume={rundir.path}"
     return f"see {rundir.log}; then python -m runner resume={rundir.path} retry=true"

@@ -1,9 +1,9 @@
 """Learning-rate schedules: pure functions of the step, so that a resumed run needs no schedule state.
 
-Each returns the factor on ``optim.learning_rate`` for optimizer step ``step`` (0 … total - 1). No step is wasted: in
-transformers the first step of a warm-up has the factor 0; here it has ``1 / warmup``, and the end of the curve lies
-just behind the last step, so that this one still learns where ``min_ratio`` is 0. In other words, the factor of
-``step`` of ``total`` is transformers' of ``step + 1`` of ``total + 1``.
+Each returns the factor of ``optim.learning_rate`` for optimizer step ``step`` (0 … total - 1). No step has factor 0:
+the first step of a warm-up has ``1 / warmup`` (0 in transformers), and the curve ends one step after the last step, so
+that the last step still trains if ``min_ratio`` is 0. In other words, the factor of ``step`` of ``total`` equals
+transformers' factor of ``step + 1`` of ``total + 1``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def wsd(
 ) -> float:
     """Warm up, stay at the peak, and fall linearly over the last ``decay_ratio`` of the run.
 
-    Source: https://arxiv.org/abs/2404.06395 (section 4). ``decay_ratio`` is a part of all steps, rounded to whole ones.
+    Source: https://arxiv.org/abs/2404.06395 (section 4). ``decay_ratio`` is a fraction of all steps.
     """
     warm = warmup(total, warmup_steps, warmup_ratio)
     decay = round(decay_ratio * total)
@@ -52,8 +52,8 @@ def wsd(
         raise ConfigError(
             Fault(
                 "schedule.decay_ratio",
-                f"the decay ({decay} steps) and the warm-up ({warm}) do not fit into {total} steps",
-                "lower schedule.decay_ratio or the warm-up, or train for more steps",
+                f"decay ({decay} steps) plus warm-up ({warm} steps) exceed the {total} steps of the run",
+                "lower schedule.decay_ratio or the warm-up, or train more steps",
                 decay_ratio,
             )
         )
@@ -63,18 +63,18 @@ def wsd(
 
 
 def warmup(total: int, warmup_steps: int | None, warmup_ratio: float) -> int:
-    """The steps of the warm-up: as given, or ``warmup_ratio`` of ``total`` rounded up as transformers does.
+    """Number of warm-up steps: ``warmup_steps``, or ``warmup_ratio`` of ``total`` rounded up as in transformers.
 
     Raises:
-        ConfigError: a warm-up longer than the run, which would never reach its learning rate.
+        ConfigError: the warm-up is longer than the run, which would never reach its learning rate.
     """
     steps = math.ceil(total * warmup_ratio) if warmup_steps is None else warmup_steps
     if steps > total:
         raise ConfigError(
             Fault(
                 "schedule.warmup_steps",
-                f"the run has {total} steps: it would end before its warm-up does",
-                f"set it to {total} or less, or to null and give schedule.warmup_ratio",
+                f"the warm-up is longer than the run ({total} steps)",
+                f"set it to at most {total}, or to null and set schedule.warmup_ratio",
                 steps,
             )
         )
@@ -100,8 +100,8 @@ def check_wsd(
     if warmup_steps is None and warmup_ratio + decay_ratio > 1:
         yield Fault(
             "decay_ratio",
-            f"together with warmup_ratio={warmup_ratio} it is more than the whole run",
-            "let the two add up to at most 1",
+            f"plus warmup_ratio={warmup_ratio} is more than the whole run",
+            "reduce one of them: their sum must be at most 1",
             decay_ratio,
         )
 
@@ -110,14 +110,14 @@ def _two_warmups(warmup_steps: int | None, warmup_ratio: float) -> Iterator[Faul
     if warmup_steps is not None and warmup_ratio > 0:
         yield Fault(
             "warmup_steps",
-            f"is given together with warmup_ratio={warmup_ratio}; only one of the two can hold",
-            "set schedule.warmup_ratio=0, or leave schedule.warmup_steps at null",
+            f"cannot be combined with warmup_ratio={warmup_ratio}",
+            "set schedule.warmup_ratio=0, or schedule.warmup_steps=null",
             warmup_steps,
         )
 
 
 def _progress(step: int, total: int, warm: int) -> tuple[float, float]:
-    """How far the warm-up has risen at ``step`` (0 … 1], and how much of what follows it is done [0 … 1)."""
+    """(warm-up factor at ``step`` in (0, 1], progress after the warm-up in [0, 1))."""
     at = step + 1
     rise = min(1.0, at / warm) if warm else 1.0
     return rise, max(0.0, (at - warm) / (total + 1 - warm))

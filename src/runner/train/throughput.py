@@ -1,4 +1,4 @@
-"""Speed: what a step costs, what the hardware could do, and what is used of it."""
+"""Measure throughput: tokens per second, FLOPs per token, peak FLOP/s and MFU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 from runner.files import cache_dir, write_atomic
 
 PEAK_TFLOPS = {
-    # name → (bf16, or fp16 where there is no bf16; float32), dense, from the makers' data sheets; the first match holds
+    # name → dense (bf16, or fp16 if no bf16; float32) TFLOP/s from the vendors' data sheets; the first match is used
     "GB200": (2500.0, 80.0),
     "B200": (2250.0, 75.0),
     "H200": (989.0, 67.0),
@@ -40,38 +40,38 @@ PEAK_TFLOPS = {
     "T4": (65.0, 8.1),
 }
 WINDOW = 50
-"""Steps over which the time of a step is averaged."""
+"""Number of recent steps over which ``train/step_seconds`` is averaged."""
 
 
 @dataclass
 class Timing:
-    """What steps took."""
+    """Accumulated time of steps."""
 
     steps: int = 0
     tokens: int = 0
-    """Useful ones: padding is none."""
+    """Without padding."""
     seconds: float = 0.0
     waited: float = 0.0
-    """Seconds of those in which the step waited for data."""
+    """Part of ``seconds`` spent waiting for data."""
 
     def __add__(self, other: Timing) -> Timing:
-        return Timing(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Timing(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Meter:
-    """Speed over a whole run, earlier attempts included.
+    """Throughput of a whole run, earlier attempts included.
 
-    A process's first step (compiling, warming up) counts only while there is no other.
+    The first step of a process (compilation, warm-up) is not counted, unless it is the only one.
     """
 
     def __init__(self, flops_per_token: float, peak_flops: float) -> None:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self.timing, self._first = Timing(), Timing()  # of all steps that count, and of this process's first
+        self.timing, self._first = Timing(), Timing()  # all counted steps; the first step of this process
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.start()
 
-    def go_on(self, before: Timing) -> None:
-        """Count on from what the steps of earlier attempts took."""
+    def resume(self, before: Timing) -> None:
+        """Continue from the timing of earlier attempts."""
         self.timing = before
 
     def start(self) -> None:
@@ -79,13 +79,13 @@ class Meter:
         self._since = time.perf_counter()
 
     pause = start
-    """What was done since the last step (an evaluation, a checkpoint) is not to count."""
+    """Exclude the time since the last step (an evaluation, a checkpoint)."""
 
     def step(self, tokens: int, waited: float = 0.0) -> None:
-        """Note a finished step: its useful tokens, and the seconds it waited for data."""
+        """Count a finished step: its tokens without padding, and the seconds it waited for data."""
         now = time.perf_counter()
         done = Timing(1, tokens, now - self._since, waited)
-        # Beside other work a peak is measured that the run itself then exceeds: it was none.
+        # A peak measured while other programs were running is too low; a faster step corrects it.
         self._peak_flops = max(self._peak_flops, tokens / done.seconds * self._flops_per_token)
         if self._first.steps:
             self.timing += done
@@ -95,8 +95,8 @@ class Meter:
         self._since = now
 
     def rates(self) -> dict[str, float]:
-        """Useful tokens per second, the part of the time spent waiting for data, and MFU, of the run so far; and the
-        seconds of one of the last steps."""
+        """Tokens per second (without padding), data wait fraction and MFU of the run so far, and the mean seconds of
+        recent steps."""
         timing = self.timing if self.timing.steps else self._first
         if not timing.steps:
             return {}
@@ -111,14 +111,14 @@ class Meter:
 
 
 def flops_per_token(model: nn.Module, length: int, trained: float = 1.0) -> float:
-    """Floating-point operations of training on one token of a document of ``length`` tokens.
+    """Training FLOPs per token of a document of ``length`` tokens.
 
-    2 for each weight in the forward pass, 2 for the gradient of its input, 2 for its own gradient where it is trained:
-    6 N for full fine-tuning, 4 N + 2 N_adapter for LoRA. Embeddings are looked up, not multiplied; the head is, for the
-    part ``trained`` of the tokens. Of mixture-of-experts layers only the experts used count. Causal attention adds
-    2 * span * heads * head_dim for each layer, and 2.5 times that backward (FlashAttention-2,
-    https://arxiv.org/abs/2307.08691, section 4.1), where ``span`` is the length or a shorter sliding window. With
-    packing it is the length of the documents that counts, so a row's length overstates.
+    Per weight: 2 in the forward pass, 2 for the gradient of its input, 2 for its own gradient if it is trained. So
+    6 N for full fine-tuning, 4 N + 2 N_adapter for LoRA. Embeddings cost nothing (a lookup). The head counts for the
+    fraction ``trained`` of the tokens. In mixture-of-experts layers only active experts count. Causal attention adds
+    2 * span * heads * head_dim per layer, and 2.5 times that in the backward pass (FlashAttention-2,
+    https://arxiv.org/abs/2307.08691, section 4.1); ``span`` is the length, or a shorter sliding window. With packing,
+    the length of a row overestimates attention, because tokens attend only within their document.
     """
     head = {id(module) for module in _head(model).modules()}
     used = _experts_used(_config(model))
@@ -131,7 +131,7 @@ def flops_per_token(model: nn.Module, length: int, trained: float = 1.0) -> floa
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s: the maker's figure for a known GPU, else the best matrix product seen here, now or before."""
+    """Peak FLOP/s: the vendor's figure of a known GPU, else the best matmul measured on this machine (cached)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     if device.type == "cuda":
         for known, (half, single) in PEAK_TFLOPS.items():
@@ -139,14 +139,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
                 return (single if dtype == torch.float32 else half) * 1e12
     key = f"{name}/{torch.get_num_threads()}/{dtype}/{torch.__version__}"
     file = cache_dir("meters") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    before = json.loads(file.read_text())["flops"] if file.exists() else 0.0
-    best = max(_measured_flops(device, dtype, seconds=0.05 if before else 0.2), before)
+    cached = json.loads(file.read_text())["flops"] if file.exists() else 0.0
+    best = max(_measured_flops(device, dtype, seconds=0.05 if cached else 0.2), cached)
     write_atomic(file, json.dumps({"key": key, "flops": best}))
     return float(best)
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The module's own weights that multiply its input; a tied head has the embedding's, and does multiply."""
+    """The module's own weight matrices, without embeddings; a tied head yields the embedding's weight."""
     if not isinstance(module, nn.Embedding):
         for parameter in module.parameters(recurse=False):
             if parameter.ndim >= 2:
@@ -154,7 +154,7 @@ def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    packed = getattr(parameter, "quant_state", None)  # bitsandbytes' 4-bit weights: two in a byte
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes 4-bit weights: two values per byte
     return int(math.prod(packed.shape)) if packed is not None else parameter.numel()
 
 
@@ -164,7 +164,7 @@ def _head(model: Any) -> nn.Module:
 
 
 def _attention_flops(config: Any, length: int) -> float:
-    """Forward, one token, all layers: scores and weighted values, half of which a causal mask leaves out."""
+    """Forward FLOPs of attention per token over all layers; the causal mask halves them."""
     if config is None or not hasattr(config, "num_attention_heads"):
         return 0.0
     layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -185,10 +185,7 @@ def _experts_used(config: Any) -> float:
 
 
 def _config(model: Any) -> Any:
-    return _text(getattr(model, "config", None))
-
-
-def _text(config: Any) -> Any:
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -209,7 +206,7 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = [line for line in lines if line.startswith("flags")]  # virtual machines hide the model, not what it can do
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = [line for line in lines if line.startswith("flags")]  # virtual machines hide the model, but not its flags
     digest = hashlib.sha256("".join(flags[:1]).encode()).hexdigest()[:8]
-    return f"{named[0]} {digest}" if named else platform.processor() or platform.machine()
+    return f"{names[0]} {digest}" if names else platform.processor() or platform.machine()

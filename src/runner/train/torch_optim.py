@@ -1,4 +1,4 @@
-"""Any optimizer of torch.optim by its name, its options checked against torch's source: no torch is loaded for that."""
+"""Any optimizer of torch.optim by name. Its options are checked against torch's source without importing torch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from runner.train.optim import Groups
 
 CLOSURE_OR_SPARSE = {
-    "LBFGS": "it evaluates the loss several times a step, which the training loop does not do",
-    "SparseAdam": "it takes sparse gradients only, which language models do not have",
-    "Muon": "it takes matrices only, and a model has biases and norms too",
+    "LBFGS": "it evaluates the loss several times per step, which the train loop does not support",
+    "SparseAdam": "it supports only sparse gradients, which language models do not have",
+    "Muon": "it supports only matrices, but models also have biases and norms",
 }
-"""Classes of torch.optim that cannot train a language model by themselves."""
+"""Classes of torch.optim that cannot train a language model, and why."""
 
 
 def torch_optimizer(
     groups: Groups, *, name: str, learning_rate: Positive, weight_decay: NotNegative, **options: Any
 ) -> Optimizer:
-    """Any class of torch.optim by its name, with its own options; what holds for the options of ``optim`` holds here.
+    """Any class of torch.optim by name, with its own options; same contract as the options in ``train/optim``.
 
     Raises:
-        ConfigError: the class refuses a value.
+        ConfigError: the class rejects a value.
     """
     import torch
 
@@ -50,15 +50,15 @@ def check_torch_optimizer(*, name: str, learning_rate: float, weight_decay: floa
     known = _constructors()
     if name not in known:
         listed = ", ".join(sorted(set(known) - set(CLOSURE_OR_SPARSE)))
-        remedy = f"{suggest(name, known)} there are: {listed}".strip()
+        remedy = f"{suggest(name, known)} available: {listed}".strip()
         yield Fault("name", "torch.optim has no such class", remedy, name)
     elif name in CLOSURE_OR_SPARSE:
-        better = "use optim=muon" if name == "Muon" else "choose another, such as AdamW or Adagrad"
-        yield Fault("name", f"cannot train here: {CLOSURE_OR_SPARSE[name]}", better, name)
+        better = "use optim=muon" if name == "Muon" else "use another class, such as AdamW or Adagrad"
+        yield Fault("name", f"cannot be used here: {CLOSURE_OR_SPARSE[name]}", better, name)
     else:
         yield from _option_faults(known[name], options)
         if weight_decay and "weight_decay" not in known[name]:
-            yield Fault("weight_decay", f"{name} has none", "set optim.weight_decay=0", weight_decay)
+            yield Fault("weight_decay", f"{name} has no weight decay", "set optim.weight_decay=0", weight_decay)
 
 
 def _option_faults(annotations: dict[str, str], options: dict[str, Any]) -> Iterator[Fault]:
@@ -72,7 +72,7 @@ def _option_faults(annotations: dict[str, str], options: dict[str, Any]) -> Iter
 
 
 def _mismatch(value: object, annotation: str) -> str:
-    # As written in torch's source: "float", "bool | None", "float | Tensor"; torch itself checks what is not plain.
+    # Annotations in torch's source: "float", "bool | None", "float | Tensor"; torch itself checks other types.
     plain: dict[str, Any] = {"float": float, "int": int, "bool": bool, "str": str, "None": None, "Tensor": float}
     words = [word.strip() for word in annotation.split("|")]
     if not set(words) <= set(plain):
@@ -83,7 +83,7 @@ def _mismatch(value: object, annotation: str) -> str:
 
 @functools.cache
 def _constructors() -> dict[str, dict[str, str]]:
-    """torch.optim's classes → the options of their constructors → annotation, read from the source: no torch loaded."""
+    """{optimizer class: {option: annotation}}, parsed from torch's source without importing torch."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None

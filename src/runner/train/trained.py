@@ -1,4 +1,4 @@
-"""From RUN to what it has trained: the base it was trained on, with its adapter, or the whole model."""
+"""Load the model that a run has trained: base model plus adapter, or the fully fine-tuned model."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 AGAIN = {
-    "completed": "its folder model/ is gone: train it again",
-    "running": "wait until it is through: python -m runner status {run}",
-    "failed": "python -m runner logs {run} says why; python -m runner resume={run} retry=true tries again",
+    "completed": "its folder model/ was deleted: train the run again",
+    "running": "wait until it has completed: python -m runner status {run}",
+    "failed": "see the reason with python -m runner logs {run}; retry with python -m runner resume={run} retry=true",
 }
-"""What to do about a run that has no model, by how it stands."""
+"""Status → what to do about a run without a model."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that has a model; nothing of it is loaded yet."""
+    """A run that has a model, not loaded yet."""
 
     rundir: RunDir
     cfg: dict[str, Any]
     base_path: str | None = None
-    """Where its base model lies now, if not where the configuration says."""
+    """The path of the base model, if it has moved since training."""
 
     @property
     def is_adapter(self) -> bool:
@@ -47,27 +47,27 @@ class Trained:
 
     @cached_property
     def base(self) -> ModelSource:
-        """The base model, its weights not read.
+        """The source of the base model; does not load weights.
 
         Raises:
-            ConfigError: it is gone.
+            ConfigError: the base model does not exist.
         """
         from runner.models import pretrained
 
         node = self.cfg["model"]
         if self.base_path is not None:
-            kept = {"revision": None, "trust_remote_code": False, **_common(node)}
-            node = {TARGET: "runner.models.sources.pretrained", "path": self.base_path, **kept}
+            settings = {"revision": None, "trust_remote_code": False, **_common(node)}
+            node = {TARGET: "runner.models.sources.pretrained", "path": self.base_path, **settings}
         try:
             return pretrained.resolve(bind(node, "model")())
         except ConfigError as error:
-            remedy = "or, where the base model of this run lies elsewhere now, add model.path=FOLDER"
-            told = [replace(fault, remedy=f"{fault.remedy}; {remedy}".lstrip("; ")) for fault in error.faults]
-            raise ConfigError(*told) from error
+            remedy = "or, if the base model of this run has moved, add model.path=FOLDER"
+            faults = [replace(fault, remedy=f"{fault.remedy}; {remedy}".lstrip("; ")) for fault in error.faults]
+            raise ConfigError(*faults) from error
 
     @cached_property
     def result(self) -> ModelSource:
-        """What carries the tokenizer, and of full fine-tuning the weights."""
+        """The source of the tokenizer and, after full fine-tuning, of the weights."""
         if self.is_adapter:
             return self.base
         node = {**_common(self.cfg["model"]), "path": str(self.rundir.model), "revision": None}
@@ -77,7 +77,7 @@ class Trained:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """As it was in training, chat template included."""
+        """The tokenizer of the training, including its chat template."""
         from runner.models import pretrained
 
         return pretrained.tokenizer(self.result)
@@ -101,12 +101,12 @@ def load(
     quant: Quant | None = None,
     unties: bool = False,
 ) -> Any:
-    """The fine-tuned model, in eval mode; ``dtype`` and ``quant`` stand in for those of the run.
+    """Load the fine-tuned model in eval mode; ``dtype`` and ``quant`` replace those of the run.
 
-    ``unties``: an adapter that changes the embeddings or the head gets a head of its own beside them.
+    ``unties``: untie head and embeddings if the adapter changes one of them.
 
     Raises:
-        ConfigError: weights that are missing, damaged, or not those of this base.
+        ConfigError: the weights are missing, damaged, or do not fit the base model.
     """
     from runner.models import pretrained
 
@@ -123,7 +123,7 @@ def load(
 def load_base(
     trained: Trained, device: torch.device | str, *, dtype: Precision | None = None, quant: Quant | None = None
 ) -> Any:
-    """The model as it was before, in eval mode."""
+    """Load the base model in eval mode."""
     from runner.models import pretrained
 
     terminal.loading(f"{trained.base.name}, the base of {terminal.nearest(trained.rundir.path)}")
@@ -133,19 +133,19 @@ def load_base(
 
 @contextlib.contextmanager
 def without_adapter(model: Any) -> Iterator[Any]:
-    """The model as it was before training, while the block runs; only where it ``has_base_inside``."""
+    """Disable the adapter while the block runs; gives the base model only if ``has_base_inside``."""
     with model.disable_adapter():
         yield model
 
 
 def has_base_inside(model: Any) -> bool:
-    """Whether switching the adapter off gives the base: trained biases (``lora.bias``) stay in place."""
+    """Whether disabling the adapter gives the base model; not with trained biases (``lora.bias``), which stay active."""
     configs = getattr(model, "peft_config", {}).values()
     return bool(configs) and all(getattr(config, "bias", "none") == "none" for config in configs)
 
 
 def quiet() -> None:
-    """Libraries at work for a verb say nothing but errors, on the terminal or anywhere."""
+    """Silence warnings and progress bars of libraries; only errors remain."""
     import logging
     import warnings
 
@@ -165,18 +165,21 @@ def _adapted(base: Any, trained: Trained) -> Any:
     from peft import PeftModel
 
     weights = trained.rundir.model / ADAPTER_WEIGHTS
-    if problem := model_folder.damage(weights) if weights.is_file() else "is missing":
+    if problem := model_folder.damage(weights) if weights.is_file() else "does not exist":
         raise ConfigError(Fault("", f"{weights} {problem}", "train the run again, or restore the file"))
     try:
         return PeftModel.from_pretrained(base, str(trained.rundir.model)).eval()
     except (RuntimeError, ValueError, KeyError) as error:
         if "out of memory" in str(error):
             raise
-        problem = f"the adapter does not fit on {trained.base.path}: {str(error).splitlines()[0][:200]}"
-        raise ConfigError(Fault("model.path", problem, "name the base model that the run was trained on")) from error
+        problem = f"the adapter does not fit the base model {trained.base.path}: {str(error).splitlines()[0][:200]}"
+        raise ConfigError(
+            Fault("model.path", problem, "set it to the base model that the run was trained on")
+        ) from error
 
 
 def _untie(base: Any, trained: Trained) -> None:
+    """Give the head a copy of the tied embedding weight, if the adapter changes the embeddings or the head."""
     from torch import nn
 
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -187,7 +190,7 @@ def _untie(base: Any, trained: Trained) -> None:
 
 
 def _changes_embeddings(base: Any, trained: Trained) -> bool:
-    """Whether the adapter holds weights for the embeddings or the head."""
+    """Whether the adapter contains weights for the embeddings or the head."""
     from safetensors import safe_open
 
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
@@ -197,10 +200,11 @@ def _changes_embeddings(base: Any, trained: Trained) -> bool:
 
 
 def refuse_without_model(rundir: RunDir) -> None:
+    """Raise a ConfigError if the run has no model."""
     if any((rundir.model / name).is_file() for name in (ADAPTER, "config.json")):
         return
     (run,) = run_status.of([rundir])
     step = f" (step {run.state.step}/{run.state.total_steps})" if run.state.total_steps else ""
-    remedy = AGAIN.get("running" if run.is_live else run.status, "python -m runner resume={run} brings it to its end")
+    remedy = AGAIN.get("running" if run.is_live else run.status, "continue it with python -m runner resume={run}")
     problem = f"the run {terminal.nearest(rundir.path)} has no model yet: it is {run.status}{step}"
     raise ConfigError(Fault("", problem, remedy.format(run=terminal.nearest(rundir.path))))

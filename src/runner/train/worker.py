@@ -1,7 +1,7 @@
-"""One rank: from a prepared run folder to its end. It reads the folder and its environment, and nothing else.
+"""The worker: train one prepared run folder, as one rank. Reads only the folder and the environment variables.
 
-It starts or resumes, decided by what it finds: ``python -m runner.worker FOLDER`` is all a launcher has to run. Of
-several ranks all compute, and rank 0 alone holds the folder, writes into it and speaks.
+``python -m runner.worker FOLDER`` starts or resumes a run, depending on the folder's state. All ranks compute; only rank 0
+holds the lock of the folder, writes into it and prints to the terminal.
 """
 
 from __future__ import annotations
@@ -37,45 +37,45 @@ if TYPE_CHECKING:
 
 Ask = Callable[[list[str]], list[str]]
 STATE_EVERY_S = 0.5
-"""Between two writings of how far a run is: each waits for the disk, for milliseconds or, on a network, more."""
+"""Minimum seconds between two writes of state.json, because each write waits for the disk."""
 log = logging.getLogger("runner")
 
 
 class Loaded(NamedTuple):
-    """All that is needed to train; until it is there a run can be refused."""
+    """Everything needed to train; a run can be refused until this is loaded."""
 
     cfg: dict[str, Any]
-    made: Inputs
+    inputs: Inputs
     parts: Parts
     progress: Progress
     probed: dict[str, float]
-    """Metrics of the memory that was tried out."""
+    """Memory metrics of ``probe.fit``."""
 
 
 def work(rundir: RunDir, *, mirrored: bool = False) -> int:
-    """Bring the run in ``rundir`` to its end, or as far as it gets.
+    """Train the run in ``rundir`` until it completes, fails or is stopped.
 
-    ``mirrored``: another process brings the folder into MLflow, as for all runs of a sweep.
+    ``mirrored``: another process uploads the folder to MLflow, as for the runs of a sweep.
 
     Returns:
-        the exit code: 0 completed (now or earlier), 1 failed, 2 refused, 75 preempted, 130 interrupted. Ranks beyond 0
-        return 0 unless they fail: whoever started them stops the others when one ends with another code.
+        the exit code: 0 completed (now or earlier), 1 failed, 2 refused, 75 preempted, 130 interrupted. Ranks other
+        than 0 return 0 unless they fail, because launchers stop all ranks when one exits with another code.
     """
     ranks = of_environment()
     if ranks.rank:
         with silent(rundir.rank_log(ranks.rank)):
-            return _along(rundir, ranks)
-    with rundir.held() as mine:
-        found = rundir.read_state()
-        if not mine or found.status == "completed":
+            return _other_rank(rundir, ranks)
+    with rundir.held() as holds_lock:
+        state = rundir.read_state()
+        if not holds_lock or state.status == "completed":
             _dismiss(ranks)
-            return _found_completed(rundir) if mine else attach.follow(rundir)
+            return _completed_already(rundir) if holds_lock else attach.follow(rundir)
         if rundir.cancel_request.exists():
             _dismiss(ranks)
-            return _found_cancelled(rundir)
+            return _cancelled_already(rundir)
         with terminal.logging_to(rundir.log), Stop() as stop:
             code = _attempt(rundir, ranks, stop, mirrored)
-        if code == 2 and found.status == "pending" and not found.attempt:
+        if code == 2 and state.status == "pending" and not state.attempt:
             rundir.discard()
     if code != 1 and not stop.was_hasty:
         ranks.leave()
@@ -83,7 +83,7 @@ def work(rundir: RunDir, *, mirrored: bool = False) -> int:
 
 
 def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
-    """Train, and write down truthfully how it ended."""
+    """Train, and record how the attempt ended."""
     mirror, clock = None, Clock(rundir.read_state().seconds)
     try:
         outcome.clear(rundir)
@@ -92,9 +92,9 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
         mirror = None if mirrored else spawn.start_mirror(rundir, cfg)
         with stop.at_once():
             ranks.join()
-            is_given_up = rundir.prune_request.exists()
-            ranks.broadcast(not is_given_up)
-            if is_given_up:
+            is_pruned = rundir.prune_request.exists()
+            ranks.broadcast(not is_pruned)
+            if is_pruned:
                 raise Pruned(rundir.prune_request.read_text())
             if not mirrored:
                 terminal.loading("data and model")
@@ -103,7 +103,7 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
         rundir.write_state(status="completed", reason="", summary=summary, seconds=clock.seconds())
         code = 0
     except (Stopped, KeyboardInterrupt) as error:
-        # A launcher stops those that are left when one of the ranks fails.
+        # A launcher stops the remaining ranks when one rank fails.
         failed = outcome.last_words(rundir, ranks, wait_s=0.0)
         code = outcome.left_by_peer(rundir, clock, ranks) if failed else outcome.stopped(rundir, clock, error)
     except Exception as error:
@@ -115,8 +115,8 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
     return code
 
 
-def _along(rundir: RunDir, ranks: Ranks) -> int:
-    """The same way on the other ranks, which write nothing but their own log."""
+def _other_rank(rundir: RunDir, ranks: Ranks) -> int:
+    """``_attempt`` for ranks other than 0, which write only their own log."""
     clock = Clock(0.0)
     with terminal.logging_to(rundir.rank_log(ranks.rank), speaks=False), Stop() as stop:
         try:
@@ -124,8 +124,8 @@ def _along(rundir: RunDir, ranks: Ranks) -> int:
             _refuse_other_world(cfg, ranks)
             with stop.at_once():
                 ranks.join()
-                wanted = ranks.broadcast(False)
-                loaded = _load(rundir, cfg, ranks) if wanted else None
+                is_training = ranks.broadcast(False)
+                loaded = _load(rundir, cfg, ranks) if is_training else None
             if loaded:
                 _train(rundir, loaded, stop, clock)
         except (Stopped, KeyboardInterrupt) as error:
@@ -140,35 +140,35 @@ def _along(rundir: RunDir, ranks: Ranks) -> int:
 
 
 def _dismiss(ranks: Ranks) -> None:
-    """There is nothing to do for the others."""
+    """Let the other ranks exit without training."""
     ranks.join()
     ranks.broadcast(False)
     ranks.leave()
 
 
-def _found_completed(rundir: RunDir) -> int:
+def _completed_already(rundir: RunDir) -> int:
     print(f"{rundir.path} is completed already: nothing to do", file=sys.stderr)
     return 0
 
 
-def _found_cancelled(rundir: RunDir) -> int:
-    """Somebody cancelled it after it had been handed over, which forgets what was asked before."""
+def _cancelled_already(rundir: RunDir) -> int:
+    """Record that the run was cancelled between launch and start."""
     reason = rundir.cancel_request.read_text().strip() or "cancelled"
-    print(f"{rundir.path} is not begun: {reason}", file=sys.stderr)
-    with contextlib.suppress(OSError):  # a full disk
+    print(f"{rundir.path} is not started: {reason}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # disk full
         rundir.write_state(status="killed", reason=reason)
     return outcome.CODES["killed"]
 
 
 def _refuse_other_world(cfg: Mapping[str, Any], ranks: Ranks) -> None:
-    """A run is continued by as many processes as it began with: its batches are divided over them."""
-    wanted = parallel.processes_of(cfg["parallel"])
-    if wanted != ranks.world:
-        problem = f"this run is trained by {_processes(wanted)}, and {_processes(ranks.world)} started"
-        remedy = f"start it with launcher=accelerate launcher.processes={wanted}, torchrun or launcher=slurm"
-        if wanted == 1:
+    """Check the number of processes: the batches of a run are divided over a fixed number."""
+    expected = parallel.processes_of(cfg["parallel"])
+    if expected != ranks.world:
+        problem = f"this run needs {_processes(expected)}, but {_processes(ranks.world)} started"
+        remedy = f"use launcher=accelerate launcher.processes={expected}, torchrun or launcher=slurm"
+        if expected == 1:
             remedy = "start one process, or a new run with parallel=ddp"
-        raise LaunchError(Fault("parallel.processes", problem, remedy, wanted))
+        raise LaunchError(Fault("parallel.processes", problem, remedy, expected))
 
 
 def _processes(count: int) -> str:
@@ -176,49 +176,44 @@ def _processes(count: int) -> str:
 
 
 def _load(rundir: RunDir, cfg: dict[str, Any], ranks: Ranks) -> Loaded:
-    from runner.train import (
-        build,
-        inputs,
-        probe,  # torch and all that, only now
-    )
+    from runner.train import build, inputs, probe  # imports torch
 
     terminal.quiet_libraries()
 
     def read() -> Inputs:
         user_code.refuse_changed(cfg)
-        made = inputs.inputs(manifest.pinned(cfg, rundir), ranks)
-        _refuse_other_data(rundir, report.data_identity(cfg, made))
-        return made
+        run_inputs = inputs.inputs(manifest.pinned(cfg, rundir), ranks)
+        _refuse_other_data(rundir, report.data_identity(cfg, run_inputs))
+        return run_inputs
 
-    made = build.resolve_micro_batch_size(cfg, unanimous(ranks, read), ranks)
-    parts = unanimous(ranks, lambda: build.parts(cfg, made, rundir, ranks))
-    made, parts, probed = probe.fit(made, parts)
+    run_inputs = build.resolve_micro_batch_size(cfg, unanimous(ranks, read), ranks)
+    parts = unanimous(ranks, lambda: build.parts(cfg, run_inputs, rundir, ranks))
+    run_inputs, parts, probed = probe.fit(run_inputs, parts)
     if ranks.rank == 0:
-        report.header(cfg, made, parts, rundir)
-    return Loaded(cfg, made, parts, parts.checkpoints.restore(parts.model, parts.optimizer), probed)
+        report.header(cfg, run_inputs, parts, rundir)
+    return Loaded(cfg, run_inputs, parts, parts.checkpoints.restore(parts.model, parts.optimizer), probed)
 
 
 def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str, Any]:
-    """Train from where the run stands to its end; returns the numbers of the summary."""
+    """Train to the last step, save the model and the samples; return the numbers of the summary (rank 0)."""
     from runner.models import pretrained
     from runner.train import generate, loop
 
-    cfg, made, parts, progress, probed = loaded
+    cfg, inputs, parts, progress, probed = loaded
     leads = parts.ranks.rank == 0
     if leads:
         _begin(rundir, loaded)
     clock.start()
     in_step = parallel.kind_of(cfg["parallel"]) == "fsdp"
-    ask = partial(
-        generate.generate, parts.model, made.tokenizer, max_new_tokens=made.settings.sample_tokens, in_step=in_step
-    )
+    tokens = inputs.settings.sample_tokens
+    ask = partial(generate.generate, parts.model, inputs.tokenizer, max_new_tokens=tokens, in_step=in_step)
     with stop.at_once():
-        answered = _samples_before(rundir, made, ask, progress.step, parts.ranks)
+        samples = _samples_before(rundir, inputs, ask, progress.step, parts.ranks)
     graphs: list[int] = []
-    with _telling(rundir, made, clock, stop, graphs) if leads else _silent(stop) as hooks:
+    with _writing_hooks(rundir, inputs, clock, stop, graphs) if leads else _silent_hooks(stop) as hooks:
         progress = loop.train(parts, progress, hooks)
-    pretrained.save(parts.model, made.tokenizer, rundir.model, writes=leads)
-    _samples_after(rundir, ask, answered, writes=leads)
+    pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
+    _answer(rundir, ask, samples, "after", writes=leads)
     peaks = parts.extra_metrics()
     if not leads:
         return {}
@@ -228,39 +223,40 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
 
 
 def _begin(rundir: RunDir, loaded: Loaded) -> None:
-    cfg, made, parts, progress, _ = loaded
+    """Drop records after the checkpoint, and write manifest.json and state.json."""
+    cfg, inputs, parts, progress, _ = loaded
     metrics_log.rewind(rundir, progress.step, progress.evaluated)
-    rundir.update_manifest(**report.manifest(cfg, made, parts, rundir))
+    rundir.update_manifest(**report.manifest(cfg, inputs, parts, rundir))
     if progress.step:
-        log.info(f"resumed at step {progress.step}/{made.total_steps}")
+        log.info(f"resumed at step {progress.step}/{inputs.total_steps}")
     state = rundir.read_state()
     rundir.write_state(
         status="running", attempt=state.attempt + 1, pid=os.getpid(), host=os.uname().nodename, reason="",
-        step=progress.step, total_steps=made.total_steps, started=state.started or time.time(),
+        step=progress.step, total_steps=inputs.total_steps, started=state.started or time.time(),
         scheduler_id=slurm_client.own_id(),
     )  # fmt: skip
 
 
 @contextlib.contextmanager
-def _telling(rundir: RunDir, made: Inputs, clock: Clock, stop: Stop, graphs: list[int]) -> Iterator[Hooks]:
-    """The hooks of rank 0: into the folder and onto the terminal."""
+def _writing_hooks(rundir: RunDir, inputs: Inputs, clock: Clock, stop: Stop, graphs: list[int]) -> Iterator[Hooks]:
+    """The hooks of rank 0, which write to the run folder and the terminal."""
     from runner.train import loop
 
-    reached, told_at = rundir.read_state().step, 0.0
+    last_step, written_at = rundir.read_state().step, 0.0
 
-    def tell_state() -> None:
-        nonlocal told_at
-        rundir.write_state(step=reached, seconds=clock.seconds())
-        told_at = time.monotonic()
+    def write_state() -> None:
+        nonlocal written_at
+        rundir.write_state(step=last_step, seconds=clock.seconds())
+        written_at = time.monotonic()
 
-    with terminal.Display(made.total_steps) as display:
+    with terminal.Display(inputs.total_steps) as display:
 
         def record(step: int, metrics: dict[str, float]) -> None:
-            nonlocal reached
+            nonlocal last_step
             metrics_log.append(rundir, {"step": step, "time": time.time(), **metrics})
-            reached = step
-            if time.monotonic() - told_at >= STATE_EVERY_S:
-                tell_state()
+            last_step = step
+            if time.monotonic() - written_at >= STATE_EVERY_S:
+                write_state()
             display.record(step, metrics)
 
         def check_stop() -> None:
@@ -277,13 +273,13 @@ def _telling(rundir: RunDir, made: Inputs, clock: Clock, stop: Stop, graphs: lis
                 warm=lambda: graphs.append(compilation.graphs()),
             )
         finally:
-            with contextlib.suppress(OSError):  # a full disk: what ends the run says so
-                tell_state()
+            with contextlib.suppress(OSError):  # disk full: reported by the error that ends the run
+                write_state()
 
 
 @contextlib.contextmanager
-def _silent(stop: Stop) -> Iterator[Hooks]:
-    """The hooks of the other ranks."""
+def _silent_hooks(stop: Stop) -> Iterator[Hooks]:
+    """The hooks of the other ranks, which write nothing."""
     from runner.train import loop
 
     def nothing(*_: object) -> None:
@@ -292,46 +288,44 @@ def _silent(stop: Stop) -> Iterator[Hooks]:
     yield loop.Hooks(record=nothing, evaluating=nothing, saving=nothing, check_stop=stop.check, warm=nothing)
 
 
-def _refuse_other_data(rundir: RunDir, found: dict[str, Any]) -> None:
-    """A run goes on with the rows that it began with, or not at all; a rerun has those of its original."""
+def _refuse_other_data(rundir: RunDir, data: dict[str, Any]) -> None:
+    """Check that a resumed run has the same data as before, and a rerun the data of the original run."""
     manifest = rundir.read_manifest()
-    begun = manifest.get("data") or {}
+    before = manifest.get("data") or {}
     if manifest.get("rerun") and not rundir.read_state().attempt:
-        _refuse_others_than_original(begun, found)
-    if begun.get("digest", found["digest"]) != found["digest"]:
-        problem = f"{found['uri']} is not what this run began with (digest {found['digest']}, then {begun['digest']})"
+        _refuse_data_unlike_original(before, data)
+    if before.get("digest", data["digest"]) != data["digest"]:
+        problem = f"{data['uri']} has changed since this run began (digest {before['digest']}, now {data['digest']})"
         raise ResumeError(Fault("data", problem, "restore the data, or start a new run with it"))
-    if begun.get("function", found["function"]) != found["function"]:
-        problem = "the source text of the function has changed since this run began"
+    if before.get("function", data["function"]) != data["function"]:
+        problem = "the source code of the function has changed since this run began"
         raise ResumeError(Fault("data.format.function", problem, "restore it, or start a new run with it"))
 
 
-def _refuse_others_than_original(original: dict[str, Any], found: dict[str, Any]) -> None:
-    same = {key: original.get(key, found[key]) == found[key] for key in ("digest", "function")}
+def _refuse_data_unlike_original(original: dict[str, Any], data: dict[str, Any]) -> None:
+    same = {key: original.get(key, data[key]) == data[key] for key in ("digest", "function")}
     if not same["digest"]:
-        problem = f"{found['uri']} is not what the run was trained on that this repeats"
-        problem += f" (digest {found['digest']}, then {original['digest']})"
-        raise ResumeError(Fault("data", problem, "restore the data, or name where it lies with data.path=…"))
+        problem = f"{data['uri']} is not the data of the original run"
+        problem += f" (digest {original['digest']}, now {data['digest']})"
+        raise ResumeError(Fault("data", problem, "restore the data, or set data.path to its new location"))
     if not same["function"]:
-        problem = "the source text of the function is not that of the run that this repeats"
-        raise ResumeError(Fault("data.format.function", problem, "restore it, or name where it lies"))
+        problem = "the source code of the function is not that of the original run"
+        raise ResumeError(Fault("data.format.function", problem, "restore it, or set the key to its new location"))
 
 
-def _samples_before(rundir: RunDir, made: Inputs, ask: Ask, step: int, ranks: Ranks) -> list[dict[str, str]]:
-    """Answers of the untrained model; kept in the folder, so that a resumed run still has them."""
-    kept = json.loads(rundir.samples.read_text()) if step and ranks.rank == 0 and rundir.samples.exists() else None
-    if (answered := ranks.broadcast(kept)) is not None:
-        return list(answered)
-    chosen = made.splits.samples[: made.settings.sample_prompts]
-    answers = ask([sample["prompt"] for sample in chosen])
-    answered = [{**sample, "before": answer} for sample, answer in zip(chosen, answers, strict=True)]
-    if ranks.rank == 0:
+def _samples_before(rundir: RunDir, inputs: Inputs, ask: Ask, step: int, ranks: Ranks) -> list[dict[str, str]]:
+    """Samples of the untrained model, saved in the folder; a resumed run reads them from there."""
+    saved = json.loads(rundir.samples.read_text()) if step and ranks.rank == 0 and rundir.samples.exists() else None
+    if (samples := ranks.broadcast(saved)) is not None:
+        return list(samples)
+    prompts = inputs.splits.samples[: inputs.settings.sample_prompts]
+    return _answer(rundir, ask, prompts, "before", writes=ranks.rank == 0)
+
+
+def _answer(rundir: RunDir, ask: Ask, samples: list[dict[str, str]], key: str, *, writes: bool) -> list[dict[str, str]]:
+    """Add the model's answers to the samples under ``key``; save them in the folder if ``writes``."""
+    answers = ask([sample["prompt"] for sample in samples])
+    answered = [{**sample, key: answer} for sample, answer in zip(samples, answers, strict=True)]
+    if writes:
         write_atomic(rundir.samples, json.dumps(answered, indent=1, ensure_ascii=False))
     return answered
-
-
-def _samples_after(rundir: RunDir, ask: Ask, answered: list[dict[str, str]], *, writes: bool) -> None:
-    answers = ask([sample["prompt"] for sample in answered])
-    done = [{**sample, "after": answer} for sample, answer in zip(answered, answers, strict=True)]
-    if writes:
-        write_atomic(rundir.samples, json.dumps(done, indent=1, ensure_ascii=False))

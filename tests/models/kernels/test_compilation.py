@@ -336,7 +336,7 @@ def test_auto_compiles_on_a_gpu_where_it_pays(cache: Path, monkeypatch: pytest.M
 
 
 def test_a_run_goes_on_compiled_as_it_began(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settled(monkeypatch, began="none").reason == "the run began so"
+    assert settled(monkeypatch, began="none").reason == "the run began without compilation"
     assert settled(monkeypatch, began="regional", seconds=1).settled == "regional"
 
 

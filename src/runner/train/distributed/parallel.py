@@ -1,7 +1,7 @@
-"""How one model is spread over the processes of a run: not at all, whole on each, or in shards.
+"""Options of ``parallel``: one process, DDP or FSDP.
 
-``auto`` is settled before anything is written: a worker finds ``none``, ``ddp`` or ``fsdp`` with its number of
-processes, which is part of what is computed and so of the run's signature.
+``auto`` is replaced before the run folder is written, so a worker reads ``none``, ``ddp`` or ``fsdp`` with a number of
+processes. The number of processes changes the result and is therefore part of the run's signature.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from runner.errors import ConfigError, Fault
 SHARDABLE = (
     "adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd",
 )  # fmt: skip
-"""Optimizers of torch that treat each value by itself, so that a shard is trained as the whole would be."""
+"""Elementwise optimizers of torch: training a shard gives the same values as training the whole parameter."""
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a model is spread."""
+    """Kind of parallelism and its settings."""
 
     kind: Literal["none", "ddp", "fsdp"]
     processes: int = 1
@@ -37,30 +37,30 @@ def none() -> Parallel:
 
 
 def auto() -> Parallel:
-    """``ddp`` where the launcher starts several processes, else ``none``; settled before a worker sees it."""
-    raise AssertionError("parallel=auto is settled before the run is written down")
+    """``ddp`` if the launcher starts several processes, else ``none``; replaced before the worker starts."""
+    raise AssertionError("parallel=auto must be replaced before the run folder is written")
 
 
 def ddp(*, processes: Count | None, find_unused_parameters: bool, bucket_cap_mb: Count) -> Parallel:
-    """The whole model in each process, each with its part of the batch; gradients are averaged between them."""
+    """DDP: each process has the whole model and its part of the batch; gradients are averaged."""
     return Parallel("ddp", processes or 1, find_unused_parameters=find_unused_parameters, bucket_cap_mb=bucket_cap_mb)
 
 
 def fsdp(*, processes: Count | None, reshard_after_forward: bool) -> Parallel:
-    """Weights, gradients and optimizer state in shards over the processes (https://arxiv.org/abs/2304.11277)."""
+    """FSDP: weights, gradients and optimizer state are sharded over the processes (https://arxiv.org/abs/2304.11277)."""
     return Parallel("fsdp", processes or 1, reshard_after_forward=reshard_after_forward)
 
 
 def processes_of(node: Mapping[str, Any]) -> int:
-    """How many processes train a run with this (settled) node."""
+    """Number of processes of a run with this node, after ``resolve``."""
     return int(node.get("processes") or 1)
 
 
 def resolve(node: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """The node as it is written down, for a launcher that starts ``processes`` for each run.
+    """Replace ``auto`` and fill in the number of processes, for a launcher that starts ``processes`` per run.
 
     Raises:
-        ConfigError: the two do not go together.
+        ConfigError: the node and the launcher contradict each other.
     """
     kind = kind_of(node)
     if kind == "auto":
@@ -68,38 +68,36 @@ def resolve(node: Mapping[str, Any], processes: int) -> dict[str, Any]:
         node = option("parallel", kind)
     if kind == "none":
         if processes > 1:
-            problem = f"the launcher starts {processes} processes, and each would train the same"
+            problem = f"the launcher starts {processes} processes, and each would train the same model on the same data"
             raise ConfigError(Fault("parallel", problem, "use parallel=ddp or parallel=fsdp, or one process", kind))
         return dict(node)
     if processes == 1:
-        wanted = node.get("processes") or 2
-        remedy = f"add launcher=accelerate launcher.processes={wanted} (or launcher=slurm), or use parallel=none"
-        raise ConfigError(Fault("parallel", "needs several processes, and this launcher starts one", remedy, kind))
+        count = node.get("processes") or 2
+        remedy = f"add launcher=accelerate launcher.processes={count} (or launcher=slurm), or use parallel=none"
+        raise ConfigError(Fault("parallel", "needs several processes, but this launcher starts one", remedy, kind))
     if node.get("processes") not in (None, processes):
-        remedy = "leave it out: it follows from the launcher"
+        remedy = "remove this override: the launcher sets the number of processes"
         problem = f"the launcher starts {processes} processes"
         raise ConfigError(Fault("parallel.processes", problem, remedy, node["processes"]))
     return {**node, "processes": processes}
 
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
-    """Faults of ``parallel`` together with other groups, each of them right by itself; works before settling too."""
+    """Faults of ``parallel`` in combination with other groups; works before ``resolve`` too."""
     if kind_of(cfg["parallel"]) != "fsdp":
         return
     if kind_of(cfg["quant"]) != "none":
         remedy = "use parallel=ddp (quantized weights are small), or quant=none"
-        yield Fault("parallel", "quantized weights cannot be cut into shards", remedy, "fsdp")
+        yield Fault("parallel", "parallel=fsdp does not support quantized weights", remedy, "fsdp")
     if kind_of(cfg["compile"]) == "whole":
-        remedy = "use compile=regional: layer by layer, as they are gathered"
-        yield Fault(
-            "parallel", "shards are gathered layer by layer, and this makes one graph of all layers", remedy, "fsdp"
-        )
+        problem = "parallel=fsdp gathers weights layer by layer, but compile=whole makes one graph of all layers"
+        yield Fault("parallel", problem, "use compile=regional", "fsdp")
     name = str(cfg["optim"].get("name") or kind_of(cfg["optim"])).lower()
     if name not in SHARDABLE:
         remedy = "use optim=adamw, or parallel=ddp"
-        yield Fault("parallel", f"the state of {name} cannot be cut into shards", remedy, "fsdp")
+        yield Fault("parallel", f"parallel=fsdp cannot shard the state of the optimizer {name}", remedy, "fsdp")
 
 
 def kind_of(node: Mapping[str, Any]) -> str:
-    """The name of the option's function."""
+    """The name of the option: the function name in ``_target_``."""
     return str(node.get(TARGET, "")).rpartition(".")[2]

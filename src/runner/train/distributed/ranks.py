@@ -1,8 +1,8 @@
-"""The processes that train one run together, and what they tell each other.
+"""The process group of a run: rank, world size and collectives on Python objects.
 
-Whoever starts them (torchrun, ``accelerate launch``, our own launchers, a Slurm task) says so in the environment: RANK,
-WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. A process that is alone pays nothing: it neither
-joins a group nor loads ``torch.distributed``.
+The launcher (torchrun, ``accelerate launch``, our own launchers, a Slurm task) sets the environment variables RANK,
+WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. A single process (``Alone``) neither creates a
+process group nor imports ``torch.distributed``.
 """
 
 from __future__ import annotations
@@ -21,53 +21,53 @@ from runner.errors import Fault, Interrupted, LaunchError, Preempted, Pruned, Ru
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for the others: longer than rank 0 takes to write a checkpoint."""
+"""Timeout of the process group; must be longer than rank 0 needs to write a checkpoint."""
 LAST_TENSORS_S = 0.1
-"""For gloo's own threads to let go of the last tensors: they abort if Python ends meanwhile (seen with torch 2.15)."""
+"""Time for gloo's threads to release their last tensors; if Python exits earlier, they abort (seen with torch 2.15)."""
 LOST = (
     "closed by peer", "reset by peer", "broken pipe", "socket closed", "remote process exited", "ncclremoteerror",
     "connection was likely closed", "timed out waiting", "application timeout",
 )  # fmt: skip
-"""What gloo, NCCL and the store say when another rank is no more, in lower case."""
+"""Parts of the error messages of gloo, NCCL and the store when another rank has died, in lower case."""
 
 
 class Ranks(Protocol):
-    """One of the processes of a run, as it sees itself and the others."""
+    """This process and its collectives with the other ranks."""
 
     @property
     def rank(self) -> int:
-        """Its number among all, from 0."""
+        """Global rank, from 0."""
 
     @property
     def world(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     def join(self) -> None:
-        """Meet the others; nothing happens the second time."""
+        """Create the process group; no-op if it exists."""
 
     def leave(self) -> None:
-        """Part from the others once all of them are here."""
+        """Barrier, then destroy the process group."""
 
     def agree(self, check_stop: Callable[[], None], *numbers: float) -> list[float]:
-        """Each of ``numbers`` summed over all ranks, in one small message.
+        """All-reduce: each of ``numbers`` summed over all ranks, in one small message.
 
         Raises:
-            Stopped: ``check_stop`` raised it on any rank; then it is raised on all of them.
+            Stopped: on all ranks, if ``check_stop`` raised it on any of them.
         """
 
     def largest(self, numbers: dict[str, float]) -> dict[str, float]:
-        """By name, the largest of all ranks."""
+        """All-reduce: the maximum over all ranks, by name."""
 
     def gather(self, one: T) -> list[T]:
-        """What each rank brings, by rank."""
+        """All-gather: one object of every rank, ordered by rank."""
 
     def broadcast(self, one: T) -> T:
-        """What rank 0 brings."""
+        """The object of rank 0, on every rank."""
 
 
 @dataclass(frozen=True)
 class Alone:
-    """The only process of a run."""
+    """A run with a single process."""
 
     rank: int = 0
     world: int = 1
@@ -97,12 +97,12 @@ ALONE: Ranks = Alone()
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """One of several processes. What they tell each other goes through gloo on the CPU; gradients take NCCL on GPUs."""
+    """One of several processes. Python objects and numbers use gloo on the CPU, gradients on GPUs use NCCL."""
 
     rank: int
     world: int
     local_rank: int
-    """Its number among those on this machine."""
+    """Rank among the processes on this machine."""
     local_world: int
 
     def join(self) -> None:
@@ -121,21 +121,21 @@ class ProcessGroup:
         from torch import distributed
 
         if distributed.is_initialized():
-            with contextlib.suppress(RuntimeError):  # somebody left without waiting
+            with contextlib.suppress(RuntimeError):  # another rank left without the barrier
                 self.gather(None)
             time.sleep(LAST_TENSORS_S)
             distributed.destroy_process_group()
 
     def agree(self, check_stop: Callable[[], None], *numbers: float) -> list[float]:
-        asked = _asked(check_stop)
-        votes = [float(isinstance(asked, kind)) for kind in (Preempted, Interrupted, Pruned)]
+        stopped = _stopped(check_stop)
+        votes = [float(isinstance(stopped, kind)) for kind in (Preempted, Interrupted, Pruned)]
         preempted, interrupted, pruned, *sums = self._reduced([*votes, *numbers], "SUM")
         if interrupted:
-            raise asked if isinstance(asked, Interrupted) else Interrupted("interrupted")
+            raise stopped if isinstance(stopped, Interrupted) else Interrupted("interrupted")
         if preempted:
-            raise asked if isinstance(asked, Preempted) else Preempted("stopped by SIGTERM")
+            raise stopped if isinstance(stopped, Preempted) else Preempted("stopped by SIGTERM")
         if pruned:
-            raise asked or Pruned("given up")
+            raise stopped or Pruned("pruned")
         return sums
 
     def largest(self, numbers: dict[str, float]) -> dict[str, float]:
@@ -144,17 +144,17 @@ class ProcessGroup:
     def gather(self, one: T) -> list[T]:
         from torch import distributed
 
-        found: list[Any] = [None] * self.world
-        distributed.all_gather_object(found, one)
-        return found
+        objects: list[Any] = [None] * self.world
+        distributed.all_gather_object(objects, one)
+        return objects
 
     def broadcast(self, one: T) -> T:
         import torch
         from torch import distributed
 
-        brought: list[Any] = [one]
-        distributed.broadcast_object_list(brought, src=0, device=torch.device("cpu"))
-        return brought[0]  # type: ignore[no-any-return]
+        objects: list[Any] = [one]
+        distributed.broadcast_object_list(objects, src=0, device=torch.device("cpu"))
+        return objects[0]  # type: ignore[no-any-return]
 
     def _reduced(self, numbers: Sequence[float], how: str) -> list[float]:
         import torch
@@ -165,27 +165,27 @@ class ProcessGroup:
         return [float(value) for value in values]
 
     def _device(self, count: int) -> int:
-        """The GPU of this rank, by number; a launcher may show each process only its own."""
+        """The GPU index of this rank; 0 if the launcher makes only one GPU visible to each process."""
         if count == 1:
             return 0
         if self.local_rank >= count:
-            problem = f"{self.local_world} processes run on this machine, and it shows them {count} GPUs"
-            raise LaunchError(Fault("", problem, f"start {count} processes on each machine"))
+            problem = f"{self.local_world} processes run on this machine, but only {count} GPUs are visible"
+            raise LaunchError(Fault("", problem, f"start {count} processes per machine"))
         return self.local_rank
 
     def _refuse_shared_device(self) -> None:
-        """NCCL cannot have two ranks on one GPU, and says so in its own way, much later."""
+        """NCCL does not support two ranks on one GPU; its own error comes much later and is unclear."""
         import torch
 
         own = torch.cuda.get_device_properties(torch.cuda.current_device())
         devices = self.gather((socket.gethostname(), str(getattr(own, "uuid", self.local_rank))))
         if len(set(devices)) < self.world:
-            problem = f"{self.world} processes share {len(set(devices))} GPUs"
-            raise LaunchError(Fault("", problem, "start one process for each GPU"))
+            problem = f"{self.world} processes share {len(set(devices))} GPUs, which NCCL does not support"
+            raise LaunchError(Fault("", problem, "start one process per GPU"))
 
 
 def of_environment() -> Ranks:
-    """This process, as its environment describes it."""
+    """The rank of this process, from the environment variables of the launcher."""
     world = _number("WORLD_SIZE", 1)
     if world <= 1 or "RANK" not in os.environ:
         return ALONE
@@ -194,19 +194,19 @@ def of_environment() -> Ranks:
 
 
 def under_torchrun() -> bool:
-    """Whether this process is one of several that were started alike, by torchrun or ``accelerate launch``."""
+    """Whether a launcher such as torchrun or ``accelerate launch`` started this process as one of several."""
     return of_environment().world > 1
 
 
 def unanimous(ranks: Ranks, do: Callable[[], T]) -> T:
-    """What ``do`` gives; where it refuses on any rank, it does on all of them, with that rank's words.
+    """Return ``do()``; if it raises a RunnerError on any rank, raise it on all ranks.
 
     Raises:
-        RunnerError: the refusal.
+        RunnerError: this rank's own error, or the first error of another rank with ``rank N:`` in front.
     """
-    refusal, made = None, None
+    refusal, result = None, None
     try:
-        made = do()
+        result = do()
     except RunnerError as error:
         refusal = error
     refusals = ranks.gather(refusal)
@@ -215,11 +215,11 @@ def unanimous(ranks: Ranks, do: Callable[[], T]) -> T:
     for rank, other in enumerate(refusals):
         if other is not None:
             raise type(other)(*(replace(fault, problem=f"rank {rank}: {fault.problem}") for fault in other.faults))
-    return made  # type: ignore[return-value]
+    return result  # type: ignore[return-value]
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether this says that another rank is no more."""
+    """Whether the error means that another rank has died."""
     text = f"{type(error).__name__}: {error}".lower()
     is_torch = isinstance(error, RuntimeError | OSError) or "Dist" in type(error).__name__
     return is_torch and not isinstance(error, RunnerError) and any(words in text for words in LOST)
@@ -227,8 +227,8 @@ def lost_peer(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def silent(path: str | os.PathLike[str]) -> Iterator[None]:
-    """While the block runs, all that this process prints, libraries in C included, goes to the end of a file."""
-    kept = [os.dup(number) for number in (1, 2)]
+    """While the block runs, append stdout and stderr of this process, C libraries included, to a file."""
+    saved = [os.dup(number) for number in (1, 2)]
     with open(path, "ab") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
@@ -237,12 +237,12 @@ def silent(path: str | os.PathLike[str]) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number, before in zip((1, 2), kept, strict=True):
-            os.dup2(before, number)
-            os.close(before)
+        for number, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, number)
+            os.close(original)
 
 
-def _asked(check_stop: Callable[[], None]) -> Stopped | None:
+def _stopped(check_stop: Callable[[], None]) -> Stopped | None:
     try:
         check_stop()
     except Stopped as stopped:

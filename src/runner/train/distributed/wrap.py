@@ -1,4 +1,4 @@
-"""One model over the ranks of a run: forward, backward and clipping, whatever lies between the processes."""
+"""Wrap the model for one process, DDP or FSDP: forward, backward and gradient clipping look the same to the loop."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A model in place on its ranks."""
+class Wrapped:
+    """The model of this rank, with DDP or FSDP applied."""
 
     forward: Callable[[Batch], dict[str, Tensor]]
-    """A batch → the task's sums; the gradients that follow are averaged over the ranks."""
+    """Batch → the task's sums; the backward pass averages gradients over the ranks."""
     accumulating: Callable[[bool], AbstractContextManager[Any]]
-    """Around forward and backward of a micro-batch; False: more follow, and gradients may be exchanged later."""
+    """(is last micro-batch) → context for its forward and backward pass; DDP reduces gradients only in the last."""
     device: torch.device
     autocast: torch.dtype | None
-    """What is computed in this dtype where it is safe; None: in that of the weights."""
+    """The dtype for torch.autocast; None: compute in the dtype of the weights."""
 
-    def computing(self) -> AbstractContextManager[Any]:
-        """Around each forward pass."""
+    def autocasting(self) -> AbstractContextManager[Any]:
+        """Context for each forward pass: torch.autocast, if used."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast)
@@ -45,34 +45,34 @@ class Spread:
 
 def wrap(
     parallel: Parallel, model: nn.Module, task: Task, ranks: Ranks, device: torch.device, autocast: torch.dtype | None
-) -> Spread:
-    """Put the model in place; with ``fsdp`` its parameters are other objects from now on."""
+) -> Wrapped:
+    """Apply ``parallel`` to the model, in place; FSDP replaces its parameters."""
 
     def plain(batch: Batch) -> dict[str, Tensor]:
         return task.loss(model, batch)
 
-    def at_once(last: bool) -> AbstractContextManager[Any]:
+    def no_context(last: bool) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     match parallel.kind:
         case "none":
-            return Spread(plain, at_once, device, autocast)
+            return Wrapped(plain, no_context, device, autocast)
         case "ddp":
-            copied = _replicated(parallel, _Forward(model, task))
-            return Spread(copied, lambda last: contextlib.nullcontext() if last else copied.no_sync(), device, autocast)
+            ddp = _replicated(parallel, _Forward(model, task))
+            return Wrapped(ddp, lambda last: contextlib.nullcontext() if last else ddp.no_sync(), device, autocast)
         case "fsdp":
-            # Gradients are exchanged after each micro-batch: kept until the last they would be whole on each rank.
+            # Reduce gradients after each micro-batch: without it every rank would keep unsharded gradients.
             _shard(parallel, model, ranks, device)
-            return Spread(plain, at_once, device, autocast)
+            return Wrapped(plain, no_context, device, autocast)
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:
-    """Scale the gradients down to this norm, taken over all parameters and ranks; returns the norm they had, ()."""
+    """Clip the gradients to the norm ``limit`` over all parameters and ranks; return the norm before clipping, ()."""
     return shards.whole(nn.utils.clip_grad_norm_(model.parameters(), limit))
 
 
 class _Forward(nn.Module):
-    """The step from a batch to its sums as a module: what DistributedDataParallel can wrap."""
+    """Batch → sums of the task, as a module that DistributedDataParallel can wrap."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _Forward(nn.Module):
 
 
 def _replicated(parallel: Parallel, forward: _Forward) -> nn.parallel.DistributedDataParallel:
-    """Frozen weights are left out: each rank has read them from the same file, quantized ones cannot be compared."""
+    """Wrap in DDP without frozen weights: all ranks load the same file, and DDP cannot broadcast quantized weights."""
     frozen = [name for name, parameter in forward.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in forward.named_buffers()]
     wrapper = nn.parallel.DistributedDataParallel
@@ -97,7 +97,7 @@ def _replicated(parallel: Parallel, forward: _Forward) -> nn.parallel.Distribute
 
 
 def _shard(parallel: Parallel, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Each decoder layer is a unit that is gathered when it is computed; what is left (embeddings, head) is another."""
+    """Apply FSDP: each decoder layer is one unit, the rest (embeddings, head) is another."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -105,4 +105,4 @@ def _shard(parallel: Parallel, model: nn.Module, ranks: Ranks, device: torch.dev
     for layer in compilation.decoder_layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "generate")  # it calls the base model inside an adapter, past the root's hooks
+    register_fsdp_forward_method(model, "generate")  # generate() skips the root's forward hooks

@@ -1,1 +1,1 @@
-"""Memory of a training: estimate, measure, tune the allocator."""
+"""Training memory: estimate, measure, tune the allocator."""

@@ -1,4 +1,4 @@
-"""What training holds at its peak, told before anything is loaded."""
+"""Estimate the peak memory of training before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ from runner.tasks import cross_entropy
 from runner.train.memory import heap
 
 LAYERS = 6, 8
-"""Decoder layers of the models that are rehearsed for a deeper one; what the others take follows from the difference.
+"""Numbers of decoder layers simulated for a deeper model; the difference is the memory of one more layer.
 
-Fewer would not do: the peak is the largest of several sums, of which another one may lead in a shallow model."""
+Fewer layers give a wrong result: in a shallow model the peak may be at another point of the step."""
 HEAP_HOLES, FEWER_HEAP_HOLES = 0.7, 0.2
-"""What glibc's heap keeps empty between its blocks, as a part of activations and gradients; less of activations where
-``heap`` is set, or will be when the run begins. Gradients come when activations go, and fit few of their places."""
+"""Fragmentation of glibc's heap, as a fraction of activations and gradients. The lower value is for activations with
+the settings of ``memory/heap``. Gradients are allocated while activations are freed, but rarely fit their blocks."""
 ROUNDED = 0.05
-"""What CUDA's allocator rounds up or cannot use, likewise; plus cuBLAS's workspace."""
+"""Fraction of activations and gradients that the CUDA allocator rounds up or cannot use."""
 CUBLAS_BYTES = 64 * 2**20
+"""Workspace of cuBLAS."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What training is expected to hold at its peak, in bytes by part."""
+    """Estimated peak memory of training, in bytes by part."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """All that lives from a forward pass to the end of its backward pass, logits included."""
+    """Everything allocated between a forward pass and the end of its backward pass, including logits."""
     libraries: int
-    """What this process holds already, and what the allocator cannot use."""
+    """Memory that this process uses already, plus memory that the allocator wastes."""
 
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
 
     def in_shards(self, count: int, layers: int) -> MemoryEstimate:
-        """Of one process of ``count``, each with its shard, and two layers whole: the one at work and the next."""
+        """The estimate for one of ``count`` FSDP processes: its shard, plus two unsharded layers (current and next)."""
         return replace(
             self,
             weights=self.weights // count + 2 * self.weights // layers,
@@ -69,16 +70,19 @@ def rehearsed(
     accumulates: bool = False,
     head_in_loss: bool = True,
 ) -> int:
-    """Bytes that a step holds at its peak beside weights and gradients, from a step on tensors without content.
+    """Peak bytes of one training step without weights and gradients, simulated with fake tensors.
 
-    ``make`` gives the model on torch's meta device, adapted, with so many decoder layers; the real one has ``layers``.
-    Every operation is dispatched as in training, and every tensor counted while it lives. It takes about a second, as
-    it is done with two small models: decoder layers are equal. The peak may lie where the backward pass begins, with
-    all activations, or later, with gradients: both are followed. ``accumulates``: gradients of earlier micro-batches
-    are there from the beginning. ``head_in_loss``: the loss computes the logits where it can, see ``head``.
+    ``make(n)`` returns the model on torch's meta device, with its adapter and n decoder layers; the real model has
+    ``layers``. Every operation is dispatched as in training, and every tensor is counted while it is alive. Two small
+    models are simulated (about a second) and extrapolated, because decoder layers are equal. The peak may be at the
+    start of the backward pass, with all activations, or later, with gradients: both are extrapolated.
+
+    Args:
+        accumulates: gradients of earlier micro-batches exist when the step begins.
+        head_in_loss: the loss computes the logits if it can, see ``models/kernels/lm_head``.
 
     Raises:
-        Exception: whatever a model does that looks into its tensors, or that a small one cannot be made.
+        Exception: of any kind, if the model reads tensor values or cannot be created with fewer layers.
     """
 
     def peaks(count: int) -> _Peaks:
@@ -97,13 +101,13 @@ def rehearsed(
 
 
 def by_formula(config: Any, shape: Shape, *, kept: Memory, dtype_bytes: int, full: bool, scores: bool) -> int:
-    """The same from the numbers of a Llama-like decoder, for what cannot be rehearsed.
+    """Peak bytes of one training step by a formula for Llama-like decoders, if ``rehearsed`` fails.
 
-    Kept for the backward pass of a layer, for each token, in values: the inputs of both norms (2 h, 4 h where the norms
-    train), queries, keys, values and the result of attention (4 q), gate and up of the MLP (2 m). Below float32 the
-    norms keep their input in float32. On top, the gradients of the widest place (3 m) and what is computed again there,
-    the mask of packed rows, and logits: once, and a chunk of them twice in float32. ``scores``: those of attention are
-    kept as well.
+    Values saved for the backward pass per layer and token: inputs of both norms (2 h, or 4 h if norms are trained),
+    queries, keys, values and the output of attention (4 q), gate and up outputs of the MLP (2 m). Below float32 the
+    norms also save their input in float32. In addition: the gradients of the widest layer (3 m) and its recomputed
+    activations, the attention mask of packed rows, the logits, and two float32 chunks of the logits.
+    ``scores``: attention scores are saved too.
     """
     text = _text(config)
     hidden, tokens = text.hidden_size, shape.tokens
@@ -123,14 +127,14 @@ def by_formula(config: Any, shape: Shape, *, kept: Memory, dtype_bytes: int, ful
 
 
 def allocator_waste(device: torch.device, activations: int, gradients: int) -> int:
-    """Bytes that the allocator keeps without use for so many bytes that come and go."""
+    """Bytes that the allocator wastes, given the bytes of activations and gradients."""
     if device.type == "cuda":
         return int(ROUNDED * (activations + gradients)) + CUBLAS_BYTES
     return int((FEWER_HEAP_HOLES if heap.is_glibc() else HEAP_HOLES) * activations + HEAP_HOLES * gradients)
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations under it make, while they live."""
+    """Dispatch mode that counts the bytes of all live tensors created under it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,21 +143,21 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:  # an address is not used again as long as there is a weak reference to it
+        if storage._cdata not in self._known:  # a weak reference keeps the address from being reused
             self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             self.live += storage.nbytes()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for value in tree_iter(made):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self.enter(value)
         if self.live > self.peak:
-            self._strike_out()
+            self._remove_freed()
             self.peak = max(self.peak, self.live)
-        return made
+        return result
 
-    def _strike_out(self) -> None:
+    def _remove_freed(self) -> None:
         for key, (storage, size) in list(self._known.items()):
             if storage.expired():
                 self.live -= size
@@ -161,11 +165,12 @@ class Ledger(TorchDispatchMode):
 
 
 class _Peaks(NamedTuple):
-    """Bytes above weights and gradients."""
+    """Peak bytes without weights and gradients."""
 
     at_turn: int
-    """Until the last layer's backward pass is done."""
+    """Before the backward pass leaves the last layer."""
     in_all: int
+    """Over the whole step."""
 
 
 def _peaks(
@@ -200,42 +205,42 @@ def _peaks(
 
         compilation.decoder_layers(model)[-1].register_forward_pre_hook(watch, with_kwargs=True)
         with computing:
-            total = cross_entropy.rehearsal(model.train(), **_asked(model, shape))
+            total = cross_entropy.rehearsal(model.train(), *_rehearsal_arguments(model, shape))
         total.backward()  # type: ignore[no-untyped-call]
     return _Peaks(begun[0] - weights - gradients, ledger.peak - weights - gradients)
 
 
-def _asked(model: Any, shape: Shape) -> dict[str, Any]:
-    """What the model is called with, and the positions that have logits: (count,) of each row."""
+def _rehearsal_arguments(model: Any, shape: Shape) -> tuple[dict[str, Tensor], Tensor]:
+    """(model inputs, positions with logits (count,) of each row) for ``cross_entropy.rehearsal``."""
     if varlen_attention.uses(model):
         ids = torch.zeros(1, shape.tokens, dtype=torch.int64)
         ends = torch.zeros(shape.rows + 1, dtype=torch.int32)
-        asked = varlen_attention.arguments(ends, shape.length)
-        kept = shape.trained
+        attention = varlen_attention.arguments(ends, shape.length)
+        positions = shape.trained
     else:
         ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
-        asked = {"attention_mask": torch.zeros(shape.rows, 1, shape.length, shape.length, dtype=model.dtype)}
-        kept = -(-shape.trained // shape.rows)
-    return {"asked": {"input_ids": ids, "position_ids": ids, **asked}, "kept": torch.zeros(kept, dtype=torch.int64)}
+        attention = {"attention_mask": torch.zeros(shape.rows, 1, shape.length, shape.length, dtype=model.dtype)}
+        positions = -(-shape.trained // shape.rows)
+    return {"input_ids": ids, "position_ids": ids, **attention}, torch.zeros(positions, dtype=torch.int64)
 
 
 def _give_storage(model: nn.Module, device: torch.device) -> None:
-    """Replace what is on the meta device by what pretends to lie on ``device``; shared parameters stay shared."""
-    made: dict[int, nn.Parameter] = {}
+    """Replace tensors on the meta device by fake tensors on ``device``; shared parameters stay shared."""
+    replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                if id(parameter) not in made:
+                if id(parameter) not in replaced:
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
+                    replaced[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = replaced[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 def depth(config: Any) -> int:
-    """How many decoder layers a model has."""
+    """Number of decoder layers."""
     return max(int(_text(config).num_hidden_layers), 1)
 
 
@@ -244,26 +249,26 @@ def _text(config: Any) -> Any:
 
 
 ROOM = 0.95
-"""Of the free memory, for micro_batch_size=auto."""
+"""Fraction of the free memory that micro_batch_size=auto may use."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Parameters, memory against the device, and operations."""
+    """Estimated parameters, memory and FLOPs of a training run, and the memory of its device."""
 
     counts: dict[str, int]
-    """Parameters as ``models.describe`` counts them."""
+    """Parameter counts of ``models/pretrained.describe``."""
     memory: MemoryEstimate
     held_bytes: int
-    """What this process holds of the device's memory already."""
+    """Device memory that this process uses already."""
     total_bytes: int
-    """What the device has for this process, in use or not."""
+    """Device memory for this process, used or free."""
     free_bytes: int
     flops_per_token: float
     layers: int
-    """Equal ones that make up the decoder; 0 where there is no list of them."""
+    """Number of decoder layers that can be compiled one by one; 0 if none are found."""
 
     @property
     def fits(self) -> bool:
-        """With a little room beside what else is running."""
+        """Whether the estimate fits into ``ROOM`` of the free memory."""
         return self.memory.total - self.held_bytes <= ROOM * self.free_bytes

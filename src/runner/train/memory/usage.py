@@ -1,4 +1,4 @@
-"""What this process takes of its device's memory, now and at its peak, and what there is."""
+"""Memory of this process: current and peak usage, and how much the device has."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 GIB = 2**30
 LIBRARY = re.compile(r"\.so(\.\d+)*$")
-"""The end of a library's path."""
+"""Matches the end of a shared library's path."""
 
 
 def held_already(device: torch.device) -> int:
-    """Bytes that this process takes of the device's memory now."""
+    """Bytes of device memory that this process uses now (CPU: without ``libraries_mapped``)."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     import psutil
@@ -27,9 +27,9 @@ def held_already(device: torch.device) -> int:
 
 
 def begin() -> None:
-    """Let the peak begin here, without what is left of what was done before: preparing data, once for many runs.
+    """Reset the peak memory of this process, so that data preparation before it does not count.
 
-    glibc gives back what it keeps of freed memory, as 0.25 GiB after a GGUF file was converted.
+    Also makes glibc return freed memory to the system (0.25 GiB after a GGUF file was converted).
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -40,8 +40,8 @@ def begin() -> None:
 def of_device(device: torch.device, sharing: int = 1) -> tuple[int, int]:
     """(total, free) bytes of the device for one process.
 
-    For a CPU those of the machine, or of the container's or Slurm step's limit where that is less, divided by the
-    processes of this run that share it.
+    On a CPU: the memory of the machine, or the cgroup limit of the container or Slurm step if lower, divided by
+    ``sharing``, the number of this run's processes on the machine.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -56,7 +56,7 @@ def of_device(device: torch.device, sharing: int = 1) -> tuple[int, int]:
 
 
 def metrics() -> dict[str, float]:
-    """The peak so far in GiB: of CUDA's allocator, or of this process's own memory where there is no CUDA."""
+    """Peak memory so far in GiB: of the CUDA allocator, or resident memory of this process without CUDA."""
     if torch.cuda.is_available():
         return {
             "memory/peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
@@ -66,14 +66,14 @@ def metrics() -> dict[str, float]:
 
 
 def peak_of_process() -> int:
-    """Bytes of resident memory at their peak, without ``libraries_mapped``."""
+    """Peak resident memory in bytes, without ``libraries_mapped``."""
     return _peak.less_libraries(_high_water_mark())
 
 
 class _Peak:
-    """The last peak, and the most of libraries that was mapped: the kernel may have taken some away since.
+    """Caches the last peak and the largest ``libraries_mapped`` so far, since the kernel may evict library pages.
 
-    They are looked for only when the peak is another one; what is mapped later counts from the next peak on.
+    ``libraries_mapped`` is read again only when the peak has changed.
     """
 
     resident = libraries = 0
@@ -88,7 +88,7 @@ _peak = _Peak()
 
 
 def _high_water_mark() -> int:
-    """Bytes. On Linux getrusage survives exec, so that a child would report its parent's: VmHWM does not."""
+    """Peak resident bytes. On Linux from VmHWM: getrusage survives exec, so a child would report its parent's peak."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -99,16 +99,16 @@ def _high_water_mark() -> int:
 
 
 def libraries_mapped() -> int:
-    """Bytes of the files of libraries that are in this process's resident memory as they are on the disk.
+    """Resident bytes of unmodified pages of shared libraries; 0 without /proc.
 
-    Processes share them, and one that was forked has only those that it has touched itself: two runs of one
-    configuration would differ by them. 0 where there is no /proc.
+    Processes share these pages, and a forked process counts only the pages it has accessed itself. Without subtracting
+    them, two runs of one configuration would report different peaks.
     """
     total, is_library, resident = 0, False, 0
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/smaps").read_text().splitlines():
             name, *words = line.split()
-            if "-" in name:  # a mapping begins: addresses, permissions, offset, device, inode, file
+            if "-" in name:  # first line of a mapping: addresses, permissions, offset, device, inode, file
                 is_library = LIBRARY.search(line) is not None
             elif is_library and name == "Rss:":
                 resident = int(words[0])
@@ -118,7 +118,7 @@ def libraries_mapped() -> int:
 
 
 def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """(limit, used) in bytes of each group of this process (cgroup 2, then 1); files that are cached are free."""
+    """(limit, used) in bytes of each cgroup of this process (v2, then v1); cached files count as free."""
     for root, limit, used in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -131,7 +131,7 @@ def _cgroup_limits() -> Iterator[tuple[int, int]]:
 
 
 def _own_groups() -> Iterator[Path]:
-    """The groups of this process, each with those above it, below the root of their hierarchy."""
+    """Paths of this process's cgroups and their parents, relative to the root of the hierarchy."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             path = Path(line.split(":", 2)[2].lstrip("/"))
