@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from runner.errors import ConfigError
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
+from runner.train import torch_optim
 from runner.train.distributed import parallel
 
 SERVER = Path(__file__).parents[1] / "elastic_server.py"
@@ -147,8 +148,8 @@ import copy
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
-from runner.models import shards
-from runner.train.distributed import parallel
+from runner.train import torch_optim
+from runner.train import torch_optim
 
 def trained(cls, sharded):
     torch.manual_seed(0)
@@ -175,7 +176,7 @@ def same(a, b):
 
 distributed.init_process_group("gloo")
 classes = {name.lower(): cls for name, cls in vars(torch.optim).items() if isinstance(cls, type)}
-for name in parallel.SHARDABLE:
+for name in torch_optim.SHARDABLE:
     weights, state, again = trained(classes[name], sharded=True)
     expected, expected_state, _ = trained(classes[name], sharded=False)
     assert all(map(same, weights, expected)), name
@@ -197,7 +198,7 @@ def test_every_optimizer_that_is_offered_for_shards_trains_them_as_the_whole(tmp
     words = [*TORCHRUN[:5], str(script)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in parallel.SHARDABLE:
+    for name in torch_optim.SHARDABLE:
         assert f"proven {name}\n" in done.stdout
 
 

@@ -223,8 +223,34 @@ def test_faults_are_told(name: str, changes: dict, key: str, said: str) -> None:
 
 def test_checking_an_option_loads_no_torch() -> None:
     script = (
-        "import sys, yaml, pathlib; from runner.config import bind\n"
+        "import sys, yaml, pathlib; from runner.config.bind import bind\n"
         f"for path in pathlib.Path({str(CONF)!r}).glob('*.yaml'): bind(yaml.safe_load(path.read_text()))\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("adamw", {}, 8.0),
+        ("muon", {}, 4.0),
+        ("adamw_8bit", {}, 2.04),
+        ("lion", {}, 1.02),
+        ("torch", {"name": "SGD", "momentum": 0.9}, 4.0),
+        ("torch", {"name": "Adafactor"}, 0.016),
+        ("torch", {"name": "SGD"}, 0.0),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_state_of_an_optimizer_is_measured(name: str, changes: dict[str, object], expected: float) -> None:
+    size = optim.state_bytes(conftest.option("optim", name, **changes), torch.device("cpu"))
+    assert size == pytest.approx(expected, abs=0.02)
+
+
+def test_an_optimizer_that_makes_no_step_here_is_refused_before_training() -> None:
+    def broken(groups: object) -> object:
+        raise RuntimeError("no kernel for this device")
+
+    with pytest.raises(ConfigError, match="cannot make a step on cpu: RuntimeError: no kernel for this device"):
+        optim.state_bytes(broken, torch.device("cpu"))

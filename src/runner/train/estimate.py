@@ -57,7 +57,7 @@ def expect(cfg: Mapping[str, Any], inputs: Inputs, *, roughly: bool = False) -> 
     memory = peak.MemoryEstimate(
         weights=int(weights),
         gradients=gradients * 2 if kind == "ddp" and processes > 1 else gradients,  # plus DDP's buckets
-        optimizer=int(counts["trainable"] * optim.state_bytes(cfg["optim"])),
+        optimizer=int(counts["trainable"] * optim.state_bytes(bind.bind(cfg["optim"], "optim"), inputs.device)),
         activations=activations,
         libraries=held + peak.allocator_waste(inputs.device, activations, gradients),
     )

@@ -7,15 +7,16 @@ Every option takes parameter groups and returns a ``torch.optim.Optimizer``. All
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
 from runner.config.schema import Fraction, NotNegative, Positive
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, RunnerError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -164,12 +165,40 @@ def muon(
     return _joined(parts)
 
 
-def state_bytes(node: Mapping[str, Any]) -> float:
-    """Approximate bytes of optimizer state per trained parameter, for this config node; 8 if unknown."""
-    name = str(node.get("_target_", "")).rpartition(".")[2]
-    is_8bit = node.get("bits") == 8
-    known = {"adamw": 8.0, "adamw_bnb": 2.1 if is_8bit else 8.0, "lion": 1.1 if is_8bit else 4.0, "muon": 4.0}
-    return known.get(name, 8.0)
+def state_bytes(option: Callable[[Groups], Optimizer], device: torch.device) -> float:
+    """Bytes of optimizer state per trained parameter, measured after one step on a matrix.
+
+    Raises:
+        ConfigError: the optimizer cannot make a step on this device.
+    """
+    import torch
+
+    matrix = torch.nn.Parameter(torch.zeros(512, 512, device=device))
+    matrix.grad = torch.zeros_like(matrix)
+    try:
+        optimizer = option([{"params": [matrix], "weight_decay": 0.0, "kind": "matrix"}])
+        optimizer.step()
+    except RunnerError:
+        raise
+    except Exception as error:
+        problem = f"cannot make a step on {device.type}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ConfigError(Fault("optim", problem, "use optim=adamw")) from error
+    return sum(tensor.nbytes for tensor in _tensors(optimizer.state_dict()["state"])) / matrix.numel()
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value)
+
+
+def shardable(node: Mapping[str, Any]) -> bool:
+    """Whether a shard is trained as the whole parameter would be: the optimizer is elementwise."""
+    return str(node["_target_"]).endswith(".adamw")
 
 
 def check_adamw(*, betas: list[float], **_: object) -> Iterator[Fault]:

@@ -6,7 +6,7 @@ import ast
 import functools
 import importlib.util
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,12 @@ CLOSURE_OR_SPARSE = {
 """Classes of torch.optim that cannot train a language model, and why."""
 
 
+SHARDABLE = (
+    "adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd",
+)  # fmt: skip
+"""Elementwise optimizers of torch: training a shard gives the same values as training the whole parameter."""
+
+
 def torch_optimizer(
     groups: Groups, *, name: str, learning_rate: Positive, weight_decay: NotNegative, **options: Any
 ) -> Optimizer:
@@ -44,6 +50,11 @@ def torch_optimizer(
         return getattr(torch.optim, name)(groups, lr=learning_rate, **values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(Fault("optim", f"{name}: {error}", "correct the value")) from error
+
+
+def shardable(node: Mapping[str, Any]) -> bool:
+    """Whether a shard is trained as the whole parameter would be."""
+    return str(node["name"]).lower() in SHARDABLE
 
 
 def check_torch_optimizer(*, name: str, learning_rate: float, weight_decay: float, **options: Any) -> Iterator[Fault]:

@@ -6,18 +6,14 @@ processes. The number of processes changes the result and is therefore part of t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runner.config.bind import TARGET, option
+from runner.config.bind import TARGET, bind_target, option
 from runner.config.schema import Count
 from runner.errors import ConfigError, Fault
-
-SHARDABLE = (
-    "adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd",
-)  # fmt: skip
-"""Elementwise optimizers of torch: training a shard gives the same values as training the whole parameter."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,9 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if kind_of(cfg["compile"]) == "whole":
         problem = "parallel=fsdp gathers weights layer by layer, but compile=whole makes one graph of all layers"
         yield Fault("parallel", problem, "use compile=regional", "fsdp")
-    name = str(cfg["optim"].get("name") or kind_of(cfg["optim"])).lower()
-    if name not in SHARDABLE:
+    module = inspect.getmodule(bind_target(cfg["optim"]))
+    if not getattr(module, "shardable", lambda _: False)(cfg["optim"]):
+        name = str(cfg["optim"].get("name") or kind_of(cfg["optim"]))
         remedy = "use optim=adamw, or parallel=ddp"
         yield Fault("parallel", f"parallel=fsdp cannot shard the state of the optimizer {name}", remedy, "fsdp")
 
