@@ -1,7 +1,7 @@
 """The worker: train one prepared run folder, as one rank. Reads only the folder and the environment variables.
 
-``python -m runner.worker FOLDER`` starts or resumes a run, depending on the folder's state. All ranks compute; only rank 0
-holds the lock of the folder, writes into it and prints to the terminal.
+``python -m runner.worker FOLDER`` starts or resumes a run, depending on the folder's state. All ranks compute; only
+rank 0 holds the lock of the folder, writes into it and prints to the terminal.
 """
 
 from __future__ import annotations
