@@ -573,7 +573,7 @@ def test_graph_breaks_are_told_and_counted(tmp_path: Path, cache: Path, monkeypa
     summary = rundir.read_state().summary
     assert summary["compile/graph_breaks"] == 1
     assert 0 <= summary["compile/graphs_after_first_step"] < compilation.graphs()
-    assert rundir.log.read_text().count("WARNING runner: graph break, ") == 1
+    assert rundir.log.read_text().count("WARNING runner: graph break: ") == 1
 
 
 def test_graphs_that_come_late_are_told_and_counted(caplog: pytest.LogCaptureFixture):

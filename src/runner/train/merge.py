@@ -64,7 +64,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
     """Write the merged model and its tokenizer to ``folder``, load it with transformers and compare its logits.
 
     No logit may differ by more than 1e-4 from base + adapter. Large logits (40) are rounded by more than that in
-    float32; then the comparison is repeated in float64 or, if memory is too small, 1e-5 of the largest one is allowed.
+    float32; then the comparison is repeated in float64 or, with little memory, 1e-5 of the largest logit is allowed.
 
     Raises:
         TrainingError: the difference is too large; do not use the written files.

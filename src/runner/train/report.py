@@ -48,7 +48,7 @@ def header(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDir)
             "device": f"{inputs.device}, weights in {weights_in(parts)}, attention {attention_of(parts)}"
             f"{_compiled(parts)}{_hint(cfg, parts)}{_processes(cfg, parts)}",
             "data": f"{cfg['data'].get('path') or inputs.splits.name}: {data.train_rows} training rows, "
-            f"{data.eval_rows} held out, {parts.batches.efficiency:.0%} of the tokens in a batch are not padding"
+            f"{data.eval_rows} held out, batches {parts.batches.efficiency:.0%} full"
             + (f", {truncated(cfg, data)}" if data.truncated else "")
             + (f", {data.dropped} dropped" if data.dropped else ""),
             "steps": f"{inputs.total_steps} of about {tokens // max(inputs.total_steps, 1)} tokens"

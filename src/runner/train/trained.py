@@ -139,7 +139,7 @@ def without_adapter(model: Any) -> Iterator[Any]:
 
 
 def has_base_inside(model: Any) -> bool:
-    """Whether disabling the adapter gives the base model: trained biases (``lora.bias``) stay active."""
+    """Whether disabling the adapter gives the base model; not with trained biases (``lora.bias``)."""
     configs = getattr(model, "peft_config", {}).values()
     return bool(configs) and all(getattr(config, "bias", "none") == "none" for config in configs)
 
