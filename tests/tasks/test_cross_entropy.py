@@ -244,7 +244,7 @@ def test_a_model_that_makes_more_of_its_logits_keeps_its_head(monkeypatch: pytes
         return made
 
     monkeypatch.setattr(model, "forward", squared)
-    assert lm_head.install(model) == "LlamaForCausalLM makes more of its logits than a product"
+    assert lm_head.install(model) == "the logits of LlamaForCausalLM are not the plain output of its head"
     assert lm_head.in_loss(model) is None
 
 
