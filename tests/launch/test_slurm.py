@@ -224,7 +224,7 @@ def test_later_edits_do_not_reach_a_queued_job(slurm: None):
     assert done.returncode == 0, done.stderr
     rundir = RunDir(Path("queued").absolute())
     assert Path(rundir.read_manifest()["snapshot"]["folder"], "runner", "train", "loop.py").exists()
-    for file in ("src/runner/train/loop.py", "src/runner/worker.py", "conf/lora/lora.yaml", "conf/config.yaml"):
+    for file in ("src/runner/train/loop.py", "src/runner/train/worker.py", "conf/lora/lora.yaml", "conf/config.yaml"):
         Path("checkout", file).write_text("broken: [\n")
     slurm_says("scontrol", "release", job_of(rundir))
     until(lambda: has_left_the_queue(rundir))

@@ -23,9 +23,21 @@ from runner.train.checkpoint import Progress
 
 IN_STEP = tuple(
     f"/runner/{name}.py"
-    for name in ("train", "readings", "spread", "tasks", "loss", "attention", "documents", "fused", "optim", "ranks")
+    for name in (
+        "train/loop",
+        "train/async_metrics",
+        "train/distributed/wrap",
+        "train/distributed/ranks",
+        "train/optim",
+        "tasks/task",
+        "tasks/cross_entropy",
+        "models/kernels/attention",
+        "models/kernels/varlen_attention",
+        "models/kernels/lora_linear",
+    )  # fmt: skip
 )
-"""The rooms through which a step goes."""
+"""The modules through which a step goes."""
+assert all(Path(loop.__file__).parents[2].joinpath(name[1:]).is_file() for name in IN_STEP)
 
 
 class Recorded:

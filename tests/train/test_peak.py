@@ -49,7 +49,7 @@ def test_memory_of_this_process_and_machine() -> None:
 
 def test_libraries_do_not_count_nor_what_a_process_has_made_itself() -> None:
     """A forked process holds few of the pages of libraries that its parent has touched, and counts the same."""
-    read = "import runner.usage as m, torch; print(m.libraries_mapped(), m._high_water_mark())"
+    read = "import runner.train.memory.usage as m, torch; print(m.libraries_mapped(), m._high_water_mark())"
     told = subprocess.run([sys.executable, "-c", read], check=True, capture_output=True, text=True).stdout
     libraries, peak = map(int, told.split())
     assert 100 * 2**20 < libraries < peak, "torch's alone"
