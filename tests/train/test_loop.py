@@ -34,7 +34,7 @@ IN_STEP = tuple(
         "models/kernels/attention",
         "models/kernels/varlen_attention",
         "models/kernels/lora_linear",
-    )  # fmt: skip
+    )
 )
 """The modules through which a step goes."""
 assert all(Path(loop.__file__).parents[2].joinpath(name[1:]).is_file() for name in IN_STEP)
