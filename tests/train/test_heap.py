@@ -79,3 +79,9 @@ def test_a_job_of_slurm_is_started_with_the_heap_set(tmp_path: Path, monkeypatch
     monkeypatch.delenv(heap.VARIABLE, raising=False)
     lines = script.setup_lines(option("launcher", "slurm")().request, tmp_path, "job", None)
     assert "export GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0" in lines
+
+
+def test_the_package_asks_for_huge_pages_before_torch_is_imported() -> None:
+    code = "import os; import runner; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=env) == "1\n"
