@@ -452,7 +452,7 @@ def test_whoever_follows_another_worker_may_leave_and_the_run_goes_on(
         )
         following.send_signal(number)
         _, said = following.communicate(timeout=60)
-        assert (following.returncode, said) == (code, "stopped following; the run continues\n")
+        assert (following.returncode, said) == (code, "no longer following; the run goes on\n")
         assert holding.poll() is None
         gate.let_go(rundir)
         assert holding.wait(60) == 0
