@@ -324,6 +324,7 @@ def test_a_run_without_a_model_says_how_it_stands(capsys: pytest.CaptureFixture[
 # register
 
 
+@pytest.mark.slow
 def test_a_registered_model_answers_in_a_process_of_its_own_and_over_http(capsys: pytest.CaptureFixture[str]):
     run = trained("first")
     code, out, err = said(capsys, "register", "first", "bot", "--alias", "champion")

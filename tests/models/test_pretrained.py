@@ -535,6 +535,7 @@ def fetch(home: Path, name: str, revision: str = "", weights: str = "", **enviro
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_small_files_of_a_hub_model_are_enough_to_plan(hub_url: str, tmp_path: Path) -> None:
     online = fetch(tmp_path / "home", "tests/tiny", HF_ENDPOINT=hub_url)
     assert online[0] == f"tests/tiny {COMMIT}"

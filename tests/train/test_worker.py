@@ -124,17 +124,24 @@ def test_changed_rows_are_refused_on_resume(tmp_path: Path, cache: Path, caplog:
     assert worker.work(rundir) == 0
 
 
-def test_a_changed_function_is_refused_on_resume(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture):
+def test_a_resumed_run_uses_its_own_copy_of_a_function(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture):
     code = tmp_path / "rows.py"
     code.write_text("def to_text(row):\n    return row['question'] + row['reply']\n")
     path = rows_file(tmp_path / "rows.jsonl", 60, "it is")
     options = (*SHORT, "data=local", f"data.path={path}", "data/format=custom", "task=pretrain",
                f"data.format.function={code}:to_text")  # fmt: skip
     rundir = preempted_run(tmp_path / "run", *options)
-    code.write_text("def to_text(row):\n    return row['reply'] + row['question']\n")
+    changed = "def to_text(row):\n    return row['reply'] + row['question']\n"
+    kept = rundir.code / "rows.py"
+    original = kept.read_text()
+    kept.write_text(changed)
     assert worker.work(rundir) == 2
-    assert "the source code of the function has changed" in caplog.text
+    assert "was edited after the run began" in caplog.text
     assert rundir.read_state().status == "preempted"
+    kept.write_text(original)
+    code.write_text(changed)
+    assert worker.work(rundir) == 0
+    assert rundir.read_state().status == "completed"
 
 
 def test_the_commits_of_the_first_attempt_are_used_again(tmp_path: Path):
