@@ -148,7 +148,7 @@ import copy
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
-from runner.train import torch_optim
+from runner.models import shards
 from runner.train import torch_optim
 
 def trained(cls, sharded):
