@@ -127,11 +127,11 @@ class Tokenizer:
 
 
 COMPILE = """
-import torch, test_compiling
+import torch, test_compilation
 from torch._dynamo.utils import counters
-model = test_compiling.llama(2)
-test_compiling.option("regional")(model)
-test_compiling.losses_and_gradients(model)
+model = test_compilation.llama(2)
+test_compilation.option("regional")(model)
+test_compilation.losses_and_gradients(model)
 print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
 """
 
@@ -140,7 +140,10 @@ print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_
 @pytest.mark.slow
 def test_what_one_run_compiled_the_next_one_finds(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
-    environment |= {"RUNNER_CACHE": str(tmp_path)}
+    environment |= {
+        "RUNNER_CACHE": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]]),
+    }
     said = [
         subprocess.check_output([sys.executable, "-c", COMPILE], env=environment, text=True).split() for _ in range(2)
     ]
