@@ -97,10 +97,10 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     limits = [f"train.{key}" for key in LIMITS if train[key] is not None]
     if not limits:
         remedy = f"set one of {', '.join(f'train.{key}' for key in LIMITS)}"
-        yield Fault("train", "nothing says when training ends", remedy)
+        yield Fault("train", "no stopping criterion", remedy)
     if len(limits) > 1:
         remedy = f"keep one and set the others to null, as in {limits[1]}={train[limits[1][6:]]} {limits[0]}=null"
-        yield Fault("train", f"{' and '.join(limits)} both say when training ends", remedy)
+        yield Fault("train", f"{' and '.join(limits)} both limit the training", remedy)
     task = bind.bind(cfg["task"], "task")()
     if cfg["data"]["packing"] and not task.packable:
         yield Fault("data.packing", f"task={task.name} cannot share a row between examples", "set it to false", True)
