@@ -188,18 +188,18 @@ def train_ours(case: Case, side: str, steps: int) -> dict[str, Any]:
     """The steps of runner's loop, with all that a run has around them but evaluation, checkpoints and tracking."""
     import torch
 
-    from runner.config import bind
     from runner.models import pretrained
     from runner.models.kernels import compilation
     from runner.tracking.rundir import RunDir
     from runner.train import build, loop, throughput
     from runner.train.checkpoint import Progress
+    from runner.train.options import Options
 
     pretrained.load = lambda source, quant, _: adopted(made_model(case), source, quant)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
         cfg = composed(case, side, steps, Path(name))
-        made = inputs(cfg, case, side, steps, bind.bind(cfg["task"], "task")())
-        parts = build.parts(cfg, made, RunDir(Path(name) / "run"))
+        made = inputs(Options(cfg), case, side, steps)
+        parts = build.parts(made, RunDir(Path(name) / "run"))
         losses: list[float] = []
         hooks = loop.Hooks(
             record=lambda _, metrics: losses.append(metrics["train/loss"]),
@@ -251,9 +251,8 @@ def composed(case: Case, side: str, steps: int, folder: Path) -> dict[str, Any]:
     return found  # type: ignore[return-value]
 
 
-def inputs(cfg: dict[str, Any], case: Case, side: str, steps: int, task: Any) -> Any:
+def inputs(options: Any, case: Case, side: str, steps: int) -> Any:
     """What ``build.inputs`` makes, of documents that are tokens already."""
-    from runner.config.schema import TrainSettings
     from runner.data import packing
     from runner.data.batches import Batches
     from runner.models.sources import ModelSource
@@ -265,7 +264,7 @@ def inputs(cfg: dict[str, Any], case: Case, side: str, steps: int, task: Any) ->
     packs = packing.Packs(np.arange(len(offsets) - 1), np.cumsum([0, *map(len, rows)]))
     batches = Batches(
         packing.Rows(ids, ids, offsets, packs),
-        packing=cfg["data"]["packing"],
+        packing=options.data.packing,
         max_length=case.length,
         rows_per_batch=rows_of(case, side),
         accumulation=1,
@@ -274,11 +273,10 @@ def inputs(cfg: dict[str, Any], case: Case, side: str, steps: int, task: Any) ->
         pad_id=0,
     )
     report = SimpleNamespace(train_tokens=len(ids), train_trained_tokens=len(ids) - len(offsets) + 1)
-    model = cfg["model"]
-    source = ModelSource(model["path"], None, model["dtype"], model["attention"], False, "random weights")
+    model = options.model
+    source = ModelSource(model.path, None, model.dtype, model.attention, False, "random weights")
     splits: Any = SimpleNamespace(report=report)
-    settings = TrainSettings(**cfg["train"])
-    return inputs.Inputs(task, source, None, settings, splits, batches, batches, steps, inputs.pick_device())
+    return inputs.Inputs(options, source, None, options.train, splits, batches, batches, steps, inputs.pick_device())
 
 
 def adopted(model: Any, source: Any, quant: Any) -> Any:

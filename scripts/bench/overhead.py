@@ -190,10 +190,12 @@ def tokens(rounds: int, _: int) -> Iterator[tuple[str, str, str]]:
     """All rows of the default data set, read, deduplicated, tokenised, packed and written."""
     code = (
         "import time\nfrom runner.cli import jobs\nfrom runner.train import inputs\n"
+        "from runner.train.options import Options\n"
         f"with jobs.composed({['data.train_rows=null', 'tracking=offline']!r}) as (_, found):\n"
         "    cfg = dict(found[0].cfg)\n"
-        "inputs.inputs({**cfg, 'data': {**cfg['data'], 'train_rows': 1}})\n"  # imports, and the model's conversion
-        "began = time.process_time()\nmade = inputs.inputs(cfg)\nseconds = time.process_time() - began\n"
+        # This imports, and converts the model.
+        "inputs.inputs(Options({**cfg, 'data': {**cfg['data'], 'train_rows': 1}}))\n"
+        "began = time.process_time()\nmade = inputs.inputs(Options(cfg))\nseconds = time.process_time() - began\n"
         "report = made.splits.report\nprint((report.train_tokens + report.eval_tokens) / seconds)"
     )
     rates = []

@@ -246,12 +246,13 @@ def write_rows(folder: Path, steps: int, overrides: list[str]) -> None:
 
     from runner.config import bind
     from runner.train import inputs
+    from runner.train.options import Options
 
     rows: dict[str, Any] = {"tokens": {}, "trained": {}, "quant": "none"}
     for side, name in (("ours", "documents"), ("ours-packed", "packed")):
         with initialize_config_dir(str(bind.config_dir()), version_base=None):
             cfg = OmegaConf.to_container(compose("config", [*ours(folder, side, steps), *overrides]), resolve=True)
-        made = inputs.inputs(cfg)  # type: ignore[arg-type]
+        made = inputs.inputs(Options(cfg))  # type: ignore[arg-type]
         batches = [made.batches.step(step)[0] for step in range(steps)]
         rows[name] = [row for batch in batches for row in cut(batch, name)]
         rows["tokens"][name] = [batch["tokens"] for batch in batches]

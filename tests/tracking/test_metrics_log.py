@@ -197,8 +197,8 @@ def test_the_store_is_embedded_unless_named(tmp_path: Path, monkeypatch: pytest.
 def test_offline_starts_nothing(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     metrics_log.append(rundir, record(1))
-    node = {"_target_": "runner.tracking.trackers.offline", "experiment": "x", "run_name": None, "log_model": False}
-    assert spawn.start_mirror(rundir, {"tracking": node}) is None
+    rundir.update_manifest(tracking="offline")
+    assert spawn.start_mirror(rundir) is None
     result = spawn.wait_mirror(None, rundir)
     assert (result.url, result.unsent) == (None, 1)
     assert result.message == "tracking=offline"

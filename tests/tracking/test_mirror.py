@@ -554,7 +554,7 @@ def test_a_run_that_was_refused_leaves_nothing(tmp_path: Path) -> None:
     gone, idle = make_run(tmp_path, "gone"), make_run(tmp_path, "idle")
     with gone.held() as mine:
         assert mine
-        processes = [spawn.start_mirror(rundir, yaml.safe_load(rundir.config.read_text())) for rundir in (gone, idle)]
+        processes = [spawn.start_mirror(rundir) for rundir in (gone, idle)]
         time.sleep(0.3)
         shutil.rmtree(gone.path)
         assert [process.wait(30) for process in processes if process] == [0, 0]
@@ -762,7 +762,7 @@ def work(folder: str, first: str, last: str, delay: str, ending: str) -> None:
     rundir, slowest = RunDir(Path(folder)), 0.0
     with rundir.held() as mine:
         assert mine
-        proc = spawn.start_mirror(rundir, yaml.safe_load(rundir.config.read_text()))
+        proc = spawn.start_mirror(rundir)
         state: State = rundir.read_state()
         rundir.write_state(
             status="running", attempt=state.attempt + 1, pid=os.getpid(), host=os.uname().nodename, started=time.time()

@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY, composed, node, prepared
 from safetensors.torch import load_file
 
+from runner.config.bind import bind
 from runner.errors import ConfigError
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
@@ -382,8 +383,8 @@ def test_a_run_is_refused_by_other_than_its_number_of_processes(tmp_path: Path, 
 )
 def test_parallel_follows_from_the_launcher(chosen: str, processes: int, settled: str):
     found = parallel.resolve(node("parallel", chosen), processes)
-    assert parallel.kind_of(found) == settled
-    assert parallel.processes_of(found) == processes
+    bound = bind(found, "parallel")()
+    assert (bound.kind, bound.processes) == (settled, processes)
     assert ("processes" in found) == (settled != "none"), "one process has the signature it always had"
 
 

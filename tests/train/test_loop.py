@@ -20,6 +20,7 @@ from runner.tracking.rundir import RunDir
 from runner.train import build, inputs, loop
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Progress
+from runner.train.options import Options
 
 IN_STEP = tuple(
     f"/runner/{name}.py"
@@ -67,8 +68,8 @@ class Recorded:
 
 def parts_of(folder: Path, *overrides: str) -> tuple[inputs.Inputs, loop.Parts]:
     cfg = composed(*overrides)
-    made = inputs.inputs(cfg)
-    return made, build.parts(cfg, made, RunDir(folder))
+    made = inputs.inputs(Options(cfg))
+    return made, build.parts(made, RunDir(folder))
 
 
 def trained(folder: Path, *overrides: str) -> tuple[loop.Parts, Recorded]:
@@ -270,9 +271,9 @@ def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path, cach
 
 def test_attention_by_document_is_refused_where_it_would_compute_something_else(tmp_path: Path, cache: Path):
     cfg = composed(*TINY, "model.attention=by_document")
-    made = inputs.inputs(cfg)
-    assert varlen_attention.uses(build.parts(cfg, made, RunDir(tmp_path)).model)
-    model = build.load_model(cfg, made)
+    made = inputs.inputs(Options(cfg))
+    assert varlen_attention.uses(build.parts(made, RunDir(tmp_path)).model)
+    model = build.load_model(made)
     model.config._attn_implementation_internal = "eager"
     with pytest.raises(ConfigError, match=r"model\.attention=by_document: .* has its own attention implementation"):
         build.resolve_attention(made.source, model, None, made.batches)

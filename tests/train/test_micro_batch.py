@@ -17,6 +17,7 @@ from runner.errors import ConfigError
 from runner.tracking import manifest, metrics_log
 from runner.train import build, estimate, inputs, worker
 from runner.train.memory import peak, usage
+from runner.train.options import Options
 
 WIDE = ("model.hidden_size=256", "model.intermediate_size=512")
 """Where the results of products are worth keeping."""
@@ -75,16 +76,16 @@ def test_as_many_rows_as_fit(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(usage, "held_already", lambda _: 0)
     monkeypatch.setattr(peak, "allocator_waste", lambda *_: 0)
     monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, 2**40))
-    plenty = build.resolve_micro_batch_size(cfg, inputs.inputs(cfg))
+    plenty = build.resolve_micro_batch_size(inputs.inputs(Options(cfg)))
     assert plenty.settings.micro_batch_size == 8
-    sizes = {rows: estimate.expect(cfg, inputs.compute_at_once(plenty, rows)).memory.total for rows in (2, 4)}
+    sizes = {rows: estimate.expect(inputs.compute_at_once(plenty, rows)).memory.total for rows in (2, 4)}
     assert sizes[2] < sizes[4]
     monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, int(sizes[2] / peak.ROOM) + 1))
-    tight = build.resolve_micro_batch_size(cfg, inputs.inputs(cfg))
+    tight = build.resolve_micro_batch_size(inputs.inputs(Options(cfg)))
     assert (tight.settings.micro_batch_size, tight.batches.rows_per_batch, len(tight.batches.step(0))) == (2, 2, 4)
     assert tight.total_steps == plenty.total_steps
     monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, 1))
-    assert build.resolve_micro_batch_size(cfg, inputs.inputs(cfg)).settings.micro_batch_size == 1, (
+    assert build.resolve_micro_batch_size(inputs.inputs(Options(cfg))).settings.micro_batch_size == 1, (
         "and the run is warned about, or refused, where it loads"
     )
 
@@ -94,7 +95,7 @@ def test_the_ranks_agree_on_what_fits_all(cache: Path) -> None:
     other: Any = SimpleNamespace(
         rank=0, world=2, gather=lambda mine: [mine, 2] if isinstance(mine, int) else [mine, None]
     )
-    assert build.resolve_micro_batch_size(cfg, inputs.inputs(cfg), other).settings.micro_batch_size == 2
+    assert build.resolve_micro_batch_size(inputs.inputs(Options(cfg)), other).settings.micro_batch_size == 2
 
 
 def test_a_run_goes_on_with_the_rows_that_it_began_with(cache: Path, tmp_path: Path) -> None:

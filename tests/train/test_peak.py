@@ -22,6 +22,7 @@ from runner.tracking.rundir import RunDir
 from runner.train import build, estimate, inputs, loop
 from runner.train.checkpoint import Progress
 from runner.train.memory import peak, usage
+from runner.train.options import Options
 
 LLAMA = transformers.LlamaConfig(
     vocab_size=512, hidden_size=256, intermediate_size=384, num_hidden_layers=12, num_attention_heads=4,
@@ -202,12 +203,13 @@ from runner.cli import jobs
 from runner.train import build, estimate, inputs, loop
 from runner.train.checkpoint import Progress
 from runner.train.memory import usage
+from runner.train.options import Options
 from runner.tracking.rundir import RunDir
 with jobs.composed(sys.argv[1:]) as (_, found):
     cfg = dict(found[0].cfg)
-made = inputs.inputs(cfg)
-told = estimate.expect(cfg, made).memory.total
-parts = build.parts(cfg, made, RunDir(Path("run")))
+made = inputs.inputs(Options(cfg))
+told = estimate.expect(made).memory.total
+parts = build.parts(made, RunDir(Path("run")))
 every = [parts.batches.step(number)[0] for number in range(40)]
 heaviest = max(every, key=lambda batch: (batch['tokens'], batch['trained']))
 parts.batches.step = lambda i: [heaviest]
@@ -248,9 +250,9 @@ def test_what_is_foretold_for_a_gpu_is_what_it_takes(options: str, cache: Path, 
     shape = ("model.hidden_size=1024", "model.intermediate_size=4096", "model.layers=10", "model.heads=8")
     rows = ("data.max_length=2048", "data.train_rows=400", "train.per_device_batch_size=4", "train.max_steps=4")
     cfg = composed(*TINY, *shape, *rows, "compile=none", *options.split())
-    made = inputs.inputs(cfg)
-    told = estimate.expect(cfg, made).memory
-    parts = build.parts(cfg, made, RunDir(tmp_path))
+    made = inputs.inputs(Options(cfg))
+    told = estimate.expect(made).memory
+    parts = build.parts(made, RunDir(tmp_path))
     torch.cuda.reset_peak_memory_stats()
     progress = Progress()
     for _ in range(3):

@@ -13,6 +13,7 @@ from runner.tasks import cross_entropy
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import build, inputs, probe, worker
+from runner.train.options import Options
 
 EIGHT = (*TINY, "train.max_steps=3", "train.per_device_batch_size=8", "train.micro_batch_size=auto")
 LENGTH = 128
@@ -105,11 +106,11 @@ def test_a_peak_far_from_what_was_foretold_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     cfg = composed(*EIGHT)
-    made = build.resolve_micro_batch_size(cfg, inputs.inputs(cfg))
+    made = build.resolve_micro_batch_size(inputs.inputs(Options(cfg)))
     assert made.estimate is not None
     foretold = made.estimate.memory.total - made.estimate.memory.libraries
     monkeypatch.setattr(probe, "_peak_bytes", lambda _: int(factor * foretold))
-    same, parts, metrics = probe.fit(made, build.parts(cfg, made, RunDir(tmp_path)))
+    same, parts, metrics = probe.fit(made, build.parts(made, RunDir(tmp_path)))
     assert same is made
     assert parts.settings.micro_batch_size == 8
     assert metrics["memory/probed_gib"] == pytest.approx(factor * metrics["memory/expected_gib"], rel=1e-3)
@@ -120,7 +121,7 @@ def test_a_peak_far_from_what_was_foretold_is_said(
 def test_the_heaviest_batch_is_one_that_no_step_exceeds(cache: Path) -> None:
     for packing in ("true", "false"):
         cfg = composed(*EIGHT, f"data.packing={packing}", "train.micro_batch_size=4")
-        batches = inputs.inputs(cfg).batches
+        batches = inputs.inputs(Options(cfg)).batches
         heaviest = batches.heaviest()
         count = "trained" if packing == "true" else "tokens"
         assert heaviest[count] >= max(batch[count] for step in range(4) for batch in batches.step(step))

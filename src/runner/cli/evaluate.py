@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner import terminal
 from runner.cli import args, benchmarks, evaluate_data
-from runner.config import schema
-from runner.data import dataset, formats
+from runner.data import dataset
 from runner.data.batches import Batches
 from runner.errors import ConfigError, Fault
 from runner.secrets import redact
@@ -155,11 +154,11 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     if rows.node["packing"]:
         attention.check_isolation(model, autocast)
     build.resolve_lm_head(model, autocast, "none")
-    wrapped = wrap.wrap(parallel.none(), model, run.task, ALONE, device, autocast)
+    wrapped = wrap.wrap(parallel.none(), model, run.options.task, ALONE, device, autocast)
     began = time.monotonic()
-    sums = loop.evaluation_sums(model, run.task, batches, wrapped, before=_progress)
+    sums = loop.evaluation_sums(model, run.options.task, batches, wrapped, before=_progress)
     details["seconds"] = round(time.monotonic() - began, 3)
-    return name, run.task.metrics(sums), details
+    return name, run.options.task.metrics(sums), details
 
 
 def _refuse_name_of_other_rows(run: Trained, name: str, details: dict[str, Any]) -> None:
@@ -194,30 +193,25 @@ def _model(order: _Order, device: torch.device) -> tuple[Any, torch.dtype | None
 
 def _batches(run: Trained, chosen: _Rows) -> tuple[Batches, dict[str, Any], str]:
     """(batches to evaluate, details of their rows for the record, default name of the metrics)."""
-    from runner.config import bind
-    from runner.config.schema import TrainSettings
     from runner.models import pretrained
     from runner.train import inputs
+    from runner.train.options import Options
 
-    cfg = {**run.cfg, "data": chosen.node, "parallel": {bind.TARGET: "runner.train.distributed.parallel.none"}}
-    settings = TrainSettings(**cfg["train"])
+    options = Options({**run.cfg, "data": chosen.node})
     if not chosen.are_other:
-        splits, _, batches = inputs.load_data(cfg, run.task, run.result, run.tokenizer, settings, 0)
+        splits, _, batches = inputs.load_data(options, run.result, run.tokenizer)
         report = replace(splits.report, truncated=0)  # the count includes training rows
         same_rows = {**chosen.node, "packing": None} == {**run.cfg["data"], "packing": None}
         name = HELD_OUT if same_rows else f"{HELD_OUT}_{report.eval_rows}"
         return batches, _details(splits.name, splits.digest, splits.uri, report), name
-    settings_node, format_node, source_node = schema.split_data(chosen.node)
-    data_settings = bind.bind(settings_node, "data", schema.DataSettings)()
-    pretrained.check_max_length(run.result, data_settings.max_length)
-    source = bind.bind(source_node, "data")()
-    form = formats.of(format_node)
-    rows, report = dataset.every_row(source, form, run.task, run.tokenizer, data_settings)
+    data, source = options.data, options.source()
+    pretrained.check_max_length(run.result, data.max_length)
+    rows, report = dataset.every_row(source, options.format, options.task, run.tokenizer, data)
     if source.eval is None:
         _warn_of_trained_rows(run, source.digest)
     batches = Batches(
-        rows, packing=data_settings.packing, max_length=data_settings.max_length,
-        rows_per_batch=settings.rows_at_a_time, accumulation=1, seed=cfg["seed"], shuffle=False,
+        rows, packing=data.packing, max_length=data.max_length,
+        rows_per_batch=options.train.rows_at_a_time, accumulation=1, seed=options.seed, shuffle=False,
         pad_id=run.tokenizer.pad_token_id,
     )  # fmt: skip
     return batches, _details(source.name, source.digest, source.uri, report), source.name

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     with written_or_refused(order.folder) as aside:
         check = _write(run, order, aside)
         notes = check.notes() if check else {}
-        (aside / "README.md").write_text(model_card.text(run.rundir, order.kinds, base, notes))
+        (aside / "README.md").write_text(model_card.text(run.rundir, order.kinds, base, notes, is_chat=run.is_chat))
     for name, note in notes.items():
         terminal.say(f"{name:<8} {note}")
     files = sorted(order.folder.iterdir())

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     prompt = sys.stdin.read() if others == ["-"] else others[0] if others else None
     if prompt is not None and not prompt.strip():
         raise ConfigError(Fault("PROMPT", "is empty", "give a text, or no PROMPT for a chat"))
-    if settings.system is not None and run.task.name == "pretrain":
+    if settings.system is not None and not run.is_chat:
         raise ConfigError(Fault("--system", "has no effect: this run continues plain text", "leave it out"))
     prompts = _prompts() if prompt is None else iter(())
     models = _load(run, compare=words.has("--compare"))
@@ -102,7 +102,7 @@ def prompt_text(run: Trained, messages: list[Turn]) -> str:
     """The input text: the chat template applied to the messages; for a pretrain run, the last message alone."""
     from runner.data import chat_template
 
-    if run.task.name != "pretrain":
+    if run.is_chat:
         return chat_template.prompt(messages, run.tokenizer)
     text, bos = messages[-1]["content"], run.tokenizer.bos_token_id
     adds_bos = bos is not None and run.tokenizer("a")["input_ids"][:1] == [bos]
@@ -165,7 +165,7 @@ def _generate(run: Trained, model: Any, settings: Settings, messages: list[Turn]
     text = prompt_text(run, messages)
     limit = _max_new_tokens(model, len(run.tokenizer(text, add_special_tokens=False)["input_ids"]))
     streamer = TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    stop = None if run.task.name == "pretrain" else chat_template.end_of_turn(run.tokenizer)
+    stop = None if not run.is_chat else chat_template.end_of_turn(run.tokenizer)
     torch.manual_seed(settings.seed)
     (answer,) = generate.generate(
         model,

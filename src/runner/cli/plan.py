@@ -55,15 +55,16 @@ def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
     terminal.loading("torch and transformers")
     terminal.quiet_libraries()
     from runner.train import build, estimate, inputs
+    from runner.train.options import Options
 
     shown = ""
     for label, cfg in runs:
-        run_inputs = build.resolve_micro_batch_size(cfg, inputs.inputs(cfg))
-        expected = estimate.expect(cfg, run_inputs)
+        run_inputs = build.resolve_micro_batch_size(inputs.inputs(Options(cfg)))
+        expected = estimate.expect(run_inputs)
         rows = [
             *_model_rows(run_inputs, expected),
-            *_data_rows(cfg, run_inputs),
-            *_time_rows(cfg, run_inputs, expected),
+            *_data_rows(run_inputs),
+            *_time_rows(run_inputs, expected),
         ]
         terminal.table(f"plan  {label}".strip(), ["", ""], [list(row) for row in rows])
         if (text := _marked(run_inputs)) != shown:
@@ -91,8 +92,9 @@ def _model_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _data_rows(cfg: Mapping[str, Any], run_inputs: Any) -> list[tuple[str, str]]:
-    counts, layout = run_inputs.splits.report, "packed" if cfg["data"]["packing"] else "padded"
+def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
+    options, counts = run_inputs.options, run_inputs.splits.report
+    layout = "packed" if options.data.packing else "padded"
     left_out = {
         "duplicates": counts.duplicates,
         "too long, dropped": counts.dropped,
@@ -100,32 +102,34 @@ def _data_rows(cfg: Mapping[str, Any], run_inputs: Any) -> list[tuple[str, str]]
         "with a prompt of the held-out set, dropped": counts.leaked,
     }
     text = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none left out"
-    text += f"; {report.truncated(cfg, counts)}" if counts.truncated else ""
+    text += f"; {report.truncated(options, counts)}" if counts.truncated else ""
     trained = counts.train_trained_tokens / counts.train_tokens
     return [
         ("data", f"{run_inputs.splits.name}: {counts.rows_read} rows read; {text}"),
         (
             "training",
-            f"{counts.train_rows} rows{_limited(cfg, 'train_rows')}, {counts.train_tokens} tokens, "
+            f"{counts.train_rows} rows{_limited('train_rows', options.data.train_rows)}, {counts.train_tokens} tokens, "
             f"{trained:.0%} of them trained",
         ),
-        ("held out", f"{counts.eval_rows} rows{_limited(cfg, 'eval_rows')}, {counts.eval_tokens} tokens"),
+        (
+            "held out",
+            f"{counts.eval_rows} rows{_limited('eval_rows', options.data.eval_rows)}, {counts.eval_tokens} tokens",
+        ),
         ("batches", f"{layout}, {run_inputs.batches.efficiency:.1%} of the token slots are used"),
     ]
 
 
-def _limited(cfg: Mapping[str, Any], key: str) -> str:
-    limit = cfg["data"][key]
+def _limited(key: str, limit: int | None) -> str:
     return f" (a sample: data.{key}={limit})" if limit is not None else ""
 
 
-def _time_rows(cfg: Mapping[str, Any], run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
+def _time_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     from runner.train import build
     from runner.train.estimate import ASSUMED_UTILISATION, training_seconds
 
     tokens = run_inputs.batches.tokens_at(run_inputs.total_steps)
     seconds, peak = training_seconds(run_inputs, expected)
-    choice = build.resolve_compile(cfg, run_inputs, expected)
+    choice = build.resolve_compile(run_inputs, expected)
     compiles = [("compile", f"no: {choice.reason}" if choice.reason else "each layer")] if choice.settled else []
     steps = run_inputs.total_steps
     return [

@@ -147,7 +147,8 @@ def _register(run: Trained, location: _Location, mlflow_run: Run, name: str, *, 
         check = merge.write(run, folder, None)
         terminal.say(f"check    {check.notes()['check']}")
         base = str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
-        (folder / "README.md").write_text(model_card.text(run.rundir, ("model",), base, check.notes()))
+        card = model_card.text(run.rundir, ("model",), base, check.notes(), is_chat=run.is_chat)
+        (folder / "README.md").write_text(card)
         source, model_id = _upload(run, location, mlflow_run, name, folder, Path(aside, "mlflow"))
     is_new_name = False
     try:
@@ -209,7 +210,7 @@ def _pack(run: Trained, folder: Path, packed: Path, mlflow_run: Run, model_id: s
             path=str(packed),
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={"model": str(folder)},
-            model_config={"is_chat": run.task.name != "pretrain"},
+            model_config={"is_chat": run.is_chat},
             signature=ModelSignature(text, text, ParamSchema(params)),
             pip_requirements=requirements(),
             mlflow_model=Model(**ids),

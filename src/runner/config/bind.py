@@ -114,11 +114,6 @@ def bind_target(node: Mapping[str, Any]) -> Callable[..., Any]:
     return _resolve(node)
 
 
-def is_none(node: Mapping[str, Any]) -> bool:
-    """Whether a group's chosen option is its null option."""
-    return str(node.get(TARGET, "")).rpartition(".")[2] == "none"
-
-
 def _values(node: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of the option: those of the node that are not for ``bind`` itself."""
     return {name: value for name, value in node.items() if name not in (TARGET, user_code.PATHS)}

@@ -12,10 +12,10 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from runner.config.bind import is_none, mismatch, unknown_key
+from runner.config.bind import bind_target, mismatch, unknown_key
 from runner.config.schema import Count, Fraction, Positive
 from runner.errors import ConfigError, Fault, suggest
-from runner.models import adapter
+from runner.models import adapter, quantization
 from runner.models.kernels import compilation
 
 if TYPE_CHECKING:
@@ -146,9 +146,9 @@ def check_peft(*, method: str, **options: Any) -> Iterator[Fault]:
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check the options ``lora`` and ``quant`` together."""
-    if is_none(cfg["quant"]):
+    if bind_target(cfg["quant"]) is quantization.none:
         return
-    if is_none(cfg["lora"]):
+    if bind_target(cfg["lora"]) is none:
         yield _full_on_quantized()
         return
     options = {key: value for key, value in cfg["lora"].items() if key in ("method", "init_lora_weights")}

@@ -41,6 +41,8 @@ class ModelSource:
     name: str
     make: Callable[[], Path] | None = field(default=None, compare=False)
     """Creates the model folder if it does not exist yet, and returns it."""
+    origin: str = ""
+    """Text for the model card: where the model comes from, if neither from a folder nor from the Hub."""
 
 
 def pretrained(
@@ -57,7 +59,8 @@ def pretrained(
 
 def gguf(*, package: str, file: str, dtype: Precision, attention: Attention) -> ModelSource:
     """A GGUF file inside an installed Python package; the package is not imported."""
-    return _from_gguf(_package_file(package, file), dtype, attention)
+    source = _from_gguf(_package_file(package, file), dtype, attention)
+    return replace(source, origin=f"from the package {package}")
 
 
 def random(
@@ -86,7 +89,8 @@ def random(
     }
     key = "random-" + hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
     make = functools.partial(_make_once, key, functools.partial(tiny.write, **shape))
-    return ModelSource(key, None, dtype, attention, False, f"random-{hidden_size}x{layers}", make)
+    name, origin = f"random-{hidden_size}x{layers}", "random weights of model=tiny"
+    return ModelSource(key, None, dtype, attention, False, name, make, origin)
 
 
 def check_pretrained(

@@ -29,8 +29,6 @@ folder = "."  # the folder of this card
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)""",
 }
-SOURCES = {"gguf": "from the package {package}", "random": "random weights of model=tiny"}
-"""Option function of ``model`` → the source of a base model that is neither a folder nor on the Hub."""
 LOCAL = re.compile(r"(?:file://)?(?<![\w:/.<])/(?:[\w.@+~-]+/)+([\w.@+~-]+)")
 """An absolute path; the card contains only its last part."""
 ASK = """
@@ -43,10 +41,11 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))"""
 
 
-def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str, str]) -> str:
+def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str, str], *, is_chat: bool) -> str:
     """The card as Markdown, without absolute paths, because it is published with the model.
 
     ``base``: path or Hub id of the base model. ``notes``: additional facts about this export, name → text.
+    ``is_chat``: the model answers messages, instead of continuing a text.
     """
     manifest, cfg = rundir.read_manifest(), read_config(rundir)
     base_name = str((manifest.get("model") or {}).get("name") or LOCAL.sub(r"\1", base))
@@ -54,9 +53,9 @@ def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str,
     parts = [
         _front_matter(kinds, base),
         f"# {name}",
-        f"Fine-tuned from `{base_name}` ({_source(cfg, base)}) with `runner`, a fine-tuning experiment runner.",
+        f"Fine-tuned from `{base_name}` ({_source(manifest, base)}) with `runner`, a fine-tuning experiment runner.",
         "## Usage",
-        *_loading(rundir, kinds, base, base_name),
+        *_loading(kinds, base, base_name, ASK if is_chat else CONTINUE),
         "## Evaluation",
         "\n".join(_metrics(rundir)),
         "## Training data",
@@ -79,12 +78,10 @@ def _front_matter(kinds: tuple[Kind, ...], base: str) -> str:
     return "\n".join([*lines, "pipeline_tag: text-generation", *(["tags: [lora]"] if library == "peft" else []), "---"])
 
 
-def _source(cfg: Mapping[str, Any], base: str) -> str:
+def _source(manifest: Mapping[str, Any], base: str) -> str:
     """The source of the base model, without paths of this machine."""
-    node = cfg["model"]
-    source = SOURCES.get(str(node.get("_target_", "")).rpartition(".")[2])
-    if source:
-        return source.format(package=node.get("package"))
+    if origin := (manifest.get("model") or {}).get("origin"):
+        return str(origin)
     return "from a local folder" if _is_local(base) else f"`{base}` on the Hugging Face Hub"
 
 
@@ -92,8 +89,7 @@ def _is_local(base: str) -> bool:
     return base.startswith(("/", "\\")) or not base
 
 
-def _loading(rundir: RunDir, kinds: tuple[Kind, ...], base: str, base_name: str) -> Iterator[str]:
-    ask = CONTINUE if str(read_config(rundir)["task"].get("_target_", "")).endswith(".pretrain") else ASK
+def _loading(kinds: tuple[Kind, ...], base: str, base_name: str, ask: str) -> Iterator[str]:
     for kind in kinds:
         if kind == "gguf":
             yield "Load the .gguf file with llama.cpp, or a program based on llama.cpp:\n\n    llama-cli -m FILE.gguf"

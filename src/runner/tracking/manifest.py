@@ -182,6 +182,12 @@ def choices(manifest: Mapping[str, Any]) -> dict[str, str]:
     return dict(manifest["choices"]) if "choices" in manifest else of_overrides(overrides)
 
 
+def tracker(rundir: RunDir) -> str:
+    """``mlflow`` or ``offline``: where the records of a run go."""
+    recorded = rundir.read_manifest().get("tracking")
+    return str(recorded or bind.bind(read_config(rundir)["tracking"], "tracking")().kind)  # 0.1.0 recorded none
+
+
 def find_twin(outputs_dir: Path, signature: str) -> RunDir | None:
     """The latest unfinished run with this signature below ``outputs_dir``; None if there is none."""
     twins = []

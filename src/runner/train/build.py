@@ -1,4 +1,4 @@
-"""Build the parts of the train loop from a frozen configuration: model, optimizer, batches, checkpoints."""
+"""Build the parts of the train loop from the options of a run: model, optimizer, batches, checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from runner.tracking.rundir import RunDir
 from runner.train import estimate, loop, optim, throughput
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
-from runner.train.distributed import parallel, wrap
+from runner.train.distributed import wrap
 from runner.train.distributed.ranks import ALONE, Ranks, unanimous
 from runner.train.inputs import Inputs, compute_at_once
 from runner.train.memory import peak, usage
@@ -40,7 +40,7 @@ from runner.train.prefetch import Prefetcher
 log = logging.getLogger("runner")
 
 
-def resolve_micro_batch_size(cfg: Mapping[str, Any], inputs: Inputs, ranks: Ranks = ALONE) -> Inputs:
+def resolve_micro_batch_size(inputs: Inputs, ranks: Ranks = ALONE) -> Inputs:
     """Replace ``micro_batch_size=auto`` by the largest micro-batch that is expected to fit on every rank."""
     if inputs.settings.micro_batch_size != "auto":
         return inputs
@@ -49,89 +49,85 @@ def resolve_micro_batch_size(cfg: Mapping[str, Any], inputs: Inputs, ranks: Rank
 
     def largest_that_fits() -> int:
         for rows in reversed(divisors(inputs.settings.per_device_batch_size)):
-            estimates[rows] = estimate.expect(cfg, compute_at_once(inputs, rows))
+            estimates[rows] = estimate.expect(compute_at_once(inputs, rows))
             if estimates[rows].fits:
                 return rows
         return 1
 
     rows = min(ranks.gather(unanimous(ranks, largest_that_fits)))
     inputs = compute_at_once(inputs, rows)
-    return replace(inputs, estimate=estimates.get(rows) or estimate.expect(cfg, inputs))
+    return replace(inputs, estimate=estimates.get(rows) or estimate.expect(inputs))
 
 
-def resolve_compile(
-    cfg: Mapping[str, Any], inputs: Inputs, expected: peak.Expected, began: str | None = None
-) -> compilation.Choice:
+def resolve_compile(inputs: Inputs, expected: peak.Expected, began: str | None = None) -> compilation.Choice:
     """Replace ``compile=auto`` by ``regional`` if the GPU supports it and training is long enough to pay for it.
 
     ``began``: the choice of an earlier attempt. It is kept if possible, because compiled code rounds differently.
     """
-    node = cfg["compile"]
-    if parallel.kind_of(node) != "auto":
-        return compilation.Choice(node)
-    in_shards = parallel.kind_of(cfg["parallel"]) == "fsdp"
-    in_8_bits = bind.bind(cfg["quant"], "quant")().bits == 8
+    options = inputs.options
+    if options.compile.func is not compilation.auto:
+        return compilation.Choice(options.compile)
+    in_shards = options.parallel.kind == "fsdp"
+    in_8_bits = options.quant.bits == 8
     reason = compilation.obstacle(inputs.device, expected.layers, in_8_bits=in_8_bits, in_shards=in_shards)
     if not reason and began == "none":
         reason = "the run began without compilation"
     if not reason and began is None and estimate.training_seconds(inputs, expected)[0] < compilation.PAYS_FROM_S:
         reason = "training is short"
     name = "none" if reason else "regional"
-    return compilation.Choice(bind.option("compile", name), name, reason)
+    return compilation.Choice(bind.bind(bind.option("compile", name), "compile"), name, reason)
 
 
-def load_model(cfg: Mapping[str, Any], inputs: Inputs) -> torch.nn.Module:
+def load_model(inputs: Inputs) -> torch.nn.Module:
     """Load the model on its device, quantize it and add the adapter; initial weights depend only on the seed.
 
     With ``parallel=fsdp`` the model stays on the CPU until it is sharded, because it may not fit on one device.
     """
-    quant = bind.bind(cfg["quant"], "quant")()
-    device, source = inputs.device, inputs.source
-    if parallel.kind_of(cfg["parallel"]) == "fsdp":
+    options, device, source = inputs.options, inputs.device, inputs.source
+    if options.parallel.kind == "fsdp":
         source = replace(source, dtype="bfloat16" if dtype_for(source.dtype, device) == torch.bfloat16 else "float32")
         device = torch.device("cpu")
-    torch.manual_seed(cfg["seed"])
-    base = pretrained.load(source, quant, device)
-    torch.manual_seed(cfg["seed"])
-    model: torch.nn.Module = bind.bind(cfg["lora"], "lora")(base)
+    torch.manual_seed(options.seed)
+    base = pretrained.load(source, options.quant, device)
+    torch.manual_seed(options.seed)
+    model = options.lora(base)
     lora_linear.fuse(model)
     return model
 
 
-def parts(cfg: Mapping[str, Any], inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
+def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
     """Build everything that the train loop needs. Creates the optimizer last: FSDP replaces the parameters."""
+    options = inputs.options
     if inputs.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    expected = estimate.expect(cfg, inputs, roughly=True)
+    expected = estimate.expect(inputs, roughly=True)
     if expected.memory.total > estimate.SAFE * expected.free_bytes:
-        expected = estimate.expect(cfg, inputs)
+        expected = estimate.expect(inputs)
         estimate.check_fits(expected)
     source, autocast = keep_updates(inputs.source, inputs.device, full=expected.counts["adapter"] == 0)
     inputs = replace(inputs, source=source)
-    choice = resolve_compile(cfg, inputs, expected, began=rundir.read_manifest().get("compile"))
-    model = load_model(cfg, inputs)
-    activation_checkpointing.arrange(model, inputs.settings.memory, eager=not compilation.is_asked_for(choice.node))
+    choice = resolve_compile(inputs, expected, began=rundir.read_manifest().get("compile"))
+    model = load_model(inputs)
+    activation_checkpointing.arrange(model, inputs.settings.memory, eager=choice.is_eager)
     batches, evaluation = resolve_attention(inputs.source, model, autocast, inputs.batches, inputs.evaluation)
-    if cfg["data"]["packing"]:
+    if options.data.packing:
         attention.check_isolation(model, autocast)
-    chosen = bind.bind(cfg["parallel"], "parallel")()
-    resolve_lm_head(model, autocast, chosen.kind)
-    bind.bind(choice.node, "compile")(model)
-    wrapped = wrap.wrap(chosen, model, inputs.task, ranks, inputs.device, autocast)
-    weight_decay = cfg["optim"].get("weight_decay", 0.0)
-    optimizer = bind.bind(cfg["optim"], "optim")(optim.parameter_groups(model, weight_decay))
+    resolve_lm_head(model, autocast, options.parallel.kind)
+    choice.option(model)
+    wrapped = wrap.wrap(options.parallel, model, options.task, ranks, inputs.device, autocast)
+    optimizer = options.optim(optim.parameter_groups(model, options.weight_decay))
     peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
     return loop.Parts(
         model=model,
-        task=inputs.task,
+        task=options.task,
         batches=batches,
         prefetcher=Prefetcher(batches, inputs.device, inputs.total_steps),
         evaluation=evaluation,
         optimizer=optimizer,
-        schedule=bind.bind(cfg["schedule"], "schedule"),
+        schedule=options.schedule,
         settings=inputs.settings,
-        seed=cfg["seed"],
+        seed=options.seed,
         total_steps=inputs.total_steps,
         compile=choice,
         ranks=ranks,

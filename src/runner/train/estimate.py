@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from runner.config import bind
 from runner.errors import LESS_MEMORY, ConfigError, Fault
 from runner.models import pretrained
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
 from runner.train import optim, throughput
-from runner.train.distributed import parallel
 from runner.train.memory import peak, usage
 from runner.train.memory.peak import Expected
 
@@ -35,10 +32,11 @@ ASSUMED_UTILISATION = 0.4
 log = logging.getLogger("runner")
 
 
-def expect(cfg: Mapping[str, Any], inputs: Inputs, *, roughly: bool = False) -> Expected:
+def expect(inputs: Inputs, *, roughly: bool = False) -> Expected:
     """Count parameters and estimate memory on the meta device; ``roughly``: by a formula, in a tenth of the time."""
-    quant = bind.bind(cfg["quant"], "quant")()
-    model = bind.bind(cfg["lora"], "lora")(pretrained.empty(inputs.source, quant, inputs.device))
+    options = inputs.options
+    quant, parallel = options.quant, options.parallel
+    model = options.lora(pretrained.empty(inputs.source, quant, inputs.device))
     counts = pretrained.describe(model)
     full = counts["adapter"] == 0
     source, autocast = keep_updates(inputs.source, inputs.device, full=full)
@@ -48,25 +46,24 @@ def expect(cfg: Mapping[str, Any], inputs: Inputs, *, roughly: bool = False) -> 
     inputs = replace(inputs, source=source)
     activations = _by_formula(inputs, model, autocast, full=full)
     if not roughly:
-        activations = _rehearsed(cfg, inputs, model, autocast, fallback=activations)
+        activations = _rehearsed(inputs, model, autocast, fallback=activations)
     if quant.bits is not None:
         activations += _largest_matrix(model) * size  # dequantized while it is used
     gradients = counts["trainable"] * (size if full else ADAPTER_BYTES)
-    kind, processes = parallel.kind_of(cfg["parallel"]), parallel.processes_of(cfg["parallel"])
     held = usage.held_already(inputs.device)
     memory = peak.MemoryEstimate(
         weights=int(weights),
-        gradients=gradients * 2 if kind == "ddp" and processes > 1 else gradients,  # plus DDP's buckets
-        optimizer=int(counts["trainable"] * optim.state_bytes(bind.bind(cfg["optim"], "optim"), inputs.device)),
+        gradients=gradients * (2 if parallel.kind == "ddp" and parallel.processes > 1 else 1),  # plus DDP's buckets
+        optimizer=int(counts["trainable"] * optim.state_bytes(options.optim, inputs.device)),
         activations=activations,
         libraries=held + peak.allocator_waste(inputs.device, activations, gradients),
     )
-    if kind == "fsdp":
-        memory = memory.in_shards(processes, peak.depth(model.config))
+    if parallel.kind == "fsdp":
+        memory = memory.in_shards(parallel.processes, peak.depth(model.config))
     total, free = usage.of_device(inputs.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     report = inputs.splits.report
     trained = report.train_trained_tokens / max(report.train_tokens, 1)
-    flops = throughput.flops_per_token(model, cfg["data"]["max_length"], trained)
+    flops = throughput.flops_per_token(model, options.data.max_length, trained)
     return Expected(counts, memory, held, total, free, flops, len(compilation.layers_of(model)))
 
 
@@ -92,16 +89,14 @@ def check_fits(expected: Expected) -> None:
         log.warning(f"training needs about {needed / gib:.1f} GiB, but {free}. If it runs out of memory: {LESS_MEMORY}")
 
 
-def _rehearsed(
-    cfg: Mapping[str, Any], inputs: Inputs, model: Any, autocast: torch.dtype | None, *, fallback: int
-) -> int:
+def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None, *, fallback: int) -> int:
     """Peak activation bytes of the largest step, simulated with fake tensors; ``fallback`` if that fails."""
-    quant = bind.bind(cfg["quant"], "quant")()
+    options = inputs.options
     by_document = _attends_by_document(inputs, model, autocast)
     batches = inputs.batches.laid_end_to_end() if by_document else inputs.batches
 
     def make(layers: int) -> nn.Module:
-        small: nn.Module = bind.bind(cfg["lora"], "lora")(pretrained.empty(inputs.source, quant, inputs.device, layers))
+        small = options.lora(pretrained.empty(inputs.source, options.quant, inputs.device, layers))
         lora_linear.fuse(small)
         return small
 
@@ -115,7 +110,7 @@ def _rehearsed(
             autocast=autocast,
             device=inputs.device,
             accumulates=batches.per_step > batches.per_micro_batch,
-            head_in_loss=parallel.kind_of(cfg["parallel"]) != "fsdp",
+            head_in_loss=options.parallel.kind != "fsdp",
         )
     except Exception as error:
         log.debug(f"cannot simulate the step, its memory is estimated by a formula: {error!r}")

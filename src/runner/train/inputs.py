@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from runner.config import bind, schema
 from runner.config.schema import TrainSettings
-from runner.data import dataset, formats
+from runner.data import dataset
 from runner.data.batches import Batches
 from runner.models import pretrained
 from runner.models.sources import ModelSource
-from runner.tasks.task import Task
-from runner.train.distributed import parallel
 from runner.train.distributed.ranks import ALONE, Ranks
 from runner.train.memory import peak, usage
+from runner.train.options import Options
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Everything known without loading weights; enough for ``plan`` and for most checks."""
 
-    task: Task
+    options: Options
     source: ModelSource
     tokenizer: Any
     settings: TrainSettings
+    """``options.train``, with the micro-batch size that is used."""
     splits: dataset.Splits
     batches: Batches
     evaluation: Batches
@@ -44,22 +42,21 @@ class Inputs:
         return f", {rows} of {of_device} rows at a time" if rows < of_device else ""
 
 
-def inputs(cfg: Mapping[str, Any], ranks: Ranks = ALONE) -> Inputs:
+def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     """Load data and tokenizer and count the steps; the batches are those of this rank.
 
     Raises:
         ConfigError, DataError: the configuration or the data cannot be used for training.
     """
     device = pick_device()
-    settings = TrainSettings(**cfg["train"])
-    task = bind.bind(cfg["task"], "task")()
-    source = pretrained.resolve(bind.bind(cfg["model"], "model")())
+    settings = options.train
+    source = pretrained.resolve(options.model)
     tokenizer = pretrained.tokenizer(source)
-    splits, batches, evaluation = load_data(cfg, task, source, tokenizer, settings, ranks.rank)
+    splits, batches, evaluation = load_data(options, source, tokenizer, ranks.rank, options.parallel.processes)
     steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     if device.type == "cpu":
         usage.begin()
-    return Inputs(task, source, tokenizer, settings, splits, batches, evaluation, steps, device)
+    return Inputs(options, source, tokenizer, settings, splits, batches, evaluation, steps, device)
 
 
 def compute_at_once(inputs: Inputs, rows: int) -> Inputs:
@@ -70,34 +67,21 @@ def compute_at_once(inputs: Inputs, rows: int) -> Inputs:
 
 
 def load_data(
-    cfg: Mapping[str, Any],
-    task: Task,
-    source: ModelSource,
-    tokenizer: Any,
-    settings: TrainSettings,
-    rank: int,
+    options: Options, source: ModelSource, tokenizer: Any, rank: int = 0, world: int = 1
 ) -> tuple[dataset.Splits, Batches, Batches]:
     """(splits, training batches of this rank, evaluation batches of this rank)."""
-    settings_node, format_node, source_node = schema.split_data(dict(cfg["data"]))
-    data_settings = bind.bind(settings_node, "data", schema.DataSettings)()
-    pretrained.check_max_length(source, data_settings.max_length)
-    splits = dataset.load(
-        bind.bind(source_node, "data"),
-        formats.of(format_node),
-        task,
-        tokenizer,
-        data_settings,
-        identity={"format": format_node, "task": cfg["task"], **({"code": cfg["code"]} if cfg.get("code") else {})},
-    )
+    settings, data = options.train, options.data
+    pretrained.check_max_length(source, data.max_length)
+    splits = dataset.load(options.source, options.format, options.task, tokenizer, data, options.encoding)
     batches = partial(
         Batches,
-        packing=data_settings.packing,
-        max_length=data_settings.max_length,
+        packing=data.packing,
+        max_length=data.max_length,
         rows_per_batch=settings.rows_at_a_time,
-        seed=cfg["seed"],
+        seed=options.seed,
         pad_id=tokenizer.pad_token_id,
         rank=rank,
-        world=parallel.processes_of(cfg["parallel"]),
+        world=world,
     )
     training = batches(
         splits.train,

@@ -175,13 +175,10 @@ def _read(folder: Path, device: torch.device) -> Any:
 
 def _rows(run: Trained) -> tuple[list[list[int]], str]:
     """(a few rows of tokens, their description): held-out rows if the run's data is available."""
-    from runner.config.schema import TrainSettings
     from runner.train import inputs
 
-    cfg = {**run.cfg, "parallel": {"_target_": "runner.train.distributed.parallel.none"}}
     try:
-        loaded = inputs.load_data(cfg, run.task, run.result, run.tokenizer, TrainSettings(**cfg["train"]), 0)
-        held_out = loaded[0].eval
+        held_out = inputs.load_data(run.options, run.result, run.tokenizer)[0].eval
         rows = [held_out[number][0][:LONGEST].tolist() for number in range(min(ROWS, len(held_out)))]
         return rows, f"{len(rows)} held-out rows"
     except RunnerError:  # data moved or changed: use the prompts saved in the run folder

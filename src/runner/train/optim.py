@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
+from runner.config.bind import bind_target
 from runner.config.schema import Fraction, NotNegative, Positive
 from runner.errors import ConfigError, Fault, RunnerError
 
@@ -198,7 +199,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def shardable(node: Mapping[str, Any]) -> bool:
     """Whether a shard is trained as the whole parameter would be: the optimizer is elementwise."""
-    return str(node["_target_"]).endswith(".adamw")
+    return bind_target(node) is adamw
 
 
 def check_adamw(*, betas: list[float], **_: object) -> Iterator[Fault]:

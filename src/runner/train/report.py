@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -11,13 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
-from runner.config import user_code
 from runner.models.kernels import compilation
 from runner.tracking import metrics_log
-from runner.tracking.manifest import signature
 from runner.tracking.mirror import spawn
 from runner.tracking.rundir import RunDir
-from runner.train.distributed import parallel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +22,7 @@ if TYPE_CHECKING:
     from runner.train.checkpoint import Progress
     from runner.train.inputs import Inputs
     from runner.train.loop import Parts
+    from runner.train.options import Options
 
 MANY_TRUNCATED = 0.1
 """Fraction of truncated rows above which the header also shows the longest row."""
@@ -34,7 +31,7 @@ NOTHING = "(nothing)"
 log = logging.getLogger("runner")
 
 
-def header(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
+def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
     """Print model, device, data and steps before training."""
     from runner.models import pretrained
 
@@ -42,14 +39,14 @@ def header(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDir)
     data, tokens = inputs.splits.report, inputs.batches.tokens_at(inputs.total_steps)
     terminal.header(
         {
-            "run": f"{rundir.path}  (signature {signature(cfg)})",
+            "run": f"{rundir.path}  (signature {rundir.read_manifest()['signature']})",
             "model": f"{inputs.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
             "device": f"{inputs.device}, weights in {weights_in(parts)}, attention {attention_of(parts)}"
-            f"{_compiled(parts)}{_hint(cfg, parts)}{_processes(cfg, parts)}",
-            "data": f"{cfg['data'].get('path') or inputs.splits.name}: {data.train_rows} training rows, "
+            f"{_compiled(parts)}{_hint(inputs, parts)}{_processes(inputs, parts)}",
+            "data": f"{inputs.options.data_path or inputs.splits.name}: {data.train_rows} training rows, "
             f"{data.eval_rows} held out, batches {parts.batches.efficiency:.0%} full"
-            + (f", {truncated(cfg, data)}" if data.truncated else "")
+            + (f", {truncated(inputs.options, data)}" if data.truncated else "")
             + (f", {data.dropped} dropped" if data.dropped else ""),
             "steps": f"{inputs.total_steps} of about {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
@@ -57,11 +54,11 @@ def header(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDir)
     )
 
 
-def truncated(cfg: Mapping[str, Any], data: DataReport) -> str:
+def truncated(options: Options, data: DataReport) -> str:
     """How many rows are truncated, with the longest row if many are."""
     many = data.truncated > MANY_TRUNCATED * (data.train_rows + data.eval_rows)
     longest = f" (the longest has {data.longest} tokens)" if many else ""
-    return f"{data.truncated} truncated at data.max_length={cfg['data']['max_length']}{longest}"
+    return f"{data.truncated} truncated at data.max_length={options.data.max_length}{longest}"
 
 
 def _of_batch(parts: Parts) -> str:
@@ -70,8 +67,9 @@ def _of_batch(parts: Parts) -> str:
     return f" ({rows} rows, {rows // world} in each of {world} processes)" if world > 1 else ""
 
 
-def _processes(cfg: Mapping[str, Any], parts: Parts) -> str:
-    return f", {parts.ranks.world} processes ({parallel.kind_of(cfg['parallel'])})" if parts.ranks.world > 1 else ""
+def _processes(inputs: Inputs, parts: Parts) -> str:
+    world = parts.ranks.world
+    return f", {world} processes ({inputs.options.parallel.kind})" if world > 1 else ""
 
 
 def _compiled(parts: Parts) -> str:
@@ -81,12 +79,12 @@ def _compiled(parts: Parts) -> str:
     return f", not compiled: {parts.compile.reason}" if parts.compile.reason else ", each layer compiled"
 
 
-def _hint(cfg: Mapping[str, Any], parts: Parts) -> str:
+def _hint(inputs: Inputs, parts: Parts) -> str:
     """A faster model.dtype for this device, if any."""
     from runner.models.dtypes import faster_dtype
 
     used = next(parts.model.parameters()).dtype
-    faster = faster_dtype(used, parts.wrapped.device) if cfg["model"]["dtype"] == "auto" else None
+    faster = faster_dtype(used, parts.wrapped.device) if inputs.source.dtype == "auto" else None
     return f" (model.dtype={faster} is faster on this device, but less precise)" if faster else ""
 
 
@@ -107,10 +105,10 @@ def weights_in(parts: Parts) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def manifest(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:
+def manifest(inputs: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:
     """Entries of manifest.json written by the worker: data, model, hardware, micro-batch size, compile."""
-    data = {**data_identity(cfg, inputs), "name": inputs.splits.name, "report": asdict(inputs.splits.report)}
-    model = {"name": inputs.source.name, "path": inputs.source.path, "revision": inputs.source.revision}
+    data = {**data_identity(inputs), "name": inputs.splits.name, "report": asdict(inputs.splits.report)}
+    model = {key: getattr(inputs.source, key) for key in ("name", "path", "revision", "origin")}
     choice = {"compile": parts.compile.settled} if parts.compile.settled else {}
     return {
         "data": data,
@@ -121,18 +119,13 @@ def manifest(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDi
     }
 
 
-def data_identity(cfg: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+def data_identity(inputs: Inputs) -> dict[str, Any]:
     """Data fields that must be equal in all attempts of a run; ``function``: hash of a custom format's source code."""
-    from runner.data import formats
-
-    form = cfg["data"].get("format") or {}
-    function = form.get("function")
-    text = formats.source_text(function, form.get(user_code.PATHS) or ()) if function else None
     return {
         "digest": inputs.splits.digest,
         "revision": inputs.splits.revision,
         "uri": inputs.splits.uri,
-        "function": hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
+        "function": inputs.options.function_sha256,
     }
 
 

@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
-from runner.config.bind import TARGET, bind
 from runner.errors import ConfigError, Fault
 from runner.models import model_folder
 from runner.tracking import run_status
 from runner.tracking.rundir import RunDir
+from runner.train.options import Options
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from runner.models.dtypes import Precision
     from runner.models.quantization import Quant
     from runner.models.sources import ModelSource
-    from runner.tasks.task import Task
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 AGAIN = {
@@ -54,12 +53,9 @@ class Trained:
         """
         from runner.models import pretrained
 
-        node = self.cfg["model"]
-        if self.base_path is not None:
-            settings = {"revision": None, "trust_remote_code": False, **_common(node)}
-            node = {TARGET: "runner.models.sources.pretrained", "path": self.base_path, **settings}
+        options, moved_to = self.options, self.base_path
         try:
-            return pretrained.resolve(bind(node, "model")())
+            return pretrained.resolve(options.model if moved_to is None else options.model_in(moved_to))
         except ConfigError as error:
             remedy = "or, if the base model of this run has moved, add model.path=FOLDER"
             faults = [replace(fault, remedy=f"{fault.remedy}; {remedy}".lstrip("; ")) for fault in error.faults]
@@ -70,9 +66,7 @@ class Trained:
         """The source of the tokenizer and, after full fine-tuning, of the weights."""
         if self.is_adapter:
             return self.base
-        node = {**_common(self.cfg["model"]), "path": str(self.rundir.model), "revision": None}
-        code = bool(self.cfg["model"].get("trust_remote_code"))
-        source = bind({TARGET: "runner.models.sources.pretrained", **node, "trust_remote_code": code}, "model")()
+        source = self.options.model_in(str(self.rundir.model), trusts_code=True)
         return replace(source, name=self.rundir.path.name)
 
     @cached_property
@@ -83,14 +77,13 @@ class Trained:
         return pretrained.tokenizer(self.result)
 
     @cached_property
-    def task(self) -> Task:
-        task: Task = bind(self.cfg["task"], "task")()
-        return task
+    def options(self) -> Options:
+        return Options(self.cfg)
 
     @property
-    def quant(self) -> Quant:
-        quant: Quant = bind(self.cfg["quant"], "quant")()
-        return quant
+    def is_chat(self) -> bool:
+        """Whether the model answers messages; otherwise it continues a text."""
+        return self.options.task.name != "pretrain"
 
 
 def load(
@@ -113,7 +106,7 @@ def load(
     if not trained.is_adapter:
         terminal.loading(f"the model of {terminal.nearest(trained.rundir.path)}")
         source = trained.result if dtype is None else replace(trained.result, dtype=dtype)
-        return pretrained.load(source, quant or trained.quant, device).eval()
+        return pretrained.load(source, quant or trained.options.quant, device).eval()
     base = load_base(trained, device, dtype=dtype, quant=quant)
     if unties:
         _untie(base, trained)
@@ -128,7 +121,7 @@ def load_base(
 
     terminal.loading(f"{trained.base.name}, the base of {terminal.nearest(trained.rundir.path)}")
     source = trained.base if dtype is None else replace(trained.base, dtype=dtype)
-    return pretrained.load(source, quant or trained.quant, device).eval()
+    return pretrained.load(source, quant or trained.options.quant, device).eval()
 
 
 @contextlib.contextmanager
@@ -155,10 +148,6 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-
-
-def _common(node: dict[str, Any]) -> dict[str, Any]:
-    return {key: node[key] for key in ("dtype", "attention") if key in node}
 
 
 def _adapted(base: Any, trained: Trained) -> Any:

@@ -12,22 +12,21 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner import terminal
-from runner.config import user_code
 from runner.errors import Fault, LaunchError, Pruned, ResumeError, RunnerError, Stopped
 from runner.files import write_atomic
 from runner.models.kernels import compilation
 from runner.signals import Stop
-from runner.tracking import manifest, metrics_log, provenance, slurm_client
+from runner.tracking import metrics_log, provenance, slurm_client
 from runner.tracking.mirror import spawn
 from runner.tracking.rundir import RunDir
 from runner.train import attach, outcome, report
-from runner.train.distributed import parallel
 from runner.train.distributed.ranks import Ranks, lost_peer, of_environment, silent, unanimous
+from runner.train.options import Options
 from runner.train.outcome import Clock
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ log = logging.getLogger("runner")
 class Loaded(NamedTuple):
     """Everything needed to train; a run can be refused until this is loaded."""
 
-    cfg: dict[str, Any]
     inputs: Inputs
     parts: Parts
     progress: Progress
@@ -87,9 +85,9 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
     mirror, clock = None, Clock(rundir.read_state().seconds)
     try:
         outcome.clear(rundir)
-        cfg = manifest.read_config(rundir)
-        _refuse_other_world(cfg, ranks)
-        mirror = None if mirrored else spawn.start_mirror(rundir, cfg)
+        options = Options.of(rundir)
+        _refuse_other_world(options, ranks)
+        mirror = None if mirrored else spawn.start_mirror(rundir)
         with stop.at_once():
             ranks.join()
             is_pruned = rundir.prune_request.exists()
@@ -98,7 +96,7 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
                 raise Pruned(rundir.prune_request.read_text())
             if not mirrored:
                 terminal.loading("data and model")
-            loaded = _load(rundir, cfg, ranks)
+            loaded = _load(rundir, options, ranks)
         summary = _train(rundir, loaded, stop, clock)
         rundir.write_state(status="completed", reason="", summary=summary, seconds=clock.seconds())
         code = 0
@@ -120,12 +118,12 @@ def _other_rank(rundir: RunDir, ranks: Ranks) -> int:
     clock = Clock(0.0)
     with terminal.logging_to(rundir.rank_log(ranks.rank), speaks=False), Stop() as stop:
         try:
-            cfg = manifest.read_config(rundir)
-            _refuse_other_world(cfg, ranks)
+            options = Options.of(rundir)
+            _refuse_other_world(options, ranks)
             with stop.at_once():
                 ranks.join()
                 is_training = ranks.broadcast(False)
-                loaded = _load(rundir, cfg, ranks) if is_training else None
+                loaded = _load(rundir, options, ranks) if is_training else None
             if loaded:
                 _train(rundir, loaded, stop, clock)
         except (Stopped, KeyboardInterrupt) as error:
@@ -160,9 +158,9 @@ def _cancelled_already(rundir: RunDir) -> int:
     return outcome.CODES["killed"]
 
 
-def _refuse_other_world(cfg: Mapping[str, Any], ranks: Ranks) -> None:
+def _refuse_other_world(options: Options, ranks: Ranks) -> None:
     """Check the number of processes: the batches of a run are divided over a fixed number."""
-    expected = parallel.processes_of(cfg["parallel"])
+    expected = options.parallel.processes
     if expected != ranks.world:
         problem = f"this run needs {_processes(expected)}, but {_processes(ranks.world)} started"
         remedy = f"use launcher=accelerate launcher.processes={expected}, torchrun or launcher=slurm"
@@ -175,23 +173,23 @@ def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
 
 
-def _load(rundir: RunDir, cfg: dict[str, Any], ranks: Ranks) -> Loaded:
+def _load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
     from runner.train import build, inputs, probe  # imports torch
 
     terminal.quiet_libraries()
 
     def read() -> Inputs:
-        user_code.refuse_changed(cfg)
-        run_inputs = inputs.inputs(manifest.pinned(cfg, rundir), ranks)
-        _refuse_other_data(rundir, report.data_identity(cfg, run_inputs))
+        options.refuse_changed_code()
+        run_inputs = inputs.inputs(options, ranks)
+        _refuse_other_data(rundir, report.data_identity(run_inputs))
         return run_inputs
 
-    run_inputs = build.resolve_micro_batch_size(cfg, unanimous(ranks, read), ranks)
-    parts = unanimous(ranks, lambda: build.parts(cfg, run_inputs, rundir, ranks))
+    run_inputs = build.resolve_micro_batch_size(unanimous(ranks, read), ranks)
+    parts = unanimous(ranks, lambda: build.parts(run_inputs, rundir, ranks))
     run_inputs, parts, probed = probe.fit(run_inputs, parts)
     if ranks.rank == 0:
-        report.header(cfg, run_inputs, parts, rundir)
-    return Loaded(cfg, run_inputs, parts, parts.checkpoints.restore(parts.model, parts.optimizer), probed)
+        report.header(run_inputs, parts, rundir)
+    return Loaded(run_inputs, parts, parts.checkpoints.restore(parts.model, parts.optimizer), probed)
 
 
 def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str, Any]:
@@ -199,12 +197,12 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
     from runner.models import pretrained
     from runner.train import generate, loop
 
-    cfg, inputs, parts, progress, probed = loaded
+    inputs, parts, progress, probed = loaded
     leads = parts.ranks.rank == 0
     if leads:
         _begin(rundir, loaded)
     clock.start()
-    in_step = parallel.kind_of(cfg["parallel"]) == "fsdp"
+    in_step = inputs.options.parallel.kind == "fsdp"
     tokens = inputs.settings.sample_tokens
     ask = partial(generate.generate, parts.model, inputs.tokenizer, max_new_tokens=tokens, in_step=in_step)
     with stop.at_once():
@@ -224,9 +222,9 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
 
 def _begin(rundir: RunDir, loaded: Loaded) -> None:
     """Drop records after the checkpoint, and write manifest.json and state.json."""
-    cfg, inputs, parts, progress, _ = loaded
+    inputs, parts, progress, _ = loaded
     metrics_log.rewind(rundir, progress.step, progress.evaluated)
-    rundir.update_manifest(**report.manifest(cfg, inputs, parts, rundir))
+    rundir.update_manifest(**report.manifest(inputs, parts, rundir))
     if progress.step:
         log.info(f"resumed at step {progress.step}/{inputs.total_steps}")
     state = rundir.read_state()

@@ -28,6 +28,7 @@ from runner.tracking import manifest
 from runner.tracking.rundir import RunDir
 from runner.train import build, estimate, generate, inputs, loop, throughput, worker
 from runner.train.checkpoint import Progress
+from runner.train.options import Options
 
 OPTIONS = sorted(path.stem for path in config_dir().glob("compile/*.yaml"))
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
@@ -272,8 +273,8 @@ def test_the_step_as_it_is_put_together_is_one_graph_a_layer(
     monkeypatch.setattr(compilation, "regional", traced)
     options = (*TINY, "model.layers=3", f"quant={quant}", f"train.memory={kept}", "data.packing=true")
     cfg = composed(*options, "compile=regional", "compile.fullgraph=true", "train.max_steps=6", "train.eval_steps=2")
-    made = inputs.inputs(cfg)
-    parts = build.parts(cfg, made, RunDir(tmp_path))
+    made = inputs.inputs(Options(cfg))
+    parts = build.parts(made, RunDir(tmp_path))
     assert varlen_attention.uses(parts.model)
     assert any(isinstance(module, lora_linear._Fused) for module in parts.model.modules())
     hooks = no_hooks()
@@ -315,27 +316,27 @@ def settled(
     """What compile=auto comes to on a GPU that has a compiler, for a training of so many seconds."""
     monkeypatch.setattr(compilation, "_check_compiler", lambda _: None)
     cfg = composed(*TINY, *overrides)
-    made = inputs.inputs(cfg)
-    told = estimate.expect(cfg, made, roughly=True)
+    made = inputs.inputs(Options(cfg))
+    told = estimate.expect(made, roughly=True)
     monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1.0)
     flops = seconds * estimate.ASSUMED_UTILISATION / made.batches.tokens_at(made.total_steps)
     told = dataclasses.replace(told, layers=layers, flops_per_token=flops)
     monkeypatch.setattr(dtypes, "_is_fast_in_bfloat16", lambda _: True)
-    found = build.resolve_compile(cfg, dataclasses.replace(made, device=GPU), told, **began)
+    found = build.resolve_compile(dataclasses.replace(made, device=GPU), told, **began)
     monkeypatch.undo()
     return found
 
 
 def test_auto_compiles_on_a_gpu_where_it_pays(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = settled(monkeypatch, seconds=compilation.PAYS_FROM_S + 1)
-    assert (found.node, found.settled, found.reason) == (conftest.node("compile", "regional"), "regional", "")
+    assert (found.option.func, found.settled, found.reason) == (compilation.regional, "regional", "")
     found = settled(monkeypatch, seconds=compilation.PAYS_FROM_S - 1)
-    assert (found.node, found.settled, found.reason) == (conftest.node("compile", "none"), "none", "training is short")
+    assert (found.option.func, found.settled, found.reason) == (compilation.none, "none", "training is short")
     assert "8-bit" in settled(monkeypatch, "quant=8bit").reason
     assert settled(monkeypatch, "quant=4bit").settled == "regional"
     assert "no list of decoder layers of one class" in settled(monkeypatch, layers=0).reason
     asked_for = settled(monkeypatch, "compile=default", seconds=1)
-    assert (asked_for.node, asked_for.settled) == (conftest.node("compile", "default"), "")
+    assert (asked_for.option.func, asked_for.settled) == (compilation.whole, "")
 
 
 def test_a_run_goes_on_compiled_as_it_began(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,9 +361,9 @@ def test_auto_is_no_other_run_wherever_it_is_settled(cache: Path, tmp_path: Path
     assert rundir.read_manifest()["signature"] == manifest.signature(manifest.read_config(rundir))
     began = []
 
-    def settle(cfg: Any, made: Any, told: Any, began_as: Any = None, **named: Any) -> compilation.Choice:
+    def settle(made: Any, told: Any, began_as: Any = None, **named: Any) -> compilation.Choice:
         began.append(named.get("began", began_as))
-        return compilation.Choice(conftest.node("compile", "regional"), "regional")
+        return compilation.Choice(conftest.option("compile", "regional"), "regional")
 
     monkeypatch.setattr(build, "resolve_compile", settle)
     monkeypatch.setattr(compilation, "regional", traced)

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,12 +35,16 @@ minute longer, each further step should take 10 to 25 % less."""
 class Choice:
     """The option of ``compile`` after resolving ``auto``."""
 
-    node: Mapping[str, Any]
-    """The config node of the option; never ``auto``."""
+    option: functools.partial[nn.Module]
+    """Compiles a model in place; never ``auto``."""
     settled: str = ""
     """The name of the option if ``auto`` chose it."""
     reason: str = ""
     """Why ``auto`` does not compile; empty if it does."""
+
+    @property
+    def is_eager(self) -> bool:
+        return self.option.func is none
 
 
 def auto(model: nn.Module) -> nn.Module:
@@ -138,11 +142,6 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
     ]
     return list(max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()), default=[]))
-
-
-def is_asked_for(node: Mapping[str, Any]) -> bool:
-    """Whether the config node ``compile`` is an option other than ``none``."""
-    return node["_target_"] != f"{none.__module__}.{none.__name__}"
 
 
 def obstacle(device: torch.device, layers: int, in_8_bits: bool, in_shards: bool) -> str:

@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from runner.errors import RunnerError
 from runner.files import is_held
+from runner.tracking import manifest
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import sweep_of
 
@@ -19,14 +21,11 @@ FOLDERS_AT_ONCE = 200
 
 def is_wanted(rundir: RunDir) -> bool:
     """Whether the run is uploaded to MLflow automatically (not ``tracking=offline``)."""
-    manifest = rundir.read_manifest()
-    if (manifest.get("mlflow") or {}).get("run_id"):
+    if (rundir.read_manifest().get("mlflow") or {}).get("run_id"):
         return True
-    if "tracking" in manifest:
-        return bool(manifest["tracking"] == "mlflow")
-    try:  # a run of version 0.1.0; search the text: parsing the YAML of a thousand folders is slow
-        return "_target_: runner.tracking.mlflow\n" in rundir.config.read_text()
-    except (OSError, ValueError):
+    try:
+        return manifest.tracker(rundir) == "mlflow"
+    except (RunnerError, KeyError, TypeError):
         return False
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.config.bind import bind
 from runner.errors import RunnerError
 from runner.tracking import manifest
 from runner.tracking.metrics_log import read
@@ -134,7 +133,7 @@ def _start(sweep: SweepDir, mode: str) -> Mirror | None:
 
 def _is_mirrored(rundir: RunDir) -> bool:
     try:
-        return not str(manifest.read_config(rundir)["tracking"]["_target_"]).endswith(".offline")
+        return manifest.tracker(rundir) == "mlflow"
     except (RunnerError, KeyError, TypeError):
         return False
 
@@ -146,13 +145,13 @@ def _report(sweep: SweepDir) -> dict[str, Any]:
         return {}
 
 
-def start_mirror(rundir: RunDir, cfg: Mapping[str, Any]) -> subprocess.Popen[bytes] | None:
+def start_mirror(rundir: RunDir) -> subprocess.Popen[bytes] | None:
     """Start the process that uploads ``rundir`` to MLflow; None with ``tracking=offline``.
 
     It has its own session: neither Ctrl-C nor the end of this process stops it. Its last argument is the time stamp of
     the current state.json, so that it can recognise a newer state.
     """
-    if bind(cfg["tracking"], "tracking")().kind == "offline":
+    if manifest.tracker(rundir) == "offline":
         return None
     command = [sys.executable, "-P", "-m", "runner.mirror", str(rundir.path), str(rundir.read_state().updated)]
     return mirror_process(command, rundir.mirror_log)

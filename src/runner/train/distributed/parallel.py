@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runner.config.bind import TARGET, bind_target, option
+from runner.config.bind import bind, bind_target, option
 from runner.config.schema import Count
 from runner.errors import ConfigError, Fault
+from runner.models import quantization
+from runner.models.kernels import compilation
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,15 @@ def fsdp(*, processes: Count | None, reshard_after_forward: bool) -> Parallel:
     return Parallel("fsdp", processes or 1, reshard_after_forward=reshard_after_forward)
 
 
-def processes_of(node: Mapping[str, Any]) -> int:
-    """Number of processes of a run with this node, after ``resolve``."""
-    return int(node.get("processes") or 1)
-
-
 def resolve(node: Mapping[str, Any], processes: int) -> dict[str, Any]:
     """Replace ``auto`` and fill in the number of processes, for a launcher that starts ``processes`` per run.
 
     Raises:
         ConfigError: the node and the launcher contradict each other.
     """
-    kind = kind_of(node)
-    if kind == "auto":
-        kind = "ddp" if processes > 1 else "none"
-        node = option("parallel", kind)
+    if bind_target(node) is auto:
+        node = option("parallel", "ddp" if processes > 1 else "none")
+    kind = bind(node, "parallel")().kind
     if kind == "none":
         if processes > 1:
             problem = f"the launcher starts {processes} processes, and each would train the same model on the same data"
@@ -80,21 +76,16 @@ def resolve(node: Mapping[str, Any], processes: int) -> dict[str, Any]:
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Faults of ``parallel`` in combination with other groups; works before ``resolve`` too."""
-    if kind_of(cfg["parallel"]) != "fsdp":
+    if bind_target(cfg["parallel"]) is not fsdp:
         return
-    if kind_of(cfg["quant"]) != "none":
+    if bind_target(cfg["quant"]) is not quantization.none:
         remedy = "use parallel=ddp (quantized weights are small), or quant=none"
         yield Fault("parallel", "parallel=fsdp does not support quantized weights", remedy, "fsdp")
-    if kind_of(cfg["compile"]) == "whole":
+    if bind_target(cfg["compile"]) is compilation.whole:
         problem = "parallel=fsdp gathers weights layer by layer, but compile=whole makes one graph of all layers"
         yield Fault("parallel", problem, "use compile=regional", "fsdp")
-    module = inspect.getmodule(bind_target(cfg["optim"]))
-    if not getattr(module, "shardable", lambda _: False)(cfg["optim"]):
-        name = str(cfg["optim"].get("name") or kind_of(cfg["optim"]))
+    optim = bind_target(cfg["optim"])
+    if not getattr(inspect.getmodule(optim), "shardable", lambda _: False)(cfg["optim"]):
+        name = str(cfg["optim"].get("name") or optim.__name__)
         remedy = "use optim=adamw, or parallel=ddp"
         yield Fault("parallel", f"parallel=fsdp cannot shard the state of the optimizer {name}", remedy, "fsdp")
-
-
-def kind_of(node: Mapping[str, Any]) -> str:
-    """The name of the option: the function name in ``_target_``."""
-    return str(node.get(TARGET, "")).rpartition(".")[2]
