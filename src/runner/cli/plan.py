@@ -83,12 +83,13 @@ def _model_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
         "activations and logits": memory.activations,
         "libraries and buffers": memory.libraries,
     }
-    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    shown = ", ".join(f"{name} {'unknown' if size is None else f'{size / GIB:.2f}'}" for name, size in parts.items())
     free = f"{expected.free_bytes / GIB:.1f} free of {expected.total_bytes / GIB:.1f} on {run_inputs.device}"
+    needed = f"unknown: {expected.unknown}" if expected.unknown else f"about {memory.total / GIB:.1f}"
     return [
         ("model", f"{run_inputs.source.name}, {counts['total'] / 1e6:.1f} M parameters"),
         ("trained", f"{counts['trainable'] / 1e6:.2f} M ({counts['trainable'] / counts['total']:.2%})"),
-        ("memory, GiB", f"about {memory.total / GIB:.1f} ({free})\n{shown}"),
+        ("memory, GiB", f"{needed} ({free})\n{shown}"),
     ]
 
 

@@ -28,7 +28,7 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import estimate, loop, optim, throughput
+from runner.train import estimate, loop, optim, probe, throughput
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import wrap
@@ -41,7 +41,10 @@ log = logging.getLogger("runner")
 
 
 def resolve_micro_batch_size(inputs: Inputs, ranks: Ranks = ALONE) -> Inputs:
-    """Replace ``micro_batch_size=auto`` by the largest micro-batch that is expected to fit on every rank."""
+    """Replace ``micro_batch_size=auto`` by the largest micro-batch that is expected to fit on every rank.
+
+    Without an estimate it is the whole batch if ``probe`` can reduce it, else one row.
+    """
     if inputs.settings.micro_batch_size != "auto":
         return inputs
 
@@ -50,7 +53,7 @@ def resolve_micro_batch_size(inputs: Inputs, ranks: Ranks = ALONE) -> Inputs:
     def largest_that_fits() -> int:
         for rows in reversed(divisors(inputs.settings.per_device_batch_size)):
             estimates[rows] = estimate.expect(compute_at_once(inputs, rows))
-            if estimates[rows].fits:
+            if estimates[rows].fits or (estimates[rows].unknown and probe.is_possible(inputs)):
                 return rows
         return 1
 
@@ -101,10 +104,8 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
     if inputs.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    expected = estimate.expect(inputs, roughly=True)
-    if expected.memory.total > estimate.SAFE * expected.free_bytes:
-        expected = estimate.expect(inputs)
-        estimate.check_fits(expected)
+    expected = inputs.estimate or estimate.expect(inputs)
+    estimate.check_fits(expected)
     source, autocast = keep_updates(inputs.source, inputs.device, full=expected.counts["adapter"] == 0)
     inputs = replace(inputs, source=source)
     choice = resolve_compile(inputs, expected, began=rundir.read_manifest().get("compile"))

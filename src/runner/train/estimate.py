@@ -24,16 +24,14 @@ if TYPE_CHECKING:
 
 ADAPTER_BYTES = 4
 """Per adapter parameter: adapters are trained in float32."""
-SAFE = 0.5
-"""Below this fraction of the free memory the estimate by formula is enough, and no step is simulated."""
 ASSUMED_UTILISATION = 0.4
 """MFU assumed when estimating the training time."""
 
 log = logging.getLogger("runner")
 
 
-def expect(inputs: Inputs, *, roughly: bool = False) -> Expected:
-    """Count parameters and estimate memory on the meta device; ``roughly``: by a formula, in a tenth of the time."""
+def expect(inputs: Inputs) -> Expected:
+    """Count parameters on the meta device, and estimate the memory by a simulated step."""
     options = inputs.options
     quant, parallel = options.quant, options.parallel
     model = options.lora(pretrained.empty(inputs.source, quant, inputs.device))
@@ -44,10 +42,8 @@ def expect(inputs: Inputs, *, roughly: bool = False) -> Expected:
     weights = counts["linear"] * (quant.bytes_per_weight or size)
     weights += (counts["total"] - counts["linear"] - counts["adapter"]) * size + counts["adapter"] * ADAPTER_BYTES
     inputs = replace(inputs, source=source)
-    activations = _by_formula(inputs, model, autocast, full=full)
-    if not roughly:
-        activations = _rehearsed(inputs, model, autocast, fallback=activations)
-    if quant.bits is not None:
+    activations, unknown = _rehearsed(inputs, model, autocast)
+    if quant.bits is not None and activations is not None:
         activations += _largest_matrix(model) * size  # dequantized while it is used
     gradients = counts["trainable"] * (size if full else ADAPTER_BYTES)
     held = usage.held_already(inputs.device)
@@ -56,7 +52,7 @@ def expect(inputs: Inputs, *, roughly: bool = False) -> Expected:
         gradients=gradients * (2 if parallel.kind == "ddp" and parallel.processes > 1 else 1),  # plus DDP's buckets
         optimizer=int(counts["trainable"] * optim.state_bytes(options.optim, inputs.device)),
         activations=activations,
-        libraries=held + peak.allocator_waste(inputs.device, activations, gradients),
+        libraries=held + peak.allocator_waste(inputs.device, activations or 0, gradients),
     )
     if parallel.kind == "fsdp":
         memory = memory.in_shards(parallel.processes, peak.depth(model.config))
@@ -64,7 +60,7 @@ def expect(inputs: Inputs, *, roughly: bool = False) -> Expected:
     report = inputs.splits.report
     trained = report.train_trained_tokens / max(report.train_tokens, 1)
     flops = throughput.flops_per_token(model, options.data.max_length, trained)
-    return Expected(counts, memory, held, total, free, flops, len(compilation.layers_of(model)))
+    return Expected(counts, memory, held, total, free, flops, len(compilation.layers_of(model)), unknown)
 
 
 def training_seconds(inputs: Inputs, expected: Expected) -> tuple[float, float]:
@@ -80,17 +76,18 @@ def check_fits(expected: Expected) -> None:
     Raises:
         ConfigError: the estimate exceeds the total memory.
     """
-    needed, gib = expected.memory.total, usage.GIB
-    if needed > expected.total_bytes:
-        problem = f"needs about {needed / gib:.1f} GiB, but the device has {expected.total_bytes / gib:.1f} GiB"
+    gib = usage.GIB
+    needs = f"needs {'at least' if expected.unknown else 'about'} {expected.memory.total / gib:.1f} GiB"
+    if expected.memory.total > expected.total_bytes:
+        problem = f"{needs}, but the device has {expected.total_bytes / gib:.1f} GiB"
         raise ConfigError(Fault("model", problem, LESS_MEMORY))
-    if needed - expected.held_bytes > expected.free_bytes:
+    if expected.memory.total - expected.held_bytes > expected.free_bytes:
         free = f"{expected.free_bytes / gib:.1f} of {expected.total_bytes / gib:.1f} GiB are free"
-        log.warning(f"training needs about {needed / gib:.1f} GiB, but {free}. If it runs out of memory: {LESS_MEMORY}")
+        log.warning(f"training {needs}, but {free}. If it runs out of memory: {LESS_MEMORY}")
 
 
-def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None, *, fallback: int) -> int:
-    """Peak activation bytes of the largest step, simulated with fake tensors; ``fallback`` if that fails."""
+def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tuple[int | None, str]:
+    """(peak activation bytes of the largest step, simulated with fake tensors; why they are unknown)."""
     options = inputs.options
     by_document = _attends_by_document(inputs, model, autocast)
     batches = inputs.batches.laid_end_to_end() if by_document else inputs.batches
@@ -101,7 +98,7 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None, *, fall
         return small
 
     try:
-        return peak.rehearsed(
+        activations = peak.rehearsed(
             make,
             peak.depth(model.config),
             batches.largest,
@@ -112,9 +109,11 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None, *, fall
             accumulates=batches.per_step > batches.per_micro_batch,
             head_in_loss=options.parallel.kind != "fsdp",
         )
+        return activations, ""
     except Exception as error:
-        log.debug(f"cannot simulate the step, its memory is estimated by a formula: {error!r}")
-        return fallback
+        log.debug("the step cannot be simulated", exc_info=error)
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return None, f"a step of this model cannot be simulated ({type(error).__name__}: {first_line})"
 
 
 def _attends_by_document(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> bool:
@@ -122,13 +121,6 @@ def _attends_by_document(inputs: Inputs, model: Any, autocast: torch.dtype | Non
     wide = dtype_for(inputs.source.dtype, inputs.device) == torch.float32 and autocast is None
     enabled = inputs.source.attention in ("auto", varlen_attention.NAME)
     return enabled and not varlen_attention.obstacle(model) and not (wide and inputs.device.type == "cuda")
-
-
-def _by_formula(inputs: Inputs, model: Any, autocast: torch.dtype | None, *, full: bool) -> int:
-    """Peak activation bytes of the largest step, by a formula for Llama-like models."""
-    size = (autocast or dtype_for(inputs.source.dtype, inputs.device)).itemsize
-    settings, shape, scores = inputs.settings, inputs.batches.largest, inputs.source.attention == "eager"
-    return peak.by_formula(model.config, shape, kept=settings.memory, dtype_bytes=size, full=full, scores=scores)
 
 
 def _largest_matrix(model: nn.Module) -> int:

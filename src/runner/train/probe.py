@@ -16,7 +16,6 @@ import torch
 
 from runner.config.schema import divisors
 from runner.errors import LESS_MEMORY, ConfigError, Fault
-from runner.models import shards
 from runner.train.inputs import compute_at_once
 from runner.train.memory import usage
 from runner.train.prefetch import Prefetcher
@@ -42,8 +41,7 @@ def fit(inputs: Inputs, parts: Parts) -> tuple[Inputs, Parts, dict[str, float]]:
     Raises:
         ConfigError: not even one row fits.
     """
-    sharded = any(map(shards.is_sharded, parts.model.parameters()))
-    if inputs.estimate is None or inputs.device.type not in DEVICES or sharded:
+    if inputs.estimate is None or not is_possible(inputs):
         return inputs, parts, {}
     rows, peak = _largest_that_fits(inputs, parts)
     rows = min(parts.ranks.gather(rows))
@@ -52,6 +50,10 @@ def fit(inputs: Inputs, parts: Parts) -> tuple[Inputs, Parts, dict[str, float]]:
         raise ConfigError(Fault("model", problem, LESS_MEMORY))
     metrics = _compared(inputs, peak) if rows == inputs.settings.rows_at_a_time else {}
     return *_cut(inputs, parts, rows), metrics
+
+
+def is_possible(inputs: Inputs) -> bool:
+    return inputs.device.type in DEVICES and inputs.options.parallel.kind != "fsdp"
 
 
 def _largest_that_fits(inputs: Inputs, parts: Parts) -> tuple[int, int]:
@@ -111,8 +113,10 @@ def _cut(inputs: Inputs, parts: Parts, rows: int) -> tuple[Inputs, Parts]:
 
 
 def _compared(inputs: Inputs, peak: int) -> dict[str, float]:
-    """Metrics of estimated and measured peak; logs a warning if they differ by more than ``FAR``."""
+    """Metrics of estimated (if known) and measured peak; logs a warning if they differ by more than ``FAR``."""
     assert inputs.estimate is not None
+    if inputs.estimate.unknown:
+        return {"memory/probed_gib": peak / usage.GIB}
     estimated = inputs.estimate.memory.total - inputs.estimate.memory.libraries
     if abs(peak - estimated) > FAR * estimated:
         gib = usage.GIB

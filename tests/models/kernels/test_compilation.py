@@ -317,7 +317,7 @@ def settled(
     monkeypatch.setattr(compilation, "_check_compiler", lambda _: None)
     cfg = composed(*TINY, *overrides)
     made = inputs.inputs(Options(cfg))
-    told = estimate.expect(made, roughly=True)
+    told = estimate.expect(made)
     monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1.0)
     flops = seconds * estimate.ASSUMED_UTILISATION / made.batches.tokens_at(made.total_steps)
     told = dataclasses.replace(told, layers=layers, flops_per_token=flops)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -39,14 +39,15 @@ class MemoryEstimate:
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    """Everything allocated between a forward pass and the end of its backward pass, including logits."""
+    activations: int | None
+    """Everything allocated between a forward pass and the end of its backward pass, including logits; None: unknown."""
     libraries: int
     """Memory that this process uses already, plus memory that the allocator wastes."""
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        """The sum of the parts that are known."""
+        return sum(part for part in asdict(self).values() if part is not None)
 
     def in_shards(self, count: int, layers: int) -> MemoryEstimate:
         """The estimate for one of ``count`` FSDP processes: its shard, plus two unsharded layers (current and next)."""
@@ -98,32 +99,6 @@ def rehearsed(
     at_turn = small.at_turn + more * (larger.at_turn - small.at_turn)
     in_all = small.in_all + more * (larger.in_all - small.in_all)
     return max(int(at_turn), int(in_all), 0)
-
-
-def by_formula(config: Any, shape: Shape, *, kept: Memory, dtype_bytes: int, full: bool, scores: bool) -> int:
-    """Peak bytes of one training step by a formula for Llama-like decoders, if ``rehearsed`` fails.
-
-    Values saved for the backward pass per layer and token: inputs of both norms (2 h, or 4 h if norms are trained),
-    queries, keys, values and the output of attention (4 q), gate and up outputs of the MLP (2 m). Below float32 the
-    norms also save their input in float32. In addition: the gradients of the widest layer (3 m) and its recomputed
-    activations, the attention mask of packed rows, the logits, and two float32 chunks of the logits.
-    ``scores``: attention scores are saved too.
-    """
-    text = _text(config)
-    hidden, tokens = text.hidden_size, shape.tokens
-    wide = getattr(text, "intermediate_size", None) or 4 * hidden
-    wide = max(wide) if isinstance(wide, Sequence) else wide
-    heads = getattr(text, "num_attention_heads", None) or 0
-    queries = heads * getattr(text, "head_dim", 0) or hidden
-    narrow = (4 if full else 2) * hidden + 4 * queries
-    of_attention = tokens * (narrow * dtype_bytes + (2 * hidden * 4 if dtype_bytes < 4 else 0))
-    of_attention += 2 * heads * tokens * shape.length * dtype_bytes if scores else 0
-    layer = of_attention + tokens * 2 * wide * dtype_bytes
-    of_each = {"speed": layer, "balanced": of_attention, "min": tokens * hidden * dtype_bytes}[kept]
-    activations = (depth(config) - 1) * of_each + layer + tokens * (2 * hidden + 2 * wide) * dtype_bytes
-    passing = tokens * 3 * wide * dtype_bytes + shape.rows * shape.length**2 * dtype_bytes
-    logits = shape.trained * text.vocab_size
-    return activations + passing + logits * dtype_bytes + 2 * min(logits, cross_entropy.CHUNK_VALUES) * 4
 
 
 def allocator_waste(device: torch.device, activations: int, gradients: int) -> int:
@@ -267,8 +242,10 @@ class Expected:
     flops_per_token: float
     layers: int
     """Number of decoder layers that can be compiled one by one; 0 if none are found."""
+    unknown: str = ""
+    """Why the activations are unknown; empty if they are known."""
 
     @property
     def fits(self) -> bool:
-        """Whether the estimate fits into ``ROOM`` of the free memory."""
-        return self.memory.total - self.held_bytes <= ROOM * self.free_bytes
+        """Whether the estimate fits into ``ROOM`` of the free memory; not if it is unknown."""
+        return not self.unknown and self.memory.total - self.held_bytes <= ROOM * self.free_bytes

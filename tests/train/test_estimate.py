@@ -1,0 +1,60 @@
+"""A step that cannot be simulated: its memory is unknown, and no number is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, composed
+
+from runner.cli import plan
+from runner.errors import ConfigError
+from runner.models.kernels import compilation
+from runner.train import build, estimate, inputs, probe
+from runner.train.memory import usage
+from runner.train.options import Options
+
+EIGHT = (*TINY, "train.per_device_batch_size=8", "train.micro_batch_size=auto")
+FREE = 2**40
+
+
+@pytest.fixture(autouse=True)
+def no_rehearsal(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose decoder layers are not found, on a device with much memory."""
+    monkeypatch.setattr(compilation, "layers_of", lambda _: [])
+    monkeypatch.setattr(usage, "of_device", lambda *_: (FREE, FREE))
+
+
+def made(*overrides: str) -> inputs.Inputs:
+    return inputs.inputs(Options(composed(*overrides)))
+
+
+def test_what_is_unknown_is_in_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = estimate.expect(made(*TINY))
+    memory = expected.memory
+    assert memory.activations is None
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.libraries
+    assert "no list of decoder layers of one class" in expected.unknown
+    assert not expected.fits
+    estimate.check_fits(expected)
+    monkeypatch.setattr(usage, "of_device", lambda *_: (memory.weights, memory.weights))
+    with pytest.raises(ConfigError, match="needs at least"):
+        estimate.check_fits(estimate.expect(made(*TINY)))
+
+
+def test_the_plan_says_why_it_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.show([("", composed(*TINY))])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "unknown: a step of this model cannot be simulated" in shown
+    assert "activations and logits unknown" in shown
+    assert "memory, GiB about" not in shown
+
+
+@pytest.mark.parametrize(("devices", "rows"), [((), 1), (("cpu",), 8)])
+def test_the_probe_decides_on_the_rows_where_it_can(devices: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "DEVICES", devices)
+    chosen = build.resolve_micro_batch_size(made(*EIGHT))
+    assert chosen.settings.micro_batch_size == rows
+    assert chosen.estimate is not None
+    assert chosen.estimate.unknown
