@@ -9,25 +9,35 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runner.config import schema, user_code
 from runner.config.bind import bind
 from runner.data import formats
-from runner.data.examples import Example
 from runner.models import sources
+from runner.models.quantization import Quant
+from runner.models.sources import ModelSource
+from runner.tasks.task import Task
 from runner.tracking import manifest
 from runner.tracking.rundir import RunDir
+from runner.train.distributed.parallel import Parallel
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from runner.data.sources import Source
-    from runner.models.quantization import Quant
-    from runner.models.sources import ModelSource
-    from runner.tasks.task import Task
-    from runner.train.distributed.parallel import Parallel
+T = TypeVar("T")
+
+
+class _Option(cached_property[T]):
+    """An option, bound at its first use; ``waits``: it is a function of run-time objects."""
+
+    def __init__(self, group: str, *, waits: bool = False) -> None:
+        def bound(options: Options) -> Any:
+            option = bind(options._cfg[group], group)
+            return option if waits else option()
+
+        super().__init__(bound)
 
 
 @dataclass(frozen=True)
@@ -37,30 +47,26 @@ class Options:
     _cfg: Mapping[str, Any] = field(repr=False)
     """The configuration, composed, resolved and checked."""
 
+    task = _Option[Task]("task")
+    model = _Option[ModelSource]("model")
+    quant = _Option[Quant]("quant")
+    parallel = _Option[Parallel]("parallel")
+    lora = _Option[Callable[["nn.Module"], "nn.Module"]]("lora", waits=True)
+    compile = _Option[partial["nn.Module"]]("compile", waits=True)
+    optim = _Option[Callable[[list[dict[str, Any]]], "Optimizer"]]("optim", waits=True)
+    schedule = _Option[Callable[[int, int], float]]("schedule", waits=True)
+    train = cached_property(lambda self: schema.TrainSettings(**self._cfg["train"]))
+    seed = cached_property(lambda self: int(self._cfg["seed"]))
+    weight_decay = cached_property(lambda self: float(self._cfg["optim"].get("weight_decay", 0.0)))
+    data = cached_property(lambda self: bind(self._data_nodes[0], "data", schema.DataSettings)())
+    format = cached_property(lambda self: formats.of(self._data_nodes[1]))
+    source = cached_property(lambda self: bind(self._data_nodes[2], "data"))
+    _data_nodes = cached_property(lambda self: schema.split_data(dict(self._cfg["data"])))
+
     @classmethod
     def of(cls, rundir: RunDir) -> Options:
         """The options of the run in a folder, with the values that its first attempt has fixed."""
         return cls(manifest.pinned(manifest.read_config(rundir), rundir))
-
-    def refuse_changed_code(self) -> None:
-        """Check that the user's code in the run folder is the code of the first attempt.
-
-        Raises:
-            ConfigError: it has changed.
-        """
-        user_code.refuse_changed(self._cfg)
-
-    def _bound(self, group: str) -> partial[Any]:
-        return bind(self._cfg[group], group)
-
-    @cached_property
-    def task(self) -> Task:
-        return self._bound("task")()
-
-    @cached_property
-    def model(self) -> ModelSource:
-        """The source of the model, as configured: nothing is downloaded or converted."""
-        return self._bound("model")()
 
     def model_in(self, folder: str, *, trusts_code: bool = False) -> ModelSource:
         """A model folder, loaded in the dtype and with the attention of ``model``.
@@ -72,59 +78,9 @@ class Options:
         node |= {"path": folder, "revision": None, "trust_remote_code": code}
         return bind(node, "model", sources.pretrained)()
 
-    @cached_property
-    def quant(self) -> Quant:
-        return self._bound("quant")()
-
-    @cached_property
-    def lora(self) -> Callable[[nn.Module], nn.Module]:
-        """Adds the adapter to a model."""
-        return self._bound("lora")
-
-    @cached_property
-    def optim(self) -> Callable[[list[dict[str, Any]]], Optimizer]:
-        """Parameter groups → optimizer."""
-        return self._bound("optim")
-
-    @property
-    def weight_decay(self) -> float:
-        """0.0 for an optimizer of the user's code that has no such key."""
-        return self._cfg["optim"].get("weight_decay", 0.0)
-
-    @cached_property
-    def schedule(self) -> Callable[[int, int], float]:
-        """(step, total steps) → factor of the learning rate."""
-        return self._bound("schedule")
-
-    @cached_property
-    def compile(self) -> partial[nn.Module]:
-        """Compiles a model in place."""
-        return self._bound("compile")
-
-    @cached_property
-    def parallel(self) -> Parallel:
-        return self._bound("parallel")()
-
-    @cached_property
-    def train(self) -> schema.TrainSettings:
-        return bind(self._cfg["train"], "train", schema.TrainSettings)()
-
-    @property
-    def seed(self) -> int:
-        return self._cfg["seed"]
-
-    @cached_property
-    def data(self) -> schema.DataSettings:
-        return bind(self._data_nodes[0], "data", schema.DataSettings)()
-
-    @cached_property
-    def format(self) -> Callable[[Mapping[str, Any]], Example]:
-        return formats.of(self._data_nodes[1])
-
-    @property
-    def source(self) -> Callable[[], Source]:
-        """Opens the source of the rows."""
-        return bind(self._data_nodes[2], "data")
+    def refuse_changed_code(self) -> None:
+        """Check that the user's code in the run folder is the code of the first attempt."""
+        user_code.refuse_changed(self._cfg)
 
     @property
     def data_path(self) -> str | None:
@@ -145,7 +101,3 @@ class Options:
             return None
         text = formats.source_text(function, form.get(user_code.PATHS) or ())
         return hashlib.sha256(text.encode()).hexdigest()
-
-    @cached_property
-    def _data_nodes(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        return schema.split_data(dict(self._cfg["data"]))
