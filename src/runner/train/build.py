@@ -70,8 +70,8 @@ def resolve_compile(
     if parallel.kind_of(node) != "auto":
         return compilation.Choice(node)
     in_shards = parallel.kind_of(cfg["parallel"]) == "fsdp"
-    in_8_bits = bind.bind(cfg["quant"], "quant")().bits == 8
-    reason = compilation.obstacle(inputs.device, expected.layers, in_8_bits=in_8_bits, in_shards=in_shards)
+    breaks = bind.bind(cfg["quant"], "quant")().graph_breaks
+    reason = compilation.obstacle(inputs.device, expected.layers, graph_breaks=breaks, in_shards=in_shards)
     if not reason and began == "none":
         reason = "the run began without compilation"
     if not reason and began is None and estimate.training_seconds(inputs, expected)[0] < compilation.PAYS_FROM_S:

@@ -13,7 +13,7 @@ from torch import nn
 
 from runner.config import bind
 from runner.errors import LESS_MEMORY, ConfigError, Fault
-from runner.models import pretrained
+from runner.models import parameters, pretrained
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
@@ -39,23 +39,23 @@ def expect(cfg: Mapping[str, Any], inputs: Inputs, *, roughly: bool = False) -> 
     """Count parameters and estimate memory on the meta device; ``roughly``: by a formula, in a tenth of the time."""
     quant = bind.bind(cfg["quant"], "quant")()
     model = bind.bind(cfg["lora"], "lora")(pretrained.empty(inputs.source, quant, inputs.device))
-    counts = pretrained.describe(model)
+    counts = parameters.describe(model)
     full = counts["adapter"] == 0
     source, autocast = keep_updates(inputs.source, inputs.device, full=full)
     size = dtype_for(source.dtype, inputs.device).itemsize
-    weights = counts["linear"] * (quant.bytes_per_weight or size)
-    weights += (counts["total"] - counts["linear"] - counts["adapter"]) * size + counts["adapter"] * ADAPTER_BYTES
+    weights = counts["quantized_bytes"] + counts["adapter"] * ADAPTER_BYTES
+    weights += (counts["total"] - counts["quantized"] - counts["adapter"]) * size
     inputs = replace(inputs, source=source)
     activations = _by_formula(inputs, model, autocast, full=full)
     if not roughly:
         activations = _rehearsed(cfg, inputs, model, autocast, fallback=activations)
-    if quant.bits is not None:
+    if not quant.plain:
         activations += _largest_matrix(model) * size  # dequantized while it is used
     gradients = counts["trainable"] * (size if full else ADAPTER_BYTES)
     kind, processes = parallel.kind_of(cfg["parallel"]), parallel.processes_of(cfg["parallel"])
     held = usage.held_already(inputs.device)
     memory = peak.MemoryEstimate(
-        weights=int(weights),
+        weights=weights,
         gradients=gradients * 2 if kind == "ddp" and processes > 1 else gradients,  # plus DDP's buckets
         optimizer=int(counts["trainable"] * optim.state_bytes(bind.bind(cfg["optim"], "optim"), inputs.device)),
         activations=activations,

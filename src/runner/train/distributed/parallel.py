@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runner.config.bind import TARGET, bind_target, option
+from runner.config.bind import TARGET, bind, bind_target, option
 from runner.config.schema import Count
 from runner.errors import ConfigError, Fault
 
@@ -82,7 +82,7 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Faults of ``parallel`` in combination with other groups; works before ``resolve`` too."""
     if kind_of(cfg["parallel"]) != "fsdp":
         return
-    if kind_of(cfg["quant"]) != "none":
+    if not bind(cfg["quant"], "quant")().plain:
         remedy = "use parallel=ddp (quantized weights are small), or quant=none"
         yield Fault("parallel", "parallel=fsdp does not support quantized weights", remedy, "fsdp")
     if kind_of(cfg["compile"]) == "whole":
