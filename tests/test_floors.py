@@ -21,7 +21,7 @@ LEAVES = ["errors", "secrets", "files", "signals", "terminal"]
 ENTRY_POINTS = {"__main__", "worker", "mirror"}
 INSIDE = {
     "tracking": ["", "mlflow", "mirror"],
-    "models": ["kernels", ""],
+    "models": ["kernels", "", "quantization"],
     "train": ["distributed memory", ""],
     "launch": ["", "local slurm"],
 }

@@ -281,11 +281,10 @@ def inputs(options: Any, case: Case, side: str, steps: int) -> Any:
 
 def adopted(model: Any, source: Any, quant: Any) -> Any:
     """What ``models.load`` does to a model that it has read."""
-    from runner.models import pretrained, quantization
+    from runner.models import pretrained
 
-    if quant.bits is not None:
-        quantization.make_trainable(model)
-    return pretrained._marked(model, source, quant)
+    quant.after_load(model)
+    return pretrained._annotate(model, source, quant)
 
 
 def train_with_trl(case: Case, side: str, steps: int) -> dict[str, Any]:

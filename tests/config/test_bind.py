@@ -108,7 +108,7 @@ def test_the_companion_has_its_say_only_when_the_types_are_right():
 @pytest.mark.parametrize(
     "target",
     ["os.system", "transformers.BitsAndBytesConfig", "runner", 3, None, "runner.nothing.here",
-     "runner.models.quantization.four_bits", "runner.models.quantization._private"],
+     "runner.models.quantization.bitsandbytes.four_bits", "runner.models.quantization.bitsandbytes._private"],
 )  # fmt: skip
 def test_only_our_own_options_may_be_named(target: object):
     with pytest.raises(ConfigError):
@@ -116,8 +116,8 @@ def test_only_our_own_options_may_be_named(target: object):
 
 
 def test_a_misspelt_option_function_gets_a_suggestion():
-    with pytest.raises(ConfigError, match=r"did you mean 'runner\.models\.quantization\.four_bit'"):
-        bind.bind({"_target_": "runner.models.quantization.four_bits"}, "quant")
+    with pytest.raises(ConfigError, match=r"did you mean 'runner\.models\.quantization\.bitsandbytes\.four_bit'"):
+        bind.bind({"_target_": "runner.models.quantization.bitsandbytes.four_bits"}, "quant")
 
 
 def test_missing_values_are_all_named():

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from runner.errors import ConfigError
-from runner.models import lora, pretrained, quantization
+from runner.models import lora, parameters, pretrained
+from runner.models.quantization import bitsandbytes, none
 from runner.models.sources import ModelSource
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -156,14 +157,12 @@ def test_an_adapter_on_a_hub_model_names_its_id_and_commit(source: ModelSource, 
 
 
 def test_only_the_adapter_trains_and_in_float32(source: ModelSource) -> None:
-    half = pretrained.load(
-        ModelSource(source.path, None, "bfloat16", "auto", False, "tiny"), quantization.none(), "cpu"
-    )
+    half = pretrained.load(ModelSource(source.path, None, "bfloat16", "auto", False, "tiny"), none.none(), "cpu")
     model = option("lora", "lora")(half)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert len(trained) == 2 * 14
-    counts = pretrained.describe(model)
+    counts = parameters.describe(model)
     assert counts["trainable"] == counts["adapter"] == sum(p.numel() for p in trained.values())
     assert counts["dtype"] == "bfloat16"
 
@@ -185,7 +184,7 @@ def test_every_peft_method_trains_and_is_read_back(source: ModelSource, method: 
     torch.testing.assert_close(logits(reloaded(source, tmp_path / "model")), logits(model), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", lora.ON_QUANTIZED)
+@pytest.mark.parametrize("method", bitsandbytes.METHODS)
 @pytest.mark.parametrize("name", ["8bit", "4bit"])
 def test_methods_offered_on_quantized_weights_train_there(source: ModelSource, method: str, name: str) -> None:
     torch.manual_seed(0)
@@ -241,7 +240,7 @@ def test_bad_values_are_refused_before_anything_is_loaded(name: str, changes: di
 def test_what_does_not_fit_the_model_is_refused(
     source: ModelSource, name: str, changes: dict[str, Any], said: str, real: bool
 ) -> None:
-    model = load(source) if real else pretrained.empty(source, quantization.none())
+    model = load(source) if real else pretrained.empty(source, none.none())
     with pytest.raises(ConfigError) as refused:
         option("lora", name, **changes)(model)
     assert said in str(refused.value)

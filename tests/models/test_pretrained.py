@@ -23,7 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runner.errors import ConfigError
-from runner.models import gguf_import, pretrained, quantization, sources, tiny
+from runner.models import gguf_import, parameters, pretrained, sources, tiny
+from runner.models.quantization import none
 from runner.models.sources import ModelSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -56,7 +57,7 @@ def refusal(path: Path) -> str:
     try:
         made = pretrained.resolve(local(path))
         pretrained.tokenizer(made)
-        pretrained.load(made, quantization.none(), "cpu")
+        pretrained.load(made, none.none(), "cpu")
     except ConfigError as error:
         return str(error)
     raise AssertionError("it was not refused")
@@ -123,7 +124,7 @@ def test_smollm2_is_converted_to_an_ordinary_folder(cache: Path) -> None:
     stored = tensors["blk.7.ffn_up.weight"]
     expected = torch.from_numpy(dequantize(stored.data, stored.tensor_type))
     assert torch.equal(plain.model.layers[7].mlp.up_proj.weight, expected)
-    counts = pretrained.describe(pretrained.load(made, quantization.none(), "cpu"))
+    counts = parameters.describe(pretrained.load(made, none.none(), "cpu"))
     assert (counts["total"], counts["linear"], counts["embedding"]) == (134515008, 106168320, 49152 * 576)
 
 
@@ -136,7 +137,7 @@ def test_smollm2_keeps_tokenizer_template_and_sense(cache: Path) -> None:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False).startswith(
         "<|im_start|>system"
     )
-    model = pretrained.load(made, quantization.none(), "cpu").eval()
+    model = pretrained.load(made, none.none(), "cpu").eval()
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     said = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False)[0])
     assert "Paris" in said
@@ -187,7 +188,7 @@ def test_a_damaged_gguf_leaves_nothing_behind(cache: Path, tmp_path: Path, monke
 
 
 def test_a_folder_is_loaded_as_plain_transformers_does(source: ModelSource, folder: Path) -> None:
-    model = pretrained.load(pretrained.resolve(local(folder)), quantization.none(), "cpu")
+    model = pretrained.load(pretrained.resolve(local(folder)), none.none(), "cpu")
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model.eval()(input_ids=ids()).logits, plain.eval()(input_ids=ids()).logits)
     assert model.config.use_cache is False
@@ -196,12 +197,12 @@ def test_a_folder_is_loaded_as_plain_transformers_does(source: ModelSource, fold
 
 @pytest.mark.parametrize("attention", ["auto", "by_document", "sdpa", "eager"])
 def test_attention_is_what_was_asked(folder: Path, attention: str) -> None:
-    model = pretrained.load(local(folder, attention=attention), quantization.none(), "cpu")
+    model = pretrained.load(local(folder, attention=attention), none.none(), "cpu")
     assert model.config._attn_implementation == ("eager" if attention == "eager" else "sdpa")
 
 
 def test_dtype_is_what_was_asked(folder: Path) -> None:
-    model = pretrained.load(local(folder, dtype="bfloat16"), quantization.none(), "cpu")
+    model = pretrained.load(local(folder, dtype="bfloat16"), none.none(), "cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -253,10 +254,10 @@ def test_weights_that_are_no_safetensors(folder: Path) -> None:
 
 
 def test_a_shard_that_is_missing(source: ModelSource, tmp_path: Path) -> None:
-    model = pretrained.load(source, quantization.none(), "cpu")
+    model = pretrained.load(source, none.none(), "cpu")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     pretrained.tokenizer(source).save_pretrained(tmp_path / "sharded")
-    whole = pretrained.load(local(tmp_path / "sharded"), quantization.none(), "cpu")
+    whole = pretrained.load(local(tmp_path / "sharded"), none.none(), "cpu")
     assert torch.equal(whole(input_ids=ids()).logits, model(input_ids=ids()).logits)
     shard = sorted((tmp_path / "sharded").glob("model-*.safetensors"))[0]
     shard.unlink()
@@ -307,7 +308,7 @@ def test_code_of_the_models_own_runs_only_when_trusted(folder: Path, caplog: pyt
     names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     change_config(folder, model_type="own", auto_map=names, architectures=["Model"])
     assert "set model.trust_remote_code=true" in refusal(folder)
-    model = pretrained.load(pretrained.resolve(local(folder, trust_remote_code=True)), quantization.none(), "cpu")
+    model = pretrained.load(pretrained.resolve(local(folder, trust_remote_code=True)), none.none(), "cpu")
     assert type(model).__name__ == "Model"
     assert "runs on this machine" in caplog.text
 
@@ -385,18 +386,18 @@ def test_a_missing_padding_token_is_chosen_without_resizing(folder: Path, added:
 
 
 def test_an_empty_model_counts_like_the_real_one(source: ModelSource) -> None:
-    empty, real = pretrained.empty(source, quantization.none()), pretrained.load(source, quantization.none(), "cpu")
+    empty, real = pretrained.empty(source, none.none()), pretrained.load(source, none.none(), "cpu")
     assert all(parameter.is_meta for parameter in empty.parameters())
-    assert pretrained.describe(empty) == pretrained.describe(real)
-    counts = pretrained.describe(real)
+    assert parameters.describe(empty) == parameters.describe(real)
+    counts = parameters.describe(real)
     assert counts["total"] == sum(p.numel() for p in real.parameters())
     assert counts["total"] == counts["embedding"] + counts["linear"] + counts["other"]
-    assert counts["bytes"] == 4 * counts["total"]
+    assert (counts["quantized"], counts["stored"], counts["dtype"]) == (0, "float32", "float32")
 
 
 def test_an_untied_head_is_counted_apart(cache: Path) -> None:
     made = pretrained.resolve(option("tiny", tie_word_embeddings=False)())
-    counts = pretrained.describe(pretrained.empty(made, quantization.none()))
+    counts = parameters.describe(pretrained.empty(made, none.none()))
     assert counts["head"] == counts["embedding"] == 259 * 64
 
 
@@ -406,7 +407,7 @@ def test_an_untied_head_is_counted_apart(cache: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_whole_model_is_read_back_by_plain_transformers(cache: Path, tmp_path: Path, tied: bool) -> None:
     made = pretrained.resolve(option("tiny", tie_word_embeddings=tied)())
-    model, tokenizer = pretrained.load(made, quantization.none(), "cpu"), pretrained.tokenizer(made)
+    model, tokenizer = pretrained.load(made, none.none(), "cpu"), pretrained.tokenizer(made)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
@@ -418,11 +419,11 @@ def test_a_whole_model_is_read_back_by_plain_transformers(cache: Path, tmp_path:
     again = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert again("hello <|im_end|>")["input_ids"] == tokenizer("hello <|im_end|>")["input_ids"]
     assert again.chat_template == tokenizer.chat_template
-    pretrained.load(local(tmp_path / "model"), quantization.none(), "cpu")
+    pretrained.load(local(tmp_path / "model"), none.none(), "cpu")
 
 
 def test_a_published_temperature_without_sampling_can_be_saved(source: ModelSource, tmp_path: Path) -> None:
-    model = pretrained.load(source, quantization.none(), "cpu")
+    model = pretrained.load(source, none.none(), "cpu")
     model.generation_config.temperature = 0.6
     pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
     written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
@@ -430,7 +431,7 @@ def test_a_published_temperature_without_sampling_can_be_saved(source: ModelSour
 
 
 def test_a_save_that_fails_leaves_what_was_there(source: ModelSource, tmp_path: Path) -> None:
-    model, tokenizer = pretrained.load(source, quantization.none(), "cpu"), pretrained.tokenizer(source)
+    model, tokenizer = pretrained.load(source, none.none(), "cpu"), pretrained.tokenizer(source)
     pretrained.save(model, tokenizer, tmp_path / "model")
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     with pytest.raises(AttributeError):
@@ -505,7 +506,8 @@ def hub_url(folder: Path) -> Iterator[str]:
 
 FETCH = """
 import sys, time
-from runner.models import pretrained, quantization, sources
+from runner.models import pretrained, sources
+from runner.models.quantization import none
 from runner.errors import ConfigError
 name, revision, weights = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "weights"
 import huggingface_hub, transformers
@@ -517,7 +519,7 @@ try:
     print(source.path, source.revision)
     if weights:
         import torch
-        model = pretrained.load(source, quantization.none(), "cpu")
+        model = pretrained.load(source, none.none(), "cpu")
         print(float(model(input_ids=torch.arange(20)[None]).logits.detach().double().sum()))
         print(model.name_or_path, model.config._commit_hash)
 except ConfigError as error:

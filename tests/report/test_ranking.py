@@ -265,8 +265,8 @@ def test_only_what_differs_is_shown_and_not_where_it_ran():
 
 def config(**changes: str) -> dict[str, str]:
     """Flattened, as a run folder or MLflow has it."""
-    four = {"quant._target_": "runner.models.quantization.four_bit", "quant.kind": "nf4", "quant.double": "true",
-            "quant.compute_dtype": "auto"}  # fmt: skip
+    four = {"quant._target_": "runner.models.quantization.bitsandbytes.four_bit", "quant.kind": "nf4",
+            "quant.double": "true", "quant.compute_dtype": "auto"}  # fmt: skip
     return {**four, **{key.replace("__", "."): value for key, value in changes.items()}}
 
 
@@ -295,7 +295,7 @@ def test_what_follows_from_a_group_is_left_out_unless_somebody_set_it():
         params, implied = choices.named(flat, {"quant": "4bit"} if "quant.kind" in flat else {})
         return Result(name, name, "completed", params=params, implied=implied, metrics={"eval/loss": loss})
 
-    none = of("none", 1, {"quant._target_": "runner.models.quantization.none"})
+    none = of("none", 1, {"quant._target_": "runner.models.quantization.none.none"})
     assert ranking.differing([none, of("4bit", 2, config())]) == ["quant"]
     assert ranking.differing([none, of("4bit", 2, config(quant__double="false"))]) == ["quant", "quant.double"]
     assert ranking.differing([of("a", 1, config()), of("b", 2, config(quant__double="false"))]) == ["quant.double"]

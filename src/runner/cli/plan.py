@@ -87,8 +87,12 @@ def _model_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     free = f"{expected.free_bytes / GIB:.1f} free of {expected.total_bytes / GIB:.1f} on {run_inputs.device}"
     needed = f"unknown: {expected.unknown}" if expected.unknown else f"about {memory.total / GIB:.1f}"
     return [
-        ("model", f"{run_inputs.source.name}, {counts['total'] / 1e6:.1f} M parameters"),
-        ("trained", f"{counts['trainable'] / 1e6:.2f} M ({counts['trainable'] / counts['total']:.2%})"),
+        ("model", f"{run_inputs.source.name}, {counts['total'] / 1e6:.1f} M parameters, weights in {counts['stored']}"),
+        (
+            "trained",
+            f"{counts['trainable'] / 1e6:.2f} M ({counts['trainable'] / counts['total']:.2%})"
+            + (f", {counts['left_out']}" if counts["left_out"] else ""),
+        ),
         ("memory, GiB", f"{needed} ({free})\n{shown}"),
     ]
 

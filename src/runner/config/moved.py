@@ -18,7 +18,6 @@ MOVED = {
     "runner.optim": "runner.train.optim",
     "runner.origins": "runner.models.sources",
     "runner.parallel": "runner.train.distributed.parallel",
-    "runner.quant": "runner.models.quantization",
     "runner.schedules": "runner.train.schedules",
     "runner.search": "runner.sweep.algorithms",
     "runner.sources": "runner.data.sources",
@@ -27,6 +26,9 @@ MOVED = {
 }
 """Module of 0.1.0 → module of today."""
 MOVED_FUNCTIONS = {
+    "runner.quant.four_bit": "runner.models.quantization.bitsandbytes.four_bit",
+    "runner.quant.int8": "runner.models.quantization.bitsandbytes.int8",
+    "runner.quant.none": "runner.models.quantization.none.none",
     "runner.tasks.sft": "runner.tasks.sft.sft",
     "runner.tasks.pretrain": "runner.tasks.pretrain.pretrain",
 }

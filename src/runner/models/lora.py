@@ -12,14 +12,16 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from runner.config.bind import bind_target, mismatch, unknown_key
+from runner.config.bind import bind, bind_target, mismatch, unknown_key
 from runner.config.schema import Count, Fraction, Positive
 from runner.errors import ConfigError, Fault, suggest
-from runner.models import adapter, quantization
+from runner.models import adapter
 from runner.models.kernels import compilation
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from runner.models.quantization.quant import Quant
 
 ALL_LINEAR = "all-linear"
 Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
@@ -42,12 +44,6 @@ UNSUITED_FIELDS = {"alora_invocation_tokens", "use_asa", "megatron_core"}
 
 DATA_INITS = ("eva", "corda", "loftq", "lora_ga")
 
-ON_QUANTIZED = (
-    "beft", "hira", "ia3", "lily", "ln_tuning", "lora", "miss", "oft", "pvera", "randlora", "road", "trainable_tokens",
-    "vera",
-)  # fmt: skip
-"""Methods that are correct on 4-bit and 8-bit weights (tested); others crash, or use packed bytes as weights."""
-
 
 def none(model: nn.Module) -> nn.Module:
     """Full fine-tuning: all parameters are trainable.
@@ -55,7 +51,7 @@ def none(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: the weights are quantized.
     """
-    if _is_quantized(model):
+    if _quant(model) is not None:
         raise ConfigError(_full_on_quantized())
     return model.requires_grad_(True)
 
@@ -146,20 +142,23 @@ def check_peft(*, method: str, **options: Any) -> Iterator[Fault]:
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check the options ``lora`` and ``quant`` together."""
-    if bind_target(cfg["quant"]) is quantization.none:
+    quant: Quant = bind(cfg["quant"], "quant")()
+    if quant.plain:
         return
     if bind_target(cfg["lora"]) is none:
         yield _full_on_quantized()
         return
     options = {key: value for key, value in cfg["lora"].items() if key in ("method", "init_lora_weights")}
-    yield from (fault.below("lora") for fault in check_on_quantized(**options))
+    yield from (fault.below("lora") for fault in check_on_quantized(quant, **options))
 
 
-def check_on_quantized(*, method: str = "lora", init_lora_weights: Any = True, **_: Any) -> Iterator[Fault]:
+def check_on_quantized(
+    quant: Quant, *, method: str = "lora", init_lora_weights: Any = True, **_: Any
+) -> Iterator[Fault]:
     """Check that the adapter works on quantized weights; needs no model and imports no library."""
-    if method.lower() not in ON_QUANTIZED:
-        remedy = f"use quant=none, or one of {', '.join(ON_QUANTIZED)}"
-        yield Fault("method", "does not work on quantized weights", remedy, method)
+    if method.lower() not in quant.methods:
+        remedy = f"use quant=none, or one of {', '.join(quant.methods)}"
+        yield Fault("method", f"does not work on weights in {quant.name}", remedy, method)
     if adapter.subtracts_initial(init_lora_weights):
         problem = "needs unquantized base weights (PiSSA and OLoRA subtract the initial adapter from them)"
         remedy = "use lora=lora with quantized weights, or set quant=none"
@@ -215,8 +214,8 @@ def _construction_faults(method: str, options: dict[str, Any]) -> Iterator[Fault
 
 
 def _model_faults(model: nn.Module, method: str, options: dict[str, Any]) -> Iterator[Fault]:
-    if _is_quantized(model):
-        yield from check_on_quantized(method=method, **options)
+    if quant := _quant(model):
+        yield from check_on_quantized(quant, method=method, **options)
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         patterns = options.get(key)
         if not patterns or patterns == ALL_LINEAR:
@@ -276,8 +275,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-def _is_quantized(model: nn.Module) -> bool:
-    return bool(getattr(model, "is_quantized", False))
+def _quant(model: nn.Module) -> Quant | None:
+    """The quantization of the model; None if its weights are plain."""
+    quant: Any = getattr(model, "quant", None)
+    return None if quant is None or quant.plain else quant
 
 
 def _refuse(faults: Iterator[Fault]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError, Fault
-from runner.models import adapter, hub, model_folder, quantization, shards
+from runner.models import adapter, hub, model_folder, parameters, shards
 from runner.models.dtypes import dtype_argument, dtype_for
 from runner.models.sources import ModelSource
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from runner.models.quantization import Quant
+    from runner.models.quantization.quant import Quant
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
 """Candidates, in this order, for a tokenizer without a padding token; none of them occurs in ordinary text."""
@@ -106,8 +106,11 @@ def empty(
 ) -> nn.Module:
     """The model on torch's meta device, without weights, otherwise as ``load`` would create it for ``device``.
 
-    Sufficient for ``lora`` and ``describe``, so a wrong adapter option is detected without loading any weights.
+    Sufficient for ``lora`` and ``parameters.describe``: a wrong adapter option is detected without loading weights.
     ``layers``: the number of decoder layers to create; None: all.
+
+    Raises:
+        ConfigError: ``quant`` would quantize nothing.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -132,7 +135,8 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
     """Load the model for training: on ``device``, quantized according to ``quant``, with use_cache=False.
 
     Raises:
-        ConfigError: weights are missing, damaged, not safetensors, or do not match the architecture.
+        ConfigError: weights are missing, damaged, not safetensors, or do not match the architecture; or nothing is
+            quantized.
     """
     from transformers import AutoModelForCausalLM
 
@@ -145,7 +149,7 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
             config=config,
             **dtype_argument(dtype_for(source.dtype, device)),
             attn_implementation=_attention(source),
-            quantization_config=quantization.library_config(quant, device),
+            quantization_config=quant.library_config(device),
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
@@ -156,9 +160,9 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
         names = ", ".join(missing[:3])
         problem = f"lacks {len(missing)} of the model's weights ({names} …), which would be initialised randomly"
         raise ConfigError(Fault("model.path", problem, "use a complete model for text generation", source.path))
-    if quant.bits is not None:
-        quantization.make_trainable(model)
-        quantization.leave_file(model)
+    quant.after_load(model)
+    if not quant.plain:
+        _unmap(model)
     model.config.use_cache = False
     return _annotate(model, source, quant)
 
@@ -198,25 +202,6 @@ def save_whole(model: Any, folder: Path, state: dict[str, Any]) -> None:
         model.save_pretrained(folder, safe_serialization=True, state_dict=state)
     finally:
         model.config.use_cache = use_cache
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Parameter counts: ``total``, ``trainable``, and by kind. A packed 4-bit byte counts as two parameters.
-
-    Kinds: ``embedding``, ``linear`` (quantization applies to these), ``head`` (if not tied), ``adapter``, ``other``
-    (norms, biases). ``bytes``: memory of all parameters as stored; of an empty model, as they would be stored.
-    ``dtype``: of the weights that are not quantized.
-    """
-    counts = dict.fromkeys(("total", "trainable", "embedding", "linear", "head", "adapter", "other", "bytes"), 0)
-    kinds = _kinds(model)
-    for name, parameter in model.named_parameters():
-        count, kind = _numel(parameter), kinds.get(name, "other")
-        counts["total"] += count
-        counts["trainable"] += count if parameter.requires_grad else 0
-        counts[kind] += count
-        counts["bytes"] += _bytes(parameter, getattr(model, "quant", None) if kind == "linear" else None)
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return {**counts, "dtype": str(embedding.weight.dtype).removeprefix("torch.")}
 
 
 def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tuple[ModelSource, torch.dtype | None]:
@@ -259,44 +244,26 @@ def _loading_errors(source: ModelSource) -> Iterator[None]:
 
 
 def _annotate(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
-    """Record on the model its source (an adapter names it as its base: a Hub id, not the cache) and quantization."""
+    """Record on the model its source (an adapter names it as its base: a Hub id, not the cache) and quantization.
+
+    Raises:
+        ConfigError: nothing is quantized, or would be.
+    """
     model.name_or_path = model.config._name_or_path = source.path
     model.config._commit_hash = source.revision
-    model.quant, model.is_quantized = quant, quant.bits is not None
-    return model
+    model.quant = quant
+    if not quant.plain and not parameters.describe(model)["quantized"]:
+        problem = f"{type(model).__name__} has no layer that can be stored as {quant.name}: nothing would be quantized"
+        raise ConfigError(Fault("quant", problem, "use quant=none, or another model"))
+    result: nn.Module = model
+    return result
 
 
-def _kinds(model: nn.Module) -> dict[str, str]:
-    """Parameter name → kind; parameters of kind ``other`` are omitted."""
-    from torch import nn
+def _unmap(model: nn.Module) -> None:
+    """Copy the weights that are not quantized, which transformers maps from the file if they are on a CPU.
 
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
-    adapters = tuple(part for part in (prefix, "modules_to_save") if part)
-    kinds = {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{key}"
-            if hasattr(model, "peft_config") and any(part in full for part in adapters):
-                kinds[full] = "adapter"
-            elif isinstance(module, nn.Embedding):
-                kinds[full] = "embedding"
-            elif isinstance(module, nn.Linear) and parameter.dim() > 1:
-                kinds[full] = "head" if "lm_head" in name else "linear"
-    return kinds
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    packed = getattr(parameter, "quant_state", None)
-    return int(packed.shape.numel() if packed is not None else parameter.numel())
-
-
-def _bytes(parameter: nn.Parameter, quant: Quant | None) -> int:
-    """Memory of the parameter, including the scales of a quantized one."""
-    if parameter.is_meta and quant is not None and quant.bytes_per_weight is not None:
-        return int(parameter.numel() * quant.bytes_per_weight)
-    size = parameter.numel() * parameter.element_size()
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        size += state.absmax.numel() * state.absmax.element_size()
-        state = state.state2
-    return int(size)
+    A single mapped weight keeps the whole file in memory, which is larger than the quantized weights.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.clone()

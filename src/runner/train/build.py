@@ -71,8 +71,8 @@ def resolve_compile(inputs: Inputs, expected: peak.Expected, began: str | None =
     if options.compile.func is not compilation.auto:
         return compilation.Choice(options.compile)
     in_shards = options.parallel.kind == "fsdp"
-    in_8_bits = options.quant.bits == 8
-    reason = compilation.obstacle(inputs.device, expected.layers, in_8_bits=in_8_bits, in_shards=in_shards)
+    breaks = options.quant.graph_breaks
+    reason = compilation.obstacle(inputs.device, expected.layers, graph_breaks=breaks, in_shards=in_shards)
     if not reason and began == "none":
         reason = "the run began without compilation"
     if not reason and began is None and estimate.training_seconds(inputs, expected)[0] < compilation.PAYS_FROM_S:

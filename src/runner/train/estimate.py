@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from runner.errors import LESS_MEMORY, ConfigError, Fault
-from runner.models import pretrained
+from runner.models import parameters, pretrained
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
@@ -35,20 +35,20 @@ def expect(inputs: Inputs) -> Expected:
     options = inputs.options
     quant, parallel = options.quant, options.parallel
     model = options.lora(pretrained.empty(inputs.source, quant, inputs.device))
-    counts = pretrained.describe(model)
+    counts = parameters.describe(model)
     full = counts["adapter"] == 0
     source, autocast = keep_updates(inputs.source, inputs.device, full=full)
     size = dtype_for(source.dtype, inputs.device).itemsize
-    weights = counts["linear"] * (quant.bytes_per_weight or size)
-    weights += (counts["total"] - counts["linear"] - counts["adapter"]) * size + counts["adapter"] * ADAPTER_BYTES
+    weights = counts["quantized_bytes"] + counts["adapter"] * ADAPTER_BYTES
+    weights += (counts["total"] - counts["quantized"] - counts["adapter"]) * size
     inputs = replace(inputs, source=source)
     activations, unknown = _rehearsed(inputs, model, autocast)
-    if quant.bits is not None and activations is not None:
+    if not quant.plain and activations is not None:
         activations += _largest_matrix(model) * size  # dequantized while it is used
     gradients = counts["trainable"] * (size if full else ADAPTER_BYTES)
     held = usage.held_already(inputs.device)
     memory = peak.MemoryEstimate(
-        weights=int(weights),
+        weights=weights,
         gradients=gradients * (2 if parallel.kind == "ddp" and parallel.processes > 1 else 1),  # plus DDP's buckets
         optimizer=int(counts["trainable"] * optim.state_bytes(options.optim, inputs.device)),
         activations=activations,

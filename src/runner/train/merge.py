@@ -99,9 +99,9 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
 
 
 def _unmerged(run: Trained, device: torch.device) -> Any:
-    from runner.models import quantization
+    from runner.models.quantization import none
 
-    return trained.load(run, device, dtype="float32", quant=quantization.none(), unties=True)
+    return trained.load(run, device, dtype="float32", quant=none.none(), unties=True)
 
 
 def _merged(model: Any) -> Any:
@@ -222,8 +222,9 @@ def _device(run: Trained) -> torch.device:
 
 def _fits(run: Trained, device: torch.device) -> bool:
     """Whether the device has enough free memory for a check."""
-    from runner.models import pretrained, quantization
+    from runner.models import parameters, pretrained
+    from runner.models.quantization import none
     from runner.train.memory import usage
 
-    size = pretrained.describe(pretrained.empty(run.result, quantization.none()))["total"] * 4
+    size = parameters.describe(pretrained.empty(run.result, none.none()))["total"] * 4
     return COPIES * size < usage.of_device(device)[1]

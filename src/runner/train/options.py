@@ -15,7 +15,7 @@ from runner.config import schema, user_code
 from runner.config.bind import bind
 from runner.data import formats
 from runner.models import sources
-from runner.models.quantization import Quant
+from runner.models.quantization.quant import Quant
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
 from runner.tracking import manifest

@@ -33,16 +33,17 @@ log = logging.getLogger("runner")
 
 def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
     """Print model, device, data and steps before training."""
-    from runner.models import pretrained
+    from runner.models import parameters
 
-    counts = pretrained.describe(parts.model)
+    counts = parameters.describe(parts.model)
     data, tokens = inputs.splits.report, inputs.batches.tokens_at(inputs.total_steps)
     terminal.header(
         {
             "run": f"{rundir.path}  (signature {rundir.read_manifest()['signature']})",
             "model": f"{inputs.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
-            f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})",
-            "device": f"{inputs.device}, weights in {weights_in(parts)}, attention {attention_of(parts)}"
+            f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})"
+            + (f", {counts['left_out']}" if counts["left_out"] else ""),
+            "device": f"{inputs.device}, weights in {counts['stored']}, attention {attention_of(parts)}"
             f"{_compiled(parts)}{_hint(inputs, parts)}{_processes(inputs, parts)}",
             "data": f"{inputs.options.data_path or inputs.splits.name}: {data.train_rows} training rows, "
             f"{data.eval_rows} held out, batches {parts.batches.efficiency:.0%} full"
@@ -92,17 +93,6 @@ def attention_of(parts: Parts) -> str:
     """The attention implementation of the model."""
     config: Any = parts.model.config
     return str(getattr(config, "_attn_implementation", None) or "its own").replace("_", " ")
-
-
-def weights_in(parts: Parts) -> str:
-    """How most of the base weights are stored: their dtype, or the quantization."""
-    from collections import Counter
-
-    sizes: Counter[str] = Counter()
-    for parameter in parts.model.parameters():
-        if not parameter.requires_grad or len(sizes) == 0:
-            sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    return sizes.most_common(1)[0][0]
 
 
 def manifest(inputs: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from runner.files import cache_dir, write_atomic
+from runner.models import parameters
 
 PEAK_TFLOPS = {
     # name → dense (bf16, or fp16 if no bf16; float32) TFLOP/s from the vendors' data sheets; the first match is used
@@ -121,12 +122,12 @@ def flops_per_token(model: nn.Module, length: int, trained: float = 1.0) -> floa
     the length of a row overestimates attention, because tokens attend only within their document.
     """
     head = {id(module) for module in _head(model).modules()}
-    used = _experts_used(_config(model))
+    used, quant = _experts_used(_config(model)), getattr(model, "quant", None)
     total = 0.0
     for name, module in model.named_modules():
         for parameter in _matrices(module):
             part = (trained if id(module) in head else 1.0) * (used if ".experts" in name else 1.0)
-            total += part * _numel(parameter) * (6 if parameter.requires_grad else 4)
+            total += part * parameters.dense_count(module, parameter, quant) * (6 if parameter.requires_grad else 4)
     return total + 3.5 * _attention_flops(_config(model), length)
 
 
@@ -151,11 +152,6 @@ def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
         for parameter in module.parameters(recurse=False):
             if parameter.ndim >= 2:
                 yield parameter
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    packed = getattr(parameter, "quant_state", None)  # bitsandbytes 4-bit weights: two values per byte
-    return int(math.prod(packed.shape)) if packed is not None else parameter.numel()
 
 
 def _head(model: Any) -> nn.Module:

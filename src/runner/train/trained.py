@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from runner.models.dtypes import Precision
-    from runner.models.quantization import Quant
+    from runner.models.quantization.quant import Quant
     from runner.models.sources import ModelSource
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -175,25 +175,19 @@ def test_computing_layers_again_goes_along(memory: activation_checkpointing.Memo
 def test_quantized_layers(bits: int, tmp_path: Path) -> None:
     """4-bit layers compile whole; 8-bit ones break in evaluation, which is told, and give the same numbers."""
     llama().save_pretrained(tmp_path)
-    quantization = {
-        4: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-        8: transformers.BitsAndBytesConfig(load_in_8bit=True),
-    }[bits]
-    plain, model = (
-        with_lora(
-            transformers.AutoModelForCausalLM.from_pretrained(
-                tmp_path, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
-            )
-        ).train()
-        for _ in range(2)
-    )
-    for module in (*plain.modules(), *model.modules()):
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = (
-                False  # bitsandbytes 0.50 repacks in evaluation, and trains wrongly after
-            )
+    quant = conftest.option("quant", f"{bits}bit")()
+
+    def loaded() -> torch.nn.Module:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=quant.library_config("cpu"), dtype=torch.float32, device_map={"": "cpu"}
+        )
+        quant.after_load(model)
+        model.quant = quant
+        return with_lora(model).train()
+
+    plain, model = loaded(), loaded()
     if bits == 8:
-        with pytest.raises(ConfigError, match="8-bit layers of bitsandbytes cause graph breaks in evaluation"):
+        with pytest.raises(ConfigError, match="8-bit layers of bitsandbytes cause graph breaks"):
             option("regional", fullgraph=True)(model)
     option("regional", fullgraph=bits == 4)(model)
     torch.testing.assert_close(losses_and_gradients(model), losses_and_gradients(plain), atol=1e-3, rtol=1e-3)
@@ -346,11 +340,11 @@ def test_a_run_goes_on_compiled_as_it_began(cache: Path, monkeypatch: pytest.Mon
 
 def test_auto_without_a_compiler_computes_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert "Triton" in compilation.obstacle(GPU, 2, in_8_bits=False, in_shards=False)
+    assert "Triton" in compilation.obstacle(GPU, 2, graph_breaks="", in_shards=False)
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert "no-such-compiler" in compilation.obstacle(GPU, 2, in_8_bits=False, in_shards=False)
+    assert "no-such-compiler" in compilation.obstacle(GPU, 2, graph_breaks="", in_shards=False)
 
 
 def test_auto_is_no_other_run_wherever_it_is_settled(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

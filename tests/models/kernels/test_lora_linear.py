@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import option
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +34,7 @@ def adapted(dtype: torch.dtype = torch.float32, bits: int | None = None, **optio
     return get_peft_model(model, config)
 
 
-def in_bits(model: torch.nn.Module, bits: int, dtype: torch.dtype) -> None:
+def in_bits(model: Any, bits: int, dtype: torch.dtype) -> None:
     import bitsandbytes as bnb
 
     for layer in model.model.layers:
@@ -46,6 +47,7 @@ def in_bits(model: torch.nn.Module, bits: int, dtype: torch.dtype) -> None:
                 packed = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=6.0)
             packed.load_state_dict({"weight": plain.weight.data})
             setattr(layer.mlp, name, packed.to("cpu"))
+    model.quant = option("quant", f"{bits}bit")()
 
 
 def step(model: Any, rows: int = 200) -> tuple[Tensor, dict[str, Tensor]]:

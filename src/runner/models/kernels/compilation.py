@@ -61,7 +61,7 @@ def regional(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: b
     """Compile one decoder layer and reuse its graph for all layers: compiling takes seconds, not minutes.
 
     Raises:
-        ConfigError: the device is not supported, no decoder layers are found, or ``fullgraph`` with 8-bit layers.
+        ConfigError: the device is not supported, no decoder layers are found, or quantized layers break graphs.
     """
     _check(model, mode, fullgraph)
     for layer in decoder_layers(model):
@@ -73,7 +73,7 @@ def whole(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: bool
     """Compile the whole decoder as one graph: takes longest to compile; needed for CUDA graphs.
 
     Raises:
-        ConfigError: the device is not supported, or ``fullgraph`` with 8-bit layers.
+        ConfigError: the device is not supported, or quantized layers break graphs.
     """
     _check(model, mode, fullgraph)
     _decoder(model).compile(mode=mode, dynamic=dynamic, fullgraph=fullgraph)
@@ -144,17 +144,17 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()), default=[]))
 
 
-def obstacle(device: torch.device, layers: int, in_8_bits: bool, in_shards: bool) -> str:
+def obstacle(device: torch.device, layers: int, *, graph_breaks: str, in_shards: bool) -> str:
     """The reason why ``auto`` never compiles this model, or "". Needs no weights.
 
-    ``layers``: the number of decoder layers found by ``layers_of``.
+    ``layers``: the number of decoder layers found by ``layers_of``. ``graph_breaks``: see ``Quant``.
     """
     if device.type != "cuda":
         return "on a CPU, compiling takes long and gains little"
     if not layers:
         return "the model has no list of decoder layers of one class"
-    if in_8_bits:
-        return "8-bit layers of bitsandbytes cause graph breaks"
+    if graph_breaks:
+        return graph_breaks
     if in_shards:
         return "the layers are sharded"
     try:
@@ -189,9 +189,10 @@ def _check(model: nn.Module, mode: Mode, fullgraph: bool) -> None:
     if mode == "reduce-overhead" and device.type != "cuda":
         problem = f"has no effect: reduce-overhead records CUDA graphs, but the model is on {device}"
         raise ConfigError(Fault("compile.mode", problem, "use compile=regional or compile=default", mode))
-    if fullgraph and any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        problem = "8-bit layers of bitsandbytes cause graph breaks in evaluation"
-        raise ConfigError(Fault("compile.fullgraph", problem, "set it to false, or use quant=4bit", True))
+    quant: Any = getattr(model, "quant", None)
+    if fullgraph and quant is not None and quant.graph_breaks:
+        remedy = "set it to false, or use another quantization"
+        raise ConfigError(Fault("compile.fullgraph", quant.graph_breaks, remedy, True))
     _check_compiler(device)
 
 

@@ -8,43 +8,53 @@ with float32 adapters on a bfloat16 base, a float32 copy of every input. Instead
 - Otherwise: the low-rank term is added in place, in the dtype of the input; only the optimizer uses float32 adapters.
   (In bfloat16 a small ``B A`` would be lost in the sum with ``W``.)
 
-Weights in 4 and 8 bits are unpacked only once per pass. Layers remain PEFT layers: names, saving and merging do not
-change. Layers that are not plain LoRA (DoRA, dropout, several adapters, …) compute as PEFT does.
+Quantized weights are unpacked only once per pass; without ``Quant.unpacks`` their layers compute as PEFT does. All
+remain PEFT layers: names, saving and merging do not change. Layers that are not plain LoRA (DoRA, dropout, several
+adapters, …) compute as PEFT does too.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from runner.models.kernels import buffers
 
-INT8_MAX = 127
-"""The 8-bit value of the largest weight of a row."""
+if TYPE_CHECKING:
+    from runner.models.quantization.quant import Quant
+
 MANY_ROWS = 128
 """With at least this many rows, merging the weight costs less than a pass over the output."""
+log = logging.getLogger(__name__)
 
 
 def fuse(model: nn.Module) -> int:
     """Replace the forward of the model's LoRA layers, in place; returns the number of layers."""
-    layers = [module for module in model.modules() if _is_lora(module)]
+    quant: Quant | None = getattr(model, "quant", None)
+    layers = [module for module in model.modules() if _is_lora(module, quant)]
     for module in layers:
+        base: Any = module.base_layer
+        module.quant = quant if quant is not None and quant.holds(base) else None  # type: ignore[assignment]
         cls: Any = type(module)
         module.__class__ = _fused(cls)
+    if quant is not None and not quant.plain and not quant.unpacks:
+        log.debug(f"LoRA layers on weights in {quant.name} are not fused: its back end does not unpack weights")
     return len(layers)
 
 
-def _is_lora(module: nn.Module) -> bool:
+def _is_lora(module: nn.Module, quant: Quant | None) -> bool:
     from peft.tuners.lora.layer import LoraLayer
 
     base = getattr(module, "base_layer", None)
     if not isinstance(module, LoraLayer) or isinstance(module, _Fused) or "forward" not in vars(type(module)):
         return False
-    weight = getattr(base, "weight", None)
-    return type(base) is nn.Linear or hasattr(weight, "quant_state") or hasattr(weight, "SCB")
+    if quant is not None and base is not None and quant.holds(base):
+        return quant.unpacks
+    return type(base) is nn.Linear
 
 
 @functools.cache
@@ -58,15 +68,15 @@ class _Fused(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
         name = _only_adapter(layer)
-        weight = layer.base_layer.weight
-        state = _state(layer.base_layer)
-        if args or kwargs or name is None or not _computes_as_stored(layer.base_layer, state, x):
+        weight, quant = layer.base_layer.weight, layer.quant
+        if args or kwargs or name is None or not _computes_as_stored(layer.base_layer, quant, x):
             return super().forward(x, *args, **kwargs)
+        state = quant.state(layer.base_layer) if quant is not None else None
         rows = x.reshape(-1, x.shape[-1])
         adapters = layer.lora_A[name].weight, layer.lora_B[name].weight
         merge = rows.dtype == adapters[0].dtype == torch.float32 and len(rows) >= MANY_ROWS
         product = _MergedProduct if merge else _InPlaceProduct
-        out = product.apply(rows, weight, state, *adapters, layer.scaling[name])
+        out = product.apply(rows, weight, quant, state, *adapters, layer.scaling[name])
         if layer.base_layer.bias is not None:
             out = out + layer.base_layer.bias
         return out.reshape(*x.shape[:-1], out.shape[-1])
@@ -85,64 +95,51 @@ def _only_adapter(layer: Any) -> str | None:
     return str(name)
 
 
-def _state(base: Any) -> Any:
-    """Data to unpack a quantized weight: bitsandbytes' state (4 bits) or row scales (N,) (8 bits); None if dense."""
-    if hasattr(base.weight, "SCB"):
-        return base.weight.SCB if base.weight.SCB is not None else base.state.SCB  # the first forward moves it there
-    return getattr(base.weight, "quant_state", None)
-
-
-def _computes_as_stored(base: Any, state: Any, x: Tensor) -> bool:
-    """Whether the layer computes in the dtype of its input, without casts by autocast or bitsandbytes."""
+def _computes_as_stored(base: Any, quant: Quant | None, x: Tensor) -> bool:
+    """Whether the layer computes in the dtype of its input, without casts by autocast or the quantization library."""
     if torch.is_autocast_enabled(x.device.type):
         return False
-    if state is None:
+    if quant is None:
         return type(base) is nn.Linear and base.weight.dtype == x.dtype
     return getattr(base, "compute_dtype", None) in (None, x.dtype)
 
 
-def _dense(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """The dense weight (N, K); unpacked if it is stored in 4 or 8 bits."""
-    if state is None:
-        return weight
-    if isinstance(state, Tensor):
-        return weight.to(dtype).mul_(state[:, None] * (1 / INT8_MAX))
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight, state).to(dtype)
+def _dense(weight: Tensor, quant: Quant | None, state: Any, dtype: torch.dtype) -> Tensor:
+    """The dense weight (N, K); unpacked if it is quantized."""
+    return weight if quant is None else quant.unpack(weight, state, dtype)
 
 
 class _MergedProduct(torch.autograd.Function):
     """x (n, K) times (W + scale · B A)ᵀ (K, N)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, quant: Quant | None, state: Any, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
-        ctx.state, ctx.scale = state, scale
+        ctx.quant, ctx.state, ctx.scale = quant, state, scale
         merged = buffers.take("weight", (len(b), a.shape[1]), x)
-        return x @ _unpack_into(merged, weight, state).addmm_(b, a, alpha=scale).t()
+        return x @ _unpack_into(merged, weight, quant, state).addmm_(b, a, alpha=scale).t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor, Tensor, None]:
         x, weight, a, b = ctx.saved_tensors
         inputs, rank = a.shape[1], a.shape[0]
         dx = None
         if ctx.needs_input_grad[0]:
             wide = buffers.take("weight", (len(b), inputs + rank), x)  # [W + scale · B A, scale · B]: a single product
-            _unpack_into(wide[:, :inputs], weight, ctx.state).addmm_(b, a, alpha=ctx.scale)
+            _unpack_into(wide[:, :inputs], weight, ctx.quant, ctx.state).addmm_(b, a, alpha=ctx.scale)
             wide[:, inputs:] = b * ctx.scale
             dx, reduced = (grad @ wide).split([inputs, rank], 1)  # (n, K), (n, r)
         else:
             reduced = (grad @ b).mul_(ctx.scale)
         db = _narrow_product(x @ a.t(), grad).mul_(ctx.scale).t()
-        return dx, None, None, _narrow_product(reduced, x), db, None
+        return dx, None, None, None, _narrow_product(reduced, x), db, None
 
 
-def _unpack_into(out: Tensor, weight: Tensor, state: Any) -> Tensor:
+def _unpack_into(out: Tensor, weight: Tensor, quant: Quant | None, state: Any) -> Tensor:
     """Write the dense weight (N, K) to ``out``."""
-    if isinstance(state, Tensor):
-        return out.copy_(weight).mul_(state[:, None] * (1 / INT8_MAX))
-    return out.copy_(_dense(weight, state, out.dtype))
+    return out.copy_(weight) if quant is None else quant.unpack(weight, state, out.dtype, out)
 
 
 def _narrow_product(narrow: Tensor, wide: Tensor) -> Tensor:
@@ -162,17 +159,21 @@ class _InPlaceProduct(torch.autograd.Function):
     """scale · (x Aᵀ) Bᵀ with x (n, K) times Wᵀ (K, N) added in place; A and B are cast to the dtype of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, quant: Quant | None, state: Any, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
         low_a, low_b = a.to(x.dtype), b.to(x.dtype)
         reduced = x @ low_a.t()  # (n, r)
         ctx.save_for_backward(x, weight, low_a, low_b, reduced)
-        ctx.state, ctx.scale, ctx.dtype = state, scale, a.dtype
-        return (reduced @ low_b.t()).addmm_(x, _dense(weight, state, x.dtype).t(), beta=scale)
+        ctx.quant, ctx.state, ctx.scale, ctx.dtype = quant, state, scale, a.dtype
+        return (reduced @ low_b.t()).addmm_(x, _dense(weight, quant, state, x.dtype).t(), beta=scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor, Tensor, None]:
         x, weight, a, b, reduced = ctx.saved_tensors
         slope = (grad @ b).mul_(ctx.scale)  # (n, r)
-        dx = (grad @ _dense(weight, ctx.state, x.dtype)).addmm_(slope, a) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (grad @ _dense(weight, ctx.quant, ctx.state, x.dtype)).addmm_(slope, a)
         da, db = slope.t() @ x, (grad.t() @ reduced).mul_(ctx.scale)
-        return dx, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
+        return dx, None, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from runner.config.bind import bind, bind_target, option
 from runner.config.schema import Count
 from runner.errors import ConfigError, Fault
-from runner.models import quantization
 from runner.models.kernels import compilation
 
 
@@ -78,7 +77,7 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Faults of ``parallel`` in combination with other groups; works before ``resolve`` too."""
     if bind_target(cfg["parallel"]) is not fsdp:
         return
-    if bind_target(cfg["quant"]) is not quantization.none:
+    if not bind(cfg["quant"], "quant")().plain:
         remedy = "use parallel=ddp (quantized weights are small), or quant=none"
         yield Fault("parallel", "parallel=fsdp does not support quantized weights", remedy, "fsdp")
     if bind_target(cfg["compile"]) is compilation.whole:

@@ -231,8 +231,8 @@ ROOM = 0.95
 class Expected:
     """Estimated parameters, memory and FLOPs of a training run, and the memory of its device."""
 
-    counts: dict[str, int]
-    """Parameter counts of ``models/pretrained.describe``."""
+    counts: dict[str, Any]
+    """Parameter counts of ``models/parameters.describe``."""
     memory: MemoryEstimate
     held_bytes: int
     """Device memory that this process uses already."""

@@ -12,11 +12,12 @@ import torch
 from conftest import option
 
 from runner.errors import ConfigError
-from runner.models import dtypes, pretrained, quantization
-from runner.models.quantization import Quant
+from runner.models import dtypes, parameters, pretrained
+from runner.models.quantization import bitsandbytes, none
 from runner.models.sources import ModelSource
 
-QUANTIZED = ("8bit", "4bit", "fp4")
+NAMES = {"8bit": "int8", "4bit": "nf4", "fp4": "fp4"}
+QUANTIZED = tuple(NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +47,33 @@ def train(model: Any, inputs: dict[str, torch.Tensor], steps: int, learning_rate
 def test_linear_layers_are_stored_in_few_bits_and_the_head_is_not(source: ModelSource, name: str) -> None:
     import bitsandbytes as bnb
 
-    plain = pretrained.load(source, quantization.none(), "cpu")
+    plain = pretrained.load(source, none.none(), "cpu")
     model = pretrained.load(source, option("quant", name)(), "cpu")
     expected = bnb.nn.Linear8bitLt if name == "8bit" else bnb.nn.Linear4bit
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert len(linear) == 14
     assert all(isinstance(module, expected) for module in linear)
     assert type(model.lm_head) is torch.nn.Linear
-    counts, before = pretrained.describe(model), pretrained.describe(plain)
+    counts, before = parameters.describe(model), parameters.describe(plain)
     assert counts["total"] == before["total"]
-    saved = before["bytes"] - counts["bytes"]
-    assert saved > counts["linear"] * (4 - {"8bit": 1, "4bit": 0.52, "fp4": 0.57}[name]) * 0.98
+    assert counts["quantized"] == before["linear"] == counts["linear"]
+    assert (counts["stored"], before["stored"]) == (f"{NAMES[name]} (bitsandbytes)", "float32")
 
 
 @pytest.mark.parametrize("name", ["none", *QUANTIZED])
-def test_an_empty_model_takes_the_bytes_of_the_real_one(source: ModelSource, name: str) -> None:
+def test_an_empty_model_counts_like_the_real_one(source: ModelSource, name: str) -> None:
     chosen = option("quant", name)()
-    counted = pretrained.describe(option("lora", "lora")(pretrained.empty(source, chosen)))
-    real = pretrained.describe(option("lora", "lora")(pretrained.load(source, chosen, "cpu")))
-    assert counted["bytes"] == pytest.approx(real["bytes"], rel=0.03)
-    assert {**counted, "bytes": 0} == {**real, "bytes": 0}
+    model = pretrained.load(source, chosen, "cpu")
+    stored = [
+        tensor
+        for key, tensor in model.state_dict().items()
+        if "_proj." in key and key.endswith(("weight", "absmax", "SCB"))
+    ]
+    real = parameters.describe(option("lora", "lora")(model))
+    assert parameters.describe(option("lora", "lora")(pretrained.empty(source, chosen))) == real
+    assert real["adapted"] == real["linear"]
+    if name != "none":
+        assert real["quantized_bytes"] == pytest.approx(sum(tensor.nbytes for tensor in stored), rel=0.03)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "rslora"])
@@ -84,7 +92,7 @@ def test_adapters_train_on_it(source: ModelSource, name: str, adapter: str) -> N
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_loss_is_near_that_of_the_whole_weights(source: ModelSource, name: str) -> None:
     with torch.no_grad():
-        whole = pretrained.load(source, quantization.none(), "cpu").eval()(**batch()).loss
+        whole = pretrained.load(source, none.none(), "cpu").eval()(**batch()).loss
         stored = pretrained.load(source, option("quant", name)(), "cpu").eval()(**batch()).loss
     assert stored == pytest.approx(whole.item(), rel=0.02)
     assert stored != whole
@@ -126,10 +134,11 @@ def test_smollm2_learns_on_it(cache: Path, name: str) -> None:
 
 
 def test_bytes_per_weight() -> None:
-    assert Quant("none").bytes_per_weight is None
-    assert option("quant", "8bit")().bytes_per_weight == 1
-    assert option("quant", "4bit")().bytes_per_weight == pytest.approx((4 + 0.127) / 8, abs=1e-3)  # QLoRA, section 3
-    assert option("quant", "fp4")().bytes_per_weight == pytest.approx(4.5 / 8)
+    """4 bits with double quantization: 4.127 bits a weight, https://arxiv.org/abs/2305.14314, section 3."""
+    weights = 512 * 512
+    assert option("quant", "8bit")().bytes_of(512, 512) == weights + 4 * 512
+    assert option("quant", "4bit")().bytes_of(512, 512) / weights == pytest.approx((4 + 0.127) / 8, abs=1e-3)
+    assert option("quant", "fp4")().bytes_of(512, 512) / weights == pytest.approx(4.5 / 8)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +165,10 @@ def test_without_bitsandbytes_the_remedy_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_a_gpu_with_bfloat16_computes_in_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dtypes, "_is_fast_in_bfloat16", lambda _device: True)
-    slow = Quant("4bit", 4, compute_dtype="float32")
+    slow = bitsandbytes.four_bit(kind="nf4", double=True, compute_dtype="float32")
     with pytest.raises(ConfigError, match="computes 4-bit layers in bfloat16"):
-        quantization.library_config(slow, "cuda")
-    assert quantization.library_config(Quant("4bit", 4), "cuda").bnb_4bit_compute_dtype == torch.bfloat16
+        slow.library_config("cuda")
+    assert option("quant", "4bit")().library_config("cuda").bnb_4bit_compute_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("flags", ["", "avx512_bf16", "amx_bf16 avx512_bf16"])

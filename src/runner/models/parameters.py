@@ -1,0 +1,126 @@
+"""Count the parameters of a model by kind, and the weights that are quantized or adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runner.models.quantization.quant import Quant
+
+KINDS = ("embedding", "linear", "head", "adapter", "other")
+NEARLY_ALL = 0.95
+"""Fraction of the layers' weights from which quantizing them counts as quantizing all."""
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Parameter counts of a loaded model, or of one without weights; a packed weight counts as the dense one.
+
+    - ``total``, ``trainable``, and by kind: ``embedding``, ``linear``, ``head`` (if not tied), ``adapter``, ``other``.
+    - ``matrices``: the weights of the layers without biases and norms. Of them: ``quantized`` (or to be quantized),
+      ``adapted`` (having an adapter) and ``experts`` (of a mixture of experts).
+    - ``quantized_bytes``: memory of the quantized weights with their scales.
+    - ``dtype``: of the weights that are not quantized. ``stored``: how the weights are stored, as text.
+    - ``left_out``: text about experts without an adapter; empty if there are none, or if nothing else has one.
+    """
+    weights = list(_weights(model))
+
+    def count(is_meant: Callable[[_Weight], bool]) -> int:
+        return sum(weight.size for weight in weights if is_meant(weight))
+
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    counts = {
+        "total": count(lambda _: True),
+        "trainable": count(lambda weight: weight.trainable),
+        **{kind: count(lambda weight, kind=kind: weight.kind == kind) for kind in KINDS},  # type: ignore[misc]
+        "matrices": count(lambda weight: weight.matrix),
+        "quantized": count(lambda weight: weight.quantized),
+        "adapted": count(lambda weight: weight.adapted),
+        "experts": count(lambda weight: weight.expert),
+        "quantized_bytes": int(sum(weight.bytes for weight in weights if weight.quantized)),
+        "dtype": str(embedding.weight.dtype).removeprefix("torch."),
+    }
+    of_experts = [count(lambda weight: weight.expert and weight.quantized), count(lambda w: w.expert and w.adapted)]
+    is_skipped = bool(counts["experts"] and counts["adapted"] and not of_experts[1])
+    stored = _stored(getattr(model, "quant", None), counts, of_experts[0])
+    return {**counts, "stored": stored, "left_out": "the experts have no adapter" if is_skipped else ""}
+
+
+def dense_count(module: Any, parameter: nn.Parameter, quant: Quant | None) -> int:
+    """Number of values of the parameter; if the module's weight is packed, of the dense weight."""
+    if quant is not None and not parameter.is_meta and parameter.dim() > 1 and quant.holds(module):
+        return int(module.out_features * module.in_features)
+    return parameter.numel()
+
+
+class _Weight(NamedTuple):
+    size: int
+    bytes: float
+    kind: str
+    trainable: bool
+    matrix: bool
+    quantized: bool
+    adapted: bool
+    expert: bool
+
+
+def _weights(model: Any) -> Iterator[_Weight]:
+    quant: Quant | None = getattr(model, "quant", None)
+    head = model.get_output_embeddings()
+    parts_of_head = {id(module) for module in head.modules()} if head is not None else set()
+    adapted = _adapted(model)
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        quantized, kind = False, _kind(model, name, module, id(module) in parts_of_head)
+        if quant is not None and parameter.dim() > 1 and kind != "adapter":
+            quantized = quant.selects(module) and kind != "head" if parameter.is_meta else quant.holds(module)
+        size = dense_count(module, parameter, quant)
+        stored: float = parameter.numel() * parameter.element_size()
+        if quant is not None and quantized:
+            kind, rows = "linear", getattr(module, "out_features", parameter.shape[0])
+            stored = quant.bytes_of(rows, size // rows)
+        matrix = kind in ("linear", "other") and parameter.dim() > 1
+        expert = matrix and ".experts." in name
+        trainable = parameter.requires_grad
+        yield _Weight(size, stored, kind, trainable, matrix, quantized, matrix and id(parameter) in adapted, expert)
+
+
+def _kind(model: Any, name: str, module: nn.Module, in_head: bool) -> str:
+    from torch import nn
+
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    if hasattr(model, "peft_config") and any(part in name for part in (prefix, "modules_to_save") if part):
+        return "adapter"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if not isinstance(module, nn.Linear) or name.endswith("bias"):
+        return "other"
+    return "head" if in_head else "linear"
+
+
+def _adapted(model: nn.Module) -> set[int]:
+    """The ids of the parameters that have an adapter."""
+    if not hasattr(model, "peft_config"):
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ids = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            only = getattr(module, "parameter_name", None)  # of an adapter of a single parameter (target_parameters)
+            base = module.get_base_layer()
+            ids |= {id(value) for key, value in base.named_parameters(recurse=False) if only in (None, key)}
+    return ids
+
+
+def _stored(quant: Quant | None, counts: dict[str, Any], experts_quantized: int) -> str:
+    """``bfloat16``, ``nf4 (bitsandbytes)``, or with the share of the layers' weights that are quantized."""
+    if quant is None or not counts["quantized"]:
+        return str(counts["dtype"])
+    share = counts["quantized"] / counts["matrices"]
+    if share >= NEARLY_ALL:
+        return quant.name
+    experts = ", not the experts" if counts["experts"] and not experts_quantized else ""
+    return f"{quant.name} ({share:.0%} of the layers' weights{experts}; the others in {counts['dtype']})"

@@ -1,0 +1,1 @@
+"""Quantization: how the frozen base weights are stored while an adapter trains on them; one file for each library."""

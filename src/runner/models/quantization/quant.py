@@ -1,0 +1,76 @@
+"""``Quant``: what a quantization back end declares. An option of the group ``quant`` returns one.
+
+Everything that depends on the quantization (plan, header, memory estimate, ``compile=auto``, fused LoRA, the supported
+adapters) reads it here, so a new back end is one Python file and one YAML file.
+
+Only the decoder's layers are quantized; embeddings, norms and the LM head keep the model's dtype. They are not upcast
+to float32 as by ``peft.prepare_model_for_kbit_training``: the norms of every supported family compute in float32
+anyway, and a float32 head costs memory (1 GiB for Llama-3's vocabulary) for nothing.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class Quant(Protocol):
+    """A quantization back end. Derive from it: then only the members with other values need to be written.
+
+    Creating one imports no library.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How the weights are stored, for the header and the plan: ``nf4 (bitsandbytes)``."""
+        ...
+
+    plain: bool = False
+    """Whether all weights stay as they are: full fine-tuning, every adapter and FSDP work."""
+    methods: tuple[str, ...] = ("lora",)
+    """The PEFT methods that work on these weights, by PEFT's names."""
+    graph_breaks: str = ""
+    """Why the layers cause graph breaks under torch.compile; empty if they do not."""
+    unpacks: bool = False
+    """Whether ``unpack`` gives the dense weight. If so, plain LoRA layers are fused; else they compute as PEFT does."""
+
+    def library_config(self, device: torch.device | str) -> Any:  # noqa: ARG002
+        """The ``quantization_config`` for ``from_pretrained``; None: ``after_load`` quantizes.
+
+        Raises:
+            ConfigError: an option that does not suit the device.
+        """
+        return None
+
+    def selects(self, layer: nn.Module) -> bool:
+        """Whether this layer of a model without weights would be quantized. The LM head never is."""
+        from torch import nn
+
+        return isinstance(layer, nn.Linear)
+
+    @abstractmethod
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether the weight of this layer of a loaded model is quantized; it has ``in_features``, ``out_features``."""
+        ...
+
+    @abstractmethod
+    def bytes_of(self, rows: int, columns: int) -> float:
+        """Bytes of a quantized weight of this shape, including its scales."""
+        ...
+
+    def after_load(self, model: nn.Module) -> None:  # noqa: ARG002
+        """Prepare a loaded model for training, in place."""
+        return
+
+    def state(self, layer: Any) -> Any:  # noqa: ARG002
+        """What ``unpack`` needs besides the layer's weight: scales, for example."""
+        return None
+
+    def unpack(self, weight: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The dense weight (rows, columns) in ``dtype``, written to ``out`` if given. The default casts the weight."""
+        return weight.to(dtype) if out is None else out.copy_(weight)
