@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 Example = list[dict[str, Any]] | str
 """A conversation (a list of messages, each with ``role`` and ``content``) or plain text."""
-Features = dict[str, list[int]]
-"""One token sequence: ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss."""
+Features = dict[str, Any]
+"""One token sequence: lists ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss.
+Further keys are numbers of the sequence, see ``Encoder.values``."""
 
 
 class Encoder(Protocol):
@@ -19,7 +20,15 @@ class Encoder(Protocol):
 
     @property
     def encode(self) -> Callable[[Example, Any, int], list[Features]]:
-        """(example, tokenizer, max_length) → token sequences."""
+        """(example, tokenizer, max_length) → token sequences, a multiple of ``unit``."""
+
+    @property
+    def unit(self) -> int:
+        """How many consecutive sequences stay together in one micro-batch: 2 for preference pairs."""
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of the numbers that each sequence has."""
 
     @property
     def prompt(self) -> Callable[[Example, Any], tuple[str, str] | None]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 from runner.data.examples import Example, Features
 
-Divisor = Literal["trained"]
-"""What a term of the loss is divided by, counted over the whole step: the trained tokens."""
+Divisor = Literal["trained", "documents", "units"]
+"""What a term of the loss is divided by, counted over the whole step: trained tokens, token sequences, or units."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Task:
     """Sums of a whole evaluation or of some training steps → metrics by name, without the prefix ``eval/``."""
     divisors: Mapping[str, Divisor] = field(default_factory=lambda: {"loss": "trained"})
     """The terms of the loss: name of a sum → what it is divided by; the loss of a step is the sum of the quotients."""
+    unit: int = 1
+    """How many consecutive sequences of ``encode`` stay together in one micro-batch: 2 for preference pairs."""
+    values: tuple[str, ...] = ()
+    """Names of numbers of each sequence, which ``encode`` adds to its features; in a batch: (documents,) float32."""
     train_metrics: tuple[str, ...] = ("loss",)
     """The metrics that are logged for training steps too, as ``train/…``."""
 
