@@ -9,10 +9,11 @@ A batch is a dict:
   value is repeated so that all packed batches have the same number of boundaries.
 - ``longest``: int, an upper bound of the document length.
 - ``trained_at``: (trained,) int64, the flattened positions that have a label.
-- ``document_of``: (trained,) int64, the document of each of them, from 0; padding is not counted. Documents of a unit,
-  such as the two answers of a preference pair, are neighbours.
+- ``labels_per_document``: (documents,) int64, without padding. Documents of a unit, such as the two answers of a
+  preference pair, are neighbours.
 - ``packed``: bool, whether a row contains several documents.
-- ``tokens``, ``trained``, ``documents``, ``units``: ints, the number of tokens without padding, of labels, and so on.
+- ``tokens``, ``trained``, ``trained_first``, ``documents``, ``units``: ints, the number of tokens without padding, of
+  labels, of labels in the first document of each unit, and so on.
 - The numbers of each document, by name (``Rows.values``): (documents,) float32.
 """
 
@@ -89,13 +90,29 @@ class Batches:
 
     def step(self, i: int) -> list[Batch]:
         """The micro-batches of optimizer step ``i`` (from 0); every rank gets the same number of them."""
-        positions = range(i * self.per_step, min((i + 1) * self.per_step, self._end()))
-        packs = [int(self._order(p // len(self.packs))[p % len(self.packs)]) for p in positions]
-        return list(self._cut(packs))
+        return list(self._cut(self._of_step(i)))
 
     def one_pass(self) -> Iterator[Batch]:
         """Every pack once, in the order of the first epoch, for an evaluation."""
         return self._cut(self._order(0).tolist())
+
+    def of(self, packs: list[int]) -> Batch:
+        """One batch of these packs, at most ``rows_per_batch``."""
+        return self._build(packs)
+
+    def rows_of(self, pack: int) -> np.ndarray:
+        """The rows of a pack."""
+        return self.packs.rows[self.packs.offsets[pack] : self.packs.offsets[pack + 1]]
+
+    def visited(self, steps: int) -> list[int]:
+        """The packs that this rank computes in the first ``steps`` steps, each once."""
+        packs = (pack for i in range(steps) for part in self._parts(self._of_step(i)) for pack in part)
+        return list(dict.fromkeys(packs))
+
+    @property
+    def pass_packs(self) -> list[int]:
+        """The packs that this rank computes in ``one_pass``."""
+        return [pack for part in self._parts(self._order(0).tolist()) for pack in part]
 
     @property
     def batches_in_pass(self) -> int:
@@ -209,15 +226,24 @@ class Batches:
     def _end(self) -> int:
         return self._packs_of(self.epochs) if self.epochs is not None else 2**62
 
-    def _cut(self, packs: list[int]) -> Iterator[Batch]:
+    def _of_step(self, i: int) -> list[int]:
+        """The packs of optimizer step ``i``, over all ranks."""
+        positions = range(i * self.per_step, min((i + 1) * self.per_step, self._end()))
+        return [int(self._order(p // len(self.packs))[p % len(self.packs)]) for p in positions]
+
+    def _parts(self, packs: list[int]) -> Iterator[list[int]]:
+        """This rank's packs of each micro-batch."""
         for start in range(0, len(packs), self.per_micro_batch):
-            yield self._build(packs[start : start + self.per_micro_batch][self.rank :: self.world])
+            yield packs[start : start + self.per_micro_batch][self.rank :: self.world]
+
+    def _cut(self, packs: list[int]) -> Iterator[Batch]:
+        return map(self._build, self._parts(packs))
 
     def _build(self, packs: list[int]) -> Batch:
         """Build one micro-batch of these packs; rows that are missing for the fixed shape contain only padding."""
         import torch
 
-        members = [self.packs.rows[self.packs.offsets[k] : self.packs.offsets[k + 1]] for k in packs]
+        members = [self.rows_of(pack) for pack in packs]
         rows = np.concatenate(members) if members else np.array([], dtype=np.int64)
         if self.end_to_end:
             members = [rows] if members else []
@@ -250,12 +276,13 @@ class Batches:
             "document_ends": torch.from_numpy(self._pad_ends(ends)),
             "longest": self.max_length,
             "trained_at": torch.from_numpy(np.flatnonzero(labels != IGNORED)),
-            "document_of": torch.from_numpy(np.repeat(np.arange(len(rows)), self._labels_of_rows[rows])),
+            "labels_per_document": torch.from_numpy(self._labels_of_rows[rows]),
             "packed": self.packing or self.end_to_end,
             "tokens": int(self.sizes[packs].sum()) if packs else 0,
             "trained": int((labels != IGNORED).sum()),
             "documents": len(rows),
             "units": len(rows) // self.rows.unit,
+            "trained_first": int(self._labels_of_rows[rows[:: self.rows.unit]].sum()),
             **{name: torch.from_numpy(numbers[rows]) for name, numbers in self.rows.values.items()},
         }
 

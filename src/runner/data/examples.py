@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-Example = list[dict[str, Any]] | str
-"""A conversation (a list of messages, each with ``role`` and ``content``) or plain text."""
+Example = list[dict[str, Any]] | str | dict[str, Any]
+"""A conversation (a list of messages, each with ``role`` and ``content``), plain text, or a dict with a conversation
+under ``prompt`` and what a task needs beside it: ``chosen`` and ``rejected``, the two answers of a pair."""
 Features = dict[str, Any]
 """One token sequence: lists ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss.
 Further keys are numbers of the sequence, see ``Encoder.values``."""

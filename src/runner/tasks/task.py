@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from runner.tasks.cross_entropy import TokenLosses
 
 from runner.data.examples import Example, Features
 
-Divisor = Literal["trained", "documents", "units"]
-"""What a term of the loss is divided by, counted over the whole step: trained tokens, token sequences, or units."""
+Divisor = Literal["trained", "trained_first", "documents", "units"]
+"""What a term of the loss is divided by, counted over the whole step: trained tokens, those of the first sequence of
+each unit, token sequences, or units."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,13 @@ class Task:
     """How many consecutive sequences of ``encode`` stay together in one micro-batch: 2 for preference pairs."""
     values: tuple[str, ...] = ()
     """Names of numbers of each sequence, which ``encode`` adds to its features; in a batch: (documents,) float32."""
+    reference: Callable[[Any, dict[str, Any]], Tensor] | None = None
+    """(model, batch) → a number of each document (documents,) under the weights before the first step. It is computed
+    once without gradients, cached, and given to ``loss`` as ``batch["reference"]``."""
     train_metrics: tuple[str, ...] = ("loss",)
     """The metrics that are logged for training steps too, as ``train/…``."""
+    summary: tuple[str, ...] = ("perplexity",)
+    """The metrics that the summary at the end shows beside the loss, before and after training."""
 
     def step_loss(self, sums: Mapping[str, Any], totals: Mapping[str, float]) -> Any:
         """The loss of a step, from its sums and totals; from the sums of one micro-batch: its share of the loss."""
@@ -59,12 +66,27 @@ def token_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 def token_loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Summed next-token cross entropy of a batch, see ``cross_entropy.sums``."""
-    from runner.models.kernels import attention
     from runner.tasks import cross_entropy
+
+    return cross_entropy.sums(model, _arguments(model, batch))
+
+
+def token_losses(model: Any, batch: dict[str, Any]) -> TokenLosses:
+    """The cross entropy of each trained position of a batch, in the order of ``batch["trained_at"]``.
+
+    A loss of your own may be any function of it; logits are never held whole.
+    """
+    from runner.tasks import cross_entropy
+
+    return cross_entropy.token_losses(model, _arguments(model, batch))
+
+
+def _arguments(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    from runner.models.kernels import attention
 
     inputs = attention.inputs(batch, batch["packed"], model)
     labels = batch["labels"].reshape(inputs["input_ids"].shape)
-    return cross_entropy.sums(model, {**inputs, "labels": labels, "trained_at": batch.get("trained_at")})
+    return {**inputs, "labels": labels, "trained_at": batch.get("trained_at")}
 
 
 def predictions(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

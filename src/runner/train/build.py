@@ -28,7 +28,7 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import estimate, loop, optim, throughput
+from runner.train import estimate, loop, optim, reference, throughput
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import parallel, wrap
@@ -113,6 +113,9 @@ def parts(cfg: Mapping[str, Any], inputs: Inputs, rundir: RunDir, ranks: Ranks =
     model = load_model(cfg, inputs)
     activation_checkpointing.arrange(model, inputs.settings.memory, eager=not compilation.is_asked_for(choice.node))
     batches, evaluation = resolve_attention(inputs.source, model, autocast, inputs.batches, inputs.evaluation)
+    if inputs.task.reference is not None:
+        for split in (batches, evaluation):
+            reference.unknown(split)
     if cfg["data"]["packing"]:
         attention.check_isolation(model, autocast)
     chosen = bind.bind(cfg["parallel"], "parallel")()
