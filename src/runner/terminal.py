@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -178,6 +179,20 @@ def header(lines: dict[str, str]) -> None:
 def loading(what: str) -> None:
     """Print ``loading WHAT …`` to stderr before something that takes seconds."""
     print(f"loading {what} …", file=sys.stderr)
+
+
+def progress(what: str, every_s: float = 5.0) -> Callable[[int, int], None]:
+    """Returns a function (done, count) that prints a line to stderr every few seconds, with the estimated time left."""
+    began = printed = time.monotonic()
+
+    def show(done: int, count: int) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        if done and now - printed >= every_s:
+            printed = now
+            print(f"{what} {done}/{count}  eta {duration((now - began) / done * (count - done))}", file=sys.stderr)
+
+    return show
 
 
 def say(text: str) -> None:

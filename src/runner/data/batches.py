@@ -9,8 +9,12 @@ A batch is a dict:
   value is repeated so that all packed batches have the same number of boundaries.
 - ``longest``: int, an upper bound of the document length.
 - ``trained_at``: (trained,) int64, the flattened positions that have a label.
+- ``labels_per_document``: (documents,) int64, without padding. Documents of a unit, such as the two answers of a
+  preference pair, are neighbours.
 - ``packed``: bool, whether a row contains several documents.
-- ``tokens``, ``trained``: ints, the number of tokens without padding, and of labels.
+- ``tokens``, ``trained``, ``trained_first``, ``documents``, ``units``: ints, the number of tokens without padding, of
+  labels, of labels in the first document of each unit, and so on.
+- The numbers of each document, by name (``Rows.values``): (documents,) float32.
 """
 
 from __future__ import annotations
@@ -70,14 +74,15 @@ class Batches:
         world: int = 1,
         epochs: float | None = None,
     ) -> None:
-        self.rows, self.packs = rows, rows.packs if packing else one_by_one(len(rows))
+        self.rows, self.packs = rows, rows.packs if packing else one_by_one(len(rows), rows.unit)
         self.packing, self.max_length, self.pad_id = packing, max_length, pad_id
         self.rows_per_batch, self.rank, self.world = rows_per_batch, rank, world
         self.per_micro_batch = rows_per_batch * world
         self.per_step = self.per_micro_batch * accumulation
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.sizes = np.add.reduceat(rows.lengths[self.packs.rows], self.packs.offsets[:-1])  # tokens of each pack
-        assert packing is False or self.sizes.max() <= max_length, "a pack is longer than max_length"
+        self.pack_length = rows.unit * max_length
+        assert packing is False or self.sizes.max() <= self.pack_length, "a pack is longer than its row"
         self._most_documents = int(np.diff(self.packs.offsets).max(initial=0))
         self.end_to_end = False
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
@@ -85,13 +90,29 @@ class Batches:
 
     def step(self, i: int) -> list[Batch]:
         """The micro-batches of optimizer step ``i`` (from 0); every rank gets the same number of them."""
-        positions = range(i * self.per_step, min((i + 1) * self.per_step, self._end()))
-        packs = [int(self._order(p // len(self.packs))[p % len(self.packs)]) for p in positions]
-        return list(self._cut(packs))
+        return list(self._cut(self._of_step(i)))
 
     def one_pass(self) -> Iterator[Batch]:
         """Every pack once, in the order of the first epoch, for an evaluation."""
         return self._cut(self._order(0).tolist())
+
+    def of(self, packs: list[int]) -> Batch:
+        """One batch of these packs, at most ``rows_per_batch``."""
+        return self._build(packs)
+
+    def rows_of(self, pack: int) -> np.ndarray:
+        """The rows of a pack."""
+        return self.packs.rows[self.packs.offsets[pack] : self.packs.offsets[pack + 1]]
+
+    def visited(self, steps: int) -> list[int]:
+        """The packs that this rank computes in the first ``steps`` steps, each once."""
+        packs = (pack for i in range(steps) for part in self._parts(self._of_step(i)) for pack in part)
+        return list(dict.fromkeys(packs))
+
+    @property
+    def pass_packs(self) -> list[int]:
+        """The packs that this rank computes in ``one_pass``."""
+        return [pack for part in self._parts(self._order(0).tolist()) for pack in part]
 
     @property
     def batches_in_pass(self) -> int:
@@ -148,18 +169,27 @@ class Batches:
     @property
     def largest(self) -> Shape:
         """Upper bound of the size and the number of labels of any batch."""
-        longest = int(self._largest_of(self.sizes).max())
-        rows = min(self.rows_per_batch, len(self.packs))
+        rows = min(self.rows_per_batch, len(self.packs)) * self.rows.unit
         trained = int(self._largest_of(self._trained).sum())
         if self.end_to_end:
             return Shape(1, self._padded(int(self._largest_of(self.sizes).sum())), trained)
-        return Shape(self.rows_per_batch if self.packing else rows, self._padded(longest), trained)
+        return Shape(self.rows_per_batch if self.packing else rows, self._padded(int(self._longest.max())), trained)
 
     @functools.cached_property
     def _trained(self) -> np.ndarray:
         """Number of labels in each pack."""
+        return np.add.reduceat(self._labels_of_rows[self.packs.rows], self.packs.offsets[:-1])
+
+    @functools.cached_property
+    def _labels_of_rows(self) -> np.ndarray:
+        """Number of labels of each row, without that of its first token, which nothing predicts."""
         of_rows = np.add.reduceat(self.rows.labels != IGNORED, self.rows.offsets[:-1], dtype=np.int64)
-        return np.add.reduceat(of_rows[self.packs.rows], self.packs.offsets[:-1])
+        return of_rows - (self.rows.labels[self.rows.offsets[:-1]] != IGNORED)
+
+    @functools.cached_property
+    def _longest(self) -> np.ndarray:
+        """Tokens of the longest row of each pack."""
+        return np.maximum.reduceat(self.rows.lengths[self.packs.rows], self.packs.offsets[:-1])
 
     def _largest_of(self, counts: np.ndarray) -> np.ndarray:
         """The ``rows_per_batch`` largest counts: the worst case of one batch."""
@@ -169,11 +199,12 @@ class Batches:
     def efficiency(self) -> float:
         """Fraction of the computed positions that are not padding, in the first epoch."""
         if self.packing:
-            return float(self.sizes.sum() / (len(self.packs) * self.max_length))
-        parts = np.split(self.sizes[self._order(0)], range(self.rows_per_batch, len(self.packs), self.rows_per_batch))
+            return float(self.sizes.sum() / (len(self.packs) * self.pack_length))
+        parts = np.split(self._order(0), range(self.rows_per_batch, len(self.packs), self.rows_per_batch))
         if self.end_to_end:
-            return float(self.sizes.sum() / sum(self._padded(int(part.sum())) for part in parts))
-        return float(self.sizes.sum() / sum(len(part) * self._padded(int(part.max())) for part in parts))
+            return float(self.sizes.sum() / sum(self._padded(int(self.sizes[part].sum())) for part in parts))
+        computed = sum(len(part) * self.rows.unit * self._padded(int(self._longest[part].max())) for part in parts)
+        return float(self.sizes.sum() / computed)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         """The order of the packs in one epoch, from PCG64's raw numbers: numpy guarantees that they never change."""
@@ -195,17 +226,29 @@ class Batches:
     def _end(self) -> int:
         return self._packs_of(self.epochs) if self.epochs is not None else 2**62
 
-    def _cut(self, packs: list[int]) -> Iterator[Batch]:
+    def _of_step(self, i: int) -> list[int]:
+        """The packs of optimizer step ``i``, over all ranks."""
+        positions = range(i * self.per_step, min((i + 1) * self.per_step, self._end()))
+        return [int(self._order(p // len(self.packs))[p % len(self.packs)]) for p in positions]
+
+    def _parts(self, packs: list[int]) -> Iterator[list[int]]:
+        """This rank's packs of each micro-batch."""
         for start in range(0, len(packs), self.per_micro_batch):
-            yield self._build(packs[start : start + self.per_micro_batch][self.rank :: self.world])
+            yield packs[start : start + self.per_micro_batch][self.rank :: self.world]
+
+    def _cut(self, packs: list[int]) -> Iterator[Batch]:
+        return map(self._build, self._parts(packs))
 
     def _build(self, packs: list[int]) -> Batch:
         """Build one micro-batch of these packs; rows that are missing for the fixed shape contain only padding."""
         import torch
 
-        members = [self.packs.rows[self.packs.offsets[k] : self.packs.offsets[k + 1]] for k in packs]
+        members = [self.rows_of(pack) for pack in packs]
+        rows = np.concatenate(members) if members else np.array([], dtype=np.int64)
         if self.end_to_end:
-            members = [np.concatenate(members)] if members else []
+            members = [rows] if members else []
+        elif not self.packing:
+            members = [np.array([row]) for row in rows]
         # Packed batches keep their shape even at the end of an epoch: a new shape would recompile the model.
         count = self.rows_per_batch if self.packing else max(len(members), 1)
         length = self._padded(max((int(self.rows.lengths[rows].sum()) for rows in members), default=0))
@@ -233,9 +276,14 @@ class Batches:
             "document_ends": torch.from_numpy(self._pad_ends(ends)),
             "longest": self.max_length,
             "trained_at": torch.from_numpy(np.flatnonzero(labels != IGNORED)),
+            "labels_per_document": torch.from_numpy(self._labels_of_rows[rows]),
             "packed": self.packing or self.end_to_end,
             "tokens": int(self.sizes[packs].sum()) if packs else 0,
             "trained": int((labels != IGNORED).sum()),
+            "documents": len(rows),
+            "units": len(rows) // self.rows.unit,
+            "trained_first": int(self._labels_of_rows[rows[:: self.rows.unit]].sum()),
+            **{name: torch.from_numpy(numbers[rows]) for name, numbers in self.rows.values.items()},
         }
 
     def _pad_ends(self, ends: list[int]) -> np.ndarray:
@@ -246,7 +294,7 @@ class Batches:
     def _padded(self, length: int) -> int:
         """The row length T of a batch whose longest row has ``length`` tokens."""
         if self.packing:
-            return self.max_length
+            return self.pack_length
         if self.end_to_end:
             return -(-max(length, 1) // PADDED_TO) * PADDED_TO
         return max(length, min(-(-max(length, 1) // PADDED_TO) * PADDED_TO, self.max_length))

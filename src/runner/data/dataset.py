@@ -22,8 +22,8 @@ import numpy as np
 from runner.config import schema, user_code
 from runner.config.schema import DataSettings
 from runner.data import formats, splits
-from runner.data.examples import Encoder, Example
-from runner.data.packing import IGNORED, Rows, one_by_one, pack
+from runner.data.examples import Encoder, Example, Features
+from runner.data.packing import IGNORED, Rows, one_by_one, pack_units
 from runner.data.splits import Item
 from runner.errors import DataError, Fault
 from runner.files import cache_dir, locked, write_atomic
@@ -31,7 +31,7 @@ from runner.files import cache_dir, locked, write_atomic
 if TYPE_CHECKING:
     from runner.data.sources import Source
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of the cache key. Increase it when a code change alters the tokens of the same data and settings."""
 SAMPLES = 8
 """Held-out prompts kept for text samples during training."""
@@ -151,6 +151,7 @@ class _Columns(NamedTuple):
     ids: array.array
     labels: array.array
     offsets: list[int]
+    values: dict[str, array.array]
 
 
 def _tokenise(
@@ -179,7 +180,7 @@ def _split(
     columns = _encode(items, task, tokenizer, settings, counts)
     if len(columns.offsets) == 1:
         raise _no_rows(split, items, counts, settings)
-    rows = _to_rows(columns, settings)
+    rows = _to_rows(columns, settings, task.unit)
     counts[f"{split}_rows"] += len(rows)
     counts[f"{split}_tokens"] += len(columns.ids)
     counts[f"{split}_trained_tokens"] += _count_trained(rows)
@@ -189,35 +190,49 @@ def _split(
 def _encode(
     items: Iterable[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
 ) -> _Columns:
-    columns = _Columns(array.array("i"), array.array("i"), [0])
+    columns = _Columns(array.array("i"), array.array("i"), [0], {name: array.array("f") for name in task.values})
     for item in items:
         try:
             features = task.encode(item.example, tokenizer, settings.max_length)
         except DataError as error:
             raise DataError(*splits.at_place(item.place, error)) from error
         counts["masked_out"] += not features
-        for feature in features:
-            ids, labels = feature["input_ids"], feature["labels"]
-            counts["longest"] = max(counts["longest"], len(ids))
-            if len(ids) > settings.max_length:
-                counts["truncated" if settings.overlong == "truncate" else "dropped"] += 1
-                if settings.overlong == "drop":
-                    continue
-                ids, labels = ids[: settings.max_length], labels[: settings.max_length]
-            if labels.count(IGNORED) >= len(labels) - (bool(labels) and labels[0] != IGNORED):
-                counts["masked_out"] += 1  # the first token has no context to be predicted from: its label is unused
-                continue
-            columns.ids.extend(ids)
-            columns.labels.extend(labels)
-            columns.offsets.append(len(columns.ids))
+        assert len(features) % task.unit == 0, f"{task.name}: {len(features)} sequences are not whole units"
+        for start in range(0, len(features), task.unit):
+            _add_unit(features[start : start + task.unit], columns, settings, counts)
     return columns
 
 
-def _to_rows(columns: _Columns, settings: DataSettings) -> Rows:
+def _add_unit(unit: list[Features], columns: _Columns, settings: DataSettings, counts: Counter[str]) -> None:
+    """Add the sequences of one unit; none of them if one is dropped or has no label within ``data.max_length``."""
+    longest = max(len(feature["input_ids"]) for feature in unit)
+    counts["longest"] = max(counts["longest"], longest)
+    if longest > settings.max_length:
+        counts["truncated" if settings.overlong == "truncate" else "dropped"] += 1
+        if settings.overlong == "drop":
+            return
+    cut = [(feature["input_ids"][: settings.max_length], feature["labels"][: settings.max_length]) for feature in unit]
+    # The first token has no context to be predicted from: its label is unused.
+    if any(labels.count(IGNORED) >= len(labels) - (bool(labels) and labels[0] != IGNORED) for _, labels in cut):
+        counts["masked_out"] += 1
+        return
+    for feature, (ids, labels) in zip(unit, cut, strict=True):
+        columns.ids.extend(ids)
+        columns.labels.extend(labels)
+        columns.offsets.append(len(columns.ids))
+        for name, numbers in columns.values.items():
+            numbers.append(feature[name])
+
+
+def _to_rows(columns: _Columns, settings: DataSettings, unit: int) -> Rows:
     offsets = np.array(columns.offsets, dtype=np.int64)
-    packs = pack(np.diff(offsets), settings.max_length) if settings.packing else one_by_one(len(offsets) - 1)
+    if settings.packing:
+        packs = pack_units(np.diff(offsets), unit, unit * settings.max_length)
+    else:
+        packs = one_by_one(len(offsets) - 1, unit)
     ids, labels = (np.frombuffer(column, dtype=np.int32) for column in (columns.ids, columns.labels))
-    return Rows(ids, labels, offsets, packs)
+    values = {name: np.frombuffer(numbers, dtype=np.float32) for name, numbers in columns.values.items()}
+    return Rows(ids, labels, offsets, packs, unit, values)
 
 
 def _count_trained(rows: Rows) -> int:

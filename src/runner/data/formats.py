@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import bind, user_code
+from runner.data.examples import Example
 from runner.errors import ConfigError, DataError, Fault, RunnerError, suggest
 
-Message = dict[str, str]
+Message = dict[str, Any]
 """``{"role": …, "content": …}``"""
-Example = list[Message] | str
 Row = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -197,6 +197,8 @@ def _module(function: str, code: Sequence[str]) -> tuple[str, list[Path]]:
 
 def looks_like(row: Row) -> str | None:
     """The format whose keys this row has, as ``data/format=`` takes it; None where it is none of them."""
+    if {"chosen", "rejected"} <= row.keys():
+        return "preference"
     if {"prompt", "completion"} <= row.keys():
         return "prompt_completion"
     firsts = [value[0] for value in row.values() if isinstance(value, list) and value]
@@ -260,6 +262,20 @@ def _misfit(row: Row, name: str, parameter: str, key: str, problem: str = "") ->
 
 def _has(value: object, keys: tuple[str, str]) -> bool:
     return isinstance(value, dict) and keys[0] in value and keys[1] in value  # once for every message: no all()
+
+
+def message(turn: Mapping[str, Any]) -> Message:
+    """A message of a row, with its content as text."""
+    return _said(str(turn["role"]), _content(turn["content"]))
+
+
+def checked_conversation(conversation: list[Message]) -> list[Message]:
+    """The conversation, if its roles are known and an assistant says something.
+
+    Raises:
+        DataError: it is not.
+    """
+    return _checked(conversation)
 
 
 def _said(role: str, content: str) -> Message:

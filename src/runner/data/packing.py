@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 IGNORED = -100
 """The label of a position without loss, as in torch and transformers."""
+VALUE = "value-"
+"""In the file names of ``Rows.values``."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,19 @@ class Packs:
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens of one split as flat memory-mapped arrays; ``offsets`` marks the rows. Labels are not shifted."""
+    """The tokens of one split as flat memory-mapped arrays; ``offsets`` marks the rows. Labels are not shifted.
+
+    Rows ``k * unit`` to ``(k + 1) * unit - 1`` are a unit, such as the two answers of a preference pair: they stay in
+    one micro-batch.
+    """
 
     ids: np.ndarray  # (tokens,) int32
     labels: np.ndarray  # (tokens,) int32
     offsets: np.ndarray  # (rows + 1,) int64
     packs: Packs
+    unit: int = 1
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Numbers that a task gives each row, by name: (rows,) float32."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -62,17 +72,21 @@ class Rows:
         Raises:
             OSError, ValueError: a file is missing or damaged.
         """
-        ids, labels, offsets, rows, packs = (
+        ids, labels, offsets, rows, packs, unit = (
             np.load(folder / f"{name}.{column}.npy", mmap_mode="r")
-            for column in ("ids", "labels", "offsets", "pack_rows", "pack_offsets")
+            for column in ("ids", "labels", "offsets", "pack_rows", "pack_offsets", "unit")
         )
-        if not len(ids) == len(labels) == offsets[-1] or not len(rows) == packs[-1] == len(offsets) - 1:
+        paths = sorted(folder.glob(f"{name}.{VALUE}*.npy"))
+        values = {path.name.split(VALUE, 1)[1][: -len(".npy")]: np.load(path, mmap_mode="r") for path in paths}
+        lengths = [len(offsets) - 1, len(rows), int(packs[-1]), *map(len, values.values())]
+        if not len(ids) == len(labels) == offsets[-1] or len(set(lengths)) > 1:
             raise ValueError(f"the columns of {name} have inconsistent lengths")
-        return cls(ids, labels, offsets, Packs(rows, packs))
+        return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values)
 
     def _columns(self) -> dict[str, np.ndarray]:
-        packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets}
-        return {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, **packs}
+        packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets, "unit": np.array(self.unit)}
+        values = {f"{VALUE}{name}": numbers for name, numbers in self.values.items()}
+        return {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, **packs, **values}
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Packs:
@@ -102,6 +116,13 @@ def pack(lengths: np.ndarray, capacity: int) -> Packs:
     return Packs(rows, np.cumsum([0, *map(len, packs)], dtype=np.int64))
 
 
-def one_by_one(count: int) -> Packs:
-    """Put each row into a pack of its own."""
-    return Packs(np.arange(count), np.arange(count + 1))
+def pack_units(lengths: np.ndarray, unit: int, capacity: int) -> Packs:
+    """Like ``pack``, for rows whose units of ``unit`` consecutive rows stay together."""
+    packs = pack(np.add.reduceat(lengths, np.arange(0, len(lengths), unit)), capacity)
+    rows = packs.rows[:, None] * unit + np.arange(unit)  # (units, unit)
+    return Packs(rows.reshape(-1), packs.offsets * unit)
+
+
+def one_by_one(count: int, unit: int = 1) -> Packs:
+    """Put each row, or each unit of ``unit`` consecutive rows, into a pack of its own."""
+    return Packs(np.arange(count), np.arange(0, count + 1, unit))

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,16 @@ class Source:
     """The source shown in MLflow's dataset lineage."""
     revision: str | None = None
     """Commit hash of a Hub dataset."""
+
+
+def chitchat_pairs() -> Source:
+    """Preference pairs from chitchat-dataset: the true second answer, and the second answer of another conversation.
+
+    Rows: ``{"prompt": [three messages], "chosen": [one], "rejected": [one]}``; conversations that are shorter are left
+    out.
+    """
+    source = chitchat()
+    return replace(source, name="chitchat_pairs", train=Records(functools.partial(_pairs, source.train)))
 
 
 def chitchat() -> Source:
@@ -144,6 +154,14 @@ def _conversations(file: Path) -> Iterator[tuple[Place, Row]]:
             roles = ("user", "assistant")
             messages = [{"role": roles[i % 2], "content": text} for i, (_, text) in enumerate(turns)]
             yield Place(file.name, number, "row"), {"messages": messages}
+
+
+def _pairs(conversations: Records) -> Iterator[tuple[Place, Row]]:
+    longer = [(place, row["messages"]) for place, row in conversations if len(row["messages"]) >= 4]
+    for number, (place, messages) in enumerate(longer):
+        _, other = longer[(number + len(longer) // 2) % len(longer)]
+        if messages[3] != other[3]:
+            yield place, {"prompt": messages[:3], "chosen": messages[3:4], "rejected": other[3:4]}
 
 
 def _is_offline() -> bool:

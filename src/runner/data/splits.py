@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from runner.errors import DataError, Fault
 
 if TYPE_CHECKING:
-    from runner.data.formats import Example
+    from runner.data.examples import Example
 
 SHOWN_FAULTS = 5
 
@@ -91,6 +91,8 @@ def at_place(place: object, error: DataError) -> list[Fault]:
 
 def _prompt(example: Example) -> str:
     """The text that must not be in both splits: the first user message, or the whole plain text."""
+    if isinstance(example, dict):
+        return _prompt(example["prompt"])
     if isinstance(example, str):
         return example
     return next((turn["content"] for turn in example if turn["role"] == "user"), example[0]["content"])

@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,16 @@ EVAL_POSITIONS = 8192
 """Maximum positions of one forward pass without gradients; a single longer row is still one pass."""
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """Cross entropy of each trained position, in the order of the flattened batch."""
+
+    nll: Tensor
+    """(trained,) float32: the negative log-likelihood of the label, in nats. Differentiable."""
+    correct: Tensor
+    """(trained,) bool: whether the label is the most likely token."""
+
+
 def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return ``loss`` (nats, summed in float32), ``count`` of trained positions, and ``correct`` predictions.
 
@@ -39,16 +50,39 @@ def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     scaling) computes the logits itself. ``trained_at`` (positions,): indices of the trained positions; without it,
     finding them synchronizes with the device once.
     """
+    parts = _passes(model, batch)
+    counts = [(targets != IGNORED).sum() for _, _, targets in parts]
+    return {
+        "loss": torch.stack([nll.sum() for nll, _, _ in parts]).sum(),
+        "count": torch.stack(counts).sum(),
+        "correct": torch.stack([correct.sum() for _, correct, _ in parts]).sum(),
+    }
+
+
+def token_losses(model: Any, batch: Mapping[str, Any]) -> TokenLosses:
+    """The cross entropy of each trained position; ``batch`` as in ``sums``. Logits are never held whole.
+
+    The gradient of ``nll`` is exact for any function of it: row t of the logits affects ``nll[t]`` alone.
+    """
+    count = len(batch["trained_at"]) if batch.get("trained_at") is not None else -1
+    kept = []
+    for nll, correct, targets in _passes(model, batch):
+        trained = slice(None) if len(targets) == count else targets != IGNORED
+        kept.append((nll[trained], correct[trained]))
+    return TokenLosses(torch.cat([nll for nll, _ in kept]), torch.cat([correct for _, correct in kept]))
+
+
+def _passes(model: Any, batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(nll, correct, targets), each (n,), of every forward pass: one, or without gradients as many as memory needs."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
     labels = batch["labels"].reshape(inputs["input_ids"].shape)
     if torch.is_grad_enabled() or len(labels) == 1:
-        return _sums(model, inputs, labels, batch.get("trained_at"))
+        return [_one_pass(model, inputs, labels, batch.get("trained_at"))]
     rows = max(1, EVAL_POSITIONS // labels.shape[1])
-    parts = [
-        _sums(model, {name: value[at : at + rows] for name, value in inputs.items()}, labels[at : at + rows])
+    return [
+        _one_pass(model, {name: value[at : at + rows] for name, value in inputs.items()}, labels[at : at + rows])
         for at in range(0, len(labels), rows)
     ]
-    return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
 
 
 def rehearsal(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
@@ -59,18 +93,20 @@ def rehearsal(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Te
     offered = {} if _choice_offered(model) == "all" else {"logits_to_keep": positions}
     with _without_head(model) as linear:
         last = model(**inputs, **offered, use_cache=False).logits
-    return _summed(last, torch.zeros(last.shape[:-1], dtype=torch.int64, device=last.device), linear)[0]
+    return _losses(last, torch.zeros(last.shape[:-1], dtype=torch.int64, device=last.device), linear)[0].sum()
 
 
-def _sums(model: Any, inputs: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None = None) -> dict[str, Tensor]:
+def _one_pass(
+    model: Any, inputs: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     with _without_head(model) as linear:
         if linear is not None and trained_at is not None:
             hidden = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]  # prompt tuning prepends tokens
             last, targets = (each.flatten(0, 1).index_select(0, trained_at) for each in (hidden, labels))
         else:
             last, targets = trained_logits(model, inputs, labels, trained_at if len(labels) == 1 else None)
-    loss, correct = _summed(last, targets, linear)
-    return {"loss": loss, "count": (targets != IGNORED).sum(), "correct": correct}
+    nll, correct = _losses(last, targets, linear)
+    return nll, correct, targets.reshape(-1)
 
 
 @contextlib.contextmanager
@@ -81,14 +117,14 @@ def _without_head(model: Any) -> Iterator[nn.Linear | None]:
         yield head
 
 
-def _summed(last: Tensor, targets: Tensor, linear: nn.Linear | None) -> tuple[Tensor, Tensor]:
-    """(loss, correct) from logits, or from hidden states if ``linear`` (the LM head) is given."""
+def _losses(last: Tensor, targets: Tensor, linear: nn.Linear | None) -> tuple[Tensor, Tensor]:
+    """(nll, correct), each (n,), from logits, or from hidden states if ``linear`` (the LM head) is given."""
     last, targets = last.reshape(-1, last.shape[-1]), targets.reshape(-1)
     if linear is not None and not linear.weight.requires_grad:
-        loss, correct = _LinearCrossEntropy.apply(last, linear.weight, linear.bias, targets)
+        nll, correct = _LinearCrossEntropy.apply(last, linear.weight, linear.bias, targets)
     else:
-        loss, correct = _CrossEntropy.apply(last if linear is None else linear(last), targets)
-    return loss, correct
+        nll, correct = _CrossEntropy.apply(last if linear is None else linear(last), targets)
+    return nll, correct
 
 
 def trained_logits(
@@ -126,24 +162,24 @@ def _choice_offered(model: Any) -> Literal["mask", "positions", "all"]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Summed cross entropy; the gradient overwrites the logits in place."""
+    """Cross entropy of each row (n,); the gradient overwrites the logits (n, V) in place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         buffer = logits.detach()  # same version counter: autograd raises if another operation needs the logits
-        loss, correct = _cross_entropy_(buffer, targets, needs_grad=ctx.needs_input_grad[0])
+        nll, correct = _cross_entropy_(buffer, targets, needs_grad=ctx.needs_input_grad[0])
         ctx.grad = buffer
         ctx.mark_non_differentiable(correct)
-        return loss, correct
+        return nll, correct
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None]:
         grad, ctx.grad = ctx.grad, None  # freed: a second backward pass would scale it twice
-        return grad.mul_(scale), None
+        return _scaled_(grad, scale), None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy from hidden states (n, h) and the frozen weight of the LM head (V, h).
+    """Cross entropy of each row from hidden states (n, h) and the frozen weight of the LM head (V, h).
 
     Computes the gradient of a chunk together with its logits, as in Liger Kernel, section 3.2 of
     https://arxiv.org/abs/2410.10989.
@@ -155,40 +191,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         device, needs_grad = hidden.device, ctx.needs_input_grad[0]
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-        loss = torch.zeros((), dtype=torch.float32, device=device)
-        correct = torch.zeros((), dtype=torch.int64, device=device)
         ctx.grad = torch.empty_like(hidden) if needs_grad else hidden
         chunks = max(1, -(-len(hidden) // (CPU_HEAD_POSITIONS if device.type == "cpu" else HEAD_POSITIONS)))
+        losses = []
         with torch.autocast(device.type, enabled=False):
             weight, bias = weight.to(dtype), bias.to(dtype) if bias is not None else None
             chunked = (tensor.chunk(chunks) for tensor in (hidden, targets, ctx.grad))
             for states, labels, grad in zip(*chunked, strict=True):
                 logits = nn.functional.linear(states.to(dtype), weight, bias)
-                chunk_loss, chunk_correct = _cross_entropy_(logits, labels, needs_grad=needs_grad)
-                loss, correct = loss + chunk_loss, correct + chunk_correct
+                losses.append(_cross_entropy_(logits, labels, needs_grad=needs_grad))
                 if needs_grad:
                     grad.copy_(logits @ weight)  # `logits` contains its gradient by now
+        nll, correct = (torch.cat(parts) for parts in zip(*losses, strict=True))
         ctx.mark_non_differentiable(correct)
-        return loss, correct
+        return nll, correct
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         grad, ctx.grad = ctx.grad, None
-        return grad.mul_(scale), None, None, None
+        return _scaled_(grad, scale), None, None, None
+
+
+def _scaled_(grad: Tensor, scale: Tensor) -> Tensor:
+    """Multiply each row of ``grad`` (n, d) by its ``scale`` (n,), in place."""
+    if len(scale) and scale.stride(0) == 0:  # expanded by the backward pass of a sum: one number for all rows
+        return grad.mul_(scale[0])
+    return grad.mul_(scale[:, None])
 
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """(summed cross entropy, correct predictions); ``needs_grad``: overwrite ``logits`` with the gradient.
+    """(cross entropy (n,), correct predictions (n,)); ``needs_grad``: overwrite ``logits`` (n, V) with the gradient.
 
     Computed in float32, a chunk of rows at a time, in as few passes over the logits as PyTorch's operations allow:
-    two maxima, softmax and, for the gradient, a product.
+    two maxima, softmax and, for the gradient, a product. Rows without a label have a loss of 0 and are not correct.
     """
-    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    correct = torch.zeros((), dtype=torch.int64, device=logits.device)
+    nll = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
+    correct = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     values_at_once = CPU_CHUNK_VALUES if logits.device.type == "cpu" else CHUNK_VALUES
     rows = max(1, values_at_once // logits.shape[1])
     for start in range(0, len(logits), rows):
-        part, labels = logits[start : start + rows], targets[start : start + rows]
+        here = slice(start, start + rows)
+        part, labels = logits[here], targets[here]
         valid, labels = (labels != IGNORED)[:, None], labels.clamp(min=0)[:, None]  # (rows, 1)
         chosen, highest = part.gather(-1, labels).float(), part.amax(-1, keepdim=True).float()
         # `correct` is not used in training, so ties may count as correct; this avoids the costly argmax.
@@ -196,9 +239,9 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> tup
         probabilities = buffers.take("probabilities", part.shape, part, torch.float32)  # (rows, V)
         torch.softmax(part, -1, dtype=torch.float32, out=probabilities)
         # The highest probability is 1 / sum(exp(logits - highest)), at least 1 / V.
-        loss += torch.where(valid, highest - chosen - probabilities.amax(-1, keepdim=True).log(), 0.0).sum()
-        correct += (valid & right).sum()
+        nll[here] = torch.where(valid, highest - chosen - probabilities.amax(-1, keepdim=True).log(), 0.0)[:, 0]
+        correct[here] = (valid & right)[:, 0]
         if needs_grad:
             probabilities[torch.arange(len(labels), device=labels.device), labels[:, 0]] -= 1.0
-            torch.mul(probabilities, valid, out=part)  # d loss / d logits = softmax - one-hot
-    return loss, correct
+            torch.mul(probabilities, valid, out=part)  # d nll / d logits = softmax - one-hot
+    return nll, correct

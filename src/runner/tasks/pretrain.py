@@ -35,4 +35,4 @@ def pretrain(*, append_eos: bool) -> Task:
         half = min(len(words) // 2, 24)
         return (" ".join(words[:half]), " ".join(words[half : 2 * half])) if half else None
 
-    return Task("pretrain", True, encode, prompt, token_loss, token_metrics)
+    return Task("pretrain", True, encode, prompt, token_loss, token_metrics, chats=False)

@@ -15,11 +15,11 @@ def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
     def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
         from runner.data import chat_template
 
-        if isinstance(example, str):
+        if not isinstance(example, list):
             raise DataError(
                 Fault(
                     "data.format",
-                    "gives plain text, but task=sft needs conversations",
+                    f"gives {'plain text' if isinstance(example, str) else 'pairs'}, but task=sft needs conversations",
                     "use task=pretrain, or a conversation format (data/format=messages, alpaca, …)",
                 )
             )
@@ -28,9 +28,10 @@ def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
     def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:
         from runner.data import chat_template
 
-        turns = [i for i, message in enumerate(example) if message["role"] == "assistant"]  # type: ignore[index]
+        assert isinstance(example, list)
+        turns = [i for i, message in enumerate(example) if message["role"] == "assistant"]
         if not turns or turns[0] == 0:
             return None
-        return chat_template.prompt(list(example[: turns[0]]), tokenizer), str(example[turns[0]]["content"])  # type: ignore
+        return chat_template.prompt(example[: turns[0]], tokenizer), str(example[turns[0]]["content"])
 
     return Task("sft", True, encode, prompt, token_loss, token_metrics)

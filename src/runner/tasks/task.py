@@ -1,21 +1,26 @@
 """The training objective (task): how examples are encoded, which loss is computed, which metrics are reported.
 
-``Task.loss`` returns sums, not means, so that the train loop averages exactly over all trained tokens of a step,
-whatever the number of micro-batches and ranks.
+``Task.loss`` returns sums, not means, and ``Task.divisors`` names what each is divided by. The train loop counts these
+over all micro-batches and ranks before the first forward pass, so that the loss of a step is exact for any cut.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from runner.tasks.cross_entropy import TokenLosses
 
 from runner.data.examples import Example, Features
+
+Divisor = Literal["trained", "trained_first", "documents", "units"]
+"""What a term of the loss is divided by, counted over the whole step: trained tokens, those of the first sequence of
+each unit, token sequences, or units."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +35,60 @@ class Task:
     prompt: Callable[[Example, Any], tuple[str, str] | None]
     """(example, tokenizer) → (prompt, reference continuation) for generated samples; None if the example has none."""
     loss: Callable[[Any, dict[str, Any]], dict[str, Tensor]]
-    """(model, batch) → sums; at least ``loss`` and its divisor ``count``."""
+    """(model, batch) → sums; at least those that ``divisors`` names, which are differentiable."""
     metrics: Callable[[dict[str, float]], dict[str, float]]
-    """Sums of a whole evaluation → metrics by name, without the prefix ``eval/``."""
+    """Sums of a whole evaluation or of some training steps → metrics by name, without the prefix ``eval/``."""
+    divisors: Mapping[str, Divisor] = field(default_factory=lambda: {"loss": "trained"})
+    """The terms of the loss: name of a sum → what it is divided by; the loss of a step is the sum of the quotients."""
+    unit: int = 1
+    """How many consecutive sequences of ``encode`` stay together in one micro-batch: 2 for preference pairs."""
+    values: tuple[str, ...] = ()
+    """Names of numbers of each sequence, which ``encode`` adds to its features; in a batch: (documents,) float32."""
+    reference: Callable[[Any, dict[str, Any]], Tensor] | None = None
+    """(model, batch) → a number of each document (documents,) under the weights before the first step. It is computed
+    once without gradients, cached, and given to ``loss`` as ``batch["reference"]``."""
+    chats: bool = True
+    """Whether the model learns to answer in conversations; False: it continues plain text."""
+    train_metrics: tuple[str, ...] = ("loss",)
+    """The metrics that are logged for training steps too, as ``train/…``."""
+    summary: tuple[str, ...] = ("perplexity",)
+    """The metrics that the summary at the end shows beside the loss, before and after training."""
+
+    def step_loss(self, sums: Mapping[str, Any], totals: Mapping[str, float]) -> Any:
+        """The loss of a step, from its sums and totals; from the sums of one micro-batch: its share of the loss."""
+        return sum(sums[name] / max(totals[divisor], 1.0) for name, divisor in self.divisors.items())
 
 
 def token_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Loss (nats per trained token), perplexity and next-token accuracy."""
-    loss = sums["loss"] / sums["count"]
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "token_accuracy": sums["correct"] / sums["count"],
-    }
+    count = max(sums["count"], 1.0)
+    loss = sums["loss"] / count
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": sums["correct"] / count}
 
 
 def token_loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Summed next-token cross entropy of a batch, see ``cross_entropy.sums``."""
-    from runner.models.kernels import attention
     from runner.tasks import cross_entropy
+
+    return cross_entropy.sums(model, _arguments(model, batch))
+
+
+def token_losses(model: Any, batch: dict[str, Any]) -> TokenLosses:
+    """The cross entropy of each trained position of a batch, in the order of ``batch["trained_at"]``.
+
+    A loss of your own may be any function of it; logits are never held whole.
+    """
+    from runner.tasks import cross_entropy
+
+    return cross_entropy.token_losses(model, _arguments(model, batch))
+
+
+def _arguments(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    from runner.models.kernels import attention
 
     inputs = attention.inputs(batch, batch["packed"], model)
     labels = batch["labels"].reshape(inputs["input_ids"].shape)
-    return cross_entropy.sums(model, {**inputs, "labels": labels, "trained_at": batch.get("trained_at")})
+    return {**inputs, "labels": labels, "trained_at": batch.get("trained_at")}
 
 
 def predictions(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

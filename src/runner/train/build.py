@@ -28,7 +28,7 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import estimate, loop, optim, probe, throughput
+from runner.train import estimate, loop, optim, probe, reference, throughput
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import wrap
@@ -112,6 +112,9 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
     model = load_model(inputs)
     activation_checkpointing.arrange(model, inputs.settings.memory, eager=choice.is_eager)
     batches, evaluation = resolve_attention(inputs.source, model, autocast, inputs.batches, inputs.evaluation)
+    if options.task.reference is not None:
+        for split in (batches, evaluation):
+            reference.unknown(split)
     if options.data.packing:
         attention.check_isolation(model, autocast)
     resolve_lm_head(model, autocast, options.parallel.kind)

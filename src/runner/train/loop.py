@@ -1,7 +1,8 @@
 """The train loop. It is independent of configuration files, tracking and terminal output.
 
-One step: for each micro-batch, summed loss divided by the trained tokens of *all* micro-batches on all ranks → backward
-→ clip gradients → optimizer step. Every rank runs this loop with the same metrics; only rank 0's hooks write.
+One step: for each micro-batch, the task's summed loss divided by the counts (trained tokens, or what else the task
+divides by) of *all* micro-batches on all ranks → backward → clip gradients → optimizer step. Every rank runs this loop
+with the same metrics; only rank 0's hooks write.
 
 Everything random at step ``i`` (order of the data, dropout) is a pure function of (seed, i). A run resumed from a
 checkpoint is therefore bit-identical to a run without interruption.
@@ -133,6 +134,8 @@ class Step:
     learning_rate: float
     names: tuple[str, ...]
     """Names of the sums, in the order of the copied numbers; the gradient norm comes last."""
+    totals: dict[str, float]
+    """What the terms of the loss are divided by, over all micro-batches and ranks."""
 
 
 @dataclass(frozen=True)
@@ -156,22 +159,24 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     began = time.perf_counter()
     micro_batches = parts.prefetcher.step(step)
     waited = time.perf_counter() - began
-    counts = (sum(batch[kind] for batch in micro_batches) for kind in ("trained", "tokens"))
-    trained, tokens = parts.ranks.agree(hooks.check_stop, *counts)
+    kinds = list(dict.fromkeys(["tokens", "trained", *parts.task.divisors.values()]))
+    counts = (sum(batch[kind] for batch in micro_batches) for kind in kinds)
+    totals = dict(zip(kinds, parts.ranks.agree(hooks.check_stop, *counts), strict=True))
     learning_rate = set_learning_rate(parts.optimizer, parts.schedule(step, parts.total_steps))
 
-    sums = accumulate_gradients(parts, micro_batches, trained, hooks)
+    sums = accumulate_gradients(parts, micro_batches, totals, hooks)
     norm = wrap.clip(parts.model, settings.max_grad_norm or math.inf)
     numbers = torch.stack([*sums.values(), norm.double()])
-    parts.async_metrics.put(Step(step + 1, learning_rate, tuple(sums)), numbers)
+    parts.async_metrics.put(Step(step + 1, learning_rate, tuple(sums), totals), numbers)
     due = [checked(parts, *entry) for entry in parts.async_metrics.due()]
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
 
     progress.step += 1
-    progress.tokens += int(tokens)
+    progress.tokens += int(totals["tokens"])
+    progress.trained_tokens += int(totals["trained"])
     progress.evaluated = False
-    parts.meter.step(int(tokens), waited)
+    parts.meter.step(int(totals["tokens"]), waited)
     for result in due:
         note(parts, progress, hooks, result)
 
@@ -190,14 +195,13 @@ def checked(parts: Parts, step: Step, numbers: list[float]) -> Sums:
     """
     *local, norm = numbers
     sums = over_ranks(parts, dict(zip(step.names, local, strict=True)))
-    check_finite(parts, step.number, sums["loss"], norm)
+    check_finite(parts, step.number, parts.task.step_loss(sums, step.totals), norm)
     return Sums(step, sums, norm)
 
 
 def note(parts: Parts, progress: Progress, hooks: Hooks, result: Sums) -> None:
     """Add the sums of a step to ``progress``; record metrics at logging steps."""
     number = result.step.number
-    progress.trained_tokens += int(result.sums["count"])
     progress.window = {name: progress.window.get(name, 0.0) + value for name, value in result.sums.items()}
     if number % parts.settings.logging_steps == 0 or number == parts.total_steps:
         hooks.record(number, training_metrics(parts, progress, result))
@@ -205,25 +209,24 @@ def note(parts: Parts, progress: Progress, hooks: Hooks, result: Sums) -> None:
 
 
 def accumulate_gradients(
-    parts: Parts, micro_batches: list[dict[str, Any]], trained: float, hooks: Hooks
+    parts: Parts, micro_batches: list[dict[str, Any]], totals: dict[str, float], hooks: Hooks
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of every micro-batch; returns this rank's sums, float64 on the device.
 
-    Each summed loss is divided by the trained tokens of the whole step, so that four micro-batches of one row give
-    the gradient of one batch of four rows (averaging means instead is the bug of transformers#34242). DDP and FSDP
-    average gradients over the ranks, so the divisor is divided by the number of ranks.
+    Each sum is divided by the ``totals`` of the whole step, so that four micro-batches of one row give the gradient
+    of one batch of four rows (averaging means instead is the bug of transformers#34242). DDP and FSDP average gradients
+    over the ranks, so the loss is multiplied by the number of ranks.
     """
-    totals: dict[str, torch.Tensor] = {}
-    divisor = max(trained, 1) / parts.ranks.world
+    step_sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro_batches, 1):
         if number > 1:
             parts.ranks.agree(hooks.check_stop)
         with parts.wrapped.accumulating(number == len(micro_batches)):
             with parts.wrapped.autocasting():
                 sums = parts.wrapped.forward(batch)
-            (sums["loss"] / divisor).backward()
-        add(totals, sums)
-    return totals
+            (parts.task.step_loss(sums, totals) * parts.ranks.world).backward()
+        add(step_sums, sums)
+    return step_sums
 
 
 def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
@@ -265,9 +268,9 @@ def over_ranks(parts: Parts, totals: dict[str, float]) -> dict[str, float]:
 
 
 def training_metrics(parts: Parts, progress: Progress, result: Sums) -> dict[str, float]:
-    window, step = progress.window, result.step
+    step, metrics = result.step, parts.task.metrics(progress.window)
     return {
-        "train/loss": window["loss"] / max(window["count"], 1.0),
+        **{f"train/{name}": metrics[name] for name in parts.task.train_metrics},
         "train/grad_norm": result.norm,
         "train/learning_rate": step.learning_rate,
         "train/tokens": parts.batches.tokens_at(step.number),

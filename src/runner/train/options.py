@@ -94,6 +94,13 @@ class Options:
         return {"format": self._data_nodes[1], "task": self._cfg["task"], **code}
 
     @cached_property
+    def start(self) -> dict[str, Any]:
+        """What determines the weights before the first step."""
+        nodes = {name: self._cfg.get(name) for name in ("model", "quant", "lora", "seed", "code")}
+        source = [self.model.path, self.model.revision, self.model.dtype, self.model.attention]
+        return {**user_code.detached(nodes), "source": source}
+
+    @cached_property
     def function_sha256(self) -> str | None:
         """Hash of the source code of ``data.format.function``; None without a custom function."""
         form = self._data_nodes[1]

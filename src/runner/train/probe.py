@@ -96,8 +96,8 @@ def _step(inputs: Inputs, parts: Parts) -> None:
     for _ in range(2 if parts.batches.per_step > parts.batches.per_micro_batch else 1):
         with parts.wrapped.accumulating(False):
             with parts.wrapped.autocasting():
-                loss = parts.wrapped.forward(batch)["loss"]
-            (loss / max(batch["trained"], 1)).backward()
+                sums = parts.wrapped.forward(batch)
+            parts.task.step_loss(sums, batch).backward()
     del optimizer_state
 
 

@@ -135,11 +135,12 @@ def summary(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) ->
     """
     evaluations = [record for record in metrics_log.read(rundir) if "eval/loss" in record]
     first, last = evaluations[0], evaluations[-1]
+    names = [f"eval/{name}" for name in parts.task.summary]
     return {
         "eval/loss before": first["eval/loss"],
         "eval/loss": last["eval/loss"],
-        "eval/perplexity before": first.get("eval/perplexity"),
-        "eval/perplexity": last.get("eval/perplexity"),
+        **{f"{name} before": first[name] for name in names},
+        **{name: last[name] for name in names},
         "steps": progress.step,
         "train/tokens": progress.tokens,
         "trained tokens": progress.trained_tokens,
@@ -181,7 +182,7 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     change = f"  ({(after - before) / before:+.1%})" if before else ""
     rows = [
         ["held-out loss", f"{before:.4f} → {after:.4f}{change}"],
-        ["perplexity", f"{numbers['eval/perplexity before']:.2f} → {numbers['eval/perplexity']:.2f}"],
+        *[[name, f"{first:.4g} → {last:.4g}"] for name, first, last in _changed(numbers)],
         ["steps, tokens", f"{numbers['steps']}, {numbers['train/tokens']} ({numbers['trained tokens']} trained)"],
         ["time", terminal.duration(numbers["training seconds"])],
     ]
@@ -191,6 +192,12 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     if peak := numbers.get("memory/peak_allocated_gib", numbers.get("memory/peak_rss_gib")):
         rows.append(["peak memory", f"{peak:.2f} GiB"])
     return rows
+
+
+def _changed(numbers: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(name, value before training, value after) of the metrics that the summary shows beside the loss."""
+    names = [key.removesuffix(" before") for key in numbers if key.endswith(" before") and key != "eval/loss before"]
+    return [(name.removeprefix("eval/"), numbers[f"{name} before"], numbers[name]) for name in names]
 
 
 def _show_samples(rundir: RunDir) -> None:

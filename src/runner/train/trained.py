@@ -83,7 +83,7 @@ class Trained:
     @property
     def is_chat(self) -> bool:
         """Whether the model answers messages; otherwise it continues a text."""
-        return self.options.task.name != "pretrain"
+        return self.options.task.chats
 
 
 def load(

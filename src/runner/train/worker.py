@@ -174,7 +174,7 @@ def _processes(count: int) -> str:
 
 
 def _load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
-    from runner.train import build, inputs, probe  # imports torch
+    from runner.train import build, inputs, probe, reference  # imports torch
 
     terminal.quiet_libraries()
 
@@ -189,6 +189,9 @@ def _load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
     run_inputs, parts, probed = probe.fit(run_inputs, parts)
     if ranks.rank == 0:
         report.header(run_inputs, parts, rundir)
+    if parts.task.reference is not None:
+        progress = terminal.progress("reference") if ranks.rank == 0 else lambda *_: None
+        unanimous(ranks, lambda: reference.compute(parts, options.start, progress))
     return Loaded(run_inputs, parts, parts.checkpoints.restore(parts.model, parts.optimizer), probed)
 
 

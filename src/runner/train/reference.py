@@ -1,0 +1,124 @@
+"""Numbers of each document under the weights before the first step: the reference of preference optimization.
+
+The reference is the model that training starts from, with its dtype, attention and quantization. So it is exact for
+LoRA, for adapters that change the base weights (PiSSA, OLoRA), for full fine-tuning, and for a model trained before.
+Only documents that this rank will visit are computed, without gradients, in one pass before the first step; the numbers
+are cached, and shared by all runs that start from the same weights and data, such as a sweep over ``task.beta``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.data.batches import Batches
+from runner.data.packing import Rows
+from runner.files import cache_dir, locked, write_atomic
+from runner.tasks.task import Task
+from runner.train.loop import Parts
+
+CODE_VERSION = 1
+"""Part of the cache key. Increase it when a code change alters the numbers."""
+TOLERANCE = 1e-2
+"""Relative difference between cached numbers and those of the model at hand above which the cache is not used."""
+
+log = logging.getLogger("runner")
+Progress = Callable[[int, int], None]
+
+
+def unknown(batches: Batches) -> None:
+    """Give every row the number NaN, so that a row that is forgotten stops training instead of changing it."""
+    _give(batches, np.full(len(batches.rows), np.nan, dtype=np.float32))
+
+
+def compute(parts: Parts, identity: Mapping[str, Any], progress: Progress) -> None:
+    """Give the rows of training and evaluation their numbers. The model must have the weights of the start.
+
+    ``identity``: everything in the configuration that determines these weights. ``progress``: called with
+    (documents done, all documents).
+    """
+    assert parts.task.reference is not None
+    splits = (
+        (parts.batches, parts.batches.visited(parts.total_steps)),
+        (parts.evaluation, parts.evaluation.pass_packs),
+    )
+    for batches, packs in splits:
+        path = cache_dir("reference") / f"{_key(parts.task, batches.rows, identity)}.npy"
+        numbers = _read(path, len(batches.rows))
+        missing = [pack for pack in packs if np.isnan(numbers[batches.rows_of(pack)]).any()]
+        known = sorted(set(packs) - set(missing))[:1]
+        if not all(parts.ranks.gather(all(_agrees(parts, batches, pack, numbers) for pack in known))):
+            log.warning(f"the cached reference {path.name} does not match the model: computing it again")
+            numbers[:], missing = np.nan, packs
+        _compute(parts, batches, missing, numbers, progress)
+        if missing:
+            _merge(path, numbers)
+        _give(batches, numbers)
+
+
+def _compute(parts: Parts, batches: Batches, packs: list[int], numbers: np.ndarray, progress: Progress) -> None:
+    """Write the numbers of these packs. All ranks compute equally many batches: sharded models need every rank."""
+    chunks = [packs[at : at + batches.rows_per_batch] for at in range(0, len(packs), batches.rows_per_batch)]
+    count = int(parts.ranks.largest({"batches": float(len(chunks))})["batches"])
+    for number in range(count):
+        progress(number, count)
+        rows, values = _of(parts, batches, chunks[number] if number < len(chunks) else [])
+        numbers[rows] = values
+    if count:
+        progress(count, count)
+
+
+@torch.no_grad()
+def _of(parts: Parts, batches: Batches, packs: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of these packs, their numbers)."""
+    assert parts.task.reference is not None
+    parts.model.eval()
+    with parts.wrapped.autocasting():
+        values = parts.task.reference(parts.model, parts.wrapped.on_device(batches.of(packs)))
+    rows = np.concatenate([batches.rows_of(pack) for pack in packs]) if packs else np.array([], dtype=np.int64)
+    return rows, values.float().cpu().numpy()
+
+
+def _agrees(parts: Parts, batches: Batches, pack: int, numbers: np.ndarray) -> bool:
+    """Whether the model gives the cached numbers of one pack."""
+    rows, values = _of(parts, batches, [pack])
+    return np.allclose(numbers[rows], values, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _give(batches: Batches, numbers: np.ndarray) -> None:
+    batches.rows = replace(batches.rows, values={**batches.rows.values, "reference": numbers})
+
+
+def _key(task: Task, rows: Rows, identity: Mapping[str, Any]) -> str:
+    function = f"{task.reference.__module__}.{task.reference.__qualname__}" if task.reference else ""
+    digest = hashlib.sha256(json.dumps([CODE_VERSION, function, identity], sort_keys=True, default=str).encode())
+    for column in (rows.ids, rows.labels, rows.offsets):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path, count: int) -> np.ndarray:
+    """The cached numbers (count,), NaN where unknown; a damaged file is computed again."""
+    try:
+        numbers = np.load(path)
+    except (OSError, ValueError, EOFError):
+        numbers = np.array([])
+    return numbers if numbers.shape == (count,) else np.full(count, np.nan, dtype=np.float32)
+
+
+def _merge(path: Path, numbers: np.ndarray) -> None:
+    """Add numbers to the file, which another run may have extended meanwhile."""
+    with locked(path.with_suffix(".lock")):
+        merged = np.where(np.isnan(numbers), _read(path, len(numbers)), numbers).astype(np.float32)
+        content = io.BytesIO()
+        np.save(content, merged)
+        write_atomic(path, content.getvalue())

@@ -1,0 +1,229 @@
+"""Preference losses against the numbers of TRL 1.16 and against autograd on whole logits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, composed, prepared
+from torch.nn.functional import log_softmax
+
+from runner.data.batches import Batches
+from runner.data.packing import Rows, one_by_one, pack_units
+from runner.errors import ConfigError, DataError
+from runner.models import tiny
+from runner.tasks import dpo, logprobs
+from runner.tracking import metrics_log
+from runner.train import reference, worker
+
+QUESTIONS = (
+    ("What is 2+2?", "4", "I do not know, maybe 5."),
+    ("Capital of France?", "Paris is the capital.", "London"),
+    ("Say hi", "Hello there!", "No."),
+    ("Colour of the sky?", "Blue by day", "It is a green sky, always has been green"),
+)
+OF_TRL = {
+    "sigmoid": 0.764988, "hinge": 1.137563, "ipo": 25.732336, "robust": 0.782184, "exo_pair": 3.001068,
+    "nca_pair": 1.423398, "sppo_hard": 66.970535, "apo_zero": 1.034214, "apo_down": 1.025263, "dpo_norm": 0.696783,
+}  # fmt: skip
+"""The loss of DPOTrainer of TRL 1.16 on these four pairs, with beta=0.1; ``dpo_norm`` is its ``sigmoid_norm``."""
+SMOOTHING = {"robust": 0.1, "exo_pair": 1e-3}
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def example(question: str, chosen: str, rejected: str) -> dict[str, Any]:
+    pair = {"chosen": message("assistant", chosen), "rejected": message("assistant", rejected)}
+    return {"prompt": [message("user", question)], **pair}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tiny.write(folder, seed=0, **shape, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
+    """(policy, reference, tokenizer): the policy has noise on its weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+    policy, original = load(), load()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return policy.eval(), original.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def task_of(loss_type: str = "sigmoid", **changes: Any) -> Any:
+    values = {"beta": 0.1, "label_smoothing": SMOOTHING.get(loss_type, 0.0), "gamma": 0.0, "sft_weight": 0.0}
+    return dpo.dpo(loss_type=loss_type, **{**values, **changes})
+
+
+def features_of_trl(row: tuple[str, str, str], tokenizer: Any) -> list[dict[str, Any]]:
+    """TRL also trains the line break after the end of the turn, which is never generated."""
+    return [
+        {**each, "labels": each["labels"][:-1] + each["input_ids"][-1:]}
+        for each in dpo.encode(example(*row), tokenizer, 256)
+    ]
+
+
+def batches(tokenizer: Any, *, packing: bool, at_once: int, end_to_end: bool = False) -> Batches:
+    features = [each for row in QUESTIONS for each in features_of_trl(row, tokenizer)]
+    offsets = np.cumsum([0, *(len(each["input_ids"]) for each in features)])
+    ids, labels = (np.concatenate([each[key] for each in features]) for key in ("input_ids", "labels"))
+    packs = pack_units(np.diff(offsets), 2, 512) if packing else one_by_one(len(features), 2)
+    rows = Rows(ids.astype(np.int32), labels.astype(np.int32), offsets, packs, 2)
+    built = Batches(
+        rows, packing=packing, max_length=256, rows_per_batch=at_once, accumulation=-(-len(packs) // at_once),
+        seed=0, shuffle=False, pad_id=0,
+    )  # fmt: skip
+    return built.laid_end_to_end() if end_to_end else built
+
+
+def step(model: Any, original: Any, task: Any, given: Batches) -> tuple[dict[str, float], float, torch.Tensor]:
+    """(metrics, loss, gradient of all parameters) of one step over all pairs."""
+    model.zero_grad()
+    micro_batches = given.step(0)
+    for batch in micro_batches:
+        with torch.no_grad():
+            batch["reference"] = logprobs.sums(original, batch)
+    totals = {kind: sum(batch[kind] for batch in micro_batches) for kind in set(task.divisors.values())}
+    sums: dict[str, float] = {}
+    for batch in micro_batches:
+        parts = task.loss(model, batch)
+        task.step_loss(parts, totals).backward()
+        sums = {name: sums.get(name, 0.0) + float(value.detach()) for name, value in parts.items()}
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return task.metrics(sums), float(task.step_loss(sums, totals)), gradient
+
+
+@pytest.mark.parametrize("loss_type", OF_TRL)
+def test_the_loss_is_that_of_trl(models: Any, loss_type: str) -> None:
+    policy, original, tokenizer = models
+    metrics, loss, _ = step(policy, original, task_of(loss_type), batches(tokenizer, packing=False, at_once=4))
+    assert loss == pytest.approx(OF_TRL[loss_type], rel=2e-6)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "orpo"])
+def test_any_cut_gives_the_same_step(models: Any, loss_type: str) -> None:
+    """Micro-batches, packing and padding change neither the loss nor the gradient, also with two denominators."""
+    policy, original, tokenizer = models
+    task = task_of(loss_type, sft_weight=0.7)
+    expected = step(policy, original, task, batches(tokenizer, packing=False, at_once=4))
+    ways = ({"packing": False, "at_once": 1}, {"packing": True, "at_once": 1}, {"packing": False, "at_once": 2})
+    for way in (*ways, {"packing": False, "at_once": 2, "end_to_end": True}):
+        metrics, loss, gradient = step(policy, original, task, batches(tokenizer, **way))
+        assert loss == pytest.approx(expected[1], rel=1e-5), way
+        torch.testing.assert_close(gradient, expected[2], rtol=1e-4, atol=1e-5)
+        for name, value in metrics.items():
+            assert value == pytest.approx(expected[0][name], rel=1e-4, abs=1e-6), (name, way)
+
+
+def test_the_losses_without_a_reference(models: Any) -> None:
+    """Against the formulas of the papers, on log-probabilities from whole logits."""
+    policy, original, tokenizer = models
+    sums, counts = [], []
+    for row in QUESTIONS:
+        for features in features_of_trl(row, tokenizer):
+            ids, labels = torch.tensor([features["input_ids"]]), torch.tensor(features["labels"])
+            with torch.no_grad():
+                logits = log_softmax(policy(ids).logits[0, :-1], -1).gather(-1, ids[0, 1:, None])[:, 0]
+            answer = labels[1:] != -100
+            sums.append(float(logits[answer].sum())), counts.append(int(answer.sum()))
+    s_w, s_l, n_w, n_l = (
+        torch.tensor(each, dtype=torch.float64) for each in (sums[::2], sums[1::2], counts[::2], counts[1::2])
+    )
+    a_w, a_l = s_w / n_w, s_l / n_l
+    nll = -float(s_w.sum() / n_w.sum())
+    odds = (a_w.exp() / (1 - a_w.exp())).log() - (a_l.exp() / (1 - a_l.exp())).log()
+    softplus = torch.nn.functional.softplus
+    expected = {
+        "cpo": float(softplus(-0.1 * (s_w - s_l)).mean()) + nll,
+        "simpo": float(softplus(-(2 * (a_w - a_l) - 0.5)).mean()),
+        "orpo": 0.1 * float(softplus(-odds).mean()) + nll,
+    }
+    keys = {"cpo": {"sft_weight": 1.0}, "simpo": {"beta": 2.0, "gamma": 0.5}, "orpo": {"sft_weight": 1.0}}
+    for loss_type, changes in keys.items():
+        task = task_of(loss_type, **changes)
+        assert task.reference is None
+        _, loss, _ = step(policy, original, task, batches(tokenizer, packing=False, at_once=4))
+        assert loss == pytest.approx(expected[loss_type], rel=1e-5), loss_type
+
+
+def test_a_pair_that_cannot_be_compared_is_refused(models: Any) -> None:
+    tokenizer = models[2]
+    with pytest.raises(DataError, match="same tokens"):
+        dpo.encode(example("a", "b", "b"), tokenizer, 256)
+    with pytest.raises(DataError, match="no pairs of answers"):
+        dpo.encode([message("user", "a"), message("assistant", "b")], tokenizer, 256)
+    assert dpo.encode(example("a long question, longer than the limit", "b", "c"), tokenizer, 8) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("task.label_smoothing=0.6", "out of range"),
+        ("task.beta=0", "greater than 0"),
+        ("task.gamma=0.5", "no effect with loss_type=sigmoid"),
+        ("task.loss_type=ipo task.label_smoothing=0.1", "no effect with loss_type=ipo"),
+        ("task.loss_type=exo_pair", "needs a positive value"),
+    ],
+)
+def test_keys_without_effect_are_refused(override: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        composed("task=dpo", "data=chitchat_pairs", *override.split())
+
+
+RUN = (*TINY, "task=dpo", "data=chitchat_pairs", "data.train_rows=24", "data.eval_rows=4", "data.max_length=512",
+       "data.packing=false", "train.max_steps=4",
+       "train.per_device_batch_size=4", "model.dtype=float32")  # fmt: skip
+
+
+def test_a_run_starts_at_its_reference_and_the_reference_is_computed_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    passes: list[int] = []
+    original = reference._of
+    monkeypatch.setattr(reference, "_of", lambda *given: passes.append(len(given[2])) or original(*given))
+    losses = {}
+    for name, changes in {"a": (), "b": ("task.beta=0.5", "task.loss_type=ipo", "optim.learning_rate=1e-3")}.items():
+        rundir = prepared(tmp_path / name, *RUN, *changes)
+        assert worker.work(rundir) == 0
+        losses[name] = [record for record in metrics_log.read(rundir) if "eval/loss" in record]
+        if name == "a":
+            assert sum(passes) == 16 + 4, "each pair that is visited, once"
+            passes.clear()
+    assert sum(passes) == 2, "the second run compares one pair of each split with the cache"
+    first = losses["a"][0]
+    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["eval/rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert losses["b"][0]["eval/loss"] == pytest.approx((1 / (2 * 0.5)) ** 2, rel=1e-4)
+
+
+def test_a_cache_that_does_not_match_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    assert worker.work(prepared(tmp_path / "a", *RUN)) == 0
+    for path in (tmp_path / "cache/reference").glob("*.npy"):
+        np.save(path, np.load(path) + 5.0)
+    rundir = prepared(tmp_path / "b", *RUN)
+    assert worker.work(rundir) == 0
+    assert "does not match the model" in rundir.log.read_text()
+    first, again = ([r["eval/loss"] for r in metrics_log.read(prepared_run) if "eval/loss" in r]
+                    for prepared_run in (rundir, type(rundir)(tmp_path / "a")))  # fmt: skip
+    assert first == again
