@@ -17,15 +17,13 @@ import yaml
 
 from runner.tracking.rundir import RunDir
 
+pytest.register_assert_rewrite("fixtures")
 TESTS = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin while they wait are in the way of tests beside them
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes are started: each would compile torch anew
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(TESTS / folder) for folder in ("", "cli", "launch", "tracking")]
-    + [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-)
-"""Processes that tests start may import conftest, gate and warm, as tests do."""
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH", ""))))
+"""Processes that tests start may import conftest, fixtures, gate and warm, as tests do."""
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # the same dtype and numbers on every CPU: no AMX
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 subprocess.Popen = warm.Popen  # type: ignore[misc]
