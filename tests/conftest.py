@@ -33,7 +33,8 @@ ENVIRONMENT = dict(os.environ)
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``--dist loadgroup``: a file stays in one process, with what its tests share; so does all that needs Slurm.
+    """``--dist loadgroup``: a file stays in one process, with what its tests share; so does all that needs Slurm,
+    and all that needs one of ``SHARED``.
 
     That comes first: it is the longest, and waits for its jobs while the other processes do the rest; what has most
     slow tests is next, so that none is left to one process at the end.
@@ -41,8 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, -slow[item.path]))
     for item in items:
-        name = "slurm" if item.get_closest_marker("slurm") else item.path.stem
+        shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+        name = "slurm" if item.get_closest_marker("slurm") else (*shared, item.path.stem)[0]
         item.add_marker(pytest.mark.xdist_group(name))
+
+
+SHARED = ("place", "real", "server")
+"""Fixtures that take long to make: one process makes each of them, for the tests of all files that need it."""
 
 
 LEFT_OUT = pytest.StashKey[int]()

@@ -161,7 +161,6 @@ def test_a_hub_model_is_fetched_and_then_found_offline(source: ModelSource, hub_
 def test_what_the_hub_refuses(hub_url: str, tmp_path: Path, name: str, revision: str, said: list[str]) -> None:
     lines = fetch(tmp_path / "home", name, revision, HF_ENDPOINT=hub_url)
     assert all(part in "\n".join(lines) for part in said)
-    assert float(lines[-1].removesuffix(" s")) < 10
 
 
 @pytest.mark.parametrize(
@@ -171,12 +170,11 @@ def test_what_the_hub_refuses(hub_url: str, tmp_path: Path, name: str, revision:
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
     ],
 )
-def test_a_hub_out_of_reach_is_said_within_seconds(tmp_path: Path, environment: dict[str, str], said: str) -> None:
+def test_a_hub_out_of_reach_is_said(tmp_path: Path, environment: dict[str, str], said: str) -> None:
     lines = fetch(tmp_path, "some/model", **environment)
     text = "\n".join(lines)
     assert said in text
     assert "model.path=DIR" in text
-    assert float(lines[-1].removesuffix(" s")) < 10
 
 
 @pytest.mark.slow

@@ -18,12 +18,9 @@ from runner.models.sources import ModelSource
 # Random models --------------------------------------------------------------------------------------------------------
 
 
-def test_tiny_is_made_once_and_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
-    pretrained.resolve(option("tiny", layers=1)())  # imports what it needs
-    start = time.perf_counter()
     made = pretrained.resolve(option("tiny")())
-    assert time.perf_counter() - start < 2
     written = (Path(made.path) / "model.safetensors").stat()
     assert pretrained.resolve(option("tiny")()).path == made.path
     assert (Path(made.path) / "model.safetensors").stat().st_mtime_ns == written.st_mtime_ns

@@ -20,8 +20,8 @@ from conftest import TINY, fill, prepared
 from fixtures.stopped_runs import SHORT, preempted_run, raising
 
 from runner import terminal
-from runner.errors import ConfigError, DataError, Fault, Preempted, ResumeError, RunnerError, TrackingError
-from runner.signals import ONE_GESTURE_S, Stop
+from runner.errors import ConfigError, DataError, Fault, ResumeError, RunnerError, TrackingError
+from runner.signals import Stop
 from runner.tracking import manifest, metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import generate, loop, outcome, report, worker
@@ -195,24 +195,6 @@ def test_a_stop_while_the_untrained_model_answers_does_not_wait(
 
     monkeypatch.setattr(generate, "generate", answering)
     assert worker.work(rundir) == 75
-
-
-def test_a_second_interrupt_waits_for_nothing():
-    with Stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, from the terminal and from a launcher
-        time.sleep(1.2 * ONE_GESTURE_S)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may send several: the last word counts
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Preempted):
-            stop.check()
-        os.kill(os.getpid(), signal.SIGUSR2)  # Slurm's warning
-        with pytest.raises(Preempted, match="SIGUSR2"):
-            stop.check()
-        with pytest.raises(Preempted), stop.at_once():
-            raise AssertionError("asked to stop before the block")
 
 
 def test_a_run_that_was_cancelled_is_killed_and_not_preempted(tmp_path: Path, cache: Path):

@@ -226,6 +226,7 @@ def test_a_submitter_killed_before_it_notes_the_job_submits_it_once(slurm: None)
     assert len(list(Path("once/slurm").glob("runner-*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_without_slurm_what_is_cancelled_before_it_began_never_begins(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):

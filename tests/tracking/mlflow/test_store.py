@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -21,14 +20,13 @@ from runner.tracking.rundir import RunDir
 def test_who_is_killed_while_making_the_database_leaves_none_that_nobody_can_open(tmp_path: Path):
     """As a job's mirror is, when the job is requeued right after its start."""
     database = tmp_path / "mlflow.db"
-    code = f"from runner.tracking.mlflow import store; store.connect('sqlite:///{database}')"
-    maker = subprocess.Popen([sys.executable, "-c", code])
+    maker = fork(lambda: store.connect(f"sqlite:///{database}"))
     begun = [database, database.with_name(".mlflow.db.new")]
     while not any(path.exists() and path.stat().st_size > 100_000 for path in begun):
-        assert maker.poll() is None, "it was done before it could be killed"
+        assert os.waitpid(maker, os.WNOHANG) == (0, 0), "it was done before it could be killed"
         time.sleep(0.001)
-    maker.kill()
-    maker.wait()
+    os.kill(maker, signal.SIGKILL)
+    os.waitpid(maker, 0)
     assert not database.exists(), "killed too late, or made in place"
     assert store.connect(f"sqlite:///{database}").search_experiments()
     assert [path.name for path in tmp_path.glob("*mlflow.db*") if path.suffix != ".lock"] == ["mlflow.db"]
