@@ -17,15 +17,13 @@ import yaml
 
 from runner.tracking.rundir import RunDir
 
+pytest.register_assert_rewrite("fixtures")
 TESTS = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin while they wait are in the way of tests beside them
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes are started: each would compile torch anew
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(TESTS / folder) for folder in ("", "cli", "launch", "tracking")]
-    + [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-)
-"""Processes that tests start may import conftest, gate and warm, as tests do."""
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH", ""))))
+"""Processes that tests start may import conftest, fixtures, gate and warm, as tests do."""
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # the same dtype and numbers on every CPU: no AMX
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 subprocess.Popen = warm.Popen  # type: ignore[misc]
@@ -35,7 +33,8 @@ ENVIRONMENT = dict(os.environ)
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``--dist loadgroup``: a file stays in one process, with what its tests share; so does all that needs Slurm.
+    """``--dist loadgroup``: a file stays in one process, with what its tests share; so does all that needs Slurm,
+    and all that needs one of ``SHARED``.
 
     That comes first: it is the longest, and waits for its jobs while the other processes do the rest; what has most
     slow tests is next, so that none is left to one process at the end.
@@ -43,8 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, -slow[item.path]))
     for item in items:
-        name = "slurm" if item.get_closest_marker("slurm") else item.path.stem
+        shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+        name = "slurm" if item.get_closest_marker("slurm") else (*shared, item.path.stem)[0]
         item.add_marker(pytest.mark.xdist_group(name))
+
+
+SHARED = ("place", "real", "server")
+"""Fixtures that take long to make: one process makes each of them, for the tests of all files that need it."""
 
 
 LEFT_OUT = pytest.StashKey[int]()

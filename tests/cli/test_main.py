@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from fixtures.stopped_runs import stopped_after
 
 from runner.cli import jobs, main
 from runner.tracking import manifest, metrics_log
@@ -77,31 +76,20 @@ def test_another_configuration_in_a_named_folder_is_refused_and_nothing_is_overw
     assert {path: path.read_bytes() for path in Path("mine").rglob("*") if path.is_file()} == before
 
 
-def interrupted(*overrides: str) -> RunDir:
-    """A run that was stopped by SIGTERM after its first steps."""
-    command = [sys.executable, "-m", "runner", *TINY, "train.max_steps=400", "train.save_steps=50", *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(1200):
-        if runs() and runs()[-1].read_state().step >= 2:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
-    assert runs()[-1].read_state().status == "preempted"
-    return runs()[-1]
-
-
 def test_resume_by_folder_and_by_itself(capfd: pytest.CaptureFixture[str]):
-    rundir = interrupted()
-    stopped_at = rundir.read_state().step
-    again = [*TINY, "train.max_steps=400", "train.save_steps=50"]
+    command = [*TINY, "train.max_steps=5"]
+    with pytest.MonkeyPatch.context() as patched:
+        stopped_after(2, patched)
+        assert main.run(command) == 75
+    (rundir,) = runs()
+    assert rundir.read_state().status == "preempted"
     assert main.run([f"resume={rundir.path}", "seed=1"]) == 2
     assert "cannot change seed=1" in capfd.readouterr().err
-    assert main.run([*again, "resume=auto"]) == 0
-    assert f"resumed at step {stopped_at}/400" in capfd.readouterr().err
+    assert main.run([*command, "resume=auto"]) == 0
+    assert "resumed at step 2/5" in capfd.readouterr().err
     assert runs() == [rundir]
     assert (rundir.read_state().status, rundir.read_state().attempt) == ("completed", 2)
-    assert [r["step"] for r in metrics_log.read(rundir) if "train/loss" in r] == list(range(1, 401))
+    assert [r["step"] for r in metrics_log.read(rundir) if "train/loss" in r] == list(range(1, 6))
     assert main.run([f"resume={rundir.path}"]) == 0
     assert "completed already" in capfd.readouterr().err
 
@@ -168,7 +156,7 @@ def test_a_token_among_the_keys_is_refused(capfd: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.cold
-def test_a_sweep_runs_every_job_and_tells_how_each_ended():
+def test_a_sweep_runs_every_job_and_tells_how_each_ended(capfd: pytest.CaptureFixture[str]):
     command = [
         sys.executable, "-m", "runner", "-m", *QUICK, "lora.r=2,4", "lora.target_modules=[q_proj],[nothing]",
         "hydra.sweep.dir=sweep",
@@ -180,10 +168,8 @@ def test_a_sweep_runs_every_job_and_tells_how_each_ended():
     assert "Traceback" not in done.stderr
     states = [rundir.read_state().status for rundir in SweepDir(Path("sweep")).rundirs()]
     assert states == ["completed", "failed"] * 2
-    again = subprocess.run([*command[:-2], "lora.target_modules=[q_proj]", command[-1]],
-                           capture_output=True, text=True, check=False)  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    assert "2 of 2 jobs are already completed" in again.stderr
+    assert main.run([*command[3:-2], "lora.target_modules=[q_proj]", command[-1]]) == 0
+    assert "2 of 2 jobs are already completed" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """rerun and diff: real runs, in this process and in clones of the project, from folders and from MLflow alone."""
 
+# ruff: noqa: F401 - fixtures are imported, then asked for by name
+
 from __future__ import annotations
 
 import fcntl
@@ -12,31 +14,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
-from conftest import TINY, prepared
+from conftest import TESTS, prepared
+from fixtures.clones import QUICK, _in_a_new_folder, git, runner, trained
 
 from runner.cli import main, rerun, worktree
 from runner.errors import ConfigError
 from runner.report import diff
 from runner.report.record import of_folder
-from runner.tracking import checkout, manifest, provenance
-from runner.tracking.mlflow import store
+from runner.tracking import checkout, manifest
 from runner.tracking.rundir import RunDir
 
-QUICK = (*TINY, "train.max_steps=3", "train.save_steps=3")
 MIRRORED = (*(word for word in QUICK if not word.startswith("tracking")), "tracking.system_metrics=false")
-PROJECT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+PROJECT = TESTS.parent
 
 
 def rows(path: Path, count: int = 40) -> Path:
@@ -44,11 +38,6 @@ def rows(path: Path, count: int = 40) -> Path:
     lines = [{"instruction": f"What is {n} + 1?", "input": "", "output": f"It is {n + 1}."} for n in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-def trained(folder: str, *overrides: str) -> RunDir:
-    assert main.run([*QUICK, f"hydra.run.dir={folder}", *overrides]) == 0
-    return RunDir(Path(folder).absolute())
 
 
 def the_rerun(of: RunDir) -> RunDir:
@@ -203,52 +192,6 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
     assert waiting.read_state().status == "pending"
 
 
-def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
-    four, eight = trained("four", "lora.r=4"), trained("eight")
-    assert main.run(["diff", "four", "eight"]) == 0
-    said = capfd.readouterr().out
-    assert re.search(r"configuration\n +lora\.r +4 +8\n\n", said), "and no other key"
-    assert re.search(r"train/loss +\S+ +\S+  \([+-]", said)
-    assert "the same: where and how, code, environment, data, hardware" in said
-    assert "the metrics first differ at step 1: train/grad_norm" in said
-
-    trained("coarse", "quant=8bit", "tracking.experiment=other")
-    assert main.run(["diff", "eight", "coarse", "--all"]) == 0
-    said = capfd.readouterr().out
-    assert re.search(r"configuration\n(.+\n)* +quant +none +8bit\n", said), "the option's name"
-    assert re.search(r" data\.format +messages +messages\n", said)
-    assert "_target_" not in said
-
-    assert main.run(["diff", "four", "eight", "--all"]) == 0
-    assert re.search(r"optim\.learning_rate +0\.001 +0\.001", capfd.readouterr().out)
-    assert main.run(["diff", "four", "eight", "--markdown"]) == 0
-    assert "| lora.r | 4 | 8 |" in capfd.readouterr().out
-    assert main.run(["diff", "four", "eight", "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["sections"]["configuration"]["lora.r"] == {"values": ["4", "8"], "differs": True}
-    assert [run["folder"] for run in told["runs"]] == [str(four.path), str(eight.path)]
-    assert (told["files"], told["numbers"]["steps"]) == ([], 4)
-
-
-def test_numbers_are_compared_as_they_are():
-    nan, step = math.nan, {0: 1.0, 1: 2.0}
-    assert diff.numbers({"train/loss": {1: nan}}, {"train/loss": {1: nan}}).first is None
-    assert diff.numbers({"train/loss": {1: math.inf}}, {"train/loss": {1: store.INFINITY}}).first is None
-    assert diff.numbers({"train/loss": step}, {"train/loss": {0: 1.0}}).steps == 1
-    assert diff.numbers({"train/mfu": {1: 0.1}}, {"train/mfu": {1: 0.2}}).steps == 0, "speed is no result"
-    found = diff.numbers({"train/loss": step, "eval/loss": {1: 5.0}}, {"train/loss": step, "eval/loss": {1: 4.0}})
-    assert (found.first, found.largest, found.last) == ((1, "eval/loss", 5.0, 4.0), 1.0, 1)
-
-
-# --- the same in clones of the project, as on other machines ----------------------------------------------------------
-
-
-def git(folder: Path, *words: str) -> str:
-    identity = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
-    done = subprocess.run(["git", *identity, *words], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def clone(folder: Path) -> Path:
     """The project as it is now, committed."""
     current = checkout.current()
@@ -260,17 +203,6 @@ def clone(folder: Path) -> Path:
         git(folder, "add", "-A")
         git(folder, "commit", "-qm", "what is not committed yet")
     return folder
-
-
-def runner(code: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The program of a clone."""
-    return subprocess.run(
-        [sys.executable, "-m", "runner", *words],
-        env={**os.environ, "PYTHONPATH": str(code / "src"), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def halve_learning_rate(code: Path) -> None:
@@ -336,19 +268,6 @@ def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
     assert original.mlflow_id in missing.stderr
 
 
-def test_what_is_noted_beside_a_worktree_goes_with_it(tmp_path: Path):
-    (tmp_path / "there").mkdir()
-    for name in ("there", "gone"):
-        for suffix in ("lock", "sha256"):
-            (tmp_path / f".{name}.{suffix}").touch()
-    worktree._remove_leftovers(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 5, "a process may be about to make it"
-    for path in tmp_path.glob(".*"):
-        os.utime(path, (1, 1))
-    worktree._remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".there.lock", ".there.sha256", "there"]
-
-
 def test_a_run_that_a_database_has_not_is_refused_without_mlflow(tmp_path: Path):
     assert main.run([*MIRRORED, "hydra.run.dir=first"]) == 0
     run = RunDir(Path("first").absolute())
@@ -407,94 +326,6 @@ def test_exact_is_refused_where_the_code_cannot_be_had(tmp_path: Path):
     before = git(PROJECT, "worktree", "list")
     assert "the recorded uncommitted changes do not apply" in refused(git={"dirty": True}, patch=patch)
     assert git(PROJECT, "worktree", "list") == before
-
-
-# --- what git and the files say ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A small checkout that stands in for the project's."""
-    package = tmp_path / "checkout" / "src" / "runner"
-    package.mkdir(parents=True)
-    (package / "errors.py").write_text("first = 1\n")
-    (package / "binary.bin").write_bytes(bytes(range(256)))
-    top = package.parents[1]
-    git(top, "init", "-q")
-    git(top, "add", "-A")
-    git(top, "commit", "-qm", "first")
-    monkeypatch.setattr(checkout, "HERE", package)
-    checkout.current.cache_clear()
-    yield top
-    checkout.current.cache_clear()
-
-
-def test_a_code_is_a_commit_and_what_is_not_committed(repository: Path, tmp_path: Path):
-    package = repository / "src" / "runner"
-    clean = checkout.current()
-    assert clean == checkout.Code(git(repository, "rev-parse", "HEAD"))
-    assert checkout.note(clean) == ({"sha": clean.sha, "dirty": False}, "")
-
-    (package / "errors.py").write_text("first = 2\ntoken = 'hf_abcdefghijklmnop12'\n")
-    (package / "binary.bin").write_bytes(b"\0\1")
-    (package / "a new one.py").write_bytes("é = 'caf\xe9'\n".encode("latin-1"))
-    (repository / "notes.txt").write_text("not of the program")
-    git(repository, "config", "diff.noprefix", "true")
-    git(repository, "config", "color.ui", "always")
-    status = git(repository, "status", "--porcelain")
-    checkout.current.cache_clear()
-    dirty = checkout.current()
-    noted, kept = checkout.note(dirty)
-    assert (noted["dirty"], noted["redacted"]) == (True, True)
-    assert "hf_" not in kept
-    assert "notes.txt" not in kept
-    assert git(repository, "status", "--porcelain") == status, "the user's index is as it was"
-
-    changed = {each.file: (each.added, each.removed) for each in checkout.between(clean, dirty)}
-    assert changed == {
-        "src/runner/errors.py": (2, 1), "src/runner/binary.bin": (None, None), "src/runner/a new one.py": (1, 0),
-    }  # fmt: skip
-    assert "+first = 2\n" in checkout.patch_between(clean, dirty)
-    assert checkout.between(dirty, dirty) == []
-    with pytest.raises(ConfigError, match="is not in this checkout"):
-        checkout.between(clean, checkout.Code("0" * 40))
-
-    checkout.add_worktree(dirty, tmp_path / "copy")
-    for file in package.iterdir():
-        assert (tmp_path / "copy" / "src" / "runner" / file.name).read_bytes() == file.read_bytes()
-    shutil.rmtree(tmp_path / "copy")
-    checkout.add_worktree(clean, tmp_path / "copy")  # although git still knows of the one that was removed
-    assert (tmp_path / "copy" / "src" / "runner" / "errors.py").read_text() == "first = 1\n"
-    checkout.remove_worktree(tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
-
-
-def test_somebody_elses_checkout_around_an_environment_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    package = tmp_path / "venv" / "runner"
-    package.mkdir(parents=True)
-    (package / "errors.py").touch()
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "commit", "-qm", "theirs", "--allow-empty")
-    monkeypatch.setattr(checkout, "HERE", package)
-    assert checkout.top_folder() is None
-
-
-def test_weights_have_a_digest_of_their_values_alone(tmp_path: Path):
-    import torch
-    from safetensors.torch import save_file
-
-    weights = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(4, dtype=torch.bfloat16)}
-    for name in ("whole", "shards", "other", "reshaped", "none"):
-        (tmp_path / name).mkdir()
-    save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
-    save_file({"b": weights["b"]}, tmp_path / "shards" / "1.safetensors")
-    save_file({"a": weights["a"]}, tmp_path / "shards" / "2.safetensors")
-    save_file({**weights, "b": weights["b"] + 1e-6}, tmp_path / "other" / "model.safetensors")
-    save_file({**weights, "b": weights["b"].reshape(3, 2)}, tmp_path / "reshaped" / "model.safetensors")
-    found = {folder.name: provenance.weights_digest(folder) for folder in tmp_path.iterdir() if folder.is_dir()}
-    assert found["whole"] == found["shards"]
-    assert len({found["whole"], found["other"], found["reshaped"]}) == 3
-    assert found["none"] is None
 
 
 def test_the_first_word_is_the_run_even_if_it_looks_like_an_override():

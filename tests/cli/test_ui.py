@@ -8,12 +8,11 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+from fixtures.mlflow_pages import shown
 
 from runner.cli import main, ui
 from runner.tracking.mlflow import store
@@ -27,21 +26,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     client.create_experiment("other")
     store.create_run(client, store.experiment_id(client, "runner", folder / "mlartifacts"), "some id", "a run", 1.7e9)
     return folder
-
-
-@contextmanager
-def shown(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process of the verb, and the address that it prints once the server answers."""
-    command = [sys.executable, "-m", "runner", "ui", "--no-browser", *words]
-    proc = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert proc.stdout
-        line = proc.stdout.readline()
-        assert line, proc.communicate()[1]
-        yield proc, line.split()[-1]
-    finally:
-        proc.terminate()
-        proc.wait(60)
 
 
 def get(address: str) -> str:

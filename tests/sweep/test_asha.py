@@ -7,9 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+from fixtures.searches import RATES, WORDS, mlflow_runs, runner, started, study_of, until
+from optuna.trial import TrialState
 
 from runner.sweep.asha import Halving, Rungs
 from runner.tracking.rundir import RunDir
+from runner.tracking.sweepdir import SweepDir
 
 RUNGS = Rungs(min_steps=2, reduction_factor=3, metric="eval/loss", is_larger_better=False)
 LAST = 18
@@ -128,3 +131,48 @@ def test_the_best_of_many_is_found_in_half_of_the_steps(tmp_path: Path, seed: in
     completed = [n for n in range(12) if 18 in halving.reached[tmp_path / str(n)]]
     assert min(ends) in [ends[n] for n in completed]
     assert steps <= 12 * 18 / 2
+
+
+ASHA = (*WORDS, "train.eval_steps=4", "search=asha", "search.min_steps=4", "search.sampler=random", RATES, "sweep=it")
+
+
+@pytest.mark.slow
+def test_asha_pauses_what_is_behind_and_takes_up_what_comes_to_be_ahead(tmp_path: Path, cache: Path):
+    """No run can come to its end here, however late the search looks: it ends when one has been seen to go on."""
+    driver = started(*ASHA, "train.max_steps=100000", "search.trials=3", cwd=tmp_path)
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
+    until(lambda: any(rundir.read_state().attempt > 1 for rundir in sweep.rundirs()), seconds=300)
+    assert len(sweep.rundirs()) == 3, "each got its first steps before one went on"
+    assert runner("cancel", "it", cwd=tmp_path).returncode == 0
+    assert driver.wait(100) == 130
+    paused = [rundir for rundir in sweep.rundirs() if rundir.read_state().status == "pruned"]
+    assert paused
+    told = {trial.user_attrs.get("folder"): trial.state for trial in study_of(sweep).trials}
+    for rundir in paused:
+        state = rundir.read_state()
+        assert state.reason.startswith("paused at step ")
+        assert rundir.saved_step() == state.step
+        assert told[rundir.path.name] == TrialState.PRUNED
+
+    def in_mlflow() -> set[str | None]:
+        tags = [run.data.tags for run in mlflow_runs(tmp_path)]
+        told = {each["runner.folder"]: each["runner.status"] for each in tags if "runner.status" in each}
+        return {told.get(str(rundir.path)) for rundir in paused}
+
+    until(lambda: in_mlflow() == {"pruned"})
+
+
+@pytest.mark.slow
+def test_asha_brings_one_run_to_its_end_and_that_once(tmp_path: Path, cache: Path):
+    """Whether the search looks in time, so that the run pauses and goes on, or too late: it is completed."""
+    words = (*ASHA, "train.max_steps=40", "search.trials=1", "tracking=offline")
+    done = runner(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
+    (rundir,) = sweep.rundirs()
+    before = rundir.read_state()
+    assert (before.status, before.step) == ("completed", 40)
+    assert study_of(sweep).trials[-1].state == TrialState.COMPLETE
+    again = runner(*words, cwd=tmp_path)
+    assert again.returncode == 0
+    assert rundir.read_state() == before

@@ -1,53 +1,27 @@
 """Searches: the space, what is refused, how trials become runs, and what is told to Optuna of them."""
 
+# ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
+
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from conftest import TINY, prepared
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from fixtures.searches import RATES, WORDS, completed, mlflow_runs, play, runner, started, study_of, until
 from optuna.trial import TrialState
 
-from runner.cli import main
 from runner.errors import ConfigError, Fault
 from runner.launch import prepare
-from runner.sweep import algorithms, search, session, space
+from runner.sweep import search, session, space
 from runner.tracking import machine, metrics_log
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
-
-WORDS = (
-    "-m", "model=tiny", "data.max_length=128", "data.train_rows=64", "data.eval_rows=4", "train.sample_prompts=0",
-)  # fmt: skip
-RATES = "optim.learning_rate=tag(log,interval(1e-4,1e-1))"
-
-
-def runner(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "runner", *words]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=500)
-
-
-def started(*words: str, cwd: Path) -> subprocess.Popen[bytes]:
-    command, env = [sys.executable, "-m", "runner", *words], {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=cwd, env=env, stderr=subprocess.DEVNULL)
-
-
-def study_of(sweep: SweepDir) -> optuna.Study:
-    backend = optuna.storages.journal.JournalFileBackend(str(sweep.search_journal))
-    return optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
 
 
 def states(sweep: SweepDir) -> list[str]:
@@ -58,146 +32,6 @@ def written_rates(sweep: SweepDir) -> list[float]:
     import yaml
 
     return [yaml.safe_load(rundir.config.read_text())["optim"]["learning_rate"] for rundir in sweep.rundirs()]
-
-
-@pytest.mark.parametrize(
-    ("text", "distribution"),
-    [
-        ("k=interval(1e-5,1e-2)", FloatDistribution(1e-5, 1e-2)),
-        ("k=tag(log,interval(1e-5,1e-2))", FloatDistribution(1e-5, 1e-2, log=True)),
-        ("k=int(interval(1,8))", IntDistribution(1, 8)),
-        ("k=tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
-        ("k=range(1,9)", IntDistribution(1, 8)),
-        ("k=range(2,9,3)", IntDistribution(2, 8, step=3)),
-        ("k=range(0,1,0.25)", FloatDistribution(0, 0.75, step=0.25)),
-        ("k=4,8,16", CategoricalDistribution(("4", "8", "16"))),
-        ("k=choice(none,4bit)", CategoricalDistribution(("none", "4bit"))),
-    ],
-)
-def test_hydras_syntax_becomes_optunas_distribution(text: str, distribution: Any):
-    (dimension,) = space.dimensions(OverridesParser.create(), [text], {})
-    assert dimension.distribution() == distribution
-    again = space.dimensions(OverridesParser.create(), [], {"k": text.partition("=")[2]})
-    assert [each.distribution() for each in again] == [distribution]
-
-
-@pytest.mark.parametrize("value", [1.2345678901234567e-05, 0.1, 3.0, 1e-30])
-def test_a_proposed_number_is_trained_to_the_last_digit(value: float):
-    (dimension,) = space.dimensions(OverridesParser.create(), ["k=interval(0,1)"], {})
-    override = OverridesParser.create().parse_override(dimension.override(value))
-    assert override.value() == value
-
-
-@pytest.mark.parametrize(
-    ("swept", "more", "told"),
-    [
-        ([], {}, "the search space is empty"),
-        (["k=8"], {}, "is a single value, not a range"),
-        (["k=interval(2,1)"], {}, "has its ends in the wrong order\n    → put the smaller first: interval(1,2)"),
-        (["k=interval(1,1)"], {}, "is an empty range"),
-        (["k=range(2,1)"], {}, "is an empty range"),
-        (["k=tag(log,interval(0,1))"], {}, "has no logarithm at its lower end"),
-        (["k=tag(log,choice(1,2))"], {}, "cannot use tag(log, …): only intervals can"),
-        (["k=tag(lin,interval(0,1))"], {}, "has an unknown tag: lin"),
-        (["k=1,2"], {"k": "1,2"}, "is set twice"),
-        ([], {"k": "interval(1"}, "is not valid in Hydra's sweep syntax"),
-    ],
-)
-def test_a_space_that_is_none_is_refused(swept: list[str], more: dict[str, str], told: str):
-    with pytest.raises(ConfigError) as refused:
-        space.dimensions(OverridesParser.create(), swept, more)
-    assert told in str(refused.value)
-
-
-REFUSED = [
-    (["search=tpe", RATES], "has no effect without -m"),
-    (["-m", "search=tpe"], "the search space is empty"),
-    (["-m", RATES], "search=random, tpe or asha draw from it"),
-    (["-m", "search=tpe", "search.objective=eval/los", RATES], "did you mean 'eval/loss'"),
-    (["-m", "search=tpe", "search.objective=[eval/loss,training seconds]", RATES], "2 objectives and 1 directions"),
-    (["-m", "search=tpe", "search.direction=down", RATES], "must be one of minimize, maximize"),
-    (["-m", "search=asha", RATES], "train.eval_steps"),
-    (["-m", "search=asha", "train.eval_steps=4", RATES], "search.min_steps"),
-    (["-m", "search=asha", "train.eval_steps=5", "train.max_steps=10", RATES], "no run would be paused"),
-    (["-m", "search=asha", "train.eval_steps=5", "search.objective=train/mfu", RATES], "asha compares runs"),
-    (["-m", "search=tpe", "lora.r=0,4"], "must be a whole number >= 1"),
-    (
-        ["-m", "search=tpe", "lora.r=interval(4,16)"],
-        "error: lora.r=interval(4,16): must be a whole number >= 1, but "
-        "this range contains fractions\n    → write 'lora.r=range(4,17)'",
-    ),
-    (["-m", "search=tpe", "lora.r=[4,8]"], "[4,8] is a single value, a list"),
-    (
-        ["-m", "search=tpe", "search.space={lora.r: [4,8]}"],
-        "search.space.lora.r=[4, 8]: must be a string in Hydra's sweep syntax\n    → write lora.r: '4,8'",
-    ),
-    (
-        ["-m", "search=tpe", RATES, "--cfg", "job", "--package", "search"],
-        "--cfg=job: shows one configuration, but -m composes several\n    → leave -m out",
-    ),
-    (["-m", "search=tpe", "lora.rank=int(interval(1,4))"], "no such key"),
-    (["-m", "search=tpe", "quant=4bit,9bit"], "did you mean '8bit'"),
-    (["-m", "search=tpe", "tracking.run_name=a,b"], "cannot be searched over"),
-    (["-m", "search=tpe", "outputs_dir=a,b"], "cannot be swept"),
-    (["-m", "search=annealing", RATES], "no such option"),
-]
-
-
-@pytest.mark.parametrize(("words", "told"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
-def test_a_search_that_cannot_be_is_refused_before_anything_is_there(tmp_path: Path, words: list[str], told: str):
-    done = runner(*words, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path):
-    done = runner(*WORDS[1:], "train.max_steps=2", "hydra.run.dir=run", "tracking=offline", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rundir = RunDir(tmp_path / "run")
-    logged = {name for record in metrics_log.read(rundir) for name in record} - {"step", "time"}
-    elsewhere = algorithms.ON_CPU if set(algorithms.ON_CUDA) <= logged else algorithms.ON_CUDA
-    assert logged == set(algorithms.METRICS) - {*elsewhere, "training seconds"}
-    assert {metric for metric in algorithms.METRICS if search.value_of(rundir, metric) is None} == set(elsewhere)
-
-
-@dataclass
-class Played:
-    """A launcher under which runs only write down how they ended."""
-
-    end: Callable[[RunDir, int], dict[str, Any]]
-    """(run, its number among those started) → the changes of its state."""
-    started: list[RunDir] = field(default_factory=list)
-    is_detached: bool = False
-
-    def check(self, at_once: int | None = None) -> None:
-        pass
-
-    def serve(self, source: Any, *_: object) -> int:
-        while rundir := source.next():
-            self.started.append(rundir)
-            rundir.write_state(**self.end(rundir, len(self.started)))
-            source.ended(rundir)
-        return 0
-
-
-def completed(rundir: RunDir, number: int) -> dict[str, Any]:
-    return {"status": "completed", "summary": {"eval/loss": 10.0 - number}}
-
-
-@pytest.fixture
-def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
-    """Give a command whose runs are played; returns its exit code, and how many runs were started."""
-    monkeypatch.chdir(tmp_path)
-
-    def play(*words: str, end: Callable[[RunDir, int], dict[str, Any]] = completed) -> tuple[int, int]:
-        launcher = Played(end)
-        with monkeypatch.context() as patched:
-            patched.setattr(prepare, "launcher_of", lambda _: launcher)
-            return main.run([*WORDS, *words]), len(launcher.started)
-
-    return play
 
 
 SMALL = ("search=random", "search.trials=2", "train.max_steps=60", RATES, "lora.r=4,8", "sweep=it")
@@ -226,11 +60,6 @@ def test_a_search_that_noted_nothing_of_its_runs_goes_on(play: Any):
     study.set_user_attr("about", {key: about[key] for key in ("space", "objectives")})
     assert play(*SMALL, "search.trials=3") == (0, 1)
     assert play(*SMALL, "train.max_steps=300") == (2, 0), "from then on it is noted"
-
-
-def test_categories_of_a_group_leave_its_keys_to_the_search(play: Any):
-    assert play("search=random", "search.trials=3", "quant=none,4bit", "sweep=it") == (0, 2)
-    assert play("search=random", "search.trials=3", "quant=none,4bit", "sweep=it") == (0, 0)
 
 
 def test_failed_trials_are_failed_until_they_come_to_something(play: Any, capsys: pytest.CaptureFixture[str]):
@@ -366,51 +195,6 @@ def test_killed_with_what_runs_it_goes_on_where_it_was(tmp_path: Path, cache: Pa
     assert [rundir.read_state().attempt for rundir in sweep.rundirs()] == [1, 2, 1]
 
 
-ASHA = (*WORDS, "train.eval_steps=4", "search=asha", "search.min_steps=4", "search.sampler=random", RATES, "sweep=it")
-
-
-@pytest.mark.slow
-def test_asha_pauses_what_is_behind_and_takes_up_what_comes_to_be_ahead(tmp_path: Path, cache: Path):
-    """No run can come to its end here, however late the search looks: it ends when one has been seen to go on."""
-    driver = started(*ASHA, "train.max_steps=100000", "search.trials=3", cwd=tmp_path)
-    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
-    until(lambda: any(rundir.read_state().attempt > 1 for rundir in sweep.rundirs()), seconds=300)
-    assert len(sweep.rundirs()) == 3, "each got its first steps before one went on"
-    assert runner("cancel", "it", cwd=tmp_path).returncode == 0
-    assert driver.wait(100) == 130
-    paused = [rundir for rundir in sweep.rundirs() if rundir.read_state().status == "pruned"]
-    assert paused
-    told = {trial.user_attrs.get("folder"): trial.state for trial in study_of(sweep).trials}
-    for rundir in paused:
-        state = rundir.read_state()
-        assert state.reason.startswith("paused at step ")
-        assert rundir.saved_step() == state.step
-        assert told[rundir.path.name] == TrialState.PRUNED
-
-    def in_mlflow() -> set[str | None]:
-        tags = [run.data.tags for run in mlflow_runs(tmp_path)]
-        told = {each["runner.folder"]: each["runner.status"] for each in tags if "runner.status" in each}
-        return {told.get(str(rundir.path)) for rundir in paused}
-
-    until(lambda: in_mlflow() == {"pruned"})
-
-
-@pytest.mark.slow
-def test_asha_brings_one_run_to_its_end_and_that_once(tmp_path: Path, cache: Path):
-    """Whether the search looks in time, so that the run pauses and goes on, or too late: it is completed."""
-    words = (*ASHA, "train.max_steps=40", "search.trials=1", "tracking=offline")
-    done = runner(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
-    (rundir,) = sweep.rundirs()
-    before = rundir.read_state()
-    assert (before.status, before.step) == ("completed", 40)
-    assert study_of(sweep).trials[-1].state == TrialState.COMPLETE
-    again = runner(*words, cwd=tmp_path)
-    assert again.returncode == 0
-    assert rundir.read_state() == before
-
-
 @pytest.mark.slow
 def test_a_failed_trial_is_told_and_tried_again_when_asked_to(tmp_path: Path, cache: Path):
     words = (*WORDS, "train.max_steps=8", "search=random", "search.trials=2", "optim.learning_rate=1e-3,1e30")
@@ -528,20 +312,6 @@ def test_only_one_process_proposes(tmp_path: Path, cache: Path):
     assert driver.wait(60) == 130
     assert states(sweep) == ["killed"]
     assert [trial.state for trial in study_of(sweep).trials] == [TrialState.RUNNING], "it is taken up again"
-
-
-def mlflow_runs(folder: Path) -> list[Any]:
-    import mlflow
-
-    client = mlflow.MlflowClient(f"sqlite:///{folder / 'outputs' / 'mlflow.db'}")
-    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
-
-
-def until(is_true: Any, seconds: float = 100) -> None:
-    give_up_at = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < give_up_at, "it never came to that"
-        time.sleep(0.1)
 
 
 def test_a_value_that_is_no_number_is_none(tmp_path: Path):

@@ -12,22 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from runner.config.bind import bind, config_dir, find_faults
-from runner.tracking import metrics_log, trackers
-from runner.tracking.mirror import spawn
+from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
-
-OPTION: dict[str, Any] = {
-    "_target_": "runner.tracking.trackers.mlflow",
-    "uri": None,
-    "experiment": "runner",
-    "run_name": None,
-    "log_model": "adapter",
-    "system_metrics": True,
-    "system_interval_s": 10.0,
-}
 
 
 def record(step: int, **metrics: float) -> dict[str, Any]:
@@ -138,74 +125,3 @@ def test_records_survive_kill_9(tmp_path: Path) -> None:
     last = int((proc.stdout.read().split() or ["199"])[-1])
     proc.wait()
     assert steps(RunDir(tmp_path))[: last + 1] == list(range(last + 1))
-
-
-@pytest.mark.parametrize("name", ["mlflow", "server", "offline"])
-def test_yaml_binds(name: str) -> None:
-    node = yaml.safe_load((config_dir() / "tracking" / f"{name}.yaml").read_text())
-    assert node.pop("uri", None) in (None, "???")
-    made = bind(
-        node | ({"uri": "http://127.0.0.1:5000"} if name == "server" else {} if name == "offline" else {"uri": None})
-    )()
-    assert made.kind == ("offline" if name == "offline" else "mlflow")
-    assert made.experiment == "runner"
-
-
-@pytest.mark.parametrize(
-    ("uri", "said"),
-    [
-        ("./mlruns", "sqlite under outputs_dir"),
-        ("mlruns", "sqlite under outputs_dir"),
-        ("file:///tmp/mlruns", "no longer supports"),
-        ("localhost:5000", "http://localhost:5000"),
-        ("htp://host", "did you mean 'http'?"),
-        ("http:///path", "has no host"),
-        ("http://host:port", "an invalid port"),
-        ("http://ho st", "has no host"),
-        ("sqlite:///mlflow.db", "absolute path"),
-        ("sqlite://", "absolute path"),
-        ("postgresql+nodriver://host/db", "needs the package nodriver"),
-        ("", "sqlite under outputs_dir"),
-    ],
-)
-def test_a_wrong_uri_is_a_fault_without_importing_mlflow(uri: str, said: str) -> None:
-    faults = list(find_faults({**OPTION, "uri": uri}, "tracking"))
-    assert [fault.key for fault in faults] == ["tracking.uri"]
-    assert said in str(faults[0])
-
-
-def test_faults_of_names_and_numbers() -> None:
-    node = {**OPTION, "experiment": " ", "run_name": "x" * 300, "uri": "mlruns"}
-    assert [fault.key for fault in find_faults(node)] == ["experiment", "run_name", "uri"]
-    wrong = {**OPTION, "system_interval_s": 0, "log_model": "all", "experimant": "x"}
-    assert {fault.key for fault in find_faults(wrong)} == {"system_interval_s", "log_model", "experimant"}
-
-
-def test_right_uris_pass_and_passwords_are_not_shown() -> None:
-    for uri in ("http://127.0.0.1:5000", "https://me:secret@host/path", "sqlite:////tmp/mlflow.db", None):
-        assert list(find_faults({**OPTION, "uri": uri})) == []
-    assert "hunter2" not in str(next(find_faults({**OPTION, "uri": "htp://me:hunter2@host"})))
-
-
-def test_the_store_is_embedded_unless_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trackers.store_uri(bind(OPTION)(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.chdir(tmp_path)
-    assert trackers.store_uri(bind(OPTION)(), "outputs") == f"sqlite:///{tmp_path}/outputs/mlflow.db"
-    assert trackers.store_uri(bind({**OPTION, "uri": "http://host"})(), tmp_path) == "http://host"
-
-
-def test_offline_starts_nothing(tmp_path: Path) -> None:
-    rundir = RunDir(tmp_path)
-    metrics_log.append(rundir, record(1))
-    rundir.update_manifest(tracking="offline")
-    assert spawn.start_mirror(rundir) is None
-    result = spawn.wait_mirror(None, rundir)
-    assert (result.url, result.unsent) == (None, 1)
-    assert result.message == "tracking=offline"
-
-
-def test_importing_is_light() -> None:
-    heavy = (
-        "import sys, runner.tracking, runner.secrets; print({'mlflow', 'torch', 'pandas', 'psutil'} & set(sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, prepared
+from conftest import TESTS, TINY, prepared
 
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 
-SERVER = Path(__file__).parents[1] / "fork_server.py"
+SERVER = TESTS / "fork_server.py"
 OPTIONS = (
     *TINY[:1], *TINY[2:4], "data.eval_rows=4", "train.sample_prompts=1", "train.sample_tokens=4",
     "train.max_steps=24", "train.save_steps=3", "train.eval_steps=5", "train.gradient_accumulation_steps=2",
@@ -109,7 +109,6 @@ def test_a_completed_run_is_left_alone(tmp_path: Path, cache: Path, capfd: pytes
     assert "completed already" in capfd.readouterr().err
 
 
-@pytest.mark.cold
 def test_the_same_command_again_continues_and_then_leaves_alone(tmp_path: Path, cache: Path):
     """From the command line as users give it: stopped by a signal, given again, and once more."""
     options = (*TINY, f"outputs_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}", "train.max_steps=150")

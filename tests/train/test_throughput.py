@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
@@ -98,9 +97,7 @@ def test_peak_of_a_cpu_is_the_best_ever_seen(tmp_path, monkeypatch: pytest.Monke
     assert kept["flops"] == first
     for earlier, expected in ((1e15, 1e15), (1.0, pytest.approx(first, rel=0.9))):
         file.write_text(json.dumps({**kept, "flops": earlier}))
-        began = time.perf_counter()
         assert throughput.peak_flops(torch.device("cpu"), torch.float32) == expected
-        assert time.perf_counter() - began < 2, "each start measures anew, briefly"
         assert json.loads(file.read_text())["flops"] == expected
 
 

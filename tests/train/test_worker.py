@@ -17,48 +17,17 @@ from typing import Any
 import gate
 import pytest
 from conftest import TINY, fill, prepared
+from fixtures.stopped_runs import SHORT, preempted_run, raising
 
 from runner import terminal
-from runner.errors import LESS_MEMORY, ConfigError, DataError, Fault, Preempted, ResumeError, RunnerError, TrackingError
-from runner.models.kernels import compilation
-from runner.signals import ONE_GESTURE_S, Stop
+from runner.errors import ConfigError, DataError, Fault, ResumeError, RunnerError, TrackingError
+from runner.signals import Stop
 from runner.tracking import manifest, metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import generate, loop, outcome, report, worker
 from runner.train import inputs as build
 
-SHORT = (*TINY, "train.max_steps=4", "train.save_steps=2")
 TOKEN = "hf_" + "aB3" * 10
-
-
-def stopped_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on SIGTERM arrives when that many steps are done."""
-    step = loop.optimizer_step
-
-    def and_signal(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
-        step(parts, progress, hooks)
-        if progress.step == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop, "optimizer_step", and_signal)
-
-
-def raising(error: BaseException) -> Any:
-    def raise_it(*_: object, **__: object) -> None:
-        raise error
-
-    return raise_it
-
-
-# Refused
-
-
-def preempted_run(folder: Path, *options: str) -> RunDir:
-    rundir = prepared(folder, *options)
-    with pytest.MonkeyPatch.context() as patched:
-        stopped_after(3, patched)
-        assert worker.work(rundir) == 75
-    return rundir
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, ResumeError, TrackingError])
@@ -228,24 +197,6 @@ def test_a_stop_while_the_untrained_model_answers_does_not_wait(
     assert worker.work(rundir) == 75
 
 
-def test_a_second_interrupt_waits_for_nothing():
-    with Stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, from the terminal and from a launcher
-        time.sleep(1.2 * ONE_GESTURE_S)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may send several: the last word counts
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Preempted):
-            stop.check()
-        os.kill(os.getpid(), signal.SIGUSR2)  # Slurm's warning
-        with pytest.raises(Preempted, match="SIGUSR2"):
-            stop.check()
-        with pytest.raises(Preempted), stop.at_once():
-            raise AssertionError("asked to stop before the block")
-
-
 def test_a_run_that_was_cancelled_is_killed_and_not_preempted(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *SHORT)
     with pytest.MonkeyPatch.context() as patched:
@@ -350,39 +301,6 @@ def test_a_run_that_others_mirror_starts_no_mirror(tmp_path: Path, cache: Path, 
     assert worker.work(rundir, mirrored=True) == 0
     assert not rundir.mirror_log.exists()
     assert "MLflow" not in capfd.readouterr().out
-
-
-# Out of memory, out of space
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
-        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        MemoryError(),
-    ],
-)
-def test_out_of_memory_is_told_with_its_remedy(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
-):
-    rundir = prepared(tmp_path / "run", *SHORT)
-    monkeypatch.setattr(loop, "optimizer_step", raising(error))
-    assert worker.work(rundir) == 1
-    told = capfd.readouterr().err
-    assert "error: out of memory" in told
-    assert f"→ {LESS_MEMORY}" in told
-    assert "Traceback" not in told
-    assert rundir.read_state().reason.startswith("out of memory")
-
-
-def test_memory_that_really_is_not_there():
-    """An exbibyte: torch's own words for it are understood."""
-    import torch
-
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60)
-    assert str(outcome.explained(caught.value)).startswith("out of memory")
 
 
 @pytest.mark.parametrize("leaving", [0, 64 * 1024], ids=["nothing", "no checkpoint"])
@@ -500,17 +418,6 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, cache: Path):
     assert sorted(path.name for path in rundir.checkpoints.iterdir()) == ["step-000006", "step-000007"]
 
 
-def test_the_time_between_two_attempts_does_not_count(tmp_path: Path, cache: Path):
-    rundir = preempted_run(tmp_path / "run", *SHORT)
-    first = rundir.read_state()
-    assert 0 < first.seconds < 60
-    rundir.write_state(started=first.started - 5 * 3600)
-    assert worker.work(rundir) == 0
-    state = rundir.read_state()
-    assert first.seconds < state.seconds < 120
-    assert state.summary["training seconds"] == pytest.approx(state.seconds, abs=1)
-
-
 def test_no_secret_gets_into_the_log_or_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -551,56 +458,3 @@ def test_the_log_has_the_end_and_the_warnings_of_libraries(
     written = rundir.log.read_text()
     assert f"run      {rundir.path}  completed" in written
     assert "transformers.modeling_utils: a weight was not used" in written
-
-
-def eager(model: Any, *, mode: compilation.Mode, dynamic: bool | None, fullgraph: bool) -> Any:
-    """compile=regional with Dynamo's own backend, which needs no compiler and no minute."""
-    for layer in compilation.decoder_layers(model):
-        layer.compile(backend="eager", dynamic=dynamic, fullgraph=fullgraph)
-    return model
-
-
-def test_graph_breaks_are_told_and_counted(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    import torch
-    from torch._dynamo.utils import counters
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    torch._dynamo.reset()
-    counters.clear()
-    forward = LlamaMLP.forward
-
-    def broken(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
-        torch._dynamo.graph_break()
-        return forward(self, x)
-
-    monkeypatch.setattr(LlamaMLP, "forward", broken)
-    monkeypatch.setattr(compilation, "regional", eager)
-    rundir = prepared(tmp_path / "run", *SHORT, "compile=regional", "data.packing=true")
-    assert worker.work(rundir) == 0
-    summary = rundir.read_state().summary
-    assert summary["compile/graph_breaks"] == 1
-    assert 0 <= summary["compile/graphs_after_first_step"] < compilation.graphs()
-    assert rundir.log.read_text().count("WARNING runner: graph break: ") == 1
-
-
-def test_graphs_that_come_late_are_told_and_counted(caplog: pytest.LogCaptureFixture):
-    import torch
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    model = torch.nn.Linear(3, 3)
-    model.compile(backend="eager", dynamic=False)
-    model(torch.zeros(2, 3))
-    warm = compilation.graphs()
-    assert report.compiled(model, warm) == {"compile/graph_breaks": 0, "compile/graphs_after_first_step": 0}
-    assert "after the first step" not in caplog.text
-    model(torch.zeros(4, 3))
-    assert report.compiled(model, warm) == {"compile/graph_breaks": 0, "compile/graphs_after_first_step": 1}
-    assert "graphs compiled after the first step: 1" in caplog.text
-
-
-def test_nothing_is_said_of_compiling_where_nothing_was_compiled(tmp_path: Path, cache: Path):
-    rundir = prepared(tmp_path / "run", *SHORT)
-    assert worker.work(rundir) == 0
-    assert not [name for name in rundir.read_state().summary if name.startswith("compile/")]

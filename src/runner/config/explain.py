@@ -33,8 +33,8 @@ def told(hydra: Hydra, args: argparse.Namespace) -> Iterator[None]:
 
 def is_choice(key: str, hydra: Hydra) -> bool:
     """Whether the key of an override names a config group."""
-    parent, _, name = key.rpartition("/")
-    return name in hydra.config_loader.list_groups(parent)
+    loader: Any = hydra.config_loader
+    return bool(loader.repository.group_exists(key.lstrip("/"))) and not key.endswith("/")
 
 
 def _faults(hydra: Hydra, args: argparse.Namespace, error: Exception) -> list[Fault]:

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
-LIBRARY = re.compile(r"\.so(\.\d+)*$")
-"""Matches the end of a shared library's path."""
+LIBRARY = re.compile(
+    r"^[0-9a-f]+-.*\.so(?:\.\d+)*\n(?:.*\n)*?Rss: +(\d+) kB\n(?:.*\n)*?Anonymous: +(\d+) kB", re.MULTILINE
+)
+"""A mapping of a shared library in smaps: its resident and its anonymous kilobytes."""
 
 
 def held_already(device: torch.device) -> int:
@@ -104,16 +106,10 @@ def libraries_mapped() -> int:
     Processes share these pages, and a forked process counts only the pages it has accessed itself. Without subtracting
     them, two runs of one configuration would report different peaks.
     """
-    total, is_library, resident = 0, False, 0
+    total = 0
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            name, *words = line.split()
-            if "-" in name:  # first line of a mapping: addresses, permissions, offset, device, inode, file
-                is_library = LIBRARY.search(line) is not None
-            elif is_library and name == "Rss:":
-                resident = int(words[0])
-            elif is_library and name == "Anonymous:":
-                total += resident - int(words[0])
+        found = LIBRARY.findall(Path("/proc/self/smaps").read_text())
+        total = sum(int(resident) - int(anonymous) for resident, anonymous in found)
     return total * 1024
 
 

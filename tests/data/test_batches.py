@@ -1,0 +1,191 @@
+"""Batches: each document once an epoch, whatever the ranks, packing and length."""
+
+# ruff: noqa: F401 - fixtures are imported, then asked for by name
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from fixtures.documents import batches, own_cache
+
+from runner.data import dataset
+from runner.data.batches import PADDED_TO
+from runner.data.packing import IGNORED, Rows, pack
+from runner.errors import ConfigError
+
+# --- packing and batches
+
+
+def documents(seed: int = 0, count: int = 57, longest: int = 40) -> Rows:
+    """Rows whose every token names its document (hundreds) and its place; the first third of each is masked."""
+    lengths = np.random.default_rng(seed).integers(2, longest + 1, count)
+    ids = np.concatenate([100 * (number + 1) + np.arange(length) for number, length in enumerate(lengths)])
+    masked = np.concatenate([np.arange(length) < length // 3 for length in lengths])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    labels = np.where(masked, IGNORED, ids).astype(np.int32)
+    return Rows(ids.astype(np.int32), labels, offsets, pack(lengths, longest))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_one_pass_has_each_document_once_and_no_label_across_documents(packing):
+    rows = documents()
+    seen: Counter[int] = Counter()
+    for batch in batches(rows, packing=packing, max_length=40).one_pass():
+        ids, labels, positions = (batch[key].numpy() for key in ("input_ids", "labels", "position_ids"))
+        assert (ids[labels != IGNORED] // 100 == labels[labels != IGNORED] // 100).all()  # of the same document,
+        assert (ids[labels != IGNORED] + 1 == labels[labels != IGNORED]).all()  # and the next token of it
+        assert (positions[ids > 0] == ids[ids > 0] % 100).all()  # positions count from 0 in each document
+        seen.update(ids[ids > 0].tolist())
+        assert batch["tokens"] == (ids > 0).sum()
+        assert batch["trained"] == (labels != IGNORED).sum()
+        if packing:
+            assert ids.shape == (3, 40)
+        else:
+            assert ids.shape[1] % 8 == 0
+            assert (positions == np.arange(ids.shape[1])).all()
+    assert seen == Counter(rows.ids.tolist())
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "end to end"])
+def test_the_ends_of_documents_and_the_trained_positions_are_told(layout):
+    made = batches(documents(), packing=layout == "packed", max_length=40)
+    made = made.laid_end_to_end() if layout == "end to end" else made
+    shapes = set()
+    for batch in made.one_pass():
+        ids, labels, positions = (batch[key].flatten() for key in ("input_ids", "labels", "position_ids"))
+        ends = batch["document_ends"].tolist()
+        assert (ends[0], ends[-1]) == (0, len(ids))
+        for start, end in itertools.pairwise(ends):
+            inside = ids[start:end]
+            assert len(set((inside[inside > 0] // 100).tolist())) <= 1, "one document, or padding"
+            if layout != "padded":
+                assert positions[start:end].tolist() == list(range(end - start))
+        assert batch["trained_at"].equal((labels != IGNORED).nonzero()[:, 0])
+        assert max(len(ids[a:b]) for a, b in itertools.pairwise(ends)) <= batch["longest"] == 40
+        shapes.add(len(ends))
+    assert len(shapes) == 1 or layout != "packed", "packed batches have one shape"
+
+
+def test_rows_laid_end_to_end_are_the_same_rows_without_padding():
+    padded = batches(documents(), packing=False, max_length=40)
+    flat = padded.laid_end_to_end()
+    for before, after in zip(padded.one_pass(), flat.one_pass(), strict=True):
+        assert after["input_ids"].shape[0] == 1
+        assert after["input_ids"].shape[1] - after["tokens"] < PADDED_TO
+        assert [before[key] for key in ("tokens", "trained")] == [after[key] for key in ("tokens", "trained")]
+        kept = [batch["labels"].flatten()[batch["trained_at"]].tolist() for batch in (before, after)]
+        assert kept[0] == kept[1]
+    assert padded.efficiency < 0.9 < flat.efficiency
+    packed = batches(documents(), packing=True)
+    assert packed.laid_end_to_end().step(0)[0]["input_ids"].shape == packed.step(0)[0]["input_ids"].shape
+
+
+def test_the_labels_of_a_document_are_its_own_shifted_by_one():
+    rows = documents()
+    batch = batches(rows, packing=False, shuffle=False, rows_per_batch=1, max_length=40).step(0)[0]
+    ids, labels = rows[0]
+    assert batch["labels"][0, : len(ids) - 1].tolist() == labels[1:].tolist()
+    assert batch["labels"][0, len(ids) - 1 :].eq(IGNORED).all()
+
+
+def test_the_padding_at_the_end_is_a_document_of_its_own():
+    batch = batches(documents(), max_length=50, rows_per_batch=40, packing=True).step(0)[0]
+    starts = (batch["position_ids"] == 0).sum(axis=1)
+    padding = batch["input_ids"] == 0
+    assert padding.any(axis=1).all()
+    for row in range(len(padding)):
+        first = int(padding[row].nonzero()[0])
+        assert batch["position_ids"][row, first:].tolist() == list(range(50 - first))
+        assert starts[row] >= 2 or first == 0
+
+
+def same(left: list[dataset.Batch], right: list[dataset.Batch]) -> bool:
+    return len(left) == len(right) and all(
+        a[key].equal(b[key]) if hasattr(a[key], "equal") else a[key] == b[key]
+        for a, b in zip(left, right, strict=True)
+        for key in a
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_depends_on_seed_and_number_alone(packing):
+    one, other = (batches(documents(), packing=packing, max_length=40) for _ in range(2))
+    for step in (5, 0, 17, 5):
+        assert same(one.step(step), other.step(step))
+    assert not same(one.step(0), one.step(1))
+    assert not same(one.step(0), batches(documents(), packing=packing, max_length=40, seed=8).step(0))
+
+
+def seen_in(steps: Iterable[list[dataset.Batch]]) -> Counter[int]:
+    return Counter(int(i) for step in steps for batch in step for i in batch["input_ids"].flatten() if i > 0)
+
+
+def test_every_epoch_has_every_document_once_in_an_order_of_its_own():
+    rows = documents(count=30)
+    made = batches(rows, packing=False, rows_per_batch=5, accumulation=2, max_length=40)
+    epochs = [[made.step(3 * epoch + step) for step in range(3)] for epoch in range(2)]
+    assert seen_in(epochs[0]) == seen_in(epochs[1]) == Counter(rows.ids.tolist())
+    assert not same(epochs[0][0], epochs[1][0])
+
+
+def test_steps_run_on_across_epochs():
+    rows = documents(count=7)
+    made = batches(rows, packing=False, rows_per_batch=5, accumulation=1, max_length=40)
+    assert seen_in(made.step(step) for step in range(7)) == Counter(rows.ids.tolist() * 5)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("epochs", [1, 2, 0.5])
+def test_a_limit_of_epochs_shortens_the_last_step(packing, epochs):
+    rows = documents()
+    made = batches(rows, packing=packing, epochs=epochs, max_length=40)
+    steps = [made.step(number) for number in range(made.steps(None, epochs, None))]
+    assert made.epoch(len(steps)) == pytest.approx(epochs, abs=0.02)
+    assert made.tokens_at(len(steps)) == sum(batch["tokens"] for step in steps for batch in step)
+    assert all(step for step in steps)
+    if isinstance(epochs, int):
+        assert seen_in(steps) == Counter(rows.ids.tolist() * epochs)
+
+
+def test_tokens_and_steps_agree():
+    made = batches(documents(), packing=True, max_length=40)
+    counted = np.cumsum([0, *(sum(batch["tokens"] for batch in made.step(step)) for step in range(30))])
+    assert [made.tokens_at(step) for step in range(31)] == counted.tolist()
+    for wanted in (1, 500, int(counted[7]), int(counted[7]) + 1, 4000):
+        assert made.steps(max_tokens=wanted) == np.searchsorted(counted, wanted)
+    assert made.steps(12, None, None) == 12
+    assert made.steps(12, None, int(counted[7])) == 7
+    with pytest.raises(ConfigError, match="no stopping criterion"):
+        made.steps(None, None, None)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_ranks_share_what_one_would_see(packing):
+    rows = documents()
+    alone = batches(rows, packing=packing, rows_per_batch=4, max_length=40, epochs=1)
+    ranks = [batches(rows, packing=packing, rows_per_batch=2, max_length=40, epochs=1, rank=r, world=2) for r in (0, 1)]
+    assert alone.steps() == ranks[0].steps()
+    for step in range(alone.steps()):
+        mine, yours = (rank.step(step) for rank in ranks)
+        assert len(mine) == len(yours)  # or one rank would wait for the other for ever
+        assert seen_in([mine]) + seen_in([yours]) == seen_in([alone.step(step)])
+
+
+def test_a_rank_without_rows_gets_padding():
+    rows = documents(count=3)
+    last = batches(rows, packing=False, rows_per_batch=1, rank=1, world=2, epochs=1, accumulation=1, max_length=40)
+    [batch] = last.step(1)
+    assert (batch["tokens"], batch["trained"]) == (0, 0)
+    assert batch["labels"].eq(IGNORED).all()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_efficiency_is_useful_tokens_for_each_slot(packing):
+    made = batches(documents(), packing=packing, max_length=40, rows_per_batch=1)
+    passed = list(made.one_pass())
+    slots = sum(batch["input_ids"].numel() for batch in passed)
+    assert made.efficiency == pytest.approx(sum(batch["tokens"] for batch in passed) / slots)

@@ -1,0 +1,52 @@
+"""Which rows are held out."""
+
+# ruff: noqa: F401 - fixtures are imported, then asked for by name
+
+from __future__ import annotations
+
+from fixtures.documents import load, own_cache, talk, texts
+
+from runner.data import dataset
+
+
+def test_the_same_prompt_is_never_on_both_sides():
+    rows = [talk(number, question=f"Question  {number % 17}?".upper() if number % 2 else None) for number in range(200)]
+    splits = load(rows)
+    said = [[text.split("<|end_header_id|>\n\n")[1] for text in texts(found)] for found in (splits.train, splits.eval)]
+    normal = [{" ".join(question.split()).casefold() for question in questions} for questions in said]
+    assert normal[0]
+    assert normal[1]
+    assert not normal[0] & normal[1]
+
+
+def test_the_side_of_a_prompt_does_not_depend_on_the_other_rows():
+    few, many = load(map(talk, range(60))), load(map(talk, range(120)))
+    assert set(texts(few.eval)) <= set(texts(many.eval))
+    assert set(texts(few.train)) <= set(texts(many.train))
+
+
+def test_rows_to_evaluate_on_that_also_train_are_left_out_of_training():
+    splits = load(map(talk, range(20)), held_out=map(talk, range(15, 25)))
+    assert splits.report.leaked == 5
+    assert (len(splits.train), len(splits.eval)) == (15, 10)
+
+
+def test_limits_take_samples_that_larger_ones_contain():
+    small = load(map(talk, range(100)), train_rows=10, eval_rows=3)
+    large = load(map(talk, range(100)), train_rows=40, eval_rows=6)
+    assert (len(small.train), len(small.eval), len(large.train), len(large.eval)) == (10, 3, 40, 6)
+    assert set(texts(small.train)) < set(texts(large.train))
+    assert set(texts(small.eval)) < set(texts(large.eval))
+
+
+def test_little_data_still_has_both_sides():
+    splits = load([talk(1), talk(2)], eval_fraction=0.01)
+    assert (len(splits.train), len(splits.eval)) == (1, 1)
+
+
+def test_samples_are_held_out_prompts_with_what_followed():
+    splits = load(map(talk, range(100)))
+    assert len(splits.samples) == dataset.SAMPLES
+    sample = splits.samples[0]
+    assert sample["prompt"].endswith("assistant<|end_header_id|>\n\n")
+    assert any(sample["prompt"] + sample["reference"] in text for text in texts(splits.eval))

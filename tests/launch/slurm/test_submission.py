@@ -1,0 +1,31 @@
+"""A submission is noted before it is made, so that none is made twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from fixtures.slurm_runs import SHORT, SLURM, runner, until
+
+from runner.tracking.rundir import RunDir
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_whoever_is_killed_after_sbatch_need_not_come_back(slurm: None):
+    """The job finds what it is to do in its run's folder; submitit alone would wait for its pickle and fail."""
+    Path("bin").mkdir()
+    real = shutil.which("sbatch")
+    Path("bin/sbatch").write_text(
+        f'#!/bin/bash\n[[ "$*" == *--test-only* ]] || trap "kill -9 $PPID" EXIT\n{real} "$@"\n'
+    )
+    Path("bin/sbatch").chmod(0o755)
+    words = (*SHORT, *SLURM, "hydra.run.dir=alone", "tracking=offline")
+    killed = runner(*words, PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
+    assert killed.returncode == -signal.SIGKILL
+    rundir = RunDir(Path("alone").absolute())
+    until(lambda: rundir.read_state().status == "completed")
+    assert "slurm" not in rundir.read_manifest(), "it was killed too late"

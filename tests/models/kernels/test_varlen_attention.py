@@ -1,0 +1,75 @@
+"""Attention by document is that of a mask."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fixtures.language_models import FAMILIES, PACKS, batch_of, build, gradients
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from runner.models.kernels import varlen_attention
+from runner.tasks import task
+
+
+def task_loss(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """As the train loop asks for it."""
+    return task.token_loss(model, {**batch, "packed": True})
+
+
+@contextlib.contextmanager
+def operations() -> Iterator[set[str]]:
+    """The names of the operations that are called."""
+    called: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function._schema.name.partition("::")[2])
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        yield called
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_by_document_is_that_of_a_mask(family: str) -> None:
+    """Where a model slides a window or caps its scores, it stays with the mask."""
+    reference, model, batch = build(FAMILIES[family]), build(FAMILIES[family]), batch_of(PACKS)
+    before = model.config._attn_implementation
+    suits = family in ("llama", "qwen2", "gpt-neox")
+    assert (varlen_attention.install(model, batch["longest"]) == "") == varlen_attention.uses(model) == suits
+    assert suits or model.config._attn_implementation == before
+    with operations() as called:
+        found = task_loss(model, batch)
+    assert ("attention_by_document" in called) == suits
+    expected = task_loss(reference, batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
+    found["loss"].backward(), expected["loss"].backward()
+    torch.testing.assert_close(gradients(model), gradients(reference), atol=1e-6, rtol=1e-4)
+
+
+def test_a_window_longer_than_every_document_does_not_matter() -> None:
+    assert not varlen_attention.install(build(FAMILIES["mistral"]), longest=4)
+    assert "sliding_window" in varlen_attention.install(build(FAMILIES["mistral"]), longest=5)
+
+
+def test_attention_by_document_answers_prompts_as_before() -> None:
+    model = build(FAMILIES["llama"]).eval()
+    prompts = {
+        "input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+    }
+    expected = model.generate(**prompts, max_new_tokens=6, do_sample=False)
+    assert not varlen_attention.install(model, 20)
+    assert torch.equal(model.generate(**prompts, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_the_operation_of_attention_by_document_is_sound() -> None:
+    """torch's own check of custom operations: shapes, strides, gradients, tracing."""
+    query, key, value = (torch.randn(1, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 5, 5, 12, 12], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.runner.attention_by_document.default, (query, key, value, ends, 0.3))

@@ -1,0 +1,45 @@
+"""Files that cannot be written are named."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from runner import files
+from runner.errors import LaunchError
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "is_told"),
+    [
+        (errno.ENOSPC, None, True),
+        (errno.EACCES, "mine/000/run.json", True),
+        (errno.ENOTDIR, "", True),
+        (errno.ENAMETOOLONG, "mine/000", True),
+        (errno.EACCES, None, False),
+        (errno.EACCES, "rows.py", False),
+        (errno.ENOSPC, "elsewhere", False),
+        (errno.EAGAIN, None, False),
+        (errno.EPIPE, None, False),
+        (errno.EIO, None, False),
+        (errno.ENOENT, "mine/run.json", False),
+        (None, None, False),
+    ],
+)
+def test_only_what_is_wrong_with_the_folder_is_called_so(
+    tmp_path: Path, number: int | None, name: str | None, is_told: bool
+):
+    error = OSError("odd") if number is None else OSError(number, os.strerror(number))
+    error.filename = None if name is None else str(tmp_path / name)
+    with pytest.raises((OSError, LaunchError)) as caught, files.writing(tmp_path / "mine", LaunchError):
+        raise error
+    if is_told:
+        remedies = {errno.ENOSPC: "free disk space there", errno.ENAMETOOLONG: "use a shorter name"}
+        remedy = remedies.get(error.errno or 0, "set outputs_dir to a folder that can be written")
+        expected = f"outputs_dir={tmp_path}/mine: cannot be written: {error.strerror}\n    → {remedy}"
+        assert str(caught.value).startswith(expected)
+    else:
+        assert caught.value is error

@@ -1,0 +1,202 @@
+"""One process mirrors all runs of a sweep: real processes, real kills, and no training."""
+
+# ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fixtures.mirrored_runs import Server, assert_mirrored, eventually, finish, fresh_database, outputs, server, the_run
+from fixtures.mirrored_sweeps import (
+    THIS,
+    add_jobs,
+    enough,
+    make_sweep,
+    only_parents,
+    parent_of,
+    queue,
+    start_worker,
+    statuses,
+    worker,
+)
+
+from runner.tracking.mirror import spawn, sync
+from runner.tracking.rundir import DIED
+from runner.tracking.sweepdir import SweepDir
+
+# --- one process follows all ------------------------------------------------------------------------------------------
+
+
+class Queue:
+    """A queue of its own process: holds the lock and starts the workers it is told to."""
+
+    def __init__(self, sweep: SweepDir) -> None:
+        self.process = subprocess.Popen([sys.executable, str(THIS), "queue", str(sweep.path)], stdin=subprocess.PIPE)
+        eventually(sweep.is_worked_on)
+
+    def end(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        assert self.process.wait(10) == 0
+
+
+def started(sweep: SweepDir) -> subprocess.Popen[bytes]:
+    process = spawn.start_sweep_mirror(sweep)
+    assert process
+    assert spawn.wait_opened(process, sweep) == ""
+    return process
+
+
+def test_a_sweep_from_its_start_to_its_end(tmp_path: Path) -> None:
+    """Runs that begin later, runs at the same time, a failure, a cancelled one, one that was never started."""
+    sweep = make_sweep(tmp_path, 5)
+    first, second, third, fourth, _ = sweep.rundirs()
+    queue = Queue(sweep)
+    process = started(sweep)
+    assert statuses(sweep) == ["SCHEDULED"] * 5
+    workers = [start_worker(first), start_worker(second, "failed")]
+    eventually(lambda: statuses(sweep)[:3] == ["RUNNING", "RUNNING", "SCHEDULED"])
+    eventually(lambda: "train/loss" in the_run(second).data.metrics)
+    fourth.write_state(status="killed", reason="cancelled")
+    enough(second)
+    eventually(lambda: statuses(sweep) == ["RUNNING", "FAILED", "SCHEDULED", "KILLED", "SCHEDULED"])
+    eventually(lambda: parent_of(sweep).data.tags["runner.jobs_failed"] == "1")
+    assert parent_of(sweep).info.status == "RUNNING"
+    workers.append(start_worker(third))
+    enough(first)
+    enough(third)
+    assert [worker.wait(10) for worker in workers] == [0, 0, 0]
+    (added,) = add_jobs(sweep, 1)
+    assert spawn.open_in_mlflow(sweep) == ""
+    finish(added)
+    eventually(lambda: the_run(added).info.status == "FINISHED")
+    assert process.poll() is None, "a queue is at work"
+    queue.end()
+    result = spawn.wait_sweep_mirror(process, sweep)
+    assert result == spawn.SweepResult(0, f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
+    assert statuses(sweep) == ["FINISHED", "FAILED", "FINISHED", "KILLED", "KILLED", "FINISHED"]
+    assert (parent_of(sweep).info.status, only_parents(sweep)) == ("FAILED", 1)
+    for rundir, status in ((first, "FINISHED"), (second, "FAILED"), (third, "FINISHED"), (added, "FINISHED")):
+        assert_mirrored(rundir, status)
+
+
+def test_kill_9_of_the_queue_and_of_a_worker(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 3)
+    first, second, _ = sweep.rundirs()
+    queue = Queue(sweep)
+    process = started(sweep)
+    workers = [start_worker(first), start_worker(second)]
+    eventually(lambda: statuses(sweep)[:2] == ["RUNNING", "RUNNING"])
+    queue.process.kill()
+    queue.process.wait()
+    workers[0].kill()
+    eventually(lambda: statuses(sweep)[0] == "KILLED")
+    assert (first.read_state().status, first.read_state().reason) == ("killed", DIED)
+    assert process.poll() is None, "the other run goes on without its queue"
+    enough(second)
+    assert spawn.wait_sweep_mirror(process, sweep).untold == 0
+    assert process.returncode == 0
+    assert_mirrored(second, "FINISHED")
+    assert parent_of(sweep).info.status == "KILLED", "nobody will start the third"
+    assert statuses(sweep) == ["KILLED", "FINISHED", "KILLED"]
+    queue = Queue(sweep)
+    process = started(sweep)
+    assert parent_of(sweep).info.status == "RUNNING"
+    assert statuses(sweep)[2] == "SCHEDULED", "somebody will start it now"
+    queue.end()
+    assert process.wait(60) == 0
+    assert [worker.wait(10) for worker in workers] == [-9, 0]
+
+
+def test_the_next_mirror_goes_on_where_one_was_killed(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 2)
+    first, second = sweep.rundirs()
+    queue = Queue(sweep)
+    killed, waiting = started(sweep), started(sweep)
+    worker = start_worker(first)
+    eventually(lambda: "train/loss" in the_run(first).data.metrics)
+    finish(second)
+    eventually(lambda: spawn.read_report(second).get("told"))
+    killed.kill()
+    killed.wait()
+    enough(first)
+    assert worker.wait(10) == 0
+    queue.end()
+    assert waiting.wait(60) == 0
+    assert_mirrored(first, "FINISHED")
+    assert_mirrored(second, "FINISHED")
+    assert parent_of(sweep).info.status == "FINISHED"
+
+
+def test_a_run_that_has_a_mirror_is_left_alone(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 1)
+    (rundir,) = sweep.rundirs()
+    queue = Queue(sweep)
+    with rundir.mirror_lock.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        process = started(sweep)
+        finish(rundir)
+        queue.end()
+        time.sleep(2.5)
+        assert process.poll() is None
+        assert statuses(sweep) == ["SCHEDULED"]
+    assert process.wait(30) == 0
+    assert_mirrored(rundir, "FINISHED")
+
+
+def test_a_thousand_that_wait_are_not_read(outputs: Path) -> None:
+    """Between two looks nothing of a run that did not change is opened: counted by the kernel, in bytes."""
+    sweep = make_sweep(outputs, 40)
+    queue = Queue(sweep)
+    process = started(sweep)
+    eventually(lambda: "created all runs of the sweep in MLflow" in sweep.mirror_log.read_text())
+    time.sleep(1)
+    before = _bytes_read(process.pid)
+    time.sleep(2.5)  # two scans
+    read = _bytes_read(process.pid) - before
+    queue.end()
+    assert process.wait(30) == 0
+    size = sum(rundir.state.stat().st_size for rundir in sweep.rundirs())
+    assert read < size, f"{read} bytes in two scans, where all state files are {size}"
+
+
+def _bytes_read(pid: int) -> int:
+    counted = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(counted["rchar"])
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_and_comes_back(tmp_path: Path, server: Server) -> None:
+    """It is away when the sweep begins: the runs are made as soon as it answers; away at the end: sync brings it."""
+    server.kill()
+    sweep = make_sweep(tmp_path, 4, server.uri)
+    first, second, *_ = sweep.rundirs()
+    queue = Queue(sweep)
+    process = spawn.start_sweep_mirror(sweep)
+    assert "refused" in spawn.wait_opened(process, sweep)
+    worker = start_worker(first)
+    server.start()
+    eventually(lambda: sweep.read().get("mlflow"), 30)
+    eventually(lambda: statuses(sweep) == ["RUNNING", "SCHEDULED", "SCHEDULED", "SCHEDULED"], 30)
+    eventually(lambda: "train/loss" in the_run(first).data.metrics)
+    server.kill()
+    enough(first)
+    assert worker.wait(10) == 0
+    finish(second)
+    queue.end()
+    result = spawn.wait_sweep_mirror(process, sweep, 120)
+    assert process
+    assert (process.returncode, result.untold) == (3, 2)
+    assert "refused" in result.message
+    server.start()
+    assert [found.problem for found in sync.sync([sweep.path]) if found.status != "pending"] == ["", "", ""]
+    assert (statuses(sweep)[:2], only_parents(sweep)) == (["FINISHED", "FINISHED"], 1)
+    assert_mirrored(first, "FINISHED")
+    noted = sweep.read()["mlflow"]
+    assert noted["url"] == f"{server.uri}/#/experiments/{noted['experiment_id']}/runs/{noted['parent_run_id']}"
+    assert parent_of(sweep).info.status == "KILLED"

@@ -1,0 +1,187 @@
+"""A run folder in MLflow, with a real database and a real server."""
+
+# ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fixtures.mirrored_runs import (
+    REPORT,
+    Server,
+    assert_mirrored,
+    finish,
+    fresh_database,
+    history,
+    make_run,
+    outputs,
+    server,
+    the_run,
+)
+
+from runner.tracking import metrics_log
+from runner.tracking.mlflow import store
+from runner.tracking.mlflow.run import MlflowRun
+from runner.tracking.rundir import RunDir
+
+# --- what MLflow is told, in this process -----------------------------------------------------------------------------
+
+
+def test_a_whole_run(outputs: Path) -> None:
+    rundir = finish(make_run(outputs))
+    MlflowRun.of(rundir).update()
+    run, client = assert_mirrored(rundir, "FINISHED"), store.connect(f"sqlite:///{outputs}/mlflow.db")
+    assert run.info.run_name == "run"
+    assert run.info.start_time == 1_700_000_000_000
+    assert run.info.end_time == int(rundir.read_state().updated * 1000)
+    assert run.data.params["lora.r"] == "8"
+    assert run.data.params["lora.target_modules"] == '["q", "v"]'
+    assert run.data.params["tracking.uri"] == "null"
+    expected = {
+        "runner.signature": "0123456789abcdef", "runner.status": "completed", "runner.git_sha": "c0ffee",
+        "runner.git_dirty": "true", "runner.attempt": "1", "runner.folder": str(rundir.path),
+        "runner.id": rundir.read_manifest()["id"],
+        "mlflow.source.name": "python -m runner lora.r=8", "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": "c0ffee", "mlflow.runName": "run",
+    }  # fmt: skip
+    assert expected.items() <= run.data.tags.items()
+    assert "runner.reason" not in run.data.tags
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest, given.dataset.source_type) == ("chitchat", "d" * 36, "local")
+    assert json.loads(given.dataset.profile) == REPORT
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
+    kept = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert kept == {
+        "config.yaml", "manifest.json", "train.log", "samples.json", "environment.json", "dirty.diff", "model"
+    }  # fmt: skip
+    assert run.info.artifact_uri.startswith(f"file://{outputs}/mlartifacts/")
+    assert rundir.read_manifest()["mlflow"]["url"] is None
+
+
+def test_again_and_again_changes_nothing(outputs: Path) -> None:
+    rundir = finish(make_run(outputs))
+    MlflowRun.of(rundir).update()
+    first = the_run(rundir)
+    same = MlflowRun.of(rundir)
+    for _ in range(3):
+        same.update()
+    assert assert_mirrored(rundir, "FINISHED").to_dictionary() == first.to_dictionary()
+
+
+def test_a_crash_before_the_id_was_noted_makes_no_second_run(outputs: Path) -> None:
+    rundir = finish(make_run(outputs))
+    MlflowRun.of(rundir).update()
+    first = rundir.read_manifest()["mlflow"]["run_id"]
+    for noted in (None, {"run_id": "0" * 32}):
+        rundir.update_manifest(mlflow=noted)
+        MlflowRun.of(rundir).update()
+        assert rundir.read_manifest()["mlflow"]["run_id"] == first
+    assert_mirrored(rundir, "FINISHED")
+
+
+def test_a_copied_folder_is_a_run_of_its_own(outputs: Path) -> None:
+    rundir = finish(make_run(outputs))
+    MlflowRun.of(rundir).update()
+    twin = RunDir(outputs / "runs" / "twin")
+    shutil.copytree(rundir.path, twin.path)
+    twin.update_manifest(id="another")
+    MlflowRun.of(twin).update()
+    assert rundir.read_manifest()["mlflow"]["run_id"] != twin.read_manifest()["mlflow"]["run_id"]
+    assert_mirrored(twin, "FINISHED")
+
+
+def test_a_resume_goes_on_with_the_same_run(outputs: Path) -> None:
+    """The worker died at step 5, its checkpoint is of step 3: 4 and 5 come again and are in MLflow once."""
+    rundir = finish(make_run(outputs), range(1, 6), "preempted")
+    live = MlflowRun.of(rundir)
+    live.update()
+    assert assert_mirrored(rundir, "KILLED").data.tags["runner.status"] == "preempted"
+    metrics_log.rewind(rundir, 3)
+    rundir.write_state(status="running", reason="")
+    live.update()
+    assert the_run(rundir).info.status == "RUNNING"
+    config = yaml.safe_load(rundir.config.read_text())
+    rundir.config.write_text(yaml.safe_dump({**config, "seed": 1, "added": "x"}))
+    finish(rundir, range(4, 9))
+    MlflowRun.of(rundir).update()
+    run = assert_mirrored(rundir, "FINISHED")
+    assert run.data.params["seed"] == "0", "params never change in MLflow"
+    assert json.loads(run.data.tags["runner.changed_params"]) == {"seed": "1"}
+    assert run.data.params["added"] == "x"
+    assert live.sent == 3
+    live.update()
+    assert live.sent == 8, "a mirror that was there all the time sees the file cut back and grown anew"
+    assert_mirrored(rundir, "FINISHED")
+
+
+def test_deleted_runs_and_experiments_are_said_and_not_made_anew(outputs: Path) -> None:
+    rundir = finish(make_run(outputs))
+    MlflowRun.of(rundir).update()
+    noted, client = rundir.read_manifest()["mlflow"], store.connect(f"sqlite:///{outputs}/mlflow.db")
+    client.delete_run(noted["run_id"])
+    assert "was deleted" in MlflowRun.of(rundir).try_update()
+    client.restore_run(noted["run_id"])
+    assert MlflowRun.of(rundir).try_update() == ""
+    client.delete_experiment(noted["experiment_id"])
+    assert "tracking.experiment=tests: was deleted in MLflow" in MlflowRun.of(rundir).try_update()
+
+
+@pytest.mark.parametrize(
+    ("log_model", "adapter", "kept"), [("adapter", True, 1), ("adapter", False, 0), (True, False, 1), (False, True, 0)]
+)
+def test_the_model_is_kept_when_it_is_asked_for(outputs: Path, log_model: Any, adapter: bool, kept: int) -> None:
+    rundir = finish(make_run(outputs, log_model=log_model))
+    if not adapter:
+        (rundir.model / "adapter_config.json").rename(rundir.model / "config.json")
+    MlflowRun.of(rundir).update()
+    client = store.connect(f"sqlite:///{outputs}/mlflow.db")
+    assert len(client.list_artifacts(the_run(rundir).info.run_id, "model")) == kept
+    rundir.write_state(status="running")
+    rundir.write_state(status="completed")
+    MlflowRun.of(rundir).update()
+    assert len(the_run(rundir).outputs.model_outputs) == kept, "the column Models names it, once"
+
+
+def test_artifacts_that_cannot_be_stored_leave_no_run_running(outputs: Path) -> None:
+    rundir = finish(make_run(outputs))
+    live = MlflowRun.of(rundir)
+    rundir.write_state(status="running")
+    live.update()
+    (place,) = (outputs / "mlartifacts").iterdir()
+    shutil.rmtree(place / "artifacts")
+    (place / "artifacts").write_text("in the way")
+    rundir.write_state(status="completed")
+    assert live.try_update() != ""
+    assert the_run(rundir).info.status == "FINISHED"
+    (place / "artifacts").unlink()
+    assert live.try_update() == ""
+    assert "runner.mirrored" in the_run(rundir).data.tags
+
+
+def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) -> None:
+    rundir = make_run(tmp_path, uri=server.running().uri)
+    config = yaml.safe_load(rundir.config.read_text())
+    rundir.config.write_text(yaml.safe_dump({**config, "empty": "", "long": "x" * 7000}))
+    metrics_log.append(rundir, {"step": 0, "time": 1.7e9, "odd": math.nan, "high": math.inf})
+    finish(rundir)
+    for _ in range(2):
+        MlflowRun.of(rundir).update()
+    run, client = the_run(rundir), store.connect(server.uri)
+    assert math.isnan(history(client, run.info.run_id, "odd")[0][1])
+    assert history(client, run.info.run_id, "high") == [(0, sys.float_info.max)]
+    assert sorted(history(client, run.info.run_id, "train/loss")) == [(step, 1 / step) for step in range(1, 6)]
+    assert (run.data.params["empty"], len(run.data.params["long"])) == ('""', 6000)
+    assert len(run.inputs.dataset_inputs) == 1
+    assert {item.path for item in client.list_artifacts(run.info.run_id, "model")} == {"model/adapter_config.json"}
+    assert rundir.read_manifest()["mlflow"]["url"] == (
+        f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    )
+    assert not (tmp_path / "mlflow.db").exists()

@@ -1,0 +1,67 @@
+"""How a run stands: its folder against its lock and Slurm."""
+
+# ruff: noqa: F401 - fixtures are imported, then asked for by name
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+import pytest
+from fixtures.run_folders import _in_a_new_folder, played, submitted
+
+from runner.errors import Fault, LaunchError
+from runner.files import write_atomic
+from runner.tracking import run_status, slurm_client
+from runner.tracking.rundir import DIED
+
+
+@pytest.mark.parametrize(
+    ("job", "status", "reason"),
+    [
+        (slurm_client.Job("7", "PENDING", "BeginTime"), "requeued", "Slurm: BeginTime"),
+        (slurm_client.Job("7", "OUT_OF_MEMORY", signal=9), "failed", "Slurm: OUT_OF_MEMORY, signal 9"),
+        (slurm_client.Job("7", "NODE_FAIL", nodes="n1"), "killed", "Slurm: NODE_FAIL, on n1"),
+        (slurm_client.Job("7", "CANCELLED", is_guess=True), "killed", DIED),
+    ],
+)
+def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
+    job: slurm_client.Job, status: str, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    rundir = played("run", "killed", slurm={"job_id": "7", "cluster": "slurm", "submitted": 1.0})
+    rundir.write_state(reason=DIED, attempt=1)
+    monkeypatch.setattr(slurm_client, "silence", lambda: "")
+    monkeypatch.setattr(slurm_client, "jobs", lambda _: {"7": job})
+    [found] = run_status.of([rundir])
+    assert (found.status, found.reason) == (status, reason)
+    assert rundir.read_state().status == ("killed" if status == "requeued" else status)
+
+
+def test_a_job_that_nobody_noted_is_known_by_what_its_worker_wrote(monkeypatch: pytest.MonkeyPatch):
+    rundir = played("run", "running")
+    rundir.write_state(host="n7", scheduler_id="7")
+    monkeypatch.setattr(slurm_client, "silence", lambda: "")
+    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {id: slurm_client.Job(id, "RUNNING") for id in ids})
+    assert run_status.of([rundir])[0].status == "running"
+
+
+def test_slurm_that_answers_a_ping_alone_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    questions = []
+
+    def hang(of: object) -> NoReturn:
+        questions.append(of)
+        raise LaunchError(Fault("", "squeue: no answer within 60 s"))
+
+    for attribute in ("named", "jobs"):
+        monkeypatch.setattr(slurm_client, attribute, hang)
+    monkeypatch.setattr(slurm_client, "silence", lambda: "")
+    rundirs = [played(name, "pending") for name in ("a", "b")]
+    for rundir in rundirs:
+        note = {"name": rundir.path.name, "job_id": None, "cluster": "slurm", "folders": [str(rundir.path)]}
+        write_atomic(rundir.path / "slurm" / "runner-x.json", json.dumps(note))
+    noted = played("c", "pending", slurm={"job_id": "7", "cluster": "slurm", "submitted": 1.0})
+    assert run_status.of([*rundirs, noted])[2].status == "unknown"
+    assert questions == ["a"]
+    assert caplog.text.count("Slurm does not answer") == 1

@@ -1,0 +1,138 @@
+"""Several ranks against one process, in real processes over gloo: the same numbers and files."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import prepared
+from fixtures.ranks_of_a_run import OPTIONS, TORCHRUN, completed, environment, several, worked
+from safetensors.torch import load_file
+
+from runner.tracking import metrics_log
+from runner.tracking.rundir import RunDir
+
+TIMES = ("time", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction", "train/mfu")
+DROPOUT = ("lora.lora_dropout=0.2",)
+FULL = ("lora=none", "optim.learning_rate=1e-3")
+
+
+def alone(folder: Path, *overrides: str) -> RunDir:
+    from runner.train import worker
+
+    rundir = prepared(folder, *overrides)
+    assert worker.work(rundir) == 0
+    return rundir
+
+
+def of(rundir: RunDir, name: str) -> list[float]:
+    return [record[name] for record in metrics_log.read(rundir) if name in record]
+
+
+def weights(rundir: RunDir) -> dict[str, Any]:
+    (file,) = rundir.model.glob("*.safetensors")
+    return load_file(file)
+
+
+def outcome(rundir: RunDir) -> tuple[Any, ...]:
+    """All that must not depend on what happened on the way."""
+    records = [
+        {k: v for k, v in record.items() if k not in TIMES and not k.startswith("memory/")}
+        for record in metrics_log.read(rundir)
+    ]
+    (file,) = rundir.model.glob("*.safetensors")
+    return records, file.read_bytes()
+
+
+# The same numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "options", [(), ("data.packing=false",), FULL], ids=["adapter, packed", "adapter, padded", "full, packed"]
+)
+def test_two_processes_train_what_one_trains(tmp_path: Path, cache: Path, kind: str, options: tuple[str, ...]):
+    one = alone(tmp_path / "one", *OPTIONS, *options, "train.per_device_batch_size=4")
+    two = completed(tmp_path / "two", *OPTIONS, *options, *several(kind))
+    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/token_accuracy"):
+        assert of(two, name) == pytest.approx(of(one, name), abs=1e-5), name
+    assert of(two, "train/tokens") == of(one, "train/tokens")
+    assert of(two, "train/epoch") == of(one, "train/epoch")
+    found, expected = weights(two), weights(one)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].shape == tensor.shape
+        assert float((found[name] - tensor).abs().max()) < 1e-3, name
+    assert of(one, "train/loss")[-1] < of(one, "train/loss")[0]
+
+
+def test_ranks_that_have_no_row_left_take_part_all_the_same(tmp_path: Path, cache: Path):
+    """Five rows in an epoch, two ranks of two rows: the last micro-batch of the epoch leaves one rank nothing."""
+    few = (*OPTIONS, "data.packing=false", "data.train_rows=5", "data.eval_rows=3", "train.max_steps=null",
+           "train.num_train_epochs=2", "train.gradient_accumulation_steps=1")  # fmt: skip
+    one = alone(tmp_path / "one", *few, "train.per_device_batch_size=4")
+    two = completed(tmp_path / "two", *few, *several("ddp"))
+    assert of(two, "train/loss") == pytest.approx(of(one, "train/loss"), abs=1e-5)
+    assert of(two, "eval/loss") == pytest.approx(of(one, "eval/loss"), abs=1e-5)
+
+
+def test_dropout_differs_between_ranks_and_not_between_runs(tmp_path: Path, cache: Path):
+    from runner.train.loop import derived_seed
+
+    seeds = {derived_seed(0, step, rank) for step in range(50) for rank in range(8)}
+    assert len(seeds) == 400
+    assert derived_seed(0, 3) == derived_seed(0, 3, 0), "one process draws what rank 0 draws"
+
+
+MAKING = """
+import os, time
+from conftest import option
+from runner.models import pretrained
+if __name__ == "__main__":
+    from torch import distributed
+    distributed.init_process_group("gloo")
+    time.sleep(5 * (os.environ["RANK"] == "0"))
+    pretrained.resolve(option("model", "tiny")())
+    distributed.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_beyond_0_makes_a_whole_model_too(tmp_path: Path):
+    """transformers saves nothing but on rank 0; each machine may have a cache of its own."""
+    script = tmp_path / "making.py"
+    script.write_text(MAKING)
+    words = [*TORCHRUN[:5], str(script)]
+    env = {**environment(), "RUNNER_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "cache" / "models").glob("random-*")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+
+# Stopped, killed, continued
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("end", ["die", "term"])
+def test_a_run_that_was_stopped_or_killed_ends_with_the_same_weights(tmp_path: Path, cache: Path, kind: str, end: str):
+    options = (*OPTIONS, *DROPOUT, *several(kind), "train.save_steps=2", "train.sample_prompts=1")
+    undisturbed = completed(tmp_path / "whole", *options)
+    rundir = prepared(tmp_path / "halves", *options)
+    code, said = worked(rundir, end, "3", "1")
+    state = rundir.read_state()
+    if end == "die":
+        assert (code, state.status) == (1, "killed"), said
+        assert state.reason.startswith("one of the 2 ranks was killed (SIGKILL or out of memory)")
+    else:
+        assert (code, state.status) == (75, "preempted"), said
+        assert state.reason.startswith("stopped by SIGTERM; the state is saved at step ")
+    assert "Traceback" not in said
+    code, said = worked(rundir)
+    assert (code, rundir.read_state().attempt) == (0, 2), said
+    assert "resumed at step" in said
+    assert outcome(rundir) == outcome(undisturbed)
