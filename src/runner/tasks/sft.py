@@ -28,9 +28,10 @@ def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
     def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:
         from runner.data import chat_template
 
-        turns = [i for i, message in enumerate(example) if message["role"] == "assistant"]  # type: ignore[index]
-        if not turns or turns[0] == 0:
+        answers = (i for i, turn in enumerate(example) if turn["role"] == "assistant" and turn.get("train", True))  # type: ignore
+        answer = next(answers, 0)
+        if not answer:
             return None
-        return chat_template.prompt(list(example[: turns[0]]), tokenizer), str(example[turns[0]]["content"])  # type: ignore
+        return chat_template.prompt(list(example[:answer]), tokenizer), str(example[answer]["content"])  # type: ignore
 
     return Task("sft", True, encode, prompt, token_loss, token_metrics)
