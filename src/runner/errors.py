@@ -125,8 +125,8 @@ def visible(text: str) -> str:
 
 
 def quoted(value: object, limit: int = 60) -> str:
-    """A value of the data in quotes, short and on one line."""
-    return repr(_short(value, limit))
+    """A value of the data as Python writes it, short and on one line."""
+    return repr(_short(value, limit)) if isinstance(value, str) else _short(repr(value), limit)
 
 
 def _short(value: object, limit: int = 200) -> str:

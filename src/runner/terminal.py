@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.errors import visible
 from runner.secrets import redact
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class _Redacted(logging.Formatter):
     """Redacts secrets in the formatted record: message, arguments and traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return visible(redact(super().format(record)))
 
 
 class _TerminalFormat(logging.Formatter):
@@ -116,7 +117,7 @@ class _TerminalFormat(logging.Formatter):
             text = f"{record.levelname.lower()}: {text}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        return redact(text)
+        return visible(redact(text))
 
 
 class Display:
@@ -182,7 +183,7 @@ def loading(what: str) -> None:
 
 def say(text: str) -> None:
     """Print a line to stdout and write it to the log."""
-    text = redact(text)
+    text = visible(redact(text))
     print(text)
     log.info(text, extra={"quiet": True})
 
@@ -191,7 +192,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table to stdout and write its rows to the log as plain lines."""
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", show_header=any(columns))
+    rows = [[visible(cell) for cell in row] for row in rows]
+    grid = Table(title=visible(title), title_justify="left", show_header=any(columns))
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:

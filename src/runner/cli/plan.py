@@ -9,6 +9,7 @@ from typing import Any
 from runner import terminal
 from runner.cli import jobs
 from runner.data.packing import IGNORED
+from runner.errors import visible
 from runner.train import report
 
 HELP = """python -m runner plan [overrides]
@@ -95,12 +96,11 @@ def _data_rows(cfg: Mapping[str, Any], run_inputs: Any) -> list[tuple[str, str]]
     counts, layout = run_inputs.splits.report, "packed" if cfg["data"]["packing"] else "padded"
     left_out = {
         "duplicates": counts.duplicates,
-        "too long, dropped": counts.dropped,
         "without trained tokens": counts.masked_out,
         "with a prompt of the held-out set, dropped": counts.leaked,
     }
     text = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none left out"
-    text += f"; {report.truncated(cfg, counts)}" if counts.truncated else ""
+    text += f"; {report.too_long(cfg, counts)}" if counts.truncated or counts.dropped else ""
     trained = counts.train_trained_tokens / counts.train_tokens
     return [
         ("data", f"{run_inputs.splits.name}: {counts.rows_read} rows read; {text}"),
@@ -109,7 +109,11 @@ def _data_rows(cfg: Mapping[str, Any], run_inputs: Any) -> list[tuple[str, str]]
             f"{counts.train_rows} rows{_limited(cfg, 'train_rows')}, {counts.train_tokens} tokens, "
             f"{trained:.0%} of them trained",
         ),
-        ("held out", f"{counts.eval_rows} rows{_limited(cfg, 'eval_rows')}, {counts.eval_tokens} tokens"),
+        (
+            "held out",
+            f"{counts.eval_rows} rows{_limited(cfg, 'eval_rows')}, {counts.eval_tokens} tokens"
+            + (f"\nwarning: {few}" if (few := report.few_held_out(counts.eval_rows)) else ""),
+        ),
         ("batches", f"{layout}, {run_inputs.batches.efficiency:.1%} of the token slots are used"),
     ]
 
@@ -149,7 +153,7 @@ def _marked(run_inputs: Any, limit: int = 300) -> str:
     text, start = "", 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or trained[end] != trained[start]:
-            piece = run_inputs.tokenizer.decode(ids[start:end])
+            piece = visible(run_inputs.tokenizer.decode(ids[start:end]))
             text += _mark(piece) if trained[start] else piece
             start = end
     return text + (" …" if len(ids) == limit else "")

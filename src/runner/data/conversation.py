@@ -33,6 +33,14 @@ _CALLS = ("tools", "functions", "tool_calls", "function_call")
 TURN_WORDS = (*_CALLS, *_REASONING, *_MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable", "loss_mask",
               "mask", "refusal", "tool_plan")  # fmt: skip
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "loss_mask")
+KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 VERDICTS = ("label", "kto_tag")
 """Whether the answer of a row is a good one."""
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -84,6 +92,8 @@ def refuse_unused(
     for parameter, meant in offers.items():
         if key := next((key for owner, key, word in found if word in meant and owner == "the row"), None):
             remedy = f"use it with data.format.{parameter}={key}, or {remedy}"
+    if not offers and any(word in SYSTEM for _, _, word in found):
+        remedy = f"make it the first message, with the role system, or {remedy}"
     if ignore is None:
         remedy = "leave the row out, or give messages without this key"
     raise DataError(Fault("data.format", problem, remedy))
@@ -96,7 +106,7 @@ def text_of(value: object, what: str) -> str:
         DataError: it is no text, or holds half of a character.
     """
     if not isinstance(value, str):
-        problem = f"{what} is {type(value).__name__}; only text can be trained on"
+        problem = f"{what} is {KINDS.get(type(value), type(value).__name__)}; only text can be trained on"
         raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
     try:
         value.encode()
@@ -151,7 +161,7 @@ def checked(conversation: list[Message]) -> list[Message]:
 def _message(number: int, turn: Row, role: str, content: str, ignore: Collection[str]) -> Message:
     name, what = turn[role], f"message {number}"
     if not isinstance(name, str):
-        problem = f"{what} has a role that is {type(name).__name__}, not a text"
+        problem = f"the role of {what} is {KINDS.get(type(name), type(name).__name__)}, not a text"
         raise DataError(Fault("", f"{problem}; allowed: {', '.join(ROLES)}", "correct the role in the data"))
     name = OTHER_NAMES.get(name, name)
     if name in TOOL_CALLS:
@@ -159,7 +169,8 @@ def _message(number: int, turn: Row, role: str, content: str, ignore: Collection
         raise DataError(Fault("data.format", problem, "leave the row out"))
     text = "" if name == "assistant" and turn[content] is None else _content(turn[content], f"the content of {what}")
     message = said(name, text, f"the content of {what}")
-    if len(turn) > 2 and (train := _train(turn, what, {role, content, *ignore})) is not None:
+    train = _train(turn, what, {role, content, *ignore}) if len(turn) > 2 else None
+    if train is not None and (name != "assistant" or not train):  # an answer of weight 1 is like any other
         message["train"] = train
     return message
 

@@ -9,6 +9,7 @@ import array
 import hashlib
 import json
 import logging
+import math
 import secrets
 import shutil
 from collections import Counter
@@ -31,7 +32,7 @@ from runner.files import cache_dir, locked, write_atomic
 if TYPE_CHECKING:
     from runner.data.sources import Source
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of the cache key. Increase it when a code change alters the tokens of the same data and settings."""
 SAMPLES = 8
 """Held-out prompts kept for text samples during training."""
@@ -63,6 +64,8 @@ class DataReport:
     """Rows removed because no token within ``data.max_length`` has a label."""
     longest: int = 0
     """Tokens of the longest row, before truncating or dropping."""
+    longest_of_95_percent: int = 0
+    """Tokens of the longest row if the longest 5 % are left out: as ``data.max_length`` it affects at most 5 %."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,8 @@ def every_row(
     counts: Counter[str] = Counter()
     records = source.train if source.eval is None else source.eval
     items = splits.limit(splits.collect(records, format_fn, settings.deduplicate, counts), settings.eval_rows)
-    rows = _split("eval", items, task, tokenizer, settings, counts)
-    return rows, DataReport(**counts)
+    rows, lengths = _split("eval", items, task, tokenizer, settings, counts)
+    return rows, _report(counts, lengths)
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class _Columns(NamedTuple):
     ids: array.array
     labels: array.array
     offsets: list[int]
+    lengths: list[int]
+    """Tokens of each row before truncating or dropping."""
 
 
 def _tokenise(
@@ -166,16 +171,24 @@ def _tokenise(
     else:
         kept, held_out = splits.split_by_prompt(train, settings.eval_fraction)
     chosen = {"train": splits.limit(kept, settings.train_rows), "eval": splits.limit(held_out, settings.eval_rows)}
-    rows = {split: _split(split, items, task, tokenizer, settings, counts) for split, items in chosen.items()}
+    rows, lengths = dict[str, Rows](), list[int]()
+    for split, items in chosen.items():
+        rows[split], of_split = _split(split, items, task, tokenizer, settings, counts)
+        lengths += of_split
     prompts_with_answers = (task.prompt(item.example, tokenizer) for item in chosen["eval"][:SAMPLES])
     samples = [{"prompt": prompt, "reference": reference} for prompt, reference in filter(None, prompts_with_answers)]
-    return _CacheEntry(rows["train"], rows["eval"], DataReport(**counts), samples)
+    return _CacheEntry(rows["train"], rows["eval"], _report(counts, lengths), samples)
+
+
+def _report(counts: Counter[str], lengths: list[int]) -> DataReport:
+    most = sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1]
+    return DataReport(**counts, longest_of_95_percent=most)
 
 
 def _split(
     split: str, items: list[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
-) -> Rows:
-    """Tokenise one split; adds to ``counts``."""
+) -> tuple[Rows, list[int]]:
+    """(tokenised split, tokens of each row before truncating); adds to ``counts``."""
     columns = _encode(items, task, tokenizer, settings, counts)
     if len(columns.offsets) == 1:
         raise _no_rows(split, items, counts, settings)
@@ -183,13 +196,13 @@ def _split(
     counts[f"{split}_rows"] += len(rows)
     counts[f"{split}_tokens"] += len(columns.ids)
     counts[f"{split}_trained_tokens"] += _count_trained(rows)
-    return rows
+    return rows, columns.lengths
 
 
 def _encode(
     items: Iterable[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
 ) -> _Columns:
-    columns = _Columns(array.array("i"), array.array("i"), [0])
+    columns = _Columns(array.array("i"), array.array("i"), [0], [])
     for item in items:
         try:
             features = task.encode(item.example, tokenizer, settings.max_length)
@@ -199,6 +212,7 @@ def _encode(
         for feature in features:
             ids, labels = feature["input_ids"], feature["labels"]
             counts["longest"] = max(counts["longest"], len(ids))
+            columns.lengths.append(len(ids))
             if len(ids) > settings.max_length:
                 counts["truncated" if settings.overlong == "truncate" else "dropped"] += 1
                 if settings.overlong == "drop":

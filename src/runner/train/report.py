@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from runner.train.inputs import Inputs
     from runner.train.loop import Parts
 
-MANY_TRUNCATED = 0.1
-"""Fraction of truncated rows above which the header also shows the longest row."""
+FEW_HELD_OUT = 10
+"""Held-out rows below which the held-out loss depends on which rows they are."""
 NOTHING = "(nothing)"
 """Shown for an empty answer of the model."""
 log = logging.getLogger("runner")
@@ -49,19 +49,29 @@ def header(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDir)
             f"{_compiled(parts)}{_hint(cfg, parts)}{_processes(cfg, parts)}",
             "data": f"{cfg['data'].get('path') or inputs.splits.name}: {data.train_rows} training rows, "
             f"{data.eval_rows} held out, batches {parts.batches.efficiency:.0%} full"
-            + (f", {truncated(cfg, data)}" if data.truncated else "")
-            + (f", {data.dropped} dropped" if data.dropped else ""),
+            + (f", {too_long(cfg, data)}" if data.truncated or data.dropped else ""),
             "steps": f"{inputs.total_steps} of about {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
         }
     )
+    if few := few_held_out(data.eval_rows):
+        log.warning(f"{few}\n    → raise data.eval_fraction, add rows, or name rows to evaluate on (data.eval_path)")
 
 
-def truncated(cfg: Mapping[str, Any], data: DataReport) -> str:
-    """How many rows are truncated, with the longest row if many are."""
-    many = data.truncated > MANY_TRUNCATED * (data.train_rows + data.eval_rows)
-    longest = f" (the longest has {data.longest} tokens)" if many else ""
-    return f"{data.truncated} truncated at data.max_length={cfg['data']['max_length']}{longest}"
+def too_long(cfg: Mapping[str, Any], data: DataReport) -> str:
+    """How many rows are truncated or dropped, and which ``data.max_length`` would change that."""
+    limit, longest, most = cfg["data"]["max_length"], data.longest, data.longest_of_95_percent
+    counts = f"{data.truncated} truncated" if data.truncated else f"{data.dropped} dropped"
+    five = f", {most} for at most 5 %" if limit < most < longest else ""
+    return f"{counts} at data.max_length={limit} ({longest} for none{five})"
+
+
+def few_held_out(rows: int) -> str:
+    """A warning if few rows are held out; an empty string if they are enough."""
+    if rows >= FEW_HELD_OUT:
+        return ""
+    held_out = "1 row is" if rows == 1 else f"{rows} rows are"
+    return f"only {held_out} held out: the held-out loss, and which run is best by it, is mostly chance"
 
 
 def _of_batch(parts: Parts) -> str:
@@ -182,6 +192,9 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     state = rundir.read_state()
     if state.status == "completed":
         terminal.table("", ["", ""], _summary_rows(state.summary))
+        report = (rundir.read_manifest().get("data") or {}).get("report") or {}
+        if few := few_held_out(report.get("eval_rows", FEW_HELD_OUT)):
+            terminal.say(f"note     {few}")
         _show_samples(rundir)
         terminal.say(f"model    {rundir.model}")
     terminal.say(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
