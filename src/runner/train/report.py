@@ -62,8 +62,8 @@ def too_long(cfg: Mapping[str, Any], data: DataReport) -> str:
     """How many rows are truncated or dropped, and which ``data.max_length`` would change that."""
     limit, longest, most = cfg["data"]["max_length"], data.longest, data.longest_of_95_percent
     counts = f"{data.truncated} truncated" if data.truncated else f"{data.dropped} dropped"
-    five = f", {most} for at most 5 %" if limit < most < longest else ""
-    return f"{counts} at data.max_length={limit} ({longest} for none{five})"
+    five = f", at most 5 % at {most}" if limit < most < longest else ""
+    return f"{counts} at data.max_length={limit} (none at {longest}{five})"
 
 
 def few_held_out(rows: int) -> str:
