@@ -15,9 +15,3 @@ def test_rows_that_are_too_long_are_shown_with_the_limits_that_change_it():
     assert report.too_long(CFG, few) == "2 truncated at data.max_length=256 (none at 300)"
     dropped = DataReport(dropped=3, longest=300, longest_of_95_percent=300)
     assert report.too_long(CFG, dropped) == "3 dropped at data.max_length=256 (none at 300)"
-
-
-def test_few_held_out_rows_are_a_warning():
-    assert "only 1 row is held out" in report.few_held_out(1)
-    assert "only 9 rows are held out" in report.few_held_out(9)
-    assert report.few_held_out(10) == ""

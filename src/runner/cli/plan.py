@@ -8,6 +8,7 @@ from typing import Any
 
 from runner import terminal
 from runner.cli import jobs
+from runner.config import schema
 from runner.data.packing import IGNORED
 from runner.errors import visible
 from runner.train import report
@@ -112,7 +113,7 @@ def _data_rows(cfg: Mapping[str, Any], run_inputs: Any) -> list[tuple[str, str]]
         (
             "held out",
             f"{counts.eval_rows} rows{_limited(cfg, 'eval_rows')}, {counts.eval_tokens} tokens"
-            + (f"\nwarning: {few}" if (few := report.few_held_out(counts.eval_rows)) else ""),
+            + (f"\nwarning: {few}" if (few := schema.few_held_out(counts.eval_rows)) else ""),
         ),
         ("batches", f"{layout}, {run_inputs.batches.efficiency:.1%} of the token slots are used"),
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
-from runner.config import user_code
+from runner.config import schema, user_code
 from runner.models.kernels import compilation
 from runner.tracking import metrics_log
 from runner.tracking.manifest import signature
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from runner.train.inputs import Inputs
     from runner.train.loop import Parts
 
-FEW_HELD_OUT = 10
-"""Held-out rows below which the held-out loss depends on which rows they are."""
 NOTHING = "(nothing)"
 """Shown for an empty answer of the model."""
 log = logging.getLogger("runner")
@@ -54,7 +52,7 @@ def header(cfg: Mapping[str, Any], inputs: Inputs, parts: Parts, rundir: RunDir)
             f"{_of_batch(parts)}{inputs.cut}",
         }
     )
-    if few := few_held_out(data.eval_rows):
+    if few := schema.few_held_out(data.eval_rows):
         log.warning(f"{few}\n    → raise data.eval_fraction, add rows, or name rows to evaluate on (data.eval_path)")
 
 
@@ -64,14 +62,6 @@ def too_long(cfg: Mapping[str, Any], data: DataReport) -> str:
     counts = f"{data.truncated} truncated" if data.truncated else f"{data.dropped} dropped"
     five = f", at most 5 % at {most}" if limit < most < longest else ""
     return f"{counts} at data.max_length={limit} (none at {longest}{five})"
-
-
-def few_held_out(rows: int) -> str:
-    """A warning if few rows are held out; an empty string if they are enough."""
-    if rows >= FEW_HELD_OUT:
-        return ""
-    held_out = "1 row is" if rows == 1 else f"{rows} rows are"
-    return f"only {held_out} held out: the held-out loss, and which run is best by it, is mostly chance"
 
 
 def _of_batch(parts: Parts) -> str:
@@ -193,7 +183,7 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     if state.status == "completed":
         terminal.table("", ["", ""], _summary_rows(state.summary))
         report = (rundir.read_manifest().get("data") or {}).get("report") or {}
-        if few := few_held_out(report.get("eval_rows", FEW_HELD_OUT)):
+        if few := schema.few_held_out(report.get("eval_rows")):
             terminal.say(f"note     {few}")
         _show_samples(rundir)
         terminal.say(f"model    {rundir.model}")

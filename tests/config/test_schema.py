@@ -1,0 +1,11 @@
+"""Checks of the data settings that need no data."""
+
+from __future__ import annotations
+
+from runner.config import schema
+
+
+def test_few_held_out_rows_are_a_warning():
+    assert "only 1 row is held out" in schema.few_held_out(1)
+    assert "only 9 rows are held out" in schema.few_held_out(9)
+    assert schema.few_held_out(10) == schema.few_held_out(None) == ""
