@@ -202,7 +202,8 @@ LOOP = "{% for a in range(99999) %}" * 3 + "{% set b = a %}" + "{% endfor %}" * 
     ("template", "problem"),
     [
         (LOOP, "takes more than 0.2 s for one conversation"),
-        ("{{ 'a' * 100000000000000 }}", "writes more text than the memory holds"),
+        ("{{ 'a' * 100000000000000 }}", "writes more than 100,000,000 characters"),
+        ("{{ 'a' * 100000100 }}", "writes more than 100,000,000 characters"),
     ],
 )
 @pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])

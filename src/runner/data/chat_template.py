@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 TrainOn = Literal["assistant", "last", "all"]
 LONGEST_RENDERING_S = 20.0
 """A chat template that takes longer for one conversation is refused: it probably loops for ever."""
+MOST_CHARACTERS = 10**8
+"""A chat template that writes more for one conversation, beside its contents, is refused."""
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -105,11 +107,12 @@ class _Template:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         with self._rendering():
-            return str(
-                self.tokenizer.apply_chat_template(
-                    _plain(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-                )
+            rendered: Any = self.tokenizer.apply_chat_template(
+                _plain(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
+            if len(rendered) > MOST_CHARACTERS + sum(len(message["content"]) for message in messages):
+                raise MemoryError
+            return str(rendered)
 
     @contextlib.contextmanager
     def _rendering(self) -> Iterator[None]:
@@ -122,7 +125,7 @@ class _Template:
             problem = f"the model's chat template takes more than {LONGEST_RENDERING_S:g} s for one conversation"
             raise ConfigError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path)) from None
         except MemoryError:
-            problem = "the model's chat template writes more text than the memory holds"
+            problem = f"the model's chat template writes more than {MOST_CHARACTERS:,} characters for one conversation"
             raise ConfigError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path)) from None
         except Exception as error:  # a template is a program: it may fail in any way
             problem = f"the model's chat template rejects this conversation: {error or type(error).__name__}"

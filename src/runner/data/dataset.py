@@ -257,7 +257,8 @@ def _no_rows(split: str, items: list[Item], counts: Counter[str], settings: Data
     problem = f"none of the {len(items)} {kind} rows has a label: all tokens are masked"
     if counts["truncated"]:
         problem += f" ({counts['truncated']} rows were truncated to data.max_length={settings.max_length})"
-    remedy = "increase data.max_length, check that answers have the role assistant, or set task.train_on=all"
+    remedy = "increase data.max_length, check that answers have the role assistant and not the weight 0, "
+    remedy += "or set task.train_on=all"
     return DataError(Fault("task.train_on", problem, remedy))
 
 

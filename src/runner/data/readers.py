@@ -48,7 +48,8 @@ def find_files(key: str, path: str) -> list[Path]:
     try:
         return _find(key, path, Path(path).expanduser())
     except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
-        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        where = getattr(error, "filename", None)
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}" + (f" ({where})" if where else "")
         raise DataError(Fault(key, problem, "correct the path, or its permissions", path)) from None
 
 
