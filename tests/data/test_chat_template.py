@@ -201,14 +201,15 @@ LOOP = "{% for a in range(99999) %}" * 3 + "{% set b = a %}" + "{% endfor %}" * 
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        (LOOP, "takes more than 0.2 s for one conversation"),
-        ("{{ 'a' * 100000000000000 }}", "writes more than 100,000,000 characters"),
-        ("{{ 'a' * 100000100 }}", "writes more than 100,000,000 characters"),
+        (LOOP, "takes more than 2 s for one conversation"),
+        ("{{ 'a' * 100000000000000 }}", "writes more than 9,000 characters"),
+        ("{{ 'a' * 9100 }}", "writes more than 9,000 characters"),
     ],
 )
 @pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])
 def test_a_template_without_an_end(template, problem, mark, monkeypatch):
-    monkeypatch.setattr(chat_template, "LONGEST_RENDERING_S", 0.2)
+    monkeypatch.setattr(chat_template, "LONGEST_RENDERING_S", 2.0)
+    monkeypatch.setattr(chat_template, "MOST_CHARACTERS", 9000)
     with pytest.raises(ConfigError, match=problem) as caught:
         chat_template.encode(TALK, with_template(mark + template), "assistant")
     assert caught.value.faults[0].key == "model.path"
