@@ -107,7 +107,7 @@ def custom(row: Row, *, function: str, _code_: list[str] | None = None) -> Examp
     call = _load(function, tuple(_code_ or ()))
     try:
         result = call(dict(row))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"failed on this row: {type(error).__name__}: {error}"
         raise DataError(Fault("data.format.function", problem, "correct the function", function)) from error
     return checked(result, "data.format.function", function)
@@ -130,7 +130,7 @@ def _own(call: Callable[[dict[str, Any]], Any], name: str, row: Row) -> Example:
         result = call(dict(row))
     except RunnerError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"{name} failed on this row: {type(error).__name__}: {error}"
         raise DataError(Fault("data.format", problem, "correct the function, or leave the row out")) from error
     return checked(result, "data.format", name)
@@ -245,7 +245,7 @@ def _load(function: str, code: tuple[str, ...]) -> Callable[[dict[str, Any]], An
         raise ConfigError(
             *(replace(fault, key="data.format.function", value=function) for fault in error.faults)
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"cannot be imported: {type(error).__name__}: {error}"
         raise ConfigError(Fault("data.format.function", problem, "correct the file", function)) from error
     if not callable(found):
@@ -296,7 +296,7 @@ def _role(speaker: object, roles: Mapping[str, str]) -> str:
     if speaker in conversation.TOOL_CALLS:
         problem = f"the speaker {quoted(speaker)} calls a tool: tools are not supported"
         remedy = f"leave the row out, or train its text as an answer: +data.format.roles.{speaker}=assistant"
-    elif not isinstance(speaker, str):
+    elif not isinstance(speaker, str) or not speaker.isidentifier():
         remedy = "correct the speaker in the data"
     raise DataError(Fault("data.format.roles", problem, remedy))
 
