@@ -17,6 +17,7 @@ Stopped                         not an error: the run received a request to stop
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,10 @@ LESS_MEMORY = (
     "or a smaller data.max_length"
 )
 """The remedy for a run that is out of memory."""
+LONGEST = 2000
+"""Characters of a problem that are shown: it may quote data."""
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters of terminals and of the direction of writing, and lone surrogates; not newline and tab."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class Fault:
         return replace(self, key=".".join(part for part in (prefix, self.key) if part))
 
     def __str__(self) -> str:
-        shown = "" if self.value is ... else f"={_short(self.value)}"
-        text = f"{self.key}{shown}: {self.problem}" if self.key else self.problem
-        return f"{text}\n    → {self.remedy}" if self.remedy else text
+        shown, problem = "" if self.value is ... else f"={_short(self.value)}", _short(self.problem, LONGEST)
+        text = f"{self.key}{shown}: {problem}" if self.key else problem
+        return visible(f"{text}\n    → {_short(self.remedy, LONGEST)}" if self.remedy else text)
 
 
 class RunnerError(Exception):
@@ -112,6 +117,16 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
     """``did you mean 'x'?`` with the most similar word of ``allowed``; an empty string if no word is similar."""
     similar = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f"did you mean '{similar[0]}'?" if similar else ""
+
+
+def visible(text: str) -> str:
+    """The text with control characters as escapes (``\\x1b``), so that what it quotes cannot steer the terminal."""
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """A value of the data as Python writes it, short and on one line."""
+    return repr(_short(value, limit)) if isinstance(value, str) else _short(repr(value), limit)
 
 
 def _short(value: object, limit: int = 200) -> str:

@@ -15,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.errors import visible
 from runner.secrets import redact
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class _Redacted(logging.Formatter):
     """Redacts secrets in the formatted record: message, arguments and traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return visible(redact(super().format(record)))
 
 
 class _TerminalFormat(logging.Formatter):
@@ -117,7 +118,7 @@ class _TerminalFormat(logging.Formatter):
             text = f"{record.levelname.lower()}: {text}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        return redact(text)
+        return visible(redact(text))
 
 
 class Display:
@@ -197,7 +198,7 @@ def progress(what: str, every_s: float = 5.0) -> Callable[[int, int], None]:
 
 def say(text: str) -> None:
     """Print a line to stdout and write it to the log."""
-    text = redact(text)
+    text = visible(redact(text))
     print(text)
     log.info(text, extra={"quiet": True})
 
@@ -206,7 +207,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table to stdout and write its rows to the log as plain lines."""
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", show_header=any(columns))
+    rows = [[visible(cell) for cell in row] for row in rows]
+    grid = Table(title=visible(title), title_justify="left", show_header=any(columns))
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import groupby
 
 import pytest
@@ -127,11 +128,11 @@ def test_the_two_ways_of_finding_answers_agree(messages, template):
     skeleton = found._skeleton(tuple(message["role"] for message in messages))
     laid = skeleton.match(messages, text) if skeleton else None
     try:
-        by_prefixes = list(found._find_by_prefixes(messages, text))
+        by_prefixes = dict(found._find_by_prefixes(messages, text))
     except ConfigError:
         assert template == "mistral"  # the system prompt wanders: no prefix of it is a prefix
         return
-    assert laid is None or laid == by_prefixes
+    assert laid is None or {number: laid[number] for number in by_prefixes} == by_prefixes
 
 
 def test_the_prompt_ends_where_the_answer_begins():
@@ -158,3 +159,63 @@ def test_a_tokenizer_without_template_is_refused_with_the_remedy():
 def test_a_conversation_the_template_refuses():
     with pytest.raises(DataError, match="roles must alternate"):
         chat_template.encode([TALK[0], TALK[0], TALK[1]], build("mistral"), "assistant")
+
+
+WEIGHED = [TALK[0], {**TALK[1], "train": False}, *TALK[2:]]
+
+
+@pytest.mark.parametrize("template", ["smollm2", "llama3", "qwen", "marked"])
+def test_a_turn_of_weight_0_is_read_but_not_trained(template):
+    (only,) = trained(WEIGHED, template)
+    assert only.startswith(SECOND)
+    assert trained([{**message, "train": False} for message in TALK], template) == []
+    assert trained([*TALK[:3], {**TALK[3], "train": False}], template, "last") == []
+    assert "".join(trained(WEIGHED, template, "all")).count(FIRST) == 0
+    assert SECOND in "".join(trained(WEIGHED, template, "all"))
+
+
+def test_a_users_turn_is_trained_or_left_out_as_the_row_says():
+    opened = [{**TALK[0], "train": True}, *TALK[1:]]
+    assert trained(opened, "smollm2") == ["Hello there!<|im_end|>", f"{FIRST}<|im_end|>", f"{SECOND}<|im_end|>"]
+    hidden = "".join(trained([{**TALK[0], "train": False}, *TALK[1:]], "mistral", "all"))
+    assert "Hello there!" not in hidden
+    assert FIRST in hidden
+
+
+def test_a_weight_that_the_template_hides_is_refused():
+    with pytest.raises(ConfigError, match="do not show each turn to which the row gives a weight"):
+        chat_template.encode([{**TALK[0], "train": True}, *TALK[1:]], build("marked"), "assistant")
+    with pytest.raises(ConfigError, match="weights to turns that are not the assistant's"):
+        chat_template.encode([{**THOUGHT[0], "train": True}, *THOUGHT[1:]], build("qwen3"), "assistant")
+
+
+def with_template(text: str):
+    tokenizer = copy.deepcopy(build("smollm2"))
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+LOOP = "{% for a in range(99999) %}" * 3 + "{% set b = a %}" + "{% endfor %}" * 3
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (LOOP, "takes more than 2 s for one conversation"),
+        ("{{ 'a' * 100000000000000 }}", "writes more than 9,000 characters"),
+        ("{{ 'a' * 9100 }}", "writes more than 9,000 characters"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])
+def test_a_template_without_an_end(template, problem, mark, monkeypatch):
+    monkeypatch.setattr(chat_template, "LONGEST_RENDERING_S", 2.0)
+    monkeypatch.setattr(chat_template, "MOST_CHARACTERS", 9000)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        chat_template.encode(TALK, with_template(mark + template), "assistant")
+    assert caught.value.faults[0].key == "model.path"
+
+
+@pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])
+def test_any_failure_of_a_template_is_one_message(mark):
+    with pytest.raises(DataError, match="rejects this conversation: division by zero"):
+        chat_template.encode(TALK, with_template(mark + "{{ 1 / 0 }}"), "assistant")

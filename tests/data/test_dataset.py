@@ -49,6 +49,36 @@ def test_the_report_counts_what_became_of_the_rows():
     assert json.loads(json.dumps(vars(report))) == vars(report)
 
 
+def test_the_report_names_the_limits_that_truncate_none_or_few():
+    rows = [talk(number, words=words) for number, words in enumerate(range(1, 41))]
+    report = load(rows).report
+    assert load(rows, max_length=report.longest).report.truncated == 0
+    assert load(rows, max_length=report.longest - 1).report.truncated == 1
+    assert load(rows, max_length=report.longest_of_95_percent).report.truncated == 2  # 5 % of 40
+    assert load(rows, max_length=report.longest_of_95_percent - 1).report.truncated == 3
+    assert load(rows, overlong="drop").report.longest_of_95_percent == report.longest_of_95_percent
+
+
+def test_rows_that_differ_only_in_their_weights_are_no_duplicates():
+    masked, alike = talk(1), talk(1)
+    masked["messages"][1] = {**masked["messages"][1], "weight": 0}
+    alike["messages"][1] = {**alike["messages"][1], "weight": 1}
+    splits = load([talk(1), masked, alike, *map(talk, range(2, 20))])
+    assert (splits.report.duplicates, splits.report.masked_out) == (1, 1)
+
+
+def test_the_reference_of_a_sample_is_an_answer_that_is_trained():
+    def row(number: int) -> dict:
+        first, second = talk(number)["messages"], talk(number + 100)["messages"]
+        return {"messages": [first[0], {**first[1], "train": False}, *second]}
+
+    splits = load(map(row, range(30)))
+    assert splits.samples
+    for sample in splits.samples:
+        assert sample["reference"].startswith("answer 1")
+        assert "answer" in sample["prompt"]
+
+
 def test_trained_tokens_are_those_that_batches_train():
     splits = load(map(talk, range(30)))
     passed = list(batches(splits.train, max_length=LENGTH).one_pass())

@@ -136,6 +136,9 @@ def own(tmp_path):
             def to_nothing(row):
                 return None
 
+            def to_the_end(row):
+                raise SystemExit(0)
+
             number = 3
         """)
     )
@@ -207,6 +210,8 @@ def test_what_a_function_gives_is_checked(own):
         custom(f"{own}:to_messages")({})
     with pytest.raises(DataError, match="is empty"):
         custom(f"{own}:to_messages")({"q": "?", "a": ""})
+    with pytest.raises(DataError, match="failed on this row: SystemExit: 0"):
+        custom(f"{own}:to_the_end")({})
 
 
 def test_functions_that_cannot_be_had(own):

@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fixtures.data_files import ROWS, folder, local, places, rows, write
 
@@ -36,6 +38,77 @@ def test_text_by_file_and_by_paragraph(tmp_path):
     assert places(by_paragraph) == [f"{file}:2", f"{file}:6"]
 
 
+def test_a_text_is_split_at_newlines_only(tmp_path):
+    file = write(tmp_path / "book.txt", "one\x0cpage\u2028\u2029a\u0085b\x1cc\rd\r\ne\r\n\r\n\nsecond\n\x0c\nthird")
+    assert [row["text"] for row in rows(local(file, documents="paragraph"))] == [
+        "one\x0cpage\u2028\u2029a\u0085b\x1cc\rd\ne", "second", "third",
+    ]  # fmt: skip
+    assert places(local(file, documents="paragraph")) == [f"{file}:1", f"{file}:5", f"{file}:7"]
+    lines = write(tmp_path / "x.jsonl", '{"text":\r"one"}\r\n{"text": "two\u2028\u0085"}\n')
+    assert rows(local(lines)) == [{"text": "one"}, {"text": "two\u2028\u0085"}]
+
+
+def test_a_folder_is_entered_once_however_often_it_is_linked(folder):
+    (folder / "deep" / "up").symlink_to(folder)
+    (folder / "again").symlink_to(folder)
+    (folder / "deep" / "here").symlink_to(folder / "deep")
+    assert rows(local(folder)) == ROWS * 6
+    assert rows(local(folder / "**" / "*.json")) == ROWS * 2
+    assert rows(local(folder / "**" / "deep" / "*.parquet")) == ROWS
+
+
+def test_a_folder_outside_is_read_by_its_link(folder, tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link").symlink_to(folder / "deep")
+    assert rows(local(inside)) == ROWS * 2
+
+
+def test_brackets_in_the_name_of_a_folder(tmp_path):
+    write(tmp_path / "rows [1]*" / "x.jsonl", '{"text": "one"}')
+    assert rows(local(tmp_path / "rows [1]*")) == [{"text": "one"}]
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in ("pipe.jsonl", "*.jsonl", "."):
+        with pytest.raises(DataError, match=r"pipe\.jsonl is no regular file"):
+            local(tmp_path / path)
+    (tmp_path / "device.csv").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"device\.csv is no regular file"):
+        local(tmp_path / "*.csv")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(DataError, match=r"gone\.txt is a link to nothing"):
+        local(tmp_path / "*.txt")
+
+
+@pytest.mark.parametrize("path", ["", " ", "~nobody-of-this-name/x.jsonl", "a" * 5000 + ".jsonl", "x\0.jsonl"])
+def test_paths_that_cannot_be(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        local(path)
+    assert caught.value.faults[0].key == "data.path"
+
+
+def test_tables_of_parquet_that_cannot_be_read(tmp_path):
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), file)
+    with pytest.raises(DataError, match=r"x\.parquet: the column 'text' stands twice"):
+        rows(local(file))
+    pq.write_table(pa.Table.from_pylist(ROWS), file)
+    content = bytearray(file.read_bytes())
+    content[30:60] = bytes(30)
+    file.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"x\.parquet: damaged"):
+        rows(local(file))
+    halves = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff")]
+    )
+    pq.write_table(pa.table({"text": halves}), file)
+    with pytest.raises(DataError, match=r"x\.parquet: damaged"):
+        rows(local(file))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message", "remedy"),
     [
@@ -53,6 +126,18 @@ def test_text_by_file_and_by_paragraph(tmp_path):
         ("x.txt", "\n", r"x\.txt: contains no rows", "add rows"),
         ("x.csv", "a,b\n", r"x\.csv: contains no rows", "add rows"),
         ("x.jsonl", b"\x80\x00\xff", r"x\.jsonl: is not UTF-8 text .* at byte 0", "iconv"),
+        ("x.jsonl", '{"a": 1}\n{"a": {"b": 1, "b": 2}}', r"x\.jsonl:2: the key 'b' stands twice", "correct that line"),
+        ("x.json", '[{"a": 1},\n {"b\\"": "b",\n "a": 1, "a": 2}]', r"x\.json:3: the key 'a' stands twice", "correct"),
+        ("x.csv", "a,b,a\n1,2,3\n", r"x\.csv:1: the column 'a' stands twice", "rename or remove"),
+        ("x.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}", r"x\.jsonl:2: a number has too many digits", "as a text"),
+        ("x.json", '[{"a": 1},\n{"a": ' + "9" * 5000 + "}]", r"x\.json:2: a number has too many digits", "as a text"),
+        ("x.jsonl", '{"a": 1}\n{"a": ' + "[" * 9000 + "]" * 9000 + "}", r"x\.jsonl:2: .* nested too deep", "less deep"),
+        (
+            "x.json",
+            '[{"a": [1]},\n{"a": ' + "[" * 9000 + "]" * 9000 + "}]",
+            r"x\.json:2: .* nested too deep",
+            "less deep",
+        ),
         (
             "x.parquet",
             b"PAR1 but not really",

@@ -200,3 +200,11 @@ def test_runs_of_several_stores_are_compared_by_their_folders_and_that_is_said()
     (note,) = leaderboard.of(runs).notes
     assert "the runs are in 2 MLflow stores (http://one, sqlite:////two.db): no store has all of them" in note
     assert leaderboard.of(runs[1:]).notes == []
+
+
+def test_a_ranking_by_few_held_out_rows_says_so():
+    runs = [replace(a_run(f"{n}", loss=n, lora__r=n), held_out_rows=rows) for n, rows in ((1.0, 1), (2.0, 50))]
+    assert any("only 1 row is held out" in note for note in leaderboard.of(runs).notes)
+    assert not any(
+        "held out" in note for note in leaderboard.of([replace(run, held_out_rows=50) for run in runs]).notes
+    )

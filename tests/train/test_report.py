@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import prepared
+from conftest import composed, prepared
 from fixtures.stopped_runs import SHORT
 
+from runner.data.dataset import DataReport
 from runner.models.kernels import compilation
 from runner.train import report, worker
+from runner.train.options import Options
 
 
 def eager(model: Any, *, mode: compilation.Mode, dynamic: bool | None, fullgraph: bool) -> Any:
@@ -64,3 +66,15 @@ def test_nothing_is_said_of_compiling_where_nothing_was_compiled(tmp_path: Path,
     rundir = prepared(tmp_path / "run", *SHORT)
     assert worker.work(rundir) == 0
     assert not [name for name in rundir.read_state().summary if name.startswith("compile/")]
+
+
+OPTIONS = Options({"data": composed()["data"]})
+
+
+def test_rows_that_are_too_long_are_shown_with_the_limits_that_change_it():
+    data = DataReport(truncated=265, longest=1403, longest_of_95_percent=900)
+    assert report.too_long(OPTIONS, data) == "265 truncated at data.max_length=256 (none at 1403, at most 5 % at 900)"
+    few = DataReport(truncated=2, longest=300, longest_of_95_percent=200)
+    assert report.too_long(OPTIONS, few) == "2 truncated at data.max_length=256 (none at 300)"
+    dropped = DataReport(dropped=3, longest=300, longest_of_95_percent=300)
+    assert report.too_long(OPTIONS, dropped) == "3 dropped at data.max_length=256 (none at 300)"

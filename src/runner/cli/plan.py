@@ -8,7 +8,9 @@ from typing import Any
 
 from runner import terminal
 from runner.cli import jobs
+from runner.config import schema
 from runner.data.packing import IGNORED
+from runner.errors import visible
 from runner.train import report
 
 HELP = """python -m runner plan [overrides]
@@ -102,12 +104,11 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
     layout = "packed" if options.data.packing else "padded"
     left_out = {
         "duplicates": counts.duplicates,
-        "too long, dropped": counts.dropped,
         "without trained tokens": counts.masked_out,
         "with a prompt of the held-out set, dropped": counts.leaked,
     }
     text = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none left out"
-    text += f"; {report.truncated(options, counts)}" if counts.truncated else ""
+    text += f"; {report.too_long(options, counts)}" if counts.truncated or counts.dropped else ""
     trained = counts.train_trained_tokens / counts.train_tokens
     return [
         ("data", f"{run_inputs.splits.name}: {counts.rows_read} rows read; {text}"),
@@ -118,7 +119,8 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
         ),
         (
             "held out",
-            f"{counts.eval_rows} rows{_limited('eval_rows', options.data.eval_rows)}, {counts.eval_tokens} tokens",
+            f"{counts.eval_rows} rows{_limited('eval_rows', options.data.eval_rows)}, {counts.eval_tokens} tokens"
+            + (f"\nwarning: {few}" if (few := schema.few_held_out(counts.eval_rows)) else ""),
         ),
         ("batches", f"{layout}, {run_inputs.batches.efficiency:.1%} of the token slots are used"),
     ]
@@ -158,7 +160,7 @@ def _marked(run_inputs: Any, limit: int = 300) -> str:
     text, start = "", 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or trained[end] != trained[start]:
-            piece = run_inputs.tokenizer.decode(ids[start:end])
+            piece = visible(run_inputs.tokenizer.decode(ids[start:end]))
             text += _mark(piece) if trained[start] else piece
             start = end
     return text + (" …" if len(ids) == limit else "")

@@ -101,3 +101,15 @@ def check_data(node: Mapping[str, Any]) -> Iterator[Fault]:
 def nothing_held_out(problem: str, fraction: float) -> Fault:
     remedy = "raise data.eval_fraction, or name rows to evaluate on (data.eval_path, data.eval_split)"
     return Fault("data.eval_fraction", problem, remedy, fraction)
+
+
+FEW_HELD_OUT = 10
+"""Held-out rows below which the held-out loss depends on which rows they are."""
+
+
+def few_held_out(rows: int | None) -> str:
+    """A warning if few rows are held out; an empty string if they are enough, or if their number is not known."""
+    if rows is None or rows >= FEW_HELD_OUT:
+        return ""
+    held_out = "1 row is" if rows == 1 else f"{rows} rows are"
+    return f"only {held_out} held out: the held-out loss, and which run is best by it, is mostly chance"

@@ -2,7 +2,7 @@
 
 The rendered text is tokenised once, so the ids equal those of ``tokenizer.apply_chat_template``. Labels come from the
 character span of each answer: from the end of the generation prompt through the end-of-turn token, which the model
-has to learn to generate.
+has to learn to generate. A turn's own ``train`` decides whether it is trained (``conversation.TRAIN_KEYS``).
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ import contextlib
 import functools
 import itertools
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from runner.data.conversation import Message
 from runner.data.examples import Features
-from runner.data.formats import Message
 from runner.data.packing import IGNORED
+from runner.data.skeleton import PLACEHOLDER, Skeleton, Span, Turn, placeholders
 from runner.errors import ConfigError, DataError, Fault
+from runner.signals import time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 TrainOn = Literal["assistant", "last", "all"]
-Span = tuple[int, int]
-"""Start (inclusive) and end (exclusive), in characters or tokens."""
-
-PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
+LONGEST_RENDERING_S = 20.0
+"""A chat template that takes longer for one conversation is refused: it probably loops for ever."""
+MOST_CHARACTERS = 10**8
+"""A chat template that writes more for one conversation, beside its contents, is refused."""
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -36,23 +37,26 @@ def encode(messages: list[Message], tokenizer: Tokenizer, train_on: TrainOn) -> 
     """Tokenise the whole conversation; tokens that are not trained get the label -100.
 
     ``train_on``: ``assistant`` trains every answer; ``last`` the last answer only; ``all`` every token of the rendered
-    text, including headers, system turns and user turns.
+    text, including headers, system turns and user turns. A turn with ``train: False`` is never trained; one with
+    ``train: True`` is, unless ``train_on`` is ``last``.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or the answers cannot be located in the rendered text.
+        ConfigError: the tokenizer has no chat template, or the turns cannot be located in the rendered text.
         DataError: the template rejects this conversation.
     """
     template = _template(tokenizer, _chat_template(tokenizer))
-    if train_on == "all":
+    usual = [train_on == "all" or message["role"] == "assistant" for message in messages]
+    unusual = {i for i, message in enumerate(messages) if message.get("train", usual[i]) != usual[i]}
+    if train_on == "all" and not unusual:
         ids = template.tokenize(template.render(messages))[0]
         return {"input_ids": ids, "labels": list(ids)}
-    if template.has_markers:
-        ids, answers = template.find_marked(messages)
-    else:
-        ids, answers = template.find_answers(messages)
-    labels = [IGNORED] * len(ids)
-    for first, end in answers[-1:] if train_on == "last" else answers:
-        labels[first:end] = ids[first:end]
+    find = template.find_marked if template.has_markers else template.find_turns
+    ids, turns = find(messages, unusual)
+    labels = list(ids) if train_on == "all" else [IGNORED] * len(ids)
+    if train_on == "last":
+        turns = [(i, span) for i, span in turns if messages[i]["role"] == "assistant"][-1:]
+    for i, (first, end) in turns:
+        labels[first:end] = ids[first:end] if usual[i] != (i in unusual) else [IGNORED] * (end - first)
     return {"input_ids": ids, "labels": labels}
 
 
@@ -102,16 +106,29 @@ class _Template:
         self.generation_prompt, self.closing, self.tail = self._analyse_turn()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        import jinja2
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-                )
+        with self._rendering():
+            rendered: Any = self.tokenizer.apply_chat_template(
+                _plain(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            problem = f"the model's chat template rejects this conversation: {error}"
+            if len(rendered) > MOST_CHARACTERS + sum(len(message["content"]) for message in messages):
+                raise MemoryError
+            return str(rendered)
+
+    @contextlib.contextmanager
+    def _rendering(self) -> Iterator[None]:
+        """For a block that renders: errors of the template as a message, and an end for one that does not end."""
+        remedy = "use a model with another chat template, or correct this one"
+        try:
+            with time_limit(LONGEST_RENDERING_S):
+                yield
+        except TimeoutError:
+            problem = f"the model's chat template takes more than {LONGEST_RENDERING_S:g} s for one conversation"
+            raise ConfigError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path)) from None
+        except MemoryError:
+            problem = f"the model's chat template writes more than {MOST_CHARACTERS:,} characters for one conversation"
+            raise ConfigError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path)) from None
+        except Exception as error:  # a template is a program: it may fail in any way
+            problem = f"the model's chat template rejects this conversation: {error or type(error).__name__}"
             raise DataError(Fault("", problem, "correct the row, or remove it")) from error
 
     def tokenize(self, text: str) -> tuple[list[int], list[int]]:
@@ -124,29 +141,45 @@ class _Template:
             return encoding.ids, [start if start < end else end for (start, _), (_, end) in pairs]
         return _ids(self.tokenizer, text), []
 
-    def find_answers(self, messages: list[Message]) -> tuple[list[int], list[Span]]:
-        """Token ids of the conversation, and the token span of each answer."""
+    def find_turns(self, messages: list[Message], needed: set[int]) -> tuple[list[int], list[Turn]]:
+        """Token ids of the conversation, and the token span of each answer and each message in ``needed``."""
         if self.fast is None:
             raise self._unmaskable("the tokenizer gives no character offsets")
         text = self.render(messages)
         skeleton = self._skeleton(tuple(message["role"] for message in messages))
         spans = skeleton.match(messages, text) if skeleton is not None else None
         if spans is None:
-            spans = list(self._find_by_prefixes(messages, text))
+            spans = dict(self._find_by_prefixes(messages, text))
+        if needed - spans.keys():
+            raise self._unmaskable("the row gives weights to turns that are not the assistant's")
         ids, starts = self.tokenize(text)
-        # A token that starts inside an answer is trained; one that starts in the header belongs to the prompt.
-        return ids, [(bisect_left(starts, start), bisect_left(starts, end)) for start, end in spans]
+        tokens: list[Turn] = []
+        for number, (start, end) in spans.items():
+            # A token that starts inside an answer is trained; one that starts in the header belongs to the prompt.
+            first = bisect_left(starts, start)
+            if not messages[number].get("train", True):
+                first = bisect_right(starts, start) - 1  # no part of this turn is trained, not even with its header
+            tokens.append((number, (first, bisect_left(starts, end))))
+        return ids, tokens
 
-    def find_marked(self, messages: list[Message]) -> tuple[list[int], list[Span]]:
-        """Like ``find_answers``, for a template that marks the answers with ``{% generation %}``."""
-        encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    def find_marked(self, messages: list[Message], needed: set[int]) -> tuple[list[int], list[Turn]]:
+        """Like ``find_turns``, for a template that marks the answers with ``{% generation %}``."""
+        with self._rendering():
+            encoded = self.tokenizer.apply_chat_template(
+                _plain(messages), return_dict=True, return_assistant_tokens_mask=True
+            )
         edges = [0, *encoded["assistant_masks"], 0]
         changes = [at for at, (before, after) in enumerate(itertools.pairwise(edges)) if before != after]
-        return encoded["input_ids"], list(zip(changes[::2], changes[1::2], strict=True))
+        spans = list(zip(changes[::2], changes[1::2], strict=True))
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if needed and (needed - set(answers) or len(spans) != len(answers)):
+            raise self._unmaskable("its {% generation %} marks do not show each turn to which the row gives a weight")
+        numbers = answers if len(spans) == len(answers) else answers[:1] * len(spans)
+        return encoded["input_ids"], list(zip(numbers, spans, strict=True))
 
     def _analyse_turn(self) -> tuple[str, str, str]:
         """Render one exchange; returns (generation prompt, trained text after an answer, all text after an answer)."""
-        exchange = _placeholders(("user", "assistant"))
+        exchange = placeholders(("user", "assistant"))
         try:
             question, whole = self.render(exchange[:1]), self.render(exchange)
             prompted = self.render(exchange[:1], add_generation_prompt=True)
@@ -158,27 +191,28 @@ class _Template:
         closing = tail[: min((tail.index(token) + len(token) for token in tokens), default=len(tail))]
         return prompted[len(question) :] if prompted.startswith(question) else "", closing, tail
 
-    def _build_skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
+    def _build_skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
         """The text that the template writes around these roles; None if it does not show where answers start."""
-        placeholders = _placeholders(roles)
+        contents = placeholders(roles)
         try:
-            text = self.render(placeholders)
+            text = self.render(contents)
         except DataError:
             return None
         marks = list(PLACEHOLDER.finditer(text))
         order = [int(mark[1]) for mark in marks]
         starts, ends = [0, *(mark.end() for mark in marks)], [*(mark.start() for mark in marks), len(text)]
         pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
-        answers: list[Span | None] = [None] * len(order)
+        edges: list[Span] = []
         for position, number in enumerate(order):
+            opening: int | None = len(pieces[position])
             if roles[number] == "assistant":
-                opening = self._opening(placeholders[:number], text, starts[position], ends[position])
-                if opening is None:
-                    return None
-                closes = pieces[position + 1].startswith(self.closing)
-                answers[position] = opening, len(self.closing) if closes else 0
-        shown = sum(answer is not None for answer in answers)
-        return _Skeleton(pieces, order, answers) if shown == roles.count("assistant") else None
+                opening = self._opening(contents[:number], text, starts[position], ends[position])
+            if opening is None:
+                return None
+            closes = pieces[position + 1].startswith(self.closing)
+            edges.append((opening, len(self.closing) if closes else 0))
+        shown = sum(roles[number] == "assistant" for number in order)
+        return Skeleton(pieces, order, edges) if shown == roles.count("assistant") else None
 
     def _opening(self, earlier: list[Message], text: str, start: int, end: int) -> int | None:
         """How many characters of ``text[start:end]``, the piece before an answer, belong to the generation prompt."""
@@ -202,7 +236,7 @@ class _Template:
         at = text.rfind(self.generation_prompt, start, end) if self.generation_prompt else -1
         return at + len(self.generation_prompt) - start if at >= 0 else None
 
-    def _find_by_prefixes(self, messages: list[Message], text: str) -> Iterator[Span]:
+    def _find_by_prefixes(self, messages: list[Message], text: str) -> Iterator[Turn]:
         """Locate each answer by rendering the conversation before it and including it. Slower, for any contents."""
         reached = 0
         for number, message in enumerate(messages):
@@ -218,60 +252,23 @@ class _Template:
                 reached = at + len(self.closing)
             else:
                 raise self._unmaskable("the template does not show where an answer ends")
-            yield len(before), reached
+            yield number, (len(before), reached)
 
     def _unmaskable(self, reason: str) -> ConfigError:
-        problem = f"cannot locate the answers in the text rendered by the model's chat template: {reason}"
+        problem = f"cannot locate the turns in the text rendered by the model's chat template: {reason}"
         remedy = "train on every token with task.train_on=all, or use a model whose template has {% generation %} marks"
         return ConfigError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path))
 
 
-@dataclass(frozen=True)
-class _Skeleton:
-    """The text that a template writes before, between and after the contents, for one sequence of roles."""
-
-    pieces: list[str]
-    order: list[int]
-    """``order[k]``: index of the message whose content follows ``pieces[k]``."""
-    answers: list[Span | None]
-    """If the content after ``pieces[k]`` is an answer: (prompt characters of that piece, trained ones of the next)."""
-
-    def match(self, messages: list[Message], text: str) -> list[Span] | None:
-        """The character spans of the answers in ``text``; None if ``text`` is not this skeleton plus the contents."""
-        if not text.startswith(self.pieces[0]):
-            return None
-        spans: list[Span] = []
-        at = len(self.pieces[0])
-        for number, before, after, answer in zip(self.order, self.pieces, self.pieces[1:], self.answers, strict=False):
-            for content in _variants(messages[number]["content"]):
-                if text.startswith(content, at) and text.startswith(after, at + len(content)):
-                    break
-            else:
-                return None
-            if answer is not None:
-                spans.append((at - len(before) + answer[0], at + len(content) + answer[1]))
-            at += len(content) + len(after)
-        return spans if at == len(text) else None
+def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """The messages as the template sees them: role and content."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _common_prefix(first: str, second: str) -> int:
     """Number of characters at the start that are equal in both texts."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _variants(content: str) -> Iterator[str]:
-    """The forms in which templates write a content: unchanged, stripped, or without its thinking part."""
-    yield content
-    yield content.strip()
-    if "</think>" in content:
-        yield content.rpartition("</think>")[2]
-        yield content.rpartition("</think>")[2].lstrip("\n")
-
-
-def _placeholders(roles: Sequence[str]) -> list[Message]:
-    """A conversation whose contents are placeholders: numbers between private-use characters, absent from real text."""
-    return [{"role": role, "content": f"\ue000{number}\ue001"} for number, role in enumerate(roles)]
 
 
 def _fast_tokenizer(tokenizer: Tokenizer) -> Any:

@@ -9,6 +9,7 @@ import array
 import hashlib
 import json
 import logging
+import math
 import secrets
 import shutil
 from collections import Counter
@@ -63,6 +64,8 @@ class DataReport:
     """Rows removed because no token within ``data.max_length`` has a label."""
     longest: int = 0
     """Tokens of the longest row, before truncating or dropping."""
+    longest_of_95_percent: int = 0
+    """Tokens of the longest row if the longest 5 % are left out: as ``data.max_length`` it affects at most 5 %."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,8 @@ def every_row(
     counts: Counter[str] = Counter()
     records = source.train if source.eval is None else source.eval
     items = splits.limit(splits.collect(records, format_fn, settings.deduplicate, counts), settings.eval_rows)
-    rows = _split("eval", items, task, tokenizer, settings, counts)
-    return rows, DataReport(**counts)
+    rows, lengths = _split("eval", items, task, tokenizer, settings, counts)
+    return rows, _report(counts, lengths)
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class _Columns(NamedTuple):
     ids: array.array
     labels: array.array
     offsets: list[int]
+    lengths: list[int]
+    """Tokens of each row before truncating or dropping."""
     values: dict[str, array.array]
 
 
@@ -167,16 +172,24 @@ def _tokenise(
     else:
         kept, held_out = splits.split_by_prompt(train, settings.eval_fraction)
     chosen = {"train": splits.limit(kept, settings.train_rows), "eval": splits.limit(held_out, settings.eval_rows)}
-    rows = {split: _split(split, items, task, tokenizer, settings, counts) for split, items in chosen.items()}
+    rows, lengths = dict[str, Rows](), list[int]()
+    for split, items in chosen.items():
+        rows[split], of_split = _split(split, items, task, tokenizer, settings, counts)
+        lengths += of_split
     prompts_with_answers = (task.prompt(item.example, tokenizer) for item in chosen["eval"][:SAMPLES])
     samples = [{"prompt": prompt, "reference": reference} for prompt, reference in filter(None, prompts_with_answers)]
-    return _CacheEntry(rows["train"], rows["eval"], DataReport(**counts), samples)
+    return _CacheEntry(rows["train"], rows["eval"], _report(counts, lengths), samples)
+
+
+def _report(counts: Counter[str], lengths: list[int]) -> DataReport:
+    most = sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1]
+    return DataReport(**counts, longest_of_95_percent=most)
 
 
 def _split(
     split: str, items: list[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
-) -> Rows:
-    """Tokenise one split; adds to ``counts``."""
+) -> tuple[Rows, list[int]]:
+    """(tokenised split, tokens of each row before truncating); adds to ``counts``."""
     columns = _encode(items, task, tokenizer, settings, counts)
     if len(columns.offsets) == 1:
         raise _no_rows(split, items, counts, settings)
@@ -184,13 +197,14 @@ def _split(
     counts[f"{split}_rows"] += len(rows)
     counts[f"{split}_tokens"] += len(columns.ids)
     counts[f"{split}_trained_tokens"] += _count_trained(rows)
-    return rows
+    return rows, columns.lengths
 
 
 def _encode(
     items: Iterable[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
 ) -> _Columns:
-    columns = _Columns(array.array("i"), array.array("i"), [0], {name: array.array("f") for name in task.values})
+    values = {name: array.array("f") for name in task.values}
+    columns = _Columns(array.array("i"), array.array("i"), [0], [], values)
     for item in items:
         try:
             features = task.encode(item.example, tokenizer, settings.max_length)
@@ -207,6 +221,7 @@ def _add_unit(unit: list[Features], columns: _Columns, settings: DataSettings, c
     """Add the sequences of one unit; none of them if one is dropped or has no label within ``data.max_length``."""
     longest = max(len(feature["input_ids"]) for feature in unit)
     counts["longest"] = max(counts["longest"], longest)
+    columns.lengths.append(longest)
     if longest > settings.max_length:
         counts["truncated" if settings.overlong == "truncate" else "dropped"] += 1
         if settings.overlong == "drop":
@@ -258,7 +273,8 @@ def _no_rows(split: str, items: list[Item], counts: Counter[str], settings: Data
     problem = f"none of the {len(items)} {kind} rows has a label: all tokens are masked"
     if counts["truncated"]:
         problem += f" ({counts['truncated']} rows were truncated to data.max_length={settings.max_length})"
-    remedy = "increase data.max_length, check that answers have the role assistant, or set task.train_on=all"
+    remedy = "increase data.max_length, check that answers have the role assistant and not the weight 0, "
+    remedy += "or set task.train_on=all"
     return DataError(Fault("task.train_on", problem, remedy))
 
 

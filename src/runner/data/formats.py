@@ -16,60 +16,83 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import bind, user_code
+from runner.data import conversation
+from runner.data.conversation import Message, Row, refuse_unused, with_system
 from runner.data.examples import Example
-from runner.errors import ConfigError, DataError, Fault, RunnerError, suggest
+from runner.errors import ConfigError, DataError, Fault, RunnerError, quoted, suggest
 
-Message = dict[str, Any]
-"""``{"role": …, "content": …}``"""
-Row = Mapping[str, Any]
-
-ROLES = ("system", "user", "assistant", "tool")
+SYSTEM = {"system": conversation.SYSTEM}
+"""The parameter of a format that names the key of the system prompt."""
 
 
-def messages(row: Row, *, messages: str, role: str, content: str) -> Example:
-    """A list of messages under one key, as OpenAI's chat API takes them."""
+def messages(row: Row, *, messages: str, role: str, content: str, ignore: list[str] | None = None) -> Example:
+    """A list of messages under one key, as OpenAI's chat API takes them.
+
+    ``ignore``, in each format: keys that change what is learnt and are left out all the same.
+    """
     turns = _turns(row, "messages", "messages", messages, (role, content))
-    return _checked([_said(str(turn[role]), _content(turn[content])) for turn in turns])
+    left_out = ignore or []
+    refuse_unused(row, turns, {messages}, keys={role, content}, ignore=left_out)
+    return conversation.checked(conversation.read(turns, role, content, left_out))
 
 
 def sharegpt(
-    row: Row, *, conversations: str, speaker: str, value: str, roles: dict[str, str], system: str | None
+    row: Row,
+    *,
+    conversations: str,
+    speaker: str,
+    value: str,
+    roles: dict[str, str],
+    system: str | None,
+    ignore: list[str] | None = None,
 ) -> Example:
     """A list of ``{"from": "human", "value": …}``; ``roles`` says who speaks, ``system`` names a key beside it."""
     turns = _turns(row, "sharegpt", "conversations", conversations, (speaker, value))
-    for turn in turns:
-        if turn[speaker] not in roles:
-            problem = f"unknown speaker '{turn[speaker]}' (known: {', '.join(roles)})"
-            raise DataError(
-                Fault("data.format.roles", problem, f"say who it is: +data.format.roles.{turn[speaker]}=user")
-            )
-    return _checked(_system(row, system) + [_said(roles[turn[speaker]], _content(turn[value])) for turn in turns])
+    left_out = ignore or []
+    used = {conversations, system}
+    refuse_unused(row, turns, used, keys={speaker, value}, ignore=_with_system(left_out, system), offers=SYSTEM)
+    named = [{**turn, speaker: _role(turn[speaker], roles)} for turn in turns]
+    return conversation.checked(with_system(row, system, conversation.read(named, speaker, value, left_out)))
 
 
-def alpaca(row: Row, *, instruction: str, input: str, output: str, system: str | None) -> Example:
+def alpaca(
+    row: Row, *, instruction: str, input: str, output: str, system: str | None, ignore: list[str] | None = None
+) -> Example:
     """An instruction with an optional input below it, and the output wanted: one exchange."""
-    asked = _text(row, "alpaca", "instruction", instruction)
+    question = _text(row, "alpaca", "instruction", instruction)
     answer = _text(row, "alpaca", "output", output)
     extra = _text(row, "alpaca", "input", input) if row.get(input) is not None else ""
-    question = f"{asked}\n\n{extra}" if extra.strip() else asked
-    return _checked([*_system(row, system), _said("user", question), _said("assistant", answer)])
+    offers = SYSTEM if extra else {**SYSTEM, "input": ("context",)}
+    refuse_unused(
+        row, (), {instruction, input, output, system}, ignore=_with_system(ignore or [], system), offers=offers
+    )
+    question = f"{question}\n\n{extra}" if extra.strip() else question
+    exchange = [
+        conversation.said("user", question, "the question"),
+        conversation.said("assistant", answer, "the answer"),
+    ]
+    return conversation.checked(with_system(row, system, exchange))
 
 
-def prompt_completion(row: Row, *, prompt: str, completion: str) -> Example:
+def prompt_completion(row: Row, *, prompt: str, completion: str, ignore: list[str] | None = None) -> Example:
     """A prompt and its completion, each a text or a list of messages."""
     parts: list[Message] = []
+    left_out = ignore or []
+    refuse_unused(row, (), {prompt, completion}, ignore=left_out)
     for parameter, key, role in (("prompt", prompt, "user"), ("completion", completion, "assistant")):
         if isinstance(row.get(key), list):
             turns = _turns(row, "prompt_completion", parameter, key, ("role", "content"))
-            parts += [_said(str(turn["role"]), _content(turn["content"])) for turn in turns]
+            refuse_unused({}, turns, (), keys={"role", "content"}, ignore=left_out)
+            parts += conversation.read(turns, "role", "content", left_out)
         else:
-            parts.append(_said(role, _text(row, "prompt_completion", parameter, key)))
-    return _checked(parts)
+            parts.append(conversation.said(role, _text(row, "prompt_completion", parameter, key), f"the {parameter}"))
+    return conversation.checked(parts)
 
 
-def text(row: Row, *, key: str) -> Example:
+def text(row: Row, *, key: str, ignore: list[str] | None = None) -> Example:
     """Plain text under one key, for continued pretraining."""
     found = _text(row, "text", "key", key)
+    refuse_unused(row, (), {key}, ignore=ignore or [], words=conversation.WEIGHTS)
     if not found.strip():
         raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
     return found
@@ -83,7 +106,7 @@ def custom(row: Row, *, function: str, _code_: list[str] | None = None) -> Examp
     call = _load(function, tuple(_code_ or ()))
     try:
         result = call(dict(row))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"failed on this row: {type(error).__name__}: {error}"
         raise DataError(Fault("data.format.function", problem, "correct the function", function)) from error
     return checked(result, "data.format.function", function)
@@ -106,7 +129,7 @@ def _own(call: Callable[[dict[str, Any]], Any], name: str, row: Row) -> Example:
         result = call(dict(row))
     except RunnerError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"{name} failed on this row: {type(error).__name__}: {error}"
         raise DataError(Fault("data.format", problem, "correct the function, or leave the row out")) from error
     return checked(result, "data.format", name)
@@ -119,11 +142,12 @@ def checked(result: Any, key: str, name: str) -> Example:
         DataError: it is something else.
     """
     if isinstance(result, str):
-        return result
+        return conversation.text_of(result, f"what {name} returns")
     if not isinstance(result, list) or not all(_has(turn, ("role", "content")) for turn in result):
         problem = f"gave {type(result).__name__}, which is neither a text nor a list of messages"
         raise DataError(Fault(key, problem, 'return [{"role": …, "content": …}, …] or a str', name))
-    return _checked([_said(str(turn["role"]), _content(turn["content"])) for turn in result])
+    refuse_unused({}, result, (), keys={"role", "content"}, ignore=None)
+    return conversation.checked(conversation.read(result, "role", "content"))
 
 
 def check_custom(*, function: str, _code_: list[str] | None = None) -> Iterator[Fault]:
@@ -222,7 +246,7 @@ def _load(function: str, code: tuple[str, ...]) -> Callable[[dict[str, Any]], An
         raise ConfigError(
             *(replace(fault, key="data.format.function", value=function) for fault in error.faults)
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"cannot be imported: {type(error).__name__}: {error}"
         raise ConfigError(Fault("data.format.function", problem, "correct the file", function)) from error
     if not callable(found):
@@ -238,7 +262,7 @@ def _turns(row: Row, name: str, parameter: str, key: str, needed: tuple[str, str
         raise _misfit(row, name, parameter, key)
     for number, turn in enumerate(turns, start=1):
         if not _has(turn, needed):
-            has = ", ".join(turn) if isinstance(turn, Mapping) else type(turn).__name__
+            has = ", ".join(map(str, turn)) if isinstance(turn, Mapping) else type(turn).__name__
             raise _misfit(row, name, parameter, key, f"message {number} needs {' and '.join(needed)}, it has {has}")
     return turns
 
@@ -247,7 +271,7 @@ def _text(row: Row, name: str, parameter: str, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise _misfit(row, name, parameter, key)
-    return value
+    return conversation.text_of(value, f"the text under '{key}'")
 
 
 def _misfit(row: Row, name: str, parameter: str, key: str, problem: str = "") -> DataError:
@@ -264,47 +288,20 @@ def _has(value: object, keys: tuple[str, str]) -> bool:
     return isinstance(value, dict) and keys[0] in value and keys[1] in value  # once for every message: no all()
 
 
-def message(turn: Mapping[str, Any]) -> Message:
-    """A message of a row, with its content as text."""
-    return _said(str(turn["role"]), _content(turn["content"]))
+def _role(speaker: object, roles: Mapping[str, str]) -> str:
+    """The role of a speaker: of the format's ``roles``, or of those that other programs use."""
+    if isinstance(speaker, str) and (role := roles.get(speaker) or conversation.OTHER_NAMES.get(speaker)):
+        return role
+    problem = f"unknown speaker {quoted(speaker)} (known: {', '.join(roles)})"
+    remedy = f"say who it is: +data.format.roles.{speaker}=user"
+    if speaker in conversation.TOOL_CALLS:
+        problem = f"the speaker {quoted(speaker)} calls a tool: tools are not supported"
+        remedy = f"leave the row out, or train its text as an answer: +data.format.roles.{speaker}=assistant"
+    elif not isinstance(speaker, str) or not speaker.isidentifier():
+        remedy = "correct the speaker in the data"
+    raise DataError(Fault("data.format.roles", problem, remedy))
 
 
-def checked_conversation(conversation: list[Message]) -> list[Message]:
-    """The conversation, if its roles are known and an assistant says something.
-
-    Raises:
-        DataError: it is not.
-    """
-    return _checked(conversation)
-
-
-def _said(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _system(row: Row, key: str | None) -> list[Message]:
-    found = row.get(key) if key is not None else None
-    return [_said("system", str(found))] if found else []
-
-
-def _content(value: object) -> str:
-    """The text of a message: a str, null (a turn without text), or OpenAI's list of text parts."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
-        return "".join(str(part.get("text") or "") for part in value)
-    problem = f"a message's content is {type(value).__name__}; only text can be trained on"
-    raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
-
-
-def _checked(conversation: list[Message]) -> list[Message]:
-    for number, message in enumerate(conversation, start=1):
-        if message["role"] not in ROLES:
-            problem = f"message {number} has the unknown role '{message['role']}'. {suggest(message['role'], ROLES)}"
-            raise DataError(Fault("", f"{problem} allowed: {', '.join(ROLES)}", "correct the role in the data"))
-        if message["role"] == "assistant" and not message["content"].strip():
-            problem = f"message {number}, of the assistant, is empty: it would teach the model to say nothing"
-            raise DataError(Fault("", problem, "leave the row out"))
-    if not any(message["role"] == "assistant" for message in conversation):
-        raise DataError(Fault("", "has no assistant turn: there is nothing to train on", "leave the row out"))
-    return conversation
+def _with_system(ignore: list[str], system: str | None) -> list[str]:
+    """``ignore``, and with ``system=null`` the keys of a system prompt: leaving them out is the user's choice."""
+    return ignore if system is not None else [*ignore, *conversation.SYSTEM]

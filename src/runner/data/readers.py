@@ -11,14 +11,17 @@ import glob
 import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from runner.errors import DataError, Fault, suggest
+from runner.errors import DataError, Fault, quoted, suggest
 
 Row = dict[str, Any]
 Documents = Literal["file", "paragraph"]
+_TOKENS = re.compile(r'(?P<text>"(?:[^"\\]|\\.)*")(?P<colon>\s*:)?|[\[\]{}]')
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -42,24 +45,65 @@ def find_files(key: str, path: str) -> list[Path]:
     Raises:
         DataError: no such file, or no file of a supported type.
     """
-    location = Path(path).expanduser()
+    try:
+        return _find(key, path, Path(path).expanduser())
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
+        where = getattr(error, "filename", None)
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}" + (f" ({where})" if where else "")
+        raise DataError(Fault(key, problem, "correct the path, or its permissions", path)) from None
+
+
+def _find(key: str, path: str, location: Path) -> list[Path]:
+    if not path.strip():
+        raise DataError(Fault(key, "is empty", "name a file or a folder; the current folder is .", path))
     if location.is_dir() or (glob.has_magic(path) and not location.exists()):
-        pattern = str(location / "**" / "*") if location.is_dir() else str(location)
-        files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-        files = [file for file in files if file.is_file() and file.suffix.lower() in EXTENSIONS]
+        pattern = os.path.join(glob.escape(str(location)), "**", "*") if location.is_dir() else str(location)
+        names = dict.fromkeys(name for name in _expanded(pattern) if Path(name).suffix.lower() in EXTENSIONS)
+        files = [file for file in map(Path, sorted(names)) if not file.is_dir()]
         if not files:
             problem = f"contains no file of a supported type ({', '.join(EXTENSIONS)})"
             raise DataError(Fault(key, problem, "correct the path", path))
-        return files
-    if not location.exists():
+    elif not location.exists():
         near = suggest(location.name, os.listdir(location.parent)) if location.parent.is_dir() else ""
         remedy = "correct the path; relative paths start at the current directory"
         raise DataError(Fault(key, f"no such file or folder. {near}".strip(), remedy, path))
-    if location.suffix.lower() not in EXTENSIONS:
+    elif location.suffix.lower() not in EXTENSIONS:
         near = suggest(location.suffix.lower(), EXTENSIONS)
         problem = f"unsupported file type. {near} supported: {', '.join(EXTENSIONS)}"
         raise DataError(Fault(key, problem, "convert or rename the file", path))
-    return [location]
+    else:
+        files = [location]
+    for file in files:
+        if not file.is_file():  # a pipe is waited for without end, a device never ends
+            kind = "is no regular file (a pipe or a device)" if file.exists() else "is a link to nothing"
+            remedy = "write the rows to a file, or remove it from the folder"
+            raise DataError(Fault(key, f"{file} {kind}", remedy, path))
+    return files
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """The paths of a glob pattern; unlike ``glob.glob``, folders that link to a folder above them are entered once."""
+    head, stars, tail = pattern.partition(f"{os.sep}**{os.sep}")
+    if pattern.startswith(f"**{os.sep}"):
+        head, stars, tail = ".", os.sep, pattern[3:]
+    if not stars:
+        yield from glob.glob(pattern)
+        return
+    for base in glob.glob(head or os.sep):
+        for folder in _folders(base, set()):
+            yield from _expanded(os.path.join(glob.escape(os.path.normpath(folder)), tail))
+
+
+def _folders(folder: str, entered: set[str]) -> Iterator[str]:
+    """The folder and all below it, hidden ones aside; a folder that is reached again is left out."""
+    real = os.path.realpath(folder)
+    if real in entered or not os.path.isdir(folder):
+        return
+    entered.add(real)
+    yield folder
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith("."):
+            yield from _folders(os.path.join(folder, name), entered)
 
 
 def digest(files: list[Path], note: str) -> str:
@@ -102,12 +146,8 @@ def _read_json(file: Path) -> Iterator[tuple[Place, Any]]:
     text = file.read_text(encoding="utf-8-sig")
     if not text.strip():
         return
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        is_lines = error.msg == "Extra data" and text.lstrip().startswith("{")
-        remedy = "rename the file to .jsonl: it contains one object per line" if is_lines else ""
-        raise _malformed(file, error.lineno, error, remedy) from None
+    is_lines = text.lstrip().startswith("{")
+    content = _parse(file, text, "rename the file to .jsonl: it contains one object per line" if is_lines else "")
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     for number, row in enumerate(content if isinstance(content, list) else [content], start=1):
@@ -116,21 +156,77 @@ def _read_json(file: Path) -> Iterator[tuple[Place, Any]]:
 
 def _read_json_lines(file: Path) -> Iterator[tuple[Place, Any]]:
     name = str(file)
-    with file.open(encoding="utf-8-sig") as lines:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            try:
-                yield Place(name, number), json.loads(line.rstrip())
-            except json.JSONDecodeError as error:
+            if not line.isspace():
                 is_list = number == 1 and line.startswith("[")
                 remedy = "rename the file to .json: it contains one list over several lines" if is_list else ""
-                raise _malformed(file, number, error, remedy) from None
+                yield Place(name, number), _parse(file, line.rstrip(), remedy, number)
 
 
-def _malformed(file: Path, line: int, error: json.JSONDecodeError, remedy: str) -> DataError:
-    problem = f"{file}:{line}: malformed JSON: {error.msg} (column {error.colno})"
-    return DataError(Fault("", problem, remedy or "correct that line"))
+def _parse(file: Path, text: str, remedy: str, line: int | None = None) -> Any:
+    """JSON as Python values. ``remedy`` for a text that goes on after its end, or that is one list over several lines;
+    ``line``: where it stands, if it is one line.
+
+    Raises:
+        DataError: malformed, a key that stands twice, or a number or nesting that Python does not read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        if line is None and error.msg != "Extra data":
+            remedy = ""
+        problem, at = f"malformed JSON: {error.msg} (column {error.colno})", error.pos
+    except RecursionError:
+        problem, at, remedy = "lists or objects are nested too deep", _deepest(text), "write the values less deep"
+    except ValueError as error:
+        remedy = "correct that line"
+        if isinstance(error, _RepeatedKeyError):
+            problem, at = f"the key {quoted(error.args[0])} stands twice in one object", _repeated(text)
+        else:
+            match = re.search(rf"\d{{{sys.get_int_max_str_digits() + 1},}}", text)
+            problem, at = "a number has too many digits", match.start() if match else 0
+            remedy = "write it as a text"
+    where = line or text.count("\n", 0, at) + 1
+    raise DataError(Fault("", f"{file}:{where}: {problem}", remedy or "correct that line")) from None
+
+
+class _RepeatedKeyError(ValueError):
+    """A key stands twice in an object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return row
+
+
+def _deepest(text: str) -> int:
+    """The position of the most deeply nested bracket."""
+    depth, best, at = 0, 0, 0
+    for token in _TOKENS.finditer(text):
+        depth += (token[0] in "[{") - (token[0] in "]}")
+        if depth > best:
+            best, at = depth, token.start()
+    return at
+
+
+def _repeated(text: str) -> int:
+    """The position of the first key that stands twice in its object."""
+    objects: list[set[str]] = []
+    for token in _TOKENS.finditer(text):
+        if token[0] in "[{":
+            objects.append(set())
+        elif token[0] in "]}":
+            objects.pop()
+        elif token["colon"]:
+            key = json.loads(token["text"])
+            if key in objects[-1]:
+                return token.start()
+            objects[-1].add(key)
+    return 0
 
 
 def _read_table(file: Path, delimiter: str) -> Iterator[tuple[Place, Row]]:
@@ -138,6 +234,10 @@ def _read_table(file: Path, delimiter: str) -> Iterator[tuple[Place, Row]]:
     with file.open(encoding="utf-8-sig", newline="") as handle:
         reader = csv.DictReader(handle, delimiter=delimiter, strict=True)
         try:
+            names = list(reader.fieldnames or ())
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                problem = f"{file}:{reader.line_num}: the column {quoted(twice)} stands twice"
+                raise DataError(Fault("", problem, "rename or remove one of them"))
             for row in reader:
                 if None in row or None in row.values():
                     columns = ", ".join(reader.fieldnames or ())
@@ -154,24 +254,31 @@ def _read_parquet(file: Path) -> Iterator[tuple[Place, Row]]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=4096)
-        rows = (row for batch in batches for row in batch.to_pylist())
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            problem = f"{file}: the column {quoted(twice)} stands twice"
+            raise DataError(Fault("", problem, "rename or remove one of them"))
+        rows = (row for batch in table.iter_batches(batch_size=4096) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
             yield Place(str(file), number, "row"), row
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
+        if getattr(error, "errno", None):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         problem = f"{file}: damaged or not a parquet file: {reason}"
         raise DataError(Fault("", problem, "write or download the file again")) from None
 
 
 def _read_text(file: Path, documents: Documents) -> Iterator[tuple[Place, Row]]:
-    text = file.read_text(encoding="utf-8-sig")
+    with file.open(encoding="utf-8-sig", newline="") as handle:
+        text = handle.read().replace("\r\n", "\n")
     if documents == "file":
         if text.strip():
             yield Place(str(file), 1), {"text": text.strip()}
         return
     start, paragraph = 1, list[str]()
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
+    for number, line in enumerate([*text.split("\n"), ""], start=1):
         if line.strip():
             start = start if paragraph else number
             paragraph.append(line)

@@ -192,8 +192,13 @@ def _load_split(path: str, name: str | None, split: str, commit: str | None) -> 
 
 
 def _hub_rows(rows: datasets.Dataset, name: str) -> Iterator[tuple[Place, Row]]:
-    for number, row in enumerate(rows, start=1):
-        yield Place(name, number, "row"), dict(row)
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield Place(name, number, "row"), dict(row)
+    except (OSError, ValueError, TypeError, ImportError) as error:  # an image or a damaged file that cannot be decoded
+        problem = f"{Place(name, number + 1, 'row')}: cannot be read: {error}"
+        raise DataError(Fault("", problem, "leave the row or its column out, or download the dataset again")) from error
 
 
 def _hub_error(path: str, error: Exception) -> DataError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from statistics import fmean
 
+from runner.config import schema
 from runner.report import columns, statistics
 from runner.report.columns import Goal, Value
 from runner.report.results import Result
@@ -131,6 +132,9 @@ def cautions(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
     notes = []
     if other := [key for key in keys if key in HELD_OUT]:
         notes.append(f"the runs differ in {', '.join(other)}: their losses may be measured on different text")
+    counts = [result.held_out_rows for result in results if result.held_out_rows is not None]
+    if few := schema.few_held_out(min(counts, default=None)):
+        notes.append(few)
     if {"model", "model.path"} & set(keys):
         notes.append("the models differ: compare the loss per token only between models with the same tokenizer")
     if len(devices := sorted({result.device for result in results} - {""})) > 1:

@@ -47,6 +47,8 @@ class Result:
     step: int = 0
     total_steps: int = 0
     device: str = ""
+    held_out_rows: int | None = None
+    """Rows on which the held-out loss is measured; None if it is not known."""
 
     @property
     def is_completed(self) -> bool:
@@ -100,6 +102,7 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
         step=state.step,
         total_steps=state.total_steps,
         device=str(hardware.get("device_name") or ""),
+        held_out_rows=((run.manifest.get("data") or {}).get("report") or {}).get("eval_rows"),
     )
 
 

@@ -29,9 +29,9 @@ def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
         from runner.data import chat_template
 
         assert isinstance(example, list)
-        turns = [i for i, message in enumerate(example) if message["role"] == "assistant"]
-        if not turns or turns[0] == 0:
+        answers = (i for i, turn in enumerate(example) if turn["role"] == "assistant" and turn.get("train", True))
+        if not (answer := next(answers, 0)):
             return None
-        return chat_template.prompt(example[: turns[0]], tokenizer), str(example[turns[0]]["content"])
+        return chat_template.prompt(example[:answer], tokenizer), str(example[answer]["content"])
 
     return Task("sft", True, encode, prompt, token_loss, token_metrics)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
+from runner.config import schema
 from runner.models.kernels import compilation
 from runner.tracking import metrics_log
 from runner.tracking.mirror import spawn
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from runner.train.loop import Parts
     from runner.train.options import Options
 
-MANY_TRUNCATED = 0.1
-"""Fraction of truncated rows above which the header also shows the longest row."""
 NOTHING = "(nothing)"
 """Shown for an empty answer of the model."""
 log = logging.getLogger("runner")
@@ -47,19 +46,21 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
             f"{_compiled(parts)}{_hint(inputs, parts)}{_processes(inputs, parts)}",
             "data": f"{inputs.options.data_path or inputs.splits.name}: {data.train_rows} training rows, "
             f"{data.eval_rows} held out, batches {parts.batches.efficiency:.0%} full"
-            + (f", {truncated(inputs.options, data)}" if data.truncated else "")
-            + (f", {data.dropped} dropped" if data.dropped else ""),
+            + (f", {too_long(inputs.options, data)}" if data.truncated or data.dropped else ""),
             "steps": f"{inputs.total_steps} of about {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
         }
     )
+    if few := schema.few_held_out(data.eval_rows):
+        log.warning(f"{few}\n    → raise data.eval_fraction, add rows, or name rows to evaluate on (data.eval_path)")
 
 
-def truncated(options: Options, data: DataReport) -> str:
-    """How many rows are truncated, with the longest row if many are."""
-    many = data.truncated > MANY_TRUNCATED * (data.train_rows + data.eval_rows)
-    longest = f" (the longest has {data.longest} tokens)" if many else ""
-    return f"{data.truncated} truncated at data.max_length={options.data.max_length}{longest}"
+def too_long(options: Options, data: DataReport) -> str:
+    """How many rows are truncated or dropped, and which ``data.max_length`` would change that."""
+    limit, longest, most = options.data.max_length, data.longest, data.longest_of_95_percent
+    counts = f"{data.truncated} truncated" if data.truncated else f"{data.dropped} dropped"
+    five = f", at most 5 % at {most}" if limit < most < longest else ""
+    return f"{counts} at data.max_length={limit} (none at {longest}{five})"
 
 
 def _of_batch(parts: Parts) -> str:
@@ -166,6 +167,9 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     state = rundir.read_state()
     if state.status == "completed":
         terminal.table("", ["", ""], _summary_rows(state.summary))
+        report = (rundir.read_manifest().get("data") or {}).get("report") or {}
+        if few := schema.few_held_out(report.get("eval_rows")):
+            terminal.say(f"note     {few}")
         _show_samples(rundir)
         terminal.say(f"model    {rundir.model}")
     terminal.say(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
