@@ -12,10 +12,12 @@ import torch
 from conftest import TINY, composed, prepared
 from torch.nn.functional import log_softmax
 
+from runner.cli import main
 from runner.data.batches import Batches
 from runner.data.packing import Rows, one_by_one, pack_units
-from runner.errors import ConfigError, DataError
+from runner.errors import ConfigError, DataError, Preempted
 from runner.models import tiny
+from runner.signals import Stop
 from runner.tasks import dpo, logprobs
 from runner.tracking import metrics_log
 from runner.train import reference, worker
@@ -214,6 +216,31 @@ def test_a_run_starts_at_its_reference_and_the_reference_is_computed_once(
     assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["eval/rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     assert losses["b"][0]["eval/loss"] == pytest.approx((1 / (2 * 0.5)) ** 2, rel=1e-4)
+
+
+def test_evaluate_gives_the_numbers_of_training(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rundir = prepared(tmp_path / "run", *RUN)
+    assert worker.work(rundir) == 0
+    last = [record for record in metrics_log.read(rundir) if "eval/loss" in record][-1]
+    assert main.run(["evaluate", str(rundir.path)]) == 0
+    (evaluated,) = metrics_log.read_evaluations(rundir)
+    for name in ("loss", "rewards/margins", "nll"):
+        assert evaluated["metrics"][f"eval_held_out/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-5)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, cache: Path) -> None:
+    whole, cut = (prepared(tmp_path / name, *RUN, "train.save_steps=2") for name in ("whole", "cut"))
+    assert worker.work(whole) == 0
+    stops = iter([False, False, True])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "check", lambda _: (_ for _ in ()).throw(Preempted("stop")) if next(stops, False) else None)
+        assert worker.work(cut) == 75
+    assert cut.read_state().step < 4
+    assert worker.work(cut) == 0
+    losses = [[r["train/loss"] for r in metrics_log.read(run) if "train/loss" in r] for run in (whole, cut)]
+    assert losses[0] == losses[1]
+    hashes = [run.read_manifest()["weights_sha256"] for run in (whole, cut)]
+    assert hashes[0] == hashes[1]
 
 
 def test_a_cache_that_does_not_match_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

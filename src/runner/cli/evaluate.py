@@ -24,6 +24,8 @@ from runner.train.trained import Trained
 if TYPE_CHECKING:
     import torch
 
+    from runner.train.distributed.wrap import Wrapped
+
 HELP = """python -m runner evaluate RUN [data=… data.key=…] [--base] [--name NAME] [--tasks TASK,…] [--limit N]
 
 Evaluates the model of a run with the metrics of its task, as during training. Nothing is trained.
@@ -155,10 +157,28 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
         attention.check_isolation(model, autocast)
     build.resolve_lm_head(model, autocast, "none")
     wrapped = wrap.wrap(parallel.none(), model, run.options.task, ALONE, device, autocast)
+    if run.options.task.reference is not None:
+        _give_reference(run, batches, wrapped)
     began = time.monotonic()
     sums = loop.evaluation_sums(model, run.options.task, batches, wrapped, before=_progress)
     details["seconds"] = round(time.monotonic() - began, 3)
     return name, run.options.task.metrics(sums), details
+
+
+def _give_reference(run: Trained, batches: Batches, wrapped: Wrapped) -> None:
+    """Give the rows the numbers of the model that training started from."""
+    from runner.models.pretrained import keep_updates
+    from runner.train import build, reference
+    from runner.train.distributed.ranks import ALONE
+
+    task = run.options.task
+    assert task.reference is not None
+    source, _ = keep_updates(run.base, wrapped.device, full=not run.is_adapter)
+    model = build.initial_model(run.options, source, wrapped.device)
+    build.resolve_attention(source, model, wrapped.autocast, batches)
+    build.resolve_lm_head(model, wrapped.autocast, "none")
+    start = reference.Start(model, task.reference, wrapped, ALONE, run.options.start)
+    reference.give(batches, batches.pass_packs, start, terminal.progress("reference"))
 
 
 def _refuse_name_of_other_rows(run: Trained, name: str, details: dict[str, Any]) -> None:

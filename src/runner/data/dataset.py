@@ -32,7 +32,7 @@ from runner.files import cache_dir, locked, write_atomic
 if TYPE_CHECKING:
     from runner.data.sources import Source
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of the cache key. Increase it when a code change alters the tokens of the same data and settings."""
 SAMPLES = 8
 """Held-out prompts kept for text samples during training."""

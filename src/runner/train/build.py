@@ -35,6 +35,7 @@ from runner.train.distributed import wrap
 from runner.train.distributed.ranks import ALONE, Ranks, unanimous
 from runner.train.inputs import Inputs, compute_at_once
 from runner.train.memory import peak, usage
+from runner.train.options import Options
 from runner.train.prefetch import Prefetcher
 
 log = logging.getLogger("runner")
@@ -90,6 +91,11 @@ def load_model(inputs: Inputs) -> torch.nn.Module:
     if options.parallel.kind == "fsdp":
         source = replace(source, dtype="bfloat16" if dtype_for(source.dtype, device) == torch.bfloat16 else "float32")
         device = torch.device("cpu")
+    return initial_model(options, source, device)
+
+
+def initial_model(options: Options, source: ModelSource, device: torch.device) -> torch.nn.Module:
+    """The model that training starts from, with its adapter."""
     torch.manual_seed(options.seed)
     base = pretrained.load(source, options.quant, device)
     torch.manual_seed(options.seed)

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import torch
 from runner.data.batches import Batches
 from runner.data.packing import Rows
 from runner.files import cache_dir, locked, write_atomic
-from runner.tasks.task import Task
+from runner.train.distributed.ranks import Ranks
+from runner.train.distributed.wrap import Wrapped
 from runner.train.loop import Parts
 
 CODE_VERSION = 1
@@ -44,53 +45,65 @@ def compute(parts: Parts, identity: Mapping[str, Any], progress: Progress) -> No
     """Give the rows of training and evaluation their numbers. The model must have the weights of the start.
 
     ``identity``: everything in the configuration that determines these weights. ``progress``: called with
-    (documents done, all documents).
+    (batches done, all batches).
     """
     assert parts.task.reference is not None
-    splits = (
-        (parts.batches, parts.batches.visited(parts.total_steps)),
-        (parts.evaluation, parts.evaluation.pass_packs),
-    )
-    for batches, packs in splits:
-        path = cache_dir("reference") / f"{_key(parts.task, batches.rows, identity)}.npy"
-        numbers = _read(path, len(batches.rows))
-        missing = [pack for pack in packs if np.isnan(numbers[batches.rows_of(pack)]).any()]
-        known = sorted(set(packs) - set(missing))[:1]
-        if not all(parts.ranks.gather(all(_agrees(parts, batches, pack, numbers) for pack in known))):
-            log.warning(f"the cached reference {path.name} does not match the model: computing it again")
-            numbers[:], missing = np.nan, packs
-        _compute(parts, batches, missing, numbers, progress)
-        if missing:
-            _merge(path, numbers)
-        _give(batches, numbers)
+    start = Start(parts.model, parts.task.reference, parts.wrapped, parts.ranks, identity)
+    give(parts.batches, parts.batches.visited(parts.total_steps), start, progress)
+    give(parts.evaluation, parts.evaluation.pass_packs, start, progress)
 
 
-def _compute(parts: Parts, batches: Batches, packs: list[int], numbers: np.ndarray, progress: Progress) -> None:
+@dataclass(frozen=True)
+class Start:
+    """The model with the weights of the start, and how the numbers are computed."""
+
+    model: torch.nn.Module
+    numbers: Callable[[Any, dict[str, Any]], torch.Tensor]
+    wrapped: Wrapped
+    ranks: Ranks
+    identity: Mapping[str, Any]
+
+
+def give(batches: Batches, packs: list[int], start: Start, progress: Progress) -> None:
+    """Give the rows of these packs their numbers: from the cache, or from the model."""
+    path = cache_dir("reference") / f"{_key(start, batches.rows)}.npy"
+    numbers = _read(path, len(batches.rows))
+    missing = [pack for pack in packs if np.isnan(numbers[batches.rows_of(pack)]).any()]
+    known = sorted(set(packs) - set(missing))[:1]
+    if not all(start.ranks.gather(all(_agrees(start, batches, pack, numbers) for pack in known))):
+        log.warning(f"the cached reference {path.name} does not match the model: computing it again")
+        numbers[:], missing = np.nan, packs
+    _compute(start, batches, missing, numbers, progress)
+    if missing:
+        _merge(path, numbers)
+    _give(batches, numbers)
+
+
+def _compute(start: Start, batches: Batches, packs: list[int], numbers: np.ndarray, progress: Progress) -> None:
     """Write the numbers of these packs. All ranks compute equally many batches: sharded models need every rank."""
     chunks = [packs[at : at + batches.rows_per_batch] for at in range(0, len(packs), batches.rows_per_batch)]
-    count = int(parts.ranks.largest({"batches": float(len(chunks))})["batches"])
+    count = int(start.ranks.largest({"batches": float(len(chunks))})["batches"])
     for number in range(count):
         progress(number, count)
-        rows, values = _of(parts, batches, chunks[number] if number < len(chunks) else [])
+        rows, values = _of(start, batches, chunks[number] if number < len(chunks) else [])
         numbers[rows] = values
     if count:
         progress(count, count)
 
 
 @torch.no_grad()
-def _of(parts: Parts, batches: Batches, packs: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _of(start: Start, batches: Batches, packs: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """(rows of these packs, their numbers)."""
-    assert parts.task.reference is not None
-    parts.model.eval()
-    with parts.wrapped.autocasting():
-        values = parts.task.reference(parts.model, parts.wrapped.on_device(batches.of(packs)))
+    start.model.eval()
+    with start.wrapped.autocasting():
+        values = start.numbers(start.model, start.wrapped.on_device(batches.of(packs)))
     rows = np.concatenate([batches.rows_of(pack) for pack in packs]) if packs else np.array([], dtype=np.int64)
     return rows, values.float().cpu().numpy()
 
 
-def _agrees(parts: Parts, batches: Batches, pack: int, numbers: np.ndarray) -> bool:
+def _agrees(start: Start, batches: Batches, pack: int, numbers: np.ndarray) -> bool:
     """Whether the model gives the cached numbers of one pack."""
-    rows, values = _of(parts, batches, [pack])
+    rows, values = _of(start, batches, [pack])
     return np.allclose(numbers[rows], values, rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -98,9 +111,9 @@ def _give(batches: Batches, numbers: np.ndarray) -> None:
     batches.rows = replace(batches.rows, values={**batches.rows.values, "reference": numbers})
 
 
-def _key(task: Task, rows: Rows, identity: Mapping[str, Any]) -> str:
-    function = f"{task.reference.__module__}.{task.reference.__qualname__}" if task.reference else ""
-    digest = hashlib.sha256(json.dumps([CODE_VERSION, function, identity], sort_keys=True, default=str).encode())
+def _key(start: Start, rows: Rows) -> str:
+    function = f"{start.numbers.__module__}.{start.numbers.__qualname__}"
+    digest = hashlib.sha256(json.dumps([CODE_VERSION, function, start.identity], sort_keys=True, default=str).encode())
     for column in (rows.ids, rows.labels, rows.offsets):
         digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()[:32]
