@@ -17,6 +17,7 @@ Stopped                         not an error: the run received a request to stop
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -43,7 +44,7 @@ class Fault:
 
     def __str__(self) -> str:
         shown = "" if self.value is ... else f"={_short(self.value)}"
-        text = f"{self.key}{shown}: {self.problem}" if self.key else self.problem
+        text = f"{_visible(self.key)}{shown}: {self.problem}" if self.key else self.problem
         return f"{text}\n    → {self.remedy}" if self.remedy else text
 
 
@@ -57,7 +58,14 @@ class RunnerError(Exception):
         self.faults = faults
 
     def __str__(self) -> str:
-        return "\n".join(str(fault) for fault in self.faults)
+        by_remedy: dict[object, list[Fault]] = {}
+        for number, fault in enumerate(self.faults):
+            by_remedy.setdefault(fault.remedy or number, []).append(fault)
+        return "\n".join(
+            str(fault if fault is faults[-1] else replace(fault, remedy=""))  # a remedy of several is shown once
+            for faults in by_remedy.values()
+            for fault in faults
+        )
 
 
 class ConfigError(RunnerError):
@@ -115,5 +123,18 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
 
 
 def _short(value: object, limit: int = 200) -> str:
-    text = str(value)
+    try:
+        text = _visible(str(value))
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = "a number of more than 4300 digits"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def is_control(character: str) -> bool:
+    """Whether a terminal would obey the character, or no file can hold it (half of a surrogate pair)."""
+    return unicodedata.category(character) in ("Cc", "Cs")
+
+
+def _visible(text: str) -> str:
+    """The text with escapes in place of control characters."""
+    return "".join(c.encode("unicode_escape").decode() if is_control(c) else c for c in text)

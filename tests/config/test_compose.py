@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from runner.config import compose
 from runner.config.bind import config_dir
+from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError
 
 GRIDS = (
@@ -25,7 +26,7 @@ GRIDS = (
 )
 
 
-def jobs_of(arguments: Sequence[str], *flags: str) -> list[compose.Job]:
+def jobs_of(arguments: Sequence[str], *flags: str) -> list[Job]:
     args = compose.parse(["-m", *flags, *arguments])
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
@@ -69,8 +70,8 @@ def test_what_refers_to_hydra_is_of_its_own_job():
 
 
 def test_what_hydra_writes_of_itself_can_be_read_back_by_it(tmp_path: Path):
-    [job] = jobs_of(["lora.r=4", 'name="1e3"', f"outputs_dir={tmp_path}"])
-    compose.write_hydra(job, tmp_path)
+    [only] = jobs_of(["lora.r=4", 'name="1e3"', f"outputs_dir={tmp_path}"])
+    write_hydra(only, tmp_path)
     config = OmegaConf.load(tmp_path / ".hydra" / "config.yaml")
     assert config.name == "1e3"
     assert config.lora.r == 4

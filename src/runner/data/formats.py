@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import bind, user_code
+from runner.config.schema import Text
 from runner.errors import ConfigError, DataError, Fault, RunnerError, suggest
 
 Message = dict[str, str]
@@ -26,14 +27,14 @@ Row = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def messages(row: Row, *, messages: str, role: str, content: str) -> Example:
+def messages(row: Row, *, messages: Text, role: Text, content: Text) -> Example:
     """A list of messages under one key, as OpenAI's chat API takes them."""
     turns = _turns(row, "messages", "messages", messages, (role, content))
     return _checked([_said(str(turn[role]), _content(turn[content])) for turn in turns])
 
 
 def sharegpt(
-    row: Row, *, conversations: str, speaker: str, value: str, roles: dict[str, str], system: str | None
+    row: Row, *, conversations: Text, speaker: Text, value: Text, roles: dict[str, Text], system: Text | None
 ) -> Example:
     """A list of ``{"from": "human", "value": …}``; ``roles`` says who speaks, ``system`` names a key beside it."""
     turns = _turns(row, "sharegpt", "conversations", conversations, (speaker, value))
@@ -46,7 +47,7 @@ def sharegpt(
     return _checked(_system(row, system) + [_said(roles[turn[speaker]], _content(turn[value])) for turn in turns])
 
 
-def alpaca(row: Row, *, instruction: str, input: str, output: str, system: str | None) -> Example:
+def alpaca(row: Row, *, instruction: Text, input: Text, output: Text, system: Text | None) -> Example:
     """An instruction with an optional input below it, and the output wanted: one exchange."""
     asked = _text(row, "alpaca", "instruction", instruction)
     answer = _text(row, "alpaca", "output", output)
@@ -55,7 +56,7 @@ def alpaca(row: Row, *, instruction: str, input: str, output: str, system: str |
     return _checked([*_system(row, system), _said("user", question), _said("assistant", answer)])
 
 
-def prompt_completion(row: Row, *, prompt: str, completion: str) -> Example:
+def prompt_completion(row: Row, *, prompt: Text, completion: Text) -> Example:
     """A prompt and its completion, each a text or a list of messages."""
     parts: list[Message] = []
     for parameter, key, role in (("prompt", prompt, "user"), ("completion", completion, "assistant")):
@@ -67,7 +68,7 @@ def prompt_completion(row: Row, *, prompt: str, completion: str) -> Example:
     return _checked(parts)
 
 
-def text(row: Row, *, key: str) -> Example:
+def text(row: Row, *, key: Text) -> Example:
     """Plain text under one key, for continued pretraining."""
     found = _text(row, "text", "key", key)
     if not found.strip():
@@ -75,7 +76,7 @@ def text(row: Row, *, key: str) -> Example:
     return found
 
 
-def custom(row: Row, *, function: str, _code_: list[str] | None = None) -> Example:
+def custom(row: Row, *, function: Text, _code_: list[str] | None = None) -> Example:
     """Your own function, as ``path/to/file.py:name`` or ``package.module:name``: a row in, messages or a text out.
 
     ``_code_`` is set by this program: where the copy of the file is that the run keeps.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
-from runner.config.schema import Fraction, NotNegative, Positive
+from runner.config.schema import Betas, Fraction, NotNegative, Positive
 from runner.errors import ConfigError, Fault, RunnerError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def adamw(
     *,
     learning_rate: Positive,
     weight_decay: NotNegative,
-    betas: list[Fraction],
+    betas: Betas,
     eps: Positive,
     fused: Literal["auto"] | bool,
 ) -> Optimizer:
@@ -77,7 +77,7 @@ def adamw_bnb(
     *,
     learning_rate: Positive,
     weight_decay: NotNegative,
-    betas: list[Fraction],
+    betas: Betas,
     eps: Positive,
     bits: Literal[8, 32],
     paged: bool,
@@ -112,7 +112,7 @@ def lion(
     *,
     learning_rate: Positive,
     weight_decay: NotNegative,
-    betas: list[Fraction],
+    betas: Betas,
     bits: Literal[8, 32],
 ) -> Optimizer:
     """Lion of bitsandbytes: updates by the sign of a momentum, with half of Adam's state (https://arxiv.org/abs/2302.06675)."""
@@ -129,7 +129,7 @@ def muon(
     momentum: Fraction,
     nesterov: bool,
     ns_steps: Annotated[int, Ge(1), Lt(100)],
-    betas: list[Fraction],
+    betas: Betas,
     eps: Positive,
 ) -> Optimizer:
     """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for embeddings and vectors.
@@ -261,7 +261,7 @@ def _embedding_parameters(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _pair(betas: list[float]) -> tuple[float, float]:
-    return betas[0], betas[1]
+    return float(betas[0]), float(betas[1])  # torch refuses 0 beside 0.99
 
 
 def _two_betas(betas: list[float]) -> Iterator[Fault]:
