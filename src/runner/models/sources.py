@@ -171,7 +171,10 @@ def _write_on_any_rank(write: Callable[[Path], None], folder: Path) -> None:
 
 
 def _package_file(package: str, file: str) -> Path:
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # "..", "a.b" without a package a
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         remedy = f"pip install {package.replace('_', '-')}, or use another model"
         raise ConfigError(Fault("model.package", "is not installed", remedy, package))
