@@ -70,14 +70,14 @@ def bind(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | No
     faults = list(find_faults(node, key, target))
     if faults:
         raise ConfigError(*faults)
-    function = target or _resolve(node)
+    function = target or _resolve(node, key)
     return functools.partial(function, **_values(node), **_places(function, node))
 
 
 def find_faults(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | None = None) -> Iterator[Fault]:
     """Every fault of ``node``: unknown, missing and wrongly typed keys, then what its ``check_`` companion says."""
     try:
-        function = target or _resolve(node)
+        function = target or _resolve(node, key)
     except ConfigError as error:
         yield from (fault.below(key) for fault in error.faults)
         return
@@ -119,21 +119,27 @@ def _places(function: Callable[..., Any], node: Mapping[str, Any]) -> dict[str, 
 
 
 @functools.cache
-def options() -> frozenset[str]:
-    """The ``_target_`` of every option in conf/: of this package nothing else may be one."""
-    texts = (path.read_text() for path in config_dir().rglob("*.yaml"))
+def options(group: str = "") -> frozenset[str]:
+    """The ``_target_`` of every option of a group (``data.format``): of this package nothing else may be one.
+
+    Without a group, or with the name of none: of all groups.
+    """
+    folder = config_dir() / group.replace(".", "/")
+    files = folder.glob("*.yaml") if group and folder.is_dir() else config_dir().rglob("*.yaml")
+    texts = [path.read_text() for path in files]
     return frozenset(target for text in texts for target in re.findall(rf"^ *{TARGET}: (\S+)", text, re.MULTILINE))
 
 
-def _resolve(node: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function that a node names: an option of this package, or a function of the user's code.
+def _resolve(node: Mapping[str, Any], group: str = "") -> Callable[..., Any]:
+    """The function that a node names: an option of this package and group, or a function of the user's code.
 
     A library's class is neither: it would swallow a misspelt key where an option refuses it.
     """
     name = node.get(TARGET)
     if not isinstance(name, str) or "." not in name or name.partition(".")[0] == "runner":
-        if name not in options():
-            problem = f"is no option of runner. {suggest(str(name), options())}".strip()
+        if name not in options(group):
+            place = group if options(group) != options() else "runner"
+            problem = f"is no option of {place}. {suggest(str(name), options(group))}".strip()
             raise ConfigError(Fault(TARGET, problem, "name an option, or a function of your own code", name))
     elif not node.get(user_code.PATHS):
         problem = (
