@@ -20,7 +20,9 @@ class Must:
 
     holds: Callable[[Any], bool]
     words: str = ""
-    """What the bound demands, as in "a text …"; empty where ``mismatch`` has words of its own for it."""
+    """What the bound demands, as in "a text …"; empty where only a value that breaks it needs words."""
+    problem: str = ""
+    """Why a value that breaks the bound does not fit; empty where ``words`` say it."""
 
 
 HANDLED = (
@@ -38,9 +40,22 @@ def mismatch(value: object, annotation: Any) -> str:
         return f"is empty, must be {allowed(annotation)}"
     if isinstance(value, str) and any(map(is_control, value)):
         return f"contains control characters, must be {allowed(annotation)}"
+    if reason := _broken(value, annotation):
+        return f"{reason}, must be {allowed(annotation)}"
     if isinstance(value, str) and (near := suggest(value, _literals(annotation))):
         return f"{near} allowed: {allowed(annotation)}"
     return f"must be {allowed(annotation)}"
+
+
+def _broken(value: object, annotation: Any) -> str:
+    """The problem of the first bound that the value breaks and that has its own words for that."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(filter(None, (_broken(value, choice) for choice in arguments)), "")
+    if typing.get_origin(annotation) is not typing.Annotated or not fits(value, arguments[0]):
+        return ""
+    broken = (bound.problem for bound in parts(annotation) if isinstance(bound, Must) and not bound.holds(value))
+    return next(broken, "") if value is not None else ""
 
 
 def fits(value: object, annotation: Any) -> bool:

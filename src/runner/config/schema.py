@@ -11,20 +11,25 @@ from dataclasses import dataclass, fields
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le, Len, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 
 from runner.config.bounds import Must
 from runner.errors import Fault, is_control
 
-Count = Annotated[int, Ge(1), Le(10**9)]
+LARGEST = 10**9
+COUNTABLE = Must(lambda value: value <= LARGEST, problem=f"is larger than {LARGEST:g}")
+COMPUTABLE = Must(lambda value: value == 0 or 1e-30 <= abs(value) <= LARGEST,
+                  problem=f"is not between 1e-30 and {LARGEST:g}, where float32 can compute")  # fmt: skip
+"""float32 has no number between 0 and 1e-38, and none above 3e38."""
+Count = Annotated[int, Ge(1), COUNTABLE]
+Whole = Annotated[int, Ge(0), COUNTABLE]
 Tokens = Annotated[int, Ge(1), Le(10**15)]
 Processes = Annotated[int, Ge(1), Le(1024)]
 """Processes or threads of one machine: OpenMP crashes when it cannot start all that are asked for."""
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 """What torch, NumPy and Python all take."""
-Positive = Annotated[float, Ge(1e-30), Le(1e9)]
-"""What float32 can still compute with: it has no number between 0 and 1e-38, and none above 3e38."""
-NotNegative = Annotated[float, Ge(0), Le(1e9)]
+Positive = Annotated[float, Gt(0), COMPUTABLE]
+NotNegative = Annotated[float, Ge(0), COMPUTABLE]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Betas = Annotated[list[Fraction], Len(2, 2)]
 Memory = Literal["speed", "balanced", "min"]
@@ -94,7 +99,7 @@ class TrainSettings:
     save_steps: Count | None
     save_total_limit: Count
     deterministic: bool
-    sample_prompts: Annotated[int, Ge(0), Le(10**6)]
+    sample_prompts: Whole
     sample_tokens: Count
 
     @property
@@ -107,7 +112,7 @@ class TrainSettings:
 class DataSettings:
     """The keys of ``data`` that every source has."""
 
-    max_length: Annotated[int, Ge(8), Le(10**9)]
+    max_length: Annotated[int, Ge(8), COUNTABLE]
     packing: bool
     overlong: Literal["truncate", "drop"]
     deduplicate: bool

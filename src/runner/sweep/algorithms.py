@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 
-from runner.config.schema import Count, Seed, Text
+from runner.config.schema import COUNTABLE, Count, Seed, Text, Whole
 from runner.errors import ConfigError, Fault, suggest
 from runner.sweep.asha import Rungs
 from runner.tracking import machine
@@ -74,7 +74,7 @@ def tpe(
     direction: Direction | list[Direction],
     at_once: Count | None,
     seed: Seed,
-    startup_trials: Annotated[int, Ge(0), Le(10**9)],
+    startup_trials: Whole,
 ) -> Search:
     """Tree-structured Parzen estimator (Bergstra et al. 2011); active runs count as bad ones (constant liar)."""
     sampler = _tpe(seed, startup_trials)
@@ -90,9 +90,9 @@ def asha(
     at_once: Count | None,
     seed: Seed,
     sampler: Literal["tpe", "random"],
-    startup_trials: Annotated[int, Ge(0), Le(10**9)],
+    startup_trials: Whole,
     min_steps: Count,
-    reduction_factor: Annotated[int, Ge(2), Le(10**9)],
+    reduction_factor: Annotated[int, Ge(2), COUNTABLE],
 ) -> Search:
     """Asynchronous successive halving: at each rung the worse runs pause; they resume if they rank better later."""
     proposer = _tpe(seed, startup_trials) if sampler == "tpe" else _random(seed)

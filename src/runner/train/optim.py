@@ -201,22 +201,15 @@ def shardable(node: Mapping[str, Any]) -> bool:
     return str(node["_target_"]).endswith(".adamw")
 
 
-def check_adamw(*, betas: list[float], **_: object) -> Iterator[Fault]:
-    return _two_betas(betas)
-
-
-def check_adamw_bnb(*, betas: list[float], **_: object) -> Iterator[Fault]:
-    yield from _two_betas(betas)
+def check_adamw_bnb(**_: object) -> Iterator[Fault]:
     yield from _needs_bitsandbytes()
 
 
-def check_lion(*, betas: list[float], **_: object) -> Iterator[Fault]:
-    yield from _two_betas(betas)
+def check_lion(**_: object) -> Iterator[Fault]:
     yield from _needs_bitsandbytes()
 
 
-def check_muon(*, betas: list[float], nesterov: bool, momentum: float, **_: object) -> Iterator[Fault]:
-    yield from _two_betas(betas)
+def check_muon(*, nesterov: bool, momentum: float, **_: object) -> Iterator[Fault]:
     if nesterov and momentum == 0:
         yield Fault("nesterov", "has no effect without momentum", "set optim.nesterov=false or raise optim.momentum")
 
@@ -262,11 +255,6 @@ def _embedding_parameters(model: nn.Module) -> Iterator[Tensor]:
 
 def _pair(betas: list[float]) -> tuple[float, float]:
     return float(betas[0]), float(betas[1])  # torch refuses 0 beside 0.99
-
-
-def _two_betas(betas: list[float]) -> Iterator[Fault]:
-    if len(betas) != 2:
-        yield Fault("betas", "must be a list of two numbers", "for example optim.betas=[0.9,0.999]", betas)
 
 
 def _needs_bitsandbytes() -> Iterator[Fault]:

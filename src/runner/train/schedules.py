@@ -15,10 +15,10 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from runner.config.bind import bind
-from runner.config.schema import Fraction
+from runner.config.schema import Fraction, Whole
 from runner.errors import ConfigError, Fault
 
-WarmupSteps = Annotated[int, Ge(0), Le(10**9)] | None
+WarmupSteps = Whole | None
 Floor = Annotated[float, Ge(0), Le(1)]
 
 

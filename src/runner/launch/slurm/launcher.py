@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le
 
 from runner.config import bind
-from runner.config.schema import Count, Leaf, Positive, Script, Text
+from runner.config.schema import Count, Leaf, Positive, Script, Text, Whole
 from runner.errors import Fault, LaunchError
 from runner.launch.launcher import Source
 from runner.launch.slurm import monitor, script, submit
@@ -139,7 +139,7 @@ def slurm(
     srun_args: list[Text],
     additional_parameters: dict[str, Leaf],
     array_parallelism: Count | None,
-    max_requeues: Annotated[int, Ge(0), Le(10**6)],
+    max_requeues: Whole,
     signal_delay_s: Count,
     snapshot: Literal["keep", "new", "none"],
     wait: bool,
