@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -62,7 +63,14 @@ class RunnerError(Exception):
         self.faults = faults
 
     def __str__(self) -> str:
-        return "\n".join(str(fault) for fault in self.faults)
+        by_remedy: dict[object, list[Fault]] = {}
+        for number, fault in enumerate(self.faults):
+            by_remedy.setdefault(fault.remedy or number, []).append(fault)
+        return "\n".join(
+            str(fault if fault is faults[-1] else replace(fault, remedy=""))  # a remedy of several is shown once
+            for faults in by_remedy.values()
+            for fault in faults
+        )
 
 
 class ConfigError(RunnerError):
@@ -130,5 +138,13 @@ def quoted(value: object, limit: int = 60) -> str:
 
 
 def _short(value: object, limit: int = 200) -> str:
-    text = str(value)
+    try:
+        text = visible(str(value))
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = "a number of more than 4300 digits"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def is_control(character: str) -> bool:
+    """Whether a terminal would obey the character, or no file can hold it (half of a surrogate pair)."""
+    return unicodedata.category(character) in ("Cc", "Cs")

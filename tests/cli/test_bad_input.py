@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from conftest import TINY, prepared
 
-from runner.cli import main
+from runner.cli import jobs, main
+from runner.tracking import resume
 
 LOCAL = ("model=tiny", "data=local", "tracking=offline")
 GOOD_ROW = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
@@ -101,7 +105,36 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("broken override", ["quant=[4"], ""),
     ("one bad value of a sweep", ["-m", "lora.r=4,x"], "must be a whole number"),
     ("resume of nothing", ["resume=outputs/nowhere"], "there is no run or sweep"),
-    ("resume with other overrides", ["resume=outputs/nowhere", "seed=3"], "cannot change seed=3"),
+    ("an empty variable for outputs", ["outputs_dir="], "outputs_dir=: is empty"),
+    ("an empty variable for data", ["data=local", "data.path="], "data.path=: is empty"),
+    ("an empty variable for a run", ["resume="], "resume=: is empty"),
+    ("an empty variable for a preset", ["experiment="], "the name of one option"),
+    ("an empty variable of a verb", ["plan", "outputs_dir="], "outputs_dir=: is empty"),
+    ("an empty folder of a verb", ["status", "outputs_dir="], "is not a folder"),
+    ("a sweep that leaves its folder", ["-m", "seed=1,2", "sweep=../../x"], "the name of one folder"),
+    ("a sweep named by a dot", ["-m", "seed=1,2", "sweep=."], "the name of one folder"),
+    ("a sweep without a name", ["-m", "seed=1,2", "sweep="], "sweep=: is empty"),
+    ("a long sweep", ["-m", "seed=1,2", f"sweep={'x' * 121}"], "of length 1 to 120"),
+    ("a first beta of nothing for Lion", ["optim=lion", "optim.betas=[0.9]"], "of length 2"),
+    ("epochs of nothing", ["train.num_train_epochs=1e-9", "train.max_steps=null"], ">= 1e-06"),
+    ("epochs without end", ["train.num_train_epochs=1e300", "train.max_steps=null"], "<= 1e+06"),
+    ("two options at once", ["optim=[adamw,lion]"], "must be the name of one option, not a list"),
+    ("numbers for a group", ["data=[1,2]"], "must be the name of one option, not a list"),
+    ("a number for a store", ["tracking.uri=5"], "must be a text or null"),
+    ("a group removed", ["~tracking"], "cannot be removed"),
+    ("a million threads", ["launcher.threads=1000000"], "<= 1024"),
+    ("a warm-up beyond the run", ["schedule.warmup_steps=50", "schedule.warmup_ratio=0"], "longer than the run (30"),
+    ("a scale beyond float32", ["lora.lora_alpha=1e300"], "lora.lora_alpha=1e+300: is not between 1e-30 and 1e+09"),
+    ("an option of another group", ["quant._target_=runner.models.lora.none"], "is no option of quant"),
+    ("a function that is no option", ["quant._target_=runner.files.write_atomic"], "is no option of quant"),
+    ("code without code", ["code={my_lab:0123}"], "is not where your code is"),
+    ("a task of another program", ["task=dpo"], "a loss of your own is a function"),
+    ("a rank of another program", ["lora.rank=4"], "did you mean lora.r?"),
+    ("a dtype of another program", ["train.bf16=true"], "model.dtype=bfloat16"),
+    ("a path of another program", ["model.name_or_path=x"], "model.path=FOLDER"),
+    ("a resume of another program", ["resume_from_checkpoint=x"], "resume=auto"),
+    ("a comment for Slurm", ["launcher=slurm", "launcher.comment=x"], "+launcher.additional_parameters.comment"),
+    ("runs of another sweeper", ["plan", "-m", "seed=1,2", "hydra/sweeper=basic"], "chooses the runs itself"),
 ]
 
 BUILD: list[tuple[str, Callable[[Path], None], list[str], str]] = [
@@ -211,3 +244,48 @@ def test_the_console_script_and_the_module_are_the_same_program(tmp_path: Path):
         assert done.returncode == 2
         assert "did you mean '4bit'" in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_equal_remedies_are_shown_once(capfd: pytest.CaptureFixture[str]):
+    said = refused(capfd, "lora.aaaaaaaa=1", "lora.bbbbbbbb=1", "lora.zzzzzzzz=1", "train.qqqqqqqq=1")
+    assert said.startswith("4 errors:")
+    assert said.count("keys here: ") == 2
+    assert said.count("→") == 2
+
+
+def test_a_resumed_run_takes_the_values_that_it_has(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    rundir = prepared(tmp_path / "outputs" / "day" / "run", *TINY, "quant=none", "lora.r=4")
+    resumed, same = f"resume={rundir.path}", (*TINY, "quant=none", "lora.r=4", "seed=0", "data/format=messages")
+    for word in ("seed=3", "lora.r=8", "quant=8bit", "name=other", "experiment=qlora"):
+        assert f"cannot change {word}" in refused(capfd, resumed, *TINY, word)
+    with jobs.composed([resumed, *same]) as (_, (job,)):
+        assert resume.configuration(job.cfg, job.overrides)["lora"]["r"] == 4
+
+
+def test_no_verb_loads_code_that_a_stored_configuration_names(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """A config.yaml of a store is no reason to call anything but options and the run's own code."""
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('called').touch()\ndef none(): ...\n")
+    changes: list[dict[str, Any]] = [
+        {"quant": {"_target_": "evil.none", "_code_": [str(tmp_path / "evil.py")]}},
+        {"quant": {"_target_": "evil.none"}, "_code_": [str(tmp_path / "evil.py")]},
+        {"quant": {"_target_": "evil.none"}, "code": {"../../../../evil": "0"}},
+        {"quant": {"_target_": "evil.none"}, "code": {str(tmp_path / "evil"): "0"}},
+        {"quant": {"_target_": "os.getcwd"}, "code": {"os": "0"}},
+        {"quant": {"_target_": "runner.files.cache_dir", "room": "x"}},
+        {"quant": {"_target_": "runner.models.lora.none"}},
+    ]
+    for number, change in enumerate(changes):
+        rundir = prepared(tmp_path / "outputs" / "day" / f"run{number}", *TINY)
+        config = yaml.safe_load(rundir.config.read_text())
+        rundir.config.write_text(yaml.safe_dump({**config, **change}))
+        rundir.write_state(status="completed")
+        rundir.model.mkdir()
+        before = everything(Path())
+        words = (["rerun", str(rundir.path)], ["generate", str(rundir.path), "Hi"], ["evaluate", str(rundir.path)],
+                 ["export", str(rundir.path), "x", "--merged"], [f"resume={rundir.path}"])  # fmt: skip
+        rundir.write_state(status="preempted")
+        for line in words:
+            assert main.run(list(line)) in (1, 2), (line, change)
+            assert "Traceback" not in capfd.readouterr().err
+            assert not (tmp_path / "called").exists(), (line, change)
+        assert {path for path in everything(Path()) - before if "evil" in path} == set()

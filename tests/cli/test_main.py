@@ -278,6 +278,16 @@ def test_tab_completion_offers_options(line: str):
     assert "quant=4bit" in done.stdout
 
 
+@pytest.mark.parametrize(("line", "verbs"), [("runner ", "plan"), ("runner pl", "plan"), ("runner exp", "export")])
+def test_tab_completion_offers_verbs(line: str, verbs: str):
+    words = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = [sys.executable, "-m", "runner", "--shell-completion", "query=bash"]
+    offered = subprocess.run(command, capture_output=True, text=True, check=True, env=words).stdout.split()
+    assert verbs in offered
+    assert ("generate" in offered) == (line == "runner ")
+    assert any("=" in word or word.startswith("experiment") for word in offered) or line == "runner pl"
+
+
 def test_sync_brings_an_offline_run_to_mlflow(capfd: pytest.CaptureFixture[str]):
     import mlflow
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from runner.config import compose
 from runner.config.bind import config_dir
+from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError
 
 GRIDS = (
@@ -25,7 +26,7 @@ GRIDS = (
 )
 
 
-def jobs_of(arguments: Sequence[str], *flags: str) -> list[compose.Job]:
+def jobs_of(arguments: Sequence[str], *flags: str) -> list[Job]:
     args = compose.parse(["-m", *flags, *arguments])
     with compose.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
@@ -69,8 +70,8 @@ def test_what_refers_to_hydra_is_of_its_own_job():
 
 
 def test_what_hydra_writes_of_itself_can_be_read_back_by_it(tmp_path: Path):
-    [job] = jobs_of(["lora.r=4", 'name="1e3"', f"outputs_dir={tmp_path}"])
-    compose.write_hydra(job, tmp_path)
+    [only] = jobs_of(["lora.r=4", 'name="1e3"', f"outputs_dir={tmp_path}"])
+    write_hydra(only, tmp_path)
     config = OmegaConf.load(tmp_path / ".hydra" / "config.yaml")
     assert config.name == "1e3"
     assert config.lora.r == 4
@@ -110,3 +111,70 @@ def test_the_folder_of_a_sweep_is_resolved_once(monkeypatch: pytest.MonkeyPatch)
 def test_keys_of_hydra_without_effect_are_refused(override: str, told: str):
     with pytest.raises(ConfigError, match=told):
         jobs_of(["seed=1,2", override])
+
+
+def preset(folder: Path, name: str, text: str) -> None:
+    (folder / "experiment").mkdir(parents=True, exist_ok=True)
+    (folder / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [("defaults: [override /search: random]", "search"), ("sweep: mine", "sweep"), ("retry: true", "retry"),
+     ("outputs_dir: elsewhere", "outputs_dir"), ("resume: auto", "resume"),
+     ("hydra: {sweep: {dir: elsewhere}}", "hydra.sweep.dir")],
+)  # fmt: skip
+@pytest.mark.parametrize("order", ["own,qlora", "qlora,own"])
+def test_a_swept_preset_cannot_set_what_is_the_whole_sweeps(text: str, key: str, order: str, tmp_path: Path):
+    preset(tmp_path, "own", text)
+    with pytest.raises(ConfigError) as caught:
+        jobs_of([f"experiment={order}"], "--config-dir", str(tmp_path))
+    assert key in [fault.key for fault in caught.value.faults]
+    assert "on the command line" in str(caught.value)
+
+
+def test_what_all_swept_presets_say_alike_is_the_sweeps(tmp_path: Path):
+    for name in ("one", "two"):
+        preset(tmp_path, name, f"retry: true\noutputs_dir: elsewhere\nname: {name}")
+    jobs = jobs_of(["experiment=one,two"], "--config-dir", str(tmp_path))
+    assert [(job.cfg["retry"], job.cfg["name"]) for job in jobs] == [(True, "one"), (True, "two")]
+    assert {Path(job.sweep_dir).parts[-3] for job in jobs} == {"elsewhere"}
+
+
+def test_a_key_that_only_the_swept_options_have():
+    jobs = jobs_of(["quant=4bit,fp4", "quant.double=false", "seed=1,2"])
+    assert [job.cfg["quant"]["double"] for job in jobs] == [False] * 4
+    for order in ("none,4bit", "4bit,none"):
+        with pytest.raises(ConfigError, match=r"quant\.double=false: no such key with quant=none"):
+            jobs_of([f"quant={order}", "quant.double=false"])
+
+
+def test_parameters_of_our_own_sweeper_are_refused():
+    for word in ('+hydra.sweeper.params={seed:"1,2"}', "hydra.sweeper.params.seed=1"):
+        with pytest.raises(ConfigError, match="write the keys and their values themselves"):
+            jobs_of(["lora.r=4,8", word])
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["hydra.output_subdir=../..", "hydra.output_subdir=.", "hydra.output_subdir=", "hydra.sweep.subdir=../..",
+     "hydra.sweep.subdir=/x", "hydra.sweep.dir=", "hydra.run.dir="],
+)  # fmt: skip
+def test_paths_of_hydra_stay_in_their_folder(word: str):
+    key = word.partition("=")[0].replace(".", r"\.")
+    with pytest.raises(ConfigError, match=key):
+        jobs_of(["seed=1,2", word, "data=local", "data.path=../x"])
+
+
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [("seed=" + "9" * 5000, "more than 400 digits"), ("seed=" + "[" * 3000, "levels deep"),
+     ("name=\udcff", "not UTF-8"),
+     ("name=\x1b[31m", "control characters"), ("quant=[4bit,fp4]", "not a list"), ("~tracking", "cannot be removed"),
+     ("quant=", "name of one option"), ("experiment=", "name of one option"), ("hydra={}", "as a whole"),
+     ("+quant._code_=[x.py]", "cannot be set"), ("+_code_=[x.py]", "cannot be set")],
+)  # fmt: skip
+def test_words_that_nobody_can_mean(word: str, problem: str):
+    with pytest.raises(ConfigError, match=problem) as caught:
+        jobs_of(["seed=1,2", word])
+    str(caught.value).encode()

@@ -55,7 +55,7 @@ def test_yaml_binds(name: str) -> None:
         ("sqlite:///mlflow.db", "absolute path"),
         ("sqlite://", "absolute path"),
         ("postgresql+nodriver://host/db", "needs the package nodriver"),
-        ("", "sqlite under outputs_dir"),
+        ("", "is empty"),
     ],
 )
 def test_a_wrong_uri_is_a_fault_without_importing_mlflow(uri: str, said: str) -> None:
@@ -65,7 +65,7 @@ def test_a_wrong_uri_is_a_fault_without_importing_mlflow(uri: str, said: str) ->
 
 
 def test_faults_of_names_and_numbers() -> None:
-    node = {**OPTION, "experiment": " ", "run_name": "x" * 300, "uri": "mlruns"}
+    node = {**OPTION, "experiment": "x" * 300, "run_name": "x" * 300, "uri": "mlruns"}
     assert [fault.key for fault in find_faults(node)] == ["experiment", "run_name", "uri"]
     wrong = {**OPTION, "system_interval_s": 0, "log_model": "all", "experimant": "x"}
     assert {fault.key for fault in find_faults(wrong)} == {"system_interval_s", "log_model", "experimant"}

@@ -88,7 +88,7 @@ def read(argv: list[str], usage: str, flags: Collection[str] = (), valued: Colle
         else:
             remedy = suggest(word, [*flags, *valued, "--help"]) or usage.splitlines()[0]
             faults.append(Fault(word, "no such option", remedy))
-    if not faults and outputs_dir != "outputs" and not Path(outputs_dir).expanduser().is_dir():
+    if not faults and outputs_dir != "outputs" and not (outputs_dir and Path(outputs_dir).expanduser().is_dir()):
         faults.append(Fault("outputs_dir", "is not a folder", "give the folder that contains the runs", outputs_dir))
     if faults:
         raise ConfigError(*faults)

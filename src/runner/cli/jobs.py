@@ -21,7 +21,7 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
     Raises:
         ConfigError: with the faults of all jobs.
     """
-    from runner.config import compose
+    from runner.config import compose, overrides
     from runner.launch import prepare
     from runner.sweep import search
 
@@ -32,6 +32,9 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
             refuse_sweep_keys(composer)
         if not composer.is_sweep():
             jobs = [composer.single()]
+        elif (sweeper := overrides.sweeper_of(composer.master())) != "runner":
+            problem, remedy = "chooses the runs itself, one after the other", "leave it out to see the runs of a grid"
+            raise ConfigError(Fault(overrides.SWEEPER, problem, remedy, sweeper))
         elif settings := search.asked_for(composer):
             yield composer, [search.planned(composer, settings)]
             return

@@ -146,7 +146,7 @@ def _show_with_hydra(args: Any, argv: list[str]) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its exceptions instead of printing them
     if args.shell_completion:
-        _complete_after_verb()
+        _complete_verbs()
     sys.argv = ["runner", *argv]
     with compose.opened(args) as opened:
         translate = explain.told(opened, args)
@@ -155,10 +155,12 @@ def _show_with_hydra(args: Any, argv: list[str]) -> int:
     return 0
 
 
-def _complete_after_verb() -> None:
-    """Remove the verb from the line that Hydra completes: Hydra knows overrides only."""
+def _complete_verbs() -> None:
+    """Print the verbs for the first word; after a verb, remove it from the line that Hydra completes."""
     words = os.environ.get("COMP_LINE", "").split(" ")
-    if len(words) > 2 and words[1] in VERBS:
+    if len(words) == 2:
+        print("\n".join(verb for verb in VERBS if verb.startswith(words[1])))
+    elif len(words) > 2 and words[1] in VERBS:
         del words[1]
         os.environ["COMP_LINE"] = " ".join(words)
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))

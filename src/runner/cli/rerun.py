@@ -13,8 +13,10 @@ from runner import files
 from runner.cli import args, worktree
 from runner.config import check
 from runner.config.bind import TARGET, config_dir, unknown_key
-from runner.config.compose import Composer, Job, opened, parse
-from runner.errors import ConfigError, Fault, suggest
+from runner.config.compose import Composer, opened, parse
+from runner.config.explain import no_option
+from runner.config.job import Job
+from runner.errors import ConfigError, Fault
 from runner.files import write_atomic
 from runner.launch import prepare
 from runner.report import record, reproduction
@@ -132,9 +134,7 @@ def _unknown(word: str, config: dict[str, Any], keys: set[str]) -> Fault | None:
         return None  # a key of another option than the run's: that option checks its own keys
     if key in groups:
         options = sorted(path.stem for path in (config_dir() / key).glob("*.yaml") if path.stem != "base")
-        exists = value in (*options, "null")
-        allowed = f"{suggest(value, options)} options here: {', '.join(options)}".strip()
-        return None if exists else Fault(key, "no such option", allowed, value)
+        return None if value in (*options, "null") else no_option(key, value, options)
     node: Any = config
     parts = key.split(".")
     for number, part in enumerate(parts):

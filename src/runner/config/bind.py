@@ -12,38 +12,23 @@ import importlib
 import inspect
 import json
 import re
-import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import annotated_types
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import PACKAGE
-from runner.config import user_code
+from runner.config import bounds, user_code, words
+from runner.config.schema import Free
 from runner.errors import ConfigError, Fault, suggest
 
 TARGET = "_target_"
-
-REFUSED_KEYS = {
-    "device_map": "device_map=auto is for inference only: training places the whole model on its own device; "
-    "leave the key out",
-    "load_in_4bit": "choose the quantization with quant=4bit",
-    "load_in_8bit": "choose the quantization with quant=8bit",
-    "lr": "did you mean optim.learning_rate?",
-    "batch_size": "did you mean train.per_device_batch_size?",
-    "gradient_checkpointing": "choose train.memory=min (computes layers again) or train.memory=balanced (less of them)",
-    "outlier_threshold": "it went: 8-bit weights are multiplied in the dtype of the activations; leave the key out",
-    "activation_checkpointing": "choose train.memory=min or train.memory=balanced",
-    "epochs": "did you mean train.num_train_epochs (with train.max_steps=null)?",
-}
-"""Keys that people bring from elsewhere, with what to use here."""
+NO_KEY = "no such key"
 
 
 def config_dir() -> Path:
@@ -85,14 +70,14 @@ def bind(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | No
     faults = list(find_faults(node, key, target))
     if faults:
         raise ConfigError(*faults)
-    function = target or _resolve(node)
+    function = target or _resolve(node, key)
     return functools.partial(function, **_values(node), **_places(function, node))
 
 
 def find_faults(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | None = None) -> Iterator[Fault]:
     """Every fault of ``node``: unknown, missing and wrongly typed keys, then what its ``check_`` companion says."""
     try:
-        function = target or _resolve(node)
+        function = target or _resolve(node, key)
     except ConfigError as error:
         yield from (fault.below(key) for fault in error.faults)
         return
@@ -106,7 +91,7 @@ def find_faults(node: Mapping[str, Any], key: str = "", target: Callable[..., An
 
 def keys_of(function: Callable[..., Any]) -> list[str]:
     """The YAML keys an option takes: its keyword-only parameters."""
-    return [name for name, parameter in _parameters(function).items() if parameter.kind is parameter.KEYWORD_ONLY]
+    return [name for name, parameter in parameters(function).items() if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def bind_target(node: Mapping[str, Any]) -> Callable[..., Any]:
@@ -129,21 +114,27 @@ def _places(function: Callable[..., Any], node: Mapping[str, Any]) -> dict[str, 
 
 
 @functools.cache
-def options() -> frozenset[str]:
-    """The ``_target_`` of every option in conf/: of this package nothing else may be one."""
-    texts = (path.read_text() for path in config_dir().rglob("*.yaml"))
+def options(group: str = "") -> frozenset[str]:
+    """The ``_target_`` of every option of a group (``data.format``): of this package nothing else may be one.
+
+    Without a group, or with the name of none: of all groups.
+    """
+    folder = config_dir() / group.replace(".", "/")
+    files = folder.glob("*.yaml") if group and folder.is_dir() else config_dir().rglob("*.yaml")
+    texts = [path.read_text() for path in files]
     return frozenset(target for text in texts for target in re.findall(rf"^ *{TARGET}: (\S+)", text, re.MULTILINE))
 
 
-def _resolve(node: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function that a node names: an option of this package, or a function of the user's code.
+def _resolve(node: Mapping[str, Any], group: str = "") -> Callable[..., Any]:
+    """The function that a node names: an option of this package and group, or a function of the user's code.
 
     A library's class is neither: it would swallow a misspelt key where an option refuses it.
     """
     name = node.get(TARGET)
     if not isinstance(name, str) or "." not in name or name.partition(".")[0] == "runner":
-        if name not in options():
-            problem = f"is no option of runner. {suggest(str(name), options())}".strip()
+        if name not in options(group):
+            place = group if options(group) != options() else "runner"
+            problem = f"is no option of {place}. {suggest(str(name), options(group))}".strip()
             raise ConfigError(Fault(TARGET, problem, "name an option, or a function of your own code", name))
     elif not node.get(user_code.PATHS):
         problem = (
@@ -170,37 +161,43 @@ def _resolve(node: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def _signature_faults(function: Callable[..., Any], values: Mapping[str, Any]) -> Iterator[Fault]:
-    parameters = _parameters(function)
-    known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name != user_code.PATHS]
-    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    declared = parameters(function)
+    known = [name for name, p in declared.items() if p.kind is p.KEYWORD_ONLY and name != user_code.PATHS]
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in declared.values())
     for name, value in values.items():
-        if name not in known:
-            if not takes_more:
-                yield unknown_key(name, known, value)
+        if name not in known and not takes_more:
+            yield unknown_key(name, known, value)
             continue
-        problem = mismatch(value, parameters[name].annotation)
-        if problem:
-            annotation = parameters[name].annotation
-            remedy = f"set {name} to {_allowed(annotation)}"
-            if value == "None" and _fits(None, annotation):  # Python's word; YAML has another
+        annotation = declared[name].annotation if name in known else Free
+        if problem := bounds.mismatch(value, annotation):
+            remedy = f"set {name} to {bounds.allowed(annotation)}"
+            if name not in known:
+                problem, remedy = "is no value", "set it to a text, a finite number, true, false or null, or a list"
+            elif isinstance(value, str) and not value.strip():
+                remedy = f"{remedy}, or leave it out (is a shell variable empty?)"
+            elif value == "None" and bounds.fits(None, annotation):  # Python's word; YAML has another
                 remedy = f"did you mean {name}=null?"
             yield Fault(name, problem, remedy, value)
     for name in known:
-        if name not in values and parameters[name].default is inspect.Parameter.empty:
-            allowed = _allowed(parameters[name].annotation)
-            yield Fault(name, "is missing", f"give it a value: {allowed}")
+        if name not in values and declared[name].default is inspect.Parameter.empty:
+            yield Fault(name, "is missing", f"give it a value: {bounds.allowed(declared[name].annotation)}")
 
 
-def unknown_key(name: str, known: Iterable[str], value: object = ...) -> Fault:
-    """The fault for a key nobody reads, with the nearest that exists."""
+def unknown_key(name: str, known: Iterable[str], value: object = ..., *, is_ours: bool = True) -> Fault:
+    """The fault for a key nobody reads, with the nearest that exists.
+
+    ``is_ours``: what other programs call our keys is looked up; a library has keys of its own.
+    """
     known = sorted(set(known))
-    if name in REFUSED_KEYS:
-        return Fault(name, "is not a key here", REFUSED_KEYS[name], value)
-    listed = ", ".join(known) or "none"
-    return Fault(name, "no such key", f"{suggest(name, known)} keys here: {listed}".strip(), value)
+    if is_ours and (hint := words.hint(name)):
+        return Fault(name, NO_KEY, hint, value)
+    return Fault(
+        name, f"{NO_KEY}. {suggest(name, known)}".strip(" ."), f"keys here: {', '.join(known) or 'none'}", value
+    )
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function, with annotations in place of their texts for the keyword-only ones."""
     # Only the YAML keys' annotations are evaluated: those of run-time objects may name torch, which is not loaded.
     names = getattr(function, "__globals__", None) or vars(importlib.import_module(function.__module__))
     return {
@@ -215,99 +212,6 @@ def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
     return eval(annotation, names) if isinstance(annotation, str) else annotation
-
-
-def mismatch(value: object, annotation: Any) -> str:
-    """Why ``value`` does not fit ``annotation``; an empty string where it does."""
-    if _fits(value, annotation):
-        return ""
-    if isinstance(value, str) and (near := suggest(value, _literals(annotation))):
-        return f"{near} allowed: {_allowed(annotation)}"
-    return f"must be {_allowed(annotation)}"
-
-
-def _fits(value: object, annotation: Any) -> bool:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any or isinstance(annotation, typing.TypeVar):
-        return True
-    if origin is typing.Annotated:
-        return _fits(value, arguments[0]) and all(_within(value, bound) for bound in arguments[1:])
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, choice) for choice in arguments)
-    if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in arguments)
-    if origin in (list, tuple) or annotation in (list, tuple):
-        inner = arguments[0] if arguments else Any
-        return isinstance(value, list | tuple) and all(_fits(item, inner) for item in value)
-    if origin is not None and issubclass(origin, Mapping):
-        inner = arguments[1] if arguments else Any
-        return isinstance(value, Mapping) and all(_fits(item, inner) for item in value.values())
-    if annotation is float:
-        # Neither .inf nor .nan, nor a whole number that no float can hold.
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is None or annotation is type(None):
-        return value is None
-    return not inspect.isclass(annotation) or isinstance(value, annotation)
-
-
-def _within(value: Any, bound: object) -> bool:
-    if value is None:
-        return True
-    match bound:
-        case annotated_types.Gt(gt=limit):
-            return bool(value > limit)
-        case annotated_types.Ge(ge=limit):
-            return bool(value >= limit)
-        case annotated_types.Lt(lt=limit):
-            return bool(value < limit)
-        case annotated_types.Le(le=limit):
-            return bool(value <= limit)
-    return True
-
-
-def _literals(annotation: Any) -> list[str]:
-    if typing.get_origin(annotation) is Literal:
-        return [choice for choice in typing.get_args(annotation) if isinstance(choice, str)]
-    return [word for part in typing.get_args(annotation) for word in _literals(part)]
-
-
-def _allowed(annotation: Any) -> str:
-    """The annotation in the words of someone who writes YAML: ``one of nf4, fp4``, ``a whole number >= 1``."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        bounds = " and ".join(filter(None, map(_bound_text, arguments[1:])))
-        return f"{_allowed(arguments[0])} {bounds}".strip()
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_allowed(choice) for choice in arguments)
-    if origin is Literal:
-        return "one of " + ", ".join(_yaml(choice) for choice in arguments)
-    if origin in (list, tuple) or annotation in (list, tuple):
-        return "a list" + (f" of {_allowed(arguments[0])}" if arguments else "")
-    if origin is not None and inspect.isclass(origin) and issubclass(origin, Mapping):
-        return "a mapping"
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _bound_text(bound: object) -> str:
-    match bound:
-        case annotated_types.Gt(gt=limit):
-            return f"> {limit}"
-        case annotated_types.Ge(ge=limit):
-            return f">= {limit}"
-        case annotated_types.Lt(lt=limit):
-            return f"< {limit}"
-        case annotated_types.Le(le=limit):
-            return f"<= {limit}"
-    return ""
-
-
-def _yaml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

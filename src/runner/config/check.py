@@ -54,7 +54,7 @@ def _group_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     groups = {*OPTION_GROUPS, "train", "data"}
     top = {key: value for key, value in cfg.items() if key not in groups and key != user_code.PATHS}
     for fault in bind.find_faults(top, "", RunSettings):
-        known = fault.problem != "no such key"
+        known = not fault.problem.startswith(bind.NO_KEY)
         yield fault if known else bind.unknown_key(fault.key, [*bind.keys_of(RunSettings), *groups], fault.value)
     for group in sorted(groups):
         node = cfg.get(group)
@@ -75,7 +75,7 @@ def _data_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
     yield from bind.find_faults(form, "data.format")
     known = {*bind.keys_of(schema.DataSettings), "format"}
     for fault in bind.find_faults(source, "data"):
-        if fault.problem != "no such key":
+        if not fault.problem.startswith(bind.NO_KEY):
             yield fault
             continue
         own = bind.keys_of(bind.bind_target(source))

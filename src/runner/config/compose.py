@@ -11,8 +11,7 @@ import copy
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,66 +24,29 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override
 from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf._utils import OmegaConfDumper
 
-from runner.config import user_code
+from runner.config import overrides, user_code
 from runner.config.bind import config_dir, to_plain
 from runner.config.explain import CONFIG_NAME, is_choice, told
+from runner.config.job import Job
 from runner.errors import ConfigError, Fault
-from runner.secrets import redact_tree
-
-EFFECTIVE = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.searchpath",
-             "hydra.output_subdir", "hydra.sweeper")  # fmt: skip
-"""The keys of Hydra's own that do something here."""
-
-BY_US = ("hydra/launcher", "hydra/job_logging", "hydra/hydra_logging")
-"""Groups of Hydra's own of which only our option works."""
-
 
 ONE_A_SWEEP = ("outputs_dir", "sweep", "resume", "retry", "search")
 """Keys of ours that say where a sweep lies and how it is taken up."""
-
-
-@dataclass
-class Job:
-    """One composed run as plain dicts: our configuration, and what Hydra writes of itself into ``.hydra/``."""
-
-    cfg: dict[str, Any]
-    """Resolved; the launcher and all later steps know nothing else."""
-    unresolved: dict[str, Any]
-    hydra: dict[str, Any]
-    """Both may hold secrets; ``write_hydra`` leaves them out."""
-    overrides: list[str]
-    """Ours, in the order given."""
-    folder: str
-    """Where Hydra's configuration puts a single run; of a sweep's job its own folder, or "" where we choose it."""
-    sweep_dir: str
-    code_folders: list[Path] = field(default_factory=list)
-    """Where code of the user's is found without being named: here, and in and beside ``--config-dir``."""
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """Group of ours → the option chosen: ``{"quant": "4bit", "data.format": "messages", …}``."""
-        chosen = self.hydra["runtime"]["choices"]
-        return {group.replace("/", "."): name for group, name in chosen.items() if name and not _is_of_hydra(group)}
-
-    @property
-    def is_folder_named(self) -> bool:
-        """Whether the user said where a single run goes."""
-        return any(override.startswith("hydra.run.dir=") for override in self.hydra["overrides"]["hydra"])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Hydra's own command line.
 
     Raises:
-        ConfigError: a flag of Hydra's that means something else here.
+        ConfigError: a flag of Hydra's that means something else here, or an override that cannot be read.
     """
     args = get_args_parser().parse_args(argv)
+    overrides.refuse_unreadable(args.overrides)
     if args.experimental_rerun:
         problem, remedy = "is not for this program", "rerun RUN trains a run again as it was, resume=RUN continues it"
         raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
@@ -117,7 +79,9 @@ def _own_options(hydra: Hydra, overrides: Sequence[str]) -> Iterator[None]:
     if user_code.KEY not in texts:
         yield
         return
-    value = yaml.safe_load(texts.pop(user_code.KEY)) or []
+    value: Any = []
+    with suppress(yaml.YAMLError):  # the parser of overrides reports it
+        value = yaml.safe_load(texts.pop(user_code.KEY)) or []
     entries = value if isinstance(value, list) else str(value).split(",")
     functions = user_code.options(map(str, entries))
     store = ConfigStore.instance()
@@ -162,12 +126,19 @@ class Composer:
             return self._job(self.args.overrides, RunMode.RUN, 0)
 
     def master(self) -> DictConfig:
-        """What the jobs of a sweep have in common, for the sweeper; the swept keys have their defaults in it."""
+        """What the jobs of a sweep share; swept keys have their defaults in it, swept groups their first option."""
         with told(self.hydra, self.args):
-            composed = self._composed(self.fixed, RunMode.MULTIRUN)
-        with open_dict(composed):
-            composed.sweep = composed.sweep or self.sweep_name
+            composed = self._composed([*self.fixed, *self._first_choices()], RunMode.MULTIRUN)
+            with open_dict(composed):
+                composed.sweep = self.sweep_name if composed.sweep is None else composed.sweep
+            overrides.refuse_paths(composed)
         return composed
+
+    def _first_choices(self) -> Iterator[str]:
+        """The first option of each swept group: other options may not have the keys that the command line sets."""
+        for override in map(self.parser.parse_override, self.swept):
+            if is_choice(override.key_or_group, self.hydra) and isinstance(override.value(), ChoiceSweep):
+                yield f"{override.key_or_group}={next(override.sweep_string_iterator())}"
 
     def chosen(self, group: str) -> dict[str, Any]:
         """The option of a group that all jobs of a sweep share, as a plain dict."""
@@ -183,7 +154,7 @@ class Composer:
             raise ConfigError(*(Fault(_key(text), problem, remedy, text.partition("=")[2]) for text in endless))
         with told(self.hydra, self.args):
             (batch,) = BasicSweeper.split_arguments(self.parser.parse_overrides(list(arguments)), None)
-        return [list(overrides) for overrides in batch]
+        return [list(each) for each in batch]
 
     def value_of(self, text: str) -> Any:
         """The value that an override gives, as Hydra reads it.
@@ -218,12 +189,12 @@ class Composer:
         if faults:
             raise ConfigError(*faults)
 
-    def label(self, overrides: Sequence[str]) -> str:
+    def label(self, given: Sequence[str]) -> str:
         """What tells a job from the others of its sweep: the overrides that the command line does not fix."""
         fixed = {_key(text) for text in self.fixed} - {
             _key(text) for text in self.args.overrides if text not in self.fixed
         }
-        return ",".join(text for text in overrides if _key(text) not in fixed)
+        return ",".join(text for text in given if _key(text) not in fixed)
 
     @functools.cached_property
     def swept(self) -> list[str]:
@@ -239,20 +210,42 @@ class Composer:
     def jobs(self, batch: Sequence[Sequence[str]], first: int = 0) -> list[Job]:
         """One job for each list of overrides; ``first`` is the number of the first one."""
         with told(self.hydra, self.args):
-            return [self._job(list(each), RunMode.MULTIRUN, number) for number, each in enumerate(batch, first)]
+            jobs = [self._job(list(each), RunMode.MULTIRUN, number) for number, each in enumerate(batch, first)]
+        self._refuse_differing(jobs)
+        return jobs
 
-    def _job(self, overrides: list[str], mode: RunMode, number: int) -> Job:
-        composed = self._composed(overrides, mode)
+    def _refuse_differing(self, jobs: Sequence[Job]) -> None:
+        """Refuse a swept preset that sets for its own jobs what is the whole sweep's.
+
+        Raises:
+            ConfigError: naming each such key.
+        """
+        shared: Any = OmegaConf.to_container(self.master(), resolve=False, enum_to_str=True)
+        faults: dict[str, Fault] = {}
+        remedy = "give it on the command line, for all jobs, or leave it out of what is swept"
+        for job in jobs:
+            same = {key: (job.unresolved[key], shared[key]) for key in ONE_A_SWEEP}
+            same |= {f"{key} ": (job.cfg[key], jobs[0].cfg[key]) for key in ONE_A_SWEEP}
+            same["hydra.sweep.dir"] = job.hydra["sweep"]["dir"], shared["hydra"]["sweep"]["dir"]
+            for key in (key.strip() for key, (own, common) in same.items() if own != common):
+                problem = f"is the whole sweep's, but the job {self.label(job.overrides)} sets its own"
+                faults.setdefault(key, Fault(key, problem, remedy))
+        if faults:
+            raise ConfigError(*faults.values())
+
+    def _job(self, given: list[str], mode: RunMode, number: int) -> Job:
+        composed = self._composed(given, mode)
         with read_write(composed.hydra), open_dict(composed.hydra):
             if mode == RunMode.MULTIRUN:
                 composed.hydra.job.num, composed.hydra.job.id = number, f"runner_{number}"
-                composed.sweep = composed.sweep or self.sweep_name
-        _refuse_without_effect(composed)
+                composed.sweep = self.sweep_name if composed.sweep is None else composed.sweep
+        overrides.refuse_paths(composed)
         plain: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
         node = plain.pop("hydra")
         folder, sweep_dir = self._folders(composed, mode)
         own = [str(key) for key in composed if key not in ("hydra", "experiment")]
         cfg = to_plain(OmegaConf.masked_copy(composed, own))
+        user_code.refuse_given(cfg)
         return Job(cfg, plain, node, node["overrides"]["task"], folder, sweep_dir, self._code_folders)
 
     def _folders(self, composed: DictConfig, mode: RunMode) -> tuple[str, str]:
@@ -263,8 +256,11 @@ class Composer:
         self._sweep_dir = self._sweep_dir or _absolute(node.sweep.dir)  # once: ${now:…} moves on
         return (os.path.join(self._sweep_dir, node.sweep.subdir) if node.sweep.subdir else ""), self._sweep_dir
 
-    def _composed(self, overrides: list[str], mode: RunMode) -> DictConfig:
-        parsed = self.parser.parse_overrides(overrides)
+    def _composed(self, given: list[str], mode: RunMode) -> DictConfig:
+        parsed = self.parser.parse_overrides(given)
+        groups = [override for override in parsed if self._is_choice(override.key_or_group)]
+        overrides.refuse_without_effect(parsed)
+        overrides.refuse_choices(groups, self.hydra.config_loader.get_group_options)
         choices = [override for override in parsed if self._changes_defaults(override)]
         key = mode, tuple(str(override.input_line) for override in choices)
         if key not in self._bases:
@@ -290,42 +286,17 @@ class Composer:
     def _changes_defaults(self, override: Override) -> bool:
         """Whether the override is read when the defaults list is built: it chooses, or says where to look."""
         key = override.key_or_group
+        return key == "hydra.searchpath" or (self._is_choice(key) and not isinstance(override.value(), dict))
+
+    def _is_choice(self, key: str) -> bool:
         if key not in self._choices:
             self._choices[key] = is_choice(key, self.hydra)
-        return key == "hydra.searchpath" or (self._choices[key] and not isinstance(override.value(), dict))
+        return self._choices[key]
 
 
 def named_by(keys: Iterable[str]) -> str:
     """What a sweep over these keys is called."""
     return "+".join(sorted({key.replace("/", ".") for key in keys}))[:120]
-
-
-def write_hydra(job: Job, folder: Path) -> None:
-    """Write ``.hydra/`` as Hydra does, where ``hydra.output_subdir`` says."""
-    if job.hydra["output_subdir"] is None:
-        return
-    into = folder / job.hydra["output_subdir"]
-    into.mkdir(parents=True, exist_ok=True)
-    job.hydra["runtime"]["output_dir"] = str(folder)
-    trees = {"config": job.unresolved, "hydra": {"hydra": job.hydra}, "overrides": job.overrides}
-    for name, tree in trees.items():
-        (into / f"{name}.yaml").write_text(_yaml(redact_tree(tree)))
-
-
-def _yaml(tree: Any) -> str:
-    """As OmegaConf writes it, by a faster writer."""
-    return str(yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
-
-
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """Quotes the texts that would be read back as numbers or booleans."""
-
-
-_Dumper.add_representer(str, OmegaConfDumper.str_representer)
-
-
-def _is_of_hydra(group: str) -> bool:
-    return group.partition("/")[0] == "hydra"
 
 
 def _key(text: str) -> str:
@@ -338,18 +309,3 @@ def _value(override: Override) -> str:
 
 def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
-
-
-def _refuse_without_effect(composed: DictConfig) -> None:
-    faults = []
-    for override in composed.hydra.overrides.hydra:
-        key, _, value = str(override).lstrip("+~").partition("=")
-        if key in BY_US:
-            remedy = "launcher=local, launcher=accelerate or launcher=slurm says how jobs are started"
-            remedy = remedy if key == "hydra/launcher" else "leave it out: a run writes train.log"
-            faults.append(Fault(key, "has no other option here", remedy, value))
-        elif not key.replace("/", ".").startswith(EFFECTIVE):
-            remedy = f"leave it out; of Hydra's own keys these work: {', '.join(EFFECTIVE)}"
-            faults.append(Fault(key, "has no effect here", remedy, value))
-    if faults:
-        raise ConfigError(*faults)

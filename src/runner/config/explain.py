@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config.bind import config_dir, unknown_key
+from runner.config import words
+from runner.config.bind import NO_KEY, config_dir, unknown_key
 from runner.errors import ConfigError, Fault, suggest
 from runner.secrets import redact
 
@@ -27,7 +28,7 @@ def told(hydra: Hydra, args: argparse.Namespace) -> Iterator[None]:
     """Turn Hydra's and OmegaConf's complaints into ours."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError, AttributeError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(*_faults(hydra, args, error)) from error
 
 
@@ -53,7 +54,9 @@ def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
     choices = [override for override in parsed if is_choice(override.key_or_group, hydra)]
     wrong = {id(override): list(_choice_faults(hydra, override)) for override in choices}
     right = [override for override in choices if not wrong[id(override)] and not override.is_sweep_override()]
-    known = _known_keys(hydra, args, [str(override.input_line) for override in right])
+    swept = [override for override in choices if not wrong[id(override)] and override.is_sweep_override()]
+    variants = _variants(hydra, args, [str(override.input_line) for override in right], swept)
+    known = set().union(*(keys for _, keys in variants))
     for override in parsed:
         key = override.key_or_group
         if key.split(".")[0].split("/")[0] == "hydra" or override.is_add() or override.is_force_add():
@@ -62,6 +65,33 @@ def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
             yield from wrong[id(override)]
         elif known and key not in known:
             yield _key_fault(key, _value_of(override), known, groups)
+        elif known:
+            yield from _missing_in_some(key, _value_of(override), variants)
+
+
+def _variants(
+    hydra: Hydra, args: argparse.Namespace, fixed: list[str], swept: Sequence[Any]
+) -> list[tuple[str, set[str]]]:
+    """(choice, all keys under it) for each option of each swept group, the others at their first; without any, one."""
+    options = {override.key_or_group: list(override.sweep_string_iterator()) for override in swept}
+    if not options:
+        return [("", _known_keys(hydra, args, fixed))]
+    firsts = {group: f"{group}={names[0]}" for group, names in options.items()}
+    return [
+        (f"{group}={name}", _known_keys(hydra, args, [*fixed, *{**firsts, group: f"{group}={name}"}.values()]))
+        for group, names in options.items()
+        for name in names
+    ]
+
+
+def _missing_in_some(key: str, value: str, variants: list[tuple[str, set[str]]]) -> Iterator[Fault]:
+    """The fault of a key that only some of the swept options have."""
+    groups = {choice.partition("=")[0].replace("/", ".") for choice, _ in variants}
+    own = next((group for group in groups if key.startswith(f"{group}.")), "")
+    without = [choice for choice, keys in variants if choice.startswith(own.replace(".", "/")) and key not in keys]
+    if own and without:
+        remedy = "sweep over these options without the key, and over the others by a second command"
+        yield Fault(key, f"{NO_KEY} with {' and '.join(without)}", remedy, value)
 
 
 def _syntax_fault(override: str) -> Fault:
@@ -77,8 +107,15 @@ def _choice_faults(hydra: Hydra, override: Any) -> Iterator[Fault]:
     options = [name for name in hydra.config_loader.get_group_options(group) if name != "base"]
     for chosen in value.split(",") if value not in ("", "null") and "(" not in value else []:
         if chosen.strip() not in options:
-            allowed = f"{suggest(chosen, options)} options here: {', '.join(options)}".strip()
-            yield Fault(group, "no such option", allowed, chosen)
+            yield no_option(group, chosen.strip(), options)
+
+
+def no_option(group: str, chosen: str, options: Sequence[str]) -> Fault:
+    """The fault for an option that a group does not have, with what to write instead or the nearest that exists."""
+    if hint := words.option_hint(group, chosen):
+        return Fault(group, "no such option", hint, chosen)
+    problem = f"no such option. {suggest(chosen, options)}".strip(" .")
+    return Fault(group, problem, f"options here: {', '.join(options)}", chosen)
 
 
 def _known_keys(hydra: Hydra, args: argparse.Namespace, choices: list[str]) -> set[str]:
@@ -108,10 +145,13 @@ def _key_fault(key: str, value: str, known: set[str], groups: set[str]) -> Fault
         if elsewhere := _options_with(parent, last):
             return Fault(key, "no such key with this option", f"it is a key of {' and '.join(elsewhere)}", value)
         fault = unknown_key(last, names, value)
-        if "did you mean" not in fault.remedy and (same := [k for k in known if k.rpartition(".")[2] == last]):
-            return Fault(key, "no such key", f"did you mean {' or '.join(sorted(same))}?", value)
+        if "did you mean" not in str(fault) and (same := [k for k in known if k.rpartition(".")[2] == last]):
+            return Fault(key, NO_KEY, f"did you mean {' or '.join(sorted(same))}?", value)
         return fault.below(parent)
-    return Fault(key, "no such key", f"{suggest(key, known)} groups: {', '.join(sorted(groups))}".strip(), value)
+    if hint := words.hint(last):
+        return Fault(key, NO_KEY, hint, value)
+    problem = f"{NO_KEY}. {suggest(key, known)}".strip(" .")
+    return Fault(key, problem, f"groups: {', '.join(sorted(groups))}", value)
 
 
 def _options_with(group: str, key: str) -> list[str]:

@@ -5,35 +5,80 @@ Where several rooms ask for the same kind of number, it is named here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
-from runner.errors import Fault
+from runner.config.bounds import Must
+from runner.errors import Fault, is_control
 
-Count = Annotated[int, Ge(1)]
+LARGEST = 10**9
+COUNTABLE = Must(lambda value: value <= LARGEST, problem=f"is larger than {LARGEST:g}")
+COMPUTABLE = Must(lambda value: value == 0 or 1e-30 <= abs(value) <= LARGEST,
+                  problem=f"is not between 1e-30 and {LARGEST:g}, where float32 can compute")  # fmt: skip
+"""float32 has no number between 0 and 1e-38, and none above 3e38."""
+Count = Annotated[int, Ge(1), COUNTABLE]
+Whole = Annotated[int, Ge(0), COUNTABLE]
+Tokens = Annotated[int, Ge(1), Le(10**15)]
+Processes = Annotated[int, Ge(1), Le(1024)]
+"""Processes or threads of one machine: OpenMP crashes when it cannot start all that are asked for."""
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 """What torch, NumPy and Python all take."""
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0), COMPUTABLE]
+NotNegative = Annotated[float, Ge(0), COMPUTABLE]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Betas = Annotated[list[Fraction], Len(2, 2)]
 Memory = Literal["speed", "balanced", "min"]
 """What of a forward pass is kept for the backward pass: see ``recompute``."""
-SweepName = Annotated[str, Len(1, 120)]
-Fraction = Annotated[float, Ge(0), Lt(1)]
+
+NAME_BYTES = 255
+"""The longest file name of the usual file systems."""
+
+
+def _is_text(value: str) -> bool:
+    return bool(value.strip()) and not any(map(is_control, value))
+
+
+def _is_script(value: str) -> bool:
+    return _is_text(value.replace("\n", " ").replace("\t", " "))
+
+
+def _is_name(value: str) -> bool:
+    return (
+        value == value.strip() and "/" not in value and len(value.encode()) <= NAME_BYTES and value not in (".", "..")
+    )
+
+
+def _is_inside(value: str) -> bool:
+    parts = PurePath(value).parts
+    return not value.startswith(("/", "~")) and bool(parts) and ".." not in parts
+
+
+Text = Annotated[str, Must(_is_text)]
+"""Paths, names of columns and packages, …: an empty shell variable is no value."""
+Script = Annotated[str, Must(_is_script)]
+Name = Annotated[Text, Must(_is_name, "that can be the name of one folder (without /, not . or ..)")]
+Inside = Annotated[Text, Must(_is_inside, "that leads below its folder (not absolute, without ..)")]
+SweepName = Annotated[Name, Len(1, 120)]
+Leaf = Text | bool | Annotated[float, Ge(-1e30), Le(1e30)] | None
+Free = Leaf | list[Leaf | list[Leaf]] | dict[str, Leaf | list[Leaf]]
+"""The values of keys that a library defines, and not an option."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The keys at the top of the configuration."""
 
-    name: str | None
+    name: Annotated[Text, Len(1, 250)] | None
     seed: Seed
-    outputs_dir: str
-    code: str | list[str] | dict[str, str] | None
+    outputs_dir: Text
+    code: Text | Annotated[list[Text], Len(1)] | dict[str, Text] | None
     sweep: SweepName | None
-    resume: str | None
+    resume: Text | None
     retry: bool
 
 
@@ -42,8 +87,8 @@ class TrainSettings:
     """How long, how much at a time, and how often something is said or saved; the key comments are in conf/train."""
 
     max_steps: Count | None
-    num_train_epochs: Positive | None
-    max_tokens: Count | None
+    num_train_epochs: Annotated[float, Ge(1e-6), Le(1e6)] | None
+    max_tokens: Tokens | None
     per_device_batch_size: Count
     micro_batch_size: Count | Literal["auto"] | None
     gradient_accumulation_steps: Count
@@ -54,7 +99,7 @@ class TrainSettings:
     save_steps: Count | None
     save_total_limit: Count
     deterministic: bool
-    sample_prompts: Annotated[int, Ge(0)]
+    sample_prompts: Whole
     sample_tokens: Count
 
     @property
@@ -67,7 +112,7 @@ class TrainSettings:
 class DataSettings:
     """The keys of ``data`` that every source has."""
 
-    max_length: Annotated[int, Ge(8)]
+    max_length: Annotated[int, Ge(8), COUNTABLE]
     packing: bool
     overlong: Literal["truncate", "drop"]
     deduplicate: bool
@@ -78,7 +123,8 @@ class DataSettings:
 
 def divisors(count: int) -> list[int]:
     """From 1 to ``count`` itself."""
-    return [size for size in range(1, count + 1) if count % size == 0]
+    small = [size for size in range(1, math.isqrt(count) + 1) if count % size == 0]
+    return sorted({*small, *(count // size for size in small)})
 
 
 def split_data(node: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

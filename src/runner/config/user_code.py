@@ -42,7 +42,10 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     """
     cfg.setdefault(KEY, None)  # a run of version 0.1.0 has no such key
     if isinstance(cfg[KEY], Mapping):  # frozen already; attach() has found the run's own copy
+        if not cfg.get(PATHS) or any(node.get(PATHS, cfg[PATHS]) != cfg[PATHS] for node in _nodes(cfg)):
+            raise ConfigError(Fault(KEY, "is not where your code is", REMEDY, dict(cfg[KEY])))
         return
+    refuse_given(cfg)
     entries = given(cfg)
     faults: list[Fault] = []
     paths: dict[str, Path] = {}
@@ -120,9 +123,26 @@ def attach(cfg: dict[str, Any], paths: Sequence[Path]) -> None:
             node[PATHS] = places
 
 
+def refuse_given(cfg: Mapping[str, Any]) -> None:
+    """Refuse a configuration in which somebody else noted where code is.
+
+    Raises:
+        ConfigError: with a remedy.
+    """
+    if detached(cfg) != cfg:
+        raise ConfigError(Fault(PATHS, "cannot be set: it is noted where code=… is found", REMEDY))
+
+
 def attach_copy(cfg: dict[str, Any], folder: Path) -> None:
-    """``attach`` the copy below ``folder`` of the code that a frozen configuration names."""
+    """``attach`` the copy below ``folder`` of the code that a frozen configuration names.
+
+    Raises:
+        ConfigError: a name that cannot be that of a module, such as a path that leads elsewhere.
+    """
+    refuse_given(cfg)
     if isinstance(cfg.get(KEY), Mapping):
+        if unfit := [name for name in cfg[KEY] if not _may_be_module(str(name))]:
+            raise ConfigError(Fault(KEY, "is no name of a module of yours", "restore config.yaml of the run", unfit))
         attach(cfg, [folder / name if (folder / name).is_dir() else folder / f"{name}.py" for name in cfg[KEY]])
 
 
@@ -211,10 +231,14 @@ def locate(entry: str) -> Path:
     if path.is_dir() and not any(path.glob("*.py")):
         raise ConfigError(Fault(KEY, "is a folder without Python files", REMEDY, entry))
     name = module_name(path)
-    if not name.isidentifier() or name in sys.stdlib_module_names or name in ("runner", "hydra_plugins"):
+    if not _may_be_module(name):
         problem = f"'{name}' cannot be the name of a module of yours"
         raise ConfigError(Fault(KEY, problem, "rename it: letters, digits and _, no module of Python's", entry))
     return path
+
+
+def _may_be_module(name: str) -> bool:
+    return name.isidentifier() and name not in sys.stdlib_module_names and name not in ("runner", "hydra_plugins")
 
 
 def module_name(path: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import bind, user_code
+from runner.config.schema import Text
 from runner.data import conversation
 from runner.data.conversation import Message, Row, refuse_unused, with_system
 from runner.data.examples import Example
@@ -25,7 +26,7 @@ SYSTEM = {"system": conversation.SYSTEM}
 """The parameter of a format that names the key of the system prompt."""
 
 
-def messages(row: Row, *, messages: str, role: str, content: str, ignore: list[str] | None = None) -> Example:
+def messages(row: Row, *, messages: Text, role: Text, content: Text, ignore: list[Text] | None = None) -> Example:
     """A list of messages under one key, as OpenAI's chat API takes them.
 
     ``ignore``, in each format: keys that change what is learnt and are left out all the same.
@@ -39,12 +40,12 @@ def messages(row: Row, *, messages: str, role: str, content: str, ignore: list[s
 def sharegpt(
     row: Row,
     *,
-    conversations: str,
-    speaker: str,
-    value: str,
-    roles: dict[str, str],
-    system: str | None,
-    ignore: list[str] | None = None,
+    conversations: Text,
+    speaker: Text,
+    value: Text,
+    roles: dict[str, Text],
+    system: Text | None,
+    ignore: list[Text] | None = None,
 ) -> Example:
     """A list of ``{"from": "human", "value": …}``; ``roles`` says who speaks, ``system`` names a key beside it."""
     turns = _turns(row, "sharegpt", "conversations", conversations, (speaker, value))
@@ -56,7 +57,7 @@ def sharegpt(
 
 
 def alpaca(
-    row: Row, *, instruction: str, input: str, output: str, system: str | None, ignore: list[str] | None = None
+    row: Row, *, instruction: Text, input: Text, output: Text, system: Text | None, ignore: list[Text] | None = None
 ) -> Example:
     """An instruction with an optional input below it, and the output wanted: one exchange."""
     question = _text(row, "alpaca", "instruction", instruction)
@@ -74,7 +75,7 @@ def alpaca(
     return conversation.checked(with_system(row, system, exchange))
 
 
-def prompt_completion(row: Row, *, prompt: str, completion: str, ignore: list[str] | None = None) -> Example:
+def prompt_completion(row: Row, *, prompt: Text, completion: Text, ignore: list[Text] | None = None) -> Example:
     """A prompt and its completion, each a text or a list of messages."""
     parts: list[Message] = []
     left_out = ignore or []
@@ -89,7 +90,7 @@ def prompt_completion(row: Row, *, prompt: str, completion: str, ignore: list[st
     return conversation.checked(parts)
 
 
-def text(row: Row, *, key: str, ignore: list[str] | None = None) -> Example:
+def text(row: Row, *, key: Text, ignore: list[Text] | None = None) -> Example:
     """Plain text under one key, for continued pretraining."""
     found = _text(row, "text", "key", key)
     refuse_unused(row, (), {key}, ignore=ignore or [], words=conversation.WEIGHTS)
@@ -98,7 +99,7 @@ def text(row: Row, *, key: str, ignore: list[str] | None = None) -> Example:
     return found
 
 
-def custom(row: Row, *, function: str, _code_: list[str] | None = None) -> Example:
+def custom(row: Row, *, function: Text, _code_: list[str] | None = None) -> Example:
     """Your own function, as ``path/to/file.py:name`` or ``package.module:name``: a row in, messages or a text out.
 
     ``_code_`` is set by this program: where the copy of the file is that the run keeps.

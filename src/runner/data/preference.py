@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from runner.config.schema import Text
 from runner.data import conversation
 from runner.data.conversation import Message, Row
 from runner.data.examples import Example
@@ -10,7 +11,7 @@ from runner.errors import DataError, Fault
 NEEDED = "a preference row has a prompt, a chosen and a rejected answer"
 
 
-def preference(row: Row, *, prompt: str, chosen: str, rejected: str, ignore: list[str] | None = None) -> Example:
+def preference(row: Row, *, prompt: Text, chosen: Text, rejected: Text, ignore: list[Text] | None = None) -> Example:
     """Rows ``{prompt, chosen, rejected}``: each a text or a list of messages.
 
     Without a prompt, ``chosen`` and ``rejected`` are whole conversations, and the prompt is what they have in common.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.config.schema import Text
 from runner.data import readers
 from runner.data.readers import Documents, Place, Row
 from runner.errors import DataError, Fault
@@ -80,7 +81,7 @@ def chitchat() -> Source:
     )
 
 
-def local(*, path: str, eval_path: str | None, documents: Documents) -> Source:
+def local(*, path: Text, eval_path: Text | None, documents: Documents) -> Source:
     """A json, jsonl, csv, tsv, parquet or txt file, or a folder or glob of such files; types may be mixed.
 
     A json file contains a list of rows, ``{"data": [rows]}`` or one row. A txt file gives rows ``{"text": …}``: one
@@ -115,7 +116,7 @@ def check_local(*, path: str, eval_path: str | None, documents: str) -> Iterator
         yield Fault("documents", "has no effect: there is no txt file", "set data.documents=file", documents)
 
 
-def hub(*, path: str, name: str | None, split: str, eval_split: str | None, revision: str | None) -> Source:
+def hub(*, path: Text, name: Text | None, split: Text, eval_split: Text | None, revision: Text | None) -> Source:
     """A dataset of the Hugging Face Hub, or a local folder in the Hub's layout.
 
     Raises:

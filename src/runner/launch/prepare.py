@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import bind, check, user_code
-from runner.config.compose import Job, write_hydra
+from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError, Fault
 from runner.launch.launcher import Launcher
 from runner.tracking import manifest, resume

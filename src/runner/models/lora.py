@@ -10,10 +10,13 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from runner.config.bind import bind, bind_target, mismatch, unknown_key
-from runner.config.schema import Count, Fraction, Positive
+from annotated_types import Len
+
+from runner.config.bind import bind, bind_target, unknown_key
+from runner.config.bounds import mismatch
+from runner.config.schema import Count, Fraction, Positive, Text
 from runner.errors import ConfigError, Fault, suggest
 from runner.models import adapter
 from runner.models.kernels import compilation
@@ -62,8 +65,8 @@ def lora(
     r: Count,
     lora_alpha: Positive,
     lora_dropout: Fraction,
-    target_modules: str | list[str],
-    modules_to_save: list[str] | None,
+    target_modules: Text | Annotated[list[Text], Len(1)],
+    modules_to_save: list[Text] | None,
     bias: Literal["none", "all", "lora_only"],
     use_dora: bool,
     use_rslora: bool,
@@ -89,7 +92,7 @@ def lora(
     )
 
 
-def peft(model: nn.Module, *, method: str, **options: Any) -> nn.Module:
+def peft(model: nn.Module, *, method: Text, **options: Any) -> nn.Module:
     """An adapter of any PEFT method; ``method`` is PEFT's name, ``options`` are fields of its configuration class.
 
     Raises:
@@ -197,7 +200,7 @@ def _option_faults(method: str, options: dict[str, Any]) -> Iterator[Fault]:
         elif name in UNSUITED_FIELDS or name.endswith("_config"):
             yield Fault(name, "is not supported by this train loop", "remove this option", value)
         elif name not in known:
-            yield unknown_key(name, known, value)
+            yield unknown_key(name, known, value, is_ours=False)
         elif name == "init_lora_weights" and value in DATA_INITS:
             problem = "is not supported: it needs passes over the data before training"
             yield Fault(name, problem, "use true, gaussian, orthogonal, pissa, pissa_niter_16 or olora", value)

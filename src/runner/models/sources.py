@@ -13,15 +13,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from runner.config.schema import Count, Seed
+from annotated_types import Ge, Le
+
+from runner.config.schema import Seed, Text
 from runner.errors import ConfigError, Fault
 from runner.files import cache_dir, locked
 from runner.models import gguf_import, model_folder, tiny
 from runner.models.dtypes import Precision, dtype_faults
 
 Attention = Literal["auto", "by_document", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+
+Width = Annotated[int, Ge(1), Le(2**24)]
+Layers = Annotated[int, Ge(1), Le(1024)]
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -46,7 +51,7 @@ class ModelSource:
 
 
 def pretrained(
-    *, path: str, revision: str | None, dtype: Precision, attention: Attention, trust_remote_code: bool
+    *, path: Text, revision: Text | None, dtype: Precision, attention: Attention, trust_remote_code: bool
 ) -> ModelSource:
     """A model folder, a GGUF file, or a model of the Hugging Face Hub."""
     local = Path(path).expanduser()
@@ -57,7 +62,7 @@ def pretrained(
     return ModelSource(str(local.resolve()) if is_local else path, revision, dtype, attention, trust_remote_code, name)
 
 
-def gguf(*, package: str, file: str, dtype: Precision, attention: Attention) -> ModelSource:
+def gguf(*, package: Text, file: Text, dtype: Precision, attention: Attention) -> ModelSource:
     """A GGUF file inside an installed Python package; the package is not imported."""
     source = _from_gguf(_package_file(package, file), dtype, attention)
     return replace(source, origin=f"from the package {package}")
@@ -65,12 +70,12 @@ def gguf(*, package: str, file: str, dtype: Precision, attention: Attention) -> 
 
 def random(
     *,
-    hidden_size: Count,
-    intermediate_size: Count,
-    layers: Count,
-    heads: Count,
-    kv_heads: Count,
-    max_position_embeddings: Count,
+    hidden_size: Width,
+    intermediate_size: Width,
+    layers: Layers,
+    heads: Layers,
+    kv_heads: Layers,
+    max_position_embeddings: Width,
     tie_word_embeddings: bool,
     seed: Seed,
     dtype: Precision,
@@ -170,7 +175,10 @@ def _write_on_any_rank(write: Callable[[Path], None], folder: Path) -> None:
 
 
 def _package_file(package: str, file: str) -> Path:
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # "..", "a.b" without a package a
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         remedy = f"pip install {package.replace('_', '-')}, or use another model"
         raise ConfigError(Fault("model.package", "is not installed", remedy, package))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from runner.config import words
 from runner.errors import ConfigError, Fault, suggest
 from runner.report.results import Result
 from runner.terminal import duration
@@ -109,7 +110,9 @@ def resolve(word: str, results: Sequence[Result], option: str) -> str:
         raise ConfigError(_nothing_measured(option))
     known = [*(short for short, keys in SHORT.items() if metrics & set(keys)), *sorted(metrics), *sorted(params)]
     available = f"available: {', '.join(known[:NAMED])} … ({len(params)} parameters, {len(metrics)} metrics)"
-    raise ConfigError(Fault(option, f"no run has the key '{word}'", suggest(word, known) or available))
+    raise ConfigError(
+        Fault(option, f"no run has the key '{word}'", words.hint(word) or suggest(word, known) or available)
+    )
 
 
 def metric(word: str, results: Sequence[Result], option: str) -> str:

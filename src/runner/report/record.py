@@ -173,6 +173,7 @@ def of_store(word: str, uri: str) -> Recorded:
     config = yaml.safe_load(files["config.yaml"])
     first = moved.is_of_first(config)
     config = moved.to_today(config)
+    user_code.refuse_given(config)
     if code:
         user_code.attach_copy(config, code)
     return Recorded(name, where, config, manifest, status, curves, files.get("dirty.diff", ""), is_of_first=first)

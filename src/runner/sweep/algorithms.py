@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from runner.config.schema import Count, Seed
+from runner.config.schema import COUNTABLE, Count, Seed, Text, Whole
 from runner.errors import ConfigError, Fault, suggest
 from runner.sweep.asha import Rungs
 from runner.tracking import machine
@@ -56,8 +56,8 @@ def grid() -> None:
 def random(
     *,
     trials: Count,
-    space: dict[str, str] | None,
-    objective: str | list[str],
+    space: dict[str, Text] | None,
+    objective: Text | list[Text],
     direction: Direction | list[Direction],
     at_once: Count | None,
     seed: Seed,
@@ -69,12 +69,12 @@ def random(
 def tpe(
     *,
     trials: Count,
-    space: dict[str, str] | None,
-    objective: str | list[str],
+    space: dict[str, Text] | None,
+    objective: Text | list[Text],
     direction: Direction | list[Direction],
     at_once: Count | None,
     seed: Seed,
-    startup_trials: Annotated[int, Ge(0)],
+    startup_trials: Whole,
 ) -> Search:
     """Tree-structured Parzen estimator (Bergstra et al. 2011); active runs count as bad ones (constant liar)."""
     sampler = _tpe(seed, startup_trials)
@@ -84,15 +84,15 @@ def tpe(
 def asha(
     *,
     trials: Count,
-    space: dict[str, str] | None,
-    objective: str,
+    space: dict[str, Text] | None,
+    objective: Text,
     direction: Direction,
     at_once: Count | None,
     seed: Seed,
     sampler: Literal["tpe", "random"],
-    startup_trials: Annotated[int, Ge(0)],
+    startup_trials: Whole,
     min_steps: Count,
-    reduction_factor: Annotated[int, Ge(2)],
+    reduction_factor: Annotated[int, Ge(2), COUNTABLE],
 ) -> Search:
     """Asynchronous successive halving: at each rung the worse runs pause; they resume if they rank better later."""
     proposer = _tpe(seed, startup_trials) if sampler == "tpe" else _random(seed)

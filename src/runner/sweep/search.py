@@ -20,6 +20,7 @@ from runner import files, terminal
 from runner.config import compose
 from runner.config.bind import bind
 from runner.config.compose import Composer
+from runner.config.job import Job
 from runner.errors import ConfigError, Fault, ResumeError, RunnerError, TrainingError
 from runner.files import stamp
 from runner.launch import prepare
@@ -82,7 +83,7 @@ def run(composer: Composer, settings: algorithms.Search, argv: list[str]) -> int
     return code or ended or int(is_unfinished or bool(study.failures(trials.study)))
 
 
-def planned(composer: Composer, settings: algorithms.Search) -> compose.Job:
+def planned(composer: Composer, settings: algorithms.Search) -> Job:
     """Dry run: check a job for every category and both ends of every range; returns the first. Writes nothing.
 
     Raises:

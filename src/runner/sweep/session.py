@@ -15,7 +15,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 
 from runner import files
-from runner.config.compose import Composer, Job
+from runner.config.compose import Composer
+from runner.config.job import Job
 from runner.errors import ConfigError, Fault, LaunchError
 from runner.launch import prepare
 from runner.launch.prepare import prepared

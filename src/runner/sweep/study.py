@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-    from runner.config.compose import Job
+    from runner.config.job import Job
     from runner.sweep.algorithms import Search
     from runner.sweep.space import Dimension
 

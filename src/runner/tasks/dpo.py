@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from runner.config.schema import Fraction, NotNegative, Positive
 from runner.data.examples import Example, Features
 from runner.data.packing import IGNORED
 from runner.errors import DataError, Fault
@@ -29,7 +30,9 @@ SMOOTHED = {"sigmoid": (0.0, 0.5), "robust": (0.0, 0.5), "exo_pair": (0.0, 1.0),
 """Loss types that use ``label_smoothing``, and the values between which it must be."""
 
 
-def dpo(*, loss_type: LossType, beta: float, label_smoothing: float, gamma: float, sft_weight: float) -> Task:
+def dpo(
+    *, loss_type: LossType, beta: Positive, label_smoothing: Fraction, gamma: NotNegative, sft_weight: NotNegative
+) -> Task:
     """Preference optimization on pairs; ``loss_type`` chooses the loss, averaged over the pairs of a step.
 
     ``beta`` scales the log-probabilities (for orpo: the weight of the odds ratio). ``label_smoothing``: the assumed
@@ -46,7 +49,7 @@ def dpo(*, loss_type: LossType, beta: float, label_smoothing: float, gamma: floa
         return {
             "pair_loss": of_pairs.sum(),
             "sft_loss": sft_weight * -pairs.s_w.sum(),
-            "pairs": torch.tensor(len(of_pairs)),
+            "pairs": torch.full((), len(of_pairs), device=sums.device),
             "chosen_tokens": pairs.n_w.sum(),
             "rewards/chosen": chosen.sum(),
             "rewards/rejected": rejected.sum(),
@@ -70,14 +73,8 @@ def dpo(*, loss_type: LossType, beta: float, label_smoothing: float, gamma: floa
     )
 
 
-def check_dpo(
-    *, loss_type: str, beta: float, label_smoothing: float, gamma: float, sft_weight: float
-) -> Iterator[Fault]:
+def check_dpo(*, loss_type: str, label_smoothing: float, gamma: float, **_: object) -> Iterator[Fault]:
     """Each loss type uses some of the keys; a key without effect must have its neutral value."""
-    if beta <= 0:
-        yield Fault("beta", "must be greater than 0", "set task.beta=0.1", beta)
-    if sft_weight < 0:
-        yield Fault("sft_weight", "must be 0 or greater", "set task.sft_weight=0", sft_weight)
     if loss_type not in SMOOTHED and label_smoothing:
         remedy = f"set task.label_smoothing=0; used by: {', '.join(SMOOTHED)}"
         yield Fault("label_smoothing", f"has no effect with loss_type={loss_type}", remedy, label_smoothing)

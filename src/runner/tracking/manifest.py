@@ -60,7 +60,8 @@ def keep_credentials(cfg: dict[str, Any]) -> None:
 
     So no file of the run contains them.
     """
-    if uri := cfg["tracking"].get("uri"):
+    node = cfg.get("tracking")
+    if isinstance(node, Mapping) and isinstance(uri := node.get("uri"), str):
         cfg["tracking"]["uri"] = credentials_into_environment(uri)
 
 

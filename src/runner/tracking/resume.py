@@ -30,8 +30,7 @@ def choose(cfg: dict[str, Any], composed: Path, *, named: bool, overrides: list[
     if cfg["resume"]:
         if named:
             raise ResumeError(Fault("hydra.run.dir", "a resumed run stays in its folder", "omit it", composed))
-        frozen = configuration(cfg, overrides)  # raises on other overrides before the folder is looked up
-        return _resumed(cfg), frozen
+        return _resumed(cfg), configuration(cfg, overrides)
     if named:
         return composed, cfg
     _mention_twin(cfg)
@@ -42,17 +41,29 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The configuration of a run; with ``resume=RUN`` the one in its config.yaml, and overrides are refused."""
     if cfg["resume"] in (None, "auto"):
         return cfg
-    others = [o for o in overrides if o.partition("=")[0].partition(".")[0] not in RESUME_KEYS]
-    if others:
+    rundir = RunDir(_resumed(cfg))
+    frozen = {**manifest.read_config(rundir), "retry": cfg["retry"]}
+    if others := [override for override in overrides if not _is_kept(override, cfg, frozen)]:
         problem = f"uses the configuration of that run and cannot change {', '.join(others)}"
         remedy = "remove these overrides, or start a new run with them"
         raise ResumeError(Fault("resume", problem, remedy, cfg["resume"]))
-    rundir = RunDir(_resumed(cfg))
-    frozen = {**manifest.read_config(rundir), "retry": cfg["retry"]}
     for name in user_code.edited(frozen, rundir.read_manifest().get("code") or {}):
         print(f"note: {name} was edited since this run began; the run continues with its own copy, {rundir.code}",
               file=sys.stderr)  # fmt: skip
     return frozen
+
+
+def _is_kept(override: str, cfg: dict[str, Any], frozen: dict[str, Any]) -> bool:
+    """Whether the run is configured as the override says already, or the override is for any resumed run."""
+    key = override.partition("=")[0].lstrip("+~")
+    if key.partition(".")[0] in RESUME_KEYS:
+        return True
+    if key != "experiment" and not key.startswith("hydra"):
+        ours, theirs = user_code.detached(cfg), user_code.detached(frozen)
+        for part in key.replace("/", ".").split("."):
+            ours, theirs = (node.get(part, ...) if isinstance(node, dict) else ... for node in (ours, theirs))
+        return ours is not ... and bool(ours == theirs)
+    return key == "experiment" and manifest.signature(cfg) == manifest.signature(frozen)
 
 
 def refuse(folder: Path, cfg: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from runner.config.schema import Positive
+from runner.config.schema import Positive, Text
 from runner.errors import Fault, suggest
 from runner.secrets import redact
 
@@ -37,9 +37,9 @@ class Tracking:
 
 def mlflow(
     *,
-    uri: str | None,
-    experiment: str,
-    run_name: str | None,
+    uri: Text | None,
+    experiment: Text,
+    run_name: Text | None,
     log_model: bool | Literal["adapter"],
     system_metrics: bool,
     system_interval_s: Positive,
@@ -54,7 +54,7 @@ def check_mlflow(*, uri: str | None, experiment: str, run_name: str | None, **_:
         yield from (replace(fault, value=redact(uri)) for fault in _uri_faults(uri))
 
 
-def offline(*, experiment: str, run_name: str | None, log_model: bool | Literal["adapter"]) -> Tracking:
+def offline(*, experiment: Text, run_name: Text | None, log_model: bool | Literal["adapter"]) -> Tracking:
     """Keep the records in the run folder only; ``sync`` can upload them later under these names."""
     return Tracking("offline", experiment, run_name, log_model)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Lt
 
 from runner.config.bind import bind_target
-from runner.config.schema import Fraction, NotNegative, Positive
+from runner.config.schema import Betas, Fraction, NotNegative, Positive
 from runner.errors import ConfigError, Fault, RunnerError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def adamw(
     *,
     learning_rate: Positive,
     weight_decay: NotNegative,
-    betas: list[Fraction],
+    betas: Betas,
     eps: Positive,
     fused: Literal["auto"] | bool,
 ) -> Optimizer:
@@ -78,7 +78,7 @@ def adamw_bnb(
     *,
     learning_rate: Positive,
     weight_decay: NotNegative,
-    betas: list[Fraction],
+    betas: Betas,
     eps: Positive,
     bits: Literal[8, 32],
     paged: bool,
@@ -113,7 +113,7 @@ def lion(
     *,
     learning_rate: Positive,
     weight_decay: NotNegative,
-    betas: list[Fraction],
+    betas: Betas,
     bits: Literal[8, 32],
 ) -> Optimizer:
     """Lion of bitsandbytes: updates by the sign of a momentum, with half of Adam's state (https://arxiv.org/abs/2302.06675)."""
@@ -130,7 +130,7 @@ def muon(
     momentum: Fraction,
     nesterov: bool,
     ns_steps: Annotated[int, Ge(1), Lt(100)],
-    betas: list[Fraction],
+    betas: Betas,
     eps: Positive,
 ) -> Optimizer:
     """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for embeddings and vectors.
@@ -202,22 +202,15 @@ def shardable(node: Mapping[str, Any]) -> bool:
     return bind_target(node) is adamw
 
 
-def check_adamw(*, betas: list[float], **_: object) -> Iterator[Fault]:
-    return _two_betas(betas)
-
-
-def check_adamw_bnb(*, betas: list[float], **_: object) -> Iterator[Fault]:
-    yield from _two_betas(betas)
+def check_adamw_bnb(**_: object) -> Iterator[Fault]:
     yield from _needs_bitsandbytes()
 
 
-def check_lion(*, betas: list[float], **_: object) -> Iterator[Fault]:
-    yield from _two_betas(betas)
+def check_lion(**_: object) -> Iterator[Fault]:
     yield from _needs_bitsandbytes()
 
 
-def check_muon(*, betas: list[float], nesterov: bool, momentum: float, **_: object) -> Iterator[Fault]:
-    yield from _two_betas(betas)
+def check_muon(*, nesterov: bool, momentum: float, **_: object) -> Iterator[Fault]:
     if nesterov and momentum == 0:
         yield Fault("nesterov", "has no effect without momentum", "set optim.nesterov=false or raise optim.momentum")
 
@@ -262,12 +255,7 @@ def _embedding_parameters(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _pair(betas: list[float]) -> tuple[float, float]:
-    return betas[0], betas[1]
-
-
-def _two_betas(betas: list[float]) -> Iterator[Fault]:
-    if len(betas) != 2:
-        yield Fault("betas", "must be a list of two numbers", "for example optim.betas=[0.9,0.999]", betas)
+    return float(betas[0]), float(betas[1])  # torch refuses 0 beside 0.99
 
 
 def _needs_bitsandbytes() -> Iterator[Fault]:

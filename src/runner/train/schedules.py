@@ -9,15 +9,16 @@ transformers' factor of ``step + 1`` of ``total + 1``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
-from runner.config.schema import Fraction
+from runner.config.bind import bind
+from runner.config.schema import Fraction, Whole
 from runner.errors import ConfigError, Fault
 
-WarmupSteps = Annotated[int, Ge(0)] | None
+WarmupSteps = Whole | None
 Floor = Annotated[float, Ge(0), Le(1)]
 
 
@@ -104,6 +105,15 @@ def check_wsd(
             "reduce one of them: their sum must be at most 1",
             decay_ratio,
         )
+
+
+def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    """A schedule that is longer than the run, as far as the number of steps is known without the data."""
+    if (steps := cfg["train"]["max_steps"]) is not None:
+        try:
+            bind(cfg["schedule"], "schedule")(0, steps)
+        except ConfigError as error:
+            yield from error.faults
 
 
 def _two_warmups(warmup_steps: int | None, warmup_ratio: float) -> Iterator[Fault]:

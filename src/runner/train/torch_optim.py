@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.config.bind import mismatch, unknown_key
-from runner.config.schema import NotNegative, Positive
+from runner.config.bind import unknown_key
+from runner.config.bounds import mismatch
+from runner.config.schema import NotNegative, Positive, Text
 from runner.errors import ConfigError, Fault, suggest
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ SHARDABLE = (
 
 
 def torch_optimizer(
-    groups: Groups, *, name: str, learning_rate: Positive, weight_decay: NotNegative, **options: Any
+    groups: Groups, *, name: Text, learning_rate: Positive, weight_decay: NotNegative, **options: Any
 ) -> Optimizer:
     """Any class of torch.optim by name, with its own options; same contract as the options in ``train/optim``.
 
@@ -45,7 +46,7 @@ def torch_optimizer(
 
     if "weight_decay" in _constructors()[name]:
         options["weight_decay"] = weight_decay
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    values = {key: tuple(map(float, value)) if isinstance(value, list) else value for key, value in options.items()}
     try:
         return getattr(torch.optim, name)(groups, lr=learning_rate, **values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -77,7 +78,7 @@ def _option_faults(annotations: dict[str, str], options: dict[str, Any]) -> Iter
         if key == "lr":
             yield Fault(key, "is called learning_rate here", "set optim.learning_rate", value)
         elif key not in annotations:
-            yield unknown_key(key, set(annotations) - {"lr"} | {"learning_rate"}, value)
+            yield unknown_key(key, set(annotations) - {"lr"} | {"learning_rate"}, value, is_ours=False)
         elif problem := _mismatch(value, annotations[key]):
             yield Fault(key, problem, f"correct optim.{key}", value)
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runner.config.schema import Count
+from runner.config.schema import Processes
 from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
 from runner.launch.launcher import Source
 from runner.launch.local import launcher
@@ -67,7 +67,7 @@ class Elastic:
         return share(at_once, threads=None, processes=self.processes)
 
 
-def accelerate(*, processes: Count) -> Elastic:
+def accelerate(*, processes: Processes) -> Elastic:
     """Several processes on this machine, as ``accelerate launch`` and ``torchrun`` start them."""
     return Elastic(processes)
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Protocol
 
 from runner import terminal
-from runner.config.schema import Count
+from runner.config.schema import Processes
 from runner.errors import Fault, LaunchError
 from runner.launch.launcher import Source
 from runner.launch.local import queue
@@ -79,7 +79,7 @@ class Local:
         return worker.work(rundir)
 
 
-def local(*, parallel: Count | None, threads: Count | None) -> Local:
+def local(*, parallel: Processes | None, threads: Processes | None) -> Local:
     """Train on this machine, several runs of a sweep at once where there is more than one GPU."""
     return Local(parallel, threads)
 

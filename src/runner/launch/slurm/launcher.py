@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from runner.config import bind
-from runner.config.schema import Count, Positive
+from runner.config.schema import Count, Leaf, Positive, Script, Text, Whole
 from runner.errors import Fault, LaunchError
 from runner.launch.launcher import Source
 from runner.launch.slurm import monitor, script, submit
@@ -119,27 +119,27 @@ def _mark_refused(sweep: SweepDir | None, refused: list[RunDir]) -> None:
 def slurm(
     *,
     cluster: Literal["slurm", "local", "debug"],
-    partition: str | None,
-    account: str | None,
-    qos: str | None,
+    partition: Text | None,
+    account: Text | None,
+    qos: Text | None,
     timeout_min: Count,
     nodes: Count,
-    gpus_per_node: Annotated[int, Ge(0)] | None,
+    gpus_per_node: Annotated[int, Ge(0), Le(1024)] | None,
     tasks_per_node: Count | None,
     cpus_per_task: Count | None,
     mem_gb: Positive | None,
-    constraint: str | None,
-    exclude: str | None,
-    nodelist: str | None,
-    reservation: str | None,
-    modules: list[str],
-    setup: list[str],
-    container: str | None,
-    python: str | None,
-    srun_args: list[str],
-    additional_parameters: dict[str, Any],
+    constraint: Text | None,
+    exclude: Text | None,
+    nodelist: Text | None,
+    reservation: Text | None,
+    modules: list[Text],
+    setup: list[Script],
+    container: Text | None,
+    python: Text | None,
+    srun_args: list[Text],
+    additional_parameters: dict[str, Leaf],
     array_parallelism: Count | None,
-    max_requeues: Annotated[int, Ge(0)],
+    max_requeues: Whole,
     signal_delay_s: Count,
     snapshot: Literal["keep", "new", "none"],
     wait: bool,

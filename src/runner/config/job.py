@@ -1,0 +1,69 @@
+"""One composed run, and what Hydra writes of it into ``.hydra/``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf._utils import OmegaConfDumper
+
+from runner.secrets import redact_tree
+
+
+@dataclass
+class Job:
+    """One composed run as plain dicts: our configuration, and what Hydra writes of itself into ``.hydra/``."""
+
+    cfg: dict[str, Any]
+    """Resolved; the launcher and all later steps know nothing else."""
+    unresolved: dict[str, Any]
+    hydra: dict[str, Any]
+    """Both may hold secrets; ``write_hydra`` leaves them out."""
+    overrides: list[str]
+    """Ours, in the order given."""
+    folder: str
+    """Where Hydra's configuration puts a single run; of a sweep's job its own folder, or "" where we choose it."""
+    sweep_dir: str
+    code_folders: list[Path] = field(default_factory=list)
+    """Where code of the user's is found without being named: here, and in and beside ``--config-dir``."""
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Group of ours → the option chosen: ``{"quant": "4bit", "data.format": "messages", …}``."""
+        chosen = self.hydra["runtime"]["choices"]
+        return {group.replace("/", "."): name for group, name in chosen.items() if name and not _is_of_hydra(group)}
+
+    @property
+    def is_folder_named(self) -> bool:
+        """Whether the user said where a single run goes."""
+        return any(override.startswith("hydra.run.dir=") for override in self.hydra["overrides"]["hydra"])
+
+
+def write_hydra(job: Job, folder: Path) -> None:
+    """Write ``.hydra/`` as Hydra does, where ``hydra.output_subdir`` says."""
+    if job.hydra["output_subdir"] is None:
+        return
+    into = folder / job.hydra["output_subdir"]
+    into.mkdir(parents=True, exist_ok=True)
+    job.hydra["runtime"]["output_dir"] = str(folder)
+    trees = {"config": job.unresolved, "hydra": {"hydra": job.hydra}, "overrides": job.overrides}
+    for name, tree in trees.items():
+        (into / f"{name}.yaml").write_text(_yaml(redact_tree(tree)))
+
+
+def _yaml(tree: Any) -> str:
+    """As OmegaConf writes it, by a faster writer."""
+    return str(yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes the texts that would be read back as numbers or booleans."""
+
+
+_Dumper.add_representer(str, OmegaConfDumper.str_representer)
+
+
+def _is_of_hydra(group: str) -> bool:
+    return group.partition("/")[0] == "hydra"

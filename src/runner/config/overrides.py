@@ -1,0 +1,132 @@
+"""What an override may be: readable, one option for a group, and of Hydra's own keys only those that do something."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from runner.config import bounds
+from runner.config.schema import Inside, Name, Text
+from runner.errors import ConfigError, Fault, is_control
+
+EFFECTIVE = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.searchpath",
+             "hydra.output_subdir")  # fmt: skip
+"""The keys of Hydra's own that do something here."""
+
+BY_US = ("hydra/launcher", "hydra/job_logging", "hydra/hydra_logging")
+"""Groups of Hydra's own of which only our option works."""
+
+SWEEPER = "hydra/sweeper"
+PATHS = {
+    "run.dir": Text, "sweep.dir": Text, "sweep.subdir": Inside | Literal[""], "output_subdir": Name | None,
+}  # fmt: skip
+"""Keys below ``hydra`` that are paths."""
+
+PRESETS = "experiment"
+"""The group of which a run may have several options, or none."""
+
+MOST_DIGITS, DEEPEST = 400, 40
+
+
+def refuse_unreadable(overrides: Iterable[str]) -> None:
+    """Refuse words that neither the parser nor a file can hold.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    faults = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if problem := _unreadable(text):
+            faults.append(Fault(key, problem, "correct the value", value))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _unreadable(text: str) -> str:
+    if any(is_control(c) and c not in "\n\t" for c in text):
+        return "contains control characters, or bytes that are not UTF-8"
+    if re.search(rf"[\d_]{{{MOST_DIGITS + 1},}}", text):
+        return f"contains a number of more than {MOST_DIGITS} digits"
+    depth = deepest = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        deepest = max(deepest, depth)
+    return f"is nested more than {DEEPEST} levels deep" if deepest > DEEPEST else ""
+
+
+def refuse_choices(choices: Iterable[Override], options_of: Callable[[str], list[str]]) -> None:
+    """Refuse overrides of groups that choose no option, or several at once.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    faults = list(_choice_faults(choices, options_of))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _choice_faults(choices: Iterable[Override], options_of: Callable[[str], list[str]]) -> Iterator[Fault]:
+    for override in choices:
+        group, value = override.key_or_group, override.value()
+        if group == "hydra":
+            yield Fault(group, "cannot be set as a whole", f"set one of {', '.join(EFFECTIVE)}", str(value))
+        if group.partition("/")[0] in ("hydra", PRESETS) and not isinstance(value, list) and value != "":
+            continue
+        remedy = f"choose one option with {group}=…: {', '.join(name for name in options_of(group) if name != 'base')}"
+        if override.is_delete():
+            yield Fault(f"~{group}", "cannot be removed: every run has an option of this group", remedy)
+        elif isinstance(value, list) and not (group == PRESETS and all(isinstance(name, str) for name in value)):
+            yield Fault(group, "must be the name of one option, not a list", remedy, str(override.get_value_string()))
+        elif value is None or value == "":
+            yield Fault(group, "must be the name of one option", remedy, str(override.get_value_string()))
+
+
+def refuse_without_effect(parsed: Iterable[Override]) -> None:
+    """Refuse keys of Hydra's own that nobody reads.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    parsed, faults = list(parsed), []
+    has_sweeper = any(override.key_or_group == SWEEPER for override in parsed)
+    for override in parsed:
+        key, value = override.key_or_group, str(override.input_line or "").partition("=")[2]
+        if not override.is_hydra_override():
+            continue
+        if key in BY_US:
+            remedy = "launcher=local, launcher=accelerate or launcher=slurm says how jobs are started"
+            remedy = remedy if key == "hydra/launcher" else "leave it out: a run writes train.log"
+            faults.append(Fault(key, "has no other option here", remedy, value))
+        elif key.startswith("hydra.sweeper") and not has_sweeper:
+            remedy = "write the keys and their values themselves: -m lora.r=4,8, or search.space={…} for a search"
+            faults.append(Fault(key, "has no effect here", remedy, value))
+        elif not key.replace("/", ".").startswith((*EFFECTIVE, "hydra.sweeper")):
+            remedy = f"leave it out; of Hydra's own keys these work: {', '.join(EFFECTIVE)}"
+            faults.append(Fault(key, "has no effect here", remedy, value))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def refuse_paths(composed: DictConfig) -> None:
+    """Refuse paths below ``hydra`` that are empty or leave their folder.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    faults = []
+    for key, annotation in PATHS.items():
+        path: Any = OmegaConf.select(composed.hydra, key)
+        if problem := bounds.mismatch(path, annotation):
+            faults.append(Fault(f"hydra.{key}", problem, "name a folder, or leave it out", path))
+    if faults:
+        raise ConfigError(*faults)
+
+
+def sweeper_of(composed: DictConfig) -> str:
+    """The option of ``hydra/sweeper``."""
+    return str(composed.hydra.runtime.choices.get(SWEEPER))

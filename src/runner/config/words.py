@@ -1,0 +1,145 @@
+"""What to write here for the words of other programs: keys, and options of groups.
+
+From transformers' TrainingArguments, TRL, Axolotl, LLaMA-Factory, ms-swift, Lightning and Slurm. A word that is a key
+or an option here is never looked up.
+"""
+
+from __future__ import annotations
+
+DTYPE = "set model.dtype=bfloat16 or model.dtype=float32; auto takes what the hardware is fast in"
+EXTRA = "sbatch options without a key of their own: +launcher.additional_parameters.{word}=…"
+SCHEDULE = "choose it with schedule=cosine, schedule=linear, schedule=constant or schedule=wsd"
+MODEL = "set model=local model.path=FOLDER (or a Hub id)"
+OWN_TASK = "there are task=sft and task=pretrain; a loss of your own is a function: code=FILE.py task=NAME"
+MEMORY = "choose train.memory=min (computes layers again) or train.memory=balanced (less of them)"
+PEFT = "write lora=peft lora.method={word}"
+TORCH = "write optim=torch optim.name={word}"
+
+KEYS = {
+    # transformers
+    "lr": "optim.learning_rate", "per_device_train_batch_size": "train.per_device_batch_size",
+    "batch_size": "train.per_device_batch_size", "train_batch_size": "train.per_device_batch_size",
+    "adam_epsilon": "optim.eps", "beta1": "optim.betas", "adam_beta1": "optim.betas", "adam_beta2": "optim.betas",
+    "eval_strategy": "train.eval_steps", "evaluation_strategy": "train.eval_steps", "save_strategy": "train.save_steps",
+    "output_dir": "outputs_dir", "run_name": "name", "experiment_name": "tracking.experiment", "data_seed": "seed",
+    "full_determinism": "train.deterministic", "ddp_find_unused_parameters": "parallel.find_unused_parameters",
+    "tracking_uri": "tracking.uri", "max_train_samples": "data.train_rows", "max_eval_samples": "data.eval_rows",
+    # TRL, Axolotl, LLaMA-Factory, ms-swift
+    "max_seq_length": "data.max_length", "max_seq_len": "data.max_length", "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length", "block_size": "data.max_length", "model_max_length": "data.max_length",
+    "sample_packing": "data.packing", "group_by_length": "data.packing", "val_set_size": "data.eval_fraction",
+    "val_size": "data.eval_fraction", "split_dataset_ratio": "data.eval_fraction", "max_samples": "data.train_rows",
+    "attn_implementation": "model.attention", "flash_attention": "model.attention", "flash_attn": "model.attention",
+    "train_on_inputs": "task.train_on", "assistant_only_loss": "task.train_on", "completion_only_loss": "task.train_on",
+    "rank": "lora.r", "lora_r": "lora.r", "lora_rank": "lora.r", "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout", "lora_target": "lora.target_modules", "lora_target_modules": "lora.target_modules",
+    "lora_target_linear": "lora.target_modules", "wandb_project": "tracking.experiment",
+    # Lightning
+    "accumulate_grad_batches": "train.gradient_accumulation_steps", "gradient_clip_val": "train.max_grad_norm",
+    "max_norm": "train.max_grad_norm", "grad_clip": "train.max_grad_norm", "val_check_interval": "train.eval_steps",
+    "log_every_n_steps": "train.logging_steps", "limit_train_batches": "data.train_rows", "num_nodes": "launcher.nodes",
+    "limit_val_batches": "data.eval_rows", "default_root_dir": "outputs_dir", "num_workers": "launcher.threads",
+    # Slurm
+    "time": "launcher.timeout_min", "ntasks_per_node": "launcher.tasks_per_node", "mem": "launcher.mem_gb",
+    "gres": "launcher.gpus_per_node", "gpus": "launcher.gpus_per_node", "job_name": "name",
+    "num_gpus": "launcher.gpus_per_node", "array": "launcher.array_parallelism", "num_processes": "launcher.processes",
+    "nproc_per_node": "launcher.processes",
+}  # fmt: skip
+"""A word of another program → the key of the same meaning."""
+
+SENTENCES = {
+    "device_map": "device_map=auto is for inference only: training places the whole model on its own device; "
+    "leave the key out",
+    "load_in_4bit": "choose the quantization with quant=4bit",
+    "load_in_8bit": "choose the quantization with quant=8bit",
+    "quantization_bit": "choose the quantization with quant=4bit or quant=8bit",
+    "quant_bits": "choose the quantization with quant=4bit or quant=8bit",
+    "epochs": "did you mean train.num_train_epochs (with train.max_steps=null)?",
+    "num_epochs": "did you mean train.num_train_epochs (with train.max_steps=null)?",
+    "max_epochs": "did you mean train.num_train_epochs (with train.max_steps=null)?",
+    "outlier_threshold": "it went: 8-bit weights are multiplied in the dtype of the activations; leave the key out",
+    "gradient_checkpointing": MEMORY, "activation_checkpointing": MEMORY, "use_gradient_checkpointing": MEMORY,
+    "bf16": DTYPE, "fp16": DTYPE, "tf32": DTYPE, "fp32": DTYPE, "precision": DTYPE, "torch_dtype": DTYPE,
+    "mixed_precision": DTYPE,
+    "lr_scheduler_type": SCHEDULE, "lr_scheduler": SCHEDULE, "scheduler": SCHEDULE, "scheduler_type": SCHEDULE,
+    "optimizer": "choose it with optim=adamw, optim=lion, optim=muon, … or optim=torch optim.name=CLASS",
+    "optim": "choose it with optim=adamw, optim=lion, optim=muon, … or optim=torch optim.name=CLASS",
+    "resume_from_checkpoint": "write resume=auto (the latest unfinished run) or resume=RUN",
+    "ckpt_path": "write resume=auto (the latest unfinished run) or resume=RUN",
+    "model_name_or_path": MODEL, "name_or_path": MODEL, "model_name": MODEL, "base_model": MODEL, "model_id": MODEL,
+    "model_type": MODEL,
+    "dataset": "choose the data with data=local data.path=FILE or data=hub data.path=OWNER/NAME",
+    "dataset_name": "choose the data with data=hub data.path=OWNER/NAME",
+    "datasets": "choose the data with data=local data.path=FILE or data=hub data.path=OWNER/NAME",
+    "train_file": "choose the data with data=local data.path=FILE",
+    "validation_file": "name it with data=local data.eval_path=FILE",
+    "dataset_text_field": "write data/format=text data.format.key=NAME",
+    "template": "the chat template is that of the model's tokenizer; leave the key out",
+    "chat_template": "the chat template is that of the model's tokenizer; leave the key out",
+    "stage": OWN_TASK, "rl": OWN_TASK, "rlhf_type": OWN_TASK, "loss_type": OWN_TASK,
+    "label_smoothing_factor": OWN_TASK,
+    "use_peft": "write lora=lora, or lora=none for full fine-tuning",
+    "adapter": "write lora=lora (with quant=4bit: QLoRA), or lora=none for full fine-tuning",
+    "finetuning_type": "write lora=lora, or lora=none for full fine-tuning",
+    "train_type": "write lora=lora, or lora=none for full fine-tuning",
+    "tuner_type": "write lora=lora, or lora=none for full fine-tuning",
+    "torch_compile": "write compile=regional, or compile=none",
+    "report_to": "choose it with tracking=mlflow, tracking=server or tracking=offline",
+    "logger": "choose it with tracking=mlflow, tracking=server or tracking=offline",
+    "fsdp": "write parallel=fsdp launcher=accelerate launcher.processes=N",
+    "deepspeed": "write parallel=fsdp launcher=accelerate launcher.processes=N: it shards as ZeRO-3 does",
+    "strategy": "write parallel=ddp or parallel=fsdp",
+    "devices": "write launcher=accelerate launcher.processes=N, or launcher=slurm launcher.gpus_per_node=N",
+    "accelerator": "a GPU is used when there is one; leave the key out (CUDA_VISIBLE_DEVICES= hides the GPUs)",
+    "tags": "a run has a name (name=…) and its options as params; set other tags in MLflow's pages",
+    "overwrite_output_dir": "every run gets a folder of its own; leave the key out",
+    "load_best_model_at_end": "the result is that of the last step; leave the key out",
+    "push_to_hub": "python -m runner export RUN writes a folder that you can upload; leave the key out",
+    "do_train": "python -m runner trains, python -m runner evaluate RUN evaluates; leave the key out",
+    "do_eval": "the held-out rows are evaluated before and after; more often with train.eval_steps",
+    "fast_dev_run": "write experiment=smoke, or python -m runner plan",
+    **{word: EXTRA.format(word=word) for word in ("comment", "mail_type", "mail_user", "dependency", "licenses")},
+}  # fmt: skip
+"""A word of another program → what to do instead, where no single key has its meaning."""
+
+OPTIONS = {
+    **{f"task={name}": OWN_TASK for name in ("kto", "grpo", "ppo", "reward", "rm", "classify")},
+    "task=pt": "write task=pretrain", "task=clm": "write task=pretrain", "task=chat": "write task=sft",
+    **{f"optim={name.lower()}": TORCH.format(word=name)
+       for name in ("SGD", "Adam", "Adagrad", "Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")},
+    "optim=adamw_torch": "write optim=adamw", "optim=adamw_torch_fused": "write optim=adamw",
+    "optim=adamw_hf": "write optim=adamw", "optim=adamw_bnb_8bit": "write optim=adamw_8bit",
+    "optim=lion_8bit": "write optim=lion", "optim=paged_adamw_32bit": "write optim=paged_adamw_8bit optim.bits=32",
+    **{f"quant={name}": "write quant=4bit (nf4) or quant=fp4" for name in ("nf4", "int4", "bnb", "bitsandbytes", "4")},
+    **{f"quant={name}": "write quant=8bit" for name in ("int8", "llm_int8", "8")},
+    "lora=qlora": "write quant=4bit lora=lora, or experiment=qlora",
+    "lora=full": "write lora=none: all weights are trained", "lora=false": "write lora=none",
+    "lora=true": "write lora=lora", "lora=olora": "write lora=lora lora.init_lora_weights=olora",
+    **{f"lora={name}": PEFT.format(word=name) for name in ("ia3", "vera", "oft", "boft", "loha", "lokr", "hra")},
+    "schedule=constant_with_warmup": "write schedule=constant", "schedule=warmup_stable_decay": "write schedule=wsd",
+    "schedule=none": "write schedule=constant schedule.warmup_ratio=0",
+    "launcher=torchrun": "write launcher=accelerate launcher.processes=N",
+    "launcher=ddp": "write launcher=accelerate launcher.processes=N",
+    "launcher=submitit": "write launcher=slurm", "launcher=submitit_slurm": "write launcher=slurm",
+    "launcher=sbatch": "write launcher=slurm",
+    "parallel=deepspeed": "write parallel=fsdp: it shards as ZeRO-3 does", "parallel=zero3": "write parallel=fsdp",
+    **{f"tracking={name}": "write tracking=mlflow (or server, offline): other trackers are not supported"
+       for name in ("wandb", "tensorboard", "comet", "clearml")},
+    "tracking=none": "write tracking=offline", "search=optuna": "write search=tpe",
+    "search=hyperband": "write search=asha", "search=bayes": "write search=tpe",
+    **{f"data={name}": "write data=local data.path=FILE" for name in ("json", "jsonl", "csv", "parquet", "file")},
+    "data/format=chatml": "write data/format=messages", "data/format=openai": "write data/format=messages",
+    "compile=true": "write compile=regional", "compile=false": "write compile=none",
+}  # fmt: skip
+"""``group=option`` of another program → what to write here."""
+
+
+def hint(word: str) -> str:
+    """What to write here instead of this key; an empty string if no other program has it."""
+    word = word.replace("-", "_")
+    return f"did you mean {KEYS[word]}?" if word in KEYS else SENTENCES.get(word, "")
+
+
+def option_hint(group: str, option: str) -> str:
+    """What to write here instead of ``group=option``; an empty string if no other program has it."""
+    return OPTIONS.get(f"{group}={option.lower()}", "")

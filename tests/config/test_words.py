@@ -1,0 +1,63 @@
+"""Words of other programs: each is answered with something that exists here."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from runner.config import bind, words
+from runner.config.bind import config_dir, flatten
+
+OPTIONS = {
+    f"{path.parent.relative_to(config_dir())}={path.stem}": path
+    for path in config_dir().rglob("*.yaml")
+    if path.parent != config_dir()
+}
+KEYS = {
+    f"{choice.partition('=')[0].replace('/', '.')}.{key}"
+    for choice in OPTIONS
+    for key, _ in flatten(bind.option(*choice.split("=")))
+} | {"name", "seed", "outputs_dir", "resume", "sweep", "code"}
+
+
+def test_each_key_that_is_named_exists():
+    assert set(words.KEYS.values()) <= KEYS
+    assert len(words.KEYS) + len(words.SENTENCES) + len(words.OPTIONS) > 100
+
+
+def test_each_option_and_key_in_a_sentence_exists():
+    for text in [*words.SENTENCES.values(), *words.OPTIONS.values()]:
+        for group, option in re.findall(r"(?<![\w.+])([a-z/]+)=([a-z_0-9]+)\b", text):
+            assert f"{group}={option}" in OPTIONS or (group, option) == ("resume", "auto"), text
+        for key in re.findall(r"(?<![\w+.])([a-z]+(?:\.[a-z_]+)+)=", text):
+            assert key in KEYS | {"launcher.additional_parameters"}, text
+
+
+def test_no_word_of_ours_is_in_the_table():
+    """It would be answered with itself where another option lacks it."""
+    names = {key.rpartition(".")[2] for key in KEYS}
+    assert {word for word in words.KEYS if word in names and words.KEYS[word].endswith(f".{word}")} == set()
+    assert set(words.OPTIONS) & set(OPTIONS) == set()
+
+
+@pytest.mark.parametrize(
+    ("word", "here"),
+    [("lr", "optim.learning_rate"), ("bf16", "model.dtype"), ("rank", "lora.r"),
+     ("lr_scheduler_type", "schedule=cosine"),
+     ("resume_from_checkpoint", "resume=auto"), ("name_or_path", "model.path"), ("tags", "MLflow"),
+     ("comment", "+launcher.additional_parameters.comment"), ("mail-type", "+launcher.additional_parameters.mail_type"),
+     ("cutoff_len", "data.max_length"), ("max_epochs", "train.num_train_epochs"), ("nobody_says_this", "")],
+)  # fmt: skip
+def test_a_word_is_answered(word: str, here: str):
+    assert here in words.hint(word)
+    assert bool(words.hint(word)) == bool(here)
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "here"),
+    [("task", "dpo", "code=FILE.py"), ("optim", "sgd", "optim.name=SGD"), ("quant", "NF4", "quant=4bit"),
+     ("optim", "zzz", "")],
+)  # fmt: skip
+def test_an_option_is_answered(group: str, option: str, here: str):
+    assert here in words.option_hint(group, option)
