@@ -5,6 +5,7 @@ Every line is also written to train.log. Without a terminal (a pipe, a file), on
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.secrets import redact
+from runner.streams import Output, escaped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,16 +51,6 @@ def logging_to(path: Path, *, speaks: bool = True) -> Iterator[None]:
         to_file.close()
         root.setLevel(levels[0])
         own.setLevel(levels[1])
-
-
-@contextmanager
-def piped() -> Iterator[None]:
-    """For a block that prints: end without a traceback if the reader closes the pipe (``| head``)."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
 
 
 def quiet_libraries() -> None:
@@ -101,10 +93,10 @@ class _File(logging.FileHandler):
 
 
 class _Redacted(logging.Formatter):
-    """Redacts secrets in the formatted record: message, arguments and traceback."""
+    """Redacts secrets and escapes control characters in the formatted record: message, arguments and traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return escaped(redact(super().format(record)))
 
 
 class _TerminalFormat(logging.Formatter):
@@ -116,7 +108,7 @@ class _TerminalFormat(logging.Formatter):
             text = f"{record.levelname.lower()}: {text}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        return redact(text)
+        return escaped(redact(text))
 
 
 class Display:
@@ -201,10 +193,13 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         log.info("  ".join(cell.replace("\n", " ") for cell in row), extra={"quiet": True})
 
 
-def console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=False)
+def console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A rich console that escapes control characters in the text of its tables; on stdout 120 wide without a terminal,
+    or ``width``."""
+    stream = sys.stderr if stderr else sys.stdout
+    file: Any = stream.raw if isinstance(stream, Output) else stream
+    width = width or (None if stream.isatty() or stderr else 120)
+    return _escaping()(file=file, width=width, highlight=False, markup=False, soft_wrap=False)
 
 
 def nearest(path: Path) -> str:
@@ -235,8 +230,24 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+@functools.cache
+def _escaping() -> type[Console]:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+    from rich.text import Text
+
+    class Escaping(Console):
+        def render_str(self, text: str, *args: Any, **options: Any) -> Text:
+            return super().render_str(escaped(text), *args, **options)
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=escaped(segment.text))
+
+    return Escaping
+
+
 def _bar() -> Progress:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
@@ -245,6 +256,6 @@ def _bar() -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}"),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console(stderr=True),
         transient=True,
     )
