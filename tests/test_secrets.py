@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from pathlib import Path
+
 import pytest
+from conftest import TINY, composed
 
 from runner.secrets import HIDDEN, find_secrets, names_secret, put_credentials, redact, redact_tree, take_credentials
 
@@ -227,3 +232,30 @@ def test_credentials_are_taken_out_and_put_back(uri: str, parts: tuple[str, str 
 def test_a_file_is_told_no_credentials() -> None:
     """A database below outputs is opened by people whose environment names their server's user, too."""
     assert put_credentials("sqlite:////tmp/mlflow.db", "me", "pass") == "sqlite:////tmp/mlflow.db"
+
+
+def test_no_file_of_a_run_contains_a_secret(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from runner.tracking import manifest
+    from runner.train import report, worker
+
+    def fail(*_: object) -> None:
+        for text in SHAPES:
+            logging.getLogger("runner").warning(text)
+            warnings.warn(text, stacklevel=1)
+        raise ValueError(f"error: token={S}")
+
+    monkeypatch.setattr(report, "summary", fail)
+    options = [word for word in TINY if word != "tracking=offline"]
+    cfg = composed(*options, "tracking.system_metrics=false", f"outputs_dir={tmp_path}", "train.max_steps=1")
+    rundir = manifest.prepare(cfg, tmp_path / "run", ["runner", *SHAPES], list(SHAPES))
+    assert worker.work(rundir) == 1
+    out, err = capfd.readouterr()
+    texts = {
+        str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "dirty.diff"
+    }
+    texts |= {"stdout": out.encode(), "stderr": err.encode()}
+    assert rundir.read_state().reason == f"ValueError: error: token={HIDDEN}"
+    for secret in (S, BASE64, JWT, HF, OPENAI, GITHUB, AWS, "MIIEow", "two words"):
+        assert [name for name, text in texts.items() if secret.encode() in text] == [], secret
