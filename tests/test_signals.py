@@ -167,3 +167,20 @@ def test_a_sweep_whose_reader_has_left_goes_on(tmp_path: Path, cache: Path):
     assert process.wait(timeout=300) == 0
     states = [RunDir(path.parent).read_state().status for path in tmp_path.glob("outputs/sweeps/s/*/state.json")]
     assert states == ["completed"] * 2
+
+
+def test_a_stopped_run_does_not_wait_for_its_upload(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    from runner.tracking.mirror import spawn
+    from runner.train import build, worker
+
+    rundir = prepared(tmp_path / "run", *OPTIONS)
+    with subprocess.Popen(["sleep", "1000"]) as upload:
+        monkeypatch.setattr(spawn, "start_mirror", lambda *_: upload)
+        monkeypatch.setattr(spawn, "AFTER_A_STOP_S", 0.0)
+        monkeypatch.setattr(build, "parts", lambda *_: os.kill(os.getpid(), TERM))
+        assert worker.work(rundir) == 75
+        assert upload.poll() is None, "the upload goes on"
+        upload.kill()
+    assert f"run      {rundir.path}  preempted: stopped by SIGTERM; nothing was trained yet" in capfd.readouterr().out
