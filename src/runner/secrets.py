@@ -146,7 +146,7 @@ _KEY_OF = (
     "|storage|deploy|consumer|session|security|registration"
 )
 _SECRET_NAME = re.compile(
-    r"(?:^|_)(?:token|secret|credentials?|pass(?:phrase|code)|jwt|cookie|authorization|connection_string)$"
+    r"(?:^|_)(?:token|secret|credential|pass(?:phrase|code)|jwt|cookie|authorization|connection_string)$"
     r"|passw(?:or)?d$|_pwd$|(?:_|^ssh|^my|^db|^pg)pass$"
     r"|(?:api|auth|access|refresh|bearer|hf|oauth|session|bot|csrf|client)(?:token|secret)$"
     rf"|(?:^|_|x)(?:{_KEY_OF})_?key(?:_base)?$"
