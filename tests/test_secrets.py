@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from pathlib import Path
+
 import pytest
+from conftest import TINY, composed
 
 from runner.secrets import HIDDEN, find_secrets, names_secret, put_credentials, redact, redact_tree, take_credentials
 
@@ -45,6 +50,109 @@ def test_secrets_are_cut_out(text: str, expected: str) -> None:
 )
 def test_what_only_looks_secret_stays(text: str) -> None:
     assert redact(text) == text
+
+
+S = "hunt-3R2x"
+"""A secret that is known by its place alone."""
+BASE64 = "dXNlcjpodW50LTNSMng="
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJlMTIz"
+PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA7\nq2x9\n-----END RSA PRIVATE KEY-----"
+SHAPES = {
+    f"ValueError: token={S}": S,
+    f"error: password={S}": S,
+    f"OSError: [Errno 2] error: cannot log in: password: {S}": S,
+    f"GET /x?access_token={S}&page=2": S,
+    f"tracking.uri=http://host/?api_key={S}": S,
+    f"a:b=c:d=token={S}": S,
+    f"DB_PASS={S}": S,
+    f"PGPASSWORD={S} psql": S,
+    f"MYSQL_PWD={S}": S,
+    f"SSHPASS={S}": S,
+    f"export REDIS_PASSWORD='{S} two words'": "two words",
+    f"AWS_SECRET_ACCESS_KEY={S}/abc+def": S,
+    f"aws_secret_access_key = {S}": S,
+    f"AWS_SESSION_TOKEN={S}": S,
+    f"'{AWS}'": AWS,
+    f"see {HF}.": HF,
+    f"OPENAI_API_KEY: {OPENAI}": OPENAI,
+    f"ANTHROPIC_API_KEY={'sk-ant-api03-' + 'aB3' * 8}": "aB3",
+    f"url=https://x:{GITHUB}@github.com/me": GITHUB,
+    f"https://{'a1' * 20}@sentry.io/1": "a1a1",
+    f"cookie {JWT} end": JWT,
+    f"Authorization: Bearer {S}": S,
+    f"curl -H 'Authorization: Basic {BASE64}' http://h": BASE64,
+    f"authorization: token {S}": S,
+    f"X-Api-Key: {S}": S,
+    f"Proxy-Authorization: Basic {BASE64}": BASE64,
+    f"postgresql://me:{S}@db:5432/x": S,
+    f"redis://:{S}@cache": S,
+    f"mysql://me:{S}/w@db/x": S,
+    f"mongodb+srv://u:{S}@c.example.net/db": S,
+    f'{{"api_key": "{S}", "r": 8}}': S,
+    f"{{'apiKey': '{S}'}}": S,
+    f'{{"accessToken":"{S}"}}': S,
+    f'"{{\\"client_secret\\": \\"{S}\\"}}"': S,
+    f"password: {S} and more\nr: 8": "and more",
+    f"  - secret: {S}": S,
+    f"password: |\n  {S}\nr: 8": S,
+    f"hf_token='{S}'": S,
+    f"'db.password=two {S}'": S,
+    f'password="a\\"{S}"': S,
+    f'password="{S} is cut': S,
+    f"login(password={S}, r=8)": S,
+    f"password=a,{S}": S,
+    f"password=a&{S}": S,
+    f"train.py --token {S} --r 8": S,
+    f"['--api-key', '{S}']": S,
+    f"--password={S}": S,
+    f"machine h login me password {S}": S,
+    f"curl -u me:{S} http://h": S,
+    f"AccountName=x;AccountKey={S}==;Suffix=y": S,
+    f"Server=h;Uid=me;Pwd={S};": S,
+    f"https://x.blob.core.windows.net/c?sv=1&sig={S * 2}": S,
+    f"//registry.npmjs.org/:_authToken={S}": S,
+    f"https://hooks.slack.com/services/T0/B0/{S.replace('-', '')}": "3R2x",
+    f"<password>{S}</password>": S,
+    f":password => '{S}'": S,
+    f"SECRET_KEY_BASE={S}": S,
+    f"WANDB_API_KEY={'0a' * 20}": "0a0a",
+    f"AIza{'x9' * 17}x": "x9x9",
+    PEM: "MIIEow",
+    f'"private_key": "{PEM}"'.replace("\n", "\\n"): "MIIEow",
+    f"key was {PEM.partition('q2x9')[0]}": "MIIEow",
+}
+
+
+@pytest.mark.parametrize(("text", "secret"), SHAPES.items())
+def test_each_shape_of_a_secret_is_redacted(text: str, secret: str) -> None:
+    assert secret in text
+    assert secret not in redact(text)
+    assert redact(redact(text)) == redact(text)
+    assert secret not in redact(f"ValueError: bad value {text!r}"), "as Python quotes it"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_tokens=1000", "tokenizer=fast", "train.max_tokens=5", "pad_token=<pad>", "task=sft", "eos_token: </s>",
+        "tokens: 812", "train/tokens: 5", "seconds_per_token=0.12", "token_type_ids=[0, 1]", "image_token_id=32000",
+        "num_key_value_heads=8", "lora.target_modules=k_proj,v_proj", "key=value", "sort_key: name", "primary_key=id",
+        "public_key=ssh-rsa", "keyboard: qwerty", "secretary: Bob", "compass=north", "bypass=1", "forward_pass: 3.2 s",
+        "password_file=/run/pw", "GOOGLE_APPLICATION_CREDENTIALS=/home/me/key.json",
+        "PWD=/home/me/work", "runner.signature=0123456789abcdef", "git sha: " + "0a" * 20,
+        "http://host:5000/path@x", "git@github.com:me/x.git", "def f(token: str | None = None):", "token=$HF_TOKEN",
+        "docker run -u 1000:1000 image", "bearer of good news", "?page=2&key=short", "decoder_start_token: 0",
+        "add_eos_token=true", "next_token: the", "data.path=/data/tokens/part-1", "api_keys: 2 are used",
+        "a token is 4 characters", "step 3/6  loss 2.3456  tok/s 812", "optim.learning_rate=1e-4",
+        'token = os.environ["HF_TOKEN"]',
+    ],
+)  # fmt: skip
+def test_no_ordinary_text_is_redacted(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_the_value_of_an_option_in_a_list_is_redacted() -> None:
+    assert redact_tree(["x", "--token", S, "--r", "8"]) == ["x", "--token", HIDDEN, "--r", "8"]
 
 
 @pytest.mark.parametrize(
@@ -125,3 +233,30 @@ def test_credentials_are_taken_out_and_put_back(uri: str, parts: tuple[str, str 
 def test_a_file_is_told_no_credentials() -> None:
     """A database below outputs is opened by people whose environment names their server's user, too."""
     assert put_credentials("sqlite:////tmp/mlflow.db", "me", "pass") == "sqlite:////tmp/mlflow.db"
+
+
+def test_no_file_of_a_run_contains_a_secret(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from runner.tracking import manifest
+    from runner.train import report, worker
+
+    def fail(*_: object) -> None:
+        for text in SHAPES:
+            logging.getLogger("runner").warning(text)
+            warnings.warn(text, stacklevel=1)
+        raise ValueError(f"error: token={S}")
+
+    monkeypatch.setattr(report, "summary", fail)
+    options = [word for word in TINY if word != "tracking=offline"]
+    cfg = composed(*options, "tracking.system_metrics=false", f"outputs_dir={tmp_path}", "train.max_steps=1")
+    rundir = manifest.prepare(cfg, tmp_path / "run", ["runner", *SHAPES], list(SHAPES))
+    assert worker.work(rundir) == 1
+    out, err = capfd.readouterr()
+    texts = {
+        str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "dirty.diff"
+    }
+    texts |= {"stdout": out.encode(), "stderr": err.encode()}
+    assert rundir.read_state().reason == f"ValueError: error: token={HIDDEN}"
+    for secret in (S, BASE64, JWT, HF, OPENAI, GITHUB, AWS, "MIIEow", "two words"):
+        assert [name for name, text in texts.items() if secret.encode() in text] == [], secret

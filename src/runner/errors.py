@@ -9,9 +9,10 @@ RunnerError                 exit code 1
 │   └── UnknownNameError    2   the store has no experiment, sweep or run of that name
 └── TrainingError           1   training itself failed (NaN loss, out of memory, disk full)
 Stopped                         not an error: the run received a request to stop
-├── Preempted               75  from a scheduler (SIGTERM, SIGUSR2)
+├── Preempted               75  from a scheduler (SIGTERM, SIGUSR1, SIGUSR2) or a closed terminal (SIGHUP)
 ├── Pruned                  0   from a search, which may resume the run later
 └── Interrupted             130 from the user (Ctrl-C)
+ReaderLeft                  141 not an error: the reader of the output has left (``| head``); 141 as other programs
 """
 
 from __future__ import annotations
@@ -119,6 +120,12 @@ class Pruned(Stopped):
 
 class Interrupted(Stopped):
     exit_code, status = 130, "killed"
+
+
+class ReaderLeft(BaseException):
+    """Ends a command that only prints. A BaseException, as ``Stopped`` is."""
+
+    exit_code = 141
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

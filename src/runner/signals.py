@@ -1,4 +1,4 @@
-"""Signal handling: stop a run on SIGTERM, SIGUSR2 (Slurm's warning before the time limit) or Ctrl-C."""
+"""Signal handling: stop a run on SIGTERM, SIGUSR1, SIGUSR2 (Slurm's warnings), SIGHUP (a closed terminal) or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from types import FrameType
 
 from runner.errors import Interrupted, Preempted, Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+STAY_IGNORED = (signal.SIGHUP, signal.SIGUSR1)
+"""Signals that are not handled if they were ignored when the program started, as SIGHUP is under nohup."""
 ONE_GESTURE_S = 0.5
 """Two SIGINTs within this time are one Ctrl-C: the terminal sends one, a launcher may forward another."""
 
 
 @contextmanager
-def signals_to(handler: Callable[[int, FrameType | None], None], *more: signal.Signals) -> Iterator[None]:
-    """While the block runs, SIGNALS, and those of ``more`` that nohup does not ignore, call ``handler``."""
-    handled = [*SIGNALS, *(number for number in more if signal.getsignal(number) is not signal.SIG_IGN)]
-    previous = {number: signal.signal(number, handler) for number in handled}
+def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While the block runs, SIGNALS call ``handler``, except those that are ignored and stay so."""
+    previous = {number: signal.signal(number, handler) for number in SIGNALS if not stays_ignored(number)}
     try:
         yield
     finally:
@@ -45,6 +46,17 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, *before)
         signal.signal(signal.SIGALRM, handler)
+
+
+def stays_ignored(number: int) -> bool:
+    return number in STAY_IGNORED and signal.getsignal(number) is signal.SIG_IGN
+
+
+def restore_defaults() -> None:
+    """Remove the handlers that a forked process has inherited, and keep what is ignored."""
+    for number in SIGNALS:
+        if not stays_ignored(number):
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Stop:

@@ -5,6 +5,7 @@ Every line is also written to train.log. Without a terminal (a pipe, a file), on
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.errors import visible
 from runner.secrets import redact
+from runner.streams import Output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,16 +53,6 @@ def logging_to(path: Path, *, speaks: bool = True) -> Iterator[None]:
         to_file.close()
         root.setLevel(levels[0])
         own.setLevel(levels[1])
-
-
-@contextmanager
-def piped() -> Iterator[None]:
-    """For a block that prints: end without a traceback if the reader closes the pipe (``| head``)."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
 
 
 def quiet_libraries() -> None:
@@ -103,7 +95,7 @@ class _File(logging.FileHandler):
 
 
 class _Redacted(logging.Formatter):
-    """Redacts secrets in the formatted record: message, arguments and traceback."""
+    """Redacts secrets and escapes control characters in the formatted record: message, arguments and traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(redact(super().format(record)))
@@ -198,7 +190,7 @@ def progress(what: str, every_s: float = 5.0) -> Callable[[int, int], None]:
 
 def say(text: str) -> None:
     """Print a line to stdout and write it to the log."""
-    text = visible(redact(text))
+    text = redact(text)
     print(text)
     log.info(text, extra={"quiet": True})
 
@@ -207,8 +199,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table to stdout and write its rows to the log as plain lines."""
     from rich.table import Table
 
-    rows = [[visible(cell) for cell in row] for row in rows]
-    grid = Table(title=visible(title), title_justify="left", show_header=any(columns))
+    grid = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
@@ -218,10 +209,13 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         log.info("  ".join(cell.replace("\n", " ") for cell in row), extra={"quiet": True})
 
 
-def console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=False)
+def console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A rich console that escapes control characters in the text of its tables; on stdout 120 wide without a terminal,
+    or ``width``."""
+    stream = sys.stderr if stderr else sys.stdout
+    file: Any = stream.raw if isinstance(stream, Output) else stream
+    width = width or (None if stream.isatty() or stderr else 120)
+    return _escaping()(file=file, width=width, highlight=False, markup=False, soft_wrap=False)
 
 
 def nearest(path: Path) -> str:
@@ -252,8 +246,24 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+@functools.cache
+def _escaping() -> type[Console]:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+    from rich.text import Text
+
+    class Escaping(Console):
+        def render_str(self, text: str, *args: Any, **options: Any) -> Text:
+            return super().render_str(visible(text), *args, **options)
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+    return Escaping
+
+
 def _bar() -> Progress:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
@@ -262,6 +272,6 @@ def _bar() -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}"),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console(stderr=True),
         transient=True,
     )

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner import terminal
+from runner import streams
 from runner.errors import ConfigError, Fault, suggest
 from runner.tracking import lookup
 
@@ -60,7 +60,7 @@ def read(argv: list[str], usage: str, flags: Collection[str] = (), valued: Colle
         ConfigError: unknown options, options without their value, or options given twice (all of them at once).
     """
     if {"-h", "--help"} & set(argv):
-        with terminal.piped():
+        with streams.piped():
             print(usage)
         return None
     words: list[str] = []

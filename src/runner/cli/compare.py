@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import terminal
+from runner import streams, terminal
 from runner.cli import args
 from runner.errors import ConfigError, Fault, TrackingError, UnknownNameError
 from runner.report import columns, leaderboard, record, results
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     source = _source(words)
     board = leaderboard.of(source.results, **{key.removeprefix("--"): words.options.get(key, "") for key in CHOOSING})
     written = _write_files(board, source, words)
-    with terminal.piped():
+    with streams.piped():
         _print(board, words)
         for path in written:
             print(f"wrote {path}", file=sys.stderr if chosen else sys.stdout)
@@ -229,7 +229,6 @@ def _show(board: Leaderboard, is_all: bool) -> None:
 def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], lead: Sequence[str]) -> None:
     """Print a table with numbers aligned right. Written to a file or pipe, it is as wide as its content."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     if title:  # printed here: rich would wrap a title at the width of the table
@@ -241,8 +240,7 @@ def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], lea
     for row in rows:
         table.add_row(*row, style="bold" if "★" in row[0] or "★" in row[-1] else None)
     needed = sum(max(len(row[column]) for row in [titles, *rows]) + 3 for column in range(len(titles)))
-    out = terminal.console() if sys.stdout.isatty() else Console(width=needed, highlight=False, markup=False)
-    out.print(table)
+    terminal.console(width=None if sys.stdout.isatty() else needed).print(table)
 
 
 def _hints(board: Leaderboard, source: _Source, words: args.Args) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from runner import terminal
+from runner import streams
 from runner.cli import args
 from runner.errors import ConfigError, Fault
 from runner.report import diff, record
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     runs, settings = args.settings(words.words, ("uri",))
     ours, theirs = _two_runs(runs, words, settings.get("uri"))
     sections, numbers = diff.of(ours, theirs), diff.numbers(ours.curves, theirs.curves)
-    with terminal.piped():
+    with streams.piped():
         if words.has("--json"):
             print(json.dumps(_as_json(ours, theirs, sections, numbers), indent=1), flush=True)
         else:

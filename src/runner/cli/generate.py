@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from runner import terminal
+from runner import streams, terminal
 from runner.cli import args
 from runner.errors import ConfigError, DataError, Fault, RunnerError
 from runner.train import trained
@@ -39,6 +39,7 @@ BASE, TUNED = "base", "fine-tuned"
 Turn = dict[str, str]
 
 
+@streams.piped()
 def main(argv: list[str]) -> int:
     """The verb; returns the exit code.
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import terminal
+from runner import streams, terminal
 from runner.cli import args
 from runner.errors import ConfigError, Fault
 from runner.tracking import lookup, run_status
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     if words is None:
         return 0
     rundir, rank = _named_run(words), int(words.number("--rank", 0, least=0))
-    with terminal.piped():
+    with streams.piped():
         if words.has("-f") or words.has("--follow"):
             return _follow(rundir, rank)
         _show(rundir, rank)
@@ -105,7 +105,7 @@ def _why_no_log(run: RunStatus, rank: int) -> str:
 
 
 def _copy(content: bytes) -> None:
-    sys.stdout.buffer.write(content)
+    sys.stdout.write(content.decode(errors="replace"))
     sys.stdout.flush()
 
 

@@ -1,6 +1,6 @@
 """The command line: a verb with its arguments, or Hydra's overrides (train or sweep).
 
-Exit codes: 0 completed, 1 failed, 2 refused, 75 preempted, 130 interrupted.
+Exit codes: 0 completed, 1 failed, 2 refused, 75 preempted, 130 interrupted, 141 the reader of the output has left.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import streams
 from runner.cli import jobs
-from runner.errors import ConfigError, Fault, RunnerError, suggest
+from runner.errors import ConfigError, Fault, ReaderLeft, RunnerError, suggest
 from runner.train.distributed import ranks
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from runner.launch.torchrun import Joined
 
 
+@streams.guarded()
 def run(argv: list[str]) -> int:
     """Run a command line and return its exit code. Errors are printed as one message, without a traceback."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about an optional package at import
@@ -44,6 +46,8 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except ReaderLeft as left:
+        return left.exit_code
     except Exception as error:  # a bug, or a failure of the machine
         remedy = "set RUNNER_TRACEBACK=1 to see the traceback"
         _print_error(RunnerError(Fault("", f"{type(error).__name__}: {error}", remedy)))
@@ -79,6 +83,7 @@ def _verb(name: str) -> Callable[[list[str]], int]:
     return verb
 
 
+@streams.piped()
 def _version() -> int:
     """Print the versions of the runner and of the libraries that it computes with."""
     from runner.tracking import provenance
@@ -137,6 +142,7 @@ def _run_one(job: Any, argv: list[str], joined: Joined | None) -> int:
     return launcher.launch([rundir], None)[0]
 
 
+@streams.piped()
 def _show_with_hydra(args: Any, argv: list[str]) -> int:
     """Let Hydra handle --help, --cfg, --info and tab completion."""
     import hydra

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from runner import terminal
+from runner import streams, terminal
 from runner.cli import jobs
 from runner.config import schema
 from runner.data.packing import IGNORED
@@ -27,14 +27,14 @@ Exit code 2 if the run would be refused: no rows to train on, rows too long, not
 GIB = 2**30
 
 
+@streams.piped()
 def main(argv: list[str]) -> int:
     """The verb; returns the exit code."""
     from runner.launch import prepare
     from runner.tracking import resume
 
     if {"-h", "--help"} & set(argv):
-        with terminal.piped():
-            print(HELP)
+        print(HELP)
         return 0
     with jobs.composed(argv) as (composer, composed):
         configurations = [resume.configuration(job.cfg, job.overrides) for job in composed]
@@ -167,7 +167,7 @@ def _marked(run_inputs: Any, limit: int = 300) -> str:
 
 
 def _mark(text: str) -> str:
-    return f"\033[4m{text}\033[0m" if _styled() else f"⟦{text}⟧"
+    return streams.styled(text, "4") if _styled() else f"⟦{text}⟧"
 
 
 def _styled() -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import terminal
+from runner import streams, terminal
 from runner.cli import args
 from runner.terminal import duration
 from runner.tracking import lookup, run_status
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     words = args.read(argv, HELP, flags=("--all", "--watch", "--json"))
     if words is None:
         return 0
-    with terminal.piped():
+    with streams.piped():
         if words.has("--watch"):
             _watch(words)
         else:
@@ -199,7 +199,7 @@ def _table(rows: Sequence[_Row]) -> list[str]:
     def line(cells: Sequence[str], colour: str = "") -> str:
         padded = {column: cells[column].ljust(widths[column]) for column in kept}
         if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-            padded[1] = f"\x1b[{colour}m{padded[1]}\x1b[0m"
+            padded[1] = streams.styled(padded[1], colour)
         return "  ".join(padded.values()).rstrip()
 
     lines = [line(titles)]
@@ -284,7 +284,7 @@ def _watch(words: args.Args) -> None:
             groups = _read(words)
             text = json.dumps([_as_json(group) for group in groups]) if words.has("--json") else _text(groups, words)
             if sys.stdout.isatty():
-                print(f"\x1b[2J\x1b[H{text}", flush=True)
+                print(f"{streams.CLEAR}{text}", flush=True)
             elif text != before:
                 print(text, end="\n" if words.has("--json") else "\n\n", flush=True)
             before = text

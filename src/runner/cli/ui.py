@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -226,7 +225,7 @@ def _show(page: str, words: args.Args) -> None:
 def _signals() -> Iterator[list[int]]:
     """Collect the signals that ask this process to end while the block runs; they do not interrupt the block."""
     numbers: list[int] = []
-    with signals_to(lambda number, _: numbers.append(number), signal.SIGHUP):
+    with signals_to(lambda number, _: numbers.append(number)):
         yield numbers
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -77,7 +76,7 @@ def finish(rundir: RunDir, folder: Path) -> int:
             with contextlib.suppress(ProcessLookupError):
                 proc.send_signal(signals.popleft())
 
-    with signals_to(forward, signal.SIGHUP):
+    with signals_to(forward):
         command = [sys.executable, "-P", "-m", "runner", f"resume='{quoted}'"]
         proc = subprocess.Popen(command, env=environment, process_group=0)
         forward()  # signals that came before the child process existed

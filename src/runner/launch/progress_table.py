@@ -117,13 +117,12 @@ class ProgressTable:
 
     def __enter__(self) -> ProgressTable:
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.live import Live
 
             # No refresh thread: the queue forks processes while the table is shown.
-            terminal = Console(stderr=True, markup=False, highlight=False)
+            console = terminal.console(stderr=True)
             self._live = Live(
-                console=terminal, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+                console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
             )
             self._live.start()
         return self

@@ -57,13 +57,13 @@ def clear(rundir: RunDir) -> None:
 
 def refused(rundir: RunDir, clock: Clock, error: RunnerError) -> int:
     """Log an error before training started; state.json changes only if the run is unattended, or was killed before."""
-    log.error(str(error), exc_info=error if os.environ.get("RUNNER_TRACEBACK") else None)
-    if is_unattended(rundir):
+    code = 1 if is_unattended(rundir) else 2
+    if code == 1:
         note(rundir, clock, status="failed", reason=str(error))
-        return 1
-    if rundir.read_state().status == "running":  # an earlier attempt was killed by SIGKILL and could not record it
+    elif rundir.read_state().status == "running":  # an earlier attempt was killed by SIGKILL and could not record it
         note(rundir, clock, status="killed", reason=DIED)
-    return 2
+    log.error(str(error), exc_info=error if os.environ.get("RUNNER_TRACEBACK") else None)
+    return code
 
 
 def is_unattended(rundir: RunDir) -> bool:
@@ -85,16 +85,16 @@ def stopped(rundir: RunDir, clock: Clock, error: BaseException) -> int:
     elif status == "preempted" and rundir.prune_request.exists():  # a resumed run would be pruned at once
         reason = f"{rundir.prune_request.read_text()}; {_saved(rundir)}"
         status, code = Pruned.status, Pruned.exit_code
-    log.info(reason, extra={"quiet": True})
     note(rundir, clock, status=status, reason=reason)
+    log.info(reason, extra={"quiet": True})
     return code
 
 
 def failed(rundir: RunDir, clock: Clock, error: Exception) -> int:
     """Log the error and record status failed; returns exit code 1."""
     error = explained(error)
-    _log_error(rundir, error)
     note(rundir, clock, status="failed", reason=first_line(error))
+    _log_error(rundir, error)
     return 1
 
 
@@ -102,12 +102,12 @@ def left_by_peer(rundir: RunDir, clock: Clock, ranks: Ranks, wait_s: float = LAS
     """Record that another rank died: its error is the run's reason; without an error the rank was killed."""
     words = last_words(rundir, ranks, wait_s)
     if words:
-        log.error(f"{words}\n    → the traceback is in {rundir.path}/train.rank-*.log")
         note(rundir, clock, status="failed", reason=words.splitlines()[0])
+        log.error(f"{words}\n    → the traceback is in {rundir.path}/train.rank-*.log")
     else:
         reason = f"one of the {ranks.world} ranks was killed (SIGKILL or out of memory); {_saved(rundir)}"
-        log.error(reason)
         note(rundir, clock, status="killed", reason=reason)
+        log.error(reason)
     return 1
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runner import terminal
+from runner import streams, terminal
 from runner.errors import Fault, LaunchError, Pruned, ResumeError, RunnerError, Stopped
 from runner.files import write_atomic
 from runner.models.kernels import compilation
@@ -50,6 +50,7 @@ class Loaded(NamedTuple):
     """Memory metrics of ``probe.fit``."""
 
 
+@streams.guarded()
 def work(rundir: RunDir, *, mirrored: bool = False) -> int:
     """Train the run in ``rundir`` until it completes, fails or is stopped.
 
@@ -109,8 +110,15 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
             return outcome.refused(rundir, clock, error)
         lost = ranks.world > 1 and lost_peer(error)
         code = outcome.left_by_peer(rundir, clock, ranks) if lost else outcome.failed(rundir, clock, error)
-    report.ending(rundir, None if mirrored else spawn.wait_mirror(mirror, rundir), code)
+    report.ending(rundir, None if mirrored else _uploaded(mirror, rundir, stop), code)
     return code
+
+
+def _uploaded(mirror: spawn.Mirror | None, rundir: RunDir, stop: Stop) -> spawn.MirrorResult:
+    """Wait for the upload; after a stop only for a moment, because schedulers kill soon: the upload process goes on."""
+    with contextlib.suppress(Stopped), stop.at_once():
+        return spawn.wait_mirror(mirror, rundir)
+    return spawn.wait_mirror(mirror, rundir, timeout_s=spawn.AFTER_A_STOP_S)
 
 
 def _other_rank(rundir: RunDir, ranks: Ranks) -> int:
@@ -213,8 +221,9 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
     graphs: list[int] = []
     with _writing_hooks(rundir, inputs, clock, stop, graphs) if leads else _silent_hooks(stop) as hooks:
         progress = loop.train(parts, progress, hooks)
-    pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
-    _answer(rundir, ask, samples, "after", writes=leads)
+    with stop.at_once():  # the last step is saved
+        pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
+        _answer(rundir, ask, samples, "after", writes=leads)
     peaks = parts.extra_metrics()
     if not leads:
         return {}

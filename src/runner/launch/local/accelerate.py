@@ -23,7 +23,7 @@ from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
 from runner.launch.launcher import Source
 from runner.launch.local import launcher
 from runner.launch.local.slots import Slot, cores, share
-from runner.signals import SIGNALS, signals_to
+from runner.signals import SIGNALS, restore_defaults, signals_to
 from runner.tracking import machine
 from runner.tracking.rundir import RunDir, State
 from runner.tracking.sweepdir import SweepDir
@@ -120,8 +120,7 @@ def _rank(path: str, processes: int, mirrored: bool) -> int:
     os.setpgrp()  # Ctrl-C reaches only the launcher, which forwards it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    restore_defaults()
     import torch
 
     from runner.train import worker

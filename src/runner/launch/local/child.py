@@ -7,24 +7,25 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NoReturn
 
 from runner.launch.local.slots import Slot
+from runner.signals import restore_defaults
 from runner.tracking.rundir import RunDir
 
 
-def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int], signals: Iterable[int]) -> NoReturn:
+def become(rundir: RunDir, slot: Slot, start: Callable[[RunDir], int]) -> NoReturn:
     """Train the run in this forked process, then exit with its exit code.
 
-    ``signals`` are blocked on entry; ``start`` unblocks them when it can handle them. SIGHUP is ignored from now on.
+    Stop signals are blocked on entry; ``start`` unblocks them when it can handle them. SIGHUP is ignored from now on.
     """
     code = 1
     try:
         os.setsid()
         _leave_terminal(rundir)
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
+        restore_defaults()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         _use(slot)
         if slot.gpus:
             rundir.update_manifest(gpus=",".join(slot.gpus))

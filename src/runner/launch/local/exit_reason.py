@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from runner.signals import SIGNALS
 from runner.tracking.rundir import Status
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
@@ -28,10 +29,10 @@ def by_signal(number: int, *, out_of_memory: bool) -> Death:
         return Death("killed", "killed by SIGKILL" + " (out of memory: the kernel's OOM killer)" * out_of_memory, 1)
     if number in CRASHES:
         return Death("failed", f"crashed ({name})", 1)
-    if number == signal.SIGTERM:  # before the worker had installed its signal handler
-        return Death("preempted", "stopped by SIGTERM; nothing was trained yet", 75)
-    if number == signal.SIGINT:
+    if number == signal.SIGINT:  # before the worker had installed its signal handler
         return Death("killed", "interrupted; nothing was trained yet", 130)
+    if number in SIGNALS:
+        return Death("preempted", f"stopped by {name}; nothing was trained yet", 75)
     return Death("killed", f"killed by {name}", 1)
 
 

@@ -97,13 +97,15 @@ def work_through(
     """Train the runs in a queue of this machine. One mirror process uploads all runs of a sweep to MLflow."""
     if sweep is None:
         return queue.work_through(rundirs, slots, partial(start, mirrored=False), None, lambda: warm(slots[0]))
-    with spawn.mirrored(sweep) as opened:
+    codes: list[int] = []
+    with spawn.mirrored(sweep, codes) as opened:
 
         def prepare() -> None:
             warm(slots[0])  # takes seconds, in which the mirror creates the parent and child runs
             opened()
 
-        return queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, prepare, source)
+        codes += queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, prepare, source)
+    return codes
 
 
 def work(rundir: RunDir, mirrored: bool) -> int:

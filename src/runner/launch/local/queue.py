@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import IO
@@ -23,7 +23,7 @@ from runner.launch.launcher import Source
 from runner.launch.local import child, exit_reason
 from runner.launch.local.slots import Slot
 from runner.launch.progress_table import ProgressTable
-from runner.signals import ONE_GESTURE_S, SIGNALS
+from runner.signals import ONE_GESTURE_S, SIGNALS, signals_to
 from runner.tracking.mirror.spawn import queueing
 from runner.tracking.rundir import DIED, DONE, RunDir, State
 from runner.tracking.sweepdir import SweepDir
@@ -33,7 +33,6 @@ Start = Callable[[RunDir], int]
 """Trains one run in the forked process; returns its exit code. It starts with stop signals blocked and unblocks them
 when it can handle them."""
 
-STOPPING = (*SIGNALS, signal.SIGHUP)
 POLL_S, RETRY_LOCK_EVERY_S = 0.02, 0.5
 
 
@@ -60,7 +59,7 @@ def work_through(
             stack.enter_context(queueing(sweep))  # children inherit the lock and hold it if this process is killed
         table = stack.enter_context(ProgressTable(rundirs, len(slots), source.total if source else 0))
         queue = _Queue([Job(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, table, warm, source)
-        stack.enter_context(queue.handling_signals())
+        stack.enter_context(signals_to(queue.on_signal))
         return queue.run()
 
 
@@ -214,14 +213,14 @@ class _Queue:
             return
         job.slot, job.known = self.free.popleft(), job.rundir.read_state()
         job.forget_cancel()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # no handler may run before self.running has the pid
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # no handler may run before self.running has the pid
         pid = os.fork()
         if not pid:
             for other in self.running.values():
                 other.release()  # closes this process's copy of the file only
-            child.become(job.rundir, job.slot, self.start, STOPPING)  # does not return
+            child.become(job.rundir, job.slot, self.start)  # does not return
         self.running[pid] = job
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.table.started(job.number)
 
     def import_libraries(self) -> bool:
@@ -281,19 +280,6 @@ class _Queue:
         self.table.ended(job.number, status, reason)
         if self.source:
             self.source.ended(job.rundir)
-
-    @contextlib.contextmanager
-    def handling_signals(self) -> Iterator[None]:
-        """Stop the queue on SIGINT, SIGTERM and SIGHUP; ignored signals stay ignored (SIGHUP under nohup)."""
-        before = {number: signal.getsignal(number) for number in STOPPING}
-        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-        for number in before:
-            signal.signal(number, self.on_signal)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def stop(self, number: int) -> None:
         """Let the running processes save their state and end; start no other run."""

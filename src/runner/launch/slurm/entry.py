@@ -109,7 +109,7 @@ def _after_stop(rundir: RunDir, submission: dict[str, Any], *, has_advanced: boo
 
 
 def _record_not_requeued(rundir: RunDir, reason: str) -> None:
-    """Write to state.json, the manifest and MLflow that the job is not requeued; the run's mirror has ended already."""
+    """Write to state.json, the manifest and MLflow that the job is not requeued; the mirror may have ended."""
     print(reason, file=sys.stderr, flush=True)
     rundir.write_state(reason=reason)
     rundir.update_manifest(slurm={**(rundir.read_manifest().get("slurm") or {}), "has_left": True})

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from runner.signals import SIGNALS
 from runner.tracking.mirror import follow_sweep
 from runner.tracking.mirror.follow import be_polite, follow
 from runner.tracking.mlflow.parent_run import Publish
@@ -14,14 +15,14 @@ from runner.tracking.sweepdir import SweepDir
 
 
 def main(argv: Sequence[str], publish: Publish) -> int:
-    """Run the upload process; returns the exit code. Ignores SIGINT, SIGTERM and SIGHUP, which are for workers.
+    """Run the upload process; returns the exit code. Ignores the signals that stop workers.
 
     Args:
         argv: ``FOLDER [SINCE]``, ``--sweep SWEEP`` or ``--open SWEEP``.
         publish: writes the results of a sweep to its parent run.
     """
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)  # ends by itself once the end of the run is uploaded
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # ends by itself once the end of the run is uploaded
     mode, folder = argv[0], Path(argv[-1] if argv[0].startswith("--") else argv[0])
     try:
         if mode == "--open":

@@ -24,6 +24,8 @@ from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
 
 Mirror = subprocess.Popen[bytes]
+AFTER_A_STOP_S = 2.0
+"""How long a stopped run waits for its upload: schedulers kill some seconds after the signal."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,16 @@ def queueing(sweep: SweepDir) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mirrored(sweep: SweepDir) -> Iterator[Callable[[], None]]:
+def mirrored(sweep: SweepDir, codes: list[int]) -> Iterator[Callable[[], None]]:
     """Run one upload process for the sweep inside the ``with`` block, and wait for its end afterwards.
 
+    The block appends the exit codes of the runs to ``codes``: after a stop (75, 130) the wait is short.
     Yields a function that waits until the parent run and the child runs exist: call it before the first job starts.
     """
     with queueing(sweep):
         mirror = start_sweep_mirror(sweep)
         yield lambda: _warn(wait_opened(mirror, sweep))
-    result = wait_sweep_mirror(mirror, sweep)
+    result = wait_sweep_mirror(mirror, sweep, AFTER_A_STOP_S if {75, 130} & set(codes) else 60.0)
     if result.untold:
         print(f"not fully uploaded to MLflow: {result.untold} runs ({result.message})", file=sys.stderr)
         print(f"to upload them: python -m runner sync {sweep.path}", file=sys.stderr)
