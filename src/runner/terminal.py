@@ -190,7 +190,7 @@ def progress(what: str, every_s: float = 5.0) -> Callable[[int, int], None]:
 
 def say(text: str) -> None:
     """Print a line to stdout and write it to the log."""
-    text = redact(text)
+    text = visible(redact(text))
     print(text)
     log.info(text, extra={"quiet": True})
 
