@@ -104,7 +104,7 @@ def peft(model: nn.Module, *, method: str, **options: Any) -> nn.Module:
 
     _refuse(check_peft(method=method, **options))
     _refuse(_model_faults(model, method, options))
-    config = _config_class(method)(task_type="CAUSAL_LM", **options)
+    config = _config_class(method)(task_type="CAUSAL_LM", **{**options, **_without_routers(model, options)})
     meta = any(parameter.is_meta for parameter in model.parameters())
     subtracts = not meta and adapter.subtracts_initial(options.get("init_lora_weights"))
     if meta and "init_lora_weights" in options:
@@ -230,6 +230,23 @@ def _model_faults(model: nn.Module, method: str, options: dict[str, Any]) -> Ite
                 continue
             if not matched:
                 yield _no_match(model, key, pattern)
+
+
+def _without_routers(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """``exclude_modules`` for all-linear: linear layers with a forward of their own, as the router of Llama 4.
+
+    It returns scores and logits, which PEFT would take for one tensor.
+    """
+    from torch import nn
+
+    if options.get("target_modules") != ALL_LINEAR or options.get("exclude_modules"):
+        return {}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers")
+    ]
+    return {"exclude_modules": names} if names else {}
 
 
 def _matches(model: nn.Module, pattern: str, *, is_regex: bool) -> bool:

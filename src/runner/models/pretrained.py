@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, RunnerError
 from runner.models import adapter, hub, model_folder, quantization, shards
 from runner.models.dtypes import dtype_argument, dtype_for
+from runner.models.kernels import long_rope
 from runner.models.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -160,12 +161,24 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
         quantization.make_trainable(model)
         quantization.leave_file(model)
     model.config.use_cache = False
+    _refuse_damaged(model, source)
+    long_rope.install(model)
     return _annotate(model, source, quant)
 
 
-def _attention(source: ModelSource) -> str:
-    """The attention to load with; ``kernels.varlen_attention`` may replace it later."""
-    return "sdpa" if source.attention in ("auto", "by_document") else source.attention
+def _attention(source: ModelSource) -> str | None:
+    """The attention to load with; None: sdpa, or eager for a model without sdpa.
+
+    ``kernels.varlen_attention`` may replace it later.
+    """
+    return None if source.attention in ("auto", "by_document") else source.attention
+
+
+def _refuse_damaged(model: nn.Module, source: ModelSource) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.detach().sum().isfinite():
+            problem = f"its weight {name} contains NaN or infinity"
+            raise ConfigError(Fault("model.path", problem, "use intact weights", source.path))
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True) -> None:
@@ -244,14 +257,17 @@ def _loading_errors(source: ModelSource) -> Iterator[None]:
     """Turn transformers' exceptions about an unreadable model into one ConfigError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a malformed file, or the model's own code, may raise anything
         text = str(error) or type(error).__name__
-        if "out of memory" in text:
+        if "out of memory" in text or isinstance(error, MemoryError | RunnerError):
             raise
         if "trust_remote_code" in text:
             problem = f"{source.name} needs Python code from its own repository"
             remedy = "read that code; if you trust it, set model.trust_remote_code=true"
             fault = Fault("model.trust_remote_code", problem, remedy, False)
+        elif source.attention not in ("auto", "eager") and "attention" in text and "support" in text:
+            problem = f"{source.name} does not support it in the installed transformers"
+            fault = Fault("model.attention", problem, "use model.attention=auto", source.attention)
         else:
             remedy = "use a model for text generation that the installed transformers supports"
             fault = Fault("model.path", f"cannot be loaded: {text.splitlines()[0][:300]}", remedy, source.path)

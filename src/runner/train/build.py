@@ -113,8 +113,6 @@ def parts(cfg: Mapping[str, Any], inputs: Inputs, rundir: RunDir, ranks: Ranks =
     model = load_model(cfg, inputs)
     activation_checkpointing.arrange(model, inputs.settings.memory, eager=not compilation.is_asked_for(choice.node))
     batches, evaluation = resolve_attention(inputs.source, model, autocast, inputs.batches, inputs.evaluation)
-    if cfg["data"]["packing"]:
-        attention.check_isolation(model, autocast)
     chosen = bind.bind(cfg["parallel"], "parallel")()
     resolve_lm_head(model, autocast, chosen.kind)
     bind.bind(choice.node, "compile")(model)
@@ -150,16 +148,21 @@ def resolve_attention(
     """Install attention by document if the model supports it; unpacked rows then need no padding.
 
     Raises:
-        ConfigError: model.attention=by_document, but the model does not support it.
+        ConfigError: model.attention=by_document, but the model does not support it; or the model does not compute each
+            document of a batch as it computes the document alone.
     """
-    if source.attention not in ("auto", "by_document"):
-        return list(batches)
-    obstacle = varlen_attention.install(model, batches[0].max_length, autocast)
+    longest = max(split.max_length for split in batches)
+    attention.check_causal(model, autocast, longest)
+    obstacle = f"model.attention={source.attention}"
+    if source.attention in ("auto", "by_document"):
+        obstacle = varlen_attention.install(model, longest, autocast)
     if not obstacle:
         return [split.laid_end_to_end() for split in batches]
     if source.attention == "by_document":
         raise ConfigError(Fault("model.attention", obstacle, "use model.attention=auto", source.attention))
     log.debug(f"attention by document is not used: {obstacle}")
+    if any(split.packing for split in batches):
+        attention.check_isolation(model, autocast, longest)
     return list(batches)
 
 

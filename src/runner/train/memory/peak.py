@@ -114,7 +114,7 @@ def by_formula(config: Any, shape: Shape, *, kept: Memory, dtype_bytes: int, ful
     wide = getattr(text, "intermediate_size", None) or 4 * hidden
     wide = max(wide) if isinstance(wide, Sequence) else wide
     heads = getattr(text, "num_attention_heads", None) or 0
-    queries = heads * getattr(text, "head_dim", 0) or hidden
+    queries = heads * (getattr(text, "head_dim", None) or 0) or hidden
     narrow = (4 if full else 2) * hidden + 4 * queries
     of_attention = tokens * (narrow * dtype_bytes + (2 * hidden * 4 if dtype_bytes < 4 else 0))
     of_attention += 2 * heads * tokens * shape.length * dtype_bytes if scores else 0
