@@ -132,7 +132,7 @@ def _attends_by_document(inputs: Inputs, model: Any, autocast: torch.dtype | Non
 def _by_formula(inputs: Inputs, model: Any, autocast: torch.dtype | None, *, full: bool) -> int:
     """Peak activation bytes of the largest step, by a formula for Llama-like models."""
     size = (autocast or dtype_for(inputs.source.dtype, inputs.device)).itemsize
-    settings, shape, scores = inputs.settings, inputs.batches.largest, inputs.source.attention == "eager"
+    settings, shape, scores = inputs.settings, inputs.batches.largest, model.config._attn_implementation == "eager"
     return peak.by_formula(model.config, shape, kept=settings.memory, dtype_bytes=size, full=full, scores=scores)
 
 
