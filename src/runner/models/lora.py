@@ -233,20 +233,24 @@ def _model_faults(model: nn.Module, method: str, options: dict[str, Any]) -> Ite
 
 
 def _without_routers(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """``exclude_modules`` for all-linear: linear layers with a forward of their own, as the router of Llama 4.
+    """``exclude_modules`` for all-linear: linear layers that return several tensors, as the router of Llama 4.
 
-    It returns scores and logits, which PEFT would take for one tensor.
+    PEFT would take its scores and logits for one tensor.
     """
     from torch import nn
 
     if options.get("target_modules") != ALL_LINEAR or options.get("exclude_modules"):
         return {}
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers")
-    ]
+    own = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in own if "transformers" in type(module).__module__ and _returns_several(module)]
     return {"exclude_modules": names} if names else {}
+
+
+def _returns_several(linear: nn.Linear) -> bool:
+    import torch
+
+    with torch.no_grad():
+        return isinstance(linear(linear.weight.new_zeros(2, linear.in_features)), tuple)
 
 
 def _matches(model: nn.Module, pattern: str, *, is_regex: bool) -> bool:
