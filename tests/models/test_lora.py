@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import option
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from runner.errors import ConfigError
 from runner.models import lora, parameters, pretrained
@@ -165,6 +165,19 @@ def test_only_the_adapter_trains_and_in_float32(source: ModelSource) -> None:
     counts = parameters.describe(model)
     assert counts["trainable"] == counts["adapter"] == sum(p.numel() for p in trained.values())
     assert counts["dtype"] == "bfloat16"
+
+
+def test_a_router_of_its_own_kind_gets_no_adapter() -> None:
+    """Llama 4's is a linear layer that returns two tensors."""
+    config = Llama4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    model = option("lora", "lora")(AutoModelForCausalLM.from_config(config))
+    adapted = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert adapted
+    assert not any("router" in name for name in adapted)
+    assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
 
 
 def test_full_fine_tuning_trains_everything(source: ModelSource) -> None:

@@ -86,6 +86,41 @@ def test_weights_that_are_not_all_there(folder: Path) -> None:
     assert "lacks 1 of the model's weights (model.layers.1.mlp.up_proj.weight" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["[]", '"text"', '{"a": 5}', '{"a": {"data_offsets": [0]}}', '{"a": {"data_offsets": [0, "x"]}}', "[" * 20_000],
+)
+def test_weights_with_a_header_of_something_else(folder: Path, header: str) -> None:
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(99))
+    assert "is damaged: the header is not safetensors" in refusal(folder)
+
+
+def test_weights_whose_shapes_are_not_those_of_their_bytes(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    assert b'"shape":[64]' in content
+    file.write_bytes(content.replace(b'"shape":[64]', b'"shape":[63]', 1))
+    assert "a weight file cannot be loaded" in refusal(folder)
+
+
+def test_weights_that_are_no_numbers(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "its weight model.layers.1.mlp.up_proj.weight contains NaN or infinity" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "5", '"text"', "\xff", "[" * 20_000, ""])
+def test_files_that_are_no_json_objects(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    (folder / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+    refused = refusal(folder)
+    assert "config.json: is damaged: it is not a JSON object" in refused
+    assert "index.json: is damaged: weight_map is missing" in refused
+
+
 def test_a_save_that_fails_leaves_what_was_there(source: ModelSource, tmp_path: Path) -> None:
     model, tokenizer = pretrained.load(source, none.none(), "cpu"), pretrained.tokenizer(source)
     pretrained.save(model, tokenizer, tmp_path / "model")

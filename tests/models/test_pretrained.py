@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fixtures.model_folders import folder, ids, local, option, refusal, source
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig
 
 from runner.errors import ConfigError
 from runner.models import parameters, pretrained, tiny
@@ -35,14 +35,55 @@ def test_attention_is_what_was_asked(folder: Path, attention: str) -> None:
     assert model.config._attn_implementation == ("eager" if attention == "eager" else "sdpa")
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_a_family_without_sdpa_is_loaded_with_eager_attention(folder: Path, attention: str) -> None:
+    sizes = {"vocab_size": 259, "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}
+    AutoModelForCausalLM.from_config(GPTJConfig(**sizes)).save_pretrained(folder)
+    source = pretrained.resolve(local(folder, attention=attention))
+    if attention == "auto":
+        assert pretrained.load(source, none.none(), "cpu").config._attn_implementation == "eager"
+        assert pretrained.empty(source, none.none()).config._attn_implementation == "eager"
+    else:
+        with pytest.raises(ConfigError, match=r"model\.attention=sdpa: .*\n.*use model\.attention=auto"):
+            pretrained.load(source, none.none(), "cpu")
+
+
 def test_dtype_is_what_was_asked(folder: Path) -> None:
     model = pretrained.load(local(folder, dtype="bfloat16"), none.none(), "cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_a_broken_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{")
-    assert "cannot be loaded" in refusal(folder)
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer.json", None),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": []}}),
+        ("tokenizer.json", {"model": {"type": "no such model"}}),
+        ("tokenizer.json", {"added_tokens": 5}),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "nothing"}}),
+        ("tokenizer_config.json", None),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": 5}}),
+    ],
+)
+def test_a_broken_tokenizer(folder: Path, file: str, changes: dict[str, Any] | None) -> None:
+    path = folder / file
+    path.write_text("{" if changes is None else json.dumps({**json.loads(path.read_text()), **changes}))
+    assert "its tokenizer cannot be loaded" in refusal(folder)
+
+
+def test_a_chat_template_that_is_no_text(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": 5}))
+    assert "its chat_template is not a text" in refusal(folder)
+
+
+def test_token_ids_beyond_the_embeddings_though_tokens_are_few(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["a"] = 300
+    path.write_text(json.dumps(content))
+    assert "has token ids up to 300, but the model has 259 embeddings" in refusal(folder)
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -54,8 +95,12 @@ def change_config(folder: Path, **changes: Any) -> None:
     ("changes", "said"),
     [
         ({"hidden_size": 128}, "cannot be loaded"),
+        ({"hidden_size": "wide"}, "cannot be loaded"),
+        ({"num_attention_heads": 0}, "cannot be loaded"),
+        ({"hidden_act": "no such function"}, "cannot be loaded"),
+        ({"num_hidden_layers": None}, "cannot be loaded"),
         ({"model_type": "nobody-knows"}, "cannot be loaded"),
-        ({"vocab_size": 100}, "its tokenizer has 259 tokens, but the model has 100 embeddings"),
+        ({"vocab_size": 100}, "its tokenizer has token ids up to 258, but the model has 100 embeddings"),
         (
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             "its weights are already quantized",

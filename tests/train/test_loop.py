@@ -267,6 +267,10 @@ def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path, cach
         loop.optimizer_step(parts, Progress(), Recorded().hooks())
     assert "<|im_start|>" in str(caught.value)
     assert json.dumps(str(caught.value))
+    assert "checkpoint" not in str(caught.value), "there is none"
+    (parts.checkpoints.folder / "step-000001").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="the last checkpoint is valid"):
+        loop.check_finite(parts, 2, math.nan, 1.0)
 
 
 def test_attention_by_document_is_refused_where_it_would_compute_something_else(tmp_path: Path, cache: Path):

@@ -157,6 +157,12 @@ def test_muon_is_one_optimizer() -> None:
     assert len(optimizer.state) == len(list(model.parameters()))
 
 
+def test_muon_refuses_experts_in_one_tensor() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(4, 8, 8))], "weight_decay": 0.0, "kind": "matrix"}]
+    with pytest.raises(ConfigError, match=r"1 trained weights .* such as \(4, 8, 8\)\n    → use optim=adamw"):
+        option("muon")(groups)
+
+
 def test_muon_without_matrices_is_refused() -> None:
     model = nn.LayerNorm(8)
     with pytest.raises(ConfigError, match="optim=adamw"):

@@ -140,7 +140,7 @@ def _loaded(order: _Order) -> tuple[Any, Any]:
 
 def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[str, Any]]:
     """(name, metrics, details of the rows), computed with the evaluation code of training."""
-    from runner.models.kernels import attention, lora_linear
+    from runner.models.kernels import lora_linear
     from runner.train import build, inputs, loop
     from runner.train.distributed import parallel, wrap
     from runner.train.distributed.ranks import ALONE
@@ -153,8 +153,6 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     model, autocast = _model(order, device)
     lora_linear.fuse(model)
     (batches,) = build.resolve_attention(run.result, model, autocast, batches)
-    if rows.node["packing"]:
-        attention.check_isolation(model, autocast)
     build.resolve_lm_head(model, autocast, "none")
     wrapped = wrap.wrap(parallel.none(), model, run.options.task, ALONE, device, autocast)
     if run.options.task.reference is not None:

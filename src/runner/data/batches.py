@@ -3,10 +3,11 @@
 A batch is a dict:
 
 - ``input_ids``, ``labels``, ``position_ids``: (B, T) int64. Labels are shifted: ``labels[b, t]`` is the token to
-  predict at position ``t``, or -100; the last token of a document has no label. In packed rows, position ids restart
-  at 0 in each document, and the padding at the end counts as one more document.
-- ``document_ends``: (documents + 1,) int32, the document boundaries in the flattened batch, from 0 to B * T. The last
-  value is repeated so that all packed batches have the same number of boundaries.
+  predict at position ``t``, or -100; the last token of a document has no label. Position ids restart at 0 in each
+  document. They are 0 in the padding: no position of it may exceed those of the documents (longrope, RoPE scaling).
+- ``document_ends``: (documents + 1,) int32, the document boundaries in the flattened batch, from 0 to B * T; the
+  padding of a row counts as a document. The last value is repeated so that all packed batches have the same number of
+  boundaries.
 - ``longest``: int, an upper bound of the document length.
 - ``trained_at``: (trained,) int64, the flattened positions that have a label.
 - ``labels_per_document``: (documents,) int64, without padding. Documents of a unit, such as the two answers of a
@@ -266,8 +267,7 @@ class Batches:
                 positions[b, start:end] -= start
                 ends.append(b * length + end)
                 start = end
-            if self.packing or self.end_to_end:
-                positions[b, start:] -= start
+            positions[b, start:] = 0
             ends.append((b + 1) * length)
         return {
             "input_ids": torch.from_numpy(ids),

@@ -6,6 +6,7 @@ rows → examples → deduplicate → split by prompt → tokens and labels → 
 from __future__ import annotations
 
 import array
+import errno
 import hashlib
 import json
 import logging
@@ -112,7 +113,9 @@ def load(
                 entry = _read(folder)
     except OSError as error:
         problem = f"the cache of tokenised data cannot be written: {error.strerror or error} ({error.filename or key})"
-        raise DataError(Fault("", problem, "free disk space, or move the cache with RUNNER_CACHE=DIR")) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free disk space, or move the cache with RUNNER_CACHE=DIR" if full else "set RUNNER_CACHE=DIR"
+        raise DataError(Fault("", problem, remedy)) from error
     assert entry is not None, "an entry that was just written can be read"
     return Splits(**vars(entry), name=source.name, digest=source.digest, uri=source.uri, revision=source.revision)
 

@@ -103,7 +103,7 @@ def peft(model: nn.Module, *, method: Text, **options: Any) -> nn.Module:
 
     _refuse(check_peft(method=method, **options))
     _refuse(_model_faults(model, method, options))
-    config = _config_class(method)(task_type="CAUSAL_LM", **options)
+    config = _config_class(method)(task_type="CAUSAL_LM", **{**options, **_without_routers(model, options)})
     meta = any(parameter.is_meta for parameter in model.parameters())
     subtracts = not meta and adapter.subtracts_initial(options.get("init_lora_weights"))
     if meta and "init_lora_weights" in options:
@@ -232,6 +232,27 @@ def _model_faults(model: nn.Module, method: str, options: dict[str, Any]) -> Ite
                 continue
             if not matched:
                 yield _no_match(model, key, pattern)
+
+
+def _without_routers(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """``exclude_modules`` for all-linear: linear layers that return several tensors, as the router of Llama 4.
+
+    PEFT would take its scores and logits for one tensor.
+    """
+    from torch import nn
+
+    if options.get("target_modules") != ALL_LINEAR or options.get("exclude_modules"):
+        return {}
+    own = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in own if "transformers" in type(module).__module__ and _returns_several(module)]
+    return {"exclude_modules": names} if names else {}
+
+
+def _returns_several(linear: nn.Linear) -> bool:
+    import torch
+
+    with torch.no_grad():
+        return isinstance(linear(linear.weight.new_zeros(2, linear.in_features)), tuple)
 
 
 def _matches(model: nn.Module, pattern: str, *, is_regex: bool) -> bool:

@@ -9,9 +9,11 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from runner.errors import ConfigError, Fault
 
+NOT_JSON = "is damaged: it is not a JSON object"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tokenizer_config.json")
@@ -36,6 +38,8 @@ def faults(folder: Path, *, weights: bool = True) -> Iterator[Fault]:
     if not (folder / "config.json").is_file():
         yield from _no_config(folder)
         return
+    if read_json(folder / "config.json") is None:
+        yield Fault("model.path", NOT_JSON, "copy the file of the original model", folder / "config.json")
     if not any(list(folder.glob(pattern)) for pattern in TOKENIZERS):
         remedy = (
             "copy the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) into the folder"
@@ -56,10 +60,9 @@ def damage(file: Path) -> str:
             return "is damaged: the header is truncated or not safetensors"
         try:
             header = json.loads(handle.read(length))
-            end = max(
-                (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
+            ends = (int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__")
+            end = max(ends, default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             return "is damaged: the header is not safetensors"
     missing = 8 + length + end - size
     return f"is damaged: the last {missing} bytes are missing" if missing > 0 else ""
@@ -88,7 +91,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 def _no_config(folder: Path) -> Iterator[Fault]:
     if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
         problem = "is an adapter, not a model"
         yield Fault("model.path", problem, f"set it to the adapter's base model: model.path={base}", folder)
         return
@@ -97,8 +100,21 @@ def _no_config(folder: Path) -> Iterator[Fault]:
     yield Fault("model.path", "is not a model folder: config.json is missing", remedy, folder)
 
 
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file holds something else."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def _weight_faults(folder: Path) -> Iterator[Fault]:
-    files = _weight_files(folder)
+    try:
+        files = _weight_files(folder)
+    except (TypeError, AttributeError):
+        yield Fault("model.path", "is damaged: weight_map is missing", "download the file again", folder / INDEX)
+        return
     if not files:
         unsafe = sorted(path.name for pattern in UNSAFE_WEIGHTS for path in folder.glob(pattern))
         if unsafe:
@@ -115,5 +131,6 @@ def _weight_faults(folder: Path) -> Iterator[Fault]:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
+        weight_map = (read_json(folder / INDEX) or {}).get("weight_map")
+        return [folder / name for name in sorted(set(weight_map.values()))]  # type: ignore[union-attr]
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []

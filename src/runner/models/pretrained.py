@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, RunnerError
 from runner.models import adapter, hub, model_folder, parameters, shards
 from runner.models.dtypes import dtype_argument, dtype_for
+from runner.models.kernels import long_rope
 from runner.models.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
 """Candidates, in this order, for a tokenizer without a padding token; none of them occurs in ordinary text."""
+TOKENIZER_REMEDY = "use the model's original tokenizer files"
 
 log = logging.getLogger(__name__)
 
@@ -72,20 +74,25 @@ def tokenizer(source: ModelSource) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _loading_errors(source):
+    with _loading_errors(source, "its tokenizer", TOKENIZER_REMEDY):
         result = AutoTokenizer.from_pretrained(
             _folder(source, weights=False), trust_remote_code=source.trust_remote_code
         )
-    if result.pad_token is None:
         vocabulary = result.get_vocab()
-        result.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), result.eos_token)
+        if not result("Some text, 12 tokens.")["input_ids"]:
+            raise ValueError("it gives no tokens for a text")
+        if not isinstance(result.chat_template, str | dict | None):
+            raise ValueError("its chat_template is not a text")
     if result.pad_token is None:
+        result.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), result.eos_token)
+    if result.pad_token_id is None:
         problem, remedy = "its tokenizer has neither pad_token nor eos_token", "set pad_token in tokenizer_config.json"
         raise ConfigError(Fault("model.path", problem, remedy, source.path))
-    embeddings = architecture(source).get_text_config().vocab_size
-    if len(result) > embeddings:
-        problem = f"its tokenizer has {len(result)} tokens, but the model has {embeddings} embeddings"
-        raise ConfigError(Fault("model.path", problem, "use the model's original tokenizer files", source.path))
+    embeddings = getattr(architecture(source).get_text_config(), "vocab_size", None)
+    highest = max(vocabulary.values(), default=0)
+    if embeddings is not None and highest >= embeddings:
+        problem = f"its tokenizer has token ids up to {highest}, but the model has {embeddings} embeddings"
+        raise ConfigError(Fault("model.path", problem, TOKENIZER_REMEDY, source.path))
     return result
 
 
@@ -96,7 +103,7 @@ def check_max_length(source: ModelSource, max_length: int) -> None:
         ConfigError: it does not; the remedy names the largest possible value.
     """
     limit = getattr(architecture(source).get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
+    if limit is not None and 0 < limit < max_length:
         problem = f"{source.name} supports {limit} positions at most"
         raise ConfigError(Fault("data.max_length", problem, f"set data.max_length={limit} or less", max_length))
 
@@ -164,12 +171,24 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
     if not quant.plain:
         _unmap(model)
     model.config.use_cache = False
+    _refuse_damaged(model, source)
+    long_rope.install(model)
     return _annotate(model, source, quant)
 
 
-def _attention(source: ModelSource) -> str:
-    """The attention to load with; ``kernels.varlen_attention`` may replace it later."""
-    return "sdpa" if source.attention in ("auto", "by_document") else source.attention
+def _attention(source: ModelSource) -> str | None:
+    """The attention to load with; None: sdpa, or eager for a model without sdpa.
+
+    ``kernels.varlen_attention`` may replace it later.
+    """
+    return None if source.attention in ("auto", "by_document") else source.attention
+
+
+def _refuse_damaged(model: nn.Module, source: ModelSource) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.detach().sum().isfinite():
+            problem = f"its weight {name} contains NaN or infinity"
+            raise ConfigError(Fault("model.path", problem, "use intact weights", source.path))
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True) -> None:
@@ -225,21 +244,27 @@ def _folder(source: ModelSource, *, weights: bool) -> Path:
 
 
 @contextlib.contextmanager
-def _loading_errors(source: ModelSource) -> Iterator[None]:
-    """Turn transformers' exceptions about an unreadable model into one ConfigError."""
+def _loading_errors(source: ModelSource, part: str = "", remedy: str = "") -> Iterator[None]:
+    """Turn transformers' exceptions about an unreadable model, or a part of it, into one ConfigError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a malformed file, or the model's own code, may raise anything
         text = str(error) or type(error).__name__
-        if "out of memory" in text:
+        if "out of memory" in text or isinstance(error, MemoryError | RunnerError):
             raise
         if "trust_remote_code" in text:
             problem = f"{source.name} needs Python code from its own repository"
-            remedy = "read that code; if you trust it, set model.trust_remote_code=true"
-            fault = Fault("model.trust_remote_code", problem, remedy, False)
+            trust = "read that code; if you trust it, set model.trust_remote_code=true"
+            fault = Fault("model.trust_remote_code", problem, trust, False)
+        elif source.attention not in ("auto", "eager") and "attention" in text and "support" in text:
+            problem = f"{source.name} does not support it in the installed transformers"
+            fault = Fault("model.attention", problem, "use model.attention=auto", source.attention)
         else:
-            remedy = "use a model for text generation that the installed transformers supports"
-            fault = Fault("model.path", f"cannot be loaded: {text.splitlines()[0][:300]}", remedy, source.path)
+            if type(error).__name__ == "SafetensorError":
+                part, remedy = "a weight file", "download the model again"
+            remedy = remedy or "use a model for text generation that the installed transformers supports"
+            problem = f"{part} cannot be loaded: {text.splitlines()[0][:300]}".strip()
+            fault = Fault("model.path", problem, remedy, source.path)
         raise ConfigError(fault) from error
 
 

@@ -121,8 +121,6 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
     if options.task.reference is not None:
         for split in (batches, evaluation):
             reference.unknown(split)
-    if options.data.packing:
-        attention.check_isolation(model, autocast)
     resolve_lm_head(model, autocast, options.parallel.kind)
     choice.option(model)
     wrapped = wrap.wrap(options.parallel, model, options.task, ranks, inputs.device, autocast)
@@ -156,16 +154,21 @@ def resolve_attention(
     """Install attention by document if the model supports it; unpacked rows then need no padding.
 
     Raises:
-        ConfigError: model.attention=by_document, but the model does not support it.
+        ConfigError: model.attention=by_document, but the model does not support it; or the model does not compute each
+            document of a batch as it computes the document alone.
     """
-    if source.attention not in ("auto", "by_document"):
-        return list(batches)
-    obstacle = varlen_attention.install(model, batches[0].max_length, autocast)
+    longest = max(split.max_length for split in batches)
+    attention.check_causal(model, autocast, longest)
+    obstacle = f"model.attention={source.attention}"
+    if source.attention in ("auto", "by_document"):
+        obstacle = varlen_attention.install(model, longest, autocast)
     if not obstacle:
         return [split.laid_end_to_end() for split in batches]
     if source.attention == "by_document":
         raise ConfigError(Fault("model.attention", obstacle, "use model.attention=auto", source.attention))
     log.debug(f"attention by document is not used: {obstacle}")
+    if any(split.packing for split in batches):
+        attention.check_isolation(model, autocast, longest)
     return list(batches)
 
 

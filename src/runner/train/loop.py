@@ -309,5 +309,7 @@ def check_finite(parts: Parts, step: int, loss: float, norm: float) -> None:
     problem = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
     quoted = parts.ranks.gather([repr(parts.quote(batch)) for batch in parts.batches.step(step - 1)[:4]])
     texts = "; ".join(text for rank in quoted for text in rank[:4])
-    remedy = "lower optim.learning_rate, set train.max_grad_norm, or inspect these rows; the last checkpoint is valid"
+    remedy = "lower optim.learning_rate, set train.max_grad_norm, or inspect these rows"
+    if any(parts.checkpoints.folder.glob("step-*")):
+        remedy += "; the last checkpoint is valid"
     raise TrainingError(Fault("", f"{problem} at step {step}. The batch begins: {texts}", remedy))

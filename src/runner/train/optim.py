@@ -139,7 +139,7 @@ def muon(
     ``learning_rate``. ``betas`` and ``eps`` are for AdamW.
 
     Raises:
-        ConfigError: torch is older than 2.9, or no matrix is trainable.
+        ConfigError: torch is older than 2.9, no matrix is trainable, or a parameter has more than two dimensions.
     """
     import torch
 
@@ -149,6 +149,10 @@ def muon(
         raise ConfigError(Fault("optim", f"torch {torch.__version__} has no Muon", "install torch >= 2.9"))
     if not matrices:
         raise ConfigError(Fault("optim", "Muon needs matrices, but none is trainable", "use optim=adamw"))
+    shapes = [tuple(parameter.shape) for group in matrices for parameter in group["params"] if parameter.ndim > 2]
+    if shapes:
+        problem = f"Muon needs matrices, but {len(shapes)} trained weights (experts, convolutions) have more dimensions"
+        raise ConfigError(Fault("optim", f"{problem}, such as {shapes[0]}", "use optim=adamw, or lora=lora"))
     parts: list[Optimizer] = [
         torch.optim.Muon(
             matrices,

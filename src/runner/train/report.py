@@ -93,7 +93,9 @@ def _hint(inputs: Inputs, parts: Parts) -> str:
 def attention_of(parts: Parts) -> str:
     """The attention implementation of the model."""
     config: Any = parts.model.config
-    return str(getattr(config, "_attn_implementation", None) or "its own").replace("_", " ")
+    used = str(getattr(config, "_attn_implementation", None) or "its own").replace("_", " ")
+    has_no_sdpa = used == "eager" and not getattr(parts.model, "_supports_sdpa", True)
+    return f"{used} (this model has no sdpa)" if has_no_sdpa else used
 
 
 def manifest(inputs: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Isolate packed documents in attention: model inputs for packed rows, and a check that the model respects them.
+"""Isolate packed documents in attention: model inputs for a batch, and checks that the model respects them.
 
 transformers (4.53 or later) detects documents by ``position_ids`` that restart at 0 and builds the mask, including
 sliding windows. This works only if the model passes ``position_ids`` on; some families do not (OPT, Falcon, MPT, Mamba
-in 5.23). Therefore ``check_isolation`` tests each model.
+in 5.23). And ``AutoModelForCausalLM`` loads encoders (BERT, XLNet), whose tokens depend on later ones. Therefore
+``check_causal`` and ``check_isolation`` test each model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigError, Fault
-from runner.models.kernels import varlen_attention
+from runner.models.kernels import isolation, long_rope, varlen_attention
 
 
 def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]:
@@ -22,52 +23,54 @@ def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]
 
     ``input_ids`` and ``position_ids`` are (B, T). They are (1, B * T) for attention by document, and for
     FlashAttention, which detects documents in a single row only (transformers#39121). Padding is at the end of a row,
-    so causal attention never includes it.
+    so causal attention never includes it. Unpacked rows have the model's own positions, which need not begin at 0
+    (RoBERTa), except that longrope needs to know where the padding begins.
     """
     ids, positions = batch["input_ids"], batch["position_ids"]
-    arguments = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     if not packed:
-        return arguments
-    flat = {**arguments, "input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
+        return {"input_ids": ids, "use_cache": False, **({"position_ids": positions} if long_rope.uses(model) else {})}
     if varlen_attention.uses(model):
-        return {**flat, **varlen_attention.arguments(batch["document_ends"], batch["longest"])}
+        return varlen_attention.inputs(batch)
     if "flash" in str(model.config._attn_implementation):
-        return flat
+        return {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1), "use_cache": False}
+    arguments = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     return arguments if _masks_by_position() else {**arguments, "attention_mask": _mask(positions, model)}
 
 
-def check_isolation(model: Any, autocast: torch.dtype | None) -> None:
-    """Check that packed documents do not attend to each other. Call before compiling; costs one small step.
+def check_causal(model: Any, autocast: torch.dtype | None, longest: int | None = None) -> None:
+    """Check that no token depends on later tokens or on padding. Call before compiling; costs a small step.
 
-    The gradient of the second document's logits with respect to the first document's embeddings must be exactly zero,
-    also with quantized weights and low precision. ``autocast``: as in training.
+    ``autocast``: as in training. ``longest``: the maximum length of a document, see ``isolation.problem``.
 
     Raises:
-        ConfigError: documents attend to each other; the remedy is ``data.packing=false``.
+        ConfigError: it does: the model is an encoder, or its weights are damaged.
     """
-    embedded: list[Tensor] = []
+    problem = isolation.problem(
+        model, lambda batch: model(**inputs(batch, False, model)).logits, longest, autocast, packed=False
+    )
+    if problem:
+        remedy = "use a model for text generation: an encoder cannot learn to predict the next token"
+        if problem == isolation.NOT_FINITE:
+            remedy = "use intact weights; if they are, set model.dtype=float32"
+        problem = f"{_name(model)} cannot be trained as a causal language model: {problem}"
+        raise ConfigError(Fault("model.path", problem, remedy, getattr(model, "name_or_path", "")))
 
-    def keep(module: object, args: object, output: Tensor) -> Tensor:
-        embedded.append(output if output.requires_grad else output.detach().requires_grad_())
-        return embedded[-1]
 
-    hook = model.get_input_embeddings().register_forward_hook(keep)
-    device = model.get_input_embeddings().weight.device
-    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4]], device=device)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
-    try:
-        computing = torch.autocast(device.type, autocast, enabled=autocast is not None)
-        with torch.random.fork_rng(), torch.enable_grad(), computing:
-            ends = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
-            batch = {"input_ids": ids, "position_ids": positions, "document_ends": ends, "longest": 4}
-            logits = model(**inputs(batch, True, model)).logits[0, -4:]  # (4, V): the second document
-            (gradient,) = torch.autograd.grad(logits.float().square().sum(), embedded[:1])
-    finally:
-        hook.remove()
-    if gradient[0, :4].any():
-        name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
-        problem = f"in {name}, documents packed into one row attend to each other"
-        raise ConfigError(Fault("data.packing", problem, "set data.packing=false", True))
+def check_isolation(model: Any, autocast: torch.dtype | None, longest: int | None = None) -> None:
+    """Check that packed documents are computed as they are alone. Arguments as of ``check_causal``.
+
+    Raises:
+        ConfigError: they are not; the remedy is ``data.packing=false``.
+    """
+    problem = isolation.problem(
+        model, lambda batch: model(**inputs(batch, True, model)).logits, longest, autocast, packed=True
+    )
+    if problem:
+        raise ConfigError(Fault("data.packing", f"in {_name(model)}, {problem}", "set data.packing=false", True))
+
+
+def _name(model: Any) -> str:
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
 
 
 def _masks_by_position() -> bool:

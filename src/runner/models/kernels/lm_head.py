@@ -24,7 +24,7 @@ def install(model: Any, autocast: torch.dtype | None = None) -> str:
         return reason
     device, training = model.get_input_embeddings().weight.device, model.training
     ids = torch.tensor([[1, 2, 3]], device=device)
-    head = _head(model)
+    head = of(model)
     computing = torch.autocast(device.type, autocast, enabled=autocast is not None)
     try:
         with torch.no_grad(), torch.random.fork_rng(), computing:
@@ -46,12 +46,12 @@ def install(model: Any, autocast: torch.dtype | None = None) -> str:
 def adopt(model: Any) -> None:
     """Like ``install`` but without the comparison, for a model without weights (meta device)."""
     if not obstacle(model):
-        _head(model).is_in_loss = True
+        of(model).is_in_loss = True
 
 
 def obstacle(model: Any) -> str:
     """The reason why the loss cannot compute the logits, or "". Checks the model's structure; no forward pass."""
-    head = _head(model)
+    head = of(model)
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
         return "the LM head is not a plain nn.Linear"
     capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -60,7 +60,7 @@ def obstacle(model: Any) -> str:
 
 def in_loss(model: Any) -> nn.Linear | None:
     """The LM head that the loss has to apply; None if the model applies it."""
-    head = _head(model)
+    head = of(model)
     return head if getattr(head, "is_in_loss", False) else None
 
 
@@ -74,6 +74,7 @@ def bypassed(head: nn.Module) -> Iterator[None]:
         del head.forward
 
 
-def _head(model: Any) -> Any:
+def of(model: Any) -> Any:
+    """The LM head of the model; None if it has none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from runner.models.kernels import isolation
 
 NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -23,27 +26,21 @@ Filled by ``_register``, since compiled code cannot inspect a signature."""
 
 
 def install(model: Any, longest: int, autocast: torch.dtype | None = None) -> str:
-    """Switch ``model`` to attention by document if the logits stay the same. Returns "", or the reason why not.
+    """Switch ``model`` to attention by document if documents stay isolated. Returns "", or the reason why not.
 
-    Compares a small forward pass both ways: a model may cap or bias its scores, use a sliding window shorter than
-    ``longest``, or not pass the document boundaries to its attention. ``autocast``: as in training.
+    A model may cap or bias its scores, use a window or chunks shorter than ``longest``, not pass the boundaries of
+    documents to its attention, or mix tokens by other means, such as convolutions. ``autocast``: as in training.
     """
     if reason := obstacle(model):
         return reason
     base = _base(model)
     before = base.config._attn_implementation
-    expected = _trial(model, longest, autocast)
-    try:
-        adopt(model)
-        logits = _trial(model, longest, autocast)
-        tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
-        if torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
-            return ""
-        reason = f"logits differ by {float((logits - expected).abs().max()):.3g}"
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-    base.set_attn_implementation(before)
-    return f"{type(base).__name__} does not support attention by document: {reason}"
+    adopt(model)
+    reason = isolation.problem(model, lambda batch: model(**inputs(batch)).logits, longest, autocast, packed=True)
+    if reason:
+        base.set_attn_implementation(before)
+        return f"{type(base).__name__} does not support attention by document: {reason}"
+    return ""
 
 
 def adopt(model: Any) -> None:
@@ -66,6 +63,12 @@ def _base(model: Any) -> Any:
 
 def uses(model: Any) -> bool:
     return str(model.config._attn_implementation) == NAME
+
+
+def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the model's forward for a batch of packed rows, laid end to end: (1, B * T)."""
+    flat = {name: batch[name].reshape(1, -1) for name in ("input_ids", "position_ids")}
+    return {**flat, "use_cache": False, **arguments(batch["document_ends"], batch["longest"])}
 
 
 def arguments(ends: Tensor, longest: int) -> dict[str, Any]:
@@ -141,22 +144,6 @@ def _register() -> bool:
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return True
-
-
-@torch.no_grad()
-def _trial(model: Any, longest: int, autocast: torch.dtype | None) -> Tensor:
-    """Logits of three short documents packed into one row."""
-    device, training = model.get_input_embeddings().weight.device, model.training
-    lengths = [3, 1, 2]
-    positions = torch.tensor([[i for length in lengths for i in range(length)]], device=device)
-    ends = torch.tensor([0, 3, 4, 6], dtype=torch.int32, device=device)
-    boundaries = arguments(ends, longest) if uses(model) else {}
-    try:
-        with torch.random.fork_rng(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits: Tensor = model.train()(positions + 1, position_ids=positions, use_cache=False, **boundaries).logits
-            return logits
-    finally:
-        model.train(training)
 
 
 @torch.library.custom_op("runner::attention_by_document", mutates_args=())
