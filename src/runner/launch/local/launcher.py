@@ -100,7 +100,7 @@ def work_through(
     with spawn.mirrored(sweep) as opened:
 
         def prepare() -> None:
-            warm(slots[0])  # takes seconds, in which the mirror creates the parent and child runs
+            warm(slots[0])  # takes seconds, in which the mirror creates the parent run
             opened()
 
         return queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, prepare, source)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from runner.errors import DamagedError
 from runner.files import is_held
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import sweep_of
@@ -19,7 +20,10 @@ FOLDERS_AT_ONCE = 200
 
 def is_wanted(rundir: RunDir) -> bool:
     """Whether the run is uploaded to MLflow automatically (not ``tracking=offline``)."""
-    manifest = rundir.read_manifest()
+    try:
+        manifest = rundir.read_manifest()
+    except DamagedError:  # status and sync report it
+        return False
     if (manifest.get("mlflow") or {}).get("run_id"):
         return True
     if "tracking" in manifest:
