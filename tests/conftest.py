@@ -130,7 +130,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test starts without MLflow's, and what it leaves of them in the environment goes with it."""
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+    for name in (
+        "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME",
+        "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID",
+    ):  # fmt: skip
         monkeypatch.setenv(name, "")
 
 

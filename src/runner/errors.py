@@ -5,6 +5,7 @@ RunnerError                 exit code 1
 ├── DataError               2   data is missing, unreadable, malformed, or contains no trained token
 ├── LaunchError             2   a launcher refused the job
 ├── ResumeError             2   a run folder cannot be resumed
+├── DamagedError            2   a file of a run or sweep folder is lost, cut off or unreadable
 ├── TrackingError           2   the tracking store is unreachable or misused
 │   └── UnknownNameError    2   the store has no experiment, sweep or run of that name
 └── TrainingError           1   training itself failed (NaN loss, out of memory, disk full)
@@ -87,6 +88,12 @@ class LaunchError(RunnerError):
 
 
 class ResumeError(RunnerError):
+    exit_code = 2
+
+
+class DamagedError(RunnerError, ValueError):
+    """Also a ValueError, as a file with invalid contents is for any other reader."""
+
     exit_code = 2
 
 

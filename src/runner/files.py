@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from runner.errors import ConfigError, Fault, RunnerError
+from runner.errors import ConfigError, DamagedError, Fault, RunnerError
 
 
 def cache_dir(room: str) -> Path:
@@ -74,6 +75,27 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DamagedError: the file is empty, cut off, edited or unreadable; contains ``remedy``.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict):
+            return content
+        problem = "is damaged: it is not a JSON object"
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        problem, remedy = f"cannot be read: {error.strerror}", "ask its owner for permission to read it"
+    except ValueError as error:
+        problem = f"is damaged: it is {'cut off or edited' if path.stat().st_size else 'empty'} ({error})"
+    raise DamagedError(Fault("", f"{path} {problem}", remedy))
 
 
 def is_held(lock: Path, *, shared: bool = False) -> bool:

@@ -167,7 +167,7 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
         (["diff", "begun"], "needs two runs, not 1"),
         (["diff", "begun", "begun"], "are the same run"),
         (["diff", "begun", "waiting"], "has not started: there is nothing to compare yet"),
-        (["diff", "begun", "torn"], "the files of .*torn are damaged"),
+        (["diff", "begun", "torn"], "torn.*is damaged"),
         (["diff", "begun", "bare"], "has no manifest.json"),
         (["diff", "begun", "empty"], "is not a run folder"),
         (["diff", "begun", "some"], "is a sweep, but one run is required"),

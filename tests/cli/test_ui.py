@@ -44,8 +44,10 @@ def busy(port: int = 0) -> socket.socket:
 
 def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixture[str]):
     with shown(f"outputs_dir={outputs}") as (proc, page):
-        base, _, experiment = page.removesuffix("/runs").partition("/#/experiments/")
-        assert page.endswith("/runs")
+        address, _, query = page.partition("?")
+        base, _, experiment = address.removesuffix("/runs").partition("/#/experiments/")
+        assert address.endswith("/runs")
+        assert "workflowType=machine_learning" in query, "else MLflow opens its mode for GenAI"
         assert base.startswith("http://127.0.0.1:")
         assert "<title>MLflow" in get(base)
         found = get(f"{base}/api/2.0/mlflow/experiments/get?experiment_id={experiment}")

@@ -90,7 +90,7 @@ def test_the_parent_shows_the_leaderboard_and_follows_when_runs_are_added(copied
 
     best = min(sweep.rundirs(), key=lambda rundir: rundir.read_state().summary["eval/loss"])
     data = parent().data
-    assert data.metrics["eval/loss"] == best.read_state().summary["eval/loss"]
+    assert data.metrics["best/eval/loss"] == best.read_state().summary["eval/loss"]
     assert data.tags["runner.best_run_id"] == best.read_manifest()["mlflow"]["run_id"]
     assert data.tags["runner.best_run"] == best.read_manifest()["label"]
     assert f"/runs/{data.tags['runner.best_run_id']})" in data.tags["mlflow.note.content"]

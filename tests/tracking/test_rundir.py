@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from runner.errors import DamagedError
 from runner.files import cache_dir, write_atomic
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir, State, find_runs
 
 
 def test_state_starts_pending_and_changes_field_by_field(tmp_path: Path):
@@ -77,3 +78,42 @@ def test_the_cache_moves_with_its_variable(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "c"))
     assert cache_dir("models") == tmp_path / "c" / "models"
     assert cache_dir("models").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", '{"status": "runn', "[]", '{"status": "resting"}', '{"speed": 1}', "\udcff"])
+def test_a_damaged_state_is_named_and_rebuilt_from_the_checkpoints(tmp_path: Path, content: str):
+    rundir = RunDir(tmp_path)
+    rundir.update_manifest(id="x")
+    rundir.state.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DamagedError, match=r"state\.json is damaged") as raised:
+        rundir.read_state()
+    assert f"resume={tmp_path}" in raised.value.faults[0].remedy
+    assert "state.json" in rundir.rebuild_state()
+    assert rundir.read_state().status == "pending", "nothing was trained"
+
+    for step in (3, 12):
+        (rundir.checkpoints / f"step-{step:06d}").mkdir(parents=True)
+    (rundir.checkpoints / "step-000012" / "progress.json").write_text('{"step": 12, "timing": {"seconds": 7.5}}')
+    rundir.state.unlink()
+    with pytest.raises(DamagedError, match=r"state\.json is missing"):
+        rundir.read_state()
+    assert "is missing" in rundir.rebuild_state()
+    state = rundir.read_state()
+    assert (state.status, state.step, state.seconds, state.attempt) == ("killed", 12, 7.5, 1)
+    assert "checkpoint of step 12" in state.reason
+    assert rundir.rebuild_state() == "", "a sound file is left alone"
+
+
+def test_a_damaged_manifest_is_named_and_never_overwritten(tmp_path: Path):
+    rundir = RunDir(tmp_path)
+    rundir.manifest.write_text('{"id": "x')
+    with pytest.raises(DamagedError, match=r"manifest\.json is damaged"):
+        rundir.update_manifest(name="y")
+    assert rundir.manifest.read_text() == '{"id": "x'
+
+
+def test_artifacts_of_mlflow_are_no_runs(tmp_path: Path):
+    RunDir(tmp_path / "mlartifacts" / "0" / "artifacts").update_manifest(id="copy")
+    rundir = RunDir(tmp_path / "run")
+    rundir.update_manifest(id="x")
+    assert find_runs(tmp_path) == [rundir]

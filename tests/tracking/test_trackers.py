@@ -99,3 +99,27 @@ def test_importing_is_light() -> None:
         "import sys, runner.tracking, runner.secrets; print({'mlflow', 'torch', 'pandas', 'psutil'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("dropped", "step", "evaluated", "words"),
+    [
+        ((), 6, True, ""), ((), 10, True, ""), ((), 4, False, ""),
+        ((("eval", 0),), 6, True, "1 of 5 records up to step 6 are missing (of step 0)"),
+        ((("train", 4), ("eval", 5)), 6, True, "2 of 5 records up to step 6 are missing (of step 4, 5)"),
+        ((("train", 8), ("eval", 10)), 6, True, ""),
+        ((("eval", 10),), 10, True, "1 of 8 records up to step 10 are missing (of step 10)"),
+        ((("eval", 5),), 5, False, ""),
+        ((("eval", 5),), 5, True, "1 of 4 records up to step 5 are missing (of step 5)"),
+    ],
+)  # fmt: skip
+def test_lost_records_are_those_that_the_configuration_asks_for(
+    dropped: tuple[tuple[str, int], ...], step: int, evaluated: bool, words: str
+) -> None:
+    records = [
+        {"step": each, "train/learning_rate": 0.1} for each in (2, 4, 6, 8, 10) if ("train", each) not in dropped
+    ]
+    records += [{"step": each, "eval/loss": 1.0} for each in (0, 5, 10) if ("eval", each) not in dropped]
+    train = {"logging_steps": 2, "eval_steps": 5}
+    assert words in metrics_log.lost(records, train, step, 10, evaluated=evaluated)
+    assert bool(words) == bool(metrics_log.lost(records, train, step, 10, evaluated=evaluated))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import TESTS, TINY, prepared
 
+from runner.report import results
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 
@@ -148,3 +149,63 @@ def test_a_second_worker_follows_the_first(tmp_path: Path, cache: Path):
     assert f"is being worked on (pid {first.pid})" in heard
     assert rundir.read_state().attempt == 1
     assert os.path.exists(rundir.model)
+
+
+def stopped_at(rundir: RunDir, step: int) -> None:
+    """Train the run up to this step, and stop it with kill -9 after a checkpoint."""
+    process = worker_process(rundir)
+    wait_for_step(rundir, step, process)
+    process.kill()
+    process.communicate()
+
+
+def test_what_a_run_has_lost_is_reported_and_not_shown(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]):
+    """Records and samples are gone: neither a later loss nor the answers of a half-trained model become "before"."""
+    from runner.train import worker
+
+    options = (*OPTIONS, f"outputs_dir={tmp_path}", "train.max_steps=40", "tracking=offline")
+    rundir = prepared(tmp_path / "run", *(word for word in options if not word.startswith("tracking.")))
+    stopped_at(rundir, 8)
+    rundir.metrics.unlink()
+    rundir.samples.write_text("[")
+    assert worker.work(rundir) == 0
+    out = capfd.readouterr().out
+    summary = rundir.read_state().summary
+    assert "eval/loss before" not in summary
+    assert f"unknown → {summary['eval/loss']:.4f}  (its record is lost)" in out
+    assert "%)" not in out.partition("perplexity")[0], "no change in percent"
+    assert {key for sample in json.loads(rundir.samples.read_text()) for key in sample} == {
+        "prompt", "reference", "after"
+    }  # fmt: skip
+    log = rundir.log.read_text()
+    assert "metrics.jsonl is incomplete" in log
+    assert "samples.json is lost" in log
+    (result,) = results.of_folders([rundir], tmp_path)
+    assert "eval/best_loss" not in result.metrics
+    assert (result.status, result.metrics["eval/loss"]) == ("completed", summary["eval/loss"])
+    assert "metrics.jsonl is incomplete" in result.reason
+
+
+def test_a_removed_folder_fails_the_run_and_is_not_created_again(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=2000", "train.save_steps=5")
+    process = worker_process(rundir)
+    wait_for_step(rundir, 6, process)
+    rundir.path.rename(tmp_path / "elsewhere")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, out
+    assert "was removed while the run trained" in err
+    assert "completed" not in out
+    assert not rundir.model.exists()
+
+
+def test_a_damaged_state_is_rebuilt_and_the_run_continues(tmp_path: Path, cache: Path):
+    rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=30", "train.save_steps=5")
+    stopped_at(rundir, 12)
+    saved = rundir.saved_step()
+    rundir.state.write_text('{"status": "run')
+    process = worker_process(rundir)
+    _, err = process.communicate(timeout=120)
+    state = rundir.read_state()
+    assert (process.returncode, state.status, state.step) == (0, "completed", 30), err
+    assert f"resumed at step {saved}/30" in err
+    assert [r["step"] for r in metrics_log.read(rundir) if "train/loss" in r] == list(range(1, 31))

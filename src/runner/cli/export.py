@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
     if words is None:
         return 0
     run, rest = args.trained_run(words, "export", HELP.splitlines()[0])
+    run.rundir.read_state()  # the model card needs it: a damaged file is reported before the work
     order = _order(words, run, rest)
     base = run.base.path if run.is_adapter else str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
     trained.quiet()

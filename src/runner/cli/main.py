@@ -130,7 +130,7 @@ def _run_one(job: Any, argv: list[str], joined: Joined | None) -> int:
     folder, job.cfg = resume.choose(job.cfg, Path(job.folder), named=job.is_folder_named, overrides=job.overrides)
     if not joined and not any(override.startswith("launcher") for override in job.overrides):
         launcher = prepare.launcher_of(job.cfg)  # a resumed run keeps its own launcher
-    resume.refuse(folder, job.cfg)
+    resume.refuse(folder, job.cfg)  # also rebuilds a damaged state.json
     if RunDir(folder).read_state().status == "completed":
         print(f"{folder} is completed already: nothing to do", file=sys.stderr)
         return 0

@@ -202,7 +202,7 @@ def _group(word: str) -> str:
 def _check(job: Job) -> None:
     """Check and freeze the job like any run."""
     try:
-        prepare.admit([job])
+        prepare.admit([job], is_new=False)
     except ConfigError as error:
         faults = list(error.faults)
         if any(fault.key in PLACES for fault in faults):

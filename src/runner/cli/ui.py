@@ -22,6 +22,7 @@ from runner.cli import args
 from runner.errors import ConfigError, Fault, TrackingError, suggest
 from runner.report import mlflow_results, record
 from runner.signals import signals_to
+from runner.tracking import environment
 from runner.tracking.mlflow import rest, store
 
 HELP = """python -m runner ui [--port N] [--experiment NAME] [--no-browser] [uri=URI] [outputs_dir=FOLDER]
@@ -30,7 +31,8 @@ Opens MLflow's web UI with the runs, served on this machine only (127.0.0.1) unt
 
   python -m runner ui                            the runs below outputs/
   python -m runner ui outputs_dir=/scratch/me    the runs of another folder
-  python -m runner ui uri=https://mlflow.team    the address of the experiment's page on that server
+  python -m runner ui uri=https://mlflow.team    the address of the experiment's page on that server;
+                                                 without uri the store of MLFLOW_TRACKING_URI, if it is set
 
   --port N           listen on this port; default: 5000, or the next free port
   --experiment NAME  open the page of this experiment; default: `runner`, else the latest one
@@ -58,7 +60,8 @@ def main(argv: list[str]) -> int:
     if unknown:
         raise ConfigError(*(Fault(word, "unexpected argument of ui", HELP.splitlines()[0]) for word in unknown))
     port = _port_option(words)
-    uri = record.checked(settings["uri"]) if "uri" in settings else _embedded(words.outputs_dir)
+    named = settings.get("uri") or environment.store_uri()
+    uri = record.checked(named) if named else _embedded(words.outputs_dir)
     if store.is_server(uri):
         if port is not None:
             raise ConfigError(Fault("--port", "has no effect on the running server of uri", "leave it out", port))
@@ -209,8 +212,9 @@ def _page(address: str, name: str | None) -> str:
     experiment = name or ("runner" if "runner" in ids else own[0] if own else "")
     if name:
         _refuse_unknown(name, ids)
-    # /runs: without it MLflow 3 opens the page of traces.
-    return f"{address}/#/experiments/{quote(str(ids[experiment]))}/runs" if experiment else address
+    # /runs: without it MLflow 3 opens the page of traces; without workflowType its mode for GenAI, without metrics.
+    page = f"{address}/#/experiments/{{}}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    return page.format(quote(str(ids[experiment]))) if experiment else address
 
 
 def _show(page: str, words: args.Args) -> None:

@@ -12,16 +12,17 @@ from runner.config import bind, check, user_code
 from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError, Fault
 from runner.launch.launcher import Launcher
-from runner.tracking import manifest, resume
+from runner.tracking import environment, manifest, resume
 from runner.tracking.rundir import RunDir
 from runner.train.distributed import parallel
 
 
-def admit(jobs: Iterable[Job], processes: int | None = None) -> None:
+def admit(jobs: Iterable[Job], processes: int | None = None, *, is_new: bool = True) -> None:
     """Check all jobs and freeze their configurations in place.
 
     Args:
         processes: world size, if the processes were started from outside (torchrun); None: the launcher's.
+        is_new: False for the configuration of an earlier run, which keeps its MLflow store.
 
     Raises:
         ConfigError: the faults of all jobs, each once.
@@ -29,6 +30,8 @@ def admit(jobs: Iterable[Job], processes: int | None = None) -> None:
     faults: dict[str, Fault] = {}
     jobs = list(jobs)
     for job in jobs:
+        if is_new and job.cfg["resume"] in (None, "auto"):
+            faults |= {str(fault): fault for fault in environment.settle(job.cfg, job.overrides)}
         manifest.keep_credentials(job.cfg)
         for fault in _code_faults(job) or check.faults_of(job.cfg) or _resolve_parallel(job.cfg, processes):
             faults[str(fault)] = fault

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from runner.config import bind, choices, user_code
@@ -118,7 +119,22 @@ def _code(run: Recorded) -> dict[str, Any]:
     if git.get("dirty"):
         digest = git.get("diff_sha256")
         uncommitted = f"yes ({digest[:12]})" if digest else "yes"
-    return {"commit": git.get("sha"), "uncommitted changes": uncommitted, "digest": run.manifest.get("code_sha256")}
+    modules = run.config.get(user_code.KEY)
+    digests = modules if isinstance(modules, Mapping) else {}
+    return {
+        "commit": git.get("sha"),
+        "uncommitted changes": uncommitted,
+        "digest": run.manifest.get("code_sha256"),
+        **{f"your code: {name}": digest for name, digest in digests.items()},
+        **{key: text for each in run.manifest.get("repositories") or [] for key, text in _repository(each).items()},
+    }
+
+
+def _repository(each: Mapping[str, Any]) -> dict[str, str]:
+    """Commit and uncommitted changes of a repository of the user."""
+    name = PurePath(str(each.get("top"))).name
+    changes = f"yes ({str(each.get('diff_sha256'))[:12]})" if each.get("dirty") else "none"
+    return {f"commit of {name}": str(each.get("sha")), f"uncommitted changes in {name}": changes}
 
 
 def _environment(run: Recorded) -> dict[str, Any]:
@@ -134,6 +150,8 @@ def _data(run: Recorded) -> dict[str, Any]:
 
 def _results(run: Recorded) -> dict[str, Any]:
     # The best loss is computed below for both runs: only MLflow stores it as a metric, the run folder does not.
+    if run.lost:  # last and best values may be wrong
+        return {"status": run.status, "records": run.lost, "weights (sha256)": run.manifest.get("weights_sha256")}
     names = [n for n in run.curves if n in FINAL or (n.startswith(("eval/", "memory/")) and n != BEST)]
     last = {name: run.curves[name][max(run.curves[name])] for name in sorted(names)}
     losses = [

@@ -58,7 +58,8 @@ def _send_best(client: MlflowClient, parent: Run, board: Leaderboard, updated: f
 
     best = board.best
     # MLflow shows the value with the highest step and time: the number of runs, and the time of their last update.
-    metrics = {key: best.metrics[key] for key in board.metrics if key in best.metrics}
+    # With a prefix: MLflow draws and sorts the parent run among the runs.
+    metrics = {f"best/{key}": best.metrics[key] for key in board.metrics if key in best.metrics}
     points = [Metric(key, value, int(updated * 1000), len(board.results)) for key, value in metrics.items()]
     client.log_batch(parent.info.run_id, metrics=points)
     note = parent.data.tags.get(NOTE, "")

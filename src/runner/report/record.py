@@ -50,6 +50,8 @@ class Recorded:
     """The uncommitted changes of the code when the run started."""
     folder: Path | None = None
     """None if the run was read from MLflow."""
+    lost: str = ""
+    """What its metrics.jsonl has lost; empty if it is complete."""
     is_of_first: bool = False
     """Whether version 0.1.0 wrote its configuration, with that version's names of options."""
 
@@ -117,12 +119,13 @@ def of_folder(rundir: RunDir) -> Recorded:
     """
     if not rundir.manifest.exists():
         problem = f"{terminal.nearest(rundir.path)} has no manifest.json: the preparation of the run was interrupted"
-        raise ConfigError(Fault("", problem, "run the command of the run again"))
+        raise ConfigError(Fault("", problem, "run the command of the run again, or restore the file"))
     try:
         manifest, state = rundir.read_manifest(), rundir.read_state()
         config = read_config(rundir)
         patch = _text_of(rundir.dirty_diff) if rundir.dirty_diff.exists() else ""
-        curves = _curves(metrics_log.read(rundir))
+        records = metrics_log.read(rundir)
+        curves, lost = _curves(records), metrics_log.lost_of(rundir, records, config)
     except RunnerError as error:
         raise ConfigError(*error.faults) from error
     except lookup.DAMAGED as error:
@@ -132,7 +135,7 @@ def of_folder(rundir: RunDir) -> Recorded:
         manifest["weights_sha256"] = provenance.weights_digest(rundir.model)
     name = str(manifest.get("name") or rundir.path.name)
     where = terminal.nearest(rundir.path)
-    return Recorded(name, where, config, manifest, state.status, curves, patch, rundir.path, is_of_first(rundir))
+    return Recorded(name, where, config, manifest, state.status, curves, patch, rundir.path, lost, is_of_first(rundir))
 
 
 def of_store(word: str, uri: str) -> Recorded:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import terminal
+from runner.config import user_code
 from runner.report import diff, record
 from runner.report.diff import Section
 from runner.report.record import Recorded
@@ -22,6 +23,8 @@ def tell_before(original: Recorded, cfg: dict[str, Any], code: Path | None) -> N
     for section in diff.materials(original, here):
         if section.title != "data":
             _print_section(section)
+    for name in user_code.edited(original.config, original.manifest.get("code") or {}):
+        _print(f"            {name} was edited since; the rerun uses the copy of the original run")
     if code:
         _print(f"            the code runs in {code}")
     data = original.manifest.get("data") or {}
@@ -79,9 +82,11 @@ def _here(original: Recorded, cfg: dict[str, Any], code: Path | None) -> Recorde
     current = checkout.current()
     patch = current.patch if current else ""
     manifest: dict[str, Any] = {"git": checkout.note(current)[0], "code_sha256": provenance.code_digest()}
+    sources = [Path(path) for path in (original.manifest.get("code") or {}).values()]
+    manifest["repositories"] = checkout.repositories(sources)
     if code:
         patch = original.patch
-        manifest = {key: original.manifest.get(key) for key in ("git", "code_sha256")}
+        manifest |= {key: original.manifest.get(key) for key in ("git", "code_sha256")}
     lock = provenance.lock_digest(code) if code else provenance.lock_digest()
     manifest |= {"versions": provenance.versions(), "lock_sha256": lock}
     hardware = _hardware(original.manifest.get("hardware") or {})

@@ -15,7 +15,7 @@ from runner.errors import RunnerError
 from runner.tracking import lookup, manifest, metrics_log, run_status
 from runner.tracking.metrics_log import SECONDS, last_values
 from runner.tracking.run_status import RunStatus
-from runner.tracking.rundir import RunDir
+from runner.tracking.rundir import RunDir, State
 from runner.tracking.sweepdir import sweep_of
 
 COMPLETED = "completed"
@@ -77,10 +77,14 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
     metrics: dict[str, float] = {}
     if status not in ("missing", "damaged"):
         try:
-            flat = dict(flatten(manifest.read_config(rundir)))
+            config = manifest.read_config(rundir)
+            flat = dict(flatten(config))
             params, implied = choices.named(flat, manifest.choices(run.manifest))
-            later = ({"step": r["step"], **r["metrics"]} for r in metrics_log.read_evaluations(rundir))
-            metrics = last_values([*metrics_log.read(rundir), *later])
+            later = [{"step": r["step"], **r["metrics"]} for r in metrics_log.read_evaluations(rundir)]
+            records = metrics_log.read(rundir)
+            metrics = last_values([*records, *later])
+            if lost := metrics_log.lost_of(rundir, records, config):
+                reason, metrics = lost, _without_lost(state, metrics, last_values(later))
         except (RunnerError, *lookup.DAMAGED) as error:
             status, reason = "damaged", str(error)
     if state.seconds:
@@ -104,6 +108,12 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
         device=str(hardware.get("device_name") or ""),
         held_out_rows=((run.manifest.get("data") or {}).get("report") or {}).get("eval_rows"),
     )
+
+
+def _without_lost(state: State, metrics: dict[str, float], later: dict[str, float]) -> dict[str, float]:
+    """The metrics of a run with lost records: those of its summary, and of the command ``evaluate``."""
+    known = {name: float(value) for name, value in state.summary.items() if isinstance(value, int | float)}
+    return {name: value for name, value in {**known, **later}.items() if name in metrics}
 
 
 def _handle(rundir: RunDir, sweep: Path | None, outputs_dir: Path, is_one_sweep: bool) -> str:

@@ -19,6 +19,7 @@ from runner.errors import Fault, ResumeError
 from runner.files import locked, write_atomic
 from runner.secrets import redact
 from runner.tracking.manifest import refuse_files, refuse_other, signature
+from runner.tracking.resume import rebuild
 from runner.tracking.rundir import DONE, RunDir
 from runner.tracking.sweepdir import SweepDir
 
@@ -98,6 +99,7 @@ def _with(
     for rundir, job in zip(rundirs, jobs, strict=True):
         refuse_files(rundir.path)
         refuse_other(rundir, job.cfg)
+        rebuild(rundir)
     return manifest, rundirs
 
 

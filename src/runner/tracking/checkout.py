@@ -10,7 +10,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,27 @@ def note(code: Code | None) -> tuple[dict[str, object], str]:
     digest = hashlib.sha256(code.patch.encode("utf-8", "surrogateescape")).hexdigest()
     more = {"diff_sha256": digest, "redacted": kept != code.patch} if code.patch else {}
     return {"sha": code.sha, "dirty": bool(code.patch), **more}, kept
+
+
+@functools.cache
+def repository(folder: Path) -> dict[str, object]:
+    """The git repository that contains ``folder``: {top, sha, dirty, diff_sha256}; empty for none or this project's.
+
+    Untracked files do not count as changes. Cached.
+    """
+    top = _try("rev-parse", "--show-toplevel", cwd=folder)
+    sha = _try("rev-parse", "HEAD", cwd=folder)
+    if top is None or sha is None or Path(top.strip()) == top_folder():
+        return {}
+    patch = _try(*_PLAIN, "--binary", "HEAD", cwd=Path(top.strip())) or ""
+    return {"top": top.strip(), **note(Code(sha.strip(), patch))[0]}
+
+
+def repositories(paths: Iterable[Path]) -> list[dict[str, object]]:
+    """The git repositories of the user: of the current folder, and of the user's own code, each once."""
+    folders = [Path.cwd(), *(path if path.is_dir() else path.parent for path in paths)]
+    found = (repository(folder) for folder in folders if folder.is_dir())
+    return list({str(each["top"]): each for each in found if each}.values())
 
 
 def top_folder() -> Path | None:

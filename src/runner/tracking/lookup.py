@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import terminal
-from runner.errors import ConfigError, Fault, suggest
+from runner.errors import ConfigError, DamagedError, Fault, suggest
+from runner.tracking.naming import short_name
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir, sweep_of
 
@@ -111,7 +112,8 @@ def runs_of(sweep: SweepDir) -> list[RunDir]:
 
 def say_damaged(folder: Path, error: Exception) -> None:
     """Warn that a folder is skipped."""
-    log.warning(f"skipped, its files cannot be read: {folder} ({type(error).__name__}: {error})")
+    problem = error.faults[0].problem if isinstance(error, DamagedError) else f"{type(error).__name__}: {error}"
+    log.warning(f"skipped, its files cannot be read: {folder} ({problem})")
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ def _of_sweep(sweep: SweepDir) -> Iterator[_Entry]:
 def _of_run(rundir: RunDir, sweep: str = "") -> Iterator[_Entry]:
     try:
         manifest = rundir.read_manifest()
-        own = [manifest.get("label"), manifest.get("name"), rundir.path.name if sweep else None]
-        names = [str(name) for name in own if name]
+        own = [manifest.get("label"), manifest.get("name"), rundir.path.name if sweep else None, short_name(manifest)]
+        names = [str(name) for name in dict.fromkeys(own) if name]
         names += [f"{sweep}/{name}" for name in names if sweep]
         names += [str(job) for job in [(manifest.get("slurm") or {}).get("job_id")] if job]
         mlflow_id = str((manifest.get("mlflow") or {}).get("run_id") or "")

@@ -20,6 +20,7 @@ from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
 from runner.secrets import redact, take_credentials
 from runner.tracking import checkout, provenance
+from runner.tracking.naming import default_name
 from runner.tracking.rundir import UNFINISHED, RunDir
 
 RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher", "search")
@@ -210,20 +211,16 @@ def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overri
     return {
         "id": uuid.uuid4().hex,
         "signature": signature(cfg),
-        "name": cfg["name"] or _default_name(overrides),
+        "name": cfg["name"] or default_name(overrides),
         **({"code": {path.name: str(path) for path in paths}} if (paths := user_code.paths_of(cfg)) else {}),
         "tracking": bind.bind(cfg["tracking"], "tracking")().kind,
         "created": time.time(),
         "command": [redact(word) for word in command],
         "overrides": [redact(override) for override in overrides],
         "git": git,
+        "repositories": checkout.repositories(user_code.paths_of(cfg)),
         "code_sha256": provenance.code_digest(),
         "versions": provenance.versions(),
         "lock_sha256": provenance.lock_digest(),
         "hardware": provenance.machine(),
     }
-
-
-def _default_name(overrides: list[str]) -> str:
-    unnamed = ("hydra.", "outputs_dir=", "tracking", "resume=", "train.sample")
-    return redact(",".join(word for word in overrides if not word.startswith(unnamed)))[:120] or "defaults"

@@ -73,6 +73,42 @@ def read(rundir: RunDir) -> list[Record]:
     return tail(rundir.metrics, 0)[0]
 
 
+def lost(records: Iterable[Record], train: Mapping[str, Any], step: int, total: int, *, evaluated: bool) -> str:
+    """What is missing in the records of a run up to ``step``, as a reason; empty if they are complete.
+
+    Args:
+        train: the config group ``train``, which says at which steps a record is due.
+        total: the last step of the run.
+        evaluated: whether the evaluation at ``step`` itself has been recorded, if one is due.
+    """
+    logging_steps, eval_steps = train.get("logging_steps"), train.get("eval_steps")
+    if not step or not logging_steps or "eval_steps" not in train:
+        return ""
+    records = list(records)
+    ends = {total} if step == total else set()
+    training = set(range(logging_steps, step + 1, logging_steps)) | ends
+    evaluations = {0, *(range(eval_steps, step + 1, eval_steps) if eval_steps else ()), *ends}
+    evaluations -= set() if evaluated else {step}
+    missing = sorted(training - {each["step"] for each in records if "train/learning_rate" in each})
+    missing += sorted(evaluations - {each["step"] for each in records if _is_evaluation(each)})
+    if not missing:
+        return ""
+    count = f"{len(missing)} of {len(training) + len(evaluations)} records"
+    return f"metrics.jsonl is incomplete: {count} up to step {step} are missing (of step {_few(sorted(set(missing)))})"
+
+
+def lost_of(rundir: RunDir, records: Iterable[Record], config: Mapping[str, Any]) -> str:
+    """``lost`` for a run folder as it is now."""
+    state, train = rundir.read_state(), config.get("train")
+    is_done = state.status == "completed"
+    train = train if isinstance(train, Mapping) else {}
+    return lost(records, train, state.step, state.total_steps, evaluated=is_done)
+
+
+def _few(steps: list[int], shown: int = 5) -> str:
+    return ", ".join(map(str, steps[:shown])) + (", …" if len(steps) > shown else "")
+
+
 def read_evaluations(rundir: RunDir) -> list[Record]:
     """Results of the command ``evaluate``: {time, step, name, metrics: {…}, …}, oldest first."""
     if not rundir.evaluations.exists():

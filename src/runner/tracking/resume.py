@@ -77,10 +77,17 @@ def refuse(folder: Path, cfg: dict[str, Any]) -> None:
     if not rundir.manifest.exists():
         return
     manifest.refuse_other(rundir, cfg)
+    rebuild(rundir)
     state = rundir.read_state()
     if state.status == "failed" and not cfg["retry"]:
         remedy = "add retry=true to continue from its last checkpoint"
         raise ResumeError(Fault("", f"the run in {folder} failed: {state.reason}", remedy))
+
+
+def rebuild(rundir: RunDir) -> None:
+    """Rebuild a lost or damaged state.json before the run is started again, with a note."""
+    if rundir.manifest.exists() and not rundir.is_alive() and (problem := rundir.rebuild_state()):
+        print(f"note: {problem}; rebuilt: {rundir.read_state().reason or 'the run has not started'}", file=sys.stderr)
 
 
 def refuse_resume(cfg: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from runner.errors import DamagedError
 from runner.tracking import lookup
 from runner.tracking.rundir import DIED, DONE, RunDir, State, Status
 from runner.tracking.slurm_jobs import Queue
@@ -98,7 +99,9 @@ def holder(rundir: RunDir) -> int | None:
     """
     if not rundir.is_alive():
         return None
-    recorded = [rundir.read_state().pid]  # checked first: a scan of all processes is slow
+    recorded: list[int] = []
+    with contextlib.suppress(DamagedError):
+        recorded = [rundir.read_state().pid]  # checked first: a scan of all processes is slow
     holders = (pid for pids in (recorded, None) for pid, files in _open_files(pids) if _is_open(rundir.lock, files))
     return next(holders, None)
 
@@ -139,8 +142,12 @@ def _read(rundir: RunDir) -> RunStatus:
         if state.status not in get_args(Status) or not all(isinstance(manifest.get(k) or {}, dict) for k in _NODES):
             raise TypeError("unexpected contents of state.json or manifest.json")
     except lookup.DAMAGED as error:
-        lookup.say_damaged(rundir.path, error)
-        return RunStatus(rundir, "damaged", f"{type(error).__name__}: {error}")
+        reason = (
+            "; ".join((f"{fault.problem}: {fault.remedy}") for fault in error.faults)
+            if isinstance(error, DamagedError)
+            else f"{type(error).__name__}: {error}"
+        )
+        return RunStatus(rundir, "damaged", reason)
     return RunStatus(rundir, state.status, state.reason, state, manifest)
 
 
@@ -176,6 +183,8 @@ def _is_submitted_since(run: RunStatus) -> bool:
 
 
 def _resolve(run: RunStatus, job: Job | None, context: _Context) -> RunStatus:
+    if run.status == "damaged" and run.rundir.is_alive():  # it can be followed and cancelled
+        return replace(run, status="running")
     if run.status in (*DONE, "missing", "damaged"):
         return run
     is_alive = run.rundir.is_alive()

@@ -12,12 +12,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from runner.errors import ConfigError, Fault
-from runner.files import is_held, locked, write_atomic
+from runner.errors import ConfigError, DamagedError, Fault
+from runner.files import is_held, locked, read_json, write_atomic
 
 Status = Literal["pending", "running", "preempted", "completed", "failed", "killed", "pruned"]
 DONE: tuple[Status, ...] = ("completed", "pruned")
@@ -25,6 +25,8 @@ DONE: tuple[Status, ...] = ("completed", "pruned")
 FINAL: tuple[Status, ...] = (*DONE, "failed", "killed")
 """The run continues only after a request of the user."""
 UNFINISHED: tuple[Status, ...] = ("pending", "running", "preempted", "killed")
+PROGRESS = "progress.json"
+"""File of a checkpoint with the position of training."""
 DIED = "worker killed (SIGKILL or out of memory)"
 """Reason that another process writes to state.json if the worker was killed before it could write its own."""
 
@@ -158,12 +160,55 @@ class RunDir:
         return self.path / "worker.lock"
 
     def read_state(self) -> State:
-        """Contents of state.json; the status is ``pending`` if the file does not exist."""
-        return State(**json.loads(self.state.read_text())) if self.state.exists() else State()
+        """Contents of state.json; the status is ``pending`` if the run is not prepared yet.
+
+        Raises:
+            DamagedError: the file is damaged, or lost: manifest.json is written after it.
+        """
+        remedy = f"python -m runner resume={self.path} rebuilds it from the checkpoints"
+        try:
+            content = read_json(self.state, remedy)
+        except FileNotFoundError:
+            if self.manifest.exists():
+                raise DamagedError(Fault("", f"{self.state} is missing", remedy)) from None
+            return State()
+        unknown = ", ".join(content.keys() - State.__annotations__.keys())
+        if unknown or content.get("status") not in get_args(Status):
+            what = f"unknown keys: {unknown}" if unknown else f"unknown status {content.get('status')!r}"
+            raise DamagedError(Fault("", f"{self.state} is damaged: {what}", remedy))
+        return State(**content)
 
     def write_state(self, **changes: Any) -> State:
         """Change some fields of state.json, atomically."""
-        state = State(**{**asdict(self.read_state()), **changes, "updated": time.time()})
+        before = self.read_state() if self.state.exists() else State()
+        return self._write(State(**{**asdict(before), **changes}))
+
+    def rebuild_state(self) -> str:
+        """Write a new state.json from the checkpoints if the file is lost or damaged; returns what was wrong with it.
+
+        Only without a worker. The rebuilt status is killed, or pending without a trace of training.
+        """
+        try:
+            self.read_state()
+            return ""
+        except DamagedError as error:
+            problem = error.faults[0].problem
+        step = self.saved_step()
+        seconds = 0.0
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads((self.checkpoints / f"step-{step:06d}" / PROGRESS).read_text())
+            seconds = float(saved["timing"]["seconds"])
+        if not step and not self.metrics.exists():
+            self._write(State())
+        else:
+            source = f"the checkpoint of step {step}" if step else "metrics.jsonl"
+            reason = f"state.json was lost or damaged; rebuilt from {source}"
+            started = self.metrics.stat().st_ctime - seconds if self.metrics.exists() else 0.0
+            self._write(State("killed", step, attempt=1, reason=reason, started=started, seconds=seconds))
+        return problem
+
+    def _write(self, state: State) -> State:
+        state = replace(state, updated=time.time())
         write_atomic(self.state, json.dumps(asdict(state), indent=1))
         return state
 
@@ -179,10 +224,23 @@ class RunDir:
             self.prune_request.unlink(missing_ok=True)
 
     def read_manifest(self) -> dict[str, Any]:
-        return dict(json.loads(self.manifest.read_text())) if self.manifest.exists() else {}
+        """Contents of manifest.json; empty if the run is not prepared yet.
+
+        Raises:
+            DamagedError: the file is damaged.
+        """
+        remedy = "restore it, for example from the artifacts of the run in MLflow; its log and model/ can still be used"
+        try:
+            return read_json(self.manifest, remedy)
+        except FileNotFoundError:
+            return {}
 
     def update_manifest(self, **changes: Any) -> dict[str, Any]:
-        """Add keys to manifest.json, under a lock: submitter, worker and upload process all write this file."""
+        """Add keys to manifest.json, under a lock: submitter, worker and upload process all write this file.
+
+        Raises:
+            DamagedError: the file is damaged.
+        """
         with locked(self.path / ".manifest.lock"):
             manifest = {**self.read_manifest(), **changes}
             write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
@@ -195,6 +253,7 @@ class RunDir:
         """
         if folders is None:
             folders = [Path(path) for path in self.read_manifest().get("made_folders", [])]
+        self.manifest.unlink(missing_ok=True)  # first: a manifest without a state would count as damaged
         for entry in list(self.path.iterdir()):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for folder in folders:
@@ -204,6 +263,14 @@ class RunDir:
     def saved_step(self) -> int:
         """Step of the latest checkpoint; 0 if there is none."""
         return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
+
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the worker lock, which differ once the folder is removed and created again."""
+        try:
+            stat = self.lock.stat()
+        except OSError:
+            return 0, 0
+        return stat.st_dev, stat.st_ino
 
     def is_alive(self) -> bool:
         """Whether a worker process holds the lock of this folder (the lock is released when the process dies)."""
@@ -233,8 +300,8 @@ def find_runs(folder: Path) -> list[RunDir]:
     """
     rundirs = []
     for path, subfolders, files in os.walk(folder.absolute()):
-        subfolders.sort()
-        if "state.json" in files:
+        subfolders[:] = sorted(name for name in subfolders if name != "mlartifacts")  # copies of manifests
+        if {"state.json", "manifest.json"} & set(files):
             subfolders.clear()
             rundirs.append(RunDir(Path(path)))
     if not rundirs:

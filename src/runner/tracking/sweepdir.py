@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.files import is_held, locked, write_atomic
+from runner.files import is_held, locked, read_json, write_atomic
 from runner.tracking.rundir import RunDir
 
 
@@ -71,7 +71,15 @@ class SweepDir:
         return is_held(self.queue_lock, shared=True)
 
     def read(self) -> dict[str, Any]:
-        return dict(json.loads(self.manifest.read_text())) if self.manifest.exists() else {}
+        """Contents of sweep.json; empty if there is no such file.
+
+        Raises:
+            DamagedError: the file is damaged.
+        """
+        try:
+            return read_json(self.manifest, "restore it; each of its runs can still be used by the path of its folder")
+        except FileNotFoundError:
+            return {}
 
     def update(self, **changes: Any) -> dict[str, Any]:
         """Change keys of sweep.json under its lock; returns the new contents."""

@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 
 from runner.errors import Fault, ResumeError, TrainingError
 from runner.models import shards
+from runner.tracking.rundir import PROGRESS
 from runner.train.distributed.ranks import ALONE, Ranks
 
-WEIGHTS, OPTIMIZER, PROGRESS, CHECKSUMS = "trainable.safetensors", "optimizer.pt", "progress.json", "checksums.json"
+WEIGHTS, OPTIMIZER, CHECKSUMS = "trainable.safetensors", "optimizer.pt", "checksums.json"
 COPIED_BYTES, CUDA_COPIED_BYTES = 2**28, 2**31
 """Up to this size a checkpoint is copied and written in the background; GPU tensors are copied to CPU memory."""
 PARTIAL, BEFORE, DAMAGED = "partial", "before", "damaged"
@@ -110,7 +111,8 @@ class Checkpoints:
         aside, before = (self.folder / f".{final.name}.{suffix}" for suffix in (PARTIAL, BEFORE))
         try:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            self.folder.mkdir(exist_ok=True)  # not its parents: a removed run folder is not created again
+            aside.mkdir()
             save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
             torch.save(state, aside / OPTIMIZER)
             (aside / PROGRESS).write_text(json.dumps(asdict(progress)))

@@ -5,14 +5,13 @@ The base is loaded unquantized in float32, because merging into 4-bit weights ro
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from runner.errors import ConfigError, Fault, RunnerError, TrainingError
-from runner.train import trained
+from runner.train import report, trained
 from runner.train.trained import Trained
 
 if TYPE_CHECKING:
@@ -188,7 +187,7 @@ def _rows(run: Trained) -> tuple[list[list[int]], str]:
 
 
 def _samples(run: Trained) -> list[dict[str, str]]:
-    return list(json.loads(run.rundir.samples.read_text())) if run.rundir.samples.exists() else []
+    return report.samples(run.rundir) or []
 
 
 def _tokens(run: Trained, text: str) -> list[int]:

@@ -138,7 +138,10 @@ def failed_along(rundir: RunDir, ranks: Ranks, error: Exception) -> int:
 
 def note(rundir: RunDir, clock: Clock, *, status: str, reason: str) -> None:
     """Write status and reason to state.json; if that fails (disk full), the run counts as killed and can be resumed."""
+    if not rundir.path.is_dir():
+        return  # it was removed: do not create it again
     with contextlib.suppress(OSError):
+        rundir.rebuild_state()  # somebody may have damaged it meanwhile
         rundir.write_state(status=status, reason=redact(reason), seconds=clock.seconds())
 
 

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from runner import terminal
 from runner.config import schema
+from runner.config.bind import bind
 from runner.models.kernels import compilation
-from runner.tracking import metrics_log
+from runner.tracking import environment, metrics_log
+from runner.tracking.manifest import read_config
 from runner.tracking.mirror import spawn
+from runner.tracking.mlflow import rest, store
 from runner.tracking.rundir import RunDir
+from runner.tracking.trackers import Tracking, store_uri
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +40,7 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
 
     counts = parameters.describe(parts.model)
     data, tokens = inputs.splits.report, inputs.batches.tokens_at(inputs.total_steps)
+    mlflow = _mlflow(rundir)
     terminal.header(
         {
             "run": f"{rundir.path}  (signature {rundir.read_manifest()['signature']})",
@@ -49,6 +54,7 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
             + (f", {too_long(inputs.options, data)}" if data.truncated or data.dropped else ""),
             "steps": f"{inputs.total_steps} of about {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
+            **({"MLflow": mlflow} if mlflow else {}),
         }
     )
     if few := schema.few_held_out(data.eval_rows):
@@ -61,6 +67,19 @@ def too_long(options: Options, data: DataReport) -> str:
     counts = f"{data.truncated} truncated" if data.truncated else f"{data.dropped} dropped"
     five = f", at most 5 % at {most}" if limit < most < longest else ""
     return f"{counts} at data.max_length={limit} (none at {longest}{five})"
+
+
+def _mlflow(rundir: RunDir) -> str:
+    """Store and experiment, the variables they come from, and whether the server answers; empty with offline."""
+    cfg = read_config(rundir)
+    tracking: Tracking = bind(cfg["tracking"], "tracking")()
+    if tracking.kind == "offline":
+        return ""
+    uri, names = store_uri(tracking, cfg["outputs_dir"]), " and ".join(environment.sources(cfg["tracking"]))
+    text = f"{uri}, experiment {tracking.experiment}" + f" (from {names})" * bool(names)
+    if store.is_server(uri) and (reason := rest.silence(uri)):
+        text += f"; does not answer ({reason}): upload later with python -m runner sync {rundir.path}"
+    return text
 
 
 def _of_batch(parts: Parts) -> str:
@@ -136,14 +155,12 @@ def summary(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) ->
 
     ``seconds``: training time of all attempts.
     """
-    evaluations = [record for record in metrics_log.read(rundir) if "eval/loss" in record]
-    first, last = evaluations[0], evaluations[-1]
-    names = [f"eval/{name}" for name in parts.task.summary]
+    evaluations = {record["step"]: record for record in metrics_log.read(rundir) if "eval/loss" in record}
+    first, last = evaluations.get(0, {}), evaluations.get(progress.step, {})
+    names = ["eval/loss", *(f"eval/{name}" for name in parts.task.summary)]
     return {
-        "eval/loss before": first["eval/loss"],
-        "eval/loss": last["eval/loss"],
-        **{f"{name} before": first[name] for name in names},
-        **{name: last[name] for name in names},
+        **{f"{name} before": first[name] for name in names if name in first},
+        **{name: last[name] for name in names if name in last},
         "steps": progress.step,
         "train/tokens": progress.tokens,
         "trained tokens": progress.trained_tokens,
@@ -168,6 +185,8 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     """Print the result, its paths and the next command; ``mirrored``: None if another process uploads to MLflow."""
     state = rundir.read_state()
     if state.status == "completed":
+        if problem := metrics_log.lost_of(rundir, metrics_log.read(rundir), read_config(rundir)):
+            log.warning(f"{problem}; the results that need them are not shown")
         terminal.table("", ["", ""], _summary_rows(state.summary))
         report = (rundir.read_manifest().get("data") or {}).get("report") or {}
         if few := schema.few_held_out(report.get("eval_rows")):
@@ -184,11 +203,8 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
 
 
 def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
-    before, after = numbers["eval/loss before"], numbers["eval/loss"]
-    change = f"  ({(after - before) / before:+.1%})" if before else ""
     rows = [
-        ["held-out loss", f"{before:.4f} → {after:.4f}{change}"],
-        *[[name, f"{first:.4g} → {last:.4g}"] for name, first, last in _changed(numbers)],
+        *[[label, _change(numbers, name)] for label, name in _shown(numbers)],
         ["steps, tokens", f"{numbers['steps']}, {numbers['train/tokens']} ({numbers['trained tokens']} trained)"],
         ["time", terminal.duration(numbers["training seconds"])],
     ]
@@ -200,18 +216,45 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _changed(numbers: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """(name, value before training, value after) of the metrics that the summary shows beside the loss."""
-    names = [key.removesuffix(" before") for key in numbers if key.endswith(" before") and key != "eval/loss before"]
-    return [(name.removeprefix("eval/"), numbers[f"{name} before"], numbers[name]) for name in names]
+def _shown(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(label, name) of the metrics that the summary shows before and after training, the loss first."""
+    names = dict.fromkeys(key.removesuffix(" before") for key in numbers if key.startswith("eval/"))
+    return [("held-out loss", "eval/loss"), *((name[5:], name) for name in names if name != "eval/loss")]
+
+
+def _change(numbers: Mapping[str, Any], name: str) -> str:
+    """``5.5582 → 5.1886  (-6.6%)``; a value whose record is lost is not shown."""
+    before, after = (numbers.get(key) for key in (f"{name} before", name))
+    form = ".2f" if name == "eval/perplexity" else ".4f"
+    texts = [f"{value:{form}}" if isinstance(value, int | float) else "unknown" for value in (before, after)]
+    change = f"  ({(after - before) / before:+.1%})" if name == "eval/loss" and before and after is not None else ""
+    return f"{texts[0]} → {texts[1]}{change}" + "  (its record is lost)" * ("unknown" in texts)
+
+
+def samples(rundir: RunDir) -> list[dict[str, str]] | None:
+    """The contents of samples.json; None if it is missing or damaged."""
+    try:
+        content = json.loads(rundir.samples.read_text())
+        return [{key: str(text) for key, text in sample.items()} for sample in content]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def warn_of_losses(rundir: RunDir, inputs: Inputs, progress: Progress) -> None:
+    """Report what a resumed run has lost: records up to its checkpoint, or all of its checkpoints."""
+    records, train = metrics_log.read(rundir), asdict(inputs.settings)
+    if problem := metrics_log.lost(records, train, progress.step, inputs.total_steps, evaluated=progress.evaluated):
+        log.warning(f"{problem}; the results that need them are not shown")
+    if not progress.step and (reached := rundir.read_state().step):
+        log.warning(f"no checkpoint in {rundir.checkpoints}: the run had reached step {reached} and starts again at 0")
 
 
 def _show_samples(rundir: RunDir) -> None:
-    samples = json.loads(rundir.samples.read_text()) if rundir.samples.exists() else []
-    shown = [{key: str(text).strip() or NOTHING for key, text in sample.items()} for sample in samples]
-    rows = [[_last_line(s["prompt"]), s["before"], s["after"], s["reference"]] for s in shown]
+    shown = [{key: text.strip() or NOTHING for key, text in sample.items()} for sample in samples(rundir) or []]
+    columns = [key for key in ("before", "after", "reference") if any(key in sample for sample in shown)]
+    rows = [[_last_line(sample["prompt"]), *(sample.get(key, "") for key in columns)] for sample in shown]
     if rows:
-        terminal.table("held-out prompts", ["prompt", "before", "after", "reference"], rows)
+        terminal.table("held-out prompts", ["prompt", *columns], rows)
 
 
 def _last_line(prompt: str, length: int = 160) -> str:

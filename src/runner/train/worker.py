@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner import streams, terminal
-from runner.errors import Fault, LaunchError, Pruned, ResumeError, RunnerError, Stopped
+from runner.errors import DamagedError, Fault, LaunchError, Pruned, ResumeError, RunnerError, Stopped, TrainingError
 from runner.files import write_atomic
 from runner.models.kernels import compilation
 from runner.signals import Stop
@@ -65,6 +65,8 @@ def work(rundir: RunDir, *, mirrored: bool = False) -> int:
         with silent(rundir.rank_log(ranks.rank)):
             return _other_rank(rundir, ranks)
     with rundir.held() as holds_lock:
+        if holds_lock and (problem := rundir.rebuild_state()):
+            print(f"{problem}; rebuilt from the checkpoints", file=sys.stderr)
         state = rundir.read_state()
         if not holds_lock or state.status == "completed":
             _dismiss(ranks)
@@ -110,7 +112,8 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
             return outcome.refused(rundir, clock, error)
         lost = ranks.world > 1 and lost_peer(error)
         code = outcome.left_by_peer(rundir, clock, ranks) if lost else outcome.failed(rundir, clock, error)
-    report.ending(rundir, None if mirrored else _uploaded(mirror, rundir, stop), code)
+    if rundir.manifest.exists():  # else the folder was removed
+        report.ending(rundir, None if mirrored else _uploaded(mirror, rundir, stop), code)
     return code
 
 
@@ -209,7 +212,7 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
     from runner.train import generate, loop
 
     inputs, parts, progress, probed = loaded
-    leads = parts.ranks.rank == 0
+    leads, folder = parts.ranks.rank == 0, rundir.identity()
     if leads:
         _begin(rundir, loaded)
     clock.start()
@@ -219,8 +222,10 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
     with stop.at_once():
         samples = _samples_before(rundir, inputs, ask, progress.step, parts.ranks)
     graphs: list[int] = []
-    with _writing_hooks(rundir, inputs, clock, stop, graphs) if leads else _silent_hooks(stop) as hooks:
+    with _writing_hooks(rundir, inputs, clock, stop, graphs, folder) if leads else _silent_hooks(stop) as hooks:
         progress = loop.train(parts, progress, hooks)
+    if leads:
+        _refuse_removed(rundir, folder)
     with stop.at_once():  # the last step is saved
         pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
         _answer(rundir, ask, samples, "after", writes=leads)
@@ -236,6 +241,7 @@ def _begin(rundir: RunDir, loaded: Loaded) -> None:
     """Drop records after the checkpoint, and write manifest.json and state.json."""
     inputs, parts, progress, _ = loaded
     metrics_log.rewind(rundir, progress.step, progress.evaluated)
+    report.warn_of_losses(rundir, inputs, progress)
     rundir.update_manifest(**report.manifest(inputs, parts, rundir))
     if progress.step:
         log.info(f"resumed at step {progress.step}/{inputs.total_steps}")
@@ -248,14 +254,17 @@ def _begin(rundir: RunDir, loaded: Loaded) -> None:
 
 
 @contextlib.contextmanager
-def _writing_hooks(rundir: RunDir, inputs: Inputs, clock: Clock, stop: Stop, graphs: list[int]) -> Iterator[Hooks]:
-    """The hooks of rank 0, which write to the run folder and the terminal."""
+def _writing_hooks(
+    rundir: RunDir, inputs: Inputs, clock: Clock, stop: Stop, graphs: list[int], folder: tuple[int, int]
+) -> Iterator[Hooks]:
+    """The hooks of rank 0, which write to the run folder (``folder``: its identity) and the terminal."""
     from runner.train import loop
 
     last_step, written_at = rundir.read_state().step, 0.0
 
     def write_state() -> None:
         nonlocal written_at
+        _refuse_removed(rundir, folder)
         rundir.write_state(step=last_step, seconds=clock.seconds())
         written_at = time.monotonic()
 
@@ -263,6 +272,7 @@ def _writing_hooks(rundir: RunDir, inputs: Inputs, clock: Clock, stop: Stop, gra
 
         def record(step: int, metrics: dict[str, float]) -> None:
             nonlocal last_step
+            _refuse_removed(rundir, folder)
             metrics_log.append(rundir, {"step": step, "time": time.time(), **metrics})
             last_step = step
             if time.monotonic() - written_at >= STATE_EVERY_S:
@@ -283,7 +293,10 @@ def _writing_hooks(rundir: RunDir, inputs: Inputs, clock: Clock, stop: Stop, gra
                 warm=lambda: graphs.append(compilation.graphs()),
             )
         finally:
-            with contextlib.suppress(OSError):  # disk full: reported by the error that ends the run
+            # A checkpoint may be newer than the last record (train.logging_steps).
+            last_step = max(last_step, rundir.saved_step())
+            # A full disk or a removed folder: reported by the error that ends the run.
+            with contextlib.suppress(OSError, DamagedError, TrainingError):
                 write_state()
 
 
@@ -296,6 +309,18 @@ def _silent_hooks(stop: Stop) -> Iterator[Hooks]:
         pass
 
     yield loop.Hooks(record=nothing, evaluating=nothing, saving=nothing, check_stop=stop.check, warm=nothing)
+
+
+def _refuse_removed(rundir: RunDir, identity: tuple[int, int]) -> None:
+    """Check that the folder is still the one in which this worker began.
+
+    Raises:
+        TrainingError: it was removed, or removed and created again, or has lost its manifest.
+    """
+    if rundir.identity() != identity or not rundir.manifest.exists():
+        lost = rundir.path if rundir.identity() != identity else rundir.manifest
+        problem = f"{lost} was removed while the run trained"
+        raise TrainingError(Fault("", problem, "start the run again"))
 
 
 def _refuse_other_data(rundir: RunDir, data: dict[str, Any]) -> None:
@@ -324,11 +349,18 @@ def _refuse_data_unlike_original(original: dict[str, Any], data: dict[str, Any])
 
 
 def _samples_before(rundir: RunDir, inputs: Inputs, ask: Ask, step: int, ranks: Ranks) -> list[dict[str, str]]:
-    """Samples of the untrained model, saved in the folder; a resumed run reads them from there."""
-    saved = json.loads(rundir.samples.read_text()) if step and ranks.rank == 0 and rundir.samples.exists() else None
+    """Samples of the untrained model, saved in the folder; a resumed run reads them from there.
+
+    If a resumed run has lost them, the prompts without answers: the model is no longer untrained.
+    """
+    saved = report.samples(rundir) if step and ranks.rank == 0 else None
     if (samples := ranks.broadcast(saved)) is not None:
         return list(samples)
     prompts = inputs.splits.samples[: inputs.settings.sample_prompts]
+    if step:
+        if prompts and ranks.rank == 0:
+            log.warning(f"{rundir.samples} is lost: the answers of the model before training are not shown")
+        return prompts
     return _answer(rundir, ask, prompts, "before", writes=ranks.rank == 0)
 
 

@@ -33,20 +33,36 @@ OFFLINE = {"_target_": "runner.tracking.trackers.offline", "experiment": "tests"
 
 def test_parent_and_children(outputs: Path) -> None:
     sweep = make_sweep(outputs, 3)
+    sweep.update(commands=[["python", "-m", "runner", "-m", "lora.r=0,1,2", "data.path=/far/rows.jsonl"]])
     assert parent_run.open_sweep(sweep, queued=True) == ""
     parent = parent_of(sweep)
     assert (parent.info.run_name, parent.info.status) == ("s", "RUNNING")
     assert parent.data.tags["runner.jobs"] == "3"
     assert parent.data.tags["runner.jobs_waiting"] == "3"
-    assert statuses(sweep) == ["SCHEDULED"] * 3, "a queued job does not run"
-    child = children_of(sweep)[sweep.rundirs()[1].read_manifest()["id"]]
+    assert (parent.data.params, parent.data.tags["runner.kind"]) == ({"lora.r": "0,1,2"}, "sweep")
+    assert parent.data.tags["mlflow.source.name"] == "python -m runner -m lora.r=0,1,2 data.path=rows.jsonl"
+    assert statuses(sweep) == ["-"] * 3, "a job that has not started has no run, and so no false start time"
+    second = finish(sweep.rundirs()[1])
+    MlflowRun.of(second).update()
+    child = children_of(sweep)[second.read_manifest()["id"]]
     assert (child.info.run_name, child.data.tags["runner.sweep"]) == ("lora.r=1", "s")
-    before = sweep.read()["mlflow"], children_of(sweep).keys()
+    assert (child.info.start_time, child.data.tags["runner.kind"]) == (1_700_000_000_000, "run")
+    before = sweep.read()["mlflow"]
     add_jobs(sweep, 2)
     assert parent_run.open_sweep(sweep, queued=True) == ""
-    assert (sweep.read()["mlflow"], only_parents(sweep)) == (before[0], 1)
-    assert before[1] < children_of(sweep).keys()
-    assert statuses(sweep) == ["SCHEDULED"] * 5
+    assert (sweep.read()["mlflow"], only_parents(sweep)) == (before, 1)
+    assert statuses(sweep) == ["-", "FINISHED", "-", "-", "-"]
+
+
+def test_swept_values_are_those_of_the_command() -> None:
+    jobs = {"a": {"label": "lora.target_modules=[q,v],+x.y=1"}, "b": {"label": "lora.target_modules=[k],+x.y=2"}}
+    swept = parent_run._swept({"jobs": jobs, "commands": ["runner -m +x.y=1,2 experiment=e"]})
+    assert swept == {"lora.target_modules": "[q,v], [k]", "x.y": "1,2"}
+    search = {
+        "jobs": {"a": {"label": "optim.learning_rate=0.001"}},
+        "commands": [["optim.learning_rate=interval(0,1)"]],
+    }
+    assert parent_run._swept(search) == {"optim.learning_rate": "interval(0,1)"}
 
 
 @pytest.mark.cold
@@ -58,7 +74,7 @@ def test_six_open_at_once(tmp_path: Path, fresh_database: Path, is_fresh: bool) 
     together = time.monotonic() + (0.5 if is_fresh else 2.0)
     children = [fork(functools.partial(_open_at, sweep, together, is_fresh)) for _ in range(6)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 6
-    assert (only_parents(sweep), len(children_of(sweep))) == (1, 8)
+    assert only_parents(sweep) == 1
 
 
 def _open_at(sweep: SweepDir, together: float, is_fresh: bool) -> None:
@@ -68,24 +84,21 @@ def _open_at(sweep: SweepDir, together: float, is_fresh: bool) -> None:
     assert parent_run.open_sweep(sweep, queued=True) == ""
 
 
-def test_killed_while_the_children_are_made(outputs: Path) -> None:
+def test_killed_while_the_parent_is_made(outputs: Path) -> None:
     """Wherever it dies, and even where the ids were not noted yet, the next one makes what is missing and no more."""
     sweep = make_sweep(outputs, 30)
-    for pause in (0.05, 0.2, 0.3):
+    for pause in (0.05, 0.1, 0.2):
         child = fork(lambda: parent_run.open_sweep(sweep) and None)
         time.sleep(pause)
         os.kill(child, 9)
         os.waitpid(child, 0)
-    for rundir in sweep.rundirs()[:5]:
-        rundir.update_manifest(mlflow=None)
+    sweep.update(mlflow=None)
     parent_run.open_sweep(sweep)
-    assert (only_parents(sweep), len(children_of(sweep))) == (1, 30)
+    assert only_parents(sweep) == 1
 
 
-def test_a_thousand_children_take_two_calls_each(outputs: Path) -> None:
-    """Counted, with fewer: no look-up of each one, and nothing at all for those that are there."""
-    sweep, calls = make_sweep(outputs, 12), Counter[str]()
-    client = store.connect(f"sqlite:///{outputs}/mlflow.db")
+def test_opening_takes_as_many_calls_for_a_thousand_jobs_as_for_one(outputs: Path) -> None:
+    client, calls = store.connect(f"sqlite:///{outputs}/mlflow.db"), Counter[str]()
     counted = [name for name in dir(client) if not name.startswith("_") and callable(getattr(client, name))]
 
     def counting(name: str) -> Any:
@@ -100,17 +113,15 @@ def test_a_thousand_children_take_two_calls_each(outputs: Path) -> None:
     for name in counted:
         setattr(client, name, counting(name))
     try:
-        parent_run.open_sweep(sweep, queued=True)
-        made = Counter(calls)
-        calls.clear()
-        parent_run.open_sweep(sweep, queued=True)
+        totals = []
+        for count in (1, 12):
+            calls.clear()
+            parent_run.open_sweep(make_sweep(outputs, count, name=f"s{count}"), queued=True)
+            totals.append(calls.total())
     finally:
         for name in counted:
             delattr(client, name)
-    assert (made["create_run"], made["update_run"]) == (13, 12)
-    assert made.total() - 25 <= 8, made
-    assert calls.total() <= 4, calls
-    assert not {"create_run", "update_run", "search_runs"} & calls.keys()
+    assert totals[1] <= totals[0]
 
 
 def test_offline_leaves_no_trace_until_sync(outputs: Path) -> None:
@@ -193,19 +204,23 @@ def test_a_deleted_parent_is_restored_by_who_works_on_the_sweep(outputs: Path) -
     assert client.get_run(parent).info.lifecycle_stage == "deleted"
     assert_mirrored(sweep.rundirs()[0], "FINISHED")
     client.restore_run(parent)
-    assert len(children_of(sweep)) == 2
+    assert len(children_of(sweep)) == 1
 
 
 def test_a_parent_that_is_gone_for_good_is_made_anew(outputs: Path) -> None:
     sweep = make_sweep(outputs, 3)
     parent_run.open_sweep(sweep, queued=True)
+    for rundir in sweep.rundirs()[:2]:
+        MlflowRun.of(finish(rundir)).update()
     first, before = sweep.read()["mlflow"]["parent_run_id"], children_of(sweep)
     client_of(sweep).delete_run(first)
-    collect = ["mlflow", "gc", "--backend-store-uri", sweep.read()["mlflow"]["uri"], "--run-ids", first]
+    uri = sweep.read()["mlflow"]["uri"]
+    collect = ["mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri, "--run-ids", first]
     subprocess.run([sys.executable, "-m", *collect], check=True, capture_output=True, cwd=outputs)
     assert parent_run.update_parent(sweep, queued=True) == ""
     assert sweep.read()["mlflow"]["parent_run_id"] != first
     after = children_of(sweep)
+    assert len(after) == 2
     assert {key: run.info.run_id for key, run in after.items()} == {key: run.info.run_id for key, run in before.items()}
 
 
@@ -269,9 +284,9 @@ def test_the_mirror_of_one_job_keeps_the_parent(outputs: Path) -> None:
     first, second = sweep.rundirs()
     finish(first, status="running")
     with first.held():
-        process = spawn.start_mirror(first)
+        process = spawn.start_mirror(first, yaml.safe_load(first.config.read_text()))
         eventually(lambda: sweep.read().get("mlflow") and parent_of(sweep).data.tags.get("runner.jobs_running") == "1")
-        assert statuses(sweep) == ["RUNNING", "SCHEDULED"]
+        assert statuses(sweep) == ["RUNNING", "-"]
         first.write_state(status="completed")
         assert process
         assert process.wait(30) == 0

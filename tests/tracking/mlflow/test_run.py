@@ -4,11 +4,17 @@
 
 from __future__ import annotations
 
+import http.client
+import http.server
 import json
 import math
+import os
 import shutil
+import socket
 import sys
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,7 @@ from fixtures.mirrored_runs import (
 )
 
 from runner.tracking import metrics_log
+from runner.tracking.mirror import follow, sync
 from runner.tracking.mlflow import store
 from runner.tracking.mlflow.run import MlflowRun
 from runner.tracking.rundir import RunDir
@@ -49,6 +56,7 @@ def test_a_whole_run(outputs: Path) -> None:
         "runner.signature": "0123456789abcdef", "runner.status": "completed", "runner.git_sha": "c0ffee",
         "runner.git_dirty": "true", "runner.attempt": "1", "runner.folder": str(rundir.path),
         "runner.id": rundir.read_manifest()["id"],
+        "runner.kind": "run", "runner.command": "python -m runner lora.r=8",
         "mlflow.source.name": "python -m runner lora.r=8", "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": "c0ffee", "mlflow.runName": "run",
     }  # fmt: skip
@@ -185,3 +193,95 @@ def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) ->
         f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     )
     assert not (tmp_path / "mlflow.db").exists()
+
+
+class Cutting:
+    """A proxy of a server that forwards each request, and cuts the line before the answer to some of them."""
+
+    def __init__(self, server: Server, *paths: str, times: int) -> None:
+        left, port, made = Counter(dict.fromkeys(paths, times)), server.port, self
+        self.cut = 0
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                upstream = http.client.HTTPConnection("127.0.0.1", port)
+                upstream.request(self.command, self.path, body, dict(self.headers))
+                answer = upstream.getresponse()
+                content = answer.read()
+                if hit := next((path for path in paths if self.path.endswith(path) and left[path] > 0), None):
+                    left[hit] -= 1
+                    made.cut += 1
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.getheader("Content-Type") or "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_PATCH = do_PUT = do_DELETE = do_POST  # noqa: N815 - names of the base class
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self.proxy.server_address[1]}"
+        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_lost_answer_doubles_neither_runs_nor_models(tmp_path: Path, server: Server, times: int) -> None:
+    """The server does what it is asked, but its answer is lost; MLflow's client asks a second time by itself."""
+    proxy = Cutting(server.running(), "/runs/create", "/mlflow/logged-models", times=times)
+    rundir = finish(make_run(tmp_path, uri=proxy.uri))
+    problems = [MlflowRun.of(rundir).try_update() for _ in range(4)]
+    assert problems[-1] == ""
+    assert proxy.cut >= times
+    run, client = assert_mirrored(rundir, "FINISHED"), store.connect(server.uri)
+    query = f"tags.`runner.id` = '{rundir.read_manifest()['id']}'"
+    assert len(client.search_runs([run.info.experiment_id], query)) == 1
+    models = client.search_logged_models([run.info.experiment_id], f"tags.`runner.run_id` = '{run.info.run_id}'")
+    assert [(model.model_id, str(model.status)) for model in models] == [(run.data.tags["runner.model_id"], "READY")]
+
+
+def test_sync_closes_a_double_that_appears_later(tmp_path: Path, server: Server) -> None:
+    """As when a slow server handles a request after its client has given up."""
+    rundir = finish(make_run(tmp_path, uri=server.running().uri))
+    assert sync.sync([rundir.path])[0].problem == ""
+    run, client = the_run(rundir), store.connect(server.uri)
+    double = client.create_run(run.info.experiment_id, run.info.start_time, {"runner.id": run.data.tags["runner.id"]})
+    with_metrics = client.create_run(run.info.experiment_id, None, {"runner.id": run.data.tags["runner.id"]})
+    client.log_metric(with_metrics.info.run_id, "kept", 1.0)
+    assert sync.sync([rundir.path])[0].problem == ""
+    closed, kept = (client.get_run(each.info.run_id) for each in (double, with_metrics))
+    assert (closed.info.status, closed.info.lifecycle_stage) == ("KILLED", "deleted")
+    assert (kept.info.status, kept.info.lifecycle_stage) == ("KILLED", "active"), "what has numbers is not deleted"
+    assert kept.data.tags["runner.double_of"] == run.info.run_id
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"
+
+
+def test_a_damaged_folder_does_not_stop_the_sync_of_the_others(outputs: Path) -> None:
+    state, manifest, sound = (finish(make_run(outputs, name)) for name in ("a", "b", "c"))
+    state.state.write_text('{"status": "comp')
+    manifest.manifest.write_text("")
+    results = {result.folder: result for result in sync.sync([outputs])}
+    assert "state.json is damaged" in results[state.path].problem
+    assert "manifest.json is damaged" in results[manifest.path].problem
+    assert (results[sound.path].status, results[sound.path].problem) == ("completed", "")
+
+
+def test_a_run_whose_folder_is_removed_does_not_stay_running(outputs: Path) -> None:
+    rundir = make_run(outputs)
+    with rundir.held():
+        rundir.write_state(status="running", started=time.time(), host=os.uname().nodename)
+        metrics_log.append(rundir, {"step": 1, "time": time.time(), "train/loss": 1.0})
+        follower = follow.Follower(MlflowRun.of(rundir), updates_parent=False)
+        assert not follower.step()
+        run = the_run(rundir)
+        assert run.info.status == "RUNNING"
+        shutil.rmtree(rundir.path)
+        assert follower.step()
+    run = store.connect(f"sqlite:///{outputs}/mlflow.db").get_run(run.info.run_id)
+    assert (run.info.status, run.data.tags["runner.status"]) == ("KILLED", "killed")
+    assert "was removed" in run.data.tags["runner.reason"]

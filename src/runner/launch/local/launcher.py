@@ -101,7 +101,7 @@ def work_through(
     with spawn.mirrored(sweep, codes) as opened:
 
         def prepare() -> None:
-            warm(slots[0])  # takes seconds, in which the mirror creates the parent and child runs
+            warm(slots[0])  # takes seconds, in which the mirror creates the parent run
             opened()
 
         codes += queue.work_through(rundirs, slots, partial(start, mirrored=True), sweep, prepare, source)

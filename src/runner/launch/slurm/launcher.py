@@ -82,7 +82,7 @@ class Slurm:
 
         def open_in_mlflow() -> None:
             if sweep:
-                spawn.open_in_mlflow(sweep)  # create parent and child runs before the first job starts
+                spawn.open_in_mlflow(sweep)  # create the parent run before the first job starts
 
         if self.request.cluster == "debug":
             open_in_mlflow()

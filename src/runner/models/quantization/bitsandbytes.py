@@ -58,6 +58,7 @@ class Int8(Quant):
     name: str = "int8 (bitsandbytes)"
     methods: tuple[str, ...] = METHODS
     graph_breaks: str = "8-bit layers of bitsandbytes cause graph breaks"
+    rounds_activations: bool = True
     unpacks: bool = True
 
     def library_config(self, device: torch.device | str) -> Any:  # noqa: ARG002

@@ -36,6 +36,8 @@ class Quant(Protocol):
     """The PEFT methods that work on these weights, by PEFT's names."""
     graph_breaks: str = ""
     """Why the layers cause graph breaks under torch.compile; empty if they do not."""
+    rounds_activations: bool = False
+    """Whether products round activations too, so that outputs depend a little on what is computed beside them."""
     unpacks: bool = False
     """Whether ``unpack`` gives the dense weight. If so, plain LoRA layers are fused; else they compute as PEFT does."""
 

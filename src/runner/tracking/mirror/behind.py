@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.errors import RunnerError
+from runner.errors import DamagedError, RunnerError
 from runner.files import is_held
 from runner.tracking import manifest
 from runner.tracking.rundir import RunDir
@@ -21,7 +21,11 @@ FOLDERS_AT_ONCE = 200
 
 def is_wanted(rundir: RunDir) -> bool:
     """Whether the run is uploaded to MLflow automatically (not ``tracking=offline``)."""
-    if (rundir.read_manifest().get("mlflow") or {}).get("run_id"):
+    try:
+        record = rundir.read_manifest()
+    except DamagedError:  # status and sync report it
+        return False
+    if (record.get("mlflow") or {}).get("run_id"):
         return True
     try:
         return manifest.tracker(rundir) == "mlflow"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from runner.errors import DamagedError
 from runner.secrets import redact
 from runner.tracking.metrics_log import append_to, tail
 from runner.tracking.mirror.sampler import Sampler
@@ -76,9 +77,14 @@ class Follower:
 
     def step(self, may_upload: bool = True) -> bool:
         """Sample and upload if due; True once the run has ended and is uploaded, or its folder is gone."""
-        if not self.run.rundir.state.exists():
+        if not (self.run.rundir.state.exists() and self.run.rundir.manifest.exists()):
+            self._close_removed()
             return True
-        self.state = close_if_dead(self.run.rundir)
+        try:
+            self.state = close_if_dead(self.run.rundir)
+        except DamagedError as error:
+            say(str(error), self.run.rundir)
+            return True
         before, self.ended = self.ended, self.state.status in ENDED
         if not self.ended:
             next(self._samples)
@@ -99,12 +105,17 @@ class Follower:
         self._due = time.monotonic() + (min(pause, 1.0) if self.ended else pause)
         return False
 
+    def _close_removed(self) -> None:
+        """The folder of the run was removed while it trained: do not leave its MLflow run running."""
+        reason = f"its folder was removed: {self.run.rundir.path}"
+        say(self.run.try_close(reason) or reason)
+
     def _upload(self) -> str:
         """Upload what is new; returns the error message, empty on success."""
         run = self.run
         if self._parent and not self._parent_exists:
             # The store may not have answered when the sweep was submitted: then the first run creates the parent run.
-            if not parent_run.is_open(run.rundir, run.uri) and (problem := parent_run.try_open(self._parent)):
+            if not parent_run.is_open(self._parent, run.uri) and (problem := parent_run.try_open(self._parent)):
                 return problem
             self._parent_exists = True
         if problem := run.try_update():
@@ -185,7 +196,7 @@ def _samples(run: MlflowRun, gpus: str | None) -> Iterator[None]:
     while True:
         if time.monotonic() >= due:
             due = time.monotonic() + run.tracking.system_interval_s
-            with contextlib.suppress(OSError):  # a full disk: samples are not essential
+            with contextlib.suppress(OSError, DamagedError):  # a full disk: samples are not essential
                 append_to(rundir.system, {"step": step, "time": time.time(), **sampler.sample(rundir.read_state().pid)})
                 step += 1
         yield

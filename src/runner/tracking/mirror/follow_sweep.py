@@ -1,6 +1,6 @@
 """Upload all runs of a sweep to MLflow from one process, while local queues run the sweep.
 
-First creates the parent run and the child runs (the submitter waits for this). Then uploads the active runs, updates
+First creates the parent run (the submitter waits for this). Then uploads the active runs, updates
 the parent run, and ends when no queue is left and everything is uploaded. A second process for the same sweep waits for
 the first to end, and continues if the first was killed.
 """
@@ -40,12 +40,12 @@ SCAN_S = 1.0
 
 
 def open_only(sweep: SweepDir) -> int:
-    """Create the parent run and the child runs, and report it in mirror.json; returns 0, or 3 if the store fails."""
+    """Create the parent run, and report it in mirror.json; returns 0, or 3 if the store fails."""
     return GAVE_UP if _open(sweep) else 0
 
 
 def follow_sweep(sweep: SweepDir, publish: Publish | None = None) -> int:
-    """Create the parent run and the child runs, then upload all runs until no queue is left and all are uploaded.
+    """Create the parent run, then upload all runs until no queue is left and all are uploaded.
 
     ``publish`` writes the results to the parent run at the end.
 
@@ -59,13 +59,13 @@ def follow_sweep(sweep: SweepDir, publish: Publish | None = None) -> int:
 
 
 def _open(sweep: SweepDir) -> str:
-    """Create the MLflow runs; returns the error message, empty on success. The submitter starts the jobs next."""
+    """Create the parent run; returns the error message, empty on success. The submitter starts the jobs next."""
     import mlflow  # noqa: F401 - takes seconds: import it while the submitter prepares the run folders
 
     with locked(sweep.lock):  # the submitter holds this lock while it prepares the run folders
         pass
     problem = parent_run.try_open(sweep, queued=True)
-    say(problem or "created all runs of the sweep in MLflow")
+    say(problem or "created the parent run of the sweep in MLflow")
     _report(sweep, opened=not problem, untold=0, problem=problem)
     return problem
 
@@ -89,7 +89,7 @@ class _Mirror:
     """The last error of the store; empty if the last call succeeded."""
     publish: Publish | None = None
     opened: bool = False
-    """Whether the parent run and all child runs exist."""
+    """Whether the parent run exists."""
     rundirs: list[RunDir] = field(default_factory=list)
     listed: tuple[int, ...] = ()
     """Stamp of sweep.json when ``rundirs`` was read."""
@@ -154,8 +154,6 @@ class _Mirror:
         if run.tracking.kind == "offline":
             lock.close()
             return True
-        if not parent_run.is_open(rundir, run.uri):  # added by a search after the last open
-            self.opened = False
         follower = Follower(run, updates_parent=False, gpus=rundir.read_manifest().get("gpus"))
         self.active[rundir.path] = _Followed(follower, lock)
         return True

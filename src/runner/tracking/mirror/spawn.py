@@ -51,7 +51,7 @@ def mirrored(sweep: SweepDir, codes: list[int]) -> Iterator[Callable[[], None]]:
     """Run one upload process for the sweep inside the ``with`` block, and wait for its end afterwards.
 
     The block appends the exit codes of the runs to ``codes``: after a stop (75, 130) the wait is short.
-    Yields a function that waits until the parent run and the child runs exist: call it before the first job starts.
+    Yields a function that waits until the parent run exists: call it before the first job starts.
     """
     with queueing(sweep):
         mirror = start_sweep_mirror(sweep)
@@ -63,7 +63,7 @@ def mirrored(sweep: SweepDir, codes: list[int]) -> Iterator[Callable[[], None]]:
 
 
 def start_sweep_mirror(sweep: SweepDir) -> Mirror | None:
-    """Start the process that creates the sweep's runs in MLflow and uploads them; None if all runs are offline.
+    """Start the process that creates the sweep's parent run in MLflow and uploads its runs; None if all are offline.
 
     Call it inside ``queueing``: without a queue the process ends at once. It has its own session: neither Ctrl-C nor
     the end of this process stops it.
@@ -72,7 +72,7 @@ def start_sweep_mirror(sweep: SweepDir) -> Mirror | None:
 
 
 def open_in_mlflow(sweep: SweepDir, timeout_s: float = 600.0) -> str:
-    """Create the sweep's runs in MLflow and wait until they exist; each job uploads itself later (launcher=slurm).
+    """Create the sweep's parent run in MLflow and wait until it exists; each job uploads itself later (launcher=slurm).
 
     Returns:
         the error message, also printed; empty on success, or if all runs are offline. Jobs may start in any case.
@@ -83,7 +83,7 @@ def open_in_mlflow(sweep: SweepDir, timeout_s: float = 600.0) -> str:
 
 
 def wait_opened(mirror: Mirror | None, sweep: SweepDir, timeout_s: float = 600.0) -> str:
-    """Wait until the parent run and the child runs exist; returns the error message, empty on success."""
+    """Wait until the parent run exists; returns the error message, empty on success."""
     give_up_at = time.monotonic() + timeout_s
     while mirror:
         code = mirror.poll()
@@ -92,7 +92,7 @@ def wait_opened(mirror: Mirror | None, sweep: SweepDir, timeout_s: float = 600.0
         if code is not None:
             return f"the upload process ended with exit code {code}, see {sweep.mirror_log}"
         if time.monotonic() > give_up_at:
-            return f"process {mirror.pid} is still creating the runs in MLflow, see {sweep.mirror_log}"
+            return f"process {mirror.pid} is still creating the parent run in MLflow, see {sweep.mirror_log}"
         time.sleep(0.05)
     return ""
 
@@ -203,4 +203,7 @@ def wait_mirror(proc: subprocess.Popen[bytes] | None, rundir: RunDir, timeout_s:
 
 def read_report(rundir: RunDir) -> dict[str, Any]:
     """Progress of the upload from mirror.json: {sent, unsent, problem, told}; empty if there is none."""
-    return dict(json.loads(rundir.mirror_report.read_text())) if rundir.mirror_report.exists() else {}
+    try:
+        return dict(json.loads(rundir.mirror_report.read_text()))
+    except (OSError, ValueError):
+        return {}

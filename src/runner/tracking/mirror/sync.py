@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner import terminal
-from runner.errors import ConfigError, Fault, RunnerError, TrackingError
+from runner.errors import ConfigError, DamagedError, Fault, RunnerError, TrackingError
 from runner.tracking import lookup
 from runner.tracking.manifest import credentials_into_environment
 from runner.tracking.metrics_log import read
@@ -113,13 +115,35 @@ def left_out(skipped: Sequence[SyncResult]) -> list[Fault]:
 
 def _sync_parent(sweep: SweepDir, problem: str, publish: Publish | None) -> SyncResult:
     """Update the parent run of a sweep after its children were uploaded."""
-    problem = problem or parent_run.update_parent(sweep, restore=False, publish=publish)
-    url = (sweep.read().get("mlflow") or {}).get("url")
+    try:
+        problem = problem or parent_run.update_parent(sweep, restore=False, publish=publish)
+        url = (sweep.read().get("mlflow") or {}).get("url")
+    except DamagedError as error:
+        problem, url = str(error), None
     return SyncResult(sweep.path, "sweep", 0, url, problem)
 
 
 def _sync(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResult:
-    """Upload one run. ``silent``: URI of each store that does not answer → its error; extended here."""
+    """Upload one run; a damaged folder, or one of another user, is a problem of this run only."""
+    try:
+        return _upload(rundir, uri, silent)
+    except DamagedError as error:
+        return SyncResult(rundir.path, "damaged", 0, None, str(error))
+    except OSError as error:
+        problem = f"the folder cannot be written: {error.strerror}{_owner(rundir.path)}"
+        return SyncResult(rundir.path, "", 0, None, problem)
+
+
+def _owner(folder: Path) -> str:
+    """Whose folder it is, if it belongs to another user."""
+    with contextlib.suppress(OSError, KeyError):
+        if folder.stat().st_uid != os.getuid():
+            return f"; it belongs to {folder.owner()}, who can upload it"
+    return ""
+
+
+def _upload(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResult:
+    """``silent``: URI of each store that does not answer → its error; extended here."""
     with only_one(rundir.mirror_lock, wait=False) as is_locked:
         state = rundir.read_state()
         if not is_locked or state.status == "pending":
@@ -130,7 +154,7 @@ def _sync(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResult
             return SyncResult(rundir.path, state.status, 0, None, str(error))
         # Whether a Slurm job was requeued only Slurm can answer: ``status`` queries it and updates the state.
         state = state if state.scheduler_id else close_if_dead(rundir)
-        problem = silent.get(run.uri) or run.try_update()
+        problem = silent.get(run.uri) or run.try_update(closes_doubles=True)
         if problem and not store.answers(run.uri):
             silent[run.uri] = problem
         if not problem and state.status == "running" and not rundir.is_alive():

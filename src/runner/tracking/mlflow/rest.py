@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -34,6 +35,34 @@ def ask(uri: str, what: str, body: dict[str, Any] | None = None, timeout_s: floa
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if error.code in (401, 403) else ""
         problem = f"HTTP error {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
         raise TrackingError(Fault("uri", problem, remedy, address)) from error
+
+
+def silence(uri: str, timeout_s: float = 3.0) -> str:
+    """Why the server does not answer, in a few words; empty if it answers."""
+    try:
+        ask(uri, "experiments/search", {"max_results": 1}, timeout_s)
+    except TrackingError as error:
+        return error.faults[0].problem.splitlines()[0][:80]
+    except ValueError:
+        return "it is not an MLflow server"
+    except OSError as error:
+        return reason_of(error) or str(error)
+    return ""
+
+
+def reason_of(error: BaseException) -> str:
+    """The system's reason in a network error, such as ``Connection refused``; empty if it has none."""
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in seen:
+        seen.append(following)
+        if isinstance(following, TimeoutError):
+            return "timed out"
+        if isinstance(following, ConnectionError | socket.gaierror) and following.strerror:
+            return str(following.strerror)
+        causes = (getattr(following, "reason", None), *following.args, following.__cause__, following.__context__)
+        following = next((each for each in causes if isinstance(each, BaseException) and each not in seen), None)
+    return ""
 
 
 def _authorization(user: str | None, password: str | None) -> dict[str, str]:

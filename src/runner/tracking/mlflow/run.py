@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import time
 from dataclasses import dataclass, field
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.config.bind import bind
-from runner.errors import RunnerError
+from runner.errors import DamagedError, RunnerError
 from runner.files import write_atomic
 from runner.secrets import redact, take_credentials
-from runner.tracking import manifest
+from runner.tracking import environment, manifest
 from runner.tracking.machine import user
-from runner.tracking.metrics_log import BEST, SECONDS, last_values, read, read_evaluations, tail
-from runner.tracking.mlflow import store, upload
+from runner.tracking.metrics_log import BEST, SECONDS, last_values, lost_of, read, read_evaluations, tail
+from runner.tracking.mlflow import rest, store, upload
+from runner.tracking.naming import short_name
 from runner.tracking.rundir import DIED, FINAL, RunDir, State
+from runner.tracking.sweepdir import sweep_of
 from runner.tracking.trackers import Tracking, store_uri
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ STATUS = {
     "killed": "KILLED", "pruned": "KILLED",
 }  # fmt: skip
 ENDED = (*FINAL, "preempted")
+PARENT_TAG, KIND_TAG = "mlflow.parentRunId", "runner.kind"
 TOLD_TAG = "runner.mirrored"
 """Set last: ``updated`` of the final state, once everything up to it is uploaded."""
 
@@ -86,12 +90,25 @@ class MlflowRun:
             self._send_status(client, run, state)
         self.told = state.updated if ended else 0.0
 
-    def try_update(self) -> str:
-        """Like ``update``, but returns the error message; empty on success."""
+    def try_update(self, *, closes_doubles: bool = False) -> str:
+        """Like ``update``, but returns the error message; empty on success. ``closes_doubles``: see there."""
         try:
             self.update()
+            if closes_doubles:
+                self.close_doubles()
         except Exception as error:  # MLflow stores raise many exception types; none may end the upload process
             self.run, self.positions = None, {}  # compare everything with MLflow again
+            return explained(error, self.uri)
+        return ""
+
+    def try_close(self, reason: str) -> str:
+        """End a run in MLflow whose folder is gone, as killed; returns the error message, empty on success."""
+        try:
+            if self.run and self.status == "RUNNING":
+                client = store.connect(self.uri)
+                upload.send_tags(client, self.run, {"runner.status": "killed", "runner.reason": reason})
+                upload.set_status(client, self.run, "KILLED", time.time())
+        except Exception as error:
             return explained(error, self.uri)
         return ""
 
@@ -105,15 +122,17 @@ class MlflowRun:
 
     def _open(self, client: MlflowClient, state: State, manifest: dict[str, Any]) -> Run:
         """Find or create the run, and send what does not change: params, config, manifest, environment."""
+        parent = parent_of(self.rundir, self.uri)
         artifacts = artifacts_dir(self.uri, self.config["outputs_dir"])
         experiment = store.experiment_id(client, self.tracking.experiment, artifacts)
         identity = str(manifest.get("id") or self.rundir.path)
         run = store.find_run(client, experiment, identity, (manifest.get("mlflow") or {}).get("run_id"))
         if run is None:
-            name = self.tracking.run_name or str(manifest.get("name") or self.rundir.path.name)
+            name = self.tracking.run_name or short_name(manifest) or self.rundir.path.name
             started = state.started or (state.updated if state.status in ENDED else time.time())
-            run = store.create_run(client, experiment, identity, name, started)
-        note(self.rundir, self.uri, run)
+            initial = {**tags(self.rundir, manifest, state), PARENT_TAG: parent.get("parent_run_id")}
+            run = store.create_run(client, experiment, identity, name, started, initial)
+        note(self.rundir, self.uri, run, **parent)
         upload.send_params(client, run, self.config, manifest.get("choices"))
         for path in (self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff):
             if path.exists():
@@ -129,7 +148,8 @@ class MlflowRun:
         if not path.exists():
             return
         inode, (before, offset) = path.stat().st_ino, self.positions.get(path, (0, 0))
-        offset = offset if inode == before else 0  # another inode: truncated by a resume, read all of it again
+        # Another inode: truncated by a resume. Shorter: cut off by somebody. Read all of it again.
+        offset = offset if inode == before and path.stat().st_size >= offset else 0
         records, end = tail(path, offset)
         upload.send_metrics(client, run, records, self.known)
         self.positions[path] = inode, end
@@ -160,9 +180,10 @@ class MlflowRun:
         for path in (self.rundir.manifest, self.rundir.log):
             if path.exists():
                 client.log_artifact(run.info.run_id, str(path))
-        if self.rundir.samples.exists():
+        with contextlib.suppress(OSError, ValueError):  # lost or damaged: the worker reports it
             upload.send_table(client, run, json.loads(self.rundir.samples.read_text()), self.rundir.samples.name)
         self._send_summary(client, run)
+        self.close_doubles()
         log_model, is_adapter = self.tracking.log_model, (self.rundir.model / "adapter_config.json").exists()
         if self.rundir.model.is_dir() and (log_model is True or (log_model == "adapter" and is_adapter)):
             client.log_artifacts(run.info.run_id, str(self.rundir.model), self.rundir.model.name)
@@ -171,12 +192,23 @@ class MlflowRun:
             kind, step = "adapter" if is_adapter else "model", self.rundir.read_state().step
             upload.send_model(client, run, str(model.get("name") or "model"), kind, params, step)
 
+    def close_doubles(self) -> None:
+        """Close runs and models that a repeated request created besides those of this run."""
+        client, identity = store.connect(self.uri), self.rundir.read_manifest().get("id")
+        if self.run and identity and store.is_server(self.uri):
+            store.close_doubles(client, self.run, str(identity))
+            if hasattr(client, "search_logged_models"):  # added in MLflow 3
+                upload.delete_double_models(client, self.run)
+
     def _send_summary(self, client: MlflowClient, run: Run) -> None:
         """Send the metrics that no record contains and ``compare`` uses: best eval loss and training seconds."""
         from mlflow.entities import Metric
 
         state = self.rundir.read_state()
-        summary = {BEST: last_values(read(self.rundir)).get(BEST), SECONDS: state.seconds or None}
+        records = read(self.rundir)
+        is_complete = not lost_of(self.rundir, records, self.config)
+        best = last_values(records).get(BEST) if is_complete else None
+        summary = {BEST: best, SECONDS: state.seconds or None}
         now_ms = int(state.updated * 1000)
         points = [Metric(name, value, now_ms, state.step) for name, value in summary.items() if value is not None]
         if points:
@@ -184,12 +216,16 @@ class MlflowRun:
 
 
 def home(rundir: RunDir, tracking: Tracking, outputs_dir: str | Path) -> str:
-    """URI of the store of a run: the configured one; with ``tracking=offline`` the one it was uploaded to, if any."""
+    """URI of the store of a run: the configured one; with ``tracking=offline`` the one it was uploaded to, if any,
+    else the one of the environment (``MLFLOW_TRACKING_URI``).
+    """
     if tracking.kind == "offline":
         with contextlib.suppress(OSError, ValueError):  # a damaged manifest is reported elsewhere
             recorded = str((rundir.read_manifest().get("mlflow") or {}).get("uri") or "")
             if recorded and store.is_there(recorded):
                 return recorded
+        if uri := environment.store_uri():
+            return manifest.credentials_into_environment(uri)
     return store_uri(tracking, outputs_dir)
 
 
@@ -207,6 +243,15 @@ def note(rundir: RunDir, uri: str, run: Run, **more: Any) -> None:
         rundir.update_manifest(mlflow=updated)
 
 
+def parent_of(rundir: RunDir, uri: str) -> dict[str, str]:
+    """{parent_run_id} of a run whose sweep has a parent run in this store; else empty."""
+    sweep, recorded = sweep_of(rundir), dict[str, Any]()
+    with contextlib.suppress(DamagedError):  # sync reports it
+        recorded = (sweep.read().get("mlflow") or {}) if sweep else {}
+    is_here = recorded.get("parent_run_id") and recorded.get("uri") == take_credentials(uri)[0]
+    return {"parent_run_id": str(recorded["parent_run_id"])} if is_here else {}
+
+
 def where(uri: str, run: Run) -> dict[str, Any]:
     """Entry for the manifest: {run_id, experiment_id, uri, url}; ``url``: page of the run on a server, else None."""
     uri, _, _ = take_credentials(uri)
@@ -218,8 +263,11 @@ def where(uri: str, run: Run) -> dict[str, Any]:
 def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, Any]:
     """Tags of a run. Includes MLflow's own tags, which MLflow would fill with data of the upload process."""
     git, command = manifest.get("git") or {}, manifest.get("command") or []
+    own = (manifest.get("repositories") or [{}])[0]
     return {
+        KIND_TAG: "run",
         "runner.signature": manifest.get("signature"),
+        "runner.command": _line(command),
         "runner.sweep": manifest.get("sweep"),
         "runner.status": state.status,
         "runner.reason": state.reason,
@@ -230,16 +278,33 @@ def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, An
         "runner.git_sha": git.get("sha"),
         "runner.git_dirty": git.get("dirty"),
         "runner.rerun_of": (manifest.get("rerun") or {}).get("of"),
-        "mlflow.parentRunId": (manifest.get("mlflow") or {}).get("parent_run_id"),
-        "mlflow.source.name": command if isinstance(command, str) else shlex.join(command),
+        PARENT_TAG: (manifest.get("mlflow") or {}).get("parent_run_id"),
+        "mlflow.source.name": source_name(command),
         "mlflow.source.type": "JOB" if state.scheduler_id else "LOCAL",
-        "mlflow.source.git.commit": git.get("sha"),
+        "runner.own_git_sha": own.get("sha"),
+        "runner.own_git_dirty": own.get("dirty"),
+        "mlflow.source.git.commit": own.get("sha") or git.get("sha"),
         "mlflow.user": user(),
     }
 
 
+def source_name(command: str | list[str]) -> str:
+    """The command for MLflow's column Source, which shows only what follows the last slash: so without folders."""
+    return re.sub(r"[^\s=,:;()\[\]{}'\"]*/", "", _line(command))
+
+
+def _line(command: str | list[str]) -> str:
+    return command if isinstance(command, str) else shlex.join(command)
+
+
 def explained(error: Exception, uri: str) -> str:
     """The error in one line, without secrets."""
+    if store.is_server(uri) and (reason := rest.reason_of(error)):
+        return redact(f"the MLflow server {take_credentials(uri)[0]} does not answer: {reason}")
     store_name = "the embedded database" if not store.is_server(uri) else "the server"
     text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, OSError) and error.strerror:
+        text = f"it cannot be opened for writing: {error.strerror}"
+    elif "readonly database" in str(error):
+        text = "it cannot be written: it is read-only for this user"
     return redact(f"MLflow ({store_name}, {take_credentials(uri)[0]}): {text[:600]}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,18 +44,32 @@ def connect(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     import mlflow
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each error that we report
     if not uri.startswith("sqlite:"):
-        mlflow.set_tracking_uri(uri := with_credentials(uri))
+        _use(uri := with_credentials(uri))
         return mlflow.MlflowClient(uri)
     database = Path(uri.removeprefix("sqlite:///"))
     # Two processes that open a new database file at the same time corrupt it: MlflowClient opens it, so take a lock.
     with locked(database.with_name(f".{database.name}.lock")):
         if not database.exists():
             _make(database)
-        mlflow.set_tracking_uri(uri)  # older MLflow versions use this URI for artifacts, not the client's
+        _use(uri)
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
     return client
+
+
+def _use(uri: str) -> None:
+    """Set MLflow's tracking URI: older MLflow versions use it for artifacts, not the client's.
+
+    MLflow also writes it into the environment, where it would look like a choice of the user.
+    """
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ.update({"MLFLOW_TRACKING_URI": before} if before is not None else {})
 
 
 def _make(database: Path) -> None:
@@ -135,7 +150,6 @@ def find_run(client: MlflowClient, experiment: str, identity: str, recorded_id: 
 
 def find_any_run(client: MlflowClient, experiment: str, identity: str, recorded_id: str | None) -> Run | None:
     """Like ``find_run``, but also returns a deleted run, which can be restored."""
-    from mlflow.entities import ViewType
     from mlflow.exceptions import MlflowException
 
     run = None
@@ -146,21 +160,17 @@ def find_any_run(client: MlflowClient, experiment: str, identity: str, recorded_
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
     if run is None or run.data.tags.get(ID_TAG) != identity:
-        query = f"tags.`{ID_TAG}` = '{identity}'"
-        runs = client.search_runs([experiment], query, run_view_type=ViewType.ALL, max_results=1)
+        runs = _with_identity(client, experiment, identity)
         run = client.get_run(runs[0].info.run_id) if runs else None
     return run
 
 
-def find_runs(client: MlflowClient, experiments: Sequence[str], tag: str, value: str) -> Iterator[Run]:
-    """All runs with this tag, including deleted ones; one call per thousand runs."""
+def _with_identity(client: MlflowClient, experiment: str, identity: str) -> list[Run]:
+    """All runs of this identity, the one to use first: not deleted, and with the most metrics."""
     from mlflow.entities import ViewType
 
-    token, query = None, f"tags.`{tag}` = '{value}'"
-    while token != "":
-        page = client.search_runs(list(experiments), query, ViewType.ALL, max_results=1000, page_token=token)
-        yield from page
-        token = page.token or ""
+    runs = client.search_runs([experiment], f"tags.`{ID_TAG}` = '{identity}'", run_view_type=ViewType.ALL)
+    return sorted(runs, key=lambda run: (run.info.lifecycle_stage != "active", -len(run.data.metrics), run.info.run_id))
 
 
 def create_run(
@@ -171,9 +181,39 @@ def create_run(
     started: float,
     tags: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Create a run with status RUNNING; ``started`` in seconds since the epoch."""
+    """Create a run with status RUNNING; ``started`` in seconds since the epoch.
+
+    A server may create the run although its answer is lost, and MLflow's client then asks a second time: so the runs of
+    this identity are searched afterwards, one is kept, and the others are closed.
+    """
     texts = {key: text for key, value in (tags or {}).items() if (text := as_text(value, LONGEST_TAG))}
-    return client.create_run(experiment, int(started * 1000), {ID_TAG: identity, **texts}, name)
+    try:
+        run = client.create_run(experiment, int(started * 1000), {ID_TAG: identity, **texts}, name)
+    except Exception:
+        if not (runs := _with_identity(client, experiment, identity)):
+            raise
+        run = client.get_run(runs[0].info.run_id)
+    if is_server(client.tracking_uri):
+        close_doubles(client, run, identity)
+    return run
+
+
+def close_doubles(client: MlflowClient, kept: Run, identity: str) -> int:
+    """Close all other runs of this identity, and delete those without metrics; returns their number.
+
+    Only a request that was sent twice creates such a run; MLflow can restore a deleted one.
+    """
+    doubles = [
+        run for run in _with_identity(client, kept.info.experiment_id, identity)
+        if run.info.run_id != kept.info.run_id and run.info.lifecycle_stage == "active"
+    ]  # fmt: skip
+    for run in doubles:
+        client.set_tag(run.info.run_id, "runner.double_of", kept.info.run_id)
+        if run.info.status in ("RUNNING", "SCHEDULED"):
+            client.set_terminated(run.info.run_id, "KILLED", run.info.start_time)
+        if not run.data.metrics:
+            client.delete_run(run.info.run_id)
+    return len(doubles)
 
 
 def with_credentials(uri: str) -> str:

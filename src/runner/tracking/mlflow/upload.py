@@ -39,7 +39,7 @@ def send_params(
     """
     from mlflow.entities import Param
 
-    values = {_name(key): text for key, text in flatten(redact_tree(config))} | dict(choices or {})
+    values = {_name(key): text for key, text in flatten(redact_tree(config)) if key} | dict(choices or {})
     truncated = sorted(key for key, text in values.items() if len(text) > LONGEST_PARAM)
     values = {key: shorten(text, LONGEST_PARAM) for key, text in values.items()}
     existing = run.data.params
@@ -127,12 +127,34 @@ def send_model(client: MlflowClient, run: Run, name: str, kind: str, params: Map
 
     about = f"Its files: artifacts/model of run {run.info.run_id}. `python -m runner register` makes it loadable here."
     tags = {"mlflow.note.content": about, "runner.run_id": run.info.run_id}
-    model = client.create_logged_model(
-        run.info.experiment_id, plain(name), run.info.run_id, tags, dict(params), model_type=kind
-    )
+    if not (models := _models(client, run)):
+        try:
+            client.create_logged_model(
+                run.info.experiment_id, plain(name), run.info.run_id, tags, dict(params), model_type=kind
+            )
+        except Exception:
+            if not _models(client, run):
+                raise
+        models = _models(client, run)
+    model = models[0]
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
     send_tags(client, run, {MODEL_TAG: model.model_id})
+    delete_double_models(client, run)
+
+
+def delete_double_models(client: MlflowClient, run: Run) -> None:
+    """Delete the other models of the run: only a request that was sent twice, as its answer was lost, creates them."""
+    kept = run.data.tags.get(MODEL_TAG)
+    for model in _models(client, run) if kept else []:
+        if model.model_id != kept:
+            client.delete_logged_model(model.model_id)
+
+
+def _models(client: MlflowClient, run: Run) -> list[Any]:
+    """The logged models that ``send_model`` created for the run."""
+    query = f"tags.`runner.run_id` = '{run.info.run_id}'"
+    return list(client.search_logged_models([run.info.experiment_id], query))
 
 
 def plain(name: str) -> str:

@@ -1,0 +1,37 @@
+"""Names of runs, from their overrides. Imports nothing heavy: every verb reads names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runner.secrets import redact
+
+
+def short_name(manifest: Mapping[str, Any]) -> str:
+    """The name of a run in MLflow, whose columns are narrow: ``tiny,max_steps=40`` for a run without a name of its own.
+
+    Without names of groups, beginnings of keys, and folders.
+    """
+    overrides, name = [str(word) for word in manifest.get("overrides") or []], str(manifest.get("name") or "")
+    if name != default_name(overrides) or not overrides:
+        return name
+    groups, parts = manifest.get("choices") or {}, []
+    for key, _, value in (word.partition("=") for word in _naming(overrides)):
+        value = re.sub(r"[^\s=,:\[\]{}]*/", "", value)
+        parts.append(value if key in groups else f"{key.rpartition('.')[2].lstrip('+')}={value}")
+    return redact(",".join(parts))[:120] or name
+
+
+def default_name(overrides: Sequence[str]) -> str:
+    """The name of a run that the user did not name: its overrides."""
+    return redact(",".join(_naming(overrides)))[:120] or "defaults"
+
+
+def _naming(overrides: Sequence[str]) -> list[str]:
+    """The overrides that belong into a name."""
+    return [
+        word for word in overrides
+        if not word.startswith(("hydra.", "outputs_dir=", "tracking", "resume=", "train.sample"))
+    ]  # fmt: skip
