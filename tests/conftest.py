@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,9 +111,12 @@ def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """What a ``cold`` test starts is started anew; what a test leaves in the environment for libraries goes with it."""
     warm.is_wanted = not item.get_closest_marker("cold")
-    before = dict(os.environ)
+    before, modules = dict(os.environ), len(sys.modules)
     yield
     warm.is_wanted = True
+    if len(sys.modules) > modules + 100:  # a full collection of libraries that stay takes half a second each time
+        gc.collect()
+        gc.freeze()
     for name in warm.read_on_import({*before, *os.environ}):
         if name not in before:
             del os.environ[name]
