@@ -20,6 +20,7 @@ import yaml
 from runner.tracking.rundir import RunDir
 
 pytest.register_assert_rewrite("fixtures")
+pytest_plugins = ["fixtures.shared"]
 TESTS = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin while they wait are in the way of tests beside them
@@ -44,13 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, -slow[item.path]))
     for item in items:
-        shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+        shared = [SHARED[name] for name in SHARED if name in getattr(item, "fixturenames", ())]
         name = "slurm" if item.get_closest_marker("slurm") else (*shared, item.path.stem)[0]
         item.add_marker(pytest.mark.xdist_group(name))
 
 
-SHARED = ("place", "real", "server")
-"""Fixtures that take long to make: one process makes each of them, for the tests of all files that need it."""
+SHARED = {"place": "place", "real": "mlflow", "server": "mlflow"}
+"""Fixture of fixtures/shared.py → the group of the tests of all files that need it: one process makes it."""
 
 
 LEFT_OUT = pytest.StashKey[int]()
