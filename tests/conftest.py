@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import yaml
 from runner.tracking.rundir import RunDir
 
 pytest.register_assert_rewrite("fixtures")
+pytest_plugins = ["fixtures.shared"]
 TESTS = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin while they wait are in the way of tests beside them
@@ -42,13 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, -slow[item.path]))
     for item in items:
-        shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+        shared = [SHARED[name] for name in SHARED if name in getattr(item, "fixturenames", ())]
         name = "slurm" if item.get_closest_marker("slurm") else (*shared, item.path.stem)[0]
         item.add_marker(pytest.mark.xdist_group(name))
 
 
-SHARED = ("place", "real", "server")
-"""Fixtures that take long to make: one process makes each of them, for the tests of all files that need it."""
+SHARED = {"place": "place", "real": "mlflow", "server": "mlflow"}
+"""Fixture of fixtures/shared.py → the group of the tests of all files that need it: one process makes it."""
 
 
 LEFT_OUT = pytest.StashKey[int]()
@@ -109,9 +112,12 @@ def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """What a ``cold`` test starts is started anew; what a test leaves in the environment for libraries goes with it."""
     warm.is_wanted = not item.get_closest_marker("cold")
-    before = dict(os.environ)
+    before, modules = dict(os.environ), len(sys.modules)
     yield
     warm.is_wanted = True
+    if len(sys.modules) > modules + 100:  # a full collection of libraries that stay takes half a second each time
+        gc.collect()
+        gc.freeze()
     for name in warm.read_on_import({*before, *os.environ}):
         if name not in before:
             del os.environ[name]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fixtures.compared_runs import a_sweep, as_json, counted, here, played, runner, said
-from fixtures.mirrored_runs import Server, fresh_database, server
+from fixtures.mirrored_runs import Server
 
 from runner.tracking import metrics_log
 from runner.tracking.mlflow import store

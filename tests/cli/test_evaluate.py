@@ -1,6 +1,6 @@
 """evaluate against the numbers of training and of transformers."""
 
-# ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
+# ruff: noqa: F401 - fixtures are imported, then asked for by name
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from fixtures.trained_runs import _there, logits, place, run_id, said, trained
+from fixtures.trained_runs import _there, logits, run_id, said, trained
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 

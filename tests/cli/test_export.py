@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from fixtures.trained_runs import _there, logits, place, said, trained
+from fixtures.trained_runs import _there, logits, said, trained
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import pytest
-from fixtures.trained_runs import _there, asked_plainly, place, said, trained
+from fixtures.trained_runs import _there, asked_plainly, said, trained
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

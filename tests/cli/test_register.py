@@ -17,7 +17,7 @@ from typing import Any
 import mlflow
 import pytest
 from conftest import TINY
-from fixtures.trained_runs import _there, asked_plainly, place, run_id, said, trained
+from fixtures.trained_runs import _there, asked_plainly, run_id, said, trained
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 

@@ -169,29 +169,28 @@ def refusing_hub():
     server.server_close()
 
 
-def ask_hub(endpoint: str, path: str) -> str:
-    """What `data=hub` says in a process of its own, online, against the given Hub."""
+def ask_hub(endpoint: str, *paths: str) -> list[str]:
+    """What `data=hub` says of each of them in a process of its own, online, against the given Hub."""
     code = (
         "from runner.data import sources\n"
-        f"try: sources.hub(path={path!r}, name=None, split='train', eval_split=None, revision=None)\n"
-        "except Exception as error: print(type(error).__name__, error, sep='\\n')"
+        f"for path in {paths!r}:\n"
+        "    try: sources.hub(path=path, name=None, split='train', eval_split=None, revision=None)\n"
+        "    except Exception as error: print(type(error).__name__, error, sep='\\n', end='\\n\\n')"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    return done.stdout.strip()
+    return done.stdout.strip().split("\n\n")
 
 
 def test_what_the_hub_refuses_is_said_with_its_remedy(refusing_hub):
-    said = ask_hub(refusing_hub, "some/gated")
-    assert said.startswith("DataError\ndata.path=some/gated: is a gated dataset and your token has no access")
-    assert "hf auth login" in said
-    said = ask_hub(refusing_hub, "some/missing")
-    assert "no such dataset on the Hub, or it is private" in said
-    said = ask_hub(refusing_hub, "some/branch")
-    assert "has no such revision" in said
+    gated, missing, branch = ask_hub(refusing_hub, "some/gated", "some/missing", "some/branch")
+    assert gated.startswith("DataError\ndata.path=some/gated: is a gated dataset and your token has no access")
+    assert "hf auth login" in gated
+    assert "no such dataset on the Hub, or it is private" in missing
+    assert "has no such revision" in branch
 
 
 def test_a_hub_out_of_reach_is_said():
-    said = ask_hub("http://127.0.0.1:9", "some/thing")
+    (said,) = ask_hub("http://127.0.0.1:9", "some/thing")
     assert "the Hub cannot be reached" in said
     assert "HF_HUB_OFFLINE=1" in said

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.trained_runs import _there, logits, place, said
+from fixtures.trained_runs import _there, logits, said
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runner.cli import main

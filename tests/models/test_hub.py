@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -81,6 +82,13 @@ class Hub(BaseHTTPRequestHandler):
 def hub_url(folder: Path) -> Iterator[str]:
     (folder / "pytorch_model.bin").write_bytes(b"never asked for")
     (folder / "consolidated.safetensors").write_bytes(b"nor this")
+    with serving(folder) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a Hub whose model lies in this folder."""
     handler = type("ThisHub", (Hub,), {"folder": folder, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -89,35 +97,35 @@ def hub_url(folder: Path) -> Iterator[str]:
     assert not [path for path in handler.asked if path.endswith((".bin", "consolidated.safetensors"))]
 
 
-FETCH = """
-import sys, time
+END = "----"
+FETCH = f"""
+import sys
 from runner.models import pretrained, sources
 from runner.models.quantization import none
 from runner.errors import ConfigError
-name, revision, weights = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "weights"
-import huggingface_hub, transformers
-start = time.perf_counter()
-try:
-    source = pretrained.resolve(sources.pretrained(
-        path=name, revision=revision, dtype="float32", attention="auto", trust_remote_code=False))
-    pretrained.tokenizer(source)
-    print(source.path, source.revision)
-    if weights:
-        import torch
-        model = pretrained.load(source, none.none(), "cpu")
-        print(float(model(input_ids=torch.arange(20)[None]).logits.detach().double().sum()))
-        print(model.name_or_path, model.config._commit_hash)
-except ConfigError as error:
-    print(error)
-print(f"{time.perf_counter() - start:.1f} s")
+for word in sys.argv[2:]:
+    name, _, revision = word.partition("@")
+    try:
+        source = pretrained.resolve(sources.pretrained(
+            path=name, revision=revision or None, dtype="float32", attention="auto", trust_remote_code=False))
+        pretrained.tokenizer(source)
+        print(source.path, source.revision)
+        if sys.argv[1] == "weights":
+            import torch
+            model = pretrained.load(source, none.none(), "cpu")
+            print(float(model(input_ids=torch.arange(20)[None]).logits.detach().double().sum()))
+            print(model.name_or_path, model.config._commit_hash)
+    except ConfigError as error:
+        print(error)
+    print({END!r})
 """
 
 
-def fetch(home: Path, name: str, revision: str = "", weights: str = "", **environment: str) -> list[str]:
+def fetch(home: Path, *models: str, weights: bool = False, **environment: str) -> list[str]:
+    """What a process of its own prints that fetches each ``NAME[@REVISION]``."""
     env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", FETCH, name, revision, weights], env=env, capture_output=True, text=True, timeout=120
-    )
+    words = ["weights" if weights else "", *models]
+    done = subprocess.run([sys.executable, "-c", FETCH, *words], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -135,40 +143,41 @@ def test_the_small_files_of_a_hub_model_are_enough_to_plan(hub_url: str, tmp_pat
 def test_a_hub_model_is_fetched_and_then_found_offline(source: ModelSource, hub_url: str, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(source.path)
     expected = float(plain(input_ids=torch.arange(20)[None]).logits.detach().double().sum())
-    online = fetch(tmp_path / "home", "tests/tiny", "main", "weights", HF_ENDPOINT=hub_url)
+    online = fetch(tmp_path / "home", "tests/tiny@main", weights=True, HF_ENDPOINT=hub_url)
     assert float(online[1]) == pytest.approx(expected, abs=1e-3)
     assert online[2] == f"tests/tiny {COMMIT}"
-    offline = fetch(tmp_path / "home", "tests/tiny", "main", "weights", HF_HUB_OFFLINE="1")
+    offline = fetch(tmp_path / "home", "tests/tiny@main", weights=True, HF_HUB_OFFLINE="1")
     assert offline[:3] == online[:3]
 
 
-@pytest.mark.parametrize(
-    ("name", "revision", "said"),
-    [
-        (
-            "tests/gated",
-            "",
-            [
-                "model.path=tests/gated: is a gated repository and your token has no access",
-                "accept the licence",
-                "HF_TOKEN",
-                "model.path=DIR",
-            ],
-        ),
-        ("tests/nothing", "", ["no such model on the Hub, or it is private", "HF_TOKEN"]),
-        ("tests/tiny", "nosuch", ["model.revision=nosuch: no such revision of tests/tiny"]),
-    ],
-)
-def test_what_the_hub_refuses(hub_url: str, tmp_path: Path, name: str, revision: str, said: list[str]) -> None:
-    lines = fetch(tmp_path / "home", name, revision, HF_ENDPOINT=hub_url)
-    assert all(part in "\n".join(lines) for part in said)
+REFUSED = {
+    "tests/gated": (
+        "model.path=tests/gated: is a gated repository and your token has no access", "accept the licence", "HF_TOKEN",
+        "model.path=DIR",
+    ),
+    "tests/nothing": ("no such model on the Hub, or it is private", "HF_TOKEN"),
+    "tests/tiny@nosuch": ("model.revision=nosuch: no such revision of tests/tiny",),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one process, which takes long to start, says of each model of ``REFUSED``."""
+    with serving(tmp_path_factory.mktemp("nothing")) as url:
+        lines = fetch(tmp_path_factory.mktemp("home"), *REFUSED, HF_ENDPOINT=url)
+    return dict(zip(REFUSED, "\n".join(lines).split(END), strict=False))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_hub_refuses(refusals: dict[str, str], name: str) -> None:
+    assert all(part in refusals[name] for part in REFUSED[name]), refusals[name]
 
 
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached"),
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        pytest.param({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set", marks=pytest.mark.slow),
     ],
 )
 def test_a_hub_out_of_reach_is_said(tmp_path: Path, environment: dict[str, str], said: str) -> None:
@@ -181,5 +190,5 @@ def test_a_hub_out_of_reach_is_said(tmp_path: Path, environment: dict[str, str],
 @pytest.mark.slow
 def test_hub_without_safetensors(hub_url: str, folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
-    lines = fetch(tmp_path / "home", "tests/tiny", "", "weights", HF_ENDPOINT=hub_url)
+    lines = fetch(tmp_path / "home", "tests/tiny", weights=True, HF_ENDPOINT=hub_url)
     assert "has no weights (model.safetensors)" in "\n".join(lines)

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fixtures.compared_runs import as_json, copied, counted, data_of, real, runner, said
-from fixtures.mirrored_runs import Server, fresh_database, server
+from fixtures.compared_runs import as_json, copied, counted, data_of, runner, said
+from fixtures.mirrored_runs import Server
 from fixtures.mlflow_pages import shown
 
 from runner.report import curves

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from fixtures.compared_runs import copied, real
+from fixtures.compared_runs import copied
 from fixtures.mlflow_pages import shown
 
 from runner.report import publish

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures.trained_runs import _there, asked_plainly, logits, place, said, trained
+from fixtures.trained_runs import _there, asked_plainly, logits, said, trained
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

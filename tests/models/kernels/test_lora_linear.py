@@ -166,14 +166,19 @@ def step_logits(model: Any) -> Tensor:
     return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("bits", [None, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (4, 8))])
-def test_compiled_it_breaks_no_graph(bits: int | None):
+@pytest.mark.parametrize(
+    ("bits", "backend"),
+    [(None, "aot_eager"), *(pytest.param(*way, marks=pytest.mark.slow) for way in
+     ((None, "inductor"), (4, "aot_eager"), (8, "aot_eager")))],
+)  # fmt: skip
+def test_compiled_it_breaks_no_graph(bits: int | None, backend: str):
+    """``aot_eager``: the graphs, forward and backward, without the minute of a C++ compiler."""
     model = adapted(bits=bits)
     lora_linear.fuse(model)
     expected = step(model)
     torch._dynamo.reset()
     for layer in model.base_model.model.model.layers:
-        layer.compile(fullgraph=True)
+        layer.compile(fullgraph=True, backend=backend)
     torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-3)
 
 

@@ -24,11 +24,9 @@ from fixtures.mirrored_runs import (
     eventually,
     finish,
     fork,
-    fresh_database,
     history,
     make_run,
     outputs,
-    server,
     start_worker,
     the_run,
 )

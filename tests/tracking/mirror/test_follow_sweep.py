@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fixtures.mirrored_runs import Server, assert_mirrored, eventually, finish, fresh_database, outputs, server, the_run
+from fixtures.mirrored_runs import Server, assert_mirrored, eventually, finish, outputs, the_run
 from fixtures.mirrored_sweeps import (
     THIS,
     add_jobs,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fixtures.mirrored_runs import Server, assert_mirrored, finish, fresh_database, make_run, outputs, server
+from fixtures.mirrored_runs import Server, assert_mirrored, finish, make_run, outputs
 
 from runner.cli import sync as sync_verb
 from runner.errors import ConfigError, TrackingError

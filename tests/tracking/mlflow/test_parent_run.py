@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fixtures.mirrored_runs import assert_mirrored, eventually, finish, fork, fresh_database, outputs, the_run
+from fixtures.mirrored_runs import assert_mirrored, eventually, finish, fork, outputs, the_run
 from fixtures.mirrored_sweeps import add_jobs, children_of, client_of, make_sweep, only_parents, parent_of, statuses
 
 from runner.tracking.mirror import spawn, sync

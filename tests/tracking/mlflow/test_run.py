@@ -20,18 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fixtures.mirrored_runs import (
-    REPORT,
-    Server,
-    assert_mirrored,
-    finish,
-    fresh_database,
-    history,
-    make_run,
-    outputs,
-    server,
-    the_run,
-)
+from fixtures.mirrored_runs import REPORT, Server, assert_mirrored, finish, history, make_run, outputs, the_run
 
 from runner.tracking import metrics_log
 from runner.tracking.mirror import follow, sync

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import yaml
-from fixtures.mirrored_runs import finish, fresh_database, history, make_run, outputs, the_run
+from fixtures.mirrored_runs import finish, history, make_run, outputs, the_run
 
 from runner.config import bind
 from runner.tracking import metrics_log
