@@ -91,6 +91,8 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         problem = "is damaged: it is not a JSON object"
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # one of its folders is a file
+        raise FileNotFoundError(str(path)) from error
     except OSError as error:
         problem, remedy = f"cannot be read: {error.strerror}", "ask its owner for permission to read it"
     except ValueError as error:

@@ -198,7 +198,7 @@ def test_the_hints_name_what_can_be_typed(here: Path, capsys: pytest.CaptureFixt
         (["--html", "outputs"], "--html=outputs: cannot be written"),
         (["--png", "file"], "--png=file: cannot be written"),
         (["uri=nothing.db"], "there is no such database"),
-        (["uri=http://127.0.0.1:9", "x"], "the server, http://127.0.0.1:9.*refused"),
+        (["uri=http://127.0.0.1:9", "x"], "the MLflow server http://127.0.0.1:9 does not answer: Connection refused"),
         (["outputs_dir=empty"], "no runs below empty yet"),
         (["waiting"], "none of the 2 runs is completed: 2 pending.*(lora.r=4|000-job)"),
     ],

@@ -14,6 +14,7 @@ from fixtures.trained_runs import _there, asked_plainly, said, trained
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from runner.errors import visible
 from runner.train.report import NOTHING
 
 # generate
@@ -70,7 +71,7 @@ def test_compare_asks_the_base_as_well(capsys: pytest.CaptureFixture[str], monke
     assert columns == ["base", "fine-tuned"]
     assert len(loads) == 1  # the base under the adapter is the base of the comparison
     _, alone, _ = said(capsys, *words)
-    assert alone.strip() == tuned != base
+    assert alone.strip() == visible(tuned) != base
     if name == "first":
         origin = json.loads((run.model / "adapter_config.json").read_text())["base_model_name_or_path"]
         plain, tokenizer = AutoModelForCausalLM.from_pretrained(origin), AutoTokenizer.from_pretrained(origin)

@@ -169,8 +169,8 @@ def _only(*values: str) -> list[str]:
         (["code=borrows.py", "optim._target_=borrows.SGD"], "is imported into borrows from torch.optim"),
         (["optim._target_=os.system"], "'os' is not part of your code"),
         (["optim._target_=torch.optim.SGD"], "'torch' is not part of your code"),
-        (["quant._target_=runner.launch.local.child.kill_session"], "is no option of runner"),
-        (["quant._target_=runner.models.quantization.bitsandbytes.FourBit"], "is no option of runner"),
+        (["quant._target_=runner.launch.local.child.kill_session"], "is no option of quant"),
+        (["quant._target_=runner.models.quantization.bitsandbytes.FourBit"], "is no option of quant"),
         (["optim._target_=my_sgd_lab.my_sgd", "code=[my_sgd_lab.py,other/my_sgd_lab.py]"], "has two modules called"),
     ],
 )  # fmt: skip

@@ -124,3 +124,13 @@ def _options(room: str) -> Iterator[str]:
     for name, function in inspect.getmembers(importlib.import_module(room), inspect.isfunction):
         if function.__module__ == room and not name.startswith(("_", "check_")) and bind.keys_of(function):
             yield name
+
+
+def test_the_readme_names_every_option():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = {line.split("`")[1]: line for line in readme.splitlines() if line.startswith("| `")}
+    for path in sorted(CONF.rglob("*.yaml")):
+        group = path.parent.relative_to(CONF).as_posix()
+        if group in rows and path.stem != "base":
+            assert f"`{path.stem}`" in rows[group], f"{group}={path.stem} is not in the README"
+    assert {"task", "data", "data/format", "optim", "lora", "quant"} <= rows.keys()

@@ -245,6 +245,7 @@ def test_a_sweep_is_as_it_was_whatever_stops_its_making(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
     with folder.adding(sweep, "mine", ["runner"], [wanted]) as (first,):
         RunDir(first.path).update_manifest(signature=wanted.signature)
+        RunDir(first.path).write_state()
     before = tree(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         begin(folder.SweepJob({"seed": 2}, "seed=2", ""))

@@ -180,7 +180,7 @@ def test_a_pair_that_cannot_be_compared_is_refused(models: Any) -> None:
     ("override", "problem"),
     [
         ("task.label_smoothing=0.6", "out of range"),
-        ("task.beta=0", "greater than 0"),
+        ("task.beta=0", "must be a finite number > 0"),
         ("task.gamma=0.5", "no effect with loss_type=sigmoid"),
         ("task.loss_type=ipo task.label_smoothing=0.1", "no effect with loss_type=ipo"),
         ("task.loss_type=exo_pair", "needs a positive value"),

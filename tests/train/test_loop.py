@@ -69,6 +69,7 @@ class Recorded:
 def parts_of(folder: Path, *overrides: str) -> tuple[inputs.Inputs, loop.Parts]:
     cfg = composed(*overrides)
     made = inputs.inputs(Options(cfg))
+    folder.mkdir(parents=True, exist_ok=True)
     return made, build.parts(made, RunDir(folder))
 
 

@@ -27,6 +27,17 @@ if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
 
 ALL_LINEAR = "all-linear"
+WRONG = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    NotImplementedError,
+    RuntimeError,
+    AttributeError,
+    KeyError,
+    ImportError,
+)
+"""What PEFT raises for options that it cannot use."""
 Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 
 SET_HERE = {
@@ -112,7 +123,16 @@ def peft(model: nn.Module, *, method: Text, **options: Any) -> nn.Module:
     try:
         with adapter.fixed_seed() if subtracts else contextlib.nullcontext():
             adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=meta)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError, ImportError) as error:
+    except (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        NotImplementedError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        ImportError,
+    ) as error:
         raise ConfigError(_peft_fault(method, error)) from error
     _refuse(_effect_faults(adapted, options))
     if subtracts:
@@ -212,7 +232,7 @@ def _construction_faults(method: str, options: dict[str, Any]) -> Iterator[Fault
     """Errors raised by the configuration class: missing fields and impossible combinations."""
     try:
         _config_class(method)(task_type="CAUSAL_LM", **options)
-    except (ValueError, TypeError, ImportError) as error:
+    except WRONG as error:
         yield Fault("", f"{method}: {_first_line(error)}", "set the options that PEFT requires: '+lora.name=value'")
 
 

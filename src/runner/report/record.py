@@ -125,7 +125,7 @@ def of_folder(rundir: RunDir) -> Recorded:
         config = read_config(rundir)
         patch = _text_of(rundir.dirty_diff) if rundir.dirty_diff.exists() else ""
         records = metrics_log.read(rundir)
-        curves, lost = _curves(records), metrics_log.lost_of(rundir, records, config)
+        curves, lost = _curves(records), metrics_log.lost_of(state, records, config)
     except RunnerError as error:
         raise ConfigError(*error.faults) from error
     except lookup.DAMAGED as error:

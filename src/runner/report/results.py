@@ -83,7 +83,7 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
             later = [{"step": r["step"], **r["metrics"]} for r in metrics_log.read_evaluations(rundir)]
             records = metrics_log.read(rundir)
             metrics = last_values([*records, *later])
-            if lost := metrics_log.lost_of(rundir, records, config):
+            if lost := metrics_log.lost_of(state, records, config):
                 reason, metrics = lost, _without_lost(state, metrics, last_values(later))
         except (RunnerError, *lookup.DAMAGED) as error:
             status, reason = "damaged", str(error)

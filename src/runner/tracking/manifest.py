@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from runner.config import bind, moved, user_code
+from runner.config import moved, user_code
 from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
@@ -186,8 +186,11 @@ def choices(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 def tracker(rundir: RunDir) -> str:
     """``mlflow`` or ``offline``: where the records of a run go."""
-    recorded = rundir.read_manifest().get("tracking")
-    return str(recorded or bind.bind(read_config(rundir)["tracking"], "tracking")().kind)  # 0.1.0 recorded none
+    if recorded := rundir.read_manifest().get("tracking"):
+        return str(recorded)
+    from runner.config import bind  # imports omegaconf
+
+    return str(bind.bind(read_config(rundir)["tracking"], "tracking")().kind)  # 0.1.0 recorded none
 
 
 def find_twin(outputs_dir: Path, signature: str) -> RunDir | None:
@@ -205,6 +208,8 @@ def find_twin(outputs_dir: Path, signature: str) -> RunDir | None:
 
 
 def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overrides: list[str]) -> dict[str, Any]:
+    from runner.config import bind
+
     git, patch = checkout.note(checkout.current())
     if patch:
         write_atomic(rundir.dirty_diff, patch.encode("utf-8", "surrogateescape"))

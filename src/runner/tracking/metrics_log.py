@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.files import write_atomic
-from runner.tracking.rundir import RunDir
+from runner.tracking.rundir import RunDir, State
 
 log = logging.getLogger("runner")
 
@@ -97,10 +97,9 @@ def lost(records: Iterable[Record], train: Mapping[str, Any], step: int, total: 
     return f"metrics.jsonl is incomplete: {count} up to step {step} are missing (of step {_few(sorted(set(missing)))})"
 
 
-def lost_of(rundir: RunDir, records: Iterable[Record], config: Mapping[str, Any]) -> str:
-    """``lost`` for a run folder as it is now."""
-    state, train = rundir.read_state(), config.get("train")
-    is_done = state.status == "completed"
+def lost_of(state: State, records: Iterable[Record], config: Mapping[str, Any]) -> str:
+    """``lost`` for a run with this state."""
+    train, is_done = config.get("train"), state.status == "completed"
     train = train if isinstance(train, Mapping) else {}
     return lost(records, train, state.step, state.total_steps, evaluated=is_done)
 

@@ -185,7 +185,7 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     """Print the result, its paths and the next command; ``mirrored``: None if another process uploads to MLflow."""
     state = rundir.read_state()
     if state.status == "completed":
-        if problem := metrics_log.lost_of(rundir, metrics_log.read(rundir), read_config(rundir)):
+        if problem := metrics_log.lost_of(state, metrics_log.read(rundir), read_config(rundir)):
             log.warning(f"{problem}; the results that need them are not shown")
         terminal.table("", ["", ""], _summary_rows(state.summary))
         report = (rundir.read_manifest().get("data") or {}).get("report") or {}

@@ -144,7 +144,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()), default=[]))
 
 
-def obstacle(device: torch.device, layers: int, *, graph_breaks: str, in_shards: bool) -> str:
+def obstacle(device: torch.device, layers: int, graph_breaks: str, in_shards: bool) -> str:
     """The reason why ``auto`` never compiles this model, or "". Needs no weights.
 
     ``layers``: the number of decoder layers found by ``layers_of``. ``graph_breaks``: see ``Quant``.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from runner.errors import DamagedError, RunnerError
 from runner.files import is_held
-from runner.tracking import manifest
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import sweep_of
 
@@ -27,6 +26,10 @@ def is_wanted(rundir: RunDir) -> bool:
         return False
     if (record.get("mlflow") or {}).get("run_id"):
         return True
+    if "tracking" in record:
+        return bool(record["tracking"] == "mlflow")
+    from runner.tracking import manifest  # imports omegaconf
+
     try:
         return manifest.tracker(rundir) == "mlflow"
     except (RunnerError, KeyError, TypeError):

@@ -206,7 +206,7 @@ class MlflowRun:
 
         state = self.rundir.read_state()
         records = read(self.rundir)
-        is_complete = not lost_of(self.rundir, records, self.config)
+        is_complete = not lost_of(self.rundir.read_state(), records, self.config)
         best = last_values(records).get(BEST) if is_complete else None
         summary = {BEST: best, SECONDS: state.seconds or None}
         now_ms = int(state.updated * 1000)
