@@ -128,7 +128,7 @@ def _options(room: str) -> Iterator[str]:
 
 def test_the_readme_names_every_option():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    rows = {line.split("`")[1]: line for line in readme.splitlines() if line.startswith("| `")}
+    rows = {line.split("`")[1]: line for line in reversed(readme.splitlines()) if line.startswith("| `")}  # the first
     for path in sorted(CONF.rglob("*.yaml")):
         group = path.parent.relative_to(CONF).as_posix()
         if group in rows and path.stem != "base":
