@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from runner.tracking import metrics_log, slurm_client
+from runner.tracking import metrics_log, slurm_client, slurm_jobs
 from runner.tracking.rundir import RunDir, find_runs
 from runner.tracking.sweepdir import SweepDir
 
@@ -56,7 +56,7 @@ def job_of(rundir: RunDir) -> str:
 
 
 def has_left_the_queue(rundir: RunDir) -> bool:
-    return not any(job.is_active for job in slurm_client.jobs([job_of(rundir)]).values())
+    return not any(job.is_active for job in slurm_client.jobs([slurm_jobs.ref(rundir.read_manifest())]).values())
 
 
 def weights(rundir: RunDir) -> bytes:

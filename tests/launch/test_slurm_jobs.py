@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY, node, option, prepared
+from submitit.local.local import start_controller
 from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says, until, weights
 
 from runner.cli import main
@@ -26,6 +27,7 @@ from runner.launch.slurm import monitor, script, snapshot, submission, submit
 from runner.sweep import table
 from runner.tracking import manifest, slurm_client
 from runner.tracking.rundir import DIED, RunDir
+from runner.tracking.slurm_client import Job
 from runner.tracking.sweepdir import SweepDir, slurm_room
 
 HELD = "+launcher.additional_parameters.hold=true"
@@ -338,9 +340,9 @@ def test_debug_works_in_this_process(tmp_path: Path, cache: Path, monkeypatch: p
 
 def test_a_job_that_is_leaving_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rundir = prepared(tmp_path / "run", *TINY)
-    rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
+    rundir.update_manifest(slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm"})
     states = ["COMPLETING", "COMPLETING", "CANCELLED"]
-    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {id: slurm_client.Job(id, states.pop(0)) for id in ids})
+    monkeypatch.setattr(slurm_client, "jobs", lambda refs: {ref: Job(ref.id, states.pop(0)) for ref in refs})
     monkeypatch.setattr(submission.time, "sleep", lambda _: None)
     rundir.write_state(status="killed", reason="cancelled by me")
     assert submission.wait_until_left([rundir]) == []
@@ -400,9 +402,11 @@ def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.Monkey
     for name in list(os.environ):
         if name.startswith(("SBATCH_", "SLURM_JOB_ID")):
             monkeypatch.delenv(name)
-    kept = {"SBATCH_PARTITION": "low", "SBATCH_EXPORT": "NONE", "SBATCH_MEM_PER_CPU": "9"}
+    kept = {"SBATCH_PARTITION": "low", "SBATCH_MEM_PER_CPU": "9"}
     of_ours = dict.fromkeys(("JOB_NAME", "SIGNAL", "NO_REQUEUE", "ARRAY_INX", "OUTPUT", "ERROR", "OPEN_MODE"), "1")
-    removed = {f"SBATCH_{name}": value for name, value in {**of_ours, "TIMELIMIT": "1", "WAIT": "1"}.items()}
+    removed = {
+        f"SBATCH_{name}": value for name, value in {**of_ours, "TIMELIMIT": "1", "WAIT": "1", "EXPORT": "NONE"}.items()
+    }
     of_given = dict.fromkeys(("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS", "SBATCH_MEM_PER_NODE", "SBATCH_HINT"), "9")
 
     def seen_by_sbatch(**asked: object) -> dict[str, str]:
@@ -444,7 +448,8 @@ def test_what_nobody_heeds_without_slurm_is_refused(cluster: str, asked: dict[st
 def supervised(folder: Path) -> tuple[RunDir, subprocess.Popen[bytes]]:
     """A run that a process other than this one sees to; it is what submitit's local cluster looks like."""
     rundir = prepared(folder, *TINY)
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"])
+    slurm_room(folder).mkdir()
+    process = start_controller(slurm_room(folder), "sleep 60")
     rundir.update_manifest(slurm={"job_id": str(process.pid), "cluster": "local"})
     return rundir, process
 
@@ -468,9 +473,9 @@ class One:
 def test_a_search_does_not_follow_a_job_that_it_did_not_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its earlier job does not leave its nodes: an end of that one would be taken for this one's."""
     rundir, sweep = prepared(tmp_path / "run", *TINY), SweepDir(tmp_path)
-    rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
+    rundir.update_manifest(slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm"})
     rundir.write_state(status="failed")
-    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {id: slurm_client.Job(id, "COMPLETING") for id in ids})
+    monkeypatch.setattr(slurm_client, "jobs", lambda refs: {ref: Job(ref.id, "COMPLETING") for ref in refs})
     monkeypatch.setattr(slurm_client, "settings", lambda *_: {})
     monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
     source = One(rundir)

@@ -167,8 +167,8 @@ def _still_queued(request: SlurmRequest, home: Path) -> str:
     """
     if request.cluster != "slurm" or not request.array_parallelism:
         return ""
-    ids = [id for record in submission.recorded(home) if record.cluster == "slurm" for id in record.job_ids()]
-    active = {id.partition("_")[0] for id, job in slurm_client.jobs(ids).items() if job.is_active}
+    refs = [ref for record in submission.recorded(home) if record.cluster == "slurm" for ref in record.refs()]
+    active = {ref.id.partition("_")[0] for ref, job in slurm_client.jobs(refs).items() if job.is_active}
     return ":".join(sorted(active, key=int))
 
 
