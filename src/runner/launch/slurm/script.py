@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import Fault, LaunchError, suggest
+from runner.launch.slurm import snapshot
 from runner.launch.slurm.request import SlurmRequest
 from runner.tracking import slurm_client
 from runner.train.memory import heap
@@ -98,10 +99,10 @@ def setup_lines(request: SlurmRequest, folder: Path, name: str, code: Path | Non
         f"export {heap.VARIABLE}={shlex.quote(heap.tunables())}",
     ]
     if code:
-        quoted = shlex.quote(str(code))
+        path = shlex.quote(str(snapshot.importable(code)))
         lines += [
-            f"export RUNNER_SNAPSHOT={quoted} PYTHONSAFEPATH=1",
-            f'export PYTHONPATH={quoted}"${{PYTHONPATH:+:$PYTHONPATH}}:$PWD"',
+            f"export RUNNER_SNAPSHOT={shlex.quote(str(code))} PYTHONSAFEPATH=1",
+            f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         ]
     return lines
 

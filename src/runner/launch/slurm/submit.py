@@ -221,6 +221,7 @@ def _to_local(request: SlurmRequest, home: Path, record: Submission) -> str:
     """Start submitit's supervisor process on this machine, in its own session (no Ctrl-C); returns its pid."""
     from submitit import LocalExecutor
 
+    code = snapshot.importable(Path(record.code)) if record.code else None
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -231,7 +232,7 @@ def _to_local(request: SlurmRequest, home: Path, record: Submission) -> str:
             for number in (0, 1, 2):
                 os.dup2(devnull, number)
             if record.code:
-                path = [record.code, *filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
+                path = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
                 os.environ.update(RUNNER_SNAPSHOT=record.code, PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(path))
             executor = LocalExecutor(slurm_room(home), max_num_timeout=0, python=script.python(request))
             executor.update_parameters(
