@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, node, option, prepared
+from conftest import TINY, jobs_of, node, option, prepared
 from submitit.local.local import start_controller
 from test_slurm import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says, until, weights
 
@@ -130,6 +130,21 @@ def test_a_sweep_that_sbatch_did_not_take_is_not_said_to_run(slurm: None):
     assert [run.info.status for run in mlflow_runs()] == ["KILLED"] * 3
     assert runner(*words).returncode == 0
     assert sorted(run.info.status for run in mlflow_runs()) == ["RUNNING", "SCHEDULED", "SCHEDULED"]
+
+
+@pytest.mark.slurm
+def test_a_sweep_is_submitted_although_its_terminal_is_closed_meanwhile(slurm: None):
+    Path("bin").mkdir()
+    real = shutil.which("sbatch")
+    hangup = f'kill -HUP $PPID\nsleep 0.5\nexec {real} "$@"\n'
+    Path("bin/sbatch").write_text(f'#!/bin/bash\n[[ "$*" == *--test-only* ]] && exec {real} "$@"\n{hangup}')
+    Path("bin/sbatch").chmod(0o755)
+    words = ("-m", *SHORT, *SLURM, HELD, "launcher.tasks_per_node=1,2", "tracking=offline")  # a submission each
+    done = runner(*words, PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    rundirs = SweepDir(Path("outputs/sweeps/launcher.tasks_per_node").absolute()).rundirs()
+    assert sorted(map(job_of, rundirs)) == sorted(jobs_of(Path.cwd()))
+    assert len(rundirs) == 2
 
 
 @pytest.mark.slurm

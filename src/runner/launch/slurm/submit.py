@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,9 +46,20 @@ def submit(
         with (
             files.writing(home, LaunchError),
             locked(slurm_room(home) / ".lock"),  # concurrent commands submit one after the other
+            _ignoring_hangup(),
         ):
             refused += _submit_locked(request, home, members, before)
     return refused
+
+
+@contextlib.contextmanager
+def _ignoring_hangup() -> Iterator[None]:
+    """While the block runs, closing the terminal does not end this process: runs would stay pending without a job."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _submit_locked(
