@@ -25,7 +25,7 @@ LITERAL = (
 PATTERNS = ("50%", "%j", "%%", "%20", "%A_%a", "new\nline", "a\\b", "a\rb")
 """Slurm or submitit replace them in paths of log files, or cannot read them in a script."""
 ALL_BUT_DATABASE = "".join(name for name in LITERAL if "?" not in name)
-ONE_STEP = (*TINY, "train.max_steps=1", "train.eval_steps=null", "parallel=none")
+ONE_STEP = (*TINY, "train.max_steps=1", "train.eval_steps=null")
 
 
 def runs_in(folder: Path, names: tuple[str, ...], *words: str) -> list[RunDir]:
@@ -47,7 +47,12 @@ def test_the_local_queue_trains_in_any_folder(tmp_path: Path, cache: Path):
 
 @pytest.mark.slow
 def test_accelerate_trains_in_any_folder(tmp_path: Path, cache: Path):
-    rundirs = runs_in(tmp_path, ("".join(LITERAL[:12]), "".join(LITERAL[12:]), *PATTERNS), "parallel=ddp")
+    rundirs = runs_in(
+        tmp_path,
+        ("".join(LITERAL[:12]), "".join(LITERAL[12:]), *PATTERNS),
+        "launcher=accelerate",
+        "launcher.processes=2",
+    )
     assert option("launcher", "accelerate", processes=2)().launch(rundirs, None) == [0] * len(rundirs)
     assert statuses(rundirs) == {}
 

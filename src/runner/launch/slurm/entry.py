@@ -81,7 +81,8 @@ def _refuse_other_code(rundir: RunDir, code: Path, rank: int) -> None:
     while rank and rundir.read_state().reason != problem and time.monotonic() < deadline:
         time.sleep(0.2)  # rank 0 records it; when this rank exits, Slurm kills the others
     if rundir.read_state().reason != problem:
-        _record(rundir, problem, status="failed")
+        rundir.write_state(status="failed")
+        _record_not_requeued(rundir, problem)
     sys.exit(1)
 
 
@@ -130,13 +131,8 @@ def _after_stop(rundir: RunDir, submission: dict[str, Any], *, has_advanced: boo
 
 def _record_not_requeued(rundir: RunDir, reason: str) -> None:
     """Write to state.json, the manifest and MLflow that the job is not requeued; the run's mirror has ended already."""
-    rundir.update_manifest(slurm={**(rundir.read_manifest().get("slurm") or {}), "has_left": True})
-    _record(rundir, reason)
-
-
-def _record(rundir: RunDir, reason: str, **changes: Any) -> None:
-    """Write why the run has ended to stderr, state.json and MLflow."""
     print(reason, file=sys.stderr, flush=True)
-    rundir.write_state(reason=reason, **changes)
+    rundir.write_state(reason=reason)
+    rundir.update_manifest(slurm={**(rundir.read_manifest().get("slurm") or {}), "has_left": True})
     for problem in behind.tell([rundir.path]) if behind.is_wanted(rundir) else []:
         print(problem, file=sys.stderr, flush=True)
