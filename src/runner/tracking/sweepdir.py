@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import Fault, LaunchError, ResumeError
+from runner.errors import Fault, LaunchError, ResumeError, RunnerError
 from runner.files import is_held, locked, write_atomic
 from runner.tracking.rundir import RunDir
 
@@ -142,5 +142,5 @@ def refuse_inside(folder: Path, key: str) -> None:
 def _runs(sweep: SweepDir) -> list[RunDir]:
     try:
         return sweep.rundirs()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # damaged
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RunnerError):  # damaged
         return []

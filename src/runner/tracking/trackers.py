@@ -56,6 +56,15 @@ def check_mlflow(*, uri: str | None, experiment: str, run_name: str | None, **_:
         yield from (replace(fault, value=redact(uri)) for fault in _uri_faults(uri))
 
 
+def offline(*, experiment: str, run_name: str | None, log_model: bool | Literal["adapter"]) -> Tracking:
+    """Keep the records in the run folder only; ``sync`` can upload them later under these names."""
+    return Tracking("offline", experiment, run_name, log_model)
+
+
+def check_offline(*, experiment: str, run_name: str | None, **_: Any) -> Iterator[Fault]:
+    yield from _name_faults(experiment, run_name)
+
+
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check a tracker together with the rest of the configuration."""
     if "uri" not in cfg["tracking"] or cfg["tracking"]["uri"] is not None:
@@ -65,15 +74,6 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         problem = f"MLflow cannot open a database in a folder with {' or '.join(map(repr, used))} in its path"
         remedy = "choose another folder, or set tracking=offline, or tracking.uri to a server"
         yield Fault("outputs_dir", problem, remedy, str(folder))
-
-
-def offline(*, experiment: str, run_name: str | None, log_model: bool | Literal["adapter"]) -> Tracking:
-    """Keep the records in the run folder only; ``sync`` can upload them later under these names."""
-    return Tracking("offline", experiment, run_name, log_model)
-
-
-def check_offline(*, experiment: str, run_name: str | None, **_: Any) -> Iterator[Fault]:
-    yield from _name_faults(experiment, run_name)
 
 
 def store_uri(tracking: Tracking, outputs_dir: str | Path) -> str:
