@@ -112,6 +112,18 @@ def test_a_database_that_sqlalchemy_would_open_elsewhere_is_refused(name: str):
     assert fault.problem == "must not contain ? or %"
 
 
+def test_a_run_below_such_a_folder_is_uploaded_to_another_store(tmp_path: Path):
+    rundir = prepared(tmp_path / "what?" / "run", *TINY, f"outputs_dir='{tmp_path}/what?'")
+    rundir.write_state(status="completed")
+    before = sorted(tmp_path.rglob("*"))
+    refused = runner("sync", str(rundir.path))
+    assert refused.returncode != 0
+    assert "MLflow cannot open a database with ? or % in its path" in refused.stdout + refused.stderr
+    assert [path for path in tmp_path.rglob("*.db*") if path not in before] == []
+    done = runner("sync", str(rundir.path), f"uri=sqlite:///{tmp_path}/mlflow.db")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_mlflow_gets_runs_below_any_other_folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / ALL_BUT_DATABASE).mkdir()
