@@ -58,7 +58,10 @@ def test_help_teaches_and_nothing_yet_is_no_error(capsys: pytest.CaptureFixture[
         code, out, _ = said_of(verb, "--help", capsys=capsys)
         assert code == 0
         assert f"python -m runner {verb} " in out.splitlines()[0]
-    assert said_of("status", capsys=capsys)[:2] == (0, "no runs below outputs yet: start one with python -m runner\n")
+    assert said_of("status", capsys=capsys)[:2] == (
+        0,
+        "no runs below outputs yet: start one with python -m runner; runs elsewhere: python -m runner status FOLDER\n",
+    )
 
 
 # status
@@ -80,6 +83,7 @@ def test_the_table_has_the_latest_and_all_that_is_unfinished(capsys: pytest.Capt
     assert len(shown) == 14
     assert shown == sorted(shown, reverse=True)
     assert "and 6 older ones" in out
+    assert out.endswith("these are the runs below outputs; runs elsewhere: python -m runner status FOLDER\n")
     assert len(re.findall(r"outputs/a/\d\d", said_of("status", "--all", capsys=capsys)[1])) == 20
     assert "seed=2" in said_of("status", "ablation", capsys=capsys)[1]
     assert "ablation" not in said_of("status", "outputs/a", capsys=capsys)[1]

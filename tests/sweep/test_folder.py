@@ -56,6 +56,36 @@ def test_two_jobs_in_one_folder_are_refused_and_the_sweep_stays_as_it_was(tmp_pa
     assert sweep.manifest.read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("folders", "problem"),
+    [
+        (("../x",), "is outside of the sweep's folder"),
+        (("a/../../x",), "is outside of the sweep's folder"),
+        (("/elsewhere",), "is outside of the sweep's folder"),
+        ((".",), "is outside of the sweep's folder"),
+        (("a", "a/b"), "is inside another run's folder"),
+        (("a/./b", "a/b"), "is the folder of more than one run"),
+    ],
+)
+def test_folders_outside_of_the_sweep_or_inside_each_other_are_refused(
+    folders: tuple[str, ...], problem: str, tmp_path: Path
+):
+    with pytest.raises(ResumeError, match=rf"hydra\.sweep\.subdir=.*: {problem}"):
+        join(SweepDir(tmp_path / "sweep"), *(wanted(seed, folder) for seed, folder in enumerate(folders)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_inside_another_is_refused_and_an_existing_one_continues(tmp_path: Path):
+    outer, inner = SweepDir(tmp_path / "a"), SweepDir(tmp_path / "a" / "b" / "c")
+    join(outer, wanted(1))
+    with pytest.raises(ResumeError, match=r"sweep=.*: is inside the folder of the sweep "):
+        join(inner, wanted(2))
+    assert not (outer.path / "b").exists()
+    inner.path.mkdir(parents=True)
+    inner.manifest.write_text('{"id": "1", "name": "b", "created": 1.0, "jobs": {}}')
+    assert join(inner, wanted(2))
+
+
 def test_who_waits_for_a_sweep_that_another_gives_up_makes_it_alone(tmp_path: Path):
     """The lock that it waited for is removed: who comes later would hold another one beside it."""
     sweep, first, waiting, inside = SweepDir(tmp_path / "sweep"), wanted(1), wanted(2), []

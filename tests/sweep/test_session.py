@@ -169,6 +169,31 @@ def test_a_named_sweep_and_named_folders(tmp_path: Path, cache: Path):
     assert [RunDir(sweep / name).read_state().status for name in ("job-1", "job-2")] == ["completed"] * 2
 
 
+def test_runs_in_deeper_folders_belong_to_the_sweep_and_nothing_else_is_put_there(tmp_path: Path, cache: Path):
+    import mlflow
+
+    words = ("-m", *SMALL, "seed=1,2", "sweep=mine", "hydra.sweep.subdir=part/job-${seed}")
+    done = runner(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "compare outputs/sweeps/mine\n" in done.stdout
+    sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "mine")
+    assert [job["folder"] for job in sweep.read()["jobs"].values()] == ["part/job-1", "part/job-2"]
+    assert attempts(sweep) == {"seed=1": 1, "seed=2": 1}
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
+    (experiment,) = [each.experiment_id for each in client.search_experiments() if each.name != "Default"]
+    runs = client.search_runs([experiment])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    assert sum("mlflow.parentRunId" in run.data.tags for run in runs) == 2
+    for inside in (
+        ("hydra.run.dir=outputs/sweeps/mine/a",),
+        ("-m", "seed=3,4", "hydra.sweep.dir=outputs/sweeps/mine/b"),
+    ):
+        refused = runner(*inside, *TINY, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert f"is inside the folder of the sweep {sweep.path}" in refused.stderr
+        assert not {"a", "b"} & {path.name for path in sweep.path.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

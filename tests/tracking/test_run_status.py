@@ -28,10 +28,10 @@ from runner.tracking.rundir import DIED
 def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
     job: slurm_client.Job, status: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ):
-    rundir = played("run", "killed", slurm={"job_id": "7", "cluster": "slurm", "submitted": 1.0})
+    rundir = played("run", "killed", slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm", "submitted": 1.0})
     rundir.write_state(reason=DIED, attempt=1)
     monkeypatch.setattr(slurm_client, "silence", lambda: "")
-    monkeypatch.setattr(slurm_client, "jobs", lambda _: {"7": job})
+    monkeypatch.setattr(slurm_client, "jobs", lambda refs: dict.fromkeys(refs, job))
     [found] = run_status.of([rundir])
     assert (found.status, found.reason) == (status, reason)
     assert rundir.read_state().status == ("killed" if status == "requeued" else status)
@@ -41,7 +41,7 @@ def test_a_job_that_nobody_noted_is_known_by_what_its_worker_wrote(monkeypatch: 
     rundir = played("run", "running")
     rundir.write_state(host="n7", scheduler_id="7")
     monkeypatch.setattr(slurm_client, "silence", lambda: "")
-    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {id: slurm_client.Job(id, "RUNNING") for id in ids})
+    monkeypatch.setattr(slurm_client, "jobs", lambda refs: {ref: slurm_client.Job(ref.id, "RUNNING") for ref in refs})
     assert run_status.of([rundir])[0].status == "running"
 
 
@@ -61,7 +61,7 @@ def test_slurm_that_answers_a_ping_alone_is_asked_once(
     for rundir in rundirs:
         note = {"name": rundir.path.name, "job_id": None, "cluster": "slurm", "folders": [str(rundir.path)]}
         write_atomic(rundir.path / "slurm" / "runner-x.json", json.dumps(note))
-    noted = played("c", "pending", slurm={"job_id": "7", "cluster": "slurm", "submitted": 1.0})
+    noted = played("c", "pending", slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm", "submitted": 1.0})
     assert run_status.of([*rundirs, noted])[2].status == "unknown"
     assert questions == ["a"]
     assert caplog.text.count("Slurm does not answer") == 1

@@ -77,7 +77,7 @@ def test_without_a_controller_status_tells_what_it_knows(silent: str):
     rooms = Path("outputs", "mine")
     done, waiting, alone = (prepared(rooms / name, *TINY) for name in ("done", "waiting", "alone"))
     done.write_state(status="completed", step=3, total_steps=3)
-    waiting.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
+    waiting.update_manifest(slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm"})
     (alone.path / "slurm").mkdir()
     note = {"name": "runner-x", "job_id": None, "cluster": "slurm", "folders": [str(alone.path.absolute())]}
     (alone.path / "slurm" / "runner-x.json").write_text(json.dumps(note))
@@ -98,7 +98,7 @@ def test_slurm_is_asked_whether_it_answers_before_it_is_asked_anything(silent: s
     stub(Path("bin/squeue"), "echo asked >>asked")
     for name in ("a", "b"):
         rundir = prepared(Path("outputs", "mine", name), *TINY)
-        rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
+        rundir.update_manifest(slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm"})
     there = {"PATH": f"{Path('bin').absolute()}:{os.environ['PATH']}"}
     assert runner("status", **there, SLURM_CONF=silent).returncode == 0
     assert not Path("asked").exists()

@@ -131,9 +131,9 @@ class _Cancellation:
     def _cancel_jobs(self) -> None:
         from runner.tracking import slurm_client
 
-        jobs = {run.rundir.path: run.job.id for run in self._possible(self.runs) if run.job and run.job.is_active}
+        jobs = {run.rundir.path: run.job.ref for run in self._possible(self.runs) if run.job and run.job.is_active}
         try:
-            slurm_client.cancel(list(jobs.values()))
+            slurm_client.cancel(jobs.values())
         except RunnerError as error:
             for run in self.runs:
                 if run.rundir.path in jobs:

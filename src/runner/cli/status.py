@@ -126,11 +126,14 @@ def _text(groups: Sequence[_Group], words: args.Args) -> str:
         rows += [_Row.of_sweep(group)] if group.sweep else []
         runs = group.runs if _is_open(group) else []
         rows += [_Row.of_run(run, next(labels), indent=bool(group.sweep)) for run in runs]
+    folder, elsewhere = terminal.nearest(words.outputs_dir.absolute()), "runs elsewhere: python -m runner status FOLDER"
     if not rows:
-        return f"no runs below {terminal.nearest(words.outputs_dir.absolute())} yet: start one with python -m runner"
+        return f"no runs below {folder} yet: start one with python -m runner; {elsewhere}"
     lines = _table(rows)
     if len(shown) < len(groups):
         lines.append(f"and {len(groups) - len(shown)} older ones: python -m runner status --all")
+    if not words.words:
+        lines.append(f"these are the runs below {folder}; {elsewhere}")
     return "\n".join([*lines, *_hints(shown)])
 
 

@@ -14,6 +14,7 @@ from runner.errors import ConfigError, Fault
 from runner.launch.launcher import Launcher
 from runner.tracking import environment, manifest, resume
 from runner.tracking.rundir import RunDir
+from runner.tracking.sweepdir import refuse_inside, refuse_slurm_room
 from runner.train.distributed import parallel
 
 
@@ -83,9 +84,13 @@ def prepared(job: Job, folder: Path, command: list[str], *, is_new: bool = False
         is_new: create a new folder, with another name if ``folder`` exists.
         notes: more entries of manifest.json.
     """
+    if "cluster" in job.cfg["launcher"]:
+        refuse_slurm_room(folder)
     if not is_new and RunDir(folder).manifest.exists():
         manifest.refuse_other(RunDir(folder), job.cfg)
         return RunDir(folder)
+    if not notes.get("sweep"):
+        refuse_inside(folder, "hydra.run.dir")
     folder, created = resume.make(folder, is_new=is_new)
     name = {"name": job.cfg["name"] or notes["label"]} if notes.get("label") else {}
     try:

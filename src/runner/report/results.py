@@ -57,7 +57,7 @@ class Result:
 
 def of_folders(rundirs: Sequence[RunDir], outputs_dir: Path) -> list[Result]:
     """The current results of these runs; a run with damaged files has the status ``damaged``."""
-    sweeps = {rundir.path.parent for rundir in rundirs if sweep_of(rundir)}
+    sweeps = {sweep.path for sweep in map(sweep_of, rundirs) if sweep}
     return [_of(status, outputs_dir, is_one_sweep=len(sweeps) < 2) for status in run_status.of(rundirs)]
 
 

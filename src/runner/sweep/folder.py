@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from runner.errors import Fault, ResumeError
@@ -21,7 +23,7 @@ from runner.secrets import redact
 from runner.tracking.manifest import refuse_files, refuse_other, signature
 from runner.tracking.resume import rebuild
 from runner.tracking.rundir import DONE, RunDir
-from runner.tracking.sweepdir import SweepDir
+from runner.tracking.sweepdir import SweepDir, refuse_inside
 
 OTHERS = {".sweep.lock", ".search.lock", "search.journal", "multirun.yaml"}
 """Files that may exist in the folder before sweep.json: ours, and those of other Hydra sweepers."""
@@ -92,9 +94,10 @@ def _with(
     known = manifest["jobs"]
     for job in jobs:
         if job.signature not in known:
-            folder = job.folder or f"{len(known):03d}-{job.signature[:8]}"
+            default = f"{len(known):03d}-{job.signature[:8]}"
+            folder = os.path.relpath(sweep.path / job.folder, sweep.path) if job.folder else default
             known[job.signature] = {"folder": folder, "label": job.label}
-    _refuse_shared([entry["folder"] for entry in known.values()])
+    _refuse_folders(sweep, [entry["folder"] for entry in known.values()])
     rundirs = [RunDir(sweep.path / known[job.signature]["folder"]) for job in jobs]
     for rundir, job in zip(rundirs, jobs, strict=True):
         refuse_files(rundir.path)
@@ -127,6 +130,8 @@ def refuse(sweep: SweepDir) -> None:
     Raises:
         ResumeError: the folder is in use.
     """
+    if not sweep.manifest.exists():
+        refuse_inside(sweep.path, "sweep")
     path, names = sweep.path, set[str]()
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{sweep.manifest.name}.")}
@@ -135,7 +140,15 @@ def refuse(sweep: SweepDir) -> None:
         raise ResumeError(Fault("sweep", "this folder contains other files and no sweep", remedy, path))
 
 
-def _refuse_shared(names: list[str]) -> None:
+def _refuse_folders(sweep: SweepDir, names: list[str]) -> None:
+    """Refuse run folders that several runs share, that lie inside each other, or that are not inside the sweep's."""
+    paths = [Path(os.path.normpath(sweep.path.absolute() / name)) for name in names]
+    outside = [name for name, path in zip(names, paths, strict=True) if sweep.path.absolute() not in path.parents]
+    nested = [name for name, path in zip(names, paths, strict=True) if {*paths} & {*path.parents}]
+    for problem, refused in (("is outside of the sweep's folder", outside), ("is inside another run's folder", nested)):
+        if refused:
+            remedy = "change it, or remove it"
+            raise ResumeError(*(Fault("hydra.sweep.subdir", problem, remedy, name) for name in refused))
     if shared := [name for name, count in Counter(names).items() if count > 1]:
         problem, remedy = "is the folder of more than one run", "include the swept keys in it, or remove it"
         raise ResumeError(*(Fault("hydra.sweep.subdir", problem, remedy, name) for name in shared))

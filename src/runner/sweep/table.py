@@ -5,6 +5,7 @@ from __future__ import annotations
 from runner import terminal
 from runner.tracking import metrics_log, run_status
 from runner.tracking.rundir import DONE, RunDir
+from runner.tracking.sweepdir import home_of
 
 
 def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
@@ -22,7 +23,7 @@ def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
     terminal.table("sweep", ["run", "status", "held-out loss", "folder"], rows)
     for reason in reasons:  # below the table: line breaks in a column would make reasons hard to read and to search
         terminal.say(reason)
-    home = terminal.nearest(runs[0][1].path.parent)
+    home = terminal.nearest(home_of(runs[0][1]))
     states = {run.status for run in statuses}
     if is_detached or any(run.is_live for run in statuses):
         terminal.say(f"next     python -m runner status {home}")

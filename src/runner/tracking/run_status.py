@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from runner.errors import DamagedError
-from runner.tracking import lookup
+from runner.tracking import lookup, slurm_jobs
 from runner.tracking.rundir import DIED, DONE, RunDir, State, Status
-from runner.tracking.slurm_jobs import Queue
+from runner.tracking.slurm_client import JobRef
+from runner.tracking.slurm_jobs import NO_JOB, Queue
 from runner.tracking.sweepdir import SweepDir, home_of, sweep_of
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def of(rundirs: Sequence[RunDir]) -> list[RunStatus]:
     """The current status of these runs; an outdated state.json is corrected."""
     slurm = Queue()
     runs = [_with_job_id(_read(rundir), slurm) for rundir in rundirs]
-    jobs = slurm.jobs(_job_id(run) for run in runs if _may_have_a_job(run))
+    jobs = slurm.jobs(slurm_jobs.ref(run.manifest) for run in runs if _may_have_a_job(run))
     context = _Context(slurm_is_silent=jobs is None)
-    return [_resolve(run, (jobs or {}).get(_job_id(run)), context) for run in runs]
+    return [_resolve(run, (jobs or {}).get(slurm_jobs.ref(run.manifest)), context) for run in runs]
 
 
 def write(run: RunStatus, status: str, reason: str) -> RunStatus:
@@ -108,15 +109,7 @@ def holder(rundir: RunDir) -> int | None:
 
 def supervisor(run: RunStatus) -> int | None:
     """Pid of the local submitit process that supervises the run (launcher.cluster=local); None if there is none."""
-    slurm = run.manifest.get("slurm") or {}
-    if slurm.get("cluster") != "local":
-        return None
-    import psutil
-
-    with contextlib.suppress(psutil.Error, ValueError):
-        pid = int(slurm["job_id"])
-        return pid if any("submitit" in word for word in psutil.Process(pid).cmdline()) else None
-    return None
+    return slurm_jobs.supervisor(run.rundir, run.manifest)
 
 
 def here() -> str:
@@ -156,15 +149,16 @@ def _with_job_id(run: RunStatus, slurm: Queue) -> RunStatus:
     state = run.state
     if run.status not in ("pending", "running") or run.manifest.get("slurm"):
         return run
-    job = state.scheduler_id if state.status == "running" and state.host not in ("", here()) else ""
-    job = job or slurm.unrecorded_jobs(home_of(run.rundir)).get(str(run.rundir.path), "")
-    return replace(run, manifest={**run.manifest, "slurm": {"job_id": job}}) if job else run
+    job = NO_JOB
+    if state.status == "running" and state.scheduler_id and state.host not in ("", here()):
+        job = JobRef(state.scheduler_id, str(run.manifest.get("scheduler_name") or ""))
+    if job == NO_JOB:
+        job = slurm.unrecorded_jobs(home_of(run.rundir)).get(str(run.rundir.path), NO_JOB)
+    return replace(run, manifest={**run.manifest, "slurm": {"job_id": job.id, "name": job.name}}) if job.id else run
 
 
 def _job_id(run: RunStatus) -> str:
-    slurm = run.manifest.get("slurm") or {}
-    is_slurm = slurm.get("cluster") not in ("local", "debug")  # with these, submitit runs the job without Slurm
-    return str(slurm.get("job_id") or "") if is_slurm else ""
+    return slurm_jobs.ref(run.manifest).id
 
 
 def _may_have_a_job(run: RunStatus) -> bool:

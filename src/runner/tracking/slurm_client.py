@@ -1,6 +1,7 @@
 """Query and control Slurm jobs with its commands ``squeue``, ``sacct``, ``scontrol``, ``scancel`` and ``sinfo``.
 
-A job id is ``123``, or ``123_4`` for task 4 of a job array.
+A job id is ``123``, or ``123_4`` for task 4 of a job array. Slurm uses ids again (another cluster, a counter that was
+reset), so a job is identified by its id and its random name.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from runner.errors import Fault, LaunchError
 
@@ -28,11 +29,26 @@ ACTIVE = (
 ON_ITS_WAY = ("REQUEUED", "PREEMPTED", "NODE_FAIL")
 """States in sacct after which the job may start again; squeue does not list such a job for a short time."""
 
+OF_SLURM = (
+    "SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SCONTROL_",
+    "SUBMITIT_",
+)  # fmt: skip
+CONNECTION = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+OF_RANKS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Environment variables of torch.distributed."""
+
 LONGEST_WAIT_S = 60.0
 """Timeout of a Slurm command: a busy controller is slow."""
 
 LONGEST_PING_S = 20.0
 """Timeout of ``scontrol ping``: twice Slurm's default MessageTimeout."""
+
+
+class JobRef(NamedTuple):
+    """Identity of a job."""
+
+    id: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -51,14 +67,19 @@ class Job:
     """The signal that ended the job; 0 if none did."""
     is_guess: bool = False
     """True if Slurm lists the array without this task: cancelled while pending, or purged after it had run."""
+    name: str = ""
+
+    @property
+    def ref(self) -> JobRef:
+        return JobRef(self.id, self.name)
 
     @property
     def is_active(self) -> bool:
         return self.state in ACTIVE
 
 
-def jobs(ids: Iterable[str]) -> dict[str, Job]:
-    """Job id → job, for those ``ids`` that Slurm lists: one call of squeue, and one of sacct if squeue is not enough.
+def jobs(refs: Iterable[JobRef]) -> dict[JobRef, Job]:
+    """The jobs that Slurm lists with both id and name: one call of squeue, and one of sacct if squeue is not enough.
 
     For pending and running jobs squeue has priority: sacct reports NODE_FAIL for a while after a job was requeued
     because its node died. Without accounting, ended jobs are found only as long as squeue lists them (MinJobAge).
@@ -66,16 +87,16 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     Raises:
         LaunchError: squeue is missing, or the controller does not answer.
     """
-    ids = sorted(set(ids))
-    if not ids:
+    refs = sorted({ref for ref in refs if ref.id and ref.name})
+    if not refs:
         return {}
-    squeue = _squeue(ids)
-    queued = {id: squeue[id] for id in ids if id in squeue}
-    sacct = _sacct([id for id in ids if id not in queued or not queued[id].is_active])
-    ended = {id: sacct[id] for id in ids if id in sacct and (not sacct[id].is_active or id not in queued)}
-    if restarting := [id for id, job in ended.items() if job.state in ON_ITS_WAY]:
-        ended.update({id: job for id, job in _squeue(restarting).items() if id in restarting and job.is_active})
-    return {**_unlisted_tasks(ids, [*squeue, *sacct]), **queued, **ended}
+    squeue = _squeue(refs)
+    queued = {ref: squeue[ref] for ref in refs if ref in squeue}
+    sacct = _sacct([ref for ref in refs if ref not in queued or not queued[ref].is_active])
+    ended = {ref: sacct[ref] for ref in refs if ref in sacct and (not sacct[ref].is_active or ref not in queued)}
+    if restarting := [ref for ref, job in ended.items() if job.state in ON_ITS_WAY]:
+        ended.update({ref: job for ref, job in _squeue(restarting).items() if ref in restarting and job.is_active})
+    return {**_unlisted_tasks(refs, [*squeue, *sacct]), **queued, **ended}
 
 
 def named(name: str) -> list[str]:
@@ -103,7 +124,7 @@ def fate(id: str, restarts: int) -> Fate:
     if int(facts.get("Restarts", 0)) > restarts or state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
         return "requeued"
     # COMPLETING does not show the cause: sacct has it, else the signal (Slurm sends one only to a cancelled job).
-    job = _sacct([id]).get(id)
+    job = next((job for ref, job in _sacct([JobRef(id, "")]).items() if ref.id == id), None)
     if job is None:
         return "cancelled" if state == "CANCELLED" or facts.get("ExitCode") == "0:15" else "ended"
     if job.state in ON_ITS_WAY:
@@ -131,6 +152,11 @@ def own_id() -> str:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
 
+def own_ref() -> JobRef:
+    """That job; it has no name outside of a job."""
+    return JobRef(own_id(), os.environ.get("SLURM_JOB_NAME", ""))
+
+
 def own_restarts() -> int:
     """Number of requeues of that job before this process started."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
@@ -153,14 +179,15 @@ def requeue(id: str) -> None:
     _lines(["scontrol", "requeue", id])
 
 
-def cancel(ids: Sequence[str]) -> None:
+def cancel(refs: Iterable[JobRef]) -> None:
     """Cancel pending or running jobs: SIGTERM to each process, and SIGKILL after the cluster's KillWait.
 
     Raises:
-        LaunchError: with Slurm's reason. A job that has already ended is no error.
+        LaunchError: with Slurm's reason. A job that has already ended, or has another name, is no error.
     """
-    if ids:
-        _lines(["scancel", *sorted(set(ids))])
+    # Not ``scancel --name``: it cancels a whole array where one pending task is named (Slurm 22.05).
+    if ids := sorted(ref.id for ref, job in jobs(refs).items() if job.is_active):
+        _lines(["scancel", *ids])
 
 
 def settings(*names: str) -> dict[str, str]:
@@ -180,6 +207,19 @@ def sinfo(format: str, partition: str | None = None) -> list[str]:
     return list(dict.fromkeys(line.strip() for line in _lines(command, or_none=True)))
 
 
+def environment() -> dict[str, str]:
+    """The environment of every call of a Slurm command.
+
+    Without the user's defaults for these commands (formats, filters, sort orders, confirmations, what jobs inherit) and
+    without what describes the job that this process runs in.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in CONNECTION or not (name.startswith(OF_SLURM) or name in OF_RANKS)
+    }
+
+
 def refuse_unreachable() -> None:
     """Fail at once if Slurm cannot be reached; sbatch would wait a minute.
 
@@ -190,6 +230,10 @@ def refuse_unreachable() -> None:
         if shutil.which(command) is None:
             remedy = "start from a machine of the cluster, or set launcher.cluster=local to run here"
             raise LaunchError(Fault("launcher", f"{command} is not on this machine's PATH", remedy, "slurm"))
+    for name in ("SLURM_CLUSTERS", "SBATCH_CLUSTERS"):
+        if value := os.environ.get(name):
+            problem = f"{name} is set, but jobs can be followed only on the cluster of this machine"
+            raise LaunchError(Fault("launcher", problem, "unset it, or start from a machine of that cluster", value))
     conf = os.environ.get("SLURM_CONF")
     if conf and not Path(conf).is_file():
         raise LaunchError(Fault("launcher", f"SLURM_CONF={conf} is not a file", "correct or unset SLURM_CONF", "slurm"))
@@ -205,7 +249,7 @@ def silence() -> str:
     retry for longer.
     """
     try:
-        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=LONGEST_PING_S, check=False)
+        done = _run(["scontrol", "ping"], LONGEST_PING_S)
     except FileNotFoundError:
         return "scontrol is not on this machine's PATH"
     except subprocess.TimeoutExpired:
@@ -215,55 +259,75 @@ def silence() -> str:
     return "" if re.search(r"is UP", done.stdout) else _first_line(done.stdout + done.stderr)
 
 
-def _squeue(ids: Sequence[str]) -> dict[str, Job]:
+def _squeue(refs: Iterable[JobRef]) -> dict[JobRef, Job]:
     """The jobs that squeue lists, also those that ended within MinJobAge; each array task is one job."""
-    bases = ",".join(sorted({id.partition("_")[0] for id in ids}))
-    format = "--format=%i|%T|%r|%N"
-    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={bases}", format]
+    format = "--format=%i|%T|%r|%N|%j"
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={_bases(refs)}", format]
     try:
         lines = _lines(command)
     except LaunchError as error:
         if "Invalid job id" in str(error):  # the message if it lists none of them
             return {}
         raise
-    return {job.id: job for job in map(_parse_squeue, lines)}
+    return {job.ref: job for job in map(_parse_squeue, lines)}
 
 
-def _unlisted_tasks(ids: Sequence[str], listed: Iterable[str]) -> dict[str, Job]:
+def _bases(refs: Iterable[JobRef]) -> str:
+    """The ids of jobs and arrays, as an argument of Slurm's commands."""
+    return ",".join(sorted({ref.id.partition("_")[0] for ref in refs}))
+
+
+def _unlisted_tasks(refs: Iterable[JobRef], listed: Iterable[JobRef]) -> dict[JobRef, Job]:
     """Array tasks missing in Slurm though it lists the array: tasks cancelled while pending leave no record."""
-    arrays = {id.partition("_")[0] for id in listed}
-    return {id: Job(id, "CANCELLED", is_guess=True) for id in ids if "_" in id and id.partition("_")[0] in arrays}
+    arrays = {(ref.id.partition("_")[0], ref.name) for ref in listed}
+    return {
+        ref: Job(ref.id, "CANCELLED", is_guess=True, name=ref.name)
+        for ref in refs
+        if "_" in ref.id and (ref.id.partition("_")[0], ref.name) in arrays
+    }
 
 
 def _parse_squeue(line: str) -> Job:
-    id, state, reason, nodes = line.split("|", 3)
-    return Job(id, state, "" if reason == "None" else reason, nodes)
+    id, state, reason, nodes, name = line.split("|", 4)
+    return Job(id, state, "" if reason == "None" else reason, nodes, name=name)
 
 
-def _sacct(ids: Sequence[str]) -> dict[str, Job]:
-    """The jobs that sacct lists, and the arrays they belong to; empty if there is no accounting."""
-    if not ids:
+def _sacct(refs: Iterable[JobRef]) -> dict[JobRef, Job]:
+    """The jobs that sacct lists, and the arrays they belong to; empty if there is no accounting.
+
+    A ref without a name finds the latest job with its id.
+    """
+    refs = list(refs)
+    if not refs:
         return {}
-    bases = ",".join(sorted({id.partition("_")[0] for id in ids}))
-    fields = "--format=JobID,State,ExitCode,NodeList,Reason"
-    command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={bases}", fields]
-    jobs = [_parse_sacct(line) for line in _lines(command, or_none=True) if line.count("|") >= 4]
-    return {job.id: job for job in jobs}
+    fields = "--format=JobID,State,ExitCode,NodeList,Reason,JobName"
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={_bases(refs)}", fields]
+    if names := ",".join(sorted({ref.name for ref in refs} - {""})):
+        command.append(f"--name={names}")  # else sacct lists only the latest job of an id that was used again
+    jobs = [_parse_sacct(line) for line in _lines(command, or_none=True) if line.count("|") >= 5]
+    return {job.ref: job for job in jobs}
 
 
 def _parse_sacct(line: str) -> Job:
-    id, state, code, nodes, reason = line.split("|", 4)
+    id, state, code, nodes, reason, name = line.split("|", 5)
     state = (state.split() or [""])[0].rstrip("+")
     number, _, signal = code.partition(":")
     ended = state not in ACTIVE
     reason = "" if reason == "None" else reason
-    return Job(id, state, reason, nodes, int(number) if ended and number else None, int(signal or 0))
+    return Job(id, state, reason, nodes, int(number) if ended and number else None, int(signal or 0), name=name)
+
+
+def _run(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def _lines(command: list[str], *, or_none: bool = False) -> list[str]:
     """Output lines of a Slurm command; ``or_none``: empty if the command is missing or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_WAIT_S, check=False)
+        done = _run(command, LONGEST_WAIT_S)
         problem = "" if done.returncode == 0 else done.stderr or done.stdout or f"exit code {done.returncode}"
     except FileNotFoundError:
         problem = "is not on this machine's PATH"

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.errors import Fault, LaunchError, ResumeError, RunnerError
 from runner.files import is_held, locked, read_json, write_atomic
 from runner.tracking.rundir import RunDir
+
+PATTERNS = {"%": "'%'", "\\": "'\\'", "\n": "a line break", "\r": "a line break"}
+"""Characters that Slurm and submitit do not take literally in the path of a log file, and their names."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,18 @@ def slurm_room(home: Path) -> Path:
     return home / "slurm"
 
 
+def refuse_slurm_room(folder: Path) -> None:
+    """Refuse a run folder that cannot contain the log files of a job.
+
+    Raises:
+        LaunchError: its path contains one of PATTERNS.
+    """
+    if names := {name: None for character, name in PATTERNS.items() if character in str(folder)}:
+        problem = f"contains {' and '.join(names)}, which Slurm replaces in the paths of log files"
+        remedy = "choose another folder with outputs_dir, hydra.run.dir or sweep"
+        raise LaunchError(Fault("launcher", f"the run folder {problem}: {str(folder)!r}", remedy, "slurm"))
+
+
 def home_of(rundir: RunDir) -> Path:
     """The folder from which a run is submitted: the folder of its sweep, or its own folder."""
     sweep = sweep_of(rundir)
@@ -105,6 +121,34 @@ def home_of(rundir: RunDir) -> Path:
 
 
 def sweep_of(rundir: RunDir) -> SweepDir | None:
-    """The sweep of a run; None for a single run."""
-    folder = rundir.path.parent
-    return SweepDir(folder) if (folder / "sweep.json").exists() else None
+    """The sweep of a run; None for a single run.
+
+    The sweep is the nearest one above: no other run or sweep can be created inside the folder of a sweep.
+    """
+    sweep = enclosing(rundir.path)
+    if sweep is None or sweep.path == rundir.path.parent:
+        return sweep
+    return sweep if any(rundir.path.absolute() == each.path.absolute() for each in _runs(sweep)) else None
+
+
+def enclosing(folder: Path) -> SweepDir | None:
+    """The sweep whose folder contains this one, which need not be one of its runs."""
+    return next((SweepDir(each) for each in folder.parents if (each / "sweep.json").exists()), None)
+
+
+def refuse_inside(folder: Path, key: str) -> None:
+    """Refuse a new run or sweep inside the folder of a sweep: status, sync and compare would not see it.
+
+    Raises:
+        ResumeError: contains that sweep; ``key``: the setting to change.
+    """
+    if sweep := enclosing(folder.absolute()):
+        problem = f"is inside the folder of the sweep {sweep.path}"
+        raise ResumeError(Fault(key, problem, "choose another name or folder", folder))
+
+
+def _runs(sweep: SweepDir) -> list[RunDir]:
+    try:
+        return sweep.rundirs()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RunnerError):  # damaged
+        return []

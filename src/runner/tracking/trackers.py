@@ -7,7 +7,7 @@ process, ``python -m runner.mirror FOLDER``, uploads the folder to MLflow and co
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from runner.secrets import redact
 
 DRIVERS = {"sqlite": "sqlite3", "postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
 """Databases that MLflow supports → the default driver module of SQLAlchemy."""
+NOT_IN_PATH = ("?", "%")
+"""Characters that are not literal in the URI of a sqlite database: SQLAlchemy would open another file."""
 LONGEST_NAME = 250
 
 
@@ -63,6 +65,17 @@ def check_offline(*, experiment: str, run_name: str | None, **_: Any) -> Iterato
     yield from _name_faults(experiment, run_name)
 
 
+def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    """Check a tracker together with the rest of the configuration."""
+    if "uri" not in cfg["tracking"] or cfg["tracking"]["uri"] is not None:
+        return
+    folder = Path(cfg["outputs_dir"]).expanduser().absolute()
+    if used := [character for character in NOT_IN_PATH if character in str(folder)]:
+        problem = f"MLflow cannot open a database in a folder with {' or '.join(map(repr, used))} in its path"
+        remedy = "choose another folder, or set tracking=offline, or tracking.uri to a server"
+        yield Fault("outputs_dir", problem, remedy, str(folder))
+
+
 def store_uri(tracking: Tracking, outputs_dir: str | Path) -> str:
     """URI of the MLflow store of a run: the configured one, else the embedded database in ``outputs_dir``."""
     return tracking.uri or f"sqlite:///{Path(outputs_dir).expanduser().absolute() / 'mlflow.db'}"
@@ -86,6 +99,8 @@ def _uri_faults(uri: str) -> Iterator[Fault]:
         if not uri.startswith("sqlite:////"):
             remedy = "write an absolute path (four slashes: sqlite:////path/mlflow.db), or leave uri=null"
             yield Fault("uri", "must name a database file by its absolute path", remedy)
+        elif any(character in uri for character in NOT_IN_PATH):
+            yield Fault("uri", f"must not contain {' or '.join(NOT_IN_PATH)}", "choose another path for the database")
     elif importlib.util.find_spec(driver or DRIVERS[database]) is None:
         remedy = "install it, or use an MLflow server (http://…) that is connected to the database"
         yield Fault("uri", f"needs the package {driver or DRIVERS[database]}, which is not installed", remedy)

@@ -245,6 +245,8 @@ def _begin(rundir: RunDir, loaded: Loaded) -> None:
     rundir.update_manifest(**report.manifest(inputs, parts, rundir))
     if progress.step:
         log.info(f"resumed at step {progress.step}/{inputs.total_steps}")
+    if slurm_client.own_id():
+        rundir.update_manifest(scheduler_name=slurm_client.own_ref().name)
     state = rundir.read_state()
     rundir.write_state(
         status="running", attempt=state.attempt + 1, pid=os.getpid(), host=os.uname().nodename, reason="",

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 from conftest import TINY, option, prepared
 from fixtures.slurm_runs import SHORT, SLURM, mlflow_runs, runner
+from submitit.local.local import start_controller
 
 from runner.errors import LaunchError
 from runner.launch.slurm import monitor, submission
 from runner.tracking import slurm_client
 from runner.tracking.rundir import RunDir
-from runner.tracking.sweepdir import SweepDir
+from runner.tracking.slurm_client import Job
+from runner.tracking.sweepdir import SweepDir, slurm_room
 
 
 @pytest.mark.slurm
@@ -42,7 +43,8 @@ def test_a_search_goes_on_as_jobs_end(slurm: None):
 def supervised(folder: Path) -> tuple[RunDir, subprocess.Popen[bytes]]:
     """A run that a process other than this one sees to; it is what submitit's local cluster looks like."""
     rundir = prepared(folder, *TINY)
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"])
+    slurm_room(folder).mkdir()
+    process = start_controller(slurm_room(folder), "sleep 60")
     rundir.update_manifest(slurm={"job_id": str(process.pid), "cluster": "local"})
     return rundir, process
 
@@ -66,9 +68,9 @@ class One:
 def test_a_search_does_not_follow_a_job_that_it_did_not_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its earlier job does not leave its nodes: an end of that one would be taken for this one's."""
     rundir, sweep = prepared(tmp_path / "run", *TINY), SweepDir(tmp_path)
-    rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
+    rundir.update_manifest(slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm"})
     rundir.write_state(status="failed")
-    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {id: slurm_client.Job(id, "COMPLETING") for id in ids})
+    monkeypatch.setattr(slurm_client, "jobs", lambda refs: {ref: Job(ref.id, "COMPLETING") for ref in refs})
     monkeypatch.setattr(slurm_client, "settings", lambda *_: {})
     monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
     source = One(rundir)

@@ -47,9 +47,11 @@ def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.Monkey
     for name in list(os.environ):
         if name.startswith(("SBATCH_", "SLURM_JOB_ID")):
             monkeypatch.delenv(name)
-    kept = {"SBATCH_PARTITION": "low", "SBATCH_EXPORT": "NONE", "SBATCH_MEM_PER_CPU": "9"}
+    kept = {"SBATCH_PARTITION": "low", "SBATCH_MEM_PER_CPU": "9"}
     of_ours = dict.fromkeys(("JOB_NAME", "SIGNAL", "NO_REQUEUE", "ARRAY_INX", "OUTPUT", "ERROR", "OPEN_MODE"), "1")
-    removed = {f"SBATCH_{name}": value for name, value in {**of_ours, "TIMELIMIT": "1", "WAIT": "1"}.items()}
+    removed = {
+        f"SBATCH_{name}": value for name, value in {**of_ours, "TIMELIMIT": "1", "WAIT": "1", "EXPORT": "NONE"}.items()
+    }
     of_given = dict.fromkeys(("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS", "SBATCH_MEM_PER_NODE", "SBATCH_HINT"), "9")
 
     def seen_by_sbatch(**asked: object) -> dict[str, str]:

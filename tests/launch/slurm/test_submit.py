@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, option, prepared
+from conftest import TINY, jobs_of, option, prepared
 from fixtures.slurm_runs import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says, until
 from fixtures.users_functions import HELD, OWN_FUNCTION, write_rows
 
@@ -18,6 +18,7 @@ from runner.cli import main
 from runner.launch.slurm import submission, submit
 from runner.tracking import slurm_client
 from runner.tracking.rundir import RunDir
+from runner.tracking.slurm_client import Job
 from runner.tracking.sweepdir import SweepDir, slurm_room
 
 ENDLESS = (*TINY, "train.max_steps=100000", "train.save_steps=1000")
@@ -63,6 +64,21 @@ def test_a_sweep_that_sbatch_did_not_take_is_not_said_to_run(slurm: None):
     assert [run.info.status for run in mlflow_runs()] == ["KILLED"] * 3
     assert runner(*words).returncode == 0
     assert sorted(run.info.status for run in mlflow_runs()) == ["RUNNING", "SCHEDULED", "SCHEDULED"]
+
+
+@pytest.mark.slurm
+def test_a_sweep_is_submitted_although_its_terminal_is_closed_meanwhile(slurm: None):
+    Path("bin").mkdir()
+    real = shutil.which("sbatch")
+    hangup = f'kill -HUP $PPID\nsleep 0.5\nexec {real} "$@"\n'
+    Path("bin/sbatch").write_text(f'#!/bin/bash\n[[ "$*" == *--test-only* ]] && exec {real} "$@"\n{hangup}')
+    Path("bin/sbatch").chmod(0o755)
+    words = ("-m", *SHORT, *SLURM, HELD, "launcher.tasks_per_node=1,2", "tracking=offline")  # a submission each
+    done = runner(*words, PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    rundirs = SweepDir(Path("outputs/sweeps/launcher.tasks_per_node").absolute()).rundirs()
+    assert sorted(map(job_of, rundirs)) == sorted(jobs_of(Path.cwd()))
+    assert len(rundirs) == 2
 
 
 @pytest.mark.slurm
@@ -185,9 +201,9 @@ def test_debug_works_in_this_process(tmp_path: Path, cache: Path, monkeypatch: p
 
 def test_a_job_that_is_leaving_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rundir = prepared(tmp_path / "run", *TINY)
-    rundir.update_manifest(slurm={"job_id": "7", "cluster": "slurm"})
+    rundir.update_manifest(slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm"})
     states = ["COMPLETING", "COMPLETING", "CANCELLED"]
-    monkeypatch.setattr(slurm_client, "jobs", lambda ids: {id: slurm_client.Job(id, states.pop(0)) for id in ids})
+    monkeypatch.setattr(slurm_client, "jobs", lambda refs: {ref: Job(ref.id, states.pop(0)) for ref in refs})
     monkeypatch.setattr(submission.time, "sleep", lambda _: None)
     rundir.write_state(status="killed", reason="cancelled by me")
     assert submission.wait_until_left([rundir]) == []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import LaunchError
+from runner.launch.slurm import snapshot
 from runner.signals import signals_to
 from runner.tracking import slurm_client
 from runner.tracking.mirror import behind
@@ -40,6 +41,9 @@ def run(file: str) -> None:
     submission = json.loads(Path(file).read_text())
     rundir = RunDir(Path(submission["folders"][int(job.array_task_id or 0)]))
     os.environ.update(rank_environment(job))
+    if submission["code"]:
+        _refuse_other_code(rundir, Path(submission["code"]), job.global_rank)
+        sys.path.append(str(Path.cwd()))  # PYTHONSAFEPATH leaves it out
     first_step = rundir.saved_step()
     early: list[int] = []  # signals that arrive while no worker handles them
     with signals_to(lambda number, _: early.append(number)):
@@ -63,6 +67,23 @@ def rank_environment(job: Any) -> dict[str, str]:
         "LOCAL_RANK": str(job.local_rank),
         "LOCAL_WORLD_SIZE": str(job.num_tasks // job.num_nodes),
     }
+
+
+def _refuse_other_code(rundir: RunDir, code: Path, rank: int) -> None:
+    """End this process if it does not run the snapshot of the code.
+
+    Raises:
+        SystemExit: with code 1, after the reason is in state.json and MLflow.
+    """
+    if not (problem := snapshot.mismatch(code)):
+        return
+    deadline = time.monotonic() + REPORT_TIMEOUT_S
+    while rank and rundir.read_state().reason != problem and time.monotonic() < deadline:
+        time.sleep(0.2)  # rank 0 records it; when this rank exits, Slurm kills the others
+    if rundir.read_state().reason != problem:
+        rundir.write_state(status="failed")
+        _record_not_requeued(rundir, problem)
+    sys.exit(1)
 
 
 def _work(rundir: RunDir, job: Any, early: list[int]) -> int:

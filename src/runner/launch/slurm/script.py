@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import Fault, LaunchError, suggest
+from runner.launch.slurm import snapshot
 from runner.launch.slurm.request import SlurmRequest
 from runner.tracking import slurm_client
 from runner.train.memory import heap
@@ -40,6 +41,10 @@ CANDIDATES = (
 
 OURS = ("array", "output", "error", "open-mode", "job-name", "signal", "requeue", "no-requeue", "wrap")
 """Options of sbatch that runner sets to find and resume runs."""
+
+INHERITED = ("wait", "export")
+"""Options of sbatch that a default in the user's environment must not set: sbatch would wait for the end of the job, or
+the job would start without the variables that it needs."""
 
 KEYS = {
     "partition": ("PARTITION",), "account": ("ACCOUNT",), "qos": ("QOS",), "timeout_min": ("TIMELIMIT",),
@@ -84,8 +89,9 @@ def setup_lines(request: SlurmRequest, folder: Path, name: str, code: Path | Non
     pickle = shlex.quote(str(folder / f"{name}.pkl"))
     own = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     lines = [
-        "# copy the pickle here, in case the submitting process died before it could",
-        f'cp -n {pickle} {shlex.quote(str(folder))}/"{own}"_submitted.pkl',
+        "# copy the pickle here: the submitting process may have died, and an old job may have had this id",
+        f'cp {pickle} {shlex.quote(str(folder))}/"{own}"_submitted.pkl',
+        "export SLURM_EXPORT_ENV=ALL  # srun passes on the lines below, also if sbatch passed on nothing",
         "export SLURM_KILL_BAD_EXIT=1  # a rank that fails ends the others",
         "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since 22.05, srun does not inherit it from sbatch",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}",
@@ -93,10 +99,10 @@ def setup_lines(request: SlurmRequest, folder: Path, name: str, code: Path | Non
         f"export {heap.VARIABLE}={shlex.quote(heap.tunables())}",
     ]
     if code:
-        quoted = shlex.quote(str(code))
+        path = shlex.quote(str(snapshot.importable(code)))
         lines += [
-            f"export RUNNER_SNAPSHOT={quoted} PYTHONSAFEPATH=1",
-            f'export PYTHONPATH={quoted}"${{PYTHONPATH:+:$PYTHONPATH}}:$PWD"',
+            f"export RUNNER_SNAPSHOT={shlex.quote(str(code))} PYTHONSAFEPATH=1",
+            f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         ]
     return lines
 
@@ -123,27 +129,24 @@ def script(request: SlurmRequest, folder: Path, name: str, code: Path | None, ru
 
 @contextmanager
 def environment(request: SlurmRequest) -> Iterator[None]:
-    """Remove environment variables that override the script, or that belong to the job this process runs in."""
-    from submitit.helpers import clean_env
+    """While the block runs, this process has the environment for sbatch; the job inherits it.
 
-    removed = {name: os.environ.pop(name) for name in _overriding(request) if name in os.environ}
-    conf = os.environ.get("SLURM_CONF")
+    It is that of all Slurm commands, and the user's SBATCH_ defaults that do not override the script.
+    """
+    kept = set(slurm_client.environment())
+    if "SLURM_JOB_ID" not in os.environ:  # else they may be those of the job this process runs in
+        kept |= {name for name in os.environ if name.startswith("SBATCH_")} - _overriding(request)
+    removed = {name: os.environ.pop(name) for name in set(os.environ) - kept}
     try:
-        if "SLURM_JOB_ID" not in os.environ:
-            yield
-            return
-        with clean_env():
-            if conf:
-                os.environ["SLURM_CONF"] = conf
-            yield
+        yield
     finally:
         os.environ.update(removed)
 
 
 def _overriding(request: SlurmRequest) -> set[str]:
-    """Variables that override the user's keys or runner's own options, or that make sbatch wait for the job to end."""
+    """Variables that override the user's keys or runner's own options, and those of INHERITED."""
     of_keys = [name for key, names in KEYS.items() if getattr(request, key) is not None for name in names]
-    options = [*OURS, "wait", *(name.replace("_", "-") for name in request.additional_parameters)]
+    options = [*OURS, *INHERITED, *(name.replace("_", "-") for name in request.additional_parameters)]
     of_options = [OTHER_NAMES.get(option, option.upper().replace("-", "_")) for option in options]
     return {f"SBATCH_{name}" for name in [*of_keys, *of_options]}
 

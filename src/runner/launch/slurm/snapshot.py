@@ -6,15 +6,19 @@ PYTHONPATH. The user's own code is in the run folder already.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from runner import PACKAGE
 from runner.config import bind
+from runner.errors import Fault, LaunchError
+from runner.files import cache_dir
 
 
 def take(home: Path) -> Path:
@@ -25,13 +29,50 @@ def take(home: Path) -> Path:
     """
     files = dict(_code())
     content = {name: files[name].read_bytes() for name in sorted(files)}
-    digest = hashlib.sha256()
-    for name, data in content.items():
-        digest.update(f"{name}\0{len(data)}\0".encode() + data)
-    folder = home / "code" / digest.hexdigest()[:16]
+    folder = home / "code" / _digest(content)
     if not folder.is_dir():
         _write(folder, content)
     return folder
+
+
+def importable(folder: Path) -> Path:
+    """The snapshot's folder for PYTHONPATH, which cannot hold a ``:``; then it is a link in the user's cache.
+
+    Raises:
+        LaunchError: the path of the cache contains ``:`` as well.
+    """
+    if os.pathsep not in str(folder):
+        return folder
+    link = cache_dir("snapshots").absolute() / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    if os.pathsep in str(link):
+        problem = f"PYTHONPATH cannot contain the code's snapshot: '{os.pathsep}' in its path and in that of the cache"
+        remedy = "set the environment variable RUNNER_CACHE to another folder, or launcher.snapshot=none"
+        raise LaunchError(Fault("RUNNER_CACHE", problem, remedy, link.parent))
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(folder)
+    return link
+
+
+def mismatch(folder: Path) -> str:
+    """Why this process does not run the code of the snapshot; empty if it does."""
+    if not (folder / "runner").is_dir():
+        return f"the snapshot of the code was removed: {folder}"
+    if not PACKAGE.samefile(folder / "runner"):
+        return (
+            f"the job runs {PACKAGE} instead of the snapshot {folder}: PYTHONPATH does not reach it; check "
+            "launcher.python, launcher.container and launcher.srun_args, or set launcher.snapshot=none"
+        )
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if _is_code(path)}
+    if _digest({name: path.read_bytes() for name, path in files.items()}) != folder.name:
+        return f"the snapshot of the code was changed: {folder}; launcher.snapshot=new takes the current code"
+    return ""
+
+
+def _digest(content: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(content):
+        digest.update(f"{name}\0{len(content[name])}\0".encode() + content[name])
+    return digest.hexdigest()[:16]
 
 
 def _write(folder: Path, content: dict[str, bytes]) -> None:
@@ -67,4 +108,8 @@ def _files(folder: Path) -> list[Path]:
         listed = ""
     # git lists nothing if the folder is ignored: a virtual environment in another project's checkout
     paths = [folder / name for name in listed.split("\0") if name] or folder.rglob("*")
-    return sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
+    return sorted(path for path in paths if _is_code(path))
+
+
+def _is_code(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".nfs")

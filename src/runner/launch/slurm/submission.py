@@ -15,8 +15,9 @@ from pathlib import Path
 
 from runner.files import write_atomic
 from runner.launch.slurm.request import Cluster, SlurmRequest
-from runner.tracking import slurm_client
+from runner.tracking import slurm_client, slurm_jobs
 from runner.tracking.rundir import RunDir
+from runner.tracking.slurm_client import JobRef
 from runner.tracking.sweepdir import slurm_room
 
 LONGEST_LEAVE_S = 120.0
@@ -41,6 +42,10 @@ class Submission:
     """Ids of the sweep's jobs that have to end first, joined by colons."""
     job_id: str | None = None
     """Slurm's id of the job or array; None until recorded."""
+
+    def refs(self) -> list[JobRef]:
+        """The job of each folder."""
+        return [JobRef(id, self.name) for id in self.job_ids()]
 
     def job_ids(self) -> list[str]:
         """The job id of each folder."""
@@ -105,11 +110,12 @@ def is_queued(rundirs: Sequence[RunDir]) -> list[bool]:
     Raises:
         LaunchError: squeue fails.
     """
-    jobs = [rundir.read_manifest().get("slurm") or {} for rundir in rundirs]
-    known = slurm_client.jobs(job["job_id"] for job in jobs if job.get("cluster") == "slurm")
-    active = {id for id, job in known.items() if job.is_active}
+    manifests = [rundir.read_manifest() for rundir in rundirs]
+    known = slurm_client.jobs(map(slurm_jobs.ref, manifests))
+    active = {ref for ref, job in known.items() if job.is_active}
     return [
-        job.get("job_id") in active or (job.get("cluster") == "local" and is_process(job["job_id"])) for job in jobs
+        slurm_jobs.ref(manifest) in active or slurm_jobs.supervisor(rundir, manifest) is not None
+        for rundir, manifest in zip(rundirs, manifests, strict=True)
     ]
 
 
@@ -120,12 +126,11 @@ def wait_until_left(rundirs: Sequence[RunDir]) -> list[RunDir]:
         LaunchError: squeue fails.
     """
     ended = [rundir for rundir in rundirs if rundir.read_state().status in ("killed", "failed")]
-    jobs = [(rundir, rundir.read_manifest().get("slurm") or {}) for rundir in ended]
-    ids = {job["job_id"]: rundir for rundir, job in jobs if job.get("cluster") == "slurm"}
+    refs = {slurm_jobs.ref(rundir.read_manifest()): rundir for rundir in ended}
     deadline = time.monotonic() + LONGEST_LEAVE_S
     while True:
-        known = slurm_client.jobs(ids)
-        leaving = [rundir for id, rundir in ids.items() if id in known and known[id].state == "COMPLETING"]
+        known = slurm_client.jobs(refs)
+        leaving = [rundir for ref, rundir in refs.items() if ref in known and known[ref].state == "COMPLETING"]
         if not leaving or time.monotonic() > deadline:
             return leaving
         time.sleep(1)
@@ -133,13 +138,3 @@ def wait_until_left(rundirs: Sequence[RunDir]) -> list[RunDir]:
 
 def _all(home: Path) -> list[Submission]:
     return [Submission(**json.loads(file.read_text())) for file in sorted(slurm_room(home).glob("runner-*.json"))]
-
-
-def is_process(pid: str) -> bool:
-    """Whether a job of submitit's local cluster is alive; its id is the pid of its supervisor process."""
-    try:
-        state = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
-        command = Path("/proc", pid, "cmdline").read_bytes()
-    except OSError:
-        return False
-    return state != "Z" and b"submitit" in command

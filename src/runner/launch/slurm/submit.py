@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,9 +46,20 @@ def submit(
         with (
             files.writing(home, LaunchError),
             locked(slurm_room(home) / ".lock"),  # concurrent commands submit one after the other
+            _ignoring_hangup(),
         ):
             refused += _submit_locked(request, home, members, before)
     return refused
+
+
+@contextlib.contextmanager
+def _ignoring_hangup() -> Iterator[None]:
+    """While the block runs, closing the terminal does not end this process: runs would stay pending without a job."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _submit_locked(
@@ -167,8 +179,8 @@ def _still_queued(request: SlurmRequest, home: Path) -> str:
     """
     if request.cluster != "slurm" or not request.array_parallelism:
         return ""
-    ids = [id for record in submission.recorded(home) if record.cluster == "slurm" for id in record.job_ids()]
-    active = {id.partition("_")[0] for id, job in slurm_client.jobs(ids).items() if job.is_active}
+    refs = [ref for record in submission.recorded(home) if record.cluster == "slurm" for ref in record.refs()]
+    active = {ref.id.partition("_")[0] for ref, job in slurm_client.jobs(refs).items() if job.is_active}
     return ":".join(sorted(active, key=int))
 
 
@@ -221,6 +233,7 @@ def _to_local(request: SlurmRequest, home: Path, record: Submission) -> str:
     """Start submitit's supervisor process on this machine, in its own session (no Ctrl-C); returns its pid."""
     from submitit import LocalExecutor
 
+    code = snapshot.importable(Path(record.code)) if record.code else None
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -231,7 +244,7 @@ def _to_local(request: SlurmRequest, home: Path, record: Submission) -> str:
             for number in (0, 1, 2):
                 os.dup2(devnull, number)
             if record.code:
-                path = [record.code, *filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
+                path = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
                 os.environ.update(RUNNER_SNAPSHOT=record.code, PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(path))
             executor = LocalExecutor(slurm_room(home), max_num_timeout=0, python=script.python(request))
             executor.update_parameters(

@@ -18,7 +18,7 @@ from runner.tracking.mlflow import parent_run, rest, store
 from runner.tracking.mlflow.parent_run import Publish
 from runner.tracking.mlflow.run import MlflowRun, explained
 from runner.tracking.rundir import RunDir, State, find_runs
-from runner.tracking.sweepdir import SweepDir, sweep_of
+from runner.tracking.sweepdir import SweepDir, home_of, sweep_of
 from runner.tracking.trackers import check_mlflow
 
 UNBEGUN, MIRRORED, ELSEWHERE = "not started yet", "its own upload process is running", "in another store: "
@@ -64,7 +64,7 @@ def sync(folders: Iterable[Path], uri: str | None = None, publish: Publish | Non
         skipped = [SyncResult(path, "", 0, None, ELSEWHERE + other) for path, other in stores.items() if other]
         sweeps = [sweep for sweep in sweeps if not stores[sweep.path]]
         # If a sweep is in another store, its runs belong below its parent run there.
-        runs = [run for run in runs if not stores[run.path] and not stores.get(run.path.parent)]
+        runs = [run for run in runs if not stores[run.path] and not stores[home_of(run)]]
     problems = {sweep: parent_run.try_open(sweep, uri, offline=True, restore=False) for sweep in sweeps}
     results = [_sync(rundir, uri, silent) for rundir in runs]
     return [*skipped, *results, *(_sync_parent(sweep, problems[sweep], publish) for sweep in sweeps)]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from runner.errors import Fault, TrackingError
 from runner.files import locked
 from runner.secrets import put_credentials
+from runner.tracking.trackers import NOT_IN_PATH
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,6 +50,9 @@ def connect(uri: str) -> MlflowClient:
         _use(uri := with_credentials(uri))
         return mlflow.MlflowClient(uri)
     database = Path(uri.removeprefix("sqlite:///"))
+    if any(character in uri for character in NOT_IN_PATH):  # a run that was offline, or whose folder was moved
+        problem = f"MLflow cannot open a database with {' or '.join(NOT_IN_PATH)} in its path"
+        raise TrackingError(Fault("uri", problem, "use another store with uri=…, or move the outputs folder", database))
     # Two processes that open a new database file at the same time corrupt it: MlflowClient opens it, so take a lock.
     with locked(database.with_name(f".{database.name}.lock")):
         if not database.exists():
