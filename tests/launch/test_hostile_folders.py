@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, composed, option, prepared
-from test_slurm import SHORT, SLURM, mlflow_runs, runner
+from fixtures.slurm_runs import SHORT, SLURM, mlflow_runs, runner
 
 from runner.errors import ConfigError, LaunchError
 from runner.launch.slurm import monitor, snapshot, submit

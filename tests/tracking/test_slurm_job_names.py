@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import TINY, prepared
+from fixtures.slurm_runs import SHORT, SLURM, runner, slurm_says, until
 from submitit.local.local import start_controller
-from test_slurm import SHORT, SLURM, runner, slurm_says, until
 
 from runner.cli import cancel
 from runner.launch.slurm import submission
