@@ -166,6 +166,9 @@ def shown(metrics: dict[str, float]) -> str:
         "train/tokens_per_second": ("tok/s", "{:.0f}"),
         "eval/loss": ("eval loss", "{:.4f}"),
         "eval/token_accuracy": ("accuracy", "{:.3f}"),
+        "eval/rewards/accuracies": ("accuracy", "{:.3f}"),
+        "train/rewards/margins": ("margin", "{:.3g}"),
+        "eval/rewards/margins": ("margin", "{:.3g}"),
     }
     return "  ".join(f"{label} {form.format(metrics[k])}" for k, (label, form) in formats.items() if k in metrics)
 

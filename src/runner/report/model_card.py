@@ -100,12 +100,9 @@ def _loading(kinds: tuple[Kind, ...], base: str, base_name: str, ask: str) -> It
 
 
 def _metrics(rundir: RunDir) -> Iterator[str]:
-    summary = rundir.read_state().summary
     yield "| held-out | before | after |\n|---|---|---|"
-    for name in ("eval/loss", "eval/perplexity"):
-        if isinstance(summary.get(name), int | float):
-            before = summary.get(f"{name} before")
-            yield f"| {name} | {f'{before:.4f}' if isinstance(before, int | float) else ''} | {summary[name]:.4f} |"
+    for name, (before, after) in metrics_log.before_and_after(rundir.read_state().summary).items():
+        yield f"| {name} | {before:.4f} | {after:.4f} |"
     later = {
         name: value for record in metrics_log.read_evaluations(rundir) for name, value in record["metrics"].items()
     }

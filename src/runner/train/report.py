@@ -186,7 +186,11 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     change = f"  ({(after - before) / before:+.1%})" if before else ""
     rows = [
         ["held-out loss", f"{before:.4f} → {after:.4f}{change}"],
-        *[[name, f"{first:.4g} → {last:.4g}"] for name, first, last in _changed(numbers)],
+        *[
+            [name.removeprefix("eval/"), f"{first:.4g} → {last:.4g}"]
+            for name, (first, last) in metrics_log.before_and_after(numbers).items()
+            if name != metrics_log.LOSS
+        ],
         ["steps, tokens", f"{numbers['steps']}, {numbers['train/tokens']} ({numbers['trained tokens']} trained)"],
         ["time", terminal.duration(numbers["training seconds"])],
     ]
@@ -196,12 +200,6 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     if peak := numbers.get("memory/peak_allocated_gib", numbers.get("memory/peak_rss_gib")):
         rows.append(["peak memory", f"{peak:.2f} GiB"])
     return rows
-
-
-def _changed(numbers: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """(name, value before training, value after) of the metrics that the summary shows beside the loss."""
-    names = [key.removesuffix(" before") for key in numbers if key.endswith(" before") and key != "eval/loss before"]
-    return [(name.removeprefix("eval/"), numbers[f"{name} before"], numbers[name]) for name in names]
 
 
 def _show_samples(rundir: RunDir) -> None:
