@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runner import terminal
 from runner.config import user_code
+from runner.config.check import LIMITS
 from runner.errors import ConfigError, Fault, ResumeError
 from runner.tracking import lookup, manifest
 from runner.tracking.rundir import RunDir
@@ -43,6 +45,9 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     if cfg["resume"] in (None, "auto"):
         return cfg
     others = [o for o in overrides if o.partition("=")[0].partition(".")[0] not in RESUME_KEYS]
+    if others and all(o.partition("=")[0].removeprefix("train.") in LIMITS for o in others):
+        problem = f"goes on to the end that the run began with, and cannot change it ({', '.join(others)})"
+        raise ResumeError(Fault("resume", problem, _longer(RunDir(_resumed(cfg)), others), cfg["resume"]))
     if others:
         problem = f"uses the configuration of that run and cannot change {', '.join(others)}"
         remedy = "remove these overrides, or start a new run with them"
@@ -53,6 +58,21 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         print(f"note: {name} was edited since this run began; the run continues with its own copy, {rundir.code}",
               file=sys.stderr)  # fmt: skip
     return frozen
+
+
+def _longer(rundir: RunDir, limits: list[str]) -> str:
+    """How to train a run further, to another end: the schedule of a run spans its length, so that is a new run."""
+    near, limit = terminal.nearest(rundir.path), " ".join(limits)
+    if not rundir.model.is_dir():
+        return f"continue it without {limit}: python -m runner resume={near}"
+    new = (
+        "a new run with the same other settings can train on from its weights, with a schedule and optimizer of its own"
+    )
+    if (rundir.model / "adapter_config.json").is_file():
+        merged = f"{near}-merged"
+        first = f"python -m runner export {near} {merged} --merged"
+        return f"{new}: {first}, then python -m runner model=local model.path={merged} {limit}"
+    return f"{new}: python -m runner model=local model.path={near}/model {limit}"
 
 
 def refuse(folder: Path, cfg: dict[str, Any]) -> None:

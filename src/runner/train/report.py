@@ -193,6 +193,7 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
         ],
         ["steps, tokens", f"{numbers['steps']}, {numbers['train/tokens']} ({numbers['trained tokens']} trained)"],
         ["time", terminal.duration(numbers["training seconds"])],
+        ["time of each part", ", ".join(f"{part} {_seconds(s)}" for part, s in numbers["part seconds"].items())],
     ]
     if rate := numbers.get("train/tokens_per_second"):
         mfu = f"  ({numbers['train/mfu']:.0%} of peak FLOP/s)" if numbers.get("train/mfu") else ""
@@ -200,6 +201,10 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     if peak := numbers.get("memory/peak_allocated_gib", numbers.get("memory/peak_rss_gib")):
         rows.append(["peak memory", f"{peak:.2f} GiB"])
     return rows
+
+
+def _seconds(seconds: float) -> str:
+    return terminal.duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _show_samples(rundir: RunDir) -> None:
