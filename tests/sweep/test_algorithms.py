@@ -71,3 +71,12 @@ def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path, 
     allowed = {*algorithms.OF_ALL, *algorithms.OF_TASK[task[0].removeprefix("task=")]}
     assert logged == allowed - {*elsewhere, "training seconds"}
     assert {metric for metric in allowed if search.value_of(rundir, metric) is None} == set(elsewhere)
+
+
+def test_a_task_of_your_own_may_log_any_evaluation_metric():
+    node = {"objective": ["eval/bits_per_token", "eval/loss"], "direction": ["minimize", "minimize"]}
+    assert not list(algorithms._metric_faults(node, "my_lab.focal"))
+    (fault,) = algorithms._metric_faults(node, "runner.tasks.sft.sft")
+    assert (fault.key, fault.value) == ("search.objective", "eval/bits_per_token")
+    (fault,) = algorithms._metric_faults({**node, "direction": ["maximize", "maximize"]}, "my_lab.focal")
+    assert "eval/loss" in fault.problem
