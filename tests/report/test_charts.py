@@ -41,7 +41,7 @@ def test_pictures_name_the_runs_and_the_units():
     drawing = page.Drawing([{"eval": Curve([0], [0], [0], [1.0])} for _ in runs], [], (board.axes[0], board.axes[1]))
     texts, axes = {}, {}
     for plot in (charts._loss, charts._tradeoff, charts._parallel):
-        axes[plot] = Figure().add_subplot()
+        axes[plot] = Figure(layout="constrained").add_subplot()
         plot(axes[plot], board, drawing)
         (legend,) = axes[plot].get_figure().legends
         texts[plot] = [text.get_text() for text in legend.get_texts()]
