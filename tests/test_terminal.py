@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 from fixtures.run_folders import _in_a_new_folder
 
 from runner import terminal
@@ -18,3 +21,38 @@ def test_long_names_stay_apart_when_they_are_cut():
         assert max(map(len, shown)) <= width
     assert terminal.told_apart([*names, "short"], 48)[0] == "…lora.r=8,lora.lora_alpha=16"
     assert terminal.told_apart([names[0], names[0]], 20) == [f"{names[0][:19]}…"] * 2
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The time that ``terminal`` reads; a test sets it."""
+    now = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    yield now
+    monkeypatch.undo()
+
+
+def test_an_evaluation_without_a_terminal_shows_a_line_every_ten_seconds(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+):
+    with terminal.Display(5) as display:
+        for done in range(9):
+            display.evaluating(done, 8)
+            clock[0] += 6.0
+        display.evaluating(0, 2)  # the next one is fast
+        display.evaluating(1, 2)
+        display.evaluating(2, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating 2/8  eta 36 s", "evaluating 4/8  eta 24 s", "evaluating 6/8  eta 12 s",
+    ]  # fmt: skip
+
+
+def test_the_time_of_a_part_inside_another_counts_once(clock: list[float]):
+    parts = terminal.Stopwatch()
+    for _ in range(2):
+        with parts.timing("training"):
+            clock[0] += 5.0
+            with parts.timing("evaluation"):
+                clock[0] += 2.0
+            clock[0] += 1.0
+    assert parts.seconds == {"evaluation": 4.0, "training": 12.0}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 log = logging.getLogger("runner")
+PROGRESS_S = 10.0
+"""Seconds between two lines about the progress of something slow, and before the first one."""
 
 
 @contextmanager
@@ -120,6 +122,7 @@ class Display:
         self.total_steps = total_steps
         self.bar: Progress | None = None
         self.task: Any = None
+        self.evaluation: Callable[[int, int], None] = lambda *_: None
 
     def __enter__(self) -> Display:
         if sys.stderr.isatty():
@@ -133,8 +136,17 @@ class Display:
             self.bar.stop()
 
     def evaluating(self, done: int, total: int) -> None:
+        """Show the progress of an evaluation, which begins with ``done`` 0: in the bar, or as a line now and then."""
+        if not done:
+            every_s, show = (0.0, self._describe) if self.bar else (PROGRESS_S, None)
+            self.evaluation = progress("evaluating", every_s, show)
+        self.evaluation(done, total)
+        if done == total:
+            self._describe("training")
+
+    def _describe(self, text: str) -> None:
         if self.bar:
-            self.bar.update(self.task, description=f"evaluating {done}/{total}" if done < total else "training")
+            self.bar.update(self.task, description=text)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Show one record of metrics: update the bar, or write a line."""
@@ -158,6 +170,9 @@ def shown(metrics: dict[str, float]) -> str:
         "train/tokens_per_second": ("tok/s", "{:.0f}"),
         "eval/loss": ("eval loss", "{:.4f}"),
         "eval/token_accuracy": ("accuracy", "{:.3f}"),
+        "eval/rewards/accuracies": ("accuracy", "{:.3f}"),
+        "train/rewards/margins": ("margin", "{:.3g}"),
+        "eval/rewards/margins": ("margin", "{:.3g}"),
     }
     return "  ".join(f"{label} {form.format(metrics[k])}" for k, (label, form) in formats.items() if k in metrics)
 
@@ -174,18 +189,46 @@ def loading(what: str) -> None:
     print(f"loading {what} …", file=sys.stderr)
 
 
-def progress(what: str, every_s: float = 5.0) -> Callable[[int, int], None]:
-    """Returns a function (done, count) that prints a line to stderr every few seconds, with the estimated time left."""
-    began = printed = time.monotonic()
+def progress(
+    what: str, every_s: float = PROGRESS_S, show: Callable[[str], None] | None = None
+) -> Callable[[int, int], None]:
+    """Returns a function (done, count) that shows a line every few seconds, with the estimated time left.
 
-    def show(done: int, count: int) -> None:
-        nonlocal printed
+    ``show``: gets the line instead of stderr.
+    """
+    began = shown_at = time.monotonic()
+
+    def update(done: int, count: int) -> None:
+        nonlocal shown_at
         now = time.monotonic()
-        if done and now - printed >= every_s:
-            printed = now
-            print(f"{what} {done}/{count}  eta {duration((now - began) / done * (count - done))}", file=sys.stderr)
+        if now - shown_at < every_s or done >= count:
+            return
+        shown_at = now
+        eta = f"  eta {duration((now - began) / done * (count - done))}" if done else ""
+        (show or _print)(f"{what} {done}/{count}{eta}")
 
-    return show
+    return update
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+class Stopwatch:
+    """Seconds spent in each part of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """Add the time of the block to ``part``; the time of a block inside it counts for the inner part only."""
+        began, before = time.monotonic(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            inner = sum(self.seconds.values()) - before
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began - inner
 
 
 def say(text: str) -> None:

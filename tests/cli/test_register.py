@@ -38,6 +38,8 @@ def test_a_registered_model_answers_in_a_process_of_its_own_and_over_http(capsys
     version = client.get_model_version_by_alias("bot", "champion")
     assert (version.version, version.run_id) in ((1, run_id(run)), ("1", run_id(run)))
     assert client.get_run(run_id(run)).info.status == "FINISHED"
+    assert version.description.startswith("# first\n")
+    assert f"{run.read_state().summary['eval/loss']:.4f}" in version.description
     pins = Path(mlflow.artifacts.download_artifacts("models:/bot/1", tracking_uri=uri), "requirements.txt").read_text()
     assert f"transformers=={__import__('transformers').__version__}" in pins
     model = AutoPeftModelForCausalLM.from_pretrained(run.model)

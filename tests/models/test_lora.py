@@ -156,6 +156,16 @@ def test_an_adapter_on_a_hub_model_names_its_id_and_commit(source: ModelSource, 
     assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", "0" * 40)
 
 
+def test_an_adapter_on_a_snapshot_in_the_cache_of_the_hub_names_its_id_and_commit(
+    source: ModelSource, tmp_path: Path
+) -> None:
+    base = load(source)
+    base.name_or_path = f"/home/me/.cache/huggingface/hub/models--owner--name/snapshots/{'1' * 40}"
+    pretrained.save(option("lora", "lora")(base), pretrained.tokenizer(source), tmp_path / "model")
+    written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", "1" * 40)
+
+
 def test_only_the_adapter_trains_and_in_float32(source: ModelSource) -> None:
     half = pretrained.load(ModelSource(source.path, None, "bfloat16", "auto", False, "tiny"), none.none(), "cpu")
     model = option("lora", "lora")(half)

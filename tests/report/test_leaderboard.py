@@ -8,9 +8,10 @@ import pytest
 from fixtures.results import RUNS, a_run, config
 from scipy import stats
 
+from runner.cli import compare
 from runner.config import choices
 from runner.errors import ConfigError
-from runner.report import leaderboard, ranking, statistics
+from runner.report import leaderboard, page, ranking, statistics
 from runner.report.results import Result
 
 
@@ -208,3 +209,14 @@ def test_a_ranking_by_few_held_out_rows_says_so():
     assert not any(
         "held out" in note for note in leaderboard.of([replace(run, held_out_rows=50) for run in runs]).notes
     )
+
+
+def test_the_marks_are_explained():
+    runs = [a_run("a", loss=1.0, **{"eval/token_accuracy": 0.5}), a_run("b", loss=2.0, **{"eval/token_accuracy": 0.4})]
+    assert leaderboard.of(runs).legend() == "★ best run: loss (smaller is better)"
+    board = leaderboard.of(runs, pareto="token_accuracy,loss")
+    marks = "◆ Pareto front of eval/token_accuracy (larger is better) and loss (smaller is better): "
+    assert marks in board.legend()
+    assert board.legend() in compare.markdown(board).splitlines()
+    drawing = page.Drawing([{}, {}], [], (board.axes[0], board.axes[1]))
+    assert page._data(board, drawing, "")["marks"] == board.legend()

@@ -76,3 +76,13 @@ def test_importance_finds_what_the_loss_depends_on():
 def test_importance_is_not_told_where_every_run_has_a_value_of_its_own():
     runs = [a_run(str(n), loss=float(n), lora__r=4 * n) for n in range(1, 5)]
     assert ranking.importance(runs, ["lora.r"], LOSS) == []
+
+
+def test_a_difference_that_the_table_does_not_show_puts_no_run_on_the_front():
+    small, large = {"memory/peak_rss_gib": 1.001}, {"memory/peak_rss_gib": 2.0}
+    runs = [a_run("a", loss=1.00001, **large), a_run("b", loss=1.00002, **small), a_run("c", loss=0.9, **large)]
+    goals = [LOSS, Goal("memory/peak_rss_gib", False)]
+    assert [run.run for run in ranking.front(runs, goals)] == ["c", "b"]
+    assert ranking.fronts(runs, goals)["eval/loss", "memory/peak_rss_gib"] == [2, 1]
+    seconds = [a_run("d", loss=2.0, **{"train/seconds": 61.2}), a_run("e", loss=1.0, **{"train/seconds": 61.4})]
+    assert [run.run for run in ranking.front(seconds, [Goal("train/seconds", False), LOSS])] == ["e"]

@@ -17,6 +17,9 @@ REFUSED = [
     (["-m", "search=tpe"], "the search space is empty"),
     (["-m", RATES], "search=random, tpe or asha draw from it"),
     (["-m", "search=tpe", "search.objective=eval/los", RATES], "did you mean 'eval/loss'"),
+    (["-m", "search=tpe", "search.objective=eval/rewards/margins", RATES], "not a metric that runs of task=sft log"),
+    (["-m", "search=tpe", "search.objective=eval/token_accuracy", RATES], "→ set search.direction=maximize"),
+    (["-m", "search=tpe", "search.direction=maximize", RATES], "→ set search.direction=minimize"),
     (["-m", "search=tpe", "search.objective=[eval/loss,training seconds]", RATES], "2 objectives and 1 directions"),
     (["-m", "search=tpe", "search.direction=down", RATES], "must be one of minimize, maximize"),
     (["-m", "search=asha", RATES], "train.eval_steps"),
@@ -58,11 +61,22 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_there(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path):
-    done = runner(*WORDS[1:], "train.max_steps=2", "hydra.run.dir=run", "tracking=offline", cwd=tmp_path)
+@pytest.mark.parametrize("task", [("task=sft",), ("task=dpo", "data=chitchat_pairs", "data.max_length=128")])
+def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path, task: tuple[str, ...]):
+    done = runner(*task, *WORDS[1:], "train.max_steps=2", "hydra.run.dir=run", "tracking=offline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rundir = RunDir(tmp_path / "run")
     logged = {name for record in metrics_log.read(rundir) for name in record} - {"step", "time"}
     elsewhere = algorithms.ON_CPU if set(algorithms.ON_CUDA) <= logged else algorithms.ON_CUDA
-    assert logged == set(algorithms.METRICS) - {*elsewhere, "training seconds"}
-    assert {metric for metric in algorithms.METRICS if search.value_of(rundir, metric) is None} == set(elsewhere)
+    allowed = {*algorithms.OF_ALL, *algorithms.OF_TASK[task[0].removeprefix("task=")]}
+    assert logged == allowed - {*elsewhere, "training seconds"}
+    assert {metric for metric in allowed if search.value_of(rundir, metric) is None} == set(elsewhere)
+
+
+def test_a_task_of_your_own_may_log_any_evaluation_metric():
+    node = {"objective": ["eval/bits_per_token", "eval/loss"], "direction": ["minimize", "minimize"]}
+    assert not list(algorithms._metric_faults(node, "my_lab.focal"))
+    (fault,) = algorithms._metric_faults(node, "runner.tasks.sft.sft")
+    assert (fault.key, fault.value) == ("search.objective", "eval/bits_per_token")
+    (fault,) = algorithms._metric_faults({**node, "direction": ["maximize", "maximize"]}, "my_lab.focal")
+    assert "eval/loss" in fault.problem

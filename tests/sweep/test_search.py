@@ -88,7 +88,7 @@ def test_a_proposal_that_cannot_be_run_has_failed(play: Any, monkeypatch: pytest
 
 
 def test_an_objective_that_was_not_logged_fails_the_search(play: Any, capsys: pytest.CaptureFixture[str]):
-    assert play(*SMALL, "search.objective=train/mfu") == (1, 2)
+    assert play(*SMALL, "search.objective=train/mfu", "search.direction=maximize") == (1, 2)
     said = capsys.readouterr().out
     assert "is completed but counts as failed: it has not logged train/mfu" in said
     assert "best  " not in said

@@ -458,3 +458,26 @@ def test_the_log_has_the_end_and_the_warnings_of_libraries(
     written = rundir.log.read_text()
     assert f"run      {rundir.path}  completed" in written
     assert "transformers.modeling_utils: a weight was not used" in written
+
+
+def test_the_time_of_each_part_is_in_the_summary_and_samples_show_their_progress(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    calls: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(what: str, *_: Any, **__: Any) -> Any:
+        return lambda *counts: calls.setdefault(what, []).append(counts)
+
+    monkeypatch.setattr(terminal, "progress", progress)
+    rundir = prepared(tmp_path / "run", *TINY[:-1], "train.max_steps=1", "train.sample_prompts=2",
+                      "train.sample_tokens=3")  # fmt: skip
+    assert worker.work(rundir) == 0
+    for moment in ("before", "after"):
+        tokens = calls[f"generating samples {moment} training: token"]
+        assert tokens == [(number, 3) for number in range(1, len(tokens) + 1)]
+    assert calls["evaluating"] == [(0, 2), (1, 2), (2, 2)] * 2
+    parts = rundir.read_state().summary["part seconds"]
+    assert set(parts) == {"loading", "samples", "evaluation", "training", "saving"}
+    assert all(seconds > 0 for seconds in parts.values())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "time of each part" in line]
+    assert all(part in line for part in parts)

@@ -37,7 +37,7 @@ RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflo
 folder; EXPERIMENT an experiment of MLflow. uri is a server or sqlite:////path/mlflow.db, by default the database in
 outputs_dir. One store is read at a time, and runs of different tasks are not compared.
   --where CONDITION  KEY=VALUE, !=, <, <=, >, >=, ~ (contains), with and, or, not and brackets
-  --metrics A,B      these metrics instead of loss, best, tokens/s, memory and time
+  --metrics A,B      these metrics instead of loss, best, those of the task, tokens/s, memory and time
   --sort KEY         best first: higher is better for accuracy, acc, f1, mfu, per_second, reward and the like, lower for
                      all others. -KEY: highest first, +KEY: lowest first; ★ still marks the best run of a metric
                      with a known direction. Default: the objective of the search that made these runs, else the loss
@@ -195,7 +195,7 @@ def markdown(board: Leaderboard) -> str:
     """The table of runs, and the table of means if there is one, in GitHub's Markdown."""
     groups = [f"**{board.group_heading()}**", _markdown(board.group_titles(), board.group_rows())]
     tables = [*(groups if board.has_means else []), _markdown(board.titles(), board.rows())]
-    return "\n\n".join([*tables, *(f"> {note}" for note in board.notes)])
+    return "\n\n".join([*tables, board.legend(), *(f"> {note}" for note in board.notes)])
 
 
 def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -214,6 +214,7 @@ def _show(board: Leaderboard, is_all: bool) -> None:
     shown = rows if is_all else [] if board.is_one_setting else rows[:SHOWN]
     if shown:
         _table("", board.titles(), shown, lead=["run", "status", *board.params])
+        print(board.legend())
     if len(shown) < len(rows):
         hidden = Counter(result.status for result in board.results[len(shown) :])
         counts = ", ".join(f"{count} {status}" for status, count in hidden.items())

@@ -158,7 +158,7 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     if run.options.task.reference is not None:
         _give_reference(run, batches, wrapped)
     began = time.monotonic()
-    sums = loop.evaluation_sums(model, run.options.task, batches, wrapped, before=_progress)
+    sums = loop.evaluation_sums(model, run.options.task, batches, wrapped, before=terminal.progress("evaluating"))
     details["seconds"] = round(time.monotonic() - began, 3)
     return name, run.options.task.metrics(sums), details
 
@@ -244,11 +244,6 @@ def _warn_of_trained_rows(run: Trained, digest: str) -> None:
     if (run.rundir.read_manifest().get("data") or {}).get("digest") == digest:
         problem = "warning: the run was trained on these rows; leave data.path out to evaluate on its eval split"
         print(problem, file=sys.stderr)
-
-
-def _progress(done: int, count: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\revaluating {done}/{count}", end="\n" if done == count else "", file=sys.stderr, flush=True)
 
 
 def metric_name(name: str, metric: str, *, is_base: bool) -> str:

@@ -160,7 +160,8 @@ def _register(run: Trained, location: _Location, mlflow_run: Run, name: str, *, 
             "runner.signature": str(run.rundir.read_manifest().get("signature")),
             "runner.folder": str(run.rundir.path),
         }
-        return str(client.create_model_version(name, source, location.run_id, tags=tags, **by_id).version)
+        described = {"description": model_card.description(card), **by_id}
+        return str(client.create_model_version(name, source, location.run_id, tags=tags, **described).version)
     except BaseException:
         if is_new_name:
             client.delete_registered_model(name)

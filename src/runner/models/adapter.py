@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runner.models import hub
+
 
 def subtracts_initial(init: Any) -> bool:
     """Whether this initialisation subtracts the initial adapter from the base weights (PiSSA, OLoRA)."""
@@ -48,6 +50,8 @@ def save(model: Any, folder: Path, tensors: dict[str, Any]) -> None:
 
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
+    if on_hub := hub.published(str(config.base_model_name_or_path)):
+        config.base_model_name_or_path, config.revision = on_hub
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     initial = getattr(model, "initial_adapter", None)
     if initial is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from runner.errors import ConfigError, Fault
@@ -11,6 +12,9 @@ SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 WEIGHT_FILES = ["model*.safetensors"]
 SKIPPED = ["*/*", "consolidated*"]
 """Subfolders, and copies of the weights in the vendor's own format: transformers reads neither."""
+
+SNAPSHOT = re.compile(r"[/\\]models--((?:(?!--)[^/\\])+(?:--[^/\\]+)?)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
+"""The end of the path of a snapshot: …/models--OWNER--NAME/snapshots/COMMIT."""
 
 
 def fetch(name: str, revision: str | None, *, weights: bool, code: bool) -> Path:
@@ -35,6 +39,12 @@ def fetch(name: str, revision: str | None, *, weights: bool, code: bool) -> Path
         if fault is None:
             raise
         raise ConfigError(fault) from error
+
+
+def published(path: str) -> tuple[str, str] | None:
+    """(Hub id, commit) of a snapshot folder in the cache of huggingface_hub; None for any other path."""
+    match = SNAPSHOT.search(path)
+    return (match[1].replace("--", "/"), match[2]) if match else None
 
 
 def _fault(name: str, revision: str | None, error: Exception) -> Fault | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import terminal
 from runner.report import columns, ranking
 from runner.report.columns import Goal
 from runner.report.leaderboard import Leaderboard
@@ -20,7 +21,11 @@ WIDTH, HEIGHT, DPI = 7.0, 4.2, 160
 """Inches, inches, dots per inch: 1120 by 672 pixels."""
 WIDE = 50
 """An axis is logarithmic if its largest value is more than WIDE times its smallest (learning rates)."""
-BEST, OTHERS = "#2458c5", "#9aa0ac"
+COLOURS, OTHERS = ("#2458c5", "#e0762b", "#2f9e6e", "#c2417c", "#8a63d2", "#b59b12", "#2aa5b8", "#8c6d5a"), "#9aa0ac"
+"""Colours of the runs that a legend names, the best first; all others are grey."""
+BEST = COLOURS[0]
+LABEL = 60
+"""Number of characters of a name in a legend."""
 
 Scale = tuple[list[float | None], list[tuple[float, str]]]
 """(position of each value on an axis from 0 to 1, ticks as (position, label))"""
@@ -60,15 +65,15 @@ def _write(
 def _loss(axes: Axes, board: Leaderboard, drawing: Drawing) -> None:
     pairs = zip(board.results, drawing.curves, strict=True)
     evals = [(result, curves["eval"]) for result, curves in pairs if "eval" in curves]
-    alpha = max(0.15, min(0.8, 12 / len(evals)))
-    for result, curve in sorted(evals, key=lambda pair: pair[0] is board.best):  # the best run last: on top
-        if result is board.best:
-            label = _plain(f"best: {result.label}")
-            axes.plot(curve.steps, curve.values, color=BEST, linewidth=2.2, label=label, marker=".")
-            axes.legend(frameon=False)
+    named = _named([result for result, _ in evals], board)
+    for result, curve in reversed(evals):  # the best runs last: on top
+        if id(result) in named:
+            width = 2.2 if result is board.best else 1.4
+            axes.plot(curve.steps, curve.values, color=named[id(result)][0], linewidth=width, marker=".")
         else:
-            axes.plot(curve.steps, curve.values, color=OTHERS, alpha=alpha, linewidth=1)
-    axes.set(xlabel="steps", ylabel="loss on held-out text")
+            axes.plot(curve.steps, curve.values, color=OTHERS, alpha=max(0.15, min(0.8, 12 / len(evals))), linewidth=1)
+    axes.set(xlabel="steps", ylabel=f"loss on held-out text{' (nats per token)' if _is_per_token(board) else ''}")
+    _legend(axes, named, len(evals))
     axes.grid(alpha=0.25)
 
 
@@ -76,13 +81,20 @@ def _tradeoff(axes: Axes, board: Leaderboard, drawing: Drawing) -> None:
     across, up = drawing.scatter
     front = ranking.front(board.results, drawing.scatter)
     completed = [result for result in board.results if result.is_completed]
+    named = _named(list({id(result): result for result in [*front, *completed]}.values()), board)
     axes.scatter(_numbers(completed, across), _numbers(completed, up), color=OTHERS, s=22)
+    for result in completed:
+        if id(result) in named:
+            colour, name = named[id(result)]
+            point = _numbers([result], across)[0], _numbers([result], up)[0]
+            axes.annotate(name.partition(" ")[0], point, (4, 4), textcoords="offset points", fontsize=8, color=colour)
     xs, ys = _numbers(front, across), _numbers(front, up)
     axes.scatter(xs, ys, color=BEST, s=42, zorder=3)
     axes.step(xs, ys, where="post", color=BEST, linestyle="--", linewidth=1, label="Pareto front")
     axes.legend(frameon=False)
     axes.set(xlabel=_title(across.key, board), ylabel=_title(up.key, board))
     axes.grid(alpha=0.25)
+    _legend(axes, named, len(completed))
 
 
 def _importance(axes: Axes, board: Leaderboard, drawing: Drawing) -> None:
@@ -97,19 +109,55 @@ def _parallel(axes: Axes, board: Leaderboard, drawing: Drawing) -> None:
     scales = [_positions(key, [columns.value(result, key) for result in board.results]) for key in board.params]
     scales.append(_scaled([columns.number(columns.value(result, board.goal.key)) for result in board.results]))
     completed = [index for index, result in enumerate(board.results) if result.is_completed]
-    for index in sorted(completed, key=lambda index: board.results[index] is board.best):
-        is_best = board.results[index] is board.best
-        alpha = 1.0 if is_best else max(0.12, min(0.7, 15 / len(completed)))
+    named = _named([board.results[index] for index in completed], board)
+    for index in reversed(completed):
+        result = board.results[index]
+        alpha = 1.0 if id(result) in named else max(0.12, min(0.7, 15 / len(completed)))
         heights: list[Any] = [positions[index] for positions, _ in scales]
-        colour, width = (BEST, 2.2) if is_best else (OTHERS, 1.0)
+        colour, width = named.get(id(result), (OTHERS, ""))[0], 2.2 if result is board.best else 1.2
         axes.plot(range(len(keys)), heights, color=colour, alpha=alpha, linewidth=width)
     for x, (_, ticks) in enumerate(scales):
         axes.axvline(x, color="#55585f", linewidth=0.8)
         for height, text in ticks:
             axes.text(x + 0.03, height, _plain(text), fontsize=7, va="center")
-    axes.set_xticks(range(len(keys)), [_plain(key.rpartition(".")[2]) for key in keys], fontsize=8)
+    axes.set_xticks(
+        range(len(keys)), [*(_plain(key.rpartition(".")[2]) for key in keys[:-1]), _title(keys[-1], board)], fontsize=8
+    )
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
+    _legend(axes, named, len(completed))
+
+
+def _named(results: Sequence[Result], board: Leaderboard) -> dict[int, tuple[str, str]]:
+    """id of a run → (colour, "3  name") for the first runs, as many as there are colours; the best is always named.
+
+    The number is the place in the table.
+    """
+    rest = [result for result in results if result is not board.best]
+    chosen = [*(result for result in results if result is board.best), *rest][: len(COLOURS)]
+    place = {id(result): number for number, result in enumerate(board.results, 1)}
+    chosen.sort(key=lambda result: place[id(result)])
+    colours = iter(COLOURS[1:])
+    labels = terminal.told_apart([result.label for result in chosen], LABEL)
+    return {
+        id(result): (BEST if result is board.best else next(colours), f"{place[id(result)]}  {label}")
+        for result, label in zip(chosen, labels, strict=True)
+    }
+
+
+def _legend(axes: Axes, named: dict[int, tuple[str, str]], count: int) -> None:
+    """The names of the runs, below the chart; ``count``: number of runs in the chart."""
+    from matplotlib.lines import Line2D
+
+    entries = [*named.values(), *([(OTHERS, f"{count - len(named)} other runs")] if count > len(named) else [])]
+    lines = [Line2D([], [], color=colour, marker="o", label=_plain(name)) for colour, name in entries]
+    figure: Any = axes.get_figure()
+    figure.legend(handles=lines, loc="outside lower left", ncols=1 + (len(lines) > 4), fontsize=7, frameon=False)
+
+
+def _is_per_token(board: Leaderboard) -> bool:
+    """Whether the loss is the cross entropy per token, which has a perplexity."""
+    return all("eval/perplexity" in result.metrics for result in board.results if result.is_completed)
 
 
 def _positions(key: str, values: Sequence[columns.Value]) -> Scale:
@@ -148,7 +196,8 @@ def _numbers(results: Sequence[Result], goal: Goal) -> list[float]:
 
 def _title(key: str, board: Leaderboard) -> str:
     short = columns.title(key, board.metrics)
-    return _plain(key if short == key else f"{short} ({key})")
+    unit = columns.unit(key)
+    return _plain(short + (f" ({unit})" if unit and unit != short else ""))
 
 
 def _plain(text: str) -> str:

@@ -17,14 +17,16 @@ SPEED, GPU_MEMORY, CPU_MEMORY = "train/tokens_per_second", "memory/peak_allocate
 SHORT = {"loss": [LOSS], "best": [BEST], "tokens/s": [SPEED], "memory": [GPU_MEMORY, CPU_MEMORY], "time": [SECONDS]}
 """Short name → the metrics that it may mean; the first that any run has is used."""
 MATTER = ("loss", "best", "tokens/s", "memory", "time")
-"""The metrics shown by default."""
+"""The metrics shown by default, with those that the task reports after the first two."""
+OF_LOSS = ("perplexity",)
+"""Suffixes of metrics that are not shown by default, because they follow from the loss."""
 ABOUT = ("run", "label", "status", "reason", "sweep", "folder", "mlflow_id")
 """Fields of a Result that can be used as keys besides parameters and metrics."""
 LARGER_IS_BETTER = (
-    "accuracy", "per_second", "mfu", "reward", "margins", "f1",
+    "accuracy", "accuracies", "per_second", "mfu", "reward", "rewards/chosen", "margins", "f1",
     "/acc", "/acc_norm", "_match", "/pass@1", "/bleu", "/rouge1", "/rouge2", "/rougeL", "/mcc",
 )  # fmt: skip
-SMALLER_IS_BETTER = ("loss", "perplexity", "gib", "seconds", "data_wait_fraction")
+SMALLER_IS_BETTER = ("loss", "nll", "perplexity", "rewards/rejected", "gib", "seconds", "data_wait_fraction")
 """Suffixes of metric names that decide which direction is better, whatever the sort order."""
 OF_THE_MACHINE = ("per_second", "seconds", "gib", "mfu", "data_wait_fraction")
 """Suffixes of metrics that depend on the machine and its load."""
@@ -47,6 +49,11 @@ class Goal:
         """The value with the sign that makes smaller better; infinite if the run has no such number."""
         measured = number(value(result, self.key))
         return math.inf if measured is None else -measured if self.is_larger_better else measured
+
+    def shown_cost(self, result: Result) -> float:
+        """Like ``cost``, with the digits that a table shows: what looks equal there is equal."""
+        cost = self.cost(result)
+        return math.copysign(shown(self.key, abs(cost)), cost) if math.isfinite(cost) else cost
 
 
 def goal(text: str, results: Sequence[Result], option: str) -> Goal:
@@ -73,6 +80,13 @@ def objective(results: Sequence[Result]) -> Goal | None:
     return Goal(name, direction == "maximize") if is_known else None
 
 
+def by_default(results: Sequence[Result]) -> list[str]:
+    """The metrics to show by default: those of MATTER and those that the tasks of the runs report."""
+    of_tasks = dict.fromkeys(name for result in results for name in result.task_metrics if not name.endswith(OF_LOSS))
+    names = [*SHORT["loss"], *SHORT["best"], *of_tasks, *(key for short in MATTER for key in SHORT[short])]
+    return [key for key in dict.fromkeys(names) if any(key in result.metrics for result in results)]
+
+
 def _first(text: str) -> str:
     """The first item of a list that is stored as text: ``['eval/loss', 'train/tokens']``."""
     return text.strip("[]").partition(",")[0].strip("'\" ")
@@ -80,7 +94,12 @@ def _first(text: str) -> str:
 
 def rated(order: Goal) -> Goal:
     """The goal that decides which run is best: by the name of the metric if known (loss, accuracy), else ``order``."""
-    return by_name(order.key) if order.key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER)) else order
+    return by_name(order.key) if is_rated(order.key) else order
+
+
+def is_rated(key: str) -> bool:
+    """Whether the name of the key says which direction is better."""
+    return key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER))
 
 
 def resolve(word: str, results: Sequence[Result], option: str) -> str:
@@ -167,9 +186,28 @@ def text(key: str, value: Value) -> str:
         is_long = len(value) > DIGITS and ("." in value or "e" in value) and FRACTION.fullmatch(value)
         return f"{float(value):.4g}" if is_long else value
     if key == SECONDS:
-        return duration(value) if value >= 10 else f"{value:.2g} s"
+        return duration(value) if value >= 10 else f"{_digits(key, value)} s"
+    return f"{_digits(key, value)} GiB" if key.endswith("gib") else _digits(key, value)
+
+
+def shown(key: str, value: float) -> float:
+    """The number that ``text`` shows."""
+    if key == SECONDS and value >= 10:
+        return float(int(value + 0.5) if value < 3600 else int(value + 0.5) // 60 * 60)
+    return float(_digits(key, value))
+
+
+def unit(key: str) -> str:
+    """The unit of a metric; empty if it has none, or if it is not known."""
+    units = {"gib": "GiB", "tokens_per_second": "tokens/s", "seconds": "s"}
+    return next((unit for suffix, unit in units.items() if key.endswith(suffix)), "")
+
+
+def _digits(key: str, value: float) -> str:
+    if key == SECONDS:
+        return f"{value:.2g}"
     if key.endswith(("loss", "perplexity")):
         return f"{value:.4f}"
     if key.endswith("gib"):
-        return f"{value:.2f} GiB"
+        return f"{value:.2f}"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -75,6 +75,18 @@ class Leaderboard:
         """The parameters and metrics of a run as text."""
         return [columns.text(key, columns.value(result, key)) for key in self.params + self.metrics]
 
+    def legend(self) -> str:
+        """What the marks of ``rows`` mean."""
+
+        def named(goal: Goal) -> str:
+            better = "larger" if goal.is_larger_better else "smaller"
+            return f"{columns.title(goal.key, self.metrics)} ({better} is better)"
+
+        best = f"★ best run: {named(self.goal)}"
+        axes = " and ".join(map(named, self.axes))
+        front = f"; ◆ Pareto front of {axes}: no run is as good in all of them and better in one, in the digits shown"
+        return best + (front if self.axes else "")
+
     @property
     def has_means(self) -> bool:
         """Whether any group has several runs, that is, runs that differ only in ``over``."""
@@ -133,7 +145,7 @@ def of(
 
     Args:
         where: a condition on runs, see ``condition``.
-        metrics: comma-separated metrics to show; default: columns.MATTER.
+        metrics: comma-separated metrics to show; default: columns.by_default.
         sort: a key, optionally after ``+`` or ``-``; default: the objective of the runs' search, or the eval loss.
         by: the parameter to average over (seed).
         pareto: at least two comma-separated metrics.
@@ -234,8 +246,7 @@ def _board(
         problem = f"no completed run has the metric {goal.key}"
         raise ConfigError(Fault("--sort", problem, f"choose another with --sort: {', '.join(names) or '(no metrics)'}"))
     params = ranking.differing(results)
-    matter = [key for short in columns.MATTER for key in columns.SHORT[short]]
-    shown = metrics or [key for key in matter if any(key in result.metrics for result in results)]
+    shown = metrics or columns.by_default(results)
     shown = list(dict.fromkeys([*shown, *(axis.key for axis in axes)]))
     if goal.key not in shown:
         shown.insert(0, goal.key)

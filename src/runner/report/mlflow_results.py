@@ -161,6 +161,7 @@ def _result(row: Row) -> Result:
         sweep=tags.get("runner.sweep", ""),
         folder=folder if folder and Path(folder).is_dir() else "",
         mlflow_id=row.run_id,
+        task_metrics=tuple(tags.get("runner.task_metrics", "").split()),
         created=row.started,
     )
 

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from runner.models import hub
 from runner.secrets import redact, redact_tree
 from runner.tracking import metrics_log
 from runner.tracking.manifest import RUN_TIME_KEYS, read_config
@@ -20,7 +21,7 @@ LOAD = {
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this card
-base = AutoModelForCausalLM.from_pretrained({base!r}){where}
+{base}
 model = PeftModel.from_pretrained(base, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)""",
     "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,8 +30,13 @@ folder = "."  # the folder of this card
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)""",
 }
+PACKAGED = """from importlib.util import find_spec
+package = find_spec({package!r}).submodule_search_locations[0]
+base = AutoModelForCausalLM.from_pretrained(package, gguf_file={file!r})"""
 LOCAL = re.compile(r"(?:file://)?(?<![\w:/.<])/(?:[\w.@+~-]+/)+([\w.@+~-]+)")
 """An absolute path; the card contains only its last part."""
+LONGEST = 5000
+"""Longest description of a model version that MLflow's databases take."""
 ASK = """
 messages = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -48,6 +54,7 @@ def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str,
     ``is_chat``: the model answers messages, instead of continuing a text.
     """
     manifest, cfg = rundir.read_manifest(), read_config(rundir)
+    base = (hub.published(base) or (base,))[0]
     base_name = str((manifest.get("model") or {}).get("name") or LOCAL.sub(r"\1", base))
     name = str(manifest.get("label") or manifest.get("name") or rundir.path.name)
     parts = [
@@ -55,7 +62,8 @@ def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str,
         f"# {name}",
         f"Fine-tuned from `{base_name}` ({_source(manifest, base)}) with `runner`, a fine-tuning experiment runner.",
         "## Usage",
-        *_loading(kinds, base, base_name, ASK if is_chat else CONTINUE),
+        *_base_sentence(kinds, base, base_name, cfg["model"]),
+        *_loading(kinds, _base_code(base, base_name, cfg["model"]), ASK if is_chat else CONTINUE),
         "## Evaluation",
         "\n".join(_metrics(rundir)),
         "## Training data",
@@ -69,6 +77,12 @@ def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str,
         "The licences of the base model and of the training data apply to this model.",
     ]
     return LOCAL.sub(r"…/\1", "\n\n".join(parts)) + "\n"
+
+
+def description(card: str) -> str:
+    """The card without front matter and full configuration, at most LONGEST characters, for MLflow's registry."""
+    text = re.sub(r"(?s)\A---\n.*?\n---\n+|<details>.*?</details>\n+", "", card)
+    return text if len(text) <= LONGEST else text[:LONGEST].rpartition("\n")[0]
 
 
 def _front_matter(kinds: tuple[Kind, ...], base: str) -> str:
@@ -89,23 +103,48 @@ def _is_local(base: str) -> bool:
     return base.startswith(("/", "\\")) or not base
 
 
-def _loading(kinds: tuple[Kind, ...], base: str, base_name: str, ask: str) -> Iterator[str]:
+def _base_sentence(kinds: tuple[Kind, ...], base: str, name: str, model: Mapping[str, Any]) -> Iterator[str]:
+    """How to get a base model that is not on the Hub, for an adapter."""
+    if "adapter" not in kinds or not _is_local(base):
+        return
+    if "package" in model:
+        yield (
+            f"The base model is the file `{model['file']}` of the Python package `{model['package']}`: "
+            f"`pip install {model['package'].replace('_', '-')} gguf`."
+        )
+        return
+    source = "a local folder"
+    if str(model.get("path", "")).endswith(".gguf"):
+        source = f"the local file `{model['path'].rpartition('/')[2]}`, converted to safetensors"
+    elif "path" not in model:
+        source = "created with the key `model` of the configuration below, by `python -m runner`"
+    yield (
+        f"The base model `{name}` is on no hub: it was {source}. Get it from whoever trained this adapter, and put its "
+        "folder into the code below; `base_model_name_or_path` in adapter_config.json is its path on their machine."
+    )
+
+
+def _base_code(base: str, name: str, model: Mapping[str, Any]) -> str:
+    """The lines of Python that load the base model."""
+    if "package" in model:
+        return PACKAGED.format(package=model["package"], file=model["file"])
+    where = "  # replace by the path of this base model" if _is_local(base) else ""
+    return f"base = AutoModelForCausalLM.from_pretrained({(name if where else base)!r}){where}"
+
+
+def _loading(kinds: tuple[Kind, ...], base_code: str, ask: str) -> Iterator[str]:
     for kind in kinds:
         if kind == "gguf":
             yield "Load the .gguf file with llama.cpp, or a program based on llama.cpp:\n\n    llama-cli -m FILE.gguf"
         else:
-            where = "  # replace by the path of this base model" if _is_local(base) else ""
-            code = LOAD[kind].format(base=base_name if where else base, where=where)
+            code = LOAD[kind].format(base=base_code)
             yield "```python\n" + code + "\n" + ask + "\n```"
 
 
 def _metrics(rundir: RunDir) -> Iterator[str]:
-    summary = rundir.read_state().summary
     yield "| held-out | before | after |\n|---|---|---|"
-    for name in ("eval/loss", "eval/perplexity"):
-        if isinstance(summary.get(name), int | float):
-            before = summary.get(f"{name} before")
-            yield f"| {name} | {f'{before:.4f}' if isinstance(before, int | float) else ''} | {summary[name]:.4f} |"
+    for name, (before, after) in metrics_log.before_and_after(rundir.read_state().summary).items():
+        yield f"| {name} | {before:.4f} | {after:.4f} |"
     later = {
         name: value for record in metrics_log.read_evaluations(rundir) for name, value in record["metrics"].items()
     }

@@ -55,6 +55,7 @@ def _data(board: Leaderboard, drawing: Drawing, title: str) -> dict[str, Any]:
         "subtitle": f"{len(board.results)} run{'s' * (len(board.results) > 1)}, compared {time.strftime('%F %T')}",
         "facts": _facts(board),
         "notes": board.notes,
+        "marks": board.legend(),
         "goal": board.goal.key,
         "params": board.params,
         "columns": [

@@ -67,17 +67,17 @@ def best(results: Sequence[Result], goal: Goal) -> Result | None:
 def front(results: Sequence[Result], goals: Sequence[Goal]) -> list[Result]:
     """The Pareto front: the completed runs that no other run dominates, sorted by the first goal, the best first.
 
-    A run dominates another if it is at least as good in all goals and better in one.
+    A run dominates another if it is at least as good in all goals and better in one, in the digits that a table shows.
     """
     completed = [result for result in results if result.is_completed]
-    costs = [tuple(goal.cost(result) for goal in goals) for result in completed]
+    costs = [tuple(goal.shown_cost(result) for goal in goals) for result in completed]
     return [completed[index] for index in _undominated(costs)]
 
 
 def fronts(results: Sequence[Result], goals: Sequence[Goal]) -> dict[tuple[str, str], list[int]]:
     """The Pareto front of each pair of goals, as indices into ``results``; a pair has the order of ``goals``."""
     completed = [index for index, result in enumerate(results) if result.is_completed]
-    costs = {goal.key: [goal.cost(results[index]) for index in completed] for goal in goals}
+    costs = {goal.key: [goal.shown_cost(results[index]) for index in completed] for goal in goals}
     pairs = combinations_with_replacement(costs, 2)
     return {
         (one, other): [completed[n] for n in _undominated(list(zip(costs[one], costs[other], strict=True)))]

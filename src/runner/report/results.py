@@ -44,6 +44,8 @@ class Result:
     store: str = ""
     """URI of the MLflow store that the run logs to; empty with tracking=offline, or for a result read from MLflow."""
     created: float = 0.0
+    task_metrics: tuple[str, ...] = ()
+    """The metrics that the task reports before and after training; empty if they are not known."""
     step: int = 0
     total_steps: int = 0
     device: str = ""
@@ -103,6 +105,7 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
         mlflow_id=str(mlflow.get("run_id") or ""),
         store=str(mlflow.get("uri") or ""),
         created=float(run.manifest.get("created") or 0),
+        task_metrics=tuple(metrics_log.before_and_after(state.summary)),
         step=state.step,
         total_steps=state.total_steps,
         device=str(hardware.get("device_name") or ""),

@@ -13,6 +13,7 @@ from annotated_types import Ge
 
 from runner.config.schema import COUNTABLE, Count, Seed, Text, Whole
 from runner.errors import ConfigError, Fault, suggest
+from runner.report import columns
 from runner.sweep.asha import Rungs
 from runner.tracking import machine
 
@@ -23,12 +24,19 @@ Direction = Literal["minimize", "maximize"]
 
 ON_CUDA, ON_CPU = ("memory/peak_allocated_gib", "memory/peak_reserved_gib"), ("memory/peak_rss_gib",)
 """Metrics that runs log only on one kind of device."""
-METRICS = (
-    "eval/loss", "eval/perplexity", "eval/token_accuracy", "train/loss", "train/grad_norm", "train/learning_rate",
-    "train/tokens", "train/epoch", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction",
-    "train/mfu", *ON_CUDA, *ON_CPU, "training seconds",
+OF_ALL = (
+    "eval/loss", "train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "train/epoch",
+    "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction", "train/mfu", *ON_CUDA, *ON_CPU,
+    "training seconds",
 )  # fmt: skip
-"""Metrics that runs log; any other objective is refused before the first run starts."""
+"""Metrics that runs of every task log."""
+OF_TOKENS = ("eval/perplexity", "eval/token_accuracy")
+OF_PAIRS = (
+    "eval/nll", "eval/logps/chosen", "eval/logps/rejected", "train/rewards/margins", "train/rewards/accuracies",
+    *(f"eval/rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")),
+)  # fmt: skip
+OF_TASK = {"sft": OF_TOKENS, "pretrain": OF_TOKENS, "dpo": OF_PAIRS}
+"""Function of a task → the metrics that its runs log besides ``OF_ALL``."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +117,16 @@ check_tpe = check_random
 
 def check_asha(*, objective: str, direction: str, **_: Any) -> Iterator[Fault]:
     yield from _objective_faults(objective, direction)
-    if objective in METRICS and not objective.startswith("eval/"):
-        remedy = f"one of {', '.join(name for name in METRICS if name.startswith('eval/'))}"
+    if objective in OF_ALL and not objective.startswith("eval/"):
+        remedy = "use a metric whose name begins with eval/, such as eval/loss"
         yield Fault("objective", "is logged only at the end of a run, but asha compares runs during training", remedy)
 
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check a search together with the rest of the configuration."""
     node, launcher = cfg["search"], cfg["launcher"]
+    if "trials" in node:
+        yield from _metric_faults(node, cfg["task"]["_target_"])
     if "trials" in node and node["at_once"] is None and launcher.get("array_parallelism", 1) is None:
         problem, remedy = "a search on Slurm needs a limit of active runs", "set it, for example search.at_once=8"
         yield Fault("search.at_once", problem, remedy)
@@ -158,13 +168,24 @@ def _rung_faults(node: Mapping[str, Any], train: Mapping[str, Any]) -> Iterator[
 
 def _objective_faults(objective: str | list[str], direction: str | list[str]) -> Iterator[Fault]:
     names, directions = _listed(objective), _listed(direction)
-    for name in names:
-        if name not in METRICS:
-            allowed = f"{suggest(name, METRICS)} metrics: {', '.join(METRICS)}".strip()
-            yield Fault("objective", "is not a metric that runs log", allowed, name)
     if len(names) != len(directions) or len(set(names)) != len(names) or not names:
         problem = f"{len(names)} objectives and {len(directions)} directions"
         yield Fault("direction", problem, "list each objective once, with one direction each", direction)
+
+
+def _metric_faults(node: Mapping[str, Any], task: str) -> Iterator[Fault]:
+    """Objectives that runs of this task do not log, and directions that contradict the metric."""
+    package, _, function = task.rpartition(".")
+    is_ours = package.startswith("runner.")
+    logged = (*OF_ALL, *OF_TASK.get(function, ())) if is_ours else OF_ALL
+    for name, direction in _paired(node["objective"], node["direction"]).items():
+        if name not in logged and (is_ours or not name.startswith("eval/")):
+            allowed = f"{suggest(name, logged)} metrics: {', '.join(logged)}".strip()
+            yield Fault("search.objective", f"is not a metric that runs of task={function} log", allowed, name)
+        better = "maximize" if columns.by_name(name).is_larger_better else "minimize"
+        if columns.is_rated(name) and direction != better:
+            problem = f"makes {name} worse: {'larger' if better == 'maximize' else 'smaller'} values are better"
+            yield Fault("search.direction", problem, f"set search.direction={better}", direction)
 
 
 def _paired(objective: str | list[str], direction: Direction | list[Direction]) -> dict[str, Direction]:

@@ -136,6 +136,13 @@ def last_values(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
 
+def before_and_after(summary: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Metric → its value before and after training, from the summary of a run: the loss, and what its task chose."""
+    names = [key.removesuffix(" before") for key in summary if key.endswith(" before")]
+    pairs: dict[str, Any] = {name: (summary[f"{name} before"], summary.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if all(isinstance(value, int | float) for value in pair)}
+
+
 def tail(path: Path, offset: int) -> tuple[list[Record], int]:
     """Records of a .jsonl file after byte ``offset``, and the offset after the last complete line."""
     if not path.exists():

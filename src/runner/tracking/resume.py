@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runner import terminal
 from runner.config import user_code
+from runner.config.check import LIMITS
 from runner.errors import ConfigError, Fault, ResumeError
 from runner.tracking import lookup, manifest
 from runner.tracking.rundir import RunDir
@@ -44,6 +46,9 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     rundir = RunDir(_resumed(cfg))
     frozen = {**manifest.read_config(rundir), "retry": cfg["retry"]}
     if others := [override for override in overrides if not _is_kept(override, cfg, frozen)]:
+        if all(other.partition("=")[0].removeprefix("train.") in LIMITS for other in others):
+            problem = f"goes on to the end that the run began with, and cannot change it ({', '.join(others)})"
+            raise ResumeError(Fault("resume", problem, _longer(rundir, others), cfg["resume"]))
         problem = f"uses the configuration of that run and cannot change {', '.join(others)}"
         remedy = "remove these overrides, or start a new run with them"
         raise ResumeError(Fault("resume", problem, remedy, cfg["resume"]))
@@ -64,6 +69,21 @@ def _is_kept(override: str, cfg: dict[str, Any], frozen: dict[str, Any]) -> bool
             ours, theirs = (node.get(part, ...) if isinstance(node, dict) else ... for node in (ours, theirs))
         return ours is not ... and bool(ours == theirs)
     return key == "experiment" and manifest.signature(cfg) == manifest.signature(frozen)
+
+
+def _longer(rundir: RunDir, limits: list[str]) -> str:
+    """How to train a run further, to another end: the schedule of a run spans its length, so that is a new run."""
+    near, limit = terminal.nearest(rundir.path), " ".join(limits)
+    if not rundir.model.is_dir():
+        return f"continue it without {limit}: python -m runner resume={near}"
+    new = (
+        "a new run with the same other settings can train on from its weights, with a schedule and optimizer of its own"
+    )
+    if (rundir.model / "adapter_config.json").is_file():
+        merged = f"{near}-merged"
+        first = f"python -m runner export {near} {merged} --merged"
+        return f"{new}: {first}, then python -m runner model=local model.path={merged} {limit}"
+    return f"{new}: python -m runner model=local model.path={near}/model {limit}"
 
 
 def refuse(folder: Path, cfg: dict[str, Any]) -> None:

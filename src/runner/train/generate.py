@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ def generate(
     temperature: float = 0.0,
     stop: int | None = None,
     streamer: Any = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Continuations of ``prompts`` of at most ``max_new_tokens`` tokens each, without special tokens.
 
     Greedy at ``temperature`` 0, else sampled from the full distribution with torch's random state. ``stop`` is an end
     token in addition to the model's own. ``streamer`` (of transformers) receives each token; only for a single prompt.
+    ``progress`` is called after each token of all prompts with (tokens done, ``max_new_tokens``).
     ``in_step``: for FSDP; all ranks call this function and run until the last one is done (``synced_gpus``).
     """
     if not prompts:
@@ -38,6 +41,7 @@ def generate(
         length = inputs["input_ids"].shape[1]
         sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else _GREEDY
         ends = {} if stop is None else {"eos_token_id": end_tokens(model, stop)}
+        watching = {"stopping_criteria": [_watch(progress, length, max_new_tokens)]} if progress else {}
         with compilation.left_out():
             out = model.generate(
                 **inputs,
@@ -49,11 +53,22 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id,
                 **sampling,
                 **ends,
+                **watching,
             )
         return [text.strip() for text in tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
     finally:
         tokenizer.padding_side = side
         model.train(was_training)
+
+
+def _watch(progress: Callable[[int, int], None], start: int, count: int) -> Callable[..., torch.Tensor]:
+    """A stopping criterion of transformers that never stops, and reports the tokens after ``start``."""
+
+    def criterion(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        progress(input_ids.shape[1] - start, count)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    return criterion
 
 
 def end_tokens(model: Any, stop: int | None) -> list[int]:

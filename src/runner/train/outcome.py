@@ -9,6 +9,7 @@ import os
 import time
 import traceback
 
+from runner import terminal
 from runner.errors import LESS_MEMORY, Fault, Interrupted, Pruned, RunnerError, Stopped, TrainingError
 from runner.secrets import redact
 from runner.tracking import slurm_client
@@ -37,6 +38,8 @@ class Clock:
     def __init__(self, before: float) -> None:
         self._before = before
         self._since: float | None = None
+        self.parts = terminal.Stopwatch()
+        """Of this attempt; loading included."""
 
     def start(self) -> None:
         self._since = time.monotonic()

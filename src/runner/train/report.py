@@ -207,6 +207,7 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
         *[[label, _change(numbers, name)] for label, name in _shown(numbers)],
         ["steps, tokens", f"{numbers['steps']}, {numbers['train/tokens']} ({numbers['trained tokens']} trained)"],
         ["time", terminal.duration(numbers["training seconds"])],
+        ["time of each part", ", ".join(f"{part} {_seconds(s)}" for part, s in numbers["part seconds"].items())],
     ]
     if rate := numbers.get("train/tokens_per_second"):
         mfu = f"  ({numbers['train/mfu']:.0%} of peak FLOP/s)" if numbers.get("train/mfu") else ""
@@ -247,6 +248,10 @@ def warn_of_losses(rundir: RunDir, inputs: Inputs, progress: Progress) -> None:
         log.warning(f"{problem}; the results that need them are not shown")
     if not progress.step and (reached := rundir.read_state().step):
         log.warning(f"no checkpoint in {rundir.checkpoints}: the run had reached step {reached} and starts again at 0")
+
+
+def _seconds(seconds: float) -> str:
+    return terminal.duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _show_samples(rundir: RunDir) -> None:

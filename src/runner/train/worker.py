@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from runner.train.inputs import Inputs
     from runner.train.loop import Hooks, Parts
 
-Ask = Callable[[list[str]], list[str]]
+Ask = Callable[..., list[str]]
+"""``generate.generate`` of the model: (prompts, progress=…) → answers."""
 STATE_EVERY_S = 0.5
 """Minimum seconds between two writes of state.json, because each write waits for the disk."""
 log = logging.getLogger("runner")
@@ -99,7 +100,8 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
                 raise Pruned(rundir.prune_request.read_text())
             if not mirrored:
                 terminal.loading("data and model")
-            loaded = _load(rundir, options, ranks)
+            with clock.parts.timing("loading"):
+                loaded = _load(rundir, options, ranks)
         summary = _train(rundir, loaded, stop, clock)
         rundir.write_state(status="completed", reason="", summary=summary, seconds=clock.seconds())
         code = 0
@@ -219,22 +221,25 @@ def _train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str
     in_step = inputs.options.parallel.kind == "fsdp"
     tokens = inputs.settings.sample_tokens
     ask = partial(generate.generate, parts.model, inputs.tokenizer, max_new_tokens=tokens, in_step=in_step)
-    with stop.at_once():
+    with stop.at_once(), clock.parts.timing("samples"):
         samples = _samples_before(rundir, inputs, ask, progress.step, parts.ranks)
     graphs: list[int] = []
-    with _writing_hooks(rundir, inputs, clock, stop, graphs, folder) if leads else _silent_hooks(stop) as hooks:
+    following = _writing_hooks(rundir, inputs, clock, stop, graphs, folder) if leads else _silent_hooks(stop)
+    with following as hooks, clock.parts.timing("training"):
         progress = loop.train(parts, progress, hooks)
     if leads:
         _refuse_removed(rundir, folder)
-    with stop.at_once():  # the last step is saved
+    with stop.at_once(), clock.parts.timing("saving"):  # the last step is saved
         pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
+    with stop.at_once(), clock.parts.timing("samples"):
         _answer(rundir, ask, samples, "after", writes=leads)
     peaks = parts.extra_metrics()
     if not leads:
         return {}
     rundir.update_manifest(weights_sha256=provenance.weights_digest(rundir.model))
     compiled = report.compiled(parts.model, sum(graphs))
-    return {**report.summary(rundir, parts, progress, clock.seconds()), **peaks, **probed, **compiled}
+    numbers = report.summary(rundir, parts, progress, clock.seconds())
+    return {**numbers, "part seconds": clock.parts.seconds, **peaks, **probed, **compiled}
 
 
 def _begin(rundir: RunDir, loaded: Loaded) -> None:
@@ -289,7 +294,7 @@ def _writing_hooks(
         try:
             yield loop.Hooks(
                 record=record,
-                evaluating=display.evaluating,
+                evaluating=_timed(display.evaluating, clock.parts),
                 saving=partial(metrics_log.sync_to_disk, rundir),
                 check_stop=check_stop,
                 warm=lambda: graphs.append(compilation.graphs()),
@@ -300,6 +305,20 @@ def _writing_hooks(
             # A full disk or a removed folder: reported by the error that ends the run.
             with contextlib.suppress(OSError, DamagedError, TrainingError):
                 write_state()
+
+
+def _timed(evaluating: Callable[[int, int], None], parts: terminal.Stopwatch) -> Callable[[int, int], None]:
+    """The hook ``evaluating``, which also adds the time from the first to the last call to the part ``evaluation``."""
+    running = contextlib.ExitStack()
+
+    def timed(done: int, count: int) -> None:
+        if not done:
+            running.enter_context(parts.timing("evaluation"))
+        evaluating(done, count)
+        if done == count:
+            running.close()
+
+    return timed
 
 
 @contextlib.contextmanager
@@ -368,7 +387,8 @@ def _samples_before(rundir: RunDir, inputs: Inputs, ask: Ask, step: int, ranks: 
 
 def _answer(rundir: RunDir, ask: Ask, samples: list[dict[str, str]], key: str, *, writes: bool) -> list[dict[str, str]]:
     """Add the model's answers to the samples under ``key``; save them in the folder if ``writes``."""
-    answers = ask([sample["prompt"] for sample in samples])
+    watch = terminal.progress(f"generating samples {key} training: token") if writes else None
+    answers = ask([sample["prompt"] for sample in samples], progress=watch)
     answered = [{**sample, key: answer} for sample, answer in zip(samples, answers, strict=True)]
     if writes:
         write_atomic(rundir.samples, json.dumps(answered, indent=1, ensure_ascii=False))

@@ -21,7 +21,16 @@ from runner.files import write_atomic
 from runner.secrets import redact, take_credentials
 from runner.tracking import environment, manifest
 from runner.tracking.machine import user
-from runner.tracking.metrics_log import BEST, SECONDS, last_values, lost_of, read, read_evaluations, tail
+from runner.tracking.metrics_log import (
+    BEST,
+    SECONDS,
+    before_and_after,
+    last_values,
+    lost_of,
+    read,
+    read_evaluations,
+    tail,
+)
 from runner.tracking.mlflow import rest, store, upload
 from runner.tracking.naming import short_name
 from runner.tracking.rundir import DIED, FINAL, RunDir, State
@@ -271,6 +280,7 @@ def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, An
         "runner.sweep": manifest.get("sweep"),
         "runner.status": state.status,
         "runner.reason": state.reason,
+        "runner.task_metrics": " ".join(before_and_after(state.summary)),
         "runner.attempt": state.attempt,
         "runner.folder": str(rundir.path),
         "runner.host": state.host,
