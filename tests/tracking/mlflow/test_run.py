@@ -172,7 +172,7 @@ def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) ->
     assert len(run.inputs.dataset_inputs) == 1
     mlflow.set_tracking_uri(
         server.uri
-    )  # MLflow finds artifacts of models there, and a test before may have set another
+    )  # for artifacts of models; tests before set others
     assert {item.path for item in client.list_artifacts(run.info.run_id, "model")} == {"model/adapter_config.json"}
     assert rundir.read_manifest()["mlflow"]["url"] == (
         f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
