@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
 from fixtures.mirrored_runs import REPORT, Server, assert_mirrored, finish, history, make_run, outputs, the_run
@@ -177,6 +178,7 @@ def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) ->
     assert sorted(history(client, run.info.run_id, "train/loss")) == [(step, 1 / step) for step in range(1, 6)]
     assert (run.data.params["empty"], len(run.data.params["long"])) == ('""', 6000)
     assert len(run.inputs.dataset_inputs) == 1
+    mlflow.set_tracking_uri(server.uri)  # for artifacts of models; tests before set others
     assert {item.path for item in client.list_artifacts(run.info.run_id, "model")} == {"model/adapter_config.json"}
     assert rundir.read_manifest()["mlflow"]["url"] == (
         f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
