@@ -233,6 +233,7 @@ def test_a_job_of_slurm_that_is_requeued_lives_on_and_can_be_cancelled_meanwhile
 @pytest.mark.parametrize("verb", ["status", "logs", "cancel"])
 def test_the_verbs_load_nothing_heavy_where_there_are_runs(verb: str, processes: list[subprocess.Popen[str]]):
     rundir = played("a/1", "running")
+    rundir.update_manifest(tracking="mlflow")
     rundir.log.write_text("step\n")
     holding(rundir, processes)
     code = f"from runner.cli import main\nimport sys\nmain.run(['{verb}', 'a/1'])\nprint(*sys.modules, file=sys.stderr)"

@@ -403,7 +403,7 @@ def test_how_far_a_run_is_gets_written_at_most_so_often(tmp_path: Path, monkeypa
     monkeypatch.setattr(worker, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
     made: Any = SimpleNamespace(total_steps=100)
     each = worker.STATE_EVERY_S / 4
-    with Stop() as stop, worker._writing_hooks(rundir, made, outcome.Clock(0.0), stop, []) as hooks:
+    with Stop() as stop, worker._writing_hooks(rundir, made, outcome.Clock(0.0), stop, [], rundir.identity()) as hooks:
         for step in range(1, 100):
             hooks.record(step, {"train/loss": 1.0})
             now[0] += each

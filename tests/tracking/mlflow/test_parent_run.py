@@ -284,7 +284,7 @@ def test_the_mirror_of_one_job_keeps_the_parent(outputs: Path) -> None:
     first, second = sweep.rundirs()
     finish(first, status="running")
     with first.held():
-        process = spawn.start_mirror(first, yaml.safe_load(first.config.read_text()))
+        process = spawn.start_mirror(first)
         eventually(lambda: sweep.read().get("mlflow") and parent_of(sweep).data.tags.get("runner.jobs_running") == "1")
         assert statuses(sweep) == ["RUNNING", "-"]
         first.write_state(status="completed")
