@@ -28,7 +28,7 @@ from runner.tracking.sweepdir import SweepDir
 def pages(real: Path) -> Iterator[str]:
     """The address of MLflow's pages of the real sweep's experiment."""
     with shown(f"outputs_dir={real / 'outputs'}") as (_, address):
-        yield address.removesuffix("/runs")
+        yield address.partition("/runs")[0]
 
 
 def text_of(address: str) -> str:

@@ -18,8 +18,8 @@ from runner.errors import Fault, is_control
 
 LARGEST = 10**9
 COUNTABLE = Must(lambda value: value <= LARGEST, problem=f"is larger than {LARGEST:g}")
-COMPUTABLE = Must(lambda value: value == 0 or 1e-30 <= abs(value) <= LARGEST,
-                  problem=f"is not between 1e-30 and {LARGEST:g}, where float32 can compute")  # fmt: skip
+COMPUTABLE = Must(lambda value: value == 0 or 1e-30 <= abs(value) <= 1e30,
+                  problem="is not between 1e-30 and 1e30, where float32 can compute")  # fmt: skip
 """float32 has no number between 0 and 1e-38, and none above 3e38."""
 Count = Annotated[int, Ge(1), COUNTABLE]
 Whole = Annotated[int, Ge(0), COUNTABLE]
