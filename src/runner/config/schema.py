@@ -33,7 +33,7 @@ NotNegative = Annotated[float, Ge(0), COMPUTABLE]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Betas = Annotated[list[Fraction], Len(2, 2)]
 Memory = Literal["speed", "balanced", "min"]
-"""What of a forward pass is kept for the backward pass: see ``recompute``."""
+"""What of a forward pass is kept for the backward pass: see ``models/kernels/activation_checkpointing``."""
 
 NAME_BYTES = 255
 """The longest file name of the usual file systems."""

@@ -27,16 +27,7 @@ if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
 
 ALL_LINEAR = "all-linear"
-WRONG = (
-    ValueError,
-    TypeError,
-    ArithmeticError,
-    NotImplementedError,
-    RuntimeError,
-    AttributeError,
-    KeyError,
-    ImportError,
-)
+WRONG = (ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, KeyError, ImportError)
 """What PEFT raises for options that it cannot use."""
 Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 
@@ -123,16 +114,7 @@ def peft(model: nn.Module, *, method: Text, **options: Any) -> nn.Module:
     try:
         with adapter.fixed_seed() if subtracts else contextlib.nullcontext():
             adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=meta)
-    except (
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        NotImplementedError,
-        RuntimeError,
-        AttributeError,
-        KeyError,
-        ImportError,
-    ) as error:
+    except WRONG as error:
         raise ConfigError(_peft_fault(method, error)) from error
     _refuse(_effect_faults(adapted, options))
     if subtracts:

@@ -26,8 +26,8 @@ LossType = Literal[
     "cpo", "simpo", "orpo",
 ]  # fmt: skip
 WITHOUT_REFERENCE = ("cpo", "simpo", "orpo")
-SMOOTHED = {"sigmoid": (0.0, 0.5), "robust": (0.0, 0.5), "exo_pair": (0.0, 1.0), "cpo": (0.0, 0.5)}
-"""Loss types that use ``label_smoothing``, and the values between which it must be."""
+SMOOTHED = {"sigmoid": 0.5, "robust": 0.5, "exo_pair": 1.0, "cpo": 0.5}
+"""Loss types that use ``label_smoothing``, and what it must be below."""
 
 
 def dpo(
@@ -78,8 +78,8 @@ def check_dpo(*, loss_type: str, label_smoothing: float, gamma: float, **_: obje
     if loss_type not in SMOOTHED and label_smoothing:
         remedy = f"set task.label_smoothing=0; used by: {', '.join(SMOOTHED)}"
         yield Fault("label_smoothing", f"has no effect with loss_type={loss_type}", remedy, label_smoothing)
-    elif loss_type in SMOOTHED and not 0 <= label_smoothing < SMOOTHED[loss_type][1]:
-        remedy = f"set task.label_smoothing to a number from 0 to below {SMOOTHED[loss_type][1]}"
+    elif loss_type in SMOOTHED and not 0 <= label_smoothing < SMOOTHED[loss_type]:
+        remedy = f"set task.label_smoothing to a number from 0 to below {SMOOTHED[loss_type]}"
         yield Fault("label_smoothing", "is out of range", remedy, label_smoothing)
     elif loss_type == "exo_pair" and not label_smoothing:
         yield Fault(
