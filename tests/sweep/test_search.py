@@ -184,7 +184,7 @@ def test_killed_with_what_runs_it_goes_on_where_it_was(tmp_path: Path, cache: Pa
     driver.wait()
     os.kill(pid, signal.SIGKILL)
     until(lambda: not sweep.rundirs()[1].is_alive())
-    assert sweep.rundirs()[1].read_state().status == "running", "it came to no end"
+    assert sweep.rundirs()[1].read_state().status in ("running", "killed"), "it came to no end"
     proposed = [trial.params for trial in study_of(sweep).trials]
     assert len(proposed) == 2
     done = runner(*words, cwd=tmp_path)
