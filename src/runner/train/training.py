@@ -1,0 +1,258 @@
+"""Training of one run by one rank: load data and model, train to the last step, save the result.
+
+Rank 0 writes the records, the state and the samples into the run folder; ``worker`` decides whether there is anything
+to train, and records how the attempt ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from runner import terminal
+from runner.errors import DamagedError, Fault, Pruned, ResumeError, TrainingError
+from runner.files import write_atomic
+from runner.models.kernels import compilation
+from runner.signals import Stop
+from runner.tracking import metrics_log, provenance, slurm_client
+from runner.tracking.rundir import RunDir
+from runner.train import report
+from runner.train.distributed.ranks import Ranks, unanimous
+from runner.train.options import Options
+from runner.train.outcome import Clock
+
+if TYPE_CHECKING:
+    from runner.train.checkpoint import Progress
+    from runner.train.inputs import Inputs
+    from runner.train.loop import Hooks, Parts
+
+Ask = Callable[..., list[str]]
+"""``generate.generate`` of the model: (prompts, progress=…) → answers."""
+STATE_EVERY_S = 0.5
+"""Minimum seconds between two writes of state.json, because each write waits for the disk."""
+log = logging.getLogger("runner")
+
+
+class Loaded(NamedTuple):
+    """Everything needed to train; a run can be refused until this is loaded."""
+
+    inputs: Inputs
+    parts: Parts
+    progress: Progress
+    probed: dict[str, float]
+    """Memory metrics of ``probe.fit``."""
+
+
+def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
+    from runner.train import build, inputs, probe, reference  # imports torch
+
+    terminal.quiet_libraries()
+
+    def read() -> Inputs:
+        options.refuse_changed_code()
+        run_inputs = inputs.inputs(options, ranks)
+        _refuse_other_data(rundir, report.data_identity(run_inputs))
+        return run_inputs
+
+    run_inputs = build.resolve_micro_batch_size(unanimous(ranks, read), ranks)
+    parts = unanimous(ranks, lambda: build.parts(run_inputs, rundir, ranks))
+    run_inputs, parts, probed = probe.fit(run_inputs, parts)
+    if ranks.rank == 0:
+        report.header(run_inputs, parts, rundir)
+    if parts.task.reference is not None:
+        progress = terminal.progress("reference") if ranks.rank == 0 else lambda *_: None
+        unanimous(ranks, lambda: reference.compute(parts, options.start, progress))
+    return Loaded(run_inputs, parts, parts.checkpoints.restore(parts.model, parts.optimizer), probed)
+
+
+def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str, Any]:
+    """Train to the last step, save the model and the samples; return the numbers of the summary (rank 0)."""
+    from runner.models import pretrained
+    from runner.train import generate, loop
+
+    inputs, parts, progress, probed = loaded
+    leads, folder = parts.ranks.rank == 0, rundir.identity()
+    if leads:
+        _begin(rundir, loaded)
+    clock.start()
+    in_step = inputs.options.parallel.kind == "fsdp"
+    tokens = inputs.settings.sample_tokens
+    ask = partial(generate.generate, parts.model, inputs.tokenizer, max_new_tokens=tokens, in_step=in_step)
+    with stop.at_once(), clock.parts.timing("samples"):
+        samples = _samples_before(rundir, inputs, ask, progress.step, parts.ranks)
+    graphs: list[int] = []
+    following = _writing_hooks(rundir, inputs, clock, stop, graphs, folder) if leads else _silent_hooks(stop)
+    with following as hooks, clock.parts.timing("training"):
+        progress = loop.train(parts, progress, hooks)
+    if leads:
+        _refuse_removed(rundir, folder)
+    with stop.at_once(), clock.parts.timing("saving"):  # the last step is saved
+        pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
+    with stop.at_once(), clock.parts.timing("samples"):
+        _answer(rundir, ask, samples, "after", writes=leads)
+    peaks = parts.extra_metrics()
+    if not leads:
+        return {}
+    rundir.update_manifest(weights_sha256=provenance.weights_digest(rundir.model))
+    compiled = report.compiled(parts.model, sum(graphs))
+    numbers = report.summary(rundir, parts, progress, clock.seconds())
+    return {**numbers, "part seconds": clock.parts.seconds, **peaks, **probed, **compiled}
+
+
+def _begin(rundir: RunDir, loaded: Loaded) -> None:
+    """Drop records after the checkpoint, and write manifest.json and state.json."""
+    inputs, parts, progress, _ = loaded
+    metrics_log.rewind(rundir, progress.step, progress.evaluated)
+    report.warn_of_losses(rundir, inputs, progress)
+    rundir.update_manifest(**report.manifest(inputs, parts, rundir))
+    if progress.step:
+        log.info(f"resumed at step {progress.step}/{inputs.total_steps}")
+    if slurm_client.own_id():
+        rundir.update_manifest(scheduler_name=slurm_client.own_ref().name)
+    state = rundir.read_state()
+    rundir.write_state(
+        status="running", attempt=state.attempt + 1, pid=os.getpid(), host=os.uname().nodename, reason="",
+        step=progress.step, total_steps=inputs.total_steps, started=state.started or time.time(),
+        scheduler_id=slurm_client.own_id(),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _writing_hooks(
+    rundir: RunDir, inputs: Inputs, clock: Clock, stop: Stop, graphs: list[int], folder: tuple[int, int]
+) -> Iterator[Hooks]:
+    """The hooks of rank 0, which write to the run folder (``folder``: its identity) and the terminal."""
+    from runner.train import loop
+
+    last_step, written_at = rundir.read_state().step, 0.0
+
+    def write_state() -> None:
+        nonlocal written_at
+        _refuse_removed(rundir, folder)
+        rundir.write_state(step=last_step, seconds=clock.seconds())
+        written_at = time.monotonic()
+
+    with terminal.Display(inputs.total_steps) as display:
+
+        def record(step: int, metrics: dict[str, float]) -> None:
+            nonlocal last_step
+            _refuse_removed(rundir, folder)
+            metrics_log.append(rundir, {"step": step, "time": time.time(), **metrics})
+            last_step = step
+            if time.monotonic() - written_at >= STATE_EVERY_S:
+                write_state()
+            display.record(step, metrics)
+
+        def check_stop() -> None:
+            stop.check()
+            if rundir.prune_request.exists():
+                raise Pruned(rundir.prune_request.read_text())
+
+        try:
+            yield loop.Hooks(
+                record=record,
+                evaluating=_timed(display.evaluating, clock.parts),
+                saving=partial(metrics_log.sync_to_disk, rundir),
+                check_stop=check_stop,
+                warm=lambda: graphs.append(compilation.graphs()),
+            )
+        finally:
+            # A checkpoint may be newer than the last record (train.logging_steps).
+            last_step = max(last_step, rundir.saved_step())
+            # A full disk or a removed folder: reported by the error that ends the run.
+            with contextlib.suppress(OSError, DamagedError, TrainingError):
+                write_state()
+
+
+def _timed(evaluating: Callable[[int, int], None], parts: terminal.Stopwatch) -> Callable[[int, int], None]:
+    """The hook ``evaluating``, which also adds the time from the first to the last call to the part ``evaluation``."""
+    running = contextlib.ExitStack()
+
+    def timed(done: int, count: int) -> None:
+        if not done:
+            running.enter_context(parts.timing("evaluation"))
+        evaluating(done, count)
+        if done == count:
+            running.close()
+
+    return timed
+
+
+@contextlib.contextmanager
+def _silent_hooks(stop: Stop) -> Iterator[Hooks]:
+    """The hooks of the other ranks, which write nothing."""
+    from runner.train import loop
+
+    def nothing(*_: object) -> None:
+        pass
+
+    yield loop.Hooks(record=nothing, evaluating=nothing, saving=nothing, check_stop=stop.check, warm=nothing)
+
+
+def _refuse_removed(rundir: RunDir, identity: tuple[int, int]) -> None:
+    """Check that the folder is still the one in which this worker began.
+
+    Raises:
+        TrainingError: it was removed, or removed and created again, or has lost its manifest.
+    """
+    if rundir.identity() != identity or not rundir.manifest.exists():
+        lost = rundir.path if rundir.identity() != identity else rundir.manifest
+        problem = f"{lost} was removed while the run trained"
+        raise TrainingError(Fault("", problem, "start the run again"))
+
+
+def _refuse_other_data(rundir: RunDir, data: dict[str, Any]) -> None:
+    """Check that a resumed run has the same data as before, and a rerun the data of the original run."""
+    manifest = rundir.read_manifest()
+    before = manifest.get("data") or {}
+    if manifest.get("rerun") and not rundir.read_state().attempt:
+        _refuse_data_unlike_original(before, data)
+    if before.get("digest", data["digest"]) != data["digest"]:
+        problem = f"{data['uri']} has changed since this run began (digest {before['digest']}, now {data['digest']})"
+        raise ResumeError(Fault("data", problem, "restore the data, or start a new run with it"))
+    if before.get("function", data["function"]) != data["function"]:
+        problem = "the source code of the function has changed since this run began"
+        raise ResumeError(Fault("data.format.function", problem, "restore it, or start a new run with it"))
+
+
+def _refuse_data_unlike_original(original: dict[str, Any], data: dict[str, Any]) -> None:
+    same = {key: original.get(key, data[key]) == data[key] for key in ("digest", "function")}
+    if not same["digest"]:
+        problem = f"{data['uri']} is not the data of the original run"
+        problem += f" (digest {original['digest']}, now {data['digest']})"
+        raise ResumeError(Fault("data", problem, "restore the data, or set data.path to its new location"))
+    if not same["function"]:
+        problem = "the source code of the function is not that of the original run"
+        raise ResumeError(Fault("data.format.function", problem, "restore it, or set the key to its new location"))
+
+
+def _samples_before(rundir: RunDir, inputs: Inputs, ask: Ask, step: int, ranks: Ranks) -> list[dict[str, str]]:
+    """Samples of the untrained model, saved in the folder; a resumed run reads them from there.
+
+    If a resumed run has lost them, the prompts without answers: the model is no longer untrained.
+    """
+    saved = report.samples(rundir) if step and ranks.rank == 0 else None
+    if (samples := ranks.broadcast(saved)) is not None:
+        return list(samples)
+    prompts = inputs.splits.samples[: inputs.settings.sample_prompts]
+    if step:
+        if prompts and ranks.rank == 0:
+            log.warning(f"{rundir.samples} is lost: the answers of the model before training are not shown")
+        return prompts
+    return _answer(rundir, ask, prompts, "before", writes=ranks.rank == 0)
+
+
+def _answer(rundir: RunDir, ask: Ask, samples: list[dict[str, str]], key: str, *, writes: bool) -> list[dict[str, str]]:
+    """Add the model's answers to the samples under ``key``; save them in the folder if ``writes``."""
+    watch = terminal.progress(f"generating samples {key} training: token") if writes else None
+    answers = ask([sample["prompt"] for sample in samples], progress=watch)
+    answered = [{**sample, key: answer} for sample, answer in zip(samples, answers, strict=True)]
+    if writes:
+        write_atomic(rundir.samples, json.dumps(answered, indent=1, ensure_ascii=False))
+    return answered
