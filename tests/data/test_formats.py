@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from hydra import compose, initialize_config_dir
 
-from runner.config import bind, user_code
+from runner.config import bind, code_files, user_code
 from runner.data import formats
 from runner.errors import ConfigError, DataError
 
@@ -187,7 +187,7 @@ def test_what_a_file_imports_from_its_own_folder_belongs_to_the_function(tmp_pat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     file = tmp_path / "rows_of_mine.py"
-    found = [name for name, _ in user_code.files([file])]
+    found = [name for name, _ in code_files.files([file])]
     assert found == sorted(BESIDE.keys() - {"unrelated.py", "json/not_that_one.py"})
     assert custom(f"{file}:to_text")({}) == "A phrase."
     before = source_text(f"{file}:to_text")

@@ -29,7 +29,7 @@ from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner.config import overrides, user_code
+from runner.config import code_files, overrides, user_code
 from runner.config.bind import config_dir, to_plain
 from runner.config.explain import CONFIG_NAME, is_choice, told
 from runner.config.job import Job
@@ -76,14 +76,14 @@ def opened(args: argparse.Namespace) -> Iterator[Hydra]:
 def _own_options(hydra: Hydra, overrides: Sequence[str]) -> Iterator[None]:
     """While the block runs, ``group=name`` chooses a function of ``code=…`` if no YAML file has that name."""
     texts = dict(text.partition("=")[::2] for text in overrides)
-    if user_code.KEY not in texts:
+    if code_files.KEY not in texts:
         yield
         return
     value: Any = []
     with suppress(yaml.YAMLError):  # the parser of overrides reports it
-        value = yaml.safe_load(texts.pop(user_code.KEY)) or []
+        value = yaml.safe_load(texts.pop(code_files.KEY)) or []
     entries = value if isinstance(value, list) else str(value).split(",")
-    functions = user_code.options(map(str, entries))
+    functions = code_files.options(map(str, entries))
     store = ConfigStore.instance()
     before = copy.deepcopy(store.repo)
     for group, names in texts.items():

@@ -1,31 +1,22 @@
-"""The user's own code: files and packages that the key ``code`` names, whose functions may be options.
+"""The user's own code: its functions may be options of any group.
 
-Each entry is a Python file, a package folder, or the name of an importable package. A run keeps a copy of it in its
-folder (``code/``), and a worker imports that copy: what is edited later changes no run.
+A run keeps a copy of the files that the key ``code`` names (``code_files``) in its folder, and a worker imports that
+copy: what is edited later changes no run.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
-import hashlib
 import importlib
-import importlib.util
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from runner.config.code_files import KEY, REMEDY, digest, files, locate, may_be_module, module_name
 from runner.errors import ConfigError, Fault
-
-KEY = "code"
-FOLDER = "code"
-"""Of a run folder: where the copy is."""
-REMEDY = "name a Python file (code=my_lab.py), a package folder (code=my_lab) or an installed package"
-
 
 PATHS = "_code_"
 """Key of a node with a ``_target_`` of the user's: where to import it from. Never written to a file: see ``attach``."""
@@ -75,41 +66,11 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     attach(cfg, list(paths.values()))
 
 
-def options(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Function name → the node that it is as an option, for all functions of this code; nothing is imported.
-
-    Keyword-only parameters are the keys, with their defaults as values; one without a default needs a value (``???``).
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        with contextlib.suppress(ConfigError):  # settle() reports it
-            path = locate(entry)
-            for name, file in files([path]):
-                module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-                for function in _functions(file):
-                    found.setdefault(function.name, {"_target_": f"{module}.{function.name}", **_defaults(function)})
-    return found
-
-
-def _functions(file: Path) -> list[ast.FunctionDef]:
-    try:
-        body = ast.parse(file.read_bytes()).body
-    except (SyntaxError, ValueError):  # importing it reports that
-        return []
-    return [node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-
-
-def _defaults(function: ast.FunctionDef) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for parameter, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        values[parameter.arg] = "???"
-        with contextlib.suppress(ValueError):  # computed: the function itself fills it in
-            if default is not None:
-                values[parameter.arg] = ast.literal_eval(default)
-                continue
-        if default is not None:
-            del values[parameter.arg]
-    return values
+def given(cfg: Mapping[str, Any]) -> list[str]:
+    """The entries of ``code``: a text, a list of texts, or null; of another type none, which checking reports."""
+    value = cfg.get(KEY)
+    entries = value if isinstance(value, list) else [value]
+    return [entry for entry in entries if isinstance(entry, str)]
 
 
 def attach(cfg: dict[str, Any], paths: Sequence[Path]) -> None:
@@ -123,16 +84,6 @@ def attach(cfg: dict[str, Any], paths: Sequence[Path]) -> None:
             node[PATHS] = places
 
 
-def refuse_given(cfg: Mapping[str, Any]) -> None:
-    """Refuse a configuration in which somebody else noted where code is.
-
-    Raises:
-        ConfigError: with a remedy.
-    """
-    if detached(cfg) != cfg:
-        raise ConfigError(Fault(PATHS, "cannot be set: it is noted where code=… is found", REMEDY))
-
-
 def attach_copy(cfg: dict[str, Any], folder: Path) -> None:
     """``attach`` the copy below ``folder`` of the code that a frozen configuration names.
 
@@ -141,9 +92,19 @@ def attach_copy(cfg: dict[str, Any], folder: Path) -> None:
     """
     refuse_given(cfg)
     if isinstance(cfg.get(KEY), Mapping):
-        if unfit := [name for name in cfg[KEY] if not _may_be_module(str(name))]:
+        if unfit := [name for name in cfg[KEY] if not may_be_module(str(name))]:
             raise ConfigError(Fault(KEY, "is no name of a module of yours", "restore config.yaml of the run", unfit))
         attach(cfg, [folder / name if (folder / name).is_dir() else folder / f"{name}.py" for name in cfg[KEY]])
+
+
+def refuse_given(cfg: Mapping[str, Any]) -> None:
+    """Refuse a configuration in which somebody else noted where code is.
+
+    Raises:
+        ConfigError: with a remedy.
+    """
+    if detached(cfg) != cfg:
+        raise ConfigError(Fault(PATHS, "cannot be set: it is noted where code=… is found", REMEDY))
 
 
 def detached(node: Any) -> Any:
@@ -194,88 +155,6 @@ def patch(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
-def _nodes(node: Any) -> Iterator[dict[str, Any]]:
-    """Every dict with a ``_target_``."""
-    if isinstance(node, dict):
-        if isinstance(node.get("_target_"), str):
-            yield node
-        for value in node.values():
-            yield from _nodes(value)
-
-
-def _targets(cfg: Mapping[str, Any]) -> Iterator[str]:
-    return (str(node["_target_"]) for node in _nodes(cfg))
-
-
-def _function(cfg: Mapping[str, Any]) -> str:
-    """``data.format.function``; empty if the format has none."""
-    data = cfg.get("data")
-    form = data.get("format") if isinstance(data, Mapping) else None
-    return str(form.get("function") or "") if isinstance(form, Mapping) else ""
-
-
-def locate(entry: str) -> Path:
-    """The file, or the folder of the package, that an entry of ``code`` names.
-
-    Raises:
-        ConfigError: there is none, or its name is that of a module of Python's or of this program.
-    """
-    path = Path(entry).expanduser()
-    if not entry.strip() or (not path.exists() and (path.suffix == ".py" or "/" in entry)):
-        raise ConfigError(Fault(KEY, "no such file or folder", REMEDY, entry))
-    if not path.exists():
-        path = _installed(entry)
-    path = path.resolve()
-    if path.is_file() and path.suffix != ".py":
-        raise ConfigError(Fault(KEY, "is not a Python file", REMEDY, entry))
-    if path.is_dir() and not any(path.glob("*.py")):
-        raise ConfigError(Fault(KEY, "is a folder without Python files", REMEDY, entry))
-    name = module_name(path)
-    if not _may_be_module(name):
-        problem = f"'{name}' cannot be the name of a module of yours"
-        raise ConfigError(Fault(KEY, problem, "rename it: letters, digits and _, no module of Python's", entry))
-    return path
-
-
-def _may_be_module(name: str) -> bool:
-    return name.isidentifier() and name not in sys.stdlib_module_names and name not in ("runner", "hydra_plugins")
-
-
-def module_name(path: Path) -> str:
-    """``my_lab`` of ``my_lab.py`` and of the package folder ``my_lab``."""
-    return path.name.removesuffix(".py")
-
-
-def files(paths: Iterable[Path]) -> list[tuple[str, Path]]:
-    """(name below the copy's folder, file) of all that belongs to this code, sorted by name.
-
-    Of a package all of its Python files; of a file the modules and packages beside it that it imports, directly or
-    through each other. A module whose name is computed at run time is not found.
-    """
-    found: dict[str, Path] = {}
-    for path in paths:
-        parts = sorted(path.rglob("*.py")) if path.is_dir() else [path, *_imported(path)]
-        found |= {str(part.relative_to(path.parent)): part for part in parts if "__pycache__" not in part.parts}
-    return sorted(found.items())
-
-
-def digest(paths: Iterable[Path]) -> str:
-    """16 hexadecimal digits over the names and texts of all files."""
-    found = hashlib.sha256()
-    for name, file in files(paths):
-        text = file.read_bytes()
-        found.update(f"{name}\0{len(text)}\0".encode() + text)
-    return found.hexdigest()[:16]
-
-
-def copy(paths: Iterable[Path], folder: Path) -> None:
-    """Copy the code into ``folder``."""
-    for name, file in files(paths):
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-
-
 def load(name: str, paths: Sequence[Path]) -> ModuleType:
     """Import the module ``name`` (``my_lab`` or ``my_lab.optim``) of this code.
 
@@ -313,17 +192,6 @@ def from_user_code(function: Any, paths: Iterable[Path]) -> bool:
     return name in own
 
 
-def _installed(name: str) -> Path:
-    try:
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None:
-        raise ConfigError(Fault(KEY, "no such file, folder or installed package", REMEDY, name))
-    origin = Path(spec.origin)
-    return origin.parent if origin.name == "__init__.py" else origin
-
-
 def _failed(error: Exception, paths: Iterable[Path]) -> Fault:
     """The fault of an import that raised, at the last line of the user's that was reached."""
     own = {str(file) for _, file in files(paths)}
@@ -349,56 +217,21 @@ def _forget_others(paths: Iterable[Path]) -> None:
             del sys.modules[name]
 
 
-def _imported(file: Path) -> list[Path]:
-    """The modules and packages beside ``file`` that it imports, anywhere in it, directly or through each other."""
-    found: set[Path] = set()
-    remaining = [file]
-    while remaining:
-        for name in _names(remaining.pop()):
-            new = {path for path in _beside(file.parent, name) if path != file} - found
-            found |= new
-            remaining += new
-    return sorted(found)
+def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+    """Every dict with a ``_target_``."""
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            yield node
+        for value in node.values():
+            yield from _nodes(value)
 
 
-def _names(file: Path) -> set[str]:
-    """The first part of each name that a file imports; empty if it is not Python: importing it will say so."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
-        return set()
-    names: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.append(node.module)
-    return {name.partition(".")[0] for name in names}
+def _targets(cfg: Mapping[str, Any]) -> Iterator[str]:
+    return (str(node["_target_"]) for node in _nodes(cfg))
 
 
-def _beside(folder: Path, name: str) -> Iterator[Path]:
-    """The files of a module or package of this name in ``folder``.
-
-    A folder without ``__init__.py`` counts only if no installed or built-in module has its name, as in Python.
-    """
-    is_package, is_module = (folder / name / "__init__.py").is_file(), (folder / f"{name}.py").is_file()
-    if is_package or not (is_module or _is_elsewhere(name)):
-        yield from (path for path in (folder / name).rglob("*.py") if path.is_file())
-    elif is_module:
-        yield folder / f"{name}.py"
-
-
-def _is_elsewhere(name: str) -> bool:
-    """Whether Python finds a module or package of this name, with a file or built in; nothing is imported."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except ValueError:  # imported already, without a spec
-        return True
-    return spec is not None and spec.origin is not None
-
-
-def given(cfg: Mapping[str, Any]) -> list[str]:
-    """The entries of ``code``: a text, a list of texts, or null; of another type none, which checking reports."""
-    value = cfg.get(KEY)
-    entries = value if isinstance(value, list) else [value]
-    return [entry for entry in entries if isinstance(entry, str)]
+def _function(cfg: Mapping[str, Any]) -> str:
+    """``data.format.function``; empty if the format has none."""
+    data = cfg.get("data")
+    form = data.get("format") if isinstance(data, Mapping) else None
+    return str(form.get("function") or "") if isinstance(form, Mapping) else ""

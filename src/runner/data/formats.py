@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.config import bind, user_code
+from runner.config import bind, code_files, user_code
 from runner.config.schema import Text
 from runner.data import conversation
 from runner.data.conversation import Message, Row, refuse_unused, with_system
@@ -178,7 +178,7 @@ def source_text(function: str, code: Sequence[str]) -> str:
     """
     file = _source(function, code)
     is_own = code or function.rpartition(":")[0].endswith(".py")
-    beside = [path for _, path in user_code.files([file]) if path != file] if is_own else []
+    beside = [path for _, path in code_files.files([file]) if path != file] if is_own else []
     parts = [f"{path.relative_to(file.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in beside]
     return "\0".join([file.read_text(encoding="utf-8"), *parts])
 
@@ -196,7 +196,7 @@ def _source(function: str, code: Sequence[str]) -> Path:
     module, paths = _module(function, code)
     for path in paths:
         first, *rest = module.split(".")
-        if user_code.module_name(path) == first:
+        if code_files.module_name(path) == first:
             inside = path.joinpath(*rest)
             candidates = [inside / "__init__.py", inside.with_suffix(".py")] if path.is_dir() else [path]
             if found := next((each for each in candidates if each.is_file()), None):
@@ -240,7 +240,7 @@ def looks_like(row: Row) -> str | None:
 def _load(function: str, code: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
     name = function.rpartition(":")[2]
     module, paths = _module(function, code)
-    is_own = module.partition(".")[0] in map(user_code.module_name, paths)
+    is_own = module.partition(".")[0] in map(code_files.module_name, paths)
     try:
         found = getattr(user_code.load(module, paths) if is_own else importlib.import_module(module), name, None)
     except ConfigError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from runner.config import bind, choices, user_code
+from runner.config import bind, choices, code_files, user_code
 from runner.errors import RunnerError
 from runner.report.record import Curves, Recorded
 from runner.tracking import checkout, manifest
@@ -119,7 +119,7 @@ def _code(run: Recorded) -> dict[str, Any]:
     if git.get("dirty"):
         digest = git.get("diff_sha256")
         uncommitted = f"yes ({digest[:12]})" if digest else "yes"
-    modules = run.config.get(user_code.KEY)
+    modules = run.config.get(code_files.KEY)
     digests = modules if isinstance(modules, Mapping) else {}
     return {
         "commit": git.get("sha"),

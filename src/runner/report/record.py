@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from runner import terminal
-from runner.config import moved, user_code
+from runner.config import code_files, moved, user_code
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError, suggest
 from runner.files import cache_dir, locked
 from runner.secrets import redact
@@ -326,13 +326,13 @@ def _artifacts(client: MlflowClient, run: Run, names: tuple[str, ...]) -> Iterat
 
 def _code(client: MlflowClient, run: Run, config: str) -> Path | None:
     """A copy of the user's own code that the run has in MLflow, in the cache; None if it has none."""
-    if not isinstance((yaml.safe_load(config) or {}).get(user_code.KEY), dict):
+    if not isinstance((yaml.safe_load(config) or {}).get(code_files.KEY), dict):
         return None
     folder = cache_dir("code") / run.info.run_id
     with locked(folder.with_suffix(".lock")):
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-                Path(client.download_artifacts(run.info.run_id, user_code.FOLDER, aside)).rename(folder)
+                Path(client.download_artifacts(run.info.run_id, code_files.FOLDER, aside)).rename(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from runner.config import moved, user_code
+from runner.config import code_files, moved, user_code
 from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
@@ -40,8 +40,8 @@ def signature(cfg: Mapping[str, Any]) -> str:
 def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that change what is computed, with the option names of version 0.1.0."""
     what = {key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS}
-    if what.get(user_code.KEY) is None:
-        what.pop(user_code.KEY, None)  # version 0.1.0 had no such key
+    if what.get(code_files.KEY) is None:
+        what.pop(code_files.KEY, None)  # version 0.1.0 had no such key
     return moved.to_first(user_code.detached(what))
 
 
@@ -93,7 +93,7 @@ def prepare(
     rundir = RunDir(folder)
     refuse_other(rundir, cfg)
     if not rundir.manifest.exists():
-        user_code.copy(user_code.paths_of(cfg), rundir.code)
+        code_files.copy(user_code.paths_of(cfg), rundir.code)
         _write_config(rundir, cfg)
         rundir.write_state(status="pending")
         manifest = _manifest(cfg, rundir, command, overrides)
