@@ -13,13 +13,13 @@ from runner.config import bind, code_files, user_code
 from runner.data import formats
 from runner.errors import ConfigError, DataError
 
-NAMES = ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 EXCHANGE = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
 ROWS = {
     "messages": {"messages": EXCHANGE},
     "sharegpt": {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}]},
     "alpaca": {"instruction": "Two and two?", "input": "", "output": "Four."},
     "prompt_completion": {"prompt": "Two and two?", "completion": "Four."},
+    "preference": {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Five."},
     "text": {"text": "Two and two are four."},
 }
 
@@ -31,7 +31,7 @@ def option(name: str, *overrides: str) -> Callable[..., formats.Example]:
         return bind.bind(bind.to_plain(compose(f"format/{name}", list(overrides)))["format"], "data.format")
 
 
-@pytest.mark.parametrize("name", NAMES[:-1])
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "alpaca", "prompt_completion"])
 def test_every_format_reads_the_same_conversation(name):
     assert option(name)(ROWS[name]) == EXCHANGE
 
@@ -40,11 +40,11 @@ def test_text_is_text():
     assert option("text")(ROWS["text"]) == "Two and two are four."
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("other", NAMES)
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("other", ROWS)
 def test_a_row_of_another_format_is_refused_with_the_override_to_use(name, other):
     if name == other:
-        assert formats.looks_like(ROWS[name]) == name
+        option(name)(ROWS[name])
         return
     with pytest.raises(DataError) as caught:
         option(name)(ROWS[other])

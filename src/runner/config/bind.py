@@ -84,9 +84,19 @@ def find_faults(node: Mapping[str, Any], key: str = "", target: Callable[..., An
     values = _values(node)
     faults = [fault.below(key) for fault in _signature_faults(function, values)]
     yield from faults
-    companion = getattr(inspect.getmodule(function), f"check_{function.__name__}", None)
+    companion = _companion("check", function)
     if not faults and companion is not None:
         yield from (fault.below(key) for fault in companion(**values, **_places(companion, node)))
+
+
+def bound_companion(prefix: str, node: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """The function ``<prefix>_<option>`` beside the option of a node, with the node's values; None if there is none."""
+    companion = _companion(prefix, _resolve(node))
+    return functools.partial(companion, **_values(node)) if companion else None
+
+
+def _companion(prefix: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
+    return getattr(inspect.getmodule(function), f"{prefix}_{function.__name__}", None)
 
 
 def keys_of(function: Callable[..., Any]) -> list[str]:

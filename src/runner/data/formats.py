@@ -17,8 +17,8 @@ from typing import Any
 
 from runner.config import bind, code_files, user_code
 from runner.config.schema import Text
-from runner.data import conversation
-from runner.data.conversation import Message, Row, refuse_unused, with_system
+from runner.data import conversation, row_shape
+from runner.data.conversation import Row, refuse_unused, with_system
 from runner.data.examples import Example
 from runner.errors import ConfigError, DataError, Fault, RunnerError, quoted, suggest
 
@@ -31,10 +31,14 @@ def messages(row: Row, *, messages: Text, role: Text, content: Text, ignore: lis
 
     ``ignore``, in each format: keys that change what is learnt and are left out all the same.
     """
-    turns = _turns(row, "messages", "messages", messages, (role, content))
+    turns = row_shape.turns(row, "messages", "messages", messages, (role, content))
     left_out = ignore or []
     refuse_unused(row, turns, {messages}, keys={role, content}, ignore=left_out)
     return conversation.checked(conversation.read(turns, role, content, left_out))
+
+
+def like_messages(row: Row, *, role: str, content: str, **_: object) -> int:
+    return row_shape.has_turns(row, role, content)
 
 
 def sharegpt(
@@ -48,7 +52,7 @@ def sharegpt(
     ignore: list[Text] | None = None,
 ) -> Example:
     """A list of ``{"from": "human", "value": …}``; ``roles`` says who speaks, ``system`` names a key beside it."""
-    turns = _turns(row, "sharegpt", "conversations", conversations, (speaker, value))
+    turns = row_shape.turns(row, "sharegpt", "conversations", conversations, (speaker, value))
     left_out = ignore or []
     used = {conversations, system}
     refuse_unused(row, turns, used, keys={speaker, value}, ignore=_with_system(left_out, system), offers=SYSTEM)
@@ -56,13 +60,17 @@ def sharegpt(
     return conversation.checked(with_system(row, system, conversation.read(named, speaker, value, left_out)))
 
 
+def like_sharegpt(row: Row, *, speaker: str, value: str, **_: object) -> int:
+    return row_shape.has_turns(row, speaker, value)
+
+
 def alpaca(
     row: Row, *, instruction: Text, input: Text, output: Text, system: Text | None, ignore: list[Text] | None = None
 ) -> Example:
     """An instruction with an optional input below it, and the output wanted: one exchange."""
-    question = _text(row, "alpaca", "instruction", instruction)
-    answer = _text(row, "alpaca", "output", output)
-    extra = _text(row, "alpaca", "input", input) if row.get(input) is not None else ""
+    question = row_shape.text(row, "alpaca", "instruction", instruction)
+    answer = row_shape.text(row, "alpaca", "output", output)
+    extra = row_shape.text(row, "alpaca", "input", input) if row.get(input) is not None else ""
     offers = SYSTEM if extra else {**SYSTEM, "input": ("context",)}
     refuse_unused(
         row, (), {instruction, input, output, system}, ignore=_with_system(ignore or [], system), offers=offers
@@ -75,28 +83,34 @@ def alpaca(
     return conversation.checked(with_system(row, system, exchange))
 
 
+def like_alpaca(row: Row, *, instruction: str, output: str, **_: object) -> int:
+    return row_shape.has(row, instruction, output)
+
+
 def prompt_completion(row: Row, *, prompt: Text, completion: Text, ignore: list[Text] | None = None) -> Example:
     """A prompt and its completion, each a text or a list of messages."""
-    parts: list[Message] = []
     left_out = ignore or []
     refuse_unused(row, (), {prompt, completion}, ignore=left_out)
-    for parameter, key, role in (("prompt", prompt, "user"), ("completion", completion, "assistant")):
-        if isinstance(row.get(key), list):
-            turns = _turns(row, "prompt_completion", parameter, key, ("role", "content"))
-            refuse_unused({}, turns, (), keys={"role", "content"}, ignore=left_out)
-            parts += conversation.read(turns, "role", "content", left_out)
-        else:
-            parts.append(conversation.said(role, _text(row, "prompt_completion", parameter, key), f"the {parameter}"))
-    return conversation.checked(parts)
+    question = row_shape.text_or_messages(row, "prompt_completion", "prompt", prompt, "user", left_out)
+    answer = row_shape.text_or_messages(row, "prompt_completion", "completion", completion, "assistant", left_out)
+    return conversation.checked([*question, *answer])
+
+
+def like_prompt_completion(row: Row, *, prompt: str, completion: str, **_: object) -> int:
+    return row_shape.has(row, prompt, completion)
 
 
 def text(row: Row, *, key: Text, ignore: list[Text] | None = None) -> Example:
     """Plain text under one key, for continued pretraining."""
-    found = _text(row, "text", "key", key)
+    found = row_shape.text(row, "text", "key", key)
     refuse_unused(row, (), {key}, ignore=ignore or [], words=conversation.WEIGHTS)
     if not found.strip():
         raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
     return found
+
+
+def like_text(row: Row, *, key: str, **_: object) -> int:
+    return int(isinstance(row.get(key), str))
 
 
 def custom(row: Row, *, function: Text, _code_: list[str] | None = None) -> Example:
@@ -144,7 +158,7 @@ def checked(result: Any, key: str, name: str) -> Example:
     """
     if isinstance(result, str):
         return conversation.text_of(result, f"what {name} returns")
-    if not isinstance(result, list) or not all(_has(turn, ("role", "content")) for turn in result):
+    if not isinstance(result, list) or not all(row_shape.is_turn(turn, ("role", "content")) for turn in result):
         problem = f"gave {type(result).__name__}, which is neither a text nor a list of messages"
         raise DataError(Fault(key, problem, 'return [{"role": …, "content": …}, …] or a str', name))
     refuse_unused({}, result, (), keys={"role", "content"}, ignore=None)
@@ -220,22 +234,6 @@ def _module(function: str, code: Sequence[str]) -> tuple[str, list[Path]]:
     return where, paths
 
 
-def looks_like(row: Row) -> str | None:
-    """The format whose keys this row has, as ``data/format=`` takes it; None where it is none of them."""
-    if {"chosen", "rejected"} <= row.keys():
-        return "preference"
-    if {"prompt", "completion"} <= row.keys():
-        return "prompt_completion"
-    firsts = [value[0] for value in row.values() if isinstance(value, list) and value]
-    if any(_has(first, ("role", "content")) for first in firsts):
-        return "messages"
-    if any(_has(first, ("from", "value")) for first in firsts):
-        return "sharegpt"
-    if {"instruction", "output"} <= row.keys():
-        return "alpaca"
-    return "text" if isinstance(row.get("text"), str) else None
-
-
 @functools.lru_cache
 def _load(function: str, code: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
     name = function.rpartition(":")[2]
@@ -255,38 +253,6 @@ def _load(function: str, code: tuple[str, ...]) -> Callable[[dict[str, Any]], An
         raise ConfigError(Fault("data.format.function", problem, "correct the name", function))
     call: Callable[[dict[str, Any]], Any] = found
     return call
-
-
-def _turns(row: Row, name: str, parameter: str, key: str, needed: tuple[str, str]) -> list[Mapping[str, Any]]:
-    turns = row.get(key)
-    if not isinstance(turns, list):
-        raise _misfit(row, name, parameter, key)
-    for number, turn in enumerate(turns, start=1):
-        if not _has(turn, needed):
-            has = ", ".join(map(str, turn)) if isinstance(turn, Mapping) else type(turn).__name__
-            raise _misfit(row, name, parameter, key, f"message {number} needs {' and '.join(needed)}, it has {has}")
-    return turns
-
-
-def _text(row: Row, name: str, parameter: str, key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise _misfit(row, name, parameter, key)
-    return conversation.text_of(value, f"the text under '{key}'")
-
-
-def _misfit(row: Row, name: str, parameter: str, key: str, problem: str = "") -> DataError:
-    found = type(row[key]).__name__ if key in row else f"nothing (keys here: {', '.join(map(str, row)) or 'none'})"
-    problem = problem or f"finds {found} under '{key}'"
-    near = looks_like(row)
-    if near is not None and near != name:
-        return DataError(Fault("data/format", f"{problem}. The row looks like {near}", f"data/format={near}", name))
-    remedy = f"data.format.{parameter}=KEY says which key holds it; data/format=custom takes a function of yours"
-    return DataError(Fault("data/format", problem, remedy, name))
-
-
-def _has(value: object, keys: tuple[str, str]) -> bool:
-    return isinstance(value, dict) and keys[0] in value and keys[1] in value  # once for every message: no all()
 
 
 def _role(speaker: object, roles: Mapping[str, str]) -> str:

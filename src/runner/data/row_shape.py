@@ -1,0 +1,90 @@
+"""The shape of a row: read what a format needs of it, and name the format that a row looks like.
+
+A format declares its rows by a companion function beside it, ``like_<option>(row, **values)``, with the values of its
+YAML file: how many keys of the row the format would use, 0 if the row is none of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from runner.config import bind
+from runner.data import conversation
+from runner.data.conversation import Message, Row
+from runner.errors import DataError, Fault
+
+
+def looks_like(row: Row) -> str | None:
+    """The format that would use most keys of this row, as ``data/format=`` takes it; None if no format is like it."""
+    used = {name: like(row) for name, like in _companions().items()}
+    name = max(used, key=lambda name: used[name])
+    return name if used[name] else None
+
+
+@functools.cache
+def _companions() -> dict[str, Callable[[Row], int]]:
+    """Format → its ``like_`` companion, for every format that has one."""
+    names = sorted(path.stem for path in (bind.config_dir() / "data/format").glob("*.yaml"))
+    nodes = {name: bind.option("data/format", name) for name in names}
+    return {name: like for name, node in nodes.items() if (like := bind.bound_companion("like", node))}
+
+
+def has(row: Row, *keys: str) -> int:
+    """The number of these keys if the row has them all, else 0: for a ``like_`` companion."""
+    return len(keys) if all(key in row for key in keys) else 0
+
+
+def has_turns(row: Row, role: str, content: str) -> int:
+    """1 if a key of the row holds a list whose first turn has both keys, else 0: for a ``like_`` companion."""
+    firsts = (value[0] for value in row.values() if isinstance(value, list) and value)
+    return int(any(is_turn(first, (role, content)) for first in firsts))
+
+
+def is_turn(value: object, keys: tuple[str, str]) -> bool:
+    return isinstance(value, dict) and keys[0] in value and keys[1] in value  # called for every message: no all()
+
+
+def text(row: Row, name: str, parameter: str, key: str) -> str:
+    """The text under ``key``, which ``parameter`` of the format ``name`` names.
+
+    Raises:
+        DataError: there is none, with the format that the row looks like.
+    """
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise misfit(row, name, parameter, key)
+    return conversation.text_of(value, f"the text under '{key}'")
+
+
+def turns(row: Row, name: str, parameter: str, key: str, needed: tuple[str, str]) -> list[Mapping[str, Any]]:
+    """The list of turns under ``key``, each with the ``needed`` keys; errors as for ``text``."""
+    value = row.get(key)
+    if not isinstance(value, list):
+        raise misfit(row, name, parameter, key)
+    for number, turn in enumerate(value, start=1):
+        if not is_turn(turn, needed):
+            present = ", ".join(map(str, turn)) if isinstance(turn, Mapping) else type(turn).__name__
+            raise misfit(row, name, parameter, key, f"message {number} needs {' and '.join(needed)}, it has {present}")
+    return value
+
+
+def text_or_messages(row: Row, name: str, parameter: str, key: str, role: str, ignore: list[str]) -> list[Message]:
+    """The messages under ``key``: a list of messages, or a text, which is one message of ``role``."""
+    if isinstance(row.get(key), list):
+        listed = turns(row, name, parameter, key, ("role", "content"))
+        conversation.refuse_unused({}, listed, (), keys={"role", "content"}, ignore=ignore)
+        return conversation.read(listed, "role", "content", ignore)
+    return [conversation.said(role, text(row, name, parameter, key), f"the {parameter}")]
+
+
+def misfit(row: Row, name: str, parameter: str, key: str, problem: str = "") -> DataError:
+    """The error of a row that is not of the format ``name``."""
+    kind = type(row[key]).__name__ if key in row else f"nothing (keys here: {', '.join(map(str, row)) or 'none'})"
+    problem = problem or f"finds {kind} under '{key}'"
+    near = looks_like(row)
+    if near is not None and near != name:
+        return DataError(Fault("data/format", f"{problem}. The row looks like {near}", f"data/format={near}", name))
+    remedy = f"data.format.{parameter}=KEY says which key holds it; data/format=custom takes a function of yours"
+    return DataError(Fault("data/format", problem, remedy, name))
