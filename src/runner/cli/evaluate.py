@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from runner.train.distributed.wrap import Wrapped
+    from runner.train.prepared import Start
 
 HELP = """python -m runner evaluate RUN [data=… data.key=…] [--base] [--name NAME] [--tasks TASK,…] [--limit N]
 
@@ -141,11 +143,11 @@ def _loaded(order: _Order) -> tuple[Any, Any]:
 def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[str, Any]]:
     """(name, metrics, details of the rows), computed with the evaluation code of training."""
     from runner.models.kernels import lora_linear
-    from runner.train import build, inputs, loop
+    from runner.train import build, inputs, loop, prepared
     from runner.train.distributed import parallel, wrap
     from runner.train.distributed.ranks import ALONE
 
-    run = order.run
+    run, start = order.run, prepared.none
     batches, details, name = _batches(run, rows)
     name = rows.name or name
     _refuse_name_of_other_rows(run, name, details)
@@ -156,15 +158,16 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     build.resolve_lm_head(model, autocast, "none")
     wrapped = wrap.wrap(parallel.none(), model, run.options.task, ALONE, device, autocast)
     if run.options.task.reference is not None:
-        _give_reference(run, batches, wrapped)
+        start = _give_reference(run, batches, wrapped)
+    preparer = prepared.Preparer(run.options.task, model, run.tokenizer, wrapped, ALONE, start)
     began = time.monotonic()
-    sums = loop.evaluation_sums(model, run.options.task, batches, wrapped, before=terminal.progress("evaluating"))
+    sums = loop.evaluation_sums(preparer, batches, before=terminal.progress("evaluating"))
     details["seconds"] = round(time.monotonic() - began, 3)
     return name, run.options.task.metrics(sums), details
 
 
-def _give_reference(run: Trained, batches: Batches, wrapped: Wrapped) -> None:
-    """Give the rows the numbers of the model that training started from."""
+def _give_reference(run: Trained, batches: Batches, wrapped: Wrapped) -> Start:
+    """Give the rows the numbers of the model that training started from; return that model."""
     from runner.models.pretrained import keep_updates
     from runner.train import build, reference
     from runner.train.distributed.ranks import ALONE
@@ -177,6 +180,7 @@ def _give_reference(run: Trained, batches: Batches, wrapped: Wrapped) -> None:
     build.resolve_lm_head(model, wrapped.autocast, "none")
     start = reference.Start(model, task.reference, wrapped, ALONE, run.options.start)
     reference.give(batches, batches.pass_packs, start, terminal.progress("reference"))
+    return lambda: contextlib.nullcontext(model.eval())
 
 
 def _refuse_name_of_other_rows(run: Trained, name: str, details: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         rows = [
             *_model_rows(run_inputs, expected),
             *_data_rows(run_inputs),
+            *run_inputs.notes,
             *_time_rows(run_inputs, expected),
         ]
         terminal.table(f"plan  {label}".strip(), ["", ""], [list(row) for row in rows])

@@ -85,17 +85,17 @@ class Batches:
         self.pack_length = rows.unit * max_length
         assert packing is False or self.sizes.max() <= self.pack_length, "a pack is longer than its row"
         self._most_documents = int(np.diff(self.packs.offsets).max(initial=0))
-        self.end_to_end = False
+        self.end_to_end = self.by_document = False
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         self._tokens_before = functools.lru_cache(maxsize=2)(self._sum_tokens)
 
     def step(self, i: int) -> list[Batch]:
         """The micro-batches of optimizer step ``i`` (from 0); every rank gets the same number of them."""
-        return list(self._cut(self._of_step(i)))
+        return list(self._cut(self.packs_of_step(i)))
 
     def one_pass(self) -> Iterator[Batch]:
         """Every pack once, in the order of the first epoch, for an evaluation."""
-        return self._cut(self._order(0).tolist())
+        return self._cut(self.packs_of_pass())
 
     def of(self, packs: list[int]) -> Batch:
         """One batch of these packs, at most ``rows_per_batch``."""
@@ -105,15 +105,23 @@ class Batches:
         """The rows of a pack."""
         return self.packs.rows[self.packs.offsets[pack] : self.packs.offsets[pack + 1]]
 
+    def rows_in(self, packs: list[int]) -> list[int]:
+        """The rows of these packs, in their order."""
+        return [int(row) for pack in packs for row in self.rows_of(pack)]
+
     def visited(self, steps: int) -> list[int]:
         """The packs that this rank computes in the first ``steps`` steps, each once."""
-        packs = (pack for i in range(steps) for part in self._parts(self._of_step(i)) for pack in part)
+        packs = (pack for i in range(steps) for part in self.parts(self.packs_of_step(i)) for pack in part)
         return list(dict.fromkeys(packs))
 
     @property
     def pass_packs(self) -> list[int]:
         """The packs that this rank computes in ``one_pass``."""
-        return [pack for part in self._parts(self._order(0).tolist()) for pack in part]
+        return [pack for part in self.parts(self.packs_of_pass()) for pack in part]
+
+    def packs_of_pass(self) -> list[int]:
+        """The packs of ``one_pass``, over all ranks."""
+        return [int(pack) for pack in self._order(0)]
 
     @property
     def batches_in_pass(self) -> int:
@@ -149,8 +157,14 @@ class Batches:
     def laid_end_to_end(self) -> Batches:
         """A copy without padding between rows: unpacked rows are concatenated to one row, (1, sum of lengths)."""
         batches = copy.copy(self)
-        batches.end_to_end = not self.packing
+        batches.end_to_end, batches.by_document = not self.packing, True
         return batches
+
+    def of_documents(self, rows: Rows, max_length: int) -> Batch:
+        """One batch of documents that belong to no pack, such as generated ones; ``max_length``: their upper bound."""
+        others = Batches(rows, packing=False, max_length=max_length, rows_per_batch=max(len(rows), 1), accumulation=1,
+                         seed=self.seed, shuffle=False, pad_id=self.pad_id)  # fmt: skip
+        return (others.laid_end_to_end() if self.by_document else others).of(list(range(len(rows))))
 
     def heaviest(self) -> Batch:
         """A batch of this rank with the largest packs, to measure peak memory; belongs to no training step.
@@ -227,18 +241,18 @@ class Batches:
     def _end(self) -> int:
         return self._packs_of(self.epochs) if self.epochs is not None else 2**62
 
-    def _of_step(self, i: int) -> list[int]:
+    def packs_of_step(self, i: int) -> list[int]:
         """The packs of optimizer step ``i``, over all ranks."""
         positions = range(i * self.per_step, min((i + 1) * self.per_step, self._end()))
         return [int(self._order(p // len(self.packs))[p % len(self.packs)]) for p in positions]
 
-    def _parts(self, packs: list[int]) -> Iterator[list[int]]:
+    def parts(self, packs: list[int]) -> Iterator[list[int]]:
         """This rank's packs of each micro-batch."""
         for start in range(0, len(packs), self.per_micro_batch):
             yield packs[start : start + self.per_micro_batch][self.rank :: self.world]
 
     def _cut(self, packs: list[int]) -> Iterator[Batch]:
-        return map(self._build, self._parts(packs))
+        return map(self._build, self.parts(packs))
 
     def _build(self, packs: list[int]) -> Batch:
         """Build one micro-batch of these packs; rows that are missing for the fixed shape contain only padding."""

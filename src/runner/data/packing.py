@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +42,15 @@ class Rows:
     unit: int = 1
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Numbers that a task gives each row, by name: (rows,) float32."""
+
+    @classmethod
+    def of(cls, documents: Sequence[tuple[np.ndarray, np.ndarray]], **values: Sequence[float]) -> Rows:
+        """Rows in memory: (token ids, labels) of each document, and numbers of each by name."""
+        columns = [np.concatenate([np.array([], np.int32), *(each[at] for each in documents)]) for at in (0, 1)]
+        ids, labels = (column.astype(np.int32) for column in columns)
+        offsets = np.cumsum([0, *(len(each[0]) for each in documents)], dtype=np.int64)
+        numbers = {name: np.array(each, dtype=np.float32) for name, each in values.items()}
+        return cls(ids, labels, offsets, one_by_one(len(documents)), values=numbers)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -87,6 +96,12 @@ class Rows:
         packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets, "unit": np.array(self.unit)}
         values = {f"{VALUE}{name}": numbers for name, numbers in self.values.items()}
         return {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, **packs, **values}
+
+
+def answer_start(labels: Sequence[int] | np.ndarray) -> int:
+    """The position of the first label; the number of tokens if there is none."""
+    trained = np.flatnonzero(np.asarray(labels) != IGNORED)
+    return int(trained[0]) if len(trained) else len(labels)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Packs:

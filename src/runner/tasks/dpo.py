@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid, relu
 
 from runner.config.schema import Fraction, NotNegative, Positive
 from runner.data.examples import Example, Features
-from runner.data.packing import IGNORED
+from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import logprobs
 from runner.tasks.task import Task
@@ -177,15 +177,11 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
     ]
     if pair[0]["input_ids"] == pair[1]["input_ids"]:
         raise DataError(Fault("", "the chosen and the rejected answer have the same tokens", "leave the row out"))
-    prompts = [feature["input_ids"][: _answer_start(feature)] for feature in pair]
+    prompts = [feature["input_ids"][: answer_start(feature["labels"])] for feature in pair]
     if prompts[0] != prompts[1]:
         problem = "the chat template renders the prompt differently for the two answers"
         raise DataError(Fault("", problem, "leave the row out, or use another model.chat_template"))
-    return pair if all(_answer_start(feature) < max_length for feature in pair) else []
-
-
-def _answer_start(feature: Features) -> int:
-    return next((at for at, label in enumerate(feature["labels"]) if label != IGNORED), len(feature["labels"]))
+    return pair if all(answer_start(feature["labels"]) < max_length for feature in pair) else []
 
 
 def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:

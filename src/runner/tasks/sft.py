@@ -16,10 +16,11 @@ def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
         from runner.data import chat_template
 
         if not isinstance(example, list):
+            kind = "plain text" if isinstance(example, str) else "rows of another task"
             raise DataError(
                 Fault(
                     "data.format",
-                    f"gives {'plain text' if isinstance(example, str) else 'pairs'}, but task=sft needs conversations",
+                    f"gives {kind}, but task=sft needs conversations",
                     "use task=pretrain, or a conversation format (data/format=messages, alpaca, …)",
                 )
             )

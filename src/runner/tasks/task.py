@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from runner.data.batches import Batch, Batches
     from runner.tasks.cross_entropy import TokenLosses
+    from runner.tasks.upcoming import Upcoming
 
 from runner.data.examples import Example, Features
 
@@ -47,6 +49,15 @@ class Task:
     reference: Callable[[Any, dict[str, Any]], Tensor] | None = None
     """(model, batch) → a number of each document (documents,) under the weights before the first step. It is computed
     once without gradients, cached, and given to ``loss`` as ``batch["reference"]``."""
+    prepare: Callable[[Upcoming], list[Batch]] | None = None
+    """Called without gradients before each step and evaluation: gives the micro-batches that are computed instead."""
+    needs_start: bool = False
+    """Whether ``prepare`` computes with the weights before the first step, too: a copy of them is kept."""
+    passes_without_gradient: int = 0
+    """How many times ``prepare`` passes as many tokens through the model as the step has: counted in FLOPs and time."""
+    inspect: Callable[[Batches, Batches, int], list[tuple[str, str]]] | None = None
+    """(training, evaluation, steps) → (label, text) of the lines that ``plan`` adds. Raises a ConfigError or DataError
+    if the data cannot be used; called before the model is loaded."""
     chats: bool = True
     """Whether the model learns to answer in conversations; False: it continues plain text."""
     train_metrics: tuple[str, ...] = ("loss",)

@@ -28,7 +28,7 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import estimate, loop, optim, probe, reference, throughput
+from runner.train import estimate, loop, optim, prepared, probe, reference, throughput
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import wrap
@@ -132,6 +132,7 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
         batches=batches,
         prefetcher=Prefetcher(batches, inputs.device, inputs.total_steps),
         evaluation=evaluation,
+        preparer=preparer(inputs, model, wrapped, ranks),
         optimizer=optimizer,
         schedule=options.schedule,
         settings=inputs.settings,
@@ -141,11 +142,18 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
         ranks=ranks,
         wrapped=wrapped,
         checkpoints=Checkpoints(rundir.checkpoints, inputs.settings.save_total_limit, ranks),
-        meter=throughput.Meter(expected.flops_per_token, peak),
+        meter=throughput.Meter(expected.flops_per_token, peak, prepares=options.task.prepare is not None),
         async_metrics=AsyncMetrics.of(inputs.device),
         quote=partial(quote, inputs.tokenizer),
         extra_metrics=lambda: ranks.largest(usage.metrics()),
     )
+
+
+def preparer(inputs: Inputs, model: torch.nn.Module, wrapped: wrap.Wrapped, ranks: Ranks) -> prepared.Preparer:
+    """The model must have the weights of the start."""
+    task = inputs.options.task
+    start = prepared.start_of(model) if task.needs_start else prepared.none
+    return prepared.Preparer(task, model, inputs.tokenizer, wrapped, ranks, start)
 
 
 def resolve_attention(

@@ -41,6 +41,8 @@ def expect(inputs: Inputs) -> Expected:
     size = dtype_for(source.dtype, inputs.device).itemsize
     weights = counts["quantized_bytes"] + counts["adapter"] * ADAPTER_BYTES
     weights += (counts["total"] - counts["quantized"] - counts["adapter"]) * size
+    if options.task.needs_start:  # a copy of the trained weights
+        weights += counts["trainable"] * (size if full else ADAPTER_BYTES)
     inputs = replace(inputs, source=source)
     activations, unknown = _rehearsed(inputs, model, autocast)
     if not quant.plain and activations is not None:
@@ -59,7 +61,8 @@ def expect(inputs: Inputs) -> Expected:
     total, free = usage.of_device(inputs.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     report = inputs.splits.report
     trained = report.train_trained_tokens / max(report.train_tokens, 1)
-    flops = throughput.flops_per_token(model, options.data.max_length, trained)
+    task = options.task
+    flops = throughput.flops_per_token(model, options.data.max_length, trained, task.passes_without_gradient)
     return Expected(counts, memory, held, total, free, flops, len(compilation.layers_of(model)), unknown)
 
 

@@ -32,6 +32,8 @@ class Inputs:
     evaluation: Batches
     total_steps: int
     device: torch.device
+    notes: list[tuple[str, str]]
+    """(label, text) of what the task notes about the data, for ``plan``."""
     estimate: peak.Expected | None = None
     """The estimate from which ``micro_batch_size=auto`` was chosen; None if the size was set."""
 
@@ -54,9 +56,10 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     tokenizer = pretrained.tokenizer(source)
     splits, batches, evaluation = load_data(options, source, tokenizer, ranks.rank, options.parallel.processes)
     steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
+    notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     if device.type == "cpu":
         usage.begin()
-    return Inputs(options, source, tokenizer, settings, splits, batches, evaluation, steps, device)
+    return Inputs(options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes)
 
 
 def compute_at_once(inputs: Inputs, rows: int) -> Inputs:

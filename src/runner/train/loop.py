@@ -30,6 +30,7 @@ from runner.train.distributed import wrap
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
 from runner.train.prefetch import Prefetcher
+from runner.train.prepared import Preparer
 from runner.train.throughput import Meter, Timing
 
 Record = Callable[[int, dict[str, float]], None]
@@ -45,6 +46,7 @@ class Parts:
     prefetcher: Prefetcher
     """``batches`` on the device, prefetched one step ahead."""
     evaluation: Batches
+    preparer: Preparer
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int, int], float]
     """(step, total steps) → factor of the learning rate."""
@@ -134,6 +136,8 @@ class Step:
     learning_rate: float
     names: tuple[str, ...]
     """Names of the sums, in the order of the copied numbers; the gradient norm comes last."""
+    tokens: int
+    """Without padding, since the first step."""
     totals: dict[str, float]
     """What the terms of the loss are divided by, over all micro-batches and ranks."""
 
@@ -154,11 +158,13 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     Never synchronizes with the device: loss and norm are read some steps later, see ``AsyncMetrics``.
     """
     step, settings = progress.step, parts.settings
-    parts.model.train()
-    torch.manual_seed(derived_seed(parts.seed, step, parts.ranks.rank))
     began = time.perf_counter()
     micro_batches = parts.prefetcher.step(step)
-    waited = time.perf_counter() - began
+    arrived = time.perf_counter()
+    micro_batches = prepared(parts, step, micro_batches, hooks)
+    waits = {"waited": arrived - began, "prepared": time.perf_counter() - arrived}
+    parts.model.train()
+    torch.manual_seed(derived_seed(parts.seed, step, parts.ranks.rank))
     kinds = list(dict.fromkeys(["tokens", "trained", *parts.task.divisors.values()]))
     counts = (sum(batch[kind] for batch in micro_batches) for kind in kinds)
     totals = dict(zip(kinds, parts.ranks.agree(hooks.check_stop, *counts), strict=True))
@@ -167,18 +173,24 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     sums = accumulate_gradients(parts, micro_batches, totals, hooks)
     norm = wrap.clip(parts.model, settings.max_grad_norm or math.inf)
     numbers = torch.stack([*sums.values(), norm.double()])
-    parts.async_metrics.put(Step(step + 1, learning_rate, tuple(sums), totals), numbers)
+    tokens = progress.tokens + int(totals["tokens"])
+    parts.async_metrics.put(Step(step + 1, learning_rate, tuple(sums), tokens, totals), numbers)
     due = [checked(parts, *entry) for entry in parts.async_metrics.due()]
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
 
     progress.step += 1
-    progress.tokens += int(totals["tokens"])
+    progress.tokens = tokens
     progress.trained_tokens += int(totals["trained"])
     progress.evaluated = False
-    parts.meter.step(int(totals["tokens"]), waited)
+    parts.meter.step(int(totals["tokens"]), **waits)
     for result in due:
         note(parts, progress, hooks, result)
+
+
+def prepared(parts: Parts, step: int, micro_batches: list[dict[str, Any]], hooks: Hooks) -> list[dict[str, Any]]:
+    """The micro-batches as the task wants them: the same on every resume, because nothing else is random there."""
+    return parts.preparer.step(parts.batches, step, micro_batches, derived_seed(parts.seed, step), hooks.check_stop)
 
 
 def catch_up(parts: Parts, progress: Progress, hooks: Hooks) -> None:
@@ -236,23 +248,22 @@ def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
         parts.ranks.agree(hooks.check_stop)
         hooks.evaluating(done, count)
 
-    totals = evaluation_sums(parts.model, parts.task, parts.evaluation, parts.wrapped, before)
+    totals = evaluation_sums(parts.preparer, parts.evaluation, before)
     hooks.evaluating(parts.evaluation.batches_in_pass, parts.evaluation.batches_in_pass)
     parts.meter.pause()
     return {f"eval/{name}": value for name, value in parts.task.metrics(over_ranks(parts, totals)).items()}
 
 
 @torch.no_grad()
-def evaluation_sums(
-    model: torch.nn.Module, task: Task, batches: Batches, wrapped: Wrapped, before: Callable[[int, int], None]
-) -> dict[str, float]:
+def evaluation_sums(preparer: Preparer, batches: Batches, before: Callable[[int, int], None]) -> dict[str, float]:
     """The task's sums over one pass; ``before`` is called before each batch with (batches done, all batches)."""
+    model, task = preparer.model, preparer.task
     model.eval()
     totals: dict[str, torch.Tensor] = {}
-    for done, batch in enumerate(batches.one_pass()):
+    for done, batch in enumerate(preparer.one_pass(batches, lambda: before(0, batches.batches_in_pass))):
         before(done, batches.batches_in_pass)
-        with wrapped.autocasting():
-            add(totals, task.loss(model, wrapped.on_device(batch)))
+        with preparer.wrapped.autocasting():
+            add(totals, task.loss(model, batch))
     return {name: float(value) for name, value in totals.items()}
 
 
@@ -270,10 +281,10 @@ def over_ranks(parts: Parts, totals: dict[str, float]) -> dict[str, float]:
 def training_metrics(parts: Parts, progress: Progress, result: Sums) -> dict[str, float]:
     step, metrics = result.step, parts.task.metrics(progress.window)
     return {
-        **{f"train/{name}": metrics[name] for name in parts.task.train_metrics},
+        **{f"train/{name}": metrics[name] for name in parts.task.train_metrics if name in metrics},
         "train/grad_norm": result.norm,
         "train/learning_rate": step.learning_rate,
-        "train/tokens": parts.batches.tokens_at(step.number),
+        "train/tokens": step.tokens,
         "train/epoch": parts.batches.epoch(step.number),
         **parts.meter.rates(),
         **parts.extra_metrics(),

@@ -55,6 +55,8 @@ class Timing:
     seconds: float = 0.0
     waited: float = 0.0
     """Part of ``seconds`` spent waiting for data."""
+    prepared: float = 0.0
+    """Part of ``seconds`` spent in ``Task.prepare``, such as generating answers."""
 
     def __add__(self, other: Timing) -> Timing:
         return Timing(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -66,8 +68,8 @@ class Meter:
     The first step of a process (compilation, warm-up) is not counted, unless it is the only one.
     """
 
-    def __init__(self, flops_per_token: float, peak_flops: float) -> None:
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+    def __init__(self, flops_per_token: float, peak_flops: float, *, prepares: bool = False) -> None:
+        self._flops_per_token, self._peak_flops, self._prepares = flops_per_token, peak_flops, prepares
         self.timing, self._first = Timing(), Timing()  # all counted steps; the first step of this process
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.start()
@@ -83,10 +85,10 @@ class Meter:
     pause = start
     """Exclude the time since the last step (an evaluation, a checkpoint)."""
 
-    def step(self, tokens: int, waited: float = 0.0) -> None:
-        """Count a finished step: its tokens without padding, and the seconds it waited for data."""
+    def step(self, tokens: int, waited: float = 0.0, prepared: float = 0.0) -> None:
+        """Count a finished step: its tokens without padding, and the seconds that it waited for data and prepared."""
         now = time.perf_counter()
-        done = Timing(1, tokens, now - self._since, waited)
+        done = Timing(1, tokens, now - self._since, waited, prepared)
         # A peak measured while other programs were running is too low; a faster step corrects it.
         self._peak_flops = max(self._peak_flops, tokens / done.seconds * self._flops_per_token)
         if self._first.steps:
@@ -104,16 +106,18 @@ class Meter:
             return {}
         speed = timing.tokens / timing.seconds
         recent = self._recent or [timing.seconds / timing.steps]
+        prepares = {"train/prepare_fraction": timing.prepared / timing.seconds} if self._prepares else {}
         return {
             "train/tokens_per_second": speed,
             "train/step_seconds": sum(recent) / len(recent),
             "train/data_wait_fraction": timing.waited / timing.seconds,
             "train/mfu": speed * self._flops_per_token / self._peak_flops,
+            **prepares,
         }
 
 
-def flops_per_token(model: nn.Module, length: int, trained: float = 1.0) -> float:
-    """Training FLOPs per token of a document of ``length`` tokens.
+def flops_per_token(model: nn.Module, length: int, trained: float = 1.0, forward_passes: int = 0) -> float:
+    """Training FLOPs per token of a document of ``length`` tokens, and those of as many passes without gradient.
 
     Per weight: 2 in the forward pass, 2 for the gradient of its input, 2 for its own gradient if it is trained. So
     6 N for full fine-tuning, 4 N + 2 N_adapter for LoRA. Embeddings cost nothing (a lookup). The head counts for the
@@ -128,8 +132,9 @@ def flops_per_token(model: nn.Module, length: int, trained: float = 1.0) -> floa
     for name, module in model.named_modules():
         for parameter in _matrices(module):
             part = (trained if id(module) in head else 1.0) * (used if ".experts" in name else 1.0)
-            total += part * parameters.dense_count(module, parameter, quant) * (6 if parameter.requires_grad else 4)
-    return total + 3.5 * _attention_flops(_config(model), length)
+            per_weight = (6 if parameter.requires_grad else 4) + 2 * forward_passes
+            total += part * parameters.dense_count(module, parameter, quant) * per_weight
+    return total + (3.5 + forward_passes) * _attention_flops(_config(model), length)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,0 +1,48 @@
+"""Formats of single answers with a verdict: each option turns one row into a prompt, an answer and a label."""
+
+from __future__ import annotations
+
+import functools
+
+from runner.config.schema import Text
+from runner.data import conversation, row_shape
+from runner.data.conversation import Message, Row
+from runner.data.examples import Example
+from runner.errors import DataError, Fault, quoted
+
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def kto(row: Row, *, prompt: Text, completion: Text, label: Text, ignore: list[Text] | None = None) -> Example:
+    """Rows ``{prompt, completion, label}``: prompt and completion a text or a list of messages, label true or false.
+
+    ``ignore``: keys that change what is learnt and are left out all the same.
+    """
+    left_out = ignore or []
+    conversation.refuse_unused(row, [], {prompt, completion, label}, ignore=left_out)
+    read = functools.partial(row_shape.text_or_messages, row, "kto", ignore=left_out)
+    return judged(read("prompt", prompt, "user"), read("completion", completion, "assistant"), row.get(label))
+
+
+def like_kto(row: Row, *, prompt: str, completion: str, label: str, **_: object) -> int:
+    return row_shape.has(row, prompt, completion, label)
+
+
+def judged(prompt: list[Message], completion: list[Message], label: object) -> Example:
+    """The example of a row with one answer and whether it is desirable.
+
+    Raises:
+        DataError: the answer is something else, the prompt is empty, or the label is not true or false.
+    """
+    value = LABELS.get(str(label).strip().lower())
+    if value is None:
+        problem = f"the label is {quoted(label)}; allowed: true (desirable), false (undesirable)"
+        raise DataError(Fault("", problem, "correct the row; data.format.label names the key"))
+    if len(completion) != 1 or completion[0]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in completion) or "nothing"
+        problem = f"the completion must be one answer of the assistant, it is: {roles}"
+        raise DataError(Fault("", problem, "leave the row out, or move the first turns into the prompt"))
+    if not prompt:
+        raise DataError(Fault("", "the prompt is empty", "leave the row out"))
+    conversation.checked([*prompt, *completion])
+    return {"prompt": prompt, "completion": completion[0], "label": value}

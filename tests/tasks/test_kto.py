@@ -1,0 +1,215 @@
+"""KTO against the numbers of TRL 1.16; the KL estimate of a step and its cut into micro-batches and ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, composed, prepared
+from fixtures import two_models
+from fixtures.two_models import QUESTIONS
+
+from runner.cli import main
+from runner.data import judged
+from runner.data.batches import Batches
+from runner.data.packing import Rows, one_by_one, pack
+from runner.errors import DataError, Preempted
+from runner.signals import Stop
+from runner.tasks import kto, logprobs, mismatched
+from runner.tasks.upcoming import Upcoming
+from runner.tracking import metrics_log
+from runner.train import worker
+
+OF_TRL = {"kto": 0.527515, "apo_zero_unpaired": 0.527467}
+"""The loss of KTOTrainer of TRL 1.16 on these four rows, with beta=0.1."""
+Z = 0.386891
+
+
+def example(number: int) -> dict[str, Any]:
+    question, good, bad = QUESTIONS[number]
+    is_good = number % 2 == 0
+    answer = {"role": "assistant", "content": good if is_good else bad}
+    return {"prompt": [{"role": "user", "content": question}], "completion": answer, "label": is_good}
+
+
+def task_of(loss_type: str = "kto", **changes: Any) -> Any:
+    return kto.kto(loss_type=loss_type, **{"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, **changes})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
+    return two_models.load(tmp_path_factory.mktemp("model"))
+
+
+def batches(tokenizer: Any, at_once: int = 4, *, packing: bool = False, by_document: bool = False, **ranks: int) -> Any:
+    features = [each for number in range(4) for each in kto.encode(example(number), tokenizer, 256)]
+    for each in features:  # TRL also trains the line break after the end of the turn, which is never generated
+        each["labels"][-1] = each["input_ids"][-1]
+    documents = [(np.array(each["input_ids"]), np.array(each["labels"])) for each in features]
+    plain = Rows.of(documents, label=[each["label"] for each in features])
+    packs = pack(plain.lengths, 256) if packing else one_by_one(4)
+    rows = Rows(plain.ids, plain.labels, plain.offsets, packs, 1, plain.values)
+    world = ranks.get("world", 1)
+    built = Batches(
+        rows, packing=packing, max_length=256, rows_per_batch=at_once, accumulation=-(-len(packs) // (at_once * world)),
+        seed=0, shuffle=False, pad_id=0, **ranks,
+    )  # fmt: skip
+    return built.laid_end_to_end() if by_document else built
+
+
+def upcoming(model: Any, original: Any, given: Batches, others: float = 0.0) -> Upcoming:
+    """``others``: what the other ranks add to the sum of this one."""
+    return Upcoming(
+        model=model, tokenizer=None, batches=given, packs=given.packs_of_step(0), micro_batches=given.step(0), seed=0,
+        trains=True, start=lambda: contextlib.nullcontext(original), on_device=lambda batch: batch,
+        agree=lambda *numbers: [number + others for number in numbers],
+    )  # fmt: skip
+
+
+def step(model: Any, original: Any, task: Any, given: Batches) -> tuple[dict[str, float], float, torch.Tensor]:
+    """(metrics, loss, gradient of all parameters) of one step over all rows."""
+    model.zero_grad()
+    with torch.no_grad():
+        micro_batches = task.prepare(upcoming(model, original, given)) if task.prepare else given.step(0)
+        for batch in micro_batches:
+            batch["reference"] = logprobs.sums(original, batch)
+    totals = {kind: sum(batch[kind] for batch in micro_batches) for kind in task.divisors.values()}
+    sums: dict[str, float] = {}
+    for batch in micro_batches:
+        parts = task.loss(model, batch)
+        task.step_loss(parts, totals).backward()
+        sums = {name: sums.get(name, 0.0) + float(value.detach()) for name, value in parts.items()}
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return task.metrics(sums), float(task.step_loss(sums, totals)), gradient
+
+
+@pytest.mark.parametrize("loss_type", OF_TRL)
+def test_the_loss_is_that_of_trl(models: Any, loss_type: str) -> None:
+    policy, original, tokenizer = models
+    metrics, loss, _ = step(policy, original, task_of(loss_type), batches(tokenizer))
+    assert loss == pytest.approx(OF_TRL[loss_type], abs=1e-5)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+    assert metrics.get("kl", Z) == pytest.approx(Z, abs=1e-5)
+    assert ("kl" in metrics) == (loss_type == "kto")
+    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
+
+
+@pytest.mark.parametrize(
+    "cut", [{"at_once": 1}, {"at_once": 2, "by_document": True}, {"at_once": 1, "packing": True}], ids=str
+)
+def test_any_cut_gives_the_same_step(models: Any, cut: dict[str, Any]) -> None:
+    policy, original, tokenizer = models
+    task = task_of(desirable_weight=0.7)
+    expected = step(policy, original, task, batches(tokenizer))
+    metrics, loss, gradient = step(policy, original, task, batches(tokenizer, **cut))
+    assert loss == pytest.approx(expected[1], rel=1e-5)
+    torch.testing.assert_close(gradient, expected[2], rtol=1e-4, atol=1e-6)
+    assert metrics == pytest.approx(expected[0], rel=1e-4)
+
+
+def test_two_ranks_compute_the_same_estimate(models: Any) -> None:
+    policy, original, tokenizer = models
+    shares = []
+    with torch.no_grad():
+        for rank in (0, 1):
+            sums: list[float] = []
+            given = upcoming(policy, original, batches(tokenizer, 1, rank=rank, world=2), others=100.0)
+            (batch, _) = mismatched.prepare(given)
+            sums.append(float(batch[mismatched.MEAN]) * 4 - 100.0)
+            shares += sums
+    assert sum(shares) / 4 == pytest.approx(Z, abs=1e-4)
+    assert min(abs(share) for share in shares) > 0.1
+
+
+def test_no_answer_meets_its_own_prompt() -> None:
+    rows = Rows.of([(np.array([n, n, 100 + n]), np.array([-100, -100, 100 + n])) for n in range(3)])
+    ids, labels = mismatched.mix(rows, 1, 0, 8)
+    assert ids.tolist() == [1, 1, 100]
+    assert labels.tolist() == [-100, -100, 100]
+    assert mismatched.mix(rows, 1, 0, 2)[0].tolist() == [1, 1]
+
+
+def test_labels_are_read_and_anything_else_is_refused() -> None:
+    keys = {"prompt": "prompt", "completion": "completion", "label": "label"}
+    row = {"prompt": "Hi", "completion": "Hello", "label": "False"}
+    assert judged.kto(row, **keys) == {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "completion": {"role": "assistant", "content": "Hello"},
+        "label": False,
+    }
+    for label in (None, 2, "good"):
+        with pytest.raises(DataError, match="the label is"):
+            judged.kto({**row, "label": label}, **keys)
+    with pytest.raises(DataError, match="must be one answer of the assistant, it is: user"):
+        judged.kto({**row, "completion": [{"role": "user", "content": "Hi"}]}, **keys)
+
+
+def test_the_balance_of_the_labels() -> None:
+    assert kto.balance(np.array([1.0, 1, 0, 0]), 1.0, 1.0) == "2 desirable, 2 undesirable; weighted 1.00 : 1"
+    assert "task.desirable_weight=0.333" in kto.balance(np.array([1.0, 1, 1, 0]), 1.0, 1.0)
+    with pytest.raises(DataError, match="all 2 training rows are undesirable"):
+        kto.balance(np.zeros(2), 1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    texts = [{"prompt": f"Say {n}", "completion": f"{n}" if n % 2 else "no", "label": bool(n % 2)} for n in range(12)]
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return path
+
+
+def run_of(rows: Path, *changes: str) -> tuple[str, ...]:
+    return (*TINY, "task=kto", "data=local", f"data.path={rows}", "data/format=kto", "data.eval_fraction=0.3",
+            "train.max_steps=4", "train.per_device_batch_size=4", "model.dtype=float32", "data.packing=false",
+            "train.micro_batch_size=2", *changes)  # fmt: skip
+
+
+def test_a_run_starts_at_its_reference_and_goes_on_to_the_same_weights(rows: Path, tmp_path: Path, cache: Path) -> None:
+    whole, cut = (prepared(tmp_path / name, *run_of(rows, "train.save_steps=2")) for name in ("whole", "cut"))
+    assert worker.work(whole) == 0
+    records = metrics_log.read(whole)
+    first = next(record for record in records if "eval/loss" in record)
+    assert first["eval/loss"] == pytest.approx(0.5, abs=1e-6)
+    assert first["eval/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert all(0 < record["train/prepare_fraction"] < 1 for record in records if "train/prepare_fraction" in record)
+    assert any("train/prepare_fraction" in record for record in records)
+    stops = iter([False] * 16 + [True])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "check", lambda _: (_ for _ in ()).throw(Preempted("stop")) if next(stops, False) else None)
+        assert worker.work(cut) == 75
+    assert 0 < cut.read_state().step < 4
+    assert worker.work(cut) == 0
+    losses = [[r["train/loss"] for r in metrics_log.read(run) if "train/loss" in r] for run in (whole, cut)]
+    assert losses[0] == losses[1]
+    assert len({run.read_manifest()["weights_sha256"] for run in (whole, cut)}) == 1
+
+
+def test_evaluate_gives_the_numbers_of_training(
+    rows: Path, tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rundir = prepared(tmp_path / "run", *run_of(rows, "optim.learning_rate=1e-2"))
+    assert worker.work(rundir) == 0
+    last = [record for record in metrics_log.read(rundir) if "eval/loss" in record][-1]
+    assert last["eval/kl"] > 1e-3
+    assert main.run(["evaluate", str(rundir.path)]) == 0
+    (evaluated,) = metrics_log.read_evaluations(rundir)
+    for name in ("loss", "kl"):
+        assert evaluated["metrics"][f"eval_held_out/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-5)
+
+
+def test_plan_shows_the_balance_and_a_step_of_one_row_is_refused(
+    rows: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["plan", *run_of(rows)]) == 0
+    assert "undesirable; weighted" in capsys.readouterr().out
+    alone = ("train.per_device_batch_size=1", "train.micro_batch_size=1")
+    assert main.run(["plan", *run_of(rows, *alone)]) == 2
+    assert "step 1 has a single row" in capsys.readouterr().err
+    assert main.run(["plan", *run_of(rows, *alone, "task.loss_type=apo_zero_unpaired")]) == 0
+    assert composed(*run_of(rows))["task"]["beta"] == 0.1
