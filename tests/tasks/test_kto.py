@@ -193,7 +193,7 @@ def test_a_run_starts_at_its_reference_and_goes_on_to_the_same_weights(rows: Pat
 def test_evaluate_gives_the_numbers_of_training(
     rows: Path, tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rundir = prepared(tmp_path / "run", *run_of(rows, "optim.learning_rate=1e-2"))
+    rundir = prepared(tmp_path / "run", *run_of(rows, "optim.learning_rate=1e-2", "task.undesirable_weight=0.01"))
     assert worker.work(rundir) == 0
     last = [record for record in metrics_log.read(rundir) if "eval/loss" in record][-1]
     assert last["eval/kl"] > 1e-3
