@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from hydra import compose, initialize_config_dir
 
-from runner.config import bind, code_files, user_code
+from runner.config import bind, code_files, user_code, user_function
 from runner.data import formats
 from runner.errors import ConfigError, DataError
 
@@ -152,7 +152,7 @@ def custom(function: object) -> Callable[..., formats.Example]:
 
 
 def source_text(function: str) -> str:
-    return formats.source_text(function, ())
+    return user_function.source_text(function, ())
 
 
 def test_a_function_of_ones_own_from_a_file(own):

@@ -26,7 +26,7 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     """Find the code that a configuration names, and write its digests in the place of its paths.
 
     Files and packages in the folders ``search`` need no entry: a ``_target_`` below them is enough. A file that
-    ``data.format.function`` names belongs to the code too.
+    ``data.format.function`` or ``task.rewards`` names belongs to the code too.
 
     Raises:
         ConfigError: with every entry that names nothing.
@@ -40,10 +40,12 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     entries = given(cfg)
     faults: list[Fault] = []
     paths: dict[str, Path] = {}
-    function = _function(cfg)
-    if function and (file := Path(function.rpartition(":")[0]).expanduser()).suffix == ".py" and file.is_file():
-        entries.append(str(file))
-        cfg["data"]["format"]["function"] = f"{file.name}:{function.rpartition(':')[2]}"
+    for node, key in _functions_named(cfg):
+        file, _, name = str(node[key]).rpartition(":")
+        path = Path(file).expanduser()
+        if path.suffix == ".py" and path.is_file():
+            entries.append(str(path))
+            node[key] = f"{path.name}:{name}"
     for entry in entries:
         try:
             path = locate(entry)
@@ -80,7 +82,7 @@ def attach(cfg: dict[str, Any], paths: Sequence[Path]) -> None:
     places = [str(path) for path in paths]
     cfg[PATHS] = places
     for node in _nodes(cfg):
-        if node.get("function") or not str(node["_target_"]).startswith("runner."):
+        if node.get("function") or node.get("rewards") or not str(node["_target_"]).startswith("runner."):
             node[PATHS] = places
 
 
@@ -230,8 +232,12 @@ def _targets(cfg: Mapping[str, Any]) -> Iterator[str]:
     return (str(node["_target_"]) for node in _nodes(cfg))
 
 
-def _function(cfg: Mapping[str, Any]) -> str:
-    """``data.format.function``; empty if the format has none."""
-    data = cfg.get("data")
+def _functions_named(cfg: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(dict or list, key or index) of every value that names a function of the user's."""
+    data, task = cfg.get("data"), cfg.get("task")
     form = data.get("format") if isinstance(data, Mapping) else None
-    return str(form.get("function") or "") if isinstance(form, Mapping) else ""
+    rewards = task.get("rewards") if isinstance(task, Mapping) else None
+    if isinstance(form, dict) and isinstance(form.get("function"), str):
+        yield form, "function"
+    if isinstance(rewards, list):
+        yield from ((rewards, at) for at, reward in enumerate(rewards) if isinstance(reward, str))

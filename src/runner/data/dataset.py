@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from runner.config import schema, user_code
+from runner.config import schema, user_code, user_function
 from runner.config.schema import DataSettings
-from runner.data import formats, splits
+from runner.data import splits
 from runner.data.examples import Encoder, Example, Features
 from runner.data.packing import IGNORED, Rows, one_by_one, pack_units
 from runner.data.splits import Item
@@ -288,7 +288,7 @@ def _cache_key(source: Source, tokenizer: Any, settings: DataSettings, identity:
         "code": CODE_VERSION,
         "data": source.digest,
         "identity": user_code.detached(identity),
-        "function": formats.source_text(function, form.get(user_code.PATHS) or ()) if function else None,
+        "function": user_function.source_text(function, form.get(user_code.PATHS) or ()) if function else None,
         "tokenizer": _fingerprint(tokenizer),
         "settings": asdict(settings),
     }

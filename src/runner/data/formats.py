@@ -5,22 +5,16 @@ A row that does not fit is refused with the format it looks like; the caller add
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from runner.config import bind, code_files, user_code
+from runner.config import bind, user_function
 from runner.config.schema import Text
 from runner.data import conversation, row_shape
 from runner.data.conversation import Row, refuse_unused, with_system
 from runner.data.examples import Example
-from runner.errors import ConfigError, DataError, Fault, RunnerError, quoted, suggest
+from runner.errors import DataError, Fault, RunnerError, quoted
 
 SYSTEM = {"system": conversation.SYSTEM}
 """The parameter of a format that names the key of the system prompt."""
@@ -118,7 +112,7 @@ def custom(row: Row, *, function: Text, _code_: list[str] | None = None) -> Exam
 
     ``_code_`` is set by this program: where the copy of the file is that the run keeps.
     """
-    call = _load(function, tuple(_code_ or ()))
+    call = user_function.load("data.format.function", function, tuple(_code_ or ()))
     try:
         result = call(dict(row))
     except (Exception, SystemExit) as error:
@@ -167,92 +161,7 @@ def checked(result: Any, key: str, name: str) -> Example:
 
 def check_custom(*, function: str, _code_: list[str] | None = None) -> Iterator[Fault]:
     """A file, module or name that does not exist, or a file that is not Python; nothing is run."""
-    name = function.rpartition(":")[2]
-    try:
-        tree = ast.parse(_source(function, _code_ or ()).read_text(encoding="utf-8"))
-    except ConfigError as error:
-        yield from error.faults
-        return
-    except SyntaxError as error:
-        yield Fault("function", f"is not Python: {error.msg} (line {error.lineno})", "correct the file", function)
-        return
-    bound = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    bound |= {alias.asname or alias.name for n in tree.body if isinstance(n, ast.ImportFrom) for alias in n.names}
-    bound |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
-    if name not in bound:
-        problem = f"defines no function '{name}'. {suggest(name, bound)}".strip()
-        yield Fault("function", problem, "correct the name", function)
-
-
-def source_text(function: str, code: Sequence[str]) -> str:
-    """The text of a custom function's file, and digests of the modules that it imports from the same folder.
-
-    Raises:
-        ConfigError: no such file or module exists.
-    """
-    file = _source(function, code)
-    is_own = code or function.rpartition(":")[0].endswith(".py")
-    beside = [path for _, path in code_files.files([file]) if path != file] if is_own else []
-    parts = [f"{path.relative_to(file.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in beside]
-    return "\0".join([file.read_text(encoding="utf-8"), *parts])
-
-
-def _source(function: str, code: Sequence[str]) -> Path:
-    """The file that holds a custom function: in the user's code, or of an installed package.
-
-    Raises:
-        ConfigError: no such file or module exists.
-    """
-    where, _, name = function.rpartition(":")
-    if not where or not name.isidentifier():
-        remedy = "for example data.format.function=rows.py:to_messages"
-        raise ConfigError(Fault("function", "must be path/to/file.py:name or package.module:name", remedy, function))
-    module, paths = _module(function, code)
-    for path in paths:
-        first, *rest = module.split(".")
-        if code_files.module_name(path) == first:
-            inside = path.joinpath(*rest)
-            candidates = [inside / "__init__.py", inside.with_suffix(".py")] if path.is_dir() else [path]
-            if found := next((each for each in candidates if each.is_file()), None):
-                return found.absolute()
-    try:
-        spec = importlib.util.find_spec(where) if not where.endswith(".py") else None
-    except (ModuleNotFoundError, ValueError):
-        spec = None
-    if spec is None or not spec.origin or not Path(spec.origin).is_file():
-        remedy = "correct it; a file is sought from the current directory, a module on Python's path"
-        raise ConfigError(Fault("function", "no such file or module", remedy, function))
-    return Path(spec.origin)
-
-
-def _module(function: str, code: Sequence[str]) -> tuple[str, list[Path]]:
-    """The module of a custom function, and the user's code: the run's copy, or the file that a run of 0.1.0 names."""
-    where = function.rpartition(":")[0]
-    paths = [Path(path) for path in code]
-    if where.endswith(".py"):
-        return Path(where).stem, paths or [Path(where).expanduser()]
-    return where, paths
-
-
-@functools.lru_cache
-def _load(function: str, code: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
-    name = function.rpartition(":")[2]
-    module, paths = _module(function, code)
-    is_own = module.partition(".")[0] in map(code_files.module_name, paths)
-    try:
-        found = getattr(user_code.load(module, paths) if is_own else importlib.import_module(module), name, None)
-    except ConfigError as error:
-        raise ConfigError(
-            *(replace(fault, key="data.format.function", value=function) for fault in error.faults)
-        ) from None
-    except (Exception, SystemExit) as error:
-        problem = f"cannot be imported: {type(error).__name__}: {error}"
-        raise ConfigError(Fault("data.format.function", problem, "correct the file", function)) from error
-    if not callable(found):
-        problem = f"defines no function '{name}'"
-        raise ConfigError(Fault("data.format.function", problem, "correct the name", function))
-    call: Callable[[dict[str, Any]], Any] = found
-    return call
+    yield from user_function.faults("function", function, _code_ or (), "data.format.function=rows.py:to_messages")
 
 
 def _role(speaker: object, roles: Mapping[str, str]) -> str:

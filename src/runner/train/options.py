@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runner.config import schema, user_code
+from runner.config import schema, user_code, user_function
 from runner.config.bind import bind
 from runner.data import formats
 from runner.models import sources
@@ -106,5 +106,5 @@ class Options:
         form = self._data_nodes[1]
         if not (function := form.get("function")):
             return None
-        text = formats.source_text(function, form.get(user_code.PATHS) or ())
+        text = user_function.source_text(function, form.get(user_code.PATHS) or ())
         return hashlib.sha256(text.encode()).hexdigest()
