@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import groupby
+from typing import Any
 
 import pytest
 from fixtures.chat_tokenizer import build
@@ -35,12 +36,12 @@ THOUGHT = [
 ]
 
 
-def trained(messages: list[dict[str, str]], template: str, train_on: chat_template.TrainOn = "assistant") -> list[str]:
+def trained(messages: list, template: str, train_on: chat_template.TrainOn = "assistant", **more: Any) -> list[str]:
     """The runs of trained tokens, decoded; checks on the way that ids are transformers' and labels repeat them."""
     tokenizer = build(template)
-    features = chat_template.encode(messages, tokenizer, train_on)
+    features = chat_template.encode(messages, tokenizer, train_on, **more)
     ids, labels = features["input_ids"], features["labels"]
-    assert ids == tokenizer.apply_chat_template(messages)["input_ids"]
+    assert ids == tokenizer.apply_chat_template(messages, **more.get("options", {}))["input_ids"]
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     return [tokenizer.decode([token for token, _ in run]) for is_trained, run in runs if is_trained]
@@ -110,29 +111,45 @@ def test_marks_in_the_contents_do_not_confuse():
     assert trained(odd, "smollm2")[0] == "\ue0001\ue001 and \ue0000\ue001<|im_end|>"
 
 
-def test_thinking_that_is_stripped_from_earlier_turns():
-    assert trained(THOUGHT, "qwen3") == ["Hello.<|im_end|>", "<think>\nEasy.\n</think>\n\nFour.<|im_end|>"]
+def test_an_answer_whose_thinking_is_left_out_is_not_trained_and_counted():
+    assert trained(THOUGHT, "qwen3") == ["<think>\nEasy.\n</think>\n\nFour.<|im_end|>"]
+    assert chat_template.encode(THOUGHT, build("qwen3"), "assistant")["reasoning_lost"] == 1
     # Without thinking the template writes an empty one in the last answer: it is for the model to write, too.
     assert trained(TALK, "qwen3") == [f"{FIRST}<|im_end|>", f"<think>\n\n</think>\n\n{SECOND}<|im_end|>"]
+    assert "reasoning_lost" not in chat_template.encode(TALK, build("qwen3"), "assistant")
+
+
+def test_answers_without_their_thinking():
+    answers = trained(THOUGHT, "qwen3", reasoning=False)
+    assert answers == ["Hello.<|im_end|>", "\n</think>\n\nFour.<|im_end|>"]
+    kept = ["\n</think>\n\nHello.<|im_end|>", "\n</think>\n\nFour.<|im_end|>"]
+    assert trained(THOUGHT, "qwen", reasoning=False) == kept
+    assert trained(THOUGHT, "marked", reasoning=False) == kept
+    hidden = trained(THOUGHT, "qwen", "all", reasoning=False)
+    assert "A greeting." not in "".join(hidden)
+    assert "Hello" in hidden[0]
 
 
 def test_a_generation_prompt_that_opens_a_thinking_which_the_answer_does_not_have():
-    assert trained(THOUGHT, "r1") == ["\n\nHello.</s>", "\n\nFour.</s>"]
+    assert trained(TALK, "r1") == [f"{FIRST}</s>", f"{SECOND}</s>"]
+    assert trained(THOUGHT, "r1") == []
+    assert chat_template.encode(THOUGHT, build("r1"), "assistant")["reasoning_lost"] == 2
+    assert trained(THOUGHT, "r1", reasoning=False) == ["\n\nHello.</s>", "\n\nFour.</s>"]
 
 
 @pytest.mark.parametrize("template", ["smollm2", "llama3", "qwen", "qwen3", "mistral", "plain"])
-@pytest.mark.parametrize("messages", [TALK, WITH_SYSTEM, THOUGHT], ids=["talk", "system", "thought"])
+@pytest.mark.parametrize("messages", [TALK, WITH_SYSTEM, WITH_TOOL], ids=["talk", "system", "tool"])
 def test_the_two_ways_of_finding_answers_agree(messages, template):
+    if template == "mistral" and messages is not TALK:
+        return  # it rejects tools, and writes the system prompt later if more follows: no prompt shows the header
     found = chat_template._template(build(template), build(template).get_chat_template())
     text = found.render(messages)
     skeleton = found._skeleton(tuple(message["role"] for message in messages))
     laid = skeleton.match(messages, text) if skeleton else None
-    try:
-        by_prefixes = dict(found._find_by_prefixes(messages, text))
-    except ConfigError:
-        assert template == "mistral"  # the system prompt wanders: no prefix of it is a prefix
-        return
-    assert laid is None or {number: laid[number] for number in by_prefixes} == by_prefixes
+    assert laid is not None
+    by_marks = {turn.number: (turn.start, turn.end) for turn in found._locate(messages, text, set(), {})}
+    assert by_marks
+    assert {number: laid[number] for number in by_marks} == by_marks
 
 
 def test_the_prompt_ends_where_the_answer_begins():
@@ -144,10 +161,18 @@ def test_the_prompt_ends_where_the_answer_begins():
 
 
 def test_a_template_that_hides_its_answers_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match="the template renders earlier turns differently") as caught:
+    with pytest.raises(ConfigError, match="it does not show where an answer starts") as caught:
         chat_template.encode(TALK, build("counting"), "assistant")
     assert "task.train_on=all" in str(caught.value)
     assert len(trained(TALK, "counting", "all")) == 1
+    changed = with_template(
+        "{% for m in messages %}{{ m['content'] | length }} {{ m['content'] | reverse }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="the model's chat template leaves out the text of message 2"):
+        chat_template.encode(TALK, changed, "assistant")
+    changed = with_template("{% for m in messages %}{{ m['content'] | length }} {{ m['content'] }}{% endfor %}")
+    with pytest.raises(ConfigError, match="what it writes depends on more than the contents"):
+        chat_template.encode(TALK, changed, "assistant")
 
 
 def test_a_tokenizer_without_template_is_refused_with_the_remedy():
@@ -161,32 +186,32 @@ def test_a_conversation_the_template_refuses():
         chat_template.encode([TALK[0], TALK[0], TALK[1]], build("mistral"), "assistant")
 
 
-WEIGHED = [TALK[0], {**TALK[1], "train": False}, *TALK[2:]]
+WEIGHED = [TALK[0], {**TALK[1], "weight": 0.0}, *TALK[2:]]
 
 
 @pytest.mark.parametrize("template", ["smollm2", "llama3", "qwen", "marked"])
 def test_a_turn_of_weight_0_is_read_but_not_trained(template):
     (only,) = trained(WEIGHED, template)
     assert only.startswith(SECOND)
-    assert trained([{**message, "train": False} for message in TALK], template) == []
-    assert trained([*TALK[:3], {**TALK[3], "train": False}], template, "last") == []
+    assert trained([{**message, "weight": 0.0} for message in TALK], template) == []
+    assert trained([*TALK[:3], {**TALK[3], "weight": 0.0}], template, "last") == []
     assert "".join(trained(WEIGHED, template, "all")).count(FIRST) == 0
     assert SECOND in "".join(trained(WEIGHED, template, "all"))
 
 
 def test_a_users_turn_is_trained_or_left_out_as_the_row_says():
-    opened = [{**TALK[0], "train": True}, *TALK[1:]]
+    opened = [{**TALK[0], "weight": 1.0}, *TALK[1:]]
     assert trained(opened, "smollm2") == ["Hello there!<|im_end|>", f"{FIRST}<|im_end|>", f"{SECOND}<|im_end|>"]
-    hidden = "".join(trained([{**TALK[0], "train": False}, *TALK[1:]], "mistral", "all"))
+    hidden = "".join(trained([{**TALK[0], "weight": 0.0}, *TALK[1:]], "mistral", "all"))
     assert "Hello there!" not in hidden
     assert FIRST in hidden
 
 
 def test_a_weight_that_the_template_hides_is_refused():
     with pytest.raises(ConfigError, match="do not show each turn to which the row gives a weight"):
-        chat_template.encode([{**TALK[0], "train": True}, *TALK[1:]], build("marked"), "assistant")
-    with pytest.raises(ConfigError, match="weights to turns that are not the assistant's"):
-        chat_template.encode([{**THOUGHT[0], "train": True}, *THOUGHT[1:]], build("qwen3"), "assistant")
+        chat_template.encode([{**TALK[0], "weight": 1.0}, *TALK[1:]], build("marked"), "assistant")
+    shown = trained([{**THOUGHT[0], "weight": 1.0}, *THOUGHT[1:]], "qwen3")
+    assert shown == ["Hello<|im_end|>", "<think>\nEasy.\n</think>\n\nFour.<|im_end|>"]
 
 
 def with_template(text: str):

@@ -44,10 +44,9 @@ def refused(row: dict, name: str = "messages", *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("tools", [{"type": "function"}]), ("tools", '[{"name": "add"}]'), ("history", [["a", "b"]]), ("weight", 0),
-        ("weight", 0.5), ("weight", "0"), ("loss_weight", 3.0), ("train", False), ("images", ["a.png"]),
-        ("reasoning_content", "Easy."), ("chat_template_kwargs", {"enable_thinking": False}), ("label", False),
-        ("kto_tag", False), ("system_prompt", "Be brief."),
+        ("functions", [{"name": "add"}]), ("history", [["a", "b"]]), ("images", ["a.png"]),
+        ("reasoning_content", "Easy."), ("enable_thinking", False), ("label", False), ("kto_tag", False),
+        ("system_prompt", "Be brief."), ("wieght", 2),
     ],
 )  # fmt: skip
 def test_a_key_of_the_row_that_changes_what_is_learnt_is_refused_in_each_format(name, key, value):
@@ -65,11 +64,111 @@ def test_other_keys_and_keys_without_a_value_are_allowed(name):
     assert read({**ROWS[name], "tools": "[]", "weight": "1.0", "history": " null "}, name) == EXCHANGE
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_tools_weight_and_variables_of_the_template_are_kept_in_each_format(name):
+    for tools in ([WEATHER], [WEATHER["function"]], '[{"name": "weather", "parameters": {"type": "object", '
+                  '"properties": {}}}]', WEATHER):  # fmt: skip
+        assert read({**ROWS[name], "tools": tools}, name) == {"messages": EXCHANGE, "tools": [WEATHER]}
+    for key, value in (("weight", 0), ("loss_weight", 2.5), ("weight", "0.5"), ("train", "false"), ("train", False)):
+        weight = float({"false": 0}.get(value, value))
+        assert read({**ROWS[name], key: value}, name) == {"messages": EXCHANGE, "weight": weight}
+        assert read({**ROWS[name], key: value}, name, f"+format.ignore=[{key}]") == EXCHANGE
+    for kwargs in ({"enable_thinking": False}, '{"enable_thinking": false}'):
+        row = read({**ROWS[name], "chat_template_kwargs": kwargs}, name)
+        assert row == {"messages": EXCHANGE, "chat_template_kwargs": {"enable_thinking": False}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("tools", [{"type": "function"}], "tool 1 of the tools of the row has no name"),
+        ("tools", "[{", "the tools of the row cannot be parsed as JSON"),
+        ("tools", 5, "is neither a list nor an object"),
+        ("tools", [{"name": "a \ud83d"}], "half of a character"),
+        ("weight", -1, "the row has weight=-1; allowed: a number from 0"),
+        ("weight", "many", "the row has weight='many'"),
+        ("loss_mask", [0, 1], "the row has loss_mask=[0, 1]"),
+        ("chat_template_kwargs", 5, "chat_template_kwargs is 5; an object is needed"),
+    ],
+)
+def test_what_a_row_carries_has_a_right_form(key, value, problem):
+    assert problem in refused({**ROWS["messages"], key: value})
+
+
+def test_weights_of_a_row_that_contradict_each_other():
+    assert "the row contradicts itself: weight=1, train=False" in refused(
+        {**ROWS["messages"], "weight": 1, "train": False}
+    )
+
+
+ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("tool_calls", CALL), ("function_call", {"name": "add"}), ("reasoning", "Easy."), ("images", ["a.png"]),
-     ("train_detail", [{"begin_offset": 0}]), ("refusal", "No.")],
-)  # fmt: skip
+    [
+        ("tool_calls", [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}]),
+        ("tool_calls", '[{"name": "add", "arguments": {"a": 2}}]'),
+        ("function_call", {"name": "add", "arguments": '{"a": 2}'}),
+    ],
+)
+def test_calls_of_tools_are_kept_with_their_arguments_as_an_object(key, value):
+    row = {"messages": [QUESTION, {"role": "assistant", key: value}, {"role": "tool", "content": "4"}, ANSWER]}
+    (call,) = read(row)[1].pop("tool_calls")
+    assert (call.pop("id", None) == "c1") == ("c1" in str(value))
+    assert call == ADD
+    assert read({"messages": [QUESTION, {**ANSWER, key: value}]}, "messages", f"+format.ignore=[{key}]") == EXCHANGE
+    assert "is empty" in refused(row, "messages", f"+format.ignore=[{key}]")
+
+
+def test_calls_that_are_no_calls():
+    for value, problem in (
+        ([{"function": {}}], "call 1 of message 2 has no name"),
+        (
+            [{"name": "add", "arguments": "[1]"}],
+            "the arguments of call 1 of message 2 are [1]; a JSON object is needed",
+        ),
+        ([{"name": "add", "arguments": "{"}], "the arguments of call 1 of message 2 cannot be parsed as JSON"),
+    ):
+        assert problem in refused({"messages": [QUESTION, {"role": "assistant", "tool_calls": value}]})
+    assert "message 1 has 'tool_calls', but its role is user" in refused(
+        {"messages": [{**QUESTION, "tool_calls": [ADD]}, ANSWER]}
+    )
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_kept(key):
+    row = {"messages": [QUESTION, {**ANSWER, key: "Easy."}]}
+    assert read(row) == [QUESTION, {**ANSWER, "reasoning_content": "Easy."}]
+    assert read(row, "messages", f"+format.ignore=[{key}]") == EXCHANGE
+
+
+def test_roles_that_call_tools_and_parts_of_a_content():
+    text = '{"name": "add", "arguments": {"a": 2}}'
+    expected = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [ADD]}, {"role": "tool", "content": "4"}]
+    said = [{"from": "human", "value": "Two and two?"}, {"from": "function_call", "value": text},
+            {"from": "observation", "value": "4"}, {"from": "gpt", "value": "Four."}]  # fmt: skip
+    assert read({"conversations": said}, "sharegpt") == [*expected, ANSWER]
+    swift = [QUESTION, {"role": "tool_call", "content": text}, {"role": "tool_response", "content": "4"}, ANSWER]
+    assert read({"messages": swift}) == [*expected, ANSWER]
+    # Several calls are one turn, with what the assistant said before them.
+    several = [QUESTION, {"role": "assistant", "content": "Let me see."}, *swift[1:2] * 2, *swift[2:]]
+    assert read({"messages": several})[1] == {"role": "assistant", "content": "Let me see.", "tool_calls": [ADD, ADD]}
+    parts = [{"type": "reasoning", "value": "Easy."}, {"type": "text", "value": "Let me see."},
+             {"type": "tool_call", "value": text}]  # fmt: skip
+    assert read({"messages": [QUESTION, {"role": "assistant", "content": parts}]})[1] == {
+        "role": "assistant", "content": "Let me see.", "reasoning_content": "Easy.", "tool_calls": [ADD],
+    }  # fmt: skip
+    assert "cannot be parsed as JSON" in refused({"messages": [QUESTION, {"role": "tool_call", "content": "add"}]})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("images", ["a.png"]), ("train_detail", [{"begin_offset": 0}]), ("refusal", "No."), ("tools", [ADD])],
+)
 def test_a_key_of_a_turn_that_changes_what_is_learnt_is_refused(key, value):
     row = {"messages": [QUESTION, {**ANSWER, key: value}]}
     assert f"message 2 has '{key}'" in refused(row)
@@ -79,13 +178,18 @@ def test_a_key_of_a_turn_that_changes_what_is_learnt_is_refused(key, value):
     row = {"prompt": "Two and two?", "completion": [{**ANSWER, key: value}]}
     assert f"message 1 has '{key}'" in refused(row, "prompt_completion")
     assert f"message 2 has '{key}'" in refused({"messages": [QUESTION, {**ANSWER, "content": None, key: value}]})
-    assert read({"messages": [QUESTION, {**ANSWER, key: None, "id": 1, "name": "Bob"}]}) == EXCHANGE
+    assert read({"messages": [QUESTION, {**ANSWER, key: None, "id": 1}]}) == EXCHANGE
+
+
+def test_names_are_kept():
+    row = {"messages": [QUESTION, {"role": "tool", "content": "4", "name": "add", "tool_call_id": "c1"}, ANSWER]}
+    assert read(row) == row["messages"]
 
 
 def test_all_keys_of_a_row_are_named_at_once():
-    text = refused({"tools": CALL, "messages": [QUESTION, {**ANSWER, "tool_calls": CALL}]})
-    assert "the row has 'tools', message 2 has 'tool_calls'" in text
-    assert "+data.format.ignore=[tool_calls,tools]" in text
+    text = refused({"history": [["a", "b"]], "messages": [QUESTION, {**ANSWER, "images": ["a.png"]}]})
+    assert "the row has 'history', message 2 has 'images'" in text
+    assert "+data.format.ignore=[history,images]" in text
 
 
 @pytest.mark.parametrize(
@@ -103,15 +207,16 @@ def test_a_turn_says_whether_it_is_trained(key):
     def turn(value: object) -> list:
         return read({"messages": [QUESTION, {**ANSWER, key: value}, *EXCHANGE]})[1]
 
-    assert turn(0) == turn(False) == turn(0.0) == {**ANSWER, "train": False}
-    assert turn(1) == turn(True) == turn(None) == ANSWER
-    assert read({"messages": [{**QUESTION, key: True}, ANSWER]})[0] == {**QUESTION, "train": True}
+    assert turn(0) == turn(False) == turn(0.0) == turn("0") == {**ANSWER, "weight": 0.0}
+    assert turn(0.5) == {**ANSWER, "weight": 0.5}
+    assert turn(1) == turn(True) == turn(None) == turn("true") == ANSWER
+    assert read({"messages": [{**QUESTION, key: True}, ANSWER]})[0] == {**QUESTION, "weight": 1.0}
     assert read({"messages": [QUESTION, {**ANSWER, key: 0}]}, "messages", f"+format.ignore=[{key}]") == EXCHANGE
     said = [ROWS["sharegpt"]["conversations"][0], {"from": "gpt", "value": "Four.", key: 0}]
-    assert read({"conversations": said}, "sharegpt")[1] == {**ANSWER, "train": False}
-    for value in (0.5, "0", "false", -1, float("nan"), [0]):
+    assert read({"conversations": said}, "sharegpt")[1] == {**ANSWER, "weight": 0.0}
+    for value in ("no", -1, float("nan"), float("inf"), [0]):
         text = refused({"messages": [QUESTION, {**ANSWER, key: value}]})
-        assert f"message 2 has {key}={value!r}; allowed: 0 or false (not trained), 1 or true (trained)" in text
+        assert f"message 2 has {key}={value!r}; allowed: a number from 0 (not trained), true or false" in text
 
 
 def test_weights_that_contradict_each_other():
@@ -129,10 +234,6 @@ def test_roles_of_other_programs():
         "role": "system",
         "content": "Be brief.",
     }
-    text = refused({"messages": [QUESTION, {"role": "function_call", "content": "{}"}, ANSWER]})
-    assert "message 2 is a tool call (role function_call): tools are not supported" in text
-    text = refused({"conversations": [said[0], {"from": "function_call", "value": "{}"}, said[1]]}, "sharegpt")
-    assert "+data.format.roles.function_call=assistant" in text
     for speaker in (["human"], None, 3):
         assert "unknown speaker" in refused({"conversations": [{"from": speaker, "value": "Hi"}]}, "sharegpt")
     assert "the role of message 1 is a list" in refused({"messages": [{"role": ["user"], "content": "Hi"}]})
@@ -195,10 +296,14 @@ def test_plain_texts_have_no_weights_either():
 
 
 def test_messages_of_a_function_of_ones_own_are_checked_likewise():
-    with pytest.raises(DataError, match="message 2 has 'tool_calls'") as caught:
-        formats.checked([QUESTION, {**ANSWER, "tool_calls": CALL}], "data.format.function", "f")
+    with pytest.raises(DataError, match="message 2 has 'images'") as caught:
+        formats.checked([QUESTION, {**ANSWER, "images": ["a.png"]}], "data.format.function", "f")
     assert "ignore" not in str(caught.value)
+    called = [QUESTION, {**ANSWER, "tool_calls": CALL}]
+    assert formats.checked(called, "data.format.function", "f")[1]["tool_calls"][0]["id"] == "c1"
+    row = formats.checked({"messages": [*called[:1], ANSWER], "tools": [WEATHER], "weight": 2}, "f", "f")
+    assert row == {"messages": EXCHANGE, "tools": [WEATHER], "weight": 2.0}
     weighed = formats.checked([QUESTION, {**ANSWER, "weight": 0}], "data.format.function", "f")
-    assert weighed == [QUESTION, {**ANSWER, "train": False}]
+    assert weighed == [QUESTION, {**ANSWER, "weight": 0.0}]
     with pytest.raises(DataError, match="half of a character"):
         formats.checked("a \ud83d", "data.format.function", "f")

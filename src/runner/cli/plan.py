@@ -108,6 +108,7 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
         "without trained tokens": counts.masked_out,
         "with a prompt of the held-out set, dropped": counts.leaked,
     }
+    lost = f"\n{counts.reasoning_lost} answers not trained: the chat template leaves out their reasoning"
     text = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none left out"
     text += f"; {report.too_long(options, counts)}" if counts.truncated or counts.dropped else ""
     trained = counts.train_trained_tokens / counts.train_tokens
@@ -116,7 +117,7 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
         (
             "training",
             f"{counts.train_rows} rows{_limited('train_rows', options.data.train_rows)}, {counts.train_tokens} tokens, "
-            f"{trained:.0%} of them trained",
+            f"{trained:.0%} of them trained" + (lost if counts.reasoning_lost else ""),
         ),
         (
             "held out",

@@ -14,7 +14,8 @@ A batch is a dict:
   preference pair, are neighbours.
 - ``packed``: bool, whether a row contains several documents.
 - ``tokens``, ``trained``, ``trained_first``, ``documents``, ``units``: ints, the number of tokens without padding, of
-  labels, of labels in the first document of each unit, and so on.
+  labels, of labels in the first document of each unit, and so on. ``weighted``: the sum of the labels' weights.
+- ``weights``: (trained,) float32, the weight of each label in the order of ``trained_at``; only if the data have any.
 - The numbers of each document, by name (``Rows.values``): (documents,) float32.
 """
 
@@ -270,6 +271,7 @@ class Batches:
         ids = np.full((count, length), self.pad_id, dtype=np.int64)
         labels = np.full((count, length), IGNORED, dtype=np.int64)
         positions = np.tile(np.arange(length), (count, 1))
+        weights = None if self.rows.weights is None else np.zeros((count, length), dtype=np.float32)
         ends = [0]
         for b in range(count):
             start = 0
@@ -278,22 +280,26 @@ class Batches:
                 end = start + len(row_ids)
                 ids[b, start:end] = row_ids
                 labels[b, start : end - 1] = row_labels[1:]
+                if weights is not None:
+                    weights[b, start : end - 1] = self.rows.weights_of(row)[1:]
                 positions[b, start:end] -= start
                 ends.append(b * length + end)
                 start = end
             positions[b, start:] = 0
             ends.append((b + 1) * length)
+        trained_at = np.flatnonzero(labels != IGNORED)
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(positions),
             "document_ends": torch.from_numpy(self._pad_ends(ends)),
             "longest": self.max_length,
-            "trained_at": torch.from_numpy(np.flatnonzero(labels != IGNORED)),
+            "trained_at": torch.from_numpy(trained_at),
             "labels_per_document": torch.from_numpy(self._labels_of_rows[rows]),
             "packed": self.packing or self.end_to_end,
             "tokens": int(self.sizes[packs].sum()) if packs else 0,
-            "trained": int((labels != IGNORED).sum()),
+            "trained": len(trained_at),
+            **_weighed(weights, trained_at),
             "documents": len(rows),
             "units": len(rows) // self.rows.unit,
             "trained_first": int(self._labels_of_rows[rows[:: self.rows.unit]].sum()),
@@ -312,3 +318,13 @@ class Batches:
         if self.end_to_end:
             return -(-max(length, 1) // PADDED_TO) * PADDED_TO
         return max(length, min(-(-max(length, 1) // PADDED_TO) * PADDED_TO, self.max_length))
+
+
+def _weighed(weights: np.ndarray | None, trained_at: np.ndarray) -> Batch:
+    """``weighted`` and, if the data have weights, ``weights`` of a batch."""
+    import torch
+
+    if weights is None:
+        return {"weighted": len(trained_at)}
+    weights = weights.reshape(-1)[trained_at]
+    return {"weighted": float(weights.sum(dtype=np.float64)), "weights": torch.from_numpy(weights)}

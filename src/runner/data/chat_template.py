@@ -2,23 +2,26 @@
 
 The rendered text is tokenised once, so the ids equal those of ``tokenizer.apply_chat_template``. Labels come from the
 character span of each answer: from the end of the generation prompt through the end-of-turn token, which the model
-has to learn to generate. A turn's own ``train`` decides whether it is trained (``conversation.TRAIN_KEYS``).
+has to learn to generate. A turn's own ``weight`` decides how much it is trained (``conversation.TRAIN_KEYS``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from runner.data.conversation import Message
+from runner.data.conversation import CARRIES, REASONING, Message
 from runner.data.examples import Features
+from runner.data.marks import PLACEHOLDER, Marked, seen
 from runner.data.packing import IGNORED
-from runner.data.skeleton import PLACEHOLDER, Skeleton, Span, Turn, placeholders
+from runner.data.skeleton import Skeleton, Span, placeholders
 from runner.errors import ConfigError, DataError, Fault
 from runner.signals import time_limit
 
@@ -33,36 +36,70 @@ MOST_CHARACTERS = 10**8
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def encode(messages: list[Message], tokenizer: Tokenizer, train_on: TrainOn) -> Features:
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
+class Turn(NamedTuple):
+    """Where a message is, in characters or tokens: from what the model generates of it through its end."""
+
+    number: int
+    start: int
+    end: int
+    thought: int = 0
+    """The end of its reasoning; 0 if it has none."""
+    lost: bool = False
+    """Whether the template leaves out the reasoning that the row has."""
+
+
+def encode(
+    messages: list[Message],
+    tokenizer: Tokenizer,
+    train_on: TrainOn,
+    *,
+    options: Mapping[str, Any] = NO_OPTIONS,
+    reasoning: bool = True,
+    weight: float = 1.0,
+) -> Features:
     """Tokenise the whole conversation; tokens that are not trained get the label -100.
 
     ``train_on``: ``assistant`` trains every answer; ``last`` the last answer only; ``all`` every token of the rendered
-    text, including headers, system turns and user turns. A turn with ``train: False`` is never trained; one with
-    ``train: True`` is, unless ``train_on`` is ``last``.
+    text, including headers, system turns and user turns. A turn's own ``weight`` comes first, unless ``train_on`` is
+    ``last``. ``options``: ``tools`` and variables of the template. ``reasoning=False``: the reasoning of an answer is
+    not trained; with True, an answer whose reasoning the template leaves out is not trained, and counted as
+    ``reasoning_lost``. ``weight`` multiplies that of each token. The features have ``weights`` if one is not 0 or 1.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or the turns cannot be located in the rendered text.
-        DataError: the template rejects this conversation.
+        DataError: the template rejects this conversation, or leaves out a part of it.
     """
     template = _template(tokenizer, _chat_template(tokenizer))
-    usual = [train_on == "all" or message["role"] == "assistant" for message in messages]
-    unusual = {i for i, message in enumerate(messages) if message.get("train", usual[i]) != usual[i]}
-    if train_on == "all" and not unusual:
+    usual = [float(train_on == "all" or message["role"] == "assistant") for message in messages]
+    own = [float(message.get("weight", usual[i])) for i, message in enumerate(messages)]
+    template.check(options)
+    if train_on == "all" and weight == 1 and own == usual and _is_plain(messages, options):
         ids = template.tokenize(template.render(messages))[0]
         return {"input_ids": ids, "labels": list(ids)}
     find = template.find_marked if template.has_markers else template.find_turns
-    ids, turns = find(messages, unusual)
-    labels = list(ids) if train_on == "all" else [IGNORED] * len(ids)
+    ids, turns = find(messages, {i for i, each in enumerate(own) if each != usual[i]}, options)
+    weights = [weight if train_on == "all" else 0.0] * len(ids)
     if train_on == "last":
-        turns = [(i, span) for i, span in turns if messages[i]["role"] == "assistant"][-1:]
-    for i, (first, end) in turns:
-        labels[first:end] = ids[first:end] if usual[i] != (i in unusual) else [IGNORED] * (end - first)
-    return {"input_ids": ids, "labels": labels}
+        turns = [turn for turn in turns if messages[turn.number]["role"] == "assistant"][-1:]
+    lost = {turn.number for turn in turns if turn.lost and reasoning and own[turn.number]}
+    for turn in turns:
+        of_turn = 0.0 if turn.number in lost else own[turn.number] * weight
+        weights[turn.start : turn.end] = [of_turn] * (turn.end - turn.start)
+        if not reasoning and turn.thought:
+            weights[turn.start : turn.thought] = [0.0] * (turn.thought - turn.start)
+    labels = [token if each else IGNORED for token, each in zip(ids, weights, strict=True)]
+    features: Features = {"input_ids": ids, "labels": labels}
+    if any(each not in (0.0, 1.0) for each in (weight, *own)):
+        features["weights"] = weights
+    return {**features, "reasoning_lost": len(lost)} if lost else features
 
 
-def prompt(messages: list[Message], tokenizer: Tokenizer) -> str:
+def prompt(messages: list[Message], tokenizer: Tokenizer, options: Mapping[str, Any] = NO_OPTIONS) -> str:
     """Render the conversation with the generation prompt at its end."""
-    return _template(tokenizer, _chat_template(tokenizer)).render(messages, add_generation_prompt=True)
+    return _template(tokenizer, _chat_template(tokenizer)).render(messages, options, add_generation_prompt=True)
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
@@ -93,26 +130,78 @@ class _Template:
     """A tokenizer's chat template, analysed by rendering placeholders instead of message contents.
 
     Most templates write the same text around the contents for the same sequence of roles. This *skeleton* is rendered
-    once for each sequence of roles and then matched against every conversation. If the match fails (for example
-    because the template strips earlier thinking), the answers are located by rendering each prefix of the conversation.
+    once for each sequence of roles and then matched against every conversation. If the match fails, or the conversation
+    has more than contents (tools, reasoning), it is rendered once more with marks in its texts (see ``marks``).
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.text = tokenizer, text
         self.has_markers = bool(GENERATION_MARKER.search(text))
         self._skeleton = functools.cache(self._build_skeleton)
         self.openings: dict[tuple[str, str], int] = {}
         self.fast: Any = _fast_tokenizer(tokenizer)
         self.generation_prompt, self.closing, self.tail = self._analyse_turn()
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        options: Mapping[str, Any] = NO_OPTIONS,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        plain = self._plain(messages)
         with self._rendering():
             rendered: Any = self.tokenizer.apply_chat_template(
-                _plain(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                plain, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
             if len(rendered) > MOST_CHARACTERS + sum(len(message["content"]) for message in messages):
                 raise MemoryError
             return str(rendered)
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse a variable that the template does not use."""
+        for name in options.keys() - {"tools"}:
+            reserved = name in inspect.signature(self.tokenizer.apply_chat_template).parameters
+            if reserved or not re.search(rf"\b{re.escape(name)}\b", self.text):
+                problem = f"the row's chat_template_kwargs has {name!r}, which the model's chat template does not use"
+                remedy = "remove it, or train without it knowingly: +data.format.ignore=[chat_template_kwargs]"
+                raise DataError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path))
+
+    def _plain(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages as the template sees them; reasoning under the key that it reads."""
+        plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        for message in plain:
+            if "reasoning_content" in message:
+                message[self.reasoning_key] = message.pop("reasoning_content")
+            if "tool_calls" in message and not message["content"]:
+                message["content"] = self.no_content
+        return plain
+
+    @functools.cached_property
+    def no_content(self) -> str | None:
+        """The content of a turn that is a tool call alone: DeepSeek's templates write the call only beside None."""
+        call = {"type": "function", "function": {"name": "\ue0002\ue001", "arguments": {}}}
+        question, answer = placeholders(("user", "assistant"))
+        for content in ("", None):
+            with contextlib.suppress(DataError), self._rendering():
+                exchange = [question, {**answer, "content": content, "tool_calls": [call]}]
+                if "\ue0002\ue001" in self.tokenizer.apply_chat_template(exchange, tokenize=False):
+                    return content
+        return ""
+
+    @functools.cached_property
+    def reasoning_key(self) -> str:
+        """The key of a message's reasoning that the template writes.
+
+        Raises:
+            DataError: it writes none.
+        """
+        question, answer = placeholders(("user", "assistant"))
+        for key in REASONING:
+            with contextlib.suppress(DataError), self._rendering():
+                exchange = [question, {**answer, key: "\ue0002\ue001"}]
+                if "\ue0002\ue001" in self.tokenizer.apply_chat_template(exchange, tokenize=False):
+                    return key
+        raise self._left_out("reasoning")
 
     @contextlib.contextmanager
     def _rendering(self) -> Iterator[None]:
@@ -141,41 +230,55 @@ class _Template:
             return encoding.ids, [start if start < end else end for (start, _), (_, end) in pairs]
         return _ids(self.tokenizer, text), []
 
-    def find_turns(self, messages: list[Message], needed: set[int]) -> tuple[list[int], list[Turn]]:
-        """Token ids of the conversation, and the token span of each answer and each message in ``needed``."""
+    def find_turns(
+        self, messages: list[Message], needed: set[int], options: Mapping[str, Any]
+    ) -> tuple[list[int], list[Turn]]:
+        """Token ids of the conversation, and the tokens of each answer and each message in ``needed``."""
         if self.fast is None:
             raise self._unmaskable("the tokenizer gives no character offsets")
-        text = self.render(messages)
-        skeleton = self._skeleton(tuple(message["role"] for message in messages))
+        text, skeleton = self.render(messages, options), None
+        if _is_plain(messages, options):
+            skeleton = self._skeleton(tuple(message["role"] for message in messages))
         spans = skeleton.match(messages, text) if skeleton is not None else None
-        if spans is None:
-            spans = dict(self._find_by_prefixes(messages, text))
-        if needed - spans.keys():
-            raise self._unmaskable("the row gives weights to turns that are not the assistant's")
+        turns = [Turn(i, *span) for i, span in (spans or {}).items()] or self._locate(messages, text, needed, options)
+        if needed - {turn.number for turn in turns}:
+            raise self._unmaskable("the row gives weights to turns that the template does not show")
         ids, starts = self.tokenize(text)
         tokens: list[Turn] = []
-        for number, (start, end) in spans.items():
+        for turn in turns:
             # A token that starts inside an answer is trained; one that starts in the header belongs to the prompt.
-            first = bisect_left(starts, start)
-            if not messages[number].get("train", True):
-                first = bisect_right(starts, start) - 1  # no part of this turn is trained, not even with its header
-            tokens.append((number, (first, bisect_left(starts, end))))
+            first = bisect_left(starts, turn.start)
+            if messages[turn.number].get("weight") == 0:
+                first = (
+                    bisect_right(starts, turn.start) - 1
+                )  # no part of this turn is trained, not even with its header
+            thought = bisect_left(starts, turn.thought) if turn.thought else 0
+            tokens.append(Turn(turn.number, first, bisect_left(starts, turn.end), thought, turn.lost))
         return ids, tokens
 
-    def find_marked(self, messages: list[Message], needed: set[int]) -> tuple[list[int], list[Turn]]:
+    def find_marked(
+        self, messages: list[Message], needed: set[int], options: Mapping[str, Any]
+    ) -> tuple[list[int], list[Turn]]:
         """Like ``find_turns``, for a template that marks the answers with ``{% generation %}``."""
+        plain = self._plain(messages)
         with self._rendering():
             encoded = self.tokenizer.apply_chat_template(
-                _plain(messages), return_dict=True, return_assistant_tokens_mask=True
+                plain, return_dict=True, return_assistant_tokens_mask=True, **options
             )
         edges = [0, *encoded["assistant_masks"], 0]
         changes = [at for at, (before, after) in enumerate(itertools.pairwise(edges)) if before != after]
         spans = list(zip(changes[::2], changes[1::2], strict=True))
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if needed and (needed - set(answers) or len(spans) != len(answers)):
+        if not _is_plain(messages, options):
+            turns = [turn for turn in self.find_turns(messages, needed, options)[1] if turn.number in answers]
+            shown = [next((turn for turn in turns if start < turn.end), turns[-1]) for start, _ in spans]
+            found = [turn._replace(start=start, end=end) for turn, (start, end) in zip(shown, spans, strict=True)]
+        else:
+            numbers = answers if len(spans) == len(answers) else answers[:1] * len(spans)
+            found = [Turn(number, *span) for number, span in zip(numbers, spans, strict=True)]
+        if needed and (needed - set(answers) or len({turn.number for turn in found}) != len(answers)):
             raise self._unmaskable("its {% generation %} marks do not show each turn to which the row gives a weight")
-        numbers = answers if len(spans) == len(answers) else answers[:1] * len(spans)
-        return encoded["input_ids"], list(zip(numbers, spans, strict=True))
+        return encoded["input_ids"], found
 
     def _analyse_turn(self) -> tuple[str, str, str]:
         """Render one exchange; returns (generation prompt, trained text after an answer, all text after an answer)."""
@@ -187,8 +290,11 @@ class _Template:
             return "", "", ""
         tail = whole.rpartition(exchange[1]["content"])[2]
         # Text after the end-of-turn token (usually a newline) is never generated, hence not trained.
-        tokens = (token for token in self.tokenizer.get_added_vocab() if token.strip() and token in tail)
-        closing = tail[: min((tail.index(token) + len(token) for token in tokens), default=len(tail))]
+        tokens = [token for token in self.tokenizer.get_added_vocab() if token.strip() and token in tail]
+        end = min((tail.index(token) + len(token) for token in tokens), default=len(tail))
+        while adjacent := next((token for token in tokens if tail.startswith(token, end)), ""):
+            end += len(adjacent)
+        closing = tail[:end]
         return prompted[len(question) :] if prompted.startswith(question) else "", closing, tail
 
     def _build_skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
@@ -224,35 +330,95 @@ class _Template:
             self.openings[key] = opening
         return self.openings[key]
 
-    def _find_opening(self, earlier: list[Message], text: str, start: int, end: int) -> int | None:
+    def _find_opening(
+        self, earlier: Sequence[Message], text: str, start: int, end: int, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> int | None:
         if earlier:
             with contextlib.suppress(DataError):
-                prompt_text = self.render(earlier, add_generation_prompt=True)
+                prompt_text = self.render(earlier, options, add_generation_prompt=True)
                 shared = _common_prefix(prompt_text, text)
                 # At most up to the content: a longer prompt (DeepSeek-R1 appends "<think>") contains text that this
                 # conversation does not have.
                 if start <= shared <= end and shared in (len(prompt_text), end):
-                    return shared - start
-        at = text.rfind(self.generation_prompt, start, end) if self.generation_prompt else -1
-        return at + len(self.generation_prompt) - start if at >= 0 else None
+                    # Gemma's prompt after a tool's result opens no turn, but the conversation has one there.
+                    header = self.generation_prompt if text.startswith(self.generation_prompt, shared) else ""
+                    return min(shared + len(header), end) - start
+        # The prompt may open a thinking that the template does not write in this turn.
+        shortest = max(1, len(self.generation_prompt.partition("<think")[0]))
+        for length in range(len(self.generation_prompt), shortest - 1, -1):
+            if (at := text.rfind(self.generation_prompt[:length], start, end)) >= 0:
+                return at + length - start
+        return None
 
-    def _find_by_prefixes(self, messages: list[Message], text: str) -> Iterator[Turn]:
-        """Locate each answer by rendering the conversation before it and including it. Slower, for any contents."""
+    def _locate(self, messages: list[Message], text: str, needed: set[int], options: Mapping[str, Any]) -> list[Turn]:
+        """The characters of each answer and each message in ``needed``, by rendering the conversation with marks.
+
+        Raises:
+            ConfigError: the marks do not show where they are.
+            DataError: the template leaves out a part of the conversation.
+        """
+        marked = Marked.of(messages, options.get("tools", ()), needed)
+        tools = {"tools": marked.tools} if marked.tools else {}
+        view = seen(self.render(marked.messages, {**options, **tools}))
+        turns: list[Turn] = []
         reached = 0
+        spans = list(view.spans(marked.parts))
+        for part, _, end in spans:
+            if end is None and part.kind != "reasoning":
+                raise self._left_out(part.kind, part.number)
+        if view.text != text:
+            raise self._unmaskable("what it writes depends on more than the contents")
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+            own = [(part, start, end) for part, start, end in spans if part.number == number]
+            starts = [start for _, start, _ in own if start is not None]
+            if not starts:
                 continue
-            before = self.render(messages[:number], add_generation_prompt=True) if number else self.generation_prompt
-            through = self.render(messages[: number + 1])
-            if not text.startswith(before) or len(before) < reached:
-                raise self._unmaskable("the template renders earlier turns differently when later turns follow")
-            if text.startswith(through):
-                reached = len(through) - (len(self.tail) - len(self.closing)) * through.endswith(self.tail)
-            elif self.closing.strip() and (at := text.find(self.closing, len(before))) >= 0:
-                reached = at + len(self.closing)
-            else:
-                raise self._unmaskable("the template does not show where an answer ends")
-            yield number, (len(before), reached)
+            first, last = min(starts), max(end for _, _, end in own if end is not None)
+            if first < reached:
+                raise self._unmaskable("it writes the messages in another order")
+            opening: int | None = first - reached
+            if message["role"] == "assistant":
+                opening = self._find_opening(messages[:number], text, reached, first, options)
+            if opening is None:
+                raise self._unmaskable("it does not show where an answer starts")
+            if message["role"] == "assistant" or number in needed:
+                following = [start for part, start, _ in spans if part.number > number and start is not None]
+                tail = text[last : min(following, default=len(text))]
+                closed = last + self._closed(tail, marked.messages[: number + 1], {**options, **tools})
+                thoughts = [end for part, _, end in own if part.kind == "reasoning"]
+                thought = max((end for end in thoughts if end is not None), default=0)
+                turns.append(Turn(number, reached + opening, closed, thought, lost=None in thoughts))
+            reached = last
+        return turns
+
+    def _closed(self, tail: str, marked: Sequence[Message], options: Mapping[str, Any]) -> int:
+        """How many characters of ``tail``, which follows the last mark of the last message, belong to that message."""
+        if "tool_calls" not in marked[-1]:
+            return len(self.closing) if tail.startswith(self.closing) else 0
+        alone = PLACEHOLDER.split(self.render(marked, options))[-1]
+        alone = tail[: _common_prefix(alone, tail)]
+        if self.closing and self.closing in alone:
+            return alone.index(self.closing) + len(self.closing)
+        tokens = (token for token in self.tokenizer.get_added_vocab() if token.strip() and token in alone)
+        return max((alone.rindex(token) + len(token) for token in tokens), default=len(alone))
+
+    def _left_out(self, kind: str, number: int = -1) -> DataError:
+        """The template does not write a part of a conversation."""
+        ignored = {"reasoning": "reasoning_content,reasoning,thinking"}.get(kind, "tools,tool_calls")
+        what = {
+            "reasoning": "the reasoning of an answer: it knows no reasoning",
+            "tool": "the tools of the row: it knows no tools",
+            "call": f"a tool call of message {number + 1}",
+            "content": f"the text of message {number + 1}",
+        }[kind]
+        knowingly = f"leave the key out knowingly: +data.format.ignore=[{ignored}]"
+        remedy = f"use a model whose chat template writes it, or {knowingly}"
+        if kind == "content":
+            remedy = "leave the row out, or use a model whose chat template writes it"
+        elif kind == "reasoning":
+            remedy = f"use a model whose chat template writes it, put <think>…</think> into the content, or {knowingly}"
+        problem = f"the model's chat template leaves out {what}"
+        return DataError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path))
 
     def _unmaskable(self, reason: str) -> ConfigError:
         problem = f"cannot locate the turns in the text rendered by the model's chat template: {reason}"
@@ -260,9 +426,12 @@ class _Template:
         return ConfigError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path))
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The messages as the template sees them: role and content."""
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def _is_plain(messages: Sequence[Message], options: Mapping[str, Any]) -> bool:
+    """Whether the conversation is roles and contents alone."""
+    return not options and not any(
+        message.keys() & CARRIES or (message["role"] == "assistant" and "</think>" in message["content"])
+        for message in messages
+    )
 
 
 def _common_prefix(first: str, second: str) -> int:

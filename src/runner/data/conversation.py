@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from runner.data import tool_calls
+from runner.data.examples import Example
 from runner.errors import DataError, Fault, quoted, suggest
 
 Message = dict[str, Any]
-"""``{"role": …, "content": …}``, and ``train`` if the turn itself says whether it is trained."""
+"""``{"role": …, "content": …}``; also ``tool_calls``, ``reasoning_content``, ``name`` and ``tool_call_id`` where the
+row has them, and ``weight`` if the turn itself says how much it is trained."""
 Row = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -25,14 +30,18 @@ OTHER_NAMES = {"developer": "system", "observation": "tool", "tool_response": "t
 TOOL_CALLS = ("function_call", "tool_call")
 """Roles of other programs for a turn that calls a tool: the text is a call, not an answer."""
 TRAIN_KEYS = ("weight", "loss_weight", "train", "training", "loss")
-"""Keys of a turn that say whether it is trained: 1 or true, 0 or false."""
+"""Keys of a turn that say how much it is trained: a number from 0, true or false."""
 
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALLS = ("tools", "functions", "tool_calls", "function_call")
-TURN_WORDS = (*_CALLS, *_REASONING, *_MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable", "loss_mask",
+TURN_KEYS = ("tool_calls", "function_call", *REASONING, *TRAIN_KEYS, "name", "tool_call_id")
+"""Keys of a turn that are honoured beside its role and content."""
+TURN_WORDS = (*_CALLS, *REASONING, *_MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable", "loss_mask",
               "mask", "refusal", "tool_plan")  # fmt: skip
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "loss_mask")
+ROW_KEYS = ("tools", "chat_template_kwargs", *WEIGHTS)
+"""Keys of a row that are honoured beside its conversation."""
 KINDS = {
     type(None): "null",
     bool: "true or false",
@@ -44,17 +53,51 @@ KINDS = {
 VERDICTS = ("label", "kto_tag")
 """Whether the answer of a row is a good one."""
 SYSTEM = ("system", "system_prompt", "system_message")
-ROW_WORDS = (*_CALLS, *_REASONING, *_MEDIA, *WEIGHTS, *VERDICTS, *SYSTEM, "history", "chat_template_kwargs",
+ROW_WORDS = (*_CALLS, *REASONING, *_MEDIA, *WEIGHTS, *VERDICTS, *SYSTEM, "history", "chat_template_kwargs",
              "enable_thinking")  # fmt: skip
 
 
 def read(turns: Sequence[Row], role: str, content: str, ignore: Collection[str] = ()) -> list[Message]:
     """The messages of these turns; ``role`` and ``content`` are the keys of a turn.
 
+    A turn that is a call (``TOOL_CALLS``) becomes part of the assistant's turn before it, if there is one.
+
     Raises:
-        DataError: a text that is no text, or a weight that is neither 0 nor 1.
+        DataError: a text that is no text, a call that is no call, or a weight that is no number from 0.
     """
-    return [_message(number, turn, role, content, ignore) for number, turn in enumerate(turns, start=1)]
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        message = _message(number, turn, role, content, ignore)
+        last: Message = messages[-1] if messages else {"role": ""}
+        if turn[role] in TOOL_CALLS and last["role"] == "assistant" and last.get("weight") == message.get("weight"):
+            last["tool_calls"] = [*last.get("tool_calls", ()), *message["tool_calls"]]
+        else:
+            messages.append(message)
+    return messages
+
+
+def example(row: Row, messages: list[Message], ignore: Collection[str] = ()) -> Example:
+    """The messages, with the tools, the weight and the options of the chat template that the row has (``ROW_KEYS``)."""
+    kept = {**template_options(row, ignore)}
+    weight = _weight(row, WEIGHTS, "the row", ignore)
+    if weight not in (None, 1.0):
+        kept["weight"] = weight
+    return {"messages": messages, **kept} if kept else messages
+
+
+def template_options(row: Row, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """``tools`` and ``chat_template_kwargs`` of a row, those that have a value."""
+    kept: dict[str, Any] = {}
+    if "tools" not in ignore and not _says_nothing("tools", row.get("tools")):
+        kept["tools"] = _whole(tool_calls.tools(row["tools"], "the tools of the row"), "the tools of the row")
+    kwargs = row.get("chat_template_kwargs")
+    if "chat_template_kwargs" not in ignore and not _says_nothing("chat_template_kwargs", kwargs):
+        kwargs = json.loads(kwargs) if isinstance(kwargs, str) and kwargs.lstrip().startswith("{") else kwargs
+        if not isinstance(kwargs, Mapping):
+            problem = f"chat_template_kwargs is {quoted(kwargs)}; an object is needed"
+            raise DataError(Fault("", problem, 'for example {"enable_thinking": false}'))
+        kept["chat_template_kwargs"] = dict(kwargs)
+    return kept
 
 
 def refuse_unused(
@@ -81,7 +124,7 @@ def refuse_unused(
     found = [("the row", *pair) for pair in _unused(row, words, used, left_out)]
     for number, turn in enumerate(turns, start=1):
         if len(turn) > len(keys):
-            pairs = _unused(turn, TURN_WORDS, {*keys, *TRAIN_KEYS}, left_out)
+            pairs = _unused(turn, TURN_WORDS, {*keys, *TURN_KEYS}, left_out)
             found += [(f"message {number}", *pair) for pair in pairs]
     if not found:
         return
@@ -150,7 +193,7 @@ def checked(conversation: list[Message]) -> list[Message]:
             problem = f"message {number} has the unknown role {quoted(message['role'])}. "
             problem += f"{suggest(message['role'], ROLES)} allowed: {', '.join(ROLES)}"
             raise DataError(Fault("", problem, "correct the role in the data"))
-        if message["role"] == "assistant" and not message["content"].strip():
+        if message["role"] == "assistant" and not message["content"].strip() and not message.keys() & CARRIES:
             problem = f"message {number}, of the assistant, is empty: it would teach the model to say nothing"
             raise DataError(Fault("", problem, "leave the row out"))
     if not any(message["role"] == "assistant" for message in conversation):
@@ -158,49 +201,113 @@ def checked(conversation: list[Message]) -> list[Message]:
     return conversation
 
 
+def has_body(turn: object, content: str) -> bool:
+    """Whether a turn has a content, or calls or reasoning instead."""
+    other = ("tool_calls", "function_call", *REASONING)
+    return isinstance(turn, Mapping) and (content in turn or any(turn.get(key) for key in other))
+
+
 def _message(number: int, turn: Row, role: str, content: str, ignore: Collection[str]) -> Message:
     name, what = turn[role], f"message {number}"
     if not isinstance(name, str):
         problem = f"the role of {what} is {KINDS.get(type(name), type(name).__name__)}, not a text"
         raise DataError(Fault("", f"{problem}; allowed: {', '.join(ROLES)}", "correct the role in the data"))
-    name = OTHER_NAMES.get(name, name)
     if name in TOOL_CALLS:
-        problem = f"{what} is a tool call (role {name}): tools are not supported"
-        raise DataError(Fault("data.format", problem, "leave the row out"))
-    text = "" if name == "assistant" and turn[content] is None else _content(turn[content], f"the content of {what}")
-    message = said(name, text, f"the content of {what}")
-    train = _train(turn, what, {role, content, *ignore}) if len(turn) > 2 else None
-    if train is not None and (name != "assistant" or not train):  # an answer of weight 1 is like any other
-        message["train"] = train
+        message: Message = {"role": "assistant", "content": "", "tool_calls": _calls(turn.get(content), what)}
+    else:
+        name, value = OTHER_NAMES.get(name, name), turn.get(content)
+        value = "" if name == "assistant" and value is None else value
+        message = {"role": name, **_body(value, f"the content of {what}")}
+    if len(turn) > 2 or content not in turn:
+        message |= _carried(turn, what, {role, content, *ignore})
+    if message["role"] != "assistant" and (extra := message.keys() & CARRIES):
+        problem = f"{what} has {quoted(min(extra))}, but its role is {message['role']}, not assistant"
+        raise DataError(Fault("", problem, "correct the role in the data"))
+    if message["role"] == "assistant" and message.get("weight") == 1.0:
+        del message["weight"]  # an answer of weight 1 is like any other
     return message
 
 
-def _train(turn: Row, what: str, but: Collection[str]) -> bool | None:
-    """Whether the turn says that it is trained; None if it says nothing."""
-    answers = {key: turn[key] for key in TRAIN_KEYS if key not in but and turn.get(key) is not None}
-    for key, value in answers.items():
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            problem = f"{what} has {key}={quoted(value)}; allowed: 0 or false (not trained), 1 or true (trained)"
-            remedy = f"correct it, or train without the key knowingly: +data.format.ignore=[{key}]"
-            raise DataError(Fault("", problem, remedy))
-    if len(verdicts := {bool(value) for value in answers.values()}) > 1:
-        problem = f"{what} contradicts itself: " + ", ".join(f"{key}={value}" for key, value in answers.items())
+CARRIES = frozenset({"tool_calls", "reasoning_content"})
+"""What an answer may have beside its content, or instead of it."""
+
+
+def _carried(turn: Row, what: str, but: Collection[str]) -> Message:
+    """What a turn has beside role and content, in the shape of ``Message``."""
+    kept: Message = {}
+    for key in ("tool_calls", "function_call"):
+        if key not in but and not _says_nothing(key, turn.get(key)):
+            kept["tool_calls"] = _calls(turn[key], what)
+    reasons = [turn[key] for key in REASONING if key not in but and not _says_nothing(key, turn.get(key))]
+    if reasons:
+        kept["reasoning_content"] = text_of(reasons[0], f"the reasoning of {what}")
+    for key in ("name", "tool_call_id"):
+        if key not in but and not _says_nothing(key, turn.get(key)):
+            kept[key] = text_of(turn[key], f"the {key} of {what}")
+    weight = _weight(turn, TRAIN_KEYS, what, but)
+    return kept if weight is None else {**kept, "weight": weight}
+
+
+def _calls(value: object, what: str) -> list[dict[str, Any]]:
+    return _whole(tool_calls.calls(value, what), f"a call of {what}")
+
+
+def _whole(value: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    """The same value, if all its texts are whole."""
+    text_of(json.dumps(value, ensure_ascii=False), what)
+    return value
+
+
+def _weight(mapping: Row, keys: Collection[str], what: str, but: Collection[str]) -> float | None:
+    """The weight under one of ``keys``; None if there is none.
+
+    Raises:
+        DataError: it is no number from 0, or two keys contradict each other.
+    """
+    weights = {}
+    for key in keys:
+        if key not in but and (value := mapping.get(key)) not in (None, ""):
+            weights[key] = _number(value)
+            if not 0 <= weights[key] < math.inf:
+                problem = f"{what} has {key}={quoted(value)}; allowed: a number from 0 (not trained), true or false"
+                remedy = f"correct it, or train without the key knowingly: +data.format.ignore=[{key}]"
+                raise DataError(Fault("", problem, remedy))
+    if len(set(weights.values())) > 1:
+        problem = f"{what} contradicts itself: " + ", ".join(f"{key}={mapping[key]}" for key in weights)
         raise DataError(Fault("", problem, "correct the row"))
-    return verdicts.pop() if verdicts else None
+    return next(iter(weights.values()), None)
 
 
-def _content(value: object, what: str) -> str:
-    """The text of a message: a str, or OpenAI's list of text parts."""
+def _number(value: object) -> float:
+    """A number, or the text of one as CSV has it; NaN if it is neither."""
+    if isinstance(value, str):
+        value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
+    try:
+        return float(value) if isinstance(value, bool | int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _body(value: object, what: str) -> Message:
+    """Content, reasoning and calls of a message: a text, or a list of parts (those of OpenAI or LLaMA-Factory)."""
     if not isinstance(value, list):
-        return text_of(value, what)
-    if all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
-        for number, part in enumerate(value, start=1):
-            if unused := next(_unused(part, TURN_WORDS, (), ()), None):
-                problem = f"part {number} of {what} has {quoted(unused[0])}, which is not used"
-                raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
-        return "".join(text_of(part.get("text"), f"part {n} of {what}") for n, part in enumerate(value, start=1))
-    problem = f"{what} has parts that are not text; only text can be trained on"
-    raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
+        return {"content": text_of(value, what)}
+    body: Message = {"content": ""}
+    for number, part in enumerate(value, start=1):
+        kind, here = part.get("type") if isinstance(part, Mapping) else None, f"part {number} of {what}"
+        if kind not in ("text", "reasoning", "thinking", "tool_call"):
+            problem = f"{what} has parts that are not text; only text can be trained on"
+            raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
+        if unused := next(_unused(part, TURN_WORDS, (kind,), ()), None):
+            problem = f"{here} has {quoted(unused[0])}, which is not used"
+            raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
+        inner = next((part[key] for key in (kind, "value", "text") if key in part), None)
+        if kind == "tool_call":
+            body["tool_calls"] = [*body.get("tool_calls", ()), *_calls(inner, here)]
+        else:
+            key = "content" if kind == "text" else "reasoning_content"
+            body[key] = body.get(key, "") + text_of(inner, here)
+    return body
 
 
 def _unused(

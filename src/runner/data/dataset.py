@@ -33,7 +33,7 @@ from runner.files import cache_dir, locked, write_atomic
 if TYPE_CHECKING:
     from runner.data.sources import Source
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of the cache key. Increase it when a code change alters the tokens of the same data and settings."""
 SAMPLES = 8
 """Held-out prompts kept for text samples during training."""
@@ -63,6 +63,8 @@ class DataReport:
     """Rows removed because they are longer than ``data.max_length``."""
     masked_out: int = 0
     """Rows removed because no token within ``data.max_length`` has a label."""
+    reasoning_lost: int = 0
+    """Answers that are not trained because the chat template leaves out their reasoning."""
     longest: int = 0
     """Tokens of the longest row, before truncating or dropping."""
     longest_of_95_percent: int = 0
@@ -160,6 +162,8 @@ class _Columns(NamedTuple):
     lengths: list[int]
     """Tokens of each row before truncating or dropping."""
     values: dict[str, array.array]
+    weights: array.array
+    """The weight of each label."""
 
 
 def _tokenise(
@@ -207,13 +211,17 @@ def _encode(
     items: Iterable[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
 ) -> _Columns:
     values = {name: array.array("f") for name in task.values}
-    columns = _Columns(array.array("i"), array.array("i"), [0], [], values)
+    columns = _Columns(array.array("i"), array.array("i"), [0], [], values, array.array("f"))
     for item in items:
         try:
             features = task.encode(item.example, tokenizer, settings.max_length)
         except DataError as error:
             raise DataError(*splits.at_place(item.place, error)) from error
+        if not task.weights and any("weights" in feature for feature in features):
+            problem = f"{item.place}: has a weight, which task={task.name} does not use"
+            raise DataError(Fault("task", problem, "leave the weight out: +data.format.ignore=[weight]", task.name))
         counts["masked_out"] += not features
+        counts["reasoning_lost"] += sum(feature.get("reasoning_lost", 0) for feature in features)
         assert len(features) % task.unit == 0, f"{task.name}: {len(features)} sequences are not whole units"
         for start in range(0, len(features), task.unit):
             _add_unit(features[start : start + task.unit], columns, settings, counts)
@@ -238,6 +246,8 @@ def _add_unit(unit: list[Features], columns: _Columns, settings: DataSettings, c
         columns.ids.extend(ids)
         columns.labels.extend(labels)
         columns.offsets.append(len(columns.ids))
+        weights = feature.get("weights")
+        columns.weights.extend([1.0] * len(ids) if weights is None else weights[: len(ids)])
         for name, numbers in columns.values.items():
             numbers.append(feature[name])
 
@@ -250,7 +260,8 @@ def _to_rows(columns: _Columns, settings: DataSettings, unit: int) -> Rows:
         packs = one_by_one(len(offsets) - 1, unit)
     ids, labels = (np.frombuffer(column, dtype=np.int32) for column in (columns.ids, columns.labels))
     values = {name: np.frombuffer(numbers, dtype=np.float32) for name, numbers in columns.values.items()}
-    return Rows(ids, labels, offsets, packs, unit, values)
+    weights = np.frombuffer(columns.weights, dtype=np.float32)
+    return Rows(ids, labels, offsets, packs, unit, values, None if (weights[labels != IGNORED] == 1).all() else weights)
 
 
 def _count_trained(rows: Rows) -> int:
@@ -276,6 +287,10 @@ def _no_rows(split: str, items: list[Item], counts: Counter[str], settings: Data
     problem = f"none of the {len(items)} {kind} rows has a label: all tokens are masked"
     if counts["truncated"]:
         problem += f" ({counts['truncated']} rows were truncated to data.max_length={settings.max_length})"
+    if counts["reasoning_lost"]:
+        problem += f" ({counts['reasoning_lost']} answers lost their reasoning: the chat template leaves it out)"
+        remedy = "train the answers without it: task.reasoning=false, or use a model whose chat template writes it"
+        return DataError(Fault("task.reasoning", problem, remedy, True))
     remedy = "increase data.max_length, check that answers have the role assistant and not the weight 0, "
     remedy += "or set task.train_on=all"
     return DataError(Fault("task.train_on", problem, remedy))

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 Example = list[dict[str, Any]] | str | dict[str, Any]
 """A conversation (a list of messages, each with ``role`` and ``content``), plain text, or a dict with a conversation
-under ``prompt`` and what a task needs beside it: ``chosen`` and ``rejected``, the two answers of a pair."""
+under ``messages``, or under ``prompt`` with what a task needs beside it: ``chosen`` and ``rejected``, the two answers
+of a pair. A dict may have ``tools``, ``chat_template_kwargs`` and, with ``messages``, the ``weight`` of the row."""
 Features = dict[str, Any]
 """One token sequence: lists ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss.
-Further keys are numbers of the sequence, see ``Encoder.values``."""
+``weights``, if there are any: those of the labels. Further keys are numbers of the sequence, see ``Encoder.values``."""
+
+
+class Chat(NamedTuple):
+    """A conversation, and what its row has beside it."""
+
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+    """``tools``, and variables of the chat template."""
+    weight: float = 1.0
+
+
+def chat(example: Example) -> Chat | None:
+    """The conversation of an example; None if it is something else."""
+    if isinstance(example, list):
+        return Chat(example, {})
+    if isinstance(example, str) or "messages" not in example:
+        return None
+    return Chat(example["messages"], options(example), float(example.get("weight", 1.0)))
+
+
+def options(example: dict[str, Any]) -> dict[str, Any]:
+    """``tools`` of an example, and variables of the chat template."""
+    tools = {"tools": example["tools"]} if "tools" in example else {}
+    return {**tools, **example.get("chat_template_kwargs", {})}
 
 
 class Encoder(Protocol):
@@ -30,6 +55,10 @@ class Encoder(Protocol):
     @property
     def values(self) -> tuple[str, ...]:
         """Names of the numbers that each sequence has."""
+
+    @property
+    def weights(self) -> bool:
+        """Whether the task uses the weights of labels."""
 
     @property
     def prompt(self) -> Callable[[Example, Any], tuple[str, str] | None]:

@@ -12,7 +12,7 @@ from typing import Any
 from runner.config import bind, user_function
 from runner.config.schema import Text
 from runner.data import conversation, row_shape
-from runner.data.conversation import Row, refuse_unused, with_system
+from runner.data.conversation import ROW_KEYS, Row, refuse_unused, with_system
 from runner.data.examples import Example
 from runner.errors import DataError, Fault, RunnerError, quoted
 
@@ -27,8 +27,8 @@ def messages(row: Row, *, messages: Text, role: Text, content: Text, ignore: lis
     """
     turns = row_shape.turns(row, "messages", "messages", messages, (role, content))
     left_out = ignore or []
-    refuse_unused(row, turns, {messages}, keys={role, content}, ignore=left_out)
-    return conversation.checked(conversation.read(turns, role, content, left_out))
+    refuse_unused(row, turns, {messages, *ROW_KEYS}, keys={role, content}, ignore=left_out)
+    return conversation.example(row, conversation.checked(conversation.read(turns, role, content, left_out)), left_out)
 
 
 def like_messages(row: Row, *, role: str, content: str, **_: object) -> int:
@@ -48,10 +48,11 @@ def sharegpt(
     """A list of ``{"from": "human", "value": …}``; ``roles`` says who speaks, ``system`` names a key beside it."""
     turns = row_shape.turns(row, "sharegpt", "conversations", conversations, (speaker, value))
     left_out = ignore or []
-    used = {conversations, system}
+    used = {conversations, system, *ROW_KEYS}
     refuse_unused(row, turns, used, keys={speaker, value}, ignore=_with_system(left_out, system), offers=SYSTEM)
     named = [{**turn, speaker: _role(turn[speaker], roles)} for turn in turns]
-    return conversation.checked(with_system(row, system, conversation.read(named, speaker, value, left_out)))
+    talk = with_system(row, system, conversation.read(named, speaker, value, left_out))
+    return conversation.example(row, conversation.checked(talk), left_out)
 
 
 def like_sharegpt(row: Row, *, speaker: str, value: str, **_: object) -> int:
@@ -66,15 +67,14 @@ def alpaca(
     answer = row_shape.text(row, "alpaca", "output", output)
     extra = row_shape.text(row, "alpaca", "input", input) if row.get(input) is not None else ""
     offers = SYSTEM if extra else {**SYSTEM, "input": ("context",)}
-    refuse_unused(
-        row, (), {instruction, input, output, system}, ignore=_with_system(ignore or [], system), offers=offers
-    )
+    used = {instruction, input, output, system, *ROW_KEYS}
+    refuse_unused(row, (), used, ignore=_with_system(ignore or [], system), offers=offers)
     question = f"{question}\n\n{extra}" if extra.strip() else question
     exchange = [
         conversation.said("user", question, "the question"),
         conversation.said("assistant", answer, "the answer"),
     ]
-    return conversation.checked(with_system(row, system, exchange))
+    return conversation.example(row, conversation.checked(with_system(row, system, exchange)), ignore or [])
 
 
 def like_alpaca(row: Row, *, instruction: str, output: str, **_: object) -> int:
@@ -84,10 +84,10 @@ def like_alpaca(row: Row, *, instruction: str, output: str, **_: object) -> int:
 def prompt_completion(row: Row, *, prompt: Text, completion: Text, ignore: list[Text] | None = None) -> Example:
     """A prompt and its completion, each a text or a list of messages."""
     left_out = ignore or []
-    refuse_unused(row, (), {prompt, completion}, ignore=left_out)
+    refuse_unused(row, (), {prompt, completion, *ROW_KEYS}, ignore=left_out)
     question = row_shape.text_or_messages(row, "prompt_completion", "prompt", prompt, "user", left_out)
     answer = row_shape.text_or_messages(row, "prompt_completion", "completion", completion, "assistant", left_out)
-    return conversation.checked([*question, *answer])
+    return conversation.example(row, conversation.checked([*question, *answer]), left_out)
 
 
 def like_prompt_completion(row: Row, *, prompt: str, completion: str, **_: object) -> int:
@@ -152,6 +152,11 @@ def checked(result: Any, key: str, name: str) -> Example:
     """
     if isinstance(result, str):
         return conversation.text_of(result, f"what {name} returns")
+    if isinstance(result, dict) and isinstance(result.get("messages"), list):
+        refuse_unused(result, (), {"messages", *ROW_KEYS}, ignore=None)
+        messages = checked(result["messages"], key, name)
+        assert isinstance(messages, list)
+        return conversation.example(result, messages)
     if not isinstance(result, list) or not all(row_shape.is_turn(turn, ("role", "content")) for turn in result):
         problem = f"gave {type(result).__name__}, which is neither a text nor a list of messages"
         raise DataError(Fault(key, problem, 'return [{"role": …, "content": …}, …] or a str', name))
@@ -168,12 +173,11 @@ def _role(speaker: object, roles: Mapping[str, str]) -> str:
     """The role of a speaker: of the format's ``roles``, or of those that other programs use."""
     if isinstance(speaker, str) and (role := roles.get(speaker) or conversation.OTHER_NAMES.get(speaker)):
         return role
+    if speaker in conversation.TOOL_CALLS:
+        return str(speaker)
     problem = f"unknown speaker {quoted(speaker)} (known: {', '.join(roles)})"
     remedy = f"say who it is: +data.format.roles.{speaker}=user"
-    if speaker in conversation.TOOL_CALLS:
-        problem = f"the speaker {quoted(speaker)} calls a tool: tools are not supported"
-        remedy = f"leave the row out, or train its text as an answer: +data.format.roles.{speaker}=assistant"
-    elif not isinstance(speaker, str) or not speaker.isidentifier():
+    if not isinstance(speaker, str) or not speaker.isidentifier():
         remedy = "correct the speaker in the data"
     raise DataError(Fault("data.format.roles", problem, remedy))
 

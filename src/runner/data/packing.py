@@ -42,6 +42,8 @@ class Rows:
     unit: int = 1
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Numbers that a task gives each row, by name: (rows,) float32."""
+    weights: np.ndarray | None = None
+    """The weight of each label, (tokens,) float32; None: 1."""
 
     @classmethod
     def of(cls, documents: Sequence[tuple[np.ndarray, np.ndarray]], **values: Sequence[float]) -> Rows:
@@ -61,6 +63,11 @@ class Rows:
             raise IndexError(row)
         cut = slice(self.offsets[row], self.offsets[row + 1])
         return self.ids[cut], self.labels[cut]
+
+    def weights_of(self, row: int) -> np.ndarray:
+        """The weights of the labels of one row."""
+        assert self.weights is not None
+        return self.weights[self.offsets[row] : self.offsets[row + 1]]
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -87,15 +94,19 @@ class Rows:
         )
         paths = sorted(folder.glob(f"{name}.{VALUE}*.npy"))
         values = {path.name.split(VALUE, 1)[1][: -len(".npy")]: np.load(path, mmap_mode="r") for path in paths}
+        file = folder / f"{name}.weights.npy"
+        weights = np.load(file, mmap_mode="r") if file.exists() else None
         lengths = [len(offsets) - 1, len(rows), int(packs[-1]), *map(len, values.values())]
-        if not len(ids) == len(labels) == offsets[-1] or len(set(lengths)) > 1:
+        tokens = [len(ids), len(labels), offsets[-1], *([] if weights is None else [len(weights)])]
+        if len(set(map(int, tokens))) > 1 or len(set(lengths)) > 1:
             raise ValueError(f"the columns of {name} have inconsistent lengths")
-        return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values)
+        return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values, weights)
 
     def _columns(self) -> dict[str, np.ndarray]:
         packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets, "unit": np.array(self.unit)}
         values = {f"{VALUE}{name}": numbers for name, numbers in self.values.items()}
-        return {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, **packs, **values}
+        weights = {} if self.weights is None else {"weights": self.weights}
+        return {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, **packs, **values, **weights}
 
 
 def answer_start(labels: Sequence[int] | np.ndarray) -> int:

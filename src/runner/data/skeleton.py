@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +9,6 @@ from runner.data.conversation import Message
 
 Span = tuple[int, int]
 """Start (inclusive) and end (exclusive), in characters or tokens."""
-Turn = tuple[int, Span]
-"""The number of a message, and where it is."""
-
-
-PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 
 
 @dataclass(frozen=True)
@@ -50,9 +44,6 @@ def placeholders(roles: Sequence[str]) -> list[Message]:
 
 
 def _variants(content: str) -> Iterator[str]:
-    """The forms in which templates write a content: unchanged, stripped, or without its thinking part."""
+    """The forms in which templates write a content: unchanged, or stripped."""
     yield content
     yield content.strip()
-    if "</think>" in content:
-        yield content.rpartition("</think>")[2]
-        yield content.rpartition("</think>")[2].lstrip("\n")

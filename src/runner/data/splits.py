@@ -92,7 +92,7 @@ def at_place(place: object, error: DataError) -> list[Fault]:
 def _prompt(example: Example) -> str:
     """The text that must not be in both splits: the first user message, or the whole plain text."""
     if isinstance(example, dict):
-        return _prompt(example["prompt"])
+        return _prompt(example["prompt"] if "prompt" in example else example["messages"])
     if isinstance(example, str):
         return example
     return next((turn["content"] for turn in example if turn["role"] == "user"), example[0]["content"])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from runner.data.examples import Example, Features
+from runner.data.examples import Example, Features, chat
 from runner.errors import DataError, Fault
 from runner.tasks.task import Task, token_loss, token_metrics
 
 
-def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
-    """Supervised fine-tuning on the assistant turns of a conversation; ``train_on`` selects the trained turns."""
+def sft(*, train_on: Literal["assistant", "last", "all"], reasoning: bool = True) -> Task:
+    """Supervised fine-tuning on the assistant turns of a conversation; ``train_on`` selects the trained turns.
+
+    ``reasoning``: whether the reasoning of an answer is trained, too.
+    """
 
     def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
         from runner.data import chat_template
 
-        if not isinstance(example, list):
+        if (talk := chat(example)) is None:
             kind = "plain text" if isinstance(example, str) else "rows of another task"
             raise DataError(
                 Fault(
@@ -24,15 +27,22 @@ def sft(*, train_on: Literal["assistant", "last", "all"]) -> Task:
                     "use task=pretrain, or a conversation format (data/format=messages, alpaca, …)",
                 )
             )
-        return [chat_template.encode(example, tokenizer, train_on)]
+        return [
+            chat_template.encode(
+                talk.messages, tokenizer, train_on, options=talk.options, reasoning=reasoning, weight=talk.weight
+            )
+        ]
 
     def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:
         from runner.data import chat_template
 
-        assert isinstance(example, list)
-        answers = (i for i, turn in enumerate(example) if turn["role"] == "assistant" and turn.get("train", True))
+        talk = chat(example)
+        assert talk is not None
+        turns = enumerate(talk.messages)
+        answers = (i for i, turn in turns if turn["role"] == "assistant" and turn.get("weight", 1) and turn["content"])
         if not (answer := next(answers, 0)):
             return None
-        return chat_template.prompt(example[:answer], tokenizer), str(example[answer]["content"])
+        prompt = chat_template.prompt(talk.messages[:answer], tokenizer, talk.options)
+        return prompt, str(talk.messages[answer]["content"])
 
-    return Task("sft", True, encode, prompt, token_loss, token_metrics)
+    return Task("sft", True, encode, prompt, token_loss, token_metrics, weights=True)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 from runner.data.examples import Example, Features
 
-Divisor = Literal["trained", "trained_first", "documents", "units"]
-"""What a term of the loss is divided by, counted over the whole step: trained tokens, those of the first sequence of
-each unit, token sequences, or units."""
+Divisor = Literal["trained", "weighted", "trained_first", "documents", "units"]
+"""What a term of the loss is divided by, counted over the whole step: trained tokens, the sum of their weights, trained
+tokens of the first sequence of each unit, token sequences, or units."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Task:
     """(model, batch) → sums; at least those that ``divisors`` names, which are differentiable."""
     metrics: Callable[[dict[str, float]], dict[str, float]]
     """Sums of a whole evaluation or of some training steps → metrics by name, without the prefix ``eval/``."""
-    divisors: Mapping[str, Divisor] = field(default_factory=lambda: {"loss": "trained"})
+    divisors: Mapping[str, Divisor] = field(default_factory=lambda: {"loss": "weighted"})
     """The terms of the loss: name of a sum → what it is divided by; the loss of a step is the sum of the quotients."""
     unit: int = 1
     """How many consecutive sequences of ``encode`` stay together in one micro-batch: 2 for preference pairs."""
@@ -58,6 +58,8 @@ class Task:
     inspect: Callable[[Batches, Batches, int], list[tuple[str, str]]] | None = None
     """(training, evaluation, steps) → (label, text) of the lines that ``plan`` adds. Raises a ConfigError or DataError
     if the data cannot be used; called before the model is loaded."""
+    weights: bool = False
+    """Whether ``loss`` uses ``batch["weights"]``, the weights of messages and rows; without it they are refused."""
     chats: bool = True
     """Whether the model learns to answer in conversations; False: it continues plain text."""
     train_metrics: tuple[str, ...] = ("loss",)
@@ -67,21 +69,24 @@ class Task:
 
     def step_loss(self, sums: Mapping[str, Any], totals: Mapping[str, float]) -> Any:
         """The loss of a step, from its sums and totals; from the sums of one micro-batch: its share of the loss."""
-        return sum(sums[name] / max(totals[divisor], 1.0) for name, divisor in self.divisors.items())
+        return sum(sums[name] / (totals[divisor] or 1.0) for name, divisor in self.divisors.items())
 
 
 def token_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Loss (nats per trained token), perplexity and next-token accuracy."""
-    count = max(sums["count"], 1.0)
+    """Loss (nats per trained token), perplexity and next-token accuracy; each token counts as much as it weighs."""
+    count = sums["count"] or 1.0
     loss = sums["loss"] / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": sums["correct"] / count}
 
 
 def token_loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Summed next-token cross entropy of a batch, see ``cross_entropy.sums``."""
+    """Summed next-token cross entropy of a batch, each token times its weight, see ``cross_entropy.sums``."""
     from runner.tasks import cross_entropy
 
-    return cross_entropy.sums(model, _arguments(model, batch))
+    if "weights" not in batch:
+        return cross_entropy.sums(model, _arguments(model, batch))
+    tokens, weights = token_losses(model, batch), batch["weights"]
+    return {"loss": (tokens.nll * weights).sum(), "count": weights.sum(), "correct": (tokens.correct * weights).sum()}
 
 
 def token_losses(model: Any, batch: dict[str, Any]) -> TokenLosses:
