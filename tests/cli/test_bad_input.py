@@ -29,6 +29,17 @@ def rows(*lines: object, name: str = "rows.jsonl") -> Callable[[Path], None]:
     return write
 
 
+def call_row(number: int) -> dict[str, Any]:
+    call = {"name": "add", "arguments": {"a": number}}
+    return {"messages": [GOOD_ROW["messages"][0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+
+def reasoned_row(number: int, is_reasoned: bool = True) -> dict[str, Any]:
+    more = {"reasoning_content": "Easy."} if is_reasoned else {}
+    question = {"role": "user", "content": f"{number}?"}
+    return {"messages": [question, {"role": "assistant", "content": "Yes.", **more}]}
+
+
 def nothing(folder: Path) -> None: ...
 
 
@@ -154,6 +165,16 @@ BUILD: list[tuple[str, Callable[[Path], None], list[str], str]] = [
      [*LOCAL, "data.path=rows.jsonl", "data/format=text"], "task=pretrain"),
     ("nothing to train on", rows({"messages": [{"role": "user", "content": "Anyone?"}]}),
      [*LOCAL, "data.path=rows.jsonl"], "assistant"),
+    ("tools that the template leaves out", rows(*[{**GOOD_ROW, "tools": [{"name": "add"}]}] * 2),
+     [*LOCAL, "data.path=rows.jsonl"], "leaves out the tools of the row"),
+    ("calls that the template leaves out", rows(call_row(1), call_row(2)), [*LOCAL, "data.path=rows.jsonl"],
+     "leaves out a tool call of message 2"),
+    ("reasoning that the template leaves out", rows(reasoned_row(1), reasoned_row(2)), [*LOCAL, "data.path=rows.jsonl"],
+     "+data.format.ignore=[reasoning_content,reasoning,thinking]"),
+    ("a variable that the template does not have",
+     rows(*({**reasoned_row(i, False), "chat_template_kwargs": {"enable_thinking": False}} for i in (1, 2))),
+     [*LOCAL, "data.path=rows.jsonl"], "'enable_thinking', which the model's chat template does not use"),
+    ("a negative weight", rows({**GOOD_ROW, "weight": -1}), [*LOCAL, "data.path=rows.jsonl"], "a number from 0"),
     ("max_length beyond the model's", nothing, ["model=tiny", "data.max_length=1000000"], "positions at most"),
     ("weights that are not safetensors", pickled_weights, ["model=llama", "model.path=model"], "safetensors"),
     ("target modules that match nothing", nothing, ["model=tiny", "lora.target_modules=[c_attn]"], "q_proj"),

@@ -214,6 +214,119 @@ def test_a_weight_that_the_template_hides_is_refused():
     assert shown == ["Hello<|im_end|>", "<think>\nEasy.\n</think>\n\nFour.<|im_end|>"]
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def called(**arguments: object) -> dict:
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+CALLED = [
+    {"role": "user", "content": "Sunny in Rome?"},
+    {"role": "assistant", "content": "", "tool_calls": [called(city="Rome", days=2)]},
+    {"role": "tool", "content": "yes", "name": "weather"},
+    {"role": "assistant", "content": "It is."},
+    {"role": "user", "content": "And in Oslo?"},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [called()]},
+]
+
+
+def test_calls_are_trained_through_their_end_and_tools_are_not():
+    first = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call><|im_end|>'
+    last = 'Let me see.<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>'
+    assert trained(CALLED, "hermes", options={"tools": TOOLS}) == [first, "It is.<|im_end|>", last]
+    assert trained(CALLED, "hermes", "last", options={"tools": TOOLS}) == [last]
+    both = [*CALLED[:1], {**CALLED[1], "tool_calls": [*CALLED[1]["tool_calls"], called(day="x<|im_end|>")]}]
+    (calls,) = trained(both, "hermes")
+    assert calls.endswith('"arguments": {"day": "x<|im_end|>"}}\n</tool_call><|im_end|>')
+    weighed = [{**CALLED[0]}, {**CALLED[1], "weight": 0.0}, *CALLED[2:]]
+    assert trained(weighed, "hermes", options={"tools": TOOLS}) == ["It is.<|im_end|>", last]
+    everything = trained(CALLED, "hermes", "all", options={"tools": TOOLS})
+    assert everything == [build("hermes").apply_chat_template(CALLED, tokenize=False, tools=TOOLS)]
+
+
+def test_a_template_whose_results_repeat_the_name_of_the_call():
+    answers = trained([*CALLED[:5], {"role": "assistant", "content": "No."}], "channels", options={"tools": TOOLS})
+    final = "<|User|>final "
+    assert answers == [
+        " to weather city=Rome days=2<|end_header_id|>",
+        f"{final}It is.<|eot_id|>",
+        f"{final}No.<|eot_id|>",
+    ]
+
+
+REASONED = [
+    {"role": "user", "content": "Two and two?"},
+    {"role": "assistant", "content": "Four.", "reasoning_content": "Easy."},
+    {"role": "user", "content": "And two?"},
+    {"role": "assistant", "content": "", "reasoning_content": "A tool.", "tool_calls": [called(n=6)]},
+    {"role": "tool", "content": "6"},
+    {"role": "assistant", "content": "Six.", "reasoning_content": "Known."},
+]
+
+
+def test_reasoning_is_trained_where_the_template_writes_it():
+    tokenizer = build("hermes")
+    features = chat_template.encode(REASONED, tokenizer, "assistant")
+    assert features["reasoning_lost"] == 1  # that before the last question
+    call = '<tool_call>\n{"name": "weather", "arguments": {"n": 6}}\n</tool_call><|im_end|>'
+    thoughts = ["<think>\nA tool.\n</think>\n\n", "<think>\nKnown.\n</think>\n\n"]
+    assert trained(REASONED, "hermes") == [thoughts[0] + call, f"{thoughts[1]}Six.<|im_end|>"]
+    end = "\n</think>\n\n"
+    assert trained(REASONED, "hermes", reasoning=False) == ["Four.<|im_end|>", end + call, f"{end}Six.<|im_end|>"]
+    assert trained(REASONED, "hermes", "last") == [f"{thoughts[1]}Six.<|im_end|>"]
+
+
+def test_reasoning_under_the_key_that_the_template_reads():
+    tokenizer = build("channels")
+    messages = [{**message} for message in REASONED[:2]]
+    features = chat_template.encode(messages, tokenizer, "assistant")
+    theirs = [messages[0], {"role": "assistant", "content": "Four.", "thinking": "Easy."}]
+    assert features["input_ids"] == tokenizer.apply_chat_template(theirs)["input_ids"]
+    text = tokenizer.decode([label for label in features["labels"] if label != IGNORED])
+    assert text.startswith("<|User|>analysis Easy.<|end_header_id|>")
+    assert text.endswith("final Four.<|eot_id|>")
+
+
+def test_a_variable_of_the_template():
+    options = {"enable_thinking": False}
+    assert trained(TALK, "hermes", options=options) == [f"{FIRST}<|im_end|>", f"{SECOND}<|im_end|>"]
+    assert chat_template.prompt(TALK[:1], build("hermes"), options).endswith("assistant\n<think>\n\n</think>\n\n")
+    for name in ("enable_thinkin", "tokenize", "messages"):
+        with pytest.raises(DataError, match=f"'{name}', which the model's chat template does not use"):
+            chat_template.encode(TALK, build("hermes"), "assistant", options={name: False})
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "template", "problem", "remedy"),
+    [
+        (TALK, {"tools": TOOLS}, "smollm2", "the tools of the row: it knows no tools", "ignore=[tools,tool_calls]"),
+        (CALLED[:2], {}, "smollm2", "a tool call of message 2", "+data.format.ignore=[tools,tool_calls]"),
+        (CALLED, {}, "channels", "the text of message 6", "leave the row out"),
+        ([TALK[0], {**CALLED[1], "tool_calls": [called(), called()]}], {}, "channels", "a tool call of message 2", ""),
+        (REASONED[:2], {}, "smollm2", "the reasoning of an answer: it knows no reasoning", "put <think>…</think> into"),
+        ([*TALK, {"role": "tool", "content": "4"}, *TALK[:1], REASONED[1]], {}, "r1", "reasoning", "use a model"),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_is_refused(messages, options, template, problem, remedy):
+    for train_on in ("assistant", "all"):
+        with pytest.raises(DataError, match="the model's chat template leaves out") as caught:
+            chat_template.encode(messages, build(template), train_on, options=options)
+        assert problem in str(caught.value)
+        assert remedy in str(caught.value)
+
+
+def test_weights_of_turns_and_of_the_row():
+    weighed = [TALK[0], {**TALK[1], "weight": 0.5}, *TALK[2:]]
+    features = chat_template.encode(weighed, build("qwen"), "assistant", weight=3.0)
+    pairs = zip(features["labels"], features["weights"], strict=True)
+    assert [key for key, _ in groupby(weight for label, weight in pairs)] == [0.0, 1.5, 0.0, 3.0, 0.0]
+    assert "weights" not in chat_template.encode(TALK, build("qwen"), "assistant")
+    everything = chat_template.encode(weighed, build("qwen"), "all", weight=2.0)
+    assert [key for key, _ in groupby(everything["weights"])] == [2.0, 1.0, 2.0]
+    assert set(chat_template.encode(TALK, build("qwen"), "assistant", weight=0.0)["labels"]) == {IGNORED}
+
+
 def with_template(text: str):
     tokenizer = copy.deepcopy(build("smollm2"))
     tokenizer.chat_template = text

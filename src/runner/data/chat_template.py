@@ -14,10 +14,9 @@ import itertools
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from runner.data.conversation import CARRIES, REASONING, Message
+from runner.data.conversation import CARRIES, NO_OPTIONS, REASONING, Message
 from runner.data.examples import Features
 from runner.data.marks import PLACEHOLDER, Marked, seen
 from runner.data.packing import IGNORED
@@ -34,9 +33,6 @@ LONGEST_RENDERING_S = 20.0
 MOST_CHARACTERS = 10**8
 """A chat template that writes more for one conversation, beside its contents, is refused."""
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Turn(NamedTuple):
@@ -160,7 +156,7 @@ class _Template:
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse a variable that the template does not use."""
         for name in options.keys() - {"tools"}:
-            reserved = name in inspect.signature(self.tokenizer.apply_chat_template).parameters
+            reserved = name in {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
             if reserved or not re.search(rf"\b{re.escape(name)}\b", self.text):
                 problem = f"the row's chat_template_kwargs has {name!r}, which the model's chat template does not use"
                 remedy = "remove it, or train without it knowingly: +data.format.ignore=[chat_template_kwargs]"

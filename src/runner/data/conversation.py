@@ -40,7 +40,9 @@ TURN_KEYS = ("tool_calls", "function_call", *REASONING, *TRAIN_KEYS, "name", "to
 TURN_WORDS = (*_CALLS, *REASONING, *_MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable", "loss_mask",
               "mask", "refusal", "tool_plan")  # fmt: skip
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "loss_mask")
-ROW_KEYS = ("tools", "chat_template_kwargs", *WEIGHTS)
+OPTIONS = ("tools", "chat_template_kwargs")
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+ROW_KEYS = (*OPTIONS, *WEIGHTS)
 """Keys of a row that are honoured beside its conversation."""
 KINDS = {
     type(None): "null",
@@ -201,10 +203,11 @@ def checked(conversation: list[Message]) -> list[Message]:
     return conversation
 
 
-def has_body(turn: object, content: str) -> bool:
-    """Whether a turn has a content, or calls or reasoning instead."""
-    other = ("tool_calls", "function_call", *REASONING)
-    return isinstance(turn, Mapping) and (content in turn or any(turn.get(key) for key in other))
+def is_turn(value: object, role: str, content: str) -> bool:
+    """Whether it has a role, and a content or calls or reasoning instead."""
+    if not isinstance(value, Mapping) or role not in value:
+        return False
+    return content in value or any(value.get(key) for key in ("tool_calls", "function_call", *REASONING))
 
 
 def _message(number: int, turn: Row, role: str, content: str, ignore: Collection[str]) -> Message:

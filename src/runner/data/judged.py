@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from runner.config.schema import Text
 from runner.data import conversation, row_shape
-from runner.data.conversation import Message, Row
+from runner.data.conversation import NO_OPTIONS, Message, Row
 from runner.data.examples import Example
 from runner.errors import DataError, Fault, quoted
 
@@ -19,17 +21,20 @@ def kto(row: Row, *, prompt: Text, completion: Text, label: Text, ignore: list[T
     ``ignore``: keys that change what is learnt and are left out all the same.
     """
     left_out = ignore or []
-    conversation.refuse_unused(row, [], {prompt, completion, label}, ignore=left_out)
+    conversation.refuse_unused(row, [], {prompt, completion, label, *conversation.OPTIONS}, ignore=left_out)
+    options = conversation.template_options(row, left_out)
     read = functools.partial(row_shape.text_or_messages, row, "kto", ignore=left_out)
-    return judged(read("prompt", prompt, "user"), read("completion", completion, "assistant"), row.get(label))
+    return judged(read("prompt", prompt, "user"), read("completion", completion, "assistant"), row.get(label), options)
 
 
 def like_kto(row: Row, *, prompt: str, completion: str, label: str, **_: object) -> int:
     return row_shape.has(row, prompt, completion, label)
 
 
-def judged(prompt: list[Message], completion: list[Message], label: object) -> Example:
-    """The example of a row with one answer and whether it is desirable.
+def judged(
+    prompt: list[Message], completion: list[Message], label: object, options: Mapping[str, Any] = NO_OPTIONS
+) -> Example:
+    """The example of a row with one answer and whether it is desirable. ``options``: its tools, …
 
     Raises:
         DataError: the answer is something else, the prompt is empty, or the label is not true or false.
@@ -45,4 +50,4 @@ def judged(prompt: list[Message], completion: list[Message], label: object) -> E
     if not prompt:
         raise DataError(Fault("", "the prompt is empty", "leave the row out"))
     conversation.checked([*prompt, *completion])
-    return {"prompt": prompt, "completion": completion[0], "label": value}
+    return {"prompt": prompt, "completion": completion[0], "label": value, **options}

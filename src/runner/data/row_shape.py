@@ -43,7 +43,7 @@ def has_turns(row: Row, role: str, content: str) -> int:
 
 
 def is_turn(value: object, keys: tuple[str, str]) -> bool:
-    return isinstance(value, dict) and keys[0] in value and keys[1] in value  # called for every message: no all()
+    return conversation.is_turn(value, *keys)
 
 
 def text(row: Row, name: str, parameter: str, key: str) -> str:

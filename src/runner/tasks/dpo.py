@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from runner.config.schema import Fraction, NotNegative, Positive
-from runner.data.examples import Example, Features
+from runner.data.examples import Example, Features, options
 from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import logprobs
@@ -172,8 +172,10 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
     if not isinstance(example, dict) or not {"chosen", "rejected"} <= example.keys():
         remedy = "use data/format=preference with rows {prompt, chosen, rejected}, or task=sft"
         raise DataError(Fault("data.format", "gives no pairs of answers, which this task needs", remedy))
+    more = options(example)
     pair = [
-        chat_template.encode([*example["prompt"], example[side]], tokenizer, "last") for side in ("chosen", "rejected")
+        chat_template.encode([*example["prompt"], example[side]], tokenizer, "last", options=more)
+        for side in ("chosen", "rejected")
     ]
     if pair[0]["input_ids"] == pair[1]["input_ids"]:
         raise DataError(Fault("", "the chosen and the rejected answer have the same tokens", "leave the row out"))
@@ -189,4 +191,4 @@ def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:
     from runner.data import chat_template
 
     assert isinstance(example, dict)
-    return chat_template.prompt(list(example["prompt"]), tokenizer), str(example["chosen"]["content"])
+    return chat_template.prompt(list(example["prompt"]), tokenizer, options(example)), str(example["chosen"]["content"])

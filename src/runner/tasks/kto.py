@@ -14,7 +14,7 @@ from torch import Tensor
 
 from runner.config.schema import Positive
 from runner.data.batches import Batches
-from runner.data.examples import Example, Features
+from runner.data.examples import Example, Features, options
 from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import logprobs, mismatched
@@ -121,7 +121,8 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
 
     if not isinstance(example, dict) or not {"completion", "label"} <= example.keys():
         raise DataError(Fault("data.format", "gives no answers with a label, which this task needs", NEEDED))
-    features = chat_template.encode([*example["prompt"], example["completion"]], tokenizer, "last")
+    talk = [*example["prompt"], example["completion"]]
+    features = chat_template.encode(talk, tokenizer, "last", options=options(example))
     features["label"] = float(example["label"])
     return [features] if answer_start(features["labels"]) < max_length else []
 
@@ -133,4 +134,6 @@ def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:
     assert isinstance(example, dict)
     if not example["label"]:
         return None
-    return chat_template.prompt(list(example["prompt"]), tokenizer), str(example["completion"]["content"])
+    return chat_template.prompt(list(example["prompt"]), tokenizer, options(example)), str(
+        example["completion"]["content"]
+    )

@@ -1,0 +1,124 @@
+"""Weights of messages and rows in the loss, for any cut of a step into micro-batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import composed
+from fixtures.chat_tokenizer import build
+from fixtures.documents import batches, source
+
+from runner.config import schema
+from runner.data import dataset
+from runner.data.packing import IGNORED, Rows
+from runner.errors import DataError
+from runner.models import tiny
+from runner.tasks import dpo, sft
+from runner.train.options import Options
+
+SETTINGS = schema.DataSettings(
+    max_length=96, packing=True, overlong="truncate", deduplicate=False, eval_fraction=0.0, eval_rows=None,
+    train_rows=None,
+)  # fmt: skip
+WAYS = [
+    {"packing": True, "rows_per_batch": 1}, {"packing": True, "rows_per_batch": 3},
+    {"packing": False, "rows_per_batch": 1}, {"packing": False, "rows_per_batch": 4},
+]  # fmt: skip
+
+
+def talk(answer: str, weight: object = None, **row: object) -> dict:
+    turns = [{"role": "user", "content": f"Say {answer}"}, {"role": "assistant", "content": answer, "weight": weight}]
+    return {"messages": turns, **row}
+
+
+def rows_of(*rows: dict, task: Any = None, **changes: object) -> Rows:
+    read = Options(composed()).format
+    settings = schema.DataSettings(**{**vars(SETTINGS), **changes})
+    return dataset.every_row(source(rows), read, task or sft.sft(train_on="assistant"), build("qwen"), settings)[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    folder: Path = tmp_path_factory.mktemp("model")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tiny.write(folder, seed=0, **shape, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model.resize_token_embeddings(len(build("qwen")), mean_resizing=False)
+    return model.eval()
+
+
+def step(model: Any, rows: Rows, task: Any = None, **way: Any) -> tuple[float, dict[str, float], torch.Tensor]:
+    """(loss, metrics, gradient) of one step over all rows."""
+    model.zero_grad()
+    task = task or sft.sft(train_on="assistant")
+    micro_batches = batches(rows, accumulation=99, epochs=1.0, shuffle=False, **way).step(0)
+    totals = {kind: sum(batch[kind] for batch in micro_batches) for kind in task.divisors.values()}
+    sums: dict[str, float] = {}
+    for batch in micro_batches:
+        parts = task.loss(model, batch)
+        task.step_loss(parts, totals).backward()
+        sums = {name: sums.get(name, 0.0) + float(value.detach()) for name, value in parts.items()}
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return float(task.step_loss(sums, totals)), task.metrics(sums), gradient
+
+
+OTHERS = [talk("no"), talk("maybe, who knows"), talk("a longer answer, with words in it")]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_weight_of_2_is_the_row_twice(model: Any, way: dict[str, Any]) -> None:
+    expected = step(model, rows_of(*OTHERS, talk("yes"), talk("yes")), packing=False, rows_per_batch=5)
+    for twice in (talk("yes", weight=2), {**talk("yes"), "weight": 2}, {**talk("yes", weight=4), "weight": 0.5}):
+        loss, metrics, gradient = step(model, rows_of(*OTHERS, twice), **way)
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        assert metrics == pytest.approx(expected[1], rel=1e-5)
+        torch.testing.assert_close(gradient, expected[2], rtol=1e-4, atol=1e-6)
+
+
+def test_equal_weights_change_nothing_however_small(model: Any) -> None:
+    plain = step(model, rows_of(*OTHERS), packing=False, rows_per_batch=3)
+    light = step(model, rows_of(*({**row, "weight": 1e-3} for row in OTHERS)), packing=False, rows_per_batch=2)
+    assert light[0] == pytest.approx(plain[0], rel=1e-5)
+    assert light[1] == pytest.approx(plain[1], rel=1e-5)
+    torch.testing.assert_close(light[2], plain[2], rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_of_0_is_not_trained(model: Any) -> None:
+    rows = rows_of(*OTHERS, talk("yes", weight=0), {**talk("yes"), "weight": 0})
+    assert len(rows) == len(OTHERS)
+    assert rows.weights is None
+    assert step(model, rows, packing=True)[0] == step(model, rows_of(*OTHERS), packing=True)[0]
+
+
+def test_weights_are_stored_with_their_labels(tmp_path: Path) -> None:
+    rows = rows_of(*OTHERS, talk("yes", weight=0.25))
+    rows.save(tmp_path, "train")
+    loaded = Rows.load(tmp_path, "train")
+    for number, weight in enumerate([1.0, 1.0, 1.0, 0.25]):
+        labels = loaded[number][1]
+        assert set(loaded.weights_of(number)[labels != IGNORED]) == {weight}
+    (tmp_path / "train.weights.npy").write_bytes((tmp_path / "train.ids.npy").read_bytes()[:-4])
+    with pytest.raises(ValueError):
+        Rows.load(tmp_path, "train")
+
+
+def test_deduplication_sees_weights_and_tools() -> None:
+    read = Options(composed()).format
+    tool = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+    rows = [talk("yes"), talk("yes", weight=2), talk("yes", tools=[tool]), talk("yes"), {**talk("yes"), "weight": 2}]
+    counts = dataset.splits.Counter()
+    assert len(dataset.splits.collect(source(rows).train, read, True, counts)) == 4
+    assert counts["duplicates"] == 1
+
+
+def test_a_task_without_weights_refuses_them() -> None:
+    task = dpo.dpo(loss_type="sigmoid", beta=0.1, label_smoothing=0.0, gamma=0.0, sft_weight=0.0)
+    chosen, rejected = ({"role": "assistant", "content": text} for text in "AB")
+    pair = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": {**chosen, "weight": 2.0}, "rejected": rejected}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: has a weight, which task=dpo does not use"):
+        dataset.every_row(source([{}]), lambda _: pair, task, build("qwen"), SETTINGS)
