@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 SPECIAL = r"<\|[^|>\s]{1,30}\|>|<｜[^｜]{1,30}｜>|</?[a-z_]{3,20}>|\[[A-Z/_]{3,20}\]|<[a-z_]+\|>|<\|[a-z_]+>"
 WITHOUT_TEXT = {"idefics3", "llava_next", "smolvlm"}
 """They write contents that are lists of parts, for images."""
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather.", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string", "description": "City"}}, "required": ["city"]}}}]  # fmt: skip
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "City"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather.", "parameters": PARAMETERS}}]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "days": 2}}}
 QUESTION, RESULT = {"role": "user", "content": "Rome?"}, {"role": "tool", "name": "weather", "content": "sunny"}
 ANSWER = {"role": "assistant", "content": "It is sunny."}

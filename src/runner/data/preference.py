@@ -25,7 +25,7 @@ def preference(row: Row, *, prompt: Text, chosen: Text, rejected: Text, ignore: 
     read = functools.partial(row_shape.text_or_messages, row, "preference", ignore=left_out)
     sides = [read(name, key, "assistant") for name, key in (("chosen", chosen), ("rejected", rejected))]
     if row.get(prompt) is not None:
-        return pair(read("prompt", prompt, "user"), *sides, options)
+        return pair(read("prompt", prompt, "user"), sides[0], sides[1], options)
     shared = 0
     while shared < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
         shared += 1
