@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,15 @@ def test_a_run_whose_reader_has_left_goes_on(tmp_path: Path, expected: bytes):
     read, write = os.pipe()
     os.close(read)
     completes(tmp_path, expected, stdout=write, stderr=os.dup(write))
+
+
+@pytest.mark.slow
+def test_a_run_on_a_stopped_terminal_goes_on(tmp_path: Path, expected: bytes):
+    """Ctrl-S."""
+    ours, theirs = pty.openpty()
+    termios.tcflow(theirs, termios.TCOOFF)
+    completes(tmp_path, expected, stdout=theirs, stderr=os.dup(theirs))
+    os.close(ours)
 
 
 @pytest.mark.slow

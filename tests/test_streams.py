@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,51 @@ def test_text_that_cannot_be_written_is_dropped_unless_it_is_the_result(
         print("y" * 100000, flush=True)
         output.close()
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal", "stopped terminal"])
+def test_a_run_does_not_wait_for_who_does_not_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.pipe() if kind == "pipe" else pty.openpty()
+    if kind == "stopped terminal":
+        termios.tcflow(theirs, termios.TCOOFF)
+    monkeypatch.setattr(streams, "PATIENCE_S", 0.01)
+    with os.fdopen(theirs, "w") as below:
+        monkeypatch.setattr(sys, "stdout", streams.Output(below))
+        with streams.unblocked():
+            for _ in range(100):
+                print("x" * 1000)
+            if kind == "stopped terminal":
+                termios.tcflow(theirs, termios.TCOON)
+            while select.select([ours], [], [], 0.1)[0]:
+                os.read(ours, 65536)
+            print("the reader is back")
+            print("the end\x1b")
+            shown = b""
+            while b"the end" not in shown:
+                shown += os.read(ours, 1024)
+            assert (
+                shown.replace(b"\r", b"")
+                .strip()
+                .startswith(b"[text is missing here: this output was blocked]\nthe reader is back\nthe end")
+            )
+            assert os.get_blocking(theirs)  # others share it
+        monkeypatch.undo()
+    os.close(ours)
+
+
+def test_text_follows_a_stream_that_is_redirected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.pipe()
+    with os.fdopen(theirs, "w") as below, (tmp_path / "log").open("w+") as file:
+        monkeypatch.setattr(sys, "stdout", streams.Output(below))
+        with streams.unblocked():
+            print("to the pipe")
+            os.dup2(file.fileno(), below.fileno())
+            print("to the file", flush=True)
+            assert os.read(ours, 1024) == b"to the pipe\n"
+            assert os.read(ours, 1024) == b"", "nothing holds the pipe open"
+        assert (tmp_path / "log").read_text() == "to the file\n"
+        monkeypatch.undo()
+    os.close(ours)
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["status"], ["plan", "--help"], ["sync", "--help"]])

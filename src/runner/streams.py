@@ -9,7 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import select
+import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -20,6 +23,9 @@ _OWN = f"\ufdd0{secrets.token_hex(8)}\ufdd1"
 """Stands for the escape character in our own styles; no data can contain this text."""
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 """Errors of a pipe whose reader has left, a closed terminal and a closed file."""
+PATIENCE_S = 1.0
+"""How long ``unblocked`` output waits for a terminal that is stopped (Ctrl-S) or a pipe that is full."""
+_GAP = b"\n[text is missing here: this output was blocked]\n"
 
 
 def styled(text: str, style: str) -> str:
@@ -38,11 +44,15 @@ class Raw:
         self._stream = stream
         self.is_result = False
         """Whether the text is the result of the command: then an error ends the command."""
+        self.second: _Second | None = None
+        """Where to write without blocking; None: writing waits as long as the terminal or the reader wants."""
 
     def write(self, text: str) -> int:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        data = text.encode(encoding, "backslashreplace")
         with self._dropping():
-            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            if self.is_result or self.second is None or not self.second.write(data):
+                self._stream.write(data.decode(encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -104,6 +114,92 @@ class Output(Raw):
         return len(text)
 
 
+class _Second:
+    """The terminal or pipe of a stream, opened a second time, to write without blocking.
+
+    Not the stream itself: other programs that have it open would no longer block either.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._number = -1
+        self._target: tuple[int, ...] = ()
+        self._is_blocked = False
+
+    def write(self, data: bytes) -> bool:
+        """Write, or drop what cannot be written in time; False if the stream is no terminal or pipe."""
+        self._follow()
+        if self._number < 0:
+            return False
+        self._stream.flush()
+        end, rest = time.monotonic() + PATIENCE_S, _GAP + data if self._is_blocked else data
+        while rest:
+            try:
+                rest = rest[os.write(self._number, rest) :]
+            except BlockingIOError:
+                remaining_s = end - time.monotonic()
+                if self._is_blocked or remaining_s <= 0 or not self._is_ready(remaining_s):
+                    self._is_blocked = True
+                    return True
+        self._is_blocked = False
+        return True
+
+    def close(self) -> None:
+        if self._number >= 0:
+            os.close(self._number)
+        self._number, self._target = -1, ()
+
+    def _follow(self) -> None:
+        """Open what the stream writes to now: the stream may have been redirected since."""
+        try:
+            number = self._stream.fileno()
+            status = os.fstat(number)
+            target = status.st_dev, status.st_ino, status.st_rdev
+            if target == self._target:
+                return
+            self.close()
+            self._target = target
+            if stat.S_ISFIFO(status.st_mode) or os.isatty(number):
+                self._number = os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except (OSError, ValueError):  # no file, closed, a pipe without a reader, another user's terminal
+            self._number = -1
+
+    def _is_ready(self, timeout_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self._number, select.POLLOUT)
+        return bool(poll.poll(timeout_s * 1000))
+
+
+@contextmanager
+def unblocked() -> Iterator[None]:
+    """While the block runs, a terminal that is stopped (Ctrl-S) or a full pipe delays it by PATIENCE_S at most.
+
+    What cannot be written then is dropped; train.log has all of it.
+    """
+    streams = [stream for stream in _streams(sys.stdout, sys.stderr) if stream.second is None]
+    for stream in streams:
+        stream.second = _Second(stream._stream)
+    try:
+        yield
+    finally:
+        for stream in streams:
+            if stream.second:
+                stream.second.close()
+            stream.second = None
+
+
+def let_go() -> None:
+    """Close what ``unblocked`` has opened, in a forked process that leaves the terminal: a reader need not wait for it."""
+    for stream in _streams(sys.stdout, sys.stderr):
+        if stream.second:
+            stream.second.close()
+
+
+def _streams(*outputs: Any) -> list[Raw]:
+    """The streams of this module among ``outputs``, and those below them."""
+    return [stream for each in outputs for stream in (each, getattr(each, "raw", None)) if isinstance(stream, Raw)]
+
+
 @contextmanager
 def guarded() -> Iterator[None]:
     """While the block runs, ``sys.stdout`` and ``sys.stderr`` are an ``Output``.
@@ -132,7 +228,7 @@ def piped() -> Iterator[None]:
         ReaderLeft: the reader of the pipe has left, or the terminal was closed.
         RunnerError: stdout cannot be written, for example because a disk is full.
     """
-    streams = [stream for stream in (sys.stdout, getattr(sys.stdout, "raw", None)) if isinstance(stream, Raw)]
+    streams = _streams(sys.stdout)
     before = [stream.is_result for stream in streams]
     for stream in streams:
         stream.is_result = True

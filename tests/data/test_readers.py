@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from fixtures.data_files import ROWS, folder, local, places, rows, write
 
+from runner.data import readers
 from runner.errors import DataError
 
 
@@ -55,6 +56,18 @@ def test_a_folder_is_entered_once_however_often_it_is_linked(folder):
     assert rows(local(folder)) == ROWS * 6
     assert rows(local(folder / "**" / "*.json")) == ROWS * 2
     assert rows(local(folder / "**" / "deep" / "*.parquet")) == ROWS
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.jsonl", "*/**/*.jsonl"])
+def test_a_whole_disk_is_not_searched(pattern, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MOST_FOLDERS", 4)
+    (tmp_path / "a" / "b" / "c" / "d").mkdir(parents=True)
+    write(tmp_path / "a" / "b" / "x.jsonl", "{}")
+    assert readers.find_files("data.path", f"{tmp_path}/a/{pattern}")
+    (tmp_path / "a" / "e").mkdir()
+    (tmp_path / "a" / "b" / "f").mkdir()
+    with pytest.raises(DataError, match=r"data\.path: has more than 4 folders below /.*: too many to search for data"):
+        readers.find_files("data.path", f"{tmp_path}/{pattern}")
 
 
 def test_a_folder_outside_is_read_by_its_link(folder, tmp_path):

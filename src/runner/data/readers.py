@@ -9,6 +9,7 @@ import contextlib
 import csv
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from runner.errors import DataError, Fault, quoted, suggest
 Row = dict[str, Any]
 Documents = Literal["file", "paragraph"]
 _TOKENS = re.compile(r'(?P<text>"(?:[^"\\]|\\.)*")(?P<colon>\s*:)?|[\[\]{}]')
+MOST_FOLDERS = 10_000
+"""Folders that are searched for data files; a whole disk has more."""
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -58,7 +61,7 @@ def _find(key: str, path: str, location: Path) -> list[Path]:
         raise DataError(Fault(key, "is empty", "name a file or a folder; the current folder is .", path))
     if location.is_dir() or (glob.has_magic(path) and not location.exists()):
         pattern = os.path.join(glob.escape(str(location)), "**", "*") if location.is_dir() else str(location)
-        names = dict.fromkeys(name for name in _expanded(pattern) if Path(name).suffix.lower() in EXTENSIONS)
+        names = dict.fromkeys(name for name in _expanded(key, pattern, itertools.count()) if Path(name).suffix.lower() in EXTENSIONS)
         files = [file for file in map(Path, sorted(names)) if not file.is_dir()]
         if not files:
             problem = f"contains no file of a supported type ({', '.join(EXTENSIONS)})"
@@ -81,8 +84,11 @@ def _find(key: str, path: str, location: Path) -> list[Path]:
     return files
 
 
-def _expanded(pattern: str) -> Iterator[str]:
-    """The paths of a glob pattern; unlike ``glob.glob``, folders that link to a folder above them are entered once."""
+def _expanded(key: str, pattern: str, visits: Iterator[int]) -> Iterator[str]:
+    """The paths of a glob pattern; unlike ``glob.glob``, folders that link to a folder above them are entered once.
+
+    ``visits``: counts the folders.
+    """
     head, stars, tail = pattern.partition(f"{os.sep}**{os.sep}")
     if pattern.startswith(f"**{os.sep}"):
         head, stars, tail = ".", os.sep, pattern[3:]
@@ -91,7 +97,10 @@ def _expanded(pattern: str) -> Iterator[str]:
         return
     for base in glob.glob(head or os.sep):
         for folder in _folders(base, set()):
-            yield from _expanded(os.path.join(glob.escape(os.path.normpath(folder)), tail))
+            if next(visits) >= MOST_FOLDERS:
+                problem = f"has more than {MOST_FOLDERS:,} folders below {base}: too many to search for data"
+                raise DataError(Fault(key, problem, "name the folder that contains the data, or its files"))
+            yield from _expanded(key, os.path.join(glob.escape(os.path.normpath(folder)), tail), visits)
 
 
 def _folders(folder: str, entered: set[str]) -> Iterator[str]:

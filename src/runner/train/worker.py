@@ -24,6 +24,7 @@ log = logging.getLogger("runner")
 
 
 @streams.guarded()
+@streams.unblocked()
 def work(rundir: RunDir, *, mirrored: bool = False) -> int:
     """Train the run in ``rundir`` until it completes, fails or is stopped.
 

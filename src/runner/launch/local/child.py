@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from runner import streams
 from runner.launch.local.slots import Slot
 from runner.signals import restore_defaults
 from runner.tracking.rundir import RunDir
@@ -60,6 +61,7 @@ def others_of(leader: int) -> list[int]:
 
 def _leave_terminal(rundir: RunDir) -> None:
     """Redirect stdout and stderr to the run's terminal.log, and stdin to /dev/null."""
+    streams.let_go()
     try:
         output = os.open(rundir.terminal_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError:  # a full disk must not stop the run

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import IO
 
+from runner import streams
 from runner.files import stamp
 from runner.launch.launcher import Source
 from runner.launch.local import child, exit_reason
@@ -36,6 +37,7 @@ when it can handle them."""
 POLL_S, RETRY_LOCK_EVERY_S = 0.02, 0.5
 
 
+@streams.unblocked()
 def work_through(
     rundirs: list[RunDir],
     slots: list[Slot],
