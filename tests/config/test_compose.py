@@ -98,6 +98,13 @@ def test_a_sweep_is_named_by_its_swept_keys(arguments: list[str], name: str):
     assert {Path(job.sweep_dir).name for job in jobs} == {name}
 
 
+def test_long_names_of_sweeps_differ_with_their_keys():
+    keys = [f"group.some_long_key_{number}" for number in range(20)]
+    names = {compose.named_by(keys), compose.named_by(keys[:-1]), compose.named_by(reversed(keys))}
+    assert len(names) == 2
+    assert {len(name) for name in names} == {120}
+
+
 def test_the_folder_of_a_sweep_is_resolved_once(monkeypatch: pytest.MonkeyPatch):
     jobs = jobs_of(["seed=range(30)", "hydra.sweep.dir=/tmp/x/${now:%f}"])
     assert len({job.sweep_dir for job in jobs}) == 1

@@ -59,6 +59,16 @@ def test_one_run_comes_to_its_end_though_the_best_have_failed(tmp_path: Path):
     assert halving.promoted(is_last=True) == (runs[1], 0)
 
 
+def test_a_run_that_has_lost_the_value_of_a_rung_is_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    good, lossy = a_run(tmp_path, "a", s2=1.0, s4=1.0, s6=1.0), a_run(tmp_path, "b", s4=9.0, s6=0.5, s8=0.4)
+    halving = Halving(RUNGS, [good, lossy])
+    assert (halving.top(good), halving.top(lossy)) == (1, -1)
+    assert RUNGS.best(1, halving.reached, at_least=2) == [good.path]
+    halving.read(lossy)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.endswith("b/metrics.jsonl: eval/loss of step 2 is lost; the run is not compared with others")
+
+
 def test_who_is_behind_is_told_and_who_comes_to_be_ahead_goes_on(tmp_path: Path):
     runs = [a_run(tmp_path, "a", s2=1.0), a_run(tmp_path, "b", s2=2.0)]
     halving = Halving(RUNGS, runs)

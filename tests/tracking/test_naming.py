@@ -27,6 +27,12 @@ def test_a_name_for_narrow_columns(overrides: list[str], name: str):
     assert short_name({**manifest, "name": "mine"}) == "mine"
 
 
+def test_the_name_of_a_sweeps_job_keeps_the_swept_groups():
+    manifest = {"overrides": ["quant=none", "lora.r=8"], "name": "quant=none,lora.r=8", "choices": {"quant": "none"}}
+    assert short_name(manifest) == "none,r=8"
+    assert short_name({**manifest, "label": "quant=none,lora.r=8"}) == "quant=none,r=8"
+
+
 def test_a_run_is_also_found_by_its_name_in_mlflow(tmp_path: Path):
     rundir, overrides = RunDir(tmp_path / "day" / "run"), ["model=tiny", "seed=1"]
     name = default_name(overrides)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -295,8 +296,9 @@ class Composer:
 
 
 def named_by(keys: Iterable[str]) -> str:
-    """What a sweep over these keys is called."""
-    return "+".join(sorted({key.replace("/", ".") for key in keys}))[:120]
+    """What a sweep over these keys is called; other keys, another name, also where it is cut to 120 characters."""
+    name = "+".join(sorted({key.replace("/", ".") for key in keys}))
+    return name if len(name) <= 120 else f"{name[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _key(text: str) -> str:

@@ -7,6 +7,7 @@ resumed if it is among the best when more runs have reached the rung.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from runner.files import write_atomic
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 
+log = logging.getLogger("runner")
 PARTS = {2: "half", 3: "third", 4: "quarter"}
 Run = TypeVar("Run", bound=Hashable)
 Values = Mapping[int, float]
@@ -68,9 +70,14 @@ class Halving:
             self.ended(rundir, rundir.read_state().status)
 
     def read(self, rundir: RunDir) -> dict[int, float]:
-        """Read the run's evaluations; returns step → value."""
+        """Read the run's evaluations; returns step → value. A run that has lost the value of a rung is not compared."""
         metric = self.rungs.metric
         values = {each["step"]: each[metric] for each in metrics_log.read(rundir) if each["step"] and metric in each}
+        steps = map(self.rungs.step, range(self.rungs.top(values) + 1))
+        if lost := [step for step in steps if step not in values]:
+            if self.reached.get(rundir.path, values):
+                log.warning(f"{rundir.metrics}: {metric} of step {lost[0]} is lost; the run is not compared with others")
+            values = {}
         self.reached[rundir.path] = values
         return values
 

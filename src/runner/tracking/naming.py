@@ -12,12 +12,12 @@ from runner.secrets import redact
 def short_name(manifest: Mapping[str, Any]) -> str:
     """The name of a run in MLflow, whose columns are narrow: ``tiny,max_steps=40`` for a run without a name of its own.
 
-    Without names of groups, beginnings of keys, and folders.
+    Without beginnings of keys, folders, and names of groups, except in a sweep, where ``quant=none`` is not ``none``.
     """
     overrides, name = [str(word) for word in manifest.get("overrides") or []], str(manifest.get("name") or "")
     if name != default_name(overrides) or not overrides:
         return name
-    groups, parts = manifest.get("choices") or {}, []
+    groups, parts = {} if manifest.get("label") else manifest.get("choices") or {}, []
     for key, _, value in (word.partition("=") for word in _naming(overrides)):
         value = re.sub(r"[^\s=,:\[\]{}]*/", "", value)
         parts.append(value if key in groups else f"{key.rpartition('.')[2].lstrip('+')}={value}")
