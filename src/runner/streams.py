@@ -189,7 +189,7 @@ def unblocked() -> Iterator[None]:
 
 
 def let_go() -> None:
-    """Close what ``unblocked`` has opened, in a forked process that leaves the terminal: a reader need not wait for it."""
+    """Close what ``unblocked`` has opened: a reader need not wait for a forked process that leaves the terminal."""
     for stream in _streams(sys.stdout, sys.stderr):
         if stream.second:
             stream.second.close()

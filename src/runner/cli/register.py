@@ -19,7 +19,7 @@ from runner.cli import args
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError
 from runner.report import model_card
 from runner.secrets import take_credentials
-from runner.tracking.mlflow import store, upload
+from runner.tracking.mlflow import registry, store, upload
 from runner.tracking.mlflow.run import explained
 from runner.train import merge, trained
 from runner.train.trained import Trained
@@ -41,8 +41,6 @@ RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflo
   --alias ALIAS       set this alias to the new version
   model.path=FOLDER   the base model, if it was moved since the run"""
 
-OURS = "runner"
-"""Tag of registered models that this program created."""
 PINNED = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2")
 ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]{1,255}", re.IGNORECASE)
 
@@ -65,7 +63,7 @@ def main(argv: list[str]) -> int:
     location = _locate(run)
     try:
         mlflow_run = location.client.get_run(location.run_id)
-        exists = _has_ours(location.client, name)
+        exists = registry.has_ours(location.client, name)
         version = _register(run, location, mlflow_run, name, exists=exists)
         if alias:
             location.client.set_registered_model_alias(name, alias, version)
@@ -116,27 +114,6 @@ def _locate(run: Trained) -> _Location:
         raise TrackingError(Fault("", problem, "check that the server is running; nothing was registered")) from error
 
 
-def _has_ours(client: MlflowClient, name: str) -> bool:
-    """Whether this program has registered a model of that name.
-
-    Raises:
-        TrackingError: another program has.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        model = client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-    if OURS not in model.tags:
-        problem = "is the name of a registered model that this program did not create"
-        remedy = f"use another name, or allow new versions: set the tag {OURS} of that model in MLflow, to any value"
-        raise TrackingError(Fault("NAME", problem, remedy, name))
-    return True
-
-
 def _register(run: Trained, location: _Location, mlflow_run: Run, name: str, *, exists: bool) -> str:
     """Write the model to a temporary folder, upload it, then register it; returns the version."""
     client = location.client
@@ -153,7 +130,7 @@ def _register(run: Trained, location: _Location, mlflow_run: Run, name: str, *, 
     is_new_name = False
     try:
         if not exists:
-            client.create_registered_model(name, tags={OURS: "true"})
+            registry.create_model(client, name)
             is_new_name = True
         by_id = {"model_id": model_id} if model_id else {}
         tags = {
@@ -161,7 +138,7 @@ def _register(run: Trained, location: _Location, mlflow_run: Run, name: str, *, 
             "runner.folder": str(run.rundir.path),
         }
         described = {"description": model_card.description(card), **by_id}
-        return str(client.create_model_version(name, source, location.run_id, tags=tags, **described).version)
+        return registry.create_version(client, name, source, location.run_id, tags, **described)
     except BaseException:
         if is_new_name:
             client.delete_registered_model(name)
@@ -180,7 +157,7 @@ def _upload(
     from mlflow.entities import LoggedModelOutput
 
     experiment = mlflow_run.info.experiment_id
-    logged = client.create_logged_model(experiment, upload.plain(name), location.run_id, model_type="runner")
+    logged = registry.create_logged_model(client, experiment, upload.plain(name), location.run_id)
     try:
         _pack(run, folder, packed, mlflow_run, logged.model_id)
         client.log_model_artifacts(logged.model_id, str(packed))

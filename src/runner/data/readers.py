@@ -61,7 +61,9 @@ def _find(key: str, path: str, location: Path) -> list[Path]:
         raise DataError(Fault(key, "is empty", "name a file or a folder; the current folder is .", path))
     if location.is_dir() or (glob.has_magic(path) and not location.exists()):
         pattern = os.path.join(glob.escape(str(location)), "**", "*") if location.is_dir() else str(location)
-        names = dict.fromkeys(name for name in _expanded(key, pattern, itertools.count()) if Path(name).suffix.lower() in EXTENSIONS)
+        names = dict.fromkeys(
+            name for name in _expanded(key, pattern, itertools.count()) if Path(name).suffix.lower() in EXTENSIONS
+        )
         files = [file for file in map(Path, sorted(names)) if not file.is_dir()]
         if not files:
             problem = f"contains no file of a supported type ({', '.join(EXTENSIONS)})"

@@ -76,7 +76,9 @@ class Halving:
         steps = map(self.rungs.step, range(self.rungs.top(values) + 1))
         if lost := [step for step in steps if step not in values]:
             if self.reached.get(rundir.path, values):
-                log.warning(f"{rundir.metrics}: {metric} of step {lost[0]} is lost; the run is not compared with others")
+                log.warning(
+                    f"{rundir.metrics}: {metric} of step {lost[0]} is lost; the run is not compared with others"
+                )
             values = {}
         self.reached[rundir.path] = values
         return values

@@ -4,23 +4,19 @@
 
 from __future__ import annotations
 
-import http.client
-import http.server
 import json
 import math
 import os
 import shutil
-import socket
 import sys
-import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 import yaml
+from fixtures.lost_answers import Cutting
 from fixtures.mirrored_runs import REPORT, Server, assert_mirrored, finish, history, make_run, outputs, the_run
 
 from runner.tracking import metrics_log
@@ -184,41 +180,6 @@ def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) ->
         f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     )
     assert not (tmp_path / "mlflow.db").exists()
-
-
-class Cutting:
-    """A proxy of a server that forwards each request, and cuts the line before the answer to some of them."""
-
-    def __init__(self, server: Server, *paths: str, times: int) -> None:
-        left, port, made = Counter(dict.fromkeys(paths, times)), server.port, self
-        self.cut = 0
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                upstream = http.client.HTTPConnection("127.0.0.1", port)
-                upstream.request(self.command, self.path, body, dict(self.headers))
-                answer = upstream.getresponse()
-                content = answer.read()
-                if hit := next((path for path in paths if self.path.endswith(path) and left[path] > 0), None):
-                    left[hit] -= 1
-                    made.cut += 1
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    return
-                self.send_response(answer.status)
-                self.send_header("Content-Type", answer.getheader("Content-Type") or "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            do_GET = do_PATCH = do_PUT = do_DELETE = do_POST  # noqa: N815 - names of the base class
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.uri = f"http://127.0.0.1:{self.proxy.server_address[1]}"
-        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
