@@ -75,7 +75,7 @@ def _weights(model: Any) -> Iterator[_Weight]:
         module = model.get_submodule(name.rpartition(".")[0])
         quantized, kind = False, _kind(model, name, module, id(module) in parts_of_head)
         if quant is not None and parameter.dim() > 1 and kind != "adapter":
-            quantized = quant.selects(module) and kind != "head" if parameter.is_meta else quant.holds(module)
+            quantized = quant.quantizes(module) and not (parameter.is_meta and kind == "head")
         size = dense_count(module, parameter, quant)
         stored: float = parameter.numel() * parameter.element_size()
         if quant is not None and quantized:

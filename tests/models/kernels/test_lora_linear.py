@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 import transformers
 from conftest import option
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner.models.kernels import lora_linear
+from runner.models.quantization.quant import Quant
 
 SIZES = {
     "vocab_size": 64,
@@ -75,6 +78,118 @@ def test_numbers_are_pefts(bits: int | None, rows: int):
     assert lora_linear.fuse(model) == 0, "once is enough"
     found = step(model, rows)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+class Packed(nn.Linear):
+    """A linear layer of a quantization library: 8-bit weights with one scale for each row."""
+
+    def __init__(self, dense: nn.Linear):
+        super().__init__(dense.in_features, dense.out_features, dense.bias is not None, dtype=dense.weight.dtype)
+        self.scale = dense.weight.detach().abs().amax(1) / 127
+        self.weight = nn.Parameter((dense.weight.detach() / self.scale[:, None]).round().to(torch.int8), False)
+        self.bias = dense.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
+
+
+@dataclass(frozen=True)
+class Own(Quant):
+    name: str = "int8 (my own)"
+    unpacks: bool = True
+
+    def holds(self, layer: nn.Module) -> bool:
+        return isinstance(layer, Packed)
+
+    def bytes_of(self, rows: int, columns: int) -> float:
+        return rows * columns + 4 * rows
+
+    def after_load(self, model: Any) -> None:
+        for layer in model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, module in list(part.named_children()):
+                    if isinstance(module, nn.Linear):
+                        setattr(part, name, Packed(module))
+
+    def state(self, layer: Any) -> Tensor:
+        return layer.scale
+
+    def unpack(self, weight: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return super().unpack(weight, state, dtype, out).mul_(state[:, None])
+
+
+def on_packed_weights(quant: Own, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES, attention_bias=True))
+    quant.after_load(model)
+    model.quant = quant  # type: ignore[assignment]
+    return get_peft_model(
+        model, LoraConfig(r=4, **{"target_modules": "all-linear", **options}, init_lora_weights=False)
+    )
+
+
+def without_weights(quant: Quant | None, **options: Any) -> Any:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES, attention_bias=True))
+    model.quant = quant
+    return get_peft_model(model, LoraConfig(r=4, **{"target_modules": "all-linear", **options}))
+
+
+@pytest.mark.parametrize("rows", [200, 20], ids=["many rows", "few rows"])
+def test_a_back_end_of_ones_own_is_fused_whatever_class_peft_gives_its_layers(rows: int):
+    """Without a change of the kernel: what counts is what a layer computes, also if its class inherits ``forward``."""
+    model = on_packed_weights(Own())
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = type("TheirLoraLinear", (LoraLinear,), {})
+    expected = step(model, rows)
+    assert lora_linear.fuse(model) == 14
+    torch.testing.assert_close(step(model, rows), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_weights_that_nobody_unpacks_are_left_to_peft():
+    model = on_packed_weights(Own(unpacks=False))
+    expected = step(model)
+    assert lora_linear.fuse(model) == 0
+    torch.testing.assert_close(step(model), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj", "lm_head"], ["lm_head"]], ids=len)
+@pytest.mark.parametrize("quant", [None, Own(), Own(unpacks=False)], ids=["none", "unpacks", "packed"])
+def test_a_model_without_weights_is_fused_where_the_model_with_weights_is(quant: Own | None, targets: list[str]):
+    """The estimate of the memory simulates the layers that the run computes; the LM head is never quantized."""
+    loaded = on_packed_weights(quant, target_modules=targets) if quant else adapted(target_modules=targets)
+    assert lora_linear.fuse(without_weights(quant, target_modules=targets)) == lora_linear.fuse(loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [200, 20], ids=["many rows", "few rows"])
+def test_torchao_through_the_protocol_alone(rows: int):
+    """PEFT has a class of its own for these weights, which inherits the forward of its plain LoRA layer."""
+    quantization = pytest.importorskip("torchao.quantization")
+    from torchao.utils import TorchAOBaseTensor
+
+    class Torchao(Own):
+        def holds(self, layer: nn.Module) -> bool:
+            return isinstance(getattr(layer, "weight", None), TorchAOBaseTensor)
+
+        def after_load(self, model: Any) -> None:
+            quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+
+        def state(self, layer: Any) -> Any:
+            return Quant.state(self, layer)
+
+        def unpack(self, weight: Any, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+            return Quant.unpack(self, weight.dequantize(), state, dtype, out)
+
+    model = on_packed_weights(Torchao())
+    assert type(model.base_model.model.model.layers[0].mlp.up_proj).__name__ == "TorchaoLoraLinear"
+    expected = step(model, rows)
+    assert lora_linear.fuse(model) == 14
+    torch.testing.assert_close(step(model, rows), expected, atol=1e-5, rtol=1e-4)
+    plain = on_packed_weights(Torchao())
+    plain.base_model.model.quant = None
+    assert lora_linear.fuse(plain) == 0, "a weight that is no plain tensor, of no known back end"
 
 
 def test_in_bfloat16_they_are_nearer_to_the_truth_than_its_rounding():

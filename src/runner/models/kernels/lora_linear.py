@@ -33,9 +33,13 @@ log = logging.getLogger(__name__)
 
 
 def fuse(model: nn.Module) -> int:
-    """Replace the forward of the model's LoRA layers, in place; returns the number of layers."""
+    """Replace the forward of the model's LoRA layers, in place; returns the number of layers.
+
+    Of a model without weights: the layers that would be replaced if it had them.
+    """
     quant: Quant | None = getattr(model, "quant", None)
-    layers = [module for module in model.modules() if _is_lora(module, quant)]
+    head = _empty_head(model)
+    layers = [module for module in model.modules() if _is_plain(module) and _is_dense(module.base_layer, quant, head)]
     for module in layers:
         base: Any = module.base_layer
         module.quant = quant if quant is not None and quant.holds(base) else None  # type: ignore[assignment]
@@ -46,15 +50,32 @@ def fuse(model: nn.Module) -> int:
     return len(layers)
 
 
-def _is_lora(module: nn.Module, quant: Quant | None) -> bool:
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the layer computes ``base(x) + scale · (x Aᵀ) Bᵀ`` with linear A and B and is not fused yet.
+
+    All LoRA layers of PEFT do that, whatever class they have for a quantization library, except those of convolutions,
+    embeddings and whole attention layers. A variant (DoRA) is known only when the layer runs: ``_only_adapter``.
+    """
     from peft.tuners.lora.layer import LoraLayer
 
-    base = getattr(module, "base_layer", None)
-    if not isinstance(module, LoraLayer) or isinstance(module, _Fused) or "forward" not in vars(type(module)):
+    if not isinstance(module, LoraLayer) or isinstance(module, _Fused):
         return False
-    if quant is not None and base is not None and quant.holds(base):
+    parts = [*module.lora_A.values(), *module.lora_B.values()]
+    return bool(parts) and all(type(part) is nn.Linear for part in parts)
+
+
+def _is_dense(base: Any, quant: Quant | None, head: set[nn.Module]) -> bool:
+    """Whether the dense weight of a layer can be used: it is stored as such, or its back end unpacks it."""
+    if quant is not None and quant.quantizes(base) and base not in head:
         return quant.unpacks
-    return type(base) is nn.Linear
+    return type(base) is nn.Linear and type(base.weight) is nn.Parameter
+
+
+def _empty_head(model: Any) -> set[nn.Module]:
+    """The parts of an LM head without weights: never quantized, but for ``Quant.selects`` a linear layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    parts = set(head.modules()) if head is not None else set()
+    return {part for part in parts if all(weight.is_meta for weight in part.parameters())}
 
 
 @functools.cache

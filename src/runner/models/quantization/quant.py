@@ -39,7 +39,8 @@ class Quant(Protocol):
     rounds_activations: bool = False
     """Whether products round activations too, so that outputs depend a little on what is computed beside them."""
     unpacks: bool = False
-    """Whether ``unpack`` gives the dense weight. If so, plain LoRA layers are fused; else they compute as PEFT does."""
+    """Whether ``unpack`` gives the dense weight. If so, plain LoRA layers are fused, whatever class PEFT has for them;
+    else they compute as PEFT does."""
 
     def library_config(self, device: torch.device | str) -> Any:  # noqa: ARG002
         """The ``quantization_config`` for ``from_pretrained``; None: ``after_load`` quantizes.
@@ -59,6 +60,11 @@ class Quant(Protocol):
     def holds(self, layer: nn.Module) -> bool:
         """Whether the weight of this layer of a loaded model is quantized; it has ``in_features``, ``out_features``."""
         ...
+
+    def quantizes(self, layer: nn.Module) -> bool:
+        """Whether the weight of this layer is quantized (``holds``), or would be: ``selects``, without weights."""
+        is_empty = any(weight.is_meta for weight in layer.parameters(recurse=False))
+        return self.selects(layer) if is_empty else self.holds(layer)
 
     @abstractmethod
     def bytes_of(self, rows: int, columns: int) -> float:
