@@ -54,7 +54,6 @@ def test_one_pass_has_each_document_once_and_no_label_across_documents(packing):
 def test_the_ends_of_documents_and_the_trained_positions_are_told(layout):
     made = batches(documents(), packing=layout == "packed", max_length=40)
     made = made.laid_end_to_end() if layout == "end to end" else made
-    shapes = set()
     for batch in made.one_pass():
         ids, labels, positions = (batch[key].flatten() for key in ("input_ids", "labels", "position_ids"))
         ends = batch["document_ends"].tolist()
@@ -65,9 +64,13 @@ def test_the_ends_of_documents_and_the_trained_positions_are_told(layout):
             length = int((inside > 0).sum())
             assert positions[start:end].tolist() == [*range(length), *[0] * (end - start - length)]
         assert batch["trained_at"].equal((labels != IGNORED).nonzero()[:, 0])
-        assert max(len(ids[a:b]) for a, b in itertools.pairwise(ends)) <= batch["longest"] == 40
-        shapes.add(len(ends))
-    assert len(shapes) == 1 or layout != "packed", "packed batches have one shape"
+        lengths, start = [end - start for start, end in itertools.pairwise(ends)], 0
+        for part in batch["attention_parts"]:
+            inside = lengths[start : start + part.documents]
+            assert (len(inside), sum(inside)) == (part.documents, part.tokens)
+            assert max(inside) <= part.longest <= 40
+            start += part.documents
+        assert start == len(lengths)
 
 
 def test_rows_laid_end_to_end_are_the_same_rows_without_padding():

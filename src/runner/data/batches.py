@@ -6,9 +6,9 @@ A batch is a dict:
   predict at position ``t``, or -100; the last token of a document has no label. Position ids restart at 0 in each
   document. They are 0 in the padding: no position of it may exceed those of the documents (longrope, RoPE scaling).
 - ``document_ends``: (documents + 1,) int32, the document boundaries in the flattened batch, from 0 to B * T; the
-  padding of a row counts as a document. The last value is repeated so that all packed batches have the same number of
-  boundaries.
-- ``longest``: int, an upper bound of the document length.
+  padding of a row counts as documents, and some have length zero.
+- ``longest``: int, an upper bound of the document length in all batches.
+- ``attention_parts``: the ``boundaries.Part`` that attention by document computes one after the other.
 - ``trained_at``: (trained,) int64, the flattened positions that have a label.
 - ``labels_per_document``: (documents,) int64, without padding. Documents of a unit, such as the two answers of a
   preference pair, are neighbours.
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from runner.data import boundaries
 from runner.data.packing import IGNORED, Rows, one_by_one
 from runner.errors import ConfigError, Fault
 
@@ -85,7 +86,6 @@ class Batches:
         self.sizes = np.add.reduceat(rows.lengths[self.packs.rows], self.packs.offsets[:-1])  # tokens of each pack
         self.pack_length = rows.unit * max_length
         assert packing is False or self.sizes.max() <= self.pack_length, "a pack is longer than its row"
-        self._most_documents = int(np.diff(self.packs.offsets).max(initial=0))
         self.end_to_end = self.by_document = False
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         self._tokens_before = functools.lru_cache(maxsize=2)(self._sum_tokens)
@@ -272,9 +272,10 @@ class Batches:
         labels = np.full((count, length), IGNORED, dtype=np.int64)
         positions = np.tile(np.arange(length), (count, 1))
         weights = None if self.rows.weights is None else np.zeros((count, length), dtype=np.float32)
-        ends = [0]
+        lengths: list[list[int]] = []
         for b in range(count):
             start = 0
+            lengths.append([])
             for row in members[b] if b < len(members) else ():
                 row_ids, row_labels = self.rows[row]
                 end = start + len(row_ids)
@@ -283,16 +284,21 @@ class Batches:
                 if weights is not None:
                     weights[b, start : end - 1] = self.rows.weights_of(row)[1:]
                 positions[b, start:end] -= start
-                ends.append(b * length + end)
+                lengths[b].append(len(row_ids))
                 start = end
             positions[b, start:] = 0
-            ends.append((b + 1) * length)
         trained_at = np.flatnonzero(labels != IGNORED)
+        ends, parts = (
+            boundaries.of_row(lengths[0], length, self.max_length)
+            if self.end_to_end
+            else boundaries.of_packs(lengths, length, self.max_length)
+        )
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(positions),
-            "document_ends": torch.from_numpy(self._pad_ends(ends)),
+            "document_ends": torch.from_numpy(ends),
+            "attention_parts": parts,
             "longest": self.max_length,
             "trained_at": torch.from_numpy(trained_at),
             "labels_per_document": torch.from_numpy(self._labels_of_rows[rows]),
@@ -305,11 +311,6 @@ class Batches:
             "trained_first": int(self._labels_of_rows[rows[:: self.rows.unit]].sum()),
             **{name: torch.from_numpy(numbers[rows]) for name, numbers in self.rows.values.items()},
         }
-
-    def _pad_ends(self, ends: list[int]) -> np.ndarray:
-        """Document ends, (documents + 1,) int32; packed batches repeat the last one up to a fixed number."""
-        most = self.rows_per_batch * (self._most_documents + 1) + 1 if self.packing else 0
-        return np.array(ends + [ends[-1]] * max(most - len(ends), 0), dtype=np.int32)
 
     def _padded(self, length: int) -> int:
         """The row length T of a batch whose longest row has ``length`` tokens."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from runner.data import boundaries
 from runner.errors import LESS_MEMORY, ConfigError, Fault
 from runner.models import parameters, pretrained
 from runner.models.dtypes import dtype_for
@@ -112,7 +113,8 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
             accumulates=batches.per_step > batches.per_micro_batch,
             head_in_loss=options.parallel.kind != "fsdp",
         )
-        return activations, ""
+        positions = boundaries.DENSITY * batches.largest.tokens if by_document else 0
+        return activations + varlen_attention.workspace_bytes(model.config, positions, inputs.device), ""
     except Exception as error:
         log.debug("the step cannot be simulated", exc_info=error)
         first_line = (str(error).strip().splitlines() or [""])[0]

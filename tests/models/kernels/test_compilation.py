@@ -283,7 +283,8 @@ def test_the_step_as_it_is_put_together_is_one_graph_a_layer(
     assert (compilation.graphs(), compilation.graph_breaks()) == (warm, [])
 
 
-def test_the_attention_of_a_gpu_is_no_break(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parts", [(), ((1, 8, 8), (2, 8, 4))])
+def test_the_attention_of_a_gpu_is_no_break(parts: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced on tensors without content: Dynamo sees the code that runs on a GPU, forward and backward."""
     pytest.importorskip("torch.nn.attention.varlen")
     with monkeypatch.context() as patched:
@@ -295,7 +296,7 @@ def test_the_attention_of_a_gpu_is_no_break(monkeypatch: pytest.MonkeyPatch) -> 
         model.set_attn_implementation(varlen_attention.NAME)
         traced(model, mode=None, dynamic=None, fullgraph=True)
         ids, ends = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
-        asked = {"input_ids": ids, "position_ids": ids, **varlen_attention.arguments(ends, 16)}
+        asked = {"input_ids": ids, "position_ids": ids, **varlen_attention.arguments(ends, 16, parts)}
         model(**asked, use_cache=False).logits.sum().backward()
     assert compilation.graphs() == 1
     assert compilation.graph_breaks() == []

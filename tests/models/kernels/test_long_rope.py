@@ -49,7 +49,8 @@ def batch(packed: bool) -> dict[str, Any]:
             start = end
         ends.append((row + 1) * WIDTH)
     document_ends = torch.tensor(ends, dtype=torch.int32)
-    return {"input_ids": ids, "position_ids": positions, "document_ends": document_ends, "longest": max(LENGTHS)}
+    boundaries = {"document_ends": document_ends, "longest": max(LENGTHS), "attention_parts": ()}
+    return {"input_ids": ids, "position_ids": positions, **boundaries}
 
 
 @torch.no_grad()

@@ -73,3 +73,26 @@ def test_the_operation_of_attention_by_document_is_sound() -> None:
     query, key, value = (torch.randn(1, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2))
     ends = torch.tensor([0, 5, 5, 12, 12], dtype=torch.int32)
     torch.library.opcheck(torch.ops.runner.attention_by_document.default, (query, key, value, ends, 0.3))
+
+
+def test_parts_are_computed_as_the_whole() -> None:
+    """A GPU kernel is called once for each part, with boundaries that begin at 0; here with the CPU kernel."""
+    lengths = [3, 2, 0, 7, 1, 5, 6]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    query, key, value = (torch.randn(24, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    calls: list[list[int]] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, own: Tensor, same: Tensor, longest: int, again: int) -> Tensor:
+        assert own is same, "cuDNN asks for it"
+        calls.append(own.tolist())
+        assert max(own.diff()) <= longest == again
+        out, _ = torch.ops.runner.attention_by_document(*(each.transpose(0, 1)[None] for each in (q, k, v)), own, 0.3)
+        return out[0]
+
+    together = varlen_attention.by_parts(kernel, query, key, value, ends, [(7, 24, 8)])
+    apart = varlen_attention.by_parts(kernel, query, key, value, ends, [(3, 5, 4), (2, 8, 8), (2, 11, 8)])
+    assert calls[1:] == [[0, 3, 5, 5], [0, 7, 8], [0, 5, 11]]
+    torch.testing.assert_close(apart, together, atol=0, rtol=0)
+    weights = torch.randn_like(together)
+    expected = torch.autograd.grad((together * weights).sum(), (query, key, value))
+    torch.testing.assert_close(torch.autograd.grad((apart * weights).sum(), (query, key, value)), expected)

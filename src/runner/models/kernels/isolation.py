@@ -86,6 +86,7 @@ def _trial(model: Any, longest: int | None, *, packed: bool) -> _Trial:
         "position_ids": positions.to(device),
         "document_ends": torch.tensor(ends, dtype=torch.int32, device=device),
         "longest": longest or long,
+        "attention_parts": [(len(rows[0]) + 1, width, width), (len(rows[1]) + 3, width, width)],
     }
     return _Trial(batch, documents, seen, reach)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,11 @@ from runner.models.kernels import isolation
 NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 """Arguments of attention functions that change the result and that these kernels do not support."""
+Part = tuple[int, int, int]
+"""Neighbouring documents that one call of a GPU kernel computes: their number, their tokens, and an upper bound of
+their length, see ``data.boundaries``."""
+CUDNN_CAPABILITIES = 9, 10
+"""Major compute capabilities for which torch's varlen attention takes cuDNN (Hopper and the first Blackwell)."""
 SHARING: dict[str, Any] = {}
 """Arguments for torch's varlen attention if heads share keys and values (GQA). Empty for torch 2.11, which detects it.
 Filled by ``_register``, since compiled code cannot inspect a signature."""
@@ -28,8 +35,9 @@ Filled by ``_register``, since compiled code cannot inspect a signature."""
 def install(model: Any, longest: int, autocast: torch.dtype | None = None) -> str:
     """Switch ``model`` to attention by document if documents stay isolated. Returns "", or the reason why not.
 
-    A model may cap or bias its scores, use a window or chunks shorter than ``longest``, not pass the boundaries of
-    documents to its attention, or mix tokens by other means, such as convolutions. ``autocast``: as in training.
+    A model may cap or bias its scores, use chunks shorter than ``longest`` (on a CPU also: a window), not pass the
+    boundaries of documents to its attention, or mix tokens by other means, such as convolutions. ``autocast``: as in
+    training.
     """
     if reason := obstacle(model):
         return reason
@@ -68,18 +76,22 @@ def uses(model: Any) -> bool:
 def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the model's forward for a batch of packed rows, laid end to end: (1, B * T)."""
     flat = {name: batch[name].reshape(1, -1) for name in ("input_ids", "position_ids")}
-    return {**flat, "use_cache": False, **arguments(batch["document_ends"], batch["longest"])}
+    ends, parts, longest = batch["document_ends"], batch["attention_parts"], batch["longest"]
+    return {**flat, "use_cache": False, **arguments(ends, longest, parts)}
 
 
-def arguments(ends: Tensor, longest: int) -> dict[str, Any]:
+def arguments(ends: Tensor, longest: int, parts: Sequence[Part] = ()) -> dict[str, Any]:
     """Keyword arguments of the model's forward, in addition to one row of tokens (1, T).
 
     ``ends``: (documents + 1,) int32, document boundaries from 0 to T; values may repeat. ``longest``: upper bound of
-    the document length. The mask is a dummy: with a 4D mask, transformers does not build its own.
+    the document length of all batches. ``parts``: the documents that one call of a GPU kernel computes; by default all.
+    The mask is a dummy: with a 4D mask, transformers does not build its own.
     """
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ends.device)
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].maybe_mark_dynamic(ends, 0)  # else another number of documents would recompile
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    return {"attention_mask": mask, **lengths}
+    return {"attention_mask": mask, **lengths, "attention_parts": tuple(parts)}
 
 
 def attend(
@@ -93,6 +105,7 @@ def attend(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    attention_parts: Sequence[Part] = (),
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (B, H, T, D), key and value (B, Hkv, T, D) → (B, T, H, D).
@@ -106,9 +119,9 @@ def attend(
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **others)  # type: ignore
     longest = max_length_q or query.shape[2]
-    windowed = sliding_window is not None and sliding_window < longest
+    window = -1 if sliding_window is None or sliding_window >= longest else sliding_window - 1
     unsupported = [name for name in UNKNOWN if others.get(name) is not None]
-    unsupported += ["dropout"] * bool(dropout) + ["sliding_window"] * windowed
+    unsupported += ["dropout"] * bool(dropout) + ["sliding_window"] * (window >= 0 and query.device.type == "cpu")
     if unsupported or not getattr(module, "is_causal", True) or query.shape[0] != 1:
         raise NotImplementedError(f"attention with {', '.join(unsupported) or 'several rows, or without causality'}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -121,10 +134,39 @@ def attend(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
-    sharing, causal = SHARING if query.shape[1] != key.shape[1] else {}, (-1, 0)
-    ends = cu_seq_lens_q, cu_seq_lens_q, longest, longest
-    out = varlen_attn(q, k, v, *ends, scale=scale, window_size=causal, **sharing)
-    return out.unsqueeze(0), None  # type: ignore[union-attr]
+    sharing = SHARING if query.shape[1] != key.shape[1] else {}
+    kernel = partial(varlen_attn, scale=scale, window_size=(window, 0), **sharing)
+    parts = attention_parts or [(len(cu_seq_lens_q) - 1, query.shape[2], longest)]
+    return by_parts(kernel, q, k, v, cu_seq_lens_q, parts).unsqueeze(0), None
+
+
+def by_parts(
+    kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, ends: Tensor, parts: Sequence[Part]
+) -> Tensor:
+    """Call ``kernel``, torch's varlen attention, once for each part.
+
+    ``query``: (T, H, D), ``key`` and ``value``: (T, Hkv, D) → (T, H, D).
+    """
+    sizes = [tokens for _, tokens, _ in parts]
+    outputs, documents, tokens = [], 0, 0
+    for q, k, v, part in zip(query.split(sizes), key.split(sizes), value.split(sizes), parts, strict=True):
+        own = ends if len(parts) == 1 else ends[documents : documents + part[0] + 1] - tokens
+        outputs.append(kernel(q, k, v, own, own, part[2], part[2]))  # the same object twice: cuDNN asks for it
+        documents, tokens = documents + part[0], tokens + part[1]
+    return outputs[0] if len(parts) == 1 else torch.cat(outputs)
+
+
+def workspace_bytes(config: Any, positions: int, device: torch.device) -> int:
+    """Bytes that cuDNN's backward pass allocates for a layer: float32 gradients of the queries of ``positions``, which
+    are ``documents * longest`` of a call. 0 where torch chooses another kernel."""
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        return 0
+    if torch.cuda.get_device_capability(device)[0] not in CUDNN_CAPABILITIES:
+        return 0
+    settings = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = int(settings.num_attention_heads)
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    return positions * heads * int(width) * 4
 
 
 def _register() -> bool:
