@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from conftest import TINY, composed
 
 from runner.cli import plan
 from runner.errors import ConfigError
-from runner.models.kernels import compilation
-from runner.train import build, estimate, inputs, probe
+from runner.models.kernels import compilation, varlen_attention
+from runner.train import build, estimate, inputs, probe, throughput
 from runner.train.memory import usage
 from runner.train.options import Options
 
@@ -58,3 +61,26 @@ def test_the_probe_decides_on_the_rows_where_it_can(devices: Any, rows: int, mon
     assert chosen.settings.micro_batch_size == rows
     assert chosen.estimate is not None
     assert chosen.estimate.unknown
+
+
+def test_a_small_model_on_a_gpu_waits_for_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(*EIGHT)
+    expected = dataclasses.replace(estimate.expect(run), layers=30)
+    on_gpu = dataclasses.replace(run, device=torch.device("cuda"))
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1e15)
+    monkeypatch.setattr(estimate, "dtype_for", lambda *_: torch.bfloat16)
+    micro_batches = run.total_steps * (run.batches.per_step // run.batches.per_micro_batch)
+    launching = micro_batches * 30 * estimate.OPERATIONS_OF_LAYER * estimate.LAUNCH_S
+    assert estimate.training_seconds(on_gpu, expected)[0] == pytest.approx(launching)
+    assert estimate.training_seconds(run, expected)[0] < launching
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1.0)
+    assert estimate.training_seconds(on_gpu, expected) == estimate.training_seconds(run, expected)
+
+
+def test_the_buffer_of_cudnn_is_part_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, gpu = transformers.LlamaConfig(num_attention_heads=32, head_dim=128), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert varlen_attention.workspace_bytes(config, 4 * 8192, gpu) == 4 * 8192 * 32 * 128 * 4
+    assert varlen_attention.workspace_bytes(config, 4 * 8192, torch.device("cpu")) == 0
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert varlen_attention.workspace_bytes(config, 4 * 8192, gpu) == 0

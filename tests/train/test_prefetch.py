@@ -64,3 +64,14 @@ def test_on_a_gpu_they_are_there_when_it_computes() -> None:
         [batch] = made.step(step)
         assert batch["input_ids"].device == device
         assert int((batch["input_ids"] * 2).sum()) == 4 * step
+
+
+def test_the_thread_enters_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on GPU 0; leaving the stream there would make a context on GPU 0 for every rank."""
+    entered: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "set_device", entered.append)
+    device = torch.device("cuda", 3)
+    made = Prefetcher(Counted(), device, 2)  # type: ignore[arg-type]
+    made._pool.submit(int).result()
+    assert entered == [device]

@@ -134,16 +134,16 @@ def _limited(name: str, limit: int | None) -> str:
 
 def _loaded(order: _Order) -> tuple[Any, Any]:
     """(model, tokenizer)"""
-    from runner.train import inputs
+    from runner.train import devices
 
     load = trained.load_base if order.is_base else trained.load
-    return load(order.run, inputs.pick_device()), order.run.tokenizer
+    return load(order.run, devices.pick()), order.run.tokenizer
 
 
 def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[str, Any]]:
     """(name, metrics, details of the rows), computed with the evaluation code of training."""
     from runner.models.kernels import lora_linear
-    from runner.train import build, inputs, loop, prepared
+    from runner.train import build, devices, loop, prepared
     from runner.train.distributed import parallel, wrap
     from runner.train.distributed.ranks import ALONE
 
@@ -151,7 +151,7 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     batches, details, name = _batches(run, rows)
     name = rows.name or name
     _refuse_name_of_other_rows(run, name, details)
-    device = inputs.pick_device()
+    device = devices.pick()
     model, autocast = _model(order, device)
     lora_linear.fuse(model)
     (batches,) = build.resolve_attention(run.result, model, autocast, batches)

@@ -126,10 +126,10 @@ def _settings(words: args.Args) -> Settings:
 
 
 def _load(run: Trained, *, compare: bool) -> list[_Model]:
-    from runner.train import inputs
+    from runner.train import devices
 
     trained.quiet()
-    device = inputs.pick_device()
+    device = devices.pick()
     model = trained.load(run, device)
     tuned = _Model(TUNED, lambda: nullcontext(model))
     if not compare:

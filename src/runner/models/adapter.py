@@ -26,7 +26,7 @@ def fixed_seed() -> Iterator[None]:
     """Fix the seed of PiSSA's randomised SVD: a resumed run must compute the same initial adapter again."""
     import torch
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(0)
         yield
 

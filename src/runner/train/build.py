@@ -28,7 +28,7 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import estimate, loop, optim, prepared, probe, reference, throughput
+from runner.train import devices, estimate, loop, optim, prepared, probe, reference, throughput
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import wrap
@@ -110,6 +110,7 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
     if inputs.settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    devices.choose_kernels(inputs.settings.deterministic)
     expected = inputs.estimate or estimate.expect(inputs)
     estimate.check_fits(expected)
     source, autocast = keep_updates(inputs.source, inputs.device, full=expected.counts["adapter"] == 0)

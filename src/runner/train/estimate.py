@@ -27,6 +27,8 @@ ADAPTER_BYTES = 4
 """Per adapter parameter: adapters are trained in float32."""
 ASSUMED_UTILISATION = 0.4
 """MFU assumed when estimating the training time."""
+OPERATIONS_OF_LAYER, LAUNCH_S = 207, 7e-6
+"""Operations that eager mode starts for a decoder layer with LoRA, forward and backward, and seconds to start one."""
 
 log = logging.getLogger("runner")
 
@@ -68,10 +70,17 @@ def expect(inputs: Inputs) -> Expected:
 
 
 def training_seconds(inputs: Inputs, expected: Expected) -> tuple[float, float]:
-    """(training seconds at ``ASSUMED_UTILISATION`` of the peak, peak FLOP/s of the device)."""
+    """(training seconds at ``ASSUMED_UTILISATION`` of the peak, peak FLOP/s of the device).
+
+    A GPU waits for Python if its model is small: then the time is that of starting the operations one by one.
+    """
     tokens = inputs.batches.tokens_at(inputs.total_steps)
     peak = throughput.peak_flops(inputs.device, dtype_for(inputs.source.dtype, inputs.device))
-    return tokens * expected.flops_per_token / (peak * ASSUMED_UTILISATION), peak
+    seconds = tokens * expected.flops_per_token / (peak * ASSUMED_UTILISATION)
+    if inputs.device.type == "cuda":
+        micro_batches = inputs.total_steps * (inputs.batches.per_step // inputs.batches.per_micro_batch)
+        seconds = max(seconds, micro_batches * expected.layers * OPERATIONS_OF_LAYER * LAUNCH_S)
+    return seconds, peak
 
 
 def check_fits(expected: Expected) -> None:

@@ -13,6 +13,7 @@ from runner.data import dataset
 from runner.data.batches import Batches
 from runner.models import pretrained
 from runner.models.sources import ModelSource
+from runner.train import devices
 from runner.train.distributed.ranks import ALONE, Ranks
 from runner.train.memory import peak, usage
 from runner.train.options import Options
@@ -50,7 +51,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     Raises:
         ConfigError, DataError: the configuration or the data cannot be used for training.
     """
-    device = pick_device()
+    device = devices.pick()
     settings = options.train
     source = pretrained.resolve(options.model)
     tokenizer = pretrained.tokenizer(source)
@@ -93,8 +94,3 @@ def load_data(
         epochs=settings.num_train_epochs,
     )
     return splits, training, batches(splits.eval, accumulation=1, shuffle=False)
-
-
-def pick_device() -> torch.device:
-    """This rank's current CUDA device, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

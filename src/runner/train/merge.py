@@ -213,9 +213,9 @@ def _device(run: Trained) -> torch.device:
     """The GPU if it has enough free memory for the check, else the CPU."""
     import torch
 
-    from runner.train import inputs
+    from runner.train import devices
 
-    device = inputs.pick_device()
+    device = devices.pick()
     return device if device.type != "cpu" and _fits(run, device) else torch.device("cpu")
 
 

@@ -15,6 +15,7 @@ from annotated_types import Ge, Lt
 from runner.config.bind import bind_target
 from runner.config.schema import Betas, Fraction, NotNegative, Positive
 from runner.errors import ConfigError, Fault, RunnerError
+from runner.train.bitsandbytes_steps import repaired
 
 if TYPE_CHECKING:
     import torch
@@ -97,15 +98,8 @@ def adamw_bnb(
         raise ConfigError(
             Fault("optim.paged", "needs a CUDA GPU, but the model is not on one", "use optim=adamw_8bit", True)
         )
-    return AdamW(
-        groups,
-        lr=learning_rate,
-        weight_decay=weight_decay,
-        betas=_pair(betas),
-        eps=eps,
-        optim_bits=bits,
-        is_paged=paged,
-    )
+    settings = {"weight_decay": weight_decay, "betas": _pair(betas), "eps": eps, "optim_bits": bits}
+    return repaired(AdamW(groups, lr=learning_rate, is_paged=paged, **settings))
 
 
 def lion(
@@ -119,7 +113,7 @@ def lion(
     """Lion of bitsandbytes: updates by the sign of a momentum, with half of Adam's state (https://arxiv.org/abs/2302.06675)."""
     from bitsandbytes.optim import Lion
 
-    return Lion(groups, lr=learning_rate, weight_decay=weight_decay, betas=_pair(betas), optim_bits=bits)
+    return repaired(Lion(groups, lr=learning_rate, weight_decay=weight_decay, betas=_pair(betas), optim_bits=bits))
 
 
 def muon(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +18,9 @@ class Prefetcher:
     def __init__(self, batches: Batches, device: torch.device, total_steps: int) -> None:
         self.batches, self.device, self.total_steps = batches, device, total_steps
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(1, "batches")
+        # A new thread begins on GPU 0, and leaving a stream would return to it: a context of 0.5 GiB for each rank.
+        enter = functools.partial(torch.cuda.set_device, device) if self._stream else None
+        self._pool = ThreadPoolExecutor(1, "batches", enter)
         self._next: tuple[int, Future[Any]] | None = None
 
     def step(self, i: int) -> list[Batch]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from runner.files import cache_dir, write_atomic
 from runner.models import parameters
+from runner.train import devices
 
 PEAK_TFLOPS = {
     # name → dense (bf16, or fp16 if no bf16; float32) TFLOP/s from the vendors' data sheets; the first match is used
@@ -142,12 +143,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     if device.type == "cuda":
         for known, (half, single) in PEAK_TFLOPS.items():
-            if known.lower() in name.lower():
+            if devices.matches(name, known):
                 return (single if dtype == torch.float32 else half) * 1e12
     key = f"{name}/{torch.get_num_threads()}/{dtype}/{torch.__version__}"
     file = cache_dir("meters") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     cached = json.loads(file.read_text())["flops"] if file.exists() else 0.0
-    best = max(_measured_flops(device, dtype, seconds=0.05 if cached else 0.2), cached)
+    size = 1024 if device.type == "cpu" else 8192  # on a GPU, a small product waits for its launch
+    best = max(_measured_flops(device, dtype, size, seconds=0.05 if cached else 0.2), cached)
     write_atomic(file, json.dumps({"key": key, "flops": best}))
     return float(best)
 
@@ -192,7 +194,7 @@ def _config(model: Any) -> Any:
 
 
 @functools.cache
-def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, *, seconds: float) -> float:
+def _measured_flops(device: torch.device, dtype: torch.dtype, size: int, *, seconds: float) -> float:
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     result, best = a @ b, math.inf  # the first product warms up

@@ -302,6 +302,55 @@ def test_the_attention_of_a_gpu_is_no_break(parts: tuple[Any, ...], monkeypatch:
     assert compilation.graph_breaks() == []
 
 
+def test_ddp_does_not_cut_layers_that_are_compiled_one_by_one(tmp_path: Path) -> None:
+    """Dynamo would cut each layer's graph where a bucket of DDP ends: here a bucket holds two of six matrices."""
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    store = f"file://{tmp_path}/store"
+    done = subprocess.run([sys.executable, script, store], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split() == ["12", "12"], done.stderr
+
+
+DDP = """
+import sys, types, torch
+from runner.models.kernels import compilation
+torch.distributed.init_process_group("gloo", init_method=sys.argv[1], rank=0, world_size=1)
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(torch.nn.Linear(512, 512, bias=False) for _ in range(6))
+
+    def forward(self, x):
+        for part in self.parts:
+            x = torch.nn.functional.silu(part(x))
+        return x
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+def backend(graph, example_inputs):
+    print(sum(node.op == "call_function" for node in graph.graph.nodes))
+    return graph.forward
+
+model = Model()
+compilation._check = lambda *_: None
+compilation.decoder_layers = lambda model: [
+    types.SimpleNamespace(compile=lambda layer=layer, **options: layer.compile(backend=backend, fullgraph=True))
+    for layer in model.layers
+]
+compilation.regional(model, mode=None, dynamic=None, fullgraph=True)
+wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=2)
+wrapped(torch.randn(4, 512)).backward()
+"""
+
 GPU = torch.device("cuda", 0)
 
 

@@ -63,7 +63,10 @@ def regional(model: nn.Module, *, mode: Mode, dynamic: bool | None, fullgraph: b
     Raises:
         ConfigError: the device is not supported, no decoder layers are found, or quantized layers break graphs.
     """
+    import torch._dynamo
+
     _check(model, mode, fullgraph)
+    torch._dynamo.config.optimize_ddp = False  # it cuts a layer where DDP's buckets end; layers overlap without that
     for layer in decoder_layers(model):
         layer.compile(mode=mode, dynamic=dynamic, fullgraph=fullgraph)
     return model

@@ -123,7 +123,8 @@ def _computing(model: Any, autocast: torch.dtype | None) -> Iterator[None]:
     """The precision of training inside the block; random state and mode of the model as before afterwards."""
     training, device = model.training, model.get_input_embeddings().weight.device
     try:
-        with torch.random.fork_rng(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with forked, torch.autocast(device.type, autocast, enabled=autocast is not None):
             yield
     finally:
         model.train(training)

@@ -27,7 +27,7 @@ def install(model: Any, autocast: torch.dtype | None = None) -> str:
     head = of(model)
     computing = torch.autocast(device.type, autocast, enabled=autocast is not None)
     try:
-        with torch.no_grad(), torch.random.fork_rng(), computing:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), computing:
             expected = model.eval()(input_ids=ids, use_cache=False).logits.float()
             with bypassed(head):
                 hidden = model(input_ids=ids, use_cache=False).logits

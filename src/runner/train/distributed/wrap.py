@@ -93,6 +93,7 @@ def _replicated(parallel: Parallel, forward: _Forward) -> nn.parallel.Distribute
         forward,
         find_unused_parameters=parallel.find_unused_parameters,
         bucket_cap_mb=parallel.bucket_cap_mb,
+        gradient_as_bucket_view=True,
     )
 
 

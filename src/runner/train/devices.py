@@ -1,0 +1,63 @@
+"""The device of this process, and the kernels that torch may choose on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from runner.errors import ConfigError, Fault
+from runner.tracking import machine
+
+EXACT_CUDNN = 92500
+"""The first cuDNN whose attention is right for documents of length zero (NVIDIA/cudnn-frontend#943)."""
+
+
+def pick() -> torch.device:
+    """This rank's current CUDA device, or the CPU.
+
+    Raises:
+        ConfigError: this torch cannot use the GPU of this machine.
+    """
+    if not torch.cuda.is_available():
+        _refuse_unused_gpus()
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability, architectures = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if not is_supported(capability, architectures):
+        name = f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
+        problem = f"torch {torch.__version__} has no kernels for the GPU {name}; it has {', '.join(architectures)}"
+        raise ConfigError(Fault("", problem, "install a torch that is built for it, or set CUDA_VISIBLE_DEVICES="))
+    return device
+
+
+def is_supported(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether one of torch's builds (``sm_80``: this major version; ``compute_90``: later ones too) runs on a GPU."""
+    for architecture in architectures:
+        kind, _, number = architecture.rstrip("af").partition("_")
+        built = int(number[:-1]), int(number[-1])
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return not architectures
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Let torch choose FlashAttention instead of cuDNN's where cuDNN is not deterministic, or wrong."""
+    version = torch.backends.cudnn.version() if torch.cuda.is_available() else EXACT_CUDNN
+    torch.backends.cuda.enable_cudnn_sdp(not deterministic and (version or 0) >= EXACT_CUDNN)
+
+
+def _refuse_unused_gpus() -> None:
+    """A training that silently runs on the CPU because of an old driver would be a hundred times slower."""
+    if not (names := machine.gpu_names()):
+        return
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    problem = f"this machine has the GPU {names[0]}, but torch {torch.__version__}, which {built}, cannot use it"
+    remedy = "update the driver or install a torch for it; to train on the CPU: set CUDA_VISIBLE_DEVICES="
+    raise ConfigError(Fault("", problem, remedy))
+
+
+def matches(name: str, known: str) -> bool:
+    """Whether a GPU's name is that of a known GPU: whole words, since an A1000 is no A10, nor a part of a GPU (MIG)."""
+    return "MIG" not in name and re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE) is not None
