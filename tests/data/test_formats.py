@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from runner.config import bind, code_files, user_code, user_function
-from runner.data import formats
+from runner.data import formats, row_shape
 from runner.errors import ConfigError, DataError
 
 EXCHANGE = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
@@ -21,7 +21,27 @@ ROWS = {
     "prompt_completion": {"prompt": "Two and two?", "completion": "Four."},
     "preference": {"prompt": "Two and two?", "chosen": "Four.", "rejected": "Five."},
     "text": {"text": "Two and two are four."},
+    "kto": {"prompt": "Two and two?", "completion": "Four.", "label": True},
 }
+CHOSEN, REJECTED = EXCHANGE[1], {"role": "assistant", "content": "Five."}
+HUMAN, GPT, WRONG = ({"from": name, "value": text} for name, text in (("human", "Two and two?"), ("gpt", "Four."),
+                                                                    ("gpt", "Five.")))  # fmt: skip
+PAIRS = {
+    "preference": ROWS["preference"],
+    "preference_alpaca": {"instruction": "Two and two?", "input": "", "chosen": "Four.", "rejected": "Five."},
+    "preference_sharegpt": {"conversations": [HUMAN], "chosen": GPT, "rejected": WRONG},
+    "preference_swift": {"messages": EXCHANGE, "rejected_response": "Five."},
+    "preference_openai": {"input": {"messages": EXCHANGE[:1]}, "preferred_output": [CHOSEN],
+                          "non_preferred_output": [REJECTED]},
+    "preference_llamafactory": {"chosen_messages": EXCHANGE, "rejected_messages": [EXCHANGE[0], REJECTED]},
+}  # fmt: skip
+JUDGED = {
+    "kto": ROWS["kto"],
+    "kto_messages": {"messages": EXCHANGE, "label": True},
+    "kto_sharegpt": {"conversations": [HUMAN, GPT], "kto_tag": True},
+}
+ROWS = {**ROWS, **PAIRS, **JUDGED}
+TASKS = {**dict.fromkeys(PAIRS, " task=dpo"), **dict.fromkeys(JUDGED, " task=kto")}
 
 
 @functools.cache
@@ -45,13 +65,65 @@ def test_text_is_text():
 def test_a_row_of_another_format_is_refused_with_the_override_to_use(name, other):
     if name == other:
         option(name)(ROWS[name])
+        assert row_shape.looks_like(ROWS[name]) == name
+        return
+    if (name, other) in {("messages", "kto_messages"), ("sharegpt", "kto_sharegpt"), ("prompt_completion", "kto")}:
+        assert option(name)(ROWS[other]) == EXCHANGE  # a good answer may be learnt; a bad one is refused
+        with pytest.raises(DataError, match=r"the row has '(label|kto_tag)'"):
+            option(name)({**ROWS[other], **{key: False for key in ("label", "kto_tag") if key in ROWS[other]}})
         return
     with pytest.raises(DataError) as caught:
         option(name)(ROWS[other])
     message = str(caught.value)
     assert message.startswith(f"data/format={name}: ")
     assert f"The row looks like {other}" in message
-    assert message.endswith(f"→ data/format={other}")
+    assert message.endswith(f"→ data/format={other}{TASKS.get(other, '')}")
+
+
+TOOL = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_format_of_pairs_reads_the_same_pair(name):
+    pair = {"prompt": EXCHANGE[:1], "chosen": CHOSEN, "rejected": REJECTED}
+    assert option(name)(PAIRS[name]) == pair
+    assert option(name)({**PAIRS[name], "tools": [TOOL]}) == {**pair, "tools": [TOOL]}
+    for row in ({**PAIRS[name], "weight": 2}, {**PAIRS[name], "images": ["a.png"]}):
+        with pytest.raises(DataError, match=r"the row has (a|')"):
+            option(name)(row)
+
+
+def test_other_shapes_of_pairs():
+    pair = {"prompt": EXCHANGE[:1], "chosen": CHOSEN, "rejected": REJECTED}
+    swift = {"messages": EXCHANGE, "rejected_messages": [EXCHANGE[0], REJECTED]}
+    assert option("preference_swift")(swift) == pair
+    assert row_shape.looks_like(swift) == "preference_swift"
+    openai = {**PAIRS["preference_openai"], "input": {"messages": EXCHANGE[:1], "tools": [TOOL]}}
+    assert option("preference_openai")(openai) == {**pair, "tools": [TOOL]}
+    with_system = {**PAIRS["preference_alpaca"], "system": "Be brief.", "input": "As a word."}
+    prompt = option("preference_alpaca")(with_system)["prompt"]
+    assert [turn["content"] for turn in prompt] == ["Be brief.", "Two and two?\n\nAs a word."]
+    other = {"messages": EXCHANGE, "rejected_messages": [CHOSEN, EXCHANGE[0], REJECTED]}
+    with pytest.raises(DataError, match="the chosen and the rejected side have different prompts"):
+        option("preference_swift")(other)
+    with pytest.raises(DataError, match="the chosen and the rejected answer are equal"):
+        option("preference_swift")({"messages": EXCHANGE, "rejected_response": "Four."})
+    with pytest.raises(DataError, match="needs role and content"):
+        option("preference_openai")({**PAIRS["preference_openai"], "preferred_output": ["Four."]})
+    with pytest.raises(DataError, match="finds NoneType under 'messages'"):
+        option("preference_openai")({**PAIRS["preference_openai"], "input": "Two and two?"})
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_every_format_of_judged_answers_reads_the_same(name):
+    assert option(name)(JUDGED[name]) == {"prompt": EXCHANGE[:1], "completion": CHOSEN, "label": True}
+    key = "kto_tag" if name == "kto_sharegpt" else "label"
+    assert option(name)({**JUDGED[name], key: False})["label"] is False
+    assert option(name)({**JUDGED[name], "tools": [TOOL]})["tools"] == [TOOL]
+    with pytest.raises(DataError, match="the label is 'good'"):
+        option(name)({**JUDGED[name], key: "good"})
+    with pytest.raises(DataError, match=r"the row has (a|')"):
+        option(name)({**JUDGED[name], "weight": 2})
 
 
 def test_a_row_of_no_format_says_what_it_has():

@@ -122,3 +122,34 @@ def test_a_task_without_weights_refuses_them() -> None:
     pair = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": {**chosen, "weight": 2.0}, "rejected": rejected}
     with pytest.raises(DataError, match=r"rows\.jsonl:1: has a weight, which task=dpo does not use"):
         dataset.every_row(source([{}]), lambda _: pair, task, build("qwen"), SETTINGS)
+
+
+EXAMPLES = {
+    "sft": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+    "pretrain": "A text.",
+    "dpo": {"prompt": [{"role": "user", "content": "Hi"}], "chosen": {"role": "assistant", "content": "Ho"},
+            "rejected": {"role": "assistant", "content": "Hu"}},
+    "kto": {"prompt": [{"role": "user", "content": "Hi"}], "completion": {"role": "assistant", "content": "Ho"},
+            "label": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", EXAMPLES)
+@pytest.mark.parametrize("other", EXAMPLES)
+def test_rows_of_another_task_are_refused_with_the_task_that_they_fit(task: str, other: str) -> None:
+    encode = Options(composed(f"task={task}")).task.encode
+    if task == other or (task, other) == ("kto", "dpo"):
+        assert len(encode(EXAMPLES[other], build("qwen"), 96)) == (2 if other == "dpo" else 1)
+        return
+    with pytest.raises(DataError, match=f"task={task} needs") as caught:
+        encode(EXAMPLES[other], build("qwen"), 96)
+    assert f"use task={other}, or " in str(caught.value)
+
+
+def test_a_pair_gives_a_desirable_and_an_undesirable_answer() -> None:
+    task = Options(composed("task=kto")).task
+    good, bad = task.encode(EXAMPLES["dpo"], build("qwen"), 96)
+    assert (good["label"], bad["label"]) == (1.0, 0.0)
+    texts = [build("qwen").decode([token for token in each["labels"] if token != IGNORED]) for each in (good, bad)]
+    assert texts == ["Ho<|im_end|>", "Hu<|im_end|>"]
+    assert task.prompt(EXAMPLES["dpo"], build("qwen"))[1] == "Ho"

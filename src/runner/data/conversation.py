@@ -102,6 +102,19 @@ def template_options(row: Row, ignore: Collection[str] = ()) -> dict[str, Any]:
     return kept
 
 
+def without_weight(example: Example) -> dict[str, Any]:
+    """``tools`` and ``chat_template_kwargs`` of a conversation, for rows that cannot have a weight.
+
+    Raises:
+        DataError: it has one.
+    """
+    kept = dict(example) if isinstance(example, dict) else {}
+    if "weight" in kept:
+        remedy = "leave the weight out: +data.format.ignore=[weight]"
+        raise DataError(Fault("data.format", "the row has a weight, which is not used in this format", remedy))
+    return {key: kept[key] for key in OPTIONS if key in kept}
+
+
 def refuse_unused(
     row: Row,
     turns: Sequence[Row],

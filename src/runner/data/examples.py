@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from runner.errors import DataError, Fault
+
 Example = list[dict[str, Any]] | str | dict[str, Any]
 """A conversation (a list of messages, each with ``role`` and ``content``), plain text, or a dict with a conversation
 under ``messages``, or under ``prompt`` with what a task needs beside it: ``chosen`` and ``rejected``, the two answers
@@ -36,6 +38,23 @@ def options(example: dict[str, Any]) -> dict[str, Any]:
     """``tools`` of an example, and variables of the chat template."""
     tools = {"tools": example["tools"]} if "tools" in example else {}
     return {**tools, **example.get("chat_template_kwargs", {})}
+
+
+def misfit(example: Example, task: str, needed: str) -> DataError:
+    """The error of an example of another task, with the task that it fits."""
+    if isinstance(example, str):
+        kind, fits = "plain text", "pretrain"
+    elif chat(example) is not None:
+        kind, fits = "conversations", "sft"
+    elif "chosen" in example:
+        kind, fits = "pairs of a chosen and a rejected answer", "dpo"
+    elif "completion" in example:
+        kind, fits = "answers with a verdict", "kto"
+    else:
+        kind, fits = "rows of another task", ""
+    remedy = f"use task={fits}, or " if fits else "use "
+    problem = f"gives {kind}, but task={task} needs {needed}"
+    return DataError(Fault("data.format", problem, f"{remedy}a data/format that gives {needed}"))
 
 
 class Encoder(Protocol):

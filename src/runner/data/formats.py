@@ -25,6 +25,7 @@ def messages(row: Row, *, messages: Text, role: Text, content: Text, ignore: lis
 
     ``ignore``, in each format: keys that change what is learnt and are left out all the same.
     """
+    row_shape.refuse_richer(row, "messages")
     turns = row_shape.turns(row, "messages", "messages", messages, (role, content))
     left_out = ignore or []
     refuse_unused(row, turns, {messages, *ROW_KEYS}, keys={role, content}, ignore=left_out)
@@ -46,6 +47,7 @@ def sharegpt(
     ignore: list[Text] | None = None,
 ) -> Example:
     """A list of ``{"from": "human", "value": …}``; ``roles`` says who speaks, ``system`` names a key beside it."""
+    row_shape.refuse_richer(row, "sharegpt")
     turns = row_shape.turns(row, "sharegpt", "conversations", conversations, (speaker, value))
     left_out = ignore or []
     used = {conversations, system, *ROW_KEYS}

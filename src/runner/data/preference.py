@@ -1,4 +1,7 @@
-"""Formats of preference data: each option turns one row into a prompt with a chosen and a rejected answer."""
+"""Formats of preference data: each option turns one row into a prompt with a chosen and a rejected answer.
+
+Those of other programs (``preference_alpaca`` …) read each side as a whole conversation, with the format of those.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from runner.config.schema import Text
-from runner.data import conversation, row_shape
+from runner.data import conversation, formats, row_shape
 from runner.data.conversation import NO_OPTIONS, Message, Row
-from runner.data.examples import Example
+from runner.data.examples import Example, chat
 from runner.errors import DataError, Fault
+
+TASK = "dpo"
+"""The task that these rows fit."""
 
 
 def preference(row: Row, *, prompt: Text, chosen: Text, rejected: Text, ignore: list[Text] | None = None) -> Example:
@@ -20,6 +26,7 @@ def preference(row: Row, *, prompt: Text, chosen: Text, rejected: Text, ignore: 
     ``ignore``: keys that change what is learnt and are left out all the same.
     """
     left_out = ignore or []
+    row_shape.refuse_richer(row, "preference")
     conversation.refuse_unused(row, [], {prompt, chosen, rejected, *conversation.OPTIONS}, ignore=left_out)
     options = conversation.template_options(row, left_out)
     read = functools.partial(row_shape.text_or_messages, row, "preference", ignore=left_out)
@@ -34,6 +41,117 @@ def preference(row: Row, *, prompt: Text, chosen: Text, rejected: Text, ignore: 
 
 def like_preference(row: Row, *, prompt: str, chosen: str, rejected: str, **_: object) -> int:
     return row_shape.has(row, prompt, chosen, rejected) or row_shape.has(row, chosen, rejected)
+
+
+def preference_alpaca(
+    row: Row,
+    *,
+    instruction: Text,
+    input: Text,
+    chosen: Text,
+    rejected: Text,
+    system: Text | None,
+    ignore: list[Text] | None = None,
+) -> Example:
+    """An instruction with an optional input, and two answers."""
+    row_shape.needs(row, "preference_alpaca", instruction=instruction, chosen=chosen, rejected=rejected)
+    read = functools.partial(formats.alpaca, instruction=instruction, input=input, system=system, ignore=ignore)
+    rows = [{key: value for key, value in row.items() if key != other} for other in (rejected, chosen)]
+    return _sides(read(rows[0], output=chosen), read(rows[1], output=rejected))
+
+
+def like_preference_alpaca(row: Row, *, instruction: str, chosen: str, rejected: str, **_: object) -> int:
+    return row_shape.has(row, instruction, chosen, rejected)
+
+
+def preference_sharegpt(
+    row: Row,
+    *,
+    conversations: Text,
+    speaker: Text,
+    value: Text,
+    roles: dict[str, Text],
+    chosen: Text,
+    rejected: Text,
+    system: Text | None,
+    ignore: list[Text] | None = None,
+) -> Example:
+    """A list of ``{"from": "human", "value": …}`` as prompt, and two such answers beside it (LLaMA-Factory)."""
+    row_shape.needs(row, "preference_sharegpt", conversations=conversations, chosen=chosen, rejected=rejected)
+    keys: dict[str, Any] = {"conversations": conversations, "speaker": speaker, "value": value}
+    rows = [_with(row, conversations, row[conversations], row[key], chosen, rejected) for key in (chosen, rejected)]
+    return _sides(*(formats.sharegpt(each, **keys, roles=roles, system=system, ignore=ignore) for each in rows))
+
+
+def like_preference_sharegpt(row: Row, *, conversations: str, chosen: str, rejected: str, **_: object) -> int:
+    return row_shape.has(row, conversations, chosen, rejected)
+
+
+def preference_swift(
+    row: Row, *, messages: Text, rejected_response: Text, rejected_messages: Text, ignore: list[Text] | None = None
+) -> Example:
+    """A conversation that ends with the chosen answer, and a rejected answer or conversation (ms-swift)."""
+    row_shape.needs(row, "preference_swift", messages=messages)
+    whole = row.get(rejected_messages)
+    if whole is None:
+        row_shape.needs(row, "preference_swift", rejected_response=rejected_response)
+        answer = {"role": "assistant", "content": row[rejected_response]}
+        whole = [*row[messages][:-1], answer] if isinstance(row[messages], list) else None
+    rest = {key: value for key, value in row.items() if key not in (rejected_response, rejected_messages)}
+    return _sides(*(_conversation({**rest, messages: turns}, messages, ignore) for turns in (row[messages], whole)))
+
+
+def like_preference_swift(
+    row: Row, *, messages: str, rejected_response: str, rejected_messages: str, **_: object
+) -> int:
+    return row_shape.has(row, messages, rejected_response) or row_shape.has(row, messages, rejected_messages)
+
+
+def preference_openai(
+    row: Row, *, input: Text, chosen: Text, rejected: Text, ignore: list[Text] | None = None
+) -> Example:
+    """``{"input": {"messages"}, "preferred_output": […], "non_preferred_output": […]}``, as OpenAI's API takes them."""
+    row_shape.needs(row, "preference_openai", input=input, chosen=chosen, rejected=rejected)
+    inner = row[input] if isinstance(row[input], Mapping) else {}
+    rest = {**{key: value for key, value in row.items() if key != input}, **inner}
+    rows = [_with(rest, "messages", inner.get("messages"), row[key], chosen, rejected) for key in (chosen, rejected)]
+    return _sides(*(_conversation(each, "messages", ignore) for each in rows))
+
+
+def like_preference_openai(row: Row, *, input: str, chosen: str, rejected: str, **_: object) -> int:
+    return row_shape.has(row, input, chosen, rejected)
+
+
+def preference_llamafactory(row: Row, *, chosen: Text, rejected: Text, ignore: list[Text] | None = None) -> Example:
+    """Two conversations that differ in their last answer (LLaMA-Factory's v1)."""
+    row_shape.needs(row, "preference_llamafactory", chosen=chosen, rejected=rejected)
+    rest = {key: value for key, value in row.items() if key not in (chosen, rejected)}
+    return _sides(*(_conversation({**rest, key: row[key]}, key, ignore) for key in (chosen, rejected)))
+
+
+def like_preference_llamafactory(row: Row, *, chosen: str, rejected: str, **_: object) -> int:
+    return row_shape.has(row, chosen, rejected)
+
+
+def _conversation(row: Row, key: str, ignore: list[str] | None) -> Example:
+    return formats.messages(row, messages=key, role="role", content="content", ignore=ignore)
+
+
+def _with(row: Row, key: str, turns: object, answer: object, *without: str) -> Row:
+    """The row whose conversation under ``key`` is these turns and the answer: one turn, or a list of turns."""
+    rest = {name: value for name, value in row.items() if name not in without}
+    more = answer if isinstance(answer, list) else [answer]
+    return {**rest, key: [*turns, *more] if isinstance(turns, list) else turns}
+
+
+def _sides(chosen: Example, rejected: Example) -> Example:
+    """The example of two conversations that differ in their last answer."""
+    first, second = chat(chosen), chat(rejected)
+    assert first is not None
+    assert second is not None
+    if first.messages[:-1] != second.messages[:-1]:
+        raise DataError(Fault("", "the chosen and the rejected side have different prompts", "leave the row out"))
+    return pair(first.messages[:-1], first.messages[-1:], second.messages[-1:], conversation.without_weight(chosen))
 
 
 def pair(

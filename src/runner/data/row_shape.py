@@ -7,6 +7,7 @@ YAML file: how many keys of the row the format would use, 0 if the row is none o
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +32,14 @@ def _companions() -> dict[str, Callable[[Row], int]]:
     return {name: like for name, node in nodes.items() if (like := bind.bound_companion("like", node))}
 
 
+@functools.cache
+def _tasks() -> dict[str, str]:
+    """Format → the task that its rows fit, for the formats whose module names one (``TASK``)."""
+    targets = {name: bind.option("data/format", name)[bind.TARGET] for name in _companions()}
+    modules = {name: importlib.import_module(target.rpartition(".")[0]) for name, target in targets.items()}
+    return {name: module.TASK for name, module in modules.items() if hasattr(module, "TASK")}
+
+
 def has(row: Row, *keys: str) -> int:
     """The number of these keys if the row has them all, else 0: for a ``like_`` companion."""
     return len(keys) if all(key in row for key in keys) else 0
@@ -44,6 +53,22 @@ def has_turns(row: Row, role: str, content: str) -> int:
 
 def is_turn(value: object, keys: tuple[str, str]) -> bool:
     return conversation.is_turn(value, *keys)
+
+
+def needs(row: Row, name: str, **keys: str) -> None:
+    """Check that the row has these keys of the format ``name``: parameter → key; errors as for ``text``."""
+    for parameter, key in keys.items():
+        if row.get(key) is None:
+            raise misfit(row, name, parameter, key)
+
+
+def refuse_richer(row: Row, name: str) -> None:
+    """Refuse a row of pairs that another format than ``name`` would use more of."""
+    pairs = row.keys() & {"chosen", "rejected", "rejected_response", "rejected_messages"}
+    if pairs and looks_like(row) not in (name, None):
+        raise misfit(
+            row, name, "chosen", min(pairs), f"uses {', '.join(map(repr, sorted(pairs)))} otherwise or not at all"
+        )
 
 
 def text(row: Row, name: str, parameter: str, key: str) -> str:
@@ -85,6 +110,9 @@ def misfit(row: Row, name: str, parameter: str, key: str, problem: str = "") -> 
     problem = problem or f"finds {kind} under '{key}'"
     near = looks_like(row)
     if near is not None and near != name:
-        return DataError(Fault("data/format", f"{problem}. The row looks like {near}", f"data/format={near}", name))
+        task = f" task={fits}" if (fits := _tasks().get(near)) else ""
+        return DataError(
+            Fault("data/format", f"{problem}. The row looks like {near}", f"data/format={near}{task}", name)
+        )
     remedy = f"data.format.{parameter}=KEY says which key holds it; data/format=custom takes a function of yours"
     return DataError(Fault("data/format", problem, remedy, name))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from runner.config.schema import Fraction, NotNegative, Positive
-from runner.data.examples import Example, Features, options
+from runner.data.examples import Example, Features, misfit, options
 from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import logprobs
@@ -170,8 +170,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
     from runner.data import chat_template
 
     if not isinstance(example, dict) or not {"chosen", "rejected"} <= example.keys():
-        remedy = "use data/format=preference with rows {prompt, chosen, rejected}, or task=sft"
-        raise DataError(Fault("data.format", "gives no pairs of answers, which this task needs", remedy))
+        raise misfit(example, "dpo", "pairs (data/format=preference: {prompt, chosen, rejected})")
     more = options(example)
     pair = [
         chat_template.encode([*example["prompt"], example[side]], tokenizer, "last", options=more)

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from runner.config.schema import Positive
 from runner.data.batches import Batches
-from runner.data.examples import Example, Features, options
+from runner.data.examples import Example, Features, misfit, options
 from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import logprobs, mismatched
 from runner.tasks.task import Task
 
 LossType = Literal["kto", "apo_zero_unpaired"]
-NEEDED = "use data/format=kto with rows {prompt, completion, label}, or task=sft"
 
 
 def kto(*, loss_type: LossType, beta: Positive, desirable_weight: Positive, undesirable_weight: Positive) -> Task:
@@ -116,11 +115,16 @@ def balance(labels: np.ndarray, desirable_weight: float, undesirable_weight: flo
 
 
 def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
-    """The conversation; only the last answer has labels."""
+    """The conversation; only the last answer has labels. A pair gives two: one desirable, one undesirable."""
     from runner.data import chat_template
 
+    if isinstance(example, dict) and {"chosen", "rejected"} <= example.keys():
+        sides = (("chosen", True), ("rejected", False))
+        shared = {key: value for key, value in example.items() if key not in ("chosen", "rejected")}
+        both = ({**shared, "completion": example[side], "label": label} for side, label in sides)
+        return [feature for each in both for feature in encode(each, tokenizer, max_length)]
     if not isinstance(example, dict) or not {"completion", "label"} <= example.keys():
-        raise DataError(Fault("data.format", "gives no answers with a label, which this task needs", NEEDED))
+        raise misfit(example, "kto", "answers with a verdict (data/format=kto: {prompt, completion, label}), or pairs")
     talk = [*example["prompt"], example["completion"]]
     features = chat_template.encode(talk, tokenizer, "last", options=options(example))
     features["label"] = float(example["label"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from runner.data.examples import Example, Features
-from runner.errors import ConfigError, DataError, Fault
+from runner.data.examples import Example, Features, misfit
+from runner.errors import ConfigError, Fault
 from runner.tasks.task import Task, token_loss, token_metrics
 
 
@@ -15,13 +15,7 @@ def pretrain(*, append_eos: bool) -> Task:
 
     def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
         if not isinstance(example, str):
-            raise DataError(
-                Fault(
-                    "data.format",
-                    "gives conversations, but task=pretrain needs plain text",
-                    "use task=sft, or data/format=text with data.format.key=<the column that contains the text>",
-                )
-            )
+            raise misfit(example, "pretrain", "plain text (data/format=text, data.format.key=<the column of the text>)")
         eos, adds_eos = tokenizer.eos_token_id, _adds_eos(tokenizer)
         ids = tokenizer(example, add_special_tokens=True, verbose=False)["input_ids"]
         if append_eos:

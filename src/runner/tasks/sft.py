@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from runner.data.examples import Example, Features, chat
-from runner.errors import DataError, Fault
+from runner.data.examples import Example, Features, chat, misfit
 from runner.tasks.task import Task, token_loss, token_metrics
 
 
@@ -19,14 +18,7 @@ def sft(*, train_on: Literal["assistant", "last", "all"], reasoning: bool = True
         from runner.data import chat_template
 
         if (talk := chat(example)) is None:
-            kind = "plain text" if isinstance(example, str) else "rows of another task"
-            raise DataError(
-                Fault(
-                    "data.format",
-                    f"gives {kind}, but task=sft needs conversations",
-                    "use task=pretrain, or a conversation format (data/format=messages, alpaca, …)",
-                )
-            )
+            raise misfit(example, "sft", "conversations (messages, sharegpt, alpaca, prompt_completion)")
         return [
             chat_template.encode(
                 talk.messages, tokenizer, train_on, options=talk.options, reasoning=reasoning, weight=talk.weight
