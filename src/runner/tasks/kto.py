@@ -136,8 +136,7 @@ def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:
     from runner.data import chat_template
 
     assert isinstance(example, dict)
-    if not example["label"]:
+    answer = example.get("completion", example.get("chosen"))
+    if answer is None or not example.get("label", True):
         return None
-    return chat_template.prompt(list(example["prompt"]), tokenizer, options(example)), str(
-        example["completion"]["content"]
-    )
+    return chat_template.prompt(list(example["prompt"]), tokenizer, options(example)), str(answer["content"])
