@@ -11,7 +11,7 @@ from typing import Any
 
 from runner import files
 from runner.cli import args, worktree
-from runner.config import check
+from runner.config import check, start
 from runner.config.bind import TARGET, config_dir, unknown_key
 from runner.config.compose import Composer, opened, parse
 from runner.config.explain import no_option
@@ -21,7 +21,7 @@ from runner.files import write_atomic
 from runner.launch import prepare
 from runner.report import record, reproduction
 from runner.report.record import Recorded
-from runner.tracking import manifest, provenance, resume
+from runner.tracking import manifest, origin, provenance, resume
 from runner.tracking.rundir import RunDir
 from runner.train.distributed import parallel
 
@@ -41,12 +41,12 @@ RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflo
              rm -r ~/.cache/runner/worktrees; git worktree prune
   uri=URI    the MLflow store with a run whose folder is not on this machine
 You may change where and how it runs: outputs_dir, hydra.run.dir, name, launcher, tracking and their keys; and the paths
-of the same files here: data.path, data.eval_path, data.format.function, model.path. Any other key changes what is
-computed and is refused. The exit code is that of the run; different numbers are reported, but are not a failure."""
+of the same files here: data.path, data.eval_path, data.format.function, model.path, lora.start. Any other key changes
+what is computed and is refused. The exit code is that of the run; different numbers are reported, but no failure."""
 
 WHERE = ("name", "outputs_dir", "hydra.run.dir")
 GROUPS = ("launcher", "tracking")
-PLACES = ("data.path", "data.eval_path", "data.format.function", "model.path")
+PLACES = ("data.path", "data.eval_path", "data.format.function", "model.path", "lora.start")
 """Keys with paths of files. That they are the same files is checked, or shows at the first evaluation."""
 
 
@@ -171,8 +171,9 @@ def _restored(original: Recorded, overrides: list[str], *, is_exact: bool) -> Jo
     cfg |= {"sweep": None, "resume": None, "retry": False, "outputs_dir": job.cfg["outputs_dir"]}
     cfg["name"] = job.cfg["name"] or f"rerun of {original.name.removeprefix('rerun of ')}"
     cfg |= {group: job.cfg[group] for group in chosen}
+    cfg = _with_start(cfg, original)
     for key, value in values.items():
-        _set(cfg, key, value)
+        _set(cfg, key, _same_start(cfg, value) if key == "lora.start" else value)
     job.hydra["runtime"]["choices"] = {
         **manifest.choices(original.manifest),
         **{group: job.choices[group] for group in chosen},
@@ -182,6 +183,21 @@ def _restored(original: Recorded, overrides: list[str], *, is_exact: bool) -> Jo
     job.hydra["overrides"]["task"] = job.overrides
     (_check_exact if is_exact else _check)(job)
     return job
+
+
+def _with_start(cfg: dict[str, Any], original: Recorded) -> dict[str, Any]:
+    """With ``lora.start`` in the original's own copy, if the run that it names is gone or has other weights now."""
+    text = start.of(cfg)
+    if not text or original.folder is None or origin.is_there(text):
+        return cfg
+    return start.replaced(cfg, start.joined(RunDir(original.folder).start, start.split(text)[1]))
+
+
+def _same_start(cfg: dict[str, Any], folder: Any) -> str:
+    """The adapter of the original in another place; its weights are checked."""
+    if not (text := start.of(cfg)):
+        raise ConfigError(Fault("lora.start", "the original run has none", "leave it out", folder))
+    return start.joined(folder, start.split(text)[1])
 
 
 def _set(cfg: dict[str, Any], key: str, value: Any) -> None:
@@ -248,14 +264,15 @@ def _prepared(original: Recorded, job: Job, folder: Path, argv: list[str], code:
     data = original.manifest.get("data") or {}
     model = {key: value for key, value in (original.manifest.get("model") or {}).items() if key == "revision"}
     pinned = {key: data[key] for key in ("digest", "revision", "function") if key in data}
-    origin = {
+    source = {
         "of": original.mlflow_id or original.manifest.get("id"),
         "id": original.manifest.get("id"),
         "where": str(original.folder or original.where),
         "exact": code is not None,
     }
-    notes: dict[str, Any] = {"rerun": origin, "data": pinned, "model": model}
-    notes |= {key: original.manifest[key] for key in ("micro_batch_size", "compile") if original.manifest.get(key)}
+    notes: dict[str, Any] = {"rerun": source, "data": pinned, "model": model}
+    kept = ("micro_batch_size", "compile", origin.FIELD)
+    notes |= {key: original.manifest[key] for key in kept if original.manifest.get(key)}
     if code:
         notes |= {key: original.manifest[key] for key in ("git", "code_sha256") if key in original.manifest}
         notes |= {"lock_sha256": provenance.lock_digest(code)}

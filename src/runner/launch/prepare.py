@@ -11,6 +11,7 @@ from typing import Any
 from runner.config import bind, check, user_code
 from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError, Fault
+from runner.launch import start
 from runner.launch.launcher import Launcher
 from runner.tracking import environment, manifest, resume
 from runner.tracking.rundir import RunDir
@@ -34,7 +35,8 @@ def admit(jobs: Iterable[Job], processes: int | None = None, *, is_new: bool = T
         if is_new and job.cfg["resume"] in (None, "auto"):
             faults |= {str(fault): fault for fault in environment.settle(job.cfg, job.overrides)}
         manifest.keep_credentials(job.cfg)
-        for fault in _code_faults(job) or check.faults_of(job.cfg) or _resolve_parallel(job.cfg, processes):
+        settled = _code_faults(job) or list(start.settle(job.cfg))
+        for fault in settled or check.faults_of(job.cfg) or _resolve_parallel(job.cfg, processes):
             faults[str(fault)] = fault
     if faults:
         raise ConfigError(*faults.values())

@@ -18,7 +18,7 @@ from runner.config.bind import bind, bind_target, unknown_key
 from runner.config.bounds import mismatch
 from runner.config.schema import Count, Fraction, Positive, Text
 from runner.errors import ConfigError, Fault, suggest
-from runner.models import adapter
+from runner.models import adapter, further
 from runner.models.kernels import compilation
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def lora(
     use_dora: bool,
     use_rslora: bool,
     init_lora_weights: Init,
+    start: Text | None = None,
 ) -> nn.Module:
     """LoRA (https://arxiv.org/abs/2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), PiSSA (2404.02948).
 
@@ -82,6 +83,7 @@ def lora(
     return peft(
         model,
         method="lora",
+        start=start,
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -94,11 +96,14 @@ def lora(
     )
 
 
-def peft(model: nn.Module, *, method: Text, **options: Any) -> nn.Module:
+def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options: Any) -> nn.Module:
     """An adapter of any PEFT method; ``method`` is PEFT's name, ``options`` are fields of its configuration class.
 
+    ``start``: the adapter whose weights it begins with (see ``config.start``); it must have the same shape.
+
     Raises:
-        ConfigError: faults of ``check_peft``, target modules that do not exist, or an error raised by PEFT.
+        ConfigError: faults of ``check_peft``, target modules that do not exist, an error raised by PEFT, or an adapter
+            in ``start`` that does not fit.
     """
     with compilation.deferred():
         from peft import get_peft_model
@@ -119,16 +124,26 @@ def peft(model: nn.Module, *, method: Text, **options: Any) -> nn.Module:
     _refuse(_effect_faults(adapted, options))
     if subtracts:
         adapter.keep_initial(adapted)
+    if start:
+        further.begin_with(adapted, start)
     return adapted
 
 
-def check_lora(*, init_lora_weights: Init, r: int, **_: Any) -> Iterator[Fault]:
+def check_lora(*, init_lora_weights: Init, r: int, start: str | None = None, **_: Any) -> Iterator[Fault]:
+    yield from _start_faults(start, init_lora_weights)
     if init_lora_weights == "orthogonal" and r % 2:
         yield Fault("r", "must be even with init_lora_weights=orthogonal", f"set it to {r + 1}", r)
 
 
-def check_peft(*, method: str, **options: Any) -> Iterator[Fault]:
+def _start_faults(start: str | None, init: Any) -> Iterator[Fault]:
+    if start and init is not True:
+        problem = "has no effect with lora.start: the weights are those of that adapter"
+        yield Fault("init_lora_weights", problem, "set lora.init_lora_weights=true", init)
+
+
+def check_peft(*, method: str, start: str | None = None, **options: Any) -> Iterator[Fault]:
     """Check a method and its options against PEFT's configuration class (imports PEFT)."""
+    yield from _start_faults(start, options.get("init_lora_weights", True))
     known = methods()
     name = method.lower()
     if name in UNSUITED or (name in _all_methods() and name not in known):

@@ -93,7 +93,15 @@ def _no_config(folder: Path) -> Iterator[Fault]:
     if (folder / "adapter_config.json").is_file():
         base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
         problem = "is an adapter, not a model"
-        yield Fault("model.path", problem, f"set it to the adapter's base model: model.path={base}", folder)
+        remedy = f"set it to the adapter's base model: model.path={base}; to train it further: lora.start={folder}"
+        yield Fault("model.path", problem, remedy, folder)
+        return
+    if (folder / "model" / "config.json").is_file():
+        yield Fault("model.path", "is a run folder, not a model folder", f"set it to {folder / 'model'}", folder)
+        return
+    if (folder / "model" / "adapter_config.json").is_file():
+        remedy = f"keep the base model of that run, and set lora.start={folder} to train its adapter further"
+        yield Fault("model.path", "is a run folder with an adapter, not a model folder", remedy, folder)
         return
     ggufs = sorted(folder.glob("*.gguf"))
     remedy = f"set it to the file: model.path={ggufs[0]}" if ggufs else "set it to the folder that contains config.json"

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from runner.config import words
+from runner.config import start, words
 from runner.errors import ConfigError, Fault, suggest
 from runner.report.results import Result
-from runner.terminal import duration
+from runner.terminal import duration, nearest
 from runner.tracking.metrics_log import BEST, LOSS, SECONDS
 
 SPEED, GPU_MEMORY, CPU_MEMORY = "train/tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"
@@ -20,7 +21,7 @@ MATTER = ("loss", "best", "tokens/s", "memory", "time")
 """The metrics shown by default, with those that the task reports after the first two."""
 OF_LOSS = ("perplexity",)
 """Suffixes of metrics that are not shown by default, because they follow from the loss."""
-ABOUT = ("run", "label", "status", "reason", "sweep", "folder", "mlflow_id")
+ABOUT = ("run", "label", "status", "reason", "sweep", "folder", "mlflow_id", "came_from")
 """Fields of a Result that can be used as keys besides parameters and metrics."""
 LARGER_IS_BETTER = (
     "accuracy", "accuracies", "per_second", "mfu", "reward", "rewards/chosen", "margins", "f1",
@@ -183,6 +184,8 @@ def text(key: str, value: Value) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
+        if key == "lora.start" and start.split(value)[1]:
+            return nearest(Path(start.split(value)[0]))
         is_long = len(value) > DIGITS and ("." in value or "e" in value) and FRACTION.fullmatch(value)
         return f"{float(value):.4g}" if is_long else value
     if key == SECONDS:

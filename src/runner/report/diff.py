@@ -11,7 +11,7 @@ from typing import Any
 from runner.config import bind, choices, code_files, user_code
 from runner.errors import RunnerError
 from runner.report.record import Curves, Recorded
-from runner.tracking import checkout, manifest
+from runner.tracking import checkout, manifest, origin
 from runner.tracking.checkout import Changed, Code
 from runner.tracking.metrics_log import BEST, LOSS
 from runner.tracking.mlflow import store
@@ -145,7 +145,8 @@ def _data(run: Recorded) -> dict[str, Any]:
     data, model = run.manifest.get("data") or {}, run.manifest.get("model") or {}
     plain = {key: data.get(key) for key in ("name", "digest", "revision", "uri", "function")}
     report = {str(key).replace("_", " "): value for key, value in (data.get("report") or {}).items()}
-    return {**plain, **report, "model": model.get("name"), "model revision": model.get("revision")}
+    model = {"model": model.get("name"), "model revision": model.get("revision")}
+    return {**plain, **report, **model, "came from": origin.chain(run.manifest) or None}
 
 
 def _results(run: Recorded) -> dict[str, Any]:

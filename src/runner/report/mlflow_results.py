@@ -163,6 +163,7 @@ def _result(row: Row) -> Result:
         mlflow_id=row.run_id,
         task_metrics=tuple(tags.get("runner.task_metrics", "").split()),
         created=row.started,
+        came_from=tags.get("runner.chain", ""),
     )
 
 

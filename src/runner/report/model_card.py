@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from runner.models import hub
 from runner.secrets import redact, redact_tree
-from runner.tracking import metrics_log
+from runner.tracking import metrics_log, origin
 from runner.tracking.manifest import RUN_TIME_KEYS, read_config
 from runner.tracking.rundir import RunDir
 
@@ -171,6 +171,7 @@ def _provenance(rundir: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
     packages = ("python", "torch", "transformers", "peft")
     return {
         "signature": manifest.get("signature"),
+        "trained further from": origin.chain(manifest),
         "steps": state.step,
         "tokens": state.summary.get("train/tokens"),
         "git commit": f"{git['sha']}{' (changed)' if git.get('dirty') else ''}" if git.get("sha") else None,

@@ -12,7 +12,7 @@ from runner import terminal
 from runner.config import choices
 from runner.config.bind import flatten
 from runner.errors import RunnerError
-from runner.tracking import lookup, manifest, metrics_log, run_status
+from runner.tracking import lookup, manifest, metrics_log, origin, run_status
 from runner.tracking.metrics_log import SECONDS, last_values
 from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import RunDir, State
@@ -49,6 +49,8 @@ class Result:
     step: int = 0
     total_steps: int = 0
     device: str = ""
+    came_from: str = ""
+    """The runs whose weights this run started from, the nearest first; see ``origin.chain``."""
     held_out_rows: int | None = None
     """Rows on which the held-out loss is measured; None if it is not known."""
 
@@ -109,6 +111,7 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
         step=state.step,
         total_steps=state.total_steps,
         device=str(hardware.get("device_name") or ""),
+        came_from=origin.chain(run.manifest),
         held_out_rows=((run.manifest.get("data") or {}).get("report") or {}).get("eval_rows"),
     )
 

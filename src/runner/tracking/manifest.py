@@ -14,19 +14,19 @@ from typing import Any
 
 import yaml
 
-from runner.config import code_files, moved, user_code
+from runner.config import code_files, moved, start, user_code
 from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
 from runner.secrets import redact, take_credentials
-from runner.tracking import checkout, provenance
+from runner.tracking import checkout, origin, provenance
 from runner.tracking.naming import default_name
 from runner.tracking.rundir import UNFINISHED, RunDir
 
 RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher", "search")
 """Keys that do not change what a run computes, only where and how it runs: not part of its signature."""
 
-BEFORE_THE_MANIFEST = {".hydra", "code", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
+BEFORE_THE_MANIFEST = {".hydra", "code", "start", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
 """Files left by a run that was killed while it was prepared."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Same result as ``safe_load``, seven times as fast: a sweep may have a thousand configurations."""
@@ -42,7 +42,7 @@ def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     what = {key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS}
     if what.get(code_files.KEY) is None:
         what.pop(code_files.KEY, None)  # version 0.1.0 had no such key
-    return moved.to_first(user_code.detached(what))
+    return moved.to_first(user_code.detached(start.without_place(what)))
 
 
 def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +94,7 @@ def prepare(
     refuse_other(rundir, cfg)
     if not rundir.manifest.exists():
         code_files.copy(user_code.paths_of(cfg), rundir.code)
+        origin.keep_start(cfg, rundir)
         _write_config(rundir, cfg)
         rundir.write_state(status="pending")
         manifest = _manifest(cfg, rundir, command, overrides)
@@ -164,7 +165,7 @@ def _write_config(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
 
 
 def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
-    """The configuration with values fixed by the first attempt: Hub commits and micro-batch size.
+    """The configuration with values fixed by the first attempt: Hub commits, micro-batch size, the start adapter.
 
     A Hub branch may move between attempts, and another micro-batch size changes the order of floating-point sums.
     """
@@ -175,7 +176,7 @@ def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
     train, rows = cfg["train"], manifest.get("micro_batch_size")
     if train["micro_batch_size"] == "auto" and rows and train["per_device_batch_size"] % rows == 0:
         fixed["train"] = {**train, "micro_batch_size": rows}
-    return {**cfg, **fixed}
+    return origin.started({**cfg, **fixed}, rundir)
 
 
 def choices(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -218,6 +219,7 @@ def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overri
         "signature": signature(cfg),
         "name": cfg["name"] or default_name(overrides),
         **({"code": {path.name: str(path) for path in paths}} if (paths := user_code.paths_of(cfg)) else {}),
+        **({origin.FIELD: chain} if (chain := origin.came_from(cfg)) else {}),
         "tracking": bind.bind(cfg["tracking"], "tracking")().kind,
         "created": time.time(),
         "command": [redact(word) for word in command],

@@ -77,6 +77,11 @@ class RunDir:
         return self.path / "code"
 
     @property
+    def start(self) -> Path:
+        """The copy of the adapter that training starts from (``lora.start``)."""
+        return self.path / "start"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runner.config import schema, user_code, user_function
+from runner.config import schema, start, user_code, user_function
 from runner.config.bind import bind
 from runner.data import formats
+from runner.errors import ConfigError, Fault
 from runner.models import sources
 from runner.models.quantization.quant import Quant
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
-from runner.tracking import manifest
+from runner.tracking import manifest, origin
 from runner.tracking.rundir import RunDir
 from runner.train.distributed.parallel import Parallel
 
@@ -82,6 +83,17 @@ class Options:
         """Check that the user's code in the run folder is the code of the first attempt."""
         user_code.refuse_changed(self._cfg)
 
+    def refuse_changed_start(self) -> None:
+        """Check that the adapter of ``lora.start`` has the weights with which the run was prepared.
+
+        Raises:
+            ConfigError: it is missing, or has other weights.
+        """
+        text = start.of(self._cfg)
+        if text and not origin.is_there(text):
+            problem = "the adapter that the run starts from is missing, or has other weights than when it was prepared"
+            raise ConfigError(Fault("lora.start", problem, "restore it, or start a new run", start.split(text)[0]))
+
     @property
     def data_path(self) -> str | None:
         """``data.path``, if the source has that key."""
@@ -96,7 +108,7 @@ class Options:
     @cached_property
     def start(self) -> dict[str, Any]:
         """What determines the weights before the first step."""
-        nodes = {name: self._cfg.get(name) for name in ("model", "quant", "lora", "seed", "code")}
+        nodes = start.without_place({name: self._cfg.get(name) for name in ("model", "quant", "lora", "seed", "code")})
         source = [self.model.path, self.model.revision, self.model.dtype, self.model.attention]
         return {**user_code.detached(nodes), "source": source}
 

@@ -13,7 +13,7 @@ from runner import terminal
 from runner.config import schema
 from runner.config.bind import bind
 from runner.models.kernels import compilation
-from runner.tracking import environment, metrics_log
+from runner.tracking import environment, metrics_log, origin
 from runner.tracking.manifest import read_config
 from runner.tracking.mirror import spawn
 from runner.tracking.mlflow import rest, store
@@ -52,6 +52,7 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
             "data": f"{inputs.options.data_path or inputs.splits.name}: {data.train_rows} training rows, "
             f"{data.eval_rows} held out, batches {parts.batches.efficiency:.0%} full"
             + (f", {too_long(inputs.options, data)}" if data.truncated or data.dropped else ""),
+            **({"start": f"continues {chain}"} if (chain := origin.chain(rundir.read_manifest())) else {}),
             "steps": f"{inputs.total_steps} of about {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
             **({"MLflow": mlflow} if mlflow else {}),

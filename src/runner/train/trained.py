@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
+from runner.config import start
 from runner.errors import ConfigError, Fault
 from runner.models import model_folder
 from runner.tracking import run_status
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
     from runner.models.sources import ModelSource
 
-ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER, ADAPTER_WEIGHTS = start.ADAPTER, start.WEIGHTS
 AGAIN = {
     "completed": "its folder model/ was deleted: train the run again",
     "running": "wait until it has completed: python -m runner status {run}",

@@ -56,6 +56,7 @@ def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
 
     def read() -> Inputs:
         options.refuse_changed_code()
+        options.refuse_changed_start()
         run_inputs = inputs.inputs(options, ranks)
         _refuse_other_data(rundir, report.data_identity(run_inputs))
         return run_inputs

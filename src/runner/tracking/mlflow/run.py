@@ -19,7 +19,7 @@ from runner.config.bind import bind
 from runner.errors import DamagedError, RunnerError
 from runner.files import write_atomic
 from runner.secrets import redact, take_credentials
-from runner.tracking import environment, manifest
+from runner.tracking import environment, manifest, origin
 from runner.tracking.machine import user
 from runner.tracking.metrics_log import (
     BEST,
@@ -288,6 +288,8 @@ def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, An
         "runner.git_sha": git.get("sha"),
         "runner.git_dirty": git.get("dirty"),
         "runner.rerun_of": (manifest.get("rerun") or {}).get("of"),
+        "runner.came_from": origin.nearest(manifest),
+        "runner.chain": origin.chain(manifest),
         PARENT_TAG: (manifest.get("mlflow") or {}).get("parent_run_id"),
         "mlflow.source.name": source_name(command),
         "mlflow.source.type": "JOB" if state.scheduler_id else "LOCAL",

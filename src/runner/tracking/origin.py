@@ -1,0 +1,96 @@
+"""The runs whose weights a run starts from: its chain, SFT → DPO → …, and its own copy of the adapter it continues."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runner.config import start
+from runner.tracking import provenance
+from runner.tracking.rundir import RunDir
+
+FIELD = "came_from"
+"""Key of manifest.json: a list of entries as in ``entry``, the nearest run first."""
+
+
+def came_from(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chain of a new run: of ``lora.start``, else of a ``model.path`` in a run folder; empty without either."""
+    if text := start.of(cfg):
+        return entry("lora.start", Path(start.split(text)[0]))
+    path = cfg["model"].get("path")
+    folder = Path(path).expanduser() if isinstance(path, str) else None
+    is_of_run = folder is not None and folder.name == "model" and RunDir(folder.parent).manifest.exists()
+    return entry("model.path", folder.parent) if folder and is_of_run else []
+
+
+def entry(how: str, folder: Path) -> list[dict[str, Any]]:
+    """The run in ``folder``, followed by the runs that it came from; ``how``: the key by which it was named.
+
+    A folder without manifest.json (a plain adapter) gives an entry with ``how`` and ``where`` alone.
+    """
+    manifest = RunDir(folder).read_manifest()
+    known = {
+        "name": manifest.get("label") or manifest.get("name") or folder.name,
+        "id": manifest.get("id"),
+        "mlflow_run_id": (manifest.get("mlflow") or {}).get("run_id"),
+        "weights_sha256": manifest.get("weights_sha256"),
+    }
+    return [{"how": how, "where": str(folder), **known}, *(manifest.get(FIELD) or [])]
+
+
+def chain(manifest: Mapping[str, Any]) -> str:
+    """The chain as text, the nearest run first: ``dpo (3f2a91c0) ← sft (91c03f2a)``; empty without one."""
+    return " ← ".join(_named(each) for each in manifest.get(FIELD) or [])
+
+
+def nearest(manifest: Mapping[str, Any]) -> str | None:
+    """The MLflow id, else our own id, of the run that this run came from."""
+    chain = manifest.get(FIELD) or [{}]
+    return chain[0].get("mlflow_run_id") or chain[0].get("id")
+
+
+def keep_start(cfg: Mapping[str, Any], rundir: RunDir) -> None:
+    """Copy the adapter that ``lora.start`` names into the run folder: the run no longer needs the other one.
+
+    Files are linked where that is possible: a sweep from one adapter holds its weights once.
+    """
+    if not (text := start.of(cfg)):
+        return
+    source = start.adapter_in(Path(start.split(text)[0]))
+    rundir.start.mkdir(parents=True, exist_ok=True)
+    for name in (start.ADAPTER, start.WEIGHTS):
+        (rundir.start / name).unlink(missing_ok=True)
+        try:
+            os.link(source / name, rundir.start / name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source / name, rundir.start / name)
+
+
+def started(cfg: Mapping[str, Any], rundir: RunDir) -> dict[str, Any]:
+    """The configuration with ``lora.start`` in the run's own copy, if it has one."""
+    text = start.of(cfg)
+    if not text or not (rundir.start / start.ADAPTER).is_file():
+        return dict(cfg)
+    return start.replaced(cfg, start.joined(rundir.start, start.split(text)[1]))
+
+
+def is_there(text: str) -> bool:
+    """Whether the adapter of a frozen ``lora.start`` is in its folder, unchanged."""
+    folder, digest = start.split(text)
+    return digest_of(Path(folder)) == digest
+
+
+def digest_of(folder: Path) -> str | None:
+    """The hash of the weights of the adapter in ``folder``; None if it has none that can be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return provenance.weights_digest(start.adapter_in(folder))
+    return None
+
+
+def _named(each: Mapping[str, Any]) -> str:
+    identity = str(each.get("mlflow_run_id") or each.get("id") or "")[:8]
+    return f"{each.get('name')} ({identity})" if identity else str(each.get("name"))
