@@ -285,7 +285,7 @@ def _load() -> None:
         if module.name not in MODULES and module.name != "runner.__main__":
             __import__(module.name)
     for seconds in (0.05, 0.2):  # measured once for all
-        throughput._measured_flops(torch.device("cpu"), torch.float32, seconds=seconds)
+        throughput._measured_flops(torch.device("cpu"), torch.float32, 1024, seconds=seconds)
     logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
     for name in store.ENVIRONMENT:
         os.environ.pop(name)
