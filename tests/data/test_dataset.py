@@ -113,7 +113,7 @@ def test_faulty_rows_are_named_by_file_and_line():
 
 
 def test_a_row_that_the_task_refuses_is_named():
-    with pytest.raises(DataError, match=r"rows\.jsonl:[12]: gives conversations"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:[12]: gives conversations, but this task needs plain text"):
         load([talk(1), talk(2)], task=pretrain.pretrain(append_eos=True))
 
 

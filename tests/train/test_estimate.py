@@ -84,3 +84,9 @@ def test_the_buffer_of_cudnn_is_part_of_the_estimate(monkeypatch: pytest.MonkeyP
     assert varlen_attention.workspace_bytes(config, 4 * 8192, torch.device("cpu")) == 0
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert varlen_attention.workspace_bytes(config, 4 * 8192, gpu) == 0
+
+
+def test_an_optimizer_that_does_not_take_the_trained_parameters_is_refused_by_the_plan() -> None:
+    """VeRA trains vectors only: a run refused them, and the plan did not."""
+    with pytest.raises(ConfigError, match="Muon needs matrices, but none is trainable"):
+        plan.show([("", composed(*TINY, "lora=peft", "lora.method=vera", "optim=muon"))])

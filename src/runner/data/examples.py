@@ -40,7 +40,7 @@ def options(example: dict[str, Any]) -> dict[str, Any]:
     return {**tools, **example.get("chat_template_kwargs", {})}
 
 
-def misfit(example: Example, task: str, needed: str) -> DataError:
+def misfit(example: Example, needed: str) -> DataError:
     """The error of an example of another task, with the task that it fits."""
     if isinstance(example, str):
         kind, fits = "plain text", "pretrain"
@@ -53,7 +53,7 @@ def misfit(example: Example, task: str, needed: str) -> DataError:
     else:
         kind, fits = "rows of another task", ""
     remedy = f"use task={fits}, or " if fits else "use "
-    problem = f"gives {kind}, but task={task} needs {needed}"
+    problem = f"gives {kind}, but this task needs {needed}"
     return DataError(Fault("data.format", problem, f"{remedy}a data/format that gives {needed}"))
 
 

@@ -170,7 +170,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
     from runner.data import chat_template
 
     if not isinstance(example, dict) or not {"chosen", "rejected"} <= example.keys():
-        raise misfit(example, "dpo", "pairs (data/format=preference: {prompt, chosen, rejected})")
+        raise misfit(example, "pairs (data/format=preference: {prompt, chosen, rejected})")
     more = options(example)
     pair = [
         chat_template.encode([*example["prompt"], example[side]], tokenizer, "last", options=more)

@@ -124,7 +124,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
         both = ({**shared, "completion": example[side], "label": label} for side, label in sides)
         return [feature for each in both for feature in encode(each, tokenizer, max_length)]
     if not isinstance(example, dict) or not {"completion", "label"} <= example.keys():
-        raise misfit(example, "kto", "answers with a verdict (data/format=kto: {prompt, completion, label}), or pairs")
+        raise misfit(example, "answers with a verdict (data/format=kto: {prompt, completion, label}), or pairs")
     talk = [*example["prompt"], example["completion"]]
     features = chat_template.encode(talk, tokenizer, "last", options=options(example))
     features["label"] = float(example["label"])

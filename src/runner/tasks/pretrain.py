@@ -15,7 +15,7 @@ def pretrain(*, append_eos: bool) -> Task:
 
     def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
         if not isinstance(example, str):
-            raise misfit(example, "pretrain", "plain text (data/format=text, data.format.key=<the column of the text>)")
+            raise misfit(example, "plain text (data/format=text, data.format.key=<the column of the text>)")
         eos, adds_eos = tokenizer.eos_token_id, _adds_eos(tokenizer)
         ids = tokenizer(example, add_special_tokens=True, verbose=False)["input_ids"]
         if append_eos:

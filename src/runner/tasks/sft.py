@@ -18,7 +18,7 @@ def sft(*, train_on: Literal["assistant", "last", "all"], reasoning: bool = True
         from runner.data import chat_template
 
         if (talk := chat(example)) is None:
-            raise misfit(example, "sft", "conversations (messages, sharegpt, alpaca, prompt_completion)")
+            raise misfit(example, "conversations (messages, sharegpt, alpaca, prompt_completion)")
         return [
             chat_template.encode(
                 talk.messages, tokenizer, train_on, options=talk.options, reasoning=reasoning, weight=talk.weight

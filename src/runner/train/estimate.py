@@ -17,13 +17,13 @@ from runner.models.dtypes import dtype_for
 from runner.models.kernels import compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
 from runner.train import optim, throughput
-from runner.train.memory import peak, usage
+from runner.train.memory import optimizer_state, peak, usage
 from runner.train.memory.peak import Expected
 
 if TYPE_CHECKING:
     from runner.train.inputs import Inputs
 
-ADAPTER_BYTES = 4
+ADAPTER_BYTES = torch.float32.itemsize
 """Per adapter parameter: adapters are trained in float32."""
 ASSUMED_UTILISATION = 0.4
 """MFU assumed when estimating the training time."""
@@ -41,7 +41,9 @@ def expect(inputs: Inputs) -> Expected:
     counts = parameters.describe(model)
     full = counts["adapter"] == 0
     source, autocast = keep_updates(inputs.source, inputs.device, full=full)
-    size = dtype_for(source.dtype, inputs.device).itemsize
+    dtype = dtype_for(source.dtype, inputs.device)
+    size, trained_dtype = dtype.itemsize, dtype if full else torch.float32
+    groups = optim.parameter_groups(model, options.weight_decay)
     weights = counts["quantized_bytes"] + counts["adapter"] * ADAPTER_BYTES
     weights += (counts["total"] - counts["quantized"] - counts["adapter"]) * size
     if options.task.needs_start:  # a copy of the trained weights
@@ -55,7 +57,7 @@ def expect(inputs: Inputs) -> Expected:
     memory = peak.MemoryEstimate(
         weights=weights,
         gradients=gradients * (2 if parallel.kind == "ddp" and parallel.processes > 1 else 1),  # plus DDP's buckets
-        optimizer=int(counts["trainable"] * optim.state_bytes(options.optim, inputs.device)),
+        optimizer=optimizer_state.state_bytes(options.optim, groups, inputs.device, trained_dtype),
         activations=activations,
         libraries=held + peak.allocator_waste(inputs.device, activations or 0, gradients),
     )

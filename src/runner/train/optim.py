@@ -7,18 +7,17 @@ Every option takes parameter groups and returns a ``torch.optim.Optimizer``. All
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
 from runner.config.bind import bind_target
 from runner.config.schema import Betas, Fraction, NotNegative, Positive
-from runner.errors import ConfigError, Fault, RunnerError
+from runner.errors import ConfigError, Fault
 from runner.train.bitsandbytes_steps import repaired
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -143,10 +142,10 @@ def muon(
         raise ConfigError(Fault("optim", f"torch {torch.__version__} has no Muon", "install torch >= 2.9"))
     if not matrices:
         raise ConfigError(Fault("optim", "Muon needs matrices, but none is trainable", "use optim=adamw"))
-    shapes = [tuple(parameter.shape) for group in matrices for parameter in group["params"] if parameter.ndim > 2]
-    if shapes:
-        problem = f"Muon needs matrices, but {len(shapes)} trained weights (experts, convolutions) have more dimensions"
-        raise ConfigError(Fault("optim", f"{problem}, such as {shapes[0]}", "use optim=adamw, or lora=lora"))
+    dimensions = max(parameter.ndim for group in matrices for parameter in group["params"])
+    if dimensions > 2:
+        problem = f"Muon needs matrices, but trained weights (experts, convolutions) have {dimensions} dimensions"
+        raise ConfigError(Fault("optim", problem, "use optim=adamw, or lora=lora"))
     parts: list[Optimizer] = [
         torch.optim.Muon(
             matrices,
@@ -162,37 +161,6 @@ def muon(
         rest = adamw(others, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps, fused="auto")
         parts.append(rest)
     return _joined(parts)
-
-
-def state_bytes(option: Callable[[Groups], Optimizer], device: torch.device) -> float:
-    """Bytes of optimizer state per trained parameter, measured after one step on a matrix.
-
-    Raises:
-        ConfigError: the optimizer cannot make a step on this device.
-    """
-    import torch
-
-    matrix = torch.nn.Parameter(torch.zeros(512, 512, device=device))
-    matrix.grad = torch.zeros_like(matrix)
-    try:
-        optimizer = option([{"params": [matrix], "weight_decay": 0.0, "kind": "matrix"}])
-        optimizer.step()
-    except RunnerError:
-        raise
-    except Exception as error:
-        problem = f"cannot make a step on {device.type}: {type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ConfigError(Fault("optim", problem, "use optim=adamw")) from error
-    return sum(tensor.nbytes for tensor in _tensors(optimizer.state_dict()["state"])) / matrix.numel()
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    import torch
-
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(value)
 
 
 def shardable(node: Mapping[str, Any]) -> bool:
