@@ -82,8 +82,7 @@ def _use(slot: Slot) -> None:
         RuntimeError: CUDA was initialized before the fork and cannot be used in this process.
     """
     os.environ["OMP_NUM_THREADS"] = str(slot.threads)
-    if slot.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
+    slot.enter()
     if "torch" not in sys.modules:
         return
     import torch

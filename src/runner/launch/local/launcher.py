@@ -51,9 +51,9 @@ class Local:
             raise LaunchError(Fault(key, problem, f"set it to {gpus} or less, or to null", runs))
 
     def plan(self, runs: int) -> str:
-        slots = self.slots()
-        gpus = " | ".join(",".join(slot.gpus) for slot in slots if slot.gpus)
-        on = f", GPU {gpus}" if gpus else ""
+        slots = self.slots() if runs > 1 else self.slots()[:1]
+        gpus, visible = " | ".join(",".join(slot.gpus) for slot in slots if slot.gpus), len(machine.visible_gpus())
+        on = f", GPU {gpus} (of {visible})" if gpus else ""
         at_once = f"{min(runs, len(slots))} of {runs} runs at once, " if runs > 1 else ""
         threads = slots[0].threads
         return f"on this machine: {at_once}{threads} thread{'s' if threads > 1 else ''} each{on}"
@@ -76,6 +76,8 @@ class Local:
             os.environ["OMP_NUM_THREADS"] = str(self.threads)  # torch reads it when it is imported
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(self.threads)
+        if "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized():
+            self.slots()[0].enter()  # of several GPUs: an idle one
         return worker.work(rundir)
 
 

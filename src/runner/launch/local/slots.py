@@ -16,6 +16,15 @@ class Slot:
     gpus: tuple[str, ...] = ()
     """Values for CUDA_VISIBLE_DEVICES; empty: do not set the variable."""
 
+    def enter(self) -> None:
+        """Show this process its GPUs only. Call it before CUDA is initialized.
+
+        The numbers are NVML's, which counts in the order of the PCI bus; CUDA would count the fastest GPU first.
+        """
+        if self.gpus:
+            os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
+
 
 def share(parallel: int | None, *, threads: int | None, processes: int = 1) -> list[Slot]:
     """One slot per concurrent run: a GPU for each of its ``processes`` (idle GPUs first), and CPU threads.
