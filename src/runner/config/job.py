@@ -28,6 +28,10 @@ class Job:
     sweep_dir: str
     code_folders: list[Path] = field(default_factory=list)
     """Where code of the user's is found without being named: here, and in and beside ``--config-dir``."""
+    continues: Path | None = None
+    """The folder of the completed run whose last checkpoint this run begins with."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """More entries of its manifest."""
 
     @property
     def choices(self) -> dict[str, str]:

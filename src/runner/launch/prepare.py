@@ -11,7 +11,7 @@ from typing import Any
 from runner.config import bind, check, user_code
 from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError, Fault
-from runner.launch import start
+from runner.launch import continuation, start
 from runner.launch.launcher import Launcher
 from runner.tracking import environment, manifest, resume
 from runner.tracking.rundir import RunDir
@@ -32,6 +32,8 @@ def admit(jobs: Iterable[Job], processes: int | None = None, *, is_new: bool = T
     faults: dict[str, Fault] = {}
     jobs = list(jobs)
     for job in jobs:
+        if is_new:
+            continuation.settle(job)
         if is_new and job.cfg["resume"] in (None, "auto"):
             faults |= {str(fault): fault for fault in environment.settle(job.cfg, job.overrides)}
         manifest.keep_credentials(job.cfg)
@@ -97,7 +99,11 @@ def prepared(job: Job, folder: Path, command: list[str], *, is_new: bool = False
     name = {"name": job.cfg["name"] or notes["label"]} if notes.get("label") else {}
     try:
         write_hydra(job, folder)
-        return manifest.prepare(job.cfg, folder, command, job.overrides, created, choices=job.choices, **notes, **name)
+        notes = {"choices": job.choices, **job.notes, **notes, **name}
+        rundir = manifest.prepare(job.cfg, folder, command, job.overrides, created, **notes)
+        if job.continues:
+            continuation.copy_state(RunDir(job.continues), rundir)
+        return rundir
     except BaseException:  # a full disk, for example: leave no incomplete run folder
         with contextlib.suppress(OSError):  # report the first error, not the failed clean-up
             if not RunDir(folder).manifest.exists():

@@ -32,7 +32,7 @@ def choose(cfg: dict[str, Any], composed: Path, *, named: bool, overrides: list[
     if cfg["resume"]:
         if named:
             raise ResumeError(Fault("hydra.run.dir", "a resumed run stays in its folder", "omit it", composed))
-        return _resumed(cfg), configuration(cfg, overrides)
+        return folder_of(cfg), configuration(cfg, overrides)
     if named:
         return composed, cfg
     _mention_twin(cfg)
@@ -43,12 +43,14 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The configuration of a run; with ``resume=RUN`` the one in its config.yaml, and overrides are refused."""
     if cfg["resume"] in (None, "auto"):
         return cfg
-    rundir = RunDir(_resumed(cfg))
+    rundir = RunDir(folder_of(cfg))
     frozen = {**manifest.read_config(rundir), "retry": cfg["retry"]}
-    if others := [override for override in overrides if not _is_kept(override, cfg, frozen)]:
+    if others := [override for override in overrides if not is_kept(override, cfg, frozen)]:
         if all(other.partition("=")[0].removeprefix("train.") in LIMITS for other in others):
             problem = f"goes on to the end that the run began with, and cannot change it ({', '.join(others)})"
-            raise ResumeError(Fault("resume", problem, _longer(rundir, others), cfg["resume"]))
+            near, later = terminal.nearest(rundir.path), " ".join(others)
+            remedy = f"first let it end: python -m runner resume={near}, then train on: resume={near} {later}"
+            raise ResumeError(Fault("resume", problem, remedy, cfg["resume"]))
         problem = f"uses the configuration of that run and cannot change {', '.join(others)}"
         remedy = "remove these overrides, or start a new run with them"
         raise ResumeError(Fault("resume", problem, remedy, cfg["resume"]))
@@ -58,7 +60,7 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     return frozen
 
 
-def _is_kept(override: str, cfg: dict[str, Any], frozen: dict[str, Any]) -> bool:
+def is_kept(override: str, cfg: dict[str, Any], frozen: dict[str, Any]) -> bool:
     """Whether the run is configured as the override says already, or the override is for any resumed run."""
     key = override.partition("=")[0].lstrip("+~")
     if key.partition(".")[0] in RESUME_KEYS:
@@ -69,21 +71,6 @@ def _is_kept(override: str, cfg: dict[str, Any], frozen: dict[str, Any]) -> bool
             ours, theirs = (node.get(part, ...) if isinstance(node, dict) else ... for node in (ours, theirs))
         return ours is not ... and bool(ours == theirs)
     return key == "experiment" and manifest.signature(cfg) == manifest.signature(frozen)
-
-
-def _longer(rundir: RunDir, limits: list[str]) -> str:
-    """How to train a run further, to another end: the schedule of a run spans its length, so that is a new run."""
-    near, limit = terminal.nearest(rundir.path), " ".join(limits)
-    if not rundir.model.is_dir():
-        return f"continue it without {limit}: python -m runner resume={near}"
-    new = (
-        "a new run with the same other settings can train on from its weights, with a schedule and optimizer of its own"
-    )
-    if (rundir.model / "adapter_config.json").is_file():
-        merged = f"{near}-merged"
-        first = f"python -m runner export {near} {merged} --merged"
-        return f"{new}: {first}, then python -m runner model=local model.path={merged} {limit}"
-    return f"{new}: python -m runner model=local model.path={near}/model {limit}"
 
 
 def refuse(folder: Path, cfg: dict[str, Any]) -> None:
@@ -140,7 +127,7 @@ def make(folder: Path, *, is_new: bool = False) -> tuple[Path, list[Path]]:
     return folder, missing
 
 
-def _resumed(cfg: dict[str, Any]) -> Path:
+def folder_of(cfg: dict[str, Any]) -> Path:
     folder = Path(cfg["resume"]).expanduser()
     return folder.resolve() if folder.is_dir() else lookup.resolve_run(cfg["resume"], Path(cfg["outputs_dir"])).path
 
