@@ -145,6 +145,17 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("a path of another program", ["model.name_or_path=x"], "model.path=FOLDER"),
     ("a resume of another program", ["resume_from_checkpoint=x"], "resume=auto"),
     ("a comment for Slurm", ["launcher=slurm", "launcher.comment=x"], "+launcher.additional_parameters.comment"),
+    (
+        "label smoothing that has no effect",
+        ["task.loss_type=dft", "task.label_smoothing=0.1"],
+        "has no effect with loss_type=dft",
+    ),
+    (
+        "z-loss that has no effect",
+        ["task.loss_type=eaft", "task.z_loss=1e-4"],
+        "set task.z_loss=0, or task.loss_type=nll",
+    ),
+    ("an exponent that has no effect", ["task.eaft_alpha=2"], "set task.eaft_alpha=1, or task.loss_type=eaft"),
     ("runs of another sweeper", ["plan", "-m", "seed=1,2", "hydra/sweeper=basic"], "chooses the runs itself"),
 ]
 

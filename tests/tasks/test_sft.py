@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import composed
 from fixtures.chat_tokenizer import build
 from fixtures.documents import batches, source
+from torch import Tensor
 
 from runner.config import schema
 from runner.data import dataset
 from runner.data.packing import IGNORED, Rows
 from runner.errors import DataError
 from runner.models import tiny
+from runner.models.kernels import lm_head
 from runner.tasks import dpo, sft
+from runner.tasks.task import token_loss
 from runner.train.options import Options
 
 SETTINGS = schema.DataSettings(
@@ -154,3 +160,77 @@ def test_a_pair_gives_a_desirable_and_an_undesirable_answer() -> None:
     texts = [build("qwen").decode([token for token in each["labels"] if token != IGNORED]) for each in (good, bad)]
     assert texts == ["Ho<|im_end|>", "Hu<|im_end|>"]
     assert task.prompt(EXAMPLES["dpo"], build("qwen"))[1] == "Ho"
+
+
+LOSSES = [
+    {"loss_type": "dft"}, {"loss_type": "eaft"}, {"loss_type": "eaft", "eaft_alpha": 0.5},
+    {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 0.2, "z_loss": 1e-3},
+]  # fmt: skip
+
+
+def formula(
+    logits: Tensor,
+    targets: Tensor,
+    loss_type: str = "nll",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    eaft_alpha: float = 1.0,
+) -> Tensor:
+    """The loss of each token, as the papers write it, from whole logits."""
+    from torch.nn.functional import cross_entropy, one_hot
+
+    log_p = logits.log_softmax(-1)
+    nll = -log_p.gather(-1, targets[:, None])[:, 0]
+    if loss_type == "dft":
+        return nll * (-nll).exp().detach()
+    if loss_type == "eaft":
+        likely = torch.distributions.Categorical(logits=logits.detach().topk(20, -1).values)
+        return nll * (likely.entropy() / 3) ** eaft_alpha
+    size = logits.shape[-1]
+    target = (1 - label_smoothing) * one_hot(targets, size) + label_smoothing / size
+    smoothed = -(target * log_p).sum(-1)
+    own = cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+    torch.testing.assert_close(smoothed, own)
+    return smoothed + z_loss * logits.logsumexp(-1) ** 2
+
+
+@pytest.mark.parametrize("changes", LOSSES, ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_loss_and_its_gradient_are_those_of_the_formula(model: Any, changes: dict, fused: bool) -> None:
+    rows = rows_of(*OTHERS, talk("yes", weight=2), {**talk("perhaps"), "weight": 0.5})
+    task = sft.sft(train_on="assistant", **changes)
+    ours = copy.deepcopy(model)
+    if fused:
+        ours.lm_head.requires_grad_(False)
+        assert lm_head.install(ours, None) == ""
+    loss, metrics, gradient = step(ours, rows, task, packing=True, rows_per_batch=2)
+    exact = copy.deepcopy(model).double()
+    exact.lm_head.requires_grad_(not fused)
+    total, nll, count = torch.zeros((), dtype=torch.float64), 0.0, 0.0
+    for number in range(len(rows)):
+        ids, labels = (torch.from_numpy(each.astype(np.int64)) for each in rows[number])
+        trained = labels[1:] != IGNORED
+        logits, targets = exact(input_ids=ids[None], use_cache=False).logits[0, :-1][trained], labels[1:][trained]
+        weights = torch.from_numpy(rows.weights_of(number)[1:].copy()).double()[trained]
+        total = total + (formula(logits, targets, **changes) * weights).sum()
+        nll += float((formula(logits, targets) * weights).sum())
+        count += float(weights.sum())
+    (total / count).backward()
+    assert loss == pytest.approx(float(total / count), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(loss)
+    assert metrics["nll"] == pytest.approx(nll / count, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
+    expected = torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"loss_type": "dft"}, {"label_smoothing": 0.1}], ids=str)
+def test_a_shaped_loss_is_the_same_for_any_cut(model: Any, changes: dict) -> None:
+    rows, task = rows_of(*OTHERS, talk("yes", weight=2)), sft.sft(train_on="assistant", **changes)
+    expected = step(model, rows, task, packing=False, rows_per_batch=4)
+    for way in WAYS:
+        assert step(model, rows, task, **way)[0] == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_plain_sft_is_computed_as_ever() -> None:
+    assert Options(composed()).task.loss is token_loss

@@ -33,13 +33,32 @@ EVAL_POSITIONS = 8192
 
 
 @dataclass(frozen=True)
+class Shaping:
+    """What a loss adds to the cross entropy of a token; it needs the logits, so it is computed where they are."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over the vocabulary (https://arxiv.org/abs/1512.00567, section 7)."""
+    z_loss: float = 0.0
+    """Factor of log(Z)², Z the sum of the exponentials of the logits (https://arxiv.org/abs/2204.02311, section 5)."""
+    entropy_of: int = 0
+    """Of how many of the most likely tokens the entropy is computed, beside the loss."""
+
+
+PLAIN = Shaping()
+
+
+@dataclass(frozen=True)
 class TokenLosses:
     """Cross entropy of each trained position, in the order of the flattened batch."""
 
     nll: Tensor
-    """(trained,) float32: the negative log-likelihood of the label, in nats. Differentiable."""
+    """(trained,) float32: the negative log-likelihood of the label, in nats. Differentiable unless it is shaped."""
     correct: Tensor
     """(trained,) bool: whether the label is the most likely token."""
+    loss: Tensor
+    """(trained,) float32: ``nll`` with what the shaping adds to it. Differentiable."""
+    entropy: Tensor
+    """(trained,) float32: entropy, in nats, of the ``Shaping.entropy_of`` most likely tokens; 0 if that is 0."""
 
 
 def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -50,37 +69,39 @@ def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     scaling) computes the logits itself. ``trained_at`` (positions,): indices of the trained positions; without it,
     finding them synchronizes with the device once.
     """
-    parts = _passes(model, batch)
-    counts = [(targets != IGNORED).sum() for _, _, targets in parts]
+    parts = _passes(model, batch, PLAIN)
+    counts = [(targets != IGNORED).sum() for _, targets in parts]
     return {
-        "loss": torch.stack([nll.sum() for nll, _, _ in parts]).sum(),
+        "loss": torch.stack([losses.loss.sum() for losses, _ in parts]).sum(),
         "count": torch.stack(counts).sum(),
-        "correct": torch.stack([correct.sum() for _, correct, _ in parts]).sum(),
+        "correct": torch.stack([losses.correct.sum() for losses, _ in parts]).sum(),
     }
 
 
-def token_losses(model: Any, batch: Mapping[str, Any]) -> TokenLosses:
+def token_losses(model: Any, batch: Mapping[str, Any], shaping: Shaping = PLAIN) -> TokenLosses:
     """The cross entropy of each trained position; ``batch`` as in ``sums``. Logits are never held whole.
 
-    The gradient of ``nll`` is exact for any function of it: row t of the logits affects ``nll[t]`` alone.
+    The gradient of ``loss`` is exact for any function of it: row t of the logits affects ``loss[t]`` alone.
     """
     count = len(batch["trained_at"]) if batch.get("trained_at") is not None else -1
     kept = []
-    for nll, correct, targets in _passes(model, batch):
+    for losses, targets in _passes(model, batch, shaping):
         trained = slice(None) if len(targets) == count else targets != IGNORED
-        kept.append((nll[trained], correct[trained]))
-    return TokenLosses(torch.cat([nll for nll, _ in kept]), torch.cat([correct for _, correct in kept]))
+        kept.append([each[trained] for each in (losses.nll, losses.correct, losses.loss, losses.entropy)])
+    return TokenLosses(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
 
 
-def _passes(model: Any, batch: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(nll, correct, targets), each (n,), of every forward pass: one, or without gradients as many as memory needs."""
+def _passes(model: Any, batch: Mapping[str, Any], shaping: Shaping) -> list[tuple[TokenLosses, Tensor]]:
+    """(losses, targets), each (n,), of every forward pass: one, or without gradients as many as memory needs."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
     labels = batch["labels"].reshape(inputs["input_ids"].shape)
     if torch.is_grad_enabled() or len(labels) == 1:
-        return [_one_pass(model, inputs, labels, batch.get("trained_at"))]
+        return [_one_pass(model, inputs, labels, shaping, batch.get("trained_at"))]
     rows = max(1, EVAL_POSITIONS // labels.shape[1])
     return [
-        _one_pass(model, {name: value[at : at + rows] for name, value in inputs.items()}, labels[at : at + rows])
+        _one_pass(
+            model, {name: value[at : at + rows] for name, value in inputs.items()}, labels[at : at + rows], shaping
+        )
         for at in range(0, len(labels), rows)
     ]
 
@@ -93,20 +114,19 @@ def rehearsal(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Te
     offered = {} if _choice_offered(model) == "all" else {"logits_to_keep": positions}
     with _without_head(model) as linear:
         last = model(**inputs, **offered, use_cache=False).logits
-    return _losses(last, torch.zeros(last.shape[:-1], dtype=torch.int64, device=last.device), linear)[0].sum()
+    return _losses(last, torch.zeros(last.shape[:-1], dtype=torch.int64, device=last.device), linear, PLAIN).loss.sum()
 
 
 def _one_pass(
-    model: Any, inputs: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: Any, inputs: dict[str, Tensor], labels: Tensor, shaping: Shaping, trained_at: Tensor | None = None
+) -> tuple[TokenLosses, Tensor]:
     with _without_head(model) as linear:
         if linear is not None and trained_at is not None:
             hidden = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]  # prompt tuning prepends tokens
             last, targets = (each.flatten(0, 1).index_select(0, trained_at) for each in (hidden, labels))
         else:
             last, targets = trained_logits(model, inputs, labels, trained_at if len(labels) == 1 else None)
-    nll, correct = _losses(last, targets, linear)
-    return nll, correct, targets.reshape(-1)
+    return _losses(last, targets, linear, shaping), targets.reshape(-1)
 
 
 @contextlib.contextmanager
@@ -117,14 +137,15 @@ def _without_head(model: Any) -> Iterator[nn.Linear | None]:
         yield head
 
 
-def _losses(last: Tensor, targets: Tensor, linear: nn.Linear | None) -> tuple[Tensor, Tensor]:
-    """(nll, correct), each (n,), from logits, or from hidden states if ``linear`` (the LM head) is given."""
+def _losses(last: Tensor, targets: Tensor, linear: nn.Linear | None, shaping: Shaping) -> TokenLosses:
+    """The losses (n,) from logits, or from hidden states if ``linear`` (the LM head) is given."""
     last, targets = last.reshape(-1, last.shape[-1]), targets.reshape(-1)
     if linear is not None and not linear.weight.requires_grad:
-        nll, correct = _LinearCrossEntropy.apply(last, linear.weight, linear.bias, targets)
+        loss, correct, *more = _LinearCrossEntropy.apply(last, linear.weight, linear.bias, targets, shaping)
     else:
-        nll, correct = _CrossEntropy.apply(last if linear is None else linear(last), targets)
-    return nll, correct
+        loss, correct, *more = _CrossEntropy.apply(last if linear is None else linear(last), targets, shaping)
+    nll, entropy = more or (loss, torch.zeros_like(loss))
+    return TokenLosses(nll, correct, loss, entropy)
 
 
 def trained_logits(
@@ -162,24 +183,24 @@ def _choice_offered(model: Any) -> Literal["mask", "positions", "all"]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross entropy of each row (n,); the gradient overwrites the logits (n, V) in place."""
+    """The losses of each row (n,); the gradient overwrites the logits (n, V) in place."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, shaping: Shaping) -> tuple[Tensor, ...]:
         buffer = logits.detach()  # same version counter: autograd raises if another operation needs the logits
-        nll, correct = _cross_entropy_(buffer, targets, needs_grad=ctx.needs_input_grad[0])
+        loss, *more = _cross_entropy_(buffer, targets, shaping, needs_grad=ctx.needs_input_grad[0])
         ctx.grad = buffer
-        ctx.mark_non_differentiable(correct)
-        return nll, correct
+        ctx.mark_non_differentiable(*more)
+        return loss, *more
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         grad, ctx.grad = ctx.grad, None  # freed: a second backward pass would scale it twice
-        return _scaled_(grad, scale), None
+        return _scaled_(grad, scale), None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy of each row from hidden states (n, h) and the frozen weight of the LM head (V, h).
+    """The losses of each row from hidden states (n, h) and the frozen weight of the LM head (V, h).
 
     Computes the gradient of a chunk together with its logits, as in Liger Kernel, section 3.2 of
     https://arxiv.org/abs/2410.10989.
@@ -187,8 +208,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping
+    ) -> tuple[Tensor, ...]:
         device, needs_grad = hidden.device, ctx.needs_input_grad[0]
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         ctx.grad = torch.empty_like(hidden) if needs_grad else hidden
@@ -199,17 +220,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunked = (tensor.chunk(chunks) for tensor in (hidden, targets, ctx.grad))
             for states, labels, grad in zip(*chunked, strict=True):
                 logits = nn.functional.linear(states.to(dtype), weight, bias)
-                losses.append(_cross_entropy_(logits, labels, needs_grad=needs_grad))
+                losses.append(_cross_entropy_(logits, labels, shaping, needs_grad=needs_grad))
                 if needs_grad:
                     grad.copy_(logits @ weight)  # `logits` contains its gradient by now
-        nll, correct = (torch.cat(parts) for parts in zip(*losses, strict=True))
-        ctx.mark_non_differentiable(correct)
-        return nll, correct
+        loss, *more = (torch.cat(parts) for parts in zip(*losses, strict=True))
+        ctx.mark_non_differentiable(*more)
+        return loss, *more
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad, ctx.grad = ctx.grad, None
-        return _scaled_(grad, scale), None, None, None
+        return _scaled_(grad, scale), None, None, None, None
 
 
 def _scaled_(grad: Tensor, scale: Tensor) -> Tensor:
@@ -219,14 +240,16 @@ def _scaled_(grad: Tensor, scale: Tensor) -> Tensor:
     return grad.mul_(scale[:, None])
 
 
-def _cross_entropy_(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """(cross entropy (n,), correct predictions (n,)); ``needs_grad``: overwrite ``logits`` (n, V) with the gradient.
+def _cross_entropy_(logits: Tensor, targets: Tensor, shaping: Shaping, *, needs_grad: bool) -> tuple[Tensor, ...]:
+    """(loss (n,), correct predictions (n,)); shaped: also (cross entropy (n,), entropy (n,)).
 
-    Computed in float32, a chunk of rows at a time, in as few passes over the logits as PyTorch's operations allow:
-    two maxima, softmax and, for the gradient, a product. Rows without a label have a loss of 0 and are not correct.
+    ``needs_grad``: overwrite ``logits`` (n, V) with the gradient of the loss. Computed in float32, a chunk of rows at a
+    time, in as few passes over the logits as PyTorch's operations allow: two maxima, softmax and, for the gradient, a
+    product. Rows without a label have a loss of 0 and are not correct.
     """
     nll = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
     correct = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    loss, entropy = (torch.zeros_like(nll), torch.zeros_like(nll)) if shaping != PLAIN else (nll, nll)
     values_at_once = CPU_CHUNK_VALUES if logits.device.type == "cpu" else CHUNK_VALUES
     rows = max(1, values_at_once // logits.shape[1])
     for start in range(0, len(logits), rows):
@@ -241,7 +264,30 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, *, needs_grad: bool) -> tup
         # The highest probability is 1 / sum(exp(logits - highest)), at least 1 / V.
         nll[here] = torch.where(valid, highest - chosen - probabilities.amax(-1, keepdim=True).log(), 0.0)[:, 0]
         correct[here] = (valid & right)[:, 0]
+        if shaping != PLAIN:
+            added, entropy[here] = _shape_(probabilities, part, nll[here, None] + chosen, chosen, shaping)
+            loss[here] = torch.where(valid[:, 0], nll[here] + added, 0.0)
         if needs_grad:
-            probabilities[torch.arange(len(labels), device=labels.device), labels[:, 0]] -= 1.0
+            share = 1.0 - shaping.label_smoothing
+            probabilities[torch.arange(len(labels), device=labels.device), labels[:, 0]] -= share
             torch.mul(probabilities, valid, out=part)  # d nll / d logits = softmax - one-hot
-    return nll, correct
+    return (nll, correct) if shaping == PLAIN else (loss, correct, nll, entropy)
+
+
+def _shape_(
+    probabilities: Tensor, logits: Tensor, log_z: Tensor, chosen: Tensor, shaping: Shaping
+) -> tuple[Tensor, Tensor]:
+    """(what is added to the cross entropy (rows,), entropy of the most likely tokens (rows,)).
+
+    Makes of ``probabilities`` (rows, V) the gradient but for the label's share. ``log_z``, ``chosen``: (rows, 1).
+    """
+    added = shaping.z_loss * log_z.square()
+    if shaping.z_loss:
+        probabilities.mul_(1.0 + 2.0 * shaping.z_loss * log_z)
+    if shaping.label_smoothing:
+        added = added + shaping.label_smoothing * (chosen - logits.mean(-1, keepdim=True, dtype=torch.float32))
+        probabilities.sub_(shaping.label_smoothing / logits.shape[1])
+    if not shaping.entropy_of:
+        return added[:, 0], torch.zeros_like(added[:, 0])
+    likely = logits.topk(min(shaping.entropy_of, logits.shape[1]), -1).values.float().log_softmax(-1)
+    return added[:, 0], -(likely.exp() * likely).sum(-1)

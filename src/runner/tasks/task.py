@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from runner.data.batches import Batch, Batches
-    from runner.tasks.cross_entropy import TokenLosses
+    from runner.tasks.cross_entropy import Shaping, TokenLosses
     from runner.tasks.upcoming import Upcoming
 
 from runner.data.examples import Example, Features
@@ -89,14 +89,15 @@ def token_loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     return {"loss": (tokens.nll * weights).sum(), "count": weights.sum(), "correct": (tokens.correct * weights).sum()}
 
 
-def token_losses(model: Any, batch: dict[str, Any]) -> TokenLosses:
+def token_losses(model: Any, batch: dict[str, Any], shaping: Shaping | None = None) -> TokenLosses:
     """The cross entropy of each trained position of a batch, in the order of ``batch["trained_at"]``.
 
-    A loss of your own may be any function of it; logits are never held whole.
+    A loss of your own may be any function of it; logits are never held whole. ``shaping``: what is computed from the
+    logits beside it.
     """
     from runner.tasks import cross_entropy
 
-    return cross_entropy.token_losses(model, _arguments(model, batch))
+    return cross_entropy.token_losses(model, _arguments(model, batch), shaping or cross_entropy.PLAIN)
 
 
 def _arguments(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
