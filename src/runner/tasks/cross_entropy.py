@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from runner.data.packing import IGNORED
-from runner.models.kernels import buffers, lm_head
+from runner.models.kernels import buffers, lm_head, varlen_attention
 
-DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", *DOCUMENTS)
+MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", *varlen_attention.ARGUMENTS)
 CHUNK_VALUES, CPU_CHUNK_VALUES = 2**25, 2**22
 """Logits per float32 chunk: 128 MiB on a GPU (few kernel launches), 16 MiB on a CPU (stays in the cache)."""
 HEAD_POSITIONS, CPU_HEAD_POSITIONS = 2048, 1024

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from fixtures.language_models import FAMILIES, PACKS, batch_of, build, gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +51,23 @@ def test_attention_by_document_is_that_of_a_mask(family: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
     found["loss"].backward(), expected["loss"].backward()
     torch.testing.assert_close(gradients(model), gradients(reference), atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_gives_attention_everything_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' models pass the parts on, and the loss does not drop them."""
+    model, batch = build(FAMILIES["llama"]), batch_of(PACKS)
+    assert not varlen_attention.install(model, 20)
+    seen: list[dict[str, Any]] = []
+
+    def attend(*args: Any, **options: Any) -> Any:
+        seen.append(options)
+        return varlen_attention.attend(*args, **options)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, varlen_attention.NAME, attend)
+    parts = ((4, 20, 9), (4, 20, 12))
+    task_loss(model, {**batch, "attention_parts": parts})
+    assert [each["attention_parts"] for each in seen] == [parts] * model.config.num_hidden_layers
+    assert all(each.keys() >= {*varlen_attention.ARGUMENTS} for each in seen)
 
 
 def test_a_window_longer_than_every_document_does_not_matter() -> None:
