@@ -159,7 +159,7 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     wrapped = wrap.wrap(parallel.none(), model, run.options.task, ALONE, device, autocast)
     if run.options.task.reference is not None:
         start = _give_reference(run, batches, wrapped)
-    preparer = prepared.Preparer(run.options.task, model, run.tokenizer, wrapped, ALONE, start)
+    preparer = prepared.Preparer(run.options.task, model, run.tokenizer, wrapped, ALONE, start, prepared.nowhere)
     began = time.monotonic()
     sums = loop.evaluation_sums(preparer, batches, before=terminal.progress("evaluating"))
     details["seconds"] = round(time.monotonic() - began, 3)

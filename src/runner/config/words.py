@@ -103,7 +103,7 @@ SENTENCES = {
 """A word of another program → what to do instead, where no single key has its meaning."""
 
 OPTIONS = {
-    **{f"task={name}": OWN_TASK for name in ("grpo", "ppo", "reward", "rm", "classify")},
+    **{f"task={name}": OWN_TASK for name in ("ppo", "reward", "rm", "classify")},
     "task=pt": "write task=pretrain", "task=clm": "write task=pretrain", "task=chat": "write task=sft",
     **{f"optim={name.lower()}": TORCH.format(word=name)
        for name in ("SGD", "Adam", "Adagrad", "Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")},

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from runner.data import boundaries
+from runner.data.examples import Answers
 from runner.data.packing import IGNORED, Rows, one_by_one
 from runner.errors import ConfigError, Fault
 
@@ -59,7 +60,8 @@ class Batches:
 
     Every epoch has its own order of the packs (without packing: of the rows). A step takes the next
     ``rows_per_batch * accumulation * world`` packs, possibly across the end of an epoch; this rank computes its share.
-    With ``epochs``, the stream ends after that many epochs, and the last step may be smaller.
+    With ``epochs``, the stream ends after that many epochs, and the last step may be smaller. With ``answers``, the
+    rows are prompts, and what is computed are documents that a task makes of them: see ``of_documents``.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         epochs: float | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self.rows, self.packs = rows, rows.packs if packing else one_by_one(len(rows), rows.unit)
         self.packing, self.max_length, self.pad_id = packing, max_length, pad_id
@@ -83,6 +86,7 @@ class Batches:
         self.per_micro_batch = rows_per_batch * world
         self.per_step = self.per_micro_batch * accumulation
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
+        self.answers = answers
         self.sizes = np.add.reduceat(rows.lengths[self.packs.rows], self.packs.offsets[:-1])  # tokens of each pack
         self.pack_length = rows.unit * max_length
         assert packing is False or self.sizes.max() <= self.pack_length, "a pack is longer than its row"
@@ -147,9 +151,11 @@ class Batches:
         return max(1, min(limits))
 
     def tokens_at(self, step: int) -> int:
-        """Tokens without padding in the first ``step`` steps, over all ranks."""
-        epoch, packs = divmod(min(step * self.per_step, self._end()), len(self.packs))
-        return int(epoch * self.sizes.sum() + self._tokens_before(epoch)[packs])
+        """Tokens without padding in the first ``step`` steps, over all ranks; with ``answers``: at most."""
+        count = min(step * self.per_step, self._end())
+        epoch, packs = divmod(count, len(self.packs))
+        tokens = int(epoch * self.sizes.sum() + self._tokens_before(epoch)[packs])
+        return tokens if self.answers is None else self.answers.per_row * (tokens + count * self.answers.most_tokens)
 
     def epoch(self, step: int) -> float:
         """Number of epochs, as a fraction, after ``step`` steps."""
@@ -172,8 +178,26 @@ class Batches:
 
         With packing all rows have equal length, so the packs with the most labels are used.
         """
+        if self.answers is not None:
+            return self._heaviest_answers()
         counts = self._trained if self.packing else self.sizes
         return self._build(np.argsort(counts, kind="stable")[-self.rows_per_batch :].tolist())
+
+    def _heaviest_answers(self) -> Batch:
+        """The longest prompts, each with as many and as long answers as possible."""
+        assert self.answers is not None
+        longest = np.argsort(self.sizes, kind="stable")[-self.rows_per_batch :].tolist()
+        filler = np.full(self.answers.most_tokens, self.pad_id, dtype=np.int32)
+        prompts = [self.rows[row][0] for row in longest for _ in range(self.answers.per_row)]
+        documents = [
+            (np.concatenate([ids, filler]), np.concatenate([np.full_like(ids, IGNORED), filler])) for ids in prompts
+        ]
+        return self.of_documents(Rows.of(documents), self.longest_document)
+
+    @property
+    def longest_document(self) -> int:
+        """Upper bound of the tokens of a document."""
+        return self.max_length + (self.answers.most_tokens if self.answers is not None else 0)
 
     def cut_into(self, rows: int) -> Batches:
         """A copy with the same steps in micro-batches of ``rows`` rows, which must divide a rank's rows of a step."""
@@ -187,6 +211,12 @@ class Batches:
         """Upper bound of the size and the number of labels of any batch."""
         rows = min(self.rows_per_batch, len(self.packs)) * self.rows.unit
         trained = int(self._largest_of(self._trained).sum())
+        if self.answers is not None:
+            count, more = rows * self.answers.per_row, self.answers.most_tokens
+            lengths, trained = self._largest_of(self.sizes) + more, count * more
+            if self.by_document:
+                return Shape(1, int(lengths.sum()) * self.answers.per_row, trained)
+            return Shape(count, int(lengths.max()), trained)
         if self.end_to_end:
             return Shape(1, self._padded(int(self._largest_of(self.sizes).sum())), trained)
         return Shape(self.rows_per_batch if self.packing else rows, self._padded(int(self._longest.max())), trained)

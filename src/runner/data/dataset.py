@@ -25,7 +25,7 @@ from runner.config import schema, user_code, user_function
 from runner.config.schema import DataSettings
 from runner.data import splits
 from runner.data.examples import Encoder, Example, Features
-from runner.data.packing import IGNORED, Rows, one_by_one, pack_units
+from runner.data.packing import IGNORED, Rows, Texts, one_by_one, pack_units
 from runner.data.splits import Item
 from runner.errors import DataError, Fault
 from runner.files import cache_dir, locked, write_atomic
@@ -164,6 +164,8 @@ class _Columns(NamedTuple):
     values: dict[str, array.array]
     weights: array.array
     """The weight of each label."""
+    records: list[str] | None
+    """A text of each row, if the rows are prompts."""
 
 
 def _tokenise(
@@ -211,7 +213,8 @@ def _encode(
     items: Iterable[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
 ) -> _Columns:
     values = {name: array.array("f") for name in task.values}
-    columns = _Columns(array.array("i"), array.array("i"), [0], [], values, array.array("f"))
+    records: list[str] | None = [] if task.answers else None
+    columns = _Columns(array.array("i"), array.array("i"), [0], [], values, array.array("f"), records)
     for item in items:
         try:
             features = task.encode(item.example, tokenizer, settings.max_length)
@@ -234,12 +237,15 @@ def _add_unit(unit: list[Features], columns: _Columns, settings: DataSettings, c
     counts["longest"] = max(counts["longest"], longest)
     columns.lengths.append(longest)
     if longest > settings.max_length:
-        counts["truncated" if settings.overlong == "truncate" else "dropped"] += 1
-        if settings.overlong == "drop":
+        drops = settings.overlong == "drop" or columns.records is not None  # a prompt without its end asks nothing
+        counts["dropped" if drops else "truncated"] += 1
+        if drops:
             return
     cut = [(feature["input_ids"][: settings.max_length], feature["labels"][: settings.max_length]) for feature in unit]
     # The first token has no context to be predicted from: its label is unused.
-    if any(labels.count(IGNORED) >= len(labels) - (bool(labels) and labels[0] != IGNORED) for _, labels in cut):
+    if columns.records is None and any(
+        labels.count(IGNORED) >= len(labels) - (bool(labels) and labels[0] != IGNORED) for _, labels in cut
+    ):
         counts["masked_out"] += 1
         return
     for feature, (ids, labels) in zip(unit, cut, strict=True):
@@ -250,6 +256,8 @@ def _add_unit(unit: list[Features], columns: _Columns, settings: DataSettings, c
         columns.weights.extend([1.0] * len(ids) if weights is None else weights[: len(ids)])
         for name, numbers in columns.values.items():
             numbers.append(feature[name])
+        if columns.records is not None:
+            columns.records.append(feature["record"])
 
 
 def _to_rows(columns: _Columns, settings: DataSettings, unit: int) -> Rows:
@@ -261,7 +269,9 @@ def _to_rows(columns: _Columns, settings: DataSettings, unit: int) -> Rows:
     ids, labels = (np.frombuffer(column, dtype=np.int32) for column in (columns.ids, columns.labels))
     values = {name: np.frombuffer(numbers, dtype=np.float32) for name, numbers in columns.values.items()}
     weights = np.frombuffer(columns.weights, dtype=np.float32)
-    return Rows(ids, labels, offsets, packs, unit, values, None if (weights[labels != IGNORED] == 1).all() else weights)
+    weighted = None if (weights[labels != IGNORED] == 1).all() else weights
+    records = Texts.of(columns.records) if columns.records is not None else None
+    return Rows(ids, labels, offsets, packs, unit, values, weighted, records)
 
 
 def _count_trained(rows: Rows) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from runner.errors import DataError, Fault
@@ -13,7 +14,8 @@ under ``messages``, or under ``prompt`` with what a task needs beside it: ``chos
 of a pair. A dict may have ``tools``, ``chat_template_kwargs`` and, with ``messages``, the ``weight`` of the row."""
 Features = dict[str, Any]
 """One token sequence: lists ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss.
-``weights``, if there are any: those of the labels. Further keys are numbers of the sequence, see ``Encoder.values``."""
+``weights``, if there are any: those of the labels. Further keys are numbers of the sequence, see ``Encoder.values``, and
+with ``Encoder.answers`` a text ``record``."""
 
 
 class Chat(NamedTuple):
@@ -40,6 +42,14 @@ def options(example: dict[str, Any]) -> dict[str, Any]:
     return {**tools, **example.get("chat_template_kwargs", {})}
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The answers that a task lets the model write for each row, a prompt, before a step."""
+
+    per_row: int
+    most_tokens: int
+
+
 def misfit(example: Example, needed: str) -> DataError:
     """The error of an example of another task, with the task that it fits."""
     if isinstance(example, str):
@@ -50,6 +60,8 @@ def misfit(example: Example, needed: str) -> DataError:
         kind, fits = "pairs of a chosen and a rejected answer", "dpo"
     elif "completion" in example:
         kind, fits = "answers with a verdict", "kto"
+    elif "columns" in example:
+        kind, fits = "prompts without answers", "grpo"
     else:
         kind, fits = "rows of another task", ""
     remedy = f"use task={fits}, or " if fits else "use "
@@ -78,6 +90,10 @@ class Encoder(Protocol):
     @property
     def weights(self) -> bool:
         """Whether the task uses the weights of labels."""
+
+    @property
+    def answers(self) -> Answers | None:
+        """None if the rows have answers; else they are prompts without labels, and each has a text ``record``."""
 
     @property
     def prompt(self) -> Callable[[Example, Any], tuple[str, str] | None]:

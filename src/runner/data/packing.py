@@ -14,6 +14,8 @@ IGNORED = -100
 """The label of a position without loss, as in torch and transformers."""
 VALUE = "value-"
 """In the file names of ``Rows.values``."""
+RECORD_COLUMNS = ("records", "record_offsets")
+"""In the file names of ``Rows.records``."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,27 @@ class Packs:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One text per row, in flat memory-mapped arrays."""
+
+    characters: np.ndarray  # (bytes,) uint8
+    offsets: np.ndarray  # (rows + 1,) int64
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Texts:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> str:
+        content = self.characters[self.offsets[row] : self.offsets[row + 1]]
+        return content.tobytes().decode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)
@@ -44,6 +67,8 @@ class Rows:
     """Numbers that a task gives each row, by name: (rows,) float32."""
     weights: np.ndarray | None = None
     """The weight of each label, (tokens,) float32; None: 1."""
+    records: Texts | None = None
+    """A text that a task gives each row: what its reward functions are given of the row."""
 
     @classmethod
     def of(cls, documents: Sequence[tuple[np.ndarray, np.ndarray]], **values: Sequence[float]) -> Rows:
@@ -96,17 +121,22 @@ class Rows:
         values = {path.name.split(VALUE, 1)[1][: -len(".npy")]: np.load(path, mmap_mode="r") for path in paths}
         file = folder / f"{name}.weights.npy"
         weights = np.load(file, mmap_mode="r") if file.exists() else None
-        lengths = [len(offsets) - 1, len(rows), int(packs[-1]), *map(len, values.values())]
+        records = None
+        if (folder / f"{name}.records.npy").exists():
+            records = Texts(*(np.load(folder / f"{name}.{each}.npy", mmap_mode="r") for each in RECORD_COLUMNS))
+        others = [*values.values(), *([records] if records is not None else [])]
+        lengths = [len(offsets) - 1, len(rows), int(packs[-1]), *map(len, others)]
         tokens = [len(ids), len(labels), offsets[-1], *([] if weights is None else [len(weights)])]
         if len(set(map(int, tokens))) > 1 or len(set(lengths)) > 1:
             raise ValueError(f"the columns of {name} have inconsistent lengths")
-        return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values, weights)
+        return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values, weights, records)
 
     def _columns(self) -> dict[str, np.ndarray]:
         packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets, "unit": np.array(self.unit)}
         values = {f"{VALUE}{name}": numbers for name, numbers in self.values.items()}
         weights = {} if self.weights is None else {"weights": self.weights}
-        return {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, **packs, **values, **weights}
+        texts = dict(zip(RECORD_COLUMNS, vars(self.records).values(), strict=True)) if self.records else {}
+        return {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, **packs, **values, **weights, **texts}
 
 
 def answer_start(labels: Sequence[int] | np.ndarray) -> int:

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,8 @@ class Shaping:
     """Factor of log(Z)², Z the sum of the exponentials of the logits (https://arxiv.org/abs/2204.02311, section 5)."""
     entropy_of: int = 0
     """Of how many of the most likely tokens the entropy is computed, beside the loss."""
+    temperature: float = 1.0
+    """What the logits are divided by before anything else."""
 
 
 PLAIN = Shaping()
@@ -139,6 +141,11 @@ def _without_head(model: Any) -> Iterator[nn.Linear | None]:
 def _losses(last: Tensor, targets: Tensor, linear: nn.Linear | None, shaping: Shaping) -> TokenLosses:
     """The losses (n,) from logits, or from hidden states if ``linear`` (the LM head) is given."""
     last, targets = last.reshape(-1, last.shape[-1]), targets.reshape(-1)
+    if shaping.temperature != 1.0:
+        if linear is not None and linear.bias is not None:
+            last, linear = linear(last), None
+        last = last / shaping.temperature  # of the hidden states, too: the head is linear
+        shaping = replace(shaping, temperature=1.0)
     if linear is not None and not linear.weight.requires_grad:
         loss, correct, *more = _LinearCrossEntropy.apply(last, linear.weight, linear.bias, targets, shaping)
     else:

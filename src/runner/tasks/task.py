@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runner.tasks.cross_entropy import Shaping, TokenLosses
     from runner.tasks.upcoming import Upcoming
 
-from runner.data.examples import Example, Features
+from runner.data.examples import Answers, Example, Features
 
 Divisor = Literal["trained", "weighted", "trained_first", "documents", "units"]
 """What a term of the loss is divided by, counted over the whole step: trained tokens, the sum of their weights, trained
@@ -49,6 +49,10 @@ class Task:
     reference: Callable[[Any, dict[str, Any]], Tensor] | None = None
     """(model, batch) → a number of each document (documents,) under the weights before the first step. It is computed
     once without gradients, cached, and given to ``loss`` as ``batch["reference"]``."""
+    answers: Answers | None = None
+    """If the rows are prompts: how many answers ``prepare`` generates for each, and how long they are at most."""
+    updates: int = 1
+    """How many optimizer updates each step makes with the batches of ``prepare``."""
     prepare: Callable[[Upcoming], list[Batch]] | None = None
     """Called without gradients before each step and evaluation: gives the micro-batches that are computed instead."""
     needs_start: bool = False

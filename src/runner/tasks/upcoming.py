@@ -33,6 +33,8 @@ class Upcoming:
     start: Callable[[], AbstractContextManager[Any]]
     """Context that yields the model with the weights before the first step (only with ``Task.needs_start``)."""
     on_device: Callable[[Batch], Batch]
+    show: Callable[[list[dict[str, Any]]], None]
+    """Keep samples of an evaluation, for people to read."""
     agree: Callable[..., list[float]]
     """Sum numbers over all ranks. Raises Stopped if a stop was requested: call it equally often on all ranks."""
 

@@ -96,6 +96,11 @@ class RunDir:
         return self.path / "samples.json"
 
     @property
+    def rollouts(self) -> Path:
+        """A file for each evaluation of a task whose answers the model writes: answers with their rewards."""
+        return self.path / "rollouts"
+
+    @property
     def evaluations(self) -> Path:
         """Results of the command ``evaluate``: one line {time, step, name, rows, data, metrics, …} per call."""
         return self.path / "evaluations.jsonl"

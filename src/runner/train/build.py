@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from runner.config import bind
 from runner.config.schema import divisors
 from runner.data.batches import Batches
 from runner.errors import ConfigError, Fault
+from runner.files import write_atomic
 from runner.models import pretrained
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import (
@@ -133,7 +135,7 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
         batches=batches,
         prefetcher=Prefetcher(batches, inputs.device, inputs.total_steps),
         evaluation=evaluation,
-        preparer=preparer(inputs, model, wrapped, ranks),
+        preparer=preparer(inputs, model, wrapped, ranks, rundir),
         optimizer=optimizer,
         schedule=options.schedule,
         settings=inputs.settings,
@@ -150,11 +152,20 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
     )
 
 
-def preparer(inputs: Inputs, model: torch.nn.Module, wrapped: wrap.Wrapped, ranks: Ranks) -> prepared.Preparer:
+def preparer(
+    inputs: Inputs, model: torch.nn.Module, wrapped: wrap.Wrapped, ranks: Ranks, rundir: RunDir
+) -> prepared.Preparer:
     """The model must have the weights of the start."""
+
+    def show(step: int, samples: list[dict[str, Any]]) -> None:
+        if ranks.rank == 0:
+            rundir.rollouts.mkdir(exist_ok=True)
+            path = rundir.rollouts / f"step-{step:06d}.json"
+            write_atomic(path, json.dumps(samples, indent=1, ensure_ascii=False))
+
     task = inputs.options.task
     start = prepared.start_of(model) if task.needs_start else prepared.none
-    return prepared.Preparer(task, model, inputs.tokenizer, wrapped, ranks, start)
+    return prepared.Preparer(task, model, inputs.tokenizer, wrapped, ranks, start, show)
 
 
 def resolve_attention(
@@ -166,7 +177,7 @@ def resolve_attention(
         ConfigError: model.attention=by_document, but the model does not support it; or the model does not compute each
             document of a batch as it computes the document alone.
     """
-    longest = max(split.max_length for split in batches)
+    longest = max(split.longest_document for split in batches)
     attention.check_causal(model, autocast, longest)
     obstacle = f"model.attention={source.attention}"
     if source.attention in ("auto", "by_document"):

@@ -65,9 +65,11 @@ def expect(inputs: Inputs) -> Expected:
         memory = memory.in_shards(parallel.processes, peak.depth(model.config))
     total, free = usage.of_device(inputs.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     report = inputs.splits.report
-    trained = report.train_trained_tokens / max(report.train_tokens, 1)
-    task = options.task
-    flops = throughput.flops_per_token(model, options.data.max_length, trained, task.passes_without_gradient)
+    task, length, trained = options.task, options.data.max_length, report.train_trained_tokens / report.train_tokens
+    if task.answers is not None:
+        length = report.train_tokens // report.train_rows + task.answers.most_tokens
+        trained = task.answers.most_tokens / length
+    flops = throughput.flops_per_token(model, length, trained, task.passes_without_gradient, task.updates)
     return Expected(counts, memory, held, total, free, flops, len(compilation.layers_of(model)), unknown)
 
 

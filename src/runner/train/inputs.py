@@ -75,7 +75,8 @@ def load_data(
 ) -> tuple[dataset.Splits, Batches, Batches]:
     """(splits, training batches of this rank, evaluation batches of this rank)."""
     settings, data = options.train, options.data
-    pretrained.check_max_length(source, data.max_length)
+    answers = options.task.answers
+    pretrained.check_max_length(source, data.max_length + (answers.most_tokens if answers is not None else 0))
     splits = dataset.load(options.source, options.format, options.task, tokenizer, data, options.encoding)
     batches = partial(
         Batches,
@@ -92,5 +93,7 @@ def load_data(
         accumulation=settings.gradient_accumulation_steps * (settings.per_device_batch_size // settings.rows_at_a_time),
         shuffle=True,
         epochs=settings.num_train_epochs,
+        answers=answers,
     )
-    return splits, training, batches(splits.eval, accumulation=1, shuffle=False)
+    greedy = replace(answers, per_row=1) if answers is not None else None
+    return splits, training, batches(splits.eval, accumulation=1, shuffle=False, answers=greedy)

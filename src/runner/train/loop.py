@@ -94,7 +94,7 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
         while True:
             if evaluation_is_due(progress.step, parts) and not progress.evaluated:
                 catch_up(parts, progress, hooks)
-                metrics = evaluate(parts, hooks)
+                metrics = evaluate(parts, progress.step, hooks)
                 progress.evaluated = True
                 hooks.record(progress.step, metrics)
             if boundary(progress) != saved and save_is_due(progress.step, parts):
@@ -139,7 +139,7 @@ class Step:
     tokens: int
     """Without padding, since the first step."""
     totals: dict[str, float]
-    """What the terms of the loss are divided by, over all micro-batches and ranks."""
+    """What the terms of the loss are divided by, over all micro-batches, ranks and updates."""
 
 
 @dataclass(frozen=True)
@@ -170,14 +170,18 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     totals = dict(zip(kinds, parts.ranks.agree(hooks.check_stop, *counts), strict=True))
     learning_rate = set_learning_rate(parts.optimizer, parts.schedule(step, parts.total_steps))
 
-    sums = accumulate_gradients(parts, micro_batches, totals, hooks)
-    norm = wrap.clip(parts.model, settings.max_grad_norm or math.inf)
+    sums: dict[str, torch.Tensor] = {}
+    for update in range(parts.task.updates):
+        if update:
+            apply_gradients(parts)
+        add(sums, accumulate_gradients(parts, micro_batches, totals, hooks))
+        norm = wrap.clip(parts.model, settings.max_grad_norm or math.inf)
     numbers = torch.stack([*sums.values(), norm.double()])
     tokens = progress.tokens + int(totals["tokens"])
-    parts.async_metrics.put(Step(step + 1, learning_rate, tuple(sums), tokens, totals), numbers)
+    of_updates = {kind: total * parts.task.updates for kind, total in totals.items()}
+    parts.async_metrics.put(Step(step + 1, learning_rate, tuple(sums), tokens, of_updates), numbers)
     due = [checked(parts, *entry) for entry in parts.async_metrics.due()]
-    parts.optimizer.step()
-    parts.optimizer.zero_grad(set_to_none=True)
+    apply_gradients(parts)
 
     progress.step += 1
     progress.tokens = tokens
@@ -186,6 +190,12 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     parts.meter.step(int(totals["tokens"]), **waits)
     for result in due:
         note(parts, progress, hooks, result)
+
+
+def apply_gradients(parts: Parts) -> None:
+    """Update the weights, and forget the gradients."""
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
 
 
 def prepared(parts: Parts, step: int, micro_batches: list[dict[str, Any]], hooks: Hooks) -> list[dict[str, Any]]:
@@ -241,26 +251,31 @@ def accumulate_gradients(
     return step_sums
 
 
-def evaluate(parts: Parts, hooks: Hooks) -> dict[str, float]:
+def evaluate(parts: Parts, step: int, hooks: Hooks) -> dict[str, float]:
     """The task's metrics on the whole evaluation split."""
 
     def before(done: int, count: int) -> None:
         parts.ranks.agree(hooks.check_stop)
         hooks.evaluating(done, count)
 
-    totals = evaluation_sums(parts.preparer, parts.evaluation, before)
+    totals = evaluation_sums(parts.preparer, parts.evaluation, before, step)
     hooks.evaluating(parts.evaluation.batches_in_pass, parts.evaluation.batches_in_pass)
     parts.meter.pause()
     return {f"eval/{name}": value for name, value in parts.task.metrics(over_ranks(parts, totals)).items()}
 
 
 @torch.no_grad()
-def evaluation_sums(preparer: Preparer, batches: Batches, before: Callable[[int, int], None]) -> dict[str, float]:
-    """The task's sums over one pass; ``before`` is called before each batch with (batches done, all batches)."""
+def evaluation_sums(
+    preparer: Preparer, batches: Batches, before: Callable[[int, int], None], step: int = 0
+) -> dict[str, float]:
+    """The task's sums over one pass; ``before`` is called before each batch with (batches done, all batches).
+
+    ``step``: the step after which the model is evaluated.
+    """
     model, task = preparer.model, preparer.task
     model.eval()
     totals: dict[str, torch.Tensor] = {}
-    for done, batch in enumerate(preparer.one_pass(batches, lambda: before(0, batches.batches_in_pass))):
+    for done, batch in enumerate(preparer.one_pass(batches, lambda: before(0, batches.batches_in_pass), step)):
         before(done, batches.batches_in_pass)
         with preparer.wrapped.autocasting():
             add(totals, task.loss(model, batch))

@@ -17,6 +17,8 @@ from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
 
 Start = Callable[[], AbstractContextManager[Any]]
+Show = Callable[[int, list[dict[str, Any]]], None]
+"""(step, samples) → None: keeps the samples of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Preparer:
     wrapped: Wrapped
     ranks: Ranks
     start: Start
+    show: Show
 
     def step(
         self, batches: Batches, number: int, given: list[Batch], seed: int, check: Callable[[], None]
@@ -36,14 +39,14 @@ class Preparer:
         """The micro-batches of step ``number`` (from 0), ``given`` as they are in the data."""
         if self.task.prepare is None:
             return given
-        return self._prepared(batches, batches.packs_of_step(number), given, seed, check, trains=True)
+        return self._prepared(batches, batches.packs_of_step(number), given, seed, check, number, trains=True)
 
-    def one_pass(self, batches: Batches, check: Callable[[], None]) -> Iterator[Batch]:
-        """The batches of an evaluation, on the device."""
+    def one_pass(self, batches: Batches, check: Callable[[], None], step: int) -> Iterator[Batch]:
+        """The batches of an evaluation after ``step`` steps, on the device."""
         given = map(self.wrapped.on_device, batches.one_pass())
         if self.task.prepare is None:
             return given
-        return iter(self._prepared(batches, batches.packs_of_pass(), list(given), 0, check, trains=False))
+        return iter(self._prepared(batches, batches.packs_of_pass(), list(given), 0, check, step, trains=False))
 
     @torch.no_grad()
     def _prepared(
@@ -53,6 +56,7 @@ class Preparer:
         given: list[Batch],
         seed: int,
         check: Callable[[], None],
+        step: int,
         *,
         trains: bool,
     ) -> list[Batch]:
@@ -68,6 +72,7 @@ class Preparer:
             trains=trains,
             start=self.start,
             on_device=self.wrapped.on_device,
+            show=lambda samples: self.show(step, samples),
             agree=lambda *numbers: self.ranks.agree(check, *numbers),
         )
         with self.wrapped.autocasting():
@@ -90,6 +95,10 @@ def start_of(model: torch.nn.Module) -> Start:
             _write(trained, now)
 
     return start
+
+
+def nowhere(step: int, samples: list[dict[str, Any]]) -> None:
+    """Keep no samples."""
 
 
 def none() -> AbstractContextManager[Any]:

@@ -117,8 +117,12 @@ class Meter:
         }
 
 
-def flops_per_token(model: nn.Module, length: int, trained: float = 1.0, forward_passes: int = 0) -> float:
-    """Training FLOPs per token of a document of ``length`` tokens, and those of as many passes without gradient.
+def flops_per_token(
+    model: nn.Module, length: int, trained: float = 1.0, forward_passes: int = 0, updates: int = 1
+) -> float:
+    """Training FLOPs per token of a document of ``length`` tokens.
+
+    ``forward_passes``: passes without gradient beside those of training; ``updates``: how often the token is trained.
 
     Per weight: 2 in the forward pass, 2 for the gradient of its input, 2 for its own gradient if it is trained. So
     6 N for full fine-tuning, 4 N + 2 N_adapter for LoRA. Embeddings cost nothing (a lookup). The head counts for the
@@ -133,9 +137,9 @@ def flops_per_token(model: nn.Module, length: int, trained: float = 1.0, forward
     for name, module in model.named_modules():
         for parameter in _matrices(module):
             part = (trained if id(module) in head else 1.0) * (used if ".experts" in name else 1.0)
-            per_weight = (6 if parameter.requires_grad else 4) + 2 * forward_passes
+            per_weight = (6 if parameter.requires_grad else 4) * updates + 2 * forward_passes
             total += part * parameters.dense_count(module, parameter, quant) * per_weight
-    return total + (3.5 + forward_passes) * _attention_flops(_config(model), length)
+    return total + (3.5 * updates + forward_passes) * _attention_flops(_config(model), length)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,0 +1,121 @@
+"""Sample answers from a model, the same for any batch that a prompt is in.
+
+The next token is chosen by one uniform number of the answer's own, from the cumulative distribution. So an answer
+depends on the weights, its prompt and its seed alone (but for rounding of the logits), not on its neighbours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from runner.models import shards
+from runner.models.kernels import compilation
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are written."""
+
+    most_tokens: int
+    temperature: float
+    ends: list[int]
+    """Tokens that end an answer; they belong to it."""
+    pad: int
+
+
+def uniforms(seed: int, rows: list[int], per_row: int, most_tokens: int) -> np.ndarray:
+    """Numbers in [0, 1) for each token of each answer, (rows * per_row, most_tokens); PCG64's never change."""
+    raw = [np.random.PCG64([seed, row, number]).random_raw(most_tokens) for row in rows for number in range(per_row)]
+    return (np.array(raw, dtype=np.uint64).reshape(-1, most_tokens) >> np.uint64(11)) * 2.0**-53
+
+
+def answers(model: Any, prompts: list[list[int]], chances: np.ndarray | None, sampling: Sampling) -> list[list[int]]:
+    """The tokens of an answer to each prompt, with the token that ends it.
+
+    ``chances``: the ``uniforms`` of each answer; None: the most likely tokens. All ranks of a sharded model must call
+    this; they run until the last one is done.
+    """
+    from transformers import GenerationConfig
+
+    is_sharded = any(map(shards.is_sharded, model.parameters()))
+    device = next(model.parameters()).device
+    given = prompts or [[sampling.pad]] * is_sharded
+    if not given:
+        return []
+    length = max(map(len, given))
+    ids = torch.tensor([[sampling.pad] * (length - len(each)) + each for each in given], device=device)
+    mask = torch.tensor([[0] * (length - len(each)) + [1] * len(each) for each in given], device=device)
+    config = GenerationConfig(
+        max_new_tokens=sampling.most_tokens, do_sample=False, use_cache=True, eos_token_id=sampling.ends,
+        pad_token_id=sampling.pad, repetition_penalty=1.0, no_repeat_ngram_size=0,
+    )  # fmt: skip
+    chosen = (
+        [_choose(torch.from_numpy(chances).to(device), length, sampling.temperature)] if chances is not None else []
+    )
+    with compilation.left_out():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=chosen,
+            synced_gpus=is_sharded,
+        )  # fmt: skip
+    return [_cut(row, sampling.ends) for row in out[: len(prompts), length:].tolist()]
+
+
+@contextlib.contextmanager
+def merged(model: Any) -> Iterator[None]:
+    """Compute with merged weights in the block where that is exact: LoRA on float32 weights. Others stay as they are.
+
+    The weights are copies: afterwards the layers have their own ones again, bit for bit.
+    """
+    layers = [module for module in model.modules() if _is_exact(module)]
+    embeddings = model.get_input_embeddings().weight
+    kept = [(each, each.base_layer.weight.data) for each in layers if each.base_layer.weight is not embeddings]
+    try:
+        for layer, weight in kept:
+            name = layer.active_adapters[0]
+            layer.base_layer.weight.data = weight + layer.get_delta_weight(name)
+            layer.merged_adapters.append(name)
+        yield
+    finally:
+        for layer, weight in kept:
+            layer.base_layer.weight.data = weight
+            layer.merged_adapters.clear()
+
+
+def _is_exact(module: nn.Module) -> bool:
+    from peft.tuners.lora.layer import LoraLayer
+
+    base: Any = getattr(module, "base_layer", None)
+    if not isinstance(module, LoraLayer) or not isinstance(base, nn.Linear):
+        return False
+    names = module.active_adapters
+    plain = len(names) == 1 and names[0] in module.lora_A and names[0] not in module.lora_variant
+    if not plain or module.disable_adapters or module.merged or module.lora_B[names[0]].bias is not None:
+        return False
+    return (
+        type(base.weight) is nn.Parameter and base.weight.dtype == torch.float32 and not shards.is_sharded(base.weight)
+    )
+
+
+def _choose(chances: Tensor, start: int, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor that leaves only the token that the answer's uniform number chooses."""
+
+    def processor(input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = torch.softmax(scores.float() / temperature, -1).double().cumsum(-1)  # (answers, V)
+        aim = chances[:, input_ids.shape[1] - start, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, aim, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+    return processor
+
+
+def _cut(tokens: list[int], ends: list[int]) -> list[int]:
+    """The tokens up to the first one that ends an answer."""
+    at = next((number for number, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: at + 1]
