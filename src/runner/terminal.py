@@ -171,6 +171,8 @@ def shown(metrics: dict[str, float]) -> str:
         "eval/loss": ("eval loss", "{:.4f}"),
         "eval/token_accuracy": ("accuracy", "{:.3f}"),
         "eval/rewards/accuracies": ("accuracy", "{:.3f}"),
+        "train/reward": ("reward", "{:.3g}"),
+        "eval/reward": ("reward", "{:.3g}"),
         "train/rewards/margins": ("margin", "{:.3g}"),
         "eval/rewards/margins": ("margin", "{:.3g}"),
     }

@@ -26,13 +26,17 @@ FORMATS = [path.stem for path in OPTIONS if path.parent == CONF / "data" / "form
 WANTED = {
     "data=local": ["data.path={rows}"],
     "data=hub": ["data.path=OWNER/NAME"],
+    "task=grpo": ["task.rewards=[{function}:to_text]", "data.packing=false"],
     "data/format=custom": ["data.format.function={function}:to_text"],
     "model=local": ["model.path=OWNER/NAME"],
     "lora=peft": ["lora.method=ia3"],
     "tracking=server": ["tracking.uri=http://127.0.0.1:5000"],
 }
 """What the options need that leave a value open (``???``)."""
-TOGETHER = {"search=asha": ["train.eval_steps=5"]}
+TOGETHER = {
+    "search=asha": ["train.eval_steps=5"],
+    "task=rloo": ["task.rewards=[{function}:to_text]", "data.packing=false"],
+}
 """What options need that do not go with every default."""
 
 

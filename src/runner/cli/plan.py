@@ -111,20 +111,25 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
     lost = f"\n{counts.reasoning_lost} answers not trained: the chat template leaves out their reasoning"
     text = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none left out"
     text += f"; {report.too_long(options, counts)}" if counts.truncated or counts.dropped else ""
-    trained = counts.train_trained_tokens / counts.train_tokens
+    trained = f"{counts.train_trained_tokens / counts.train_tokens:.0%} of them trained"
+    batches = f"{layout}, {run_inputs.batches.efficiency:.1%} of the token slots are used"
+    if (answers := run_inputs.batches.answers) is not None:
+        trained = "all of prompts"
+        batches = f"{answers.per_row} answers to each prompt, of at most {answers.most_tokens} tokens"
     return [
         ("data", f"{run_inputs.splits.name}: {counts.rows_read} rows read; {text}"),
         (
             "training",
             f"{counts.train_rows} rows{_limited('train_rows', options.data.train_rows)}, {counts.train_tokens} tokens, "
-            f"{trained:.0%} of them trained" + (lost if counts.reasoning_lost else ""),
+            + trained
+            + (lost if counts.reasoning_lost else ""),
         ),
         (
             "held out",
             f"{counts.eval_rows} rows{_limited('eval_rows', options.data.eval_rows)}, {counts.eval_tokens} tokens"
             + (f"\nwarning: {few}" if (few := schema.few_held_out(counts.eval_rows)) else ""),
         ),
-        ("batches", f"{layout}, {run_inputs.batches.efficiency:.1%} of the token slots are used"),
+        ("batches", batches),
     ]
 
 
@@ -140,9 +145,9 @@ def _time_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     seconds, peak = training_seconds(run_inputs, expected)
     choice = build.resolve_compile(run_inputs, expected)
     compiles = [("compile", f"no: {choice.reason}" if choice.reason else "each layer")] if choice.settled else []
-    steps = run_inputs.total_steps
+    steps, at_most = run_inputs.total_steps, "at most " if run_inputs.batches.answers else ""
     return [
-        ("steps", f"{steps}, {tokens} tokens, {run_inputs.batches.epoch(steps):.2f} epochs{run_inputs.cut}"),
+        ("steps", f"{steps}, {at_most}{tokens} tokens, {run_inputs.batches.epoch(steps):.2f} epochs{run_inputs.cut}"),
         (
             "time",
             f"about {terminal.duration(max(seconds, 1))} of training at {ASSUMED_UTILISATION:.0%} of "

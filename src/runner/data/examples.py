@@ -14,8 +14,8 @@ under ``messages``, or under ``prompt`` with what a task needs beside it: ``chos
 of a pair. A dict may have ``tools``, ``chat_template_kwargs`` and, with ``messages``, the ``weight`` of the row."""
 Features = dict[str, Any]
 """One token sequence: lists ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss.
-``weights``, if there are any: those of the labels. Further keys are numbers of the sequence, see ``Encoder.values``, and
-with ``Encoder.answers`` a text ``record``."""
+``weights``, if there are any: those of the labels. Further keys are numbers of the sequence, see ``Encoder.values``,
+and with ``Encoder.answers`` a text ``record``."""
 
 
 class Chat(NamedTuple):

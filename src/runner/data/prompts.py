@@ -10,12 +10,17 @@ from runner.data.conversation import Row
 from runner.data.examples import Example
 from runner.errors import DataError, Fault
 
+UNUSED = ("tools", "functions", "chat_template_kwargs", *conversation.SYSTEM)
+"""Columns that would change the prompt."""
 
-def prompts(row: Row, *, prompt: Text, messages: Text, answer: Text) -> Example:
+
+def prompts(row: Row, *, prompt: Text, messages: Text, answer: Text, ignore: list[Text] | None = None) -> Example:
     """Rows ``{prompt, …}`` or ``{messages, …}``: a text or a list of messages; other columns go to the rewards.
 
     ``answer``: the column with the right answer, if there is one; it is shown beside the model's.
+    ``ignore``: keys that change what is learnt and are only given to the reward functions all the same.
     """
+    conversation.refuse_unused(row, [], (), words=UNUSED, ignore=ignore or [])
     key, parameter = (prompt, "prompt") if row.get(prompt) is not None else (messages, "messages")
     turns = row_shape.text_or_messages(row, "prompts", parameter, key, "user", ignore=[])
     if not turns or turns[-1]["role"] == "assistant":

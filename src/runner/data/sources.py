@@ -61,6 +61,12 @@ def chitchat_pairs() -> Source:
     return replace(source, name="chitchat_pairs", train=Records(functools.partial(_pairs, source.train)))
 
 
+def chitchat_prompts() -> Source:
+    """The first messages of chitchat-dataset, as prompts for answers that the model writes: ``{"prompt": text}``."""
+    source = chitchat()
+    return replace(source, name="chitchat_prompts", train=Records(functools.partial(_prompts, source.train)))
+
+
 def chitchat() -> Source:
     """Conversations between people, from the installed package chitchat-dataset: works offline, needs no account.
 
@@ -155,6 +161,11 @@ def _conversations(file: Path) -> Iterator[tuple[Place, Row]]:
             roles = ("user", "assistant")
             messages = [{"role": roles[i % 2], "content": text} for i, (_, text) in enumerate(turns)]
             yield Place(file.name, number, "row"), {"messages": messages}
+
+
+def _prompts(conversations: Records) -> Iterator[tuple[Place, Row]]:
+    for place, row in conversations:
+        yield place, {"prompt": row["messages"][0]["content"]}
 
 
 def _pairs(conversations: Records) -> Iterator[tuple[Place, Row]]:

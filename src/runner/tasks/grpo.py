@@ -21,6 +21,7 @@ from runner.data.batches import Batches
 from runner.data.examples import Answers
 from runner.errors import Fault
 from runner.tasks import policy_loss, prompts, rollout
+from runner.tasks.cross_entropy import Shaping
 from runner.tasks.rewards import KEY, Rewards
 from runner.tasks.task import Divisor, Task, token_losses
 
@@ -57,8 +58,6 @@ def grpo(
     lower, upper = (epsilon, epsilon if epsilon_high is None else epsilon_high)
 
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-        from runner.tasks.cross_entropy import Shaping
-
         statistics = batch.get(rollout.STATISTICS, {})
         if "labels" not in batch:  # an evaluation: its answers are scored, and that is all
             return {name: torch.tensor(float(value)) for name, value in statistics.items()}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from runner.data.examples import Example, Features
+from runner.data.examples import Example, Features, misfit
 from runner.data.packing import IGNORED
-from runner.errors import DataError, Fault
 
 
 def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
@@ -15,8 +14,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
     from runner.data import chat_template
 
     if not isinstance(example, dict) or not {"prompt", "columns"} <= example.keys():
-        remedy = "use data/format=prompts with rows {prompt, …} or {messages, …}"
-        raise DataError(Fault("data.format", "gives no prompts, which this task needs", remedy))
+        raise misfit(example, "prompts (data/format=prompts)")
     ids = tokenizer(chat_template.prompt(example["prompt"], tokenizer), add_special_tokens=False)["input_ids"]
     record = {"prompt": example["shown"], "columns": example["columns"], "answer": example["answer"]}
     text = json.dumps(record, ensure_ascii=False)

@@ -203,7 +203,7 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
     per |= dict.fromkeys(("entropy", "kl", "clip_ratio"), "tokens")
     per |= {name: name.replace("rewards/", "scored/") for name in sums if name.startswith("rewards/")}
     means = {name: sums[name] / sums[count] for name, count in per.items() if name in sums and sums.get(count)}
-    loss = sums["loss"] / max(sums["loss_count"], 1.0) if "loss" in sums else -means.get("reward", 0.0)
+    loss = sums["loss"] / max(sums["loss_count"], 1.0) if "loss" in sums else 0.0 - means.get("reward", 0.0)
     return {"loss": loss, **means}
 
 

@@ -40,6 +40,10 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
 
     counts = parameters.describe(parts.model)
     data, tokens = inputs.splits.report, inputs.batches.tokens_at(inputs.total_steps)
+    answers = inputs.batches.answers
+    full, about = f"batches {parts.batches.efficiency:.0%} full", "about"
+    if answers is not None:
+        full, about = f"{answers.per_row} answers to each of at most {answers.most_tokens} tokens", "at most"
     mlflow = _mlflow(rundir)
     terminal.header(
         {
@@ -50,10 +54,10 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
             "device": f"{inputs.device}, weights in {counts['stored']}, attention {attention_of(parts)}"
             f"{_compiled(parts)}{_hint(inputs, parts)}{_processes(inputs, parts)}",
             "data": f"{inputs.options.data_path or inputs.splits.name}: {data.train_rows} training rows, "
-            f"{data.eval_rows} held out, batches {parts.batches.efficiency:.0%} full"
+            f"{data.eval_rows} held out, {full}"
             + (f", {too_long(inputs.options, data)}" if data.truncated or data.dropped else ""),
             **({"start": f"continues {chain}"} if (chain := origin.chain(rundir.read_manifest())) else {}),
-            "steps": f"{inputs.total_steps} of about {tokens // max(inputs.total_steps, 1)} tokens"
+            "steps": f"{inputs.total_steps} of {about} {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
             **({"MLflow": mlflow} if mlflow else {}),
         }
@@ -256,8 +260,10 @@ def _seconds(seconds: float) -> str:
 
 
 def _show_samples(rundir: RunDir) -> None:
-    shown = [{key: text.strip() or NOTHING for key, text in sample.items()} for sample in samples(rundir) or []]
-    columns = [key for key in ("before", "after", "reference") if any(key in sample for sample in shown)]
+    kept = samples(rundir) or []
+    shown = [{key: text.strip() or NOTHING for key, text in sample.items()} for sample in kept]
+    columns = [key for key in ("before", "after") if any(key in sample for sample in kept)]
+    columns += ["reference"] * any(sample.get("reference") for sample in kept)
     rows = [[_last_line(sample["prompt"]), *(sample.get(key, "") for key in columns)] for sample in shown]
     if rows:
         terminal.table("held-out prompts", ["prompt", *columns], rows)
