@@ -66,7 +66,7 @@ def upcoming(model: Any, original: Any, given: Batches, others: float = 0.0) -> 
     """``others``: what the other ranks add to the sum of this one."""
     return Upcoming(
         model=model, tokenizer=None, batches=given, packs=given.packs_of_step(0), micro_batches=given.step(0), seed=0,
-        trains=True, start=lambda: contextlib.nullcontext(original), on_device=lambda batch: batch,
+        trains=True, start=lambda: contextlib.nullcontext(original), on_device=lambda batch: batch, show=print,
         agree=lambda *numbers: [number + others for number in numbers],
     )  # fmt: skip
 
