@@ -56,8 +56,8 @@ def test_a_word_is_answered(word: str, here: str):
 
 @pytest.mark.parametrize(
     ("group", "option", "here"),
-    [("task", "grpo", "code=FILE.py"), ("optim", "sgd", "optim.name=SGD"), ("quant", "NF4", "quant=4bit"),
+    [("task", "ppo", "options here: sft; a loss"), ("optim", "sgd", "optim.name=SGD"), ("quant", "NF4", "quant=4bit"),
      ("optim", "zzz", "")],
 )  # fmt: skip
 def test_an_option_is_answered(group: str, option: str, here: str):
-    assert here in words.option_hint(group, option)
+    assert here in words.option_hint(group, option, ["sft"])

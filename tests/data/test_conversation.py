@@ -46,7 +46,7 @@ def refused(row: dict, name: str = "messages", *overrides: str) -> str:
     [
         ("functions", [{"name": "add"}]), ("history", [["a", "b"]]), ("images", ["a.png"]),
         ("reasoning_content", "Easy."), ("enable_thinking", False), ("label", False), ("kto_tag", False),
-        ("system_prompt", "Be brief."), ("wieght", 2),
+        ("system_prompt", "Be brief."), ("wieght", 2), ("mask", [0, 1]), ("completion_mask", [0, 1]),
     ],
 )  # fmt: skip
 def test_a_key_of_the_row_that_changes_what_is_learnt_is_refused_in_each_format(name, key, value):
@@ -190,6 +190,14 @@ def test_all_keys_of_a_row_are_named_at_once():
     text = refused({"history": [["a", "b"]], "messages": [QUESTION, {**ANSWER, "images": ["a.png"]}]})
     assert "the row has 'history', message 2 has 'images'" in text
     assert "+data.format.ignore=[history,images]" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_on_turn", False), ("masked", True), ("loss_mask", 0), ("ignore", True), ("skip", True), ("exclude", True)],
+)
+def test_a_turn_that_other_programs_would_not_train_is_refused(key, value):
+    assert f"message 2 has '{key}'" in refused({"messages": [QUESTION, {**ANSWER, key: value}]})
 
 
 @pytest.mark.parametrize(

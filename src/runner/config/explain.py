@@ -112,7 +112,7 @@ def _choice_faults(hydra: Hydra, override: Any) -> Iterator[Fault]:
 
 def no_option(group: str, chosen: str, options: Sequence[str]) -> Fault:
     """The fault for an option that a group does not have, with what to write instead or the nearest that exists."""
-    if hint := words.option_hint(group, chosen):
+    if hint := words.option_hint(group, chosen, options):
         return Fault(group, "no such option", hint, chosen)
     problem = f"no such option. {suggest(chosen, options)}".strip(" .")
     return Fault(group, problem, f"options here: {', '.join(options)}", chosen)

@@ -6,11 +6,14 @@ or an option here is never looked up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 DTYPE = "set model.dtype=bfloat16 or model.dtype=float32; auto takes what the hardware is fast in"
 EXTRA = "sbatch options without a key of their own: +launcher.additional_parameters.{word}=…"
 SCHEDULE = "choose it with schedule=cosine, schedule=linear, schedule=constant or schedule=wsd"
 MODEL = "set model=local model.path=FOLDER (or a Hub id)"
-OWN_TASK = "there are task=sft and task=pretrain; a loss of your own is a function: code=FILE.py task=NAME"
+OWN_TASK = "choose it with task=… (--help lists them); a loss of your own is a function: code=FILE.py task=NAME"
+NO_TASK = "options here: {options}; a loss of your own is a function: code=FILE.py task=NAME"
 MEMORY = "choose train.memory=min (computes layers again) or train.memory=balanced (less of them)"
 PEFT = "write lora=peft lora.method={word}"
 TORCH = "write optim=torch optim.name={word}"
@@ -103,7 +106,7 @@ SENTENCES = {
 """A word of another program → what to do instead, where no single key has its meaning."""
 
 OPTIONS = {
-    **{f"task={name}": OWN_TASK for name in ("ppo", "reward", "rm", "classify")},
+    **{f"task={name}": NO_TASK for name in ("ppo", "reward", "rm", "classify")},
     "task=pt": "write task=pretrain", "task=clm": "write task=pretrain", "task=chat": "write task=sft",
     **{f"optim={name.lower()}": TORCH.format(word=name)
        for name in ("SGD", "Adam", "Adagrad", "Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")},
@@ -140,6 +143,6 @@ def hint(word: str) -> str:
     return f"did you mean {KEYS[word]}?" if word in KEYS else SENTENCES.get(word, "")
 
 
-def option_hint(group: str, option: str) -> str:
+def option_hint(group: str, option: str, options: Sequence[str]) -> str:
     """What to write here instead of ``group=option``; an empty string if no other program has it."""
-    return OPTIONS.get(f"{group}={option.lower()}", "")
+    return OPTIONS.get(f"{group}={option.lower()}", "").replace("{options}", ", ".join(options))

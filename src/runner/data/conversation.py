@@ -37,8 +37,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALLS = ("tools", "functions", "tool_calls", "function_call")
 TURN_KEYS = ("tool_calls", "function_call", *REASONING, *TRAIN_KEYS, "name", "tool_call_id")
 """Keys of a turn that are honoured beside its role and content."""
-TURN_WORDS = (*_CALLS, *REASONING, *_MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable", "loss_mask",
-              "mask", "refusal", "tool_plan")  # fmt: skip
+TURN_WORDS = (*_CALLS, *REASONING, *_MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable",
+              "train_on_turn", "mask", "ignore", "ignored", "skip", "exclude", "refusal", "tool_plan")  # fmt: skip
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "loss_mask")
 OPTIONS = ("tools", "chat_template_kwargs")
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -56,7 +56,7 @@ VERDICTS = ("label", "kto_tag")
 """Whether the answer of a row is a good one."""
 SYSTEM = ("system", "system_prompt", "system_message")
 ROW_WORDS = (*_CALLS, *REASONING, *_MEDIA, *WEIGHTS, *VERDICTS, *SYSTEM, "history", "chat_template_kwargs",
-             "enable_thinking")  # fmt: skip
+             "enable_thinking", "mask")  # fmt: skip
 
 
 def read(turns: Sequence[Row], role: str, content: str, ignore: Collection[str] = ()) -> list[Message]:
@@ -338,11 +338,13 @@ def _unused(
 
 @functools.lru_cache(1024)
 def _meaning(key: str, words: tuple[str, ...]) -> str:
-    """The word of ``words`` that this key means or misspells; an empty string if it means none of them."""
+    """The word of ``words`` that this key means or misspells, or itself; an empty string if it means none of them."""
     plain = re.sub(r"[^a-z]", "", key.lower())
     known = {word.replace("_", ""): word for word in words}
     if plain in known:
         return known[plain]
+    if "mask" in plain and "mask" in known:  # completion_mask, assistant_masks, masked
+        return key
     # Same letters in another order, or one letter more or less; the first letter counts: "height" is no "weight".
     near = (word for word in known if word[:1] == plain[:1] and len(plain) >= 4 and _differs_little(plain, word))
     return known.get(next(near, ""), "")

@@ -74,7 +74,7 @@ def _find(key: str, path: str, location: Path) -> list[Path]:
         raise DataError(Fault(key, f"no such file or folder. {near}".strip(), remedy, path))
     elif location.suffix.lower() not in EXTENSIONS:
         near = suggest(location.suffix.lower(), EXTENSIONS)
-        problem = f"unsupported file type. {near} supported: {', '.join(EXTENSIONS)}"
+        problem = " ".join(filter(None, ("unsupported file type.", near, f"supported: {', '.join(EXTENSIONS)}")))
         raise DataError(Fault(key, problem, "convert or rename the file", path))
     else:
         files = [location]
