@@ -23,8 +23,9 @@ FREE = 2**40
 
 
 @pytest.fixture(autouse=True)
-def no_rehearsal(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose decoder layers are not found, on a device with much memory."""
+def no_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose decoder layers are not found, on a device with much memory; no step was simulated before."""
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
     monkeypatch.setattr(compilation, "layers_of", lambda _: [])
     monkeypatch.setattr(usage, "of_device", lambda *_: (FREE, FREE))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from runner.models.dtypes import dtype_for
 from runner.models.kernels import compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
 from runner.train import optim, throughput
-from runner.train.memory import optimizer_state, peak, usage
+from runner.train.memory import optimizer_state, peak, rehearsals, usage
 from runner.train.memory.peak import Expected
 
 if TYPE_CHECKING:
@@ -114,18 +115,23 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
         lora_linear.fuse(small)
         return small
 
+    step: dict[str, Any] = {
+        "shape": batches.largest,
+        "by_document": by_document,
+        "kept": inputs.settings.memory,
+        "autocast": autocast,
+        "device": inputs.device,
+        "accumulates": batches.per_step > batches.per_micro_batch,
+        "head_in_loss": options.parallel.kind != "fsdp",
+    }
+    source = inputs.source
+    config = str(model.config.to_dict())
+    layers = {**options.layers, "config": config, "dtype": source.dtype, "attention": source.attention}
+    rehearse = partial(peak.rehearsed, make, peak.depth(model.config), **step)
+    if not source.trust_remote_code:  # the key does not contain the code of the model's folder
+        rehearse = partial(rehearsals.remembered, {**layers, **step}, rehearse)
     try:
-        activations = peak.rehearsed(
-            make,
-            peak.depth(model.config),
-            batches.largest,
-            by_document=by_document,
-            kept=inputs.settings.memory,
-            autocast=autocast,
-            device=inputs.device,
-            accumulates=batches.per_step > batches.per_micro_batch,
-            head_in_loss=options.parallel.kind != "fsdp",
-        )
+        activations = rehearse()
         positions = boundaries.DENSITY * batches.largest.tokens if by_document else 0
         return activations + varlen_attention.workspace_bytes(model.config, positions, inputs.device), ""
     except Exception as error:

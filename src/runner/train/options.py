@@ -106,6 +106,12 @@ class Options:
         return {"format": self._data_nodes[1], "task": self._cfg["task"], **code}
 
     @cached_property
+    def layers(self) -> dict[str, Any]:
+        """What determines the layers of the model, beside its own configuration."""
+        nodes = start.without_place({name: self._cfg.get(name) for name in ("quant", "lora", "code")})
+        return dict(user_code.detached(nodes))
+
+    @cached_property
     def start(self) -> dict[str, Any]:
         """What determines the weights before the first step."""
         nodes = start.without_place({name: self._cfg.get(name) for name in ("model", "quant", "lora", "seed", "code")})
