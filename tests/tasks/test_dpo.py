@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,10 @@ def example(question: str, chosen: str, rejected: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
+    return written(tmp_path_factory.mktemp("model"))
+
+
+def written(folder: Path) -> Path:
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     tiny.write(folder, seed=0, **shape, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)
     return folder
@@ -55,6 +60,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
+    return policy_and_reference(folder)
+
+
+def policy_and_reference(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
     """(policy, reference, tokenizer): the policy has noise on its weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,8 +91,8 @@ def features_of_trl(row: tuple[str, str, str], tokenizer: Any) -> list[dict[str,
     ]
 
 
-def batches(tokenizer: Any, *, packing: bool, at_once: int, end_to_end: bool = False) -> Batches:
-    features = [each for row in QUESTIONS for each in features_of_trl(row, tokenizer)]
+def batches(tokenizer: Any, *, packing: bool, at_once: int, end_to_end: bool = False, features: Any = None) -> Batches:
+    features = features or [each for row in QUESTIONS for each in features_of_trl(row, tokenizer)]
     offsets = np.cumsum([0, *(len(each["input_ids"]) for each in features)])
     ids, labels = (np.concatenate([each[key] for each in features]) for key in ("input_ids", "labels"))
     packs = pack_units(np.diff(offsets), 2, 512) if packing else one_by_one(len(features), 2)
@@ -209,9 +218,11 @@ def test_a_run_starts_at_its_reference_and_the_reference_is_computed_once(
         assert worker.work(rundir) == 0
         losses[name] = [record for record in metrics_log.read(rundir) if "eval/loss" in record]
         if name == "a":
-            assert sum(passes) == 16 + 4, "each pair that is visited, once"
+            assert sum(passes) == 16 + 4 + 1, (
+                "each pair that is visited, once, and one to prove that training begins there"
+            )
             passes.clear()
-    assert sum(passes) == 2, "the second run compares one pair of each split with the cache"
+    assert sum(passes) == 2 + 1, "the second run compares one pair of each split with the cache"
     first = losses["a"][0]
     assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["eval/rewards/margins"] == pytest.approx(0.0, abs=1e-5)
@@ -254,3 +265,106 @@ def test_a_cache_that_does_not_match_is_not_used(tmp_path: Path, monkeypatch: py
     first, again = ([r["eval/loss"] for r in metrics_log.read(prepared_run) if "eval/loss" in r]
                     for prepared_run in (rundir, type(rundir)(tmp_path / "a")))  # fmt: skip
     assert first == again
+
+
+def test_label_smoothing_and_the_cross_entropy_of_the_chosen_answers(models: Any) -> None:
+    """cDPO by its formula, which TRL no longer has, and TRL's loss ``sft``, which is added with its weight."""
+    policy, original, tokenizer = models
+    given = batches(tokenizer, packing=False, at_once=4)
+    assert step(policy, original, task_of(label_smoothing=0.1), given)[1] == pytest.approx(0.751232, rel=2e-6)
+    _, loss, _ = step(policy, original, task_of(sft_weight=0.5), given)
+    assert loss == pytest.approx(0.764988 + 0.5 * 5.584975, rel=2e-6)
+
+
+def test_the_losses_without_a_reference_are_those_of_trl(models: Any) -> None:
+    """CPOTrainer and ORPOTrainer of TRL 1.16 append another end token; ORPO's NLL runs over the prompt, too."""
+    policy, original, tokenizer = models
+    end = tokenizer.eos_token_id
+    features = [
+        {"input_ids": [*each["input_ids"], end], "labels": [*each["labels"], end]}
+        for row in QUESTIONS
+        for each in features_of_trl(row, tokenizer)
+    ]
+    given = batches(tokenizer, packing=False, at_once=4, features=features)
+
+    def loss_of(loss_type: str, **changes: Any) -> float:
+        return step(policy, original, task_of(loss_type, **changes), given)[1]
+
+    assert loss_of("cpo", sft_weight=1.0) == pytest.approx(8.986400, rel=2e-6)
+    assert loss_of("simpo", beta=2.0, gamma=0.5) == pytest.approx(1.023472, rel=2e-6)
+    everything = [{**each, "labels": each["input_ids"]} for each in features]
+    nll = step(policy, original, task_of("cpo", sft_weight=1.0), batches(tokenizer, packing=False, at_once=4,
+                                                                         features=everything))  # fmt: skip
+    assert loss_of("orpo") + nll[0]["nll"] == pytest.approx(5.667700, rel=2e-5)
+
+
+def test_dropout_with_a_reference_is_refused(tmp_path: Path, folder: Path, cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lora.lora_dropout=0.1: task=dpo compares the model with its own start"):
+        composed("task=dpo", "data=chitchat_pairs", "lora.lora_dropout=0.1")
+    composed("task=simpo", "data=chitchat_pairs", "lora.lora_dropout=0.1")
+    model = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    words = [word for word in RUN if not word.startswith("model=")]
+    rundir = prepared(tmp_path / "run", *words, "model=local", f"model.path={model}", "model.attention=eager")
+    assert worker.work(rundir) == 2
+    assert not rundir.manifest.exists()
+
+
+def test_sides_emptied_by_max_length_are_dropped_and_counted(tmp_path: Path, cache: Path) -> None:
+    long = "word " * 60
+    rows = [{"prompt": f"{n}?", "chosen": f"{n}!", "rejected": "no"} for n in range(12)]
+    rows += [{"prompt": f"{long}{n}", "chosen": "a", "rejected": "b"} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("data=local", f"data.path={tmp_path / 'rows.jsonl'}", "data/format=preference", "data.eval_fraction=0.2")
+    words = [word for word in RUN if not word.startswith("data")]
+    rundir = prepared(tmp_path / "run", *words, *data, "data.max_length=64", "train.max_steps=1")
+    assert worker.work(rundir) == 0
+    report = rundir.read_manifest()["data"]["report"]
+    assert report["masked_out"] == 3
+    assert report["train_rows"] + report["eval_rows"] == 2 * 12
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
+    assert worker.work(prepared(tmp_path / "equal", *words, *data)) == 2
+
+
+def test_in_4_bits_any_cut_gives_the_same_losses(tmp_path: Path, cache: Path) -> None:
+    losses = []
+    for rows in (1, 4):
+        rundir = prepared(tmp_path / str(rows), *RUN, "quant=4bit", "train.max_steps=2",
+                          f"train.micro_batch_size={rows}")  # fmt: skip
+        assert worker.work(rundir) == 0
+        records = metrics_log.read(rundir)
+        losses.append([r.get("train/loss", r.get("eval/loss")) for r in records])
+    assert losses[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_plain_peft_measures_the_loss_that_the_run_reports(tmp_path: Path, cache: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from runner.train import inputs
+    from runner.train.options import Options
+
+    rundir = prepared(tmp_path / "run", *RUN, "optim.learning_rate=1e-2")
+    assert worker.work(rundir) == 0
+    reported = [r["eval/loss"] for r in metrics_log.read(rundir) if "eval/loss" in r][-1]
+    held_out = inputs.inputs(Options.of(rundir)).splits.eval
+    base = AutoModelForCausalLM.from_pretrained(rundir.read_manifest()["model"]["path"], dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(rundir.model)).eval()
+
+    def sums() -> torch.Tensor:
+        found = []
+        for number in range(len(held_out)):
+            ids, labels = (torch.from_numpy(np.array(column)).long() for column in held_out[number][:2])
+            with torch.no_grad():
+                steps = log_softmax(model(ids[None]).logits[0, :-1], -1).gather(-1, ids[1:, None])[:, 0]
+            found.append(steps[labels[1:] != -100].sum())
+        return torch.stack(found)
+
+    policy = sums()
+    with model.disable_adapter():
+        ratios = (policy - sums()).reshape(-1, 2)
+    loss = -torch.nn.functional.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])).mean()
+    assert abs(reported - math.log(2)) > 1e-3
+    assert float(loss) == pytest.approx(reported, abs=1e-5)

@@ -7,7 +7,6 @@ numbers of tokens n_w and n_l, and the same sums r_w, r_l under the reference: t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from runner.config.schema import Fraction, NotNegative, Positive
-from runner.data.examples import Example, Features, misfit, options
-from runner.data.packing import answer_start
-from runner.errors import DataError, Fault
+from runner.errors import Fault
 from runner.tasks import logprobs
+from runner.tasks.pairs import Pairs, encode, prompt
 from runner.tasks.task import Task
 
 LossType = Literal[
@@ -89,27 +87,6 @@ def check_dpo(*, loss_type: str, label_smoothing: float, gamma: float, **_: obje
         yield Fault("gamma", f"has no effect with loss_type={loss_type}", "set task.gamma=0, or task=simpo", gamma)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Summed log-probabilities (s), those of the reference (r) and token counts (n) of each pair, (pairs,) float32.
-
-    ``w``: the chosen (winning) answer, ``l``: the rejected (losing) one.
-    """
-
-    s_w: Tensor
-    s_l: Tensor
-    r_w: Tensor
-    r_l: Tensor
-    n_w: Tensor
-    n_l: Tensor
-
-    @classmethod
-    def of(cls, sums: Tensor, tokens: Tensor, reference: Tensor) -> Pairs:
-        """From numbers of documents (2 * pairs,): chosen, rejected, chosen, …"""
-        (s_w, s_l), (r_w, r_l), (n_w, n_l) = ((each[0::2], each[1::2]) for each in (sums, reference, tokens))
-        return cls(s_w, s_l, r_w, r_l, n_w, n_l)
-
-
 def pair_loss(p: Pairs, loss_type: LossType, beta: float, label_smoothing: float, gamma: float) -> Tensor:
     """The loss of each pair (pairs,), without the cross entropy of the chosen answer."""
     w, l = p.s_w - p.r_w, p.s_l - p.r_l  # noqa: E741
@@ -163,31 +140,3 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
         "rewards/margins": of_pairs["rewards/chosen"] - of_pairs["rewards/rejected"],
         "nll": -sums["logps/chosen"] / tokens,
     }
-
-
-def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
-    """The conversation with the chosen answer, and with the rejected one; only the last answer has labels."""
-    from runner.data import chat_template
-
-    if not isinstance(example, dict) or not {"chosen", "rejected"} <= example.keys():
-        raise misfit(example, "pairs (data/format=preference: {prompt, chosen, rejected})")
-    more = options(example)
-    pair = [
-        chat_template.encode([*example["prompt"], example[side]], tokenizer, "last", options=more)
-        for side in ("chosen", "rejected")
-    ]
-    if pair[0]["input_ids"] == pair[1]["input_ids"]:
-        raise DataError(Fault("", "the chosen and the rejected answer have the same tokens", "leave the row out"))
-    prompts = [feature["input_ids"][: answer_start(feature["labels"])] for feature in pair]
-    if prompts[0] != prompts[1]:
-        problem = "the chat template renders the prompt differently for the two answers"
-        raise DataError(Fault("", problem, "leave the row out, or use another model.chat_template"))
-    return pair if all(answer_start(feature["labels"]) < max_length for feature in pair) else []
-
-
-def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:
-    """The rendered prompt and the chosen answer."""
-    from runner.data import chat_template
-
-    assert isinstance(example, dict)
-    return chat_template.prompt(list(example["prompt"]), tokenizer, options(example)), str(example["chosen"]["content"])

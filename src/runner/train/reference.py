@@ -8,6 +8,7 @@ are cached, and shared by all runs that start from the same weights and data, su
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ import torch
 
 from runner.data.batches import Batches
 from runner.data.packing import Rows
+from runner.errors import ConfigError, Fault
 from runner.files import cache_dir, locked, write_atomic
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
@@ -29,6 +31,10 @@ from runner.train.loop import Parts
 
 CODE_VERSION = 1
 """Part of the cache key. Increase it when a code change alters the numbers."""
+PROOF = 1e-3
+"""Relative difference between the first batch while training and its reference above which training is refused."""
+ROUNDING = 1e-6
+"""The same for a model with dropout, whose random numbers change little in a small model."""
 TOLERANCE = 1e-2
 """Relative difference between cached numbers and those of the model at hand above which the cache is not used."""
 
@@ -51,6 +57,7 @@ def compute(parts: Parts, identity: Mapping[str, Any], progress: Progress) -> No
     start = Start(parts.model, parts.task.reference, parts.wrapped, parts.ranks, identity)
     give(parts.batches, parts.batches.visited(parts.total_steps), start, progress)
     give(parts.evaluation, parts.evaluation.pass_packs, start, progress)
+    _prove(parts.batches, start)
 
 
 @dataclass(frozen=True)
@@ -65,18 +72,57 @@ class Start:
 
 
 def give(batches: Batches, packs: list[int], start: Start, progress: Progress) -> None:
-    """Give the rows of these packs their numbers: from the cache, or from the model."""
+    """Give the rows of these packs their numbers: from the cache, or from the model.
+
+    Of several runs that need the same numbers at the same time, one computes them and the others wait for it.
+    """
     path = cache_dir("reference") / f"{_key(start, batches.rows)}.npy"
+    with locked(path.with_suffix(".computing")) if start.ranks.rank == 0 else contextlib.nullcontext():
+        start.ranks.broadcast(None)  # the other ranks wait for rank 0, which has the lock
+        _fill(batches, packs, start, path, progress)
+
+
+def _fill(batches: Batches, packs: list[int], start: Start, path: Path, progress: Progress) -> None:
     numbers = _read(path, len(batches.rows))
     missing = [pack for pack in packs if np.isnan(numbers[batches.rows_of(pack)]).any()]
     known = sorted(set(packs) - set(missing))[:1]
     if not all(start.ranks.gather(all(_agrees(start, batches, pack, numbers) for pack in known))):
         log.warning(f"the cached reference {path.name} does not match the model: computing it again")
         numbers[:], missing = np.nan, packs
+    if start.ranks.rank == 0:
+        log.info(f"reference: {len(packs) - len(missing)} of {len(packs)} from the cache, {len(missing)} to compute")
     _compute(start, batches, missing, numbers, progress)
     if missing:
         _merge(path, numbers)
     _give(batches, numbers)
+    start.ranks.broadcast(None)  # rank 0 keeps the lock until every rank has written
+
+
+def _prove(batches: Batches, start: Start) -> None:
+    """Check that training begins at the reference: the loss of DPO is then ln 2.
+
+    Raises:
+        ConfigError: the model gives other numbers in training mode; names its dropout.
+    """
+    rows, values = _of(start, batches, batches.visited(1)[:1], True)
+    expected, dropout = batches.rows.values["reference"][rows], ", ".join(_dropout_of(start.model))
+    allowed = ROUNDING if dropout else PROOF
+    if all(start.ranks.gather(bool(np.allclose(expected, values, rtol=allowed, atol=allowed)))):
+        return
+    difference = float(np.abs(expected - values).max(initial=0.0))
+    problem = f"the model in training differs from its reference before the first step (by {difference:.3g} nats)"
+    cause = dropout or "no dropout was found; its layers compute otherwise in training"
+    raise ConfigError(Fault("model", f"{problem}: {cause}", "set the dropout in its config.json to 0"))
+
+
+def _dropout_of(model: torch.nn.Module) -> list[str]:
+    """Each kind of active dropout: ``attention_dropout=0.1``."""
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p:
+            found[path.rpartition(".")[2]] = module.p
+        found |= {key: value for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)}
+    return sorted(f"{key}={value:g}" for key, value in found.items() if value)
 
 
 def _compute(start: Start, batches: Batches, packs: list[int], numbers: np.ndarray, progress: Progress) -> None:
@@ -92,9 +138,9 @@ def _compute(start: Start, batches: Batches, packs: list[int], numbers: np.ndarr
 
 
 @torch.no_grad()
-def _of(start: Start, batches: Batches, packs: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(rows of these packs, their numbers)."""
-    start.model.eval()
+def _of(start: Start, batches: Batches, packs: list[int], training: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of these packs, their numbers); ``training``: computed as in training, with dropout if there is any."""
+    start.model.train(training)
     with start.wrapped.autocasting():
         values = start.numbers(start.model, start.wrapped.on_device(batches.of(packs)))
     rows = np.concatenate([batches.rows_of(pack) for pack in packs]) if packs else np.array([], dtype=np.int64)
