@@ -44,7 +44,9 @@ def test_a_sweep_computes_the_reference_once_and_is_ranked_by_its_accuracy(tmp_p
     key = "eval/rewards/accuracies"
     table = runner("compare", "losses", "--sort", key, "--json", folder=tmp_path)
     assert table.returncode == 0, table.stderr
-    values = [run["metrics"][key] for run in json.loads(table.stdout)["runs"]]
+    board = json.loads(table.stdout)
+    values = [run[key] for run in board["runs"]]
+    assert board["larger_is_better"]
     assert values == sorted(values, reverse=True)
     assert len(values) == 4
 
