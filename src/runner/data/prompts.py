@@ -10,6 +10,8 @@ from runner.data.conversation import Row
 from runner.data.examples import Example
 from runner.errors import DataError, Fault
 
+TASK = "grpo"
+"""The task that these rows fit."""
 UNUSED = ("tools", "functions", "chat_template_kwargs", *conversation.SYSTEM)
 """Columns that would change the prompt."""
 
