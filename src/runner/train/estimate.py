@@ -126,7 +126,8 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
     }
     source = inputs.source
     config = str(model.config.to_dict())
-    layers = {**options.layers, "config": config, "dtype": source.dtype, "attention": source.attention}
+    dtype = dtype_for(source.dtype, inputs.device)
+    layers = {**options.layers, "config": config, "dtype": dtype, "attention": source.attention}
     rehearse = partial(peak.rehearsed, make, peak.depth(model.config), **step)
     if not source.trust_remote_code:  # the key does not contain the code of the model's folder
         rehearse = partial(rehearsals.remembered, {**layers, **step}, rehearse)
