@@ -147,10 +147,10 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 def slurm(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A Slurm that answers, and a folder to work in; nothing submitted there outlives the test."""
     from runner.errors import LaunchError
-    from runner.tracking import slurm_client
+    from runner.tracking import slurm_commands
 
     try:
-        slurm_client.refuse_unreachable()
+        slurm_commands.refuse_unreachable()
     except LaunchError as error:
         pytest.skip(f"no Slurm answers here, scripts/slurm-lab/up makes one ({error.faults[0].problem})")
     monkeypatch.chdir(tmp_path)

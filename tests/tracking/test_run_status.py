@@ -12,7 +12,7 @@ from fixtures.run_folders import _in_a_new_folder, played, submitted
 
 from runner.errors import Fault, LaunchError
 from runner.files import write_atomic
-from runner.tracking import run_status, slurm_client
+from runner.tracking import run_status, slurm_client, slurm_commands
 from runner.tracking.rundir import DIED
 
 
@@ -30,7 +30,7 @@ def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
 ):
     rundir = played("run", "killed", slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm", "submitted": 1.0})
     rundir.write_state(reason=DIED, attempt=1)
-    monkeypatch.setattr(slurm_client, "silence", lambda: "")
+    monkeypatch.setattr(slurm_commands, "silence", lambda: "")
     monkeypatch.setattr(slurm_client, "jobs", lambda refs: dict.fromkeys(refs, job))
     [found] = run_status.of([rundir])
     assert (found.status, found.reason) == (status, reason)
@@ -40,7 +40,7 @@ def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
 def test_a_job_that_nobody_noted_is_known_by_what_its_worker_wrote(monkeypatch: pytest.MonkeyPatch):
     rundir = played("run", "running")
     rundir.write_state(host="n7", scheduler_id="7")
-    monkeypatch.setattr(slurm_client, "silence", lambda: "")
+    monkeypatch.setattr(slurm_commands, "silence", lambda: "")
     monkeypatch.setattr(slurm_client, "jobs", lambda refs: {ref: slurm_client.Job(ref.id, "RUNNING") for ref in refs})
     assert run_status.of([rundir])[0].status == "running"
 
@@ -56,7 +56,7 @@ def test_slurm_that_answers_a_ping_alone_is_asked_once(
 
     for attribute in ("named", "jobs"):
         monkeypatch.setattr(slurm_client, attribute, hang)
-    monkeypatch.setattr(slurm_client, "silence", lambda: "")
+    monkeypatch.setattr(slurm_commands, "silence", lambda: "")
     rundirs = [played(name, "pending") for name in ("a", "b")]
     for rundir in rundirs:
         note = {"name": rundir.path.name, "job_id": None, "cluster": "slurm", "folders": [str(rundir.path)]}

@@ -14,7 +14,7 @@ from submitit.local.local import start_controller
 
 from runner.cli import cancel
 from runner.launch.slurm import submission
-from runner.tracking import run_status, slurm_client, slurm_jobs
+from runner.tracking import run_status, slurm_client, slurm_commands, slurm_jobs
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import JobRef
 from runner.tracking.sweepdir import slurm_room
@@ -128,7 +128,7 @@ def test_the_environment_of_slurms_commands_is_our_own(monkeypatch: pytest.Monke
     for name, value in {**HOSTILE, "SLURM_JOB_ID": "7", "RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_CONF", "/there")
-    environment = slurm_client.environment()
+    environment = slurm_commands.environment()
     assert not {*HOSTILE, "SLURM_JOB_ID", "RANK"} & set(environment)
     assert (environment["SLURM_CONF"], environment["PATH"]) == ("/there", os.environ["PATH"])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import RunnerError
-from runner.tracking import lookup, slurm_client
+from runner.tracking import lookup, slurm_client, slurm_commands
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import Job, JobRef
 from runner.tracking.sweepdir import home_of, slurm_room
@@ -90,7 +90,7 @@ class Queue:
 
     @functools.cached_property
     def _answers(self) -> bool:
-        if problem := slurm_client.silence():
+        if problem := slurm_commands.silence():
             self._is_silent(problem)
         return not problem
 

@@ -15,7 +15,7 @@ from submitit.local.local import start_controller
 
 from runner.errors import LaunchError
 from runner.launch.slurm import monitor, submission
-from runner.tracking import slurm_client
+from runner.tracking import slurm_client, slurm_commands
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import Job
 from runner.tracking.sweepdir import SweepDir, slurm_room
@@ -71,7 +71,7 @@ def test_a_search_does_not_follow_a_job_that_it_did_not_submit(tmp_path: Path, m
     rundir.update_manifest(slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm"})
     rundir.write_state(status="failed")
     monkeypatch.setattr(slurm_client, "jobs", lambda refs: {ref: Job(ref.id, "COMPLETING") for ref in refs})
-    monkeypatch.setattr(slurm_client, "settings", lambda *_: {})
+    monkeypatch.setattr(slurm_commands, "settings", lambda *_: {})
     monkeypatch.setattr(submission, "LONGEST_LEAVE_S", -1.0)
     source = One(rundir)
     with pytest.raises(LaunchError, match="launcher=run: not submitted: the run's earlier job has not left its nodes"):

@@ -17,7 +17,7 @@ from runner.errors import Fault, LaunchError
 from runner.launch.launcher import Source
 from runner.launch.slurm import monitor, script, submit
 from runner.launch.slurm.request import SlurmRequest
-from runner.tracking import slurm_client
+from runner.tracking import slurm_commands
 from runner.tracking.mirror import behind, spawn
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir, slurm_room
@@ -62,7 +62,7 @@ class Slurm:
             LaunchError: Slurm is not reachable or refuses the request; contains Slurm's reason.
         """
         if self.request.cluster == "slurm":
-            slurm_client.refuse_unreachable()
+            slurm_commands.refuse_unreachable()
             script.refuse(self.request)
 
     def plan(self, runs: int) -> str:

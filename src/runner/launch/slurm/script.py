@@ -16,7 +16,7 @@ from typing import Any
 from runner.errors import Fault, LaunchError, suggest
 from runner.launch.slurm import snapshot
 from runner.launch.slurm.request import SlurmRequest
-from runner.tracking import slurm_client
+from runner.tracking import slurm_commands
 from runner.train.memory import heap
 
 REASONS = (
@@ -133,7 +133,7 @@ def environment(request: SlurmRequest) -> Iterator[None]:
 
     It is that of all Slurm commands, and the user's SBATCH_ defaults that do not override the script.
     """
-    kept = set(slurm_client.environment())
+    kept = set(slurm_commands.environment())
     if "SLURM_JOB_ID" not in os.environ:  # else they may be those of the job this process runs in
         kept |= {name for name in os.environ if name.startswith("SBATCH_")} - _overriding(request)
     removed = {name: os.environ.pop(name) for name in set(os.environ) - kept}
@@ -201,7 +201,7 @@ def _refusal(request: SlurmRequest) -> str:
 
 def _remedy(request: SlurmRequest, key: str) -> str:
     if key == "partition":
-        names = slurm_client.partitions()
+        names = slurm_commands.partitions()
         return f"{suggest(str(request.partition), names)} partitions: {', '.join(names)}".strip()
     if key == "timeout_min":
         return f"request less; time limit of each partition: {_each('%R %l', request)}"
@@ -221,4 +221,4 @@ def _remedy(request: SlurmRequest, key: str) -> str:
 
 
 def _each(format: str, request: SlurmRequest) -> str:
-    return ", ".join(slurm_client.sinfo(format, request.partition))
+    return ", ".join(slurm_commands.sinfo(format, request.partition))

@@ -18,7 +18,7 @@ from runner.files import locked
 from runner.launch.slurm import entry, script, snapshot, submission
 from runner.launch.slurm.request import SlurmRequest
 from runner.launch.slurm.submission import Submission
-from runner.tracking import slurm_client
+from runner.tracking import slurm_client, slurm_commands
 from runner.tracking.rundir import DONE, RunDir, State
 from runner.tracking.sweepdir import SweepDir, slurm_room
 
@@ -190,7 +190,7 @@ def print_next_command(home: Path) -> None:
 
 def longest_array(request: SlurmRequest) -> int:
     """Largest number of runs in one submission."""
-    return int(slurm_client.settings("MaxArraySize").get("MaxArraySize", 1001)) if request.cluster == "slurm" else 1
+    return int(slurm_commands.settings("MaxArraySize").get("MaxArraySize", 1001)) if request.cluster == "slurm" else 1
 
 
 def _by_code(request: SlurmRequest, home: Path, rundirs: list[RunDir]) -> Iterator[tuple[list[RunDir], Path | None]]:

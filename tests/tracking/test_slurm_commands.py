@@ -14,7 +14,7 @@ from conftest import TINY, prepared
 from fixtures.slurm_runs import SHORT, runner
 from fixtures.slurm_stubs import refused
 
-from runner.tracking import slurm_client
+from runner.tracking import slurm_commands
 
 # A controller that is down
 
@@ -59,8 +59,8 @@ def test_a_controller_that_is_down_is_told_in_its_own_words_and_soon(
     assert "contact the administrators of the cluster" in said
     with monkeypatch.context() as patched:
         patched.setenv("SLURM_CONF", silent)
-        patched.setattr(slurm_client, "LONGEST_PING_S", 0.0)
-        assert slurm_client.silence() == "no answer within 0 s"
+        patched.setattr(slurm_commands, "LONGEST_PING_S", 0.0)
+        assert slurm_commands.silence() == "no answer within 0 s"
 
 
 @pytest.mark.slurm
