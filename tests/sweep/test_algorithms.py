@@ -8,7 +8,7 @@ import pytest
 from fixtures.searches import RATES, WORDS, runner
 
 from runner.cli import main
-from runner.sweep import algorithms, search
+from runner.sweep import algorithms, trials
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 
@@ -70,7 +70,7 @@ def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path, 
     elsewhere = algorithms.ON_CPU if set(algorithms.ON_CUDA) <= logged else algorithms.ON_CUDA
     allowed = {*algorithms.OF_ALL, *algorithms.OF_TASK[task[0].removeprefix("task=")]}
     assert logged == allowed - {*elsewhere, "training seconds"}
-    assert {metric for metric in allowed if search.value_of(rundir, metric) is None} == set(elsewhere)
+    assert {metric for metric in allowed if trials.value_of(rundir, metric) is None} == set(elsewhere)
 
 
 def test_a_task_of_your_own_may_log_any_evaluation_metric():

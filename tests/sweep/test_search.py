@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from runner.errors import ConfigError, Fault
 from runner.launch import prepare
-from runner.sweep import search, session, space
+from runner.sweep import search, session, space, trials
 from runner.tracking import machine, metrics_log
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
@@ -317,5 +317,5 @@ def test_only_one_process_proposes(tmp_path: Path, cache: Path):
 def test_a_value_that_is_no_number_is_none(tmp_path: Path):
     rundir = RunDir(tmp_path)
     rundir.metrics.write_text(json.dumps({"step": 1, "eval/loss": float("nan")}) + "\n")
-    assert search.value_of(rundir, "eval/loss") is None
-    assert search.value_of(rundir, "eval/token_accuracy") is None
+    assert trials.value_of(rundir, "eval/loss") is None
+    assert trials.value_of(rundir, "eval/token_accuracy") is None
