@@ -99,12 +99,13 @@ def test_what_failed_and_is_submitted_again_waits(slurm: None):
     refused = runner(*words, "retry=true", PATH=f"{Path('bin').absolute()}:{os.environ['PATH']}")
     assert refused.returncode != 0
     assert {(run.read_state().status, run.read_state().reason) for run in rundirs} == {("failed", "not today")}
+    assert {run.info.status for run in mlflow_runs()} == {"FAILED"}
     again = runner(*words, "retry=true")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("queued") == 2
     assert "not today" not in again.stdout
     assert [rundir.read_state().status for rundir in rundirs] == ["pending"] * 2
-    assert sorted(run.info.status for run in mlflow_runs()) == ["FAILED", "FAILED", "RUNNING"], "until they start again"
+    assert sorted(run.info.status for run in mlflow_runs()) == ["RUNNING", "SCHEDULED", "SCHEDULED"]
 
 
 @pytest.mark.slurm

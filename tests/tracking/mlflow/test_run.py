@@ -213,6 +213,21 @@ def test_sync_closes_a_double_that_appears_later(tmp_path: Path, server: Server)
     assert client.get_run(run.info.run_id).info.status == "FINISHED"
 
 
+def test_a_run_that_waits_for_another_attempt_is_scheduled(outputs: Path) -> None:
+    """A failed job that was submitted again, and whose job has not started."""
+    rundir = finish(make_run(outputs), status="failed")
+    MlflowRun.of(rundir).update()
+    assert the_run(rundir).info.status == "FAILED"
+    rundir.write_state(status="pending", reason="")
+    (result,) = sync.sync([rundir.path])
+    assert (result.status, result.problem) == ("pending", "")
+    run = the_run(rundir)
+    assert (run.info.status, run.data.tags["runner.status"]) == ("SCHEDULED", "pending")
+    never_started = make_run(outputs, "other")
+    never_started.write_state(status="pending", attempt=0)
+    assert sync.sync([never_started.path])[0].problem == sync.UNBEGUN
+
+
 def test_a_damaged_folder_does_not_stop_the_sync_of_the_others(outputs: Path) -> None:
     state, manifest, sound = (finish(make_run(outputs, name)) for name in ("a", "b", "c"))
     state.state.write_text('{"status": "comp')

@@ -81,6 +81,7 @@ class Slurm:
         """Submit the runs that are not queued yet; with ``wait``, follow all of them until they end."""
 
         def open_in_mlflow() -> None:
+            _upload([rundir.path for rundir in rundirs if _is_again(rundir)], rundirs)
             if sweep:
                 spawn.open_in_mlflow(sweep)  # create the parent run before the first job starts
 
@@ -111,9 +112,19 @@ class Slurm:
 
 
 def _mark_refused(sweep: SweepDir | None, refused: list[RunDir]) -> None:
-    """Update the status in MLflow of runs of the sweep that were not submitted."""
-    if sweep and any(map(behind.is_wanted, refused)):
-        behind.tell([sweep.path])
+    """Update the status in MLflow of runs that were not submitted."""
+    _upload([sweep.path] if sweep else [rundir.path for rundir in refused if rundir.read_state().attempt], refused)
+
+
+def _is_again(rundir: RunDir) -> bool:
+    """Whether the run waits for another attempt: MLflow shows how the last one ended until the job starts."""
+    state = rundir.read_state()
+    return state.status == "pending" and state.attempt > 0
+
+
+def _upload(folders: list[Path], rundirs: list[RunDir]) -> None:
+    if folders and any(map(behind.is_wanted, rundirs)):
+        behind.tell(folders)
 
 
 def slurm(

@@ -146,7 +146,7 @@ def _upload(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResu
     """``silent``: URI of each store that does not answer → its error; extended here."""
     with only_one(rundir.mirror_lock, wait=False) as is_locked:
         state = rundir.read_state()
-        if not is_locked or state.status == "pending":
+        if not is_locked or (state.status == "pending" and not state.attempt):
             return SyncResult(rundir.path, state.status, 0, None, UNBEGUN if is_locked else MIRRORED)
         try:
             run = MlflowRun.of(rundir, uri)
