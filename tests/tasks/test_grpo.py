@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from conftest import composed, prepared
 from fixtures import two_models
+from fixtures.ranks_of_a_run import several, worked
 from fixtures.two_models import QUESTIONS
 
 from runner.cli import main
@@ -21,7 +24,7 @@ from runner.data.batches import Batch, Batches
 from runner.data.packing import IGNORED, Rows, Texts, one_by_one
 from runner.errors import ConfigError, DataError, Preempted
 from runner.signals import Stop
-from runner.tasks import grpo, sampling
+from runner.tasks import grpo, rollout, sampling
 from runner.tasks.rewards import Rewards
 from runner.tasks.task import Task
 from runner.tracking import metrics_log
@@ -87,6 +90,36 @@ def test_the_loss_is_that_of_trl_for_any_cut(models: Any, loss_type: str) -> Non
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
+def test_the_numbers_of_trl_are_those_of_the_installed_trl(models: Any, tmp_path: Path, loss_type: str) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    policy, _, tokenizer = models
+    prompt, answers, lengths = given_answers(tokenizer)
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path), loss_type=loss_type, num_generations=4, max_completion_length=16, beta=0.0,
+        per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
+        **({"epsilon_high": 5.0} if loss_type == "cispo" else {}),
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": question} for question, _, _ in QUESTIONS])
+    trainer = trl.GRPOTrainer(
+        model=two_models.load_one(policy), reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
+        train_dataset=rows, processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.model.eval()
+    trainer.current_gradient_accumulation_steps = 1
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    given = {
+        "prompt_ids": torch.tensor([prompt] * 4), "prompt_mask": torch.ones(4, len(prompt), dtype=torch.long),
+        "completion_ids": answers, "completion_mask": mask, "advantages": torch.tensor(ADVANTAGES),
+        "old_per_token_logps": torch.full((4, 9), OLD), "num_items_in_batch": mask.sum().float(),
+    }  # fmt: skip
+    with torch.no_grad():
+        assert float(trainer._compute_loss(trainer.model, given)) == pytest.approx(OF_TRL[loss_type], abs=2e-6)
+
+
 def log_probabilities(model: Any, tokenizer: Any, number: int, temperature: float = 1.0) -> torch.Tensor:
     prompt, answers, lengths = given_answers(tokenizer)
     answer = answers[number, : lengths[number]]
@@ -122,6 +155,17 @@ def test_log_probabilities_are_those_of_the_temperature(models: Any) -> None:
     _, metrics = loss_of(policy, task_of(temperature=0.7), [batch_of(tokenizer, [1, 2])])
     expected = torch.cat([log_probabilities(policy, tokenizer, number, 0.7) for number in (1, 2)])
     assert metrics["entropy"] == pytest.approx(-float(expected.mean()), rel=1e-5)
+
+
+def test_a_rank_without_answers_takes_part(models: Any) -> None:
+    """The last step of an epoch may leave a rank without prompts; its share of the loss is 0."""
+    policy, _, tokenizer = models
+    sums = task_of().loss(policy, batch_of(tokenizer, []))
+    assert [float(sums[name]) for name in ("loss", "tokens")] == [0.0, 0.0]
+    how = sampling.Sampling(4, 1.0, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    assert sampling.answers(policy, [], None, how) == []
+    rewards = Rewards(["runner.tasks.example_rewards:lowercase_share"], (), [1.0], 1.0)
+    assert rollout.Answers.of([], [], [], rewards, tokenizer, how).statistics(rewards, 4)["groups"] == 0
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -266,6 +310,7 @@ def test_any_cut_gives_the_same_run_and_the_reward_rises(tmp_path: Path, cache: 
     )
     assert all(0 < share < 1 for share in losses(whole, "train/prepare_fraction"))
     first, last = losses(whole, "eval/reward")
+    assert not losses(whole, "eval/reward_std"), "the answers of an evaluation are in no groups"
     assert losses(whole, "eval/loss") == [0.0 - first, -last]
     shown = json.loads((whole.rollouts / "step-000004.json").read_text())
     assert len(shown) == 3
@@ -287,6 +332,31 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, cache: Path) 
     assert worker.work(cut) == 0
     assert losses(whole) == losses(cut)
     assert len({run.read_manifest()["weights_sha256"] for run in (whole, cut)}) == 1
+
+
+@pytest.mark.slow
+def test_kill_9_and_two_processes_give_the_same_rollouts(tmp_path: Path, cache: Path) -> None:
+    keys = ("train.save_steps=1", "train.max_steps=6", "train.eval_steps=2")
+    whole, killed = (prepared(tmp_path / name, *RUN, *keys) for name in ("whole", "killed"))
+    two = prepared(tmp_path / "two", *RUN, *keys, "train.per_device_batch_size=2", *several("ddp"))
+    process = subprocess.Popen([sys.executable, "-m", "runner.worker", str(killed.path)])
+    while process.poll() is None and killed.saved_step() < 3:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert 3 <= killed.saved_step() < 6
+    for rundir in (whole, killed):
+        command = [sys.executable, "-m", "runner.worker", str(rundir.path)]
+        assert subprocess.run(command, check=False).returncode == 0
+    code, printed = worked(two)
+    assert code == 0, printed
+    names = ("train/loss", "train/reward", "train/completions/mean_length", "train/entropy", "eval/reward")
+    for name in names:
+        assert losses(whole, name) == losses(killed, name), name
+        assert losses(two, name) == pytest.approx(losses(whole, name), rel=1e-5, abs=1e-6), name
+    assert len({run.read_manifest()["weights_sha256"] for run in (whole, killed)}) == 1
+    shown = [(run.rollouts / "step-000004.json").read_text() for run in (whole, killed)]
+    assert shown[0] == shown[1]
 
 
 def test_plan_calls_the_functions_and_names_what_is_wrong(

@@ -54,7 +54,7 @@ class Rollout:
         written = self._written(upcoming)
         if not upcoming.trains:
             upcoming.show([sample for answers in written for sample in answers.samples(self.rewards)][:SHOWN])
-            return [{STATISTICS: answers.statistics(self)} for answers in written]
+            return [{STATISTICS: answers.statistics(self.rewards)} for answers in written]
         batches = [self._batch(upcoming, answers) for answers in written]
         shaping = Shaping(temperature=self.temperature)
         if self.needs_old or self.kl_in_reward:
@@ -88,7 +88,7 @@ class Rollout:
             labels = [IGNORED] * len(answer) if is_cut and self.mask_truncated else answer
             documents.append((np.array([*prompt, *answer]), np.array([*[IGNORED] * len(prompt), *labels])))
         batch = upcoming.batch(documents, upcoming.batches.longest_document)
-        return {**batch, STATISTICS: answers.statistics(self)}
+        return {**batch, STATISTICS: answers.statistics(self.rewards, self.per_row)}
 
     def _compared(self, upcoming: Upcoming, written: list[Answers], batches: list[Batch]) -> list[Batch]:
         """The batches with ``advantage`` of each document."""
@@ -155,13 +155,11 @@ class Answers:
         is_cut = [answer[-1:] == [] or answer[-1] not in how.ends for answer in ids]
         return cls(prompts, ids, texts, records, is_cut, scores, rewards.total(scores))
 
-    def statistics(self, rollout: Rollout) -> dict[str, float]:
-        """Sums for the metrics."""
-        spreads: Any = (
-            _spread(self.totals.reshape(-1, rollout.per_row)) if len(self.totals) % rollout.per_row == 0 else []
-        )
+    def statistics(self, rewards: Rewards, per_row: int | None = None) -> dict[str, float]:
+        """Sums for the metrics; ``per_row``: the size of a group, if the answers are in groups."""
+        spreads: Any = _spread(self.totals.reshape(-1, per_row)) if per_row is not None else []
         named: dict[str, float] = {}
-        for name, of_function in zip(rollout.rewards.names, self.scores.T, strict=True):
+        for name, of_function in zip(rewards.names, self.scores.T, strict=True):
             named |= {f"rewards/{name}": np.nansum(of_function), f"scored/{name}": (~np.isnan(of_function)).sum()}
         return {
             "answers": len(self.ids),
