@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,28 @@ def test_the_loss_is_that_of_trl(models: Any, loss_type: str) -> None:
     assert metrics.get("kl", Z) == pytest.approx(Z, abs=1e-5)
     assert ("kl" in metrics) == (loss_type == "kto")
     assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", OF_TRL)
+def test_the_numbers_of_trl_are_those_of_the_installed_trl(models: Any, tmp_path: Path, loss_type: str) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    policy, original, tokenizer = models
+    config = trl.KTOConfig(
+        output_dir=str(tmp_path), loss_type=loss_type, per_device_train_batch_size=4, use_cpu=True, bf16=False,
+        report_to="none", gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = [{**example(n), "completion": [example(n)["completion"]]} for n in range(4)]
+    trainer = trl.KTOTrainer(
+        model=copy.deepcopy(policy), ref_model=copy.deepcopy(original), args=config,
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.model.eval()
+    with torch.no_grad():
+        batch = trainer.data_collator([trainer.train_dataset[n] for n in range(4)])
+        assert float(trainer.compute_loss(trainer.model, batch)) == pytest.approx(OF_TRL[loss_type], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,11 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         remedy = f"keep one and set the others to null, as in {limits[1]}={train[limits[1][6:]]} {limits[0]}=null"
         yield Fault("train", f"{' and '.join(limits)} both limit the training", remedy)
     task = bind.bind(cfg["task"], "task")()
-    if task.reference is not None and (dropout := cfg["lora"].get("lora_dropout")):
-        problem = f"task={task.name} compares the model with its own start, and dropout makes both differ at random"
+    compares = task.reference is not None or task.needs_start or task.updates > 1
+    if compares and (dropout := cfg["lora"].get("lora_dropout")):
+        problem = (
+            f"task={task.name} compares the model with an earlier state of it, and dropout makes both differ at random"
+        )
         yield Fault("lora.lora_dropout", problem, "set it to 0", dropout)
     if cfg["data"]["packing"] and not task.packable:
         yield Fault("data.packing", f"task={task.name} cannot share a row between examples", "set it to false", True)
