@@ -104,7 +104,8 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     task = bind.bind(cfg["task"], "task")()
     compares = task.reference is not None or task.needs_start or task.updates > 1
     if compares and (dropout := cfg["lora"].get("lora_dropout")):
-        problem = f"task={task.name} compares the model with its own start or an earlier step, and dropout makes both differ at random"
+        which = "its own start or an earlier step, and dropout makes both differ at random"
+        problem = f"task={task.name} compares the model with {which}"
         yield Fault("lora.lora_dropout", problem, "set it to 0", dropout)
     if cfg["data"]["packing"] and not task.packable:
         yield Fault("data.packing", f"task={task.name} cannot share a row between examples", "set it to false", True)
