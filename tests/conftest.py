@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,29 @@ ENVIRONMENT = dict(os.environ)
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``--dist loadgroup``: a file stays in one process, with what its tests share; so does all that needs Slurm,
-    and all that needs one of ``SHARED``.
+    and all that needs one of ``SHARED``. A slow test that shares nothing with its file goes where there is room.
 
-    That comes first: it is the longest, and waits for its jobs while the other processes do the rest; what has most
-    slow tests is next, so that none is left to one process at the end.
+    Slurm comes first: it is the longest, and waits for its jobs while the other processes do the rest; then what must
+    stay together, the most slow tests first, so that none of it is left to one process at the end.
     """
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, -slow[item.path]))
-    for item in items:
-        shared = [SHARED[name] for name in SHARED if name in getattr(item, "fixturenames", ())]
-        name = "slurm" if item.get_closest_marker("slurm") else (*shared, item.path.stem)[0]
-        item.add_marker(pytest.mark.xdist_group(name))
+    groups = {item: _group(item) for item in items}
+    slow = Counter(groups[item] for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (groups[item] != "slurm", not groups[item], -slow[groups[item]]))
+    for item, group in groups.items():
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item: pytest.Item) -> str:
+    """The name of what runs in one process with this test; nothing where it needs none beside it."""
+    if item.get_closest_marker("slurm"):
+        return "slurm"
+    names = getattr(item, "fixturenames", ())
+    if shared := [SHARED[name] for name in SHARED if name in names]:
+        return shared[0]
+    fixtures = (each for name in names for each in item._fixtureinfo.name2fixturedefs.get(name, ()))  # type: ignore[attr-defined]
+    is_alone = item.get_closest_marker("slow") and all(each.scope != "module" for each in fixtures)
+    return "" if is_alone else item.path.stem
 
 
 SHARED = {"place": "place", "real": "mlflow", "server": "mlflow"}
@@ -157,6 +170,13 @@ def slurm(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     cancel_jobs(tmp_path)
+
+
+def until(is_true: Callable[[], Any]) -> Any:
+    """Wait for this, and return it: as long as it takes on a busy machine; pytest's own limit ends what never comes."""
+    while not (value := is_true()):
+        time.sleep(0.05)
+    return value
 
 
 @pytest.fixture

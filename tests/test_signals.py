@@ -9,12 +9,11 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, prepared
+from conftest import TINY, prepared, until
 
 from runner.errors import Preempted
 from runner.signals import ONE_GESTURE_S, Stop
@@ -45,7 +44,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> bytes:
 def stopped(tmp_path: Path, number: int, moment: str, *more: str) -> tuple[RunDir, int, str]:
     rundir = prepared(tmp_path / "run", *OPTIONS)
     command = [sys.executable, str(SERVER), str(int(number)), moment, str(rundir.path), *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return rundir, done.returncode, done.stdout + done.stderr
 
 
@@ -74,7 +73,6 @@ def test_every_other_signal_saves_between_two_steps(tmp_path: Path, expected: by
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [TERM, HUP])
 @pytest.mark.parametrize(
     ("moment", "step"),
     [
@@ -82,8 +80,8 @@ def test_every_other_signal_saves_between_two_steps(tmp_path: Path, expected: by
         ("saving", 5), ("the end", 6),
     ],
 )  # fmt: skip
-def test_a_signal_at_any_moment(tmp_path: Path, expected: bytes, number: int, moment: str, step: int):
-    check_stopped(tmp_path, expected, number, moment, step)
+def test_a_signal_at_any_moment(tmp_path: Path, expected: bytes, moment: str, step: int):
+    check_stopped(tmp_path, expected, TERM, moment, step)
 
 
 @pytest.mark.slow
@@ -100,21 +98,13 @@ def test_what_is_ignored_from_the_start_stays_ignored(tmp_path: Path, expected: 
     assert (code, rundir.read_state().status, weights(rundir)) == (0, "completed", expected)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it did not happen")
-
-
 def completes(tmp_path: Path, expected: bytes, **streams: Any) -> None:
     rundir = prepared(tmp_path / "run", *OPTIONS)
     command = [sys.executable, "-m", "runner", f"resume={rundir.path}"]
     process = subprocess.Popen(command, cwd=tmp_path, **streams)
     for stream in streams.values():
         os.close(stream)
-    assert process.wait(timeout=300) == 0
+    assert process.wait() == 0
     assert (rundir.read_state().status, weights(rundir)) == ("completed", expected)
 
 
@@ -150,7 +140,7 @@ def test_a_run_on_a_terminal_that_was_closed_goes_on_if_nothing_hangs_it_up(tmp_
 def test_a_run_with_closed_streams_goes_on(tmp_path: Path, expected: bytes):
     rundir = prepared(tmp_path / "run", *OPTIONS)
     command = f"exec '{sys.executable}' -m runner resume='{rundir.path}' <&- >&- 2>&-"
-    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, check=False, timeout=300).returncode == 0
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, check=False).returncode == 0
     assert (rundir.read_state().status, weights(rundir)) == ("completed", expected)
 
 
@@ -161,7 +151,7 @@ def test_a_terminal_that_is_hung_up_lets_the_run_save(tmp_path: Path, cache: Pat
     if pid == 0:
         signal.signal(HUP, signal.SIG_DFL)
         os.execv(sys.executable, [sys.executable, "-m", "runner", f"resume={rundir.path}"])
-    wait_for(lambda: rundir.read_state().step > 1)
+    until(lambda: rundir.read_state().step > 1)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
     state = rundir.read_state()
@@ -176,7 +166,7 @@ def test_a_sweep_whose_reader_has_left_goes_on(tmp_path: Path, cache: Path):
     command = [sys.executable, "-m", "runner", "-m", *TINY, "train.max_steps=1", "seed=1,2", "sweep=s"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=write, stderr=write)
     os.close(write)
-    assert process.wait(timeout=300) == 0
+    assert process.wait() == 0
     states = [RunDir(path.parent).read_state().status for path in tmp_path.glob("outputs/sweeps/s/*/state.json")]
     assert states == ["completed"] * 2
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import until
 from fixtures.run_folders import (
     ENDLESS,
     MIRRORED,
@@ -23,7 +24,6 @@ from fixtures.run_folders import (
     processes,
     said_of,
     statuses,
-    until,
 )
 
 from runner.tracking import machine, run_status
@@ -42,7 +42,7 @@ def test_who_holds_the_folder_gets_the_signal_whatever_pid_stands_in_the_state(
     assert run_status.holder(rundir) == worker.pid
     code, out, _ = said_of("cancel", "a/1", capsys=capsys)
     assert code == 0
-    assert worker.wait(10) == 130
+    assert worker.wait() == 130
     assert stranger.poll() is None
     assert f"cancelled by {machine.user()}@" in out
     assert rundir.read_state().status == "killed"
@@ -109,7 +109,7 @@ def test_cancelling_runs_of_a_queue_and_then_all_of_it(
     code, out, _ = said_of("cancel", "seeds", capsys=capsys)
     assert code == 0
     assert "nothing to cancel: 2 runs have ended already (2 killed)" in out
-    assert processes[0].wait(60) == 1, "none is completed, and the queue itself was not stopped"
+    assert processes[0].wait() == 1, "none is completed, and the queue itself was not stopped"
     assert [rundir.read_state().status for rundir in sweep.rundirs()] == ["killed"] * 4
     assert [rundir.read_state().attempt for rundir in sweep.rundirs()] == [1, 1, 0, 0]
     assert four.read_state().reason.startswith("cancelled before it started by ")

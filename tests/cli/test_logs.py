@@ -56,7 +56,7 @@ def test_following_a_run_to_its_end(processes: list[subprocess.Popen[str]]):
         handle.write("step 3/3\n")
     rundir.cancel_request.write_text("enough")
     worker.terminate()
-    out, err = following.communicate(timeout=60)
+    out, err = following.communicate()
     assert (out, following.returncode) == ("step 3/3\n", 0)
     assert err == "-- a/1: killed at step 3/3: enough\n"
 

@@ -84,13 +84,11 @@ def over_http(model: str, environment: dict[str, str], asked: dict[str, Any]) ->
         f"http://127.0.0.1:{port}/invocations", json.dumps(asked).encode(), {"Content-Type": "application/json"}
     )
     try:
-        deadline = time.monotonic() + 180
         while True:
             try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
+                with urllib.request.urlopen(request) as answer:
                     return json.loads(answer.read())["predictions"]
             except OSError:
-                assert time.monotonic() < deadline
                 assert server.poll() is None
                 time.sleep(0.5)
     finally:

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from conftest import TESTS, prepared
+from conftest import TESTS, prepared, until
 from fixtures.clones import QUICK, _in_a_new_folder, git, runner, trained
 
 from runner.cli import main, rerun, worktree
@@ -293,11 +293,9 @@ def test_ctrl_c_reaches_an_exact_rerun(tmp_path: Path):
     words = [sys.executable, "-m", "runner", "rerun", "first", "--exact", "hydra.run.dir=again"]
     proc = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ours / "src")}, stderr=subprocess.PIPE)
     try:
-        until = time.monotonic() + 120
-        while time.monotonic() < until and RunDir(Path("again")).read_state().step < 5:
-            time.sleep(0.05)
+        until(lambda: RunDir(Path("again")).read_state().step >= 5)
         proc.send_signal(signal.SIGINT)
-        said = proc.communicate(timeout=60)[1].decode()
+        said = proc.communicate()[1].decode()
     finally:
         proc.kill()
     state = RunDir(Path("again")).read_state()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from conftest import until
 from fixtures.run_folders import (
     HOLD,
     MIRRORED,
@@ -26,7 +27,6 @@ from fixtures.run_folders import (
     started,
     statuses,
     submitted,
-    until,
 )
 
 from runner.errors import ConfigError
@@ -155,7 +155,7 @@ def test_watching_ends_with_the_run(processes: list[subprocess.Popen[str]]):
     assert watching.stdout
     until(lambda: "running" in watching.stdout.readline())
     processes[0].kill()
-    out, _ = watching.communicate(timeout=60)
+    out, _ = watching.communicate()
     assert watching.returncode == 0
     assert re.search(r"a/1 +killed", out)
 

@@ -65,7 +65,7 @@ def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixtu
         family = psutil.Process(proc.pid).children(recursive=True)
         assert family
         proc.send_signal(signal.SIGINT)
-        assert proc.wait(60) == 0
+        assert proc.wait() == 0
         assert not [member for member in family if member.is_running()]
         assert "press Ctrl-C to stop" in proc.communicate()[1]
 
@@ -102,7 +102,7 @@ def test_it_leaves_nothing_when_it_is_told_to_end_while_it_starts(outputs: Path)
     while not (family := psutil.Process(proc.pid).children(recursive=True)):
         pass
     proc.terminate()
-    assert proc.wait(60) == 0
+    assert proc.wait() == 0
     assert not [member for member in family if member.is_running()]
     busy(port).close()
 

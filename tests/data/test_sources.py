@@ -178,7 +178,7 @@ def ask_hub(endpoint: str, *paths: str) -> list[str]:
         "    except Exception as error: print(type(error).__name__, error, sep='\\n', end='\\n\\n')"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     return done.stdout.strip().split("\n\n")
 
 

@@ -26,6 +26,9 @@ LITERAL = (
 )  # fmt: skip
 PATTERNS = ("50%", "%j", "%%", "%20", "%A_%a", "new\nline", "a\\b", "a\rb")
 """Slurm or submitit replace them in paths of log files, or cannot read them in a script."""
+ALONE = ("-dash", "~", "*", " x ", "tab\there")
+"""Names that mean something else as a whole, or at their beginning or end."""
+JOINED = tuple("".join(name for name in LITERAL[start::2] if name not in ALONE) for start in (0, 1))
 ALL_BUT_DATABASE = "".join(name for name in LITERAL if "?" not in name)
 ONE_STEP = (*TINY, "train.max_steps=1", "train.eval_steps=null")
 
@@ -61,7 +64,7 @@ def statuses(rundirs: list[RunDir]) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_local_queue_trains_in_any_folder(tmp_path: Path, cache: Path):
-    rundirs = runs_in(tmp_path, (*LITERAL, *PATTERNS))
+    rundirs = runs_in(tmp_path, (*ALONE, *JOINED, *PATTERNS))
     assert launched(rundirs, "local") == [0] * len(rundirs)
     assert statuses(rundirs) == {}
 
@@ -70,7 +73,7 @@ def test_the_local_queue_trains_in_any_folder(tmp_path: Path, cache: Path):
 def test_accelerate_trains_in_any_folder(tmp_path: Path, cache: Path):
     rundirs = runs_in(
         tmp_path,
-        ("".join(LITERAL[:12]), "".join(LITERAL[12:]), *PATTERNS),
+        (*JOINED, "%A_%a", "new\nline", "a\\b"),
         "launcher=accelerate",
         "launcher.processes=2",
     )
@@ -81,7 +84,7 @@ def test_accelerate_trains_in_any_folder(tmp_path: Path, cache: Path):
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_a_job_trains_in_any_folder_that_slurm_takes_literally(slurm: None):
-    rundirs = runs_in(Path.cwd(), LITERAL)
+    rundirs = runs_in(Path.cwd(), (*ALONE, *JOINED))
     request = option("launcher", "slurm")().request
     assert submit.submit(request, rundirs, None) == []
     assert monitor.follow(rundirs) == [0] * len(rundirs)

@@ -39,7 +39,7 @@ def test_processes_started_by_others_leave_one_folder_and_one_run(
 
     options = [option for option in OPTIONS if not option.startswith("tracking")]
     words = [*command, *options, f"outputs_dir={tmp_path}"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, env=environment())
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stderr
     (state,) = tmp_path.rglob("state.json")
     rundir = RunDir(state.parent)
@@ -64,7 +64,7 @@ def test_processes_started_by_others_leave_one_folder_and_one_run(
 )
 def test_a_refusal_among_several_is_one_message(tmp_path: Path, cache: Path, wrong: str, message: str):
     words = [*TORCHRUN, *OPTIONS, f"outputs_dir={tmp_path / 'out'}", wrong]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, env=environment())
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
     assert done.stdout == ""

@@ -125,7 +125,7 @@ def fetch(home: Path, *models: str, weights: bool = False, **environment: str) -
     """What a process of its own prints that fetches each ``NAME[@REVISION]``."""
     env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment}
     words = ["weights" if weights else "", *models]
-    done = subprocess.run([sys.executable, "-c", FETCH, *words], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", FETCH, *words], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

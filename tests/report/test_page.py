@@ -49,7 +49,7 @@ def test_a_browser_draws_it(count: int, here: Path, capsys: pytest.CaptureFixtur
     assert said(capsys, "--html", "report.html")[0] == 0
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={here}/profile", "--dump-dom"]
     command = [str(CHROMIUM), *flags, (here / "report.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     drawn = done.stdout
     assert drawn.count('<tr class="" data-run=') + drawn.count('<tr class="best" data-run=') == count
     curves_there = re.search(r'id="curves">(.*?)id="left"', drawn, re.DOTALL)
@@ -76,7 +76,7 @@ def test_the_front_and_the_cells_of_the_page_are_those_of_the_terminal(here: Pat
     assert sorted(data["fronts"]["eval/loss"]["train/seconds"]) == on_front
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={here}/profile"]
     address = (here / "page.html").as_uri()
-    done = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, check=True)
     scatter = done.stdout.partition('id="scatter">')[2].partition("</svg>")[0]
     ringed = re.findall(r'<circle[^>]*stroke="var\(--ink\)"[^>]*data-run="(\d+)"', scatter)
     assert sorted(map(int, ringed)) == on_front

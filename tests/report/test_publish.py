@@ -40,7 +40,7 @@ def text_of(address: str) -> str:
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=2400,1400", "--dump-dom",
         "--virtual-time-budget=30000", address,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     kept = re.sub(r"<(script|style).*?</\1>", " ", done.stdout, flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", kept)).split())
 

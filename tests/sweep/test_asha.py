@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from fixtures.searches import RATES, WORDS, mlflow_runs, runner, started, study_of, until
+from conftest import until
+from fixtures.searches import RATES, WORDS, mlflow_runs, runner, started, study_of
 from optuna.trial import TrialState
 
 from runner.sweep.asha import Halving, Rungs
@@ -151,10 +152,10 @@ def test_asha_pauses_what_is_behind_and_takes_up_what_comes_to_be_ahead(tmp_path
     """No run can come to its end here, however late the search looks: it ends when one has been seen to go on."""
     driver = started(*ASHA, "train.max_steps=100000", "search.trials=3", cwd=tmp_path)
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
-    until(lambda: any(rundir.read_state().attempt > 1 for rundir in sweep.rundirs()), seconds=300)
+    until(lambda: any(rundir.read_state().attempt > 1 for rundir in sweep.rundirs()))
     assert len(sweep.rundirs()) == 3, "each got its first steps before one went on"
     assert runner("cancel", "it", cwd=tmp_path).returncode == 0
-    assert driver.wait(100) == 130
+    assert driver.wait() == 130
     paused = [rundir for rundir in sweep.rundirs() if rundir.read_state().status == "pruned"]
     assert paused
     told = {trial.user_attrs.get("folder"): trial.state for trial in study_of(sweep).trials}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, prepared
-from fixtures.searches import RATES, WORDS, completed, mlflow_runs, play, runner, started, study_of, until
+from conftest import TINY, prepared, until
+from fixtures.searches import RATES, WORDS, completed, mlflow_runs, play, runner, started, study_of
 from optuna.trial import TrialState
 
 from runner.errors import ConfigError, Fault
@@ -222,7 +222,7 @@ def test_a_run_that_was_killed_is_not_said_to_have_finished(tmp_path: Path, cach
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
     until(lambda: sweep.rundirs() and sweep.rundirs()[0].read_state().step >= 1)
     os.kill(sweep.rundirs()[0].read_state().pid, signal.SIGKILL)
-    assert driver.wait(60) == 1
+    assert driver.wait() == 1
     assert states(sweep) == ["killed"]
 
 
@@ -235,7 +235,7 @@ def test_a_run_that_is_cancelled_alone_does_not_end_the_search(tmp_path: Path, c
     assert runner("cancel", f"it/{sweep.rundirs()[0].path.name}", cwd=tmp_path).returncode == 0
     until(lambda: len(sweep.rundirs()) == 2 and sweep.rundirs()[1].read_state().step >= 1)
     sweep.rundirs()[1].prune_request.write_text("given up")
-    assert driver.wait(60) == 1
+    assert driver.wait() == 1
     assert states(sweep) == ["killed", "pruned"]
 
 
@@ -249,7 +249,7 @@ def test_a_search_that_is_cancelled_proposes_nothing_more_and_spares_what_is_don
     until(lambda: len(sweep.rundirs()) == 2 and sweep.rundirs()[1].read_state().step >= 1)
     done = runner("cancel", "it", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert driver.wait(60) == 130
+    assert driver.wait() == 130
     assert states(sweep) == ["pruned", "killed"]
     assert sweep.rundirs()[1].read_state().reason.startswith("cancelled by ")
 
@@ -264,7 +264,7 @@ def test_a_search_that_cannot_go_on_lets_what_runs_save(tmp_path: Path, cache: P
     sweep.manifest.write_text("no longer JSON")
     first, second = sorted((tmp_path / "outputs" / "sweeps" / "it").glob("00*"))
     RunDir(first).prune_request.write_text("given up")
-    assert driver.wait(100) == 1
+    assert driver.wait() == 1
     assert [RunDir(folder).read_state().status for folder in (first, second)] == ["pruned", "preempted"]
     assert RunDir(second).saved_step() == RunDir(second).read_state().step
 
@@ -309,7 +309,7 @@ def test_only_one_process_proposes(tmp_path: Path, cache: Path):
     assert second.returncode == 2
     assert "another process runs this search" in second.stderr
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(60) == 130
+    assert driver.wait() == 130
     assert states(sweep) == ["killed"]
     assert [trial.state for trial in study_of(sweep).trials] == [TrialState.RUNNING], "it is taken up again"
 

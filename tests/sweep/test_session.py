@@ -30,7 +30,7 @@ def runner(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPr
     """``python -m runner`` with these words; the environment is the test's."""
     command = [sys.executable, "-m", "runner", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
 def attempts(sweep: SweepDir) -> dict[str, int]:

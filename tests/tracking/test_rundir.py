@@ -59,7 +59,7 @@ def test_a_folder_is_alive_only_while_its_holder_is(tmp_path: Path):
     rundir = RunDir(tmp_path)
     assert not rundir.is_alive()
     code = f"import time\nfrom pathlib import Path\nfrom runner.tracking.rundir import RunDir\n\
-with RunDir(Path({str(tmp_path)!r})).held() as mine:\n    print(mine, flush=True)\n    time.sleep(60)"
+with RunDir(Path({str(tmp_path)!r})).held() as mine:\n    print(mine, flush=True)\n    time.sleep(900)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline().strip() == "True"

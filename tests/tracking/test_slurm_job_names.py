@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY, prepared
-from fixtures.slurm_runs import SHORT, SLURM, runner, slurm_says, until
+from conftest import TINY, prepared, until
+from fixtures.slurm_runs import SHORT, SLURM, runner, slurm_says
 from submitit.local.local import start_controller
 
 from runner.cli import cancel
@@ -147,7 +147,7 @@ def test_a_process_of_the_same_number_is_not_ours(tmp_path: Path):
     rooms = [slurm_room(each.path) for each in (rundir, other)]
     for room in rooms:
         room.mkdir()
-    process = start_controller(rooms[1], "sleep 20")
+    process = start_controller(rooms[1], "sleep 900")
     try:
         for each in (rundir, other):
             each.update_manifest(slurm={"job_id": str(process.pid), "name": "runner-x", "cluster": "local"})

@@ -92,7 +92,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytes
     expected = [p.clone() for p in model.parameters()]
     checkpoints, may_write = Checkpoints(tmp_path, keep=1), threading.Event()
     write = Checkpoints._write
-    monkeypatch.setattr(Checkpoints, "_write", lambda *args: may_write.wait(30) and write(*args))
+    monkeypatch.setattr(Checkpoints, "_write", lambda *args: may_write.wait() and write(*args))
     checkpoints.save(model, optimizer, Progress(step=3))
     assert not list(tmp_path.iterdir())
     take_steps(model, optimizer, 3, 6)

@@ -39,7 +39,7 @@ def test_the_next_step_is_made_before_it_is_asked_for_and_none_beyond_the_last()
         [batch] = made.step(step)
         assert batch["tokens"] == int(batch["input_ids"][0, 0]) == step
         for _ in range(2 if step == 0 else 1 if step == 1 else 0):
-            assert batches.one_more.acquire(timeout=10)
+            assert batches.one_more.acquire()
     assert batches.made == [0, 1, 2]
 
 

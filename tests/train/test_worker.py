@@ -121,7 +121,7 @@ def test_a_real_sigterm_while_a_real_worker_loads(tmp_path: Path, cache: Path):
         time.sleep(0.01)
     time.sleep(0.5)  # somewhere in the imports
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert (process.returncode, rundir.read_state().status) == (75, "preempted"), err
     assert "nothing was trained yet" in rundir.read_state().reason
     assert f"resume={rundir.path}" in out
@@ -319,11 +319,11 @@ def test_whoever_follows_another_worker_may_leave_and_the_run_goes_on(
             f"{rundir.path} is being worked on (pid {holding.pid}); following its log\n"
         )
         following.send_signal(number)
-        _, said = following.communicate(timeout=60)
+        _, said = following.communicate()
         assert (following.returncode, said) == (code, "no longer following; the run goes on\n")
         assert holding.poll() is None
         gate.let_go(rundir)
-        assert holding.wait(60) == 0
+        assert holding.wait() == 0
     finally:
         holding.kill()
         holding.wait()

@@ -10,12 +10,11 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import gate
 import pytest
-from conftest import TINY, prepared
+from conftest import TINY, prepared, until
 from fixtures.queued_sweeps import SERVER, ended, noted, played_sweep, queue
 
 from runner.launch.local import queue as queues
@@ -39,13 +38,6 @@ def statuses(sweep: SweepDir) -> list[str]:
 
 def attempts(sweep: SweepDir) -> list[int]:
     return [rundir.read_state().attempt for rundir in sweep.rundirs()]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
 
 
 def is_gone(pid: int) -> bool:
@@ -84,8 +76,8 @@ def test_a_killed_run_is_named_and_taken_up_where_it_was(tmp_path: Path, cache: 
     process, victim = queue(sweep, parallel=1, how="held"), sweep.rundirs()[0]
     for rundir in sweep.rundirs()[1:]:
         gate.let_go(rundir)
-    wait_for(lambda: gate.has_come(victim))
-    wait_for(lambda: victim.saved_step() == 2)
+    until(lambda: gate.has_come(victim))
+    until(lambda: victim.saved_step() == 2)
     os.kill(victim.read_state().pid, signal.SIGKILL)
     codes, said = ended(process)
     assert codes == [1, 0, 0]
@@ -103,7 +95,7 @@ def test_a_killed_run_is_named_and_taken_up_where_it_was(tmp_path: Path, cache: 
 def test_sigterm_lets_the_runs_save_and_starts_no_other(tmp_path: Path, cache: Path):
     sweep = tiny_sweep(tmp_path / "sweep", "seed=0", "seed=1", "seed=2")
     process = queue(sweep, parallel=2, how="held")
-    wait_for(lambda: all(map(gate.has_come, sweep.rundirs()[:2])))
+    until(lambda: all(map(gate.has_come, sweep.rundirs()[:2])))
     process.send_signal(signal.SIGTERM)
     codes, said = ended(process)
     assert codes == [75, 75, 75]
@@ -118,7 +110,7 @@ def test_sigterm_lets_the_runs_save_and_starts_no_other(tmp_path: Path, cache: P
 def test_the_runs_outlive_a_queue_that_is_killed(tmp_path: Path, cache: Path):
     sweep = tiny_sweep(tmp_path / "sweep", "seed=0", "seed=1")
     process, rundir = queue(sweep, parallel=1, how="held"), sweep.rundirs()[0]
-    wait_for(lambda: gate.has_come(rundir))
+    until(lambda: gate.has_come(rundir))
     process.kill()
     process.wait()
     assert process.stderr
@@ -141,7 +133,7 @@ def test_runs_of_several_processes_take_the_same_queue(tmp_path: Path, cache: Pa
     sweep = tiny_sweep(tmp_path / "sweep", ranks, f"{ranks} seed=1")
     process, (first, second) = queue(sweep, parallel=1, how="ranks held"), sweep.rundirs()
     gate.let_go(second)
-    wait_for(lambda: gate.has_come(first))
+    until(lambda: gate.has_come(first))
     launcher = int(Path(f"/proc/{first.read_state().pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(launcher, signal.SIGKILL)  # its ranks save, and are waited for
     codes, said = ended(process)
@@ -200,7 +192,7 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_started(tmp_path: Path):
     asked_before, asked_now = sweep.rundirs()[1:]
     asked_before.cancel_request.write_text("last week")
     process = queue(sweep, parallel=1, how="imitate")
-    wait_for(lambda: statuses(sweep)[0] == "running")
+    until(lambda: statuses(sweep)[0] == "running")
     asked_now.cancel_request.write_text("cancelled by me")
     codes, said = ended(process)
     assert codes == [0, 0, 1], "the queue itself was not stopped"
@@ -211,9 +203,9 @@ def test_a_run_that_is_cancelled_while_it_waits_is_not_started(tmp_path: Path):
 
 
 def test_a_run_that_is_ended_alone_stops_no_other(tmp_path: Path):
-    sweep = played_sweep(tmp_path, "sleep 60", "ok", "fail")
+    sweep = played_sweep(tmp_path, "sleep 900", "ok", "fail")
     process, first = queue(sweep, parallel=1, how="imitate"), sweep.rundirs()[0]
-    wait_for(lambda: first.read_state().status == "running")
+    until(lambda: first.read_state().status == "running")
     os.kill(first.read_state().pid, signal.SIGINT)
     assert ended(process)[0] == [1, 0, 1]
     assert statuses(sweep) == ["killed", "completed", "failed"]
@@ -269,9 +261,9 @@ def test_a_terminal_shows_a_table_and_nothing_else(tmp_path: Path):
 
 
 def test_ctrl_c_lets_the_runs_save_and_starts_no_other(tmp_path: Path):
-    sweep = played_sweep(tmp_path, "sleep 60", "ok")
+    sweep = played_sweep(tmp_path, "sleep 900", "ok")
     pid, terminal = on_terminal(sweep, parallel=1)
-    wait_for(lambda: statuses(sweep)[0] == "running")
+    until(lambda: statuses(sweep)[0] == "running")
     os.write(terminal, b"\x03")
     shown = read_all(terminal)
     os.close(terminal)
@@ -282,9 +274,9 @@ def test_ctrl_c_lets_the_runs_save_and_starts_no_other(tmp_path: Path):
 
 
 def test_a_second_ctrl_c_kills_and_the_states_say_so(tmp_path: Path):
-    sweep = played_sweep(tmp_path, "sleep 60", "sleep 60", "ok")
+    sweep = played_sweep(tmp_path, "sleep 900", "sleep 900", "ok")
     pid, terminal = on_terminal(sweep, parallel=2)
-    wait_for(lambda: statuses(sweep)[:2] == ["running"] * 2)
+    until(lambda: statuses(sweep)[:2] == ["running"] * 2)
     children = [rundir.read_state().pid for rundir in sweep.rundirs()[:2]]
     for child in children:
         os.kill(child, signal.SIGSTOP)  # one that does not listen any more
@@ -296,7 +288,7 @@ def test_a_second_ctrl_c_kills_and_the_states_say_so(tmp_path: Path):
         shown += read_all(terminal, 0.1)
         return all(map(is_gone, children))
 
-    wait_for(are_gone_after_another)
+    until(are_gone_after_another)
     shown += read_all(terminal)
     os.close(terminal)
     os.waitpid(pid, 0)
@@ -308,9 +300,9 @@ def test_a_second_ctrl_c_kills_and_the_states_say_so(tmp_path: Path):
 
 
 def test_a_closed_terminal_stops_the_queue_as_sigterm_does(tmp_path: Path):
-    sweep = played_sweep(tmp_path, "sleep 60", "ok")
+    sweep = played_sweep(tmp_path, "sleep 900", "ok")
     pid, terminal = on_terminal(sweep, parallel=1)
-    wait_for(lambda: statuses(sweep)[0] == "running")
+    until(lambda: statuses(sweep)[0] == "running")
     child = sweep.rundirs()[0].read_state().pid
     os.close(terminal)
     os.waitpid(pid, 0)

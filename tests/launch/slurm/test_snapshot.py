@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, prepared
-from fixtures.slurm_runs import SHORT, SLURM, has_left_the_queue, job_of, runner, slurm_says, until, weights
+from conftest import TINY, prepared, until
+from fixtures.slurm_runs import SHORT, SLURM, has_left_the_queue, job_of, runner, slurm_says, weights
 from fixtures.users_functions import HELD, OWN_FUNCTION, write_rows
 
 from runner.data import formats

@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from fixtures.slurm_runs import SHORT, SLURM, runner, until
+from conftest import until
+from fixtures.slurm_runs import SHORT, SLURM, runner
 
 from runner.tracking.rundir import RunDir
 

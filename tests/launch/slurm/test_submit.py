@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, jobs_of, option, prepared
-from fixtures.slurm_runs import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says, until
+from conftest import TINY, jobs_of, option, prepared, until
+from fixtures.slurm_runs import SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says
 from fixtures.users_functions import HELD, OWN_FUNCTION, write_rows
 
 from runner.cli import main

@@ -117,8 +117,9 @@ def test_an_evaluation_does_not_change_the_gradients_that_follow(source: ModelSo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["none", *QUANTIZED])
+@pytest.mark.parametrize("name", ["8bit", "4bit"])
 def test_smollm2_learns_on_it(cache: Path, name: str) -> None:
+    """Without quantization: tests/train/test_golden.py; fp4 differs from 4bit by a table of sixteen numbers."""
     source = pretrained.resolve(option("model", "smollm2")())
     tokenizer = pretrained.tokenizer(source)
     talk = [{"role": "user", "content": "Who keeps the light?"}, {"role": "assistant", "content": "Old Maren, now."}]

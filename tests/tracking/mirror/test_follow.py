@@ -16,12 +16,12 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import until
 from fixtures.mirrored_runs import (
     Server,
     _free_port,
     assert_mirrored,
     enough,
-    eventually,
     finish,
     fork,
     history,
@@ -44,7 +44,7 @@ def test_it_follows_a_worker_to_its_end(outputs: Path) -> None:
     rundir = finish(make_run(outputs, system_metrics=True), status="running")
     with rundir.held(), ThreadPoolExecutor() as threads:
         following = threads.submit(follow.follow, rundir)
-        eventually(lambda: rundir.system.exists() and len(rundir.system.read_text().splitlines()) > 1)
+        until(lambda: rundir.system.exists() and len(rundir.system.read_text().splitlines()) > 1)
         metrics_log.append(rundir, {"step": 6, "time": 1.7e9, "train/loss": 0.0})
         rundir.write_state(status="completed")
         assert following.result(20) == 0
@@ -86,7 +86,7 @@ def test_it_gives_up_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def result_of(worker: subprocess.Popen[str]) -> dict[str, Any]:
-    said = worker.communicate(timeout=80)[0]
+    said = worker.communicate()[0]
     assert worker.returncode == 0, said
     return dict(json.loads(said.splitlines()[-1]))
 
@@ -106,7 +106,7 @@ def test_beside_a_worker(tmp_path: Path) -> None:
     """From nothing: a database made on the way, records mirrored while the worker works, a result to show."""
     rundir = make_run(tmp_path, system_metrics=True)
     worker = start_worker(rundir, 1, 9999, 0.05)
-    eventually(lambda: rundir.read_manifest().get("mlflow"))
+    until(lambda: rundir.read_manifest().get("mlflow"))
     assert the_run(rundir).info.status == "RUNNING"
     (process,) = mirrors_of(rundir)
     assert process.memory_info().rss < 350e6
@@ -128,10 +128,10 @@ def test_beside_a_worker(tmp_path: Path) -> None:
 def test_kill_9_of_the_worker_then_of_the_mirror(outputs: Path) -> None:
     rundir = make_run(outputs)
     worker = start_worker(rundir, 1, 10_000, 0.02)
-    eventually(lambda: rundir.read_manifest().get("mlflow") and len(metrics_log.read(rundir)) > 20)
+    until(lambda: rundir.read_manifest().get("mlflow") and len(metrics_log.read(rundir)) > 20)
     worker.kill()
     worker.communicate()
-    eventually(lambda: not mirrors_of(rundir))
+    until(lambda: not mirrors_of(rundir))
     assert (rundir.read_state().status, rundir.read_state().reason) == ("killed", DIED)
     first = assert_mirrored(rundir, "KILLED").info.run_id
 
@@ -139,7 +139,7 @@ def test_kill_9_of_the_worker_then_of_the_mirror(outputs: Path) -> None:
     metrics_log.rewind(rundir, reached)
     worker = start_worker(rundir, reached + 1, 9999, 0.02)
     client = store.connect(f"sqlite:///{outputs}/mlflow.db")
-    eventually(lambda: len(history(client, first, "train/loss")) > reached + 20)
+    until(lambda: len(history(client, first, "train/loss")) > reached + 20)
     for process in mirrors_of(rundir):
         process.kill()
     enough(rundir)
@@ -176,15 +176,15 @@ def test_a_server_that_comes_late_dies_and_comes_back(tmp_path: Path, server: Se
     rundir = make_run(tmp_path, uri=server.uri)
     worker = start_worker(rundir, 1, 9999, 0.05)
     try:
-        eventually(lambda: rundir.mirror_log.exists())
+        until(lambda: rundir.mirror_log.exists())
         server.launch()  # takes longer to come up than the mirror
-        eventually(lambda: "refused" in _problem(rundir))
-        eventually(lambda: _problem(rundir) == "" and rundir.read_manifest().get("mlflow"))
+        until(lambda: "refused" in _problem(rundir))
+        until(lambda: _problem(rundir) == "" and rundir.read_manifest().get("mlflow"))
         assert the_run(rundir).info.status == "RUNNING"
         server.kill()
-        eventually(lambda: "refused" in _problem(rundir))
+        until(lambda: "refused" in _problem(rundir))
         before = len(metrics_log.read(rundir))
-        eventually(lambda: len(metrics_log.read(rundir)) > before + 5)  # no record waits for the server
+        until(lambda: len(metrics_log.read(rundir)) > before + 5)  # no record waits for the server
         enough(rundir)
         result = result_of(worker)
     finally:

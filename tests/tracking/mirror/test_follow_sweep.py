@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fixtures.mirrored_runs import Server, assert_mirrored, eventually, finish, outputs, the_run
+from conftest import until
+from fixtures.mirrored_runs import Server, assert_mirrored, finish, outputs, the_run
 from fixtures.mirrored_sweeps import (
     THIS,
     add_jobs,
@@ -37,12 +38,12 @@ class Queue:
 
     def __init__(self, sweep: SweepDir) -> None:
         self.process = subprocess.Popen([sys.executable, str(THIS), "queue", str(sweep.path)], stdin=subprocess.PIPE)
-        eventually(sweep.is_worked_on)
+        until(sweep.is_worked_on)
 
     def end(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
-        assert self.process.wait(10) == 0
+        assert self.process.wait() == 0
 
 
 def started(sweep: SweepDir) -> subprocess.Popen[bytes]:
@@ -60,21 +61,21 @@ def test_a_sweep_from_its_start_to_its_end(tmp_path: Path) -> None:
     process = started(sweep)
     assert statuses(sweep) == ["-"] * 5
     workers = [start_worker(first), start_worker(second, "failed")]
-    eventually(lambda: statuses(sweep)[:3] == ["RUNNING", "RUNNING", "-"])
-    eventually(lambda: "train/loss" in the_run(second).data.metrics)
+    until(lambda: statuses(sweep)[:3] == ["RUNNING", "RUNNING", "-"])
+    until(lambda: "train/loss" in the_run(second).data.metrics)
     fourth.write_state(status="killed", reason="cancelled")
     enough(second)
-    eventually(lambda: statuses(sweep) == ["RUNNING", "FAILED", "-", "KILLED", "-"])
-    eventually(lambda: parent_of(sweep).data.tags["runner.jobs_failed"] == "1")
+    until(lambda: statuses(sweep) == ["RUNNING", "FAILED", "-", "KILLED", "-"])
+    until(lambda: parent_of(sweep).data.tags["runner.jobs_failed"] == "1")
     assert parent_of(sweep).info.status == "RUNNING"
     workers.append(start_worker(third))
     enough(first)
     enough(third)
-    assert [worker.wait(10) for worker in workers] == [0, 0, 0]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
     (added,) = add_jobs(sweep, 1)
     assert spawn.open_in_mlflow(sweep) == ""
     finish(added)
-    eventually(lambda: statuses(sweep)[-1] == "FINISHED")
+    until(lambda: statuses(sweep)[-1] == "FINISHED")
     assert process.poll() is None, "a queue is at work"
     queue.end()
     result = spawn.wait_sweep_mirror(process, sweep)
@@ -91,11 +92,11 @@ def test_kill_9_of_the_queue_and_of_a_worker(outputs: Path) -> None:
     queue = Queue(sweep)
     process = started(sweep)
     workers = [start_worker(first), start_worker(second)]
-    eventually(lambda: statuses(sweep)[:2] == ["RUNNING", "RUNNING"])
+    until(lambda: statuses(sweep)[:2] == ["RUNNING", "RUNNING"])
     queue.process.kill()
     queue.process.wait()
     workers[0].kill()
-    eventually(lambda: statuses(sweep)[0] == "KILLED")
+    until(lambda: statuses(sweep)[0] == "KILLED")
     assert (first.read_state().status, first.read_state().reason) == ("killed", DIED)
     assert process.poll() is None, "the other run goes on without its queue"
     enough(second)
@@ -108,8 +109,8 @@ def test_kill_9_of_the_queue_and_of_a_worker(outputs: Path) -> None:
     process = started(sweep)
     assert parent_of(sweep).info.status == "RUNNING"
     queue.end()
-    assert process.wait(60) == 0
-    assert [worker.wait(10) for worker in workers] == [-9, 0]
+    assert process.wait() == 0
+    assert [worker.wait() for worker in workers] == [-9, 0]
 
 
 def test_the_next_mirror_goes_on_where_one_was_killed(outputs: Path) -> None:
@@ -118,15 +119,15 @@ def test_the_next_mirror_goes_on_where_one_was_killed(outputs: Path) -> None:
     queue = Queue(sweep)
     killed, waiting = started(sweep), started(sweep)
     worker = start_worker(first)
-    eventually(lambda: statuses(sweep)[0] == "RUNNING" and "train/loss" in the_run(first).data.metrics)
+    until(lambda: statuses(sweep)[0] == "RUNNING" and "train/loss" in the_run(first).data.metrics)
     finish(second)
-    eventually(lambda: spawn.read_report(second).get("told"))
+    until(lambda: spawn.read_report(second).get("told"))
     killed.kill()
     killed.wait()
     enough(first)
-    assert worker.wait(10) == 0
+    assert worker.wait() == 0
     queue.end()
-    assert waiting.wait(60) == 0
+    assert waiting.wait() == 0
     assert_mirrored(first, "FINISHED")
     assert_mirrored(second, "FINISHED")
     assert parent_of(sweep).info.status == "FINISHED"
@@ -144,7 +145,7 @@ def test_a_run_that_has_a_mirror_is_left_alone(outputs: Path) -> None:
         time.sleep(2.5)
         assert process.poll() is None
         assert statuses(sweep) == ["-"]
-    assert process.wait(30) == 0
+    assert process.wait() == 0
     assert_mirrored(rundir, "FINISHED")
 
 
@@ -153,13 +154,13 @@ def test_a_thousand_that_wait_are_not_read(outputs: Path) -> None:
     sweep = make_sweep(outputs, 40)
     queue = Queue(sweep)
     process = started(sweep)
-    eventually(lambda: "created the parent run of the sweep in MLflow" in sweep.mirror_log.read_text())
+    until(lambda: "created the parent run of the sweep in MLflow" in sweep.mirror_log.read_text())
     time.sleep(2)
     before = _bytes_read(process.pid)
     time.sleep(5)
     read = _bytes_read(process.pid) - before
     queue.end()
-    assert process.wait(30) == 0
+    assert process.wait() == 0
     size = sum(rundir.state.stat().st_size for rundir in sweep.rundirs())
     assert read < size, f"{read} bytes in five seconds, where all state files are {size}"
 
@@ -180,12 +181,12 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path, server: Server) -> No
     assert "refused" in spawn.wait_opened(process, sweep)
     worker = start_worker(first)
     server.start()
-    eventually(lambda: sweep.read().get("mlflow"), 30)
-    eventually(lambda: statuses(sweep) == ["RUNNING", "-", "-", "-"], 30)
-    eventually(lambda: "train/loss" in the_run(first).data.metrics)
+    until(lambda: sweep.read().get("mlflow"))
+    until(lambda: statuses(sweep) == ["RUNNING", "-", "-", "-"])
+    until(lambda: "train/loss" in the_run(first).data.metrics)
     server.kill()
     enough(first)
-    assert worker.wait(10) == 0
+    assert worker.wait() == 0
     finish(second)
     queue.end()
     result = spawn.wait_sweep_mirror(process, sweep, 120)

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
-from fixtures.mirrored_runs import assert_mirrored, eventually, finish, fork, outputs, the_run
+from conftest import until
+from fixtures.mirrored_runs import assert_mirrored, finish, fork, outputs, the_run
 from fixtures.mirrored_sweeps import add_jobs, children_of, client_of, make_sweep, only_parents, parent_of, statuses
 
 from runner.tracking.mirror import spawn, sync
@@ -285,11 +286,11 @@ def test_the_mirror_of_one_job_keeps_the_parent(outputs: Path) -> None:
     finish(first, status="running")
     with first.held():
         process = spawn.start_mirror(first)
-        eventually(lambda: sweep.read().get("mlflow") and parent_of(sweep).data.tags.get("runner.jobs_running") == "1")
+        until(lambda: sweep.read().get("mlflow") and parent_of(sweep).data.tags.get("runner.jobs_running") == "1")
         assert statuses(sweep) == ["RUNNING", "-"]
         first.write_state(status="completed")
         assert process
-        assert process.wait(30) == 0
+        assert process.wait() == 0
     parent = parent_of(sweep)
     assert (parent.info.status, parent.data.tags["runner.jobs_completed"]) == ("KILLED", "1")
     assert MlflowRun.of(second).uri == sweep.read()["mlflow"]["uri"]
