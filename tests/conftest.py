@@ -121,12 +121,24 @@ def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def unmeasured() -> Iterator[None]:
+    """Coverage is that of the fast tests: it makes all Python slower, here and in the processes that a test starts."""
+    stopped, name = warm.stop_coverage(), "COVERAGE_PROCESS_CONFIG"
+    settings = {name: os.environ.pop(name)} if name in os.environ else {}
+    yield
+    os.environ.update(settings)
+    for each in stopped:
+        each.start()
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """What a ``cold`` test starts is started anew; what a test leaves in the environment for libraries goes with it."""
     warm.is_wanted = not item.get_closest_marker("cold")
     before, modules = dict(os.environ), len(sys.modules)
-    yield
+    with unmeasured() if item.get_closest_marker("slow") else contextlib.nullcontext():
+        yield
     warm.is_wanted = True
     if len(sys.modules) > modules + 100:  # a full collection of libraries that stay takes half a second each time
         gc.collect()

@@ -171,6 +171,9 @@ def serve(address: str) -> Callable[[], Any]:
     place = Place(address, _family(), [before, dict(os.environ)])
     _find = lambda: place  # noqa: E731
     set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
+    for each in stop_coverage():
+        each.save()  # or each fork would save it too
+        each.start()
     with socket.socket(socket.AF_UNIX) as server, _children() as (wakeup, lines):
         server.bind(address)
         server.listen(64)
@@ -223,6 +226,15 @@ def _differs(environment: dict[str, str], place: Place) -> bool:
     names = {name for each in (environment, *place.environments) for name in each}
     different = {name for name in names if environment.get(name) not in [each.get(name) for each in place.environments]}
     return bool(read_on_import(different))
+
+
+def stop_coverage() -> list[Any]:
+    """Stop what measures coverage in this process; returns what may be started again."""
+    stopped: list[Any] = []
+    while "coverage" in sys.modules and (current := sys.modules["coverage"].Coverage.current()):
+        current.stop()
+        stopped.insert(0, current)
+    return stopped
 
 
 def read_on_import(names: Iterable[str]) -> list[str]:
@@ -372,6 +384,8 @@ def _become(start: Start, streams: list[int], path: list[str], set_by_imports: d
     os.umask(start.umask)
     os.environ.clear()
     os.environ.update({**set_by_imports, **start.environment})
+    if "COVERAGE_PROCESS_CONFIG" not in start.environment:
+        stop_coverage()
     tempfile.tempdir = None
     numpy.random.seed()
     os.nice = lambda _: 0  # mirrors stand back, and a machine that is kept busy by tests would not come to them
