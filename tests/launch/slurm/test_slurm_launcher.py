@@ -227,7 +227,7 @@ def test_without_slurm_what_is_cancelled_before_it_began_never_begins(
     done = runner("cancel", "run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "killed: cancelled by " in done.stdout
-    psutil.wait_procs([supervisor], timeout=30)
+    psutil.wait_procs([supervisor])
     assert not supervisor.is_running()
     assert (rundir.read_state().status, rundir.read_state().attempt) == ("killed", 0)
 
