@@ -31,8 +31,11 @@ def pages(real: Path) -> Iterator[str]:
         yield address.partition("/runs")[0]
 
 
-def text_of(address: str) -> str:
-    """What stands on a page, without its tags: a browser has run its scripts."""
+def text_of(address: str, last: str) -> str:
+    """What stands on a page, without its tags, once a browser has run its scripts: they end with these words.
+
+    Headless Chromium writes a page down when its own clock says so, which on a busy machine may be too early.
+    """
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no Chromium here (Debian: apt install chromium)")
@@ -40,9 +43,13 @@ def text_of(address: str) -> str:
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=2400,1400", "--dump-dom",
         "--virtual-time-budget=30000", address,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kept = re.sub(r"<(script|style).*?</\1>", " ", done.stdout, flags=re.DOTALL)
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", kept)).split())
+    for _ in range(5):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        kept = re.sub(r"<(script|style).*?</\1>", " ", done.stdout, flags=re.DOTALL)
+        text = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", kept)).split())
+        if last in text:
+            break
+    return text
 
 
 @pytest.mark.slow
@@ -51,22 +58,22 @@ def test_what_a_person_sees_in_mlflow(real: Path, pages: str):
     parent, runs = sweep.read()["mlflow"]["parent_run_id"], sweep.rundirs()
     best = min(runs, key=lambda rundir: rundir.read_state().summary["eval/loss"])
 
-    table = text_of(f"{pages}/runs")
+    table = text_of(f"{pages}/runs", "5 matching runs")
     assert "5 matching runs" in table
     assert "small" in table
     assert best.read_manifest()["label"] not in table, "children are folded below their parent"
 
-    story = text_of(f"{pages}/runs/{parent}")
+    story = text_of(f"{pages}/runs/{parent}", best.read_manifest()["label"])
     assert f"Best of this sweep : {best.read_manifest()['label']}" in story
     assert f"{best.read_state().summary['eval/loss']:.4f}" in story
     assert "Status Finished" in story
     children = story.partition("Child runs")[2].partition("Source")[0]
     assert all(rundir.read_manifest()["label"] in children for rundir in runs)
 
-    child = text_of(f"{pages}/runs/{best.read_manifest()['mlflow']['run_id']}")
+    name = upload.plain(best.read_manifest()["model"]["name"])
+    child = text_of(f"{pages}/runs/{best.read_manifest()['mlflow']['run_id']}", name)
     assert "chitchat" in child.partition("Datasets")[2], "the column Dataset is filled"
     assert "Parent run small" in child
-    name = upload.plain(best.read_manifest()["model"]["name"])
     assert name in child.partition("Logged models")[2].partition("Registered prompts")[0], "so is the column Models"
 
     ids = json.dumps([rundir.read_manifest()["mlflow"]["run_id"] for rundir in runs])
@@ -74,7 +81,7 @@ def test_what_a_person_sees_in_mlflow(real: Path, pages: str):
     address = (
         f"{pages.partition('/#')[0]}/#/compare-runs?runs={quote(ids)}&experiments={quote(json.dumps([experiment]))}"
     )
-    compared = text_of(address)
+    compared = text_of(address, "Parallel Coordinates Plot")
     assert "Comparing 4 Runs from 1 Experiment" in compared
     assert "Parallel Coordinates Plot" in compared
     assert "eval/loss" in compared

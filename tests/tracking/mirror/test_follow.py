@@ -176,9 +176,8 @@ def test_a_server_that_comes_late_dies_and_comes_back(tmp_path: Path, server: Se
     rundir = make_run(tmp_path, uri=server.uri)
     worker = start_worker(rundir, 1, 9999, 0.05)
     try:
-        until(lambda: rundir.mirror_log.exists())
-        server.launch()  # takes longer to come up than the mirror
         until(lambda: "refused" in _problem(rundir))
+        server.start()
         until(lambda: _problem(rundir) == "" and rundir.read_manifest().get("mlflow"))
         assert the_run(rundir).info.status == "RUNNING"
         server.kill()
