@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, composed, node, option, prepared
+from conftest import TESTS, TINY, composed, node, option, prepared
 from fixtures.slurm_runs import SHORT, SLURM, mlflow_runs, runner
 
 from runner.errors import ConfigError, LaunchError
@@ -37,21 +37,13 @@ def runs_in(folder: Path, names: tuple[str, ...], *words: str) -> list[RunDir]:
     return [prepared(folder / name / "run", *ONE_STEP, *words) for name in names]
 
 
-LAUNCH = """
-import json, sys
-from pathlib import Path
-from typing import Any
-from runner.config import bind
-from runner.tracking.rundir import RunDir
-node, paths = json.loads(sys.argv[1])
-print(json.dumps(bind.bind(node, "launcher")().launch([RunDir(Path(path)) for path in paths], None)))
-"""
+SERVER = TESTS / "launch_server.py"
 
 
 def launched(rundirs: list[RunDir], name: str, **changes: Any) -> list[int]:
     """The exit codes; in a process of its own, because runs are forks of it and this one may have trained."""
     words = json.dumps([node("launcher", name, **changes), [str(rundir.path) for rundir in rundirs]])
-    done = subprocess.run([sys.executable, "-c", LAUNCH, words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, str(SERVER), words], capture_output=True, text=True, check=True)
     codes: list[int] = json.loads(done.stdout.splitlines()[-1])
     return codes
 
