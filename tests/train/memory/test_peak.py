@@ -162,7 +162,7 @@ print(json.dumps([told, usage.peak_of_process()]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's libraries alone take gigabytes of a process")
-@pytest.mark.parametrize("changes", ["", "quant=4bit train.memory=min", "lora=none"])
+@pytest.mark.parametrize("changes", ["", "quant=4bit train.memory=balanced", "lora=none"])
 def test_a_process_takes_what_was_told(changes: str, cache: object) -> None:
     """Within 10 %, on the real model and rows."""
     command = [sys.executable, "-c", TRAIN, "train.max_steps=3", "tracking=offline", *changes.split()]
