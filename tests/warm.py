@@ -171,9 +171,6 @@ def serve(address: str) -> Callable[[], Any]:
     place = Place(address, _family(), [before, dict(os.environ)])
     _find = lambda: place  # noqa: E731
     set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
-    for each in stop_coverage():
-        each.save()  # or each fork would save it too
-        each.start()
     with socket.socket(socket.AF_UNIX) as server, _children() as (wakeup, lines):
         server.bind(address)
         server.listen(64)
