@@ -44,7 +44,7 @@ def supervised(folder: Path) -> tuple[RunDir, subprocess.Popen[bytes]]:
     """A run that a process other than this one sees to; it is what submitit's local cluster looks like."""
     rundir = prepared(folder, *TINY)
     slurm_room(folder).mkdir()
-    process = start_controller(slurm_room(folder), "sleep 900")
+    process = start_controller(slurm_room(folder), "sleep 60")
     rundir.update_manifest(slurm={"job_id": str(process.pid), "cluster": "local"})
     return rundir, process
 
