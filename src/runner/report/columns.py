@@ -27,7 +27,16 @@ LARGER_IS_BETTER = (
     "accuracy", "accuracies", "per_second", "mfu", "reward", "rewards/chosen", "margins", "f1",
     "/acc", "/acc_norm", "_match", "/pass@1", "/bleu", "/rouge1", "/rouge2", "/rougeL", "/mcc",
 )  # fmt: skip
-SMALLER_IS_BETTER = ("loss", "nll", "perplexity", "rewards/rejected", "gib", "seconds", "data_wait_fraction")
+SMALLER_IS_BETTER = (
+    "loss",
+    "objective",
+    "nll",
+    "perplexity",
+    "rewards/rejected",
+    "gib",
+    "seconds",
+    "data_wait_fraction",
+)
 """Suffixes of metric names that decide which direction is better, whatever the sort order."""
 OF_THE_MACHINE = ("per_second", "seconds", "gib", "mfu", "data_wait_fraction")
 """Suffixes of metrics that depend on the machine and its load."""

@@ -71,7 +71,7 @@ def sft(
 
     if loss_type == "nll" and not label_smoothing and not z_loss:
         return Task("sft", True, encode, prompt, token_loss, token_metrics, weights=True)
-    return Task("sft", True, encode, prompt, loss, metrics, weights=True, train_metrics=("loss", "nll"))
+    return Task("sft", True, encode, prompt, loss, metrics, weights=True, train_metrics=("loss", "objective"))
 
 
 def check_sft(
@@ -114,6 +114,5 @@ def of_tokens(tokens: TokenLosses, loss_type: LossType, eaft_alpha: float) -> Te
 
 
 def metrics(sums: dict[str, float]) -> dict[str, float]:
-    """The loss that is trained; cross entropy (``nll``), its perplexity and next-token accuracy, whatever the loss."""
-    plain = token_metrics({**sums, "loss": sums["nll"]})
-    return {**plain, "nll": plain["loss"], "loss": sums["loss"] / (sums["count"] or 1.0)}
+    """Cross entropy (``loss``), perplexity and accuracy, comparable whatever is trained; ``objective``: what is."""
+    return {**token_metrics({**sums, "loss": sums["nll"]}), "objective": sums["loss"] / (sums["count"] or 1.0)}
