@@ -9,6 +9,10 @@ code 1. Useful tokens count, padding does not; the steady state is what follows 
 goes to all sides. The share of the GEMM rate is that of the matrix products alone in the time of a step: those of all
 linear layers of the base, forward and for the gradient of their inputs, and of the head on trained tokens, at their own
 shapes, measured between the rounds.
+
+DPO: `--sides ours-dpo,trl-dpo-cached,trl-dpo` on pairs of the same problems (the solution, and that of the next one),
+four pairs a step. runner computes the reference before the first step, as trl-dpo-cached does; trl-dpo, as shipped,
+computes it in each step. The first step contains what comes before it.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ TRL: dict[str, dict[str, Any]] = {
     "trl-packed": {**PACKED, "gradient_checkpointing": False},
     "trl-packed-float32": {**PACKED, **FLOAT32},
     "trl-compiled": {**PACKED, "gradient_checkpointing": False, "torch_compile": True},
+    "trl-dpo": {**PADDED, **FLOAT32},
+    "trl-dpo-cached": {**PADDED, **FLOAT32, "precompute_ref_log_probs": True},
 }
 DOCUMENTS = ["data.packing=false", "train.per_device_batch_size=4"]
 PACKS = ["data.packing=true", "train.per_device_batch_size=1"]
@@ -56,13 +62,14 @@ OURS = {
     "ours-bfloat16": [*DOCUMENTS, "model.dtype=bfloat16"],
     "ours-packed-bfloat16": [*PACKS, "model.dtype=bfloat16"],
     "ours-packed-bfloat16-compiled": [*PACKS, "model.dtype=bfloat16", "compile=regional"],
+    "ours-dpo": [*DOCUMENTS, "task=dpo"],
 }
 SIDES = [
     "ours", "trl-float32", "ours-balanced", "ours-compiled", "ours-packed", "trl-packed-float32", "ours-bfloat16",
     "trl",
 ]  # fmt: skip
 COMMON = [
-    "data=local", "data/format=prompt_completion", "data.max_length=1024", "data.eval_rows=2", "tracking=mlflow",
+    "data=local", "data.max_length=1024", "data.eval_rows=2", "tracking=mlflow",
     "optim.learning_rate=2e-4", "schedule=constant", "schedule.warmup_ratio=0", "train.save_steps=null",
     "train.sample_prompts=0", "parallel=none",
 ]  # fmt: skip
@@ -114,6 +121,10 @@ def write_data(path: Path) -> None:
     rows = [json.loads(line) for line in cases.read_text().splitlines()]
     pairs = [{"prompt": row["prompt"], "completion": row["upstream_answer"]} for row in rows]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    answers = [row["upstream_answer"] for row in rows]
+    compared = zip((row["prompt"] for row in rows), answers, [*answers[1:], answers[0]], strict=True)
+    lines = [dict(zip(("prompt", "chosen", "rejected"), each, strict=True)) for each in compared]
+    path.with_name("pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def run(folder: Path, side: str, number: int, steps: int, overrides: list[str]) -> dict[str, Any]:
@@ -140,10 +151,14 @@ def run(folder: Path, side: str, number: int, steps: int, overrides: list[str]) 
 
 
 def ours(folder: Path, side: str, steps: int) -> list[str]:
-    return [*COMMON, *OURS[side], f"data.path={folder / 'rows.jsonl'}", f"train.max_steps={steps}"]
+    name, form = ("pairs", "preference") if batching(side) == "pairs" else ("rows", "prompt_completion")
+    data = [f"data/format={form}", f"data.path={folder / f'{name}.jsonl'}"]
+    return [*COMMON, *OURS[side], *data, f"train.max_steps={steps}"]
 
 
 def batching(side: str) -> str:
+    if "dpo" in side:
+        return "pairs"
     return "packed" if "packed" in side or side == "trl-compiled" else "documents"
 
 
@@ -249,12 +264,13 @@ def write_rows(folder: Path, steps: int, overrides: list[str]) -> None:
     from runner.train.options import Options
 
     rows: dict[str, Any] = {"tokens": {}, "trained": {}, "quant": "none"}
-    for side, name in (("ours", "documents"), ("ours-packed", "packed")):
+    for side, name in (("ours", "documents"), ("ours-packed", "packed"), ("ours-dpo", "pairs")):
         with initialize_config_dir(str(bind.config_dir()), version_base=None):
             cfg = OmegaConf.to_container(compose("config", [*ours(folder, side, steps), *overrides]), resolve=True)
         made = inputs.inputs(Options(cfg))  # type: ignore[arg-type]
         batches = [made.batches.step(step)[0] for step in range(steps)]
-        rows[name] = [row for batch in batches for row in cut(batch, name)]
+        cuts = [row for batch in batches for row in cut(batch, name)]
+        rows[name] = as_pairs(cuts) if name == "pairs" else cuts
         rows["tokens"][name] = [batch["tokens"] for batch in batches]
         rows["trained"][name] = [batch["trained"] for batch in batches]
         rows["model"], rows["quant"] = made.source.path, bind.bind(cfg["quant"], "quant")().name  # type: ignore
@@ -274,11 +290,34 @@ def cut(batch: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def as_pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two rows each, as DPOTrainer's collator takes them: the tokens of the prompt and of both answers."""
+    starts = [next(at for at, label in enumerate(row["labels"]) if label != -100) for row in rows]
+    cuts = [(row["input_ids"][:start], row["input_ids"][start:]) for row, start in zip(rows, starts, strict=True)]
+    return [
+        {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        for (prompt, chosen), (_, rejected) in zip(cuts[::2], cuts[1::2], strict=True)
+    ]
+
+
+def trainer_of(side: str) -> tuple[Any, Any, dict[str, Any]]:
+    """(trainer, its configuration, options that let it take tokens)."""
+    import trl
+
+    if batching(side) != "pairs":
+        return trl.SFTTrainer, trl.SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}}
+
+    class Given(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    return Given, trl.DPOConfig, {"max_length": None}
+
+
 def train_with_trl(folder: Path, side: str, steps: int) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     rows, options = json.loads((folder / "rows.json").read_text()), TRL[side]
     model = adapted(rows, torch.float32 if options.get("bf16") is False else torch.bfloat16)
@@ -289,7 +328,8 @@ def train_with_trl(folder: Path, side: str, steps: int) -> None:
             times.append(time.time())
 
     os.environ["WANDB_MODE"] = "disabled"
-    args = SFTConfig(
+    trainer_class, config_class, given = trainer_of(side)
+    args = config_class(
         output_dir=str(folder / "trl"),
         max_steps=steps,
         learning_rate=2e-4,
@@ -299,12 +339,12 @@ def train_with_trl(folder: Path, side: str, steps: int) -> None:
         use_cpu=not torch.cuda.is_available(),  # as shipped it refuses to start on a CPU
         save_strategy="no",
         train_sampling_strategy="sequential",
-        dataset_kwargs={"skip_prepare_dataset": True},
+        **given,
         **options,
     )
-    trainer = SFTTrainer(
-        model,
-        args,
+    trainer = trainer_class(
+        model=model,
+        args=args,
         train_dataset=Dataset.from_list(rows[batching(side)]),
         processing_class=AutoTokenizer.from_pretrained(rows["model"]),
         callbacks=[Clock()],

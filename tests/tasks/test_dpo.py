@@ -368,3 +368,16 @@ def test_plain_peft_measures_the_loss_that_the_run_reports(tmp_path: Path, cache
     loss = -torch.nn.functional.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])).mean()
     assert abs(reported - math.log(2)) > 1e-3
     assert float(loss) == pytest.approx(reported, abs=1e-5)
+
+
+def test_rewards_compare_what_the_loss_compares(models: Any) -> None:
+    """The accuracy of simpo and orpo is that of means per token: a long answer is not worse because it is long."""
+    policy, original, tokenizer = models
+    given = batches(tokenizer, packing=False, at_once=4)
+    by_sum, by_mean = (step(policy, original, task_of(name, beta=1.0), given)[0] for name in ("cpo", "simpo"))
+    (batch,) = given.step(0)
+    with torch.no_grad():
+        sums, counts = logprobs.of_documents(policy, batch)
+    for metrics, values in ((by_sum, sums), (by_mean, sums / counts)):
+        assert metrics["rewards/chosen"] == pytest.approx(float(values[0::2].mean()), rel=1e-5)
+        assert metrics["rewards/accuracies"] == float((values[0::2] > values[1::2]).float().mean())

@@ -43,7 +43,7 @@ def dpo(
         reference = batch["reference"] if loss_type not in WITHOUT_REFERENCE else torch.zeros_like(sums)
         pairs = Pairs.of(sums, tokens, reference)
         of_pairs = pair_loss(pairs, loss_type, beta, label_smoothing, gamma)
-        chosen, rejected = beta * (pairs.s_w - pairs.r_w).detach(), beta * (pairs.s_l - pairs.r_l).detach()
+        chosen, rejected = (beta * reward.detach() for reward in rewards(pairs, loss_type))
         return {
             "pair_loss": of_pairs.sum(),
             "sft_loss": sft_weight * -pairs.s_w.sum(),
@@ -125,13 +125,20 @@ def pair_loss(p: Pairs, loss_type: LossType, beta: float, label_smoothing: float
             return -beta * logsigmoid(log_odds)
 
 
+def rewards(p: Pairs, loss_type: LossType) -> tuple[Tensor, Tensor]:
+    """s - r of both answers (pairs,), up to beta; simpo and orpo compare means per token."""
+    w, l = p.s_w - p.r_w, p.s_l - p.r_l  # noqa: E741
+    return (w / p.n_w, l / p.n_l) if loss_type in ("simpo", "orpo") else (w, l)
+
+
 def smoothed(x: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
 
 
 def metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Loss, and per pair: implicit rewards beta * (s - r), log-probabilities, the share of pairs whose chosen answer
-    has the higher reward (``rewards/accuracies``); ``nll``: cross entropy of the chosen answers, nats per token."""
+    """Loss, and per pair: implicit rewards beta * (s - r) (see ``rewards``), log-probabilities, the share of pairs
+    whose chosen answer has the higher reward (``rewards/accuracies``); ``nll``: cross entropy of the chosen answers,
+    nats per token."""
     pairs, tokens = max(sums["pairs"], 1.0), max(sums["chosen_tokens"], 1.0)
     of_pairs = {name: sums[name] / pairs for name in sums if name.startswith(("rewards/", "logps/"))}
     return {
