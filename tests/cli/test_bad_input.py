@@ -121,7 +121,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("an empty variable for a run", ["resume="], "resume=: is empty"),
     ("an empty variable for a preset", ["experiment="], "the name of one option"),
     ("an empty variable of a verb", ["plan", "outputs_dir="], "outputs_dir=: is empty"),
-    ("an empty folder of a verb", ["status", "outputs_dir="], "is not a folder"),
+    ("an empty folder of a verb", ["status", "outputs_dir="], "outputs_dir: needs a value"),
     ("a sweep that leaves its folder", ["-m", "seed=1,2", "sweep=../../x"], "the name of one folder"),
     ("a sweep named by a dot", ["-m", "seed=1,2", "sweep=."], "the name of one folder"),
     ("a sweep without a name", ["-m", "seed=1,2", "sweep="], "sweep=: is empty"),

@@ -132,7 +132,7 @@ def test_runs_of_several_stores_do_not_stand_side_by_side(here: Path, capsys: py
     store.create_run(client, store.experiment_id(client, "runner", here), "some id", "theirs", 1.7e9)
     played(a_sweep("outputs/sweeps/mine"), 4, 1.0)
     for words, told in {
-        ("uri=theirs.db", "uri=other.db"): "uri: is given more than once.*a command reads one MLflow store",
+        ("uri=theirs.db", "uri=other.db"): "uri: is given more than once.*read this MLflow store",
         ("uri=theirs.db", "theirs", "outputs/sweeps/mine"): "no experiment, sweep or run 'outputs/sweeps/mine' in "
         "sqlite:.*theirs.db.*to compare folders, leave out uri=",
         ("uri=theirs.db", "runner", "mine"): "'runner' is an experiment, but mine is not",

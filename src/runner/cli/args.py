@@ -1,121 +1,158 @@
-"""Parse the arguments of a verb: options, ``outputs_dir=…`` and the remaining words, which usually name runs."""
+"""The command line of a verb: its options and ``key=value`` words, each declared once, and its help."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable
+import argparse
+import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from runner import streams
+from runner.config import bounds
 from runner.errors import ConfigError, Fault, suggest
 from runner.tracking import lookup
 
 if TYPE_CHECKING:
     from runner.train.trained import Trained
 
+RUN = "RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id"
+WIDTH = 120
+"""Characters of a line of the help."""
+
 
 @dataclass(frozen=True)
-class Args:
-    """The parsed arguments of a verb."""
+class Option:
+    """An option or a key of a verb."""
 
-    words: list[str]
-    """Arguments that are not options: RUN, SWEEP, FOLDER, key=value."""
-    options: dict[str, str]
-    """Option → its value; an empty string for an option without a value."""
-    outputs_dir: Path
+    usage: str
+    """``--all``, ``-f, --follow``, ``--rank N`` with a value; ``uri=URI`` for a key."""
+    help: str
+    kind: Any = str
+    """The type of the value, with its bounds."""
+    default: Any = None
 
-    def has(self, option: str) -> bool:
-        return option in self.options
+    @property
+    def names(self) -> list[str]:
+        """All its names; the last one is that of its value in ``Args``."""
+        return [name.split()[0].partition("=")[0] for name in self.usage.split(", ")]
 
-    def number(self, option: str, default: float, *, least: float, whole: bool = True) -> float:
-        """The value of an option as a number; ``default`` if the option is not given.
+    @property
+    def explained(self) -> str:
+        """The help, what is allowed, and the default."""
+        notes = [bounds.allowed(self.kind)] if self.kind is not str else []
+        notes += [f"default: {self.default}"] if self.default is not None else []
+        return f"{self.help} ({'; '.join(notes)})" if notes else self.help
 
-        Raises:
-            ConfigError: not a (whole) number, or smaller than ``least``.
-        """
-        text = self.options.get(option)
-        if text is None:
-            return default
-        kind = "whole number" if whole else "number"
-        try:
-            value = int(text) if whole else float(text)
-            if not least <= value < float("inf"):
-                raise ValueError
-        except ValueError:
-            problem = f"must be a {kind} of at least {least:g}"
-            raise ConfigError(Fault(option, problem, f"for example {option} {default:g}", text)) from None
+    def read(self, texts: list[str] | bool | None, faults: list[Fault]) -> Any:
+        """The value from its texts on the command line; what is wrong with them is added to ``faults``."""
+        if not isinstance(texts, list):
+            return self.default if texts is None else texts
+        name, text = self.names[-1], texts[-1]
+        value = text if bounds.fits(text, self.kind) else _number(text)
+        is_missing = not text or (text.startswith("--") and name.startswith("-"))
+        problem = "needs a value" if is_missing else "is given more than once" if len(texts) > 1 else ""
+        shown, problem = ... if problem else text, problem or bounds.mismatch(value, self.kind)
+        faults += [Fault(name, problem, f"{self.usage}: {self.explained}", shown)] if problem else []
         return value
 
 
-def read(argv: list[str], usage: str, flags: Collection[str] = (), valued: Collection[str] = ()) -> Args | None:
-    """Parse the arguments of a verb. With ``--help``: print ``usage`` and return None.
-
-    ``usage`` is the help text; its first line is the synopsis. ``flags`` are options without a value, ``valued``
-    options with one (``--rank 1`` or ``--rank=1``).
-
-    Raises:
-        ConfigError: unknown options, options without their value, or options given twice (all of them at once).
-    """
-    if {"-h", "--help"} & set(argv):
-        with streams.piped():
-            print(usage)
-        return None
-    words: list[str] = []
-    options: dict[str, str] = {}
-    faults: list[Fault] = []
-    outputs_dir, rest = "outputs", iter(argv)
-    counts = Counter(word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv))
-    for option in [option for option in (*valued, "outputs_dir", "uri") if counts[option] > 1]:
-        remedy = "give it once: a command reads one MLflow store" if option == "uri" else "give it once"
-        faults.append(Fault(option, "is given more than once", remedy))
-    for word in rest:
-        option, has_value, value = word.partition("=")
-        if word == "--":  # everything after -- is a word, even if it begins with -
-            words += rest
-        elif word.startswith("outputs_dir="):
-            outputs_dir = value
-        elif not word.startswith("-") or word == "-":
-            words.append(word)
-        elif option in valued:
-            options[option] = value if has_value else next(rest, "")
-            if not options[option] or options[option].startswith("--"):
-                faults.append(Fault(option, "needs a value", usage.splitlines()[0]))
-        elif word in flags:
-            options[word] = ""
-        else:
-            remedy = suggest(word, [*flags, *valued, "--help"]) or usage.splitlines()[0]
-            faults.append(Fault(word, "no such option", remedy))
-    if not faults and outputs_dir != "outputs" and not (outputs_dir and Path(outputs_dir).expanduser().is_dir()):
-        faults.append(Fault("outputs_dir", "is not a folder", "give the folder that contains the runs", outputs_dir))
-    if faults:
-        raise ConfigError(*faults)
-    return Args(words, options, Path(outputs_dir).expanduser())
+OUTPUTS_DIR = Option("outputs_dir=FOLDER", "the folder with the runs", default="outputs")
+MODEL_PATH = Option("model.path=FOLDER", "the base model, if it was moved since the run")
+URI = Option("uri=URI", "the MLflow store with runs whose folders are not on this machine")
 
 
-def settings(words: Iterable[str], keys: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """Split off ``key=value`` words: returns (the other words, the values of ``keys``).
+@dataclass(frozen=True)
+class Args:
+    """The arguments of a verb."""
 
-    Raises:
-        ConfigError: a key without a value.
-    """
-    rest: list[str] = []
-    values: dict[str, str] = {}
-    for word in words:
-        key, has_value, value = word.partition("=")
-        if not has_value or key not in keys:
-            rest.append(word)
-        elif not value:
-            raise ConfigError(Fault(key, "needs a value", f"write {key}=…, or leave it out"))
-        else:
-            values[key] = value
-    return rest, values
+    words: list[str]
+    """All that is not declared: RUN, SWEEP, FOLDER, other key=value."""
+    values: dict[str, Any]
+    """Option or key → its value, or its default if it is not given."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    @property
+    def outputs_dir(self) -> Path:
+        return Path(self["outputs_dir"]).expanduser()
 
 
-def trained_run(words: Args, verb: str, synopsis: str) -> tuple[Trained, list[str]]:
-    """The trained run that the first word names, and the remaining words without ``model.path=…``.
+class Verb:
+    """The command line of a verb."""
+
+    def __init__(self, synopsis: str, about: str, *options: Option, notes: str = "") -> None:
+        """``synopsis``: the verb and its words, ``logs RUN``. Every verb has the key ``outputs_dir``."""
+        has_own = any("outputs_dir" in option.names for option in options)
+        self.options = options if has_own else (*options, OUTPUTS_DIR)
+        self.name, self.about, self.notes = synopsis.split()[0], about, notes
+        self.usage = " ".join([f"python -m runner {synopsis}", *(f"[{option.usage}]" for option in self.options)])
+
+    def help(self) -> str:
+        """The usage, what the verb does, and a line for each option."""
+        width = max(len(option.usage) for option in self.options)
+        lines = [f"  {option.usage:<{width}}  {option.explained}" for option in self.options]
+        options = "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=" " * (width + 4)) for line in lines)
+        usage = textwrap.fill(self.usage, WIDTH, subsequent_indent="    ")
+        return "\n\n".join(filter(None, [usage, self.about, options, self.notes]))
+
+    def misused(self, problem: str, value: object = ...) -> ConfigError:
+        """The error of a command line with too many or too few words."""
+        return ConfigError(Fault(self.name, problem, self.usage, value))
+
+    def read(self, argv: list[str]) -> Args:
+        """Parse what follows the verb. All behind ``--`` are words, even if they begin with ``-``.
+
+        Raises:
+            ConfigError: with all faults of options and keys.
+        """
+        end = argv.index("--") if "--" in argv else len(argv)
+        names = {name: option.names[-1] for option in self.options for name in option.names}
+        given, words, faults = *self._parsed(argv[:end]), []
+        for word in list(words):
+            name, has_value, text = word.partition("=")
+            if name.startswith("-") and word != "-":
+                faults.append(Fault(word, "no such option", suggest(name, [*names, "--help"]) or self.usage))
+            elif has_value and name in names:
+                words.remove(word)
+                given.setdefault(names[name], []).append(text)
+        values = {option.names[-1]: option.read(given.get(option.names[-1]), faults) for option in self.options}
+        args = Args([*words, *argv[end + 1 :]], values)
+        is_default = OUTPUTS_DIR not in self.options or args["outputs_dir"] == OUTPUTS_DIR.default
+        if not faults and not is_default and not args.outputs_dir.is_dir():
+            remedy = "give the folder that contains the runs"
+            faults = [Fault("outputs_dir", "is not a folder", remedy, args["outputs_dir"])]
+        if faults:
+            raise ConfigError(*faults)
+        return args
+
+    def _parsed(self, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+        """(option → its texts, or whether it is given; all other words)"""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        dashed = [option for option in self.options if option.usage.startswith("-")]
+        with_value = {name for option in dashed for name in option.names if not option.usage.endswith(option.names[-1])}
+        for option in dashed:
+            action = "append" if option.names[-1] in with_value else "store_true"
+            parser.add_argument(*option.names, dest=option.names[-1], action=action)
+        rest = iter(argv)  # argparse takes a value that begins with - only in one word: --sort=-loss
+        joined = [f"{word}={next(rest, '')}" if word in with_value else word for word in rest]
+        try:
+            parsed, words = parser.parse_known_args(joined)
+        except argparse.ArgumentError as error:  # no other fault is left to argparse
+            raise ConfigError(Fault(str(error.argument_name), "takes no value", self.usage)) from None
+        return vars(parsed), words
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def trained_run(verb: Verb, args: Args) -> tuple[Trained, list[str]]:
+    """The trained run that the first word names, and the remaining words.
 
     Raises:
         ConfigError: no RUN, no such run, or a run without a model.
@@ -123,11 +160,9 @@ def trained_run(words: Args, verb: str, synopsis: str) -> tuple[Trained, list[st
     from runner.tracking import manifest
     from runner.train.trained import Trained, refuse_without_model
 
-    paths = [word.partition("=")[2] for word in words.words if word.startswith("model.path=")]
-    others = [word for word in words.words if not word.startswith("model.path=")]
-    if not others:
-        raise ConfigError(Fault(verb, "needs a run", synopsis))
-    rundir = lookup.resolve_run(others[0], words.outputs_dir)
+    if not args.words:
+        raise verb.misused("needs a run")
+    rundir = lookup.resolve_run(args.words[0], args.outputs_dir)
     refuse_without_model(rundir)
     cfg = manifest.pinned(manifest.read_config(rundir), rundir)
-    return Trained(rundir, cfg, paths[-1] if paths else None), others[1:]
+    return Trained(rundir, cfg, args["model.path"]), args.words[1:]

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner.cli import args
-from runner.errors import ConfigError, Fault, RunnerError
+from runner.cli.args import Args, Verb
+from runner.errors import RunnerError
 from runner.files import write_atomic
 from runner.tracking import lookup, run_status
 from runner.tracking.machine import user
@@ -20,10 +20,10 @@ from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import FINAL, RunDir
 from runner.tracking.sweepdir import SweepDir
 
-HELP = """python -m runner cancel RUN|SWEEP … [outputs_dir=FOLDER]
-
-Ends runs. A running run saves its state first; a waiting run, here or in Slurm, never starts. For a sweep: all its
-runs that have not ended. Each gets the status killed, in its folder and in MLflow.
+VERB = Verb(
+    "cancel RUN|SWEEP …",
+    """Ends runs. A running run saves its state first; a waiting run, here or in Slurm, never starts. For a sweep: all
+its runs that have not ended. Each gets the status killed, in its folder and in MLflow.
 
   python -m runner cancel outputs/2026-01-31/12-00-00
   python -m runner cancel ablation                       every unfinished run of that sweep
@@ -31,7 +31,8 @@ runs that have not ended. Each gets the status killed, in its folder and in MLfl
 
 RUN is a run folder, a name, a Slurm job id, or the beginning of an MLflow run id. A cancelled run can continue
 where it stopped: resume=RUN, or the same command again for a sweep.
-The exit code is 0 if all of them have ended, 1 if one is still saving or cannot be ended from this machine."""
+The exit code is 0 if all of them have ended, 1 if one is still saving or cannot be ended from this machine.""",
+)
 
 WAIT_S = 20.0
 """Seconds to wait for runs to end: enough for most steps and checkpoints. Slower runs end later by themselves."""
@@ -45,12 +46,10 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigError: no RUN, an unknown run, or an unknown option.
     """
-    words = args.read(argv, HELP)
-    if words is None:
-        return 0
-    if not words.words:
-        raise ConfigError(Fault("cancel", "needs a run or a sweep", HELP.splitlines()[0]))
-    before = run_status.of(_named_runs(words))
+    args = VERB.read(argv)
+    if not args.words:
+        raise VERB.misused("needs a run or a sweep")
+    before = run_status.of(_named_runs(args))
     _print_ended([run for run in before if run.status in OVER])
     cancellation = _Cancellation([run for run in before if run.status not in OVER])
     after = cancellation.run()
@@ -60,11 +59,11 @@ def main(argv: list[str]) -> int:
     return int(any(run.status not in OVER for run in after))
 
 
-def _named_runs(words: args.Args) -> list[RunDir]:
+def _named_runs(args: Args) -> list[RunDir]:
     """The named runs and the runs of named sweeps, each once. Also asks a named search to stop proposing runs."""
     rundirs: dict[Path, RunDir] = {}
-    for word in words.words:
-        folder = lookup.resolve(word, words.outputs_dir)
+    for word in args.words:
+        folder = lookup.resolve(word, args.outputs_dir)
         if isinstance(folder, SweepDir) and folder.search_journal.exists():  # else the search starts its next run
             write_atomic(folder.cancel_request, f"cancelled by {user()}@{run_status.here()}")
         for rundir in [folder] if isinstance(folder, RunDir) else lookup.runs_of(folder):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import streams, terminal
-from runner.cli import args
+from runner.cli.args import RUN, Args, Option, Verb
 from runner.errors import ConfigError, Fault, TrackingError, UnknownNameError
 from runner.report import columns, leaderboard, record, results
 from runner.report.leaderboard import Leaderboard
@@ -21,9 +21,9 @@ from runner.tracking import lookup
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
 
-HELP = """python -m runner compare [SWEEP|RUN|FOLDER|EXPERIMENT …] [uri=STORE] [options] [outputs_dir=FOLDER]
-
-Which setting was better: a table of the parameters that differ between the runs, and of the metrics. Without
+VERB = Verb(
+    "compare [SWEEP|RUN|FOLDER|EXPERIMENT …]",
+    f"""Which setting was better: a table of the parameters that differ between the runs, and of the metrics. Without
 arguments: the latest sweep.
 
   python -m runner compare lora.r+quant                          the runs of that sweep, best first
@@ -33,23 +33,30 @@ arguments: the latest sweep.
   python -m runner compare --html report.html                    a page with curves and charts, in one file
   python -m runner compare uri=http://host:5000 my-experiment    read from MLflow instead of folders
 
-RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; SWEEP its name or its
-folder; EXPERIMENT an experiment of MLflow. uri is a server or sqlite:////path/mlflow.db, by default the database in
-outputs_dir. One store is read at a time, and runs of different tasks are not compared.
-  --where CONDITION  KEY=VALUE, !=, <, <=, >, >=, ~ (contains), with and, or, not and brackets
-  --metrics A,B      these metrics instead of loss, best, those of the task, tokens/s, memory and time
-  --sort KEY         best first: higher is better for accuracy, acc, f1, mfu, per_second, reward and the like, lower for
-                     all others. -KEY: highest first, +KEY: lowest first; ★ still marks the best run of a metric
-                     with a known direction. Default: the objective of the search that made these runs, else the loss
-  --by KEY           average over runs that differ only in KEY; if nothing else differs, only the mean is shown
-  --pareto A,B       mark the Pareto front: no run is better in A and not worse in B; -A, +A as in --sort
-  --all              print all runs, not only the first 50 or the mean of one setting
-  --markdown, --csv, --json      for a report, a spreadsheet, a program
-  --html FILE        one page, self-contained             --png DIR   its charts as pictures
-A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy, eval_held_out/loss of the verb evaluate), a unique
-end of one (r), or status, sweep, label (the name of the run; name means the same). loss is from the last evaluation,
-best is the smallest one, memory the peak, time the seconds of training.
-The exit code is 0; 2 if there is nothing to compare."""
+{RUN};
+SWEEP its name or its folder; EXPERIMENT an experiment of MLflow. Runs of different tasks are not compared.""",
+    Option("--where CONDITION", "KEY=VALUE, !=, <, <=, >, >=, ~ (contains), with and, or, not and brackets"),
+    Option("--by KEY", "average over runs that differ only in KEY; if nothing else differs, show only the mean"),
+    Option(
+        "--sort KEY",
+        "best first: higher is better for accuracy, acc, f1, mfu, per_second, reward and the like, lower for all "
+        "others. -KEY: highest first, +KEY: lowest first; ★ still marks the best run of a metric with a known "
+        "direction. Default: the objective of the search that made these runs, else the loss",
+    ),
+    Option("--metrics A,B", "these metrics instead of loss, best, those of the task, tokens/s, memory and time"),
+    Option("--pareto A,B", "mark the Pareto front: no run is better in A and not worse in B; -A, +A as in --sort"),
+    Option("--all", "print all runs, not only the first 50 or the mean of one setting"),
+    Option("--markdown", "for a report"),
+    Option("--csv", "for a spreadsheet"),
+    Option("--json", "for a program"),
+    Option("--html FILE", "also write one self-contained page with the charts"),
+    Option("--png DIR", "also write the charts as pictures"),
+    Option("uri=STORE", "read this MLflow store instead of folders: a server, or sqlite:////path/mlflow.db"),
+    notes="""A KEY is a parameter (lora.r, quant), a metric (eval/token_accuracy, eval_held_out/loss of evaluate), the
+end of only one of them (r), or status, sweep, label (the name of the run; name means the same). loss is from the last
+evaluation, best is the smallest one, memory the peak, time the seconds of training.
+The exit code is 0; 2 if there is nothing to compare.""",
+)
 
 SHOWN = 50
 CHOOSING = ("--where", "--by", "--sort", "--metrics", "--pareto")
@@ -62,21 +69,18 @@ def main(argv: list[str]) -> int:
     Raises:
         RunnerError: an unknown run, option or key; no completed run; a file cannot be written.
     """
-    formats = ("--markdown", "--csv", "--json")
-    words = args.read(argv, HELP, flags=("--all", *formats), valued=(*CHOOSING, "--html", "--png"))
-    if words is None:
-        return 0
-    if len(chosen := [option for option in formats if words.has(option)]) > 1:
+    args = VERB.read(argv)
+    if len(chosen := [option for option in ("--markdown", "--csv", "--json") if args[option]]) > 1:
         raise ConfigError(Fault(" ".join(chosen), "are several output formats", "choose one of them"))
-    source = _source(words)
-    board = leaderboard.of(source.results, **{key.removeprefix("--"): words.options.get(key, "") for key in CHOOSING})
-    written = _write_files(board, source, words)
+    source = _source(args)
+    board = leaderboard.of(source.results, **{key.removeprefix("--"): args[key] or "" for key in CHOOSING})
+    written = _write_files(board, source, args)
     with streams.piped():
-        _print(board, words)
+        _print(board, args)
         for path in written:
             print(f"wrote {path}", file=sys.stderr if chosen else sys.stdout)
         if not chosen:
-            print("\n".join(_hints(board, source, words)))
+            print("\n".join(_hints(board, source, args)))
     return 0
 
 
@@ -90,14 +94,13 @@ class _Source:
     """The MLflow store; empty if the runs were read from folders."""
 
 
-def _source(words: args.Args) -> _Source:
-    uris = [word.removeprefix("uri=") for word in words.words if word.startswith("uri=")]
-    names = [word for word in words.words if not word.startswith("uri=")]
-    if uris:
-        return _from_store(uris[-1], names)
-    embedded = words.outputs_dir.absolute() / "mlflow.db"
+def _source(args: Args) -> _Source:
+    names = args.words
+    if args["uri"]:
+        return _from_store(args["uri"], names)
+    embedded = args.outputs_dir.absolute() / "mlflow.db"
     try:
-        return _from_folders(names, words.outputs_dir)
+        return _from_folders(names, args.outputs_dir)
     except ConfigError as error:
         if not names or not embedded.exists():
             raise
@@ -149,22 +152,22 @@ def _latest(outputs_dir: Path) -> list[RunDir | SweepDir]:
     return folders
 
 
-def _write_files(board: Leaderboard, source: _Source, words: args.Args) -> list[Path]:
+def _write_files(board: Leaderboard, source: _Source, args: Args) -> list[Path]:
     """Write the page and the pictures of ``--html`` and ``--png``; returns their paths.
 
     Raises:
         ConfigError: a file cannot be written.
     """
     written: list[Path] = []
-    if not {"--html", "--png"} & set(words.options):
+    if not args["--html"] and not args["--png"]:
         return written
     from runner.report import charts, page
 
     drawn = page.drawing(board, source.uri)
     for option in ("--html", "--png"):
-        if not words.has(option):
+        if not args[option]:
             continue
-        path = Path(words.options[option]).expanduser()
+        path = Path(args[option]).expanduser()
         try:
             if option == "--html":
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,17 +181,17 @@ def _write_files(board: Leaderboard, source: _Source, words: args.Args) -> list[
     return written
 
 
-def _print(board: Leaderboard, words: args.Args) -> None:
-    if words.has("--json"):
+def _print(board: Leaderboard, args: Args) -> None:
+    if args["--json"]:
         print(json.dumps(leaderboard.as_json(board), indent=1, allow_nan=False))
-    elif words.has("--csv"):
+    elif args["--csv"]:
         names, rows = board.table()
         out = csv.writer(sys.stdout, lineterminator="\n")
         out.writerows([names, *(["" if cell is None else cell for cell in row] for row in rows)])
-    elif words.has("--markdown"):
+    elif args["--markdown"]:
         print(markdown(board))
     else:
-        _show(board, words.has("--all"))
+        _show(board, args["--all"])
 
 
 def markdown(board: Leaderboard) -> str:
@@ -244,7 +247,7 @@ def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], lea
     terminal.console(width=None if sys.stdout.isatty() else needed).print(table)
 
 
-def _hints(board: Leaderboard, source: _Source, words: args.Args) -> list[str]:
+def _hints(board: Leaderboard, source: _Source, args: Args) -> list[str]:
     """Commands to run next."""
     completed = [result for result in board.results if result.is_completed]
     rated = sorted((r for r in completed if r is not board.best), key=board.goal.cost)
@@ -260,11 +263,10 @@ def _hints(board: Leaderboard, source: _Source, words: args.Args) -> list[str]:
         hints.append(f"generate  python -m runner generate {best}")
     if failed := next((one for one in board.results if one.status == "failed" and one.folder), None):
         hints.append(f"log       python -m runner logs {_typed(failed)}")
-    if runs > 1 and not words.has("--html"):
-        names = [word for word in words.words if not word.startswith("uri=")]
-        outputs = [f"outputs_dir={words.outputs_dir}"] if str(words.outputs_dir) != "outputs" else []
-        chosen = [f"{option}={value}" for option, value in words.options.items() if option in CHOOSING]
-        again = shlex.join(["python", "-m", "runner", "compare", *names, *where, *outputs, *chosen])
+    if runs > 1 and not args["--html"]:
+        outputs = [f"outputs_dir={args.outputs_dir}"] if str(args.outputs_dir) != "outputs" else []
+        chosen = [f"{option}={args[option]}" for option in CHOOSING if args[option]]
+        again = shlex.join(["python", "-m", "runner", "compare", *args.words, *where, *outputs, *chosen])
         hints.append(f"page      {again} --html compare.html")
     return ["", *hints]
 

@@ -9,29 +9,30 @@ from dataclasses import asdict
 from typing import Any
 
 from runner import streams
-from runner.cli import args
+from runner.cli.args import RUN, URI, Args, Option, Verb
 from runner.errors import ConfigError, Fault
 from runner.report import diff, record
 from runner.report.diff import Numbers, Row, Section
 from runner.report.record import Recorded
 
-HELP = """python -m runner diff RUN RUN [--all] [--patch] [--json | --markdown] [uri=URI] [outputs_dir=FOLDER]
-
-Two runs side by side: configuration, code (commit, uncommitted changes, the files and lines in between), packages,
-data, hardware and results. Only what differs is shown.
+VERB = Verb(
+    "diff RUN RUN",
+    f"""Two runs side by side: configuration, code (commit, uncommitted changes, the files and lines in between),
+packages, data, hardware and results. Only what differs is shown.
 
   python -m runner diff outputs/2026-01-31/12-00-00 outputs/2026-01-31/12-30-00
   python -m runner diff lora.r=8 lora.r=16 --all      two jobs of a sweep, equal values too
   python -m runner diff 3f2a 91c0 uri=https://…       two runs whose folders are on other machines
   python -m runner diff 3f2a outputs/mine --patch     with the lines of code
 
-RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
-  --all       also values that are equal
-  --patch     the lines of code that differ, with uncommitted changes
-  --json      everything, for programs: {"runs", "sections", "files", "numbers"}
-  --markdown  the same as Markdown tables
-  uri=URI     the MLflow store with runs whose folders are not on this machine
-The exit code is 0, whether the runs differ or not."""
+{RUN}.""",
+    Option("--all", "also values that are equal"),
+    Option("--patch", "the lines of code that differ, with uncommitted changes"),
+    Option("--json", 'everything, for programs: {"runs", "sections", "files", "numbers"}'),
+    Option("--markdown", "the same as Markdown tables"),
+    URI,
+    notes="The exit code is 0, whether the runs differ or not.",
+)
 
 WIDEST = 60
 """Characters of a value; longer values are cut in the middle, but not in JSON."""
@@ -45,34 +46,30 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigError: not two runs, the same run twice, a run that never started, or an unknown run.
     """
-    flags = ("--all", "--patch", "--json", "--markdown")
-    words = args.read(argv, HELP, flags=flags)
-    if words is None:
-        return 0
-    if words.has("--json") and words.has("--patch"):
+    args = VERB.read(argv)
+    if args["--json"] and args["--patch"]:
         raise ConfigError(Fault("--patch", "has no effect with --json", "leave one of them out"))
-    runs, settings = args.settings(words.words, ("uri",))
-    ours, theirs = _two_runs(runs, words, settings.get("uri"))
+    if args["--json"] and args["--markdown"]:
+        raise ConfigError(Fault("--markdown", "cannot be combined with --json", "leave one of them out"))
+    ours, theirs = _two_runs(args)
     sections, numbers = diff.of(ours, theirs), diff.numbers(ours.curves, theirs.curves)
     with streams.piped():
-        if words.has("--json"):
+        if args["--json"]:
             print(json.dumps(_as_json(ours, theirs, sections, numbers), indent=1), flush=True)
         else:
-            shown = _markdown if words.has("--markdown") else _text
-            print(shown(ours, theirs, sections, numbers, everything=words.has("--all")))
-            if words.has("--patch"):
+            shown = _markdown if args["--markdown"] else _text
+            print(shown(ours, theirs, sections, numbers, everything=args["--all"]))
+            if args["--patch"]:
                 print(f"\n{diff.patch(ours, theirs)}".rstrip() or "\nno lines of code differ, according to git")
     return 0
 
 
-def _two_runs(runs: list[str], words: args.Args, uri: str | None) -> tuple[Recorded, Recorded]:
-    if len(runs) != 2:
-        raise ConfigError(Fault("diff", f"needs two runs, not {len(runs)}", HELP.splitlines()[0]))
-    if words.has("--json") and words.has("--markdown"):
-        raise ConfigError(Fault("--markdown", "cannot be combined with --json", "leave one of them out"))
-    ours, theirs = (record.find(word, words.outputs_dir, uri) for word in runs)
+def _two_runs(args: Args) -> tuple[Recorded, Recorded]:
+    if len(args.words) != 2:
+        raise VERB.misused(f"needs two runs, not {len(args.words)}")
+    ours, theirs = (record.find(word, args.outputs_dir, args["uri"]) for word in args.words)
     if ours.manifest.get("id") == theirs.manifest.get("id"):
-        problem = f"'{runs[0]}' and '{runs[1]}' are the same run, {ours.where}"
+        problem = f"'{args.words[0]}' and '{args.words[1]}' are the same run, {ours.where}"
         raise ConfigError(Fault("diff", problem, "give two different runs: python -m runner status lists them"))
     for run in (ours, theirs):
         record.refuse_unbegun(run, "there is nothing to compare yet")

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
-from runner.cli import args, benchmarks, evaluate_data
+from runner.cli import benchmarks, evaluate_data
+from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
+from runner.config import schema
 from runner.data import dataset
 from runner.data.batches import Batches
 from runner.errors import ConfigError, Fault
@@ -28,9 +30,9 @@ if TYPE_CHECKING:
     from runner.train.distributed.wrap import Wrapped
     from runner.train.prepared import Start
 
-HELP = """python -m runner evaluate RUN [data=… data.key=…] [--base] [--name NAME] [--tasks TASK,…] [--limit N]
-
-Evaluates the model of a run with the metrics of its task, as during training. Nothing is trained.
+VERB = Verb(
+    "evaluate RUN [data=… data.key=…]",
+    f"""Evaluates the model of a run with the metrics of its task, as during training. Nothing is trained.
 
   python -m runner evaluate first                                       the eval split of the run
   python -m runner evaluate first data.eval_rows=null                   the whole eval split
@@ -38,15 +40,18 @@ Evaluates the model of a run with the metrics of its task, as during training. N
   python -m runner evaluate first data=local data.path=rows.jsonl data/format=alpaca data.eval_rows=500 --base
   python -m runner evaluate first --tasks arc_easy,my_tasks/faq.yaml    benchmarks of lm-eval
 
-RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
-  --base        the base model instead, quantized as in the run
-  --name NAME   name of the metrics: eval_NAME/loss, for the base model eval_NAME/base_loss. Default: that of the data
-                (held_out for the run's eval split, held_out_500 for another number of its rows) or of the task
-  --tasks …     tasks of lm-eval by name, or your own YAML files; needs pip install 'runner[eval]'
-  --limit N     only N rows of each task, for a quick test; the metrics are named TASK_N
-  model.path=FOLDER   the base model, if it was moved since the run
-
-The results are written to evaluations.jsonl in the run folder, and to the run in MLflow."""
+{RUN}.
+The results are written to evaluations.jsonl in the run folder, and to the run in MLflow.""",
+    Option("--base", "the base model instead, quantized as in the run"),
+    Option(
+        "--name NAME",
+        "name of the metrics: eval_NAME/loss, for the base model eval_NAME/base_loss. Default: that of the data "
+        "(held_out for the run's eval split, held_out_500 for another number of its rows) or of the task",
+    ),
+    Option("--tasks TASK,…", "tasks of lm-eval by name, or your own YAML files; needs pip install 'runner[eval]'"),
+    Option("--limit N", "only N rows of each task, for a quick test; the metrics are named TASK_N", schema.Count),
+    MODEL_PATH,
+)
 
 HELD_OUT = "held_out"
 
@@ -58,21 +63,17 @@ def main(argv: list[str]) -> int:
         ConfigError: no RUN, a run without a model, an override of another key than data, no lm-eval, unknown tasks.
         DataError: rows that cannot be read or are too long.
     """
-    words = args.read(argv, HELP, flags=("--base",), valued=("--name", "--tasks", "--limit"))
-    if words is None:
-        return 0
-    run, overrides = args.trained_run(words, "evaluate", HELP.splitlines()[0])
-    limit = int(words.number("--limit", 10, least=1)) if words.has("--limit") else None
-    _refuse_without_effect(words, overrides)
+    args = VERB.read(argv)
+    run, overrides = trained_run(VERB, args)
+    _refuse_without_effect(args, overrides)
     node = evaluate_data.node(run.cfg["data"], overrides)
-    tasks = words.options["--tasks"].split(",") if words.has("--tasks") else []
-    chosen = benchmarks.choose(tasks) if tasks else None
+    chosen = benchmarks.choose(args["--tasks"].split(",")) if args["--tasks"] else None
     trained.quiet()
-    order = _Order(run, words.has("--base"), ["python", "-m", "runner", "evaluate", *argv])
+    order = _Order(run, bool(args["--base"]), ["python", "-m", "runner", "evaluate", *argv])
     if chosen is not None:
-        _evaluate_tasks(order, chosen, limit)
+        _evaluate_tasks(order, chosen, args["--limit"])
     else:
-        rows = _Rows(node, evaluate_data.is_other(overrides), words.options.get("--name"))
+        rows = _Rows(node, evaluate_data.is_other(overrides), args["--name"])
         _record(order, *_evaluated(order, rows))
     _upload(run)
     return 0
@@ -97,19 +98,16 @@ class _Rows:
     name: str | None
 
 
-def _refuse_without_effect(words: args.Args, overrides: list[str]) -> None:
-    faults = []
-    name = words.options.get("--name")
-    if words.has("--tasks"):
+def _refuse_without_effect(args: Args, overrides: list[str]) -> None:
+    faults, name = [], args["--name"]
+    if args["--tasks"]:
         if overrides:
             problem, remedy = "has no effect on tasks, which have their own rows", "leave one of them out"
             faults.append(Fault(overrides[0].partition("=")[0], problem, remedy))
         if name:
             faults.append(Fault("--name", "has no effect on tasks, which have names", "leave it out", name))
-    elif words.has("--limit"):
-        faults.append(
-            Fault("--limit", "has no effect without --tasks", "use data.eval_rows=N", words.options["--limit"])
-        )
+    elif args["--limit"]:
+        faults.append(Fault("--limit", "has no effect without --tasks", "use data.eval_rows=N", args["--limit"]))
     if name is not None and not re.fullmatch(r"[\w.-]{1,100}", name):
         faults.append(Fault("--name", "is not a valid metric name", "use letters, digits, . - and _", name))
     if faults:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from runner import terminal
-from runner.cli import args
-from runner.errors import ConfigError, Fault, suggest
+from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
+from runner.errors import ConfigError, Fault
 from runner.models import gguf_export, model_folder
 from runner.report import model_card
 from runner.train import merge, trained
@@ -22,25 +22,28 @@ from runner.train.trained import Trained
 if TYPE_CHECKING:
     from runner.train.merge import Check
 
-HELP = """python -m runner export RUN [DIR] [--merged] [--gguf] [--dtype DTYPE]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-Writes the model of a run, with its tokenizer and a model card, so that other programs can load it.
+VERB = Verb(
+    "export RUN [DIR]",
+    f"""Writes the model of a run, with its tokenizer and a model card, so that other programs can load it.
 
   python -m runner export first                     the adapter, for plain PEFT, in outputs/exports/first
   python -m runner export first my/model --merged   the whole model, for plain transformers (vLLM, TGI, …)
   python -m runner export first --gguf              the whole model as one file, for llama.cpp
 
-RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; DIR a folder that does
-not exist or is empty.
-  --merged       add the adapter to the base weights in full precision, also if the run was trained on 4 or 8 bits; the
-                 logits are compared with those of base and adapter on rows of the run, and may differ by 1e-4 at most
-                 (by 1e-5 of the largest logit, if the model is too large to be computed in float64)
-  --gguf         converted by llama.cpp's convert_hf_to_gguf.py, which must be on the PATH
-  --dtype DTYPE  dtype of a whole model: float32, bfloat16, float16; default: as the base model, for GGUF 16 bits
-  model.path=FOLDER   the base model, if it was moved since the run"""
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES = ("float32", "bfloat16", "float16")
+{RUN};
+DIR a folder that does not exist or is empty.""",
+    Option(
+        "--merged",
+        "add the adapter to the base weights in full precision, also if the run was trained on 4 or 8 bits; the "
+        "logits are compared with those of base and adapter on rows of the run, and may differ by 1e-4 at most "
+        "(by 1e-5 of the largest logit, if the model is too large to be computed in float64)",
+    ),
+    Option("--gguf", "converted by llama.cpp's convert_hf_to_gguf.py, which must be on the PATH"),
+    Option("--dtype DTYPE", "dtype of a whole model; default: as the base model, for GGUF 16 bits", Dtype),
+    MODEL_PATH,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -50,12 +53,10 @@ def main(argv: list[str]) -> int:
         ConfigError: no RUN, a run without a model, a folder that is not empty, no converter, an option without effect.
         TrainingError: merging changed the logits of the model.
     """
-    words = args.read(argv, HELP, flags=("--merged", "--gguf"), valued=("--dtype",))
-    if words is None:
-        return 0
-    run, rest = args.trained_run(words, "export", HELP.splitlines()[0])
+    args = VERB.read(argv)
+    run, rest = trained_run(VERB, args)
     run.rundir.read_state()  # the model card needs it: a damaged file is reported before the work
-    order = _order(words, run, rest)
+    order = _order(args, run, rest)
     base = run.base.path if run.is_adapter else str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
     trained.quiet()
     with written_or_refused(order.folder) as aside:
@@ -81,34 +82,30 @@ class _Order:
     converter: list[str]
 
 
-def _order(words: args.Args, run: Trained, rest: list[str]) -> _Order:
+def _order(args: Args, run: Trained, rest: list[str]) -> _Order:
     faults: list[Fault] = []
     if len(rest) > 1:
-        faults.append(Fault("export", "takes one folder", HELP.splitlines()[0], " ".join(rest)))
-    if words.has("--merged") and not run.is_adapter:
+        faults += VERB.misused("takes one folder", " ".join(rest)).faults
+    if args["--merged"] and not run.is_adapter:
         faults.append(Fault("--merged", "has no effect: this run trained all weights", "leave it out"))
-    whole = words.has("--merged") or not run.is_adapter
-    dtype = words.options.get("--dtype")
-    if dtype is not None and dtype not in DTYPES:
-        remedy = f"{suggest(dtype, DTYPES)} one of {', '.join(DTYPES)}".strip()
-        faults.append(Fault("--dtype", "no such dtype", remedy, dtype))
-    elif dtype is not None and not (whole or words.has("--gguf")):
+    whole = args["--merged"] or not run.is_adapter
+    if args["--dtype"] and not (whole or args["--gguf"]):
         remedy = "add --merged, or leave it out: an adapter keeps its dtype"
-        faults.append(Fault("--dtype", "has no effect on an adapter", remedy, dtype))
-    gguf_only = words.has("--gguf") and not words.has("--merged")
+        faults.append(Fault("--dtype", "has no effect on an adapter", remedy, args["--dtype"]))
+    gguf_only = args["--gguf"] and not args["--merged"]
     kinds: list[model_card.Kind] = [] if gguf_only else ["model" if whole else "adapter"]
-    kinds += ["gguf"] if words.has("--gguf") else []
+    kinds += ["gguf"] if args["--gguf"] else []
     command: list[str] = []
-    if words.has("--gguf"):
+    if args["--gguf"]:
         try:
             command = gguf_export.find()
         except ConfigError as error:
             faults += error.faults
-    folder = Path(rest[0]).expanduser() if rest else words.outputs_dir / "exports" / default_name(run, kinds)
+    folder = Path(rest[0]).expanduser() if rest else args.outputs_dir / "exports" / default_name(run, kinds)
     faults += _folder_faults(folder.absolute())
     if faults:
         raise ConfigError(*faults)
-    return _Order(folder.absolute(), tuple(kinds), cast("Dtype | None", dtype), command)
+    return _Order(folder.absolute(), tuple(kinds), args["--dtype"], command)
 
 
 def default_name(run: Trained, kinds: list[model_card.Kind]) -> str:

@@ -10,30 +10,32 @@ from itertools import chain
 from typing import Any
 
 from runner import streams, terminal
-from runner.cli import args
+from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
+from runner.config import schema
 from runner.errors import ConfigError, DataError, Fault, RunnerError
 from runner.train import trained
 from runner.train.report import NOTHING
 from runner.train.trained import Trained
 
-HELP = """python -m runner generate RUN [PROMPT|-] [--compare] [--system TEXT] [--max-new-tokens N] [--temperature T] [--seed N]
-
-Generates answers with the model of a run: the base model, quantized as in training, with the adapter and the chat
-template of the run.
+VERB = Verb(
+    "generate RUN [PROMPT|-]",
+    f"""Generates answers with the model of a run: the base model, quantized as in training, with the adapter and the
+chat template of the run.
 
   python -m runner generate outputs/2026-01-31/12-00-00 "What is a sweep?"
   python -m runner generate first --compare "What is a sweep?"     base and fine-tuned model side by side
   cat question.txt | python -m runner generate first -
   python -m runner generate first                                  a chat: /reset clears it, /quit or Ctrl-D ends it
 
-RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
-  --compare           the base model as well; the weights are loaded once
-  --system TEXT       a system prompt
-  --max-new-tokens N  maximum length of an answer (256)
-  --temperature T     0, the default: greedy decoding; above 0: sampling
-  --seed N            seed of the sampling (0)
-  model.path=FOLDER   the base model, if it was moved since the run
-  --                  the rest is a prompt, even if it begins with -"""  # noqa: E501
+{RUN}.
+After -- a PROMPT may begin with -.""",
+    Option("--compare", "the base model as well; the weights are loaded once"),
+    Option("--system TEXT", "a system prompt"),
+    Option("--max-new-tokens N", "maximum tokens of an answer", schema.Count, 256),
+    Option("--temperature T", "0: greedy decoding; above 0: sampling", schema.NotNegative, 0.0),
+    Option("--seed N", "seed of the sampling", schema.Seed),
+    MODEL_PATH,
+)
 
 BASE, TUNED = "base", "fine-tuned"
 Turn = dict[str, str]
@@ -47,12 +49,9 @@ def main(argv: list[str]) -> int:
         ConfigError: no RUN, a run without a model, or an option without effect.
         DataError: a prompt that is too long for the model.
     """
-    valued = ("--system", "--max-new-tokens", "--temperature", "--seed")
-    words = args.read(argv, HELP, flags=("--compare",), valued=valued)
-    if words is None:
-        return 0
-    settings = _settings(words)
-    run, others = args.trained_run(words, "generate", HELP.splitlines()[0])
+    args = VERB.read(argv)
+    settings = _settings(args)
+    run, others = trained_run(VERB, args)
     if len(others) > 1:
         raise ConfigError(Fault("generate", "takes one prompt", "put it in quotes", " ".join(others)))
     prompt = sys.stdin.read() if others == ["-"] else others[0] if others else None
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
     if settings.system is not None and not run.is_chat:
         raise ConfigError(Fault("--system", "has no effect: this run continues plain text", "leave it out"))
     prompts = _prompts() if prompt is None else iter(())
-    models = _load(run, compare=words.has("--compare"))
+    models = _load(run, compare=args["--compare"])
     if prompt is None:
         _chat(run, models, settings, prompts)
     else:
@@ -110,19 +109,11 @@ def prompt_text(run: Trained, messages: list[Turn]) -> str:
     return f"{run.tokenizer.bos_token}{text}" if adds_bos else text
 
 
-def _settings(words: args.Args) -> Settings:
-    temperature = words.number("--temperature", 0, least=0, whole=False)
-    if words.has("--seed") and not temperature:
-        remedy = "add --temperature 0.7, or leave it out"
-        raise ConfigError(
-            Fault("--seed", "has no effect without --temperature: greedy decoding is deterministic", remedy)
-        )
-    return Settings(
-        words.options.get("--system"),
-        int(words.number("--max-new-tokens", 256, least=1)),
-        temperature,
-        int(words.number("--seed", 0, least=0)),
-    )
+def _settings(args: Args) -> Settings:
+    if args["--seed"] is not None and not args["--temperature"]:
+        problem = "has no effect without --temperature: greedy decoding is deterministic"
+        raise ConfigError(Fault("--seed", problem, "add --temperature 0.7, or leave it out"))
+    return Settings(args["--system"], args["--max-new-tokens"], args["--temperature"], args["--seed"] or 0)
 
 
 def _load(run: Trained, *, compare: bool) -> list[_Model]:

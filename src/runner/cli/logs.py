@@ -8,26 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import streams, terminal
-from runner.cli import args
+from runner.cli.args import RUN, Args, Option, Verb
+from runner.config import schema
 from runner.errors import ConfigError, Fault
 from runner.tracking import lookup, run_status
 from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import home_of, slurm_room
 
-HELP = """python -m runner logs RUN [-f] [--rank N] [outputs_dir=FOLDER]
-
-Prints the log of a run: its train.log or, if the run died before the worker wrote one, the output that Slurm or the
-launcher captured.
+VERB = Verb(
+    "logs RUN",
+    f"""Prints the log of a run: its train.log or, if the run died before the worker wrote one, the output that Slurm or
+the launcher captured.
 
   python -m runner logs outputs/2026-01-31/12-00-00
   python -m runner logs ablation/lora.r=8 -f        follow it until the run ends
   python -m runner logs 3f2a --rank 1               the warnings of its second process
 
-RUN is a run folder, a name, a Slurm job id, or the beginning (4 characters or more) of an MLflow run id; a job of a
-sweep is SWEEP/LABEL.
-  -f, --follow   follow the log until the run has ended, then print its status; Ctrl-C stops following, not the run
-  --rank N       the log of rank N; default 0, the main process"""
+{RUN}, or a Slurm job id;
+a job of a sweep is SWEEP/LABEL.""",
+    Option(
+        "-f, --follow",
+        "print new lines until the run has ended, then print its status; Ctrl-C stops following, not the run",
+    ),
+    Option("--rank N", "the log of rank N; 0 is the main process", schema.Whole, 0),
+)
 
 POLL_S, SLURM_POLL_S = 0.3, 10.0
 
@@ -38,28 +43,25 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigError: no RUN or several, a sweep, or an unknown option.
     """
-    words = args.read(argv, HELP, flags=("-f", "--follow"), valued=("--rank",))
-    if words is None:
-        return 0
-    rundir, rank = _named_run(words), int(words.number("--rank", 0, least=0))
+    args = VERB.read(argv)
+    rundir, rank = _named_run(args), args["--rank"]
     with streams.piped():
-        if words.has("-f") or words.has("--follow"):
+        if args["--follow"]:
             return _follow(rundir, rank)
         _show(rundir, rank)
     return 0
 
 
-def _named_run(words: args.Args) -> RunDir:
-    if len(words.words) != 1:
-        problem = f"takes one run, not {len(words.words)}" if words.words else "needs a run"
-        raise ConfigError(Fault("logs", problem, HELP.splitlines()[0]))
-    folder = lookup.resolve(words.words[0], words.outputs_dir)
+def _named_run(args: Args) -> RunDir:
+    if len(args.words) != 1:
+        raise VERB.misused(f"takes one run, not {len(args.words)}" if args.words else "needs a run")
+    folder = lookup.resolve(args.words[0], args.outputs_dir)
     if isinstance(folder, RunDir):
         return folder
     commands = [f"python -m runner logs {terminal.nearest(rundir.path)}" for rundir in lookup.runs_of(folder)]
     listed = "".join(f"\n      {command}" for command in commands)
     raise ConfigError(
-        Fault("", f"'{words.words[0]}' is a sweep, and each of its runs has its own log", f"use one of these:{listed}")
+        Fault("", f"'{args.words[0]}' is a sweep, and each of its runs has its own log", f"use one of these:{listed}")
     )
 
 

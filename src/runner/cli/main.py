@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
         if argv == ["--version"]:
             return _version()
         if argv and _is_bare_word(argv[0]):
-            return _verb(argv[0])(argv[1:])
+            return _run_verb(*argv)
         return _hydra(argv)
     except RunnerError as error:
         _print_error(error)
@@ -58,7 +58,7 @@ VERBS = (
     "plan", "status", "logs", "cancel", "sync", "compare", "diff", "rerun", "ui",
     "generate", "export", "register", "evaluate",
 )  # fmt: skip
-"""Each verb is a module of this package with a function ``main(argv)``."""
+"""Each verb is a module of this package with its command line, ``VERB``, and a function ``main(argv)``."""
 
 INFO_FLAGS = ("--version", "-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
 """Flags that print information instead of starting a run."""
@@ -75,12 +75,16 @@ def _is_bare_word(argument: str) -> bool:
     return "=" not in argument and not argument.startswith(("-", "~", "+"))
 
 
-def _verb(name: str) -> Callable[[list[str]], int]:
+def _run_verb(name: str, *argv: str) -> int:
     if name not in VERBS:
         allowed = f"{suggest(name, VERBS)} verbs: {', '.join(VERBS)}; an override is written key=value".strip()
         raise ConfigError(Fault(name, "no such verb", allowed))
-    verb: Callable[[list[str]], int] = importlib.import_module(f"runner.cli.{name}").main
-    return verb
+    verb = importlib.import_module(f"runner.cli.{name}")
+    if {"-h", "--help"} & set(takewhile(lambda word: word != "--", argv)):
+        with streams.piped():
+            print(verb.VERB.help())
+        return 0
+    return int(verb.main(list(argv)))
 
 
 @streams.piped()

@@ -8,21 +8,22 @@ from typing import Any
 
 from runner import streams, terminal
 from runner.cli import jobs
+from runner.cli.args import Verb
 from runner.config import schema
 from runner.data.packing import IGNORED
 from runner.errors import visible
 from runner.train import report
 
-HELP = """python -m runner plan [overrides]
-
-Dry run: parameters, memory against the device, rows, tokens, packing, steps and time of the run with these overrides,
-and one sample as the model sees it, with the trained tokens marked. Nothing is trained.
+VERB = Verb(
+    "plan [overrides]",
+    """Dry run: parameters, memory against the device, rows, tokens, packing, steps and time of the run with these
+overrides, and one sample as the model sees it, with the trained tokens marked. Nothing is trained.
 Exit code 2 if the run would be refused: no rows to train on, rows too long, not enough memory.
 
     python -m runner plan
     python -m runner plan quant=4bit model=llama model.path=/models/llama
-    python -m runner plan data=local data.path=my.jsonl data/format=alpaca train.num_train_epochs=3
-"""
+    python -m runner plan data=local data.path=my.jsonl data/format=alpaca train.num_train_epochs=3""",
+)
 
 GIB = 2**30
 
@@ -33,9 +34,6 @@ def main(argv: list[str]) -> int:
     from runner.launch import prepare
     from runner.tracking import resume
 
-    if {"-h", "--help"} & set(argv):
-        print(HELP)
-        return 0
     with jobs.composed(argv) as (composer, composed):
         configurations = [resume.configuration(job.cfg, job.overrides) for job in composed]
         launchers = prepare.by_launcher(configurations)

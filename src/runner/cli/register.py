@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
-from runner.cli import args
+from runner.cli.args import MODEL_PATH, RUN, Option, Verb, trained_run
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError
 from runner.report import model_card
 from runner.secrets import take_credentials
@@ -28,18 +28,19 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-HELP = """python -m runner register RUN NAME [--alias ALIAS]
-
-Registers the model of a run in the MLflow store of that run: a new version of NAME. It is the whole model in full
-precision, and answers texts with its chat template.
+VERB = Verb(
+    "register RUN NAME",
+    f"""Registers the model of a run in the MLflow store of that run: a new version of NAME. It is the whole model in
+full precision, and answers texts with its chat template.
 
   python -m runner register first support-bot --alias champion
   mlflow.pyfunc.load_model("models:/support-bot@champion").predict(["Hello!"])
   mlflow models serve -m models:/support-bot@champion --env-manager local
 
-RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
-  --alias ALIAS       set this alias to the new version
-  model.path=FOLDER   the base model, if it was moved since the run"""
+{RUN}.""",
+    Option("--alias ALIAS", "set this alias to the new version"),
+    MODEL_PATH,
+)
 
 PINNED = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2")
 ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]{1,255}", re.IGNORECASE)
@@ -52,11 +53,9 @@ def main(argv: list[str]) -> int:
         ConfigError: no RUN or NAME, a run without a model, or a name that MLflow does not accept.
         TrackingError: a run that is not in MLflow, or a name that another program's model has.
     """
-    words = args.read(argv, HELP, valued=("--alias",))
-    if words is None:
-        return 0
-    run, rest = args.trained_run(words, "register", HELP.splitlines()[0])
-    alias = words.options.get("--alias")
+    args = VERB.read(argv)
+    run, rest = trained_run(VERB, args)
+    alias = args["--alias"]
     if faults := list(_faults(rest, alias)):
         raise ConfigError(*faults)
     (name,) = rest
@@ -88,8 +87,7 @@ class _Location:
 
 def _faults(rest: list[str], alias: str | None) -> Iterator[Fault]:
     if len(rest) != 1:
-        problem = f"takes one model name, not {len(rest)}" if rest else "needs a name for the model"
-        yield Fault("register", problem, HELP.splitlines()[0])
+        yield from VERB.misused(f"takes one model name, not {len(rest)}" if rest else "needs a model name").faults
     elif not rest[0].strip() or re.search(r"[/:]|^\.+$", rest[0]) or len(rest[0]) > 250:
         yield Fault("NAME", "is not a valid model name", "use up to 250 characters, without / and :", rest[0])
     if alias is not None and not ALIAS.fullmatch(alias):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from runner import files
-from runner.cli import args, worktree
+from runner.cli import worktree
+from runner.cli.args import RUN, URI, Option, Verb
 from runner.config import check, start
 from runner.config.bind import TARGET, config_dir, unknown_key
 from runner.config.compose import Composer, opened, parse
@@ -25,24 +26,29 @@ from runner.tracking import manifest, origin, provenance, resume
 from runner.tracking.rundir import RunDir
 from runner.train.distributed import parallel
 
-HELP = """python -m runner rerun RUN [--exact] [where and how …] [uri=URI]
-
-Trains a run again with its frozen configuration, in a new folder. Prints what differs now (code, packages, data,
-hardware) before it starts, and at the end whether the numbers are the same.
+VERB = Verb(
+    "rerun RUN [where and how …]",
+    f"""Trains a run again with its frozen configuration, in a new folder. Prints what differs now (code, packages,
+data, hardware) before it starts, and at the end whether the numbers are the same.
 
   python -m runner rerun outputs/2026-01-31/12-00-00
   python -m runner rerun 3f2a uri=https://mlflow.team      a run from another machine, by its MLflow id
   python -m runner rerun lora.r=8 --exact                  with its original code
   python -m runner rerun 3f2a launcher=slurm launcher.partition=gpu
 
-RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id.
-  --exact    use the recorded commit with the recorded uncommitted changes, in a separate git worktree; worktrees are
-             kept in ~/.cache/runner/worktrees (RUNNER_CACHE/worktrees). To delete them, run in your checkout:
-             rm -r ~/.cache/runner/worktrees; git worktree prune
-  uri=URI    the MLflow store with a run whose folder is not on this machine
-You may change where and how it runs: outputs_dir, hydra.run.dir, name, launcher, tracking and their keys; and the paths
-of the same files here: data.path, data.eval_path, data.format.function, model.path, lora.start. Any other key changes
-what is computed and is refused. The exit code is that of the run; different numbers are reported, but no failure."""
+{RUN}.""",
+    Option(
+        "--exact",
+        "use the recorded commit with the recorded uncommitted changes, in a separate git worktree; worktrees are "
+        "kept in ~/.cache/runner/worktrees (RUNNER_CACHE/worktrees). To delete them, run in your checkout: "
+        "rm -r ~/.cache/runner/worktrees; git worktree prune",
+    ),
+    URI,
+    Option("outputs_dir=FOLDER", "the folder for the new run, and the first one in which RUN is looked up"),
+    notes="""You may change where and how it runs: outputs_dir, hydra.run.dir, name, launcher, tracking and their keys;
+and the paths of the same files here: data.path, data.eval_path, data.format.function, model.path, lora.start. Any other
+key changes what is computed and is refused. The exit code is that of the run; different numbers are no failure.""",
+)
 
 WHERE = ("name", "outputs_dir", "hydra.run.dir")
 GROUPS = ("launcher", "tracking")
@@ -57,17 +63,14 @@ def main(argv: list[str]) -> int:
         ConfigError: no such run, a run that never started, a key that changes what is computed, or a configuration
             that cannot run here.
     """
-    outputs_dir = next((word.partition("=")[2] for word in argv if word.startswith("outputs_dir=")), None)
-    words = args.read([w for w in argv if not w.startswith("outputs_dir=")], HELP, flags=("--exact",))
-    if words is None:
-        return 0
-    rest, settings = args.settings(words.words, ("uri",))
-    name, overrides = _split(rest)
-    original = _find(name, outputs_dir, settings.get("uri"))
+    args = VERB.read(argv)
+    outputs_dir = args["outputs_dir"]
+    name, overrides = _split(args.words)
+    original = _find(name, outputs_dir, args["uri"])
     record.refuse_unbegun(original, "there is nothing to repeat yet")
     _refuse_changes(original, overrides)
     overrides += [f"outputs_dir={outputs_dir}"] if outputs_dir is not None else []
-    code = worktree.provide(original) if words.has("--exact") else None
+    code = worktree.provide(original) if args["--exact"] else None
     job = _restored(original, overrides, is_exact=code is not None)
     launcher = prepare.launcher_of(job.cfg)
     folder = _folder(job)
@@ -86,8 +89,7 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
     """(RUN, overrides). If all words contain "=", RUN is the first: a job of a sweep may be named ``lora.r=8``."""
     plain = [word for word in words if "=" not in word]
     if len(plain) > 1 or not words:
-        problem = f"takes one run, not {len(plain)}" if words else "needs a run"
-        raise ConfigError(Fault("rerun", problem, HELP.splitlines()[0]))
+        raise VERB.misused(f"takes one run, not {len(plain)}" if words else "needs a run")
     name = plain[0] if plain else words[0]
     rest = list(words)
     rest.remove(name)

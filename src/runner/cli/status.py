@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import streams, terminal
-from runner.cli import args
+from runner.cli.args import RUN, Args, Option, Verb
 from runner.terminal import duration
 from runner.tracking import lookup, run_status
 from runner.tracking.mirror import behind
@@ -21,29 +21,30 @@ from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import FINAL, RunDir
 from runner.tracking.sweepdir import SweepDir
 
-HELP = """python -m runner status [RUN|SWEEP|FOLDER …] [--all] [--watch] [--json] [outputs_dir=FOLDER]
-
-Status of your runs, from their folders, their processes and Slurm. A run that died without updating its status is
-closed in its folder and, after the table, in MLflow.
+VERB = Verb(
+    "status [RUN|SWEEP|FOLDER …]",
+    f"""Status of your runs, from their folders, their processes and Slurm. A run that died without updating its status
+is closed in its folder and, after the table, in MLflow.
 
   python -m runner status                   the latest sweeps and runs, and all unfinished ones
   python -m runner status lora.r+quant      each job of that sweep
   python -m runner status outputs/2026-01-31 --all
   python -m runner status --watch           repeat until no run is active
 
-RUN is a run folder, a name, a Slurm job id, or the beginning (4 characters or more) of an MLflow run id; SWEEP its
-name or its folder.
-  --all     all runs, not only the latest
-  --watch   repeat every few seconds; Ctrl-C stops watching, not the runs
-  --json    for programs: a list of runs and sweeps; a sweep has a list of its runs
-Status
+{RUN}, or a Slurm job id;
+SWEEP its name or its folder.""",
+    Option("--all", "all runs, not only the latest"),
+    Option("--watch", "repeat every few seconds; Ctrl-C stops watching, not the runs"),
+    Option("--json", "for programs: a list of runs and sweeps; a sweep has a list of its runs"),
+    notes="""Status
   pending   no process works on it          queued, requeued   waits in the local queue or in Slurm
   starting  a worker is loading             stopping           stop requested; it is saving its state
   running
   completed                                 failed, killed, preempted   with the reason
   pruned    paused by a search, which continues it if it becomes one of the best
   unknown   only visible on another host    missing, damaged   its folder or files are gone or unreadable
-The exit code is always 0."""
+The exit code is always 0.""",
+)
 
 LATEST, LABEL = 15, 48
 POLL_S, SLURM_POLL_S = 2.0, 10.0
@@ -63,15 +64,13 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigError: a word that names no run, sweep or folder of runs, or an unknown option.
     """
-    words = args.read(argv, HELP, flags=("--all", "--watch", "--json"))
-    if words is None:
-        return 0
+    args = VERB.read(argv)
     with streams.piped():
-        if words.has("--watch"):
-            _watch(words)
+        if args["--watch"]:
+            _watch(args)
         else:
-            groups = _read(words)
-            _print(groups, words)
+            groups = _read(args)
+            _print(groups, args)
             behind.tell_of(_ended(groups))
     return 0
 
@@ -93,32 +92,32 @@ class _Group:
         return all(run.status in (*FINAL, "missing", "damaged") for run in self.runs)
 
 
-def _read(words: args.Args) -> list[_Group]:
+def _read(args: Args) -> list[_Group]:
     """The current status of the named runs and sweeps, in their order; of all, latest first, if none is named."""
     folders: dict[Path, tuple[RunDir | SweepDir, bool]] = {}
-    for word in words.words:
-        for folder, is_named in lookup.meant(word, words.outputs_dir):
+    for word in args.words:
+        for folder, is_named in lookup.meant(word, args.outputs_dir):
             folders.setdefault(folder.path, (folder, is_named))
-    if not words.words:
-        folders = {folder.path: (folder, False) for folder in lookup.scan(words.outputs_dir)}
+    if not args.words:
+        folders = {folder.path: (folder, False) for folder in lookup.scan(args.outputs_dir)}
     rundirs = [[folder] if isinstance(folder, RunDir) else lookup.runs_of(folder) for folder, _ in folders.values()]
     statuses = iter(run_status.of([rundir for several in rundirs for rundir in several]))
     groups = [
         _Group(folder if isinstance(folder, SweepDir) else None, [next(statuses) for _ in several], is_named)
         for (folder, is_named), several in zip(folders.values(), rundirs, strict=True)
     ]
-    return groups if words.words else sorted(groups, key=lambda group: group.updated, reverse=True)
+    return groups if args.words else sorted(groups, key=lambda group: group.updated, reverse=True)
 
 
-def _print(groups: Sequence[_Group], words: args.Args) -> None:
-    is_json = words.has("--json")
-    print(json.dumps([_as_json(group) for group in groups], indent=1) if is_json else _text(groups, words), flush=True)
+def _print(groups: Sequence[_Group], args: Args) -> None:
+    is_json = args["--json"]
+    print(json.dumps([_as_json(group) for group in groups], indent=1) if is_json else _text(groups, args), flush=True)
 
 
-def _text(groups: Sequence[_Group], words: args.Args) -> str:
+def _text(groups: Sequence[_Group], args: Args) -> str:
     shown = [
         group for number, group in enumerate(groups)
-        if words.words or words.has("--all") or number < LATEST or not group.is_finished
+        if args.words or args["--all"] or number < LATEST or not group.is_finished
     ]  # fmt: skip
     rows: list[_Row] = []
     labels = iter(terminal.told_apart([run.label for group in shown if _is_open(group) for run in group.runs], LABEL))
@@ -126,13 +125,13 @@ def _text(groups: Sequence[_Group], words: args.Args) -> str:
         rows += [_Row.of_sweep(group)] if group.sweep else []
         runs = group.runs if _is_open(group) else []
         rows += [_Row.of_run(run, next(labels), indent=bool(group.sweep)) for run in runs]
-    folder, elsewhere = terminal.nearest(words.outputs_dir.absolute()), "runs elsewhere: python -m runner status FOLDER"
+    folder, elsewhere = terminal.nearest(args.outputs_dir.absolute()), "runs elsewhere: python -m runner status FOLDER"
     if not rows:
         return f"no runs below {folder} yet: start one with python -m runner; {elsewhere}"
     lines = _table(rows)
     if len(shown) < len(groups):
         lines.append(f"and {len(groups) - len(shown)} older ones: python -m runner status --all")
-    if not words.words:
+    if not args.words:
         lines.append(f"these are the runs below {folder}; {elsewhere}")
     return "\n".join([*lines, *_hints(shown)])
 
@@ -278,18 +277,18 @@ def _run_as_json(run: RunStatus) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _watch(words: args.Args) -> None:
+def _watch(args: Args) -> None:
     """Print the status repeatedly, until no run is live or Ctrl-C."""
     before = ""
     uploaded: set[Path] = set()
     try:
         while True:
-            groups = _read(words)
-            text = json.dumps([_as_json(group) for group in groups]) if words.has("--json") else _text(groups, words)
+            groups = _read(args)
+            text = json.dumps([_as_json(group) for group in groups]) if args["--json"] else _text(groups, args)
             if sys.stdout.isatty():
                 print(f"{streams.CLEAR}{text}", flush=True)
             elif text != before:
-                print(text, end="\n" if words.has("--json") else "\n\n", flush=True)
+                print(text, end="\n" if args["--json"] else "\n\n", flush=True)
             before = text
             behind.tell_of([rundir for rundir in _ended(groups) if rundir.path not in uploaded])
             uploaded |= {rundir.path for rundir in _ended(groups)}

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sys
 
-from runner.cli import args
+from runner.cli.args import RUN, Option, Verb
 from runner.errors import ConfigError
 from runner.report import publish
 from runner.tracking import lookup
 from runner.tracking.mirror.sync import ELSEWHERE, MIRRORED, UNBEGUN, left_out, sync
 
-HELP = """python -m runner sync [RUN|SWEEP|FOLDER …] [uri=URI] [outputs_dir=FOLDER]
+VERB = Verb(
+    "sync [RUN|SWEEP|FOLDER …]",
+    f"""Uploads to MLflow what is missing there of these runs, or of all runs below outputs_dir, and closes runs whose
+process died. A run is in one store: a run that is already in another store stays there, unless that store was a file
+and is gone. compare, diff and ui read any store (uri=…).
 
-Uploads to MLflow what is missing there of these runs, or of all runs below outputs_dir, and closes runs whose process
-died. Runs with tracking=offline go to the embedded database, or to URI. A run is in one store: a run that is already
-in another store stays there, unless that store was a file and is gone. compare, diff and ui read any store (uri=…).
-RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id; SWEEP a name or a
-folder; FOLDER a folder of runs."""
+  python -m runner sync                                all runs below outputs/
+  python -m runner sync ablation uri=http://host:5000  a sweep that was trained with tracking=offline
+
+{RUN};
+SWEEP a name or a folder; FOLDER a folder of runs.""",
+    Option("tracking.uri=URI, uri=URI", "the store for runs with tracking=offline instead of the embedded database"),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -25,13 +31,9 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigError: a word that names no run, sweep or folder.
     """
-    words = args.read(argv, HELP)
-    if words is None:
-        return 0
-    names, settings = args.settings(words.words, ("uri", "tracking.uri"))
-    folders = [folder.path for name in names for folder, _ in lookup.meant(name, words.outputs_dir)]
-    uri = settings.get("uri") or settings.get("tracking.uri")
-    results = sync(folders or [words.outputs_dir], uri, publish.send)
+    args = VERB.read(argv)
+    folders = [folder.path for name in args.words for folder, _ in lookup.meant(name, args.outputs_dir)]
+    results = sync(folders or [args.outputs_dir], args["uri"], publish.send)
     elsewhere = [result for result in results if result.problem.startswith(ELSEWHERE)]
     results = [result for result in results if result not in elsewhere]
     if elsewhere and not results:

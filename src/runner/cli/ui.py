@@ -15,30 +15,35 @@ import urllib.request
 import webbrowser
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from runner.cli import args
+from annotated_types import Ge, Le
+
+from runner.cli.args import Args, Option, Verb
 from runner.errors import ConfigError, Fault, TrackingError, suggest
 from runner.report import mlflow_results, record
 from runner.signals import signals_to
 from runner.tracking import environment
 from runner.tracking.mlflow import rest, store
 
-HELP = """python -m runner ui [--port N] [--experiment NAME] [--no-browser] [uri=URI] [outputs_dir=FOLDER]
+HOST, FIRST_PORT, LAST_PORT = "127.0.0.1", 5000, 65535
 
-Opens MLflow's web UI with the runs, served on this machine only (127.0.0.1) until Ctrl-C.
+VERB = Verb(
+    "ui",
+    """Opens MLflow's web UI with the runs, served on this machine only (127.0.0.1) until Ctrl-C.
 
   python -m runner ui                            the runs below outputs/
   python -m runner ui outputs_dir=/scratch/me    the runs of another folder
   python -m runner ui uri=https://mlflow.team    the address of the experiment's page on that server;
-                                                 without uri the store of MLFLOW_TRACKING_URI, if it is set
-
-  --port N           listen on this port; default: 5000, or the next free port
-  --experiment NAME  open the page of this experiment; default: `runner`, else the latest one
-  --no-browser       only print the address, as on a machine without a display"""
-
-HOST, FIRST_PORT, LAST_PORT = "127.0.0.1", 5000, 65535
+                                                 without uri the store of MLFLOW_TRACKING_URI, if it is set""",
+    Option(
+        "--port N", "listen on this port; default: 5000, or the next free port", Annotated[int, Ge(1), Le(LAST_PORT)]
+    ),
+    Option("--experiment NAME", "open the page of this experiment; default: `runner`, else the latest one"),
+    Option("--no-browser", "only print the address, as on a machine without a display"),
+    Option("uri=URI", "the MLflow store to show: a server or sqlite:////path/mlflow.db"),
+)
 PORTS_TRIED = 200
 START_S = 120.0
 """Maximum time until the server answers: usually seconds, minutes on a busy machine with a cold disk."""
@@ -53,47 +58,28 @@ def main(argv: list[str]) -> int:
         ConfigError: an unknown word, a port in use, or a folder without runs in MLflow.
         TrackingError: a store that does not answer.
     """
-    words = args.read(argv, HELP, flags=("--no-browser",), valued=("--port", "--experiment"))
-    if words is None:
-        return 0
-    unknown, settings = args.settings(words.words, ("uri",))
-    if unknown:
-        raise ConfigError(*(Fault(word, "unexpected argument of ui", HELP.splitlines()[0]) for word in unknown))
-    port = _port_option(words)
-    named = settings.get("uri") or environment.store_uri()
-    uri = record.checked(named) if named else _embedded(words.outputs_dir)
+    args = VERB.read(argv)
+    if args.words:
+        raise ConfigError(*(Fault(word, "unexpected argument of ui", VERB.usage) for word in args.words))
+    port, named = args["--port"], args["uri"] or environment.store_uri()
+    if port and (problem := _why_taken(port)):
+        raise ConfigError(Fault("--port", problem, f"--port {_next_free(port)} is free; or leave --port out", port))
+    uri = record.checked(named) if named else _embedded(args.outputs_dir)
     if store.is_server(uri):
-        if port is not None:
+        if port:
             raise ConfigError(Fault("--port", "has no effect on the running server of uri", "leave it out", port))
-        _show(_page(uri, words.options.get("--experiment")), words)
+        _show(_page(uri, args["--experiment"]), args)
         return 0
-    if "--experiment" in words.options and uri.startswith("sqlite:"):
+    if args["--experiment"] and uri.startswith("sqlite:"):
         with contextlib.suppress(sqlite3.Error):  # MLflow itself reports a missing or outdated database
-            _refuse_unknown(words.options["--experiment"], mlflow_results.opened(uri).experiments())
-    return _serve(uri, port or _free_port(), words)
+            _refuse_unknown(args["--experiment"], mlflow_results.opened(uri).experiments())
+    return _serve(uri, port or _free_port(), args)
 
 
 def _refuse_unknown(name: str, experiments: Collection[str]) -> None:
     if name not in experiments:
         remedy = f"{suggest(name, experiments)} experiments: {', '.join(sorted(experiments)) or 'none'}".strip()
         raise ConfigError(Fault("--experiment", "no such experiment", remedy, name))
-
-
-def _port_option(words: args.Args) -> int | None:
-    """The port of ``--port``; None if the option is not given.
-
-    Raises:
-        ConfigError: it is not a port, or not free.
-    """
-    if "--port" not in words.options:
-        return None
-    text = words.options["--port"]
-    if not text.isdecimal() or not 0 < int(text) <= LAST_PORT:
-        raise ConfigError(Fault("--port", f"must be a whole number from 1 to {LAST_PORT}", "for example 5001", text))
-    if problem := _why_taken(int(text)):
-        remedy = f"--port {_next_free(int(text))} is free; or leave --port out"
-        raise ConfigError(Fault("--port", problem, remedy, text))
-    return int(text)
 
 
 def _free_port() -> int:
@@ -135,7 +121,7 @@ def _embedded(outputs_dir: Path) -> str:
     return f"sqlite:///{database}"
 
 
-def _serve(uri: str, port: int, words: args.Args) -> int:
+def _serve(uri: str, port: int, args: Args) -> int:
     """Run the server until Ctrl-C or a signal; all processes of the server have ended afterwards."""
     address = f"http://{HOST}:{port}"
     print("starting MLflow …", file=sys.stderr, flush=True)
@@ -150,7 +136,7 @@ def _serve(uri: str, port: int, words: args.Args) -> int:
                 if proc.poll() is not None or time.monotonic() > until:
                     raise TrackingError(Fault("", _why_not_started(proc, log), "see the server's output above"))
                 time.sleep(0.1)
-            _show(_page(address, words.options.get("--experiment")), words)
+            _show(_page(address, args["--experiment"]), args)
             print("press Ctrl-C to stop", file=sys.stderr, flush=True)
             while not signals and proc.poll() is None:
                 time.sleep(0.2)
@@ -217,10 +203,10 @@ def _page(address: str, name: str | None) -> str:
     return page.format(quote(str(ids[experiment]))) if experiment else address
 
 
-def _show(page: str, words: args.Args) -> None:
+def _show(page: str, args: Args) -> None:
     print(f"MLflow   {page}", flush=True)
     has_display = sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
-    if has_display and not words.has("--no-browser"):
+    if has_display and not args["--no-browser"]:
         with contextlib.suppress(webbrowser.Error):
             webbrowser.open(page)
 
