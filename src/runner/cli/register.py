@@ -87,7 +87,7 @@ class _Location:
 
 def _faults(rest: list[str], alias: str | None) -> Iterator[Fault]:
     if len(rest) != 1:
-        yield from VERB.misused(f"takes one model name, not {len(rest)}" if rest else "needs a model name").faults
+        yield from VERB.misused(f"takes one name, not {len(rest)}" if rest else "needs a name for the model").faults
     elif not rest[0].strip() or re.search(r"[/:]|^\.+$", rest[0]) or len(rest[0]) > 250:
         yield Fault("NAME", "is not a valid model name", "use up to 250 characters, without / and :", rest[0])
     if alias is not None and not ALIAS.fullmatch(alias):
