@@ -9,7 +9,7 @@ from conftest import TINY, prepared
 
 from runner.report import columns, leaderboard, model_card, results
 from runner.report.columns import Goal
-from runner.tracking.mlflow import run as mlflow_run
+from runner.tracking.mlflow import tags
 from runner.tracking.rundir import RunDir
 from runner.train import worker
 
@@ -36,8 +36,8 @@ def test_a_card_shows_the_metrics_of_the_task(preference: RunDir):
 def test_a_comparison_shows_the_metrics_of_the_task(preference: RunDir):
     (result,) = results.of_folders([preference], preference.path.parent)
     assert leaderboard.of([result]).metrics[:4] == [METRICS[0], "eval/best_loss", *METRICS[1:]]
-    tags = mlflow_run.tags(preference, preference.read_manifest(), preference.read_state())
-    assert tags["runner.task_metrics"].split() == METRICS
+    sent = tags.of_run(preference, preference.read_manifest(), preference.read_state())
+    assert sent["runner.task_metrics"].split() == METRICS
     larger, smaller = ("rewards/accuracies", "rewards/margins", "rewards/chosen"), ("rewards/rejected", "nll")
     for name, is_larger_better in {**dict.fromkeys(larger, True), **dict.fromkeys(smaller, False)}.items():
         goal = columns.goal(f"eval/{name}", [result], "--sort")

@@ -14,7 +14,7 @@ from pathlib import Path
 from runner import streams, terminal
 from runner.cli.args import RUN, Args, Option, Verb
 from runner.errors import ConfigError, Fault, TrackingError, UnknownNameError
-from runner.report import columns, leaderboard, record, results
+from runner.report import columns, leaderboard, results, store_lookup
 from runner.report.leaderboard import Leaderboard
 from runner.report.results import Result
 from runner.tracking import lookup
@@ -117,7 +117,7 @@ def _from_store(uri: str, names: list[str]) -> _Source:
 
     if "://" not in uri:
         uri = f"sqlite:///{Path(uri).expanduser().absolute()}"
-    uri = record.checked(uri)
+    uri = store_lookup.checked(uri)
     return _Source(mlflow_results.read(uri, names), ", ".join(names) or uri, uri)
 
 

@@ -22,6 +22,7 @@ from runner.secrets import redact
 from runner.tracking import metrics_log, provenance
 from runner.tracking.mirror import behind
 from runner.train import trained
+from runner.train.report import too_long
 from runner.train.trained import Trained
 
 if TYPE_CHECKING:
@@ -227,6 +228,8 @@ def _batches(run: Trained, chosen: _Rows) -> tuple[Batches, dict[str, Any], str]
     data, source = options.data, options.source()
     pretrained.check_max_length(run.result, data.max_length)
     rows, report = dataset.every_row(source, options.format, options.task, run.tokenizer, data)
+    if report.truncated or report.dropped:
+        print(f"warning: {too_long(options, report)}", file=sys.stderr)
     if source.eval is None:
         _warn_of_trained_rows(run, source.digest)
     batches = Batches(
@@ -266,9 +269,7 @@ def _record(order: _Order, name: str, metrics: dict[str, float], details: dict[s
     for metric, value in named_metrics.items():
         print(f"{metric}  {value:.6g}")
     if "trained_tokens" in details:
-        counts = f"{details['rows']} rows, {details['trained_tokens']} trained tokens"
-        cut = f", {details['truncated']} truncated at data.max_length" if details["truncated"] else ""
-        print(f"{counts}{cut}", file=sys.stderr)
+        print(f"{details['rows']} rows, {details['trained_tokens']} trained tokens", file=sys.stderr)
 
 
 def _upload(run: Trained) -> None:

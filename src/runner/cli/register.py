@@ -20,7 +20,6 @@ from runner.errors import ConfigError, Fault, RunnerError, TrackingError
 from runner.report import model_card
 from runner.secrets import take_credentials
 from runner.tracking.mlflow import registry, store, upload
-from runner.tracking.mlflow.run import explained
 from runner.train import merge, trained
 from runner.train.trained import Trained
 
@@ -70,7 +69,7 @@ def main(argv: list[str]) -> int:
         raise
     except Exception as error:  # MLflow raises many types
         remedy = f"check that the store still has the run: python -m runner sync {terminal.nearest(run.rundir.path)}"
-        raise TrackingError(Fault("", explained(error, location.uri), remedy)) from error
+        raise TrackingError(Fault("", store.explained(error, location.uri), remedy)) from error
     _record(run, name, version, alias)
     _print_usage(location, name, version, alias)
     return 0
@@ -108,7 +107,7 @@ def _locate(run: Trained) -> _Location:
     try:
         return _Location(store.connect(uri), uri, str(tracked["run_id"]))
     except Exception as error:
-        problem = explained(error, uri)
+        problem = store.explained(error, uri)
         raise TrackingError(Fault("", problem, "check that the server is running; nothing was registered")) from error
 
 

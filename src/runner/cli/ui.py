@@ -22,7 +22,7 @@ from annotated_types import Ge, Le
 
 from runner.cli.args import Args, Option, Verb
 from runner.errors import ConfigError, Fault, TrackingError, suggest
-from runner.report import mlflow_results, record
+from runner.report import mlflow_results, store_lookup
 from runner.signals import signals_to
 from runner.tracking import environment
 from runner.tracking.mlflow import rest, store
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     port, named = args["--port"], args["uri"] or environment.store_uri()
     if port and (problem := _why_taken(port)):
         raise ConfigError(Fault("--port", problem, f"--port {_next_free(port)} is free; or leave --port out", port))
-    uri = record.checked(named) if named else _embedded(args.outputs_dir)
+    uri = store_lookup.checked(named) if named else _embedded(args.outputs_dir)
     if store.is_server(uri):
         if port:
             raise ConfigError(Fault("--port", "has no effect on the running server of uri", "leave it out", port))

@@ -15,13 +15,12 @@ from urllib.parse import urlencode
 
 from runner.config import choices
 from runner.errors import Fault, TrackingError, UnknownNameError, suggest
-from runner.report.record import STATUS, tracking_errors
+from runner.report.record import STATUS
 from runner.report.results import Result
+from runner.report.store_lookup import may_be_id, tracking_errors
 from runner.secrets import take_credentials
-from runner.tracking import lookup
 from runner.tracking.metrics_log import last_values
 from runner.tracking.mlflow import rest, store
-from runner.tracking.mlflow.run import explained
 
 MOST_RUNS = 50_000
 """The largest page size of MLflow."""
@@ -91,7 +90,7 @@ def records(uri: str, run_ids: Sequence[str], names: Sequence[str]) -> dict[str,
                 grouped[run_id].setdefault((step, kind), {"step": step, "time": time})[name] = value
     except Exception as error:
         remedy = "try again, or compare without --html and --png"
-        raise TrackingError(Fault("uri", explained(error, uri), remedy)) from error
+        raise TrackingError(Fault("uri", store.explained(error, uri), remedy)) from error
     order = {"train": 0, "eval": 1}
     return {
         run_id: [by_step[key] for key in sorted(by_step, key=lambda key: (key[0], order.get(key[1], 2)))]
@@ -128,7 +127,7 @@ def _of_sweeps(rows: Sequence[Row], words: Sequence[str], known: dict[str, str],
     for word in words:
         matches = [row for row in rows if row.tags.get("runner.sweep") == word]
         matches = matches or [row for row in rows if row.name == word]
-        matches = matches or [row for row in rows if len(word) >= lookup.SHORTEST_ID and row.run_id.startswith(word)]
+        matches = matches or [row for row in rows if may_be_id(word) and row.run_id.startswith(word)]
         if not matches:
             hint = suggest(word, [*known, *sweeps])
             available = f"experiments: {', '.join(known)}; sweeps: {', '.join(sorted(sweeps)) or 'none'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,13 @@ import yaml
 
 from runner import terminal
 from runner.config import code_files, moved, user_code
-from runner.errors import ConfigError, Fault, RunnerError, TrackingError, suggest
+from runner.errors import ConfigError, Fault, RunnerError
 from runner.files import cache_dir, locked
-from runner.secrets import redact
-from runner.tracking import lookup, metrics_log, provenance, run_status, trackers
+from runner.report import store_lookup
+from runner.tracking import lookup, metrics_log, provenance, run_status
 from runner.tracking.checkout import Code
-from runner.tracking.manifest import is_of_first, keep_credentials, read_config
+from runner.tracking.manifest import is_of_first, read_config
 from runner.tracking.mlflow import store
-from runner.tracking.mlflow.run import explained
 from runner.tracking.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ Curves = dict[str, dict[int, float]]
 """Metric name → step → value."""
 
 STATUS = {"FINISHED": "completed", "KILLED": "killed", "FAILED": "failed", "RUNNING": "running", "SCHEDULED": "queued"}
-SHOWN, LATEST = 8, 200
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,10 @@ def find(word: str, outputs_dir: Path, uri: str | None = None) -> Recorded:
         return _local(word, outputs_dir)
     try:
         return of_store(word, uri)
-    except UnknownRunError:
+    except store_lookup.UnknownRunError:
         with contextlib.suppress(ConfigError):
             return of_folder(lookup.resolve_run(word, outputs_dir))
         raise
-
-
-class UnknownRunError(ConfigError):
-    """The store has no such run."""
 
 
 def refuse_unbegun(run: Recorded, problem: str) -> None:
@@ -148,11 +142,10 @@ def of_store(word: str, uri: str) -> Recorded:
         ConfigError: the store has several such runs, or config.yaml or manifest.json of the run is missing.
         TrackingError: the store cannot be read.
     """
-    uri = checked(uri)
-    with tracking_errors(uri):
-        is_database = uri.startswith("sqlite:")
-        run_id = _only(*(_heads_of_database(word, uri) if is_database else _heads(word, uri)), word, uri).run_id
-        if is_database and (rundir := _local_folder(_tags_of_database(run_id, uri))):
+    uri = store_lookup.checked(uri)
+    with store_lookup.tracking_errors(uri):
+        run_id = store_lookup.run_id_of(word, uri)
+        if uri.startswith("sqlite:") and (rundir := _local_folder(store_lookup.tags_of_database(run_id, uri))):
             return of_folder(rundir)
         client = store.connect(uri)
         run = client.get_run(run_id)
@@ -182,41 +175,11 @@ def of_store(word: str, uri: str) -> Recorded:
     return Recorded(name, where, config, manifest, status, curves, files.get("dirty.diff", ""), is_of_first=first)
 
 
-def checked(uri: str) -> str:
-    """Check the URI of a store, and move its credentials into MLflow's environment variables; returns the rest.
-
-    Raises:
-        ConfigError: the URI is invalid.
-        TrackingError: the database file does not exist.
-    """
-    if faults := list(trackers.check_mlflow(uri=uri, experiment="runner", run_name=None)):
-        raise ConfigError(*faults)
-    node = {"tracking": {"uri": uri}}
-    keep_credentials(node)
-    uri = str(node["tracking"]["uri"])
-    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise TrackingError(Fault("uri", "there is no such database", "the default is outputs/mlflow.db", uri))
-    return uri
-
-
-@contextlib.contextmanager
-def tracking_errors(uri: str) -> Iterator[None]:
-    """Turn every exception of MLflow, SQL or HTTP in the block into a TrackingError."""
-    try:
-        yield
-    except RunnerError:
-        raise
-    except Exception as error:
-        is_server = store.is_server(uri)
-        remedy = "check the address, and that the server is running" if is_server else "is this an MLflow database?"
-        raise TrackingError(Fault("uri", explained(error, uri), remedy)) from error
-
-
 def _refuse_runless(folder: Path, word: str) -> None:
     if any((folder / file).exists() for file in ("state.json", "manifest.json", "sweep.json")):
         return
     paths = [terminal.nearest(run_or_sweep.path) for run_or_sweep in lookup.scan(folder)]
-    lines = [*paths[:SHOWN], *(["…"] if len(paths) > SHOWN else [])]
+    lines = [*paths[: store_lookup.SHOWN], *(["…"] if len(paths) > store_lookup.SHOWN else [])]
     remedy = "name one of these:" + "".join(f"\n      {line}" for line in lines) if paths else "name a run folder"
     raise ConfigError(Fault("", f"{word} is not a run folder: it has no manifest.json", remedy))
 
@@ -227,79 +190,11 @@ def _local(word: str, outputs_dir: Path) -> Recorded:
         rundir = lookup.resolve_run(word, outputs_dir)
     except ConfigError:
         database = outputs_dir.absolute() / "mlflow.db"
-        if database.exists() and _may_be_id(word):
-            with contextlib.suppress(UnknownRunError):
+        if database.exists() and store_lookup.may_be_id(word):
+            with contextlib.suppress(store_lookup.UnknownRunError):
                 return of_store(word, f"sqlite:///{database}")
         raise
     return of_folder(rundir)
-
-
-def _may_be_id(word: str) -> bool:
-    return len(word) >= lookup.SHORTEST_ID and set(word) <= set("0123456789abcdef")
-
-
-@dataclass(frozen=True)
-class _Head:
-    """A run in a list of runs."""
-
-    run_id: str
-    name: str
-    status: str
-
-
-def _only(matches: list[_Head], latest: list[_Head], word: str, uri: str) -> _Head:
-    """The only match; raises ConfigError for several, UnknownRunError for none."""
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        remedy = f"use more characters of the run id:{_listed(matches)}"
-        raise ConfigError(Fault("", f"'{word}' is ambiguous: it matches {len(matches)} or more runs in {uri}", remedy))
-    remedy = suggest(word, [name for head in latest for name in (head.name, head.run_id)])
-    if not remedy:
-        remedy = f"its latest runs:{_listed(latest)}" if latest else "the store has no runs: name another with uri=…"
-    raise UnknownRunError(Fault("", f"there is no run '{word}' in {uri}", remedy))
-
-
-def _listed(heads: Sequence[_Head]) -> str:
-    names = terminal.told_apart([head.name for head in heads[:SHOWN]], lookup.WIDEST)
-    lines = (f"{head.run_id}  {name}  {head.status}" for head, name in zip(heads, names, strict=False))
-    return redact("".join(f"\n      {line}" for line in lines))
-
-
-def _heads_of_database(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
-    """(runs that match ``word``, the latest runs), read with SQL because importing MLflow takes seconds."""
-    (rows,) = store.read_sqlite(
-        Path(uri.removeprefix("sqlite:///")),
-        [
-            "SELECT run_uuid, COALESCE(runs.name, ''), status FROM runs JOIN experiments USING (experiment_id) "
-            "WHERE runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active' ORDER BY start_time DESC"
-        ],
-    )
-    heads = [_Head(*row) for row in rows]
-    matches = [head for head in heads if _may_be_id(word) and head.run_id.startswith(word)]
-    return matches or [head for head in heads if head.name == word], heads[:LATEST]
-
-
-def _tags_of_database(run_id: str, uri: str) -> dict[str, str]:
-    database = Path(uri.removeprefix("sqlite:///"))
-    (rows,) = store.read_sqlite(database, ["SELECT key, value FROM tags WHERE run_uuid = ?"], [run_id])
-    return dict(rows)
-
-
-def _heads(word: str, uri: str) -> tuple[list[_Head], list[_Head]]:
-    """(runs that match ``word``, the latest runs), read with MLflow's client."""
-    client = store.connect(uri)
-    experiments = [str(each.experiment_id) for each in client.search_experiments()]
-
-    def search(query: str, count: int) -> list[_Head]:
-        runs = client.search_runs(experiments, query, max_results=count)
-        return [_Head(run.info.run_id, run.info.run_name or "", run.info.status) for run in runs]
-
-    matches = search(f"attributes.run_id LIKE '{word}%'", SHOWN + 1) if _may_be_id(word) else []
-    if not matches and not {"'", '"'} <= set(word):
-        quote = '"' if "'" in word else "'"
-        matches = search(f"attributes.run_name = {quote}{word}{quote}", SHOWN + 1)
-    return matches, [] if matches or not experiments else search("", LATEST)
 
 
 def _local_folder(tags: Mapping[str, str]) -> RunDir | None:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.errors import DamagedError, RunnerError
+from runner.errors import DamagedError
 from runner.files import is_held
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import sweep_of
@@ -28,12 +28,9 @@ def is_wanted(rundir: RunDir) -> bool:
         return True
     if "tracking" in record:
         return bool(record["tracking"] == "mlflow")
-    from runner.tracking import manifest  # imports omegaconf
+    from runner.tracking.mirror import spawn  # imports omegaconf
 
-    try:
-        return manifest.tracker(rundir) == "mlflow"
-    except (RunnerError, KeyError, TypeError):
-        return False
+    return spawn.is_mirrored(rundir)
 
 
 def is_behind(rundir: RunDir) -> bool:

@@ -87,7 +87,7 @@ def wait_opened(mirror: Mirror | None, sweep: SweepDir, timeout_s: float = 600.0
     give_up_at = time.monotonic() + timeout_s
     while mirror:
         code = mirror.poll()
-        if (report := _report(sweep)).get("pid") == mirror.pid:
+        if (report := read_report(sweep)).get("pid") == mirror.pid:
             return str(report["problem"])
         if code is not None:
             return f"the upload process ended with exit code {code}, see {sweep.mirror_log}"
@@ -104,11 +104,8 @@ def wait_sweep_mirror(mirror: Mirror | None, sweep: SweepDir, timeout_s: float =
     """
     if mirror is None:
         return SweepResult(0, "tracking=offline")
-    try:
-        code: int | None = mirror.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        code = None
-    report = _report(sweep)
+    code = _exit_code(mirror, timeout_s)
+    report = read_report(sweep)
     message = _message(code, mirror.pid, sweep.mirror_log, sweep.read().get("mlflow") or {}, report)
     return SweepResult(0 if code == 0 else int(report.get("untold", 0)), message)
 
@@ -122,33 +119,34 @@ def _message(code: int | None, pid: int, log: Path, ids: Mapping[str, Any], repo
     return report.get("problem") or f"the upload process ended with exit code {code}, see {log}"
 
 
+def _exit_code(mirror: Mirror, timeout_s: float) -> int | None:
+    """The exit code of the upload process; None if it continues after ``timeout_s``."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        mirror.wait(timeout_s)
+    return mirror.returncode
+
+
 def _warn(problem: str) -> None:
     if problem:
         print(f"MLflow: {problem}; training continues, upload later: python -m runner sync", file=sys.stderr)
 
 
 def _start(sweep: SweepDir, mode: str) -> Mirror | None:
-    if not any(_is_mirrored(rundir) for rundir in sweep.rundirs()):
+    if not any(is_mirrored(rundir) for rundir in sweep.rundirs()):
         return None
     command = [sys.executable, "-P", "-m", "runner.mirror", mode, str(sweep.path)]
     return mirror_process(command, sweep.mirror_log)
 
 
-def _is_mirrored(rundir: RunDir) -> bool:
+def is_mirrored(rundir: RunDir) -> bool:
+    """Whether the configuration of the run is readable and has an MLflow store."""
     try:
         return manifest.tracker(rundir) == "mlflow"
     except (RunnerError, KeyError, TypeError):
         return False
 
 
-def _report(sweep: SweepDir) -> dict[str, Any]:
-    try:
-        return dict(json.loads(sweep.mirror_report.read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
-def start_mirror(rundir: RunDir) -> subprocess.Popen[bytes] | None:
+def start_mirror(rundir: RunDir) -> Mirror | None:
     """Start the process that uploads ``rundir`` to MLflow; None with ``tracking=offline``.
 
     It has its own session: neither Ctrl-C nor the end of this process stops it. Its last argument is the time stamp of
@@ -160,7 +158,7 @@ def start_mirror(rundir: RunDir) -> subprocess.Popen[bytes] | None:
     return mirror_process(command, rundir.mirror_log)
 
 
-def mirror_process(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def mirror_process(command: list[str], log: Path) -> Mirror:
     """Start an upload process in its own session: it outlives this process, and Ctrl-C does not stop it."""
     # The process mostly waits: one thread is enough. No telemetry, whatever the user's environment.
     settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1"}
@@ -187,23 +185,23 @@ class MirrorResult:
     """How to open the run in MLflow, or why the upload is incomplete; ``python -m runner sync`` completes it."""
 
 
-def wait_mirror(proc: subprocess.Popen[bytes] | None, rundir: RunDir, timeout_s: float = 60.0) -> MirrorResult:
+def wait_mirror(proc: Mirror | None, rundir: RunDir, timeout_s: float = 60.0) -> MirrorResult:
     """Wait until the run is uploaded, the upload process has given up, or ``timeout_s`` has passed."""
     if proc is None:
         return MirrorResult(None, len(read(rundir)), "tracking=offline")
-    try:
-        code: int | None = proc.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        code = None
+    code = _exit_code(proc, timeout_s)
     ids, report = rundir.read_manifest().get("mlflow") or {}, read_report(rundir)
     # A killed upload process may have sent more than it reported: this is an upper bound.
     unsent = 0 if code == 0 else max(0, len(read(rundir)) - int(report.get("sent", 0)))
     return MirrorResult(ids.get("url"), unsent, _message(code, proc.pid, rundir.mirror_log, ids, report))
 
 
-def read_report(rundir: RunDir) -> dict[str, Any]:
-    """Progress of the upload from mirror.json: {sent, unsent, problem, told}; empty if there is none."""
+def read_report(folder: RunDir | SweepDir) -> dict[str, Any]:
+    """Progress of the upload from mirror.json; empty if there is none.
+
+    Of a run {sent, unsent, problem, told}, of a sweep {pid, opened, untold, problem}.
+    """
     try:
-        return dict(json.loads(rundir.mirror_report.read_text()))
+        return dict(json.loads(folder.mirror_report.read_text()))
     except (OSError, ValueError):
         return {}

@@ -16,7 +16,7 @@ from runner.tracking.metrics_log import read
 from runner.tracking.mirror.follow import close_if_dead, only_one
 from runner.tracking.mlflow import parent_run, rest, store
 from runner.tracking.mlflow.parent_run import Publish
-from runner.tracking.mlflow.run import MlflowRun, explained
+from runner.tracking.mlflow.run import MlflowRun
 from runner.tracking.rundir import RunDir, State, find_runs
 from runner.tracking.sweepdir import SweepDir, home_of, sweep_of
 from runner.tracking.trackers import check_mlflow
@@ -81,7 +81,7 @@ def _refuse_silent(uri: str) -> None:
         raise
     except Exception as error:  # MLflow stores raise many exception types
         remedy = "check the address and that the server is running; nothing was changed"
-        raise TrackingError(Fault("uri", explained(error, uri), remedy)) from error
+        raise TrackingError(Fault("uri", store.explained(error, uri), remedy)) from error
 
 
 def _other_store(what: RunDir | SweepDir, uri: str) -> str:

@@ -29,17 +29,8 @@ from runner.secrets import take_credentials
 from runner.tracking.machine import user
 from runner.tracking.manifest import read_config
 from runner.tracking.mlflow import store, upload
-from runner.tracking.mlflow.run import (
-    KIND_TAG,
-    PARENT_TAG,
-    artifacts_dir,
-    explained,
-    home,
-    note,
-    parent_of,
-    source_name,
-    where,
-)
+from runner.tracking.mlflow.run import artifacts_dir, home, note, parent_of, where
+from runner.tracking.mlflow.tags import KIND_TAG, PARENT_TAG, source_name
 from runner.tracking.rundir import RunDir, State
 from runner.tracking.sweepdir import SweepDir
 from runner.tracking.trackers import Tracking
@@ -108,7 +99,7 @@ def try_open(sweep: SweepDir, uri: str | None = None, **options: bool | None) ->
     except Exception as error:  # MLflow stores raise many exception types; training continues without MLflow
         if isinstance(error, DamagedError):
             return str(error)
-        return explained(error, uri or str((sweep.read().get("mlflow") or {}).get("uri") or _uri(sweep)))
+        return store.explained(error, uri or str((sweep.read().get("mlflow") or {}).get("uri") or _uri(sweep)))
 
 
 def is_open(sweep: SweepDir, uri: str) -> bool:
@@ -151,7 +142,7 @@ def update_parent(
             return ""
     except Exception as error:
         if not _is_gone(error):
-            return explained(error, recorded["uri"])
+            return store.explained(error, recorded["uri"])
     # Deleted permanently: create a new one.
     return try_open(sweep, recorded["uri"], queued=queued, offline=True, restore=restore)
 

@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.config.bind import bind
-from runner.errors import DamagedError, RunnerError
+from runner.errors import DamagedError
 from runner.files import write_atomic
-from runner.secrets import redact, take_credentials
-from runner.tracking import environment, manifest, origin
-from runner.tracking.machine import user
+from runner.secrets import take_credentials
+from runner.tracking import environment, manifest
 from runner.tracking.metrics_log import (
     BEST,
     SECONDS,
-    before_and_after,
     last_values,
     lost_of,
     read,
     read_evaluations,
     tail,
 )
-from runner.tracking.mlflow import rest, store, upload
+from runner.tracking.mlflow import store, tags, upload
 from runner.tracking.naming import short_name
 from runner.tracking.rundir import DIED, FINAL, RunDir, State
 from runner.tracking.sweepdir import sweep_of
@@ -46,7 +42,6 @@ STATUS = {
     "killed": "KILLED", "pruned": "KILLED",
 }  # fmt: skip
 ENDED = (*FINAL, "preempted")
-PARENT_TAG, KIND_TAG = "mlflow.parentRunId", "runner.kind"
 TOLD_TAG = "runner.mirrored"
 """Set last: ``updated`` of the final state, once everything up to it is uploaded."""
 
@@ -86,7 +81,7 @@ class MlflowRun:
         manifest, ended = self.rundir.read_manifest(), state.status in ENDED
         if not ended:
             self._send_status(client, run, state)
-        upload.send_tags(client, run, tags(self.rundir, manifest, state))
+        upload.send_tags(client, run, tags.of_run(self.rundir, manifest, state))
         upload.send_dataset(client, run, manifest.get("data") or {})
         for path in (self.rundir.metrics, self.rundir.system):
             self._send_records(client, run, path)
@@ -107,7 +102,7 @@ class MlflowRun:
                 self.close_doubles()
         except Exception as error:  # MLflow stores raise many exception types; none may end the upload process
             self.run, self.positions = None, {}  # compare everything with MLflow again
-            return explained(error, self.uri)
+            return store.explained(error, self.uri)
         return ""
 
     def try_close(self, reason: str) -> str:
@@ -118,7 +113,7 @@ class MlflowRun:
                 upload.send_tags(client, self.run, {"runner.status": "killed", "runner.reason": reason})
                 upload.set_status(client, self.run, "KILLED", time.time())
         except Exception as error:
-            return explained(error, self.uri)
+            return store.explained(error, self.uri)
         return ""
 
     def report(self, problem: str) -> int:
@@ -139,7 +134,7 @@ class MlflowRun:
         if run is None:
             name = self.tracking.run_name or short_name(manifest) or self.rundir.path.name
             started = state.started or (state.updated if state.status in ENDED else time.time())
-            initial = {**tags(self.rundir, manifest, state), PARENT_TAG: parent.get("parent_run_id")}
+            initial = {**tags.of_run(self.rundir, manifest, state), tags.PARENT_TAG: parent.get("parent_run_id")}
             run = store.create_run(client, experiment, identity, name, started, initial)
         note(self.rundir, self.uri, run, **parent)
         upload.send_params(client, run, self.config, manifest.get("choices"))
@@ -267,56 +262,3 @@ def where(uri: str, run: Run) -> dict[str, Any]:
     run_id, experiment = run.info.run_id, run.info.experiment_id
     url = f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if store.is_server(uri) else None
     return {"run_id": run_id, "experiment_id": experiment, "uri": uri, "url": url}
-
-
-def tags(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, Any]:
-    """Tags of a run. Includes MLflow's own tags, which MLflow would fill with data of the upload process."""
-    git, command = manifest.get("git") or {}, manifest.get("command") or []
-    own = (manifest.get("repositories") or [{}])[0]
-    return {
-        KIND_TAG: "run",
-        "runner.signature": manifest.get("signature"),
-        "runner.command": _line(command),
-        "runner.sweep": manifest.get("sweep"),
-        "runner.status": state.status,
-        "runner.reason": state.reason,
-        "runner.task_metrics": " ".join(before_and_after(state.summary)),
-        "runner.attempt": state.attempt,
-        "runner.folder": str(rundir.path),
-        "runner.host": state.host,
-        "runner.slurm_job_id": state.scheduler_id,
-        "runner.git_sha": git.get("sha"),
-        "runner.git_dirty": git.get("dirty"),
-        "runner.rerun_of": (manifest.get("rerun") or {}).get("of"),
-        "runner.came_from": origin.nearest(manifest),
-        "runner.chain": origin.chain(manifest),
-        PARENT_TAG: (manifest.get("mlflow") or {}).get("parent_run_id"),
-        "mlflow.source.name": source_name(command),
-        "mlflow.source.type": "JOB" if state.scheduler_id else "LOCAL",
-        "runner.own_git_sha": own.get("sha"),
-        "runner.own_git_dirty": own.get("dirty"),
-        "mlflow.source.git.commit": own.get("sha") or git.get("sha"),
-        "mlflow.user": user(),
-    }
-
-
-def source_name(command: str | list[str]) -> str:
-    """The command for MLflow's column Source, which shows only what follows the last slash: so without folders."""
-    return re.sub(r"[^\s=,:;()\[\]{}'\"]*/", "", _line(command))
-
-
-def _line(command: str | list[str]) -> str:
-    return command if isinstance(command, str) else shlex.join(command)
-
-
-def explained(error: Exception, uri: str) -> str:
-    """The error in one line, without secrets."""
-    if store.is_server(uri) and (reason := rest.reason_of(error)):
-        return redact(f"the MLflow server {take_credentials(uri)[0]} does not answer: {reason}")
-    store_name = "the embedded database" if not store.is_server(uri) else "the server"
-    text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, OSError) and error.strerror:
-        text = f"it cannot be opened for writing: {error.strerror}"
-    elif "readonly database" in str(error):
-        text = "it cannot be written: it is read-only for this user"
-    return redact(f"MLflow ({store_name}, {take_credentials(uri)[0]}): {text[:600]}")

@@ -12,9 +12,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import Fault, TrackingError
+from runner.errors import Fault, RunnerError, TrackingError
 from runner.files import locked
-from runner.secrets import put_credentials
+from runner.secrets import put_credentials, redact, take_credentials
+from runner.tracking.mlflow import rest
 from runner.tracking.trackers import NOT_IN_PATH
 
 if TYPE_CHECKING:
@@ -237,3 +238,16 @@ def as_text(value: Any, limit: int) -> str:
     """The value as text, truncated to ``limit`` characters."""
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
     return shorten(text, limit)
+
+
+def explained(error: Exception, uri: str) -> str:
+    """The error in one line, without secrets."""
+    if is_server(uri) and (reason := rest.reason_of(error)):
+        return redact(f"the MLflow server {take_credentials(uri)[0]} does not answer: {reason}")
+    store_name = "the embedded database" if not is_server(uri) else "the server"
+    text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, OSError) and error.strerror:
+        text = f"it cannot be opened for writing: {error.strerror}"
+    elif "readonly database" in str(error):
+        text = "it cannot be written: it is read-only for this user"
+    return redact(f"MLflow ({store_name}, {take_credentials(uri)[0]}): {text[:600]}")

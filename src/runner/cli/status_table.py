@@ -1,0 +1,162 @@
+"""The rows of ``status``: runs and sweeps as a table, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner import streams, terminal
+from runner.terminal import duration
+from runner.tracking import run_status
+from runner.tracking.run_status import RunStatus
+from runner.tracking.rundir import FINAL
+from runner.tracking.sweepdir import SweepDir
+
+TAIL_BYTES = 65536
+COLOURS = {
+    "completed": "32", "pruned": "32",
+    "running": "36", "starting": "36", "stopping": "36", "queued": "33", "requeued": "33",
+    "pending": "33", "preempted": "33", "failed": "31", "killed": "31", "damaged": "31", "missing": "31",
+    "unknown": "35",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """A single run, or the runs of a sweep."""
+
+    sweep: SweepDir | None
+    runs: list[RunStatus]
+    is_named: bool
+
+    @property
+    def is_open(self) -> bool:
+        """Whether each run has a row of its own: not for a sweep that was not named."""
+        return self.sweep is None or self.is_named
+
+    @property
+    def updated(self) -> float:
+        return max((run.state.updated for run in self.runs), default=0.0)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(run.status in (*FINAL, "missing", "damaged") for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Row:
+    cells: tuple[str, ...]
+    status: str = ""
+    reason: str = ""
+
+    @classmethod
+    def of_sweep(cls, group: Group) -> Row:
+        assert group.sweep
+        counts = Counter(run.status for run in group.runs)
+        order = sorted(counts, key=list(COLOURS).index)
+        text = ", ".join(f"{counts[status]} {status}" for status in order) or "no runs"
+        shared = order[0] if len(order) == 1 else ""
+        is_orphaned = any(run.reason == run_status.NOBODY for run in group.runs) and not group.is_open
+        cells = (f"{group.sweep.path.name}/", text, "", "", "", "", terminal.nearest(group.sweep.path))
+        return cls(cells, shared, run_status.NOBODY if is_orphaned else "")
+
+    @classmethod
+    def of_run(cls, run: RunStatus, label: str, *, indent: bool) -> Row:
+        state = run.state
+        step = f"{state.step}/{state.total_steps}" if state.total_steps else ""
+        eta = eta_s(run)
+        cells = ("  " * indent + label, run.status, step, _loss_text(run), duration(eta) if eta is not None else "",
+                 where(run), terminal.nearest(run.rundir.path))  # fmt: skip
+        return cls(cells, run.status, run.reason)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines with aligned columns, without empty ones. The folder is never cut; a reason is a line below its run."""
+    titles = ("run", "status", "step", "loss", "eta", "where", "folder")
+    all_cells = [titles, *(row.cells for row in rows)]
+    widths = [max(len(cells[column]) for cells in all_cells) for column in range(len(titles))]
+    kept = [column for column in range(len(titles)) if any(row.cells[column] for row in rows)]
+
+    def line(cells: Sequence[str], colour: str = "") -> str:
+        padded = {column: cells[column].ljust(widths[column]) for column in kept}
+        if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+            padded[1] = streams.styled(padded[1], colour)
+        return "  ".join(padded.values()).rstrip()
+
+    lines = [line(titles)]
+    for row in rows:
+        lines.append(line(row.cells, COLOURS.get(row.status, "")))
+        lines += [f"{'':6}{row.reason}"] if row.reason else []
+    return lines
+
+
+def eta_s(run: RunStatus) -> float | None:
+    """Estimated seconds until the run ends, at its average speed so far; None if it is not running or has no steps."""
+    state = run.state
+    if run.status != "running" or not state.step or not state.seconds:
+        return None
+    remaining = (state.total_steps - state.step) * state.seconds / state.step
+    return max(0.0, remaining - max(0.0, time.time() - state.updated))
+
+
+def where(run: RunStatus) -> str:
+    """Where a live run is: pid@host, or its Slurm job id and nodes; empty if it is not live."""
+    if not run.is_live:
+        return ""
+    if run.job is not None:
+        node = run.job.nodes if run.status in ("running", "starting", "stopping") else ""
+        return f"job {run.manifest['slurm']['job_id']}" + (f" on {node}" if node else "")
+    return f"{run.state.pid}@{run.state.host}" if run.status == "running" and run.state.pid else ""
+
+
+def loss_of(run: RunStatus) -> tuple[str, float] | None:
+    """("eval" or "train", the latest loss); for a completed run the final eval loss; None if there is no loss."""
+    final = run.state.summary.get("eval/loss")
+    if run.status == "completed" and isinstance(final, int | float):
+        return "eval", float(final)
+    if not run.rundir.metrics.exists():
+        return None
+    with run.rundir.metrics.open("rb") as handle:
+        handle.seek(max(0, handle.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = handle.read().splitlines()
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            for kind in ("eval", "train"):
+                if f"{kind}/loss" in record:
+                    return kind, float(record[f"{kind}/loss"])
+        except (ValueError, TypeError):  # a truncated line
+            continue
+    return None
+
+
+def _loss_text(run: RunStatus) -> str:
+    loss = loss_of(run)
+    return f"{loss[1]:.4f} {loss[0]}" if loss else ""
+
+
+def as_json(group: Group) -> dict[str, Any]:
+    runs = [_run_as_json(run) for run in group.runs]
+    if group.sweep is None:
+        return runs[0]
+    counts = dict(Counter(run.status for run in group.runs))
+    return {"kind": "sweep", "name": group.sweep.path.name, "folder": str(group.sweep.path), "counts": counts,
+            "runs": runs}  # fmt: skip
+
+
+def _run_as_json(run: RunStatus) -> dict[str, Any]:
+    kind, loss = loss_of(run) or (None, None)
+    state = run.state
+    return {
+        "kind": "run", "label": run.label, "folder": str(run.rundir.path), "status": run.status, "reason": run.reason,
+        "step": state.step, "total_steps": state.total_steps, "loss": loss, "loss_kind": kind, "eta_s": eta_s(run),
+        "host": state.host, "pid": state.pid, "job_id": (run.manifest.get("slurm") or {}).get("job_id"),
+        "slurm_state": run.job.state if run.job else None, "updated": state.updated,
+        "mlflow_run_id": (run.manifest.get("mlflow") or {}).get("run_id"),
+    }  # fmt: skip
