@@ -273,10 +273,10 @@ def test_a_run_that_a_database_has_not_is_refused_without_mlflow(tmp_path: Path)
     run = RunDir(Path("first").absolute())
     uri, of_it = f"sqlite:///{tmp_path}/outputs/mlflow.db", run.read_manifest()["mlflow"]["run_id"]
     program = (
-        "import sys; from runner.report import record\n"
+        "import sys; from runner.report import record, store_lookup\n"
         f"assert record.of_store({of_it[:6]!r}, {uri!r}).folder.name == 'first'\n"
         f"try: record.of_store('ffffffff', {uri!r})\n"
-        "except record.UnknownRunError as error: print(error)\n"
+        "except store_lookup.UnknownRunError as error: print(error)\n"
         "assert 'mlflow' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     after = cancellation.run()
     for run in after:
         print(f"{run.label}: {cancellation.outcome(run)}", flush=True)
-    behind.tell_of([run.rundir for run in [*before, *after] if run.status in FINAL])
+    behind.upload_ended([run.rundir for run in [*before, *after] if run.status in FINAL])
     return int(any(run.status not in OVER for run in after))
 
 

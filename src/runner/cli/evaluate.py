@@ -277,5 +277,5 @@ def _upload(run: Trained) -> None:
     print(f"written to {terminal.nearest(run.rundir.evaluations)}", file=sys.stderr)
     if not behind.is_wanted(run.rundir):
         return
-    for problem in behind.tell([run.rundir.path]):
+    for problem in behind.upload([run.rundir.path]):
         print(f"not uploaded to MLflow ({problem}); upload it later: python -m runner sync {near}", file=sys.stderr)

@@ -46,8 +46,8 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except ReaderLeft as left:
-        return left.exit_code
+    except ReaderLeft as error:
+        return error.exit_code
     except Exception as error:  # a bug, or a failure of the machine
         remedy = "set RUNNER_TRACEBACK=1 to see the traceback"
         _print_error(RunnerError(Fault("", f"{type(error).__name__}: {error}", remedy)))

@@ -75,13 +75,13 @@ def main(argv: list[str]) -> int:
     launcher = prepare.launcher_of(job.cfg)
     folder = _folder(job)
     launcher.check()
-    reproduction.tell_before(original, job.cfg, code)
+    reproduction.print_before(original, job.cfg, code)
     _keep_threads(original, job)
     rundir = _prepared(original, job, folder, argv, code)
     exit_code = worktree.finish(rundir, code) if code else launcher.launch([rundir], None)[0]
     if rundir.manifest.exists():  # the folder is removed if the worker refused the run
         is_over = exit_code == 0 and not launcher.is_detached
-        reproduction.tell_after(original, rundir, is_over=is_over)
+        reproduction.print_after(original, rundir, is_over=is_over)
     return exit_code
 
 

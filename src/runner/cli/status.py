@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         else:
             groups = _read(args)
             _print(groups, args)
-            behind.tell_of(_ended(groups))
+            behind.upload_ended(_ended(groups))
     return 0
 
 
@@ -145,7 +145,7 @@ def _watch(args: Args) -> None:
             elif text != before:
                 print(text, end="\n" if args["--json"] else "\n\n", flush=True)
             before = text
-            behind.tell_of([rundir for rundir in _ended(groups) if rundir.path not in uploaded])
+            behind.upload_ended([rundir for rundir in _ended(groups) if rundir.path not in uploaded])
             uploaded |= {rundir.path for rundir in _ended(groups)}
             runs = [run for group in groups for run in group.runs]
             if not any(run.is_live for run in runs):

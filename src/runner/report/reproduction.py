@@ -15,7 +15,7 @@ from runner.tracking import checkout, machine, provenance
 from runner.tracking.rundir import RunDir
 
 
-def tell_before(original: Recorded, cfg: dict[str, Any], code: Path | None) -> None:
+def print_before(original: Recorded, cfg: dict[str, Any], code: Path | None) -> None:
     """Print which run is repeated, and every difference in code, environment and hardware."""
     steps = f", {original.last_step} steps" if original.last_step else ""
     _print(f"rerun of    {original.where}  ({original.status}{steps})")
@@ -37,7 +37,7 @@ def tell_before(original: Recorded, cfg: dict[str, Any], code: Path | None) -> N
         _print("note        train.deterministic=false: on a GPU the last digits may differ")
 
 
-def tell_after(original: Recorded, rundir: RunDir, *, is_over: bool) -> None:
+def print_after(original: Recorded, rundir: RunDir, *, is_over: bool) -> None:
     """Print whether the rerun reproduced the original, and write the outcome into its manifest.json.
 
     If the rerun is not completed (``is_over``), only print the command that compares the two runs later.

@@ -67,7 +67,7 @@ class SweepDir:
 
     @property
     def mirror_report(self) -> Path:
-        """Progress of the upload: {pid, opened, untold, problem}; ``untold``: ended runs not fully uploaded."""
+        """Progress of the upload: {pid, opened, incomplete, problem}; ``incomplete``: ended runs not fully uploaded."""
         return self.path / "mirror.json"
 
     def is_worked_on(self) -> bool:

@@ -100,7 +100,7 @@ def test_kill_9_of_the_queue_and_of_a_worker(outputs: Path) -> None:
     assert (first.read_state().status, first.read_state().reason) == ("killed", DIED)
     assert process.poll() is None, "the other run goes on without its queue"
     enough(second)
-    assert spawn.wait_sweep_mirror(process, sweep).untold == 0
+    assert spawn.wait_sweep_mirror(process, sweep).incomplete == 0
     assert process.returncode == 0
     assert_mirrored(second, "FINISHED")
     assert parent_of(sweep).info.status == "KILLED", "nobody will start the third"
@@ -191,7 +191,7 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path, server: Server) -> No
     queue.end()
     result = spawn.wait_sweep_mirror(process, sweep, 120)
     assert process
-    assert (process.returncode, result.untold) == (3, 2)
+    assert (process.returncode, result.incomplete) == (3, 2)
     assert "refused" in result.message
     server.start()
     assert [found.problem for found in sync.sync([sweep.path]) if found.status != "pending"] == ["", "", ""]

@@ -134,5 +134,5 @@ def _record_not_requeued(rundir: RunDir, reason: str) -> None:
     print(reason, file=sys.stderr, flush=True)
     rundir.write_state(reason=reason)
     rundir.update_manifest(slurm={**(rundir.read_manifest().get("slurm") or {}), "has_left": True})
-    for problem in behind.tell([rundir.path]) if behind.is_wanted(rundir) else []:
+    for problem in behind.upload([rundir.path]) if behind.is_wanted(rundir) else []:
         print(problem, file=sys.stderr, flush=True)

@@ -124,7 +124,7 @@ def _is_again(rundir: RunDir) -> bool:
 
 def _upload(folders: list[Path], rundirs: list[RunDir]) -> None:
     if folders and any(map(behind.is_wanted, rundirs)):
-        behind.tell(folders)
+        behind.upload(folders)
 
 
 def slurm(

@@ -44,14 +44,14 @@ def is_behind(rundir: RunDir) -> bool:
     return not is_uploaded and not _is_uploading(rundir) and is_wanted(rundir)
 
 
-def tell_of(ended: Sequence[RunDir]) -> int:
+def upload_ended(ended: Sequence[RunDir]) -> int:
     """Upload those of the ended runs that are not fully uploaded, and report it; returns their number."""
     behind = [rundir for rundir in ended if is_behind(rundir)]
     if not behind:
         return 0
     runs = f"{len(behind)} runs" if len(behind) > 1 else behind[0].path.name
     print(f"not fully uploaded to MLflow: {runs}; uploading now …", file=sys.stderr, flush=True)
-    problems = tell([rundir.path for rundir in behind])
+    problems = upload([rundir.path for rundir in behind])
     for problem in problems:
         print(f"  {problem}", file=sys.stderr)
     if problems:
@@ -62,7 +62,7 @@ def tell_of(ended: Sequence[RunDir]) -> int:
     return len(behind)
 
 
-def tell(folders: Sequence[Path]) -> list[str]:
+def upload(folders: Sequence[Path]) -> list[str]:
     """Upload runs and sweeps with ``runner sync`` (some seconds, mostly importing MLflow); returns error messages."""
     problems: list[str] = []
     for first in range(0, len(folders), FOLDERS_AT_ONCE):

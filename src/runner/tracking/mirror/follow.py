@@ -159,7 +159,7 @@ def only_one(lock: Path, wait: bool) -> Iterator[bool]:
         yield True
 
 
-def be_polite() -> None:
+def lower_priority() -> None:
     """Lower the CPU priority of this process. Call it once no submitter waits for this process."""
     with contextlib.suppress(OSError):
         os.nice(5)  # at 10 the process got no CPU time for minutes if all cores were busy

@@ -24,7 +24,7 @@ from runner.tracking.mirror.follow import (
     LONGEST_PAUSE_S,
     POLL_S,
     Follower,
-    be_polite,
+    lower_priority,
     only_one,
     say,
 )
@@ -53,7 +53,7 @@ def follow_sweep(sweep: SweepDir, publish: Publish | None = None) -> int:
         exit code: 0 everything is uploaded, 3 the store did not answer.
     """
     problem = _open(sweep)
-    be_polite()
+    lower_priority()
     with only_one(sweep.mirror_lock, wait=True) as is_locked:
         return _Mirror(sweep, problem, publish).run() if is_locked else 0
 
@@ -66,7 +66,7 @@ def _open(sweep: SweepDir) -> str:
         pass
     problem = parent_run.try_open(sweep, queued=True)
     say(problem or "created the parent run of the sweep in MLflow")
-    _report(sweep, opened=not problem, untold=0, problem=problem)
+    _report(sweep, opened=not problem, incomplete=0, problem=problem)
     return problem
 
 
@@ -188,7 +188,7 @@ class _Mirror:
             self.silent_until = time.monotonic() + min(2.0**self.failures, LONGEST_PAUSE_S)
         if problem != self.problem:
             self.problem = problem
-            _report(self.sweep, opened=self.opened, untold=len(self.active), problem=problem)
+            _report(self.sweep, opened=self.opened, incomplete=len(self.active), problem=problem)
 
     def _update_parent(self, has_queue: bool) -> bool:
         """Update the parent run if counts changed; returns whether it is up to date."""
@@ -211,7 +211,7 @@ class _Mirror:
         for each in self.active.values():
             each.follower.run.report(each.follower.problem or self.problem)
         say(f"gave up: {len(self.active)} runs not fully uploaded" if code else "uploaded all runs")
-        _report(self.sweep, opened=self.opened, untold=len(self.active), problem=self.problem if code else "")
+        _report(self.sweep, opened=self.opened, incomplete=len(self.active), problem=self.problem if code else "")
         return code
 
 

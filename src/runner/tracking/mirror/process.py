@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner.signals import SIGNALS
 from runner.tracking.mirror import follow_sweep
-from runner.tracking.mirror.follow import be_polite, follow
+from runner.tracking.mirror.follow import follow, lower_priority
 from runner.tracking.mlflow.parent_run import Publish
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
@@ -29,7 +29,7 @@ def main(argv: Sequence[str], publish: Publish) -> int:
             return follow_sweep.open_only(SweepDir(folder))
         if mode == "--sweep":
             return follow_sweep.follow_sweep(SweepDir(folder), publish)
-        be_polite()
+        lower_priority()
         return follow(RunDir(folder), float(argv[1]) if len(argv) > 1 else 0.0, publish)
     except FileNotFoundError:
         if folder.exists():

@@ -32,7 +32,7 @@ AFTER_A_STOP_S = 2.0
 class SweepResult:
     """Result of the upload of a sweep."""
 
-    untold: int
+    incomplete: int
     """Ended runs that are not fully uploaded."""
     message: str
     """How to open the sweep in MLflow, or why the upload is incomplete; ``python -m runner sync`` completes it."""
@@ -57,8 +57,8 @@ def mirrored(sweep: SweepDir, codes: list[int]) -> Iterator[Callable[[], None]]:
         mirror = start_sweep_mirror(sweep)
         yield lambda: _warn(wait_opened(mirror, sweep))
     result = wait_sweep_mirror(mirror, sweep, AFTER_A_STOP_S if {75, 130} & set(codes) else 60.0)
-    if result.untold:
-        print(f"not fully uploaded to MLflow: {result.untold} runs ({result.message})", file=sys.stderr)
+    if result.incomplete:
+        print(f"not fully uploaded to MLflow: {result.incomplete} runs ({result.message})", file=sys.stderr)
         print(f"to upload them: python -m runner sync {sweep.path}", file=sys.stderr)
 
 
@@ -107,7 +107,7 @@ def wait_sweep_mirror(mirror: Mirror | None, sweep: SweepDir, timeout_s: float =
     code = _exit_code(mirror, timeout_s)
     report = read_report(sweep)
     message = _message(code, mirror.pid, sweep.mirror_log, sweep.read().get("mlflow") or {}, report)
-    return SweepResult(0 if code == 0 else int(report.get("untold", 0)), message)
+    return SweepResult(0 if code == 0 else int(report.get("incomplete", 0)), message)
 
 
 def _message(code: int | None, pid: int, log: Path, ids: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -199,7 +199,7 @@ def wait_mirror(proc: Mirror | None, rundir: RunDir, timeout_s: float = 60.0) ->
 def read_report(folder: RunDir | SweepDir) -> dict[str, Any]:
     """Progress of the upload from mirror.json; empty if there is none.
 
-    Of a run {sent, unsent, problem, told}, of a sweep {pid, opened, untold, problem}.
+    Of a run {sent, unsent, problem, told}, of a sweep {pid, opened, incomplete, problem}.
     """
     try:
         return dict(json.loads(folder.mirror_report.read_text()))

@@ -42,7 +42,7 @@ STATUS = {
     "killed": "KILLED", "pruned": "KILLED",
 }  # fmt: skip
 ENDED = (*FINAL, "preempted")
-TOLD_TAG = "runner.mirrored"
+UPLOADED_TAG = "runner.mirrored"
 """Set last: ``updated`` of the final state, once everything up to it is uploaded."""
 
 
@@ -87,9 +87,9 @@ class MlflowRun:
             self._send_records(client, run, path)
         self._send_evaluations(client, run)
         try:
-            if ended and run.data.tags.get(TOLD_TAG) != str(state.updated):
+            if ended and run.data.tags.get(UPLOADED_TAG) != str(state.updated):
                 self._send_results(client, run)
-                upload.send_tags(client, run, {TOLD_TAG: str(state.updated)})
+                upload.send_tags(client, run, {UPLOADED_TAG: str(state.updated)})
         finally:  # even if the upload of the model fails, the run does not stay RUNNING
             self._send_status(client, run, state)
         self.told = state.updated if ended else 0.0
