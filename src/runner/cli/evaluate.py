@@ -68,6 +68,9 @@ def main(argv: list[str]) -> int:
     run, overrides = trained_run(VERB, args)
     _refuse_without_effect(args, overrides)
     node = evaluate_data.node(run.cfg["data"], overrides)
+    if args["--tasks"] and run.scores:
+        problem = "tasks of lm-eval need a model that generates text, and this one gives scores"
+        raise ConfigError(Fault("--tasks", problem, "leave it out: the held-out rows are evaluated"))
     chosen = benchmarks.choose(args["--tasks"].split(",")) if args["--tasks"] else None
     trained.quiet()
     order = _Order(run, bool(args["--base"]), ["python", "-m", "runner", "evaluate", *argv])

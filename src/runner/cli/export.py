@@ -62,7 +62,9 @@ def main(argv: list[str]) -> int:
     with written_or_refused(order.folder) as aside:
         check = _write(run, order, aside)
         notes = check.notes() if check else {}
-        (aside / "README.md").write_text(model_card.text(run.rundir, order.kinds, base, notes, is_chat=run.is_chat))
+        (aside / "README.md").write_text(
+            model_card.text(run.rundir, order.kinds, base, notes, is_chat=run.is_chat, head=run.options.task.head)
+        )
     for name, note in notes.items():
         terminal.say(f"{name:<8} {note}")
     files = sorted(order.folder.iterdir())
@@ -92,11 +94,14 @@ def _order(args: Args, run: Trained, rest: list[str]) -> _Order:
     if args["--dtype"] and not (whole or args["--gguf"]):
         remedy = "add --merged, or leave it out: an adapter keeps its dtype"
         faults.append(Fault("--dtype", "has no effect on an adapter", remedy, args["--dtype"]))
+    if args["--gguf"] and run.scores:
+        problem = "llama.cpp has no score heads, and the model of this run has one"
+        faults.append(Fault("--gguf", problem, "leave it out; --merged writes the whole model"))
     gguf_only = args["--gguf"] and not args["--merged"]
     kinds: list[model_card.Kind] = [] if gguf_only else ["model" if whole else "adapter"]
     kinds += ["gguf"] if args["--gguf"] else []
     command: list[str] = []
-    if args["--gguf"]:
+    if args["--gguf"] and not run.scores:
         try:
             command = gguf_export.find()
         except ConfigError as error:

@@ -52,6 +52,9 @@ def main(argv: list[str]) -> int:
     args = VERB.read(argv)
     settings = _settings(args)
     run, others = trained_run(VERB, args)
+    if run.scores:
+        remedy = f"evaluate it: python -m runner evaluate {terminal.nearest(run.rundir.path)}"
+        raise ConfigError(Fault("generate", "the model of this run gives scores, not text", remedy))
     if len(others) > 1:
         raise ConfigError(Fault("generate", "takes one prompt", "put it in quotes", " ".join(others)))
     prompt = sys.stdin.read() if others == ["-"] else others[0] if others else None

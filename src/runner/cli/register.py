@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 VERB = Verb(
     "register RUN NAME",
     f"""Registers the model of a run in the MLflow store of that run: a new version of NAME. It is the whole model in
-full precision, and answers texts with its chat template.
+full precision, and answers texts with its chat template. A reward model or a classifier gives scores instead.
 
   python -m runner register first support-bot --alias champion
   mlflow.pyfunc.load_model("models:/support-bot@champion").predict(["Hello!"])
@@ -121,7 +121,9 @@ def _register(run: Trained, location: _Location, mlflow_run: Run, name: str, *, 
         check = merge.write(run, folder, None)
         terminal.say(f"check    {check.notes()['check']}")
         base = str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
-        card = model_card.text(run.rundir, ("model",), base, check.notes(), is_chat=run.is_chat)
+        card = model_card.text(
+            run.rundir, ("model",), base, check.notes(), is_chat=run.is_chat, head=run.options.task.head
+        )
         (folder / "README.md").write_text(card)
         source, model_id = _upload(run, location, mlflow_run, name, folder, Path(aside, "mlflow"))
     is_new_name = False
@@ -177,7 +179,12 @@ def _pack(run: Trained, folder: Path, packed: Path, mlflow_run: Run, model_id: s
         ParamSpec("temperature", DataType.double, 0.0),
         ParamSpec("system", DataType.string, ""),
     ]
-    text = Schema([ColSpec(DataType.string)])
+    text = output = Schema([ColSpec(DataType.string)])
+    if head := run.options.task.head:
+        params = params[-1:]
+        output = Schema([ColSpec(DataType.double, name) for name in head.outputs])
+        if run.options.task.unit == 2:  # answers are scored
+            text = Schema([ColSpec(DataType.string, name) for name in ("prompt", "answer")])
     ids: dict[str, Any] = {"run_id": mlflow_run.info.run_id, **({"model_id": model_id} if model_id else {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about missing type hints; the signature is given here
@@ -185,8 +192,8 @@ def _pack(run: Trained, folder: Path, packed: Path, mlflow_run: Run, model_id: s
             path=str(packed),
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={"model": str(folder)},
-            model_config={"is_chat": run.is_chat},
-            signature=ModelSignature(text, text, ParamSchema(params)),
+            model_config={"is_chat": run.is_chat, "problem": head.problem if head else None},
+            signature=ModelSignature(text, output, ParamSchema(params)),
             pip_requirements=requirements(),
             mlflow_model=Model(**ids),
             metadata={"runner.signature": run.rundir.read_manifest().get("signature")},

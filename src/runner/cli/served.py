@@ -1,4 +1,4 @@
-"""A trained model as an MLflow pyfunc model: texts in, answers out.
+"""A trained model as an MLflow pyfunc model: texts in, answers out, or scores.
 
 MLflow copies this file into the model's folder, so it must not import this package: only mlflow, torch and transformers
 are installed where the model is served.
@@ -20,23 +20,44 @@ class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load model and tokenizer from the artifact ``model``: float32 on a CPU, the stored dtype on a GPU."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
         folder, on_gpu = context.artifacts["model"], torch.cuda.is_available()
-        self.is_chat = bool(context.model_config["is_chat"])
+        self.is_chat, self.problem = bool(context.model_config["is_chat"]), context.model_config.get("problem")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        auto = AutoModelForSequenceClassification if self.problem else AutoModelForCausalLM
+        model = auto.from_pretrained(folder)
         self.model = (model if on_gpu else model.float()).to("cuda" if on_gpu else "cpu").eval()
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
         """One answer per text. ``model_input``: a DataFrame (its first column), a list of texts, or one text.
 
+        With a score head a DataFrame with the scores (for classes: probabilities) of each text; a second column of
+        ``model_input`` is the answer to the first.
         No type hints: MLflow would derive the signature from them, without ``params``.
         """
         if hasattr(model_input, "iloc"):
-            model_input = model_input.iloc[:, 0].tolist() if model_input.ndim == 2 else model_input.tolist()
-        texts = [model_input] if isinstance(model_input, str) else list(model_input)
-        return [self._answer(str(text), **(params or {})) for text in texts]
+            model_input = model_input.to_numpy().tolist() if model_input.ndim == 2 else model_input.tolist()
+        given = [model_input] if isinstance(model_input, str) else list(model_input)
+        rows = [[str(text) for text in (row if isinstance(row, list) else [row])] for row in given]
+        if not self.problem:
+            return [self._answer(row[0], **(params or {})) for row in rows]
+        import pandas  # type: ignore[import-untyped]
+
+        return pandas.DataFrame([self._scores(row, **(params or {})) for row in rows])
+
+    def _scores(self, texts: list[str], system: str = "") -> dict[str, float]:
+        import torch
+
+        text = self._rendered(texts, system, adds=False) if self.is_chat else texts[0]
+        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.is_chat)
+        with torch.no_grad():
+            scores = self.model(input_ids=inputs["input_ids"].to(self.model.device)).logits[0].double()
+        if self.problem == "single_label_classification":
+            scores = scores.softmax(-1)
+        elif self.problem == "multi_label_classification":
+            scores = scores.sigmoid()
+        return dict(zip(self.model.config.id2label.values(), scores.tolist(), strict=True))
 
     def _answer(self, text: str, max_new_tokens: int = 256, temperature: float = 0.0, system: str = "") -> str:
         import torch
@@ -59,12 +80,16 @@ class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def _prompt(self, text: str, system: str) -> str:
         if self.is_chat:
-            first = [{"role": "system", "content": system}] if system else []
-            messages = [*first, {"role": "user", "content": text}]
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return self._rendered([text], system, adds=True)
         bos = self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
         return f"{self.tokenizer.bos_token}{text}" if adds_bos else text
+
+    def _rendered(self, texts: list[str], system: str, *, adds: bool) -> str:
+        """The chat of a user and the assistant; ``adds``: with the beginning of the next answer."""
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        messages = [*([{"role": "system", "content": system}] if system else []), *turns]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=adds))
 
 
 mlflow.models.set_model(Answers())

@@ -110,7 +110,10 @@ SENTENCES = {
 """A word of another program → what to do instead, where no single key has its meaning."""
 
 OPTIONS = {
-    **{f"task={name}": NO_TASK for name in ("ppo", "reward", "rm", "classify")},
+    "task=ppo": NO_TASK,
+    **{f"task={word}": "write task=reward" for word in ("rm", "reward_model")},
+    **{f"task={word}": "write task=classify" for word in ("cls", "seq_cls", "classification", "classifier")},
+    "task=regression": "write task=classify task.kind=regression",
     "task=pt": "write task=pretrain", "task=clm": "write task=pretrain", "task=chat": "write task=sft",
     **{f"optim={name.lower()}": TORCH.format(word=name)
        for name in ("SGD", "Adam", "Adagrad", "Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")},

@@ -10,6 +10,7 @@ A batch is a dict:
 - ``longest``: int, an upper bound of the document length in all batches.
 - ``attention_parts``: the ``boundaries.Part`` that attention by document computes one after the other.
 - ``trained_at``: (trained,) int64, the flattened positions that have a label.
+- ``last_at``: (documents,) int64, the flattened positions of the last token of each document.
 - ``labels_per_document``: (documents,) int64, without padding. Documents of a unit, such as the two answers of a
   preference pair, are neighbours.
 - ``packed``: bool, whether a row contains several documents.
@@ -303,6 +304,7 @@ class Batches:
         positions = np.tile(np.arange(length), (count, 1))
         weights = None if self.rows.weights is None else np.zeros((count, length), dtype=np.float32)
         lengths: list[list[int]] = []
+        last: list[int] = []
         for b in range(count):
             start = 0
             lengths.append([])
@@ -315,6 +317,7 @@ class Batches:
                     weights[b, start : end - 1] = self.rows.weights_of(row)[1:]
                 positions[b, start:end] -= start
                 lengths[b].append(len(row_ids))
+                last.append(b * length + end - 1)
                 start = end
             positions[b, start:] = 0
         trained_at = np.flatnonzero(labels != IGNORED)
@@ -331,6 +334,7 @@ class Batches:
             "attention_parts": parts,
             "longest": self.max_length,
             "trained_at": torch.from_numpy(trained_at),
+            "last_at": torch.tensor(last, dtype=torch.int64),
             "labels_per_document": torch.from_numpy(self._labels_of_rows[rows]),
             "packed": self.packing or self.end_to_end,
             "tokens": int(self.sizes[packs].sum()) if packs else 0,

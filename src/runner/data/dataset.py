@@ -84,6 +84,8 @@ class Splits:
     uri: str
     samples: list[dict[str, str]]
     """A few held-out prompts as text, with their reference answers: {prompt, reference}."""
+    settled: Mapping[str, Any]
+    """The YAML keys of the task that the training rows have decided."""
     revision: str | None = None
     """Commit hash of a Hub dataset."""
 
@@ -151,6 +153,7 @@ class _CacheEntry:
     eval: Rows
     report: DataReport
     samples: list[dict[str, str]]
+    settled: Mapping[str, Any]
 
 
 class _Columns(NamedTuple):
@@ -181,13 +184,15 @@ def _tokenise(
     else:
         kept, held_out = splits.split_by_prompt(train, settings.eval_fraction)
     chosen = {"train": splits.limit(kept, settings.train_rows), "eval": splits.limit(held_out, settings.eval_rows)}
+    if task.settle is not None:
+        task = task.settle([item.example for item in chosen["train"]])
     rows, lengths = dict[str, Rows](), list[int]()
     for split, items in chosen.items():
         rows[split], of_split = _split(split, items, task, tokenizer, settings, counts)
         lengths += of_split
     prompts_with_answers = (task.prompt(item.example, tokenizer) for item in chosen["eval"][:SAMPLES])
     samples = [{"prompt": prompt, "reference": reference} for prompt, reference in filter(None, prompts_with_answers)]
-    return _CacheEntry(rows["train"], rows["eval"], _report(counts, lengths), samples)
+    return _CacheEntry(rows["train"], rows["eval"], _report(counts, lengths), samples, task.settled)
 
 
 def _report(counts: Counter[str], lengths: list[int]) -> DataReport:
@@ -227,25 +232,26 @@ def _encode(
         counts["reasoning_lost"] += sum(feature.get("reasoning_lost", 0) for feature in features)
         assert len(features) % task.unit == 0, f"{task.name}: {len(features)} sequences are not whole units"
         for start in range(0, len(features), task.unit):
-            _add_unit(features[start : start + task.unit], columns, settings, counts)
+            _add_unit(features[start : start + task.unit], columns, task, settings, counts)
     return columns
 
 
-def _add_unit(unit: list[Features], columns: _Columns, settings: DataSettings, counts: Counter[str]) -> None:
+def _add_unit(
+    unit: list[Features], columns: _Columns, task: Encoder, settings: DataSettings, counts: Counter[str]
+) -> None:
     """Add the sequences of one unit; none of them if one is dropped or has no label within ``data.max_length``."""
     longest = max(len(feature["input_ids"]) for feature in unit)
     counts["longest"] = max(counts["longest"], longest)
     columns.lengths.append(longest)
     if longest > settings.max_length:
-        drops = settings.overlong == "drop" or columns.records is not None  # a prompt without its end asks nothing
-        counts["dropped" if drops else "truncated"] += 1
-        if drops:
+        is_dropped = settings.overlong == "drop" or not task.truncates or columns.records is not None
+        counts["dropped" if is_dropped else "truncated"] += 1
+        if is_dropped:
             return
     cut = [(feature["input_ids"][: settings.max_length], feature["labels"][: settings.max_length]) for feature in unit]
     # The first token has no context to be predicted from: its label is unused.
-    if columns.records is None and any(
-        labels.count(IGNORED) >= len(labels) - (bool(labels) and labels[0] != IGNORED) for _, labels in cut
-    ):
+    is_empty = (labels.count(IGNORED) >= len(labels) - (bool(labels) and labels[0] != IGNORED) for _, labels in cut)
+    if any(is_empty) if task.needs_labels else not all(ids for ids, _ in cut):
         counts["masked_out"] += 1
         return
     for feature, (ids, labels) in zip(unit, cut, strict=True):
@@ -337,7 +343,7 @@ def _write(folder: Path, entry: _CacheEntry) -> None:
         temporary.mkdir()
         for split in ("train", "eval"):
             getattr(entry, split).save(temporary, split)
-        meta = {"report": asdict(entry.report), "samples": entry.samples}
+        meta = {"report": asdict(entry.report), "samples": entry.samples, "settled": dict(entry.settled)}
         write_atomic(temporary / "report.json", json.dumps(meta, indent=1, ensure_ascii=False))
         shutil.rmtree(folder, ignore_errors=True)  # a corrupt entry
         temporary.rename(folder)
@@ -352,7 +358,7 @@ def _read(folder: Path) -> _CacheEntry | None:
     try:
         meta = json.loads((folder / "report.json").read_text())
         train, held_out = Rows.load(folder, "train"), Rows.load(folder, "eval")
-        return _CacheEntry(train, held_out, DataReport(**meta["report"]), meta["samples"])
+        return _CacheEntry(train, held_out, DataReport(**meta["report"]), meta["samples"], meta["settled"])
     except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
         log.warning("the cache of tokenised data is damaged, tokenising again: %s (%s)", folder, error)
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +11,8 @@ from runner.errors import DataError, Fault
 Example = list[dict[str, Any]] | str | dict[str, Any]
 """A conversation (a list of messages, each with ``role`` and ``content``), plain text, or a dict with a conversation
 under ``messages``, or under ``prompt`` with what a task needs beside it: ``chosen`` and ``rejected``, the two answers
-of a pair. A dict may have ``tools``, ``chat_template_kwargs`` and, with ``messages``, the ``weight`` of the row."""
+of a pair, or ``label``, where the prompt may be plain text. A dict may have ``tools``, ``chat_template_kwargs`` and,
+with ``messages``, the ``weight`` of the row."""
 Features = dict[str, Any]
 """One token sequence: lists ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss.
 ``weights``, if there are any: those of the labels. Further keys are numbers of the sequence, see ``Encoder.values``,
@@ -62,6 +63,8 @@ def misfit(example: Example, needed: str) -> DataError:
         kind, fits = "answers with a verdict", "kto"
     elif "columns" in example:
         kind, fits = "prompts without answers", "grpo"
+    elif "label" in example:
+        kind, fits = "texts with a label", "classify"
     else:
         kind, fits = "rows of another task", ""
     remedy = f"use task={fits}, or " if fits else "use "
@@ -94,6 +97,22 @@ class Encoder(Protocol):
     @property
     def answers(self) -> Answers | None:
         """None if the rows have answers; else they are prompts without labels, and each has a text ``record``."""
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a sequence without a label is left out."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a sequence may be cut to ``data.max_length``; if not, its unit is dropped."""
+
+    @property
+    def settle(self) -> Callable[[Sequence[Any]], Encoder] | None:
+        """(training examples) → the task with what the data decide; None: they decide nothing."""
+
+    @property
+    def settled(self) -> Mapping[str, Any]:
+        """The YAML keys that the data have decided, such as the names of classes."""
 
     @property
     def prompt(self) -> Callable[[Example, Any], tuple[str, str] | None]:

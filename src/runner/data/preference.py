@@ -6,6 +6,7 @@ Those of other programs (``preference_alpaca`` …) read each side as a whole co
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +20,13 @@ TASK = "dpo"
 """The task that these rows fit."""
 
 
-def preference(row: Row, *, prompt: Text, chosen: Text, rejected: Text, ignore: list[Text] | None = None) -> Example:
+def preference(
+    row: Row, *, prompt: Text, chosen: Text, rejected: Text, margin: Text, ignore: list[Text] | None = None
+) -> Example:
     """Rows ``{prompt, chosen, rejected}``: each a text or a list of messages.
 
     Without a prompt, ``chosen`` and ``rejected`` are whole conversations, and the prompt is what they have in common.
+    ``margin``: the key of a number, by how much the chosen answer is better; used by task=reward.
     ``ignore``: keys that change what is learnt and are left out all the same.
     """
     left_out = ignore or []
@@ -31,6 +35,8 @@ def preference(row: Row, *, prompt: Text, chosen: Text, rejected: Text, ignore: 
     options = conversation.template_options(row, left_out)
     read = functools.partial(row_shape.text_or_messages, row, "preference", ignore=left_out)
     sides = [read(name, key, "assistant") for name, key in (("chosen", chosen), ("rejected", rejected))]
+    if row.get(margin) is not None:
+        options["margin"] = _margin(row[margin], margin)
     if row.get(prompt) is not None:
         return pair(read("prompt", prompt, "user"), sides[0], sides[1], options)
     shared = 0
@@ -152,6 +158,12 @@ def _sides(chosen: Example, rejected: Example) -> Example:
     if first.messages[:-1] != second.messages[:-1]:
         raise DataError(Fault("", "the chosen and the rejected side have different prompts", "leave the row out"))
     return pair(first.messages[:-1], first.messages[-1:], second.messages[-1:], conversation.without_weight(chosen))
+
+
+def _margin(value: object, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(Fault("", f"the margin under '{key}' is not a finite number", "correct the row", value))
+    return float(value)
 
 
 def pair(

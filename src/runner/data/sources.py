@@ -10,12 +10,13 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.config.schema import Text
+from runner.config.schema import Count, Text
 from runner.data import readers
 from runner.data.readers import Documents, Place, Row
 from runner.errors import DataError, Fault
@@ -67,16 +68,23 @@ def chitchat_prompts() -> Source:
     return replace(source, name="chitchat_prompts", train=Records(functools.partial(_prompts, source.train)))
 
 
+def chitchat_classes(*, classes: Count) -> Source:
+    """Conversations of chitchat-dataset with the question that each was to be about, of the ``classes`` most frequent.
+
+    Rows: ``{"messages": [{"role", "content"}, …], "label": question}``.
+    """
+    source = chitchat()
+    rows = Records(functools.partial(_topics, _chitchat_file(), classes))
+    return replace(source, name="chitchat_classes", train=rows, digest=f"{source.digest[:24]}-{classes}")
+
+
 def chitchat() -> Source:
     """Conversations between people, from the installed package chitchat-dataset: works offline, needs no account.
 
     The first speaker gets the role user, the second the role assistant.
     Rows: ``{"messages": [{"role", "content"}, …]}``.
     """
-    spec = importlib.util.find_spec("chitchat_dataset")  # does not import it
-    if spec is None or spec.origin is None:
-        raise DataError(Fault("data", "the package chitchat-dataset is not installed", "run: uv sync", "chitchat"))
-    file = Path(spec.origin).with_name("dataset.json")
+    file = _chitchat_file()
     version = importlib.metadata.version("chitchat-dataset")
     return Source(
         name="chitchat",
@@ -148,6 +156,13 @@ def check_hub(*, path: str, revision: str | None, **_: object) -> Iterator[Fault
         yield Fault("revision", problem, "set data.revision=null", revision)
 
 
+def _chitchat_file() -> Path:
+    spec = importlib.util.find_spec("chitchat_dataset")  # does not import it
+    if spec is None or spec.origin is None:
+        raise DataError(Fault("data", "the package chitchat-dataset is not installed", "run: uv sync", "chitchat"))
+    return Path(spec.origin).with_name("dataset.json")
+
+
 def _conversations(file: Path) -> Iterator[tuple[Place, Row]]:
     for number, conversation in enumerate(json.loads(file.read_bytes()).values(), start=1):
         turns: list[tuple[str, str]] = []  # (sender, text), neighbours of one sender joined
@@ -166,6 +181,14 @@ def _conversations(file: Path) -> Iterator[tuple[Place, Row]]:
 def _prompts(conversations: Records) -> Iterator[tuple[Place, Row]]:
     for place, row in conversations:
         yield place, {"prompt": row["messages"][0]["content"]}
+
+
+def _topics(file: Path, classes: int) -> Iterator[tuple[Place, Row]]:
+    topics = [conversation.get("prompt") for conversation in json.loads(file.read_bytes()).values()]
+    kept = {topic for topic, _ in Counter(filter(None, topics)).most_common(classes)}
+    for place, row in _conversations(file):
+        if (topic := topics[place.number - 1]) in kept:
+            yield place, {**row, "label": topic}
 
 
 def _pairs(conversations: Records) -> Iterator[tuple[Place, Row]]:

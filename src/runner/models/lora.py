@@ -18,7 +18,7 @@ from runner.config.bind import bind, bind_target, unknown_key
 from runner.config.bounds import mismatch
 from runner.config.schema import Count, Fraction, Positive, Text
 from runner.errors import ConfigError, Fault, suggest
-from runner.models import adapter, further
+from runner.models import adapter, further, score_head
 from runner.models.kernels import compilation
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
 
     _refuse(check_peft(method=method, **options))
     _refuse(_model_faults(model, method, options))
-    config = _config_class(method)(task_type="CAUSAL_LM", **{**options, **_without_routers(model, options)})
+    options = {**options, **_without_routers(model, options), **_with_head(model, options)}
+    config = _config_class(method)(task_type=_task_type(model), **options)
     meta = any(parameter.is_meta for parameter in model.parameters())
     subtracts = not meta and adapter.subtracts_initial(options.get("init_lora_weights"))
     if meta and "init_lora_weights" in options:
@@ -122,6 +123,7 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
     except WRONG as error:
         raise ConfigError(_peft_fault(method, error)) from error
     _refuse(_effect_faults(adapted, options))
+    _refuse(_head_faults(adapted, method))
     if subtracts:
         adapter.keep_initial(adapted)
     if start:
@@ -265,6 +267,17 @@ def _without_routers(model: nn.Module, options: dict[str, Any]) -> dict[str, Any
     return {"exclude_modules": names} if names else {}
 
 
+def _with_head(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """``modules_to_save`` with the parts of a score head that PEFT would leave frozen: it knows two names."""
+    names = [name.rpartition(".")[2] for name in getattr(model, "head_names", [])]
+    more = [name for name in names if name not in score_head.OF_PEFT]
+    return {"modules_to_save": [*(options.get("modules_to_save") or []), *more]} if more else {}
+
+
+def _task_type(model: nn.Module) -> str:
+    return "SEQ_CLS" if hasattr(model, "head_names") else "CAUSAL_LM"
+
+
 def _returns_several(linear: nn.Linear) -> bool:
     import torch
 
@@ -297,6 +310,12 @@ def _effect_faults(model: Any, options: dict[str, Any]) -> Iterator[Fault]:
         yield Fault(
             "bias", "has no effect: the target modules of this model have no biases", "set it to none", options["bias"]
         )
+
+
+def _head_faults(model: Any, method: str) -> Iterator[Fault]:
+    parameters = [parameter for module in score_head.modules(model) for parameter in module.parameters()]
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        yield Fault("method", "does not train the score head that this task needs", "use lora=lora", method)
 
 
 def _full_on_quantized() -> Fault:

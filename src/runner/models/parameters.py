@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from runner.models import score_head
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -68,8 +70,8 @@ class _Weight(NamedTuple):
 
 def _weights(model: Any) -> Iterator[_Weight]:
     quant: Quant | None = getattr(model, "quant", None)
-    head = model.get_output_embeddings()
-    parts_of_head = {id(module) for module in head.modules()} if head is not None else set()
+    heads = [head for head in (model.get_output_embeddings(), *score_head.modules(model)) if head is not None]
+    parts_of_head = {id(module) for head in heads for module in head.modules()}
     adapted = _adapted(model)
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError, Fault, RunnerError
-from runner.models import adapter, hub, model_folder, parameters, shards
+from runner.models import adapter, hub, model_folder, parameters, score_head, shards
 from runner.models.dtypes import dtype_argument, dtype_for
 from runner.models.kernels import long_rope
 from runner.models.sources import ModelSource
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.models.quantization.quant import Quant
+    from runner.models.score_head import ScoreHead
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
 """Candidates, in this order, for a tokenizer without a padding token; none of them occurs in ordinary text."""
@@ -68,6 +69,7 @@ def tokenizer(source: ModelSource) -> Any:
 
     If it has none, an existing special token of its vocabulary is used, so the embeddings need no resizing. The last
     choice is the end-of-text token: this is safe because padding is excluded from the loss by position, not by id.
+    For a score head it is replaced if there is another, because transformers finds the end of a document by padding.
 
     Raises:
         ConfigError: the tokenizer is missing or unreadable, or has more tokens than the model has embeddings.
@@ -85,6 +87,9 @@ def tokenizer(source: ModelSource) -> Any:
             raise ValueError("its chat_template is not a text")
     if result.pad_token is None:
         result.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), result.eos_token)
+    elif source.head is not None and result.pad_token == result.eos_token:
+        others = (token for token in PAD_TOKENS if token in vocabulary and token != result.eos_token)
+        result.pad_token = next(others, result.eos_token)
     if result.pad_token_id is None:
         problem, remedy = "its tokenizer has neither pad_token nor eos_token", "set pad_token in tokenizer_config.json"
         raise ConfigError(Fault("model.path", problem, remedy, source.path))
@@ -120,21 +125,22 @@ def empty(
         ConfigError: ``quant`` would quantize nothing.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    config = architecture(source)
+    config = _configured(source)
     if layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     with _loading_errors(source), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(source.head).from_config(
             config,
             trust_remote_code=source.trust_remote_code,
             attn_implementation=_attention(source),
             **dtype_argument(dtype_for(source.dtype, device)),
         )
+    if source.head is not None:
+        score_head.install(model, source.head)
     return _annotate(model, source, quant)
 
 
@@ -145,25 +151,26 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
         ConfigError: weights are missing, damaged, not safetensors, or do not match the architecture; or nothing is
             quantized.
     """
-    from transformers import AutoModelForCausalLM
-
-    config = architecture(source)
+    config = _configured(source)
+    is_scored = score_head.is_scored(config)
     folder = _folder(source, weights=True)
     model_folder.check(folder)
     with _loading_errors(source):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(source.head).from_pretrained(
             folder,
             config=config,
             **dtype_argument(dtype_for(source.dtype, device)),
             attn_implementation=_attention(source),
-            quantization_config=quant.library_config(device),
+            quantization_config=_quantization(source, quant, device),
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
         )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(info["missing_keys"])
+    if source.head is not None:
+        missing = _fill_head(model, source, missing, is_new=not is_scored)
+    if missing:
         names = ", ".join(missing[:3])
         problem = f"lacks {len(missing)} of the model's weights ({names} …), which would be initialised randomly"
         raise ConfigError(Fault("model.path", problem, "use a complete model for text generation", source.path))
@@ -174,6 +181,44 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
     _refuse_damaged(model, source)
     long_rope.install(model)
     return _annotate(model, source, quant)
+
+
+def auto_class(head: ScoreHead | None) -> Any:
+    """The class of transformers that loads a model with this head."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+
+
+def _configured(source: ModelSource) -> Any:
+    """The configuration of the model with the head that it is loaded with."""
+    config = architecture(source)
+    if source.head is not None:
+        score_head.configure(config, source.head, source.path)
+    return config
+
+
+def _quantization(source: ModelSource, quant: Quant, device: torch.device | str) -> Any:
+    """The library's configuration; a score head stays as it is."""
+    config = quant.library_config(device)
+    if config is not None and source.head is not None:
+        from runner.models.quantization import none
+
+        names: Any = empty(source, none.none()).head_names
+        config.llm_int8_skip_modules = [name.rpartition(".")[2] for name in names]
+    return config
+
+
+def _fill_head(model: Any, source: ModelSource, missing: list[str], *, is_new: bool) -> list[str]:
+    """Prepare the score head, and give it first values if it is new. Returns the missing weights of the rest."""
+    assert source.head is not None
+    score_head.install(model, source.head)
+    names = tuple(f"{name}." for name in model.head_names)
+    new = [name for name in missing if is_new and name.startswith(names)]
+    score_head.initialise(model, new, source.head)
+    score_head.in_float32(model)
+    model.config.pad_token_id = tokenizer(source).pad_token_id
+    return [name for name in missing if name not in new]
 
 
 def _attention(source: ModelSource) -> str | None:
@@ -194,7 +239,8 @@ def _refuse_damaged(model: nn.Module, source: ModelSource) -> None:
 def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True) -> None:
     """Write the trained weights and the tokenizer to ``folder``, atomically.
 
-    An adapter is saved as a plain PEFT adapter of the original base model, a fully trained model as safetensors.
+    An adapter is saved as a plain PEFT adapter of the original base model, a fully trained model as safetensors. An
+    adapter with a score head has the configuration with which transformers loads its base model, too.
     With a sharded model every rank must call this, one of them with ``writes``.
     """
     model = getattr(model, "_orig_mod", model)
@@ -205,6 +251,8 @@ def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True)
     with model_folder.written_aside(folder) as temporary:
         if is_adapter:
             adapter.save(model, temporary, state)
+            if score_head.modules(model):
+                score_head.configuration(model).save_pretrained(temporary)
         else:
             save_whole(model, temporary, state)
         tokenizer.save_pretrained(temporary)

@@ -22,6 +22,7 @@ from runner.errors import ConfigError, Fault
 from runner.files import cache_dir, locked
 from runner.models import gguf_import, model_folder, tiny
 from runner.models.dtypes import Precision, dtype_faults
+from runner.models.score_head import ScoreHead
 
 Attention = Literal["auto", "by_document", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 
@@ -48,6 +49,8 @@ class ModelSource:
     """Creates the model folder if it does not exist yet, and returns it."""
     origin: str = ""
     """Text for the model card: where the model comes from, if neither from a folder nor from the Hub."""
+    head: ScoreHead | None = None
+    """What the model is loaded with instead of its LM head, which gives the next token."""
 
 
 def pretrained(

@@ -24,13 +24,15 @@ OF_LOSS = ("perplexity",)
 ABOUT = ("run", "label", "status", "reason", "sweep", "folder", "mlflow_id", "came_from")
 """Fields of a Result that can be used as keys besides parameters and metrics."""
 LARGER_IS_BETTER = (
-    "accuracy", "accuracies", "per_second", "mfu", "reward", "rewards/chosen", "margins", "f1",
+    "accuracy", "accuracies", "per_second", "mfu", "/reward", "rewards/chosen", "margins", "/margin", "f1", "pearson",
     "/acc", "/acc_norm", "_match", "/pass@1", "/bleu", "/rouge1", "/rouge2", "/rougeL", "/mcc",
 )  # fmt: skip
 SMALLER_IS_BETTER = (
     "loss",
     "objective",
     "nll",
+    "/mse",
+    "/mae",
     "perplexity",
     "rewards/rejected",
     "gib",

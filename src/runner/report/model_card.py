@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from runner.models import hub
+from runner.models.score_head import ScoreHead
 from runner.secrets import redact, redact_tree
 from runner.tracking import metrics_log, origin
 from runner.tracking.manifest import RUN_TIME_KEYS, read_config
@@ -30,6 +31,17 @@ folder = "."  # the folder of this card
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)""",
 }
+SCORES = """
+scores = model.eval()(**inputs).logits[0]{function}
+print(dict(zip(model.config.id2label.values(), scores.tolist())))"""
+SCORED_CHAT = """
+messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi, how are you?"}]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")"""
+SCORED_TEXT = """
+inputs = tokenizer("Once upon a time", return_tensors="pt")"""
+OF_PROBLEM = {"single_label_classification": ".softmax(-1)", "multi_label_classification": ".sigmoid()"}
+CONFIGURED = """config = AutoConfig.from_pretrained(folder)  # with the outputs of the head and the padding token
+"""
 PACKAGED = """from importlib.util import find_spec
 package = find_spec({package!r}).submodule_search_locations[0]
 base = AutoModelForCausalLM.from_pretrained(package, gguf_file={file!r})"""
@@ -47,23 +59,31 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))"""
 
 
-def text(rundir: RunDir, kinds: tuple[Kind, ...], base: str, notes: Mapping[str, str], *, is_chat: bool) -> str:
+def text(
+    rundir: RunDir,
+    kinds: tuple[Kind, ...],
+    base: str,
+    notes: Mapping[str, str],
+    *,
+    is_chat: bool,
+    head: ScoreHead | None = None,
+) -> str:
     """The card as Markdown, without absolute paths, because it is published with the model.
 
     ``base``: path or Hub id of the base model. ``notes``: additional facts about this export, name → text.
-    ``is_chat``: the model answers messages, instead of continuing a text.
+    ``is_chat``: the model answers messages, instead of continuing a text. ``head``: it scores them instead.
     """
     manifest, cfg = rundir.read_manifest(), read_config(rundir)
     base = (hub.published(base) or (base,))[0]
     base_name = str((manifest.get("model") or {}).get("name") or LOCAL.sub(r"\1", base))
     name = str(manifest.get("label") or manifest.get("name") or rundir.path.name)
     parts = [
-        _front_matter(kinds, base),
+        _front_matter(kinds, base, head),
         f"# {name}",
         f"Fine-tuned from `{base_name}` ({_source(manifest, base)}) with `runner`, a fine-tuning experiment runner.",
         "## Usage",
         *_base_sentence(kinds, base, base_name, cfg["model"]),
-        *_loading(kinds, _base_code(base, base_name, cfg["model"]), ASK if is_chat else CONTINUE),
+        *_loading(kinds, _base_code(base, base_name, cfg["model"]), is_chat, head),
         "## Evaluation",
         "\n".join(_metrics(rundir)),
         "## Training data",
@@ -85,11 +105,12 @@ def description(card: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST].rpartition("\n")[0]
 
 
-def _front_matter(kinds: tuple[Kind, ...], base: str) -> str:
+def _front_matter(kinds: tuple[Kind, ...], base: str, head: ScoreHead | None) -> str:
     library = {"adapter": "peft", "model": "transformers"}.get(kinds[0])
     published = [] if _is_local(base) else [f"base_model: {json.dumps(base)}"]
     lines = ["---", *published, *([f"library_name: {library}"] if library else [])]
-    return "\n".join([*lines, "pipeline_tag: text-generation", *(["tags: [lora]"] if library == "peft" else []), "---"])
+    tag = "pipeline_tag: text-generation" if head is None else "pipeline_tag: text-classification"
+    return "\n".join([*lines, tag, *(["tags: [lora]"] if library == "peft" else []), "---"])
 
 
 def _source(manifest: Mapping[str, Any], base: str) -> str:
@@ -132,13 +153,23 @@ def _base_code(base: str, name: str, model: Mapping[str, Any]) -> str:
     return f"base = AutoModelForCausalLM.from_pretrained({(name if where else base)!r}){where}"
 
 
-def _loading(kinds: tuple[Kind, ...], base_code: str, ask: str) -> Iterator[str]:
+def _loading(kinds: tuple[Kind, ...], base_code: str, is_chat: bool, head: ScoreHead | None) -> Iterator[str]:
+    use = ASK if is_chat else CONTINUE
+    if head is not None:
+        use = (SCORED_CHAT if is_chat else SCORED_TEXT) + SCORES.format(function=OF_PROBLEM.get(head.problem, ""))
+        base_code = (
+            CONFIGURED + base_code[: base_code.rindex(")")] + ", config=config" + base_code[base_code.rindex(")") :]
+        )
     for kind in kinds:
         if kind == "gguf":
             yield "Load the .gguf file with llama.cpp, or a program based on llama.cpp:\n\n    llama-cli -m FILE.gguf"
         else:
             code = LOAD[kind].format(base=base_code)
-            yield "```python\n" + code + "\n" + ask + "\n```"
+            if head is not None:
+                auto = "AutoConfig, " * (kind == "adapter") + "AutoModelForSequenceClassification"
+                code = code.replace("import AutoModelForCausalLM", f"import {auto}")
+                code = code.replace("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+            yield "```python\n" + code + "\n" + use + "\n```"
 
 
 def _metrics(rundir: RunDir) -> Iterator[str]:

@@ -7,7 +7,7 @@ over all micro-batches and ranks before the first forward pass, so that the loss
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runner.tasks.upcoming import Upcoming
 
 from runner.data.examples import Answers, Example, Features
+from runner.models.score_head import ScoreHead
 
 Divisor = Literal["trained", "weighted", "trained_first", "documents", "units"]
 """What a term of the loss is divided by, counted over the whole step: trained tokens, the sum of their weights, trained
@@ -64,12 +65,33 @@ class Task:
     if the data cannot be used; called before the model is loaded."""
     weights: bool = False
     """Whether ``loss`` uses ``batch["weights"]``, the weights of messages and rows; without it they are refused."""
+    head: ScoreHead | None = None
+    """The head that the model is loaded with; None: its LM head."""
+    truncates: bool = True
+    """Whether a sequence may be cut to ``data.max_length``; if not, its unit is dropped."""
+    settle: Callable[[Sequence[Any]], Task] | None = None
+    """(training examples) → the task with what the data decide, such as the names of classes."""
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """The YAML keys that the data have decided: they are fixed for the run."""
+    maxima: tuple[str, ...] = ()
+    """Names of sums that are not added up over batches and ranks: the largest counts."""
     chats: bool = True
     """Whether the model learns to answer in conversations; False: it continues plain text."""
     train_metrics: tuple[str, ...] = ("loss",)
     """The metrics that are logged for training steps too, as ``train/…``."""
     summary: tuple[str, ...] = ("perplexity",)
     """The metrics that the summary at the end shows beside the loss, before and after training."""
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a sequence without a label is left out: a score head has targets, and prompts are answered."""
+        return self.head is None and self.answers is None
+
+    def combined(self, name: str, one: Any, other: Any) -> Any:
+        """The sum ``name`` of two parts of the data, from their sums."""
+        if name not in self.maxima:
+            return one + other
+        return one.maximum(other) if hasattr(one, "maximum") else max(one, other)
 
     def step_loss(self, sums: Mapping[str, Any], totals: Mapping[str, float]) -> Any:
         """The loss of a step, from its sums and totals; from the sums of one micro-batch: its share of the loss."""

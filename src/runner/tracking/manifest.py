@@ -165,7 +165,7 @@ def _write_config(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
 
 
 def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
-    """The configuration with values fixed by the first attempt: Hub commits, micro-batch size, the start adapter.
+    """The configuration with values fixed by the first attempt: Hub commits, micro-batch size, start adapter, classes.
 
     A Hub branch may move between attempts, and another micro-batch size changes the order of floating-point sums.
     """
@@ -176,6 +176,8 @@ def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
     train, rows = cfg["train"], manifest.get("micro_batch_size")
     if train["micro_batch_size"] == "auto" and rows and train["per_device_batch_size"] % rows == 0:
         fixed["train"] = {**train, "micro_batch_size": rows}
+    if settled := manifest.get("settled"):
+        fixed["task"] = {**cfg["task"], **settled}
     return origin.started({**cfg, **fixed}, rundir)
 
 

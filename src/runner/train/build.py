@@ -17,7 +17,7 @@ from runner.config.schema import divisors
 from runner.data.batches import Batches
 from runner.errors import ConfigError, Fault
 from runner.files import write_atomic
-from runner.models import pretrained
+from runner.models import pretrained, score_head
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import (
     activation_checkpointing,
@@ -174,10 +174,16 @@ def resolve_attention(
     """Install attention by document if the model supports it; unpacked rows then need no padding.
 
     Raises:
-        ConfigError: model.attention=by_document, but the model does not support it; or the model does not compute each
-            document of a batch as it computes the document alone.
+        ConfigError: model.attention=by_document, but the model does not support it; the model does not compute each
+            document of a batch as it computes the document alone; or packing, which an encoder cannot have.
     """
     longest = max(split.longest_document for split in batches)
+    if score_head.is_encoder(model):
+        if any(split.packing for split in batches):
+            problem = f"{source.name} attends in both directions, so documents cannot share a row"
+            raise ConfigError(Fault("data.packing", problem, "set data.packing=false", True))
+        attention.check_padding(model, autocast)
+        return list(batches)
     attention.check_causal(model, autocast, longest)
     obstacle = f"model.attention={source.attention}"
     if source.attention in ("auto", "by_document"):

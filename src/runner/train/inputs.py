@@ -56,6 +56,8 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     source = pretrained.resolve(options.model)
     tokenizer = pretrained.tokenizer(source)
     splits, batches, evaluation = load_data(options, source, tokenizer, ranks.rank, options.parallel.processes)
+    options = options.settled(splits.settled)
+    source = replace(source, head=options.model.head)
     steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     if device.type == "cpu":

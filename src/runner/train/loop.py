@@ -174,7 +174,7 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     for update in range(parts.task.updates):
         if update:
             apply_gradients(parts)
-        add(sums, accumulate_gradients(parts, micro_batches, totals, hooks))
+        add(parts.task, sums, accumulate_gradients(parts, micro_batches, totals, hooks))
         norm = wrap.clip(parts.model, settings.max_grad_norm or math.inf)
     numbers = torch.stack([*sums.values(), norm.double()])
     tokens = progress.tokens + int(totals["tokens"])
@@ -224,7 +224,10 @@ def checked(parts: Parts, step: Step, numbers: list[float]) -> Sums:
 def note(parts: Parts, progress: Progress, hooks: Hooks, result: Sums) -> None:
     """Add the sums of a step to ``progress``; record metrics at logging steps."""
     number = result.step.number
-    progress.window = {name: progress.window.get(name, 0.0) + value for name, value in result.sums.items()}
+    progress.window = {
+        name: parts.task.combined(name, progress.window[name], value) if name in progress.window else value
+        for name, value in result.sums.items()
+    }
     if number % parts.settings.logging_steps == 0 or number == parts.total_steps:
         hooks.record(number, training_metrics(parts, progress, result))
         progress.window = {}
@@ -247,7 +250,7 @@ def accumulate_gradients(
             with parts.wrapped.autocasting():
                 sums = parts.wrapped.forward(batch)
             (parts.task.step_loss(sums, totals) * parts.ranks.world).backward()
-        add(step_sums, sums)
+        add(parts.task, step_sums, sums)
     return step_sums
 
 
@@ -278,19 +281,22 @@ def evaluation_sums(
     for done, batch in enumerate(preparer.one_pass(batches, lambda: before(0, batches.batches_in_pass), step)):
         before(done, batches.batches_in_pass)
         with preparer.wrapped.autocasting():
-            add(totals, task.loss(model, batch))
+            add(task, totals, task.loss(model, batch))
     return {name: float(value) for name, value in totals.items()}
 
 
-def add(totals: dict[str, torch.Tensor], sums: dict[str, torch.Tensor]) -> None:
+def add(task: Task, totals: dict[str, torch.Tensor], sums: dict[str, torch.Tensor]) -> None:
     """Add ``sums`` to ``totals`` in float64."""
     for name, value in sums.items():
-        totals[name] = totals.get(name, 0.0) + value.detach().double()
+        value = value.detach().double()
+        totals[name] = task.combined(name, totals[name], value) if name in totals else value
 
 
 def over_ranks(parts: Parts, totals: dict[str, float]) -> dict[str, float]:
     """Sum over all ranks."""
-    return dict(zip(totals, parts.ranks.agree(lambda: None, *totals.values()), strict=True))
+    summed = dict(zip(totals, parts.ranks.agree(lambda: None, *totals.values()), strict=True))
+    maxima = {name: totals[name] for name in parts.task.maxima}
+    return {**summed, **(parts.ranks.largest(maxima) if maxima else {})}
 
 
 def training_metrics(parts: Parts, progress: Progress, result: Sums) -> dict[str, float]:

@@ -92,7 +92,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
     pretrained.save_whole(model, folder, model.state_dict())
     run.tokenizer.save_pretrained(folder)
     del model
-    read = _logits(_read(folder, device), rows)
+    read = _logits(_read(run, folder, device), rows)
     _check_difference(_worst(merged, read), TOLERANCE if stored == "float32" else float("inf"), "writing")
     return Check(merging, _worst(expected, read), stored, where)
 
@@ -163,13 +163,16 @@ def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
         return [model(input_ids=ids, use_cache=False).logits[0].cpu() for ids in batches]
 
 
-def _read(folder: Path, device: torch.device) -> Any:
+def _read(run: Trained, folder: Path, device: torch.device) -> Any:
     """Load the written model with plain transformers, in float32."""
-    from transformers import AutoModelForCausalLM
-
+    from runner.models import pretrained, score_head
     from runner.models.dtypes import dtype_argument
 
-    return AutoModelForCausalLM.from_pretrained(folder, **dtype_argument(_torch_dtype("float32"))).to(device)
+    head = run.result.head
+    model = pretrained.auto_class(head).from_pretrained(folder, **dtype_argument(_torch_dtype("float32"))).to(device)
+    if head is not None:
+        score_head.install(model, head)
+    return model
 
 
 def _rows(run: Trained) -> tuple[list[list[int]], str]:

@@ -15,6 +15,7 @@ from annotated_types import Ge, Lt
 from runner.config.bind import bind_target
 from runner.config.schema import Betas, Fraction, NotNegative, Positive
 from runner.errors import ConfigError, Fault
+from runner.models import score_head
 from runner.train.bitsandbytes_steps import repaired
 
 if TYPE_CHECKING:
@@ -216,8 +217,9 @@ def _embedding_parameters(model: nn.Module) -> Iterator[Tensor]:
             yield from module.parameters()
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head else None
-    if head is not None:
-        yield from head.parameters()
+    for part in (head, *score_head.modules(model)):
+        if part is not None:
+            yield from part.parameters()
 
 
 def _pair(betas: list[float]) -> tuple[float, float]:

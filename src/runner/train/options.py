@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,7 +49,6 @@ class Options:
     """The configuration, composed, resolved and checked."""
 
     task = _Option[Task]("task")
-    model = _Option[ModelSource]("model")
     quant = _Option[Quant]("quant")
     parallel = _Option[Parallel]("parallel")
     lora = _Option[Callable[["nn.Module"], "nn.Module"]]("lora", waits=True)
@@ -58,6 +57,7 @@ class Options:
     schedule = _Option[Callable[[int, int], float]]("schedule", waits=True)
     train = cached_property(lambda self: schema.TrainSettings(**self._cfg["train"]))
     seed = cached_property(lambda self: int(self._cfg["seed"]))
+    model = cached_property(lambda self: self._with_head(bind(self._cfg["model"], "model")()))
     weight_decay = cached_property(lambda self: float(self._cfg["optim"].get("weight_decay", 0.0)))
     data = cached_property(lambda self: bind(self._data_nodes[0], "data", schema.DataSettings)())
     format = cached_property(lambda self: formats.of(self._data_nodes[1]))
@@ -77,7 +77,15 @@ class Options:
         node = {key: value for key, value in self._cfg["model"].items() if key in ("dtype", "attention")}
         code = trusts_code and bool(self._cfg["model"].get("trust_remote_code"))
         node |= {"path": folder, "revision": None, "trust_remote_code": code}
-        return bind(node, "model", sources.pretrained)()
+        return self._with_head(bind(node, "model", sources.pretrained)())
+
+    def _with_head(self, source: ModelSource) -> ModelSource:
+        head = self.task.head
+        return source if head is None else replace(source, head=replace(head, seed=self.seed))
+
+    def settled(self, keys: Mapping[str, Any]) -> Options:
+        """The options with the keys of the task that the data have decided."""
+        return Options({**self._cfg, "task": {**self._cfg["task"], **keys}}) if keys else self
 
     def refuse_changed_code(self) -> None:
         """Check that the user's code in the run folder is the code of the first attempt."""

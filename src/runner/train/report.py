@@ -132,6 +132,7 @@ def manifest(inputs: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:
         "model": model,
         "hardware": _hardware(rundir, inputs),
         "micro_batch_size": inputs.settings.rows_at_a_time,
+        **({"settled": dict(inputs.splits.settled)} if inputs.splits.settled else {}),
         **choice,
     }
 

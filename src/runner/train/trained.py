@@ -82,6 +82,11 @@ class Trained:
         return Options(self.cfg)
 
     @property
+    def scores(self) -> bool:
+        """Whether the model gives documents scores instead of text."""
+        return self.options.task.head is not None
+
+    @property
     def is_chat(self) -> bool:
         """Whether the model answers messages; otherwise it continues a text."""
         return self.options.task.chats

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigError, Fault
+from runner.models import score_head
 from runner.models.kernels import isolation, long_rope, varlen_attention
 
 
@@ -27,6 +28,8 @@ def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]
     (RoBERTa), except that longrope needs to know where the padding begins.
     """
     ids, positions = batch["input_ids"], batch["position_ids"]
+    if score_head.is_encoder(model):
+        return {"input_ids": ids, "attention_mask": _own_tokens(batch)}
     if not packed:
         return {"input_ids": ids, "use_cache": False, **({"position_ids": positions} if long_rope.uses(model) else {})}
     if varlen_attention.uses(model):
@@ -67,6 +70,25 @@ def check_isolation(model: Any, autocast: torch.dtype | None, longest: int | Non
     )
     if problem:
         raise ConfigError(Fault("data.packing", f"in {_name(model)}, {problem}", "set data.packing=false", True))
+
+
+def check_padding(model: Any, autocast: torch.dtype | None) -> None:
+    """Check that an encoder scores a document with padding behind it as it scores the document alone.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    problem = isolation.padding_problem(model, lambda batch: model(**inputs(batch, False, model)).logits, autocast)
+    if problem:
+        raise ConfigError(Fault("model.path", f"in {_name(model)}, {problem}", "use another model", model.name_or_path))
+
+
+def _own_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """The attention mask (B, T) of unpacked rows: 1 for tokens, 0 for padding; a row without tokens keeps one."""
+    rows, length = batch["input_ids"].shape
+    last = batch["last_at"] % length
+    last = torch.cat([last, last.new_zeros(rows - len(last))])
+    return (torch.arange(length, device=last.device) <= last[:, None]).long()
 
 
 def _name(model: Any) -> str:

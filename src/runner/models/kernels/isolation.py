@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import RunnerError
+from runner.models import score_head
 from runner.models.kernels import lm_head
 
 NOT_FINITE = "its outputs are not finite numbers"
@@ -52,6 +53,20 @@ def problem(model: Any, forward: Forward, longest: int | None, autocast: torch.d
         return str(error).partition("\n")[0] or type(error).__name__
 
 
+@torch.no_grad()
+def padding_problem(model: Any, forward: Forward, autocast: torch.dtype | None) -> str:
+    """The reason why ``forward`` does not give a row the outputs (B, …) that its document has alone, or ""."""
+    trial = _trial(model, None, packed=False)
+    with _computing(model, autocast):
+        model.eval()
+        together, ids = forward(trial.batch), trial.batch["input_ids"].flatten()
+        alone = torch.cat([model(input_ids=ids[document][None]).logits for document in trial.documents])
+    if not together.isfinite().all():
+        return NOT_FINITE
+    is_close = float((together - alone).norm() / alone.norm()) <= _tolerance(model, together)
+    return "" if is_close else "a document with padding behind it does not have the outputs that it has alone"
+
+
 class _Trial(NamedTuple):
     batch: dict[str, Any]
     documents: list[slice]
@@ -85,6 +100,7 @@ def _trial(model: Any, longest: int | None, *, packed: bool) -> _Trial:
         "input_ids": _tokens(model, width).to(device),
         "position_ids": positions.to(device),
         "document_ends": torch.tensor(ends, dtype=torch.int32, device=device),
+        "last_at": torch.tensor([document.stop - 1 for document in documents], device=device),
         "longest": longest or long,
         "attention_parts": [(len(rows[0]) + 1, width, width), (len(rows[1]) + 3, width, width)],
     }
@@ -133,7 +149,10 @@ def _computing(model: Any, autocast: torch.dtype | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _hidden_states(model: Any) -> Iterator[None]:
     """Let the model return hidden states instead of logits if possible: the logits of a long row need much memory."""
-    with contextlib.nullcontext() if lm_head.obstacle(model) else lm_head.bypassed(lm_head.of(model)):
+    head = score_head.of(model)
+    if head is None and not lm_head.obstacle(model):
+        head = lm_head.of(model)
+    with contextlib.nullcontext() if head is None else lm_head.bypassed(head):
         yield
 
 
@@ -171,9 +190,7 @@ def _gradient_problem(model: Any, forward: Forward, trial: _Trial, packed: bool)
 def _output_problem(model: Any, forward: Forward, trial: _Trial, packed: bool) -> str:
     model.eval()
     together, ids = _flat(forward(trial.batch), trial), trial.batch["input_ids"].flatten()
-    is_exact = together.dtype == torch.float32 and not torch.is_autocast_enabled(together.device.type)
-    rounds = getattr(getattr(model, "quant", None), "rounds_activations", False)
-    tolerance = TOLERANCE if is_exact and not rounds else LOOSE_TOLERANCE
+    tolerance = _tolerance(model, together)
     for document in trial.documents:
         alone = model(input_ids=ids[document][None], use_cache=False).logits[0].float()
         difference = (together[document].float() - alone).norm(dim=-1) / alone.norm(dim=-1)  # (tokens,)
@@ -182,6 +199,12 @@ def _output_problem(model: Any, forward: Forward, trial: _Trial, packed: bool) -
             kind = "a packed document" if packed else "a document with padding behind it"
             return f"{kind} does not have the outputs that it has alone"
     return ""
+
+
+def _tolerance(model: Any, outputs: Tensor) -> float:
+    is_exact = outputs.dtype == torch.float32 and not torch.is_autocast_enabled(outputs.device.type)
+    rounds = getattr(getattr(model, "quant", None), "rounds_activations", False)
+    return TOLERANCE if is_exact and not rounds else LOOSE_TOLERANCE
 
 
 def _flat(outputs: Tensor, trial: _Trial) -> Tensor:

@@ -1,0 +1,48 @@
+"""The format of rows with a label: a text or a conversation, and its class, its classes, or a number."""
+
+from __future__ import annotations
+
+from runner.config.schema import Text
+from runner.data import conversation, row_shape
+from runner.data.conversation import Row
+from runner.data.examples import Example
+from runner.errors import DataError, Fault, quoted, suggest
+
+TASK = "classify"
+"""The task that these rows fit."""
+NEEDED = "a row has a text, a prompt or messages; data.format.text, .prompt and .messages name the keys"
+
+
+def label(
+    row: Row, *, text: Text, prompt: Text, messages: Text, label: Text, ignore: list[Text] | None = None
+) -> Example:
+    """Rows ``{text | prompt | messages, label}``; the text of a prompt is a message of the user.
+
+    ``ignore``: keys that change what is learnt and are left out all the same.
+    """
+    names = {"text": text, "prompt": prompt, "messages": messages}
+    used = {name: key for name, key in names.items() if row.get(key) is not None}
+    if row.get(label) is None or not used:
+        raise row_shape.misfit(row, "label", "label" if used else "text", label if used else text)
+    if len(used) > 1:
+        raise DataError(Fault("data.format", f"has several texts: {', '.join(used.values())}", NEEDED))
+    ((name, key),), left_out = used.items(), ignore or []
+    conversation.refuse_unused(row, (), {key, label, *conversation.OPTIONS}, ignore=left_out)
+    if name == "text":
+        content = row_shape.text(row, "label", name, key)
+        if not content.strip():
+            raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
+        return {"prompt": content, "label": row[label]}
+    turns = row_shape.text_or_messages(row, "label", name, key, "user", left_out)
+    for number, role in enumerate((turn["role"] for turn in turns), start=1):
+        if role not in conversation.ROLES:
+            problem = f"message {number} has the unknown role {quoted(role)}. {suggest(role, conversation.ROLES)}"
+            allowed = f"allowed: {', '.join(conversation.ROLES)}"
+            raise DataError(Fault("", f"{problem} {allowed}", "correct the role in the data"))
+    if not any(turn["content"].strip() for turn in turns):
+        raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
+    return {"prompt": turns, "label": row[label], **conversation.template_options(row, left_out)}
+
+
+def like_label(row: Row, *, text: str, messages: str, label: str, **_: object) -> int:
+    return row_shape.has(row, text, label) or row_shape.has(row, messages, label)
