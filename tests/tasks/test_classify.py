@@ -18,8 +18,8 @@ from runner.data import labelled
 from runner.data.batches import Batches
 from runner.data.packing import Rows, one_by_one, pack_units
 from runner.errors import ConfigError, DataError, Preempted
-from runner.models import pretrained, score_head, sources, tiny
-from runner.models.kernels import attention
+from runner.models import pretrained, sources, tiny
+from runner.models.kernels import attention, score_head
 from runner.models.quantization import none
 from runner.signals import Stop
 from runner.tasks import classify, measures, scores

@@ -16,7 +16,8 @@ from runner.data import preference
 from runner.data.batches import Batches
 from runner.data.packing import Rows, one_by_one, pack_units
 from runner.errors import DataError, Preempted
-from runner.models import pretrained, score_head, sources, tiny
+from runner.models import pretrained, sources, tiny
+from runner.models.kernels import score_head
 from runner.models.quantization import none
 from runner.signals import Stop
 from runner.tasks import reward, scores

@@ -18,8 +18,8 @@ from runner.config.bind import bind, bind_target, unknown_key
 from runner.config.bounds import mismatch
 from runner.config.schema import Count, Fraction, Positive, Text
 from runner.errors import ConfigError, Fault, suggest
-from runner.models import adapter, further, score_head
-from runner.models.kernels import compilation
+from runner.models import adapter, further
+from runner.models.kernels import compilation, score_head
 
 if TYPE_CHECKING:
     from torch import nn

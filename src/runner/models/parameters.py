@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runner.models import score_head
+from runner.models.kernels import score_head
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError, Fault, RunnerError
-from runner.models import adapter, hub, model_folder, parameters, score_head, shards
+from runner.models import adapter, hub, model_folder, parameters, shards
 from runner.models.dtypes import dtype_argument, dtype_for
-from runner.models.kernels import long_rope
+from runner.models.kernels import long_rope, score_head
 from runner.models.sources import ModelSource
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from runner.models.kernels.score_head import ScoreHead
     from runner.models.quantization.quant import Quant
-    from runner.models.score_head import ScoreHead
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
 """Candidates, in this order, for a tokenizer without a padding token; none of them occurs in ordinary text."""
@@ -124,6 +124,10 @@ def empty(
     Raises:
         ConfigError: ``quant`` would quantize nothing.
     """
+    return _annotate(_without_weights(source, device, layers), source, quant)
+
+
+def _without_weights(source: ModelSource, device: torch.device | str, layers: int | None) -> Any:
     import torch
 
     config = _configured(source)
@@ -141,7 +145,7 @@ def empty(
         )
     if source.head is not None:
         score_head.install(model, source.head)
-    return _annotate(model, source, quant)
+    return model
 
 
 def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Module:
@@ -202,9 +206,7 @@ def _quantization(source: ModelSource, quant: Quant, device: torch.device | str)
     """The library's configuration; a score head stays as it is."""
     config = quant.library_config(device)
     if config is not None and source.head is not None:
-        from runner.models.quantization import none
-
-        names: Any = empty(source, none.none()).head_names
+        names = _without_weights(source, device, 1).head_names
         config.llm_int8_skip_modules = [name.rpartition(".")[2] for name in names]
     return config
 

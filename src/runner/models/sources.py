@@ -22,7 +22,7 @@ from runner.errors import ConfigError, Fault
 from runner.files import cache_dir, locked
 from runner.models import gguf_import, model_folder, tiny
 from runner.models.dtypes import Precision, dtype_faults
-from runner.models.score_head import ScoreHead
+from runner.models.kernels.score_head import ScoreHead
 
 Attention = Literal["auto", "by_document", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from runner.models import hub
-from runner.models.score_head import ScoreHead
+from runner.models.kernels.score_head import ScoreHead
 from runner.secrets import redact, redact_tree
 from runner.tracking import metrics_log, origin
 from runner.tracking.manifest import RUN_TIME_KEYS, read_config

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from runner.config.schema import Fraction, Positive, Text
 from runner.data.examples import Example, Features, misfit, options
 from runner.errors import DataError, Fault
-from runner.models.score_head import Problem, ScoreHead
+from runner.models.kernels.score_head import Problem, ScoreHead
 from runner.tasks import measures, scores
 from runner.tasks.labels import Kind, names_of, order, targets
 from runner.tasks.task import Task

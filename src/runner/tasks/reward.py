@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from runner.config.schema import NotNegative
 from runner.data.examples import Example, Features, misfit, options
 from runner.errors import DataError, Fault
-from runner.models.score_head import ScoreHead
+from runner.models.kernels.score_head import ScoreHead
 from runner.tasks import scores
 from runner.tasks.task import Task
 

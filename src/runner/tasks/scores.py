@@ -15,8 +15,7 @@ from runner.errors import DataError, Fault
 
 def of_documents(model: Any, batch: dict[str, Any]) -> Tensor:
     """The outputs of the head at the last token of each document, (documents, outputs) float32; differentiable."""
-    from runner.models import score_head
-    from runner.models.kernels import attention
+    from runner.models.kernels import attention, score_head
 
     outputs = model(**attention.inputs(batch, batch["packed"], model)).logits
     if score_head.is_encoder(model):

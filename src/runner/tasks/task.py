@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from runner.tasks.upcoming import Upcoming
 
 from runner.data.examples import Answers, Example, Features
-from runner.models.score_head import ScoreHead
+from runner.models.kernels.score_head import ScoreHead
 
 Divisor = Literal["trained", "weighted", "trained_first", "documents", "units"]
 """What a term of the loss is divided by, counted over the whole step: trained tokens, the sum of their weights, trained

@@ -17,7 +17,7 @@ from runner.config.schema import divisors
 from runner.data.batches import Batches
 from runner.errors import ConfigError, Fault
 from runner.files import write_atomic
-from runner.models import pretrained, score_head
+from runner.models import pretrained
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import (
     activation_checkpointing,
@@ -25,6 +25,7 @@ from runner.models.kernels import (
     compilation,
     lm_head,
     lora_linear,
+    score_head,
     varlen_attention,
 )
 from runner.models.pretrained import keep_updates

@@ -165,8 +165,9 @@ def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
 
 def _read(run: Trained, folder: Path, device: torch.device) -> Any:
     """Load the written model with plain transformers, in float32."""
-    from runner.models import pretrained, score_head
+    from runner.models import pretrained
     from runner.models.dtypes import dtype_argument
+    from runner.models.kernels import score_head
 
     head = run.result.head
     model = pretrained.auto_class(head).from_pretrained(folder, **dtype_argument(_torch_dtype("float32"))).to(device)

@@ -15,7 +15,7 @@ from annotated_types import Ge, Lt
 from runner.config.bind import bind_target
 from runner.config.schema import Betas, Fraction, NotNegative, Positive
 from runner.errors import ConfigError, Fault
-from runner.models import score_head
+from runner.models.kernels import score_head
 from runner.train.bitsandbytes_steps import repaired
 
 if TYPE_CHECKING:

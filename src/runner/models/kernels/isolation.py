@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import RunnerError
-from runner.models import score_head
-from runner.models.kernels import lm_head
+from runner.models.kernels import lm_head, score_head
 
 NOT_FINITE = "its outputs are not finite numbers"
 REACH_NAMES = ("window", "chunk", "conv", "kernel", "block_size", "topk", "original_max_position")
