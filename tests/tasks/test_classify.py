@@ -62,7 +62,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **shape)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **shape)
     BertForMaskedLM(config).save_pretrained(folder_of_bert)
     tokenizer.save_pretrained(folder_of_bert)
     return folder_of_bert
@@ -308,7 +308,7 @@ def test_an_encoder_is_refused_where_it_cannot_be_used(
     base = ("model=local", f"model.path={encoder}", "launcher=local", "tracking=offline", "model.dtype=float32")
     for number, (words, problem) in enumerate([
         ((*RUN, f"data.path={path}", "data.packing=true"), "attends in both directions"),
-        (("task=reward", "data=chitchat_pairs", "data.max_length=128"), "this task needs a decoder"),
+        (("task=reward", "data=chitchat_pairs", "data.max_length=512"), "this task needs a decoder"),
     ]):  # fmt: skip
         rundir = prepared(tmp_path / f"run{number}", *words, *base)
         assert worker.work(rundir) == 2

@@ -298,7 +298,9 @@ def _no_rows(split: str, items: list[Item], counts: Counter[str], settings: Data
     kind = "training" if split == "train" else "evaluation"
     if counts["dropped"] and counts["dropped"] >= counts["masked_out"]:
         problem = f"every {kind} row is longer than this limit (the longest row has {counts['longest']} tokens)"
-        remedy = "increase the limit, or truncate the rows with data.overlong=truncate"
+        remedy = "increase the limit" + ", or truncate the rows with data.overlong=truncate" * (
+            settings.overlong == "drop"
+        )
         return DataError(Fault("data.max_length", problem, remedy, settings.max_length))
     problem = f"none of the {len(items)} {kind} rows has a label: all tokens are masked"
     if counts["truncated"]:
