@@ -72,7 +72,7 @@ def install(model: Any, head: ScoreHead) -> None:
     """
     model.head_names = _names(model)
     if is_encoder(model) and not head.allows_encoders:
-        problem = f"{type(model).__name__} has no score for each token: this task needs a decoder"
+        problem = f"{type(model).__name__} gives a whole row one score, and this task needs a decoder"
         raise ConfigError(Fault("model.path", problem, "use a model for text generation", model.config._name_or_path))
     if "score" in model.head_names:
         cls: Any = type(model)
