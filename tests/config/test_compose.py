@@ -185,3 +185,11 @@ def test_words_that_nobody_can_mean(word: str, problem: str):
     with pytest.raises(ConfigError, match=problem) as caught:
         jobs_of(["seed=1,2", word])
     str(caught.value).encode()
+
+
+def test_flags_may_stand_after_overrides_and_unknown_ones_are_refused_in_our_words():
+    args = compose.parse(["model=tiny", "-m", "lora.r=4,8"])
+    assert args.multirun
+    assert args.overrides == ["model=tiny", "lora.r=4,8"]
+    with pytest.raises(ConfigError, match="cannot be read: unrecognized arguments: --multi-run"):
+        compose.parse(["--multi-run", "model=tiny"])

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         remedy = f"check that the store still has the run: python -m runner sync {terminal.nearest(run.rundir.path)}"
         raise TrackingError(Fault("", store.explained(error, location.uri), remedy)) from error
     _record(run, name, version, alias)
-    _print_usage(location, name, version, alias)
+    _print_usage(location, name, version, alias, takes_pairs=_takes_pairs(run))
     return 0
 
 
@@ -183,7 +183,7 @@ def _pack(run: Trained, folder: Path, packed: Path, mlflow_run: Run, model_id: s
     if head := run.options.task.head:
         params = params[-1:]
         output = Schema([ColSpec(DataType.double, name) for name in head.outputs])
-        if run.options.task.unit == 2:  # answers are scored
+        if _takes_pairs(run):
             text = Schema([ColSpec(DataType.string, name) for name in ("prompt", "answer")])
     ids: dict[str, Any] = {"run_id": mlflow_run.info.run_id, **({"model_id": model_id} if model_id else {})}
     with warnings.catch_warnings():
@@ -219,11 +219,18 @@ def _record(run: Trained, name: str, version: str, alias: str | None) -> None:
     run.rundir.update_manifest(registered=[*before, {"name": name, "version": version, "alias": alias}])
 
 
-def _print_usage(location: _Location, name: str, version: str, alias: str | None) -> None:
+def _takes_pairs(run: Trained) -> bool:
+    """Whether the model scores answers: its input has the columns ``prompt`` and ``answer``."""
+    return run.options.task.head is not None and run.options.task.unit == 2
+
+
+def _print_usage(location: _Location, name: str, version: str, alias: str | None, *, takes_pairs: bool) -> None:
     model = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     uri = take_credentials(location.uri)[0]
     terminal.say(f"version  {version} of {name}" + (f", alias {alias}" if alias else ""))
-    code = f'import mlflow; print(mlflow.pyfunc.load_model({json.dumps(model)}).predict(["Hello!"]))'
+    pair = 'pandas.DataFrame({"prompt": ["Hello!"], "answer": ["Hi!"]})'
+    libraries, given = ("mlflow, pandas", pair) if takes_pairs else ("mlflow", '["Hello!"]')
+    code = f"import {libraries}; print(mlflow.pyfunc.load_model({json.dumps(model)}).predict({given}))"
     environment = f"MLFLOW_TRACKING_URI={shlex.quote(uri)}"
     terminal.say(f"load     {environment} python -c {shlex.quote(code)}")
     terminal.say(f"serve    {environment} mlflow models serve -m {shlex.quote(model)} --env-manager local")

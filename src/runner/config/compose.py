@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
@@ -44,9 +44,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Hydra's own command line.
 
     Raises:
-        ConfigError: a flag of Hydra's that means something else here, or an override that cannot be read.
+        ConfigError: a flag of Hydra's that means something else here, an unknown one, or an override that cannot be
+            read.
     """
-    args = get_args_parser().parse_args(argv)
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(Fault("", f"the command line cannot be read: {message}", "--help shows the flags"))
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parser.parse_intermixed_args(argv)  # flags may stand after overrides, too
     overrides.refuse_unreadable(args.overrides)
     if args.experimental_rerun:
         problem, remedy = "is not for this program", "rerun RUN trains a run again as it was, resume=RUN continues it"
