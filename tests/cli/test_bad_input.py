@@ -139,7 +139,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("an option of another group", ["quant._target_=runner.models.lora.none"], "is no option of quant"),
     ("a function that is no option", ["quant._target_=runner.files.write_atomic"], "is no option of quant"),
     ("code without code", ["code={my_lab:0123}"], "is not where your code is"),
-    ("a task of another program", ["task=grpo"], "a loss of your own is a function"),
+    ("a task of another program", ["task=ppo"], "a loss of your own is a function"),
     ("a rank of another program", ["lora.rank=4"], "did you mean lora.r?"),
     ("a dtype of another program", ["train.bf16=true"], "model.dtype=bfloat16"),
     ("a path of another program", ["model.name_or_path=x"], "model.path=FOLDER"),

@@ -17,7 +17,7 @@ from runner.errors import Preempted
 from runner.report import diff, model_card, record, results
 from runner.signals import Stop
 from runner.tracking import manifest, metrics_log, origin
-from runner.tracking.mlflow.run import tags
+from runner.tracking.mlflow import tags
 from runner.tracking.rundir import RunDir
 
 SHORT = (*TINY, "data.max_length=512", "train.max_steps=2", "model.dtype=float32", "train.save_steps=1")
@@ -80,8 +80,8 @@ def test_the_chain_stands_wherever_a_run_is_described(capsys: pytest.CaptureFixt
     sft, following = of("sft"), of("next")
     known = following.read_manifest()
     chain = f"sft ({sft.read_manifest()['id'][:8]})"
-    assert tags(following, known, following.read_state())["runner.chain"] == chain
-    assert tags(following, known, following.read_state())["runner.came_from"] == sft.read_manifest()["id"]
+    assert tags.of_run(following, known, following.read_state())["runner.chain"] == chain
+    assert tags.of_run(following, known, following.read_state())["runner.came_from"] == sft.read_manifest()["id"]
     assert f"- trained further from: {chain}" in model_card.text(following, ("adapter",), "/base", {}, is_chat=True)
     (data,) = (each for each in diff.of(*map(record.of_folder, (sft, following))) if each.title == "data")
     assert [row.theirs for row in data.rows if row.key == "came from"] == [chain]

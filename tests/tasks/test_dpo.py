@@ -180,7 +180,7 @@ def test_a_pair_that_cannot_be_compared_is_refused(models: Any) -> None:
     tokenizer = models[2]
     with pytest.raises(DataError, match="same tokens"):
         dpo.encode(example("a", "b", "b"), tokenizer, 256)
-    with pytest.raises(DataError, match="no pairs of answers"):
+    with pytest.raises(DataError, match="gives conversations, but this task needs pairs"):
         dpo.encode([message("user", "a"), message("assistant", "b")], tokenizer, 256)
     assert dpo.encode(example("a long question, longer than the limit", "b", "c"), tokenizer, 8) == []
 

@@ -253,7 +253,7 @@ def test_a_stop_during_an_evaluation_is_taken_up_there(tmp_path: Path, cache: Pa
 def test_an_evaluation_counts_its_batches_without_making_them(tmp_path: Path, cache: Path):
     _, parts = parts_of(tmp_path, *TINY, "data.eval_rows=5", "data.packing=false", "train.per_device_batch_size=2")
     told: list[tuple[int, int]] = []
-    loop.evaluate(parts, replace(Recorded().hooks(), evaluating=lambda done, count: told.append((done, count))))
+    loop.evaluate(parts, 0, replace(Recorded().hooks(), evaluating=lambda done, count: told.append((done, count))))
     count = len(list(parts.evaluation.one_pass()))
     assert told == [(done, count) for done in range(count + 1)]
 

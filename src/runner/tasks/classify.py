@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
@@ -39,7 +40,7 @@ class Settings(NamedTuple):
 def classify(
     *,
     kind: Kind,
-    labels: list[Text | int] | None,
+    labels: list[Text | Annotated[int, Ge(-(2**63)), Lt(2**63)]] | None,
     class_weight: Literal["balanced"] | list[Positive] | None,
     label_smoothing: Fraction,
     input: Input | None,

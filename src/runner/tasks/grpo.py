@@ -16,7 +16,7 @@ from annotated_types import Ge, Len
 from torch import Tensor
 
 from runner.config import user_function
-from runner.config.schema import COUNTABLE, Count, Fraction, NotNegative, Positive, Text
+from runner.config.schema import COMPUTABLE, COUNTABLE, Count, Fraction, NotNegative, Positive, Text
 from runner.data.batches import Batches
 from runner.data.examples import Answers
 from runner.errors import Fault
@@ -33,7 +33,7 @@ DIVISORS: dict[str, Divisor] = {"dapo": "trained", "cispo": "trained"}
 def grpo(
     *,
     rewards: Annotated[list[Text], Len(1)],
-    reward_weights: list[float] | None,
+    reward_weights: list[Annotated[float, COMPUTABLE]] | None,
     reward_timeout_s: Positive,
     num_generations: Annotated[int, Ge(2), COUNTABLE],
     max_completion_length: Count,

@@ -275,14 +275,14 @@ def test_the_step_as_it_is_put_together_is_one_graph_a_layer(
     assert varlen_attention.uses(parts.model)
     assert any(isinstance(module, lora_linear._Fused) for module in parts.model.modules())
     hooks = no_hooks()
-    loop.evaluate(parts, hooks)
+    loop.evaluate(parts, 0, hooks)
     progress = Progress()
     loop.optimizer_step(parts, progress, hooks)
     warm = compilation.graphs()
     assert warm <= 3, "of evaluation, of the first layer, whose input has no gradient, and of all the others"
     for _ in range(4):
         loop.optimizer_step(parts, progress, hooks)
-        loop.evaluate(parts, hooks)
+        loop.evaluate(parts, 0, hooks)
     assert (compilation.graphs(), compilation.graph_breaks()) == (warm, [])
 
 
