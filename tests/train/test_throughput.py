@@ -95,7 +95,8 @@ def test_peak_of_a_cpu_is_the_best_ever_seen(tmp_path, monkeypatch: pytest.Monke
     [file] = (tmp_path / "meters").iterdir()
     kept = json.loads(file.read_text())
     assert kept["flops"] == first
-    for earlier, expected in ((1e15, 1e15), (1.0, pytest.approx(first, rel=0.9))):
+    monkeypatch.setattr(throughput, "_measured_flops", lambda *_, **__: 5e9)  # a busy machine measures what it can
+    for earlier, expected in ((1e15, 1e15), (1.0, 5e9)):
         file.write_text(json.dumps({**kept, "flops": earlier}))
         assert throughput.peak_flops(torch.device("cpu"), torch.float32) == expected
         assert json.loads(file.read_text())["flops"] == expected
