@@ -116,3 +116,19 @@ def test_a_run_that_is_not_in_mlflow_is_not_registered(capsys: pytest.CaptureFix
     assert main.run([*TINY, "train.max_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
     code, _, err = said(capsys, "register", str(tmp_path / "run"), "bot")
     assert (code, "runner sync" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_the_printed_line_gives_the_score_of_an_answer(capsys: pytest.CaptureFixture[str]):
+    sizes = ("data.train_rows=16", "data.eval_rows=8", "train.max_steps=2")
+    words = ("model=tiny", "task=reward", "data=chitchat_pairs", "data.packing=false", *sizes)
+    command = [sys.executable, "-m", "runner", *words, "hydra.run.dir=judge"]
+    subprocess.run(command, check=True, capture_output=True)
+    code, out, err = said(capsys, "register", "judge", "judge")
+    assert code == 0, err
+    (line,) = (line for line in out.splitlines() if line.startswith("load "))
+    printed = line.removeprefix("load").strip().replace(" python ", f" {sys.executable} ", 1)
+    done = subprocess.run(printed, shell=True, check=True, capture_output=True, text=True)
+    heading, score = done.stdout.splitlines()
+    assert heading.strip() == "reward"
+    assert -100 < float(score.split()[1]) < 100
