@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from fixtures.documents import batches, own_cache
 
-from runner.data import dataset
 from runner.data.batches import PADDED_TO
+from runner.data.collator import Batch
 from runner.data.packing import IGNORED, Rows, pack
 from runner.errors import ConfigError
 
@@ -50,29 +50,6 @@ def test_one_pass_has_each_document_once_and_no_label_across_documents(packing):
     assert seen == Counter(rows.ids.tolist())
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded", "end to end"])
-def test_the_ends_of_documents_and_the_trained_positions_are_told(layout):
-    made = batches(documents(), packing=layout == "packed", max_length=40)
-    made = made.laid_end_to_end() if layout == "end to end" else made
-    for batch in made.one_pass():
-        ids, labels, positions = (batch[key].flatten() for key in ("input_ids", "labels", "position_ids"))
-        ends = batch["document_ends"].tolist()
-        assert (ends[0], ends[-1]) == (0, len(ids))
-        for start, end in itertools.pairwise(ends):
-            inside = ids[start:end]
-            assert len(set((inside[inside > 0] // 100).tolist())) <= 1, "one document, or padding"
-            length = int((inside > 0).sum())
-            assert positions[start:end].tolist() == [*range(length), *[0] * (end - start - length)]
-        assert batch["trained_at"].equal((labels != IGNORED).nonzero()[:, 0])
-        lengths, start = [end - start for start, end in itertools.pairwise(ends)], 0
-        for part in batch["attention_parts"]:
-            inside = lengths[start : start + part.documents]
-            assert (len(inside), sum(inside)) == (part.documents, part.tokens)
-            assert max(inside) <= part.longest <= 40
-            start += part.documents
-        assert start == len(lengths)
-
-
 def test_rows_laid_end_to_end_are_the_same_rows_without_padding():
     padded = batches(documents(), packing=False, max_length=40)
     flat = padded.laid_end_to_end()
@@ -87,26 +64,7 @@ def test_rows_laid_end_to_end_are_the_same_rows_without_padding():
     assert packed.laid_end_to_end().step(0)[0]["input_ids"].shape == packed.step(0)[0]["input_ids"].shape
 
 
-def test_the_labels_of_a_document_are_its_own_shifted_by_one():
-    rows = documents()
-    batch = batches(rows, packing=False, shuffle=False, rows_per_batch=1, max_length=40).step(0)[0]
-    ids, labels = rows[0]
-    assert batch["labels"][0, : len(ids) - 1].tolist() == labels[1:].tolist()
-    assert batch["labels"][0, len(ids) - 1 :].eq(IGNORED).all()
-
-
-def test_the_padding_at_the_end_is_a_document_of_its_own():
-    batch = batches(documents(), max_length=50, rows_per_batch=40, packing=True).step(0)[0]
-    starts = (batch["position_ids"] == 0).sum(axis=1)
-    padding = batch["input_ids"] == 0
-    assert padding.any(axis=1).all()
-    for row in range(len(padding)):
-        first = int(padding[row].nonzero()[0])
-        assert not batch["position_ids"][row, first:].any()
-        assert starts[row] >= 2 or first == 0
-
-
-def same(left: list[dataset.Batch], right: list[dataset.Batch]) -> bool:
+def same(left: list[Batch], right: list[Batch]) -> bool:
     return len(left) == len(right) and all(
         a[key].equal(b[key]) if hasattr(a[key], "equal") else a[key] == b[key]
         for a, b in zip(left, right, strict=True)
@@ -123,7 +81,7 @@ def test_a_step_depends_on_seed_and_number_alone(packing):
     assert not same(one.step(0), batches(documents(), packing=packing, max_length=40, seed=8).step(0))
 
 
-def seen_in(steps: Iterable[list[dataset.Batch]]) -> Counter[int]:
+def seen_in(steps: Iterable[list[Batch]]) -> Counter[int]:
     return Counter(int(i) for step in steps for batch in step for i in batch["input_ids"].flatten() if i > 0)
 
 
@@ -146,8 +104,8 @@ def test_steps_run_on_across_epochs():
 def test_a_limit_of_epochs_shortens_the_last_step(packing, epochs):
     rows = documents()
     made = batches(rows, packing=packing, epochs=epochs, max_length=40)
-    steps = [made.step(number) for number in range(made.steps(None, epochs, None))]
-    assert made.epoch(len(steps)) == pytest.approx(epochs, abs=0.02)
+    steps = [made.step(number) for number in range(made.order.steps(None, epochs, None))]
+    assert made.order.epoch(len(steps)) == pytest.approx(epochs, abs=0.02)
     assert made.tokens_at(len(steps)) == sum(batch["tokens"] for step in steps for batch in step)
     assert all(step for step in steps)
     if isinstance(epochs, int):
@@ -159,11 +117,11 @@ def test_tokens_and_steps_agree():
     counted = np.cumsum([0, *(sum(batch["tokens"] for batch in made.step(step)) for step in range(30))])
     assert [made.tokens_at(step) for step in range(31)] == counted.tolist()
     for wanted in (1, 500, int(counted[7]), int(counted[7]) + 1, 4000):
-        assert made.steps(max_tokens=wanted) == np.searchsorted(counted, wanted)
-    assert made.steps(12, None, None) == 12
-    assert made.steps(12, None, int(counted[7])) == 7
+        assert made.order.steps(max_tokens=wanted) == np.searchsorted(counted, wanted)
+    assert made.order.steps(12, None, None) == 12
+    assert made.order.steps(12, None, int(counted[7])) == 7
     with pytest.raises(ConfigError, match="no stopping criterion"):
-        made.steps(None, None, None)
+        made.order.steps(None, None, None)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -171,8 +129,8 @@ def test_ranks_share_what_one_would_see(packing):
     rows = documents()
     alone = batches(rows, packing=packing, rows_per_batch=4, max_length=40, epochs=1)
     ranks = [batches(rows, packing=packing, rows_per_batch=2, max_length=40, epochs=1, rank=r, world=2) for r in (0, 1)]
-    assert alone.steps() == ranks[0].steps()
-    for step in range(alone.steps()):
+    assert alone.order.steps() == ranks[0].order.steps()
+    for step in range(alone.order.steps()):
         mine, yours = (rank.step(step) for rank in ranks)
         assert len(mine) == len(yours)  # or one rank would wait for the other for ever
         assert seen_in([mine]) + seen_in([yours]) == seen_in([alone.step(step)])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fixtures.chat_tokenizer import build
 
-from runner.data import chat_template
+from runner.data import chat_template, rendering
 from runner.data.packing import IGNORED
 from runner.errors import ConfigError, DataError
 
@@ -101,7 +101,7 @@ def test_a_header_that_ends_in_a_space_keeps_it():
     # "ASSISTANT: " + "you" is tokenised as ":", " you": that space was given, so the token is not trained, ...
     assert trained([TALK[0], {"role": "assistant", "content": "you and I"}], "plain") == [" and I\n"]
     # ... although its own offsets, trimmed, claim that it begins with the y.
-    ids, starts = chat_template._template(build("plain"), build("plain").get_chat_template()).tokenize(": you")
+    ids, starts = chat_template.of(build("plain")).tokenize(": you")
     assert starts == [0, 1]
     assert len(ids) == 2
 
@@ -142,14 +142,13 @@ def test_a_generation_prompt_that_opens_a_thinking_which_the_answer_does_not_hav
 def test_the_two_ways_of_finding_answers_agree(messages, template):
     if template == "mistral" and messages is not TALK:
         return  # it rejects tools, and writes the system prompt later if more follows: no prompt shows the header
-    found = chat_template._template(build(template), build(template).get_chat_template())
-    text = found.render(messages)
-    skeleton = found._skeleton(tuple(message["role"] for message in messages))
-    laid = skeleton.match(messages, text) if skeleton else None
-    assert laid is not None
-    by_marks = {turn.number: (turn.start, turn.end) for turn in found._locate(messages, text, set(), {})}
+    finder = chat_template.of(build(template)).finder
+    text = finder.renderer.render(messages)
+    by_skeleton = finder.match(messages, text)
+    assert by_skeleton is not None
+    by_marks = {turn.number: (turn.start, turn.end) for turn in finder.locate(messages, text, set(), {})}
     assert by_marks
-    assert {number: laid[number] for number in by_marks} == by_marks
+    assert {number: by_skeleton[number] for number in by_marks} == by_marks
 
 
 def test_the_prompt_ends_where_the_answer_begins():
@@ -300,11 +299,11 @@ def test_a_variable_of_the_template():
 @pytest.mark.parametrize(
     ("messages", "options", "template", "problem", "remedy"),
     [
-        (TALK, {"tools": TOOLS}, "smollm2", "the tools of the row: it knows no tools", "ignore=[tools,tool_calls]"),
+        (TALK, {"tools": TOOLS}, "smollm2", "the tools of the row: it ignores tools", "ignore=[tools,tool_calls]"),
         (CALLED[:2], {}, "smollm2", "a tool call of message 2", "+data.format.ignore=[tools,tool_calls]"),
         (CALLED, {}, "channels", "the text of message 6", "leave the row out"),
         ([TALK[0], {**CALLED[1], "tool_calls": [called(), called()]}], {}, "channels", "a tool call of message 2", ""),
-        (REASONED[:2], {}, "smollm2", "the reasoning of an answer: it knows no reasoning", "put <think>…</think> into"),
+        (REASONED[:2], {}, "smollm2", "the reasoning of an answer: it ignores reasoning", "put <think>…</think> into"),
         ([*TALK, {"role": "tool", "content": "4"}, *TALK[:1], REASONED[1]], {}, "r1", "reasoning", "use a model"),
     ],
 )  # fmt: skip
@@ -346,8 +345,8 @@ LOOP = "{% for a in range(99999) %}" * 3 + "{% set b = a %}" + "{% endfor %}" * 
 )
 @pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])
 def test_a_template_without_an_end(template, problem, mark, monkeypatch):
-    monkeypatch.setattr(chat_template, "LONGEST_RENDERING_S", 2.0)
-    monkeypatch.setattr(chat_template, "MOST_CHARACTERS", 9000)
+    monkeypatch.setattr(rendering, "LONGEST_RENDERING_S", 2.0)
+    monkeypatch.setattr(rendering, "MOST_CHARACTERS", 9000)
     with pytest.raises(ConfigError, match=problem) as caught:
         chat_template.encode(TALK, with_template(mark + template), "assistant")
     assert caught.value.faults[0].key == "model.path"

@@ -74,8 +74,7 @@ def answers(tokenizer: Any, name: str) -> list[str] | None:
         features = chat_template.encode(messages, tokenizer, "assistant", options=options)
     except DataError:
         return None
-    template = chat_template._template(tokenizer, tokenizer.chat_template)
-    reference = tokenizer.apply_chat_template(template._plain(messages), **options)
+    reference = tokenizer.apply_chat_template(chat_template.of(tokenizer).renderer.plain(messages), **options)
     assert features["input_ids"] == reference["input_ids"]
     texts, run = [], []
     for token, label in zip(features["input_ids"], [*features["labels"][:], IGNORED], strict=False):

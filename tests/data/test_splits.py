@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from fixtures.documents import load, own_cache, talk, texts
 
-from runner.data import dataset
+from runner.data import tokenization
 
 
 def test_the_same_prompt_is_never_on_both_sides():
@@ -46,7 +46,7 @@ def test_little_data_still_has_both_sides():
 
 def test_samples_are_held_out_prompts_with_what_followed():
     splits = load(map(talk, range(100)))
-    assert len(splits.samples) == dataset.SAMPLES
+    assert len(splits.samples) == tokenization.SAMPLES
     sample = splits.samples[0]
     assert sample["prompt"].endswith("assistant<|end_header_id|>\n\n")
     assert any(sample["prompt"] + sample["reference"] in text for text in texts(splits.eval))

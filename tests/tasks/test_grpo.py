@@ -20,7 +20,8 @@ from fixtures.two_models import QUESTIONS
 
 from runner.cli import main
 from runner.config import bind
-from runner.data.batches import Batch, Batches
+from runner.data.batches import Batches
+from runner.data.collator import Batch
 from runner.data.packing import IGNORED, Rows, Texts, one_by_one
 from runner.errors import ConfigError, DataError, Preempted
 from runner.signals import Stop

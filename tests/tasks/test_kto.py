@@ -66,8 +66,8 @@ def batches(tokenizer: Any, at_once: int = 4, *, packing: bool = False, by_docum
 def upcoming(model: Any, original: Any, given: Batches, others: float = 0.0) -> Upcoming:
     """``others``: what the other ranks add to the sum of this one."""
     return Upcoming(
-        model=model, tokenizer=None, batches=given, packs=given.packs_of_step(0), micro_batches=given.step(0), seed=0,
-        trains=True, start=lambda: contextlib.nullcontext(original), on_device=lambda batch: batch, show=print,
+        model=model, tokenizer=None, batches=given, packs=given.order.packs_of_step(0), micro_batches=given.step(0),
+        seed=0, trains=True, start=lambda: contextlib.nullcontext(original), on_device=lambda batch: batch, show=print,
         agree=lambda *numbers: [number + others for number in numbers],
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fixtures.documents import batches, source
 from torch import Tensor
 
 from runner.config import schema
-from runner.data import dataset
+from runner.data import splits, tokenization
 from runner.data.packing import IGNORED, Rows
 from runner.errors import DataError
 from runner.models import tiny
@@ -43,7 +44,7 @@ def talk(answer: str, weight: object = None, **row: object) -> dict:
 def rows_of(*rows: dict, task: Any = None, **changes: object) -> Rows:
     read = Options(composed()).format
     settings = schema.DataSettings(**{**vars(SETTINGS), **changes})
-    return dataset.every_row(source(rows), read, task or sft.sft(train_on="assistant"), build("qwen"), settings)[0]
+    return tokenization.every_row(source(rows), read, task or sft.sft(train_on="assistant"), build("qwen"), settings)[0]
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +118,8 @@ def test_deduplication_sees_weights_and_tools() -> None:
     read = Options(composed()).format
     tool = {"name": "add", "parameters": {"type": "object", "properties": {}}}
     rows = [talk("yes"), talk("yes", weight=2), talk("yes", tools=[tool]), talk("yes"), {**talk("yes"), "weight": 2}]
-    counts = dataset.splits.Counter()
-    assert len(dataset.splits.collect(source(rows).train, read, True, counts)) == 4
+    counts = Counter[str]()
+    assert len(splits.collect(source(rows).train, read, True, counts)) == 4
     assert counts["duplicates"] == 1
 
 
@@ -127,7 +128,7 @@ def test_a_task_without_weights_refuses_them() -> None:
     chosen, rejected = ({"role": "assistant", "content": text} for text in "AB")
     pair = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": {**chosen, "weight": 2.0}, "rejected": rejected}
     with pytest.raises(DataError, match=r"rows\.jsonl:1: has a weight, which task=dpo does not use"):
-        dataset.every_row(source([{}]), lambda _: pair, task, build("qwen"), SETTINGS)
+        tokenization.every_row(source([{}]), lambda _: pair, task, build("qwen"), SETTINGS)
 
 
 EXAMPLES = {

@@ -9,7 +9,7 @@ import pytest
 from conftest import composed, prepared
 from fixtures.stopped_runs import SHORT
 
-from runner.data.dataset import DataReport
+from runner.data.tokenization import DataReport
 from runner.models.kernels import compilation
 from runner.train import report, worker
 from runner.train.options import Options

@@ -15,7 +15,7 @@ from runner import terminal
 from runner.cli import benchmarks, evaluate_data
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.config import schema
-from runner.data import dataset
+from runner.data import tokenization
 from runner.data.batches import Batches
 from runner.errors import ConfigError, Fault
 from runner.secrets import redact
@@ -230,7 +230,7 @@ def _batches(run: Trained, chosen: _Rows) -> tuple[Batches, dict[str, Any], str]
         return batches, _details(splits.name, splits.digest, splits.uri, report), name
     data, source = options.data, options.source()
     pretrained.check_max_length(run.result, data.max_length)
-    rows, report = dataset.every_row(source, options.format, options.task, run.tokenizer, data)
+    rows, report = tokenization.every_row(source, options.format, options.task, run.tokenizer, data)
     if report.truncated or report.dropped:
         print(f"warning: {too_long(options, report)}", file=sys.stderr)
     if source.eval is None:
@@ -243,7 +243,7 @@ def _batches(run: Trained, chosen: _Rows) -> tuple[Batches, dict[str, Any], str]
     return batches, _details(source.name, source.digest, source.uri, report), source.name
 
 
-def _details(name: str, digest: str, uri: str, report: dataset.DataReport) -> dict[str, Any]:
+def _details(name: str, digest: str, uri: str, report: tokenization.DataReport) -> dict[str, Any]:
     counts = {"rows": report.eval_rows, "tokens": report.eval_tokens, "trained_tokens": report.eval_trained_tokens}
     return {**counts, "truncated": report.truncated, "data": {"name": name, "digest": digest, "uri": uri}}
 

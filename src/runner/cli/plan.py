@@ -144,8 +144,9 @@ def _time_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     choice = build.resolve_compile(run_inputs, expected)
     compiles = [("compile", f"no: {choice.reason}" if choice.reason else "each layer")] if choice.settled else []
     steps, at_most = run_inputs.total_steps, "at most " if run_inputs.batches.answers else ""
+    epochs = run_inputs.batches.order.epoch(steps)
     return [
-        ("steps", f"{steps}, {at_most}{tokens} tokens, {run_inputs.batches.epoch(steps):.2f} epochs{run_inputs.cut}"),
+        ("steps", f"{steps}, {at_most}{tokens} tokens, {epochs:.2f} epochs{run_inputs.cut}"),
         (
             "time",
             f"about {terminal.duration(max(seconds, 1))} of training at {ASSUMED_UTILISATION:.0%} of "

@@ -1,49 +1,37 @@
-"""Messages of a conversation: read the turns of a row, and refuse what they carry but training would leave out.
-
-A key that changes what is learnt (tools, weights, reasoning, images …) is honoured or refused, never dropped. Keys
-without a meaning for training (``id``, ``source``) are allowed.
-"""
+"""Messages of a conversation: read the turns of a row, and check them."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
-import math
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from runner.data import tool_calls
 from runner.data.examples import Example
+from runner.data.training_keys import (
+    OPTIONS,
+    REASONING,
+    TRAIN_KEYS,
+    TURN_WORDS,
+    WEIGHTS,
+    Row,
+    has_value,
+    unused,
+    weight_of,
+)
 from runner.errors import DataError, Fault, quoted, suggest
 
 Message = dict[str, Any]
 """``{"role": …, "content": …}``; also ``tool_calls``, ``reasoning_content``, ``name`` and ``tool_call_id`` where the
 row has them, and ``weight`` if the turn itself says how much it is trained."""
-Row = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_NAMES = {"developer": "system", "observation": "tool", "tool_response": "tool", "function": "tool"}
 """Roles of other programs, with the same role here."""
 TOOL_CALLS = ("function_call", "tool_call")
 """Roles of other programs for a turn that calls a tool: the text is a call, not an answer."""
-TRAIN_KEYS = ("weight", "loss_weight", "train", "training", "loss")
-"""Keys of a turn that say how much it is trained: a number from 0, true or false."""
-
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-_CALLS = ("tools", "functions", "tool_calls", "function_call")
-TURN_KEYS = ("tool_calls", "function_call", *REASONING, *TRAIN_KEYS, "name", "tool_call_id")
-"""Keys of a turn that are honoured beside its role and content."""
-TURN_WORDS = (*_CALLS, *REASONING, *_MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable",
-              "train_on_turn", "mask", "ignore", "ignored", "skip", "exclude", "refusal", "tool_plan")  # fmt: skip
-WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "loss_mask")
-OPTIONS = ("tools", "chat_template_kwargs")
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
-ROW_KEYS = (*OPTIONS, *WEIGHTS)
-"""Keys of a row that are honoured beside its conversation."""
 KINDS = {
     type(None): "null",
     bool: "true or false",
@@ -52,11 +40,6 @@ KINDS = {
     list: "a list",
     dict: "an object",
 }
-VERDICTS = ("label", "kto_tag")
-"""Whether the answer of a row is a good one."""
-SYSTEM = ("system", "system_prompt", "system_message")
-ROW_WORDS = (*_CALLS, *REASONING, *_MEDIA, *WEIGHTS, *VERDICTS, *SYSTEM, "history", "chat_template_kwargs",
-             "enable_thinking", "mask")  # fmt: skip
 
 
 def read(turns: Sequence[Row], role: str, content: str, ignore: Collection[str] = ()) -> list[Message]:
@@ -81,7 +64,7 @@ def read(turns: Sequence[Row], role: str, content: str, ignore: Collection[str] 
 def example(row: Row, messages: list[Message], ignore: Collection[str] = ()) -> Example:
     """The messages, with the tools, the weight and the options of the chat template that the row has (``ROW_KEYS``)."""
     kept = {**template_options(row, ignore)}
-    weight = _weight(row, WEIGHTS, "the row", ignore)
+    weight = weight_of(row, WEIGHTS, "the row", ignore)
     if weight not in (None, 1.0):
         kept["weight"] = weight
     return {"messages": messages, **kept} if kept else messages
@@ -90,10 +73,10 @@ def example(row: Row, messages: list[Message], ignore: Collection[str] = ()) -> 
 def template_options(row: Row, ignore: Collection[str] = ()) -> dict[str, Any]:
     """``tools`` and ``chat_template_kwargs`` of a row, those that have a value."""
     kept: dict[str, Any] = {}
-    if "tools" not in ignore and not _says_nothing("tools", row.get("tools")):
+    if "tools" not in ignore and has_value("tools", row.get("tools")):
         kept["tools"] = _whole(tool_calls.tools(row["tools"], "the tools of the row"), "the tools of the row")
     kwargs = row.get("chat_template_kwargs")
-    if "chat_template_kwargs" not in ignore and not _says_nothing("chat_template_kwargs", kwargs):
+    if "chat_template_kwargs" not in ignore and has_value("chat_template_kwargs", kwargs):
         kwargs = json.loads(kwargs) if isinstance(kwargs, str) and kwargs.lstrip().startswith("{") else kwargs
         if not isinstance(kwargs, Mapping):
             problem = f"chat_template_kwargs is {quoted(kwargs)}; an object is needed"
@@ -113,48 +96,6 @@ def without_weight(example: Example) -> dict[str, Any]:
         remedy = "leave the weight out: +data.format.ignore=[weight]"
         raise DataError(Fault("data.format", "the row has a weight, which is not used in this format", remedy))
     return {key: kept[key] for key in OPTIONS if key in kept}
-
-
-def refuse_unused(
-    row: Row,
-    turns: Sequence[Row],
-    used: Collection[str | None],
-    *,
-    keys: Collection[str] = (),
-    ignore: Collection[str] | None = (),
-    words: Collection[str] = ROW_WORDS,
-    offers: Mapping[str, Collection[str]] = MappingProxyType({}),
-) -> None:
-    """Refuse a row, or a turn of it, with a key that changes what is learnt and that its format does not use.
-
-    ``used`` and ``keys``: the keys of the row and of a turn that the format uses. ``ignore``: those that the user
-    leaves out knowingly; None: the format has no such option. ``words``: what to look for in the row. ``offers``:
-    parameters of the format that could name the key of such a word.
-
-    Raises:
-        DataError: with all such keys of the row.
-    """
-    left_out = ignore or ()
-    words = (*words, *itertools.chain.from_iterable(offers.values()))
-    found = [("the row", *pair) for pair in _unused(row, words, used, left_out)]
-    for number, turn in enumerate(turns, start=1):
-        if len(turn) > len(keys):
-            pairs = _unused(turn, TURN_WORDS, {*keys, *TURN_KEYS}, left_out)
-            found += [(f"message {number}", *pair) for pair in pairs]
-    if not found:
-        return
-    each = (f"{owner} has {quoted(key)}{_near(key, word)}" for owner, key, word in found)
-    problem = f"{', '.join(each)}: this is not used, and without it something else is learnt"
-    names = ",".join(sorted({*left_out, *(key for _, key, _ in found)}))
-    remedy = f"leave the row out, or train without the key knowingly: +data.format.ignore=[{names}]"
-    for parameter, meant in offers.items():
-        if key := next((key for owner, key, word in found if word in meant and owner == "the row"), None):
-            remedy = f"use it with data.format.{parameter}={key}, or {remedy}"
-    if not offers and any(word in SYSTEM for _, _, word in found):
-        remedy = f"make it the first message, with the role system, or {remedy}"
-    if ignore is None:
-        remedy = "leave the row out, or give messages without this key"
-    raise DataError(Fault("data.format", problem, remedy))
 
 
 def text_of(value: object, what: str) -> str:
@@ -252,15 +193,15 @@ def _carried(turn: Row, what: str, but: Collection[str]) -> Message:
     """What a turn has beside role and content, in the shape of ``Message``."""
     kept: Message = {}
     for key in ("tool_calls", "function_call"):
-        if key not in but and not _says_nothing(key, turn.get(key)):
+        if key not in but and has_value(key, turn.get(key)):
             kept["tool_calls"] = _calls(turn[key], what)
-    reasons = [turn[key] for key in REASONING if key not in but and not _says_nothing(key, turn.get(key))]
+    reasons = [turn[key] for key in REASONING if key not in but and has_value(key, turn.get(key))]
     if reasons:
         kept["reasoning_content"] = text_of(reasons[0], f"the reasoning of {what}")
     for key in ("name", "tool_call_id"):
-        if key not in but and not _says_nothing(key, turn.get(key)):
+        if key not in but and has_value(key, turn.get(key)):
             kept[key] = text_of(turn[key], f"the {key} of {what}")
-    weight = _weight(turn, TRAIN_KEYS, what, but)
+    weight = weight_of(turn, TRAIN_KEYS, what, but)
     return kept if weight is None else {**kept, "weight": weight}
 
 
@@ -274,36 +215,6 @@ def _whole(value: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     return value
 
 
-def _weight(mapping: Row, keys: Collection[str], what: str, but: Collection[str]) -> float | None:
-    """The weight under one of ``keys``; None if there is none.
-
-    Raises:
-        DataError: it is no number from 0, or two keys contradict each other.
-    """
-    weights = {}
-    for key in keys:
-        if key not in but and (value := mapping.get(key)) not in (None, ""):
-            weights[key] = _number(value)
-            if not 0 <= weights[key] < math.inf:
-                problem = f"{what} has {key}={quoted(value)}; allowed: a number from 0 (not trained), true or false"
-                remedy = f"correct it, or train without the key knowingly: +data.format.ignore=[{key}]"
-                raise DataError(Fault("", problem, remedy))
-    if len(set(weights.values())) > 1:
-        problem = f"{what} contradicts itself: " + ", ".join(f"{key}={mapping[key]}" for key in weights)
-        raise DataError(Fault("", problem, "correct the row"))
-    return next(iter(weights.values()), None)
-
-
-def _number(value: object) -> float:
-    """A number, or the text of one as CSV has it; NaN if it is neither."""
-    if isinstance(value, str):
-        value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
-    try:
-        return float(value) if isinstance(value, bool | int | float | str) else math.nan
-    except (ValueError, OverflowError):
-        return math.nan
-
-
 def _body(value: object, what: str) -> Message:
     """Content, reasoning and calls of a message: a text, or a list of parts (those of OpenAI or LLaMA-Factory)."""
     if not isinstance(value, list):
@@ -314,8 +225,8 @@ def _body(value: object, what: str) -> Message:
         if kind not in ("text", "reasoning", "thinking", "tool_call"):
             problem = f"{what} has parts that are not text; only text can be trained on"
             raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
-        if unused := next(_unused(part, TURN_WORDS, (kind,), ()), None):
-            problem = f"{here} has {quoted(unused[0])}, which is not used"
+        if key_and_word := next(unused(part, TURN_WORDS, (kind,), ()), None):
+            problem = f"{here} has {quoted(key_and_word[0])}, which is not used"
             raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
         inner = next((part[key] for key in (kind, "value", "text") if key in part), None)
         if kind == "tool_call":
@@ -324,48 +235,3 @@ def _body(value: object, what: str) -> Message:
             key = "content" if kind == "text" else "reasoning_content"
             body[key] = body.get(key, "") + text_of(inner, here)
     return body
-
-
-def _unused(
-    mapping: Row, words: Collection[str], used: Collection[str | None], ignore: Collection[str]
-) -> Iterator[tuple[str, str]]:
-    """(key, the word of ``words`` that it means) for each key with a value, except those used or ignored."""
-    for key, value in mapping.items():
-        word = "" if key in used or key in ignore else _meaning(str(key), tuple(words))
-        if word and not _says_nothing(word, value):
-            yield str(key), word
-
-
-@functools.lru_cache(1024)
-def _meaning(key: str, words: tuple[str, ...]) -> str:
-    """The word of ``words`` that this key means or misspells, or itself; an empty string if it means none of them."""
-    plain = re.sub(r"[^a-z]", "", key.lower())
-    known = {word.replace("_", ""): word for word in words}
-    if plain in known:
-        return known[plain]
-    if "mask" in plain and "mask" in known:  # completion_mask, assistant_masks, masked
-        return key
-    # Same letters in another order, or one letter more or less; the first letter counts: "height" is no "weight".
-    near = (word for word in known if word[:1] == plain[:1] and len(plain) >= 4 and _differs_little(plain, word))
-    return known.get(next(near, ""), "")
-
-
-def _differs_little(one: str, other: str) -> bool:
-    if sorted(one) == sorted(other):
-        return True
-    long, short = (one, other) if len(one) > len(other) else (other, one)
-    return len(long) == len(short) + 1 and any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
-
-
-def _near(key: str, word: str) -> str:
-    return "" if key == word else f" (did you mean '{word}'?)"
-
-
-def _says_nothing(word: str, value: object) -> bool:
-    """Whether the value is the same as no value: null, empty, or the weight 1."""
-    text = value.strip().lower() if isinstance(value, str) else value
-    if text is None or text in ("", "[]", "{}", "null", "none") or (isinstance(value, list | dict) and not value):
-        return True
-    if word in VERDICTS:
-        return text is not False and text != "false"
-    return word in WEIGHTS and text in (1, "1", "1.0", "true")

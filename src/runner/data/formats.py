@@ -11,12 +11,13 @@ from typing import Any
 
 from runner.config import bind, user_function
 from runner.config.schema import Text
-from runner.data import conversation, row_shape
-from runner.data.conversation import ROW_KEYS, Row, refuse_unused, with_system
+from runner.data import conversation, row_shape, training_keys
+from runner.data.conversation import with_system
 from runner.data.examples import Example
+from runner.data.training_keys import ROW_KEYS, Row, refuse_unused
 from runner.errors import DataError, Fault, RunnerError, quoted
 
-SYSTEM = {"system": conversation.SYSTEM}
+SYSTEM = {"system": training_keys.SYSTEM}
 """The parameter of a format that names the key of the system prompt."""
 
 
@@ -99,7 +100,7 @@ def like_prompt_completion(row: Row, *, prompt: str, completion: str, **_: objec
 def text(row: Row, *, key: Text, ignore: list[Text] | None = None) -> Example:
     """Plain text under one key, for continued pretraining."""
     found = row_shape.text(row, "text", "key", key)
-    refuse_unused(row, (), {key}, ignore=ignore or [], words=conversation.WEIGHTS)
+    refuse_unused(row, (), {key}, ignore=ignore or [], words=training_keys.WEIGHTS)
     if not found.strip():
         raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
     return found
@@ -186,4 +187,4 @@ def _role(speaker: object, roles: Mapping[str, str]) -> str:
 
 def _with_system(ignore: list[str], system: str | None) -> list[str]:
     """``ignore``, and with ``system=null`` the keys of a system prompt: leaving them out is the user's choice."""
-    return ignore if system is not None else [*ignore, *conversation.SYSTEM]
+    return ignore if system is not None else [*ignore, *training_keys.SYSTEM]

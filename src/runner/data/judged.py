@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from runner.config.schema import Text
-from runner.data import conversation, formats, row_shape
-from runner.data.conversation import NO_OPTIONS, Message, Row
+from runner.data import conversation, formats, row_shape, training_keys
+from runner.data.conversation import NO_OPTIONS, Message
 from runner.data.examples import Example, chat
+from runner.data.training_keys import Row
 from runner.errors import DataError, Fault, quoted
 
 TASK = "kto"
@@ -25,7 +26,7 @@ def kto(row: Row, *, prompt: Text, completion: Text, label: Text, ignore: list[T
     """
     left_out = ignore or []
     row_shape.needs(row, "kto", prompt=prompt, completion=completion, label=label)
-    conversation.refuse_unused(row, [], {prompt, completion, label, *conversation.OPTIONS}, ignore=left_out)
+    training_keys.refuse_unused(row, [], {prompt, completion, label, *training_keys.OPTIONS}, ignore=left_out)
     options = conversation.template_options(row, left_out)
     read = functools.partial(row_shape.text_or_messages, row, "kto", ignore=left_out)
     return judged(read("prompt", prompt, "user"), read("completion", completion, "assistant"), row.get(label), options)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from runner.config.schema import Text
-from runner.data import conversation, row_shape
-from runner.data.conversation import Row
+from runner.data import conversation, row_shape, training_keys
 from runner.data.examples import Example
+from runner.data.training_keys import Row
 from runner.errors import DataError, Fault, quoted, suggest
 
 TASK = "classify"
@@ -27,7 +27,7 @@ def label(
     if len(used) > 1:
         raise DataError(Fault("data.format", f"has several texts: {', '.join(used.values())}", NEEDED))
     ((name, key),), left_out = used.items(), ignore or []
-    conversation.refuse_unused(row, (), {key, label, *conversation.OPTIONS}, ignore=left_out)
+    training_keys.refuse_unused(row, (), {key, label, *training_keys.OPTIONS}, ignore=left_out)
     if name == "text":
         content = row_shape.text(row, "label", name, key)
         if not content.strip():

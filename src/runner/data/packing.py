@@ -98,6 +98,12 @@ class Rows:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    @functools.cached_property
+    def labels_per_row(self) -> np.ndarray:
+        """(rows,) number of labels, without that of the first token, which is never predicted."""
+        counts = np.add.reduceat(self.labels != IGNORED, self.offsets[:-1], dtype=np.int64)
+        return counts - (self.labels[self.offsets[:-1]] != IGNORED)
+
     def save(self, folder: Path, name: str) -> None:
         """Write each column to ``<name>.<column>.npy`` and fsync it."""
         for column, values in self._columns().items():

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from runner.config.schema import Text
-from runner.data import conversation, formats, row_shape
-from runner.data.conversation import NO_OPTIONS, Message, Row
+from runner.data import conversation, formats, row_shape, training_keys
+from runner.data.conversation import NO_OPTIONS, Message
 from runner.data.examples import Example, chat
+from runner.data.training_keys import Row
 from runner.errors import DataError, Fault
 
 TASK = "dpo"
@@ -31,7 +32,7 @@ def preference(
     """
     left_out = ignore or []
     row_shape.refuse_richer(row, "preference")
-    conversation.refuse_unused(row, [], {prompt, chosen, rejected, *conversation.OPTIONS}, ignore=left_out)
+    training_keys.refuse_unused(row, [], {prompt, chosen, rejected, *training_keys.OPTIONS}, ignore=left_out)
     options = conversation.template_options(row, left_out)
     read = functools.partial(row_shape.text_or_messages, row, "preference", ignore=left_out)
     sides = [read(name, key, "assistant") for name, key in (("chosen", chosen), ("rejected", rejected))]

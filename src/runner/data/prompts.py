@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 from runner.config.schema import Text
-from runner.data import conversation, row_shape
-from runner.data.conversation import Row
+from runner.data import conversation, row_shape, training_keys
 from runner.data.examples import Example
+from runner.data.training_keys import Row
 from runner.errors import DataError, Fault
 
 TASK = "grpo"
 """The task that these rows fit."""
-UNUSED = ("tools", "functions", "chat_template_kwargs", *conversation.SYSTEM)
+UNUSED = ("tools", "functions", "chat_template_kwargs", *training_keys.SYSTEM)
 """Columns that would change the prompt."""
 
 
@@ -22,7 +22,7 @@ def prompts(row: Row, *, prompt: Text, messages: Text, answer: Text, ignore: lis
     ``answer``: the column with the right answer, if there is one; it is shown beside the model's.
     ``ignore``: keys that change what is learnt and are only given to the reward functions all the same.
     """
-    conversation.refuse_unused(row, [], (), words=UNUSED, ignore=ignore or [])
+    training_keys.refuse_unused(row, [], (), words=UNUSED, ignore=ignore or [])
     key, parameter = (prompt, "prompt") if row.get(prompt) is not None else (messages, "messages")
     turns = row_shape.text_or_messages(row, "prompts", parameter, key, "user", ignore=[])
     if not turns or turns[-1]["role"] == "assistant":

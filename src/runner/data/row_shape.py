@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from runner.config import bind
-from runner.data import conversation
-from runner.data.conversation import Message, Row
+from runner.data import conversation, training_keys
+from runner.data.conversation import Message
+from runner.data.training_keys import Row
 from runner.errors import DataError, Fault
 
 
@@ -99,7 +100,7 @@ def text_or_messages(row: Row, name: str, parameter: str, key: str, role: str, i
     """The messages under ``key``: a list of messages, or a text, which is one message of ``role``."""
     if isinstance(row.get(key), list):
         listed = turns(row, name, parameter, key, ("role", "content"))
-        conversation.refuse_unused({}, listed, (), keys={"role", "content"}, ignore=ignore)
+        training_keys.refuse_unused({}, listed, (), keys={"role", "content"}, ignore=ignore)
         return conversation.read(listed, "role", "content", ignore)
     return [conversation.said(role, text(row, name, parameter, key), f"the {parameter}")]
 

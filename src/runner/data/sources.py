@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.config.schema import Count, Text
-from runner.data import readers
+from runner.data import data_files, readers
 from runner.data.readers import Documents, Place, Row
 from runner.errors import DataError, Fault
 
@@ -90,7 +90,7 @@ def chitchat() -> Source:
         name="chitchat",
         train=Records(functools.partial(_conversations, file)),
         eval=None,
-        digest=readers.digest([file], "chitchat"),
+        digest=data_files.digest([file], "chitchat"),
         uri=f"package:chitchat-dataset=={version}",
     )
 
@@ -104,9 +104,9 @@ def local(*, path: Text, eval_path: Text | None, documents: Documents) -> Source
     Raises:
         DataError: with the file name, and the line if known.
     """
-    train = readers.find_files("data.path", path)
-    held_out = readers.find_files("data.eval_path", eval_path) if eval_path is not None else []
-    digests = [readers.digest(files, documents) for files in (train, held_out)]
+    train = data_files.find_files("data.path", path)
+    held_out = data_files.find_files("data.eval_path", eval_path) if eval_path is not None else []
+    digests = [data_files.digest(files, documents) for files in (train, held_out)]
     return Source(
         name=Path(path).stem,
         train=Records(functools.partial(readers.read, train, documents)),
@@ -122,7 +122,7 @@ def check_local(*, path: str, eval_path: str | None, documents: str) -> Iterator
     faults: list[Fault] = []
     for key, value in (("path", path), ("eval_path", eval_path)):
         try:
-            files += readers.find_files(key, value) if value is not None else []
+            files += data_files.find_files(key, value) if value is not None else []
         except DataError as error:
             faults += error.faults
     yield from faults

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from runner.data.batches import Batch, Batches
+from runner.data.batches import Batches
+from runner.data.collator import Batch
 from runner.data.packing import IGNORED, Rows, answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import logprobs
@@ -55,6 +56,6 @@ def refuse_lonely_rows(training: Batches, evaluation: Batches, steps: int) -> No
     if len(evaluation.rows) < 2:
         raise DataError(Fault("data", f"one row is held out, {needs}", "raise data.eval_fraction, or add rows"))
     for i in range(steps):
-        if len(set(training.rows_in(training.packs_of_step(i)))) < 2:
+        if len(set(training.rows_in(training.order.packs_of_step(i)))) < 2:
             remedy = "raise train.per_device_batch_size, change data.train_rows, or use loss_type=apo_zero_unpaired"
             raise DataError(Fault("train.per_device_batch_size", f"step {i + 1} has a single row, {needs}", remedy))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from runner.data.batches import Batch
+from runner.data.collator import Batch
 from runner.data.packing import IGNORED
 from runner.tasks import sampling
 from runner.tasks.cross_entropy import Shaping

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from runner.data.batches import Batch, Batches
+    from runner.data.batches import Batches
+    from runner.data.collator import Batch
     from runner.tasks.cross_entropy import Shaping, TokenLosses
     from runner.tasks.upcoming import Upcoming
 

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from runner.data.batches import Batch, Batches
+from runner.data.batches import Batches
+from runner.data.collator import Batch
 from runner.data.packing import Rows
 
 

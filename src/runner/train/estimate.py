@@ -83,7 +83,7 @@ def training_seconds(inputs: Inputs, expected: Expected) -> tuple[float, float]:
     peak = throughput.peak_flops(inputs.device, dtype_for(inputs.source.dtype, inputs.device))
     seconds = tokens * expected.flops_per_token / (peak * ASSUMED_UTILISATION)
     if inputs.device.type == "cuda":
-        micro_batches = inputs.total_steps * (inputs.batches.per_step // inputs.batches.per_micro_batch)
+        micro_batches = inputs.total_steps * (inputs.batches.order.per_step // inputs.batches.per_micro_batch)
         seconds = max(seconds, micro_batches * expected.layers * OPERATIONS_OF_LAYER * LAUNCH_S)
     return seconds, peak
 
@@ -121,7 +121,7 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
         "kept": inputs.settings.memory,
         "autocast": autocast,
         "device": inputs.device,
-        "accumulates": batches.per_step > batches.per_micro_batch,
+        "accumulates": batches.order.per_step > batches.per_micro_batch,
         "head_in_loss": options.parallel.kind != "fsdp",
     }
     source = inputs.source

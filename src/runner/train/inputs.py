@@ -58,7 +58,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     splits, batches, evaluation = load_data(options, source, tokenizer, ranks.rank, options.parallel.processes)
     options = options.settled(splits.settled)
     source = replace(source, head=options.model.head)
-    steps = batches.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
+    steps = batches.order.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     if device.type == "cpu":
         usage.begin()

@@ -306,7 +306,7 @@ def training_metrics(parts: Parts, progress: Progress, result: Sums) -> dict[str
         "train/grad_norm": result.norm,
         "train/learning_rate": step.learning_rate,
         "train/tokens": step.tokens,
-        "train/epoch": parts.batches.epoch(step.number),
+        "train/epoch": parts.batches.order.epoch(step.number),
         **parts.meter.rates(),
         **parts.extra_metrics(),
     }

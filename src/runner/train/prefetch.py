@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.data.batches import Batch, Batches
+from runner.data.batches import Batches
+from runner.data.collator import Batch
 
 
 class Prefetcher:

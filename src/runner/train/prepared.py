@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from runner.data.batches import Batch, Batches
+from runner.data.batches import Batches
+from runner.data.collator import Batch
 from runner.tasks.task import Task
 from runner.tasks.upcoming import Upcoming
 from runner.train.distributed.ranks import Ranks
@@ -39,14 +40,14 @@ class Preparer:
         """The micro-batches of step ``number`` (from 0), ``given`` as they are in the data."""
         if self.task.prepare is None:
             return given
-        return self._prepared(batches, batches.packs_of_step(number), given, seed, check, number, trains=True)
+        return self._prepared(batches, batches.order.packs_of_step(number), given, seed, check, number, trains=True)
 
     def one_pass(self, batches: Batches, check: Callable[[], None], step: int) -> Iterator[Batch]:
         """The batches of an evaluation after ``step`` steps, on the device."""
         given = map(self.wrapped.on_device, batches.one_pass())
         if self.task.prepare is None:
             return given
-        return iter(self._prepared(batches, batches.packs_of_pass(), list(given), 0, check, step, trains=False))
+        return iter(self._prepared(batches, batches.order.packs_of_pass(), list(given), 0, check, step, trains=False))
 
     @torch.no_grad()
     def _prepared(

@@ -93,7 +93,7 @@ def _step(inputs: Inputs, parts: Parts) -> None:
     parts.model.train()
     batch = parts.wrapped.on_device(parts.batches.heaviest())
     # The second pass runs with the gradients of the first, as in gradient accumulation.
-    for _ in range(2 if parts.batches.per_step > parts.batches.per_micro_batch else 1):
+    for _ in range(2 if parts.batches.order.per_step > parts.batches.per_micro_batch else 1):
         with parts.wrapped.accumulating(False):
             with parts.wrapped.autocasting():
                 sums = parts.wrapped.forward(batch)

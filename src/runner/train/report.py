@@ -23,7 +23,7 @@ from runner.tracking.trackers import Tracking, store_uri
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.data.dataset import DataReport
+    from runner.data.tokenization import DataReport
     from runner.train.checkpoint import Progress
     from runner.train.inputs import Inputs
     from runner.train.loop import Parts
@@ -89,7 +89,7 @@ def _mlflow(rundir: RunDir) -> str:
 
 def _of_batch(parts: Parts) -> str:
     """Rows per step and per process; empty for a single process."""
-    world, rows = parts.ranks.world, parts.batches.per_step
+    world, rows = parts.ranks.world, parts.batches.order.per_step
     return f" ({rows} rows, {rows // world} in each of {world} processes)" if world > 1 else ""
 
 

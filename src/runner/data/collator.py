@@ -1,0 +1,108 @@
+"""Collate rows of tokens into one batch: pad, shift the labels, and mark the documents.
+
+A batch is a dict:
+
+- ``input_ids``, ``labels``, ``position_ids``: (B, T) int64. Labels are shifted: ``labels[b, t]`` is the token to
+  predict at position ``t``, or -100; the last token of a document has no label. Position ids restart at 0 in each
+  document. They are 0 in the padding: no position of it may exceed those of the documents (longrope, RoPE scaling).
+- ``document_ends``: (documents + 1,) int32, the document boundaries in the flattened batch, from 0 to B * T; the
+  padding of a row counts as documents, and some have length zero.
+- ``longest``: int, an upper bound of the document length in all batches.
+- ``attention_parts``: the ``boundaries.Part`` that attention by document computes one after the other.
+- ``trained_at``: (trained,) int64, the flattened positions that have a label.
+- ``last_at``: (documents,) int64, the flattened positions of the last token of each document.
+- ``labels_per_document``: (documents,) int64, without padding. Documents of a unit, such as the two answers of a
+  preference pair, are neighbours.
+- ``packed``: bool, whether a row contains several documents.
+- ``tokens``, ``trained``, ``trained_first``, ``documents``, ``units``: ints, the number of tokens without padding, of
+  labels, of labels in the first document of each unit, and so on. ``weighted``: the sum of the labels' weights.
+- ``weights``: (trained,) float32, the weight of each label in the order of ``trained_at``; only if the data have any.
+- The numbers of each document, by name (``Rows.values``): (documents,) float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from runner.data import boundaries
+from runner.data.packing import IGNORED, Rows
+
+Batch = dict[str, Any]
+
+
+def collate(
+    rows: Rows, members: Sequence[np.ndarray], *, shape: tuple[int, int], longest: int, pad_id: int, end_to_end: bool
+) -> Batch:
+    """A batch of ``shape`` (B, T), without ``packed``: row ``b`` holds the documents ``rows[i]`` for ``members[b]``.
+
+    Rows of the batch without members contain only padding. ``longest``: upper bound of a document's length.
+    ``end_to_end``: all documents are in the one row of the batch.
+    """
+    import torch
+
+    count, length = shape
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    weights = None if rows.weights is None else np.zeros(shape, dtype=np.float32)
+    lengths: list[list[int]] = [[] for _ in range(count)]
+    last: list[int] = []
+    for b, of_row in enumerate(members):
+        start = 0
+        for row in of_row:
+            row_ids, row_labels = rows[row]
+            end = start + len(row_ids)
+            ids[b, start:end] = row_ids
+            labels[b, start : end - 1] = row_labels[1:]
+            if weights is not None:
+                weights[b, start : end - 1] = rows.weights_of(row)[1:]
+            positions[b, start:end] = np.arange(len(row_ids))
+            lengths[b].append(len(row_ids))
+            last.append(b * length + end - 1)
+            start = end
+    trained_at = np.flatnonzero(labels != IGNORED)
+    if end_to_end:
+        ends, parts = boundaries.of_row(lengths[0], length, longest)
+    else:
+        ends, parts = boundaries.of_packs(lengths, length, longest)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+        "document_ends": torch.from_numpy(ends),
+        "attention_parts": parts,
+        "longest": longest,
+        "trained_at": torch.from_numpy(trained_at),
+        "last_at": torch.tensor(last, dtype=torch.int64),
+        "trained": len(trained_at),
+        **_weighed(weights, trained_at),
+        **_counts(rows, np.concatenate([np.array([], dtype=np.int64), *members])),
+    }
+
+
+def _weighed(weights: np.ndarray | None, trained_at: np.ndarray) -> Batch:
+    """``weighted`` and, if the data have weights, ``weights`` of a batch."""
+    import torch
+
+    if weights is None:
+        return {"weighted": len(trained_at)}
+    weights = weights.reshape(-1)[trained_at]
+    return {"weighted": float(weights.sum(dtype=np.float64)), "weights": torch.from_numpy(weights)}
+
+
+def _counts(rows: Rows, documents: np.ndarray) -> Batch:
+    """The entries of a batch that are numbers of its documents, or counts of them."""
+    import torch
+
+    labels = rows.labels_per_row
+    return {
+        "labels_per_document": torch.from_numpy(labels[documents]),
+        "tokens": int(rows.lengths[documents].sum()),
+        "documents": len(documents),
+        "units": len(documents) // rows.unit,
+        "trained_first": int(labels[documents[:: rows.unit]].sum()),
+        **{name: torch.from_numpy(numbers[documents]) for name, numbers in rows.values.items()},
+    }
