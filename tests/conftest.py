@@ -26,7 +26,8 @@ TESTS = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin while they wait are in the way of tests beside them
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes are started: each would compile torch anew
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH", ""))))
+if str(TESTS) not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):  # as it is in a worker of xdist
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), *paths)))
 """Processes that tests start may import conftest, fixtures, gate and warm, as tests do."""
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # the same dtype and numbers on every CPU: no AMX
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -65,6 +66,20 @@ def _group(item: pytest.Item) -> str:
 
 SHARED = {"place": "place", "real": "mlflow", "server": "mlflow"}
 """Fixture of fixtures/shared.py → the group of the tests of all files that need it: one process makes it."""
+
+
+WARM = pytest.StashKey[contextlib.ExitStack]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """Fork the workers from a process that has imported the libraries, once for all."""
+    config.stash[WARM] = contextlib.ExitStack()
+    config.stash[WARM].enter_context(warm.processes(ENVIRONMENT))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash.get(WARM, contextlib.ExitStack()).close()
 
 
 LEFT_OUT = pytest.StashKey[int]()

@@ -1,7 +1,7 @@
 """Processes of the program, forked from one that has loaded its libraries: a tenth of a second instead of ten.
 
-``subprocess.Popen`` of the tests, and of what they start, is ``warm.Popen``: ``python -m runner…`` and the scripts of
-this folder get a process of their own, with arguments, environment, folder, streams, session and signals as they would
+``subprocess.Popen`` of the tests, and of what they start, is ``warm.Popen``: ``python -m runner…``, the scripts of
+this folder and the workers of pytest-xdist get a process of their own, with arguments, environment, folder, streams, session and signals as they would
 be, of which only the imports have happened before. Everything else, what a test marked ``cold`` starts, and a process
 whose environment has something that libraries read when they are imported, is started anew.
 """
@@ -31,6 +31,8 @@ from typing import Any, NoReturn
 
 HERE = Path(__file__).parent
 MODULES = ("runner", "runner.worker", "runner.mirror")
+WORKER_OF_XDIST = ["-u", "-c", "import sys;exec(eval(sys.stdin.readline()))"]
+"""What execnet starts ``python`` with; whether it is a warm one, ``conftest`` decides."""
 READ_WHEN_USED = (
     "RUNNER_", "MLFLOW_", "SLURM", "COVERAGE_", "COV_", "PYTEST_", "COMP_", "GIT_", "DO_NOT_TRACK", "COLUMNS", "LINES",
     "PATH", "NO_COLOR", "TERM", "OLDPWD", "PWD", "SHLVL", "_", "GLIBC_TUNABLES",
@@ -129,9 +131,12 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 @contextlib.contextmanager
 def processes(environment: dict[str, str]) -> Iterator[None]:
     """While the block runs processes of ours may be warm; the one that they are forked from is started when the first
-    asks for it, in this environment."""
+    asks for it, in this environment. A process that was forked from one forks from the same."""
     global _find
     nowhere = _find
+    if nowhere():
+        yield
+        return
     with contextlib.ExitStack() as held:
         _find = functools.cache(lambda: held.enter_context(_server(environment)))
         try:
@@ -166,12 +171,13 @@ def serve(address: str) -> Callable[[], Any]:
         path.remove("")  # of python -c
     subprocess.Popen = Popen  # type: ignore[misc]
     _load()
-    _make_database(Path(address).parent)
+    database = _make_database(Path(address).parent)
     assert threads() <= {"jemalloc_bg_thd"}, threads()  # which knows how to be forked
     place = Place(address, _family(), [before, dict(os.environ)])
     _find = lambda: place  # noqa: E731
     set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
     with socket.socket(socket.AF_UNIX) as server, _children() as (wakeup, lines):
+        lines[database] = socket.socket(socket.AF_UNIX)  # nobody waits for it
         server.bind(address)
         server.listen(64)
         print(json.dumps(dict(os.environ)), flush=True)
@@ -215,7 +221,7 @@ def _is_ours(command: list[str]) -> bool:
     if len(command) < 2 or command[0] != sys.executable or len("\0".join(command)) >= LONGEST_COMMAND:
         return False
     words = command[2:] if command[1] == "-P" else command[1:]
-    return (words[0] == "-m" and words[1] in MODULES) or HERE in Path(words[0]).parents
+    return (words[0] == "-m" and words[1] in MODULES) or words == WORKER_OF_XDIST or HERE in Path(words[0]).parents
 
 
 def _differs(environment: dict[str, str], place: Place) -> bool:
@@ -249,8 +255,9 @@ def copy_databases(folder: Path) -> None:
         if not is_wanted:
             make(database)
             return
-        if not made.exists():
-            make(made)
+        if not made.exists():  # two that make it at the same time make two, of which the last one stays
+            make(own := folder / f"{os.getpid()}.db")
+            own.rename(made)
         aside = database.with_name(f".{database.name}.new")
         shutil.copy(made, aside)
         aside.rename(database)
@@ -300,8 +307,8 @@ def _load() -> None:
         os.environ.pop(name)
 
 
-def _make_database(folder: Path) -> None:
-    """Beforehand, so that nobody makes it at the same time; in a process of its own: MLflow keeps what it opened."""
+def _make_database(folder: Path) -> int:
+    """In a process of its own, whose number is returned: it takes seconds, and MLflow keeps what it opened."""
     from runner.tracking.mlflow import store
 
     copy_databases(folder)
@@ -310,8 +317,7 @@ def _make_database(folder: Path) -> None:
             store.connect(f"sqlite:///{folder}/first.db")
         finally:
             os._exit(0)
-    os.waitpid(pid, 0)
-    assert (folder / "mlflow.db").exists()
+    return pid
 
 
 @contextlib.contextmanager
@@ -381,8 +387,8 @@ def _become(start: Start, streams: list[int], path: list[str], set_by_imports: d
     os.umask(start.umask)
     os.environ.clear()
     os.environ.update({**set_by_imports, **start.environment})
-    if "COVERAGE_PROCESS_CONFIG" not in start.environment:
-        stop_coverage()
+    if "COVERAGE_PROCESS_CONFIG" not in start.environment or start.command[1:] == WORKER_OF_XDIST:
+        stop_coverage()  # pytest-cov measures a worker itself
     tempfile.tempdir = None
     numpy.random.seed()
     os.nice = lambda _: 0  # mirrors stand back, and a machine that is kept busy by tests would not come to them
@@ -434,7 +440,10 @@ def _run(command: list[str], path: list[str]) -> None:
     is_safe = command[1] == "-P"
     words = command[2:] if is_safe else command[1:]
     warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package", module="runpy")
-    if words[0] == "-m":
+    if words == WORKER_OF_XDIST:
+        sys.argv[:], sys.path[:] = ["-c"], ["", *path]
+        exec(words[-1], {"__name__": "__main__"})
+    elif words[0] == "-m":
         sys.argv[:] = words[1:]
         sys.path[:] = path if is_safe else [os.getcwd(), *path]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
