@@ -1,9 +1,10 @@
 """Processes of the program, forked from one that has loaded its libraries: a tenth of a second instead of ten.
 
 ``subprocess.Popen`` of the tests, and of what they start, is ``warm.Popen``: ``python -m runner…``, the scripts of
-this folder and the workers of pytest-xdist get a process of their own, with arguments, environment, folder, streams, session and signals as they would
-be, of which only the imports have happened before. Everything else, what a test marked ``cold`` starts, and a process
-whose environment has something that libraries read when they are imported, is started anew.
+this folder and the workers of pytest-xdist get a process of their own, with arguments, environment, folder, streams,
+session and signals as they would be, of which only the imports have happened before. Everything else, what a test
+marked ``cold`` starts, and a process whose environment has something that libraries read when they are imported, is
+started anew.
 """
 
 from __future__ import annotations
