@@ -122,8 +122,9 @@ def empty(
     ``layers``: the number of decoder layers to create; None: all.
 
     Raises:
-        ConfigError: ``quant`` would quantize nothing.
+        ConfigError: ``quant`` would quantize nothing, or cannot work on ``device``.
     """
+    quant.library_config(device)
     return _annotate(_without_weights(source, device, layers), source, quant)
 
 

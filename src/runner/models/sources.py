@@ -20,7 +20,7 @@ from annotated_types import Ge, Le
 from runner.config.schema import Seed, Text
 from runner.errors import ConfigError, Fault
 from runner.files import cache_dir, locked
-from runner.models import gguf_import, model_folder, tiny
+from runner.models import compat, gguf_import, model_folder, tiny
 from runner.models.dtypes import Precision, dtype_faults
 from runner.models.kernels.score_head import ScoreHead
 
@@ -153,7 +153,7 @@ def _from_gguf(file: Path, dtype: Precision, attention: Attention) -> ModelSourc
 
 
 def _make_once(name: str, write: Callable[[Path], None]) -> Path:
-    folder = cache_dir("models") / name
+    folder = cache_dir(compat.model_cache()) / name
     with locked(folder.with_name(f".{name}.lock")):
         if not folder.is_dir():
             log.info("writing the model folder %s (once)", folder)

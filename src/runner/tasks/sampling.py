@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runner.models import shards
+from runner.models import compat, shards
 from runner.models.kernels import compilation
 
 
@@ -95,7 +95,7 @@ def _is_exact(module: nn.Module) -> bool:
     if not isinstance(module, LoraLayer) or not isinstance(base, nn.Linear):
         return False
     names = module.active_adapters
-    plain = len(names) == 1 and names[0] in module.lora_A and names[0] not in module.lora_variant
+    plain = len(names) == 1 and names[0] in module.lora_A and names[0] not in compat.lora_variants(module)
     if not plain or module.disable_adapters or module.merged or module.lora_B[names[0]].bias is not None:
         return False
     return (

@@ -1,9 +1,9 @@
 """Isolate packed documents in attention: model inputs for a batch, and checks that the model respects them.
 
-transformers (4.53 or later) detects documents by ``position_ids`` that restart at 0 and builds the mask, including
-sliding windows. This works only if the model passes ``position_ids`` on; some families do not (OPT, Falcon, MPT, Mamba
-in 5.23). And ``AutoModelForCausalLM`` loads encoders (BERT, XLNet), whose tokens depend on later ones. Therefore
-``check_causal`` and ``check_isolation`` test each model.
+transformers (4.53 or later, with torch 2.6) detects documents by ``position_ids`` that restart at 0 and builds the
+mask, including sliding windows. This works only if the model passes ``position_ids`` on; some families do not (OPT,
+Falcon, MPT, Mamba in 5.23). And ``AutoModelForCausalLM`` loads encoders (BERT, XLNet), whose tokens depend on later
+ones. Therefore ``check_causal`` and ``check_isolation`` test each model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigError, Fault
+from runner.models import compat
 from runner.models.kernels import isolation, long_rope, score_head, varlen_attention
 
 
@@ -36,7 +37,7 @@ def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]
     if "flash" in str(model.config._attn_implementation):
         return {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1), "use_cache": False}
     arguments = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    return arguments if _masks_by_position() else {**arguments, "attention_mask": _mask(positions, model)}
+    return arguments if compat.masks_by_position() else {**arguments, "attention_mask": _mask(positions, model)}
 
 
 def check_causal(model: Any, autocast: torch.dtype | None, longest: int | None = None) -> None:
@@ -94,15 +95,6 @@ def _name(model: Any) -> str:
     return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
 
 
-def _masks_by_position() -> bool:
-    """Whether transformers builds the mask from ``position_ids`` (4.53 or later)."""
-    try:
-        from transformers.masking_utils import find_packed_sequence_indices  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def _mask(positions: Tensor, model: Any) -> Tensor:
     """Additive attention mask (B, 1, T, T): 0 for earlier positions of the same document, else the lowest number.
 
@@ -113,7 +105,11 @@ def _mask(positions: Tensor, model: Any) -> Tensor:
     window = getattr(model.config, "sliding_window", None)
     if window and window < length and getattr(model.config, "use_sliding_window", True):
         problem = f"this transformers cannot combine rows of {length} tokens with a sliding window of {window}"
-        raise ConfigError(Fault("data.packing", problem, "use transformers >= 4.53, or set data.packing=false", True))
+        raise ConfigError(
+            Fault(
+                "data.packing", problem, "use transformers >= 4.53 with torch >= 2.6, or set data.packing=false", True
+            )
+        )
     document = (positions == 0).cumsum(1)  # (B, T)
     same = document[:, :, None] == document[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()

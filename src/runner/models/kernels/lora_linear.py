@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from runner.models import compat
 from runner.models.kernels import buffers
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _only_adapter(layer: Any) -> str | None:
     name = names[0]
     dropout = layer.lora_dropout[name]
     drops = layer.training and not isinstance(dropout, nn.Identity) and dropout.p > 0
-    if drops or name in layer.lora_variant or layer.lora_B[name].bias is not None:
+    if drops or name in compat.lora_variants(layer) or layer.lora_B[name].bias is not None:
         return None
     return str(name)
 

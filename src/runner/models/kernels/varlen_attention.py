@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runner.models import compat
 from runner.models.kernels import isolation
 
 NAME = "by_document"
@@ -64,6 +65,8 @@ def obstacle(model: Any) -> str:
     base = _base(model)
     if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):
         return f"{type(base).__name__} has its own attention implementation"
+    if not compat.can_change_attention(base):
+        return "attention by document needs transformers >= 4.54"
     return "" if _register() else "attention by document needs a newer torch or transformers"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
+from runner.models import compat
 from runner.models.dtypes import Precision, dtype_faults, dtype_for
 from runner.models.quantization.quant import Quant
 
@@ -61,9 +62,10 @@ class Int8(Quant):
     rounds_activations: bool = True
     unpacks: bool = True
 
-    def library_config(self, device: torch.device | str) -> Any:  # noqa: ARG002
+    def library_config(self, device: torch.device | str) -> Any:
         from transformers import BitsAndBytesConfig
 
+        compat.check_quantization(device)
         return BitsAndBytesConfig(load_in_8bit=True)
 
     def selects(self, layer: nn.Module) -> bool:
@@ -111,6 +113,7 @@ class FourBit(Quant):
         import torch
         from transformers import BitsAndBytesConfig
 
+        compat.check_quantization(device)
         fast = _name_of("auto", device)
         if torch.device(device).type == "cuda" and self.compute_dtype not in ("auto", fast):
             problem = f"this GPU computes 4-bit layers in {fast}: any other dtype is slow and gains nothing"

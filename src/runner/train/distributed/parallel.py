@@ -14,6 +14,7 @@ from typing import Any, Literal
 from runner.config.bind import bind, bind_target, option
 from runner.config.schema import Count
 from runner.errors import ConfigError, Fault
+from runner.models import compat
 from runner.models.kernels import compilation
 
 
@@ -77,6 +78,8 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Faults of ``parallel`` in combination with other groups; works before ``resolve`` too."""
     if bind_target(cfg["parallel"]) is not fsdp:
         return
+    if not compat.at_least("torch", "2.6"):
+        yield Fault("parallel", "parallel=fsdp needs torch 2.6", "install torch >= 2.6, or use parallel=ddp", "fsdp")
     if not bind(cfg["quant"], "quant")().plain:
         remedy = "use parallel=ddp (quantized weights are small), or quant=none"
         yield Fault("parallel", "parallel=fsdp does not support quantized weights", remedy, "fsdp")

@@ -1,0 +1,55 @@
+"""Where the supported versions of torch, transformers, PEFT and bitsandbytes differ, back to the reference stack.
+
+The reference stack: Python 3.12, torch 2.5.1, transformers 4.48.3, peft 0.14.0, bitsandbytes 0.49.1. Nothing else in
+this package looks at a version. Each function names the version that makes it superfluous.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Container
+from typing import Any
+
+from runner.errors import ConfigError, Fault
+
+
+@functools.cache
+def at_least(package: str, version: str) -> bool:
+    """Whether the installed ``package`` has this version or a later one."""
+    from packaging.version import Version
+
+    return Version(importlib.metadata.version(package)) >= Version(version)
+
+
+def lora_variants(layer: Any) -> Container[str]:
+    """The adapters of a LoRA layer that compute something else than plain LoRA, such as DoRA (PEFT 0.16)."""
+    variants: Container[str] | None = getattr(layer, "lora_variant", None)
+    return {name for name, uses in layer.use_dora.items() if uses} if variants is None else variants
+
+
+def masks_by_position() -> bool:
+    """Whether transformers masks documents whose ``position_ids`` begin again (transformers 4.53, torch 2.6)."""
+    return at_least("transformers", "4.53") and at_least("torch", "2.6")
+
+
+def can_change_attention(model: Any) -> bool:
+    """Whether the attention of a loaded model can be changed (transformers 4.54)."""
+    return hasattr(model, "set_attn_implementation")
+
+
+def model_cache() -> str:
+    """The room of the cache for models that transformers writes: 4 cannot load the tokenizers that 5 saves."""
+    return "models" if at_least("transformers", "5") else "models-transformers-4"
+
+
+def check_quantization(device: Any) -> None:
+    """Check that transformers loads weights of bitsandbytes onto the device (4.53).
+
+    Raises:
+        ConfigError: it needs a GPU: 4.48 to 4.50 end in an AttributeError, 4.51 and 4.52 refuse a CPU.
+    """
+    if str(device).startswith("cpu") and not at_least("transformers", "4.53"):
+        installed = importlib.metadata.version("transformers")
+        problem = f"transformers {installed} loads 8-bit and 4-bit weights on GPUs only, and this machine has none"
+        raise ConfigError(Fault("quant", problem, "install transformers >= 4.53, or use quant=none"))
