@@ -20,8 +20,9 @@ from annotated_types import Ge, Le
 from runner.config.schema import Seed, Text
 from runner.errors import ConfigError, Fault
 from runner.files import cache_dir, locked
-from runner.models import compat, gguf_import, model_folder, tiny
+from runner.models import gguf_import, model_folder, tiny
 from runner.models.dtypes import Precision, dtype_faults
+from runner.models.kernels import compat
 from runner.models.kernels.score_head import ScoreHead
 
 Attention = Literal["auto", "by_document", "sdpa", "eager", "flash_attention_2", "flex_attention"]

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runner.models import compat, shards
-from runner.models.kernels import compilation
+from runner.models import shards
+from runner.models.kernels import compat, compilation
 
 
 @dataclass(frozen=True)

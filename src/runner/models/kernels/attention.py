@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigError, Fault
-from runner.models import compat
-from runner.models.kernels import isolation, long_rope, score_head, varlen_attention
+from runner.models.kernels import compat, isolation, long_rope, score_head, varlen_attention
 
 
 def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from runner.models import compat
-from runner.models.kernels import buffers
+from runner.models.kernels import buffers, compat
 
 if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.models import compat
-from runner.models.kernels import isolation
+from runner.models.kernels import compat, isolation
 
 NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
-from runner.models import compat
 from runner.models.dtypes import Precision, dtype_faults, dtype_for
+from runner.models.kernels import compat
 from runner.models.quantization.quant import Quant
 
 if TYPE_CHECKING:

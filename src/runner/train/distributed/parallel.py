@@ -14,8 +14,7 @@ from typing import Any, Literal
 from runner.config.bind import bind, bind_target, option
 from runner.config.schema import Count
 from runner.errors import ConfigError, Fault
-from runner.models import compat
-from runner.models.kernels import compilation
+from runner.models.kernels import compat, compilation
 
 
 @dataclass(frozen=True)

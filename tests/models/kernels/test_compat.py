@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from runner.errors import ConfigError
-from runner.models import compat
-from runner.models.kernels import attention
+from runner.models.kernels import attention, compat
 from runner.models.quantization.bitsandbytes import four_bit, int8
 
 
