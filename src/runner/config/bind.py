@@ -116,11 +116,10 @@ def _values(node: Mapping[str, Any]) -> dict[str, Any]:
 
 def _places(function: Callable[..., Any], node: Mapping[str, Any]) -> dict[str, Any]:
     """Where the user's code is, for an option that calls a function of it."""
-    return (
-        {user_code.PATHS: node.get(user_code.PATHS)}
-        if user_code.PATHS in inspect.signature(function).parameters
-        else {}
-    )
+    return {user_code.PATHS: node.get(user_code.PATHS)} if user_code.PATHS in _signature(function).parameters else {}
+
+
+_signature = functools.lru_cache(maxsize=512)(inspect.signature)
 
 
 @functools.cache
@@ -160,8 +159,8 @@ def _resolve(node: Mapping[str, Any], group: str = "") -> Callable[..., Any]:
     except ConfigError as error:
         raise ConfigError(*(replace(fault, key=fault.key or TARGET, value=name) for fault in error.faults)) from error
     function = getattr(module, attribute, None)
-    names = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
     if not callable(function) or attribute.startswith("_"):
+        names = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
         problem = f"no such function. {suggest(attribute, names)}".strip()
         raise ConfigError(Fault(TARGET, problem, "correct the name", name))
     if paths and not user_code.from_user_code(function, paths):
@@ -206,7 +205,8 @@ def unknown_key(name: str, known: Iterable[str], value: object = ..., *, is_ours
     )
 
 
-def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+@functools.lru_cache(maxsize=512)
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters of a function, with annotations in place of their texts for the keyword-only ones."""
     # Only the YAML keys' annotations are evaluated: those of run-time objects may name torch, which is not loaded.
     names = getattr(function, "__globals__", None) or vars(importlib.import_module(function.__module__))
@@ -214,7 +214,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         name: parameter.replace(annotation=_evaluated(parameter.annotation, names))
         if parameter.kind is parameter.KEYWORD_ONLY
         else parameter
-        for name, parameter in inspect.signature(function).parameters.items()
+        for name, parameter in _signature(function).parameters.items()
     }
 
 
