@@ -165,7 +165,8 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     began = time.monotonic()
     sums = loop.evaluation_sums(preparer, batches, before=terminal.progress("evaluating"))
     details["seconds"] = round(time.monotonic() - began, 3)
-    return name, run.options.task.metrics(sums), details
+    named = loop.evaluation_metrics(run.options.task, sums)
+    return name, {metric.removeprefix("eval/"): value for metric, value in named.items()}, details
 
 
 def _give_reference(run: Trained, batches: Batches, wrapped: Wrapped) -> Start:
@@ -228,9 +229,13 @@ def _batches(run: Trained, chosen: _Rows) -> tuple[Batches, dict[str, Any], str]
         same_rows = {**chosen.node, "packing": None} == {**run.cfg["data"], "packing": None}
         name = HELD_OUT if same_rows else f"{HELD_OUT}_{report.eval_rows}"
         return batches, _details(splits.name, splits.digest, splits.uri, report), name
-    data, source = options.data, options.source()
+    data, (given, *others) = options.data, options.sources.values()
+    if others:
+        problem, remedy = "evaluates on one data set", "name it: data=local data.path=FILE"
+        raise ConfigError(Fault("data", problem, remedy, "mix"))
+    source = given.source()
     pretrained.check_max_length(run.result, data.max_length)
-    rows, report = tokenization.every_row(source, options.format, options.task, run.tokenizer, data)
+    rows, report = tokenization.every_row(source, given.format, options.task, run.tokenizer, given.settings)
     if report.truncated or report.dropped:
         print(f"warning: {too_long(options, report)}", file=sys.stderr)
     if source.eval is None:

@@ -9,7 +9,6 @@ from typing import Any
 from runner import streams, terminal
 from runner.cli import jobs
 from runner.cli.args import Verb
-from runner.config import schema
 from runner.data.packing import IGNORED
 from runner.errors import visible
 from runner.train import report
@@ -125,8 +124,9 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
         (
             "held out",
             f"{counts.eval_rows} rows{_limited('eval_rows', options.data.eval_rows)}, {counts.eval_tokens} tokens"
-            + (f"\nwarning: {few}" if (few := schema.few_held_out(counts.eval_rows)) else ""),
+            + "".join(f"\nwarning: {few}" for few in report.few_held_out(run_inputs.splits)),
         ),
+        *([("sets", "\n".join(sets))] if (sets := list(report.of_parts(run_inputs))) else []),
         ("batches", batches),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -153,7 +154,8 @@ def _key(word: str) -> str:
 
 
 def _is_where(key: str) -> bool:
-    return key in (*WHERE, *GROUPS, *PLACES) or key.startswith(tuple(f"{group}." for group in GROUPS))
+    place = re.sub(r"^data\.(sources|evals)\.[^.]+\.", "data.", key)
+    return place in (*WHERE, *GROUPS, *PLACES) or key.startswith(tuple(f"{group}." for group in GROUPS))
 
 
 def _restored(original: Recorded, overrides: list[str], *, is_exact: bool) -> Job:
@@ -265,7 +267,7 @@ def _prepared(original: Recorded, job: Job, folder: Path, argv: list[str], code:
     """Prepare the new folder. Its manifest records the original run, and the data digest that the worker checks."""
     data = original.manifest.get("data") or {}
     model = {key: value for key, value in (original.manifest.get("model") or {}).items() if key == "revision"}
-    pinned = {key: data[key] for key in ("digest", "revision", "function") if key in data}
+    pinned = {key: data[key] for key in ("digest", "revision", "function", "sources", "evals") if key in data}
     source = {
         "of": original.mlflow_id or original.manifest.get("id"),
         "id": original.manifest.get("id"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from runner.config import bind, schema, user_code
+from runner.config import bind, data_nodes, schema, user_code
 from runner.config.schema import RunSettings, TrainSettings, divisors
 from runner.errors import ConfigError, Fault
 from runner.secrets import find_secrets
@@ -70,6 +71,18 @@ def _group_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def _data_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
+    """Faults of the node ``data`` itself, then of the data sets inside of it."""
+    yield from _set_faults(node)
+    if inside := list(data_nodes.faults(node)):
+        yield from inside
+        return
+    for group in data_nodes.GROUPS:
+        for name in data_nodes.named(node, group):
+            for fault in _set_faults(data_nodes.each(node, group)[name]):
+                yield replace(fault, key=f"data.{group}.{name}{fault.key.removeprefix('data')}")
+
+
+def _set_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
     settings, form, source = schema.split_data(dict(node))
     yield from bind.find_faults(settings, "data", schema.DataSettings)
     yield from bind.find_faults(form, "data.format")
@@ -86,7 +99,8 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     for key in find_secrets(cfg):
         remedy = "put it into the environment (HF_TOKEN, MLFLOW_TRACKING_USERNAME and _PASSWORD): it is found there"
         yield Fault(key, "looks like a secret, and the configuration of a run is written down", remedy)
-    yield from schema.check_data(cfg["data"])
+    for name, node in data_nodes.each(cfg["data"]).items():
+        yield from schema.check_data(node, f"data.{data_nodes.SOURCES}.{name}" if name else "data")
     for module in dict.fromkeys(inspect.getmodule(bind.bind_target(cfg[group])) for group in OPTION_GROUPS):
         yield from getattr(module, "check_combination", lambda _: ())(cfg)
     train = cfg["train"]

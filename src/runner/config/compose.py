@@ -30,7 +30,7 @@ from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner.config import code_files, overrides, user_code
+from runner.config import code_files, data_nodes, overrides, user_code
 from runner.config.bind import config_dir, to_plain
 from runner.config.explain import CONFIG_NAME, is_choice, told
 from runner.config.job import Job
@@ -253,6 +253,7 @@ class Composer:
         folder, sweep_dir = self._folders(composed, mode)
         own = [str(key) for key in composed if key not in ("hydra", "experiment")]
         cfg = to_plain(OmegaConf.masked_copy(composed, own))
+        cfg["data"] = data_nodes.completed(cfg["data"])
         user_code.refuse_given(cfg)
         return Job(cfg, plain, node, node["overrides"]["task"], folder, sweep_dir, self._code_folders)
 
@@ -278,6 +279,9 @@ class Composer:
         composed = copy.deepcopy(self._bases[key])
         values = [override for override in parsed if not any(override is choice for choice in choices)]
         lines = [(override.is_hydra_override(), str(override.input_line)) for override in parsed]
+        for group in data_nodes.GROUPS:
+            if isinstance(node := OmegaConf.select(composed, f"data.{group}"), DictConfig):
+                OmegaConf.set_struct(node, False)  # the names below it are the user's
         with read_write(composed.hydra):
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
             composed.hydra.overrides.hydra = [line for is_hydra, line in lines if is_hydra]

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config import words
+from runner.config import data_nodes, words
 from runner.config.bind import NO_KEY, config_dir, unknown_key
 from runner.errors import ConfigError, Fault, suggest
 from runner.secrets import redact
@@ -61,8 +61,12 @@ def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
         key = override.key_or_group
         if key.split(".")[0].split("/")[0] == "hydra" or override.is_add() or override.is_force_add():
             continue
+        if data_nodes.is_open(key) and ".".join(key.split(".")[:2]) in known:
+            continue
         if id(override) in wrong:
             yield from wrong[id(override)]
+        elif known and data_nodes.is_open(key):
+            yield Fault(key, "no such key with this option", "it is a key of data=mix", _value_of(override))
         elif known and key not in known:
             yield _key_fault(key, _value_of(override), known, groups)
         elif known:

@@ -131,22 +131,22 @@ def split_data(node: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     """The config node ``data`` as (node of DataSettings, node of the format, node of the source)."""
     names = {field.name for field in fields(DataSettings)}
     settings = {key: value for key, value in node.items() if key in names}
-    source = {key: value for key, value in node.items() if key not in names and key != "format"}
+    source = {key: value for key, value in node.items() if key not in {*names, "format", "evals"}}
     form = node.get("format")
     return settings, dict(form) if isinstance(form, Mapping) else {}, source
 
 
-def check_data(node: Mapping[str, Any]) -> Iterator[Fault]:
+def check_data(node: Mapping[str, Any], key: str = "data") -> Iterator[Fault]:
     """Faults of the node ``data`` that lie between its settings and its source, each of them right by itself."""
     settings, _, source = split_data(node)
     brings_rows = any(value is not None for key, value in source.items() if key.startswith("eval_"))
     if not settings["eval_fraction"] and not brings_rows:
-        yield nothing_held_out("leaves nothing to evaluate on: the source brings no rows for that", 0)
+        yield nothing_held_out("leaves nothing to evaluate on: the source brings no rows for that", 0, key)
 
 
-def nothing_held_out(problem: str, fraction: float) -> Fault:
-    remedy = "raise data.eval_fraction, or name rows to evaluate on (data.eval_path, data.eval_split)"
-    return Fault("data.eval_fraction", problem, remedy, fraction)
+def nothing_held_out(problem: str, fraction: float, key: str = "data") -> Fault:
+    remedy = f"raise {key}.eval_fraction, or name rows to evaluate on ({key}.eval_path, {key}.eval_split)"
+    return Fault(f"{key}.eval_fraction", problem, remedy, fraction)
 
 
 FEW_HELD_OUT = 10

@@ -232,12 +232,19 @@ def _targets(cfg: Mapping[str, Any]) -> Iterator[str]:
     return (str(node["_target_"]) for node in _nodes(cfg))
 
 
+def _forms(node: Any) -> Iterator[dict[str, Any]]:
+    """The formats of ``data`` and of each data set inside of it."""
+    if isinstance(node, dict):
+        if isinstance(form := node.get("format"), dict):
+            yield form
+        for value in node.values():
+            yield from _forms(value)
+
+
 def _functions_named(cfg: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """(dict or list, key or index) of every value that names a function of the user's."""
     data, task = cfg.get("data"), cfg.get("task")
-    form = data.get("format") if isinstance(data, Mapping) else None
     rewards = task.get("rewards") if isinstance(task, Mapping) else None
-    if isinstance(form, dict) and isinstance(form.get("function"), str):
-        yield form, "function"
+    yield from ((form, "function") for form in _forms(data) if isinstance(form.get("function"), str))
     if isinstance(rewards, list):
         yield from ((rewards, at) for at, reward in enumerate(rewards) if isinstance(reward, str))

@@ -7,13 +7,14 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from runner.data.collator import Batch, collate
 from runner.data.data_order import DataOrder
 from runner.data.examples import Answers
-from runner.data.packing import IGNORED, Rows, one_by_one
+from runner.data.packing import IGNORED, Part, Rows
 
 PADDED_TO = 8
 """Padded lengths are multiples of this: faster on tensor cores, and fewer different shapes."""
@@ -56,8 +57,9 @@ class Batches:
         world: int = 1,
         epochs: float | None = None,
         answers: Answers | None = None,
+        max_repeats: float = math.inf,
     ) -> None:
-        self.rows, self.packs = rows, rows.packs if packing else one_by_one(len(rows), rows.unit)
+        self.rows, self.packs = rows, rows.packs if packing else rows.packs.apart(rows.unit)
         self.packing, self.max_length, self.pad_id = packing, max_length, pad_id
         self.rows_per_batch, self.rank, self.world = rows_per_batch, rank, world
         self.per_micro_batch = rows_per_batch * world
@@ -66,7 +68,9 @@ class Batches:
         self.pack_length = rows.unit * max_length
         assert packing is False or self.sizes.max() <= self.pack_length, "a pack is longer than its row"
         per_step = self.per_micro_batch * accumulation
-        self.order = DataOrder(self.sizes, per_step=per_step, seed=seed, shuffle=shuffle, epochs=epochs)
+        self.order = DataOrder(self.sizes, per_step=per_step, seed=seed, shuffle=shuffle, epochs=epochs,
+                               max_repeats=max_repeats, **self._of_parts())  # fmt: skip
+        self._part: int | None = None
         self.end_to_end = self.by_document = False
 
     def step(self, i: int) -> list[Batch]:
@@ -75,7 +79,30 @@ class Batches:
 
     def one_pass(self) -> Iterator[Batch]:
         """Every pack once, in the order of the first epoch, for an evaluation."""
-        return map(self.of, self.parts(self.order.packs_of_pass()))
+        return map(self.of, self.parts(self.packs_of_pass()))
+
+    def packs_of_pass(self) -> list[int]:
+        """The packs of ``one_pass``, over all ranks."""
+        return self.order.packs_of_pass(self._part)
+
+    def by_part(self) -> list[tuple[Part, Batches]]:
+        """Each part of the rows, with batches whose ``one_pass`` has the packs of that part alone."""
+        if not self.rows.parts:
+            return [(Part("", len(self.rows)), self)]
+        return [(part, self._only(number)) for number, part in enumerate(self.rows.parts)]
+
+    def _only(self, part: int) -> Batches:
+        batches = copy.copy(self)
+        batches._part = part
+        return batches
+
+    def _of_parts(self) -> dict[str, Any]:
+        """What ``DataOrder`` needs to know of several sources."""
+        if len(self.rows.parts) < 2:
+            return {}
+        owners = self.rows.owners(self.packs.rows[self.packs.offsets[:-1]])
+        counted = self._trained if self._trained.any() else np.diff(self.packs.offsets)
+        return {"parts": self.rows.parts, "owners": owners, "counted": counted}
 
     def of(self, packs: list[int]) -> Batch:
         """One batch of these packs, at most ``rows_per_batch``."""
@@ -108,12 +135,12 @@ class Batches:
     @property
     def pass_packs(self) -> list[int]:
         """The packs that this rank computes in ``one_pass``."""
-        return [pack for part in self.parts(self.order.packs_of_pass()) for pack in part]
+        return [pack for part in self.parts(self.packs_of_pass()) for pack in part]
 
     @property
     def batches_in_pass(self) -> int:
         """Number of batches that ``one_pass`` yields."""
-        return math.ceil(len(self.packs) / self.per_micro_batch)
+        return math.ceil(len(self.packs_of_pass()) / self.per_micro_batch)
 
     def parts(self, packs: list[int]) -> Iterator[list[int]]:
         """This rank's packs of each micro-batch; ``packs``: those of all ranks."""
@@ -206,7 +233,7 @@ class Batches:
         """Fraction of the computed positions that are not padding, in the first epoch."""
         if self.packing:
             return float(self.sizes.sum() / (len(self.packs) * self.pack_length))
-        order = np.array(self.order.packs_of_pass())
+        order = np.array(self.packs_of_pass())
         parts = np.split(order, range(self.rows_per_batch, len(self.packs), self.rows_per_batch))
         if self.end_to_end:
             return float(self.sizes.sum() / sum(self._padded(int(self.sizes[part].sum())) for part in parts))

@@ -17,6 +17,8 @@ A batch is a dict:
 - ``tokens``, ``trained``, ``trained_first``, ``documents``, ``units``: ints, the number of tokens without padding, of
   labels, of labels in the first document of each unit, and so on. ``weighted``: the sum of the labels' weights.
 - ``weights``: (trained,) float32, the weight of each label in the order of ``trained_at``; only if the data have any.
+- ``sources`` and ``source_at``, if the rows are those of a mixture: the names of its sources, and (trained,) int64,
+  which of them each label is of, in the order of ``trained_at``.
 - The numbers of each document, by name (``Rows.values``): (documents,) float32.
 """
 
@@ -48,6 +50,7 @@ def collate(
     labels = np.full(shape, IGNORED, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     weights = None if rows.weights is None else np.zeros(shape, dtype=np.float32)
+    sources = np.zeros(shape, dtype=np.int64) if rows.parts else None
     lengths: list[list[int]] = [[] for _ in range(count)]
     last: list[int] = []
     for b, of_row in enumerate(members):
@@ -59,6 +62,8 @@ def collate(
             labels[b, start : end - 1] = row_labels[1:]
             if weights is not None:
                 weights[b, start : end - 1] = rows.weights_of(row)[1:]
+            if sources is not None:
+                sources[b, start:end] = rows.owners(row)
             positions[b, start:end] = np.arange(len(row_ids))
             lengths[b].append(len(row_ids))
             last.append(b * length + end - 1)
@@ -79,6 +84,7 @@ def collate(
         "last_at": torch.tensor(last, dtype=torch.int64),
         "trained": len(trained_at),
         **_weighed(weights, trained_at),
+        **_named(rows, sources, trained_at),
         **_counts(rows, np.concatenate([np.array([], dtype=np.int64), *members])),
     }
 
@@ -91,6 +97,16 @@ def _weighed(weights: np.ndarray | None, trained_at: np.ndarray) -> Batch:
         return {"weighted": len(trained_at)}
     weights = weights.reshape(-1)[trained_at]
     return {"weighted": float(weights.sum(dtype=np.float64)), "weights": torch.from_numpy(weights)}
+
+
+def _named(rows: Rows, sources: np.ndarray | None, trained_at: np.ndarray) -> Batch:
+    """The names of the sources, and the source of each label."""
+    import torch
+
+    if sources is None:
+        return {}
+    names = tuple(part.name for part in rows.parts)
+    return {"sources": names, "source_at": torch.from_numpy(sources.reshape(-1)[trained_at])}
 
 
 def _counts(rows: Rows, documents: np.ndarray) -> Batch:

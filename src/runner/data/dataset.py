@@ -12,7 +12,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,14 @@ from runner.config import user_code, user_function
 from runner.config.schema import DataSettings
 from runner.data.examples import Encoder, Example
 from runner.data.packing import Rows
-from runner.data.tokenization import DataReport, Tokenised, tokenise
+from runner.data.tokenization import DataReport, Tokenised, held_out, tokenise
 from runner.errors import DataError, Fault
 from runner.files import cache_dir, locked, write_atomic
 
 if TYPE_CHECKING:
     from runner.data.sources import Source
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Part of the cache key. Increase it when a code change alters the tokens of the same data and settings."""
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,12 @@ class Splits:
     """The YAML keys of the task that the training rows have decided."""
     revision: str | None = None
     """Commit hash of a Hub dataset."""
+    sources: Mapping[str, Splits] = field(default_factory=dict)
+    """The sources of a mixture by name, each with the rows that are trained; empty if the data are no mixture."""
+    evals: Mapping[str, Splits] = field(default_factory=dict)
+    """Further sets to evaluate on, which have no training rows."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """The share of each source in the trained tokens."""
 
 
 def load(
@@ -59,8 +65,12 @@ def load(
     tokenizer: Any,
     settings: DataSettings,
     identity: Mapping[str, Any],
+    *,
+    trains: bool = True,
 ) -> Splits:
     """Return the tokenised splits from the cache; tokenise first if the cache has no entry. A lock avoids double work.
+
+    ``trains``: False if the data are only evaluated on: without training rows, see ``tokenization.every_row``.
 
     ``identity``: the config nodes ``format`` and ``task``, and ``code``, the digests of the user's own code if there is
     any. The cache key is a hash of them, the data, the tokenizer and the settings.
@@ -69,13 +79,14 @@ def load(
         DataError: unreadable or malformed rows, or no rows for training or evaluation.
     """
     source = source_fn()
-    key = _cache_key(source, tokenizer, settings, identity)
+    key = _cache_key(source, tokenizer, settings, identity if trains else {**identity, "trains": False})
+    make = tokenise if trains else held_out
     try:
         folder = cache_dir("data") / key
         with locked(folder.with_suffix(".lock")):
             entry = _read(folder)
             if entry is None:
-                _write(folder, tokenise(source, format_fn, task, tokenizer, settings))
+                _write(folder, make(source, format_fn, task, tokenizer, settings))
                 entry = _read(folder)
     except OSError as error:
         problem = f"the cache of tokenised data cannot be written: {error.strerror or error} ({error.filename or key})"
@@ -115,8 +126,9 @@ def _write(folder: Path, entry: Tokenised) -> None:
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         temporary.mkdir()
-        for split in ("train", "eval"):
-            getattr(entry, split).save(temporary, split)
+        for split, rows in (("train", entry.train), ("eval", entry.eval)):
+            if len(rows):
+                rows.save(temporary, split)
         meta = {"report": asdict(entry.report), "samples": entry.samples, "settled": dict(entry.settled)}
         write_atomic(temporary / "report.json", json.dumps(meta, indent=1, ensure_ascii=False))
         shutil.rmtree(folder, ignore_errors=True)  # a corrupt entry
@@ -131,8 +143,9 @@ def _read(folder: Path) -> Tokenised | None:
         return None
     try:
         meta = json.loads((folder / "report.json").read_text())
-        train, held_out = Rows.load(folder, "train"), Rows.load(folder, "eval")
-        return Tokenised(train, held_out, DataReport(**meta["report"]), meta["samples"], meta["settled"])
+        report = DataReport(**meta["report"])
+        train = Rows.load(folder, "train") if report.train_rows else Rows.of([])
+        return Tokenised(train, Rows.load(folder, "eval"), report, meta["samples"], meta["settled"])
     except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
         log.warning("the cache of tokenised data is damaged, tokenising again: %s (%s)", folder, error)
         return None

@@ -28,6 +28,26 @@ class Packs:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def apart(self, unit: int) -> Packs:
+        """The same rows in their order, each unit of ``unit`` rows in a pack of its own."""
+        return Packs(rows := np.sort(self.rows), np.arange(0, len(rows) + 1, unit))
+
+    def without(self, left_out: np.ndarray) -> Packs:
+        """The packs without these rows: (all rows,) bool. Packs that would be empty are left out."""
+        kept = ~left_out[self.rows]
+        counts = np.add.reduceat(kept, self.offsets[:-1], dtype=np.int64)
+        return Packs(self.rows[kept], np.cumsum([0, *counts[counts > 0]], dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one source among those of several, which follow each other."""
+
+    name: str
+    rows: int
+    weight: float = 1.0
+    """In training the share of the source; in an evaluation 1 if its rows count in the metrics of all, else 0."""
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -69,6 +89,12 @@ class Rows:
     """The weight of each label, (tokens,) float32; None: 1."""
     records: Texts | None = None
     """A text that a task gives each row: what its reward functions are given of the row."""
+    prompts: np.ndarray | None = None
+    """A hash of each row's prompt, (rows,) uint64: rows with equal ones must not be both trained and held out."""
+    trained: np.ndarray | None = None
+    """``labels_per_row`` where it is known already."""
+    parts: tuple[Part, ...] = ()
+    """The sources of the rows, if they have names."""
 
     @classmethod
     def of(cls, documents: Sequence[tuple[np.ndarray, np.ndarray]], **values: Sequence[float]) -> Rows:
@@ -89,6 +115,10 @@ class Rows:
         cut = slice(self.offsets[row], self.offsets[row + 1])
         return self.ids[cut], self.labels[cut]
 
+    def owners(self, rows: np.ndarray) -> np.ndarray:
+        """The number of the part of each of these rows."""
+        return np.searchsorted(np.cumsum([part.rows for part in self.parts]), rows, side="right")
+
     def weights_of(self, row: int) -> np.ndarray:
         """The weights of the labels of one row."""
         assert self.weights is not None
@@ -101,6 +131,8 @@ class Rows:
     @functools.cached_property
     def labels_per_row(self) -> np.ndarray:
         """(rows,) number of labels, without that of the first token, which is never predicted."""
+        if self.trained is not None:
+            return self.trained
         counts = np.add.reduceat(self.labels != IGNORED, self.offsets[:-1], dtype=np.int64)
         return counts - (self.labels[self.offsets[:-1]] != IGNORED)
 
@@ -130,19 +162,22 @@ class Rows:
         records = None
         if (folder / f"{name}.records.npy").exists():
             records = Texts(*(np.load(folder / f"{name}.{each}.npy", mmap_mode="r") for each in RECORD_COLUMNS))
-        others = [*values.values(), *([records] if records is not None else [])]
+        prompts, trained = (np.load(folder / f"{name}.{each}.npy", mmap_mode="r") for each in ("prompts", "trained"))
+        others = [prompts, trained, *values.values(), *([records] if records is not None else [])]
         lengths = [len(offsets) - 1, len(rows), int(packs[-1]), *map(len, others)]
         tokens = [len(ids), len(labels), offsets[-1], *([] if weights is None else [len(weights)])]
         if len(set(map(int, tokens))) > 1 or len(set(lengths)) > 1:
             raise ValueError(f"the columns of {name} have inconsistent lengths")
-        return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values, weights, records)
+        return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values, weights, records, prompts, trained)
 
     def _columns(self) -> dict[str, np.ndarray]:
         packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets, "unit": np.array(self.unit)}
         values = {f"{VALUE}{name}": numbers for name, numbers in self.values.items()}
         weights = {} if self.weights is None else {"weights": self.weights}
         texts = dict(zip(RECORD_COLUMNS, vars(self.records).values(), strict=True)) if self.records else {}
-        return {"ids": self.ids, "labels": self.labels, "offsets": self.offsets, **packs, **values, **weights, **texts}
+        prompts = np.zeros(len(self), np.uint64) if self.prompts is None else self.prompts
+        of_rows = {"offsets": self.offsets, "prompts": prompts, "trained": self.labels_per_row}
+        return {"ids": self.ids, "labels": self.labels, **of_rows, **packs, **values, **weights, **texts}
 
 
 def answer_start(labels: Sequence[int] | np.ndarray) -> int:

@@ -112,6 +112,14 @@ def every_row(
     return rows, _with_lengths(counts, lengths)
 
 
+def held_out(
+    source: Source, format_fn: Callable[..., Example], task: Encoder, tokenizer: Any, settings: DataSettings
+) -> Tokenised:
+    """``every_row`` of a source, and no training rows."""
+    rows, report = every_row(source, format_fn, task, tokenizer, settings)
+    return Tokenised(Rows.of([]), rows, report, [], {})
+
+
 class _Columns(NamedTuple):
     """The tokenised rows of one split, concatenated."""
 
@@ -125,6 +133,8 @@ class _Columns(NamedTuple):
     """The weight of each label."""
     records: list[str] | None
     """A text of each row, if the rows are prompts."""
+    prompts: array.array
+    """The beginning of ``Item.prompt`` of each row."""
 
 
 def _with_lengths(counts: Counter[str], lengths: list[int]) -> DataReport:
@@ -151,7 +161,7 @@ def _encode(
 ) -> _Columns:
     values = {name: array.array("f") for name in task.values}
     records: list[str] | None = [] if task.answers else None
-    columns = _Columns(array.array("i"), array.array("i"), [0], [], values, array.array("f"), records)
+    columns = _Columns(array.array("i"), array.array("i"), [0], [], values, array.array("f"), records, array.array("Q"))
     for item in items:
         try:
             features = task.encode(item.example, tokenizer, settings.max_length)
@@ -164,12 +174,17 @@ def _encode(
         counts["reasoning_lost"] += sum(feature.get("reasoning_lost", 0) for feature in features)
         assert len(features) % task.unit == 0, f"{task.name}: {len(features)} sequences are not whole units"
         for start in range(0, len(features), task.unit):
-            _add_unit(features[start : start + task.unit], columns, task, settings, counts)
+            _add_unit(features[start : start + task.unit], item.prompt, columns, task, settings, counts)
     return columns
 
 
 def _add_unit(
-    unit: list[Features], columns: _Columns, task: Encoder, settings: DataSettings, counts: Counter[str]
+    unit: list[Features],
+    prompt: bytes,
+    columns: _Columns,
+    task: Encoder,
+    settings: DataSettings,
+    counts: Counter[str],
 ) -> None:
     """Add the sequences of one unit; none of them if one is dropped or has no label within ``data.max_length``."""
     longest = max(len(feature["input_ids"]) for feature in unit)
@@ -190,6 +205,7 @@ def _add_unit(
         columns.ids.extend(ids)
         columns.labels.extend(labels)
         columns.offsets.append(len(columns.ids))
+        columns.prompts.append(int.from_bytes(prompt[:8]))
         weights = feature.get("weights")
         columns.weights.extend([1.0] * len(ids) if weights is None else weights[: len(ids)])
         for name, numbers in columns.values.items():
@@ -209,7 +225,8 @@ def _to_rows(columns: _Columns, settings: DataSettings, unit: int) -> Rows:
     weights = np.frombuffer(columns.weights, dtype=np.float32)
     weighted = None if (weights[labels != IGNORED] == 1).all() else weights
     records = Texts.of(columns.records) if columns.records is not None else None
-    return Rows(ids, labels, offsets, packs, unit, values, weighted, records)
+    prompts = np.frombuffer(columns.prompts, dtype=np.uint64)
+    return Rows(ids, labels, offsets, packs, unit, values, weighted, records, prompts)
 
 
 def _no_rows(split: str, items: list[Item], counts: Counter[str], settings: DataSettings) -> DataError:

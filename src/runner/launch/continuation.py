@@ -132,7 +132,7 @@ def _notes(rundir: RunDir, recorded: dict[str, Any], state: State) -> dict[str, 
     (nearest, *before) = origin.entry("resume", rundir.path)
     pinned = {key: recorded[key] for key in PINNED if recorded.get(key)}
     data, model = recorded.get("data") or {}, recorded.get("model") or {}
-    pinned["data"] = {key: data[key] for key in ("digest", "revision", "function") if key in data}
+    pinned["data"] = {key: data[key] for key in ("digest", "revision", "function", "sources", "evals") if key in data}
     pinned["model"] = {"revision": model["revision"]} if model.get("revision") else {}
     return {origin.FIELD: [{**nearest, "step": state.step}, *before], **pinned}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,7 +131,7 @@ def importance(results: Sequence[Result], keys: Sequence[str], goal: Goal) -> li
 def cautions(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
     """Warnings that some values of these runs may not be comparable."""
     notes = []
-    if other := [key for key in keys if key in HELD_OUT]:
+    if other := [key for key in keys if _of_source(key) in HELD_OUT]:
         notes.append(f"the runs differ in {', '.join(other)}: their losses may be measured on different text")
     counts = [result.held_out_rows for result in results if result.held_out_rows is not None]
     if few := schema.few_held_out(min(counts, default=None)):
@@ -143,6 +144,11 @@ def cautions(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
         notes.append(f"the runs are in {len(stores)} MLflow stores ({', '.join(stores)}): no store has all of them; "
                      "the values here are from the run folders")  # fmt: skip
     return notes
+
+
+def _of_source(key: str) -> str:
+    """The key of a source of a mixture as a key of ``data``."""
+    return re.sub(r"^data\.sources\.[^.]+\.", "data.", key)
 
 
 def _groups_of(key: str) -> set[str]:

@@ -5,12 +5,13 @@ The samplers are Optuna's; Optuna is imported when a search starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from runner.config import data_nodes
 from runner.config.schema import COUNTABLE, Count, Seed, Text, Whole
 from runner.errors import ConfigError, Fault, suggest
 from runner.report import columns
@@ -126,7 +127,7 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check a search together with the rest of the configuration."""
     node, launcher = cfg["search"], cfg["launcher"]
     if "trials" in node:
-        yield from _metric_faults(node, cfg["task"]["_target_"])
+        yield from _metric_faults(node, cfg["task"]["_target_"], data_nodes.held_out_names(cfg["data"]))
     if "trials" in node and node["at_once"] is None and launcher.get("array_parallelism", 1) is None:
         problem, remedy = "a search on Slurm needs a limit of active runs", "set it, for example search.at_once=8"
         yield Fault("search.at_once", problem, remedy)
@@ -173,11 +174,16 @@ def _objective_faults(objective: str | list[str], direction: str | list[str]) ->
         yield Fault("direction", problem, "list each objective once, with one direction each", direction)
 
 
-def _metric_faults(node: Mapping[str, Any], task: str) -> Iterator[Fault]:
-    """Objectives that runs of this task do not log, and directions that contradict the metric."""
+def _metric_faults(node: Mapping[str, Any], task: str, sets: Sequence[str]) -> Iterator[Fault]:
+    """Objectives that runs of this task do not log, and directions that contradict the metric.
+
+    ``sets``: the names of the sets that are evaluated on.
+    """
     package, _, function = task.rpartition(".")
     is_ours = package.startswith("runner.")
     logged = (*OF_ALL, *OF_TASK.get(function, ())) if is_ours else OF_ALL
+    of_evaluation = [name.removeprefix("eval/") for name in logged if name.startswith("eval/")]
+    logged = (*logged, *(f"eval/{each}/{metric}" for each in sets for metric in of_evaluation))
     for name, direction in _paired(node["objective"], node["direction"]).items():
         if name not in logged and (is_ours or not name.startswith("eval/")):
             allowed = f"{suggest(name, logged)} metrics: {', '.join(logged)}".strip()

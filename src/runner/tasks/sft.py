@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from runner.config.schema import Fraction, NotNegative
 from runner.data.examples import Example, Features, chat, misfit
 from runner.errors import Fault
-from runner.tasks.task import Task, token_loss, token_losses, token_metrics
+from runner.tasks.task import Task, sums_of_sources, token_loss, token_losses, token_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,7 @@ def sft(
             "nll": (tokens.nll.detach() * weights).sum(),
             "count": weights.sum(),
             "correct": (tokens.correct * weights).sum(),
+            **sums_of_sources(batch, tokens.nll, weights),
         }
 
     if loss_type == "nll" and not label_smoothing and not z_loss:

@@ -108,12 +108,41 @@ def token_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 def token_loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Summed next-token cross entropy of a batch, each token times its weight, see ``cross_entropy.sums``."""
+    import torch
+
     from runner.tasks import cross_entropy
 
-    if "weights" not in batch:
+    if "weights" not in batch and "sources" not in batch:
         return cross_entropy.sums(model, _arguments(model, batch))
-    tokens, weights = token_losses(model, batch), batch["weights"]
-    return {"loss": (tokens.nll * weights).sum(), "count": weights.sum(), "correct": (tokens.correct * weights).sum()}
+    tokens = token_losses(model, batch)
+    weights = batch["weights"] if "weights" in batch else torch.ones_like(tokens.nll)
+    sums = {"loss": (tokens.nll * weights).sum(), "count": weights.sum(), "correct": (tokens.correct * weights).sum()}
+    return {**sums, **sums_of_sources(batch, tokens.nll, weights)}
+
+
+LOSS_OF, COUNT_OF = "loss/", "count/"
+"""Names of sums: of the source whose name follows."""
+
+
+def sums_of_sources(batch: dict[str, Any], nll: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """The summed loss and weights of the trained tokens (trained,) of each source, if the batch is of a mixture."""
+    import torch
+
+    if "sources" not in batch:
+        return {}
+    names, numbers = batch["sources"], (nll.detach() * weights, weights)
+    zeros = nll.new_zeros(len(names), dtype=torch.float64)
+    losses, counts = (zeros.index_add(0, batch["source_at"], each.double()) for each in numbers)
+    return {
+        **{f"{LOSS_OF}{name}": loss for name, loss in zip(names, losses, strict=True)},
+        **{f"{COUNT_OF}{name}": count for name, count in zip(names, counts, strict=True)},
+    }
+
+
+def losses_of_sources(sums: Mapping[str, float]) -> dict[str, float]:
+    """``loss/NAME``, nats per trained token, of each source that has trained tokens."""
+    names = [name.removeprefix(COUNT_OF) for name, count in sums.items() if name.startswith(COUNT_OF) and count]
+    return {f"loss/{name}": sums[f"{LOSS_OF}{name}"] / sums[f"{COUNT_OF}{name}"] for name in names}
 
 
 def token_losses(model: Any, batch: dict[str, Any], shaping: Shaping | None = None) -> TokenLosses:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from runner.config import code_files, moved, start, user_code
+from runner.config import code_files, data_nodes, moved, start, user_code
 from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
@@ -40,6 +40,8 @@ def signature(cfg: Mapping[str, Any]) -> str:
 def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that change what is computed, with the option names of version 0.1.0."""
     what = {key: value for key, value in cfg.items() if key not in RUN_TIME_KEYS}
+    if isinstance(data := what.get("data"), Mapping):
+        what["data"] = {key: value for key, value in data.items() if key != "evals" or value}  # 0.1.0 had no such key
     if what.get(code_files.KEY) is None:
         what.pop(code_files.KEY, None)  # version 0.1.0 had no such key
     return moved.to_first(user_code.detached(start.without_place(what)))
@@ -49,10 +51,13 @@ def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration for config.yaml, with absolute local paths."""
     frozen = json.loads(json.dumps(cfg))
     frozen["outputs_dir"] = os.path.abspath(os.path.expanduser(cfg["outputs_dir"]))
-    for group, key in (("data", "path"), ("data", "eval_path"), ("model", "path")):
-        value = frozen[group].get(key)
+    sets = [each for group in data_nodes.GROUPS for each in data_nodes.named(frozen["data"], group).values()]
+    for node, key in [(node, key) for node in (frozen["data"], *sets) for key in ("path", "eval_path")] + [
+        (frozen["model"], "path")
+    ]:
+        value = node.get(key)
         if isinstance(value, str) and (os.path.exists(os.path.expanduser(value)) or glob.glob(value)):
-            frozen[group][key] = os.path.abspath(os.path.expanduser(value))
+            node[key] = os.path.abspath(os.path.expanduser(value))
     return dict(frozen)
 
 
@@ -173,12 +178,24 @@ def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
     recorded = {group: (manifest.get(group) or {}).get("revision") for group in ("model", "data")}
     revisions = {group: revision for group, revision in recorded.items() if revision and "revision" in cfg[group]}
     fixed = {group: {**cfg[group], "revision": revision} for group, revision in revisions.items()}
+    fixed["data"] = _with_revisions(fixed.get("data", cfg["data"]), manifest.get("data") or {})
     train, rows = cfg["train"], manifest.get("micro_batch_size")
     if train["micro_batch_size"] == "auto" and rows and train["per_device_batch_size"] % rows == 0:
         fixed["train"] = {**train, "micro_batch_size": rows}
     if settled := manifest.get("settled"):
         fixed["task"] = {**cfg["task"], **settled}
     return origin.started({**cfg, **fixed}, rundir)
+
+
+def _with_revisions(data: dict[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The node ``data`` with the Hub commits of the data sets inside of it."""
+    pinned = dict(data)
+    for group in data_nodes.GROUPS:
+        for name, node in data_nodes.named(data, group).items():
+            revision = ((recorded.get(group) or {}).get(name) or {}).get("revision")
+            if revision and "revision" in node:
+                pinned[group] = {**pinned[group], name: {**node, "revision": revision}}
+    return pinned
 
 
 def choices(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from runner.config.schema import TrainSettings
-from runner.data import dataset
+from runner.data import dataset, mixture
 from runner.data.batches import Batches
 from runner.models import pretrained
 from runner.models.sources import ModelSource
+from runner.tasks.task import Task
 from runner.train import devices
 from runner.train.distributed.ranks import ALONE, Ranks
 from runner.train.memory import peak, usage
-from runner.train.options import Options
+from runner.train.options import DataSet, Options
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     options = options.settled(splits.settled)
     source = replace(source, head=options.model.head)
     steps = batches.order.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
+    batches.order.repeats(steps)  # refuses too many
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     if device.type == "cpu":
         usage.begin()
@@ -79,7 +81,10 @@ def load_data(
     settings, data = options.train, options.data
     answers = options.task.answers
     pretrained.check_max_length(source, data.max_length + (answers.most_tokens if answers is not None else 0))
-    splits = dataset.load(options.source, options.format, options.task, tokenizer, data, options.encoding)
+    sources = {name: load_set(options.task, tokenizer, each) for name, each in options.sources.items()}
+    settled = options.settled(next(iter(sources.values())).settled)
+    evals = {name: load_set(settled.task, tokenizer, each, trains=False) for name, each in settled.evals.items()}
+    splits = mixture.join(options.mixture, sources, evals)
     batches = partial(
         Batches,
         packing=data.packing,
@@ -96,6 +101,12 @@ def load_data(
         shuffle=True,
         epochs=settings.num_train_epochs,
         answers=answers,
+        max_repeats=options.mixture.max_repeats,
     )
     greedy = replace(answers, per_row=1) if answers is not None else None
     return splits, training, batches(splits.eval, accumulation=1, shuffle=False, answers=greedy)
+
+
+def load_set(task: Task, tokenizer: Any, given: DataSet, *, trains: bool = True) -> dataset.Splits:
+    """The tokenised splits of one data set."""
+    return dataset.load(given.source, given.format, task, tokenizer, given.settings, given.encoding, trains=trains)

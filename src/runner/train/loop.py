@@ -10,11 +10,12 @@ checkpoint is therefore bit-identical to a run without interruption.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,14 +24,14 @@ from runner.config.schema import TrainSettings
 from runner.data.batches import Batches
 from runner.errors import Fault, Stopped, TrainingError
 from runner.models.kernels.compilation import Choice
-from runner.tasks.task import Task
+from runner.tasks.task import Task, losses_of_sources
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints, Progress
 from runner.train.distributed import wrap
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
 from runner.train.prefetch import Prefetcher
-from runner.train.prepared import Preparer
+from runner.train.prepared import Preparer, nowhere
 from runner.train.throughput import Meter, Timing
 
 Record = Callable[[int, dict[str, float]], None]
@@ -261,28 +262,48 @@ def evaluate(parts: Parts, step: int, hooks: Hooks) -> dict[str, float]:
         parts.ranks.agree(hooks.check_stop)
         hooks.evaluating(done, count)
 
-    totals = evaluation_sums(parts.preparer, parts.evaluation, before, step)
-    hooks.evaluating(parts.evaluation.batches_in_pass, parts.evaluation.batches_in_pass)
+    sums = evaluation_sums(parts.preparer, parts.evaluation, before, step)
+    count = sum(batches.batches_in_pass for _, batches in parts.evaluation.by_part())
+    hooks.evaluating(count, count)
     parts.meter.pause()
-    return {f"eval/{name}": value for name, value in parts.task.metrics(over_ranks(parts, totals)).items()}
+    return evaluation_metrics(parts.task, {name: over_ranks(parts, each) for name, each in sums.items()})
+
+
+def evaluation_metrics(task: Task, sums: dict[str, dict[str, float]]) -> dict[str, float]:
+    """``eval/loss`` … of all held-out rows, ``eval/NAME/loss`` … of each set of rows that has a name."""
+    return {
+        f"eval/{name}/{metric}" if name else f"eval/{metric}": value
+        for name, each in sums.items()
+        for metric, value in task.metrics(each).items()
+    }
 
 
 @torch.no_grad()
 def evaluation_sums(
     preparer: Preparer, batches: Batches, before: Callable[[int, int], None], step: int = 0
-) -> dict[str, float]:
-    """The task's sums over one pass; ``before`` is called before each batch with (batches done, all batches).
+) -> dict[str, dict[str, float]]:
+    """The task's sums over one pass: under "" of all held-out rows, and of each part of the rows under its name.
 
-    ``step``: the step after which the model is evaluated.
+    ``before`` is called before each batch with (batches done, all batches). ``step``: the step after which the model is
+    evaluated.
     """
-    model, task = preparer.model, preparer.task
-    model.eval()
-    totals: dict[str, torch.Tensor] = {}
-    for done, batch in enumerate(preparer.one_pass(batches, lambda: before(0, batches.batches_in_pass), step)):
-        before(done, batches.batches_in_pass)
-        with preparer.wrapped.autocasting():
-            add(task, totals, task.loss(model, batch))
-    return {name: float(value) for name, value in totals.items()}
+    model, task, parts = preparer.model, preparer.task, batches.by_part()
+    count, done = sum(part.batches_in_pass for _, part in parts), 0
+    sums: dict[str, dict[str, torch.Tensor]] = {"": {}}
+    for named, part in parts:
+        model.eval()
+        totals: dict[str, torch.Tensor] = {}
+        preparer = preparer if not done else replace(preparer, show=nowhere)  # samples are those of the first part
+        for batch in preparer.one_pass(part, functools.partial(before, done, count), step):
+            before(done, count)
+            with preparer.wrapped.autocasting():
+                add(task, totals, task.loss(model, batch))
+            done += 1
+        if named.weight:
+            add(task, sums[""], totals)
+        if named.name:
+            sums[named.name] = totals
+    return {name: {key: float(value) for key, value in each.items()} for name, each in sums.items()}
 
 
 def add(task: Task, totals: dict[str, torch.Tensor], sums: dict[str, torch.Tensor]) -> None:
@@ -303,6 +324,7 @@ def training_metrics(parts: Parts, progress: Progress, result: Sums) -> dict[str
     step, metrics = result.step, parts.task.metrics(progress.window)
     return {
         **{f"train/{name}": metrics[name] for name in parts.task.train_metrics if name in metrics},
+        **{f"train/{name}": value for name, value in losses_of_sources(progress.window).items()},
         "train/grad_norm": result.norm,
         "train/learning_rate": step.learning_rate,
         "train/tokens": step.tokens,

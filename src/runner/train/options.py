@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runner.config import schema, start, user_code, user_function
+from runner.config import data_nodes, schema, start, user_code, user_function
 from runner.config.bind import bind
 from runner.data import formats
+from runner.data.examples import Example
+from runner.data.mixture import ALONE, Mixture
 from runner.errors import ConfigError, Fault
 from runner.models import sources
 from runner.models.quantization.quant import Quant
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from runner.data.sources import Source
+
 T = TypeVar("T")
 
 
@@ -39,6 +43,17 @@ class _Option(cached_property[T]):
             return option if waits else option()
 
         super().__init__(bound)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The rows of one source, and how they are read and tokenised."""
+
+    settings: schema.DataSettings
+    format: Callable[[Mapping[str, Any]], Example]
+    source: Callable[[], Source]
+    encoding: Mapping[str, Any]
+    """What decides, beside rows, tokenizer and ``settings``, how rows are tokenised: format, task, the user's code."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +75,10 @@ class Options:
     model = cached_property(lambda self: self._with_head(bind(self._cfg["model"], "model")()))
     weight_decay = cached_property(lambda self: float(self._cfg["optim"].get("weight_decay", 0.0)))
     data = cached_property(lambda self: bind(self._data_nodes[0], "data", schema.DataSettings)())
-    format = cached_property(lambda self: formats.of(self._data_nodes[1]))
-    source = cached_property(lambda self: bind(self._data_nodes[2], "data"))
+    sources = cached_property(lambda self: self._data_sets(data_nodes.SOURCES))
+    """The data sets that are trained and held out, by name; one without a name if the data are no mixture."""
+    evals = cached_property(lambda self: self._data_sets(data_nodes.EVALS))
+    """Further data sets to evaluate on."""
     _data_nodes = cached_property(lambda self: schema.split_data(dict(self._cfg["data"])))
 
     @classmethod
@@ -102,16 +119,29 @@ class Options:
             problem = "the adapter that the run starts from is missing, or has other weights than when it was prepared"
             raise ConfigError(Fault("lora.start", problem, "restore it, or start a new run", start.split(text)[0]))
 
+    @cached_property
+    def mixture(self) -> Mixture:
+        """How ``sources`` are mixed."""
+        source = self._data_nodes[2]
+        return bind(source, "data")() if data_nodes.SOURCES in source else ALONE
+
+    def _data_sets(self, group: str) -> dict[str, DataSet]:
+        code = {"code": self._cfg["code"]} if self._cfg.get("code") else {}
+        sets = {}
+        for name, node in data_nodes.each(self._cfg["data"], group).items():
+            settings, form, source = schema.split_data(node)
+            sets[name] = DataSet(
+                bind(settings, "data", schema.DataSettings)(),
+                formats.of(form),
+                bind(source, "data"),
+                {"format": form, "task": self._cfg["task"], **code},
+            )
+        return sets
+
     @property
     def data_path(self) -> str | None:
         """``data.path``, if the source has that key."""
         return self._cfg["data"].get("path")
-
-    @cached_property
-    def encoding(self) -> dict[str, Any]:
-        """What decides, beside rows, tokenizer and ``data``, how rows are tokenised: format, task, the user's code."""
-        code = {"code": self._cfg["code"]} if self._cfg.get("code") else {}
-        return {"format": self._data_nodes[1], "task": self._cfg["task"], **code}
 
     @cached_property
     def layers(self) -> dict[str, Any]:
@@ -128,9 +158,11 @@ class Options:
 
     @cached_property
     def function_sha256(self) -> str | None:
-        """Hash of the source code of ``data.format.function``; None without a custom function."""
-        form = self._data_nodes[1]
-        if not (function := form.get("function")):
-            return None
-        text = user_function.source_text(function, form.get(user_code.PATHS) or ())
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Hash of the source code of each ``data.format.function``; None without a custom function."""
+        forms = (each.encoding["format"] for each in (*self.sources.values(), *self.evals.values()))
+        texts = [
+            user_function.source_text(form["function"], form.get(user_code.PATHS) or ())
+            for form in forms
+            if form.get("function")
+        ]
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest() if texts else None

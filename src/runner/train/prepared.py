@@ -47,7 +47,7 @@ class Preparer:
         given = map(self.wrapped.on_device, batches.one_pass())
         if self.task.prepare is None:
             return given
-        return iter(self._prepared(batches, batches.order.packs_of_pass(), list(given), 0, check, step, trains=False))
+        return iter(self._prepared(batches, batches.packs_of_pass(), list(given), 0, check, step, trains=False))
 
     @torch.no_grad()
     def _prepared(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from runner.tracking.trackers import Tracking, store_uri
 if TYPE_CHECKING:
     from torch import nn
 
+    from runner.data.dataset import Splits
     from runner.data.tokenization import DataReport
     from runner.train.checkpoint import Progress
     from runner.train.inputs import Inputs
@@ -55,15 +56,37 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
             f"{_compiled(parts)}{_hint(inputs, parts)}{_processes(inputs, parts)}",
             "data": f"{inputs.options.data_path or inputs.splits.name}: {data.train_rows} training rows, "
             f"{data.eval_rows} held out, {full}"
-            + (f", {too_long(inputs.options, data)}" if data.truncated or data.dropped else ""),
+            + (f", {too_long(inputs.options, data)}" if data.truncated or data.dropped else "")
+            + "".join(f"\n{line}" for line in of_parts(inputs)),
             **({"start": f"continues {chain}"} if (chain := origin.chain(rundir.read_manifest())) else {}),
             "steps": f"{inputs.total_steps} of {about} {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
             **({"MLflow": mlflow} if mlflow else {}),
         }
     )
-    if few := schema.few_held_out(data.eval_rows):
+    for few in few_held_out(inputs.splits):
         log.warning(f"{few}\n    → raise data.eval_fraction, add rows, or name rows to evaluate on (data.eval_path)")
+
+
+def of_parts(inputs: Inputs) -> Iterator[str]:
+    """A line for each source of a mixture, and one for each further set to evaluate on."""
+    splits = inputs.splits
+    repeats = inputs.batches.order.repeats(inputs.total_steps) if splits.sources else {}
+    for name, source in splits.sources.items():
+        report, weight = source.report, splits.weights[name]
+        count = repeats.get(name, repeats.get("", 0.0))
+        rows = f"{report.train_rows} rows, {report.train_trained_tokens} trained tokens, {count:.2f} times in this run"
+        share = f"{weight:.1%} of the trained tokens: {rows}" if weight else "not trained (weight 0)"
+        yield f"{name}: {share}; {report.eval_rows} held out"
+    for name, held_out in splits.evals.items():
+        yield f"eval/{name}: {held_out.report.eval_rows} rows of {held_out.name}"
+
+
+def few_held_out(splits: Splits) -> list[str]:
+    """A warning for each set of held-out rows that is too small to decide."""
+    sets = {"": splits, **splits.sources, **splits.evals}
+    texts = {name: schema.few_held_out(each.report.eval_rows) for name, each in sets.items()}
+    return [f"{name}: {text}" if name else text for name, text in texts.items() if text]
 
 
 def too_long(options: Options, data: DataReport) -> str:
@@ -125,6 +148,9 @@ def attention_of(parts: Parts) -> str:
 def manifest(inputs: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:
     """Entries of manifest.json written by the worker: data, model, hardware, micro-batch size, compile."""
     data = {**data_identity(inputs), "name": inputs.splits.name, "report": asdict(inputs.splits.report)}
+    for group, sets in (("sources", inputs.splits.sources), ("evals", inputs.splits.evals)):
+        if sets:
+            data[group] = {name: {**data[group][name], "report": asdict(each.report)} for name, each in sets.items()}
     model = {key: getattr(inputs.source, key) for key in ("name", "path", "revision", "origin")}
     choice = {"compile": parts.compile.settled} if parts.compile.settled else {}
     return {
@@ -139,12 +165,13 @@ def manifest(inputs: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:
 
 def data_identity(inputs: Inputs) -> dict[str, Any]:
     """Data fields that must be equal in all attempts of a run; ``function``: hash of a custom format's source code."""
-    return {
-        "digest": inputs.splits.digest,
-        "revision": inputs.splits.revision,
-        "uri": inputs.splits.uri,
-        "function": inputs.options.function_sha256,
-    }
+    sets = {"sources": inputs.splits.sources, "evals": inputs.splits.evals}
+    inside = {group: {name: _origin(each) for name, each in of.items()} for group, of in sets.items() if of}
+    return {**_origin(inputs.splits), "function": inputs.options.function_sha256, **inside}
+
+
+def _origin(splits: Splits) -> dict[str, Any]:
+    return {"digest": splits.digest, "revision": splits.revision, "uri": splits.uri, "name": splits.name}
 
 
 def _hardware(rundir: RunDir, inputs: Inputs) -> dict[str, Any]:
@@ -163,7 +190,8 @@ def summary(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) ->
     """
     evaluations = {record["step"]: record for record in metrics_log.read(rundir) if "eval/loss" in record}
     first, last = evaluations.get(0, {}), evaluations.get(progress.step, {})
-    names = ["eval/loss", *(f"eval/{name}" for name in parts.task.summary)]
+    named = [part.name for part, _ in parts.evaluation.by_part() if part.name]
+    names = ["eval/loss", *(f"eval/{name}" for name in parts.task.summary), *(f"eval/{name}/loss" for name in named)]
     return {
         **{f"{name} before": first[name] for name in names if name in first},
         **{name: last[name] for name in names if name in last},

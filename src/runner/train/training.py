@@ -214,6 +214,13 @@ def _refuse_other_data(rundir: RunDir, data: dict[str, Any]) -> None:
     before = manifest.get("data") or {}
     if manifest.get("rerun") and not rundir.read_state().attempt:
         _refuse_data_unlike_original(before, data)
+    for group in ("sources", "evals"):
+        for name, each in (data.get(group) or {}).items():
+            earlier = ((before.get(group) or {}).get(name) or each)["digest"]
+            if earlier != each["digest"]:
+                problem = f"{each['uri']} has changed since this run began (digest {earlier}, now {each['digest']})"
+                remedy = "restore the data, or start a new run with it"
+                raise ResumeError(Fault(f"data.{group}.{name}", problem, remedy))
     if before.get("digest", data["digest"]) != data["digest"]:
         problem = f"{data['uri']} has changed since this run began (digest {before['digest']}, now {data['digest']})"
         raise ResumeError(Fault("data", problem, "restore the data, or start a new run with it"))

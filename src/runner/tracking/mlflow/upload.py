@@ -105,7 +105,11 @@ def send_evaluations(client: MlflowClient, run: Run, records: Iterable[Mapping[s
 
 
 def send_dataset(client: MlflowClient, run: Run, data: Mapping[str, Any]) -> None:
-    """The training data as an MLflow dataset: name, digest, source and statistics."""
+    """The training data as an MLflow dataset: name, digest, source and statistics; of a mixture each source."""
+    for name, each in (data.get("sources") or {}).items():
+        send_dataset(client, run, {**each, "name": name})
+    if data.get("sources"):
+        return
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     digest, inputs = str(data.get("digest", ""))[:LONGEST_DIGEST], run.inputs.dataset_inputs
