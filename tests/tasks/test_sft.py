@@ -42,7 +42,7 @@ def talk(answer: str, weight: object = None, **row: object) -> dict:
 
 
 def rows_of(*rows: dict, task: Any = None, **changes: object) -> Rows:
-    read = Options(composed()).format
+    read = Options(composed()).sources[""].format
     settings = schema.DataSettings(**{**vars(SETTINGS), **changes})
     return tokenization.every_row(source(rows), read, task or sft.sft(train_on="assistant"), build("qwen"), settings)[0]
 
@@ -115,7 +115,7 @@ def test_weights_are_stored_with_their_labels(tmp_path: Path) -> None:
 
 
 def test_deduplication_sees_weights_and_tools() -> None:
-    read = Options(composed()).format
+    read = Options(composed()).sources[""].format
     tool = {"name": "add", "parameters": {"type": "object", "properties": {}}}
     rows = [talk("yes"), talk("yes", weight=2), talk("yes", tools=[tool]), talk("yes"), {**talk("yes"), "weight": 2}]
     counts = Counter[str]()
