@@ -157,7 +157,7 @@ def parts_of(folder: Path, data: Path, quant: str, packing: bool) -> tuple[input
 
 def eval_loss(known: inputs.Inputs, parts: loop.Parts) -> float:
     sums = loop.evaluation_sums(parts.preparer, parts.evaluation, before=lambda *_: None)
-    return parts.task.metrics(sums)["loss"]
+    return parts.task.metrics(sums[""])["loss"]
 
 
 @torch.no_grad()

@@ -174,7 +174,7 @@ def _objective_faults(objective: str | list[str], direction: str | list[str]) ->
         yield Fault("direction", problem, "list each objective once, with one direction each", direction)
 
 
-def _metric_faults(node: Mapping[str, Any], task: str, sets: Sequence[str]) -> Iterator[Fault]:
+def _metric_faults(node: Mapping[str, Any], task: str, sets: Sequence[str] = ()) -> Iterator[Fault]:
     """Objectives that runs of this task do not log, and directions that contradict the metric.
 
     ``sets``: the names of the sets that are evaluated on.
