@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import textwrap
 from collections.abc import Callable
 
@@ -58,6 +59,32 @@ def test_every_format_reads_the_same_conversation(name):
 
 def test_text_is_text():
     assert option("text")(ROWS["text"]) == "Two and two are four."
+
+
+LABELLED = {"label": {"text": "Two and two?", "label": "sum"}}
+
+
+@pytest.mark.parametrize("name", [*ROWS, *LABELLED])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("labels", [1, 2]), ("input_ids", [[1, 2]]), ("token_ids", "[1, 2]"), ("Tokens", [1.0]),
+        ("chosen_input_ids", [1]), ("decoder_labels", [1]), ("target", "Four"), ("targets", ["Four"]),
+    ],
+)  # fmt: skip
+def test_tokens_and_targets_of_another_program_are_refused_in_each_format(name, key, value):
+    row = {**ROWS, **LABELLED}[name]
+    with pytest.raises(DataError, match=f"the row has '{key}'.*is not used") as caught:
+        option(name)({**row, key: value})
+    assert re.search(rf"\+data\.format\.ignore=\[.*{key}", str(caught.value))
+    assert option(name, f"+format.ignore=[{key}]")({**row, key: value}) == option(name)(row)
+
+
+@pytest.mark.parametrize("name", [*ROWS, *LABELLED])
+def test_counts_and_words_under_such_keys_are_allowed(name):
+    row = {**ROWS, **LABELLED}[name]
+    more = {"tokens": 512, "labels": ["bug"], "input_ids": [], "target": None, "targets": ""}
+    assert option(name)({**row, **more}) == option(name)(row)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -100,7 +100,7 @@ def like_prompt_completion(row: Row, *, prompt: str, completion: str, **_: objec
 def text(row: Row, *, key: Text, ignore: list[Text] | None = None) -> Example:
     """Plain text under one key, for continued pretraining."""
     found = row_shape.text(row, "text", "key", key)
-    refuse_unused(row, (), {key}, ignore=ignore or [], words=training_keys.WEIGHTS)
+    refuse_unused(row, (), {key}, ignore=ignore or [], words=training_keys.TEXT_WORDS)
     if not found.strip():
         raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
     return found

@@ -34,8 +34,15 @@ ROW_KEYS = (*OPTIONS, *WEIGHTS)
 VERDICTS = ("label", "kto_tag")
 """Whether the answer of a row is a good one."""
 SYSTEM = ("system", "system_prompt", "system_message")
-ROW_WORDS = (*_CALLS, *REASONING, *_MEDIA, *WEIGHTS, *VERDICTS, *SYSTEM, "history", "chat_template_kwargs",
-             "enable_thinking", "mask")  # fmt: skip
+TOKENS = ("input_ids", "token_ids", "prompt_ids", "completion_ids", "response_ids", "output_ids", "target_ids",
+          "tokens", "labels", "label_ids", "attention_mask", "token_type_ids", "position_ids")  # fmt: skip
+"""Numbers that another program has made of a text; other values of these keys change nothing."""
+TARGETS = ("target", "targets", "target_text")
+"""What another program trains on."""
+ROW_WORDS = (*_CALLS, *REASONING, *_MEDIA, *WEIGHTS, *VERDICTS, *SYSTEM, *TOKENS, *TARGETS, "history",
+             "chat_template_kwargs", "enable_thinking", "mask")  # fmt: skip
+TEXT_WORDS = (*WEIGHTS, *TOKENS, *TARGETS)
+"""Of a row of plain text."""
 
 
 def refuse_unused(
@@ -68,6 +75,8 @@ def refuse_unused(
         return
     each = (f"{owner} has {quoted(key)}{_near(key, word)}" for owner, key, word in found)
     problem = f"{', '.join(each)}: this is not used, and without it something else is learnt"
+    if any(word in TOKENS for _, _, word in found):
+        problem += "; a run tokenises the text itself"
     names = ",".join(sorted({*left_out, *(key for _, key, _ in found)}))
     remedy = f"leave the row out, or train without the key knowingly: +data.format.ignore=[{names}]"
     for parameter, meant in offers.items():
@@ -129,6 +138,8 @@ def _meaning(key: str, words: tuple[str, ...]) -> str:
         return known[plain]
     if "mask" in plain and "mask" in known:  # completion_mask, assistant_masks, masked
         return key
+    if tokens := next((word for word in ("inputids", "tokenids", "labels") if plain.endswith(word)), ""):
+        return known.get(tokens, "")  # chosen_input_ids, decoder_labels
     # Same letters in another order, or one letter more or less; the first letter counts: "height" is no "weight".
     near = (word for word in known if word[:1] == plain[:1] and len(plain) >= 4 and _differs_little(plain, word))
     return known.get(next(near, ""), "")
@@ -142,7 +153,7 @@ def _differs_little(one: str, other: str) -> bool:
 
 
 def _near(key: str, word: str) -> str:
-    return "" if key == word else f" (did you mean '{word}'?)"
+    return "" if key == word or word in TOKENS else f" (did you mean '{word}'?)"
 
 
 def has_value(word: str, value: object) -> bool:
@@ -150,6 +161,15 @@ def has_value(word: str, value: object) -> bool:
     text = value.strip().lower() if isinstance(value, str) else value
     if text is None or text in ("", "[]", "{}", "null", "none") or (isinstance(value, list | dict) and not value):
         return False
-    if word in VERDICTS:
-        return text is False or text == "false"
+    if word in (*VERDICTS, *TOKENS):
+        return text is False or text == "false" or (word in TOKENS and _are_numbers(value))
     return word not in WEIGHTS or text not in (1, "1", "1.0", "true")
+
+
+def _are_numbers(value: object) -> bool:
+    """Whether it is a list of numbers or of such lists, or the text of one as CSV has it."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("[") and set(value) <= set("[], \n\t0123456789.+-")
+    if isinstance(value, list) and value:
+        return isinstance(value[0], int | float) or _are_numbers(value[0])
+    return False
