@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.errors import ConfigError, DamagedError, Fault, RunnerError
+
+log = logging.getLogger("runner")
 
 
 def cache_dir(room: str) -> Path:
@@ -63,15 +66,20 @@ def _is_same(handle: IO[str], path: Path) -> bool:
         return False
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: after a crash, and for every reader, it has the old content or the new, never a part."""
+def write_atomic(path: Path, content: str | bytes, *, is_durable: bool = True) -> None:
+    """Write a file atomically: after a crash, and for every reader, it has the old content or the new, never a part.
+
+    Args:
+        is_durable: also after a power failure.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as handle:
             handle.write(content.encode() if isinstance(content, str) else content)
             handle.flush()
-            os.fsync(handle.fileno())
+            if is_durable:
+                os.fsync(handle.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -98,6 +106,50 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     except ValueError as error:
         problem = f"is damaged: it is {'cut off or edited' if path.stat().st_size else 'empty'} ({error})"
     raise DamagedError(Fault("", f"{path} {problem}", remedy))
+
+
+def copy_of(path: Path) -> Path:
+    """The hidden copy of a file written by ``write_kept``."""
+    return path.with_name(f".{path.name}")
+
+
+def write_kept(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object that cannot be computed again, after a hidden copy, which is thus never older."""
+    text = json.dumps(content, indent=1, default=str)
+    write_atomic(copy_of(path), text, is_durable=False)
+    write_atomic(path, text)
+
+
+def read_kept(path: Path, remedy: str, lock: Path | None = None) -> dict[str, Any]:
+    """The JSON object in a file of ``write_kept``, or in its copy if the file is lost or damaged.
+
+    Args:
+        lock: lock of the writers; a damaged file is then restored from the copy. None: the caller holds it and writes.
+
+    Raises:
+        DamagedError, FileNotFoundError: as ``read_json``; the copy is lost or damaged, too.
+    """
+    try:
+        return read_json(path, remedy)
+    except (FileNotFoundError, DamagedError) as error:
+        with contextlib.suppress(FileNotFoundError, DamagedError):
+            content = read_json(copy_of(path), remedy)
+            if lock and isinstance(error, DamagedError):
+                log.warning(f"{error.faults[0].problem}; its copy is used: {copy_of(path)}")
+                with contextlib.suppress(OSError), locked(lock):  # a folder that cannot be written
+                    write_atomic(path, copy_of(path).read_bytes())
+            return content
+        raise
+
+
+def restore_lost(path: Path, lock: Path) -> None:
+    """Write a lost file of ``write_kept`` again from its copy, with a warning; ``lock``: lock of the writers."""
+    if path.exists() or not copy_of(path).exists():
+        return
+    with locked(lock):
+        if not path.exists():  # else another process has just created it
+            log.warning(f"{path} is lost; restored from its copy: {copy_of(path)}")
+            write_atomic(path, copy_of(path).read_bytes())
 
 
 def is_held(lock: Path, *, shared: bool = False) -> bool:

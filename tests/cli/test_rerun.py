@@ -24,6 +24,7 @@ from fixtures.clones import QUICK, _in_a_new_folder, git, runner, trained
 
 from runner.cli import main, rerun, worktree
 from runner.errors import ConfigError
+from runner.files import copy_of
 from runner.report import diff
 from runner.report.record import of_folder
 from runner.tracking import checkout, manifest
@@ -156,6 +157,8 @@ def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixtur
     torn.manifest.write_text("{")
     bare = prepared(tmp_path / "bare", *QUICK)
     bare.manifest.unlink()
+    for rundir in (torn, bare):
+        copy_of(rundir.manifest).unlink()
     Path("empty").mkdir()
     starting = prepared(tmp_path / "starting", *QUICK).lock.open("a")
     fcntl.flock(starting, fcntl.LOCK_EX)

@@ -30,7 +30,7 @@ from fixtures.run_folders import (
 )
 
 from runner.errors import ConfigError
-from runner.files import is_held
+from runner.files import copy_of, is_held
 from runner.tracking import lookup
 from runner.tracking.rundir import DIED, RunDir
 from runner.tracking.sweepdir import SweepDir
@@ -40,9 +40,11 @@ def test_damaged_folders_are_said_and_left_out(capsys: pytest.CaptureFixture[str
     good = played("a/good")
     for number, text in enumerate(("", "{", "[]", '{"status": 3}', '{"colour": "red"}', "null")):
         played(f"a/bad{number}").state.write_text(text)
-    played("b/bad").manifest.write_text("{")
+    bad, sweep = played("b/bad"), a_sweep("bad")
+    for file in (bad.manifest, sweep.manifest):
+        file.write_text("{")
+        copy_of(file).unlink(missing_ok=True)
     played("b/odd").manifest.write_text('{"mlflow": 3}')
-    (a_sweep("bad").manifest).write_text("{")
     found = statuses(capsys)
     assert found["a/good"]["status"] == "completed"
     assert [run["status"] for run in found.values()].count("damaged") == 8

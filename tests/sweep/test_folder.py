@@ -44,6 +44,16 @@ def test_a_password_does_not_reach_sweep_json(tmp_path: Path):
     assert sweep.read()["commands"][0][:2] == ["runner", "-m"]
 
 
+@pytest.mark.parametrize("damage", ["cut", "lost"])
+def test_a_sweep_that_lost_its_sweep_json_finds_its_runs(tmp_path: Path, damage: str):
+    sweep = SweepDir(tmp_path / "sweep")
+    first = join(sweep, wanted(1), wanted(2))
+    before = sweep.manifest.read_text()
+    sweep.manifest.write_text("{") if damage == "cut" else sweep.manifest.unlink()
+    assert join(sweep, wanted(1), wanted(2)) == first
+    assert sweep.manifest.read_text() == before
+
+
 def test_two_jobs_in_one_folder_are_refused_and_the_sweep_stays_as_it_was(tmp_path: Path):
     sweep = SweepDir(tmp_path / "sweep")
     with pytest.raises(ResumeError, match=r"hydra\.sweep\.subdir=fixed: is the folder of more than one run"):

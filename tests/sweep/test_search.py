@@ -17,6 +17,7 @@ from fixtures.searches import RATES, WORDS, completed, mlflow_runs, play, runner
 from optuna.trial import TrialState
 
 from runner.errors import ConfigError, Fault
+from runner.files import copy_of
 from runner.launch import prepare
 from runner.sweep import search, session, space, trials
 from runner.tracking import machine, metrics_log
@@ -261,7 +262,8 @@ def test_a_search_that_cannot_go_on_lets_what_runs_save(tmp_path: Path, cache: P
     driver = started(*words, cwd=tmp_path)
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
     until(lambda: len(sweep.rundirs()) == 2 and all(rundir.read_state().step >= 1 for rundir in sweep.rundirs()))
-    sweep.manifest.write_text("no longer JSON")
+    for file in (copy_of(sweep.manifest), sweep.manifest):
+        file.write_text("no longer JSON")
     first, second = sorted((tmp_path / "outputs" / "sweeps" / "it").glob("00*"))
     RunDir(first).prune_request.write_text("given up")
     assert driver.wait() == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import DamagedError
-from runner.files import cache_dir, write_atomic
+from runner.files import cache_dir, copy_of, write_atomic
 from runner.tracking.rundir import RunDir, State, find_runs
 
 
@@ -104,12 +105,51 @@ def test_a_damaged_state_is_named_and_rebuilt_from_the_checkpoints(tmp_path: Pat
     assert rundir.rebuild_state() == "", "a sound file is left alone"
 
 
-def test_a_damaged_manifest_is_named_and_never_overwritten(tmp_path: Path):
+@pytest.mark.parametrize("content", ["", '{"id": "x', "[]", "null", "\x00" * 40])
+def test_a_damaged_manifest_is_restored_from_its_copy(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str):
     rundir = RunDir(tmp_path)
-    rundir.manifest.write_text('{"id": "x')
-    with pytest.raises(DamagedError, match=r"manifest\.json is damaged"):
+    rundir.update_manifest(id="x", name="before")
+    rundir.manifest.write_text(content)
+    assert rundir.read_manifest() == {"id": "x", "name": "before"}
+    assert "manifest.json is damaged" in caplog.text
+    assert json.loads(rundir.manifest.read_text()) == {"id": "x", "name": "before"}
+    rundir.manifest.write_text(content)
+    assert rundir.update_manifest(name="after") == {"id": "x", "name": "after"}
+    assert json.loads(rundir.manifest.read_text()) == json.loads(copy_of(rundir.manifest).read_text())
+
+
+def test_a_manifest_damaged_like_its_copy_is_named_and_never_overwritten(tmp_path: Path):
+    rundir = RunDir(tmp_path)
+    for file in (rundir.manifest, copy_of(rundir.manifest)):
+        file.write_text('{"id": "x')
+    with pytest.raises(DamagedError, match=r"(?s)manifest\.json is damaged.*its log and model. can still be used"):
         rundir.update_manifest(name="y")
     assert rundir.manifest.read_text() == '{"id": "x'
+
+
+def test_a_lost_manifest_is_restored_when_its_run_is_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rundir = RunDir(tmp_path)
+    rundir.update_manifest(id="x")
+    rundir.manifest.unlink()
+    assert rundir.read_manifest() == {"id": "x"}
+    assert not rundir.manifest.exists(), "a folder that is being removed is not written to"
+    rundir.restore_manifest()
+    assert json.loads(rundir.manifest.read_text()) == {"id": "x"}
+    assert "is lost; restored from its copy" in caplog.text
+    rundir.config.write_text("seed: 1")
+    rundir.checkpoints.mkdir()
+    for file in (rundir.manifest, copy_of(rundir.manifest)):
+        file.unlink()
+    with pytest.raises(DamagedError, match=r"manifest\.json is lost"):
+        rundir.restore_manifest()
+
+
+def test_a_newer_manifest_than_the_copy_is_kept(tmp_path: Path):
+    rundir = RunDir(tmp_path)
+    rundir.update_manifest(id="x")
+    rundir.manifest.write_text('{"id": "edited"}')
+    rundir.restore_manifest()
+    assert rundir.read_manifest() == {"id": "edited"}
 
 
 def test_artifacts_of_mlflow_are_no_runs(tmp_path: Path):

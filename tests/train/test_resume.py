@@ -207,14 +207,18 @@ def test_a_removed_folder_fails_the_run_and_is_not_created_again(tmp_path: Path,
     assert not rundir.model.exists()
 
 
-def test_a_damaged_state_is_rebuilt_and_the_run_continues(tmp_path: Path, cache: Path):
+def test_a_damaged_state_and_manifest_are_rebuilt_and_the_run_continues(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=30", "train.save_steps=5")
     stopped_at(rundir, 12)
     saved = rundir.saved_step()
     rundir.state.write_text('{"status": "run')
+    before = rundir.read_manifest()
+    rundir.manifest.write_text("{")
     process = worker_process(rundir)
     _, err = process.communicate()
     state = rundir.read_state()
+    after = json.loads(rundir.manifest.read_text())
+    assert (after["id"], after["created"]) == (before["id"], before["created"])
     assert (process.returncode, state.status, state.step) == (0, "completed", 30), err
     assert f"resumed at step {saved}/30" in err
     assert [r["step"] for r in metrics_log.read(rundir) if "train/loss" in r] == list(range(1, 31))

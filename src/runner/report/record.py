@@ -111,11 +111,12 @@ def of_folder(rundir: RunDir) -> Recorded:
     Raises:
         ConfigError: files of the run are missing or damaged.
     """
-    if not rundir.manifest.exists():
-        problem = f"{terminal.nearest(rundir.path)} has no manifest.json: the preparation of the run was interrupted"
-        raise ConfigError(Fault("", problem, "run the command of the run again, or restore the file"))
+    where = terminal.nearest(rundir.path)
     try:
-        manifest, state = rundir.read_manifest(), rundir.read_state()
+        if not (manifest := rundir.read_manifest()):
+            problem = f"{where} has no manifest.json: the preparation of the run was interrupted"
+            raise ConfigError(Fault("", problem, "run the command of the run again, or restore the file"))
+        state = rundir.read_state()
         config = read_config(rundir)
         patch = _text_of(rundir.dirty_diff) if rundir.dirty_diff.exists() else ""
         records = metrics_log.read(rundir)
@@ -123,12 +124,11 @@ def of_folder(rundir: RunDir) -> Recorded:
     except RunnerError as error:
         raise ConfigError(*error.faults) from error
     except lookup.DAMAGED as error:
-        problem = f"the files of {terminal.nearest(rundir.path)} are damaged ({type(error).__name__}: {error})"
+        problem = f"the files of {where} are damaged ({type(error).__name__}: {error})"
         raise ConfigError(Fault("", problem, "restore manifest.json and state.json, or name another run")) from error
     if "weights_sha256" not in manifest and rundir.model.is_dir():
         manifest["weights_sha256"] = provenance.weights_digest(rundir.model)
     name = str(manifest.get("name") or rundir.path.name)
-    where = terminal.nearest(rundir.path)
     return Recorded(name, where, config, manifest, state.status, curves, patch, rundir.path, lost, is_of_first(rundir))
 
 

@@ -7,7 +7,7 @@ runs. Concurrent commands read and change sweep.json one after the other.
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
 import os
 import time
 import uuid
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import Fault, ResumeError
-from runner.files import locked, write_atomic
+from runner.files import copy_of, locked, restore_lost, write_kept
 from runner.secrets import redact
 from runner.tracking.manifest import refuse_files, refuse_other, signature
 from runner.tracking.resume import rebuild
@@ -72,11 +72,11 @@ def adding(sweep: SweepDir, name: str, command: list[str], jobs: list[SweepJob])
 
 
 def _adding(sweep: SweepDir, name: str, command: list[str], jobs: list[SweepJob]) -> Iterator[list[RunDir]]:
-    before = sweep.manifest.read_bytes() if sweep.manifest.exists() else b""
-    manifest, rundirs = _with(sweep.read(), sweep, name, command, jobs)
+    before = sweep.read(is_locked=True)
+    manifest, rundirs = _with(copy.deepcopy(before), sweep, name, command, jobs)
     new = [rundir for rundir in rundirs if not rundir.manifest.exists()]
     try:
-        write_atomic(sweep.manifest, json.dumps(manifest, indent=1))
+        write_kept(sweep.manifest, manifest)
         yield rundirs
     except BaseException:  # a full disk, for example: undo everything
         _undo(sweep, before, new)
@@ -106,7 +106,7 @@ def _with(
     return manifest, rundirs
 
 
-def _undo(sweep: SweepDir, before: bytes, new: list[RunDir]) -> None:
+def _undo(sweep: SweepDir, before: dict[str, Any], new: list[RunDir]) -> None:
     """Remove the runs that this command created, and restore sweep.json. Errors here are ignored: the first error is
     reported.
     """
@@ -119,8 +119,9 @@ def _undo(sweep: SweepDir, before: bytes, new: list[RunDir]) -> None:
             is_removed = False
     with contextlib.suppress(OSError):  # sweep.json then lists missing runs: the same command creates them
         if before:
-            write_atomic(sweep.manifest, before)
+            write_kept(sweep.manifest, before)
         elif is_removed:
+            copy_of(sweep.manifest).unlink(missing_ok=True)
             sweep.manifest.unlink(missing_ok=True)
 
 
@@ -130,11 +131,12 @@ def refuse(sweep: SweepDir) -> None:
     Raises:
         ResumeError: the folder is in use.
     """
+    restore_lost(sweep.manifest, sweep.lock)
     if not sweep.manifest.exists():
         refuse_inside(sweep.path, "sweep")
     path, names = sweep.path, set[str]()
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(f".{sweep.manifest.name}.")}
+        names = {entry.name for entry in path.iterdir() if f".{sweep.manifest.name}" not in entry.name}
     if names - OTHERS and not sweep.manifest.exists():  # checked last: another command may be creating it
         remedy = "choose another folder with sweep=NAME or hydra.sweep.dir=…"
         raise ResumeError(Fault("sweep", "this folder contains other files and no sweep", remedy, path))

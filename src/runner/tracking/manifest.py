@@ -26,7 +26,9 @@ from runner.tracking.rundir import UNFINISHED, RunDir
 RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher", "search")
 """Keys that do not change what a run computes, only where and how it runs: not part of its signature."""
 
-BEFORE_THE_MANIFEST = {".hydra", "code", "start", "config.yaml", "state.json", "dirty.diff", ".manifest.lock"}
+BEFORE_THE_MANIFEST = {
+    ".hydra", "code", "start", "config.yaml", "state.json", "dirty.diff", ".manifest.lock", ".manifest.json",
+}  # fmt: skip
 """Files left by a run that was killed while it was prepared."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Same result as ``safe_load``, seven times as fast: a sweep may have a thousand configurations."""
@@ -126,7 +128,9 @@ def refuse_files(folder: Path) -> None:
 
     Raises:
         ResumeError: it does.
+        DamagedError: its run has lost its manifest.json.
     """
+    RunDir(folder).restore_manifest()
     if RunDir(folder).manifest.exists() or not folder.is_dir():
         return
     if {path.name for path in folder.iterdir()} - BEFORE_THE_MANIFEST:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from runner.errors import ConfigError, DamagedError, Fault
-from runner.files import is_held, locked, read_json, write_atomic
+from runner.files import copy_of, is_held, locked, read_json, read_kept, restore_lost, write_atomic, write_kept
 
 Status = Literal["pending", "running", "preempted", "completed", "failed", "killed", "pruned"]
 DONE: tuple[Status, ...] = ("completed", "pruned")
@@ -29,6 +29,12 @@ PROGRESS = "progress.json"
 """File of a checkpoint with the position of training."""
 DIED = "worker killed (SIGKILL or out of memory)"
 """Reason that another process writes to state.json if the worker was killed before it could write its own."""
+
+MANIFEST_LOCK = ".manifest.lock"
+WITHOUT_MANIFEST = (
+    "restore it, for example from the artifacts of the run in MLflow: only it has the id of the run, its command, the "
+    "versions and the digest of the data; without it, its log and model/ can still be used"
+)
 
 
 @dataclass(frozen=True)
@@ -234,14 +240,16 @@ class RunDir:
             self.prune_request.unlink(missing_ok=True)
 
     def read_manifest(self) -> dict[str, Any]:
-        """Contents of manifest.json; empty if the run is not prepared yet.
+        """Contents of manifest.json, restored from its copy if it is damaged; empty if the run is not prepared yet.
 
         Raises:
-            DamagedError: the file is damaged.
+            DamagedError: the file and its copy are damaged.
         """
-        remedy = "restore it, for example from the artifacts of the run in MLflow; its log and model/ can still be used"
+        return self._manifest(self.path / MANIFEST_LOCK)
+
+    def _manifest(self, lock: Path | None) -> dict[str, Any]:
         try:
-            return read_json(self.manifest, remedy)
+            return read_kept(self.manifest, WITHOUT_MANIFEST, lock)
         except FileNotFoundError:
             return {}
 
@@ -249,12 +257,22 @@ class RunDir:
         """Add keys to manifest.json, under a lock: submitter, worker and upload process all write this file.
 
         Raises:
-            DamagedError: the file is damaged.
+            DamagedError: the file and its copy are damaged.
         """
-        with locked(self.path / ".manifest.lock"):
-            manifest = {**self.read_manifest(), **changes}
-            write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
+        with locked(self.path / MANIFEST_LOCK):
+            manifest = {**self._manifest(None), **changes}
+            write_kept(self.manifest, manifest)
         return manifest
+
+    def restore_manifest(self) -> None:
+        """Write a lost manifest.json again from its copy, with a warning.
+
+        Raises:
+            DamagedError: a run that has begun has lost both.
+        """
+        restore_lost(self.manifest, self.path / MANIFEST_LOCK)
+        if not self.manifest.exists() and self.config.exists() and (self.metrics.exists() or self.checkpoints.exists()):
+            raise DamagedError(Fault("", f"{self.manifest} is lost", WITHOUT_MANIFEST))
 
     def discard(self, folders: Iterable[Path] | None = None) -> None:
         """Remove the files of a run that was refused before it started, and the folders created for it.
@@ -263,7 +281,8 @@ class RunDir:
         """
         if folders is None:
             folders = [Path(path) for path in self.read_manifest().get("made_folders", [])]
-        self.manifest.unlink(missing_ok=True)  # first: a manifest without a state would count as damaged
+        copy_of(self.manifest).unlink(missing_ok=True)
+        self.manifest.unlink(missing_ok=True)  # before the state: a manifest without a state would count as damaged
         for entry in list(self.path.iterdir()):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for folder in folders:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runner.errors import Fault, LaunchError, ResumeError, RunnerError
-from runner.files import is_held, locked, read_json, write_atomic
+from runner.files import is_held, locked, read_kept, write_kept
 from runner.tracking.rundir import RunDir
 
 PATTERNS = {"%": "'%'", "\\": "'\\'", "\n": "a line break", "\r": "a line break"}
@@ -74,22 +73,26 @@ class SweepDir:
         """Whether a local queue runs this sweep, or a worker forked by a queue that was killed since."""
         return is_held(self.queue_lock, shared=True)
 
-    def read(self) -> dict[str, Any]:
-        """Contents of sweep.json; empty if there is no such file.
+    def read(self, *, is_locked: bool = False) -> dict[str, Any]:
+        """Contents of sweep.json, restored from its copy if it is damaged; empty if there is no such file.
+
+        Args:
+            is_locked: the caller holds the lock.
 
         Raises:
-            DamagedError: the file is damaged.
+            DamagedError: the file and its copy are damaged.
         """
         try:
-            return read_json(self.manifest, "restore it; each of its runs can still be used by the path of its folder")
+            remedy = "restore it; each of its runs can still be used by the path of its folder"
+            return read_kept(self.manifest, remedy, None if is_locked else self.lock)
         except FileNotFoundError:
             return {}
 
     def update(self, **changes: Any) -> dict[str, Any]:
         """Change keys of sweep.json under its lock; returns the new contents."""
         with locked(self.lock):
-            manifest = {**self.read(), **changes}
-            write_atomic(self.manifest, json.dumps(manifest, indent=1, default=str))
+            manifest = {**self.read(is_locked=True), **changes}
+            write_kept(self.manifest, manifest)
         return manifest
 
     def rundirs(self) -> list[RunDir]:

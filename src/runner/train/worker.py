@@ -62,6 +62,7 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
     mirror, clock = None, Clock(rundir.read_state().seconds)
     try:
         outcome.clear(rundir)
+        rundir.restore_manifest()
         options = Options.of(rundir)
         _refuse_other_world(options, ranks)
         mirror = None if mirrored else spawn.start_mirror(rundir)

@@ -19,6 +19,7 @@ import yaml
 from fixtures.lost_answers import Cutting
 from fixtures.mirrored_runs import REPORT, Server, assert_mirrored, finish, history, make_run, outputs, the_run
 
+from runner.files import copy_of
 from runner.tracking import metrics_log
 from runner.tracking.mirror import follow, sync
 from runner.tracking.mlflow import store
@@ -231,11 +232,29 @@ def test_a_run_that_waits_for_another_attempt_is_scheduled(outputs: Path) -> Non
 def test_a_damaged_folder_does_not_stop_the_sync_of_the_others(outputs: Path) -> None:
     state, manifest, sound = (finish(make_run(outputs, name)) for name in ("a", "b", "c"))
     state.state.write_text('{"status": "comp')
-    manifest.manifest.write_text("")
+    for file in (manifest.manifest, copy_of(manifest.manifest)):
+        file.write_text("")
     results = {result.folder: result for result in sync.sync([outputs])}
     assert "state.json is damaged" in results[state.path].problem
     assert "manifest.json is damaged" in results[manifest.path].problem
     assert (results[sound.path].status, results[sound.path].problem) == ("completed", "")
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost"])
+def test_a_run_that_lost_its_manifest_stays_one_run(outputs: Path, damage: str) -> None:
+    rundir = finish(make_run(outputs))
+    sync.sync([outputs])
+    before, run = rundir.read_manifest(), the_run(rundir).info.run_id
+    rundir.manifest.write_text("{") if damage == "cut" else rundir.manifest.unlink()
+    (result,) = sync.sync([outputs])
+    assert (result.status, result.problem) == ("completed", "")
+    assert json.loads(rundir.manifest.read_text()) == before
+    assert the_run(rundir).info.run_id == run
+    copy_of(rundir.manifest).unlink()
+    rundir.manifest.unlink()
+    rundir.metrics.touch()
+    (result,) = sync.sync([outputs])
+    assert "manifest.json is lost" in result.problem, "without its id, a second MLflow run would be created"
 
 
 def test_a_run_whose_folder_is_removed_does_not_stay_running(outputs: Path) -> None:

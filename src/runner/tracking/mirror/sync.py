@@ -148,6 +148,7 @@ def _upload(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResu
         state = rundir.read_state()
         if not is_locked or (state.status == "pending" and not state.attempt):
             return SyncResult(rundir.path, state.status, 0, None, UNBEGUN if is_locked else MIRRORED)
+        rundir.restore_manifest()
         try:
             run = MlflowRun.of(rundir, uri)
         except RunnerError as error:
