@@ -68,6 +68,12 @@ SHARED = {"place": "place", "real": "mlflow", "server": "mlflow"}
 """Fixture of fixtures/shared.py → the group of the tests of all files that need it: one process makes it."""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker more than there are cores: tests wait for processes, for servers and for Slurm."""
+    return (os.cpu_count() or 1) + 1
+
+
 WARM = pytest.StashKey[contextlib.ExitStack]()
 
 

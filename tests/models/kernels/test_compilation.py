@@ -98,6 +98,7 @@ def traced(model: Any, *, mode: compilation.Mode, dynamic: bool | None, fullgrap
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_regional_compiles_one_layer_for_all() -> None:
     assert_compiles("regional")
     assert compilation.graphs() <= 2, "the first layer has an input without a gradient; the others share a graph"
@@ -208,8 +209,9 @@ def test_quantized_layers(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert bool(compilation.graph_breaks()) == (bits == 8)
 
 
-@needs_compiler
-def test_a_graph_break_is_told() -> None:
+def test_a_graph_break_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "regional", traced)
+
     class Layer(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             torch._dynamo.graph_break()

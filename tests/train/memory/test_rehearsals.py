@@ -46,13 +46,12 @@ def test_the_plan_simulates_for_the_run_and_a_run_for_the_others_of_a_sweep(
     assert len(simulated) == 1
 
 
-@pytest.mark.parametrize(
-    "change", ["lora.r=2", "train.per_device_batch_size=4", "data.max_length=64", "train.memory=min", "quant=4bit"]
-)
-def test_what_changes_the_step_is_simulated(simulated: list[Any], change: str) -> None:
+def test_what_changes_the_step_is_simulated(simulated: list[Any]) -> None:
     activations()
-    activations(change)
-    assert len(simulated) == 2
+    changes = ["lora.r=2", "train.per_device_batch_size=4", "data.max_length=64", "train.memory=min", "quant=4bit"]
+    for count, change in enumerate(changes, 2):
+        activations(change)
+        assert len(simulated) == count, change
 
 
 def test_other_code_simulates_again(simulated: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
