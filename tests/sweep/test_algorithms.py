@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fixtures.searches import RATES, WORDS, runner
+from fixtures.searches import RATES, WORDS, runner, searchable_is_logged
 
 from runner.cli import main
+from runner.config import bind
 from runner.sweep import algorithms, trials
-from runner.tracking import metrics_log
+from runner.tracking import machine
 from runner.tracking.rundir import RunDir
 
 REFUSED = [
@@ -61,22 +62,23 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_there(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("task", [("task=sft",), ("task=dpo", "data=chitchat_pairs", "data.max_length=128")])
+@pytest.mark.parametrize(
+    "task",
+    [("task=sft",), ("task=sft", "task.loss_type=dft"), ("task=dpo", "data=chitchat_pairs", "data.max_length=128")],
+)
 def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path, task: tuple[str, ...]):
     done = runner(*task, *WORDS[1:], "train.max_steps=2", "hydra.run.dir=run", "tracking=offline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rundir = RunDir(tmp_path / "run")
-    logged = {name for record in metrics_log.read(rundir) for name in record} - {"step", "time"}
-    elsewhere = algorithms.ON_CPU if set(algorithms.ON_CUDA) <= logged else algorithms.ON_CUDA
-    allowed = {*algorithms.OF_ALL, *algorithms.OF_TASK[task[0].removeprefix("task=")]}
-    assert logged == allowed - {*elsewhere, "training seconds"}
+    allowed = searchable_is_logged(rundir)
+    elsewhere = algorithms.ON_CPU if machine.has_cuda() else algorithms.ON_CUDA
     assert {metric for metric in allowed if trials.value_of(rundir, metric) is None} == set(elsewhere)
 
 
 def test_a_task_of_your_own_may_log_any_evaluation_metric():
     node = {"objective": ["eval/bits_per_token", "eval/loss"], "direction": ["minimize", "minimize"]}
-    assert not list(algorithms._metric_faults(node, "my_lab.focal"))
-    (fault,) = algorithms._metric_faults(node, "runner.tasks.sft.sft")
+    assert not list(algorithms._metric_faults(node, {"_target_": "my_lab.focal"}))
+    (fault,) = algorithms._metric_faults(node, bind.option("task", "sft"))
     assert (fault.key, fault.value) == ("search.objective", "eval/bits_per_token")
-    (fault,) = algorithms._metric_faults({**node, "direction": ["maximize", "maximize"]}, "my_lab.focal")
+    (fault,) = algorithms._metric_faults({**node, "direction": ["maximize", "maximize"]}, {"_target_": "my_lab.focal"})
     assert "eval/loss" in fault.problem

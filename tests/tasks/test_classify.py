@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, prepared
+from fixtures.searches import searchable_is_logged
 
 from runner.cli import main
 from runner.data import labelled
@@ -243,6 +244,7 @@ def test_a_run_fixes_its_classes_and_is_evaluated_and_exported(
     assert worker.work(rundir) == 0
     last = evaluations(rundir)[-1]
     assert {"eval/accuracy", "eval/macro_f1", "eval/majority_accuracy"} <= last.keys()
+    searchable_is_logged(rundir)
     assert rundir.read_manifest()["settled"]["labels"] == ["2", "9", "10"]
     assert main.run(["evaluate", str(rundir.path)]) == 0
     (evaluated,) = metrics_log.read_evaluations(rundir)

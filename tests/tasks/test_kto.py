@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, composed, prepared
 from fixtures import two_models
+from fixtures.searches import searchable_is_logged
 from fixtures.two_models import QUESTIONS
 
 from runner.cli import main
@@ -196,6 +197,7 @@ def run_of(rows: Path, *changes: str) -> tuple[str, ...]:
 def test_a_run_starts_at_its_reference_and_goes_on_to_the_same_weights(rows: Path, tmp_path: Path, cache: Path) -> None:
     whole, cut = (prepared(tmp_path / name, *run_of(rows, "train.save_steps=2")) for name in ("whole", "cut"))
     assert worker.work(whole) == 0
+    searchable_is_logged(whole)
     records = metrics_log.read(whole)
     first = next(record for record in records if "eval/loss" in record)
     assert first["eval/loss"] == pytest.approx(0.5, abs=1e-6)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, prepared
+from fixtures.searches import searchable_is_logged
 
 from runner.cli import main
 from runner.data import preference
@@ -21,7 +22,7 @@ from runner.models.kernels import score_head
 from runner.models.quantization import none
 from runner.signals import Stop
 from runner.tasks import reward, scores
-from runner.tracking import metrics_log
+from runner.tracking import metrics_log, origin
 from runner.tracking.rundir import RunDir
 from runner.train import worker
 
@@ -181,7 +182,7 @@ def evaluations(rundir: RunDir) -> list[dict[str, float]]:
 def test_a_run_has_the_metrics_of_its_task(run: RunDir) -> None:
     first, last = evaluations(run)
     assert {"eval/accuracy", "eval/margin", "eval/mean_reward", "eval/min_reward", "eval/max_reward"} <= last.keys()
-    assert "eval/perplexity" not in last
+    searchable_is_logged(run)
     assert last["eval/loss"] != first["eval/loss"]
     assert json.loads((run.model / "config.json").read_text())["id2label"] == {"0": "reward"}
 
@@ -225,6 +226,9 @@ def test_a_merged_export_keeps_its_head(run: RunDir, tmp_path: Path, capsys: pyt
     card = (tmp_path / "merged/README.md").read_text()
     assert "AutoModelForSequenceClassification.from_pretrained(folder" in card
     assert "text-classification" in card
+    (run_of_the_model,) = origin.came_from({"model": {"path": str(tmp_path / "merged")}})
+    assert run_of_the_model["weights_sha256"] == run.read_manifest()["weights_sha256"]
+    assert (run_of_the_model["how"], run_of_the_model["where"]) == ("model.path", str(run.path))
     assert main.run(["export", str(run.path), str(tmp_path / "gguf"), "--gguf"]) == 2
     assert "no score heads" in capsys.readouterr().err
     namespace: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.errors import ConfigError, Fault
 from runner.models import gguf_export, model_folder
 from runner.report import model_card
+from runner.tracking import origin
 from runner.train import merge, trained
 from runner.train.trained import Trained
 
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> int:
     trained.quiet()
     with written_or_refused(order.folder) as aside:
         check = _write(run, order, aside)
+        if "model" in order.kinds:
+            origin.note(aside, run.rundir.path)
         notes = check.notes() if check else {}
         (aside / "README.md").write_text(
             model_card.text(run.rundir, order.kinds, base, notes, is_chat=run.is_chat, head=run.options.task.head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,21 +11,36 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import start
+from runner.files import read_json, write_atomic
 from runner.tracking import provenance
 from runner.tracking.rundir import RunDir
 
 FIELD = "came_from"
 """Key of manifest.json: a list of entries as in ``entry``, the nearest run first."""
+EXPORTED = "came_from.json"
+"""The file with the same key in the folder of an exported model."""
 
 
 def came_from(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The chain of a new run: of ``lora.start``, else of a ``model.path`` in a run folder; empty without either."""
+    """The chain of a new run: of ``lora.start``, else of a ``model.path`` in a run folder or one that ``export`` has
+    written; empty without either."""
     if text := start.of(cfg):
         return entry("lora.start", Path(start.split(text)[0]))
     path = cfg["model"].get("path")
-    folder = Path(path).expanduser() if isinstance(path, str) else None
-    is_of_run = folder is not None and folder.name == "model" and RunDir(folder.parent).manifest.exists()
-    return entry("model.path", folder.parent) if folder and is_of_run else []
+    if not isinstance(path, str):
+        return []
+    folder = Path(path).expanduser()
+    if folder.name == "model" and RunDir(folder.parent).manifest.exists():
+        return entry("model.path", folder.parent)
+    if not (folder / EXPORTED).is_file():
+        return []
+    remedy = "export the model again, or delete the file: where the model comes from is then not known"
+    return list(read_json(folder / EXPORTED, remedy).get(FIELD) or [])
+
+
+def note(folder: Path, run: Path) -> None:
+    """Write the chain of a run with this exported model into its ``folder``."""
+    write_atomic(folder / EXPORTED, json.dumps({FIELD: entry("model.path", run)}, indent=2) + "\n")
 
 
 def entry(how: str, folder: Path) -> list[dict[str, Any]]:
