@@ -16,6 +16,7 @@ import torch
 from conftest import composed, prepared
 from fixtures import two_models
 from fixtures.ranks_of_a_run import several, worked
+from fixtures.searches import searchable_is_logged
 from fixtures.two_models import QUESTIONS
 
 from runner.cli import main
@@ -239,6 +240,27 @@ def test_an_answer_depends_on_its_prompt_and_its_seed_alone(models: Any) -> None
     assert greedy[0] == int(logits.argmax())
 
 
+def test_answers_to_a_prompt_that_is_computed_once_are_those_to_its_copies(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, _, tokenizer = models
+    how = sampling.Sampling(12, 1.0, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    prompts = [tokenizer(question)["input_ids"] for question, _, _ in QUESTIONS]
+    chances = sampling.uniforms(3, [0, 1, 2, 3], 3, 12)
+    rows: list[int] = []
+    count = policy.register_forward_pre_hook(
+        lambda _module, _args, given: rows.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad(), count:
+        shared = sampling.answers(policy, prompts, chances, how, 3)
+        assert rows[:2] == [4 * (max(map(len, prompts)) - 1), 12], "the prompts once, then the last token of each copy"
+        copies = sampling.answers(policy, [each for each in prompts for _ in range(3)], chances, how)
+        monkeypatch.setattr(sampling, "KEYS_AND_VALUES", ())
+        assert sampling.answers(policy, prompts, chances, how, 3) == copies
+    assert shared == copies
+    assert len({tuple(answer) for answer in shared}) == 12
+
+
 def test_tokens_are_drawn_from_the_distribution() -> None:
     """The share of each token is its probability, within three standard deviations."""
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
@@ -326,6 +348,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, cache: Path) 
     assert worker.work(whole) == 0
     assert 0 < losses(whole, "train/kl")[0] < losses(whole, "train/kl")[-1], "the second update sees the first"
     assert losses(whole, "train/clip_ratio")[-1] >= 0
+    searchable_is_logged(whole)
     stops = iter([False] * 13 + [True])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stop, "check", lambda _: (_ for _ in ()).throw(Preempted("stop")) if next(stops, False) else None)

@@ -74,9 +74,10 @@ class Rollout:
         with sampling.merged(upcoming.model):
             for part in upcoming.rows:
                 upcoming.agree()
-                prompts = [rows[row][0].tolist() for row in part for _ in range(copies)]
+                prompts = [rows[row][0].tolist() for row in part]
                 chances = sampling.uniforms(upcoming.seed, part, copies, self.most_tokens) if upcoming.trains else None
-                answers = sampling.answers(upcoming.model, prompts, chances, how)
+                answers = sampling.answers(upcoming.model, prompts, chances, how, copies)
+                prompts = [prompt for prompt in prompts for _ in range(copies)]
                 assert rows.records is not None
                 records = [json.loads(rows.records[row]) for row in part for _ in range(copies)]
                 written.append(Answers.of(prompts, answers, records, self.rewards, tokenizer, how))

@@ -7,6 +7,7 @@ depends on the weights, its prompt and its seed alone (but for rounding of the l
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from runner.models import shards
 from runner.models.kernels import compat, compilation
+
+KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")
+"""Layers of transformers' cache that hold keys and values of tokens, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,10 @@ def uniforms(seed: int, rows: list[int], per_row: int, most_tokens: int) -> np.n
     return (np.array(raw, dtype=np.uint64).reshape(-1, most_tokens) >> np.uint64(11)) * 2.0**-53
 
 
-def answers(model: Any, prompts: list[list[int]], chances: np.ndarray | None, sampling: Sampling) -> list[list[int]]:
-    """The tokens of an answer to each prompt, with the token that ends it.
+def answers(
+    model: Any, prompts: list[list[int]], chances: np.ndarray | None, sampling: Sampling, per_prompt: int = 1
+) -> list[list[int]]:
+    """The tokens of ``per_prompt`` answers to each prompt in turn, with the token that ends it.
 
     ``chances``: the ``uniforms`` of each answer; None: the most likely tokens. All ranks of a sharded model must call
     this; they run until the last one is done.
@@ -60,11 +66,30 @@ def answers(model: Any, prompts: list[list[int]], chances: np.ndarray | None, sa
         [_choose(torch.from_numpy(chances).to(device), length, sampling.temperature)] if chances is not None else []
     )
     with compilation.left_out():
+        cache = _read(model, ids, mask, config, per_prompt) if not is_sharded else {}
+        ids, mask = ids.repeat_interleave(per_prompt, 0), mask.repeat_interleave(per_prompt, 0)
         out = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=chosen,
-            synced_gpus=is_sharded,
+            synced_gpus=is_sharded, **cache,
         )  # fmt: skip
-    return [_cut(row, sampling.ends) for row in out[: len(prompts), length:].tolist()]
+    return [_cut(row, sampling.ends) for row in out[: len(prompts) * per_prompt, length:].tolist()]
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor, config: Any, copies: int) -> dict[str, Any]:
+    """The cache of the prompts (without their last tokens), computed once for all answers to each."""
+    from transformers import DynamicCache
+
+    if copies == 1 or ids.shape[1] == 1:
+        return {}
+    config = copy.copy(config)
+    config.max_new_tokens, config.return_dict_in_generate = 1, True
+    out = model.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], generation_config=config)
+    cache = out.past_key_values
+    layers = getattr(cache, "layers", [])  # linear attention has states that would not be copied
+    if not isinstance(cache, DynamicCache) or any(type(layer).__name__ not in KEYS_AND_VALUES for layer in layers):
+        return {}
+    cache.batch_repeat_interleave(copies)
+    return {"past_key_values": cache}
 
 
 @contextlib.contextmanager
