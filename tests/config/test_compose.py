@@ -11,6 +11,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
+from runner.cli import jobs as cli_jobs
 from runner.config import compose
 from runner.config.bind import config_dir
 from runner.config.job import Job, write_hydra
@@ -67,6 +68,14 @@ def test_what_refers_to_hydra_is_of_its_own_job():
     assert all(f"lora.r={job.cfg['lora']['r']}" in job.folder for job in jobs)
     jobs = jobs_of(["lora.r=4,8", "sweep='${hydra:runtime.choices.quant}'"])
     assert [job.cfg["sweep"] for job in jobs] == ["none", "none"]
+
+
+def test_a_folder_may_contain_the_number_of_its_job():
+    with cli_jobs.composed(["-m", "model=tiny", "seed=1,2", "sweep=s", "hydra.sweep.subdir=x/${hydra.job.num}"]) as (
+        _,
+        both,
+    ):
+        assert [job.folder.partition("/s/")[2] for job in both] == ["x/0", "x/1"]
 
 
 def test_what_hydra_writes_of_itself_can_be_read_back_by_it(tmp_path: Path):

@@ -137,8 +137,7 @@ class Composer:
         """What the jobs of a sweep share; swept keys have their defaults in it, swept groups their first option."""
         with told(self.hydra, self.args):
             composed = self._composed([*self.fixed, *self._first_choices()], RunMode.MULTIRUN)
-            with open_dict(composed):
-                composed.sweep = self.sweep_name if composed.sweep is None else composed.sweep
+            self._number(composed, 0)  # a path may contain it
             overrides.refuse_paths(composed)
         return composed
 
@@ -243,10 +242,8 @@ class Composer:
 
     def _job(self, given: list[str], mode: RunMode, number: int) -> Job:
         composed = self._composed(given, mode)
-        with read_write(composed.hydra), open_dict(composed.hydra):
-            if mode == RunMode.MULTIRUN:
-                composed.hydra.job.num, composed.hydra.job.id = number, f"runner_{number}"
-                composed.sweep = self.sweep_name if composed.sweep is None else composed.sweep
+        if mode == RunMode.MULTIRUN:
+            self._number(composed, number)
         overrides.refuse_paths(composed)
         plain: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
         node = plain.pop("hydra")
@@ -256,6 +253,12 @@ class Composer:
         cfg["data"] = data_nodes.completed(cfg["data"])
         user_code.refuse_given(cfg)
         return Job(cfg, plain, node, node["overrides"]["task"], folder, sweep_dir, self._code_folders)
+
+    def _number(self, composed: DictConfig, number: int) -> None:
+        """Set the number and the id of a job of a sweep, as Hydra does, and the name of its sweep."""
+        with read_write(composed.hydra), open_dict(composed.hydra):
+            composed.hydra.job.num, composed.hydra.job.id = number, f"runner_{number}"
+            composed.sweep = self.sweep_name if composed.sweep is None else composed.sweep
 
     def _folders(self, composed: DictConfig, mode: RunMode) -> tuple[str, str]:
         """The job's own folder ("" where we choose it) and that of its sweep, which all jobs of a command share."""
