@@ -288,13 +288,13 @@ def prepared(folder: Path, *overrides: str) -> RunDir:
 
 def no_hooks(**others: Any) -> Any:
     """Hooks of a training that nobody follows, but for ``others``."""
-    from runner.train import loop
+    from runner.train.parts import Hooks
 
     def nothing(*_: Any) -> None:
         pass
 
     named = ("record", "evaluating", "saving", "check_stop", "warm")
-    return loop.Hooks(**{**dict.fromkeys(named, nothing), **others})
+    return Hooks(**{**dict.fromkeys(named, nothing), **others})
 
 
 TINY = (

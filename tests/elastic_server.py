@@ -17,6 +17,7 @@ from runner.errors import DataError, Fault
 from runner.launch.local import accelerate
 from runner.tracking.rundir import RunDir
 from runner.train import loop
+from runner.train.parts import Hooks, Parts
 
 SIGNALS = {"die": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT, "drop": signal.SIGTERM}
 
@@ -25,7 +26,7 @@ def go_wrong(what: str, at: int, rank: int) -> None:
     """From now on, on this rank and before this step, the worst happens; "term" and "interrupt" reach the launcher."""
     step, launcher = loop.optimizer_step, os.getpid()
 
-    def then(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
+    def then(parts: Parts, progress: Any, hooks: Hooks) -> None:
         if progress.step == at and parts.ranks.rank == rank:
             if what == "raise":
                 raise ZeroDivisionError("too deep a thought")

@@ -19,10 +19,11 @@ HELD, OPEN = ".held", ".open"
 def hold(step: int) -> None:
     """From now on every run of this process waits before its optimizer step number ``step`` (the first is 0)."""
     from runner.train import loop
+    from runner.train.parts import Hooks, Parts
 
     optimizer_step = loop.optimizer_step
 
-    def waiting(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
+    def waiting(parts: Parts, progress: Any, hooks: Hooks) -> None:
         folder = parts.checkpoints.folder.parent
         if progress.step == step:
             (folder / HELD).touch()

@@ -14,7 +14,7 @@ from typing import Any
 
 from runner.models import pretrained
 from runner.tracking.rundir import RunDir
-from runner.train import build, inputs, loop, report, worker
+from runner.train import build, evaluation, inputs, loop, run_summary, worker
 from runner.train.checkpoint import Checkpoints
 
 MOMENTS: dict[str, tuple[Any, str, int]] = {
@@ -22,11 +22,11 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "loading": (build, "parts", 1),
     "first step": (loop, "accumulate_gradients", 1),
     "later step": (loop, "accumulate_gradients", 4),
-    "first evaluation": (loop, "evaluation_sums", 1),
-    "later evaluation": (loop, "evaluation_sums", 2),
+    "first evaluation": (evaluation, "sums_of", 1),
+    "later evaluation": (evaluation, "sums_of", 2),
     "saving": (Checkpoints, "save", 1),
     "the end": (pretrained, "save", 1),
-    "printing the result": (report, "ending", 1),
+    "printing the result": (run_summary, "ending", 1),
 }
 """Moment → (module or class, function, at which call of the function the signal comes)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from runner import terminal
+from runner import log_handlers, terminal
 from runner.errors import LONGEST, Fault, quoted, visible
 
 
@@ -23,7 +23,7 @@ def test_a_fault_shows_what_it_quotes():
 
 
 def test_the_terminal_and_the_log_show_them_likewise(tmp_path, capsys):
-    with terminal.logging_to(tmp_path / "train.log"):
+    with log_handlers.logging_to(tmp_path / "train.log"):
         terminal.say("a\x1b[31mb")
         terminal.table("t\x1b", ["c"], [["d\x1b[0m"]])
         logging.getLogger("runner").warning("w\x1b[1m")

@@ -194,6 +194,7 @@ def train_ours(case: Case, side: str, steps: int) -> dict[str, Any]:
     from runner.train import build, loop, throughput
     from runner.train.checkpoint import Progress
     from runner.train.options import Options
+    from runner.train.parts import Hooks
 
     pretrained.load = lambda source, quant, _: adopted(made_model(case), source, quant)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
@@ -201,7 +202,7 @@ def train_ours(case: Case, side: str, steps: int) -> dict[str, Any]:
         made = inputs(Options(cfg), case, side, steps)
         parts = build.parts(made, RunDir(Path(name) / "run"))
         losses: list[float] = []
-        hooks = loop.Hooks(
+        hooks = Hooks(
             record=lambda _, metrics: losses.append(metrics["train/loss"]),
             evaluating=lambda *_: None,
             saving=lambda: None,

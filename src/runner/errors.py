@@ -141,6 +141,17 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
     return f"did you mean '{similar[0]}'?" if similar else ""
 
 
+def first_line(error: BaseException, most: int | None = 300) -> str:
+    """The first line of an error's message, cut to ``most`` characters; its type if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+def typed_line(error: BaseException) -> str:
+    """``first_line`` with the type in front; errors of this package go without it."""
+    line = first_line(error, None)
+    return line if isinstance(error, RunnerError) else f"{type(error).__name__}: {line}"
+
+
 def visible(text: str) -> str:
     """The text with control characters as escapes (``\\x1b``), so that what it quotes cannot steer the terminal."""
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)

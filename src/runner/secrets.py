@@ -201,5 +201,5 @@ _VALUE = re.compile(
     r"""[brfuBRFU]{0,2}(?:\\*"(?:\\.|[^"\\\n]|"(?=\w))*(?:\\*"|$)|\\*'(?:\\.|[^'\\\n]|'(?=\w))*(?:\\*'|$)|["'][^\n]*)"""
     rf"|[|>][+-]?\d?(?:\n[ \t]+[^\n]*)+|(?:[^\s,;&'\"}})\]]|{_MORE})+"
 )
-"""A quoted text, a block of YAML, or a word: it ends before a delimiter, unless that stands inside a word."""
+"""A quoted text, a block of YAML, or a word: it ends before a delimiter, unless the delimiter is inside a word."""
 _OF_YAML_LINE = re.compile(r"(?![\"'|>\[{$])[^\n]+?(?=\s+#|\s*(?:\n|$))")

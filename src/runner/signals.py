@@ -30,17 +30,20 @@ def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in a block that takes longer; only the main thread has a limit (it gets the signals)."""
+def time_limit(seconds: float, error: type[BaseException] = TimeoutError, again_s: float = 0.0) -> Iterator[None]:
+    """Raise ``error`` in a block that takes longer; only the main thread has a limit (it gets the signals).
+
+    ``again_s``: a block that catches the error is interrupted again after this time; 0: only once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def on_alarm(*_: object) -> None:
-        raise TimeoutError
+        raise error
 
     handler = signal.signal(signal.SIGALRM, on_alarm)
-    before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.setitimer(signal.ITIMER_REAL, seconds, again_s)
     try:
         yield
     finally:

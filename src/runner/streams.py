@@ -45,7 +45,7 @@ class Raw:
         self.is_result = False
         """Whether the text is the result of the command: then an error ends the command."""
         self.second: _Second | None = None
-        """Where to write without blocking; None: writing waits as long as the terminal or the reader wants."""
+        """Where to write without blocking; None: writing waits for the terminal or the reader without a limit."""
 
     def write(self, text: str) -> int:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"

@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runner.errors import visible
-from runner.train.report import NOTHING
+from runner.train.run_summary import NOTHING
 
 # generate
 
@@ -49,7 +49,7 @@ def test_an_empty_pipe_is_refused_before_anything_is_loaded(
 ):
     trained("first")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr("runner.train.trained.load", None)
+    monkeypatch.setattr("runner.train.trained_model.load", None)
     code, out, err = said(capsys, "generate", "first")
     assert (code, out) == (2, "")
     assert "stdin is empty" in err
@@ -58,11 +58,11 @@ def test_an_empty_pipe_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize("name", ["first", "whole", "four"])
 def test_compare_asks_the_base_as_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str):
     from runner.cli import generate
-    from runner.train.trained import load_base
+    from runner.train.trained_model import load_base
 
     run = trained(name)
     loads = []
-    monkeypatch.setattr("runner.train.trained.load_base", lambda *a, **k: loads.append(a) or load_base(*a, **k))
+    monkeypatch.setattr("runner.train.trained_model.load_base", lambda *a, **k: loads.append(a) or load_base(*a, **k))
     tables: list[Any] = []
     monkeypatch.setattr(generate.terminal, "table", lambda *table: tables.append(table))
     words = ("generate", name, "Hello!", "--max-new-tokens", "24", *(("--temperature", "1") if name == "whole" else ()))

@@ -52,7 +52,7 @@ def test_a_text_is_split_at_newlines_only(tmp_path):
 def test_tables_of_parquet_that_cannot_be_read(tmp_path):
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), file)
-    with pytest.raises(DataError, match=r"x\.parquet: the column 'text' stands twice"):
+    with pytest.raises(DataError, match=r"x\.parquet: the column 'text' occurs twice"):
         rows(local(file))
     pq.write_table(pa.Table.from_pylist(ROWS), file)
     content = bytearray(file.read_bytes())
@@ -81,7 +81,7 @@ def test_tables_of_parquet_that_cannot_be_read(tmp_path):
         ("x.txt", "\n", r"x\.txt: contains no rows", "add rows"),
         ("x.csv", "a,b\n", r"x\.csv: contains no rows", "add rows"),
         ("x.jsonl", b"\x80\x00\xff", r"x\.jsonl: is not UTF-8 text .* at byte 0", "iconv"),
-        ("x.csv", "a,b,a\n1,2,3\n", r"x\.csv:1: the column 'a' stands twice", "rename or remove"),
+        ("x.csv", "a,b,a\n1,2,3\n", r"x\.csv:1: the column 'a' occurs twice", "rename or remove"),
         (
             "x.parquet",
             b"PAR1 but not really",

@@ -23,9 +23,10 @@ from runner.data.packing import IGNORED, Rows
 from runner.errors import ConfigError
 from runner.models import tiny
 from runner.tracking.rundir import RunDir
-from runner.train import build, inputs, loop
+from runner.train import build, evaluation, inputs, loop
 from runner.train.checkpoint import Progress
 from runner.train.options import Options
+from runner.train.parts import Parts
 
 pytestmark = pytest.mark.slow
 
@@ -148,15 +149,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def parts_of(folder: Path, data: Path, quant: str, packing: bool) -> tuple[inputs.Inputs, loop.Parts]:
+def parts_of(folder: Path, data: Path, quant: str, packing: bool) -> tuple[inputs.Inputs, Parts]:
     cfg = copy.deepcopy(settings(data, quant))
     cfg["model"]["path"], cfg["data"]["packing"] = str(folder), packing
     known = inputs.inputs(Options(cfg))
     return known, build.parts(known, RunDir(folder / "run"))
 
 
-def eval_loss(known: inputs.Inputs, parts: loop.Parts) -> float:
-    sums = loop.evaluation_sums(parts.preparer, parts.evaluation, before=lambda *_: None)
+def eval_loss(known: inputs.Inputs, parts: Parts) -> float:
+    sums = evaluation.sums_of(parts.step_batches, parts.evaluation, before=lambda *_: None)
     return parts.task.metrics(sums[""])["loss"]
 
 

@@ -12,7 +12,7 @@ from fixtures.model_folders import local, option
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runner.errors import ConfigError
-from runner.models import gguf_import, parameters, pretrained
+from runner.models import architecture, gguf_import, parameters, pretrained
 from runner.models.quantization import none
 
 # GGUF -----------------------------------------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ from runner.models.quantization import none
 def test_smollm2_is_converted_to_an_ordinary_folder(cache: Path) -> None:
     from gguf import GGUFReader, dequantize
 
-    made = pretrained.resolve(option("smollm2")())
+    made = architecture.resolve(option("smollm2")())
     file = Path(option("smollm2")().path)
     assert Path(made.path).name.endswith(hashlib.sha256(file.read_bytes()).hexdigest()[:16])
     plain = AutoModelForCausalLM.from_pretrained(made.path)
@@ -38,7 +38,7 @@ def test_smollm2_is_converted_to_an_ordinary_folder(cache: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm2_keeps_tokenizer_template_and_sense(cache: Path) -> None:
-    made = pretrained.resolve(option("smollm2")())
+    made = architecture.resolve(option("smollm2")())
     tokenizer = AutoTokenizer.from_pretrained(made.path)
     # SmolLM splits digits off first: two spaces before a number stay together
     assert tokenizer.tokenize("a  123") == ["a", "ĠĠ", "1", "2", "3"]
@@ -81,5 +81,5 @@ def test_a_damaged_gguf_leaves_nothing_behind(cache: Path, tmp_path: Path, monke
     file = tmp_path / "cut.gguf"
     file.write_bytes(Path(option("smollm2")().path).read_bytes()[:5000])
     with pytest.raises(ConfigError, match="cannot be converted"):
-        pretrained.resolve(local(file))
+        architecture.resolve(local(file))
     assert not [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()]

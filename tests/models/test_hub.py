@@ -100,15 +100,15 @@ def serving(folder: Path) -> Iterator[str]:
 END = "----"
 FETCH = f"""
 import sys
-from runner.models import pretrained, sources
+from runner.models import architecture, pretrained, sources, tokenizer_files
 from runner.models.quantization import none
 from runner.errors import ConfigError
 for word in sys.argv[2:]:
     name, _, revision = word.partition("@")
     try:
-        source = pretrained.resolve(sources.pretrained(
+        source = architecture.resolve(sources.pretrained(
             path=name, revision=revision or None, dtype="float32", attention="auto", trust_remote_code=False))
-        pretrained.tokenizer(source)
+        tokenizer_files.load(source)
         print(source.path, source.revision)
         if sys.argv[1] == "weights":
             import torch

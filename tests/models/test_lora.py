@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from runner.errors import ConfigError
-from runner.models import lora, parameters, pretrained
+from runner.models import architecture, parameters, peft_options, pretrained, tokenizer_files
 from runner.models.quantization import bitsandbytes, none
 from runner.models.sources import ModelSource
 
@@ -34,12 +34,12 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def source(cache: Path) -> ModelSource:
-    return pretrained.resolve(option("model", "tiny")())
+    return architecture.resolve(option("model", "tiny")())
 
 
 @pytest.fixture(scope="module")
 def untied(cache: Path) -> ModelSource:
-    return pretrained.resolve(option("model", "tiny", tie_word_embeddings=False)())
+    return architecture.resolve(option("model", "tiny", tie_word_embeddings=False)())
 
 
 def load(source: ModelSource, name: str = "none") -> Any:
@@ -109,7 +109,7 @@ def test_plain_peft_reads_back_the_same_logits(
     model = option("lora", name, **changes)(load(where))
     losses = train(model)
     assert losses[-1] < losses[0] - 0.05
-    pretrained.save(model, pretrained.tokenizer(where), tmp_path / "model")
+    pretrained.save(model, tokenizer_files.load(where), tmp_path / "model")
     trained = logits(model)
     torch.testing.assert_close(logits(reloaded(where, tmp_path / "model")), trained, atol=2e-4, rtol=1e-4)
     # the adapter names its base, so that PEFT finds it alone
@@ -122,8 +122,8 @@ def test_saving_leaves_the_model_alone(source: ModelSource, tmp_path: Path) -> N
     model = option("lora", "pissa")(load(source))
     train(model, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
-    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
+    pretrained.save(model, tokenizer_files.load(source), tmp_path / "model")
+    pretrained.save(model, tokenizer_files.load(source), tmp_path / "model")
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -151,7 +151,7 @@ def test_the_start_of_every_adapter_is_the_base(source: ModelSource) -> None:
 def test_an_adapter_on_a_hub_model_names_its_id_and_commit(source: ModelSource, tmp_path: Path) -> None:
     base = load(source)
     base.name_or_path, base.config._commit_hash = "owner/name", "0" * 40  # as load() leaves a Hub model
-    pretrained.save(option("lora", "lora")(base), pretrained.tokenizer(source), tmp_path / "model")
+    pretrained.save(option("lora", "lora")(base), tokenizer_files.load(source), tmp_path / "model")
     written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", "0" * 40)
 
@@ -161,7 +161,7 @@ def test_an_adapter_on_a_snapshot_in_the_cache_of_the_hub_names_its_id_and_commi
 ) -> None:
     base = load(source)
     base.name_or_path = f"/home/me/.cache/huggingface/hub/models--owner--name/snapshots/{'1' * 40}"
-    pretrained.save(option("lora", "lora")(base), pretrained.tokenizer(source), tmp_path / "model")
+    pretrained.save(option("lora", "lora")(base), tokenizer_files.load(source), tmp_path / "model")
     written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", "1" * 40)
 
@@ -197,13 +197,13 @@ def test_full_fine_tuning_trains_everything(source: ModelSource) -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("method", lora.methods())
+@pytest.mark.parametrize("method", peft_options.methods())
 def test_every_peft_method_trains_and_is_read_back(source: ModelSource, method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = option("lora", "peft", method=method, **SMALL.get(method, {}))(load(source))
     losses = train(model, 10)
     assert losses[-1] < losses[0] or method == "pvera"  # PVeRA samples: its loss is noisy
-    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
+    pretrained.save(model, tokenizer_files.load(source), tmp_path / "model")
     torch.testing.assert_close(logits(reloaded(source, tmp_path / "model")), logits(model), atol=2e-4, rtol=1e-4)
 
 
@@ -289,7 +289,7 @@ def test_what_quantized_weights_cannot_do_is_refused_with_and_without_weights(
 
 def test_the_saved_pissa_adapter_is_a_plain_lora_of_twice_the_rank(source: ModelSource, tmp_path: Path) -> None:
     model = option("lora", "pissa", r=4)(load(source))
-    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
+    pretrained.save(model, tokenizer_files.load(source), tmp_path / "model")
     written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (8, 16, True)
     tensors = load_file(tmp_path / "model" / "adapter_model.safetensors")

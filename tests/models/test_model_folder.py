@@ -11,7 +11,7 @@ import pytest
 import torch
 from fixtures.model_folders import folder, ids, local, option, refusal, source
 
-from runner.models import pretrained
+from runner.models import pretrained, tokenizer_files
 from runner.models.quantization import none
 from runner.models.sources import ModelSource
 
@@ -69,7 +69,7 @@ def test_weights_that_are_no_safetensors(folder: Path) -> None:
 def test_a_shard_that_is_missing(source: ModelSource, tmp_path: Path) -> None:
     model = pretrained.load(source, none.none(), "cpu")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
-    pretrained.tokenizer(source).save_pretrained(tmp_path / "sharded")
+    tokenizer_files.load(source).save_pretrained(tmp_path / "sharded")
     whole = pretrained.load(local(tmp_path / "sharded"), none.none(), "cpu")
     assert torch.equal(whole(input_ids=ids()).logits, model(input_ids=ids()).logits)
     shard = sorted((tmp_path / "sharded").glob("model-*.safetensors"))[0]
@@ -122,7 +122,7 @@ def test_files_that_are_no_json_objects(folder: Path, content: str) -> None:
 
 
 def test_a_save_that_fails_leaves_what_was_there(source: ModelSource, tmp_path: Path) -> None:
-    model, tokenizer = pretrained.load(source, none.none(), "cpu"), pretrained.tokenizer(source)
+    model, tokenizer = pretrained.load(source, none.none(), "cpu"), tokenizer_files.load(source)
     pretrained.save(model, tokenizer, tmp_path / "model")
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     with pytest.raises(AttributeError):

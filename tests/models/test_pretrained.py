@@ -14,7 +14,7 @@ from fixtures.model_folders import folder, ids, local, option, refusal, source
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig
 
 from runner.errors import ConfigError
-from runner.models import parameters, pretrained, tiny
+from runner.models import architecture, parameters, pretrained, tiny, tokenizer_files
 from runner.models.quantization import none
 from runner.models.sources import ModelSource
 
@@ -22,7 +22,7 @@ from runner.models.sources import ModelSource
 
 
 def test_a_folder_is_loaded_as_plain_transformers_does(source: ModelSource, folder: Path) -> None:
-    model = pretrained.load(pretrained.resolve(local(folder)), none.none(), "cpu")
+    model = pretrained.load(architecture.resolve(local(folder)), none.none(), "cpu")
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model.eval()(input_ids=ids()).logits, plain.eval()(input_ids=ids()).logits)
     assert model.config.use_cache is False
@@ -39,7 +39,7 @@ def test_attention_is_what_was_asked(folder: Path, attention: str) -> None:
 def test_a_family_without_sdpa_is_loaded_with_eager_attention(folder: Path, attention: str) -> None:
     sizes = {"vocab_size": 259, "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}
     AutoModelForCausalLM.from_config(GPTJConfig(**sizes)).save_pretrained(folder)
-    source = pretrained.resolve(local(folder, attention=attention))
+    source = architecture.resolve(local(folder, attention=attention))
     if attention == "auto":
         assert pretrained.load(source, none.none(), "cpu").config._attn_implementation == "eager"
         assert pretrained.empty(source, none.none()).config._attn_implementation == "eager"
@@ -125,7 +125,7 @@ def test_code_of_the_models_own_runs_only_when_trusted(folder: Path, caplog: pyt
     names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     change_config(folder, model_type="own", auto_map=names, architectures=["Model"])
     assert "set model.trust_remote_code=true" in refusal(folder)
-    model = pretrained.load(pretrained.resolve(local(folder, trust_remote_code=True)), none.none(), "cpu")
+    model = pretrained.load(architecture.resolve(local(folder, trust_remote_code=True)), none.none(), "cpu")
     assert type(model).__name__ == "Model"
     assert "runs on this machine" in caplog.text
 
@@ -144,9 +144,9 @@ def test_shapes_that_do_not_fit(changes: dict[str, Any], said: str) -> None:
 
 
 def test_rows_longer_than_the_model_are_refused(source: ModelSource) -> None:
-    pretrained.check_max_length(source, 2048)
+    architecture.check_max_length(source, 2048)
     with pytest.raises(ConfigError, match=r"data\.max_length=2049: random-64x2 supports 2048 positions"):
-        pretrained.check_max_length(source, 2049)
+        architecture.check_max_length(source, 2049)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_missing_padding_token_is_chosen_without_resizing(folder: Path, added:
     settings.pop("pad_token", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     change_config(folder, vocab_size=264)
-    assert pretrained.tokenizer(local(folder)).pad_token == expected
+    assert tokenizer_files.load(local(folder)).pad_token == expected
 
 
 def test_an_empty_model_counts_like_the_real_one(source: ModelSource) -> None:
@@ -179,7 +179,7 @@ def test_an_empty_model_counts_like_the_real_one(source: ModelSource) -> None:
 
 
 def test_an_untied_head_is_counted_apart(cache: Path) -> None:
-    made = pretrained.resolve(option("tiny", tie_word_embeddings=False)())
+    made = architecture.resolve(option("tiny", tie_word_embeddings=False)())
     counts = parameters.describe(pretrained.empty(made, none.none()))
     assert counts["head"] == counts["embedding"] == 259 * 64
 
@@ -189,8 +189,8 @@ def test_an_untied_head_is_counted_apart(cache: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_whole_model_is_read_back_by_plain_transformers(cache: Path, tmp_path: Path, tied: bool) -> None:
-    made = pretrained.resolve(option("tiny", tie_word_embeddings=tied)())
-    model, tokenizer = pretrained.load(made, none.none(), "cpu"), pretrained.tokenizer(made)
+    made = architecture.resolve(option("tiny", tie_word_embeddings=tied)())
+    model, tokenizer = pretrained.load(made, none.none(), "cpu"), tokenizer_files.load(made)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
@@ -208,6 +208,6 @@ def test_a_whole_model_is_read_back_by_plain_transformers(cache: Path, tmp_path:
 def test_a_published_temperature_without_sampling_can_be_saved(source: ModelSource, tmp_path: Path) -> None:
     model = pretrained.load(source, none.none(), "cpu")
     model.generation_config.temperature = 0.6
-    pretrained.save(model, pretrained.tokenizer(source), tmp_path / "model")
+    pretrained.save(model, tokenizer_files.load(source), tmp_path / "model")
     written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (written["temperature"], written["do_sample"]) == (0.6, True)

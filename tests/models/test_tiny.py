@@ -12,7 +12,7 @@ import pytest
 import torch
 from fixtures.model_folders import option, source
 
-from runner.models import pretrained, tiny
+from runner.models import architecture, tiny, tokenizer_files
 from runner.models.sources import ModelSource
 
 # Random models --------------------------------------------------------------------------------------------------------
@@ -20,11 +20,11 @@ from runner.models.sources import ModelSource
 
 def test_tiny_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
-    made = pretrained.resolve(option("tiny")())
+    made = architecture.resolve(option("tiny")())
     written = (Path(made.path) / "model.safetensors").stat()
-    assert pretrained.resolve(option("tiny")()).path == made.path
+    assert architecture.resolve(option("tiny")()).path == made.path
     assert (Path(made.path) / "model.safetensors").stat().st_mtime_ns == written.st_mtime_ns
-    assert pretrained.resolve(option("tiny", layers=1)()).path != made.path
+    assert architecture.resolve(option("tiny", layers=1)()).path != made.path
 
 
 def test_tiny_is_the_same_for_everyone(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_tiny_is_the_same_for_everyone(tmp_path: Path) -> None:
 
 
 def test_the_byte_tokenizer_gives_back_every_text(source: ModelSource) -> None:
-    tokenizer = pretrained.tokenizer(source)
+    tokenizer = tokenizer_files.load(source)
     text = "Zoë  said:\n\t“naïve” 🙂 ½ \x00 <|im_end|>"
     encoded = tokenizer(text)["input_ids"]
     assert tokenizer.decode(encoded) == text
@@ -51,6 +51,6 @@ def test_the_byte_tokenizer_gives_back_every_text(source: ModelSource) -> None:
 def test_several_processes_make_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path))
     with ThreadPoolExecutor(4) as pool:
-        made = set(pool.map(lambda _: pretrained.resolve(option("tiny")()).path, range(4)))
+        made = set(pool.map(lambda _: architecture.resolve(option("tiny")()).path, range(4)))
     assert len(made) == 1
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [Path(made.pop()).name]

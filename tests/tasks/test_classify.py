@@ -8,22 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, prepared
+from fixtures import two_models
 from fixtures.searches import searchable_is_logged
 
 from runner.cli import main
 from runner.data import labelled
 from runner.data.batches import Batches
-from runner.data.packing import Rows, one_by_one, pack_units
 from runner.errors import ConfigError, DataError, Preempted
-from runner.models import pretrained, sources, tiny
+from runner.models import pretrained, sources, tokenizer_files
 from runner.models.kernels import attention, score_head
 from runner.models.quantization import none
 from runner.signals import Stop
-from runner.tasks import classify, measures, scores
+from runner.tasks import classification_metrics, classify, scores
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import worker
@@ -48,10 +47,7 @@ def task_of(kind: str, **changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tiny.write(folder, seed=0, **shape, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)
-    return folder
+    return two_models.write(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -73,33 +69,17 @@ def loaded(folder: Path, task: Any) -> tuple[Any, Any]:
     """(model, tokenizer)"""
     keys = {"revision": None, "dtype": "float32", "attention": "auto", "trust_remote_code": False}
     source = replace(sources.pretrained(path=str(folder), **keys), head=task.head)
-    return pretrained.load(source, none.none(), "cpu").eval(), pretrained.tokenizer(source)
+    return pretrained.load(source, none.none(), "cpu").eval(), tokenizer_files.load(source)
 
 
-def batches(task: Any, kind: str, tokenizer: Any, *, packing: bool, at_once: int) -> Batches:
+def batches(task: Any, kind: str, tokenizer: Any, **layout: Any) -> Batches:
     features = [each for example in examples(kind) for each in task.encode(example, tokenizer, 128)]
-    offsets = np.cumsum([0, *(len(each["input_ids"]) for each in features)])
-    ids, labels = (np.concatenate([each[key] for each in features]) for key in ("input_ids", "labels"))
-    packs = pack_units(np.diff(offsets), 1, 128) if packing else one_by_one(len(features))
-    values = {name: np.array([each[name] for each in features], dtype=np.float32) for name in task.values}
-    return Batches(
-        Rows(ids.astype(np.int32), labels.astype(np.int32), offsets, packs, 1, values),
-        packing=packing, max_length=128, rows_per_batch=at_once, accumulation=-(-len(packs) // at_once),
-        seed=0, shuffle=False, pad_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    return two_models.batches(features, capacity=128, values=task.values, pad_id=tokenizer.pad_token_id, **layout)
 
 
 def step(model: Any, task: Any, given: Batches) -> tuple[float, torch.Tensor]:
     """(loss, gradient of all parameters) of one step."""
-    model.zero_grad()
-    micro_batches = given.step(0)
-    total = sum(batch["documents"] for batch in micro_batches)
-    loss = 0.0
-    for batch in micro_batches:
-        part = task.step_loss(task.loss(model, batch), {"documents": total})
-        part.backward()
-        loss += float(part.detach())
-    return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return two_models.step(model, task, given.step(0))[1:]
 
 
 def loss_of_transformers(folder: Path, model: Any, task: Any, kind: str, tokenizer: Any) -> float:
@@ -156,9 +136,9 @@ def test_metrics_do_not_depend_on_the_cut_and_are_right() -> None:
     results = {}
     for kind, (x, y) in numbers.items():
         with torch.no_grad():
-            parts = [measures.sums(kind, x[at : at + 7], y[at : at + 7]) for at in range(0, 40, 7)]
+            parts = [classification_metrics.sums(kind, x[at : at + 7], y[at : at + 7]) for at in range(0, 40, 7)]
         sums = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
-        results[kind] = measures.METRICS[kind]({**sums, "loss": 1.0})
+        results[kind] = classification_metrics.METRICS[kind]({**sums, "loss": 1.0})
     chosen, actual = logits.argmax(1), targets[:, 0]
     assert results["single"]["accuracy"] == pytest.approx(float((chosen == actual).float().mean()))
     assert results["single"]["majority_accuracy"] == max(float((actual == c).float().mean()) for c in range(3))

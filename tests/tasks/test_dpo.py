@@ -12,24 +12,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, composed, prepared
+from fixtures import two_models
+from fixtures.two_models import QUESTIONS
 from torch.nn.functional import log_softmax
 
 from runner.cli import main
 from runner.data.batches import Batches
-from runner.data.packing import Rows, one_by_one, pack_units
 from runner.errors import ConfigError, DataError, Preempted
-from runner.models import tiny
 from runner.signals import Stop
 from runner.tasks import dpo, logprobs
 from runner.tracking import metrics_log
 from runner.train import reference, worker
 
-QUESTIONS = (
-    ("What is 2+2?", "4", "I do not know, maybe 5."),
-    ("Capital of France?", "Paris is the capital.", "London"),
-    ("Say hi", "Hello there!", "No."),
-    ("Colour of the sky?", "Blue by day", "It is a green sky, always has been green"),
-)
 OF_TRL = {
     "sigmoid": 0.764988, "hinge": 1.137563, "ipo": 25.732336, "robust": 0.782184, "exo_pair": 3.001068,
     "nca_pair": 1.423398, "sppo_hard": 66.970535, "apo_zero": 1.034214, "apo_down": 1.025263, "dpo_norm": 0.696783,
@@ -49,33 +43,12 @@ def example(question: str, chosen: str, rejected: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("model"))
-
-
-def written(folder: Path) -> Path:
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tiny.write(folder, seed=0, **shape, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)
-    return folder
+    return two_models.write(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def models(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
-    return policy_and_reference(folder)
-
-
-def policy_and_reference(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
-    """(policy, reference, tokenizer): the policy has noise on its weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    def load() -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-    policy, original = load(), load()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return policy.eval(), original.eval(), AutoTokenizer.from_pretrained(folder)
+    return two_models.load(folder)
 
 
 def task_of(loss_type: str = "sigmoid", **changes: Any) -> Any:
@@ -91,34 +64,14 @@ def features_of_trl(row: tuple[str, str, str], tokenizer: Any) -> list[dict[str,
     ]
 
 
-def batches(tokenizer: Any, *, packing: bool, at_once: int, end_to_end: bool = False, features: Any = None) -> Batches:
+def batches(tokenizer: Any, *, features: Any = None, **layout: Any) -> Batches:
     features = features or [each for row in QUESTIONS for each in features_of_trl(row, tokenizer)]
-    offsets = np.cumsum([0, *(len(each["input_ids"]) for each in features)])
-    ids, labels = (np.concatenate([each[key] for each in features]) for key in ("input_ids", "labels"))
-    packs = pack_units(np.diff(offsets), 2, 512) if packing else one_by_one(len(features), 2)
-    rows = Rows(ids.astype(np.int32), labels.astype(np.int32), offsets, packs, 2)
-    built = Batches(
-        rows, packing=packing, max_length=256, rows_per_batch=at_once, accumulation=-(-len(packs) // at_once),
-        seed=0, shuffle=False, pad_id=0,
-    )  # fmt: skip
-    return built.laid_end_to_end() if end_to_end else built
+    return two_models.batches(features, unit=2, **layout)
 
 
 def step(model: Any, original: Any, task: Any, given: Batches) -> tuple[dict[str, float], float, torch.Tensor]:
     """(metrics, loss, gradient of all parameters) of one step over all pairs."""
-    model.zero_grad()
-    micro_batches = given.step(0)
-    for batch in micro_batches:
-        with torch.no_grad():
-            batch["reference"] = logprobs.sums(original, batch)
-    totals = {kind: sum(batch[kind] for batch in micro_batches) for kind in set(task.divisors.values())}
-    sums: dict[str, float] = {}
-    for batch in micro_batches:
-        parts = task.loss(model, batch)
-        task.step_loss(parts, totals).backward()
-        sums = {name: sums.get(name, 0.0) + float(value.detach()) for name, value in parts.items()}
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return task.metrics(sums), float(task.step_loss(sums, totals)), gradient
+    return two_models.step(model, task, two_models.with_reference(original, given.step(0)))
 
 
 @pytest.mark.parametrize("loss_type", OF_TRL)

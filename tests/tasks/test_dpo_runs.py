@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, prepared
+from fixtures import two_models
+from fixtures.two_models import QUESTIONS
 
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
@@ -85,9 +87,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, cache: Path) -
 def test_the_loss_is_that_of_an_installed_trl(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from test_dpo import OF_TRL, QUESTIONS, SMOOTHING, batches, message, policy_and_reference, step, task_of, written
+    from test_dpo import OF_TRL, SMOOTHING, batches, message, step, task_of
 
-    policy, original, tokenizer = policy_and_reference(written(tmp_path / "model"))
+    policy, original, tokenizer = two_models.load(two_models.write(tmp_path / "model"))
     rows = [
         {"prompt": [message("user", question)], "chosen": [message("assistant", chosen)],
          "rejected": [message("assistant", rejected)]}

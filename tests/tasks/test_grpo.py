@@ -27,7 +27,7 @@ from runner.data.packing import IGNORED, Rows, Texts, one_by_one
 from runner.errors import ConfigError, DataError, Preempted
 from runner.signals import Stop
 from runner.tasks import grpo, rollout, sampling
-from runner.tasks.rewards import Rewards
+from runner.tasks.reward_functions import Rewards
 from runner.tasks.task import Task
 from runner.tracking import metrics_log
 from runner.train import worker

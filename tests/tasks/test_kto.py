@@ -19,11 +19,11 @@ from fixtures.two_models import QUESTIONS
 from runner.cli import main
 from runner.data import judged
 from runner.data.batches import Batches
-from runner.data.packing import Rows, one_by_one, pack
+from runner.data.packing import Rows
 from runner.errors import DataError, Preempted
 from runner.signals import Stop
-from runner.tasks import kto, logprobs, mismatched
-from runner.tasks.upcoming import Upcoming
+from runner.tasks import kto, kto_kl
+from runner.tasks.step_context import StepContext
 from runner.tracking import metrics_log
 from runner.train import worker
 
@@ -45,28 +45,19 @@ def task_of(loss_type: str = "kto", **changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
-    return two_models.load(tmp_path_factory.mktemp("model"))
+    return two_models.load(two_models.write(tmp_path_factory.mktemp("model")))
 
 
-def batches(tokenizer: Any, at_once: int = 4, *, packing: bool = False, by_document: bool = False, **ranks: int) -> Any:
+def batches(tokenizer: Any, at_once: int = 4, **layout: Any) -> Batches:
     features = [each for number in range(4) for each in kto.encode(example(number), tokenizer, 256)]
     for each in features:  # TRL also trains the line break after the end of the turn, which is never generated
         each["labels"][-1] = each["input_ids"][-1]
-    documents = [(np.array(each["input_ids"]), np.array(each["labels"])) for each in features]
-    plain = Rows.of(documents, label=[each["label"] for each in features])
-    packs = pack(plain.lengths, 256) if packing else one_by_one(4)
-    rows = Rows(plain.ids, plain.labels, plain.offsets, packs, 1, plain.values)
-    world = ranks.get("world", 1)
-    built = Batches(
-        rows, packing=packing, max_length=256, rows_per_batch=at_once, accumulation=-(-len(packs) // (at_once * world)),
-        seed=0, shuffle=False, pad_id=0, **ranks,
-    )  # fmt: skip
-    return built.laid_end_to_end() if by_document else built
+    return two_models.batches(features, at_once=at_once, values=["label"], **layout)
 
 
-def upcoming(model: Any, original: Any, given: Batches, others: float = 0.0) -> Upcoming:
+def context(model: Any, original: Any, given: Batches, others: float = 0.0) -> StepContext:
     """``others``: what the other ranks add to the sum of this one."""
-    return Upcoming(
+    return StepContext(
         model=model, tokenizer=None, batches=given, packs=given.order.packs_of_step(0), micro_batches=given.step(0),
         seed=0, trains=True, start=lambda: contextlib.nullcontext(original), on_device=lambda batch: batch, show=print,
         agree=lambda *numbers: [number + others for number in numbers],
@@ -75,19 +66,9 @@ def upcoming(model: Any, original: Any, given: Batches, others: float = 0.0) -> 
 
 def step(model: Any, original: Any, task: Any, given: Batches) -> tuple[dict[str, float], float, torch.Tensor]:
     """(metrics, loss, gradient of all parameters) of one step over all rows."""
-    model.zero_grad()
     with torch.no_grad():
-        micro_batches = task.prepare(upcoming(model, original, given)) if task.prepare else given.step(0)
-        for batch in micro_batches:
-            batch["reference"] = logprobs.sums(original, batch)
-    totals = {kind: sum(batch[kind] for batch in micro_batches) for kind in task.divisors.values()}
-    sums: dict[str, float] = {}
-    for batch in micro_batches:
-        parts = task.loss(model, batch)
-        task.step_loss(parts, totals).backward()
-        sums = {name: sums.get(name, 0.0) + float(value.detach()) for name, value in parts.items()}
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return task.metrics(sums), float(task.step_loss(sums, totals)), gradient
+        micro_batches = task.prepare(context(model, original, given)) if task.prepare else given.step(0)
+    return two_models.step(model, task, two_models.with_reference(original, micro_batches))
 
 
 @pytest.mark.parametrize("loss_type", OF_TRL)
@@ -124,7 +105,7 @@ def test_the_numbers_of_trl_are_those_of_the_installed_trl(models: Any, tmp_path
 
 
 @pytest.mark.parametrize(
-    "cut", [{"at_once": 1}, {"at_once": 2, "by_document": True}, {"at_once": 1, "packing": True}], ids=str
+    "cut", [{"at_once": 1}, {"at_once": 2, "end_to_end": True}, {"at_once": 1, "packing": True}], ids=str
 )
 def test_any_cut_gives_the_same_step(models: Any, cut: dict[str, Any]) -> None:
     policy, original, tokenizer = models
@@ -142,9 +123,9 @@ def test_two_ranks_compute_the_same_estimate(models: Any) -> None:
     with torch.no_grad():
         for rank in (0, 1):
             sums: list[float] = []
-            given = upcoming(policy, original, batches(tokenizer, 1, rank=rank, world=2), others=100.0)
-            (batch, _) = mismatched.prepare(given)
-            sums.append(float(batch[mismatched.MEAN]) * 4 - 100.0)
+            given = context(policy, original, batches(tokenizer, 1, rank=rank, world=2), others=100.0)
+            (batch, _) = kto_kl.prepare(given)
+            sums.append(float(batch[kto_kl.MEAN]) * 4 - 100.0)
             shares += sums
     assert sum(shares) / 4 == pytest.approx(Z, abs=1e-4)
     assert min(abs(share) for share in shares) > 0.1
@@ -152,10 +133,10 @@ def test_two_ranks_compute_the_same_estimate(models: Any) -> None:
 
 def test_no_answer_meets_its_own_prompt() -> None:
     rows = Rows.of([(np.array([n, n, 100 + n]), np.array([-100, -100, 100 + n])) for n in range(3)])
-    ids, labels = mismatched.mix(rows, 1, 0, 8)
+    ids, labels = kto_kl.mix(rows, 1, 0, 8)
     assert ids.tolist() == [1, 1, 100]
     assert labels.tolist() == [-100, -100, 100]
-    assert mismatched.mix(rows, 1, 0, 2)[0].tolist() == [1, 1]
+    assert kto_kl.mix(rows, 1, 0, 2)[0].tolist() == [1, 1]
 
 
 def test_labels_are_read_and_anything_else_is_refused() -> None:

@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, prepared
+from fixtures import two_models
 from fixtures.searches import searchable_is_logged
+from fixtures.two_models import QUESTIONS
 
 from runner.cli import main
 from runner.data import preference
 from runner.data.batches import Batches
-from runner.data.packing import Rows, one_by_one, pack_units
 from runner.errors import DataError, Preempted
-from runner.models import pretrained, sources, tiny
+from runner.models import pretrained, sources
 from runner.models.kernels import score_head
 from runner.models.quantization import none
 from runner.signals import Stop
@@ -26,22 +26,13 @@ from runner.tracking import metrics_log, origin
 from runner.tracking.rundir import RunDir
 from runner.train import worker
 
-QUESTIONS = (
-    ("What is 2+2?", "4", "I do not know, maybe 5."),
-    ("Capital of France?", "Paris is the capital.", "London"),
-    ("Say hi", "Hello there!", "No."),
-    ("Colour of the sky?", "Blue by day", "It is a green sky, always has been green"),
-)
 OF_TRL = {(0.0, 0.0): 0.701261, (0.01, 0.0): 0.702359, (0.0, 0.5): 1.182539}
 """(center_rewards_coefficient, step of the margins) → the loss of RewardTrainer of TRL 1.16 on these four pairs."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tiny.write(folder, seed=0, **shape, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)
-    return folder
+    return two_models.write(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -61,36 +52,16 @@ def rows(margin: float = 0.0) -> list[dict[str, Any]]:
     return [{"prompt": q, "chosen": c, "rejected": r, "margin": margin * i} for i, (q, c, r) in enumerate(QUESTIONS)]
 
 
-def batches(tokenizer: Any, *, packing: bool, at_once: int, margin: float = 0.0, end_to_end: bool = False) -> Batches:
+def batches(tokenizer: Any, *, margin: float = 0.0, **layout: Any) -> Batches:
     keys = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "margin": "margin"}
     examples = [preference.preference(row, **keys) for row in rows(margin)]
     features = [each for example in examples for each in reward.encode(example, tokenizer, 256)]
-    offsets = np.cumsum([0, *(len(each["input_ids"]) for each in features)])
-    ids, labels = (np.concatenate([each[key] for each in features]) for key in ("input_ids", "labels"))
-    packs = pack_units(np.diff(offsets), 2, 512) if packing else one_by_one(len(features), 2)
-    values = {"margin": np.array([each["margin"] for each in features], dtype=np.float32)}
-    built = Batches(
-        Rows(ids.astype(np.int32), labels.astype(np.int32), offsets, packs, 2, values),
-        packing=packing, max_length=256, rows_per_batch=at_once, accumulation=-(-len(packs) // at_once),
-        seed=0, shuffle=False, pad_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return built.laid_end_to_end() if end_to_end else built
+    return two_models.batches(features, unit=2, values=["margin"], pad_id=tokenizer.pad_token_id, **layout)
 
 
 def step(model: Any, task: Any, given: Batches) -> tuple[dict[str, float], float, torch.Tensor]:
     """(metrics, loss, gradient of all parameters) of one step over all pairs."""
-    model.zero_grad()
-    micro_batches = given.step(0)
-    totals = {kind: sum(batch[kind] for batch in micro_batches) for kind in task.divisors.values()}
-    sums: dict[str, Any] = {}
-    for batch in micro_batches:
-        parts = task.loss(model, batch)
-        task.step_loss(parts, totals).backward()
-        for name, value in parts.items():
-            sums[name] = task.combined(name, sums[name], value.detach()) if name in sums else value.detach()
-    numbers = {name: float(value) for name, value in sums.items()}
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return task.metrics(numbers), float(task.step_loss(numbers, totals)), gradient
+    return two_models.step(model, task, given.step(0))
 
 
 @pytest.mark.parametrize(("center", "margin"), OF_TRL)
@@ -191,7 +162,7 @@ def loss_of_plain_peft(run: RunDir, model: Any) -> float:
     """The held-out loss as a script of plain transformers measures it, one answer at a time."""
     from runner.tracking import manifest
     from runner.train import inputs
-    from runner.train.trained import Trained
+    from runner.train.trained_model import Trained
 
     of = Trained(run, manifest.pinned(manifest.read_config(run), run))
     rows = inputs.load_data(of.options, of.result, of.tokenizer)[0].eval

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import composed
+from fixtures import two_models
 from fixtures.chat_tokenizer import build
 from fixtures.documents import batches, source
 from torch import Tensor
@@ -61,17 +62,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
 
 def step(model: Any, rows: Rows, task: Any = None, **way: Any) -> tuple[float, dict[str, float], torch.Tensor]:
     """(loss, metrics, gradient) of one step over all rows."""
-    model.zero_grad()
     task = task or sft.sft(train_on="assistant")
     micro_batches = batches(rows, accumulation=99, epochs=1.0, shuffle=False, **way).step(0)
-    totals = {kind: sum(batch[kind] for batch in micro_batches) for kind in task.divisors.values()}
-    sums: dict[str, float] = {}
-    for batch in micro_batches:
-        parts = task.loss(model, batch)
-        task.step_loss(parts, totals).backward()
-        sums = {name: sums.get(name, 0.0) + float(value.detach()) for name, value in parts.items()}
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return float(task.step_loss(sums, totals)), task.metrics(sums), gradient
+    metrics, loss, gradient = two_models.step(model, task, micro_batches)
+    return loss, metrics, gradient
 
 
 OTHERS = [talk("no"), talk("maybe, who knows"), talk("a longer answer, with words in it")]

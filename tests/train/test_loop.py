@@ -17,10 +17,11 @@ from conftest import TINY, composed
 from runner.errors import ConfigError, Preempted, TrainingError
 from runner.models.kernels import compilation, varlen_attention
 from runner.tracking.rundir import RunDir
-from runner.train import build, inputs, loop
+from runner.train import build, evaluation, inputs, loop
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Progress
 from runner.train.options import Options
+from runner.train.parts import Hooks, Parts
 
 IN_STEP = tuple(
     f"/runner/{name}.py"
@@ -49,8 +50,8 @@ class Recorded:
         self.saves: list[None] = []
         self.stop_at = stop_at
 
-    def hooks(self) -> loop.Hooks:
-        return loop.Hooks(
+    def hooks(self) -> Hooks:
+        return Hooks(
             record=lambda step, metrics: self.records.append((step, metrics)),
             evaluating=lambda *_: None,
             saving=lambda: self.saves.append(None),
@@ -66,14 +67,14 @@ class Recorded:
         return [metrics[name] for _, metrics in self.records if name in metrics]
 
 
-def parts_of(folder: Path, *overrides: str) -> tuple[inputs.Inputs, loop.Parts]:
+def parts_of(folder: Path, *overrides: str) -> tuple[inputs.Inputs, Parts]:
     cfg = composed(*overrides)
     made = inputs.inputs(Options(cfg))
     folder.mkdir(parents=True, exist_ok=True)
     return made, build.parts(made, RunDir(folder))
 
 
-def trained(folder: Path, *overrides: str) -> tuple[loop.Parts, Recorded]:
+def trained(folder: Path, *overrides: str) -> tuple[Parts, Recorded]:
     _, parts = parts_of(folder, *overrides)
     recorded = Recorded()
     loop.train(parts, Progress(), recorded.hooks())
@@ -100,7 +101,7 @@ def plain_loop(model: Any, batches: list[dict[str, Any]], learning_rate: float, 
     return losses
 
 
-def plain_model(made: inputs.Inputs, parts: loop.Parts) -> Any:
+def plain_model(made: inputs.Inputs, parts: Parts) -> Any:
     """The same base and the same initial adapter, through transformers and PEFT alone."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -253,7 +254,9 @@ def test_a_stop_during_an_evaluation_is_taken_up_there(tmp_path: Path, cache: Pa
 def test_an_evaluation_counts_its_batches_without_making_them(tmp_path: Path, cache: Path):
     _, parts = parts_of(tmp_path, *TINY, "data.eval_rows=5", "data.packing=false", "train.per_device_batch_size=2")
     told: list[tuple[int, int]] = []
-    loop.evaluate(parts, 0, replace(Recorded().hooks(), evaluating=lambda done, count: told.append((done, count))))
+    evaluation.evaluate(
+        parts, 0, replace(Recorded().hooks(), evaluating=lambda done, count: told.append((done, count)))
+    )
     count = len(list(parts.evaluation.one_pass()))
     assert told == [(done, count) for done in range(count + 1)]
 

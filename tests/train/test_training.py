@@ -18,7 +18,7 @@ from runner import terminal
 from runner.signals import Stop
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
-from runner.train import generate, outcome, training, worker
+from runner.train import outcome, text_generation, training, worker
 
 
 def rows_file(path: Path, count: int, answer: str) -> str:
@@ -125,5 +125,5 @@ def test_a_stop_while_the_untrained_model_answers_does_not_wait(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("it went on")
 
-    monkeypatch.setattr(generate, "generate", answering)
+    monkeypatch.setattr(text_generation, "generate", answering)
     assert worker.work(rundir) == 75

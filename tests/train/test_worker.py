@@ -17,12 +17,13 @@ import pytest
 from conftest import TINY, fill, prepared
 from fixtures.stopped_runs import SHORT, preempted_run, raising
 
-from runner import terminal
+from runner import log_handlers, terminal
 from runner.errors import ConfigError, DataError, Fault, ResumeError, RunnerError, TrackingError
 from runner.tracking import manifest, metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import inputs as build
-from runner.train import loop, report, worker
+from runner.train import loop, run_summary, worker
+from runner.train.parts import Hooks, Parts
 
 TOKEN = "hf_" + "aB3" * 10
 
@@ -145,7 +146,7 @@ def test_a_run_that_was_cancelled_is_killed_and_not_preempted(tmp_path: Path, ca
     with pytest.MonkeyPatch.context() as patched:
         step = loop.optimizer_step
 
-        def and_cancel(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
+        def and_cancel(parts: Parts, progress: Any, hooks: Hooks) -> None:
             step(parts, progress, hooks)
             if progress.step == 3:
                 rundir.cancel_request.write_text("cancelled by me")
@@ -184,7 +185,7 @@ def test_a_run_that_was_given_up_stays_so_until_it_is_asked_for_anew(tmp_path: P
     with pytest.MonkeyPatch.context() as patched:
         step = loop.optimizer_step
 
-        def and_preempt(parts: loop.Parts, progress: Any, hooks: loop.Hooks) -> None:
+        def and_preempt(parts: Parts, progress: Any, hooks: Hooks) -> None:
             step(parts, progress, hooks)
             if progress.step == 3:
                 rundir.prune_request.write_text("given up at step 3")
@@ -338,7 +339,7 @@ def test_no_secret_gets_into_the_log_or_the_terminal(
 ):
     monkeypatch.setenv("HF_TOKEN", "Xy7" * 9)
     log = logging.getLogger("runner")
-    with terminal.logging_to(tmp_path / "train.log"):
+    with log_handlers.logging_to(tmp_path / "train.log"):
         log.info("took %s", TOKEN)
         logging.getLogger("somebody").warning("GET http://me:pass@host/x")
         try:
@@ -362,13 +363,13 @@ def test_the_log_has_the_end_and_the_warnings_of_libraries(
 ):
     from transformers.utils import logging as transformers_logging
 
-    rundir, ending = prepared(tmp_path / "run", *SHORT), report.summary
+    rundir, ending = prepared(tmp_path / "run", *SHORT), run_summary.numbers
 
     def and_warn(*arguments: Any) -> dict[str, Any]:
         transformers_logging.get_logger("transformers.modeling_utils").warning("a weight was not used")
         return ending(*arguments)
 
-    monkeypatch.setattr(report, "summary", and_warn)
+    monkeypatch.setattr(run_summary, "numbers", and_warn)
     assert worker.work(rundir) == 0
     written = rundir.log.read_text()
     assert f"run      {rundir.path}  completed" in written

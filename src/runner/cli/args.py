@@ -14,7 +14,7 @@ from runner.errors import ConfigError, Fault, suggest
 from runner.tracking import lookup
 
 if TYPE_CHECKING:
-    from runner.train.trained import Trained
+    from runner.train.trained_model import Trained
 
 RUN = "RUN is a run folder, a name, or the beginning (4 characters or more) of an MLflow run id"
 WIDTH = 120
@@ -158,7 +158,7 @@ def trained_run(verb: Verb, args: Args) -> tuple[Trained, list[str]]:
         ConfigError: no RUN, no such run, or a run without a model.
     """
     from runner.tracking import manifest
-    from runner.train.trained import Trained, refuse_without_model
+    from runner.train.trained_model import Trained, refuse_without_model
 
     if not args.words:
         raise verb.misused("needs a run")

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError, DataError, Fault, suggest
+from runner.errors import ConfigError, DataError, Fault, first_line, suggest
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ def _data_errors(chosen: Chosen) -> Iterator[None]:
     except (OSError, ConnectionError, ValueError, RuntimeError) as error:
         if "out of memory" in str(error):
             raise
-        text = (str(error).splitlines() or [type(error).__name__])[0][:300]
         remedy = "tasks download their rows from the Hub: check the connection, or use your own YAML with local files"
-        raise DataError(Fault("--tasks", f"cannot be run: {text}", remedy, ",".join(chosen.names))) from error
+        problem = f"cannot be run: {first_line(error)}"
+        raise DataError(Fault("--tasks", problem, remedy, ",".join(chosen.names))) from error
 
 
 def _docs(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from runner.errors import RunnerError
 from runner.files import write_atomic
 from runner.tracking import lookup, run_status
 from runner.tracking.machine import user
-from runner.tracking.mirror import behind
+from runner.tracking.mirror import backlog
 from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import FINAL, RunDir
 from runner.tracking.sweepdir import SweepDir
@@ -55,12 +55,12 @@ def main(argv: list[str]) -> int:
     after = cancellation.run()
     for run in after:
         print(f"{run.label}: {cancellation.outcome(run)}", flush=True)
-    behind.upload_ended([run.rundir for run in [*before, *after] if run.status in FINAL])
+    backlog.upload_ended([run.rundir for run in [*before, *after] if run.status in FINAL])
     return int(any(run.status not in OVER for run in after))
 
 
 def _named_runs(args: Args) -> list[RunDir]:
-    """The named runs and the runs of named sweeps, each once. Also asks a named search to stop proposing runs."""
+    """The named runs and the runs of named sweeps, each once. Also stops the proposals of a named search."""
     rundirs: dict[Path, RunDir] = {}
     for word in args.words:
         folder = lookup.resolve(word, args.outputs_dir)
@@ -107,7 +107,7 @@ class _Cancellation:
             time.sleep(SLURM_POLL_S if any(run.job for run in runs) else POLL_S)
 
     def outcome(self, run: RunStatus) -> str:
-        """What became of a run, for the terminal."""
+        """The result of cancelling a run, as a line for the terminal."""
         if problem := self.problems.get(run.rundir.path):
             return f"not cancelled: {problem}"
         if run.status not in OVER:

@@ -20,16 +20,16 @@ from runner.data.batches import Batches
 from runner.errors import ConfigError, Fault
 from runner.secrets import redact
 from runner.tracking import metrics_log, provenance
-from runner.tracking.mirror import behind
-from runner.train import trained
-from runner.train.report import too_long
-from runner.train.trained import Trained
+from runner.tracking.mirror import backlog
+from runner.train import trained_model
+from runner.train.run_summary import too_long
+from runner.train.trained_model import Trained
 
 if TYPE_CHECKING:
     import torch
 
     from runner.train.distributed.wrap import Wrapped
-    from runner.train.prepared import Start
+    from runner.train.step_batches import Start
 
 VERB = Verb(
     "evaluate RUN [data=… data.key=…]",
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         problem = "tasks of lm-eval need a model that generates text, and this one gives scores"
         raise ConfigError(Fault("--tasks", problem, "leave it out: the held-out rows are evaluated"))
     chosen = benchmarks.choose(args["--tasks"].split(",")) if args["--tasks"] else None
-    trained.quiet()
+    trained_model.quiet()
     order = _Order(run, bool(args["--base"]), ["python", "-m", "runner", "evaluate", *argv])
     if chosen is not None:
         _evaluate_tasks(order, chosen, args["--limit"])
@@ -138,18 +138,18 @@ def _loaded(order: _Order) -> tuple[Any, Any]:
     """(model, tokenizer)"""
     from runner.train import devices
 
-    load = trained.load_base if order.is_base else trained.load
+    load = trained_model.load_base if order.is_base else trained_model.load
     return load(order.run, devices.pick()), order.run.tokenizer
 
 
 def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[str, Any]]:
     """(name, metrics, details of the rows), computed with the evaluation code of training."""
     from runner.models.kernels import lora_linear
-    from runner.train import build, devices, loop, prepared
+    from runner.train import build, devices, evaluation, step_batches
     from runner.train.distributed import parallel, wrap
     from runner.train.distributed.ranks import ALONE
 
-    run, start = order.run, prepared.none
+    run, start = order.run, step_batches.none
     batches, details, name = _batches(run, rows)
     name = rows.name or name
     _refuse_name_of_other_rows(run, name, details)
@@ -161,11 +161,13 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     wrapped = wrap.wrap(parallel.none(), model, run.options.task, ALONE, device, autocast)
     if run.options.task.reference is not None:
         start = _give_reference(run, batches, wrapped)
-    preparer = prepared.Preparer(run.options.task, model, run.tokenizer, wrapped, ALONE, start, prepared.nowhere)
+    computed = step_batches.StepBatches(
+        run.options.task, model, run.tokenizer, wrapped, ALONE, start, step_batches.nowhere
+    )
     began = time.monotonic()
-    sums = loop.evaluation_sums(preparer, batches, before=terminal.progress("evaluating"))
+    sums = evaluation.sums_of(computed, batches, before=terminal.progress("evaluating"))
     details["seconds"] = round(time.monotonic() - began, 3)
-    named = loop.evaluation_metrics(run.options.task, sums)
+    named = evaluation.metrics_of(run.options.task, sums)
     return name, {metric.removeprefix("eval/"): value for metric, value in named.items()}, details
 
 
@@ -212,13 +214,13 @@ def _model(order: _Order, device: torch.device) -> tuple[Any, torch.dtype | None
 
     run = order.run
     source, autocast = keep_updates(run.result, device, full=not run.is_adapter)
-    load = trained.load_base if order.is_base else trained.load
+    load = trained_model.load_base if order.is_base else trained_model.load
     return load(run, device, dtype=source.dtype), autocast
 
 
 def _batches(run: Trained, chosen: _Rows) -> tuple[Batches, dict[str, Any], str]:
     """(batches to evaluate, details of their rows for the record, default name of the metrics)."""
-    from runner.models import pretrained
+    from runner.models import architecture
     from runner.train import inputs
     from runner.train.options import Options
 
@@ -234,7 +236,7 @@ def _batches(run: Trained, chosen: _Rows) -> tuple[Batches, dict[str, Any], str]
         problem, remedy = "evaluates on one data set", "name it: data=local data.path=FILE"
         raise ConfigError(Fault("data", problem, remedy, "mix"))
     source = given.source()
-    pretrained.check_max_length(run.result, data.max_length)
+    architecture.check_max_length(run.result, data.max_length)
     rows, report = tokenization.every_row(source, given.format, options.task, run.tokenizer, given.settings)
     if report.truncated or report.dropped:
         print(f"warning: {too_long(options, report)}", file=sys.stderr)
@@ -283,7 +285,7 @@ def _record(order: _Order, name: str, metrics: dict[str, float], details: dict[s
 def _upload(run: Trained) -> None:
     near = terminal.nearest(run.rundir.path)
     print(f"written to {terminal.nearest(run.rundir.evaluations)}", file=sys.stderr)
-    if not behind.is_wanted(run.rundir):
+    if not backlog.is_wanted(run.rundir):
         return
-    for problem in behind.upload([run.rundir.path]):
+    for problem in backlog.upload([run.rundir.path]):
         print(f"not uploaded to MLflow ({problem}); upload it later: python -m runner sync {near}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.config import check, compose, user_code
 from runner.config.bind import TARGET
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, first_line
 
 KEPT = ("max_length", "packing", "overlong", "deduplicate")
 """Keys of ``data`` that keep the run's values unless they are overridden."""
@@ -83,7 +83,7 @@ def _set(data: dict[str, Any], overrides: list[str]) -> None:
         try:
             parsed = OverridesParser.create().parse_override(text.lstrip("+"))
         except HydraException as error:
-            problem = f"cannot be parsed: {str(error).splitlines()[0]}"
+            problem = f"cannot be parsed: {first_line(error)}"
             raise ConfigError(Fault(_key(text), problem, "put it in quotes: 'data.path=\"a b\"'")) from error
         if parsed.is_sweep_override():
             raise ConfigError(_one_value(_key(text)))

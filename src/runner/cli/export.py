@@ -17,8 +17,8 @@ from runner.errors import ConfigError, Fault
 from runner.models import gguf_export, model_folder
 from runner.report import model_card
 from runner.tracking import origin
-from runner.train import merge, trained
-from runner.train.trained import Trained
+from runner.train import merge, trained_model
+from runner.train.trained_model import Trained
 
 if TYPE_CHECKING:
     from runner.train.merge import Check
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     run.rundir.read_state()  # the model card needs it: a damaged file is reported before the work
     order = _order(args, run, rest)
     base = run.base.path if run.is_adapter else str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
-    trained.quiet()
+    trained_model.quiet()
     with written_or_refused(order.folder) as aside:
         check = _write(run, order, aside)
         if "model" in order.kinds:
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class _Order:
-    """What to write, and where."""
+    """The kinds of files to write, and the folder for them."""
 
     folder: Path
     kinds: tuple[model_card.Kind, ...]

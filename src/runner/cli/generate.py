@@ -13,9 +13,9 @@ from runner import streams, terminal
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.config import schema
 from runner.errors import ConfigError, DataError, Fault, RunnerError
-from runner.train import trained
-from runner.train.report import NOTHING
-from runner.train.trained import Trained
+from runner.train import trained_model
+from runner.train.run_summary import NOTHING
+from runner.train.trained_model import Trained
 
 VERB = Verb(
     "generate RUN [PROMPT|-]",
@@ -122,15 +122,15 @@ def _settings(args: Args) -> Settings:
 def _load(run: Trained, *, compare: bool) -> list[_Model]:
     from runner.train import devices
 
-    trained.quiet()
+    trained_model.quiet()
     device = devices.pick()
-    model = trained.load(run, device)
+    model = trained_model.load(run, device)
     tuned = _Model(TUNED, lambda: nullcontext(model))
     if not compare:
         return [tuned]
-    if trained.has_base_inside(model):
-        return [_Model(BASE, lambda: trained.without_adapter(model)), tuned]
-    base = trained.load_base(run, device)
+    if trained_model.has_base_inside(model):
+        return [_Model(BASE, lambda: trained_model.without_adapter(model)), tuned]
+    base = trained_model.load_base(run, device)
     return [_Model(BASE, lambda: nullcontext(base)), tuned]
 
 
@@ -155,14 +155,14 @@ def _generate(run: Trained, model: Any, settings: Settings, messages: list[Turn]
     from transformers import TextStreamer
 
     from runner.data import chat_template
-    from runner.train import generate
+    from runner.train import text_generation
 
     text = prompt_text(run, messages)
     limit = _max_new_tokens(model, len(run.tokenizer(text, add_special_tokens=False)["input_ids"]))
     streamer = TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     stop = None if not run.is_chat else chat_template.end_of_turn(run.tokenizer)
     torch.manual_seed(settings.seed)
-    (answer,) = generate.generate(
+    (answer,) = text_generation.generate(
         model,
         run.tokenizer,
         [text],

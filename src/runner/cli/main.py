@@ -151,7 +151,7 @@ def _show_with_hydra(args: Any, argv: list[str]) -> int:
     """Let Hydra handle --help, --cfg, --info and tab completion."""
     import hydra
 
-    from runner.config import compose, explain
+    from runner.config import compose, hydra_errors
     from runner.config.bind import config_dir
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its exceptions instead of printing them
@@ -159,9 +159,11 @@ def _show_with_hydra(args: Any, argv: list[str]) -> int:
         _complete_verbs()
     sys.argv = ["runner", *argv]
     with compose.opened(args) as opened:
-        translate = explain.told(opened, args)
+        translate = hydra_errors.told(opened, args)
     with translate:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=explain.CONFIG_NAME)(lambda _: None)()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=hydra_errors.CONFIG_NAME)(
+            lambda _: None
+        )()
     return 0
 
 

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from runner import streams, terminal
+from runner import log_handlers, streams, terminal
 from runner.cli import jobs
 from runner.cli.args import Verb
 from runner.data.packing import IGNORED
 from runner.errors import visible
-from runner.train import report
+from runner.train import run_summary
 
 VERB = Verb(
     "plan [overrides]",
@@ -52,7 +52,7 @@ def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         ConfigError, DataError: a run would be refused.
     """
     terminal.loading("torch and transformers")
-    terminal.quiet_libraries()
+    log_handlers.quiet_libraries()
     from runner.train import build, estimate, inputs
     from runner.train.options import Options
 
@@ -107,7 +107,7 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
     }
     lost = f"\n{counts.reasoning_lost} answers not trained: the chat template leaves out their reasoning"
     text = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none left out"
-    text += f"; {report.too_long(options, counts)}" if counts.truncated or counts.dropped else ""
+    text += f"; {run_summary.too_long(options, counts)}" if counts.truncated or counts.dropped else ""
     trained = f"{counts.train_trained_tokens / counts.train_tokens:.0%} of them trained"
     batches = f"{layout}, {run_inputs.batches.efficiency:.1%} of the token slots are used"
     if (answers := run_inputs.batches.answers) is not None:
@@ -124,9 +124,9 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
         (
             "held out",
             f"{counts.eval_rows} rows{_limited('eval_rows', options.data.eval_rows)}, {counts.eval_tokens} tokens"
-            + "".join(f"\nwarning: {few}" for few in report.few_held_out(run_inputs.splits)),
+            + "".join(f"\nwarning: {few}" for few in run_summary.few_held_out(run_inputs.splits)),
         ),
-        *([("sets", "\n".join(sets))] if (sets := list(report.of_parts(run_inputs))) else []),
+        *([("sets", "\n".join(sets))] if (sets := list(run_summary.of_parts(run_inputs))) else []),
         ("batches", batches),
     ]
 

@@ -20,8 +20,8 @@ from runner.errors import ConfigError, Fault, RunnerError, TrackingError
 from runner.report import model_card
 from runner.secrets import take_credentials
 from runner.tracking.mlflow import registry, store, upload
-from runner.train import merge, trained
-from runner.train.trained import Trained
+from runner.train import merge, trained_model
+from runner.train.trained_model import Trained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -114,7 +114,7 @@ def _locate(run: Trained) -> _Location:
 def _register(run: Trained, location: _Location, mlflow_run: Run, name: str, *, exists: bool) -> str:
     """Write the model to a temporary folder, upload it, then register it; returns the version."""
     client = location.client
-    trained.quiet()
+    trained_model.quiet()
     with tempfile.TemporaryDirectory(dir=run.rundir.path, prefix=".register-") as aside:
         folder = Path(aside, "model")
         folder.mkdir()

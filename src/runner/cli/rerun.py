@@ -13,10 +13,10 @@ from typing import Any
 from runner import files
 from runner.cli import worktree
 from runner.cli.args import RUN, URI, Option, Verb
-from runner.config import check, start
+from runner.config import check, lora_start
 from runner.config.bind import TARGET, config_dir, unknown_key
 from runner.config.compose import Composer, opened, parse
-from runner.config.explain import no_option
+from runner.config.hydra_errors import no_option
 from runner.config.job import Job
 from runner.errors import ConfigError, Fault
 from runner.files import write_atomic
@@ -191,17 +191,17 @@ def _restored(original: Recorded, overrides: list[str], *, is_exact: bool) -> Jo
 
 def _with_start(cfg: dict[str, Any], original: Recorded) -> dict[str, Any]:
     """With ``lora.start`` in the original's own copy, if the run that it names is gone or has other weights now."""
-    text = start.of(cfg)
+    text = lora_start.of(cfg)
     if not text or original.folder is None or origin.is_there(text):
         return cfg
-    return start.replaced(cfg, start.joined(RunDir(original.folder).start, start.split(text)[1]))
+    return lora_start.replaced(cfg, lora_start.joined(RunDir(original.folder).start, lora_start.split(text)[1]))
 
 
 def _same_start(cfg: dict[str, Any], folder: Any) -> str:
     """The adapter of the original in another place; its weights are checked."""
-    if not (text := start.of(cfg)):
+    if not (text := lora_start.of(cfg)):
         raise ConfigError(Fault("lora.start", "the original run has none", "leave it out", folder))
-    return start.joined(folder, start.split(text)[1])
+    return lora_start.joined(folder, lora_start.split(text)[1])
 
 
 def _set(cfg: dict[str, Any], key: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from runner import streams, terminal
 from runner.cli.args import RUN, Args, Option, Verb
 from runner.cli.status_table import Group, Row, as_json, table
 from runner.tracking import lookup, run_status
-from runner.tracking.mirror import behind
+from runner.tracking.mirror import backlog
 from runner.tracking.rundir import FINAL, RunDir
 from runner.tracking.sweepdir import SweepDir
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         else:
             groups = _read(args)
             _print(groups, args)
-            behind.upload_ended(_ended(groups))
+            backlog.upload_ended(_ended(groups))
     return 0
 
 
@@ -145,7 +145,7 @@ def _watch(args: Args) -> None:
             elif text != before:
                 print(text, end="\n" if args["--json"] else "\n\n", flush=True)
             before = text
-            behind.upload_ended([rundir for rundir in _ended(groups) if rundir.path not in uploaded])
+            backlog.upload_ended([rundir for rundir in _ended(groups) if rundir.path not in uploaded])
             uploaded |= {rundir.path for rundir in _ended(groups)}
             runs = [run for group in groups for run in group.runs]
             if not any(run.is_live for run in runs):

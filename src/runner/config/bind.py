@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import PACKAGE
-from runner.config import bounds, user_code, words
+from runner.config import bounds, synonyms, user_code
 from runner.config.schema import Free
-from runner.errors import ConfigError, Fault, suggest
+from runner.errors import ConfigError, Fault, first_line, suggest
 
 TARGET = "_target_"
 NO_KEY = "no such key"
@@ -57,7 +57,7 @@ def to_plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or "")
-        raise ConfigError(Fault(key, str(error).splitlines()[0], "correct the interpolation")) from error
+        raise ConfigError(Fault(key, first_line(error), "correct the interpolation")) from error
     return typing.cast("dict[str, Any]", plain)
 
 
@@ -198,7 +198,7 @@ def unknown_key(name: str, known: Iterable[str], value: object = ..., *, is_ours
     ``is_ours``: what other programs call our keys is looked up; a library has keys of its own.
     """
     known = sorted(set(known))
-    if is_ours and (hint := words.hint(name)):
+    if is_ours and (hint := synonyms.hint(name)):
         return Fault(name, NO_KEY, hint, value)
     return Fault(
         name, f"{NO_KEY}. {suggest(name, known)}".strip(" ."), f"keys here: {', '.join(known) or 'none'}", value

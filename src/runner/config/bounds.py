@@ -22,14 +22,14 @@ class Must:
     words: str = ""
     """What the bound demands, as in "a text …"; empty where only a value that breaks it needs words."""
     problem: str = ""
-    """Why a value that breaks the bound does not fit; empty where ``words`` say it."""
+    """Why a value that breaks the bound does not fit; empty if ``words`` explain it."""
 
 
 HANDLED = (
     annotated_types.Gt, annotated_types.Ge, annotated_types.Lt, annotated_types.Le, annotated_types.MinLen,
     annotated_types.MaxLen, annotated_types.MultipleOf, annotated_types.Predicate, Must,
 )  # fmt: skip
-"""The bounds that are enforced; of others nobody here knows what they demand."""
+"""The bounds that are enforced; a test refuses annotations with other bounds."""
 
 
 def mismatch(value: object, annotation: Any) -> str:
@@ -88,12 +88,8 @@ def fits(value: object, annotation: Any) -> bool:
 def parts(annotation: Any) -> Iterator[object]:
     """The bounds of an ``Annotated`` type, each by itself: ``Len(1, 3)`` is ``MinLen(1)`` and ``MaxLen(3)``."""
     for bound in annotation.__metadata__:  # a test for a protocol is slow: last
-        yield from (bound,) if is_handled(bound) or not isinstance(bound, annotated_types.GroupedMetadata) else bound
-
-
-def is_handled(bound: object) -> bool:
-    """Whether ``bound`` is enforced here."""
-    return isinstance(bound, HANDLED)
+        is_group = not isinstance(bound, HANDLED) and isinstance(bound, annotated_types.GroupedMetadata)
+        yield from bound if is_group else (bound,)
 
 
 def _within(value: Any, bound: object) -> bool:

@@ -17,7 +17,7 @@ OPTION_GROUPS = (
 )  # fmt: skip
 
 LIMITS = ("max_steps", "num_train_epochs", "max_tokens")
-"""The keys of ``train`` that say when training ends: exactly one of them."""
+"""The stopping criteria in ``train``; exactly one must be set."""
 
 
 def check(cfg: Mapping[str, Any]) -> None:

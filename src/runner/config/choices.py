@@ -34,12 +34,12 @@ def named(params: Mapping[str, str], chosen: Mapping[str, str]) -> tuple[dict[st
         names[group] = chosen.get(group) or (next(iter(options)) if len(options) == 1 else target.rpartition(".")[2])
         values = {f"{group}.{key}": value for key, value in options.get(names[group], {}).items() if key != "_target_"}
         implied |= {key for key, value in values.items() if params.get(key) == value or "${" in value}
-    found = {
+    shown = {
         key.removesuffix(TARGET): names[key.removesuffix(TARGET)] if key.endswith(TARGET) else value
         for key, value in params.items()
         if key not in names
     }
-    return found, frozenset(implied)
+    return shown, frozenset(implied)
 
 
 def of_overrides(overrides: list[str]) -> dict[str, str]:
@@ -56,8 +56,8 @@ def _options(group: str) -> list[tuple[str, dict[str, str]]]:
 
 def _keys(path: Path) -> Iterator[tuple[str, str]]:
     """The keys of an option on top of those it builds on, flattened."""
-    found = yaml.load(path.read_text(), Loader=_LOADER) or {}
-    for base in found.pop("defaults", []):
+    content = yaml.load(path.read_text(), Loader=_LOADER) or {}
+    for base in content.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
             yield from _keys(path.with_name(f"{base}.yaml"))
-    yield from flatten(found)
+    yield from flatten(content)

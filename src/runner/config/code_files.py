@@ -61,20 +61,20 @@ def files(paths: Iterable[Path]) -> list[tuple[str, Path]]:
     Of a package all of its Python files; of a file the modules and packages beside it that it imports, directly or
     through each other. A module whose name is computed at run time is not found.
     """
-    found: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for path in paths:
         parts = sorted(path.rglob("*.py")) if path.is_dir() else [path, *_imported(path)]
-        found |= {str(part.relative_to(path.parent)): part for part in parts if "__pycache__" not in part.parts}
-    return sorted(found.items())
+        by_name |= {str(part.relative_to(path.parent)): part for part in parts if "__pycache__" not in part.parts}
+    return sorted(by_name.items())
 
 
 def digest(paths: Iterable[Path]) -> str:
     """16 hexadecimal digits over the names and texts of all files."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for name, file in files(paths):
         text = file.read_bytes()
-        found.update(f"{name}\0{len(text)}\0".encode() + text)
-    return found.hexdigest()[:16]
+        total.update(f"{name}\0{len(text)}\0".encode() + text)
+    return total.hexdigest()[:16]
 
 
 def copy(paths: Iterable[Path], folder: Path) -> None:
@@ -90,15 +90,15 @@ def options(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
 
     Keyword-only parameters are the keys, with their defaults as values; one without a default needs a value (``???``).
     """
-    found: dict[str, dict[str, Any]] = {}
+    nodes: dict[str, dict[str, Any]] = {}
     for entry in entries:
         with contextlib.suppress(ConfigError):  # settle() reports it
             path = locate(entry)
             for name, file in files([path]):
                 module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
                 for function in _functions(file):
-                    found.setdefault(function.name, {"_target_": f"{module}.{function.name}", **_defaults(function)})
-    return found
+                    nodes.setdefault(function.name, {"_target_": f"{module}.{function.name}", **_defaults(function)})
+    return nodes
 
 
 def _functions(file: Path) -> list[ast.FunctionDef]:
@@ -135,14 +135,14 @@ def _installed(name: str) -> Path:
 
 def _imported(file: Path) -> list[Path]:
     """The modules and packages beside ``file`` that it imports, anywhere in it, directly or through each other."""
-    found: set[Path] = set()
+    imported: set[Path] = set()
     remaining = [file]
     while remaining:
         for name in _names(remaining.pop()):
-            new = {path for path in _beside(file.parent, name) if path != file} - found
-            found |= new
+            new = {path for path in _beside(file.parent, name) if path != file} - imported
+            imported |= new
             remaining += new
-    return sorted(found)
+    return sorted(imported)
 
 
 def _names(file: Path) -> set[str]:

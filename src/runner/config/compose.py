@@ -32,12 +32,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.config import code_files, data_nodes, overrides, user_code
 from runner.config.bind import config_dir, to_plain
-from runner.config.explain import CONFIG_NAME, is_choice, told
+from runner.config.hydra_errors import CONFIG_NAME, is_choice, told
 from runner.config.job import Job
 from runner.errors import ConfigError, Fault
 
 ONE_A_SWEEP = ("outputs_dir", "sweep", "resume", "retry", "search")
-"""Keys of ours that say where a sweep lies and how it is taken up."""
+"""Keys of the whole sweep: its folder, and how an earlier sweep is continued."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
-    args = parser.parse_intermixed_args(argv)  # flags may stand after overrides, too
+    args = parser.parse_intermixed_args(argv)  # flags may follow overrides, too
     overrides.refuse_unreadable(args.overrides)
     if args.experimental_rerun:
         problem, remedy = "is not for this program", "rerun RUN trains a run again as it was, resume=RUN continues it"
@@ -118,7 +118,7 @@ class Composer:
         self._code_folders = [Path.cwd(), *own, *(folder.parent for folder in own)]
 
     def is_sweep(self) -> bool:
-        """Whether the command line asks for several runs: by ``-m``, or by ``hydra.mode``."""
+        """Whether the command line starts several runs: by ``-m``, or by ``hydra.mode``."""
         if self.args.multirun:
             return True
         with told(self.hydra, self.args):
@@ -134,7 +134,7 @@ class Composer:
             return self._job(self.args.overrides, RunMode.RUN, 0)
 
     def master(self) -> DictConfig:
-        """What the jobs of a sweep share; swept keys have their defaults in it, swept groups their first option."""
+        """The configuration that all jobs share: swept keys have their default, swept groups their first option."""
         with told(self.hydra, self.args):
             composed = self._composed([*self.fixed, *self._first_choices()], RunMode.MULTIRUN)
             self._number(composed, 0)  # a path may contain it
@@ -177,7 +177,7 @@ class Composer:
 
     @functools.cached_property
     def sweep_name(self) -> str:
-        """What a sweep is called unless ``sweep=NAME`` says so: the keys that have several values, joined."""
+        """The name of a sweep without ``sweep=NAME``: the keys that have several values, joined."""
         return named_by(self.parser.parse_override(text).key_or_group for text in self.swept) or "single"
 
     def refuse_swept(self) -> None:
@@ -197,7 +197,7 @@ class Composer:
             raise ConfigError(*faults)
 
     def label(self, given: Sequence[str]) -> str:
-        """What tells a job from the others of its sweep: the overrides that the command line does not fix."""
+        """The overrides that differ between the jobs of a sweep: those that the command line does not fix."""
         fixed = {_key(text) for text in self.fixed} - {
             _key(text) for text in self.args.overrides if text not in self.fixed
         }
@@ -211,7 +211,7 @@ class Composer:
 
     @functools.cached_property
     def fixed(self) -> list[str]:
-        """The others."""
+        """The overrides of the command line that have one value."""
         return [text for text in self.args.overrides if text not in self.swept]
 
     def jobs(self, batch: Sequence[Sequence[str]], first: int = 0) -> list[Job]:
@@ -299,7 +299,7 @@ class Composer:
         return composed
 
     def _changes_defaults(self, override: Override) -> bool:
-        """Whether the override is read when the defaults list is built: it chooses, or says where to look."""
+        """Whether the override is used for the defaults list: it chooses an option, or sets the search path."""
         key = override.key_or_group
         return key == "hydra.searchpath" or (self._is_choice(key) and not isinstance(override.value(), dict))
 
@@ -310,7 +310,7 @@ class Composer:
 
 
 def named_by(keys: Iterable[str]) -> str:
-    """What a sweep over these keys is called; other keys, another name, also where it is cut to 120 characters."""
+    """The name of a sweep over these keys. Different keys give different names, even when cut to 120 characters."""
     name = "+".join(sorted({key.replace("/", ".") for key in keys}))
     return name if len(name) <= 120 else f"{name[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

@@ -17,17 +17,17 @@ class Job:
     """One composed run as plain dicts: our configuration, and what Hydra writes of itself into ``.hydra/``."""
 
     cfg: dict[str, Any]
-    """Resolved; the launcher and all later steps know nothing else."""
+    """The resolved configuration; the launcher and all later steps read only this one."""
     unresolved: dict[str, Any]
     hydra: dict[str, Any]
-    """Both may hold secrets; ``write_hydra`` leaves them out."""
+    """``unresolved`` and ``hydra`` may contain secrets; ``write_hydra`` leaves them out."""
     overrides: list[str]
-    """Ours, in the order given."""
+    """Overrides of our keys, in the order of the command line."""
     folder: str
     """Where Hydra's configuration puts a single run; of a sweep's job its own folder, or "" where we choose it."""
     sweep_dir: str
     code_folders: list[Path] = field(default_factory=list)
-    """Where code of the user's is found without being named: here, and in and beside ``--config-dir``."""
+    """Folders searched for the user's own code: the current one, and ``--config-dir`` and its parent."""
     continues: Path | None = None
     """The folder of the completed run whose last checkpoint this run begins with."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -41,12 +41,12 @@ class Job:
 
     @property
     def is_folder_named(self) -> bool:
-        """Whether the user said where a single run goes."""
+        """Whether the user chose the folder of a single run."""
         return any(override.startswith("hydra.run.dir=") for override in self.hydra["overrides"]["hydra"])
 
 
 def write_hydra(job: Job, folder: Path) -> None:
-    """Write ``.hydra/`` as Hydra does, where ``hydra.output_subdir`` says."""
+    """Write ``.hydra/`` as Hydra does, into the folder ``hydra.output_subdir``."""
     if job.hydra["output_subdir"] is None:
         return
     into = folder / job.hydra["output_subdir"]

@@ -1,4 +1,4 @@
-"""What an override may be: readable, one option for a group, and of Hydra's own keys only those that do something."""
+"""Check overrides: readable, one option for each group, and none of Hydra's keys without an effect."""
 
 from __future__ import annotations
 

@@ -25,15 +25,15 @@ Count = Annotated[int, Ge(1), COUNTABLE]
 Whole = Annotated[int, Ge(0), COUNTABLE]
 Tokens = Annotated[int, Ge(1), Le(10**15)]
 Processes = Annotated[int, Ge(1), Le(1024)]
-"""Processes or threads of one machine: OpenMP crashes when it cannot start all that are asked for."""
+"""Processes or threads of one machine: OpenMP crashes if it cannot start as many threads as requested."""
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
-"""What torch, NumPy and Python all take."""
+"""Seeds that torch, NumPy and Python all accept."""
 Positive = Annotated[float, Gt(0), COMPUTABLE]
 NotNegative = Annotated[float, Ge(0), COMPUTABLE]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Betas = Annotated[list[Fraction], Len(2, 2)]
 Memory = Literal["speed", "balanced", "min"]
-"""What of a forward pass is kept for the backward pass: see ``models/kernels/activation_checkpointing``."""
+"""How many activations are kept for the backward pass: see ``models/kernels/activation_checkpointing``."""
 
 NAME_BYTES = 255
 """The longest file name of the usual file systems."""

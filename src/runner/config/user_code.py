@@ -55,11 +55,11 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
         if (other := paths.setdefault(module_name(path), path)) != path:
             faults.append(Fault(KEY, f"has two modules called '{module_name(path)}' ({other})", "rename one", entry))
     for name in {target.partition(".")[0] for target in _targets(cfg)} - paths.keys() - {"runner"}:
-        found = next(
+        location = next(
             (path for folder in search for path in (folder / name, folder / f"{name}.py") if path.exists()), None
         )
-        if found is not None:
-            paths[name] = locate(str(found))
+        if location is not None:
+            paths[name] = locate(str(location))
     if faults:
         raise ConfigError(*faults)
     if not paths:
@@ -76,7 +76,7 @@ def given(cfg: Mapping[str, Any]) -> list[str]:
 
 
 def attach(cfg: dict[str, Any], paths: Sequence[Path]) -> None:
-    """Note in each node that names a function of the user's where its code is (``PATHS``)."""
+    """Add the paths of its code (``PATHS``) to each node that names a function of the user's."""
     if not paths:
         return
     places = [str(path) for path in paths]
@@ -100,7 +100,7 @@ def attach_copy(cfg: dict[str, Any], folder: Path) -> None:
 
 
 def refuse_given(cfg: Mapping[str, Any]) -> None:
-    """Refuse a configuration in which somebody else noted where code is.
+    """Refuse a configuration that contains paths of code which ``attach`` has not added.
 
     Raises:
         ConfigError: with a remedy.
@@ -110,14 +110,14 @@ def refuse_given(cfg: Mapping[str, Any]) -> None:
 
 
 def detached(node: Any) -> Any:
-    """The configuration without what ``attach`` noted."""
+    """The configuration without the paths that ``attach`` added."""
     if not isinstance(node, Mapping):
         return node
     return {key: detached(value) for key, value in node.items() if key != PATHS}
 
 
 def paths_of(cfg: Mapping[str, Any]) -> list[Path]:
-    """What ``attach`` noted."""
+    """The paths that ``attach`` added."""
     return [Path(path) for path in cfg.get(PATHS) or []]
 
 

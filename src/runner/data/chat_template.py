@@ -152,14 +152,14 @@ class ChatTemplate:
         if not is_plain(messages, options):
             turns = [turn for turn in self.find_turns(messages, needed, options)[1] if turn.number in answers]
             shown = [next((turn for turn in turns if start < turn.end), turns[-1]) for start, _ in spans]
-            found = [turn._replace(start=start, end=end) for turn, (start, end) in zip(shown, spans, strict=True)]
+            located = [turn._replace(start=start, end=end) for turn, (start, end) in zip(shown, spans, strict=True)]
         else:
             numbers = answers if len(spans) == len(answers) else answers[:1] * len(spans)
-            found = [Turn(number, *span) for number, span in zip(numbers, spans, strict=True)]
-        if needed and (needed - set(answers) or len({turn.number for turn in found}) != len(answers)):
+            located = [Turn(number, *span) for number, span in zip(numbers, spans, strict=True)]
+        if needed and (needed - set(answers) or len({turn.number for turn in located}) != len(answers)):
             reason = "its {% generation %} marks do not show each turn to which the row gives a weight"
             raise self.renderer.unmaskable(reason)
-        return ids, found
+        return ids, located
 
 
 def _fast_tokenizer(tokenizer: Tokenizer) -> Any:

@@ -127,10 +127,10 @@ def with_system(row: Row, key: str | None, turns: list[Message]) -> list[Message
     Raises:
         DataError: it is no text, or the turns have a system prompt, too.
     """
-    found = row.get(key) if key is not None else None
-    if found is None or found == "":
+    content = row.get(key) if key is not None else None
+    if content is None or content == "":
         return turns
-    prompt = said("system", found, f"the text under '{key}'")
+    prompt = said("system", content, f"the text under '{key}'")
     if turns and turns[0]["role"] == "system":
         problem = f"has two system prompts: the key '{key}', and the first message"
         remedy = "leave one out; data.format.system=null leaves out the key"
@@ -139,7 +139,7 @@ def with_system(row: Row, key: str | None, turns: list[Message]) -> list[Message
 
 
 def checked(conversation: list[Message]) -> list[Message]:
-    """The same messages, if a model can be trained on them.
+    """Return the messages; refuse those that a model cannot be trained on.
 
     Raises:
         DataError: an unknown role, an empty answer, or no answer.
@@ -186,11 +186,11 @@ def _message(number: int, turn: Row, role: str, content: str, ignore: Collection
 
 
 CARRIES = frozenset({"tool_calls", "reasoning_content"})
-"""What an answer may have beside its content, or instead of it."""
+"""Keys that an answer may have besides its content, or instead of it."""
 
 
 def _carried(turn: Row, what: str, but: Collection[str]) -> Message:
-    """What a turn has beside role and content, in the shape of ``Message``."""
+    """The keys of a turn besides role and content, in the shape of ``Message``."""
     kept: Message = {}
     for key in ("tool_calls", "function_call"):
         if key not in but and has_value(key, turn.get(key)):
@@ -210,7 +210,7 @@ def _calls(value: object, what: str) -> list[dict[str, Any]]:
 
 
 def _whole(value: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    """The same value, if all its texts are whole."""
+    """Return the value; refuse texts that contain half of a character."""
     text_of(json.dumps(value, ensure_ascii=False), what)
     return value
 

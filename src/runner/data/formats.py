@@ -99,11 +99,11 @@ def like_prompt_completion(row: Row, *, prompt: str, completion: str, **_: objec
 
 def text(row: Row, *, key: Text, ignore: list[Text] | None = None) -> Example:
     """Plain text under one key, for continued pretraining."""
-    found = row_shape.text(row, "text", "key", key)
+    content = row_shape.text(row, "text", "key", key)
     refuse_unused(row, (), {key}, ignore=ignore or [], words=training_keys.TEXT_WORDS)
-    if not found.strip():
+    if not content.strip():
         raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
-    return found
+    return content
 
 
 def like_text(row: Row, *, key: str, **_: object) -> int:
@@ -148,7 +148,7 @@ def _own(call: Callable[[dict[str, Any]], Any], name: str, row: Row) -> Example:
 
 
 def checked(result: Any, key: str, name: str) -> Example:
-    """What a function of the user's made of a row, if it is a text or messages.
+    """The text or messages that a function of the user's returned for a row.
 
     Raises:
         DataError: it is something else.

@@ -1,6 +1,6 @@
 """Marks inside the texts of a conversation, to see where a chat template writes each of them, and whether it does.
 
-Marks are numbers between private-use characters, absent from real text. They stand inside the white space at the ends
+Marks are numbers between private-use characters, absent from real text. They are inside the white space at the ends
 of a text and never in an empty one, so that what a template decides by its contents does not change.
 """
 
@@ -86,21 +86,21 @@ class Marked:
 
 
 class Seen(NamedTuple):
-    """Where the marks of a rendered text stand in the text without them."""
+    """A rendered text without its marks, and where they were."""
 
     text: str
     places: dict[int, int]
-    """Mark → the character at which it stands first."""
+    """Mark → the character at which it occurs first."""
 
     def spans(self, parts: Sequence[Part]) -> Iterator[tuple[Part, int | None, int | None]]:
-        """(part, its first character, its end) of each part, where it stands first; None where it does not stand."""
+        """(part, its first character, its end) of each part, at its first occurrence; None if a mark does not occur."""
         for number, part in enumerate(parts):
             start, end = (self.places.get(mark) for mark in (2 * number, 2 * number + 1))
             yield part, start, end
 
 
 def seen(text: str) -> Seen:
-    """The text without its marks, and where they stood."""
+    """Split a rendered text into the text without marks and the places of the marks."""
     places: dict[int, int] = {}
     pieces, at, length = [], 0, 0
     for mark in PLACEHOLDER.finditer(text):

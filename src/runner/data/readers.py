@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from runner.data import strict_json
 from runner.data.data_files import readable
-from runner.errors import DataError, Fault, quoted
+from runner.errors import DataError, Fault, first_line, quoted
 
 Row = dict[str, Any]
 Documents = Literal["file", "paragraph"]
@@ -86,7 +86,7 @@ def _read_table(file: Path, delimiter: str) -> Iterator[tuple[Place, Row]]:
         try:
             names = list(reader.fieldnames or ())
             if twice := next((name for name in names if names.count(name) > 1), None):
-                problem = f"{file}:{reader.line_num}: the column {quoted(twice)} stands twice"
+                problem = f"{file}:{reader.line_num}: the column {quoted(twice)} occurs twice"
                 raise DataError(Fault("", problem, "rename or remove one of them"))
             for row in reader:
                 if None in row or None in row.values():
@@ -107,7 +107,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[Place, Row]]:
         table = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
         if twice := next((name for name in names if names.count(name) > 1), None):
-            problem = f"{file}: the column {quoted(twice)} stands twice"
+            problem = f"{file}: the column {quoted(twice)} occurs twice"
             raise DataError(Fault("", problem, "rename or remove one of them"))
         rows = (row for batch in table.iter_batches(batch_size=4096) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
@@ -115,8 +115,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[Place, Row]]:
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
         if getattr(error, "errno", None):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        problem = f"{file}: damaged or not a parquet file: {reason}"
+        problem = f"{file}: damaged or not a parquet file: {first_line(error)}"
         raise DataError(Fault("", problem, "write or download the file again")) from None
 
 

@@ -14,11 +14,13 @@ _TOKENS = re.compile(r'(?P<text>"(?:[^"\\]|\\.)*")(?P<colon>\s*:)?|[\[\]{}]')
 
 
 def parse(file: Path, text: str, remedy: str, line: int | None = None) -> Any:
-    """JSON as Python values. ``remedy`` for a text that goes on after its end, or that is one list over several lines;
-    ``line``: where it stands, if it is one line.
+    """JSON as Python values.
+
+    ``remedy``: for a text that continues after the end of its value, or that is one list over several lines. ``line``:
+    the number of the line, if the text is one line of the file.
 
     Raises:
-        DataError: malformed, a key that stands twice, or a number or nesting that Python does not read.
+        DataError: malformed, a key that occurs twice, or a number or nesting that Python does not read.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
@@ -31,7 +33,7 @@ def parse(file: Path, text: str, remedy: str, line: int | None = None) -> Any:
     except ValueError as error:
         remedy = "correct that line"
         if isinstance(error, _RepeatedKeyError):
-            problem, at = f"the key {quoted(error.args[0])} stands twice in one object", _repeated(text)
+            problem, at = f"the key {quoted(error.args[0])} occurs twice in one object", _repeated(text)
         else:
             match = re.search(rf"\d{{{sys.get_int_max_str_digits() + 1},}}", text)
             problem, at = "a number has too many digits", match.start() if match else 0
@@ -41,7 +43,7 @@ def parse(file: Path, text: str, remedy: str, line: int | None = None) -> Any:
 
 
 class _RepeatedKeyError(ValueError):
-    """A key stands twice in an object."""
+    """A key occurs twice in an object."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def _deepest(text: str) -> int:
 
 
 def _repeated(text: str) -> int:
-    """The position of the first key that stands twice in its object."""
+    """The position of the first key that occurs twice in its object."""
     objects: list[set[str]] = []
     for token in _TOKENS.finditer(text):
         if token[0] in "[{":

@@ -58,7 +58,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """What the cache stores of a dataset."""
+    """A tokenised dataset, as the cache stores it."""
 
     train: Rows
     eval: Rows

@@ -19,18 +19,18 @@ from runner.errors import DataError, Fault, quoted
 Row = Mapping[str, Any]
 
 TRAIN_KEYS = ("weight", "loss_weight", "train", "training", "loss")
-"""Keys of a turn that say how much it is trained: a number from 0, true or false."""
+"""Keys of a turn with its weight in the loss: a number from 0, true or false."""
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALLS = ("tools", "functions", "tool_calls", "function_call")
 TURN_KEYS = ("tool_calls", "function_call", *REASONING, *TRAIN_KEYS, "name", "tool_call_id")
-"""Keys of a turn that are honoured beside its role and content."""
+"""Keys of a turn that are used besides its role and content."""
 TURN_WORDS = (*_CALLS, *REASONING, *_MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable",
               "train_on_turn", "mask", "ignore", "ignored", "skip", "exclude", "refusal", "tool_plan")  # fmt: skip
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "loss_mask")
 OPTIONS = ("tools", "chat_template_kwargs")
 ROW_KEYS = (*OPTIONS, *WEIGHTS)
-"""Keys of a row that are honoured beside its conversation."""
+"""Keys of a row that are used besides its conversation."""
 VERDICTS = ("label", "kto_tag")
 """Whether the answer of a row is a good one."""
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -66,23 +66,23 @@ def refuse_unused(
     """
     left_out = ignore or ()
     words = (*words, *itertools.chain.from_iterable(offers.values()))
-    found = [("the row", *pair) for pair in unused(row, words, used, left_out)]
+    faulty = [("the row", *pair) for pair in unused(row, words, used, left_out)]
     for number, turn in enumerate(turns, start=1):
         if len(turn) > len(keys):
             pairs = unused(turn, TURN_WORDS, {*keys, *TURN_KEYS}, left_out)
-            found += [(f"message {number}", *pair) for pair in pairs]
-    if not found:
+            faulty += [(f"message {number}", *pair) for pair in pairs]
+    if not faulty:
         return
-    each = (f"{owner} has {quoted(key)}{_near(key, word)}" for owner, key, word in found)
+    each = (f"{owner} has {quoted(key)}{_near(key, word)}" for owner, key, word in faulty)
     problem = f"{', '.join(each)}: this is not used, and without it something else is learnt"
-    if any(word in TOKENS for _, _, word in found):
+    if any(word in TOKENS for _, _, word in faulty):
         problem += "; a run tokenises the text itself"
-    names = ",".join(sorted({*left_out, *(key for _, key, _ in found)}))
+    names = ",".join(sorted({*left_out, *(key for _, key, _ in faulty)}))
     remedy = f"leave the row out, or train without the key knowingly: +data.format.ignore=[{names}]"
     for parameter, meant in offers.items():
-        if key := next((key for owner, key, word in found if word in meant and owner == "the row"), None):
+        if key := next((key for owner, key, word in faulty if word in meant and owner == "the row"), None):
             remedy = f"use it with data.format.{parameter}={key}, or {remedy}"
-    if not offers and any(word in SYSTEM for _, _, word in found):
+    if not offers and any(word in SYSTEM for _, _, word in faulty):
         remedy = f"make it the first message, with the role system, or {remedy}"
     if ignore is None:
         remedy = "leave the row out, or give messages without this key"

@@ -11,7 +11,7 @@ from typing import Any
 from runner.config import bind, check, user_code
 from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError, Fault
-from runner.launch import continuation, start
+from runner.launch import continuation, start_digest
 from runner.launch.launcher import Launcher
 from runner.tracking import environment, manifest, resume
 from runner.tracking.rundir import RunDir
@@ -37,7 +37,7 @@ def admit(jobs: Iterable[Job], processes: int | None = None, *, is_new: bool = T
         if is_new and job.cfg["resume"] in (None, "auto"):
             faults |= {str(fault): fault for fault in environment.settle(job.cfg, job.overrides)}
         manifest.keep_credentials(job.cfg)
-        settled = _code_faults(job) or list(start.settle(job.cfg))
+        settled = _code_faults(job) or list(start_digest.settle(job.cfg))
         for fault in settled or check.faults_of(job.cfg) or _resolve_parallel(job.cfg, processes):
             faults[str(fault)] = fault
     if faults:
@@ -47,7 +47,7 @@ def admit(jobs: Iterable[Job], processes: int | None = None, *, is_new: bool = T
 
 
 def _code_faults(job: Job) -> list[Fault]:
-    """Find the user's own code and note its digests; returns what is wrong with it."""
+    """Find the user's own code and record its digests; returns the faults."""
     try:
         user_code.settle(job.cfg, job.code_folders)
     except ConfigError as error:

@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, first_line
 
 MAGIC = b"GGUF"
 STRING = 8
@@ -27,7 +27,7 @@ def convert(file: Path, folder: Path) -> None:
     try:
         model, tokenizer = _read(file)
     except (ValueError, KeyError, IndexError, OSError, NotImplementedError, struct.error) as error:
-        problem = f"cannot be converted: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        problem = f"cannot be converted: {first_line(error)}"
         remedy = "download the file again, or use the safetensors version of the model"
         raise ConfigError(Fault("model.path", problem, remedy, file)) from error
     model.save_pretrained(folder)

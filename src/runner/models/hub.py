@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, first_line
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 WEIGHT_FILES = ["model*.safetensors"]
@@ -76,4 +76,4 @@ def _fault(name: str, revision: str | None, error: Exception) -> Fault | None:
 
 def _reason(error: Exception) -> str:
     cause = error.__cause__ or error
-    return (str(cause).splitlines() or [type(cause).__name__])[0][:160]
+    return first_line(cause, 160)

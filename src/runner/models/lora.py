@@ -6,19 +6,16 @@ Adapters are float32 for any dtype of the base (PEFT's default): small updates a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
-import typing
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Len
 
-from runner.config.bind import bind, bind_target, unknown_key
-from runner.config.bounds import mismatch
+from runner.config.bind import bind, bind_target
 from runner.config.schema import Count, Fraction, Positive, Text
-from runner.errors import ConfigError, Fault, suggest
-from runner.models import adapter, further
+from runner.errors import ConfigError, Fault, first_line, suggest
+from runner.models import adapter, peft_options, warm_start
 from runner.models.kernels import compilation, score_head
 
 if TYPE_CHECKING:
@@ -27,27 +24,7 @@ if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
 
 ALL_LINEAR = "all-linear"
-WRONG = (ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, KeyError, ImportError)
-"""What PEFT raises for options that it cannot use."""
 Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
-
-SET_HERE = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-}  # fmt: skip
-"""Fields of PEFT's configurations that the runner sets."""
-
-UNSUITED = {
-    "adalora": "it needs a call after every step to reallocate ranks, which this train loop does not make",
-    "xlora": "it combines adapters that are already trained",
-    "poly": "it needs a task id in every row",
-    "shadow": "its auxiliary loss needs the labels inside PEFT, which this train loop does not pass",
-}
-"""PEFT methods that would run here but not work as intended, with the reason."""
-
-UNSUITED_FIELDS = {"alora_invocation_tokens", "use_asa", "megatron_core"}
-"""Fields that need calls, objects or files which this train loop does not provide; so do all named ``…_config``."""
-
-DATA_INITS = ("eva", "corda", "loftq", "lora_ga")
 
 
 def none(model: nn.Module) -> nn.Module:
@@ -99,7 +76,7 @@ def lora(
 def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options: Any) -> nn.Module:
     """An adapter of any PEFT method; ``method`` is PEFT's name, ``options`` are fields of its configuration class.
 
-    ``start``: the adapter whose weights it begins with (see ``config.start``); it must have the same shape.
+    ``start``: the adapter whose weights it begins with (see ``config.lora_start``); it must have the same shape.
 
     Raises:
         ConfigError: faults of ``check_peft``, target modules that do not exist, an error raised by PEFT, or an adapter
@@ -111,7 +88,7 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
     _refuse(check_peft(method=method, **options))
     _refuse(_model_faults(model, method, options))
     options = {**options, **_without_routers(model, options), **_with_head(model, options)}
-    config = _config_class(method)(task_type=_task_type(model), **options)
+    config = peft_options.config_class(method)(task_type=_task_type(model), **options)
     meta = any(parameter.is_meta for parameter in model.parameters())
     subtracts = not meta and adapter.subtracts_initial(options.get("init_lora_weights"))
     if meta and "init_lora_weights" in options:
@@ -120,14 +97,14 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
     try:
         with adapter.fixed_seed() if subtracts else contextlib.nullcontext():
             adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=meta)
-    except WRONG as error:
+    except peft_options.WRONG as error:
         raise ConfigError(_peft_fault(method, error)) from error
     _refuse(_effect_faults(adapted, options))
     _refuse(_head_faults(adapted, method))
     if subtracts:
         adapter.keep_initial(adapted)
     if start:
-        further.begin_with(adapted, start)
+        warm_start.begin_with(adapted, start)
     return adapted
 
 
@@ -146,20 +123,7 @@ def _start_faults(start: str | None, init: Any) -> Iterator[Fault]:
 def check_peft(*, method: str, start: str | None = None, **options: Any) -> Iterator[Fault]:
     """Check a method and its options against PEFT's configuration class (imports PEFT)."""
     yield from _start_faults(start, options.get("init_lora_weights", True))
-    known = methods()
-    name = method.lower()
-    if name in UNSUITED or (name in _all_methods() and name not in known):
-        reason = UNSUITED.get(name, "it prepends virtual tokens, which shift positions and labels of packed rows")
-        yield Fault("method", f"is not supported: {reason}", f"use one of {', '.join(known)}", method)
-        return
-    if name not in known:
-        remedy = f"{suggest(name, known)} methods: {', '.join(known)}".strip()
-        yield Fault("method", "PEFT has no such method", remedy, method)
-        return
-    faults = list(_option_faults(name, options))
-    yield from faults
-    if not faults:
-        yield from _construction_faults(name, options)
+    yield from peft_options.faults(method, options)
 
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
@@ -185,54 +149,6 @@ def check_on_quantized(
         problem = "needs unquantized base weights (PiSSA and OLoRA subtract the initial adapter from them)"
         remedy = "use lora=lora with quantized weights, or set quant=none"
         yield Fault("init_lora_weights", problem, remedy, init_lora_weights)
-
-
-def methods() -> list[str]:
-    """The names of the supported PEFT methods."""
-    return sorted(name for name, cls in _all_methods().items() if name not in UNSUITED and not _is_prompt(cls))
-
-
-def _all_methods() -> dict[str, Any]:
-    with compilation.deferred():
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    return {str(getattr(kind, "value", kind)).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-
-
-def _config_class(method: str) -> Any:
-    return _all_methods()[method.lower()]
-
-
-def _is_prompt(cls: Any) -> bool:
-    from peft import PromptLearningConfig
-
-    return issubclass(cls, PromptLearningConfig)
-
-
-def _option_faults(method: str, options: dict[str, Any]) -> Iterator[Fault]:
-    cls = _config_class(method)
-    types = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)} - SET_HERE
-    for name, value in options.items():
-        if name in SET_HERE:
-            yield Fault(name, "is set by the runner", "remove this option", value)
-        elif name in UNSUITED_FIELDS or name.endswith("_config"):
-            yield Fault(name, "is not supported by this train loop", "remove this option", value)
-        elif name not in known:
-            yield unknown_key(name, known, value, is_ours=False)
-        elif name == "init_lora_weights" and value in DATA_INITS:
-            problem = "is not supported: it needs passes over the data before training"
-            yield Fault(name, problem, "use true, gaussian, orthogonal, pissa, pissa_niter_16 or olora", value)
-        elif name != "init_lora_weights" and (problem := mismatch(value, types[name])):
-            yield Fault(name, problem, f"see PEFT's {cls.__name__}.{name}", value)
-
-
-def _construction_faults(method: str, options: dict[str, Any]) -> Iterator[Fault]:
-    """Errors raised by the configuration class: missing fields and impossible combinations."""
-    try:
-        _config_class(method)(task_type="CAUSAL_LM", **options)
-    except WRONG as error:
-        yield Fault("", f"{method}: {_first_line(error)}", "set the options that PEFT requires: '+lora.name=value'")
 
 
 def _model_faults(model: nn.Module, method: str, options: dict[str, Any]) -> Iterator[Fault]:
@@ -268,7 +184,7 @@ def _without_routers(model: nn.Module, options: dict[str, Any]) -> dict[str, Any
 
 
 def _with_head(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """``modules_to_save`` with the parts of a score head that PEFT would leave frozen: it knows two names."""
+    """``modules_to_save`` with the parts of a score head that PEFT would leave frozen: it trains two names only."""
     names = [name.rpartition(".")[2] for name in getattr(model, "head_names", [])]
     more = [name for name in names if name not in score_head.OF_PEFT]
     return {"modules_to_save": [*(options.get("modules_to_save") or []), *more]} if more else {}
@@ -324,15 +240,11 @@ def _full_on_quantized() -> Fault:
 
 
 def _peft_fault(method: str, error: Exception) -> Fault:
-    text = _first_line(error)
+    text = first_line(error)
     if "target_modules" in text and "specify" in text:
         problem = f"PEFT has no default target modules of {method} for this model"
         return Fault("lora.target_modules", problem, f"set '+lora.target_modules={ALL_LINEAR}'")
     return Fault("lora", f"PEFT cannot apply {method} to this model: {text}", "use other options, or lora=lora", method)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _quant(model: nn.Module) -> Quant | None:

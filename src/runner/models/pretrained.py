@@ -1,16 +1,13 @@
-"""Load a model and its tokenizer for training; save the result in the format of transformers and PEFT."""
+"""Load a model for training; save the result in the format of transformers and PEFT."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import ConfigError, Fault, RunnerError
-from runner.models import adapter, hub, model_folder, parameters, shards
+from runner.errors import ConfigError, Fault
+from runner.models import adapter, architecture, model_folder, parameters, shards, tokenizer_files
 from runner.models.dtypes import dtype_argument, dtype_for
 from runner.models.kernels import long_rope, score_head
 from runner.models.sources import ModelSource
@@ -21,96 +18,6 @@ if TYPE_CHECKING:
 
     from runner.models.kernels.score_head import ScoreHead
     from runner.models.quantization.quant import Quant
-
-PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
-"""Candidates, in this order, for a tokenizer without a padding token; none of them occurs in ordinary text."""
-TOKENIZER_REMEDY = "use the model's original tokenizer files"
-
-log = logging.getLogger(__name__)
-
-
-def resolve(source: ModelSource) -> ModelSource:
-    """Convert or download everything but the weights; returns the source with its folder, or with its Hub commit.
-
-    Raises:
-        ConfigError: the model cannot be downloaded or converted, or its folder is incomplete.
-    """
-    if source.make is not None:
-        return replace(source, path=str(source.make()), make=None)
-    if Path(source.path).is_dir():
-        model_folder.check(Path(source.path))
-        return source
-    folder = hub.fetch(source.path, source.revision, weights=False, code=source.trust_remote_code)
-    model_folder.check(folder, weights=False)
-    return replace(source, revision=folder.name)
-
-
-def architecture(source: ModelSource) -> Any:
-    """The transformers configuration of the model; reads no weights.
-
-    Raises:
-        ConfigError: unknown architecture, custom model code without ``trust_remote_code``, or quantized weights.
-    """
-    from transformers import AutoConfig
-
-    folder = _folder(source, weights=False)
-    with _loading_errors(source):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    if source.trust_remote_code and getattr(config, "auto_map", None):
-        log.warning("model.trust_remote_code=true: Python code from the model %s runs on this machine", source.name)
-    if getattr(config, "quantization_config", None):
-        remedy = "use the original model, and quantize it with quant=4bit or quant=8bit"
-        raise ConfigError(Fault("model.path", "its weights are already quantized", remedy, source.path))
-    return config
-
-
-def tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, with a padding token.
-
-    If it has none, an existing special token of its vocabulary is used, so the embeddings need no resizing. The last
-    choice is the end-of-text token: this is safe because padding is excluded from the loss by position, not by id.
-    For a score head it is replaced if there is another, because transformers finds the end of a document by padding.
-
-    Raises:
-        ConfigError: the tokenizer is missing or unreadable, or has more tokens than the model has embeddings.
-    """
-    from transformers import AutoTokenizer
-
-    with _loading_errors(source, "its tokenizer", TOKENIZER_REMEDY):
-        result = AutoTokenizer.from_pretrained(
-            _folder(source, weights=False), trust_remote_code=source.trust_remote_code
-        )
-        vocabulary = result.get_vocab()
-        if not result("Some text, 12 tokens.")["input_ids"]:
-            raise ValueError("it gives no tokens for a text")
-        if not isinstance(result.chat_template, str | dict | None):
-            raise ValueError("its chat_template is not a text")
-    if result.pad_token is None:
-        result.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), result.eos_token)
-    elif source.head is not None and result.pad_token == result.eos_token:
-        others = (token for token in PAD_TOKENS if token in vocabulary and token != result.eos_token)
-        result.pad_token = next(others, result.eos_token)
-    if result.pad_token_id is None:
-        problem, remedy = "its tokenizer has neither pad_token nor eos_token", "set pad_token in tokenizer_config.json"
-        raise ConfigError(Fault("model.path", problem, remedy, source.path))
-    embeddings = getattr(architecture(source).get_text_config(), "vocab_size", None)
-    highest = max(vocabulary.values(), default=0)
-    if embeddings is not None and highest >= embeddings:
-        problem = f"its tokenizer has token ids up to {highest}, but the model has {embeddings} embeddings"
-        raise ConfigError(Fault("model.path", problem, TOKENIZER_REMEDY, source.path))
-    return result
-
-
-def check_max_length(source: ModelSource, max_length: int) -> None:
-    """Check that the model supports ``max_length`` positions.
-
-    Raises:
-        ConfigError: it does not; the remedy names the largest possible value.
-    """
-    limit = getattr(architecture(source).get_text_config(), "max_position_embeddings", None)
-    if limit is not None and 0 < limit < max_length:
-        problem = f"{source.name} supports {limit} positions at most"
-        raise ConfigError(Fault("data.max_length", problem, f"set data.max_length={limit} or less", max_length))
 
 
 def empty(
@@ -137,7 +44,7 @@ def _without_weights(source: ModelSource, device: torch.device | str, layers: in
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
-    with _loading_errors(source), torch.device("meta"):
+    with architecture.loading_errors(source), torch.device("meta"):
         model = auto_class(source.head).from_config(
             config,
             trust_remote_code=source.trust_remote_code,
@@ -158,9 +65,9 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
     """
     config = _configured(source)
     is_scored = score_head.is_scored(config)
-    folder = _folder(source, weights=True)
+    folder = architecture.folder_of(source, weights=True)
     model_folder.check(folder)
-    with _loading_errors(source):
+    with architecture.loading_errors(source):
         model, info = auto_class(source.head).from_pretrained(
             folder,
             config=config,
@@ -197,7 +104,7 @@ def auto_class(head: ScoreHead | None) -> Any:
 
 def _configured(source: ModelSource) -> Any:
     """The configuration of the model with the head that it is loaded with."""
-    config = architecture(source)
+    config = architecture.read(source)
     if source.head is not None:
         score_head.configure(config, source.head, source.path)
     return config
@@ -220,7 +127,7 @@ def _fill_head(model: Any, source: ModelSource, missing: list[str], *, is_new: b
     new = [name for name in missing if is_new and name.startswith(names)]
     score_head.initialise(model, new, source.head)
     score_head.in_float32(model)
-    model.config.pad_token_id = tokenizer(source).pad_token_id
+    model.config.pad_token_id = tokenizer_files.load(source).pad_token_id
     return [name for name in missing if name not in new]
 
 
@@ -284,39 +191,6 @@ def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tu
     if full and source.dtype == "auto" and dtype_for("auto", device) == torch.bfloat16:
         return replace(source, dtype="float32"), torch.bfloat16
     return source, None
-
-
-def _folder(source: ModelSource, *, weights: bool) -> Path:
-    if source.make is not None:
-        return source.make()
-    if Path(source.path).is_dir():
-        return Path(source.path)
-    return hub.fetch(source.path, source.revision, weights=weights, code=source.trust_remote_code)
-
-
-@contextlib.contextmanager
-def _loading_errors(source: ModelSource, part: str = "", remedy: str = "") -> Iterator[None]:
-    """Turn transformers' exceptions about an unreadable model, or a part of it, into one ConfigError."""
-    try:
-        yield
-    except Exception as error:  # a malformed file, or the model's own code, may raise anything
-        text = str(error) or type(error).__name__
-        if "out of memory" in text or isinstance(error, MemoryError | RunnerError):
-            raise
-        if "trust_remote_code" in text:
-            problem = f"{source.name} needs Python code from its own repository"
-            trust = "read that code; if you trust it, set model.trust_remote_code=true"
-            fault = Fault("model.trust_remote_code", problem, trust, False)
-        elif source.attention not in ("auto", "eager") and "attention" in text and "support" in text:
-            problem = f"{source.name} does not support it in the installed transformers"
-            fault = Fault("model.attention", problem, "use model.attention=auto", source.attention)
-        else:
-            if type(error).__name__ == "SafetensorError":
-                part, remedy = "a weight file", "download the model again"
-            remedy = remedy or "use a model for text generation that the installed transformers supports"
-            problem = f"{part} cannot be loaded: {text.splitlines()[0][:300]}".strip()
-            fault = Fault("model.path", problem, remedy, source.path)
-        raise ConfigError(fault) from error
 
 
 def _annotate(model: Any, source: ModelSource, quant: Quant) -> nn.Module:

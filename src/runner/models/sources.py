@@ -40,7 +40,7 @@ class ModelSource:
     """Location of a model and how to load it. Creating one reads no file and imports no library."""
 
     path: str
-    """A local folder or a Hub id. If ``make`` is set, only a label until ``pretrained.resolve`` replaces it."""
+    """A local folder or a Hub id. If ``make`` is set, only a label until ``architecture.resolve`` replaces it."""
     revision: str | None
     dtype: Precision
     attention: Attention

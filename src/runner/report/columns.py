@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.config import start, words
+from runner.config import lora_start, synonyms
 from runner.errors import ConfigError, Fault, suggest
 from runner.report.results import Result
 from runner.terminal import duration, nearest
@@ -110,14 +110,14 @@ def rated(order: Goal) -> Goal:
 
 
 def is_rated(key: str) -> bool:
-    """Whether the name of the key says which direction is better."""
+    """Whether the better direction is known from the name of the key."""
     return key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER))
 
 
 def resolve(word: str, results: Sequence[Result], option: str) -> str:
-    """The key that a word stands for: a full key, a short name, ``data/format``, or the unique end of a key (``r``).
+    """The key that a word means: a full key, a short name, ``data/format``, or the unique end of a key (``r``).
 
-    ``name`` stands for ``label``, because the config key ``name`` is empty in most runs.
+    ``name`` means ``label``, because the config key ``name`` is empty in most runs.
 
     Raises:
         ConfigError: the word matches no key, or several.
@@ -142,7 +142,7 @@ def resolve(word: str, results: Sequence[Result], option: str) -> str:
     known = [*(short for short, keys in SHORT.items() if metrics & set(keys)), *sorted(metrics), *sorted(params)]
     available = f"available: {', '.join(known[:NAMED])} … ({len(params)} parameters, {len(metrics)} metrics)"
     raise ConfigError(
-        Fault(option, f"no run has the key '{word}'", words.hint(word) or suggest(word, known) or available)
+        Fault(option, f"no run has the key '{word}'", synonyms.hint(word) or suggest(word, known) or available)
     )
 
 
@@ -183,7 +183,7 @@ def number(value: Value) -> float | None:
 
 
 def title(key: str, keys: Iterable[str] = ()) -> str:
-    """The title of a column: the short name, unless it would stand for several of ``keys``."""
+    """The title of a column: the short name, unless it would mean several of ``keys``."""
     for short, metrics in SHORT.items():
         if key in metrics:
             return short if len(set(metrics) & set(keys)) < 2 else key
@@ -195,8 +195,8 @@ def text(key: str, value: Value) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
-        if key == "lora.start" and start.split(value)[1]:
-            return nearest(Path(start.split(value)[0]))
+        if key == "lora.start" and lora_start.split(value)[1]:
+            return nearest(Path(lora_start.split(value)[0]))
         is_long = len(value) > DIGITS and ("." in value or "e" in value) and FRACTION.fullmatch(value)
         return f"{float(value):.4g}" if is_long else value
     if key == SECONDS:

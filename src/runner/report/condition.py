@@ -71,7 +71,7 @@ def _tokens(text: str) -> list[_Token]:
 class _Parser:
     text: str
     tokens: list[_Token]
-    """Those not yet parsed."""
+    """The tokens that are not parsed yet."""
     resolve: Callable[[str], str]
 
     def either(self) -> Condition:

@@ -76,7 +76,7 @@ class Leaderboard:
         return [columns.text(key, columns.value(result, key)) for key in self.params + self.metrics]
 
     def legend(self) -> str:
-        """What the marks of ``rows`` mean."""
+        """Explain the marks in ``rows``."""
 
         def named(goal: Goal) -> str:
             better = "larger" if goal.is_larger_better else "smaller"

@@ -49,7 +49,7 @@ class Recorded:
     folder: Path | None = None
     """None if the run was read from MLflow."""
     lost: str = ""
-    """What its metrics.jsonl has lost; empty if it is complete."""
+    """The records that are missing in metrics.jsonl, as text; empty if it is complete."""
     is_of_first: bool = False
     """Whether version 0.1.0 wrote its configuration, with that version's names of options."""
 

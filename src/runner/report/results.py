@@ -26,7 +26,7 @@ class Result:
     """One run."""
 
     run: str
-    """What the user can type as RUN."""
+    """A value for RUN on the command line."""
     label: str
     """The name to show: ``quant=4bit,lora.r=8``."""
     status: str

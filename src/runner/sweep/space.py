@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Sweep
 from hydra.errors import HydraException
 
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, first_line
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -75,7 +75,7 @@ def dimensions(parser: OverridesParser, swept: Sequence[str], space: dict[str, s
         try:
             override = parser.parse_override(text)
         except HydraException as error:
-            problem = f"is not valid in Hydra's sweep syntax: {str(error).splitlines()[0]}"
+            problem = f"is not valid in Hydra's sweep syntax: {first_line(error)}"
             faults.append(Fault(where, problem, SYNTAX, values))
             continue
         faults += [Fault(where, problem, remedy, values) for problem, remedy in _faults(override, key in parsed)]

@@ -15,7 +15,7 @@ from runner.config.schema import Fraction, Positive, Text
 from runner.data.examples import Example, Features, misfit, options
 from runner.errors import DataError, Fault
 from runner.models.kernels.score_head import Problem, ScoreHead
-from runner.tasks import measures, scores
+from runner.tasks import classification_metrics, scores
 from runner.tasks.labels import Kind, names_of, order, targets
 from runner.tasks.task import Task
 
@@ -79,7 +79,10 @@ def _task(s: Settings) -> Task:
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         logits = scores.of_documents(model, batch)  # (documents, outputs)
         targets = torch.stack([batch[column] for column in columns], 1)  # (documents, 1), or (documents, outputs)
-        return {"loss": document_loss(s, logits, targets).sum(), **measures.sums(s.kind, logits.detach(), targets)}
+        return {
+            "loss": document_loss(s, logits, targets).sum(),
+            **classification_metrics.sums(s.kind, logits.detach(), targets),
+        }
 
     return Task(
         name="classify",
@@ -87,7 +90,7 @@ def _task(s: Settings) -> Task:
         encode=lambda example, tokenizer, _: [_encode(s, example, tokenizer)],
         prompt=scores.no_prompt,
         loss=loss,
-        metrics=measures.METRICS[s.kind],
+        metrics=classification_metrics.METRICS[s.kind],
         divisors={"loss": "documents"},
         values=columns,
         head=ScoreHead(outputs, PROBLEMS[s.kind], allows_encoders=True),
@@ -95,7 +98,7 @@ def _task(s: Settings) -> Task:
         settled={"labels": s.labels, "class_weight": s.class_weight, "input": s.input},
         chats=s.input == "messages",
         train_metrics=("loss",) if s.kind == "regression" else ("loss", "accuracy"),
-        summary=measures.SUMMARY[s.kind],
+        summary=classification_metrics.SUMMARY[s.kind],
     )
 
 

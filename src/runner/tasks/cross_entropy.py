@@ -33,7 +33,7 @@ EVAL_POSITIONS = 8192
 
 @dataclass(frozen=True)
 class Shaping:
-    """What a loss adds to the cross entropy of a token; it needs the logits, so it is computed where they are."""
+    """Terms of a loss that need the logits of a token: they are computed together with the cross entropy."""
 
     label_smoothing: float = 0.0
     """Share of the target that is spread evenly over the vocabulary (https://arxiv.org/abs/1512.00567, section 7)."""
@@ -42,7 +42,7 @@ class Shaping:
     entropy_of: int = 0
     """Of how many of the most likely tokens the entropy is computed, beside the loss."""
     temperature: float = 1.0
-    """What the logits are divided by before anything else."""
+    """The logits are divided by it first."""
 
 
 PLAIN = Shaping()

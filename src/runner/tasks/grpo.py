@@ -22,12 +22,12 @@ from runner.data.examples import Answers
 from runner.errors import Fault
 from runner.tasks import policy_loss, prompts, rollout
 from runner.tasks.cross_entropy import Shaping
-from runner.tasks.rewards import KEY, Rewards
+from runner.tasks.reward_functions import KEY, Rewards
 from runner.tasks.task import Divisor, Task, token_losses
 
 LossType = Literal["dapo", "grpo", "dr_grpo", "cispo", "rloo"]
 DIVISORS: dict[str, Divisor] = {"dapo": "trained", "cispo": "trained"}
-"""What the loss is divided by; else the number of answers."""
+"""The divisor of the loss; for other types the number of answers."""
 
 
 def grpo(

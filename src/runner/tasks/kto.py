@@ -17,7 +17,7 @@ from runner.data.batches import Batches
 from runner.data.examples import Example, Features, misfit, options
 from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
-from runner.tasks import logprobs, mismatched
+from runner.tasks import kto_kl, logprobs
 from runner.tasks.task import Task
 
 LossType = Literal["kto", "apo_zero_unpaired"]
@@ -34,7 +34,7 @@ def kto(*, loss_type: LossType, beta: Positive, desirable_weight: Positive, unde
 
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         sums, _ = logprobs.of_documents(model, batch)
-        z = batch.get(mismatched.MEAN, sums.new_zeros(()))
+        z = batch.get(kto_kl.MEAN, sums.new_zeros(()))
         good, reward = batch["label"] > 0, beta * (sums - batch["reference"])
         of_rows = row_loss(reward, beta * z, good, loss_type)
         detached, logps = reward.detach(), sums.detach()
@@ -51,7 +51,7 @@ def kto(*, loss_type: LossType, beta: Positive, desirable_weight: Positive, unde
 
     def inspect(training: Batches, evaluation: Batches, steps: int) -> list[tuple[str, str]]:
         if has_z:
-            mismatched.refuse_lonely_rows(training, evaluation, steps)
+            kto_kl.refuse_lonely_rows(training, evaluation, steps)
         return [("labels", balance(training.rows.values["label"], desirable_weight, undesirable_weight))]
 
     return Task(
@@ -64,7 +64,7 @@ def kto(*, loss_type: LossType, beta: Positive, desirable_weight: Positive, unde
         divisors={"loss": "documents"},
         values=("label",),
         reference=logprobs.sums,
-        prepare=mismatched.prepare if has_z else None,
+        prepare=kto_kl.prepare if has_z else None,
         needs_start=has_z,
         passes_without_gradient=2 if has_z else 0,
         inspect=inspect,

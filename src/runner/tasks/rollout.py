@@ -14,10 +14,10 @@ from runner.data.collator import Batch
 from runner.data.packing import IGNORED
 from runner.tasks import sampling
 from runner.tasks.cross_entropy import Shaping
-from runner.tasks.rewards import Rewards
+from runner.tasks.reward_functions import Rewards
 from runner.tasks.sampling import Sampling
+from runner.tasks.step_context import StepContext
 from runner.tasks.task import token_losses
-from runner.tasks.upcoming import Upcoming
 
 Scale = Literal["group", "batch", "none"]
 STATISTICS = "statistics"
@@ -40,7 +40,7 @@ class Rollout:
     most_tokens: int
     temperature: float
     baseline: Literal["mean", "others"]
-    """What a reward is compared with: the mean of its group, or of the others in it."""
+    """The number that is subtracted from a reward: the mean of its group, or of the other rewards in it."""
     scale: Scale
     """The standard deviation by which advantages are divided."""
     kl_in_reward: float
@@ -49,49 +49,49 @@ class Rollout:
     """Whether the loss compares with the policy that wrote the answers."""
     needs_reference: bool
 
-    def prepare(self, upcoming: Upcoming) -> list[Batch]:
+    def prepare(self, context: StepContext) -> list[Batch]:
         """The answers of each micro-batch with their advantages; of an evaluation: what its metrics need."""
-        written = self._written(upcoming)
-        if not upcoming.trains:
-            upcoming.show([sample for answers in written for sample in answers.samples(self.rewards)][:SHOWN])
+        written = self._written(context)
+        if not context.trains:
+            context.show([sample for answers in written for sample in answers.samples(self.rewards)][:SHOWN])
             return [{STATISTICS: answers.statistics(self.rewards)} for answers in written]
-        batches = [self._batch(upcoming, answers) for answers in written]
+        batches = [self._batch(context, answers) for answers in written]
         shaping = Shaping(temperature=self.temperature)
         if self.needs_old or self.kl_in_reward:
             for batch in batches:
-                batch["old"] = -token_losses(upcoming.model, batch, shaping).nll
+                batch["old"] = -token_losses(context.model, batch, shaping).nll
         if self.needs_reference or self.kl_in_reward:
-            with upcoming.start() as start:
+            with context.start() as start:
                 for batch in batches:
                     batch["start"] = -token_losses(start, batch, shaping).nll
-        return self._compared(upcoming, written, batches)
+        return self._compared(context, written, batches)
 
-    def _written(self, upcoming: Upcoming) -> list[Answers]:
+    def _written(self, context: StepContext) -> list[Answers]:
         """The answers of each micro-batch, sampled in training and the most likely ones in an evaluation."""
-        rows, tokenizer = upcoming.batches.rows, upcoming.tokenizer
-        how = Sampling(self.most_tokens, self.temperature, ends(upcoming.model, tokenizer), tokenizer.pad_token_id)
-        copies, written = self.per_row if upcoming.trains else 1, []
-        with sampling.merged(upcoming.model):
-            for part in upcoming.rows:
-                upcoming.agree()
+        rows, tokenizer = context.batches.rows, context.tokenizer
+        how = Sampling(self.most_tokens, self.temperature, ends(context.model, tokenizer), tokenizer.pad_token_id)
+        copies, written = self.per_row if context.trains else 1, []
+        with sampling.merged(context.model):
+            for part in context.rows:
+                context.agree()
                 prompts = [rows[row][0].tolist() for row in part]
-                chances = sampling.uniforms(upcoming.seed, part, copies, self.most_tokens) if upcoming.trains else None
-                answers = sampling.answers(upcoming.model, prompts, chances, how, copies)
+                chances = sampling.uniforms(context.seed, part, copies, self.most_tokens) if context.trains else None
+                answers = sampling.answers(context.model, prompts, chances, how, copies)
                 prompts = [prompt for prompt in prompts for _ in range(copies)]
                 assert rows.records is not None
                 records = [json.loads(rows.records[row]) for row in part for _ in range(copies)]
                 written.append(Answers.of(prompts, answers, records, self.rewards, tokenizer, how))
         return written
 
-    def _batch(self, upcoming: Upcoming, answers: Answers) -> Batch:
+    def _batch(self, context: StepContext, answers: Answers) -> Batch:
         documents = []
         for prompt, answer, is_cut in zip(answers.prompts, answers.ids, answers.is_cut, strict=True):
             labels = [IGNORED] * len(answer) if is_cut and self.mask_truncated else answer
             documents.append((np.array([*prompt, *answer]), np.array([*[IGNORED] * len(prompt), *labels])))
-        batch = upcoming.batch(documents, upcoming.batches.longest_document)
+        batch = context.batch(documents, context.batches.longest_document)
         return {**batch, STATISTICS: answers.statistics(self.rewards, self.per_row)}
 
-    def _compared(self, upcoming: Upcoming, written: list[Answers], batches: list[Batch]) -> list[Batch]:
+    def _compared(self, context: StepContext, written: list[Answers], batches: list[Batch]) -> list[Batch]:
         """The batches with ``advantage`` of each document."""
         groups = []
         for answers, batch in zip(written, batches, strict=True):
@@ -103,7 +103,7 @@ class Rollout:
         known = np.concatenate([group.ravel() for group in groups])
         known = known[~np.isnan(known)]
         zero = sum(float((_spread(group) == 0).sum()) for group in groups)
-        count, total, squares, flat, number = upcoming.agree(
+        count, total, squares, flat, number = context.agree(
             len(known), known.sum(), (known**2).sum(), zero, sum(map(len, groups))
         )
         if number and flat == number:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from runner.data.batches import Batches
     from runner.data.collator import Batch
     from runner.tasks.cross_entropy import Shaping, TokenLosses
-    from runner.tasks.upcoming import Upcoming
+    from runner.tasks.step_context import StepContext
 
 from runner.data.examples import Answers, Example, Features
 from runner.models.kernels.score_head import ScoreHead
 
 Divisor = Literal["trained", "weighted", "trained_first", "documents", "units"]
-"""What a term of the loss is divided by, counted over the whole step: trained tokens, the sum of their weights, trained
+"""The divisor of a term of the loss, counted over the whole step: trained tokens, the sum of their weights, trained
 tokens of the first sequence of each unit, token sequences, or units."""
 
 
@@ -55,7 +55,7 @@ class Task:
     """If the rows are prompts: how many answers ``prepare`` generates for each, and how long they are at most."""
     updates: int = 1
     """How many optimizer updates each step makes with the batches of ``prepare``."""
-    prepare: Callable[[Upcoming], list[Batch]] | None = None
+    prepare: Callable[[StepContext], list[Batch]] | None = None
     """Called without gradients before each step and evaluation: gives the micro-batches that are computed instead."""
     needs_start: bool = False
     """Whether ``prepare`` computes with the weights before the first step, too: a copy of them is kept."""

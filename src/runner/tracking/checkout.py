@@ -22,7 +22,7 @@ from runner.secrets import redact
 HERE = PACKAGE
 TIMEOUT_S = 60
 _PLAIN = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--src-prefix=a/", "--dst-prefix=b/")
-"""The same diff format for every user, whatever their git configuration."""
+"""Options of ``git diff`` that give the same format with any git configuration of the user."""
 _HOOK_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
 """Environment variables that git sets for hooks; they would point a run started by a hook to another repository."""
 
@@ -84,8 +84,8 @@ def repository(folder: Path) -> dict[str, object]:
 def repositories(paths: Iterable[Path]) -> list[dict[str, object]]:
     """The git repositories of the user: of the current folder, and of the user's own code, each once."""
     folders = [Path.cwd(), *(path if path.is_dir() else path.parent for path in paths)]
-    found = (repository(folder) for folder in folders if folder.is_dir())
-    return list({str(each["top"]): each for each in found if each}.values())
+    every = (repository(folder) for folder in folders if folder.is_dir())
+    return list({str(each["top"]): each for each in every if each}.values())
 
 
 def top_folder() -> Path | None:

@@ -33,7 +33,7 @@ def gpu_names() -> list[str]:
 
 
 def idle_gpus() -> list[str]:
-    """Those of ``visible_gpus`` without a compute process; a GPU that does not report its processes counts as idle."""
+    """The visible GPUs without a compute process; a GPU that does not report its processes counts as idle."""
     return [name for name, handle in _named_gpus() if not _is_busy(handle)]
 
 

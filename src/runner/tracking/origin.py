@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.config import start
+from runner.config import lora_start
 from runner.files import read_json, write_atomic
 from runner.tracking import provenance
 from runner.tracking.rundir import RunDir
@@ -24,8 +24,8 @@ EXPORTED = "came_from.json"
 def came_from(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The chain of a new run: of ``lora.start``, else of a ``model.path`` in a run folder or one that ``export`` has
     written; empty without either."""
-    if text := start.of(cfg):
-        return entry("lora.start", Path(start.split(text)[0]))
+    if text := lora_start.of(cfg):
+        return entry("lora.start", Path(lora_start.split(text)[0]))
     path = cfg["model"].get("path")
     if not isinstance(path, str):
         return []
@@ -74,11 +74,11 @@ def keep_start(cfg: Mapping[str, Any], rundir: RunDir) -> None:
 
     Files are linked where that is possible: a sweep from one adapter holds its weights once.
     """
-    if not (text := start.of(cfg)):
+    if not (text := lora_start.of(cfg)):
         return
-    source = start.adapter_in(Path(start.split(text)[0]))
+    source = lora_start.adapter_in(Path(lora_start.split(text)[0]))
     rundir.start.mkdir(parents=True, exist_ok=True)
-    for name in (start.ADAPTER, start.WEIGHTS):
+    for name in (lora_start.ADAPTER, lora_start.WEIGHTS):
         (rundir.start / name).unlink(missing_ok=True)
         try:
             os.link(source / name, rundir.start / name)
@@ -88,22 +88,22 @@ def keep_start(cfg: Mapping[str, Any], rundir: RunDir) -> None:
 
 def started(cfg: Mapping[str, Any], rundir: RunDir) -> dict[str, Any]:
     """The configuration with ``lora.start`` in the run's own copy, if it has one."""
-    text = start.of(cfg)
-    if not text or not (rundir.start / start.ADAPTER).is_file():
+    text = lora_start.of(cfg)
+    if not text or not (rundir.start / lora_start.ADAPTER).is_file():
         return dict(cfg)
-    return start.replaced(cfg, start.joined(rundir.start, start.split(text)[1]))
+    return lora_start.replaced(cfg, lora_start.joined(rundir.start, lora_start.split(text)[1]))
 
 
 def is_there(text: str) -> bool:
     """Whether the adapter of a frozen ``lora.start`` is in its folder, unchanged."""
-    folder, digest = start.split(text)
+    folder, digest = lora_start.split(text)
     return digest_of(Path(folder)) == digest
 
 
 def digest_of(folder: Path) -> str | None:
     """The hash of the weights of the adapter in ``folder``; None if it has none that can be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return provenance.weights_digest(start.adapter_in(folder))
+        return provenance.weights_digest(lora_start.adapter_in(folder))
     return None
 
 

@@ -61,7 +61,7 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def is_kept(override: str, cfg: dict[str, Any], frozen: dict[str, Any]) -> bool:
-    """Whether the run is configured as the override says already, or the override is for any resumed run."""
+    """Whether the run has the value of the override already, or the override is allowed for any resumed run."""
     key = override.partition("=")[0].lstrip("+~")
     if key.partition(".")[0] in RESUME_KEYS:
         return True

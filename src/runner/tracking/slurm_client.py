@@ -137,7 +137,7 @@ def own_id() -> str:
 
 
 def own_ref() -> JobRef:
-    """That job; it has no name outside of a job."""
+    """The Slurm job of this process; without id and name outside of a job."""
     return JobRef(own_id(), os.environ.get("SLURM_JOB_NAME", ""))
 
 

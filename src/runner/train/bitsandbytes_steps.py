@@ -1,4 +1,4 @@
-"""Repairs of bitsandbytes' optimizers on GPUs: they wait for the GPU too often, and forget paging when resumed."""
+"""Repairs of bitsandbytes' optimizers on GPUs: they wait for the GPU too often, and lose paging when resumed."""
 
 from __future__ import annotations
 

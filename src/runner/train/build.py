@@ -31,7 +31,7 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import devices, estimate, loop, optim, prepared, probe, reference, throughput
+from runner.train import devices, estimate, optim, probe, reference, step_batches, throughput
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import wrap
@@ -39,6 +39,7 @@ from runner.train.distributed.ranks import ALONE, Ranks, unanimous
 from runner.train.inputs import Inputs, compute_at_once
 from runner.train.memory import peak, usage
 from runner.train.options import Options
+from runner.train.parts import Parts
 from runner.train.prefetch import Prefetcher
 
 log = logging.getLogger("runner")
@@ -107,7 +108,7 @@ def initial_model(options: Options, source: ModelSource, device: torch.device) -
     return model
 
 
-def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
+def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     """Build everything that the train loop needs. Creates the optimizer last: FSDP replaces the parameters."""
     options = inputs.options
     if inputs.settings.deterministic:
@@ -130,13 +131,13 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
     wrapped = wrap.wrap(options.parallel, model, options.task, ranks, inputs.device, autocast)
     optimizer = options.optim(optim.parameter_groups(model, options.weight_decay))
     peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
-    return loop.Parts(
+    return Parts(
         model=model,
         task=options.task,
         batches=batches,
         prefetcher=Prefetcher(batches, inputs.device, inputs.total_steps),
         evaluation=evaluation,
-        preparer=preparer(inputs, model, wrapped, ranks, rundir),
+        step_batches=_step_batches(inputs, model, wrapped, ranks, rundir),
         optimizer=optimizer,
         schedule=options.schedule,
         settings=inputs.settings,
@@ -153,9 +154,9 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> loop.Parts:
     )
 
 
-def preparer(
+def _step_batches(
     inputs: Inputs, model: torch.nn.Module, wrapped: wrap.Wrapped, ranks: Ranks, rundir: RunDir
-) -> prepared.Preparer:
+) -> step_batches.StepBatches:
     """The model must have the weights of the start."""
 
     def show(step: int, samples: list[dict[str, Any]]) -> None:
@@ -165,8 +166,8 @@ def preparer(
             write_atomic(path, json.dumps(samples, indent=1, ensure_ascii=False))
 
     task = inputs.options.task
-    start = prepared.start_of(model) if task.needs_start else prepared.none
-    return prepared.Preparer(task, model, inputs.tokenizer, wrapped, ranks, start, show)
+    start = step_batches.start_of(model) if task.needs_start else step_batches.none
+    return step_batches.StepBatches(task, model, inputs.tokenizer, wrapped, ranks, start, show)
 
 
 def resolve_attention(

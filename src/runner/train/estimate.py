@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from runner.data import boundaries
-from runner.errors import LESS_MEMORY, ConfigError, Fault
+from runner.errors import LESS_MEMORY, ConfigError, Fault, typed_line
 from runner.models import parameters, pretrained
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import compilation, lora_linear, varlen_attention
@@ -137,8 +137,7 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
         return activations + varlen_attention.workspace_bytes(model.config, positions, inputs.device), ""
     except Exception as error:
         log.debug("the step cannot be simulated", exc_info=error)
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        return None, f"a step of this model cannot be simulated ({type(error).__name__}: {first_line})"
+        return None, f"a step of this model cannot be simulated ({typed_line(error)})"
 
 
 def _attends_by_document(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> bool:

@@ -11,7 +11,7 @@ import torch
 from runner.config.schema import TrainSettings
 from runner.data import dataset, mixture
 from runner.data.batches import Batches
-from runner.models import pretrained
+from runner.models import architecture, tokenizer_files
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
 from runner.train import devices
@@ -35,7 +35,7 @@ class Inputs:
     total_steps: int
     device: torch.device
     notes: list[tuple[str, str]]
-    """(label, text) of what the task notes about the data, for ``plan``."""
+    """(label, text) of the task's remarks about the data, for ``plan``."""
     estimate: peak.Expected | None = None
     """The estimate from which ``micro_batch_size=auto`` was chosen; None if the size was set."""
 
@@ -54,8 +54,8 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     """
     device = devices.pick()
     settings = options.train
-    source = pretrained.resolve(options.model)
-    tokenizer = pretrained.tokenizer(source)
+    source = architecture.resolve(options.model)
+    tokenizer = tokenizer_files.load(source)
     splits, batches, evaluation = load_data(options, source, tokenizer, ranks.rank, options.parallel.processes)
     options = options.settled(splits.settled)
     source = replace(source, head=options.model.head)
@@ -80,7 +80,7 @@ def load_data(
     """(splits, training batches of this rank, evaluation batches of this rank)."""
     settings, data = options.train, options.data
     answers = options.task.answers
-    pretrained.check_max_length(source, data.max_length + (answers.most_tokens if answers is not None else 0))
+    architecture.check_max_length(source, data.max_length + (answers.most_tokens if answers is not None else 0))
     sources = {name: load_set(options.task, tokenizer, each) for name, each in options.sources.items()}
     settled = options.settled(next(iter(sources.values())).settled)
     evals = {name: load_set(settled.task, tokenizer, each, trains=False) for name, each in settled.evals.items()}

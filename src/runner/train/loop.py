@@ -10,76 +10,21 @@ checkpoint is therefore bit-identical to a run without interruption.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from runner.config.schema import TrainSettings
-from runner.data.batches import Batches
 from runner.errors import Fault, Stopped, TrainingError
-from runner.models.kernels.compilation import Choice
-from runner.tasks.task import Task, losses_of_sources
-from runner.train.async_metrics import AsyncMetrics
-from runner.train.checkpoint import Checkpoints, Progress
+from runner.tasks.task import losses_of_sources
+from runner.train import evaluation
+from runner.train.checkpoint import Progress
 from runner.train.distributed import wrap
-from runner.train.distributed.ranks import Ranks
-from runner.train.distributed.wrap import Wrapped
-from runner.train.prefetch import Prefetcher
-from runner.train.prepared import Preparer, nowhere
-from runner.train.throughput import Meter, Timing
-
-Record = Callable[[int, dict[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Everything the train loop needs, built by ``build.parts``."""
-
-    model: torch.nn.Module
-    task: Task
-    batches: Batches
-    prefetcher: Prefetcher
-    """``batches`` on the device, prefetched one step ahead."""
-    evaluation: Batches
-    preparer: Preparer
-    optimizer: torch.optim.Optimizer
-    schedule: Callable[[int, int], float]
-    """(step, total steps) → factor of the learning rate."""
-    settings: TrainSettings
-    seed: int
-    total_steps: int
-    compile: Choice
-    ranks: Ranks
-    wrapped: Wrapped
-    checkpoints: Checkpoints
-    meter: Meter
-    async_metrics: AsyncMetrics[Step]
-    quote: Callable[[dict[str, Any]], str]
-    """Batch → the beginning of its text, for error messages."""
-    extra_metrics: Callable[[], dict[str, float]]
-    """More metrics for a record, such as memory; a collective call on all ranks."""
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """Callbacks of the loop."""
-
-    record: Record
-    """(step, metrics): called at each logging step and after each evaluation."""
-    evaluating: Callable[[int, int], None]
-    """(batches done, all batches): progress of an evaluation."""
-    saving: Callable[[], None]
-    """Called before each checkpoint, to flush the records written so far to the disk."""
-    check_stop: Callable[[], None]
-    """Raises Stopped if a stop was requested; called only where the state can be saved."""
-    warm: Callable[[], None]
-    """Called after the first step of this process; graphs compiled later count as recompilations."""
+from runner.train.parts import Hooks, Parts, Step
+from runner.train.throughput import Timing
 
 
 def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
@@ -93,9 +38,9 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
     parts.meter.resume(Timing(**progress.timing))
     try:
         while True:
-            if evaluation_is_due(progress.step, parts) and not progress.evaluated:
+            if evaluation.is_due(progress.step, parts) and not progress.evaluated:
                 catch_up(parts, progress, hooks)
-                metrics = evaluate(parts, progress.step, hooks)
+                metrics = evaluation.evaluate(parts, progress.step, hooks)
                 progress.evaluated = True
                 hooks.record(progress.step, metrics)
             if boundary(progress) != saved and save_is_due(progress.step, parts):
@@ -126,21 +71,6 @@ def save(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     hooks.saving()
     parts.checkpoints.save(parts.model, parts.optimizer, progress)
     parts.meter.pause()
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step whose sums are still being copied from the device."""
-
-    number: int
-    """Counted from 1."""
-    learning_rate: float
-    names: tuple[str, ...]
-    """Names of the sums, in the order of the copied numbers; the gradient norm comes last."""
-    tokens: int
-    """Without padding, since the first step."""
-    totals: dict[str, float]
-    """What the terms of the loss are divided by, over all micro-batches, ranks and updates."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +105,7 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     for update in range(parts.task.updates):
         if update:
             apply_gradients(parts)
-        add(parts.task, sums, accumulate_gradients(parts, micro_batches, totals, hooks))
+        evaluation.add(parts.task, sums, accumulate_gradients(parts, micro_batches, totals, hooks))
         norm = wrap.clip(parts.model, settings.max_grad_norm or math.inf)
     numbers = torch.stack([*sums.values(), norm.double()])
     tokens = progress.tokens + int(totals["tokens"])
@@ -194,14 +124,14 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
 
 
 def apply_gradients(parts: Parts) -> None:
-    """Update the weights, and forget the gradients."""
+    """Update the weights and drop the gradients."""
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
 
 
 def prepared(parts: Parts, step: int, micro_batches: list[dict[str, Any]], hooks: Hooks) -> list[dict[str, Any]]:
-    """The micro-batches as the task wants them: the same on every resume, because nothing else is random there."""
-    return parts.preparer.step(parts.batches, step, micro_batches, derived_seed(parts.seed, step), hooks.check_stop)
+    """The micro-batches after ``Task.prepare``; the seed depends on the step only, so a resumed run has the same."""
+    return parts.step_batches.step(parts.batches, step, micro_batches, derived_seed(parts.seed, step), hooks.check_stop)
 
 
 def catch_up(parts: Parts, progress: Progress, hooks: Hooks) -> None:
@@ -217,7 +147,7 @@ def checked(parts: Parts, step: Step, numbers: list[float]) -> Sums:
         TrainingError: the loss or the gradient norm is not finite.
     """
     *local, norm = numbers
-    sums = over_ranks(parts, dict(zip(step.names, local, strict=True)))
+    sums = evaluation.over_ranks(parts, dict(zip(step.names, local, strict=True)))
     check_finite(parts, step.number, parts.task.step_loss(sums, step.totals), norm)
     return Sums(step, sums, norm)
 
@@ -251,73 +181,8 @@ def accumulate_gradients(
             with parts.wrapped.autocasting():
                 sums = parts.wrapped.forward(batch)
             (parts.task.step_loss(sums, totals) * parts.ranks.world).backward()
-        add(parts.task, step_sums, sums)
+        evaluation.add(parts.task, step_sums, sums)
     return step_sums
-
-
-def evaluate(parts: Parts, step: int, hooks: Hooks) -> dict[str, float]:
-    """The task's metrics on the whole evaluation split."""
-
-    def before(done: int, count: int) -> None:
-        parts.ranks.agree(hooks.check_stop)
-        hooks.evaluating(done, count)
-
-    sums = evaluation_sums(parts.preparer, parts.evaluation, before, step)
-    count = sum(batches.batches_in_pass for _, batches in parts.evaluation.by_part())
-    hooks.evaluating(count, count)
-    parts.meter.pause()
-    return evaluation_metrics(parts.task, {name: over_ranks(parts, each) for name, each in sums.items()})
-
-
-def evaluation_metrics(task: Task, sums: dict[str, dict[str, float]]) -> dict[str, float]:
-    """``eval/loss`` … of all held-out rows, ``eval/NAME/loss`` … of each set of rows that has a name."""
-    return {
-        f"eval/{name}/{metric}" if name else f"eval/{metric}": value
-        for name, each in sums.items()
-        for metric, value in task.metrics(each).items()
-    }
-
-
-@torch.no_grad()
-def evaluation_sums(
-    preparer: Preparer, batches: Batches, before: Callable[[int, int], None], step: int = 0
-) -> dict[str, dict[str, float]]:
-    """The task's sums over one pass: under "" of all held-out rows, and of each part of the rows under its name.
-
-    ``before`` is called before each batch with (batches done, all batches). ``step``: the step after which the model is
-    evaluated.
-    """
-    model, task, parts = preparer.model, preparer.task, batches.by_part()
-    count, done = sum(part.batches_in_pass for _, part in parts), 0
-    sums: dict[str, dict[str, torch.Tensor]] = {"": {}}
-    for named, part in parts:
-        model.eval()
-        totals: dict[str, torch.Tensor] = {}
-        preparer = preparer if not done else replace(preparer, show=nowhere)  # samples are those of the first part
-        for batch in preparer.one_pass(part, functools.partial(before, done, count), step):
-            before(done, count)
-            with preparer.wrapped.autocasting():
-                add(task, totals, task.loss(model, batch))
-            done += 1
-        if named.weight:
-            add(task, sums[""], totals)
-        if named.name:
-            sums[named.name] = totals
-    return {name: {key: float(value) for key, value in each.items()} for name, each in sums.items()}
-
-
-def add(task: Task, totals: dict[str, torch.Tensor], sums: dict[str, torch.Tensor]) -> None:
-    """Add ``sums`` to ``totals`` in float64."""
-    for name, value in sums.items():
-        value = value.detach().double()
-        totals[name] = task.combined(name, totals[name], value) if name in totals else value
-
-
-def over_ranks(parts: Parts, totals: dict[str, float]) -> dict[str, float]:
-    """Sum over all ranks."""
-    summed = dict(zip(totals, parts.ranks.agree(lambda: None, *totals.values()), strict=True))
-    maxima = {name: totals[name] for name in parts.task.maxima}
-    return {**summed, **(parts.ranks.largest(maxima) if maxima else {})}
 
 
 def training_metrics(parts: Parts, progress: Progress, result: Sums) -> dict[str, float]:
@@ -332,11 +197,6 @@ def training_metrics(parts: Parts, progress: Progress, result: Sums) -> dict[str
         **parts.meter.rates(),
         **parts.extra_metrics(),
     }
-
-
-def evaluation_is_due(step: int, parts: Parts) -> bool:
-    every = parts.settings.eval_steps
-    return step in (0, parts.total_steps) or (every is not None and step % every == 0)
 
 
 def save_is_due(step: int, parts: Parts) -> bool:

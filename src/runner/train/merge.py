@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from runner.errors import ConfigError, Fault, RunnerError, TrainingError
-from runner.train import report, trained
-from runner.train.trained import Trained
+from runner.errors import ConfigError, Fault, RunnerError, TrainingError, first_line
+from runner.train import run_summary, trained_model
+from runner.train.trained_model import Trained
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
     """
     from runner.data import chat_template
     from runner.models import pretrained
-    from runner.train import generate
+    from runner.train import text_generation
 
     device = _device(run)
     rows, where = _rows(run)
@@ -87,7 +87,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
     model.to(dtype=_torch_dtype(stored))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = (
-            generate.end_tokens(model, chat_template.end_of_turn(run.tokenizer)) or None
+            text_generation.end_tokens(model, chat_template.end_of_turn(run.tokenizer)) or None
         )
     pretrained.save_whole(model, folder, model.state_dict())
     run.tokenizer.save_pretrained(folder)
@@ -100,7 +100,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
 def _unmerged(run: Trained, device: torch.device) -> Any:
     from runner.models.quantization import none
 
-    return trained.load(run, device, dtype="float32", quant=none.none(), unties=True)
+    return trained_model.load(run, device, dtype="float32", quant=none.none(), unties=True)
 
 
 def _merged(model: Any) -> Any:
@@ -120,8 +120,7 @@ def _merged(model: Any) -> Any:
         if "out of memory" in str(error):
             raise
         method = next(iter(model.peft_config.values())).peft_type
-        text = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        problem = f"PEFT cannot merge {getattr(method, 'value', method)}: {text}"
+        problem = f"PEFT cannot merge {getattr(method, 'value', method)}: {first_line(error)}"
         raise ConfigError(Fault("--merged", problem, "export the adapter unmerged: remove --merged")) from error
 
 
@@ -191,7 +190,7 @@ def _rows(run: Trained) -> tuple[list[list[int]], str]:
 
 
 def _samples(run: Trained) -> list[dict[str, str]]:
-    return report.samples(run.rundir) or []
+    return run_summary.samples(run.rundir) or []
 
 
 def _tokens(run: Trained, text: str) -> list[int]:
@@ -200,9 +199,10 @@ def _tokens(run: Trained, text: str) -> list[int]:
 
 def _stored(run: Trained) -> str:
     """The dtype of the base model's files or, after full fine-tuning, of the run's files."""
-    from runner.models import pretrained
 
-    config = pretrained.architecture(run.result)
+    from runner.models import architecture
+
+    config = architecture.read(run.result)
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
     return str(dtype).removeprefix("torch.")
 

@@ -14,7 +14,7 @@ from annotated_types import Ge, Lt
 
 from runner.config.bind import bind_target
 from runner.config.schema import Betas, Fraction, NotNegative, Positive
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, first_line
 from runner.models.kernels import score_head
 from runner.train.bitsandbytes_steps import repaired
 
@@ -71,7 +71,7 @@ def adamw(
             groups, lr=learning_rate, weight_decay=weight_decay, betas=_pair(betas), eps=eps, fused=use_fused
         )
     except RuntimeError as error:
-        raise ConfigError(Fault("optim.fused", str(error).splitlines()[0], "set optim.fused=auto", fused)) from error
+        raise ConfigError(Fault("optim.fused", first_line(error), "set optim.fused=auto", fused)) from error
 
 
 def adamw_bnb(

@@ -10,7 +10,7 @@ import time
 import traceback
 
 from runner import terminal
-from runner.errors import LESS_MEMORY, Fault, Interrupted, Pruned, RunnerError, Stopped, TrainingError
+from runner.errors import LESS_MEMORY, Fault, Interrupted, Pruned, RunnerError, Stopped, TrainingError, typed_line
 from runner.secrets import redact
 from runner.tracking import slurm_client
 from runner.tracking.rundir import DIED, RunDir, State
@@ -96,7 +96,7 @@ def stopped(rundir: RunDir, clock: Clock, error: BaseException) -> int:
 def failed(rundir: RunDir, clock: Clock, error: Exception) -> int:
     """Log the error and record status failed; returns exit code 1."""
     error = explained(error)
-    note(rundir, clock, status="failed", reason=first_line(error))
+    note(rundir, clock, status="failed", reason=typed_line(error))
     _log_error(rundir, error)
     return 1
 
@@ -130,12 +130,12 @@ def last_words(rundir: RunDir, ranks: Ranks, wait_s: float) -> str:
 def failed_along(rundir: RunDir, ranks: Ranks, error: Exception) -> int:
     """End a rank other than 0: write its error to a file for rank 0; 0 if rank 0 has recorded the run's end already."""
     if lost_peer(error):
-        log.warning(f"lost another rank: {first_line(error)}")
+        log.warning(f"lost another rank: {typed_line(error)}")
         return 0 if _is_recorded(rundir) else 1
     error = explained(error)
     log.error("".join(traceback.format_exception(error)))
     with contextlib.suppress(OSError):
-        rundir.rank_failure(ranks.rank).write_text(redact(first_line(error)))
+        rundir.rank_failure(ranks.rank).write_text(redact(typed_line(error)))
     return 1
 
 
@@ -168,14 +168,7 @@ def _log_error(rundir: RunDir, error: Exception) -> None:
         log.error(str(error), exc_info=error if shows_traceback else None)
     else:
         log.error("".join(traceback.format_exception(error)), extra={} if shows_traceback else {"quiet": True})
-        log.error(f"{first_line(error)}\n    → the traceback is in {rundir.log}")
-
-
-def first_line(error: BaseException) -> str:
-    """First line of the message, with the type of errors that are not ours."""
-    text = str(error) or type(error).__name__
-    first = text.splitlines()[0]
-    return first if isinstance(error, RunnerError) else f"{type(error).__name__}: {first}"
+        log.error(f"{typed_line(error)}\n    → the traceback is in {rundir.log}")
 
 
 def _saved(rundir: RunDir) -> str:

@@ -22,7 +22,7 @@ from runner.train.prefetch import Prefetcher
 
 if TYPE_CHECKING:
     from runner.train.inputs import Inputs
-    from runner.train.loop import Parts
+    from runner.train.parts import Parts
 
 DEVICES = ("cuda",)
 """Devices that raise an error when out of memory; on a CPU the system kills the process."""

@@ -27,7 +27,7 @@ from runner.errors import ConfigError, Fault
 from runner.files import cache_dir, locked, write_atomic
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
-from runner.train.loop import Parts
+from runner.train.parts import Parts
 
 CODE_VERSION = 1
 """Part of the cache key. Increase it when a code change alters the numbers."""
@@ -117,12 +117,12 @@ def _prove(batches: Batches, start: Start) -> None:
 
 def _dropout_of(model: torch.nn.Module) -> list[str]:
     """Each kind of active dropout: ``attention_dropout=0.1``."""
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p:
-            found[path.rpartition(".")[2]] = module.p
-        found |= {key: value for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)}
-    return sorted(f"{key}={value:g}" for key, value in found.items() if value)
+            rates[path.rpartition(".")[2]] = module.p
+        rates |= {key: value for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)}
+    return sorted(f"{key}={value:g}" for key, value in rates.items() if value)
 
 
 def _compute(start: Start, batches: Batches, packs: list[int], numbers: np.ndarray, progress: Progress) -> None:

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runner import terminal
+from runner import log_handlers, terminal
 from runner.errors import DamagedError, Fault, Pruned, ResumeError, TrainingError
 from runner.files import write_atomic
 from runner.models.kernels import compilation
 from runner.signals import Stop
 from runner.tracking import metrics_log, provenance, slurm_client
 from runner.tracking.rundir import RunDir
-from runner.train import report
+from runner.train import run_summary
 from runner.train.distributed.ranks import Ranks, unanimous
 from runner.train.options import Options
 from runner.train.outcome import Clock
@@ -30,10 +30,10 @@ from runner.train.outcome import Clock
 if TYPE_CHECKING:
     from runner.train.checkpoint import Progress
     from runner.train.inputs import Inputs
-    from runner.train.loop import Hooks, Parts
+    from runner.train.parts import Hooks, Parts
 
 Ask = Callable[..., list[str]]
-"""``generate.generate`` of the model: (prompts, progress=…) → answers."""
+"""``text_generation.generate`` of the model: (prompts, progress=…) → answers."""
 STATE_EVERY_S = 0.5
 """Minimum seconds between two writes of state.json, because each write waits for the disk."""
 log = logging.getLogger("runner")
@@ -52,20 +52,20 @@ class Loaded(NamedTuple):
 def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
     from runner.train import build, inputs, probe, reference  # imports torch
 
-    terminal.quiet_libraries()
+    log_handlers.quiet_libraries()
 
     def read() -> Inputs:
         options.refuse_changed_code()
         options.refuse_changed_start()
         run_inputs = inputs.inputs(options, ranks)
-        _refuse_other_data(rundir, report.data_identity(run_inputs))
+        _refuse_other_data(rundir, run_summary.data_identity(run_inputs))
         return run_inputs
 
     run_inputs = build.resolve_micro_batch_size(unanimous(ranks, read), ranks)
     parts = unanimous(ranks, lambda: build.parts(run_inputs, rundir, ranks))
     run_inputs, parts, probed = probe.fit(run_inputs, parts)
     if ranks.rank == 0:
-        report.header(run_inputs, parts, rundir)
+        run_summary.header(run_inputs, parts, rundir)
     if parts.task.reference is not None:
         progress = terminal.progress("reference") if ranks.rank == 0 else lambda *_: None
         unanimous(ranks, lambda: reference.compute(parts, options.start, progress))
@@ -75,7 +75,7 @@ def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
 def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str, Any]:
     """Train to the last step, save the model and the samples; return the numbers of the summary (rank 0)."""
     from runner.models import pretrained
-    from runner.train import generate, loop
+    from runner.train import loop, text_generation
 
     inputs, parts, progress, probed = loaded
     leads, folder = parts.ranks.rank == 0, rundir.identity()
@@ -84,7 +84,7 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
     clock.start()
     in_step = inputs.options.parallel.kind == "fsdp"
     tokens = inputs.settings.sample_tokens
-    ask = partial(generate.generate, parts.model, inputs.tokenizer, max_new_tokens=tokens, in_step=in_step)
+    ask = partial(text_generation.generate, parts.model, inputs.tokenizer, max_new_tokens=tokens, in_step=in_step)
     with stop.at_once(), clock.parts.timing("samples"):
         samples = _samples_before(rundir, inputs, ask, progress.step, parts.ranks)
     graphs: list[int] = []
@@ -101,8 +101,8 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
     if not leads:
         return {}
     rundir.update_manifest(weights_sha256=provenance.weights_digest(rundir.model))
-    compiled = report.compiled(parts.model, sum(graphs))
-    numbers = report.summary(rundir, parts, progress, clock.seconds())
+    compiled = run_summary.compiled(parts.model, sum(graphs))
+    numbers = run_summary.numbers(rundir, parts, progress, clock.seconds())
     return {**numbers, "part seconds": clock.parts.seconds, **peaks, **probed, **compiled}
 
 
@@ -110,8 +110,8 @@ def _begin(rundir: RunDir, loaded: Loaded) -> None:
     """Drop records after the checkpoint, and write manifest.json and state.json."""
     inputs, parts, progress, _ = loaded
     metrics_log.rewind(rundir, progress.step, progress.evaluated)
-    report.warn_of_losses(rundir, inputs, progress)
-    rundir.update_manifest(**report.manifest(inputs, parts, rundir))
+    run_summary.warn_of_losses(rundir, inputs, progress)
+    rundir.update_manifest(**run_summary.manifest(inputs, parts, rundir))
     if progress.step:
         log.info(f"resumed at step {progress.step}/{inputs.total_steps}")
     if slurm_client.own_id():
@@ -129,7 +129,7 @@ def _writing_hooks(
     rundir: RunDir, inputs: Inputs, clock: Clock, stop: Stop, graphs: list[int], folder: tuple[int, int]
 ) -> Iterator[Hooks]:
     """The hooks of rank 0, which write to the run folder (``folder``: its identity) and the terminal."""
-    from runner.train import loop
+    from runner.train.parts import Hooks
 
     last_step, written_at = rundir.read_state().step, 0.0
 
@@ -156,7 +156,7 @@ def _writing_hooks(
                 raise Pruned(rundir.prune_request.read_text())
 
         try:
-            yield loop.Hooks(
+            yield Hooks(
                 record=record,
                 evaluating=_timed(display.evaluating, clock.parts),
                 saving=partial(metrics_log.sync_to_disk, rundir),
@@ -188,12 +188,12 @@ def _timed(evaluating: Callable[[int, int], None], parts: terminal.Stopwatch) ->
 @contextlib.contextmanager
 def _silent_hooks(stop: Stop) -> Iterator[Hooks]:
     """The hooks of the other ranks, which write nothing."""
-    from runner.train import loop
+    from runner.train.parts import Hooks
 
     def nothing(*_: object) -> None:
         pass
 
-    yield loop.Hooks(record=nothing, evaluating=nothing, saving=nothing, check_stop=stop.check, warm=nothing)
+    yield Hooks(record=nothing, evaluating=nothing, saving=nothing, check_stop=stop.check, warm=nothing)
 
 
 def _refuse_removed(rundir: RunDir, identity: tuple[int, int]) -> None:
@@ -245,7 +245,7 @@ def _samples_before(rundir: RunDir, inputs: Inputs, ask: Ask, step: int, ranks: 
 
     If a resumed run has lost them, the prompts without answers: the model is no longer untrained.
     """
-    saved = report.samples(rundir) if step and ranks.rank == 0 else None
+    saved = run_summary.samples(rundir) if step and ranks.rank == 0 else None
     if (samples := ranks.broadcast(saved)) is not None:
         return list(samples)
     prompts = inputs.splits.samples[: inputs.settings.sample_prompts]

@@ -10,12 +10,12 @@ import contextlib
 import logging
 import sys
 
-from runner import streams, terminal
+from runner import log_handlers, streams, terminal
 from runner.errors import Fault, LaunchError, Pruned, RunnerError, Stopped
 from runner.signals import Stop
 from runner.tracking.mirror import spawn
 from runner.tracking.rundir import RunDir
-from runner.train import attach, outcome, report, training
+from runner.train import attach, outcome, run_summary, training
 from runner.train.distributed.ranks import Ranks, lost_peer, of_environment, silent
 from runner.train.options import Options
 from runner.train.outcome import Clock
@@ -48,7 +48,7 @@ def work(rundir: RunDir, *, mirrored: bool = False) -> int:
         if rundir.cancel_request.exists():
             _dismiss(ranks)
             return _cancelled_already(rundir)
-        with terminal.logging_to(rundir.log), Stop() as stop:
+        with log_handlers.logging_to(rundir.log), Stop() as stop:
             code = _attempt(rundir, ranks, stop, mirrored)
         if code == 2 and state.status == "pending" and not state.attempt:
             rundir.discard()
@@ -89,7 +89,7 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
         lost = ranks.world > 1 and lost_peer(error)
         code = outcome.left_by_peer(rundir, clock, ranks) if lost else outcome.failed(rundir, clock, error)
     if rundir.manifest.exists():  # else the folder was removed
-        report.ending(rundir, None if mirrored else _uploaded(mirror, rundir, stop), code)
+        run_summary.ending(rundir, None if mirrored else _uploaded(mirror, rundir, stop), code)
     return code
 
 
@@ -103,7 +103,7 @@ def _uploaded(mirror: spawn.Mirror | None, rundir: RunDir, stop: Stop) -> spawn.
 def _other_rank(rundir: RunDir, ranks: Ranks) -> int:
     """``_attempt`` for ranks other than 0, which write only their own log."""
     clock = Clock(0.0)
-    with terminal.logging_to(rundir.rank_log(ranks.rank), speaks=False), Stop() as stop:
+    with log_handlers.logging_to(rundir.rank_log(ranks.rank), speaks=False), Stop() as stop:
         try:
             options = Options.of(rundir)
             _refuse_other_world(options, ranks)

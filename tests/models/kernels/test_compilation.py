@@ -26,7 +26,7 @@ from runner.models.kernels import activation_checkpointing, compilation, lora_li
 from runner.tasks import cross_entropy
 from runner.tracking import manifest
 from runner.tracking.rundir import RunDir
-from runner.train import build, estimate, generate, inputs, loop, throughput, worker
+from runner.train import build, estimate, evaluation, inputs, loop, text_generation, throughput, worker
 from runner.train.checkpoint import Progress
 from runner.train.options import Options
 
@@ -112,7 +112,7 @@ def test_answers_leave_the_compiled_layers_to_training(monkeypatch: pytest.Monke
     option("regional", fullgraph=True)(model)
     losses_and_gradients(model)
     graphs = compilation.graphs()
-    assert len(generate.generate(model, asked, ["a", "bc"], max_new_tokens=3)) == 2
+    assert len(text_generation.generate(model, asked, ["a", "bc"], max_new_tokens=3)) == 2
     losses_and_gradients(model)
     assert compilation.graphs() == graphs
     with torch.profiler.profile() as profile:
@@ -277,14 +277,14 @@ def test_the_step_as_it_is_put_together_is_one_graph_a_layer(
     assert varlen_attention.uses(parts.model)
     assert any(isinstance(module, lora_linear._Fused) for module in parts.model.modules())
     hooks = no_hooks()
-    loop.evaluate(parts, 0, hooks)
+    evaluation.evaluate(parts, 0, hooks)
     progress = Progress()
     loop.optimizer_step(parts, progress, hooks)
     warm = compilation.graphs()
     assert warm <= 3, "of evaluation, of the first layer, whose input has no gradient, and of all the others"
     for _ in range(4):
         loop.optimizer_step(parts, progress, hooks)
-        loop.evaluate(parts, 0, hooks)
+        evaluation.evaluate(parts, 0, hooks)
     assert (compilation.graphs(), compilation.graph_breaks()) == (warm, [])
 
 

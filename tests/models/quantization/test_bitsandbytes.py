@@ -12,7 +12,7 @@ import torch
 from conftest import option
 
 from runner.errors import ConfigError
-from runner.models import dtypes, parameters, pretrained
+from runner.models import architecture, dtypes, parameters, pretrained, tokenizer_files
 from runner.models.quantization import bitsandbytes, none
 from runner.models.sources import ModelSource
 
@@ -22,7 +22,7 @@ QUANTIZED = tuple(NAMES)
 
 @pytest.fixture(scope="module")
 def source(cache: Path) -> ModelSource:
-    return pretrained.resolve(option("model", "tiny")())
+    return architecture.resolve(option("model", "tiny")())
 
 
 def batch(rows: int = 2, length: int = 32) -> dict[str, torch.Tensor]:
@@ -120,8 +120,8 @@ def test_an_evaluation_does_not_change_the_gradients_that_follow(source: ModelSo
 @pytest.mark.parametrize("name", ["8bit", "4bit"])
 def test_smollm2_learns_on_it(cache: Path, name: str) -> None:
     """Without quantization: tests/train/test_golden.py; fp4 differs from 4bit by a table of sixteen numbers."""
-    source = pretrained.resolve(option("model", "smollm2")())
-    tokenizer = pretrained.tokenizer(source)
+    source = architecture.resolve(option("model", "smollm2")())
+    tokenizer = tokenizer_files.load(source)
     talk = [{"role": "user", "content": "Who keeps the light?"}, {"role": "assistant", "content": "Old Maren, now."}]
     text = tokenizer.apply_chat_template(talk, tokenize=False)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]

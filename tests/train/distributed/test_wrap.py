@@ -93,14 +93,14 @@ MAKING = """
 import os, time
 from pathlib import Path
 from conftest import option
-from runner.models import pretrained
+from runner.models import architecture
 if __name__ == "__main__":
     from torch import distributed
     distributed.init_process_group("gloo")
     models = Path(os.environ["RUNNER_CACHE"], "models")
     while os.environ["RANK"] == "0" and not list(models.glob("random-*")):
         time.sleep(0.1)
-    pretrained.resolve(option("model", "tiny")())
+    architecture.resolve(option("model", "tiny")())
     distributed.barrier()
 """
 

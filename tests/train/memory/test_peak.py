@@ -26,6 +26,7 @@ from runner.train import build, estimate, inputs, loop
 from runner.train.checkpoint import Progress
 from runner.train.memory import peak, usage
 from runner.train.options import Options
+from runner.train.parts import Hooks
 
 LLAMA = transformers.LlamaConfig(
     vocab_size=512, hidden_size=256, intermediate_size=384, num_hidden_layers=12, num_attention_heads=4,
@@ -144,6 +145,7 @@ from runner.train import build, estimate, inputs, loop
 from runner.train.checkpoint import Progress
 from runner.train.memory import usage
 from runner.train.options import Options
+from runner.train.parts import Hooks
 from runner.tracking.rundir import RunDir
 with jobs.composed(sys.argv[1:]) as (_, found):
     cfg = dict(found[0].cfg)
@@ -153,7 +155,7 @@ parts = build.parts(made, RunDir(Path("run")))
 every = [parts.batches.step(number)[0] for number in range(40)]
 heaviest = max(every, key=lambda batch: (batch['tokens'], batch['trained']))
 parts.batches.step = lambda i: [heaviest]
-hooks = loop.Hooks(*[lambda *_: None] * 5)
+hooks = Hooks(*[lambda *_: None] * 5)
 for _ in range(2):
     loop.optimizer_step(parts, Progress(), hooks)
 print(json.dumps([told, usage.peak_of_process()]))

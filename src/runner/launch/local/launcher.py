@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from runner import terminal
+from runner import log_handlers, terminal
 from runner.config.schema import Processes
 from runner.errors import Fault, LaunchError
 from runner.launch.launcher import Source
@@ -24,7 +24,7 @@ from runner.tracking.sweepdir import SweepDir
 LIBRARIES = (
     "accelerate", "rich.table", "torch._dynamo", "torch._inductor.compile_fx", "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-    "runner.models.pretrained", "runner.train.build", "runner.train.generate", "runner.train.loop",
+    "runner.models.pretrained", "runner.train.build", "runner.train.text_generation", "runner.train.loop",
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def warm(slot: Slot) -> None:
 
 def load_libraries(with_adapters: bool) -> None:
     """Import the libraries that every run needs before processes are forked from this one."""
-    terminal.quiet_libraries()
+    log_handlers.quiet_libraries()
     for name in (*LIBRARIES, "peft") if with_adapters else LIBRARIES:
         importlib.import_module(name)
     with contextlib.suppress(ImportError, AttributeError):  # transformers 5: compiles a thousand expressions

@@ -17,7 +17,7 @@ from runner.errors import LaunchError
 from runner.launch.slurm import snapshot
 from runner.signals import signals_to
 from runner.tracking import slurm_client
-from runner.tracking.mirror import behind
+from runner.tracking.mirror import backlog
 from runner.tracking.rundir import RunDir
 
 EARLY_WARNING_S = 60.0
@@ -134,5 +134,5 @@ def _record_not_requeued(rundir: RunDir, reason: str) -> None:
     print(reason, file=sys.stderr, flush=True)
     rundir.write_state(reason=reason)
     rundir.update_manifest(slurm={**(rundir.read_manifest().get("slurm") or {}), "has_left": True})
-    for problem in behind.upload([rundir.path]) if behind.is_wanted(rundir) else []:
+    for problem in backlog.upload([rundir.path]) if backlog.is_wanted(rundir) else []:
         print(problem, file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from runner.launch.launcher import Source
 from runner.launch.slurm import monitor, script, submit
 from runner.launch.slurm.request import SlurmRequest
 from runner.tracking import slurm_commands
-from runner.tracking.mirror import behind, spawn
+from runner.tracking.mirror import backlog, spawn
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir, slurm_room
 
@@ -123,8 +123,8 @@ def _is_again(rundir: RunDir) -> bool:
 
 
 def _upload(folders: list[Path], rundirs: list[RunDir]) -> None:
-    if folders and any(map(behind.is_wanted, rundirs)):
-        behind.upload(folders)
+    if folders and any(map(backlog.is_wanted, rundirs)):
+        backlog.upload(folders)
 
 
 def slurm(

@@ -23,7 +23,7 @@ NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 """Arguments of attention functions that change the result and that these kernels do not support."""
 ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "attention_parts")
-"""Those that the model passes on to its attention, see ``arguments``."""
+"""Arguments that the model passes on to its attention, see ``arguments``."""
 Part = tuple[int, int, int]
 """Neighbouring documents that one call of a GPU kernel computes: their number, their tokens, and an upper bound of
 their length, see ``data.boundaries``."""

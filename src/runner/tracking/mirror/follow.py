@@ -18,7 +18,7 @@ from pathlib import Path
 from runner.errors import DamagedError
 from runner.secrets import redact
 from runner.tracking.metrics_log import append_to, tail
-from runner.tracking.mirror.sampler import Sampler
+from runner.tracking.mirror.system_metrics import Sampler
 from runner.tracking.mlflow import parent_run
 from runner.tracking.mlflow.parent_run import Publish
 from runner.tracking.mlflow.run import ENDED, MlflowRun

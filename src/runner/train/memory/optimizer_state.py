@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from runner.errors import ConfigError, Fault, RunnerError
+from runner.errors import ConfigError, Fault, RunnerError, typed_line
 
 Groups = list[dict[str, Any]]
 VALUES = 2**18
@@ -54,8 +54,7 @@ def _after_a_step(option: Callable[[Groups], Optimizer], groups: Groups, device:
     except RunnerError:
         raise
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        problem = f"cannot make a step on {device.type}: {type(error).__name__}: {first_line}"
+        problem = f"cannot make a step on {device.type}: {typed_line(error)}"
         raise ConfigError(Fault("optim", problem, "use optim=adamw")) from error
     return optimizer
 

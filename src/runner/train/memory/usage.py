@@ -108,8 +108,8 @@ def libraries_mapped() -> int:
     """
     total = 0
     with contextlib.suppress(OSError):
-        found = LIBRARY.findall(Path("/proc/self/smaps").read_text())
-        total = sum(int(resident) - int(anonymous) for resident, anonymous in found)
+        mappings = LIBRARY.findall(Path("/proc/self/smaps").read_text())
+        total = sum(int(resident) - int(anonymous) for resident, anonymous in mappings)
     return total * 1024
 
 

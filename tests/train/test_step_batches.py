@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from runner.train import prepared
+from runner.train import step_batches
 
 
 def test_the_start_is_there_for_a_moment_and_the_trained_weights_come_back_bit_for_bit() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     model[0].requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    start = prepared.start_of(model)
+    start = step_batches.start_of(model)
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
     model(torch.ones(3, 4)).sum().backward()
     optimizer.step()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runner.tracking.machine import gpu_handles
-from runner.tracking.mirror.sampler import Sampler
+from runner.tracking.mirror.system_metrics import Sampler
 
 
 def test_the_machine_is_sampled() -> None:

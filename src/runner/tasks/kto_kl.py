@@ -14,26 +14,26 @@ from runner.data.collator import Batch
 from runner.data.packing import IGNORED, Rows, answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import logprobs
-from runner.tasks.upcoming import Upcoming
+from runner.tasks.step_context import StepContext
 
 MEAN = "z"
 """The name of the estimate in a batch."""
 
 
-def prepare(upcoming: Upcoming) -> list[Batch]:
+def prepare(context: StepContext) -> list[Batch]:
     """The same micro-batches with ``MEAN``, (): the mean of s - r over the answers of the step with other prompts."""
-    partners = dict(zip(distinct := sorted(set(upcoming.order)), distinct[-1:] + distinct[:-1], strict=True))
-    rows, longest = upcoming.batches.rows, upcoming.batches.max_length
-    mixed = [upcoming.batch([mix(rows, row, partners[row], longest) for row in part]) for part in upcoming.rows]
+    partners = dict(zip(distinct := sorted(set(context.order)), distinct[-1:] + distinct[:-1], strict=True))
+    rows, longest = context.batches.rows, context.batches.max_length
+    mixed = [context.batch([mix(rows, row, partners[row], longest) for row in part]) for part in context.rows]
     difference = 0.0
     for batch in mixed:
-        upcoming.agree()
-        difference += float(logprobs.sums(upcoming.model, batch).double().sum())
-    with upcoming.start() as start:
+        context.agree()
+        difference += float(logprobs.sums(context.model, batch).double().sum())
+    with context.start() as start:
         difference -= sum(float(logprobs.sums(start, batch).double().sum()) for batch in mixed)
-    (total,) = upcoming.agree(difference)
-    z = max(total / len(upcoming.order), 0.0)
-    return [{**batch, MEAN: batch["label"].new_tensor(z)} for batch in upcoming.micro_batches]
+    (total,) = context.agree(difference)
+    z = max(total / len(context.order), 0.0)
+    return [{**batch, MEAN: batch["label"].new_tensor(z)} for batch in context.micro_batches]
 
 
 def mix(rows: Rows, row: int, other: int, longest: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.config import start
+from runner.config import lora_start
 from runner.errors import ConfigError, Fault
 from runner.models import adapter, hub, model_folder
 
@@ -22,19 +22,19 @@ log = logging.getLogger("runner")
 
 
 def begin_with(model: Any, text: str) -> None:
-    """Give the adapter of ``model`` the weights of the one that ``lora.start`` names.
+    """Copy the weights of the adapter in ``lora.start`` into the adapter of ``model``.
 
-    On the meta device it is only checked that they fit.
+    On the meta device, only check that they fit.
 
     Raises:
         ConfigError: naming everything that does not fit: method, options, head, base model, shapes.
     """
-    folder = start.adapter_in(Path(start.split(text)[0]))
-    weights = folder / start.WEIGHTS
+    folder = lora_start.adapter_in(Path(lora_start.split(text)[0]))
+    weights = folder / lora_start.WEIGHTS
     problem = model_folder.damage(weights) if weights.is_file() else "does not exist"
-    saved = model_folder.read_json(folder / start.ADAPTER) if not problem else None
+    saved = model_folder.read_json(folder / lora_start.ADAPTER) if not problem else None
     if saved is None:
-        problem = f"{weights} {problem}" if problem else f"{folder / start.ADAPTER} {model_folder.NOT_JSON}"
+        problem = f"{weights} {problem}" if problem else f"{folder / lora_start.ADAPTER} {model_folder.NOT_JSON}"
         raise ConfigError(Fault("lora.start", problem, "restore the file, or train that run again"))
     config = model.peft_config["default"]
     if faults := tuple(_kind_faults(config, saved)) or tuple(_shape_faults(model, weights)):
@@ -47,7 +47,7 @@ def begin_with(model: Any, text: str) -> None:
 
 
 def _kind_faults(config: Any, saved: Mapping[str, Any]) -> Iterator[Fault]:
-    """What the configuration of the saved adapter has otherwise."""
+    """The fields in which the saved adapter's configuration differs."""
     ours = _plain(config.to_dict())
     for name, what in (("peft_type", "method"), ("task_type", "head")):
         if str(saved.get(name)) != str(ours[name]):

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config import data_nodes, words
+from runner.config import data_nodes, synonyms
 from runner.config.bind import NO_KEY, config_dir, unknown_key
 from runner.errors import ConfigError, Fault, suggest
 from runner.secrets import redact
@@ -116,7 +116,7 @@ def _choice_faults(hydra: Hydra, override: Any) -> Iterator[Fault]:
 
 def no_option(group: str, chosen: str, options: Sequence[str]) -> Fault:
     """The fault for an option that a group does not have, with what to write instead or the nearest that exists."""
-    if hint := words.option_hint(group, chosen, options):
+    if hint := synonyms.option_hint(group, chosen, options):
         return Fault(group, "no such option", hint, chosen)
     problem = f"no such option. {suggest(chosen, options)}".strip(" .")
     return Fault(group, problem, f"options here: {', '.join(options)}", chosen)
@@ -152,7 +152,7 @@ def _key_fault(key: str, value: str, known: set[str], groups: set[str]) -> Fault
         if "did you mean" not in str(fault) and (same := [k for k in known if k.rpartition(".")[2] == last]):
             return Fault(key, NO_KEY, f"did you mean {' or '.join(sorted(same))}?", value)
         return fault.below(parent)
-    if hint := words.hint(last):
+    if hint := synonyms.hint(last):
         return Fault(key, NO_KEY, hint, value)
     problem = f"{NO_KEY}. {suggest(key, known)}".strip(" .")
     return Fault(key, problem, f"groups: {', '.join(sorted(groups))}", value)

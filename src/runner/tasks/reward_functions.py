@@ -6,10 +6,7 @@ are texts, or lists of messages where the row has messages; columns are the othe
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 
 from runner.config import user_function
 from runner.errors import DataError, Fault, RunnerError, quoted
+from runner.signals import time_limit
 
 KEY = "task.rewards"
 AGAIN_S = 1.0
@@ -64,7 +62,7 @@ class Rewards:
     def _called(self, reference: str, given: dict[str, Any], count: int) -> list[float]:
         function: Callable[..., Any] = user_function.load(KEY, reference, self.code)
         try:
-            with _limited(self.timeout_s):
+            with time_limit(self.timeout_s, _TimeIsOver, AGAIN_S):
                 result = function(**given)
         except RunnerError:
             raise
@@ -105,22 +103,3 @@ def _line(error: BaseException) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})" if trace is not None else ""
-
-
-@contextlib.contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Raise _TimeIsOver in the block after this time; only the main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise _TimeIsOver
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)

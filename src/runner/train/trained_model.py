@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
-from runner.config import start
-from runner.errors import ConfigError, Fault
-from runner.models import model_folder
+from runner.config import lora_start
+from runner.errors import ConfigError, Fault, first_line
+from runner.models import architecture, model_folder, tokenizer_files
 from runner.tracking import run_status
 from runner.tracking.rundir import RunDir
 from runner.train.options import Options
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
     from runner.models.sources import ModelSource
 
-ADAPTER, ADAPTER_WEIGHTS = start.ADAPTER, start.WEIGHTS
+ADAPTER, ADAPTER_WEIGHTS = lora_start.ADAPTER, lora_start.WEIGHTS
 AGAIN = {
     "completed": "its folder model/ was deleted: train the run again",
     "running": "wait until it has completed: python -m runner status {run}",
@@ -52,11 +52,10 @@ class Trained:
         Raises:
             ConfigError: the base model does not exist.
         """
-        from runner.models import pretrained
 
         options, moved_to = self.options, self.base_path
         try:
-            return pretrained.resolve(options.model if moved_to is None else options.model_in(moved_to))
+            return architecture.resolve(options.model if moved_to is None else options.model_in(moved_to))
         except ConfigError as error:
             remedy = "or, if the base model of this run has moved, add model.path=FOLDER"
             faults = [replace(fault, remedy=f"{fault.remedy}; {remedy}".lstrip("; ")) for fault in error.faults]
@@ -73,9 +72,8 @@ class Trained:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the training, including its chat template."""
-        from runner.models import pretrained
 
-        return pretrained.tokenizer(self.result)
+        return tokenizer_files.load(self.result)
 
     @cached_property
     def options(self) -> Options:
@@ -167,7 +165,7 @@ def _adapted(base: Any, trained: Trained) -> Any:
     except (RuntimeError, ValueError, KeyError) as error:
         if "out of memory" in str(error):
             raise
-        problem = f"the adapter does not fit the base model {trained.base.path}: {str(error).splitlines()[0][:200]}"
+        problem = f"the adapter does not fit the base model {trained.base.path}: {first_line(error)}"
         raise ConfigError(
             Fault("model.path", problem, "set it to the base model that the run was trained on")
         ) from error

@@ -1,4 +1,4 @@
-"""Prepare the batches of a step or an evaluation as its task wants them, without gradients; see ``Task.prepare``."""
+"""The batches that a step or an evaluation computes: those of the data, or what ``Task.prepare`` makes of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from runner.data.batches import Batches
 from runner.data.collator import Batch
+from runner.tasks.step_context import StepContext
 from runner.tasks.task import Task
-from runner.tasks.upcoming import Upcoming
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
 
@@ -23,7 +23,7 @@ Show = Callable[[int, list[dict[str, Any]]], None]
 
 
 @dataclass(frozen=True)
-class Preparer:
+class StepBatches:
     """The task's ``prepare`` with everything that it needs beside the batches."""
 
     task: Task
@@ -63,7 +63,7 @@ class Preparer:
     ) -> list[Batch]:
         assert self.task.prepare is not None
         self.model.eval()
-        upcoming = Upcoming(
+        context = StepContext(
             model=self.model,
             tokenizer=self.tokenizer,
             batches=batches,
@@ -77,7 +77,7 @@ class Preparer:
             agree=lambda *numbers: self.ranks.agree(check, *numbers),
         )
         with self.wrapped.autocasting():
-            return self.task.prepare(upcoming)
+            return self.task.prepare(context)
 
 
 def start_of(model: torch.nn.Module) -> Start:

@@ -17,7 +17,7 @@ from runner.data.packing import Rows
 
 
 @dataclass(frozen=True)
-class Upcoming:
+class StepContext:
     """The batches of the next step, or of a whole evaluation, and the model in eval mode, without gradients."""
 
     model: Any
@@ -26,7 +26,7 @@ class Upcoming:
     packs: list[int]
     """Of the step or the evaluation, in its order, over all ranks."""
     micro_batches: list[Batch]
-    """Those of this rank, on the device."""
+    """The micro-batches of this rank, on the device."""
     seed: int
     """The same on all ranks."""
     trains: bool

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from runner.data.tokenization import DataReport
     from runner.train.checkpoint import Progress
     from runner.train.inputs import Inputs
-    from runner.train.loop import Parts
     from runner.train.options import Options
+    from runner.train.parts import Parts
 
 NOTHING = "(nothing)"
 """Shown for an empty answer of the model."""
@@ -183,7 +183,7 @@ def _hardware(rundir: RunDir, inputs: Inputs) -> dict[str, Any]:
     return {**submitted, "device": str(inputs.device), "device_name": name, "threads": torch.get_num_threads()}
 
 
-def summary(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) -> dict[str, Any]:
+def numbers(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) -> dict[str, Any]:
     """The final numbers of a run, read from metrics.jsonl, so that they do not depend on resumes.
 
     ``seconds``: training time of all attempts.

@@ -11,7 +11,7 @@ from fixtures.stopped_runs import SHORT
 
 from runner.data.tokenization import DataReport
 from runner.models.kernels import compilation
-from runner.train import report, worker
+from runner.train import run_summary, worker
 from runner.train.options import Options
 
 
@@ -55,10 +55,10 @@ def test_graphs_that_come_late_are_told_and_counted(caplog: pytest.LogCaptureFix
     model.compile(backend="eager", dynamic=False)
     model(torch.zeros(2, 3))
     warm = compilation.graphs()
-    assert report.compiled(model, warm) == {"compile/graph_breaks": 0, "compile/graphs_after_first_step": 0}
+    assert run_summary.compiled(model, warm) == {"compile/graph_breaks": 0, "compile/graphs_after_first_step": 0}
     assert "after the first step" not in caplog.text
     model(torch.zeros(4, 3))
-    assert report.compiled(model, warm) == {"compile/graph_breaks": 0, "compile/graphs_after_first_step": 1}
+    assert run_summary.compiled(model, warm) == {"compile/graph_breaks": 0, "compile/graphs_after_first_step": 1}
     assert "graphs compiled after the first step: 1" in caplog.text
 
 
@@ -73,8 +73,10 @@ OPTIONS = Options({"data": composed()["data"]})
 
 def test_rows_that_are_too_long_are_shown_with_the_limits_that_change_it():
     data = DataReport(truncated=265, longest=1403, longest_of_95_percent=900)
-    assert report.too_long(OPTIONS, data) == "265 truncated at data.max_length=256 (none at 1403, at most 5 % at 900)"
+    assert (
+        run_summary.too_long(OPTIONS, data) == "265 truncated at data.max_length=256 (none at 1403, at most 5 % at 900)"
+    )
     few = DataReport(truncated=2, longest=300, longest_of_95_percent=200)
-    assert report.too_long(OPTIONS, few) == "2 truncated at data.max_length=256 (none at 300)"
+    assert run_summary.too_long(OPTIONS, few) == "2 truncated at data.max_length=256 (none at 300)"
     dropped = DataReport(dropped=3, longest=300, longest_of_95_percent=300)
-    assert report.too_long(OPTIONS, dropped) == "3 dropped at data.max_length=256 (none at 300)"
+    assert run_summary.too_long(OPTIONS, dropped) == "3 dropped at data.max_length=256 (none at 300)"

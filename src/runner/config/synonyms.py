@@ -1,4 +1,4 @@
-"""What to write here for the words of other programs: keys, and options of groups.
+"""Keys and options of other programs, and what to write here instead.
 
 From transformers' TrainingArguments, TRL, Axolotl, LLaMA-Factory, ms-swift, Lightning and Slurm. A word that is a key
 or an option here is never looked up.

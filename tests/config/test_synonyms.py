@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from runner.config import bind, words
+from runner.config import bind, synonyms
 from runner.config.bind import config_dir, flatten
 
 OPTIONS = {
@@ -22,12 +22,12 @@ KEYS = {
 
 
 def test_each_key_that_is_named_exists():
-    assert set(words.KEYS.values()) <= KEYS
-    assert len(words.KEYS) + len(words.SENTENCES) + len(words.OPTIONS) > 100
+    assert set(synonyms.KEYS.values()) <= KEYS
+    assert len(synonyms.KEYS) + len(synonyms.SENTENCES) + len(synonyms.OPTIONS) > 100
 
 
 def test_each_option_and_key_in_a_sentence_exists():
-    for text in [*words.SENTENCES.values(), *words.OPTIONS.values()]:
+    for text in [*synonyms.SENTENCES.values(), *synonyms.OPTIONS.values()]:
         for group, option in re.findall(r"(?<![\w.+])([a-z/]+)=([a-z_0-9]+)\b", text):
             assert f"{group}={option}" in OPTIONS or (group, option) == ("resume", "auto"), text
         for key in re.findall(r"(?<![\w+.])([a-z]+(?:\.[a-z_]+)+)=", text):
@@ -37,8 +37,8 @@ def test_each_option_and_key_in_a_sentence_exists():
 def test_no_word_of_ours_is_in_the_table():
     """It would be answered with itself where another option lacks it."""
     names = {key.rpartition(".")[2] for key in KEYS}
-    assert {word for word in words.KEYS if word in names and words.KEYS[word].endswith(f".{word}")} == set()
-    assert set(words.OPTIONS) & set(OPTIONS) == set()
+    assert {word for word in synonyms.KEYS if word in names and synonyms.KEYS[word].endswith(f".{word}")} == set()
+    assert set(synonyms.OPTIONS) & set(OPTIONS) == set()
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_no_word_of_ours_is_in_the_table():
      ("cutoff_len", "data.max_length"), ("max_epochs", "train.num_train_epochs"), ("nobody_says_this", "")],
 )  # fmt: skip
 def test_a_word_is_answered(word: str, here: str):
-    assert here in words.hint(word)
-    assert bool(words.hint(word)) == bool(here)
+    assert here in synonyms.hint(word)
+    assert bool(synonyms.hint(word)) == bool(here)
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_a_word_is_answered(word: str, here: str):
      ("optim", "zzz", "")],
 )  # fmt: skip
 def test_an_option_is_answered(group: str, option: str, here: str):
-    assert here in words.option_hint(group, option, ["sft"])
+    assert here in synonyms.option_hint(group, option, ["sft"])

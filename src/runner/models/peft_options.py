@@ -1,0 +1,100 @@
+"""PEFT's methods and the fields of their configurations: which are supported, and errors for the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runner.config.bind import unknown_key
+from runner.config.bounds import mismatch
+from runner.errors import Fault, first_line, suggest
+from runner.models.kernels import compilation
+
+WRONG = (ValueError, TypeError, ArithmeticError, RuntimeError, AttributeError, KeyError, ImportError)
+"""What PEFT raises for options that it cannot use."""
+
+SET_HERE = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+}  # fmt: skip
+"""Fields of PEFT's configurations that the runner sets."""
+
+UNSUITED = {
+    "adalora": "it needs a call after every step to reallocate ranks, which this train loop does not make",
+    "xlora": "it combines adapters that are already trained",
+    "poly": "it needs a task id in every row",
+    "shadow": "its auxiliary loss needs the labels inside PEFT, which this train loop does not pass",
+}
+"""PEFT methods that would run here but not work as intended, with the reason."""
+
+UNSUITED_FIELDS = {"alora_invocation_tokens", "use_asa", "megatron_core"}
+"""Fields that need calls, objects or files which this train loop does not provide; so do all named ``…_config``."""
+
+DATA_INITS = ("eva", "corda", "loftq", "lora_ga")
+
+
+def faults(method: str, options: Mapping[str, Any]) -> Iterator[Fault]:
+    """Check a method and its options against PEFT's configuration class (imports PEFT)."""
+    known = methods()
+    name = method.lower()
+    if name in UNSUITED or (name in _all_methods() and name not in known):
+        reason = UNSUITED.get(name, "it prepends virtual tokens, which shift positions and labels of packed rows")
+        yield Fault("method", f"is not supported: {reason}", f"use one of {', '.join(known)}", method)
+        return
+    if name not in known:
+        remedy = f"{suggest(name, known)} methods: {', '.join(known)}".strip()
+        yield Fault("method", "PEFT has no such method", remedy, method)
+        return
+    faults = list(_option_faults(name, options))
+    yield from faults
+    if not faults:
+        yield from _construction_faults(name, options)
+
+
+def methods() -> list[str]:
+    """The names of the supported PEFT methods."""
+    return sorted(name for name, cls in _all_methods().items() if name not in UNSUITED and not _is_prompt(cls))
+
+
+def _all_methods() -> dict[str, Any]:
+    with compilation.deferred():
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {str(getattr(kind, "value", kind)).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def config_class(method: str) -> Any:
+    return _all_methods()[method.lower()]
+
+
+def _is_prompt(cls: Any) -> bool:
+    from peft import PromptLearningConfig
+
+    return issubclass(cls, PromptLearningConfig)
+
+
+def _option_faults(method: str, options: Mapping[str, Any]) -> Iterator[Fault]:
+    cls = config_class(method)
+    types = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)} - SET_HERE
+    for name, value in options.items():
+        if name in SET_HERE:
+            yield Fault(name, "is set by the runner", "remove this option", value)
+        elif name in UNSUITED_FIELDS or name.endswith("_config"):
+            yield Fault(name, "is not supported by this train loop", "remove this option", value)
+        elif name not in known:
+            yield unknown_key(name, known, value, is_ours=False)
+        elif name == "init_lora_weights" and value in DATA_INITS:
+            problem = "is not supported: it needs passes over the data before training"
+            yield Fault(name, problem, "use true, gaussian, orthogonal, pissa, pissa_niter_16 or olora", value)
+        elif name != "init_lora_weights" and (problem := mismatch(value, types[name])):
+            yield Fault(name, problem, f"see PEFT's {cls.__name__}.{name}", value)
+
+
+def _construction_faults(method: str, options: Mapping[str, Any]) -> Iterator[Fault]:
+    """Errors raised by the configuration class: missing fields and impossible combinations."""
+    try:
+        config_class(method)(task_type="CAUSAL_LM", **options)
+    except WRONG as error:
+        yield Fault("", f"{method}: {first_line(error)}", "set the options that PEFT requires: '+lora.name=value'")

@@ -1,0 +1,50 @@
+"""Load the tokenizer of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.errors import ConfigError, Fault
+from runner.models import architecture
+from runner.models.sources import ModelSource
+
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
+"""Candidates, in this order, for a tokenizer without a padding token; none of them occurs in ordinary text."""
+REMEDY = "use the model's original tokenizer files"
+
+
+def load(source: ModelSource) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    If it has none, an existing special token of its vocabulary is used, so the embeddings need no resizing. The last
+    choice is the end-of-text token: this is safe because padding is excluded from the loss by position, not by id.
+    For a score head it is replaced if there is another, because transformers finds the end of a document by padding.
+
+    Raises:
+        ConfigError: the tokenizer is missing or unreadable, or has more tokens than the model has embeddings.
+    """
+    from transformers import AutoTokenizer
+
+    with architecture.loading_errors(source, "its tokenizer", REMEDY):
+        result = AutoTokenizer.from_pretrained(
+            architecture.folder_of(source, weights=False), trust_remote_code=source.trust_remote_code
+        )
+        vocabulary = result.get_vocab()
+        if not result("Some text, 12 tokens.")["input_ids"]:
+            raise ValueError("it gives no tokens for a text")
+        if not isinstance(result.chat_template, str | dict | None):
+            raise ValueError("its chat_template is not a text")
+    if result.pad_token is None:
+        result.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), result.eos_token)
+    elif source.head is not None and result.pad_token == result.eos_token:
+        others = (token for token in PAD_TOKENS if token in vocabulary and token != result.eos_token)
+        result.pad_token = next(others, result.eos_token)
+    if result.pad_token_id is None:
+        problem, remedy = "its tokenizer has neither pad_token nor eos_token", "set pad_token in tokenizer_config.json"
+        raise ConfigError(Fault("model.path", problem, remedy, source.path))
+    embeddings = getattr(architecture.read(source).get_text_config(), "vocab_size", None)
+    highest = max(vocabulary.values(), default=0)
+    if embeddings is not None and highest >= embeddings:
+        problem = f"its tokenizer has token ids up to {highest}, but the model has {embeddings} embeddings"
+        raise ConfigError(Fault("model.path", problem, REMEDY, source.path))
+    return result
