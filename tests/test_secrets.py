@@ -247,7 +247,7 @@ def test_no_file_of_a_run_contains_a_secret(
             warnings.warn(text, stacklevel=1)
         raise ValueError(f"error: token={S}")
 
-    monkeypatch.setattr(run_summary, "summary", fail)
+    monkeypatch.setattr(run_summary, "numbers", fail)
     options = [word for word in TINY if word != "tracking=offline"]
     cfg = composed(*options, "tracking.system_metrics=false", f"outputs_dir={tmp_path}", "train.max_steps=1")
     rundir = manifest.prepare(cfg, tmp_path / "run", ["runner", *SHAPES], list(SHAPES))
