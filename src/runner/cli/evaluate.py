@@ -17,6 +17,7 @@ from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.config import schema
 from runner.data import tokenization
 from runner.data.batches import Batches
+from runner.data.encoding import Recipe
 from runner.errors import ConfigError, Fault
 from runner.secrets import redact
 from runner.tracking import metrics_log, provenance
@@ -237,7 +238,9 @@ def _batches(run: Trained, chosen: _Rows) -> tuple[Batches, dict[str, Any], str]
         raise ConfigError(Fault("data", problem, remedy, "mix"))
     source = given.source()
     architecture.check_max_length(run.result, data.max_length)
-    rows, report = tokenization.every_row(source, given.format, options.task, run.tokenizer, given.settings)
+    recipe = Recipe(given.format, options.task, run.tokenizer, given.settings)
+    tokenised = tokenization.every_row(source, recipe)
+    rows, report = tokenised.eval, tokenised.report
     if report.truncated or report.dropped:
         print(f"warning: {too_long(options, report)}", file=sys.stderr)
     if source.eval is None:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config import user_code, user_function
 from runner.config.schema import DataSettings
+from runner.data.encoding import Recipe
 from runner.data.examples import Encoder, Example
 from runner.data.packing import Rows
-from runner.data.tokenization import DataReport, Tokenised, held_out, tokenise
+from runner.data.tokenization import DataReport, Tokenised, every_row, tokenise
 from runner.errors import DataError, Fault
 from runner.files import cache_dir, locked, write_atomic
 
@@ -80,13 +81,13 @@ def load(
     """
     source = source_fn()
     key = _cache_key(source, tokenizer, settings, identity if trains else {**identity, "trains": False})
-    make = tokenise if trains else held_out
+    recipe, make = Recipe(format_fn, task, tokenizer, settings), tokenise if trains else every_row
     try:
         folder = cache_dir("data") / key
         with locked(folder.with_suffix(".lock")):
             entry = _read(folder)
             if entry is None:
-                _write(folder, make(source, format_fn, task, tokenizer, settings))
+                _write(folder, lambda into: make(source, recipe, into))
                 entry = _read(folder)
     except OSError as error:
         problem = f"the cache of tokenised data cannot be written: {error.strerror or error} ({error.filename or key})"
@@ -121,11 +122,12 @@ def _fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([tables, *marks]).encode()).hexdigest()
 
 
-def _write(folder: Path, entry: Tokenised) -> None:
-    """Write a cache entry atomically: into a temporary folder, then rename."""
+def _write(folder: Path, make: Callable[[Path], Tokenised]) -> None:
+    """Write a cache entry atomically: into a temporary folder, then rename. ``make`` writes its columns there."""
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         temporary.mkdir()
+        entry = make(temporary)
         for split, rows in (("train", entry.train), ("eval", entry.eval)):
             if len(rows):
                 rows.save(temporary, split)

@@ -137,8 +137,12 @@ class Rows:
         return counts - (self.labels[self.offsets[:-1]] != IGNORED)
 
     def save(self, folder: Path, name: str) -> None:
-        """Write each column to ``<name>.<column>.npy`` and fsync it."""
+        """Write each column to ``<name>.<column>.npy`` and fsync it; those that are files there already stay."""
+        if self.weights is None:
+            (folder / f"{name}.weights.npy").unlink(missing_ok=True)
         for column, values in self._columns().items():
+            if isinstance(values, np.memmap) and (folder / f"{name}.{column}.npy").exists():
+                continue
             with (folder / f"{name}.{column}.npy").open("wb") as file:
                 np.save(file, values)
                 file.flush()

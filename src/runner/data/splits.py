@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from runner.errors import DataError, Fault
 
@@ -18,32 +21,48 @@ SHOWN_FAULTS = 5
 
 
 class Item(NamedTuple):
-    """An example with its file and line, and hashes to compare examples and prompts."""
+    """An example with its place, and the number of its row in the source."""
 
+    number: int
     place: str
     example: Example
-    key: bytes
-    """Hash of the example."""
-    prompt: bytes
-    """Hash of the prompt, without regard to case and white space."""
 
 
-def collect(
+@dataclass(frozen=True)
+class Index:
+    """The examples of one split as hashes, in the order of their rows: the examples stay in the source."""
+
+    records: Iterable[tuple[object, Mapping[str, Any]]]
+    numbers: np.ndarray
+    """(examples,) int64: the numbers of their rows in ``records``, ascending."""
+    keys: np.ndarray
+    """(examples,) uint64: hashes of the examples."""
+    prompts: np.ndarray
+    """(examples,) uint64: hashes of the prompts, without regard to case and white space."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def of(self, chosen: np.ndarray) -> Index:
+        """The chosen examples: a mask, a slice or ascending positions."""
+        return replace(self, numbers=self.numbers[chosen], keys=self.keys[chosen], prompts=self.prompts[chosen])
+
+
+def index(
     records: Iterable[tuple[object, Mapping[str, Any]]],
     format_fn: Callable[[Mapping[str, Any]], Example],
     deduplicate: bool,
     counts: Counter[str],
-) -> list[Item]:
-    """Convert the rows of one split to examples; ``deduplicate`` removes repeated examples.
+) -> Index:
+    """Hash the examples of one split; ``deduplicate`` leaves out repeated examples.
 
     Adds ``rows_read`` and ``duplicates`` to ``counts``.
 
     Raises:
         DataError: lists the first malformed rows, at most ``SHOWN_FAULTS``.
     """
-    items: dict[bytes, Item] = {}
-    faults: list[Fault] = []
-    for number, (place, row) in enumerate(records):
+    keys, prompts, faults = array.array("Q"), array.array("Q"), list[Fault]()
+    for place, row in records:
         counts["rows_read"] += 1
         try:
             example = format_fn(row)
@@ -52,36 +71,49 @@ def collect(
             if len(faults) >= SHOWN_FAULTS or faults[-1].key:  # a fault with a config key would repeat for every row
                 break
             continue
-        key = _hash(json.dumps(example))
-        if key in items and deduplicate:
-            counts["duplicates"] += 1
-            continue
-        slot = key if deduplicate else _hash(f"{number}")
-        items[slot] = Item(str(place), example, key, _hash(" ".join(_prompt(example).split()).casefold()))
+        keys.append(_hash(json.dumps(example)))
+        prompts.append(_hash(" ".join(_prompt(example).split()).casefold()))
     if faults:
         raise DataError(*faults)
-    return list(items.values())
+    columns = (np.frombuffer(column, dtype=np.uint64) for column in (keys, prompts))
+    examples = Index(records, np.arange(len(keys)), *columns)
+    if not deduplicate:
+        return examples
+    first = np.sort(np.unique(examples.keys, return_index=True)[1])
+    counts["duplicates"] += len(examples) - len(first)
+    return examples.of(first)
 
 
-def split_by_prompt(items: list[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+def items(examples: Index, format_fn: Callable[[Mapping[str, Any]], Example]) -> Iterator[Item]:
+    """The examples of an index, read from the source again."""
+    wanted = iter(examples.numbers.tolist())
+    upcoming = next(wanted, None)
+    for number, (place, row) in enumerate(examples.records):
+        if upcoming is None:
+            return
+        if number == upcoming:
+            yield Item(number, str(place), format_fn(row))
+            upcoming = next(wanted, None)
+
+
+def split_by_prompt(examples: Index, fraction: float) -> tuple[Index, Index]:
     """Split into (train, eval) by a hash of the prompt: a prompt stays on its side when the dataset changes.
 
     If a small dataset leaves one side empty, exactly the prompt with the lowest hash is held out.
     """
-    prompts = {item.prompt for item in items}
-    held_out = {prompt for prompt in prompts if int.from_bytes(prompt) < fraction * 2**128}
-    if fraction > 0 and len(prompts) > 1 and len(held_out) in (0, len(prompts)):
-        held_out = {min(prompts)}
-    train = [item for item in items if item.prompt not in held_out]
-    return train, [item for item in items if item.prompt in held_out]
+    prompts = np.unique(examples.prompts)
+    held_out = int(np.searchsorted(prompts, np.uint64(int(fraction * 2**64))))  # prompts below it
+    if fraction > 0 and len(prompts) > 1 and held_out in (0, len(prompts)):
+        held_out = 1
+    is_held_out = np.isin(examples.prompts, prompts[:held_out])
+    return examples.of(~is_held_out), examples.of(is_held_out)
 
 
-def limit(items: list[Item], count: int | None) -> list[Item]:
-    """At most ``count`` items in their original order, selected by hash: a larger ``count`` keeps the same items."""
-    if count is None or len(items) <= count:
-        return items
-    selected = sorted(range(len(items)), key=lambda i: (items[i].key, i))[:count]
-    return [items[i] for i in sorted(selected)]
+def limit(examples: Index, count: int | None) -> Index:
+    """At most ``count`` examples in their original order, selected by hash: a larger ``count`` keeps the same ones."""
+    if count is None or len(examples) <= count:
+        return examples
+    return examples.of(np.sort(np.argsort(examples.keys, kind="stable")[:count]))
 
 
 def at_place(place: object, error: DataError) -> list[Fault]:
@@ -98,5 +130,6 @@ def _prompt(example: Example) -> str:
     return next((turn["content"] for turn in example if turn["role"] == "user"), example[0]["content"])
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return int.from_bytes(digest[:8])

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import array
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runner.config import schema
 from runner.config.schema import DataSettings
-from runner.data import splits
-from runner.data.examples import Encoder, Example, Features
-from runner.data.packing import IGNORED, Rows, Texts, one_by_one, pack_units
-from runner.data.splits import Item
+from runner.data import encoding, splits
+from runner.data.encoding import Encoded, Recipe
+from runner.data.examples import Encoder
+from runner.data.packing import VALUE, Rows, Texts, one_by_one, pack_units
+from runner.data.splits import Index
 from runner.errors import DataError, Fault
 
 if TYPE_CHECKING:
@@ -67,169 +68,96 @@ class Tokenised:
     settled: Mapping[str, Any]
 
 
-def tokenise(
-    source: Source, format_fn: Callable[..., Example], task: Encoder, tokenizer: Any, settings: DataSettings
-) -> Tokenised:
-    counts: Counter[str] = Counter()
-    train = splits.collect(source.train, format_fn, settings.deduplicate, counts)
+def tokenise(source: Source, recipe: Recipe, folder: Path | None = None) -> Tokenised:
+    """Tokenise a source; ``folder``: where the tokens are written, so that they need not fit into memory.
+
+    Raises:
+        DataError: unreadable or malformed rows, or no rows for training or evaluation.
+    """
+    settings, counts = recipe.settings, Counter[str]()
+    train = splits.index(source.train, recipe.format_fn, settings.deduplicate, counts)
     if source.eval is not None:
-        held_out = splits.collect(source.eval, format_fn, settings.deduplicate, counts)
-        prompts = {item.prompt for item in held_out}
-        kept = [item for item in train if item.prompt not in prompts]
+        held_out = splits.index(source.eval, recipe.format_fn, settings.deduplicate, counts)
+        kept = train.of(~np.isin(train.prompts, held_out.prompts))
         counts["leaked"] = len(train) - len(kept)
     else:
         kept, held_out = splits.split_by_prompt(train, settings.eval_fraction)
     chosen = {"train": splits.limit(kept, settings.train_rows), "eval": splits.limit(held_out, settings.eval_rows)}
-    if task.settle is not None:
-        task = task.settle([item.example for item in chosen["train"]])
-    rows, lengths = dict[str, Rows](), list[int]()
-    for split, items in chosen.items():
-        rows[split], of_split = _split(split, items, task, tokenizer, settings, counts)
-        lengths += of_split
-    prompts_with_answers = (task.prompt(item.example, tokenizer) for item in chosen["eval"][:SAMPLES])
+    if recipe.task.settle is not None:
+        examples = [item.example for item in splits.items(chosen["train"], recipe.format_fn)]
+        recipe = replace(recipe, task=recipe.task.settle(examples))
+    rows, lengths = dict[str, Rows](), list[np.ndarray]()
+    for split, of_split in chosen.items():
+        rows[split], before = _split(split, of_split, recipe, counts, folder)
+        lengths.append(before)
+    first = splits.items(chosen["eval"].of(slice(SAMPLES)), recipe.format_fn)
+    prompts_with_answers = (recipe.task.prompt(item.example, recipe.tokenizer) for item in first)
     samples = [{"prompt": prompt, "reference": reference} for prompt, reference in filter(None, prompts_with_answers)]
-    return Tokenised(rows["train"], rows["eval"], _with_lengths(counts, lengths), samples, task.settled)
+    return Tokenised(rows["train"], rows["eval"], _with_lengths(counts, lengths), samples, recipe.task.settled)
 
 
-def every_row(
-    source: Source,
-    format_fn: Callable[[Mapping[str, Any]], Example],
-    task: Encoder,
-    tokenizer: Any,
-    settings: DataSettings,
-) -> tuple[Rows, DataReport]:
-    """Tokenise a source for evaluation, without the cache: its evaluation rows if it has any, else all its rows.
+def every_row(source: Source, recipe: Recipe, folder: Path | None = None) -> Tokenised:
+    """Tokenise a source for evaluation: its evaluation rows if it has any, else all its rows; no training rows.
 
     At most ``settings.eval_rows`` rows.
 
     Raises:
         DataError: unreadable or malformed rows, or no rows.
     """
-    counts: Counter[str] = Counter()
+    settings, counts = recipe.settings, Counter[str]()
     records = source.train if source.eval is None else source.eval
-    items = splits.limit(splits.collect(records, format_fn, settings.deduplicate, counts), settings.eval_rows)
-    rows, lengths = _split("eval", items, task, tokenizer, settings, counts)
-    return rows, _with_lengths(counts, lengths)
+    examples = splits.index(records, recipe.format_fn, settings.deduplicate, counts)
+    rows, before = _split("eval", splits.limit(examples, settings.eval_rows), recipe, counts, folder)
+    return Tokenised(Rows.of([]), rows, _with_lengths(counts, [before]), [], {})
 
 
-def held_out(
-    source: Source, format_fn: Callable[..., Example], task: Encoder, tokenizer: Any, settings: DataSettings
-) -> Tokenised:
-    """``every_row`` of a source, and no training rows."""
-    rows, report = every_row(source, format_fn, task, tokenizer, settings)
-    return Tokenised(Rows.of([]), rows, report, [], {})
-
-
-class _Columns(NamedTuple):
-    """The tokenised rows of one split, concatenated."""
-
-    ids: array.array
-    labels: array.array
-    offsets: list[int]
-    lengths: list[int]
-    """Tokens of each row before truncating or dropping."""
-    values: dict[str, array.array]
-    weights: array.array
-    """The weight of each label."""
-    records: list[str] | None
-    """A text of each row, if the rows are prompts."""
-    prompts: array.array
-    """The beginning of ``Item.prompt`` of each row."""
-
-
-def _with_lengths(counts: Counter[str], lengths: list[int]) -> DataReport:
-    most = sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1]
+def _with_lengths(counts: Counter[str], lengths: list[np.ndarray]) -> DataReport:
+    ordered = np.sort(np.concatenate(lengths))
+    most = int(ordered[math.ceil(0.95 * len(ordered)) - 1])
     return DataReport(**counts, longest_of_95_percent=most)
 
 
 def _split(
-    split: str, items: list[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
-) -> tuple[Rows, list[int]]:
-    """(tokenised split, tokens of each row before truncating); adds to ``counts``."""
-    columns = _encode(items, task, tokenizer, settings, counts)
-    if len(columns.offsets) == 1:
-        raise _no_rows(split, items, counts, settings)
-    rows = _to_rows(columns, settings, task.unit)
+    split: str, examples: Index, recipe: Recipe, counts: Counter[str], folder: Path | None
+) -> tuple[Rows, np.ndarray]:
+    """(tokenised split, tokens of each unit before truncating); adds to ``counts``."""
+    encoded = encoding.encode(examples, recipe, counts, folder, split)
+    if not len(encoded.columns["row_lengths"]):
+        raise _no_rows(split, len(examples), counts, recipe.settings)
+    rows = _to_rows(encoded, recipe.settings, recipe.task)
     counts[f"{split}_rows"] += len(rows)
-    counts[f"{split}_tokens"] += len(columns.ids)
+    counts[f"{split}_tokens"] += len(rows.ids)
     counts[f"{split}_trained_tokens"] += int(rows.labels_per_row.sum())
-    return rows, columns.lengths
+    return rows, encoded.columns["unit_lengths"]
 
 
-def _encode(
-    items: Iterable[Item], task: Encoder, tokenizer: Any, settings: DataSettings, counts: Counter[str]
-) -> _Columns:
-    values = {name: array.array("f") for name in task.values}
-    records: list[str] | None = [] if task.answers else None
-    columns = _Columns(array.array("i"), array.array("i"), [0], [], values, array.array("f"), records, array.array("Q"))
-    for item in items:
-        try:
-            features = task.encode(item.example, tokenizer, settings.max_length)
-        except DataError as error:
-            raise DataError(*splits.at_place(item.place, error)) from error
-        if not task.weights and any("weights" in feature for feature in features):
-            problem = f"{item.place}: has a weight, which task={task.name} does not use"
-            raise DataError(Fault("task", problem, "leave the weight out: +data.format.ignore=[weight]", task.name))
-        counts["masked_out"] += not features
-        counts["reasoning_lost"] += sum(feature.get("reasoning_lost", 0) for feature in features)
-        assert len(features) % task.unit == 0, f"{task.name}: {len(features)} sequences are not whole units"
-        for start in range(0, len(features), task.unit):
-            _add_unit(features[start : start + task.unit], item.prompt, columns, task, settings, counts)
-    return columns
+def _to_rows(encoded: Encoded, settings: DataSettings, task: Encoder) -> Rows:
+    columns, lengths = encoded.columns, encoded.columns["row_lengths"].astype(np.int64)
+    packs = (
+        pack_units(lengths, task.unit, task.unit * settings.max_length)
+        if settings.packing
+        else one_by_one(len(lengths), task.unit)
+    )
+    records = Texts(columns["records"], _offsets(columns["record_lengths"])) if task.answers else None
+    return Rows(
+        ids=columns["ids"],
+        labels=columns["labels"],
+        offsets=_offsets(lengths),
+        packs=packs,
+        unit=task.unit,
+        values={name: columns[f"{VALUE}{name}"] for name in task.values},
+        weights=columns["weights"] if encoded.is_weighted else None,
+        records=records,
+        prompts=columns["prompts"],
+        trained=columns["trained"],
+    )
 
 
-def _add_unit(
-    unit: list[Features],
-    prompt: bytes,
-    columns: _Columns,
-    task: Encoder,
-    settings: DataSettings,
-    counts: Counter[str],
-) -> None:
-    """Add the sequences of one unit; none of them if one is dropped or has no label within ``data.max_length``."""
-    longest = max(len(feature["input_ids"]) for feature in unit)
-    counts["longest"] = max(counts["longest"], longest)
-    columns.lengths.append(longest)
-    if longest > settings.max_length:
-        is_dropped = settings.overlong == "drop" or not task.truncates or columns.records is not None
-        counts["dropped" if is_dropped else "truncated"] += 1
-        if is_dropped:
-            return
-    cut = [(feature["input_ids"][: settings.max_length], feature["labels"][: settings.max_length]) for feature in unit]
-    # The first token has no context to be predicted from: its label is unused.
-    is_empty = (labels.count(IGNORED) >= len(labels) - (bool(labels) and labels[0] != IGNORED) for _, labels in cut)
-    if any(is_empty) if task.needs_labels else not all(ids for ids, _ in cut):
-        counts["masked_out"] += 1
-        return
-    for feature, (ids, labels) in zip(unit, cut, strict=True):
-        columns.ids.extend(ids)
-        columns.labels.extend(labels)
-        columns.offsets.append(len(columns.ids))
-        columns.prompts.append(int.from_bytes(prompt[:8]))
-        weights = feature.get("weights")
-        columns.weights.extend([1.0] * len(ids) if weights is None else weights[: len(ids)])
-        for name, numbers in columns.values.items():
-            numbers.append(feature[name])
-        if columns.records is not None:
-            columns.records.append(feature["record"])
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _to_rows(columns: _Columns, settings: DataSettings, unit: int) -> Rows:
-    offsets = np.array(columns.offsets, dtype=np.int64)
-    if settings.packing:
-        packs = pack_units(np.diff(offsets), unit, unit * settings.max_length)
-    else:
-        packs = one_by_one(len(offsets) - 1, unit)
-    ids, labels = (np.frombuffer(column, dtype=np.int32) for column in (columns.ids, columns.labels))
-    values = {name: np.frombuffer(numbers, dtype=np.float32) for name, numbers in columns.values.items()}
-    weights = np.frombuffer(columns.weights, dtype=np.float32)
-    weighted = None if (weights[labels != IGNORED] == 1).all() else weights
-    records = Texts.of(columns.records) if columns.records is not None else None
-    prompts = np.frombuffer(columns.prompts, dtype=np.uint64)
-    return Rows(ids, labels, offsets, packs, unit, values, weighted, records, prompts)
-
-
-def _no_rows(split: str, items: list[Item], counts: Counter[str], settings: DataSettings) -> DataError:
+def _no_rows(split: str, items: int, counts: Counter[str], settings: DataSettings) -> DataError:
     summary = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("rows_read", "duplicates", "leaked"))
     if not items and split == "eval" and counts["rows_read"] == 1:
         remedy = "split a text file at blank lines with data.documents=paragraph, or set data.eval_path"
@@ -245,7 +173,7 @@ def _no_rows(split: str, items: list[Item], counts: Counter[str], settings: Data
             settings.overlong == "drop"
         )
         return DataError(Fault("data.max_length", problem, remedy, settings.max_length))
-    problem = f"none of the {len(items)} {kind} rows has a label: all tokens are masked"
+    problem = f"none of the {items} {kind} rows has a label: all tokens are masked"
     if counts["truncated"]:
         problem += f" ({counts['truncated']} rows were truncated to data.max_length={settings.max_length})"
     if counts["reasoning_lost"]:
