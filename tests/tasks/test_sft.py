@@ -19,6 +19,7 @@ from torch import Tensor
 
 from runner.config import schema
 from runner.data import splits, tokenization
+from runner.data.encoding import Recipe
 from runner.data.packing import IGNORED, Rows
 from runner.errors import DataError
 from runner.models import tiny
@@ -45,7 +46,8 @@ def talk(answer: str, weight: object = None, **row: object) -> dict:
 def rows_of(*rows: dict, task: Any = None, **changes: object) -> Rows:
     read = Options(composed()).sources[""].format
     settings = schema.DataSettings(**{**vars(SETTINGS), **changes})
-    return tokenization.every_row(source(rows), read, task or sft.sft(train_on="assistant"), build("qwen"), settings)[0]
+    recipe = Recipe(read, task or sft.sft(train_on="assistant"), build("qwen"), settings)
+    return tokenization.every_row(source(rows), recipe).eval
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_deduplication_sees_weights_and_tools() -> None:
     tool = {"name": "add", "parameters": {"type": "object", "properties": {}}}
     rows = [talk("yes"), talk("yes", weight=2), talk("yes", tools=[tool]), talk("yes"), {**talk("yes"), "weight": 2}]
     counts = Counter[str]()
-    assert len(splits.collect(source(rows).train, read, True, counts)) == 4
+    assert len(splits.index(source(rows).train, read, True, counts)) == 4
     assert counts["duplicates"] == 1
 
 
@@ -122,7 +124,7 @@ def test_a_task_without_weights_refuses_them() -> None:
     chosen, rejected = ({"role": "assistant", "content": text} for text in "AB")
     pair = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": {**chosen, "weight": 2.0}, "rejected": rejected}
     with pytest.raises(DataError, match=r"rows\.jsonl:1: has a weight, which task=dpo does not use"):
-        tokenization.every_row(source([{}]), lambda _: pair, task, build("qwen"), SETTINGS)
+        tokenization.every_row(source([{}]), Recipe(lambda _: pair, task, build("qwen"), SETTINGS))
 
 
 EXAMPLES = {

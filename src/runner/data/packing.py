@@ -217,11 +217,19 @@ def pack(lengths: np.ndarray, capacity: int) -> Packs:
     return Packs(rows, np.cumsum([0, *map(len, packs)], dtype=np.int64))
 
 
+PACKED_TOGETHER = 100_000
+"""Units among which ``pack_units`` looks for those that fill a pack; more would need more memory and fill no better."""
+
+
 def pack_units(lengths: np.ndarray, unit: int, capacity: int) -> Packs:
     """Like ``pack``, for rows whose units of ``unit`` consecutive rows stay together."""
-    packs = pack(np.add.reduceat(lengths, np.arange(0, len(lengths), unit)), capacity)
-    rows = packs.rows[:, None] * unit + np.arange(unit)  # (units, unit)
-    return Packs(rows.reshape(-1), packs.offsets * unit)
+    sizes = np.add.reduceat(lengths, np.arange(0, len(lengths), unit)) if len(lengths) else lengths
+    starts = range(0, max(len(sizes), 1), PACKED_TOGETHER)
+    blocks = [pack(sizes[start : start + PACKED_TOGETHER], capacity) for start in starts]
+    units = np.concatenate([block.rows + start for block, start in zip(blocks, starts, strict=True)])
+    offsets = [block.offsets[1:] + start for block, start in zip(blocks, starts, strict=True)]
+    rows = units[:, None] * unit + np.arange(unit)  # (units, unit)
+    return Packs(rows.reshape(-1), np.concatenate([[0], *offsets]) * unit)
 
 
 def one_by_one(count: int, unit: int = 1) -> Packs:

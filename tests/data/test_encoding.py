@@ -1,0 +1,81 @@
+"""Data larger than memory: columns grow in files, and several processes encode what one would."""
+
+# ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures.documents import load, own_cache, talk, texts
+
+from runner.data import columns, encoding, packing
+from runner.data.columns import Column
+from runner.errors import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+
+def in_processes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(encoding, "_processes", lambda _: count)
+    monkeypatch.setattr(encoding, "CHUNK", 7)
+
+
+@pytest.mark.parametrize("code", ["i", "f", "B"])
+def test_a_column_in_a_file_is_a_column_in_memory(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "AT_ONCE", 5)
+    made = [Column(code), Column(code, tmp_path / "column.npy")]
+    for column in made:
+        for number in range(23):
+            column.extend([number, number + 1])
+        column.extend_array(np.arange(9, dtype=columns.DTYPES[code]))
+        column.append(7)
+        assert len(column) == 56
+    first, second = (column.finish() for column in made)
+    assert (first.dtype, first.tolist()) == (second.dtype, second.tolist())
+    assert isinstance(second, np.memmap)
+    assert np.load(tmp_path / "column.npy").tolist() == first.tolist()
+
+
+def test_an_empty_column_is_no_file_to_map(tmp_path: Path) -> None:
+    assert Column("f", tmp_path / "column.npy").finish().tolist() == []
+
+
+@pytest.mark.parametrize("processes", [2, 3, 40])
+def test_several_processes_encode_what_one_does(
+    processes: int, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**talk(number, words=number % 40 + 1), "weight": 1 + (number % 9 == 0)} for number in range(1, 150)]
+    alone = load(rows, train_on="all")
+    monkeypatch.setenv("RUNNER_CACHE", str(own_cache / "other"))
+    in_processes(monkeypatch, processes)
+    together = load(rows, train_on="all")
+    assert texts(together.train) == texts(alone.train)
+    assert vars(together.report) == vars(alone.report)
+    for one, other in ((alone.train, together.train), (alone.eval, together.eval)):
+        for column, values in one._columns().items():
+            assert np.array_equal(values, other._columns()[column]), column
+    folder = next((own_cache / "other" / "data").glob("*/report.json")).parent
+    assert not list(folder.glob("shard*"))
+
+
+def test_the_first_row_that_cannot_be_encoded_is_named(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    from runner.tasks import pretrain
+
+    in_processes(monkeypatch, 3)
+    with pytest.raises(DataError, match=r"rows\.jsonl:\d+: gives conversations, but this task needs plain text"):
+        load(map(talk, range(60)), task=pretrain.pretrain(append_eos=True))
+    assert not list(own_cache.glob("data/.*"))
+
+
+def test_blocks_of_rows_are_packed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, 90)
+    whole = packing.pack_units(lengths, 2, 100)
+    assert np.array_equal(whole.rows, packing.pack_units(lengths, 2, 100).rows)
+    monkeypatch.setattr(packing, "PACKED_TOGETHER", 10)
+    blocks = packing.pack_units(lengths, 2, 100)
+    assert sorted(blocks.rows.tolist()) == list(range(90))
+    sizes = np.add.reduceat(lengths[blocks.rows], blocks.offsets[:-1])
+    assert sizes.max() <= 100
+    assert len(whole) <= len(blocks) <= len(whole) + 5
