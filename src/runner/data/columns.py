@@ -6,7 +6,7 @@ import array
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Column:
     def __len__(self) -> int:
         return self._written + len(self._buffer)
 
-    def extend(self, numbers: Iterable[float] | bytes) -> None:
+    def extend(self, numbers: Iterable[Any]) -> None:
         self._buffer.extend(numbers)
         if self._file is not None and len(self._buffer) >= AT_ONCE:
             self._flush()

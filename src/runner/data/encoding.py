@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -134,8 +135,8 @@ def _add_unit(
 
 
 def _processes(examples: int) -> int:
-    """In how many processes so many examples are encoded: in one where a copy of this process may not work."""
-    if examples < PAYS_FROM or not hasattr(os, "sched_getaffinity") or len(os.listdir("/proc/self/task")) > 1:
+    """In how many processes so many examples are encoded: in one where another thread may hold a lock."""
+    if examples < PAYS_FROM or not hasattr(os, "sched_getaffinity") or threading.active_count() > 1:
         return 1
     return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
 

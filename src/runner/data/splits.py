@@ -43,7 +43,7 @@ class Index:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def of(self, chosen: np.ndarray) -> Index:
+    def of(self, chosen: np.ndarray | slice) -> Index:
         """The chosen examples: a mask, a slice or ascending positions."""
         return replace(self, numbers=self.numbers[chosen], keys=self.keys[chosen], prompts=self.prompts[chosen])
 
