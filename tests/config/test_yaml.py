@@ -36,6 +36,7 @@ WANTED = {
 """What the options need that leave a value open (``???``)."""
 TOGETHER = {
     "search=asha": ["train.eval_steps=5"],
+    "task=distill": ["quant=4bit"],
     "task=rloo": ["task.rewards=[{function}:to_text]", "data.packing=false"],
 }
 """What options need that do not go with every default."""

@@ -157,7 +157,8 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     device = devices.pick()
     model, autocast = _model(order, device)
     lora_linear.fuse(model)
-    (batches,) = build.resolve_attention(run.result, model, autocast, batches)
+    plain, (batches,) = batches, build.resolve_attention(run.result, model, autocast, batches)
+    batches = _taught(run, model, plain, batches, autocast)
     build.resolve_lm_head(model, autocast, "none")
     wrapped = wrap.wrap(parallel.none(), model, run.options.task, ALONE, device, autocast)
     if run.options.task.reference is not None:
@@ -170,6 +171,25 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     details["seconds"] = round(time.monotonic() - began, 3)
     named = evaluation.metrics_of(run.options.task, sums)
     return name, {metric.removeprefix("eval/"): value for metric, value in named.items()}, details
+
+
+def _taught(run: Trained, model: Any, plain: Batches, laid: Batches, autocast: torch.dtype | None) -> Batches:
+    """Let the model, or the rows, know its teacher, if its task has one; the batches as both can compute them.
+
+    ``plain`` and ``laid``: as they are, and as the model can compute them.
+    """
+    from runner.train import taught, teacher
+    from runner.train.distributed.ranks import ALONE
+
+    found = teacher.of(run.options, run.base if run.is_adapter else run.options.model, run.tokenizer)
+    if found is None:
+        return laid
+    if found.spec.top_k is not None:
+        device = next(model.parameters()).device
+        taught.give_rows(found, [(laid, laid.order.packs_of_pass())], device, ALONE, terminal.progress("teacher"))
+        return laid
+    (both,) = taught.attach(model, found, [plain], autocast)
+    return laid if both.by_document == laid.by_document else plain
 
 
 def _give_reference(run: Trained, batches: Batches, wrapped: Wrapped) -> Start:

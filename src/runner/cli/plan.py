@@ -63,6 +63,7 @@ def show(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         rows = [
             *_model_rows(run_inputs, expected),
             *_data_rows(run_inputs),
+            *_teacher_rows(run_inputs, expected),
             *run_inputs.notes,
             *_time_rows(run_inputs, expected),
         ]
@@ -95,6 +96,25 @@ def _model_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
         ),
         ("memory, GiB", f"{needed} ({free})\n{shown}"),
     ]
+
+
+def _teacher_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
+    from runner.models.dtypes import dtype_for
+    from runner.train import taught, throughput
+    from runner.train.estimate import ASSUMED_UTILISATION
+
+    if (teacher := run_inputs.teacher) is None:
+        return []
+    needs = expected.teacher
+    text = f"{teacher.text}\n{needs.parameters / 1e6:.1f} M parameters, weights in {needs.stored}"
+    text += f", {needs.weights / GIB:.2f} GiB"
+    if teacher.spec.top_k is not None:
+        rows, tokens, count = taught.missing(run_inputs)
+        peak = throughput.peak_flops(run_inputs.device, dtype_for(teacher.source.dtype, run_inputs.device))
+        seconds = tokens * needs.flops_per_token / (peak * ASSUMED_UTILISATION)
+        left = f"{rows} of {count} to compute, about {terminal.duration(max(seconds, 1))}" if rows else "all cached"
+        text += f"\nonce before training, for the rows that are visited: {left}"
+    return [("teacher", text)]
 
 
 def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:

@@ -47,13 +47,14 @@ data, hardware) before it starts, and at the end whether the numbers are the sam
     URI,
     Option("outputs_dir=FOLDER", "the folder for the new run, and the first one in which RUN is looked up"),
     notes="""You may change where and how it runs: outputs_dir, hydra.run.dir, name, launcher, tracking and their keys;
-and the paths of the same files here: data.path, data.eval_path, data.format.function, model.path, lora.start. Any other
-key changes what is computed and is refused. The exit code is that of the run; different numbers are no failure.""",
+and the paths of the same files here: data.path, data.eval_path, data.format.function, model.path, lora.start,
+task.teacher. Any other key changes what is computed and is refused. The exit code is that of the run; different numbers
+are no failure.""",
 )
 
 WHERE = ("name", "outputs_dir", "hydra.run.dir")
 GROUPS = ("launcher", "tracking")
-PLACES = ("data.path", "data.eval_path", "data.format.function", "model.path", "lora.start")
+PLACES = ("data.path", "data.eval_path", "data.format.function", "model.path", *lora_start.NAMES)
 """Keys with paths of files. That they are the same files is checked, or shows at the first evaluation."""
 
 
@@ -177,7 +178,7 @@ def _restored(original: Recorded, overrides: list[str], *, is_exact: bool) -> Jo
     cfg |= {group: job.cfg[group] for group in chosen}
     cfg = _with_start(cfg, original)
     for key, value in values.items():
-        _set(cfg, key, _same_start(cfg, value) if key == "lora.start" else value)
+        _set(cfg, key, _same_weights(cfg, key, value) if key in lora_start.NAMES else value)
     job.hydra["runtime"]["choices"] = {
         **manifest.choices(original.manifest),
         **{group: job.choices[group] for group in chosen},
@@ -197,10 +198,11 @@ def _with_start(cfg: dict[str, Any], original: Recorded) -> dict[str, Any]:
     return lora_start.replaced(cfg, lora_start.joined(RunDir(original.folder).start, lora_start.split(text)[1]))
 
 
-def _same_start(cfg: dict[str, Any], folder: Any) -> str:
-    """The adapter of the original in another place; its weights are checked."""
-    if not (text := lora_start.of(cfg)):
-        raise ConfigError(Fault("lora.start", "the original run has none", "leave it out", folder))
+def _same_weights(cfg: dict[str, Any], key: str, folder: Any) -> str:
+    """The adapter or the teacher of the original in another place; its weights are checked."""
+    group, _, name = key.partition(".")
+    if not (text := lora_start.of(cfg, (group, name))):
+        raise ConfigError(Fault(key, "the original run has none", "leave it out", folder))
     return lora_start.joined(folder, lora_start.split(text)[1])
 
 

@@ -1,7 +1,8 @@
-"""``lora.start``: the run whose adapter is trained further, as the user names it, or frozen as ``FOLDER@DIGEST``.
+"""``lora.start`` and ``task.teacher``: another run or model, as the user names it, or frozen as ``FOLDER@DIGEST``.
 
-FOLDER is the folder of that run, or of a plain PEFT adapter; DIGEST is the hash of the adapter's weights. Only DIGEST
-is part of the signature: the same weights in another place make the same run.
+FOLDER is the folder of that run, of a plain PEFT adapter (``lora.start``), or of a model or a GGUF file (the teacher);
+DIGEST is the hash of its weights. Only DIGEST is part of the signature: the same weights in another place make the same
+run. A teacher on the Hub stays as it is named: ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-GROUP, KEY = "lora", "start"
+GROUP, KEY = START = "lora", "start"
+TEACHER = "task", "teacher"
+NAMES = tuple(map(".".join, (START, TEACHER)))
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FROZEN = re.compile(r"(.+)@([0-9a-f]{32})", re.DOTALL)
 
@@ -26,10 +29,10 @@ def joined(folder: Path | str, digest: str) -> str:
     return f"{folder}@{digest}"
 
 
-def of(cfg: Mapping[str, Any]) -> str:
-    """The value of ``lora.start``; empty without one."""
-    node = cfg.get(GROUP)
-    value = node.get(KEY) if isinstance(node, Mapping) else None
+def of(cfg: Mapping[str, Any], place: tuple[str, str] = START) -> str:
+    """The value of ``lora.start`` (or of the teacher); empty without one."""
+    node = cfg.get(place[0])
+    value = node.get(place[1]) if isinstance(node, Mapping) else None
     return value if isinstance(value, str) else ""
 
 
@@ -38,17 +41,21 @@ def adapter_in(folder: Path) -> Path:
     return folder if (folder / ADAPTER).is_file() else folder / "model"
 
 
-def replaced(cfg: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """The configuration with another value of ``lora.start``."""
-    return {**cfg, GROUP: {**cfg[GROUP], KEY: text}}
+def replaced(cfg: Mapping[str, Any], text: str, place: tuple[str, str] = START) -> dict[str, Any]:
+    """The configuration with another value of ``lora.start`` (or of the teacher)."""
+    return {**cfg, place[0]: {**cfg[place[0]], place[1]: text}}
 
 
 def without_place(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with the digest alone; without the key if it is null, as before the key existed."""
-    node = cfg.get(GROUP)
-    if not isinstance(node, Mapping) or KEY not in node:
-        return dict(cfg)
-    if text := of(cfg):
-        folder, digest = split(text)
-        return replaced(cfg, digest or folder)
-    return {**cfg, GROUP: {key: value for key, value in node.items() if key != KEY or value is not None}}
+    """The configuration with the digests alone; without a key that is null, as before the key existed."""
+    cfg = dict(cfg)
+    for group, key in (START, TEACHER):
+        node = cfg.get(group)
+        if not isinstance(node, Mapping) or key not in node:
+            continue
+        if text := of(cfg, (group, key)):
+            folder, digest = split(text)
+            cfg = replaced(cfg, digest or folder, (group, key))
+        else:
+            cfg[group] = {name: value for name, value in node.items() if name != key or value is not None}
+    return cfg

@@ -19,7 +19,8 @@ A batch is a dict:
 - ``weights``: (trained,) float32, the weight of each label in the order of ``trained_at``; only if the data have any.
 - ``sources`` and ``source_at``, if the rows are those of a mixture: the names of its sources, and (trained,) int64,
   which of them each label is of, in the order of ``trained_at``.
-- The numbers of each document, by name (``Rows.values``): (documents,) float32.
+- The numbers of each document, by name (``Rows.values``): (documents,) float32. Those of each label
+  (``Rows.of_labels``): (trained, …) in the order of ``trained_at``.
 """
 
 from __future__ import annotations
@@ -121,4 +122,5 @@ def _counts(rows: Rows, documents: np.ndarray) -> Batch:
         "units": len(documents) // rows.unit,
         "trained_first": int(labels[documents[:: rows.unit]].sum()),
         **{name: torch.from_numpy(numbers[documents]) for name, numbers in rows.values.items()},
+        **{name: torch.from_numpy(rows.labels_of(documents, column)) for name, column in rows.of_labels.items()},
     }

@@ -95,6 +95,8 @@ class Rows:
     """``labels_per_row`` where it is known already."""
     parts: tuple[Part, ...] = ()
     """The sources of the rows, if they have names."""
+    of_labels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What a teacher gives each label but the first token's, row by row: (labels, …) by name; not saved."""
 
     @classmethod
     def of(cls, documents: Sequence[tuple[np.ndarray, np.ndarray]], **values: Sequence[float]) -> Rows:
@@ -135,6 +137,16 @@ class Rows:
             return self.trained
         counts = np.add.reduceat(self.labels != IGNORED, self.offsets[:-1], dtype=np.int64)
         return counts - (self.labels[self.offsets[:-1]] != IGNORED)
+
+    @functools.cached_property
+    def label_offsets(self) -> np.ndarray:
+        """Where the labels of each row begin in ``of_labels``, (rows + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.labels_per_row)])
+
+    def labels_of(self, rows: np.ndarray, column: np.ndarray) -> np.ndarray:
+        """The part of a column of ``of_labels`` that belongs to these rows, in their order."""
+        starts = self.label_offsets
+        return np.concatenate([column[:0], *(column[starts[row] : starts[row + 1]] for row in rows)])
 
     def save(self, folder: Path, name: str) -> None:
         """Write each column to ``<name>.<column>.npy`` and fsync it; those that are files there already stay."""

@@ -195,7 +195,7 @@ def text(key: str, value: Value) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
-        if key == "lora.start" and lora_start.split(value)[1]:
+        if key in lora_start.NAMES and lora_start.split(value)[1]:
             return nearest(Path(lora_start.split(value)[0]))
         is_long = len(value) > DIGITS and ("." in value or "e" in value) and FRACTION.fullmatch(value)
         return f"{float(value):.4g}" if is_long else value

@@ -203,6 +203,7 @@ def _provenance(rundir: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "signature": manifest.get("signature"),
         "trained further from": origin.chain(manifest),
+        "distilled from": origin.teacher(manifest),
         "steps": state.step,
         "tokens": state.summary.get("train/tokens"),
         "git commit": f"{git['sha']}{' (changed)' if git.get('dirty') else ''}" if git.get("sha") else None,

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from runner.data.packing import IGNORED
 from runner.models.kernels import buffers, lm_head, varlen_attention
+from runner.tasks import soft_targets
+from runner.tasks.soft_targets import Soft
 
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", *varlen_attention.ARGUMENTS)
 CHUNK_VALUES, CPU_CHUNK_VALUES = 2**25, 2**22
@@ -42,7 +44,13 @@ class Shaping:
     entropy_of: int = 0
     """Of how many of the most likely tokens the entropy is computed, beside the loss."""
     temperature: float = 1.0
-    """The logits are divided by it first."""
+    """What the logits are divided by before anything else."""
+    soft: Soft | None = None
+    """The distributions of a teacher, compared with the model's instead of all of the above."""
+
+    def after(self, labels: Tensor) -> Shaping:
+        """For the positions that follow those with ``labels``."""
+        return self if self.soft is None else replace(self, soft=self.soft.after(labels))
 
 
 PLAIN = Shaping()
@@ -58,8 +66,9 @@ class TokenLosses:
     """(trained,) bool: whether the label is the most likely token."""
     loss: Tensor
     """(trained,) float32: ``nll`` with what the shaping adds to it. Differentiable."""
-    entropy: Tensor
-    """(trained,) float32: entropy, in nats, of the ``Shaping.entropy_of`` most likely tokens; 0 if that is 0."""
+    extra: Tensor
+    """(trained,) float32: entropy, in nats, of the ``Shaping.entropy_of`` most likely tokens; with ``Shaping.soft``,
+    the divergence from the teacher; else 0."""
 
 
 def sums(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -88,23 +97,40 @@ def token_losses(model: Any, batch: Mapping[str, Any], shaping: Shaping = PLAIN)
     kept = []
     for losses, targets in _passes(model, batch, shaping):
         trained = slice(None) if len(targets) == count else targets != IGNORED
-        kept.append([each[trained] for each in (losses.nll, losses.correct, losses.loss, losses.entropy)])
+        kept.append([each[trained] for each in (losses.nll, losses.correct, losses.loss, losses.extra)])
     return TokenLosses(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
+
+
+def states(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, nn.Linear | None]:
+    """(hidden states (trained, h), LM head), or (logits (trained, V), None) if the model has to compute these."""
+    kept = []
+    for inputs, labels, trained_at in _cut(batch):
+        last, targets, linear = _last(model, inputs, labels, trained_at)
+        last, targets = last.reshape(-1, last.shape[-1]), targets.reshape(-1)
+        kept.append(last if trained_at is not None and len(last) == len(trained_at) else last[targets != IGNORED])
+    return torch.cat(kept), linear
 
 
 def _passes(model: Any, batch: Mapping[str, Any], shaping: Shaping) -> list[tuple[TokenLosses, Tensor]]:
     """(losses, targets), each (n,), of every forward pass: one, or without gradients as many as memory needs."""
+    passes = []
+    for inputs, labels, trained_at in _cut(batch):
+        last, targets, linear = _last(model, inputs, labels, trained_at)
+        passes.append((_losses(last, targets, linear, shaping), targets.reshape(-1)))
+        shaping = shaping.after(labels)
+    return passes
+
+
+def _cut(batch: Mapping[str, Any]) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor | None]]:
+    """(inputs, labels, ``trained_at`` if it is known) of every forward pass."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
     labels = batch["labels"].reshape(inputs["input_ids"].shape)
     if torch.is_grad_enabled() or len(labels) == 1:
-        return [_one_pass(model, inputs, labels, shaping, batch.get("trained_at"))]
+        yield inputs, labels, batch.get("trained_at")
+        return
     rows = max(1, EVAL_POSITIONS // labels.shape[1])
-    return [
-        _one_pass(
-            model, {name: value[at : at + rows] for name, value in inputs.items()}, labels[at : at + rows], shaping
-        )
-        for at in range(0, len(labels), rows)
-    ]
+    for at in range(0, len(labels), rows):
+        yield {name: value[at : at + rows] for name, value in inputs.items()}, labels[at : at + rows], None
 
 
 def rehearsal(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
@@ -118,16 +144,17 @@ def rehearsal(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> Te
     return _losses(last, torch.zeros(last.shape[:-1], dtype=torch.int64, device=last.device), linear, PLAIN).loss.sum()
 
 
-def _one_pass(
-    model: Any, inputs: dict[str, Tensor], labels: Tensor, shaping: Shaping, trained_at: Tensor | None = None
-) -> tuple[TokenLosses, Tensor]:
+def _last(
+    model: Any, inputs: dict[str, Tensor], labels: Tensor, trained_at: Tensor | None
+) -> tuple[Tensor, Tensor, nn.Linear | None]:
+    """(hidden states or logits, targets, LM head if it is left to the loss) of one forward pass."""
     with _without_head(model) as linear:
         if linear is not None and trained_at is not None:
             hidden = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]  # prompt tuning prepends tokens
             last, targets = (each.flatten(0, 1).index_select(0, trained_at) for each in (hidden, labels))
         else:
             last, targets = trained_logits(model, inputs, labels, trained_at if len(labels) == 1 else None)
-    return _losses(last, targets, linear, shaping), targets.reshape(-1)
+    return last, targets, linear
 
 
 @contextlib.contextmanager
@@ -150,8 +177,8 @@ def _losses(last: Tensor, targets: Tensor, linear: nn.Linear | None, shaping: Sh
         loss, correct, *more = _LinearCrossEntropy.apply(last, linear.weight, linear.bias, targets, shaping)
     else:
         loss, correct, *more = _CrossEntropy.apply(last if linear is None else linear(last), targets, shaping)
-    nll, entropy = more or (loss, torch.zeros_like(loss))
-    return TokenLosses(nll, correct, loss, entropy)
+    nll, extra = more or (loss, torch.zeros_like(loss))
+    return TokenLosses(nll, correct, loss, extra)
 
 
 def trained_logits(
@@ -227,6 +254,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for states, labels, grad in zip(*chunked, strict=True):
                 logits = nn.functional.linear(states.to(dtype), weight, bias)
                 losses.append(_cross_entropy_(logits, labels, shaping, needs_grad=needs_grad))
+                shaping = shaping.after(labels)
                 if needs_grad:
                     grad.copy_(logits @ weight)  # `logits` contains its gradient by now
         loss, *more = (torch.cat(parts) for parts in zip(*losses, strict=True))
@@ -247,12 +275,14 @@ def _scaled_(grad: Tensor, scale: Tensor) -> Tensor:
 
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, shaping: Shaping, *, needs_grad: bool) -> tuple[Tensor, ...]:
-    """(loss (n,), correct predictions (n,)); shaped: also (cross entropy (n,), entropy (n,)).
+    """(loss (n,), correct predictions (n,)); shaped: also (cross entropy (n,), ``TokenLosses.extra`` (n,)).
 
     ``needs_grad``: overwrite ``logits`` (n, V) with the gradient of the loss. Computed in float32, a chunk of rows at a
     time, in as few passes over the logits as PyTorch's operations allow: two maxima, softmax and, for the gradient, a
     product. Rows without a label have a loss of 0 and are not correct.
     """
+    if shaping.soft is not None:
+        return soft_targets.losses_(logits, targets, shaping.soft, needs_grad=needs_grad)
     nll = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
     correct = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     loss, entropy = (torch.zeros_like(nll), torch.zeros_like(nll)) if shaping != PLAIN else (nll, nll)

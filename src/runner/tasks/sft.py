@@ -111,7 +111,7 @@ def of_tokens(tokens: TokenLosses, loss_type: LossType, eaft_alpha: float) -> Te
         case "dft":
             return tokens.nll * (-tokens.nll.detach()).exp()
         case "eaft":
-            return tokens.loss * (tokens.entropy / 3.0) ** eaft_alpha
+            return tokens.loss * (tokens.extra / 3.0) ** eaft_alpha
 
 
 def metrics(sums: dict[str, float]) -> dict[str, float]:

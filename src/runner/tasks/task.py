@@ -28,6 +28,19 @@ tokens of the first sequence of each unit, token sequences, or units."""
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A second model that a task compares the trained one with; both must have the same tokens."""
+
+    where: str | None
+    """A run or another model, see ``config.start``; None: the model itself before training, without quantization."""
+    quant: str
+    """The option of the group ``quant`` with which its weights are loaded."""
+    top_k: int | None
+    """Of how many of its most likely tokens the probabilities are computed, once before training and cached: in a batch
+    ``teaching.IDS`` and ``LOG_PROBABILITIES``. None: it stays in memory, see ``teaching.attach``."""
+
+
+@dataclass(frozen=True)
 class Task:
     """The interface between the train loop and a training objective."""
 
@@ -82,6 +95,8 @@ class Task:
     """The metrics that are logged for training steps too, as ``train/…``."""
     summary: tuple[str, ...] = ("perplexity",)
     """The metrics that the summary at the end shows beside the loss, before and after training."""
+    teacher: Teacher | None = None
+    """The model that this one learns from."""
 
     @property
     def needs_labels(self) -> bool:
@@ -154,6 +169,13 @@ def token_losses(model: Any, batch: dict[str, Any], shaping: Shaping | None = No
     from runner.tasks import cross_entropy
 
     return cross_entropy.token_losses(model, _arguments(model, batch), shaping or cross_entropy.PLAIN)
+
+
+def token_states(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+    """(hidden states (trained, h), LM head) at the trained positions of a batch, or (logits, None)."""
+    from runner.tasks import cross_entropy
+
+    return cross_entropy.states(model, _arguments(model, batch))
 
 
 def _arguments(model: Any, batch: dict[str, Any]) -> dict[str, Any]:

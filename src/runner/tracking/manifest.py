@@ -188,6 +188,8 @@ def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
         fixed["train"] = {**train, "micro_batch_size": rows}
     if settled := manifest.get("settled"):
         fixed["task"] = {**cfg["task"], **settled}
+    if revision := (manifest.get("teacher") or {}).get("revision"):
+        fixed["task"] = {**fixed.get("task", cfg["task"]), "teacher": f"{manifest['teacher']['path']}@{revision}"}
     return origin.started({**cfg, **fixed}, rundir)
 
 

@@ -69,6 +69,11 @@ def nearest(manifest: Mapping[str, Any]) -> str | None:
     return chain[0].get("mlflow_run_id") or chain[0].get("id")
 
 
+def teacher(manifest: Mapping[str, Any]) -> str:
+    """The teacher of a distillation as text: ``sft (3f2a91c0)``; empty without one."""
+    return _named(known) if (known := manifest.get("teacher")) else ""
+
+
 def keep_start(cfg: Mapping[str, Any], rundir: RunDir) -> None:
     """Copy the adapter that ``lora.start`` names into the run folder: the run no longer needs the other one.
 
@@ -100,6 +105,19 @@ def is_there(text: str) -> bool:
     return digest_of(Path(folder)) == digest
 
 
+def is_teacher_there(text: str) -> bool:
+    """Whether the teacher of a frozen ``task.teacher`` is in its place, unchanged; on the Hub a revision is."""
+    place, digest = start.split(text)
+    return not digest or digest_of_teacher(Path(place)) == digest
+
+
+def digest_of_teacher(place: Path) -> str | None:
+    """The hash of the weights of a run, of a model folder or of a GGUF file; None if there are none to be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return provenance.remembered_digest(RunDir(place).model if RunDir(place).manifest.exists() else place)
+    return None
+
+
 def digest_of(folder: Path) -> str | None:
     """The hash of the weights of the adapter in ``folder``; None if it has none that can be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -108,5 +126,5 @@ def digest_of(folder: Path) -> str | None:
 
 
 def _named(each: Mapping[str, Any]) -> str:
-    identity = str(each.get("mlflow_run_id") or each.get("id") or "")[:8]
+    identity = str(each.get("mlflow_run_id") or each.get("id") or each.get("weights") or "")[:8]
     return f"{each.get('name')} ({identity})" if identity else str(each.get("name"))

@@ -5,6 +5,7 @@ Two runs that agree in all of these, in configuration and in data compute the sa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import PACKAGE
+from runner.files import cache_dir, write_atomic
 
 PACKAGES = (
     "runner", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "mlflow", "hydra-core",
@@ -88,6 +90,25 @@ def weights_digest(folder: Path) -> str | None:
                 if not chunk:
                     raise OSError(f"{file} is truncated: it ends within a tensor")
     return digest.hexdigest()[:32]
+
+
+def remembered_digest(place: Path) -> str | None:
+    """``weights_digest`` of a folder, or the hash of a file; read once as long as sizes and times stay the same."""
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    marks = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:32]
+    note = cache_dir("digests") / f"{key}.txt"
+    with contextlib.suppress(OSError):
+        return note.read_text()
+    if place.is_dir():
+        digest = weights_digest(place)
+    else:
+        with place.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    if digest is not None:
+        with contextlib.suppress(OSError):  # a full disk: it is read again next time
+            write_atomic(note, digest)
+    return digest
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, str, Path, int, int]]:

@@ -19,7 +19,7 @@ from runner.models.kernels import compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
 from runner.train import optim, throughput
 from runner.train.memory import optimizer_state, peak, rehearsals, usage
-from runner.train.memory.peak import Expected
+from runner.train.memory.peak import Expected, Needs
 
 if TYPE_CHECKING:
     from runner.train.inputs import Inputs
@@ -71,7 +71,20 @@ def expect(inputs: Inputs) -> Expected:
         length = report.train_tokens // report.train_rows + task.answers.most_tokens
         trained = task.answers.most_tokens / length
     flops = throughput.flops_per_token(model, length, trained, task.passes_without_gradient, task.updates)
-    return Expected(counts, memory, held, total, free, flops, len(compilation.layers_of(model)), unknown)
+    needs = None
+    if inputs.teacher is not None:
+        needs, stays = inputs.teacher.needs(inputs.device, length, trained), inputs.teacher.spec.top_k is None
+        memory, flops = _beside_teacher(memory, needs, stays=stays), flops + needs.flops_per_token * stays
+    layers = len(compilation.layers_of(model))
+    return Expected(counts, memory, held, total, free, flops, layers, unknown, needs)
+
+
+def _beside_teacher(memory: peak.MemoryEstimate, needs: Needs, *, stays: bool) -> peak.MemoryEstimate:
+    """With a teacher in memory; else it is loaded, and freed, before the model."""
+    if not stays:
+        return replace(memory, weights=max(memory.weights, needs.weights))
+    activations = None if memory.activations is None else memory.activations + needs.logits
+    return replace(memory, weights=memory.weights + needs.weights, activations=activations)
 
 
 def training_seconds(inputs: Inputs, expected: Expected) -> tuple[float, float]:

@@ -14,10 +14,11 @@ from runner.data.batches import Batches
 from runner.models import architecture, tokenizer_files
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
-from runner.train import devices
+from runner.train import devices, teacher
 from runner.train.distributed.ranks import ALONE, Ranks
 from runner.train.memory import peak, usage
 from runner.train.options import DataSet, Options
+from runner.train.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Inputs:
     total_steps: int
     device: torch.device
     notes: list[tuple[str, str]]
-    """(label, text) of the task's remarks about the data, for ``plan``."""
+    """(label, text) of what the task notes about the data, for ``plan``."""
+    teacher: Teacher | None = None
+    """The model that this one learns from; not loaded yet."""
     estimate: peak.Expected | None = None
     """The estimate from which ``micro_batch_size=auto`` was chosen; None if the size was set."""
 
@@ -56,6 +59,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     settings = options.train
     source = architecture.resolve(options.model)
     tokenizer = tokenizer_files.load(source)
+    taught_by = teacher.of(options, source, tokenizer)
     splits, batches, evaluation = load_data(options, source, tokenizer, ranks.rank, options.parallel.processes)
     options = options.settled(splits.settled)
     source = replace(source, head=options.model.head)
@@ -64,7 +68,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     if device.type == "cpu":
         usage.begin()
-    return Inputs(options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes)
+    return Inputs(options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes, taught_by)
 
 
 def compute_at_once(inputs: Inputs, rows: int) -> Inputs:

@@ -58,6 +58,7 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
             f"{data.eval_rows} held out, {full}"
             + (f", {too_long(inputs.options, data)}" if data.truncated or data.dropped else "")
             + "".join(f"\n{line}" for line in of_parts(inputs)),
+            **({"teacher": inputs.teacher.text} if inputs.teacher is not None else {}),
             **({"start": f"continues {chain}"} if (chain := origin.chain(rundir.read_manifest())) else {}),
             "steps": f"{inputs.total_steps} of {about} {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
@@ -159,6 +160,7 @@ def manifest(inputs: Inputs, parts: Parts, rundir: RunDir) -> dict[str, Any]:
         "hardware": _hardware(rundir, inputs),
         "micro_batch_size": inputs.settings.rows_at_a_time,
         **({"settled": dict(inputs.splits.settled)} if inputs.splits.settled else {}),
+        **({"teacher": inputs.teacher.record} if inputs.teacher is not None else {}),
         **choice,
     }
 

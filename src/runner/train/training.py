@@ -50,9 +50,12 @@ class Loaded(NamedTuple):
 
 
 def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
-    from runner.train import build, inputs, probe, reference  # imports torch
+    from runner.train import build, inputs, probe, reference, taught  # imports torch
 
     log_handlers.quiet_libraries()
+
+    def progress_of(label: str) -> Callable[[int, int], None]:
+        return terminal.progress(label) if ranks.rank == 0 else lambda *_: None
 
     def read() -> Inputs:
         options.refuse_changed_code()
@@ -62,13 +65,13 @@ def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
         return run_inputs
 
     run_inputs = build.resolve_micro_batch_size(unanimous(ranks, read), ranks)
-    parts = unanimous(ranks, lambda: build.parts(run_inputs, rundir, ranks))
+    unanimous(ranks, lambda: taught.give(run_inputs, ranks, progress_of("teacher")))
+    parts = unanimous(ranks, lambda: taught.attached(run_inputs, build.parts(run_inputs, rundir, ranks)))
     run_inputs, parts, probed = probe.fit(run_inputs, parts)
     if ranks.rank == 0:
         run_summary.header(run_inputs, parts, rundir)
     if parts.task.reference is not None:
-        progress = terminal.progress("reference") if ranks.rank == 0 else lambda *_: None
-        unanimous(ranks, lambda: reference.compute(parts, options.start, progress))
+        unanimous(ranks, lambda: reference.compute(parts, options.start, progress_of("reference")))
     return Loaded(run_inputs, parts, parts.checkpoints.restore(parts.model, parts.optimizer), probed)
 
 

@@ -228,6 +228,19 @@ ROOM = 0.95
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What the teacher of a distillation needs."""
+
+    weights: int
+    """Bytes."""
+    logits: int
+    """Bytes of the logits that exist at the same time."""
+    flops_per_token: float
+    parameters: int
+    stored: str
+
+
+@dataclass(frozen=True)
 class Expected:
     """Estimated parameters, memory and FLOPs of a training run, and the memory of its device."""
 
@@ -244,6 +257,7 @@ class Expected:
     """Number of decoder layers that can be compiled one by one; 0 if none are found."""
     unknown: str = ""
     """Why the activations are unknown; empty if they are known."""
+    teacher: Needs | None = None
 
     @property
     def fits(self) -> bool:

@@ -1,0 +1,94 @@
+"""Distillation: learn the distribution of a teacher at each token, on answers of the data (or of the model's own).
+
+The loss of a token is alpha D temperature² + (1 - alpha) cross entropy; D compares the two distributions, see
+``soft_targets``. See https://arxiv.org/abs/1503.02531 and 2306.13649 (GKD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+
+from runner.config.bind import bind
+from runner.config.schema import Count, Positive, Text
+from runner.errors import Fault
+from runner.tasks import teaching
+from runner.tasks.cross_entropy import Shaping
+from runner.tasks.sft import sft
+from runner.tasks.soft_targets import Soft
+from runner.tasks.task import Task, Teacher, token_losses, token_metrics
+
+
+def distill(
+    *,
+    teacher: Text | None,
+    teacher_quant: Literal["none", "8bit", "4bit", "fp4"],
+    top_k: Count | None,
+    beta: Annotated[float, Ge(0), Le(1)],
+    alpha: Annotated[float, Gt(0), Le(1)],
+    temperature: Positive,
+    train_on: Literal["assistant", "last", "all"],
+    reasoning: bool,
+) -> Task:
+    """Learn from a teacher with the same tokens; see conf/task/distill.yaml."""
+    talks = sft(train_on=train_on, reasoning=reasoning)
+
+    def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        soft = Soft(teaching.logits(model, batch), beta, alpha, temperature)
+        tokens = token_losses(model, batch, Shaping(soft=soft))
+        weights = batch["weights"] if "weights" in batch else torch.ones_like(tokens.nll)
+        return {
+            "loss": (tokens.loss * weights).sum(),
+            "divergence": (tokens.extra * weights).sum(),
+            "nll": (tokens.nll * weights).sum(),
+            "count": weights.sum(),
+            "correct": (tokens.correct * weights).sum(),
+        }
+
+    return Task(
+        name="distill",
+        packable=True,
+        encode=talks.encode,
+        prompt=talks.prompt,
+        loss=loss,
+        metrics=metrics,
+        weights=True,
+        train_metrics=("loss", "divergence"),
+        summary=("divergence", "perplexity"),
+        teacher=Teacher(teacher, teacher_quant, top_k),
+    )
+
+
+def check_distill(*, top_k: int | None, beta: float, **_: object) -> Iterator[Fault]:
+    """The reverse divergence needs the probability of every token."""
+    if top_k is not None and beta == 1:
+        problem = (
+            "KL(model || teacher) needs the teacher's probability of every token, not of the most likely ones alone"
+        )
+        yield Fault("beta", problem, "set task.top_k=null: the teacher stays in memory, or a beta below 1", beta)
+
+
+def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    """The model can learn from itself only where the teacher has more precise weights."""
+    task, quant = cfg["task"], bind(cfg["quant"], "quant")()
+    if task["teacher"] is None and (quant.plain or task["teacher_quant"] != "none"):
+        problem = "without one, the model learns from itself in full precision: for quant=4bit or 8bit"
+        remedy = "name a run, a model folder or a Hub id (OWNER/NAME), or quantize the model alone (quant=4bit)"
+        yield Fault("task.teacher", problem, remedy, None)
+
+
+def metrics(sums: dict[str, float]) -> dict[str, float]:
+    """What is trained (``loss``), the divergence from the teacher in nats per token (``divergence``), and the cross
+    entropy of the labels (``nll``) with its perplexity and accuracy."""
+    count = sums["count"] or 1.0
+    of_labels = token_metrics({**sums, "loss": sums["nll"]})
+    return {
+        **of_labels,
+        "loss": sums["loss"] / count,
+        "divergence": sums["divergence"] / count,
+        "nll": of_labels["loss"],
+    }

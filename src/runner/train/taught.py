@@ -1,0 +1,258 @@
+"""What a teacher gives the rows: it is attached to the model in memory, or its most likely tokens are computed once.
+
+These are computed before the model is loaded, so both are never in memory together, for the rows that are visited, and
+cached. The key is a hash of the teacher's weights, the rows, and the versions of the libraries. Runs that need the same
+tokens at the same time wait for the one that computes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.data.batches import Batches
+from runner.data.packing import Rows
+from runner.files import cache_dir, locked, write_atomic
+from runner.models.dtypes import dtype_for
+from runner.tasks import teaching
+from runner.train import build
+from runner.train.distributed.ranks import Ranks
+from runner.train.inputs import Inputs
+from runner.train.loop import Parts
+from runner.train.prefetch import Prefetcher
+from runner.train.teacher import Teacher
+
+CODE_VERSION = 1
+"""Part of the cache key. Increase it when a code change alters the numbers."""
+NOTED_S = 30
+"""Seconds of computing that a process which is killed loses at most."""
+log = logging.getLogger("runner")
+Progress = Callable[[int, int], None]
+Split = tuple[Batches, list[int]]
+"""Batches and the packs of them that are visited, by any rank."""
+
+
+def attached(inputs: Inputs, parts: Parts) -> Parts:
+    """The parts with the teacher in memory; nothing changes without one, or where its tokens are computed before."""
+    if inputs.teacher is None or inputs.teacher.spec.top_k is not None:
+        return parts
+    splits = [parts.batches, parts.evaluation]
+    both = attach(parts.model, inputs.teacher, [inputs.batches, inputs.evaluation], parts.wrapped.autocast)
+    if [split.by_document for split in both] == [split.by_document for split in splits]:
+        return parts
+    batches, evaluation = inputs.batches, inputs.evaluation  # the teacher cannot compute rows laid end to end
+    prefetcher = Prefetcher(batches, inputs.device, inputs.total_steps)
+    return replace(parts, batches=batches, evaluation=evaluation, prefetcher=prefetcher)
+
+
+def attach(
+    model: torch.nn.Module, teacher: Teacher, splits: list[Batches], autocast: torch.dtype | None
+) -> list[Batches]:
+    """Load the teacher beside the model; the splits as the teacher can compute them."""
+    loaded = teacher.load(next(model.parameters()).device)
+    laid = build.resolve_attention(teacher.source, loaded, autocast, *splits)
+    build.resolve_lm_head(loaded, autocast, "none")
+    teaching.attach(model, loaded)
+    return laid
+
+
+def give(inputs: Inputs, ranks: Ranks, progress: Progress) -> None:
+    """Give the rows that any rank visits the teacher's most likely tokens."""
+    if inputs.teacher is not None and inputs.teacher.spec.top_k is not None:
+        give_rows(inputs.teacher, visited(inputs), inputs.device, ranks, progress)
+
+
+def visited(inputs: Inputs) -> list[Split]:
+    """The packs of all steps and of an evaluation, over all ranks."""
+    packs = dict.fromkeys(pack for i in range(inputs.total_steps) for pack in inputs.batches.order.packs_of_step(i))
+    return [(inputs.batches, list(packs)), (inputs.evaluation, inputs.evaluation.order.packs_of_pass())]
+
+
+def missing(inputs: Inputs) -> tuple[int, int, int]:
+    """(rows that are not in the cache, their tokens, rows that are visited)"""
+    assert inputs.teacher is not None
+    absent, tokens, count = 0, 0, 0
+    for batches, packs in visited(inputs):
+        rows = np.array(batches.rows_in(packs))
+        unknown = rows[~Store.of(inputs.teacher, batches.rows, inputs.device).known()[rows]]
+        absent, tokens = absent + len(unknown), tokens + int(batches.rows.lengths[unknown].sum())
+        count += len(rows)
+    return absent, tokens, count
+
+
+def give_rows(
+    teacher: Teacher, splits: Sequence[Split], device: torch.device, ranks: Ranks, progress: Progress
+) -> None:
+    """Of several runs that need the same tokens at the same time, one computes them and the others wait for it."""
+    stores = [Store.of(teacher, batches.rows, device) for batches, _ in splits]
+    lock = stores[0].path.with_name(f"{teaching_key(teacher, device)}.computing")
+    with locked(lock) if ranks.rank == 0 else contextlib.nullcontext():
+        ranks.broadcast(None)  # the other ranks wait for rank 0, which has the lock
+        absent = [_absent(*split, store) for split, store in zip(splits, stores, strict=True)]
+        if ranks.rank == 0:
+            count, total = sum(map(len, absent)), sum(len(packs) for _, packs in splits)
+            log.info(f"teacher: {total - count} of {total} from the cache, {count} to compute")
+        if any(ranks.gather(any(absent))):
+            shares = [each[ranks.rank :: ranks.world] for each in absent]
+            _compute(teacher, splits, stores, shares, device, progress)
+        ranks.broadcast(None)
+        # Machines without a common cache have the tokens of their own ranks alone.
+        absent = [_absent(*split, store) for split, store in zip(splits, stores, strict=True)]
+        if any(absent):
+            _compute(teacher, splits, stores, absent, device, progress)
+    for (batches, _), store in zip(splits, stores, strict=True):
+        batches.rows = replace(batches.rows, of_labels=store.columns())
+
+
+def _absent(batches: Batches, packs: list[int], store: Store) -> list[int]:
+    known = store.known()
+    return [pack for pack in packs if not known[batches.rows_of(pack)].all()]
+
+
+def _compute(
+    teacher: Teacher, splits: Sequence[Split], stores: Sequence[Store], shares: Sequence[list[int]],
+    device: torch.device, progress: Progress,
+) -> None:  # fmt: skip
+    """Load the teacher, write the tokens of the packs ``shares`` of each split, and free it."""
+    model = teacher.load(device)
+    laid = build.resolve_attention(teacher.source, model, None, *(batches for batches, _ in splits))
+    build.resolve_lm_head(model, None, "none")
+    size = max(1, laid[0].rows_per_batch)
+    chunks = [
+        (batches, store, share[at : at + size])
+        for batches, store, share in zip(laid, stores, shares, strict=True)
+        for at in range(0, len(share), size)
+    ]
+    noted = time.monotonic()
+    for number, (batches, store, packs) in enumerate(chunks):
+        progress(number, len(chunks))
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batches.of(packs).items()}
+        assert teacher.spec.top_k is not None
+        ids, values = teaching.top(model, batch, teacher.spec.top_k, teacher.size)
+        store.write(batches.rows_in(packs), ids.cpu().numpy(), values.cpu().numpy())
+        if time.monotonic() - noted > NOTED_S:
+            store.note()
+            noted = time.monotonic()
+    for store in stores:
+        store.note()
+    progress(len(chunks), len(chunks))
+    del model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def teaching_key(teacher: Teacher, device: torch.device) -> str:
+    """Hash of everything that determines the tokens but the rows."""
+    how = [CODE_VERSION, teacher.identity, teacher.spec.top_k, teacher.size, device.type]
+    text = json.dumps([*how, str(dtype_for(teacher.source.dtype, device))], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Store:
+    """The cached tokens of some rows: two columns of (labels, k), and which rows are known, (rows,) bool.
+
+    The columns are files with holes: rows that are never visited take no room.
+    """
+
+    path: Path
+    rows: Rows
+    count: int
+    fresh: list[int]
+    """Rows written, but not yet noted as known."""
+
+    @classmethod
+    def of(cls, teacher: Teacher, rows: Rows, device: torch.device) -> Store:
+        digest = hashlib.sha256(teaching_key(teacher, device).encode())
+        for column in (rows.ids, rows.labels, rows.offsets):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        assert teacher.spec.top_k is not None
+        return cls(cache_dir("teachers") / digest.hexdigest()[:32], rows, teacher.spec.top_k, [])
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return int(self.rows.label_offsets[-1]), self.count
+
+    def _file(self, name: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.{name}.npy")
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns by their names in a batch, memory-mapped."""
+        return {name: np.load(self._file(name), mmap_mode="r") for name in DTYPES}
+
+    def known(self) -> np.ndarray:
+        """Which rows are known, (rows,); none if a file is missing or damaged."""
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            known = np.load(self._file("known"))
+            if known.shape == (len(self.rows),) and all(c.shape == self._shape for c in self.columns().values()):
+                return known
+        return np.zeros(len(self.rows), dtype=bool)
+
+    def write(self, rows: list[int], ids: np.ndarray, values: np.ndarray) -> None:
+        """Write the tokens of these rows, one after the other; ``note`` makes them known."""
+        with locked(self.path.with_suffix(".lock")):
+            self._create()
+        for (name, dtype), column in zip(DTYPES.items(), (ids, values), strict=True):
+            with self._file(name).open("r+b") as file:
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+                begins, start = file.tell(), 0
+                for row in rows:
+                    first, end = (int(each) for each in self.rows.label_offsets[row : row + 2])
+                    file.seek(begins + first * self.count * dtype.itemsize)
+                    file.write(np.ascontiguousarray(column[start : start + end - first], dtype=dtype).tobytes())
+                    start += end - first
+        self.fresh.extend(rows)
+
+    def note(self) -> None:
+        """Note the rows written as known, once they are on the disk; another process may have noted others."""
+        if not self.fresh:
+            return
+        for name in DTYPES:
+            with self._file(name).open("r+b") as file:
+                _sync(file)
+        with locked(self.path.with_suffix(".lock")):
+            known = self.known()
+            known[self.fresh] = True
+            _save(self._file("known"), known)
+        self.fresh.clear()
+
+    def _create(self) -> None:
+        """Empty columns, if there are none of this shape."""
+        with contextlib.suppress(OSError, ValueError):
+            if all(column.shape == self._shape for column in self.columns().values()):
+                return
+        self._file("known").unlink(missing_ok=True)
+        for name, dtype in DTYPES.items():
+            column = np.lib.format.open_memmap(self._file(name), "w+", dtype, self._shape)
+            column.flush()
+
+
+DTYPES = {teaching.IDS: np.dtype(np.int32), teaching.LOG_PROBABILITIES: np.dtype(np.float32)}
+
+
+def _sync(file: Any) -> None:
+    import os
+
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    import io
+
+    content = io.BytesIO()
+    np.save(content, array)
+    write_atomic(path, content.getvalue())

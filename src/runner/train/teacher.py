@@ -1,0 +1,164 @@
+"""The teacher of a distillation before its weights are loaded: where it is, whether its tokens fit, what it needs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.config import start
+from runner.config.bind import bind, option
+from runner.errors import ConfigError, Fault
+from runner.models import parameters, pretrained
+from runner.models.dtypes import dtype_for
+from runner.models.kernels import lora_linear
+from runner.models.quantization.quant import Quant
+from runner.models.sources import ModelSource
+from runner.tasks import soft_targets, task
+from runner.tracking import manifest, provenance
+from runner.tracking.rundir import RunDir
+from runner.train import throughput, trained
+from runner.train.memory.peak import Needs
+from runner.train.options import Options
+from runner.train.trained import Trained
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SHOWN = 3
+"""Tokens named in the message about another tokenizer."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that is not trained, not loaded yet."""
+
+    spec: task.Teacher
+    source: ModelSource
+    """Of its weights; of a run with an adapter: of the base model."""
+    run: Trained | None
+    quant: Quant
+    size: int
+    """How many tokens its vocabulary and the student's have in common."""
+
+    @property
+    def name(self) -> str:
+        return self.run.rundir.path.name if self.run is not None else self.source.name
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        stored = f" ({self.quant.name})" if not self.quant.plain else ""
+        top = self.spec.top_k
+        return f"{self.name}{stored}, " + ("in memory" if top is None else f"its {top} most likely tokens")
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What determines its probabilities, beside the rows and the device."""
+        _, digest = start.split(self.spec.where or "")
+        base = Path(self.source.path)
+        weights = provenance.remembered_digest(base) if base.exists() else [self.source.path, self.source.revision]
+        return {"weights": [digest, weights], "quant": self.spec.quant, "dtype": self.source.dtype,
+                "attention": self.source.attention, "versions": provenance.versions()}  # fmt: skip
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The entry of manifest.json. ``path`` and ``revision`` name a model of the Hub again."""
+        where, digest = start.split(self.spec.where or "")
+        known = self.run.rundir.read_manifest() if self.run is not None else {}
+        path = where if self.run is not None else self.source.path
+        return {"name": known.get("label") or known.get("name") or self.name, "path": path, "weights": digest,
+                "revision": None if digest or not where else self.source.revision, "quant": self.spec.quant,
+                "top_k": self.spec.top_k, "mlflow_run_id": (known.get("mlflow") or {}).get("run_id")}  # fmt: skip
+
+    def load(self, device: torch.device | str) -> nn.Module:
+        """The model in eval mode, without gradients."""
+        with _named():
+            if self.run is not None:
+                model = trained.load(self.run, device, dtype=self.source.dtype, quant=self.quant)
+            else:
+                model = pretrained.load(self.source, self.quant, device).eval()
+        lora_linear.fuse(model)
+        model.requires_grad_(False)
+        return model  # type: ignore[no-any-return]
+
+    def needs(self, device: torch.device, length: int, share: float) -> Needs:
+        """``length``: tokens of a document; ``share``: of the tokens that are trained."""
+        with _named():
+            model = pretrained.empty(self.source, self.quant, device)
+        counts, size = parameters.describe(model), dtype_for(self.source.dtype, device).itemsize
+        weights = counts["quantized_bytes"] + (counts["total"] - counts["quantized"]) * size
+        if self.run is not None and self.run.is_adapter:
+            weights += (self.run.rundir.model / trained.ADAPTER_WEIGHTS).stat().st_size
+        logits = soft_targets.working_bytes(self.size, size, device.type)
+        flops = throughput.flops_per_token(model, length, share, forward_passes=1, updates=0)
+        return Needs(weights, logits, flops, counts["total"], counts["stored"])
+
+
+def of(options: Options, own: ModelSource, tokenizer: Any) -> Teacher | None:
+    """The teacher of a run; None if its task has none. ``own``: the run's own model.
+
+    Raises:
+        ConfigError: the teacher does not exist, gives scores, or has other tokens.
+    """
+    spec = options.task.teacher
+    if spec is None:
+        return None
+    quant = bind(option("quant", spec.quant), "quant")()
+    with _named():
+        source, run, theirs = _found(options, spec, own, tokenizer)
+        size = min(_vocabulary(own), _vocabulary(source))
+    _refuse_other_tokens(tokenizer.get_vocab(), theirs.get_vocab(), size)
+    if spec.top_k is not None and spec.top_k > size:
+        raise ConfigError(Fault("task.top_k", f"the vocabulary has {size} tokens", "lower it", spec.top_k))
+    return Teacher(spec, source, run, quant, size)
+
+
+def _found(
+    options: Options, spec: task.Teacher, own: ModelSource, tokenizer: Any
+) -> tuple[ModelSource, Trained | None, Any]:
+    """(source of the weights, the run that trained it if one did, its tokenizer)"""
+    if spec.where is None:
+        return own, None, tokenizer
+    place, digest = start.split(spec.where)
+    rundir = RunDir(Path(place))
+    if digest and rundir.manifest.exists():
+        trained.refuse_without_model(rundir)
+        run = Trained(rundir, manifest.pinned(manifest.read_config(rundir), rundir))
+        if run.scores:
+            raise ConfigError(Fault("model.path", "it gives scores, not text", "name a model for text generation"))
+        source = run.base if run.is_adapter else run.result
+        return replace(source, dtype=options.model.dtype, attention=options.model.attention), run, run.tokenizer
+    name, _, revision = (place, "", "") if digest else place.partition("@")
+    source = options.model_in(name)
+    source = pretrained.resolve(replace(source, revision=revision or None))
+    return source, None, pretrained.tokenizer(source)
+
+
+def _vocabulary(source: ModelSource) -> int:
+    return int(pretrained.architecture(source).get_text_config().vocab_size)
+
+
+def _refuse_other_tokens(ours: dict[str, int], theirs: dict[str, int], size: int) -> None:
+    """Compare the tokens one by one: sizes differ where a vocabulary is padded, and equal sizes prove nothing."""
+    texts, others = ({number: text for text, number in each.items() if number < size} for each in (ours, theirs))
+    differing = sorted(n for n in texts.keys() | others.keys() if texts.get(n) != others.get(n))
+    if differing:
+        pairs = (f"{n} is {texts.get(n)!r} here and {others.get(n)!r} there" for n in differing[:SHOWN])
+        problem = f"has other tokens than the model: {len(differing)} of {size} differ ({', '.join(pairs)})"
+        raise ConfigError(Fault("task.teacher", problem, "use a teacher of the same model family"))
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Faults of the teacher's model name the key ``task.teacher``."""
+    try:
+        yield
+    except ConfigError as error:
+        keys = ("model.", "quant")
+        named = (replace(f, key="task.teacher") if not f.key or f.key.startswith(keys) else f for f in error.faults)
+        raise ConfigError(*named) from error

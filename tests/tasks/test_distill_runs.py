@@ -1,0 +1,207 @@
+"""Distillation in whole runs: a run as teacher, its cached tokens, cuts, ranks, stops, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, composed, prepared
+from fixtures.ranks_of_a_run import several, worked
+
+from runner.cli import main
+from runner.errors import ConfigError, Preempted
+from runner.files import cache_dir
+from runner.report import model_card
+from runner.signals import Stop
+from runner.tracking import manifest, metrics_log
+from runner.tracking.mlflow import tags
+from runner.tracking.rundir import RunDir
+from runner.train import taught, worker
+from runner.train.inputs import inputs
+from runner.train.options import Options
+
+BASE = (*TINY, "data.train_rows=24", "train.max_steps=3", "train.per_device_batch_size=4", "model.dtype=float32",
+        "optim.learning_rate=3e-3")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run that has trained an adapter."""
+    rundir = prepared(tmp_path_factory.mktemp("teacher") / "wise", *BASE, "seed=5", "optim.learning_rate=3e-2")
+    assert worker.work(rundir) == 0
+    return rundir.path
+
+
+def run_of(teacher: Path, *changes: str) -> tuple[str, ...]:
+    return (*BASE, "task=distill", f"task.teacher={teacher}", "task.top_k=8", *changes)
+
+
+def trained(folder: Path, *overrides: str) -> RunDir:
+    rundir = prepared(folder, *overrides)
+    assert worker.work(rundir) == 0
+    return rundir
+
+
+def numbers(rundir: RunDir, name: str) -> list[float]:
+    return [record[name] for record in metrics_log.read(rundir) if name in record]
+
+
+def test_tokens_are_computed_once_for_all_runs_that_need_them(teacher: Path, tmp_path: Path) -> None:
+    first = trained(tmp_path / "first", *run_of(teacher, "data.packing=false"))
+    before, after = numbers(first, "eval/divergence")
+    assert after < before
+    assert "28 to compute" in first.log.read_text()
+    other = trained(tmp_path / "other", *run_of(teacher, "data.packing=false", "task.beta=0.5", "task.alpha=0.5"))
+    assert "28 of 28 from the cache, 0 to compute" in other.log.read_text()
+    known = first.read_manifest()
+    assert known["teacher"]["name"] == "wise"
+    assert known["teacher"]["top_k"] == 8
+    assert tags.of_run(first, known, first.read_state())["runner.teacher"].startswith("wise (")
+    assert "distilled from: wise (" in model_card.text(first, ("adapter",), "", {}, is_chat=True)
+    assert "task.teacher" not in str(known["signature"])
+    assert main.run(["evaluate", str(first.path)]) == 0
+    (evaluated,) = metrics_log.read_evaluations(first)
+    for name in ("loss", "divergence", "nll"):
+        assert evaluated["metrics"][f"eval_held_out/{name}"] == pytest.approx(
+            numbers(first, f"eval/{name}")[-1], abs=1e-5
+        )
+
+
+def test_a_copy_of_the_teacher_makes_the_same_run(teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "copy")
+    one, two = (composed(*run_of(place)) for place in (teacher, tmp_path / "copy"))
+    assert one["task"]["teacher"] != two["task"]["teacher"]
+    assert manifest.signature(one) == manifest.signature(two)
+
+
+@pytest.mark.parametrize(
+    "keys", [("task.top_k=null", "task.beta=1", "lora=none"), ("task.temperature=2", "task.alpha=0.5")]
+)
+def test_any_cut_and_packing_give_the_same_losses(teacher: Path, tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """Packing changes which rows a step has, but not the evaluation before it."""
+    cuts = {"whole": ["data.packing=false"], "cut": ["data.packing=false", "train.micro_batch_size=1"], "packed": []}
+    runs = {name: trained(tmp_path / name, *run_of(teacher, *keys, *cut)) for name, cut in cuts.items()}
+    assert numbers(runs["whole"], "train/loss") == pytest.approx(numbers(runs["cut"], "train/loss"), abs=1e-5)
+    for name in ("cut", "packed"):
+        assert numbers(runs[name], "eval/loss")[0] == pytest.approx(numbers(runs["whole"], "eval/loss")[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("top_k", ["8", "null"])
+def test_a_stopped_run_goes_on_to_the_same_weights(teacher: Path, tmp_path: Path, top_k: str) -> None:
+    words = run_of(teacher, f"task.top_k={top_k}", "train.save_steps=1")
+    whole, cut = trained(tmp_path / "whole", *words), prepared(tmp_path / "cut", *words)
+    stops = iter([False] * 6 + [True])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "check", lambda _: (_ for _ in ()).throw(Preempted("stop")) if next(stops, False) else None)
+        assert worker.work(cut) == 75
+    assert 0 < cut.read_state().step < 3
+    assert worker.work(cut) == 0
+    assert numbers(whole, "train/loss") == numbers(cut, "train/loss")
+    assert len({run.read_manifest()["weights_sha256"] for run in (whole, cut)}) == 1
+
+
+def test_a_quantized_model_learns_from_itself_and_from_a_quantized_teacher(teacher: Path, tmp_path: Path) -> None:
+    itself = trained(tmp_path / "itself", *BASE, "task=distill", "quant=4bit", "task.top_k=null")
+    assert 0 < numbers(itself, "eval/divergence")[-1] < numbers(itself, "eval/divergence")[0] < 0.1
+    assert itself.read_manifest()["teacher"]["path"]
+    coarse = trained(tmp_path / "coarse", *run_of(teacher, "task.teacher_quant=4bit", "quant=8bit"))
+    assert numbers(coarse, "eval/divergence")[-1] < numbers(coarse, "eval/divergence")[0]
+
+
+def test_plan_counts_the_teacher_and_refuses_what_does_not_fit(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = run_of(teacher, "data.train_rows=20")
+    assert main.run(["plan", *words]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "wise, its 8 most likely tokens" in shown
+    assert "to compute, about" in shown
+    assert main.run(["plan", *words, "task.top_k=null"]) == 0
+    assert "wise, in memory" in " ".join(capsys.readouterr().out.split())
+    assert main.run(["plan", *words, "task.top_k=1000"]) == 2
+    assert "the vocabulary has 259 tokens" in capsys.readouterr().err
+    assert main.run(["plan", *(word for word in words if word != "model=tiny"), "model=smollm2"]) == 2
+    assert "has other tokens than the model" in " ".join(capsys.readouterr().err.split())
+    config = json.loads((teacher / "model" / "adapter_config.json").read_text())
+    assert main.run(["plan", *words, f"task.teacher={config['base_model_name_or_path']}"]) == 0
+
+
+def test_a_teacher_in_memory_needs_memory_and_time(teacher: Path) -> None:
+    from runner.train import estimate
+
+    apart, beside = (
+        estimate.expect(inputs(Options(composed(*run_of(teacher, f"task.top_k={k}"))))) for k in (8, "null")
+    )
+    assert apart.teacher is not None
+    assert beside.memory.weights == apart.memory.weights + apart.teacher.weights
+    assert beside.flops_per_token == pytest.approx(apart.flops_per_token + apart.teacher.flops_per_token)
+
+
+def test_a_teacher_that_changed_or_is_gone_is_refused(teacher: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(teacher, tmp_path / "copy")
+    rundir = prepared(tmp_path / "run", *run_of(copy))
+    (copy / "model" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="the teacher is missing, or has other weights"):
+        Options.of(rundir).refuse_changed_start()
+    with pytest.raises(ConfigError, match="is an adapter, whose base model"):
+        composed(*run_of(shutil.copytree(teacher / "model", tmp_path / "alone")))
+
+
+def test_a_damaged_cache_is_computed_again(teacher: Path, tmp_path: Path) -> None:
+    run = inputs(Options(composed(*run_of(teacher, "data.train_rows=16"))))
+    give: Any = lambda: taught.give(run, taught_alone(), lambda *_: None)  # noqa: E731
+    give()
+    kept = {name: np.array(column) for name, column in run.batches.rows.of_labels.items()}
+    assert taught.missing(run)[0] == 0
+    for file in cache_dir("teachers").glob("*.teacher_ids.npy"):
+        file.write_bytes(b"damaged")
+    assert taught.missing(run)[0] == taught.missing(run)[2]
+    give()
+    for name, column in run.batches.rows.of_labels.items():
+        np.testing.assert_allclose(column, kept[name], atol=1e-5)
+
+
+def taught_alone() -> Any:
+    from runner.train.distributed.ranks import ALONE
+
+    return ALONE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k", ["8", "null"])
+def test_two_processes_give_the_losses_of_one(teacher: Path, tmp_path: Path, top_k: str) -> None:
+    words = run_of(teacher, f"task.top_k={top_k}", "data.packing=false", "data.train_rows=12")
+    one = trained(tmp_path / "one", *words)
+    shutil.rmtree(cache_dir("teachers"), ignore_errors=True)
+    two = prepared(tmp_path / "two", *words, *several("ddp"), "train.per_device_batch_size=2")
+    code, printed = worked(two)
+    assert code == 0, printed
+    for name in ("train/loss", "eval/loss"):
+        assert numbers(two, name) == pytest.approx(numbers(one, name), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(teacher: Path, tmp_path: Path) -> None:
+    words = run_of(teacher, "train.max_steps=12", "train.save_steps=1", "optim.learning_rate=1e-2")
+    whole, killed = (prepared(tmp_path / name, *words) for name in ("whole", "killed"))
+    command = [sys.executable, "-m", "runner.worker"]
+    process = subprocess.Popen([*command, str(killed.path)], start_new_session=True)
+    deadline = time.monotonic() + 300
+    while killed.saved_step() < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 2 <= killed.saved_step() <= 12
+    for rundir in (killed, whole):
+        subprocess.run([*command, str(rundir.path)], check=True, capture_output=True)
+    assert numbers(killed, "train/loss") == numbers(whole, "train/loss")
+    assert killed.read_manifest()["weights_sha256"] == whole.read_manifest()["weights_sha256"]
