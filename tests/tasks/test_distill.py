@@ -19,8 +19,9 @@ from runner.data.batches import Batch, Batches
 from runner.data.packing import Rows, one_by_one, pack
 from runner.errors import ConfigError
 from runner.models.kernels import lm_head
-from runner.tasks import distill, soft_targets, teaching
+from runner.tasks import distill, own_answers, soft_targets, teaching
 from runner.tasks.task import Task
+from runner.train import loop
 
 OF_TRL = {0.0: 0.040975, 0.5: 0.010163, 0.9: 0.003684, 1.0: 0.041079}
 """beta → GKDTrainer.generalized_jsd_loss of TRL 1.16 on the first question with its good answer."""
@@ -178,7 +179,7 @@ def test_loss_and_gradient_are_those_of_whole_logits(
 
 
 @pytest.mark.parametrize(
-    "cut", [{"at_once": 1}, {"at_once": 3, "by_document": True}, {"at_once": 1, "packing": True}], ids=str
+    "cut", [{"at_once": 1}, {"at_once": 2, "by_document": True}, {"at_once": 1, "packing": True}], ids=str
 )
 @pytest.mark.parametrize("top_k", [None, 8])
 def test_any_cut_gives_the_same_step(models: Any, cut: dict[str, Any], top_k: int | None) -> None:
@@ -220,6 +221,18 @@ def test_a_padded_vocabulary_is_cut_to_the_common_part() -> None:
     assert not buffer[:, 10:].any()
 
 
+OWN = ["task.lmbda=0.5", "task.max_completion_length=8", "task.sampling_temperature=1", "task.top_k=null"]
+
+
+def test_the_share_of_the_steps_and_the_prompt_of_the_last_answer() -> None:
+    half = own_answers.OwnAnswers(0.5, 8, 1.0)
+    due = [half.are_due(loop.derived_seed(0, step)) for step in range(400)]
+    assert 160 < sum(due) < 240
+    assert not own_answers.OwnAnswers(0.0, 8, 1.0).are_due(7)
+    assert own_answers.OwnAnswers(1.0, 8, 1.0).are_due(7)
+    assert own_answers.last_answer(np.array([-100, -100, 5, 6, -100, -100, 7, 8, -100])) == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -228,6 +241,12 @@ def test_a_padded_vocabulary_is_cut_to_the_common_part() -> None:
         (["task.beta=1.5"], "must be"),
         (["quant=none"], "the model learns from itself in full precision"),
         (["task.teacher_quant=4bit"], "the model learns from itself in full precision"),
+        (["task.max_completion_length=9"], "no effect with task.lmbda=0"),
+        (["task.lmbda=0.5"], "needs a value with task.lmbda > 0"),
+        ([*OWN, "task.top_k=8"], "scored by a teacher in memory"),
+        ([*OWN, "task.alpha=0.5"], "have no right tokens"),
+        ([*OWN, "task.train_on=all"], "leaves no prompt to answer"),
+        ([*OWN, "data.packing=true"], "cannot share a row between examples"),
         (["task.teacher=nobody"], "there is no run or sweep 'nobody'"),
     ],
 )

@@ -130,7 +130,7 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
     text += f"; {run_summary.too_long(options, counts)}" if counts.truncated or counts.dropped else ""
     trained = f"{counts.train_trained_tokens / counts.train_tokens:.0%} of them trained"
     batches = f"{layout}, {run_inputs.batches.efficiency:.1%} of the token slots are used"
-    if (answers := run_inputs.batches.answers) is not None:
+    if (answers := run_inputs.batches.answers) is not None and answers.of_prompts:
         trained = "all of prompts"
         batches = f"{answers.per_row} answers to each prompt, of at most {answers.most_tokens} tokens"
     return [

@@ -277,7 +277,7 @@ def _prepared(original: Recorded, job: Job, folder: Path, argv: list[str], code:
         "exact": code is not None,
     }
     notes: dict[str, Any] = {"rerun": source, "data": pinned, "model": model}
-    kept = ("micro_batch_size", "compile", origin.FIELD)
+    kept = ("micro_batch_size", "compile", "teacher", origin.FIELD)
     notes |= {key: original.manifest[key] for key in kept if original.manifest.get(key)}
     if code:
         notes |= {key: original.manifest[key] for key in ("git", "code_sha256") if key in original.manifest}

@@ -30,9 +30,11 @@ def joined(folder: Path | str, digest: str) -> str:
 
 
 def of(cfg: Mapping[str, Any], place: tuple[str, str] = START) -> str:
-    """The value of ``lora.start`` (or of the teacher); empty without one."""
+    """The value of ``lora.start`` (or of the teacher, but not of a task of the user's own); empty without one."""
     node = cfg.get(place[0])
-    value = node.get(place[1]) if isinstance(node, Mapping) else None
+    if not isinstance(node, Mapping) or (place == TEACHER and not str(node.get("_target_")).startswith("runner.")):
+        return ""
+    value = node.get(place[1])
     return value if isinstance(value, str) else ""
 
 

@@ -39,7 +39,8 @@ KEYS = {
     "label_smoothing_factor": "task.label_smoothing",
     "simpo_gamma": "task.gamma", "pref_ftx": "task.sft_weight", "cpo_alpha": "task.sft_weight",
     "rpo_alpha": "task.sft_weight", "adapter_name_or_path": "lora.start", "adapters": "lora.start",
-    "lora_model_dir": "lora.start",
+    "lora_model_dir": "lora.start", "teacher_model": "task.teacher", "teacher_model_name_or_path": "task.teacher",
+    "kd_alpha": "task.alpha", "kd_temperature": "task.temperature", "kd_ratio": "task.alpha",
     "dropout": "lora.lora_dropout", "lora_target": "lora.target_modules", "lora_target_modules": "lora.target_modules",
     "lora_target_linear": "lora.target_modules", "wandb_project": "tracking.experiment",
     # Lightning

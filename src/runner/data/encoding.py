@@ -50,7 +50,7 @@ class Recipe:
     def codes(self) -> dict[str, str]:
         """The columns and their types."""
         values = {f"{VALUE}{name}": "f" for name in self.task.values}
-        records = {"records": "B"} if self.task.answers else {}
+        records = {"records": "B"} if self.task.answers and self.task.answers.of_prompts else {}
         return {"ids": "i", "labels": "i", "weights": "f", "prompts": "Q", "trained": "q", **values, **records}
 
 
@@ -103,12 +103,12 @@ def _add_unit(
     unit: list[Features], prompt: int, recipe: Recipe, columns: Mapping[str, Column], counts: Counter[str]
 ) -> bool:
     """Add the sequences of one unit; none of them if one is dropped or has no label within ``data.max_length``."""
-    task, limit = recipe.task, recipe.settings.max_length
+    task, limit, has_record = recipe.task, recipe.settings.max_length, "records" in columns
     longest = max(len(feature["input_ids"]) for feature in unit)
     counts["longest"] = max(counts["longest"], longest)
     columns["unit_lengths"].append(longest)
     if longest > limit:
-        is_dropped = recipe.settings.overlong == "drop" or not task.truncates or task.answers is not None
+        is_dropped = recipe.settings.overlong == "drop" or not task.truncates or has_record
         counts["dropped" if is_dropped else "truncated"] += 1
         if is_dropped:
             return False
@@ -125,7 +125,7 @@ def _add_unit(
         numbers: dict[str, Any] = {"ids": ids, "labels": labels, "weights": weights, "row_lengths": [len(ids)],
                                    "prompts": [prompt], "trained": [count]}  # fmt: skip
         numbers |= {f"{VALUE}{name}": [feature[name]] for name in task.values}
-        if task.answers:
+        if has_record:
             record = feature["record"].encode("utf-8", "surrogatepass")
             numbers |= {"records": record, "record_lengths": [len(record)]}
         for name, added in numbers.items():

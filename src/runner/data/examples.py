@@ -45,10 +45,12 @@ def options(example: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers that a task lets the model write for each row, a prompt, before a step."""
+    """The answers that a task lets the model write for each row before a step."""
 
     per_row: int
     most_tokens: int
+    of_prompts: bool = True
+    """Whether the rows are prompts alone; False: they have answers, too, and the model answers in some steps."""
 
 
 def misfit(example: Example, needed: str) -> DataError:
@@ -96,7 +98,7 @@ class Encoder(Protocol):
 
     @property
     def answers(self) -> Answers | None:
-        """None if the rows have answers; else they are prompts without labels, and each has a text ``record``."""
+        """None if the model writes none. ``of_prompts``: the rows have no labels, and each has a text ``record``."""
 
     @property
     def needs_labels(self) -> bool:

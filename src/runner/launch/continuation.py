@@ -24,7 +24,7 @@ from runner.tracking.rundir import RunDir, State
 
 WHERE = ("resume", "retry", "name", "outputs_dir", "launcher", "tracking", "hydra")
 """What may change besides the end of the run."""
-PINNED = ("micro_batch_size", "compile")
+PINNED = ("micro_batch_size", "compile", "teacher")
 
 
 def settle(job: Job) -> None:

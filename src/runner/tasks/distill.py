@@ -15,9 +15,11 @@ from torch import Tensor
 
 from runner.config.bind import bind
 from runner.config.schema import Count, Positive, Text
+from runner.data.examples import Answers
 from runner.errors import Fault
 from runner.tasks import teaching
 from runner.tasks.cross_entropy import Shaping
+from runner.tasks.own_answers import OwnAnswers
 from runner.tasks.sft import sft
 from runner.tasks.soft_targets import Soft
 from runner.tasks.task import Task, Teacher, token_losses, token_metrics
@@ -31,10 +33,14 @@ def distill(
     beta: Annotated[float, Ge(0), Le(1)],
     alpha: Annotated[float, Gt(0), Le(1)],
     temperature: Positive,
+    lmbda: Annotated[float, Ge(0), Le(1)],
+    max_completion_length: Count | None,
+    sampling_temperature: Positive | None,
     train_on: Literal["assistant", "last", "all"],
     reasoning: bool,
 ) -> Task:
     """Learn from a teacher with the same tokens; see conf/task/distill.yaml."""
+    own = OwnAnswers(lmbda, max_completion_length or 0, sampling_temperature or 1.0) if lmbda else None
     talks = sft(train_on=train_on, reasoning=reasoning)
 
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -51,7 +57,7 @@ def distill(
 
     return Task(
         name="distill",
-        packable=True,
+        packable=own is None,
         encode=talks.encode,
         prompt=talks.prompt,
         loss=loss,
@@ -60,16 +66,40 @@ def distill(
         train_metrics=("loss", "divergence"),
         summary=("divergence", "perplexity"),
         teacher=Teacher(teacher, teacher_quant, top_k),
+        answers=Answers(1, own.most_tokens, of_prompts=False) if own else None,
+        prepare=own.prepare if own else None,
+        passes_without_gradient=1 if own else 0,
+        inspect=own.inspect if own else None,
     )
 
 
-def check_distill(*, top_k: int | None, beta: float, **_: object) -> Iterator[Fault]:
-    """The reverse divergence needs the probability of every token."""
+def check_distill(
+    *, top_k: int | None, beta: float, alpha: float, lmbda: float, max_completion_length: int | None,
+    sampling_temperature: float | None, train_on: str, **_: object,
+) -> Iterator[Fault]:  # fmt: skip
+    """The reverse divergence needs the probability of every token; answers of the model's own, that and more."""
     if top_k is not None and beta == 1:
         problem = (
             "KL(model || teacher) needs the teacher's probability of every token, not of the most likely ones alone"
         )
         yield Fault("beta", problem, "set task.top_k=null: the teacher stays in memory, or a beta below 1", beta)
+    keys = {"max_completion_length": max_completion_length, "sampling_temperature": sampling_temperature}
+    if not lmbda:
+        problem = "has no effect with task.lmbda=0: the model writes no answers"
+        yield from (
+            Fault(key, problem, f"set task.{key}=null", value) for key, value in keys.items() if value is not None
+        )
+        return
+    for (key, value), usual in zip(keys.items(), (256, 1.0), strict=True):
+        if value is None:
+            yield Fault(key, "needs a value with task.lmbda > 0", f"set task.{key}={usual}")
+    if top_k is not None:
+        problem = "answers that the model writes are scored by a teacher in memory"
+        yield Fault("top_k", problem, "set task.top_k=null, or task.lmbda=0", top_k)
+    if alpha != 1:
+        yield Fault("alpha", "answers that the model writes have no right tokens", "set task.alpha=1", alpha)
+    if train_on == "all":
+        yield Fault("train_on", "leaves no prompt to answer", "set task.train_on=last, or task.lmbda=0", train_on)
 
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:

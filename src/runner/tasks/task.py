@@ -65,7 +65,7 @@ class Task:
     """(model, batch) → a number of each document (documents,) under the weights before the first step. It is computed
     once without gradients, cached, and given to ``loss`` as ``batch["reference"]``."""
     answers: Answers | None = None
-    """If the rows are prompts: how many answers ``prepare`` generates for each, and how long they are at most."""
+    """If ``prepare`` generates answers: how many for each row, and how long they are at most."""
     updates: int = 1
     """How many optimizer updates each step makes with the batches of ``prepare``."""
     prepare: Callable[[StepContext], list[Batch]] | None = None
@@ -101,7 +101,7 @@ class Task:
     @property
     def needs_labels(self) -> bool:
         """Whether a sequence without a label is left out: a score head has targets, and prompts are answered."""
-        return self.head is None and self.answers is None
+        return self.head is None and (self.answers is None or not self.answers.of_prompts)
 
     def combined(self, name: str, one: Any, other: Any) -> Any:
         """The sum ``name`` of two parts of the data, from their sums."""

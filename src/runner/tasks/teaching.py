@@ -13,7 +13,8 @@ from runner.tasks import soft_targets
 from runner.tasks.task import token_states
 
 IDS, LOG_PROBABILITIES = "teacher_ids", "teacher_log_probabilities"
-"""In a batch: the teacher's most likely tokens at each trained position, (trained, k), and their log-probabilities."""
+"""In a batch: the teacher's most likely tokens at each trained position, (trained, k), and their log-probabilities with
+the others left out."""
 AT_ONCE = 1024
 """Positions whose whole logits exist at the same time in ``top``."""
 
@@ -40,10 +41,10 @@ def logits(model: Any, batch: dict[str, Any]) -> Callable[[Tensor, int], Tensor]
 
 @torch.no_grad()
 def top(teacher: Any, batch: dict[str, Any], count: int, size: int) -> tuple[Tensor, Tensor]:
-    """(ids, log-probabilities), each (trained, count), of the most likely of the first ``size`` tokens."""
+    """(ids, log-probabilities among them), each (trained, count), of the most likely of the first ``size`` tokens."""
     taught = soft_targets.of_states(*token_states(teacher, batch))
     found = []
     for numbers in torch.arange(batch["trained"], device=batch["labels"].device).split(AT_ONCE):
-        found.append(taught(numbers, size).float().log_softmax(-1).topk(count, -1))
+        found.append(taught(numbers, size).topk(count, -1))
     ids, values = ([each.indices for each in found], [each.values for each in found])
-    return torch.cat(ids).int(), torch.cat(values)
+    return torch.cat(ids).int(), torch.cat(values).float().log_softmax(-1)

@@ -82,7 +82,8 @@ def expect(inputs: Inputs) -> Expected:
 def _beside_teacher(memory: peak.MemoryEstimate, needs: Needs, *, stays: bool) -> peak.MemoryEstimate:
     """With a teacher in memory; else it is loaded, and freed, before the model."""
     if not stays:
-        return replace(memory, weights=max(memory.weights, needs.weights))
+        others = memory.gradients + memory.optimizer + (memory.activations or 0)
+        return replace(memory, weights=max(memory.weights, needs.weights + needs.logits - others))
     activations = None if memory.activations is None else memory.activations + needs.logits
     return replace(memory, weights=memory.weights + needs.weights, activations=activations)
 

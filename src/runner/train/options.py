@@ -109,19 +109,15 @@ class Options:
         user_code.refuse_changed(self._cfg)
 
     def refuse_changed_start(self) -> None:
-        """Check that the adapter of ``lora.start``, and the teacher, have the weights with which the run was prepared.
+        """Check that the adapter of ``lora.start`` has the weights with which the run was prepared.
 
         Raises:
-            ConfigError: one is missing, or has other weights.
+            ConfigError: it is missing, or has other weights.
         """
         text = lora_start.of(self._cfg)
         if text and not origin.is_there(text):
             problem = "the adapter that the run starts from is missing, or has other weights than when it was prepared"
             raise ConfigError(Fault("lora.start", problem, "restore it, or start a new run", lora_start.split(text)[0]))
-        text = lora_start.of(self._cfg, lora_start.TEACHER)
-        if text and not origin.is_teacher_there(text):
-            problem = "the teacher is missing, or has other weights than when the run was prepared"
-            raise ConfigError(Fault("task.teacher", problem, "restore it, or start a new run", lora_start.split(text)[0]))
 
     @cached_property
     def mixture(self) -> Mixture:

@@ -18,7 +18,7 @@ from runner.models.kernels import lora_linear
 from runner.models.quantization.quant import Quant
 from runner.models.sources import ModelSource
 from runner.tasks import soft_targets, task
-from runner.tracking import manifest, provenance
+from runner.tracking import manifest, origin, provenance
 from runner.tracking.rundir import RunDir
 from runner.train import throughput, trained
 from runner.train.memory.peak import Needs
@@ -103,11 +103,15 @@ def of(options: Options, own: ModelSource, tokenizer: Any) -> Teacher | None:
     """The teacher of a run; None if its task has none. ``own``: the run's own model.
 
     Raises:
-        ConfigError: the teacher does not exist, gives scores, or has other tokens.
+        ConfigError: the teacher does not exist, has changed, gives scores, or has other tokens.
     """
     spec = options.task.teacher
     if spec is None:
         return None
+    if spec.where and not origin.is_teacher_there(spec.where):
+        problem = "the teacher is missing, or has other weights than when the run was prepared"
+        remedy = "restore it, or start a new run"
+        raise ConfigError(Fault("task.teacher", problem, remedy, start.split(spec.where)[0]))
     quant = bind(option("quant", spec.quant), "quant")()
     with _named():
         source, run, theirs = _found(options, spec, own, tokenizer)
