@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from runner.config import bind
 from runner.data import chat_template
-from runner.data.batches import Batch, Batches
+from runner.data.batches import Batches
+from runner.data.collator import Batch
 from runner.data.packing import Rows, one_by_one, pack
 from runner.errors import ConfigError
 from runner.models.kernels import lm_head

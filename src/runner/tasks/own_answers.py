@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runner.data.batches import Batch, Batches
+from runner.data.batches import Batches
+from runner.data.collator import Batch
 from runner.data.packing import IGNORED
 from runner.tasks import sampling
 from runner.tasks.rollout import ends

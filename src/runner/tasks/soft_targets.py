@@ -65,7 +65,7 @@ def of_states(states: Tensor, head: Any) -> Callable[[Tensor, int], Tensor]:
 def working_bytes(vocabulary: int, size: int, device: str) -> int:
     """Bytes of the teacher's logits, ``size`` each, and of the float32 copies of both in ``losses_``."""
     positions, values = AT_ONCE["cpu" if device == "cpu" else "gpu"]
-    return positions * vocabulary * size + COPIES * values * 4
+    return positions * vocabulary * size + COPIES * min(values, positions * vocabulary) * 4
 
 
 def losses_(logits: Tensor, targets: Tensor, soft: Soft, *, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

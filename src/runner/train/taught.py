@@ -231,11 +231,12 @@ class Store:
 
     def _create(self) -> None:
         """Empty columns, if there are none of this shape."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, EOFError):
             if all(column.shape == self._shape for column in self.columns().values()):
                 return
         self._file("known").unlink(missing_ok=True)
         for name, dtype in DTYPES.items():
+            self._file(name).unlink(missing_ok=True)  # a process that has mapped the old file keeps it
             column = np.lib.format.open_memmap(self._file(name), "w+", dtype, self._shape)
             column.flush()
 

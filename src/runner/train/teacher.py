@@ -47,7 +47,10 @@ class Teacher:
 
     @property
     def name(self) -> str:
-        return self.run.rundir.path.name if self.run is not None else self.source.name
+        if self.run is None:
+            return self.source.name
+        known = self.run.rundir.read_manifest()
+        return str(known.get("label") or known.get("name") or self.run.rundir.path.name)
 
     @property
     def text(self) -> str:
@@ -71,7 +74,7 @@ class Teacher:
         where, digest = start.split(self.spec.where or "")
         known = self.run.rundir.read_manifest() if self.run is not None else {}
         path = where if self.run is not None else self.source.path
-        return {"name": known.get("label") or known.get("name") or self.name, "path": path, "weights": digest,
+        return {"name": self.name, "path": path, "weights": digest,
                 "revision": None if digest or not where else self.source.revision, "quant": self.spec.quant,
                 "top_k": self.spec.top_k, "mlflow_run_id": (known.get("mlflow") or {}).get("run_id")}  # fmt: skip
 
