@@ -86,7 +86,12 @@ def test_a_copy_of_the_teacher_makes_the_same_run(teacher: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "keys", [("task.top_k=null", "task.beta=1", "lora=none"), ("task.temperature=2", "task.alpha=0.5")]
+    "keys",
+    [
+        ("task.top_k=null", "task.beta=1", "lora=none"),
+        pytest.param(("task.temperature=2", "task.alpha=0.5"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
 def test_any_cut_and_packing_give_the_same_losses(teacher: Path, tmp_path: Path, keys: tuple[str, ...]) -> None:
     """Packing changes which rows a step has, but not the evaluation before it."""
@@ -97,7 +102,7 @@ def test_any_cut_and_packing_give_the_same_losses(teacher: Path, tmp_path: Path,
         assert numbers(runs[name], "eval/loss")[0] == pytest.approx(numbers(runs["whole"], "eval/loss")[0], abs=1e-5)
 
 
-@pytest.mark.parametrize("top_k", ["8", "null"])
+@pytest.mark.parametrize("top_k", ["8", pytest.param("null", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_weights(teacher: Path, tmp_path: Path, top_k: str) -> None:
     words = run_of(teacher, f"task.top_k={top_k}", "train.save_steps=1")
     whole, cut = trained(tmp_path / "whole", *words), prepared(tmp_path / "cut", *words)
