@@ -106,7 +106,7 @@ def test_any_cut_and_packing_give_the_same_losses(teacher: Path, tmp_path: Path,
 def test_a_stopped_run_goes_on_to_the_same_weights(teacher: Path, tmp_path: Path, top_k: str) -> None:
     words = run_of(teacher, f"task.top_k={top_k}", "train.save_steps=1")
     whole, cut = trained(tmp_path / "whole", *words), prepared(tmp_path / "cut", *words)
-    stops = iter([False] * 3 + [True])
+    stops = iter([False] * 6 + [True])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stop, "check", lambda _: (_ for _ in ()).throw(Preempted("stop")) if next(stops, False) else None)
         assert worker.work(cut) == 75
@@ -131,7 +131,7 @@ def test_steps_on_answers_of_its_own_are_the_same_for_any_cut_and_after_a_stop(t
     assert not differs.all(), "about half of the steps have answers of the data"
     assert all(0 < share < 1 for share in numbers(whole, "train/prepare_fraction"))
     stopped = prepared(tmp_path / "stopped", *words)
-    stops = iter([False] * 4 + [True])
+    stops = iter([False] * 7 + [True])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stop, "check", lambda _: (_ for _ in ()).throw(Preempted("stop")) if next(stops, False) else None)
         assert worker.work(stopped) == 75
