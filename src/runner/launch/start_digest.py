@@ -60,11 +60,11 @@ def _teacher(word: str, outputs_dir: str) -> Path | None:
         raise ConfigError(Fault("", problem, "name the run that trained it, or a whole model (export RUN --merged)"))
     if not path.exists() and "/" in word and sources.HUB_ID.fullmatch(word.partition("@")[0]):
         return None
-    from runner.train import trained
+    from runner.train import trained_model
 
     is_of_run = path.name == "model" and RunDir(path.parent).manifest.exists()
     rundir = RunDir(path.parent) if is_of_run else lookup.resolve_run(word, Path(outputs_dir).expanduser())
-    trained.refuse_without_model(rundir)
+    trained_model.refuse_without_model(rundir)
     return rundir.path
 
 

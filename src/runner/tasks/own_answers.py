@@ -12,7 +12,7 @@ from runner.data.packing import IGNORED
 from runner.tasks import sampling
 from runner.tasks.rollout import ends
 from runner.tasks.sampling import Sampling
-from runner.tasks.upcoming import Upcoming
+from runner.tasks.step_context import StepContext
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,22 @@ class OwnAnswers:
         """Whether the model answers in the step with this seed."""
         return bool(np.random.PCG64([seed]).random_raw() * 2.0**-64 < self.share)
 
-    def prepare(self, upcoming: Upcoming) -> list[Batch]:
+    def prepare(self, context: StepContext) -> list[Batch]:
         """The micro-batches with the model's own last answers; of an evaluation and of the other steps: as they are."""
-        if not upcoming.trains or not self.are_due(upcoming.seed):
-            return upcoming.micro_batches
-        rows, tokenizer = upcoming.batches.rows, upcoming.tokenizer
-        how = Sampling(self.most_tokens, self.temperature, ends(upcoming.model, tokenizer), tokenizer.pad_token_id)
+        if not context.trains or not self.are_due(context.seed):
+            return context.micro_batches
+        rows, tokenizer = context.batches.rows, context.tokenizer
+        how = Sampling(self.most_tokens, self.temperature, ends(context.model, tokenizer), tokenizer.pad_token_id)
         written = []
-        with sampling.merged(upcoming.model):
-            for part in upcoming.rows:
-                upcoming.agree()
+        with sampling.merged(context.model):
+            for part in context.rows:
+                context.agree()
                 prompts = [rows[row][0][: last_answer(rows[row][1])].tolist() for row in part]
-                chances = sampling.uniforms(upcoming.seed, part, 1, self.most_tokens)
-                answers = sampling.answers(upcoming.model, prompts, chances, how)
+                chances = sampling.uniforms(context.seed, part, 1, self.most_tokens)
+                answers = sampling.answers(context.model, prompts, chances, how)
                 written.append(list(zip(prompts, answers, strict=True)))
         return [
-            upcoming.batch([_document(*pair) for pair in pairs], upcoming.batches.longest_document) for pairs in written
+            context.batch([_document(*pair) for pair in pairs], context.batches.longest_document) for pairs in written
         ]
 
     def inspect(self, training: Batches, evaluation: Batches, steps: int) -> list[tuple[str, str]]:  # noqa: ARG002

@@ -107,7 +107,7 @@ def is_there(text: str) -> bool:
 
 def is_teacher_there(text: str) -> bool:
     """Whether the teacher of a frozen ``task.teacher`` is in its place, unchanged; on the Hub a revision is."""
-    place, digest = start.split(text)
+    place, digest = lora_start.split(text)
     return not digest or digest_of_teacher(Path(place)) == digest
 
 

@@ -29,7 +29,7 @@ from runner.tasks import teaching
 from runner.train import build
 from runner.train.distributed.ranks import Ranks
 from runner.train.inputs import Inputs
-from runner.train.loop import Parts
+from runner.train.parts import Parts
 from runner.train.prefetch import Prefetcher
 from runner.train.teacher import Teacher
 

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.config import start
+from runner.config import lora_start
 from runner.config.bind import bind, option
 from runner.errors import ConfigError, Fault
-from runner.models import parameters, pretrained
+from runner.models import architecture, parameters, pretrained, tokenizer_files
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import lora_linear
 from runner.models.quantization.quant import Quant
@@ -20,10 +20,10 @@ from runner.models.sources import ModelSource
 from runner.tasks import soft_targets, task
 from runner.tracking import manifest, origin, provenance
 from runner.tracking.rundir import RunDir
-from runner.train import throughput, trained
+from runner.train import throughput, trained_model
 from runner.train.memory.peak import Needs
 from runner.train.options import Options
-from runner.train.trained import Trained
+from runner.train.trained_model import Trained
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class Teacher:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What determines its probabilities, beside the rows and the device."""
-        _, digest = start.split(self.spec.where or "")
+        _, digest = lora_start.split(self.spec.where or "")
         base = Path(self.source.path)
         weights = provenance.remembered_digest(base) if base.exists() else [self.source.path, self.source.revision]
         return {"weights": [digest, weights], "quant": self.spec.quant, "dtype": self.source.dtype,
@@ -71,7 +71,7 @@ class Teacher:
     @property
     def record(self) -> dict[str, Any]:
         """The entry of manifest.json. ``path`` and ``revision`` name a model of the Hub again."""
-        where, digest = start.split(self.spec.where or "")
+        where, digest = lora_start.split(self.spec.where or "")
         known = self.run.rundir.read_manifest() if self.run is not None else {}
         path = where if self.run is not None else self.source.path
         return {"name": self.name, "path": path, "weights": digest,
@@ -82,7 +82,7 @@ class Teacher:
         """The model in eval mode, without gradients."""
         with _named():
             if self.run is not None:
-                model = trained.load(self.run, device, dtype=self.source.dtype, quant=self.quant)
+                model = trained_model.load(self.run, device, dtype=self.source.dtype, quant=self.quant)
             else:
                 model = pretrained.load(self.source, self.quant, device).eval()
         lora_linear.fuse(model)
@@ -96,7 +96,7 @@ class Teacher:
         counts, size = parameters.describe(model), dtype_for(self.source.dtype, device).itemsize
         weights = counts["quantized_bytes"] + (counts["total"] - counts["quantized"]) * size
         if self.run is not None and self.run.is_adapter:
-            weights += (self.run.rundir.model / trained.ADAPTER_WEIGHTS).stat().st_size
+            weights += (self.run.rundir.model / trained_model.ADAPTER_WEIGHTS).stat().st_size
         logits = soft_targets.working_bytes(self.size, size, device.type)
         flops = throughput.flops_per_token(model, length, share, forward_passes=1, updates=0)
         return Needs(weights, logits, flops, counts["total"], counts["stored"])
@@ -114,7 +114,7 @@ def of(options: Options, own: ModelSource, tokenizer: Any) -> Teacher | None:
     if spec.where and not origin.is_teacher_there(spec.where):
         problem = "the teacher is missing, or has other weights than when the run was prepared"
         remedy = "restore it, or start a new run"
-        raise ConfigError(Fault("task.teacher", problem, remedy, start.split(spec.where)[0]))
+        raise ConfigError(Fault("task.teacher", problem, remedy, lora_start.split(spec.where)[0]))
     quant = bind(option("quant", spec.quant), "quant")()
     with _named():
         source, run, theirs = _found(options, spec, own, tokenizer)
@@ -131,10 +131,10 @@ def _found(
     """(source of the weights, the run that trained it if one did, its tokenizer)"""
     if spec.where is None:
         return own, None, tokenizer
-    place, digest = start.split(spec.where)
+    place, digest = lora_start.split(spec.where)
     rundir = RunDir(Path(place))
     if digest and rundir.manifest.exists():
-        trained.refuse_without_model(rundir)
+        trained_model.refuse_without_model(rundir)
         run = Trained(rundir, manifest.pinned(manifest.read_config(rundir), rundir))
         if run.scores:
             raise ConfigError(Fault("model.path", "it gives scores, not text", "name a model for text generation"))
@@ -142,12 +142,12 @@ def _found(
         return replace(source, dtype=options.model.dtype, attention=options.model.attention), run, run.tokenizer
     name, _, revision = (place, "", "") if digest else place.partition("@")
     source = options.model_in(name)
-    source = pretrained.resolve(replace(source, revision=revision or None))
-    return source, None, pretrained.tokenizer(source)
+    source = architecture.resolve(replace(source, revision=revision or None))
+    return source, None, tokenizer_files.load(source)
 
 
 def _vocabulary(source: ModelSource) -> int:
-    return int(pretrained.architecture(source).get_text_config().vocab_size)
+    return int(architecture.read(source).get_text_config().vocab_size)
 
 
 def _refuse_other_tokens(ours: dict[str, int], theirs: dict[str, int], size: int) -> None:
