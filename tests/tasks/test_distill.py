@@ -36,7 +36,7 @@ def task_of(**changes: Any) -> Task:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     """(student, teacher, tokenizer); the student knows its teacher."""
-    student, original, tokenizer = two_models.load(tmp_path_factory.mktemp("model"))
+    student, original, tokenizer = two_models.load(two_models.write(tmp_path_factory.mktemp("model") / "model"))
     teacher = two_models.add_noise(original, 2).eval()
     teaching.attach(student, teacher)
     return student, teacher, tokenizer
