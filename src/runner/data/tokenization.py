@@ -138,7 +138,11 @@ def _to_rows(encoded: Encoded, settings: DataSettings, task: Encoder) -> Rows:
         if settings.packing
         else one_by_one(len(lengths), task.unit)
     )
-    records = Texts(columns["records"], _offsets(columns["record_lengths"])) if task.answers and task.answers.of_prompts else None
+    records = (
+        Texts(columns["records"], _offsets(columns["record_lengths"]))
+        if task.answers and task.answers.of_prompts
+        else None
+    )
     return Rows(
         ids=columns["ids"],
         labels=columns["labels"],
