@@ -44,7 +44,7 @@ def task_of(**changes: Any) -> Task:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
-    return two_models.load(tmp_path_factory.mktemp("model"))
+    return two_models.load(two_models.write(tmp_path_factory.mktemp("model") / "model"))
 
 
 def given_answers(tokenizer: Any) -> tuple[list[int], torch.Tensor, list[int]]:
