@@ -79,7 +79,10 @@ def join(mixture: Mixture, sources: Mapping[str, Splits], evals: Mapping[str, Sp
     """
     held_out = np.concatenate([_prompts(each.eval) for each in (*sources.values(), *evals.values())])
     kept = {name: _without(name, each, held_out) for name, each in sources.items()}
-    weights = shares(mixture.weights, {name: each.report.train_trained_tokens for name, each in kept.items()})
+    sizes = {name: each.report.train_trained_tokens for name, each in kept.items()}
+    if not any(sizes.values()):  # prompts, which the model answers itself
+        sizes = {name: each.report.train_tokens for name, each in kept.items()}
+    weights = shares(mixture.weights, sizes)
     kept = {name: each if weights[name] else _untrained(each) for name, each in kept.items()}
     trained = {name: (each.train, weights[name]) for name, each in kept.items() if weights[name]}
     evaluated = {name: (each.eval, 1.0) for name, each in kept.items()}
