@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import composed
 from fixtures.searches import RATES, WORDS, runner, searchable_is_logged
 
 from runner.cli import main
-from runner.config import bind
 from runner.sweep import algorithms, trials
 from runner.tracking import machine
 from runner.tracking.rundir import RunDir
@@ -62,10 +62,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_there(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "task",
-    [("task=sft",), ("task=sft", "task.loss_type=dft"), ("task=dpo", "data=chitchat_pairs", "data.max_length=128")],
-)
+@pytest.mark.parametrize("task", [("task=sft",), ("task=dpo", "data=chitchat_pairs", "data.max_length=128")])
 def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path, task: tuple[str, ...]):
     done = runner(*task, *WORDS[1:], "train.max_steps=2", "hydra.run.dir=run", "tracking=offline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -75,10 +72,13 @@ def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path, 
     assert {metric for metric in allowed if trials.value_of(rundir, metric) is None} == set(elsewhere)
 
 
-def test_a_task_of_your_own_may_log_any_evaluation_metric():
+def test_a_task_of_your_own_may_log_any_evaluation_metric(tmp_path: Path):
     node = {"objective": ["eval/bits_per_token", "eval/loss"], "direction": ["minimize", "minimize"]}
-    assert not list(algorithms._metric_faults(node, {"_target_": "my_lab.focal"}))
-    (fault,) = algorithms._metric_faults(node, bind.option("task", "sft"))
+    lab = tmp_path / "my_lab.py"
+    lab.write_text("from runner.tasks.sft import sft\n\n\ndef focal():\n    return sft(train_on='all')\n")
+    ours, own = composed("task=sft"), composed(f"code={lab}", "task=focal")
+    assert not list(algorithms._metric_faults(node, own))
+    (fault,) = algorithms._metric_faults(node, ours)
     assert (fault.key, fault.value) == ("search.objective", "eval/bits_per_token")
-    (fault,) = algorithms._metric_faults({**node, "direction": ["maximize", "maximize"]}, {"_target_": "my_lab.focal"})
+    (fault,) = algorithms._metric_faults({**node, "direction": ["maximize", "maximize"]}, own)
     assert "eval/loss" in fault.problem

@@ -295,7 +295,7 @@ def _record(order: _Order, name: str, metrics: dict[str, float], details: dict[s
     rundir = order.run.rundir
     named_metrics = {metric_name(name, metric, is_base=order.is_base): value for metric, value in metrics.items()}
     record = {
-        "time": time.time(), "step": rundir.read_state().step, "name": name, "is_base": order.is_base, **details,
+        "time": time.time(), "step": rundir.read_state().model_step, "name": name, "is_base": order.is_base, **details,
         "command": redact(shlex.join(order.command)), "versions": provenance.versions(), "metrics": named_metrics,
     }  # fmt: skip
     metrics_log.append_to(rundir.evaluations, record)

@@ -161,7 +161,7 @@ def _upload(
         _pack(run, folder, packed, mlflow_run, logged.model_id)
         client.log_model_artifacts(logged.model_id, str(packed))
         client.finalize_logged_model(logged.model_id, "READY")
-        client.log_outputs(location.run_id, [LoggedModelOutput(logged.model_id, run.rundir.read_state().step)])
+        client.log_outputs(location.run_id, [LoggedModelOutput(logged.model_id, run.rundir.read_state().model_step)])
     except BaseException:
         client.delete_logged_model(logged.model_id)
         raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -101,6 +101,17 @@ class TrainSettings:
     deterministic: bool
     sample_prompts: Whole
     sample_tokens: Count
+    metrics: list[Text] = field(default_factory=list)
+    metric_rows: Count = 64
+    metric_tokens: Count = 128
+    metric_timeout_s: Positive = 60.0
+    metric_for_best_model: Text | None = None
+    greater_is_better: bool | None = None
+    early_stopping_patience: Count | None = None
+    early_stopping_threshold: NotNegative = 0.0
+    max_minutes: Positive | None = None
+    loss_watchdog_threshold: Annotated[float, COMPUTABLE] | None = None
+    loss_watchdog_patience: Count = 3
 
     @property
     def rows_at_a_time(self) -> int:

@@ -54,7 +54,7 @@ def settle(job: Job) -> None:
     kept = [word for word in map(str, recorded.get("overrides") or []) if not _is_limit(word) and _is_own(word)]
     job.overrides = [*kept, *(word for word in job.overrides if word not in words.values() and _is_own(word))]
     if obstacle:
-        job.overrides += _from_weights(cfg, rundir, frozen, key)
+        job.overrides += _from_weights(cfg, rundir, frozen, key, _done(frozen, state, key))
     else:
         job.overrides.append(f"train.{key}={end}")
         job.continues, job.notes = rundir.path, _notes(rundir, recorded, state)
@@ -63,15 +63,15 @@ def settle(job: Job) -> None:
 
 
 def copy_state(source: RunDir, rundir: RunDir) -> None:
-    """Copy what a resumed run needs: the last checkpoint, the records up to it and the first samples."""
+    """Copy what a resumed run needs: the last checkpoint and the best one, the records and the first samples."""
     state = source.read_state()
     for path in (source.metrics, source.samples):
         if path.exists():
             write_atomic(rundir.path / path.name, path.read_bytes())
-    name = f"step-{state.step:06d}"
-    aside = rundir.checkpoints / f".{name}.partial"
-    shutil.copytree(source.checkpoints / name, aside, dirs_exist_ok=True)
-    aside.rename(rundir.checkpoints / name)
+    for name in sorted({f"step-{step:06d}" for step in (state.model_step, state.step)}):
+        aside = rundir.checkpoints / f".{name}.partial"
+        shutil.copytree(source.checkpoints / name, aside, dirs_exist_ok=True)
+        aside.rename(rundir.checkpoints / name)
     rundir.write_state(step=state.step, seconds=state.seconds)
 
 
@@ -94,20 +94,27 @@ def _later(ends: dict[str, Any], frozen: dict[str, Any], state: State) -> tuple[
     if len(given) != 1:
         raise ConfigError(Fault("train", "needs one new end", f"set one of train.{', train.'.join(LIMITS)}"))
     ((key, end),) = given.items()
-    done = {"max_steps": state.step, "max_tokens": state.summary.get("train/tokens") or 0}
-    reached = frozen["train"][key] or done.get(key, 0)
+    reached = _done(frozen, state, key) or 0
     if isinstance(end, int | float) and end <= reached:
         problem = f"the run has trained {reached} already"
         raise ConfigError(Fault(f"train.{key}", problem, "set a larger value", end))
     return key, end
 
 
+def _done(frozen: dict[str, Any], state: State, key: str) -> Any:
+    """How far the run has come, in the unit of ``key``; None if that is not known."""
+    reached = {"max_steps": state.step, "max_tokens": state.summary.get("train/tokens")}.get(key)
+    return reached if state.reason and reached else frozen["train"][key] or reached
+
+
 def _obstacle(rundir: RunDir, frozen: dict[str, Any], state: State, key: str, end: Any) -> str:
     """Why the new run cannot go on with the optimizer of the old one; empty if it can."""
     if frozen["train"]["num_train_epochs"] is not None:
         return "the last step of an epoch may be smaller"
-    if not (rundir.checkpoints / f"step-{state.step:06d}").is_dir():
-        return "its last checkpoint is missing"
+    if not all((rundir.checkpoints / f"step-{step:06d}").is_dir() for step in (state.step, state.model_step)):
+        return "its last checkpoint is missing" if state.model_step == state.step else "a checkpoint is missing"
+    if state.reason:
+        return f"it {state.reason}"
     schedule = bind(frozen["schedule"], "schedule")
     totals = [end] if key == "max_steps" else [state.step + 1, 10 * state.step]
     for step in range(state.step):
@@ -137,10 +144,9 @@ def _notes(rundir: RunDir, recorded: dict[str, Any], state: State) -> dict[str, 
     return {origin.FIELD: [{**nearest, "step": state.step}, *before], **pinned}
 
 
-def _from_weights(cfg: dict[str, Any], rundir: RunDir, frozen: dict[str, Any], key: str) -> list[str]:
+def _from_weights(cfg: dict[str, Any], rundir: RunDir, frozen: dict[str, Any], key: str, done: Any) -> list[str]:
     """Start from the weights of the run, and train what is missing; returns these overrides."""
-    done = frozen["train"][key]
-    if done is None:
+    if frozen["train"][key] is None:
         kinds = " or ".join(f"train.{limit}" for limit in LIMITS if frozen["train"][limit] is not None)
         problem = "cannot be counted from the end of that run, which has another kind of end"
         raise ConfigError(Fault(f"train.{key}", problem, f"set {kinds}", cfg["train"][key]))

@@ -40,6 +40,8 @@ SMALLER_IS_BETTER = (
     "data_wait_fraction",
 )
 """Suffixes of metric names that decide which direction is better, whatever the sort order."""
+REWARDS = "/rewards/"
+"""What the functions of ``task.rewards`` give."""
 OF_THE_MACHINE = ("per_second", "seconds", "gib", "mfu", "data_wait_fraction")
 """Suffixes of metrics that depend on the machine and its load."""
 FRACTION, DIGITS = re.compile(r"-?\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE), 7
@@ -81,7 +83,7 @@ def goal(text: str, results: Sequence[Result], option: str) -> Goal:
 
 def by_name(key: str) -> Goal:
     """Decide by the name of the key whether larger is better; smaller if the name is unknown."""
-    return Goal(key, key.endswith(LARGER_IS_BETTER))
+    return Goal(key, key.endswith(LARGER_IS_BETTER) or (REWARDS in key and not key.endswith(SMALLER_IS_BETTER)))
 
 
 def objective(results: Sequence[Result]) -> Goal | None:
@@ -111,7 +113,7 @@ def rated(order: Goal) -> Goal:
 
 def is_rated(key: str) -> bool:
     """Whether the better direction is known from the name of the key."""
-    return key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER))
+    return REWARDS in key or key.endswith((*LARGER_IS_BETTER, *SMALLER_IS_BETTER))
 
 
 def resolve(word: str, results: Sequence[Result], option: str) -> str:

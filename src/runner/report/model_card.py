@@ -205,6 +205,7 @@ def _provenance(rundir: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "trained further from": origin.chain(manifest),
         "distilled from": origin.teacher(manifest),
         "steps": state.step,
+        "weights of step": state.model_step if state.model_step != state.step else None,
         "tokens": state.summary.get("train/tokens"),
         "git commit": f"{git['sha']}{' (changed)' if git.get('dirty') else ''}" if git.get("sha") else None,
         "versions": ", ".join(f"{name} {versions[name]}" for name in packages if name in versions),

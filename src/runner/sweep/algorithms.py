@@ -5,14 +5,14 @@ The samplers are Optuna's; Optuna is imported when a search starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from runner.config import data_nodes
-from runner.config.bind import TARGET
+from runner.config import control
+from runner.config.bind import bind
 from runner.config.schema import COUNTABLE, Count, Seed, Text, Whole
 from runner.errors import ConfigError, Fault, suggest
 from runner.report import columns
@@ -32,28 +32,6 @@ OF_ALL = (
     "training seconds",
 )  # fmt: skip
 """Metrics that runs of every task log."""
-OF_TOKENS = ("eval/perplexity", "eval/token_accuracy")
-OF_PAIRS = (
-    "eval/nll", "eval/logps/chosen", "eval/logps/rejected", "train/rewards/margins", "train/rewards/accuracies",
-    *(f"eval/rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")),
-)  # fmt: skip
-OF_VERDICTS = (
-    "train/rewards/margins", "eval/rewards/margins",
-    *(f"eval/{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")),
-)  # fmt: skip
-OF_ESTIMATE = ("train/kl", "eval/kl", "train/prepare_fraction")
-OF_REWARD_MODELS = (
-    "train/accuracy", "train/margin",
-    *(f"eval/{name}" for name in ("accuracy", "margin", "mean_reward", "min_reward", "max_reward")),
-)  # fmt: skip
-OF_CLASSES = {
-    "single": ("train/accuracy", "eval/accuracy", "eval/macro_f1"),
-    "multi": ("train/accuracy", "eval/accuracy", "eval/macro_f1", "eval/label_accuracy"),
-    "regression": ("eval/mse", "eval/mae", "eval/pearson"),
-}
-OF_ANSWERS = ("reward", "completions/mean_length", "completions/clipped_ratio")
-OF_GROUPS = ("train/reward_std", "train/frac_reward_zero_std", "train/entropy", "train/prepare_fraction")
-"""Metrics that runs of some tasks log besides ``OF_ALL``."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +121,7 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check a search together with the rest of the configuration."""
     node, launcher = cfg["search"], cfg["launcher"]
     if "trials" in node:
-        yield from _metric_faults(node, cfg["task"], data_nodes.held_out_names(cfg["data"]))
+        yield from _metric_faults(node, cfg)
     if "trials" in node and node["at_once"] is None and launcher.get("array_parallelism", 1) is None:
         problem, remedy = "a search on Slurm needs a limit of active runs", "set it, for example search.at_once=8"
         yield Fault("search.at_once", problem, remedy)
@@ -152,35 +130,6 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault("launcher.cluster", "one process cannot propose and train the runs of a search", remedy, "debug")
     if "min_steps" in node:
         yield from _rung_faults(node, cfg["train"])
-
-
-def of_task(task: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The metrics that runs of this task log besides ``OF_ALL``; None: only the task itself knows."""
-    package, _, function = task[TARGET].rpartition(".")
-    match function if package.startswith("runner.") else None:
-        case "sft":
-            is_shaped = task["loss_type"] != "nll" or task["label_smoothing"] or task["z_loss"]
-            return (*OF_TOKENS, *(("train/objective", "eval/objective") if is_shaped else ()))
-        case "pretrain":
-            return OF_TOKENS
-        case "dpo":
-            return OF_PAIRS
-        case "kto":
-            return (*OF_VERDICTS, *(OF_ESTIMATE if task["loss_type"] == "kto" else ()))
-        case "reward":
-            return OF_REWARD_MODELS
-        case "classify":
-            return OF_CLASSES[task["kind"]]
-        case "grpo":
-            names = [f"rewards/{reference.rpartition(':')[2]}" for reference in task["rewards"]]
-            of_loss = {
-                "train/kl": task["beta"] and task["loss_type"] != "rloo",
-                "train/clip_ratio": (task["epsilon"], task["epsilon_high"]) != (None, None),
-            }
-            both = (f"{split}/{name}" for split in ("train", "eval") for name in (*OF_ANSWERS, *names))
-            return (*both, *OF_GROUPS, *(name for name, is_logged in of_loss.items() if is_logged))
-        case _:
-            return None
 
 
 def refuse_unlogged(search: Search, cfg: Mapping[str, Any]) -> None:
@@ -219,22 +168,29 @@ def _objective_faults(objective: str | list[str], direction: str | list[str]) ->
         yield Fault("direction", problem, "list each objective once, with one direction each", direction)
 
 
-def _metric_faults(node: Mapping[str, Any], task: Mapping[str, Any], sets: Sequence[str] = ()) -> Iterator[Fault]:
-    """Objectives that runs of this task do not log, and directions that contradict the metric.
+def logged(cfg: Mapping[str, Any]) -> dict[str, Direction | None]:
+    """Every metric that runs of this configuration log → its direction; None: neither is better by itself."""
+    measures = control.measures(cfg)
+    trained = (f"train/{name}" for name in bind(cfg["task"], "task")().train_metrics)
+    of_training = {name: measures.get(name.replace("train/", "eval/", 1)) for name in trained}
+    rated = {name: _by_name(name) if columns.is_rated(name) else None for name in OF_ALL}
+    return {**rated, **of_training, **measures}
 
-    ``sets``: the names of the sets that are evaluated on.
-    """
-    more = of_task(task)
-    logged: tuple[str, ...] = (*OF_ALL, *(more or ()))
-    of_evaluation = [name.removeprefix("eval/") for name in logged if name.startswith("eval/")]
-    logged = (*logged, *(f"eval/{each}/{metric}" for each in sets for metric in of_evaluation))
+
+def _by_name(name: str) -> Direction:
+    return "maximize" if columns.by_name(name).is_larger_better else "minimize"
+
+
+def _metric_faults(node: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    """Objectives that runs of this task do not log, and directions that contradict the metric."""
+    known = logged(cfg)
     for name, direction in _paired(node["objective"], node["direction"]).items():
-        if name not in logged and (more is not None or not name.startswith("eval/")):
-            allowed = f"{suggest(name, logged)} metrics: {', '.join(logged)}".strip()
-            function = task[TARGET].rpartition(".")[2]
-            yield Fault("search.objective", f"is not a metric that runs of task={function} log", allowed, name)
-        better = "maximize" if columns.by_name(name).is_larger_better else "minimize"
-        if columns.is_rated(name) and direction != better:
+        if name not in known and not (control.has_own_task(cfg) and name.startswith("eval/")):
+            allowed = f"{suggest(name, known)} metrics: {', '.join(known)}".strip()
+            problem = f"is not a metric that runs of task={control.task_name(cfg)} log"
+            yield Fault("search.objective", problem, allowed, name)
+        better = known.get(name, _by_name(name) if columns.is_rated(name) else None)
+        if better and direction != better:
             problem = f"makes {name} worse: {'larger' if better == 'maximize' else 'smaller'} values are better"
             yield Fault("search.direction", problem, f"set search.direction={better}", direction)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from runner.tasks.task import Measures
+
 Sums = dict[str, float]
 SUMMARY: Mapping[str, tuple[str, ...]] = {
     "single": ("accuracy", "majority_accuracy", "macro_f1"),
@@ -16,6 +18,14 @@ SUMMARY: Mapping[str, tuple[str, ...]] = {
     "regression": ("mae", "pearson", "mean_loss"),
 }
 """The metrics shown at the end, with what a constant answer reaches on the same rows."""
+OF_CLASSES: Measures = {"loss": "minimize", "accuracy": "maximize", "macro_f1": "maximize"}
+MEASURES: Mapping[str, Measures] = {
+    "single": {**OF_CLASSES, "majority_accuracy": None},
+    "multi": {**OF_CLASSES, "label_accuracy": "maximize", "majority_label_accuracy": None},
+    "regression": {
+        "loss": "minimize", "mse": "minimize", "mae": "minimize", "pearson": "maximize", "mean_loss": None,
+    },
+}  # fmt: skip
 
 
 def sums(kind: Literal["single", "multi", "regression"], outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

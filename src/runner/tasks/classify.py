@@ -99,6 +99,7 @@ def _task(s: Settings) -> Task:
         chats=s.input == "messages",
         train_metrics=("loss",) if s.kind == "regression" else ("loss", "accuracy"),
         summary=classification_metrics.SUMMARY[s.kind],
+        measures=classification_metrics.MEASURES[s.kind],
     )
 
 

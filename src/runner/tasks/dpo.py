@@ -17,7 +17,7 @@ from runner.config.schema import Fraction, NotNegative, Positive
 from runner.errors import Fault
 from runner.tasks import logprobs
 from runner.tasks.pairs import Pairs, encode, prompt
-from runner.tasks.task import Task
+from runner.tasks.task import Measures, Task
 
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "apo_zero", "apo_down", "sppo_hard", "dpo_norm",
@@ -26,6 +26,12 @@ LossType = Literal[
 WITHOUT_REFERENCE = ("cpo", "simpo", "orpo")
 SMOOTHED = {"sigmoid": 0.5, "robust": 0.5, "exo_pair": 1.0, "cpo": 0.5}
 """Loss types that use ``label_smoothing``, and what it must be below."""
+
+
+OF_PAIRS: Measures = {
+    "loss": "minimize", "nll": "minimize", "rewards/accuracies": "maximize", "rewards/margins": "maximize",
+    "rewards/chosen": "maximize", "rewards/rejected": "minimize", "logps/chosen": None, "logps/rejected": None,
+}  # fmt: skip
 
 
 def dpo(
@@ -68,6 +74,7 @@ def dpo(
         reference=None if loss_type in WITHOUT_REFERENCE else logprobs.sums,
         train_metrics=("loss", "rewards/margins", "rewards/accuracies"),
         summary=("rewards/accuracies", "rewards/margins"),
+        measures=OF_PAIRS,
     )
 
 

@@ -103,6 +103,7 @@ def grpo(
         inspect=inspect,
         train_metrics=("loss", *rollout.METRICS, *(f"rewards/{name}" for name in scores.names)),
         summary=("reward", "completions/mean_length"),
+        measures={**rollout.OF_ANSWERS, **{f"rewards/{name}": "maximize" for name in scores.names}},
     )
 
 

@@ -18,9 +18,13 @@ from runner.data.examples import Example, Features, misfit, options
 from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import kto_kl, logprobs
-from runner.tasks.task import Task
+from runner.tasks.task import Measures, Task
 
 LossType = Literal["kto", "apo_zero_unpaired"]
+MEASURES: Measures = {
+    "loss": "minimize", "rewards/margins": "maximize", "rewards/chosen": "maximize", "rewards/rejected": "minimize",
+    "logps/chosen": None, "logps/rejected": None,
+}  # fmt: skip
 
 
 def kto(*, loss_type: LossType, beta: Positive, desirable_weight: Positive, undesirable_weight: Positive) -> Task:
@@ -70,6 +74,7 @@ def kto(*, loss_type: LossType, beta: Positive, desirable_weight: Positive, unde
         inspect=inspect,
         train_metrics=("loss", "rewards/margins", *(["kl"] if has_z else [])),
         summary=("rewards/margins", "rewards/chosen", "rewards/rejected"),
+        measures={**MEASURES, **({"kl": None} if has_z else {})},
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from runner.data.examples import Example, Features, misfit
 from runner.errors import ConfigError, Fault
-from runner.tasks.task import Task, token_loss, token_metrics
+from runner.tasks.task import OF_TOKENS, Task, token_loss, token_metrics
 
 
 def pretrain(*, append_eos: bool) -> Task:
@@ -33,7 +33,7 @@ def pretrain(*, append_eos: bool) -> Task:
         half = min(len(words) // 2, 24)
         return (" ".join(words[:half]), " ".join(words[half : 2 * half])) if half else None
 
-    return Task("pretrain", True, encode, prompt, token_loss, token_metrics, chats=False)
+    return Task("pretrain", True, encode, prompt, token_loss, token_metrics, chats=False, measures=OF_TOKENS)
 
 
 @functools.lru_cache(maxsize=4)

@@ -53,6 +53,14 @@ def reward(*, center_rewards_coefficient: NotNegative) -> Task:
         maxima=("largest", "largest_negative"),
         train_metrics=("loss", "accuracy", "margin"),
         summary=("accuracy", "margin"),
+        measures={
+            "loss": "minimize",
+            "accuracy": "maximize",
+            "margin": "maximize",
+            "mean_reward": None,
+            "min_reward": None,
+            "max_reward": None,
+        },
     )
 
 

@@ -36,6 +36,9 @@ class Rewards:
     """Where the user's code is."""
     weights: list[float]
     timeout_s: float
+    key: str = KEY
+    """The key that names the functions."""
+    timeout_key: str = "task.reward_timeout_s"
 
     @property
     def names(self) -> list[str]:
@@ -60,7 +63,7 @@ class Rewards:
         return np.where(np.isnan(scores).all(axis=1), np.nan, total)
 
     def _called(self, reference: str, given: dict[str, Any], count: int) -> list[float]:
-        function: Callable[..., Any] = user_function.load(KEY, reference, self.code)
+        function: Callable[..., Any] = user_function.load(self.key, reference, self.code)
         try:
             with time_limit(self.timeout_s, _TimeIsOver, AGAIN_S):
                 result = function(**given)
@@ -68,27 +71,27 @@ class Rewards:
             raise
         except _TimeIsOver:
             problem = f"{reference} was not done after {self.timeout_s:g} s with {count} answers"
-            raise DataError(Fault(KEY, problem, "make it faster, or raise task.reward_timeout_s")) from None
+            raise DataError(Fault(self.key, problem, f"make it faster, or raise {self.timeout_key}")) from None
         except (Exception, SystemExit) as error:
             problem = f"{reference} failed: {type(error).__name__}: {error}{_line(error)}"
-            raise DataError(Fault(KEY, problem, "correct the function; None means: not scored")) from error
-        return list(_numbers(reference, result, count))
+            raise DataError(Fault(self.key, problem, "correct the function; None means: not scored")) from error
+        return list(_numbers(self.key, reference, result, count))
 
 
-def _numbers(reference: str, result: Any, count: int) -> Iterator[float]:
+def _numbers(key: str, reference: str, result: Any, count: int) -> Iterator[float]:
     """The numbers that a function has returned, NaN for None."""
     if not isinstance(result, Sequence | np.ndarray) and not hasattr(result, "tolist"):
         problem = f"{reference} returned {type(result).__name__}, not a list of numbers"
-        raise DataError(Fault(KEY, problem, "return one number, or None, for each answer"))
+        raise DataError(Fault(key, problem, "return one number, or None, for each answer"))
     values = result.tolist() if hasattr(result, "tolist") else list(result)
     if len(values) != count:
-        problem = f"{reference} returned {len(values)} rewards for {count} answers"
-        raise DataError(Fault(KEY, problem, "return one number, or None, for each answer"))
+        problem = f"{reference} returned {len(values)} numbers for {count} answers"
+        raise DataError(Fault(key, problem, "return one number, or None, for each answer"))
     for number, value in enumerate(values, start=1):
         score = math.nan if value is None else _number(value)
         if score is None or (value is not None and not math.isfinite(score)):
             problem = f"{reference} returned {quoted(value)} for answer {number}"
-            raise DataError(Fault(KEY, problem, "return a finite number; None means: not scored"))
+            raise DataError(Fault(key, problem, "return a finite number; None means: not scored"))
         yield score
 
 

@@ -17,7 +17,7 @@ from runner.tasks.cross_entropy import Shaping
 from runner.tasks.reward_functions import Rewards
 from runner.tasks.sampling import Sampling
 from runner.tasks.step_context import StepContext
-from runner.tasks.task import token_losses
+from runner.tasks.task import Measures, token_losses
 
 Scale = Literal["group", "batch", "none"]
 STATISTICS = "statistics"
@@ -26,6 +26,10 @@ SHOWN = 8
 """Answers of an evaluation that are kept for people to read."""
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio",
            "entropy", "kl", "clip_ratio")  # fmt: skip
+OF_ANSWERS: Measures = {
+    "loss": "minimize", "reward": "maximize", "completions/mean_length": None, "completions/clipped_ratio": None,
+}  # fmt: skip
+"""Of an evaluation, where each prompt has one answer."""
 SMALL = 1e-4
 """Added to a standard deviation before dividing by it, as in TRL."""
 log = logging.getLogger("runner")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from runner.config.schema import Fraction, NotNegative
 from runner.data.examples import Example, Features, chat, misfit
 from runner.errors import Fault
-from runner.tasks.task import Task, sums_of_sources, token_loss, token_losses, token_metrics
+from runner.tasks.task import OF_TOKENS, Measures, Task, sums_of_sources, token_loss, token_losses, token_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +71,10 @@ def sft(
         }
 
     if loss_type == "nll" and not label_smoothing and not z_loss:
-        return Task("sft", True, encode, prompt, token_loss, token_metrics, weights=True)
-    return Task("sft", True, encode, prompt, loss, metrics, weights=True, train_metrics=("loss", "objective"))
+        return Task("sft", True, encode, prompt, token_loss, token_metrics, weights=True, measures=OF_TOKENS)
+    measures: Measures = {**OF_TOKENS, "objective": "minimize"}
+    trained = ("loss", "objective")
+    return Task("sft", True, encode, prompt, loss, metrics, weights=True, train_metrics=trained, measures=measures)
 
 
 def check_sft(

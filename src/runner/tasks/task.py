@@ -25,6 +25,10 @@ from runner.models.kernels.score_head import ScoreHead
 Divisor = Literal["trained", "weighted", "trained_first", "documents", "units"]
 """The divisor of a term of the loss, counted over the whole step: trained tokens, the sum of their weights, trained
 tokens of the first sequence of each unit, token sequences, or units."""
+Measures = Mapping[str, Literal["minimize", "maximize"] | None]
+"""Name of a metric → in which direction it improves; None: neither is better by itself."""
+OF_TOKENS: Measures = {"loss": "minimize", "perplexity": "minimize", "token_accuracy": "maximize"}
+"""What ``token_metrics`` gives."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Task:
     """Whether the model learns to answer in conversations; False: it continues plain text."""
     train_metrics: tuple[str, ...] = ("loss",)
     """The metrics that are logged for training steps too, as ``train/…``."""
+    measures: Measures = field(default_factory=dict)
+    """What ``metrics`` gives for an evaluation, beside metrics that exist only with certain rows; empty: not known."""
     summary: tuple[str, ...] = ("perplexity",)
     """The metrics that the summary at the end shows beside the loss, before and after training."""
     teacher: Teacher | None = None
@@ -102,6 +108,11 @@ class Task:
     def needs_labels(self) -> bool:
         """Whether a sequence without a label is left out: a score head has targets, and prompts are answered."""
         return self.head is None and (self.answers is None or not self.answers.of_prompts)
+
+    @property
+    def has_references(self) -> bool:
+        """Whether the first sequence of a held-out unit is a prompt with a right answer, or a prompt to answer."""
+        return self.chats and self.head is None and not self.values
 
     def combined(self, name: str, one: Any, other: Any) -> Any:
         """The sum ``name`` of two parts of the data, from their sums."""

@@ -46,7 +46,7 @@ class State:
     total_steps: int = 0
     attempt: int = 0
     reason: str = ""
-    """Why the run stopped, in one line; empty while it runs and after success."""
+    """Why the run stopped, in one line; empty while it runs and after its last step."""
     pid: int = 0
     host: str = ""
     scheduler_id: str = ""
@@ -57,6 +57,11 @@ class State:
     """Training time of all attempts; the time between attempts is not counted."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Final numbers of the run: metric name → value."""
+
+    @property
+    def model_step(self) -> int:
+        """The step whose weights are in the folder ``model``: the best one if one was selected, else the last."""
+        return int(self.summary.get("best step") or self.step)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,11 @@ class RunDir:
     def rollouts(self) -> Path:
         """A file for each evaluation of a task whose answers the model writes: answers with their rewards."""
         return self.path / "rollouts"
+
+    @property
+    def answers(self) -> Path:
+        """A file for each evaluation with ``train.metrics``: answers to held-out prompts with their scores."""
+        return self.path / "answers"
 
     @property
     def evaluations(self) -> Path:

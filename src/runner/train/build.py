@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
 from runner.train import devices, estimate, optim, probe, reference, step_batches, throughput
+from runner.train.answers import Answering
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import wrap
@@ -41,6 +43,7 @@ from runner.train.memory import peak, usage
 from runner.train.options import Options
 from runner.train.parts import Parts
 from runner.train.prefetch import Prefetcher
+from runner.train.selection import Selection
 
 log = logging.getLogger("runner")
 
@@ -150,6 +153,8 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
         meter=throughput.Meter(expected.flops_per_token, peak, prepares=options.task.prepare is not None),
         async_metrics=AsyncMetrics.of(inputs.device),
         quote=partial(quote, inputs.tokenizer),
+        answering=Answering(inputs.asked, model, inputs.tokenizer, wrapped, ranks, keeping(rundir.answers, ranks)),
+        selection=Selection.of(inputs.settings, is_larger_better=options.is_larger_better),
         extra_metrics=lambda: ranks.largest(usage.metrics()),
     )
 
@@ -159,15 +164,21 @@ def _step_batches(
 ) -> step_batches.StepBatches:
     """The model must have the weights of the start."""
 
-    def show(step: int, samples: list[dict[str, Any]]) -> None:
-        if ranks.rank == 0:
-            rundir.rollouts.mkdir(exist_ok=True)
-            path = rundir.rollouts / f"step-{step:06d}.json"
-            write_atomic(path, json.dumps(samples, indent=1, ensure_ascii=False))
-
     task = inputs.options.task
     start = step_batches.start_of(model) if task.needs_start else step_batches.none
+    show = keeping(rundir.rollouts, ranks)
     return step_batches.StepBatches(task, model, inputs.tokenizer, wrapped, ranks, start, show)
+
+
+def keeping(folder: Path, ranks: Ranks) -> step_batches.Show:
+    """Writes the samples of an evaluation, for people to read."""
+
+    def show(step: int, samples: list[dict[str, Any]]) -> None:
+        if ranks.rank == 0:
+            folder.mkdir(exist_ok=True)
+            write_atomic(folder / f"step-{step:06d}.json", json.dumps(samples, indent=1, ensure_ascii=False))
+
+    return show
 
 
 def resolve_attention(

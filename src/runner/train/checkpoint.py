@@ -51,6 +51,15 @@ class Progress:
     """Sums since the last record of training metrics."""
     timing: dict[str, Any] = field(default_factory=dict)
     """Fields of ``throughput.Timing``."""
+    best_step: int = 0
+    """Step of the best evaluation, whose checkpoint is kept; 0: none is selected."""
+    best_value: float | None = None
+    without_gain: int = 0
+    """Evaluations since one that was better."""
+    high_losses: int = 0
+    """Steps since the loss was low enough."""
+    ended: str = ""
+    """Why training ends at this step, before its last one."""
 
 
 @dataclass
@@ -124,7 +133,7 @@ class Checkpoints:
                 final.rename(before)  # if killed before the next line, `_tidy` renames it back
             aside.rename(final)
             _flush(self.folder)
-            self._prune(progress.step)
+            self._prune(progress)
         except (OSError, SafetensorError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 self._tidy()
@@ -147,7 +156,25 @@ class Checkpoints:
         _load_trainable(model, load_file(folder / WEIGHTS), folder)
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         shards.load_optimizer_state(optimizer, state)
-        return Progress(**json.loads((folder / PROGRESS).read_text()))
+        progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+        self.forget_lost_best(progress)
+        return progress
+
+    def forget_lost_best(self, progress: Progress) -> None:
+        """Forget the best step if its checkpoint is lost or damaged, with a warning."""
+        folder = self.folder / f"step-{progress.best_step:06d}"
+        problem = _problem(folder) if self.ranks.rank == 0 and progress.best_step else ""
+        if problem := self.ranks.broadcast(problem):
+            warnings.warn(f"the checkpoint of the best step, {folder.name}, is lost: {problem}", stacklevel=2)
+            progress.best_step, progress.best_value = 0, None
+
+    def restore_best(self, model: torch.nn.Module, progress: Progress) -> None:
+        """Give the model the weights of the best step, if one is selected."""
+        self.finish()
+        self.forget_lost_best(progress)
+        if progress.best_step not in (0, progress.step):
+            folder = self.folder / f"step-{progress.best_step:06d}"
+            _load_trainable(model, load_file(folder / WEIGHTS), folder)
 
     def _newest_valid(self) -> str | None:
         """The name of the newest valid checkpoint; renames damaged ones."""
@@ -177,9 +204,10 @@ class Checkpoints:
         for partial in self.folder.glob(f".step-*.{PARTIAL}"):
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _prune(self, written: int) -> None:
-        """Delete checkpoints older than step ``written`` beyond ``keep``, and hidden folders up to that step."""
-        for step in [step for step in self._steps() if step < written][self.keep - 1 :]:
+    def _prune(self, progress: Progress) -> None:
+        """Delete checkpoints older than this one beyond ``keep``, except the best, and hidden folders up to it."""
+        written, older = progress.step, [step for step in self._steps() if step < progress.step]
+        for step in [step for step in older[self.keep - 1 :] if step != progress.best_step]:
             shutil.rmtree(self.folder / f"step-{step:06d}", ignore_errors=True)
         for aside in (*self.folder.glob(f".step-*.{BEFORE}"), *self.folder.glob(f".step-*.{DAMAGED}")):
             if int(aside.name.split("-")[1].partition(".")[0]) <= written:

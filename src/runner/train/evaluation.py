@@ -10,27 +10,37 @@ import torch
 
 from runner.data.batches import Batches
 from runner.tasks.task import Task
+from runner.train.checkpoint import Progress
 from runner.train.parts import Hooks, Parts
 from runner.train.step_batches import StepBatches, nowhere
 
 
-def is_due(step: int, parts: Parts) -> bool:
-    every = parts.settings.eval_steps
-    return step in (0, parts.total_steps) or (every is not None and step % every == 0)
+def is_over(progress: Progress, parts: Parts) -> bool:
+    """Whether training ends here: after the last step, or earlier."""
+    return progress.step >= parts.total_steps or bool(progress.ended)
+
+
+def is_due(progress: Progress, parts: Parts) -> bool:
+    step, every = progress.step, parts.settings.eval_steps
+    return step == 0 or is_over(progress, parts) or (every is not None and step % every == 0)
 
 
 def evaluate(parts: Parts, step: int, hooks: Hooks) -> dict[str, float]:
     """The task's metrics on the whole evaluation split."""
 
-    def before(done: int, count: int) -> None:
+    of_rows = sum(batches.batches_in_pass for _, batches in parts.evaluation.by_part())
+    count = of_rows + parts.answering.rounds
+
+    def before(done: int, _: int = 0) -> None:
         parts.ranks.agree(hooks.check_stop)
         hooks.evaluating(done, count)
 
     sums = sums_of(parts.step_batches, parts.evaluation, before, step)
-    count = sum(batches.batches_in_pass for _, batches in parts.evaluation.by_part())
+    of_answers = parts.answering.metrics(step, lambda done: before(of_rows + done))
     hooks.evaluating(count, count)
     parts.meter.pause()
-    return metrics_of(parts.task, {name: over_ranks(parts, each) for name, each in sums.items()})
+    metrics = metrics_of(parts.task, {name: over_ranks(parts, each) for name, each in sums.items()})
+    return {**metrics, **{f"eval/{name}": value for name, value in of_answers.items()}}
 
 
 def metrics_of(task: Task, sums: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from runner.data.batches import Batches
 from runner.models import architecture, tokenizer_files
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
-from runner.train import devices, teacher
+from runner.train import answers, devices, teacher
 from runner.train.distributed.ranks import ALONE, Ranks
 from runner.train.memory import peak, usage
 from runner.train.options import DataSet, Options
@@ -36,7 +36,9 @@ class Inputs:
     total_steps: int
     device: torch.device
     notes: list[tuple[str, str]]
-    """(label, text) of what the task notes about the data, for ``plan``."""
+    """(label, text) of the task's remarks about the data, for ``plan``."""
+    asked: answers.Questions
+    """What the model is asked at each evaluation."""
     teacher: Teacher | None = None
     """The model that this one learns from; not loaded yet."""
     estimate: peak.Expected | None = None
@@ -65,10 +67,14 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     source = replace(source, head=options.model.head)
     steps = batches.order.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     batches.order.repeats(steps)  # refuses too many
+    asked = answers.questions(settings, options.code, evaluation, tokenizer)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
+    notes += answers.note(asked, tokenizer)
     if device.type == "cpu":
         usage.begin()
-    return Inputs(options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes, taught_by)
+    return Inputs(
+        options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes, asked, taught_by
+    )
 
 
 def compute_at_once(inputs: Inputs, rows: int) -> Inputs:

@@ -38,15 +38,16 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
     parts.meter.resume(Timing(**progress.timing))
     try:
         while True:
-            if evaluation.is_due(progress.step, parts) and not progress.evaluated:
+            if evaluation.is_due(progress, parts) and not progress.evaluated:
                 catch_up(parts, progress, hooks)
                 metrics = evaluation.evaluate(parts, progress.step, hooks)
                 progress.evaluated = True
                 hooks.record(progress.step, metrics)
-            if boundary(progress) != saved and save_is_due(progress.step, parts):
+                parts.selection.evaluated(progress, metrics)
+            if boundary(progress) != saved and save_is_due(progress, parts):
                 save(parts, progress, hooks)
                 saved = boundary(progress)
-            if progress.step >= parts.total_steps:
+            if evaluation.is_over(progress, parts):
                 parts.checkpoints.finish()
                 return progress
             optimizer_step(parts, progress, hooks)
@@ -79,6 +80,7 @@ class Sums:
 
     step: Step
     sums: dict[str, float]
+    loss: float
     norm: float
     """Gradient norm before clipping."""
 
@@ -98,7 +100,8 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     torch.manual_seed(derived_seed(parts.seed, step, parts.ranks.rank))
     kinds = list(dict.fromkeys(["tokens", "trained", *parts.task.divisors.values()]))
     counts = (sum(batch[kind] for batch in micro_batches) for kind in kinds)
-    totals = dict(zip(kinds, parts.ranks.agree(hooks.check_stop, *counts), strict=True))
+    late, *agreed = parts.ranks.agree(hooks.check_stop, float(hooks.is_late()), *counts)
+    totals = dict(zip(kinds, agreed, strict=True))
     learning_rate = set_learning_rate(parts.optimizer, parts.schedule(step, parts.total_steps))
 
     sums: dict[str, torch.Tensor] = {}
@@ -118,6 +121,7 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     progress.tokens = tokens
     progress.trained_tokens += int(totals["trained"])
     progress.evaluated = False
+    progress.ended = f"stopped at step {step + 1}: train.max_minutes={settings.max_minutes:g}" if late else ""
     parts.meter.step(int(totals["tokens"]), **waits)
     for result in due:
         note(parts, progress, hooks, result)
@@ -148,8 +152,9 @@ def checked(parts: Parts, step: Step, numbers: list[float]) -> Sums:
     """
     *local, norm = numbers
     sums = evaluation.over_ranks(parts, dict(zip(step.names, local, strict=True)))
-    check_finite(parts, step.number, parts.task.step_loss(sums, step.totals), norm)
-    return Sums(step, sums, norm)
+    loss = float(parts.task.step_loss(sums, step.totals))
+    check_finite(parts, step.number, loss, norm)
+    return Sums(step, sums, loss, norm)
 
 
 def note(parts: Parts, progress: Progress, hooks: Hooks, result: Sums) -> None:
@@ -159,7 +164,9 @@ def note(parts: Parts, progress: Progress, hooks: Hooks, result: Sums) -> None:
         name: parts.task.combined(name, progress.window[name], value) if name in progress.window else value
         for name, value in result.sums.items()
     }
-    if number % parts.settings.logging_steps == 0 or number == parts.total_steps:
+    parts.selection.stepped(progress, number, result.loss)
+    is_last = number == parts.total_steps or (bool(progress.ended) and number == progress.step)
+    if number % parts.settings.logging_steps == 0 or is_last:
         hooks.record(number, training_metrics(parts, progress, result))
         progress.window = {}
 
@@ -199,9 +206,10 @@ def training_metrics(parts: Parts, progress: Progress, result: Sums) -> dict[str
     }
 
 
-def save_is_due(step: int, parts: Parts) -> bool:
-    every = parts.settings.save_steps
-    return step == parts.total_steps or (every is not None and step > 0 and step % every == 0)
+def save_is_due(progress: Progress, parts: Parts) -> bool:
+    step, every = progress.step, parts.settings.save_steps
+    is_best = progress.evaluated and 0 < step == progress.best_step
+    return is_best or evaluation.is_over(progress, parts) or (every is not None and step > 0 and step % every == 0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

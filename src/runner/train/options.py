@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runner.config import data_nodes, lora_start, schema, user_code, user_function
+from runner.config import control, data_nodes, lora_start, schema, user_code, user_function
 from runner.config.bind import bind
 from runner.data import formats
 from runner.data.examples import Example
@@ -137,6 +137,16 @@ class Options:
                 {"format": form, "task": self._cfg["task"], **code},
             )
         return sets
+
+    @property
+    def is_larger_better(self) -> bool:
+        """Whether larger values of ``train.metric_for_best_model`` are better."""
+        return control.direction(self._cfg) == "maximize"
+
+    @property
+    def code(self) -> list[str]:
+        """Where the user's code is."""
+        return [str(path) for path in user_code.paths_of(self._cfg)]
 
     @property
     def data_path(self) -> str | None:

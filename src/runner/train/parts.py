@@ -12,11 +12,13 @@ from runner.config.schema import TrainSettings
 from runner.data.batches import Batches
 from runner.models.kernels.compilation import Choice
 from runner.tasks.task import Task
+from runner.train.answers import Answering
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
 from runner.train.prefetch import Prefetcher
+from runner.train.selection import Selection
 from runner.train.step_batches import StepBatches
 from runner.train.throughput import Meter
 
@@ -48,6 +50,8 @@ class Parts:
     async_metrics: AsyncMetrics[Step]
     quote: Callable[[dict[str, Any]], str]
     """Batch → the beginning of its text, for error messages."""
+    answering: Answering
+    selection: Selection
     extra_metrics: Callable[[], dict[str, float]]
     """More metrics for a record, such as memory; a collective call on all ranks."""
 
@@ -66,6 +70,8 @@ class Hooks:
     """Raises Stopped if a stop was requested; called only where the state can be saved."""
     warm: Callable[[], None]
     """Called after the first step of this process; graphs compiled later count as recompilations."""
+    is_late: Callable[[], bool] = lambda: False
+    """Whether the next step is the last one, because the time is over; one rank decides for all."""
 
 
 @dataclass(frozen=True)

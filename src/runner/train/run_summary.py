@@ -191,13 +191,17 @@ def numbers(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) ->
     ``seconds``: training time of all attempts.
     """
     evaluations = {record["step"]: record for record in metrics_log.read(rundir) if "eval/loss" in record}
-    first, last = evaluations.get(0, {}), evaluations.get(progress.step, {})
-    named = [part.name for part, _ in parts.evaluation.by_part() if part.name]
-    names = ["eval/loss", *(f"eval/{name}" for name in parts.task.summary), *(f"eval/{name}/loss" for name in named)]
+    best, kept = parts.selection.metric, progress.best_step or progress.step
+    first, last = evaluations.get(0, {}), evaluations.get(kept, {})
+    named = [f"{part.name}/loss" for part, _ in parts.evaluation.by_part() if part.name]
+    shown = [*parts.task.summary, *parts.answering.asked.functions.names, *named]
+    names = dict.fromkeys(["eval/loss", *(f"eval/{name}" for name in shown), *([best] if best else [])])
     return {
         **{f"{name} before": first[name] for name in names if name in first},
         **{name: last[name] for name in names if name in last},
+        "reason": progress.ended,
         "steps": progress.step,
+        **({"best step": kept, "best metric": best} if best else {}),
         "train/tokens": progress.tokens,
         "trained tokens": progress.trained_tokens,
         "training seconds": seconds,
@@ -242,6 +246,11 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
     rows = [
         *[[label, _change(numbers, name)] for label, name in _shown(numbers)],
         ["steps, tokens", f"{numbers['steps']}, {numbers['train/tokens']} ({numbers['trained tokens']} trained)"],
+        *(
+            [["model", f"of step {step}, the best by {numbers['best metric']}"]]
+            if (step := numbers.get("best step"))
+            else []
+        ),
         ["time", terminal.duration(numbers["training seconds"])],
         ["time of each part", ", ".join(f"{part} {_seconds(s)}" for part, s in numbers["part seconds"].items())],
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -97,6 +98,7 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
     if leads:
         _refuse_removed(rundir, folder)
     with stop.at_once(), clock.parts.timing("saving"):  # the last step is saved
+        parts.checkpoints.restore_best(parts.model, progress)
         pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
     with stop.at_once(), clock.parts.timing("samples"):
         _answer(rundir, ask, samples, "after", writes=leads)
@@ -165,6 +167,7 @@ def _writing_hooks(
                 saving=partial(metrics_log.sync_to_disk, rundir),
                 check_stop=check_stop,
                 warm=lambda: graphs.append(compilation.graphs()),
+                is_late=lambda: clock.seconds() >= 60 * (inputs.settings.max_minutes or math.inf),
             )
         finally:
             # A checkpoint may be newer than the last record (train.logging_steps).

@@ -77,7 +77,8 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
             with clock.parts.timing("loading"):
                 loaded = training.load(rundir, options, ranks)
         summary = training.train(rundir, loaded, stop, clock)
-        rundir.write_state(status="completed", reason="", summary=summary, seconds=clock.seconds())
+        reason = summary.pop("reason", "")
+        rundir.write_state(status="completed", reason=reason, summary=summary, seconds=clock.seconds())
         code = 0
     except (Stopped, KeyboardInterrupt) as error:
         # A launcher stops the remaining ranks when one rank fails.

@@ -86,6 +86,7 @@ class MlflowRun:
         for path in (self.rundir.metrics, self.rundir.system):
             self._send_records(client, run, path)
         self._send_evaluations(client, run)
+        self._send_answers(client, run)
         try:
             if ended and run.data.tags.get(UPLOADED_TAG) != str(state.updated):
                 self._send_results(client, run)
@@ -170,6 +171,15 @@ class MlflowRun:
         client.log_artifact(run.info.run_id, str(path))
         self.positions[path] = position
 
+    def _send_answers(self, client: MlflowClient, run: Run) -> None:
+        """The answers of each evaluation as tables; those that a resumed run writes again are sent again."""
+        for folder in (self.rundir.answers, self.rundir.rollouts):
+            for path in sorted(folder.glob("step-*.json")):
+                position = (path.stat().st_ino, path.stat().st_size)
+                if self.positions.get(path) != position:
+                    upload.send_table(client, run, json.loads(path.read_text()), f"{folder.name}/{path.name}")
+                    self.positions[path] = position
+
     def _send_status(self, client: MlflowClient, run: Run, state: State) -> None:
         if self.status == STATUS[state.status]:
             return
@@ -193,7 +203,7 @@ class MlflowRun:
             client.log_artifacts(run.info.run_id, str(self.rundir.model), self.rundir.model.name)
             model = self.rundir.read_manifest().get("model") or {}
             params = {"base": str(model.get("path")), "revision": str(model.get("revision"))}
-            kind, step = "adapter" if is_adapter else "model", self.rundir.read_state().step
+            kind, step = "adapter" if is_adapter else "model", self.rundir.read_state().model_step
             upload.send_model(client, run, str(model.get("name") or "model"), kind, params, step)
 
     def close_doubles(self) -> None:

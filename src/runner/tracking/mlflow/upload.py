@@ -166,12 +166,18 @@ def plain(name: str) -> str:
     return re.sub(r"[^\w-]", "-", name)
 
 
+TABLES_TAG, MOST_TABLES = "mlflow.loggedArtifacts", 100
+"""The tag by which MLflow's pages find tables; it has a longest length."""
+
+
 def send_table(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]], name: str) -> None:
     """Upload rows as an MLflow table. MLflow's ``log_table`` would append the same rows again at every resume."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
     client.log_text(run.info.run_id, json.dumps(table, ensure_ascii=False), name)
-    send_tags(client, run, {"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"}])})
+    tables = [each for each in json.loads(run.data.tags.get(TABLES_TAG) or "[]") if each.get("path") != name]
+    tables = [*tables, {"path": name, "type": "table"}][-MOST_TABLES:]
+    send_tags(client, run, {TABLES_TAG: json.dumps(tables)})
 
 
 def set_status(client: MlflowClient, run: Run, status: str, ended: float | None) -> None:

@@ -1,0 +1,157 @@
+"""Metrics of the answers that the model writes to held-out prompts at each evaluation: ``train.metrics``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.config import control
+from runner.config.schema import TrainSettings
+from runner.data.batches import Batches
+from runner.data.packing import IGNORED
+from runner.errors import ConfigError, Fault
+from runner.tasks import rollout, sampling
+from runner.tasks.reward_functions import Rewards
+from runner.tasks.sampling import Sampling
+from runner.train.distributed.ranks import Ranks
+from runner.train.distributed.wrap import Wrapped
+
+SHOWN = 8
+"""Answers of an evaluation that are kept for people to read."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out prompt."""
+
+    ids: list[int]
+    columns: dict[str, Any]
+    """What the functions are given of the row: ``reference``, and with prompts as data its other columns."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The held-out prompts, and the functions that score the answers to them."""
+
+    prompts: list[Prompt]
+    functions: Rewards
+    most_tokens: int
+    at_a_time: int
+
+    def rounds(self, ranks: Ranks) -> int:
+        """How many batches each rank answers: equally many, as the ranks of a sharded model need each other."""
+        of_rank = -(-len(self.prompts) // ranks.world)
+        return -(-of_rank // self.at_a_time)
+
+    def scored(self, prompts: Sequence[Prompt], answers: Sequence[list[int]], tokenizer: Any) -> tuple[list[str], Any]:
+        """(texts of the answers, scores (answers, functions))."""
+        texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        if not prompts:
+            return texts, np.zeros((0, len(self.functions.references)))
+        columns = {key: [prompt.columns.get(key) for prompt in prompts] for key in prompts[0].columns}
+        shown = [tokenizer.decode(prompt.ids) for prompt in prompts]
+        return texts, self.functions.of(shown, texts, list(map(list, answers)), columns)
+
+
+def questions(settings: TrainSettings, code: Sequence[str], evaluation: Batches, tokenizer: Any) -> Questions:
+    """The first ``train.metric_rows`` held-out prompts.
+
+    Raises:
+        ConfigError, DataError: no row has a prompt, or a function does not score the references.
+    """
+    references = [control.function_of(name) for name in settings.metrics]
+    functions = Rewards(
+        references, tuple(code), [1.0] * len(references), settings.metric_timeout_s, control.METRICS,
+        "train.metric_timeout_s",
+    )  # fmt: skip
+    asked = _prompts(evaluation, tokenizer, settings.metric_rows) if references else []
+    if references and not asked:
+        problem = "no held-out row has a prompt with an answer after it"
+        raise ConfigError(Fault(control.METRICS, problem, "set it to []", settings.metrics))
+    return Questions(asked, functions, settings.metric_tokens, settings.rows_at_a_time)
+
+
+def note(asked: Questions, tokenizer: Any) -> list[tuple[str, str]]:
+    """What the functions give for the reference answer to the first prompt, for ``plan``: each is called once."""
+    if not asked.prompts:
+        return []
+    first = asked.prompts[0]
+    reference = tokenizer(str(first.columns["reference"] or ""), add_special_tokens=False)["input_ids"]
+    _, scores = asked.scored([first], [reference], tokenizer)
+    given = ", ".join(f"{name} {value:g}" for name, value in zip(asked.functions.names, scores[0], strict=True))
+    return [("metrics", f"{given} for the reference answer to the first of {len(asked.prompts)} prompts")]
+
+
+def _prompts(evaluation: Batches, tokenizer: Any, count: int) -> list[Prompt]:
+    """The tokens before the first trained one of each unit of rows, and the text of the answer that begins there.
+
+    An answer that may be cut at ``data.max_length`` is no reference: its row is left out.
+    """
+    rows, found = evaluation.rows, list[Prompt]()
+    for row in range(0, len(rows), rows.unit):
+        ids, labels = rows[row]
+        trained = np.flatnonzero(labels != IGNORED)
+        if rows.records is not None:
+            record = json.loads(rows.records[row])
+            found.append(Prompt(ids.tolist(), {**record["columns"], "reference": record["answer"]}))
+        elif len(trained) and trained[0] > 0:
+            gaps = np.flatnonzero(np.diff(trained) > 1)
+            end = trained[gaps[0]] if len(gaps) else trained[-1]
+            if end == evaluation.max_length - 1:
+                continue
+            text = tokenizer.decode(ids[trained[0] : end + 1].tolist(), skip_special_tokens=True).strip()
+            found.append(Prompt(ids[: trained[0]].tolist(), {"reference": text}))
+        if len(found) == count:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Answers the prompts with the model as it is, on all ranks."""
+
+    asked: Questions
+    model: Any
+    tokenizer: Any
+    wrapped: Wrapped
+    ranks: Ranks
+    show: Callable[[int, list[dict[str, Any]]], None]
+    """(step, table) → None."""
+
+    @property
+    def rounds(self) -> int:
+        return self.asked.rounds(self.ranks)
+
+    @torch.no_grad()
+    def metrics(self, step: int, before: Callable[[int], None]) -> dict[str, float]:
+        """The mean score of each function over the answers that it scores; ``before`` each batch with its number."""
+        if not self.rounds:
+            return {}
+        own, size = self.asked.prompts[self.ranks.rank :: self.ranks.world], self.asked.at_a_time
+        ends = rollout.ends(self.model, self.tokenizer)
+        how = Sampling(self.asked.most_tokens, 1.0, ends, self.tokenizer.pad_token_id)
+        self.model.eval()
+        answers = list[list[int]]()
+        with sampling.merged(self.model), self.wrapped.autocasting():
+            for number in range(self.rounds):
+                before(number)
+                part = own[number * size : (number + 1) * size]
+                answers += sampling.answers(self.model, [prompt.ids for prompt in part], None, how)
+        texts, scores = self.asked.scored(own, answers, self.tokenizer)
+        self.show(step, [self._sample(*each) for each in zip(own[:SHOWN], texts, scores, strict=False)])
+        sums = [*np.nansum(scores, 0), *(~np.isnan(scores)).sum(0)]
+        totals = self.ranks.agree(lambda: None, *map(float, sums))
+        names = self.asked.functions.names
+        pairs = zip(names, totals[: len(names)], totals[len(names) :], strict=True)
+        return {name: total / count for name, total, count in pairs if count}
+
+    def _sample(self, prompt: Prompt, text: str, scores: np.ndarray) -> dict[str, Any]:
+        named = zip(self.asked.functions.names, scores, strict=True)
+        shown = {name: None if np.isnan(score) else float(score) for name, score in named}
+        reference = prompt.columns["reference"]
+        return {"prompt": self.tokenizer.decode(prompt.ids), "reference": reference, "answer": text, **shown}
