@@ -196,7 +196,7 @@ def rewards_of(tmp_path: Path, body: str, timeout_s: float = 5.0) -> Rewards:
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        ("return [1.0]", "returned 1 rewards for 2 answers"),
+        ("return [1.0]", "returned 1 numbers for 2 answers"),
         ("return [1.0, float('nan')]", "returned nan for answer 2"),
         ("return [1.0, 'good']", "returned 'good' for answer 2"),
         ("return 1.0", "returned float, not a list of numbers"),

@@ -12,7 +12,7 @@ from test_loop import Recorded, parts_of
 
 from runner.errors import ConfigError, DataError
 from runner.tasks import answer_metrics
-from runner.train import answers, loop
+from runner.train import answers, evaluation
 
 ASKED = (*TINY, "train.metric_rows=2", "train.metric_tokens=4", "train.max_steps=2")
 OWN = """

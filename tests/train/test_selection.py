@@ -148,7 +148,17 @@ def test_what_cannot_take_effect_is_refused(words: str, problem: str):
 def test_the_names_of_metrics_say_what_their_tasks_say():
     from runner.sweep import algorithms
 
-    for task in ("sft", "pretrain", "dpo", "kto", "reward", "classify", "grpo", "sft task.loss_type=dft"):
+    for task in (
+        "sft",
+        "pretrain",
+        "dpo",
+        "kto",
+        "reward",
+        "classify",
+        "grpo",
+        "sft task.loss_type=dft",
+        "distill task.teacher=runner/tiny",
+    ):
         rewards = ["task.rewards=[functools:reduce]", "data.packing=false"] * (task == "grpo")
         cfg = composed(*TINY, *f"task={task}".split(), *rewards)
         for name, direction in algorithms.logged(cfg).items():

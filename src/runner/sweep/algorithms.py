@@ -170,8 +170,9 @@ def _objective_faults(objective: str | list[str], direction: str | list[str]) ->
 
 def logged(cfg: Mapping[str, Any]) -> dict[str, Direction | None]:
     """Every metric that runs of this configuration log → its direction; None: neither is better by itself."""
-    measures = control.measures(cfg)
-    trained = (f"train/{name}" for name in bind(cfg["task"], "task")().train_metrics)
+    measures, task = control.measures(cfg), bind(cfg["task"], "task")()
+    prepares = ["prepare_fraction"] if task.prepare is not None else []
+    trained = (f"train/{name}" for name in (*task.train_metrics, *prepares))
     of_training = {name: measures.get(name.replace("train/", "eval/", 1)) for name in trained}
     rated = {name: _by_name(name) if columns.is_rated(name) else None for name in OF_ALL}
     return {**rated, **of_training, **measures}

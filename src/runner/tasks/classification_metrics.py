@@ -20,10 +20,10 @@ SUMMARY: Mapping[str, tuple[str, ...]] = {
 """The metrics shown at the end, with what a constant answer reaches on the same rows."""
 OF_CLASSES: Measures = {"loss": "minimize", "accuracy": "maximize", "macro_f1": "maximize"}
 MEASURES: Mapping[str, Measures] = {
-    "single": {**OF_CLASSES, "majority_accuracy": None},
-    "multi": {**OF_CLASSES, "label_accuracy": "maximize", "majority_label_accuracy": None},
+    "single": OF_CLASSES,
+    "multi": {**OF_CLASSES, "label_accuracy": "maximize"},
     "regression": {
-        "loss": "minimize", "mse": "minimize", "mae": "minimize", "pearson": "maximize", "mean_loss": None,
+        "loss": "minimize", "mse": "minimize", "mae": "minimize", "pearson": "maximize",
     },
 }  # fmt: skip
 

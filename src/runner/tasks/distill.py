@@ -22,7 +22,7 @@ from runner.tasks.cross_entropy import Shaping
 from runner.tasks.own_answers import OwnAnswers
 from runner.tasks.sft import sft
 from runner.tasks.soft_targets import Soft
-from runner.tasks.task import Task, Teacher, token_losses, token_metrics
+from runner.tasks.task import OF_TOKENS, Task, Teacher, token_losses, token_metrics
 
 
 def distill(
@@ -65,6 +65,7 @@ def distill(
         weights=True,
         train_metrics=("loss", "divergence"),
         summary=("divergence", "perplexity"),
+        measures={**OF_TOKENS, "divergence": "minimize", "nll": "minimize"},
         teacher=Teacher(teacher, teacher_quant, top_k),
         answers=Answers(1, own.most_tokens, of_prompts=False) if own else None,
         prepare=own.prepare if own else None,

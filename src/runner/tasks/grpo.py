@@ -56,6 +56,8 @@ def grpo(
         beta if is_rloo else 0.0, mask_truncated, num_iterations > 1, beta > 0,
     )  # fmt: skip
     lower, upper = (epsilon, epsilon if epsilon_high is None else epsilon_high)
+    of_loss = {"kl": beta > 0 and not is_rloo, "clip_ratio": lower is not None or upper is not None}
+    trained = (*rollout.METRICS, *(name for name, is_logged in of_loss.items() if is_logged))
 
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         statistics = batch.get(rollout.STATISTICS, {})
@@ -74,7 +76,7 @@ def grpo(
             "tokens": lengths.sum(),
             "entropy": -new.detach().sum(),
             **({"kl": kl.detach().sum()} if kl is not None else {}),
-            **({"clip_ratio": clipped.sum()} if lower is not None or upper is not None else {}),
+            **({"clip_ratio": clipped.sum()} if of_loss["clip_ratio"] else {}),
             **{name: torch.tensor(float(value), device=new.device) for name, value in statistics.items()},
         }
 
@@ -101,7 +103,7 @@ def grpo(
         needs_start=beta > 0,
         passes_without_gradient=1 + (num_iterations > 1 or how.kl_in_reward > 0) + (beta > 0),
         inspect=inspect,
-        train_metrics=("loss", *rollout.METRICS, *(f"rewards/{name}" for name in scores.names)),
+        train_metrics=("loss", *trained, *(f"rewards/{name}" for name in scores.names)),
         summary=("reward", "completions/mean_length"),
         measures={**rollout.OF_ANSWERS, **{f"rewards/{name}": "maximize" for name in scores.names}},
     )

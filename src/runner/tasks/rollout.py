@@ -25,7 +25,7 @@ STATISTICS = "statistics"
 SHOWN = 8
 """Answers of an evaluation that are kept for people to read."""
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio",
-           "entropy", "kl", "clip_ratio")  # fmt: skip
+           "entropy")  # fmt: skip
 OF_ANSWERS: Measures = {
     "loss": "minimize", "reward": "maximize", "completions/mean_length": None, "completions/clipped_ratio": None,
 }  # fmt: skip

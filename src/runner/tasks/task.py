@@ -98,7 +98,8 @@ class Task:
     train_metrics: tuple[str, ...] = ("loss",)
     """The metrics that are logged for training steps too, as ``train/…``."""
     measures: Measures = field(default_factory=dict)
-    """What ``metrics`` gives for an evaluation, beside metrics that exist only with certain rows; empty: not known."""
+    """What ``metrics`` gives for an evaluation, beside baselines, which never change, and metrics that exist only with
+    certain rows; empty: not known."""
     summary: tuple[str, ...] = ("perplexity",)
     """The metrics that the summary at the end shows beside the loss, before and after training."""
     teacher: Teacher | None = None
