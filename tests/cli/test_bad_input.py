@@ -78,6 +78,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("top-level key added with a plus", ["+sead=1"], "did you mean 'seed'"),
     ("misspelt experiment", ["experiment=qlra"], "did you mean 'qlora'"),
     ("misspelt nested option", ["data/format=alpacca"], "did you mean 'alpaca'"),
+    ("a dot for a nested option", ["data.format=alpaca"], "choose the format with data/format=alpaca"),
     ("a group set like a key", ["quant=4bit", "lora=8"], "no such option"),
     ("wrong type: a word for a number", ["lora.r=abc"], "must be a whole number"),
     ("wrong type: a fraction of a step", ["train.max_steps=1.5"], "must be a whole number"),

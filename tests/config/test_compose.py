@@ -165,6 +165,25 @@ def test_a_key_that_only_the_swept_options_have():
             jobs_of([f"quant={order}", "quant.double=false"])
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [(["lora.r=range(9,4)"], r"lora\.r=range\(9,4\): has no values"), (["quant=glob(x*)"], "quant=.*: has no values"),
+     (["lora.r=glob(*)"], r"lora\.r=.*: has no values"), (["seed=range(1,1000000000)"], "more than 10,000"),
+     (["seed=range(1,102)", "lora.r=range(1,101)"], "more than 10,000 combinations"),
+     (["lora.r=4,8", "lora.r=16"], r"lora\.r=4,8: is set twice"),
+     (["quant=none,4bit", "+quant=8bit"], "quant=none,4bit: is set twice")],
+)  # fmt: skip
+def test_a_grid_has_values_each_once_and_not_too_many(words: list[str], problem: str):
+    with pytest.raises(ConfigError, match=problem):
+        jobs_of(words)
+
+
+@pytest.mark.parametrize("form", ["${hydra:job.num}", "${hydra.job.num}"])
+def test_folders_of_jobs_may_be_their_numbers(form: str):
+    jobs = jobs_of(["seed=1,2", "sweep=one", f"hydra.sweep.subdir={form}"])
+    assert [Path(job.folder).name for job in jobs] == ["0", "1"]
+
+
 def test_parameters_of_our_own_sweeper_are_refused():
     for word in ('+hydra.sweeper.params={seed:"1,2"}', "hydra.sweeper.params.seed=1"):
         with pytest.raises(ConfigError, match="write the keys and their values themselves"):
@@ -188,6 +207,8 @@ def test_paths_of_hydra_stay_in_their_folder(word: str):
      ("name=\udcff", "not UTF-8"),
      ("name=\x1b[31m", "control characters"), ("quant=[4bit,fp4]", "not a list"), ("~tracking", "cannot be removed"),
      ("quant=", "name of one option"), ("experiment=", "name of one option"), ("hydra={}", "as a whole"),
+     ("experiment=null", "name of one option"), ("=4", "no key before ="), ("+=4", "no key before ="),
+     ("--package=lora", "no effect without --cfg"), ("--resolve", "no effect without --cfg"),
      ("+quant._code_=[x.py]", "cannot be set"), ("+_code_=[x.py]", "cannot be set")],
 )  # fmt: skip
 def test_words_that_nobody_can_mean(word: str, problem: str):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from runner.config import bind, code_files, user_code, user_function
-from runner.data import formats, row_shape
+from runner.data import formats, row_shape, splits
 from runner.errors import ConfigError, DataError
 
 EXCHANGE = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
@@ -137,8 +139,59 @@ def test_other_shapes_of_pairs():
         option("preference_swift")({"messages": EXCHANGE, "rejected_response": "Four."})
     with pytest.raises(DataError, match="needs role and content"):
         option("preference_openai")({**PAIRS["preference_openai"], "preferred_output": ["Four."]})
-    with pytest.raises(DataError, match="finds NoneType under 'messages'"):
+    with pytest.raises(DataError, match="needs an object with messages under 'input'"):
         option("preference_openai")({**PAIRS["preference_openai"], "input": "Two and two?"})
+
+
+def test_pairs_of_whole_conversations_may_repeat_the_prompt():
+    read, sides = option("preference"), {"chosen": EXCHANGE, "rejected": [EXCHANGE[0], REJECTED]}
+    pair = {"prompt": EXCHANGE[:1], "chosen": CHOSEN, "rejected": REJECTED}
+    assert read(sides) == read({"prompt": "Two and two?", **sides}) == pair
+    with pytest.raises(DataError, match="must be one answer of the assistant, it is: user, assistant"):
+        read({"prompt": "Another one?", **sides})
+    with pytest.raises(DataError, match="has no prompt under 'prompt', and 'chosen' is a text"):
+        read({"chosen": "Human: Two? Assistant: Four.", "rejected": "Human: Two? Assistant: Five."})
+
+
+def test_a_margin_may_be_the_text_of_a_number_and_be_ignored():
+    row = {**PAIRS["preference"], "margin": "0.5"}
+    assert option("preference")(row)["margin"] == 0.5
+    assert "margin" not in option("preference")(row, ignore=["margin"])
+    for margin in ("half", True, float("nan"), 1e300):
+        with pytest.raises(DataError, match="is not a finite number"):
+            option("preference")({**row, "margin": margin})
+
+
+@pytest.mark.parametrize("name", ["preference", "kto", "prompts"])
+def test_a_prompt_needs_a_text_and_no_list_that_is_written_as_text(name):
+    row = {**ROWS.get(name, {"prompt": "Two and two?"})}
+    option(name)(row)
+    for prompt, problem in ((" ", "the prompt is empty"), (str(EXCHANGE), "is a list of messages, written as text"),
+                            (json.dumps(EXCHANGE), "is a list of messages, written as text")):  # fmt: skip
+        with pytest.raises(DataError, match=problem):
+            option(name)({**row, "prompt": prompt})
+
+
+@pytest.mark.parametrize("column", ["completions", "prompts", "images", "weight"])
+def test_columns_of_prompts_that_cannot_reach_the_reward_functions(column):
+    with pytest.raises(DataError, match=f"has (a column )?'{column}'"):
+        option("prompts")({"prompt": "Two and two?", column: [2]})
+
+
+@pytest.mark.parametrize("key", ["text_pair", "sentence2", "hypothesis"])
+def test_a_label_of_two_texts_is_refused(key):
+    with pytest.raises(DataError, match=f"the row has '{key}'"):
+        option("label")({"text": "a", key: "b", "label": 1})
+
+
+def test_values_that_are_neither_text_nor_number_are_refused_with_their_place():
+    rows = [("x.jsonl:1", {"text": "a", "label": b"b"}), ("x.jsonl:2", {"text": "a", "label": "b"})]
+    with pytest.raises(DataError, match=r"x\.jsonl:1: contains a value of the type bytes"):
+        splits.collect(rows, option("label"), True, Counter())
+    with pytest.raises(DataError, match="chat_template_kwargs cannot be parsed as JSON"):
+        option("messages")({"messages": EXCHANGE, "chat_template_kwargs": "{enable_thinking"})
+    with pytest.raises(DataError, match="contains a value of the type bytes"):
+        option("messages")({"messages": EXCHANGE, "tools": [{"name": "f", "parameters": {"a": b"b"}}]})
 
 
 @pytest.mark.parametrize("name", JUDGED)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import os
 from pathlib import Path
 
@@ -68,6 +70,18 @@ def test_tables_of_parquet_that_cannot_be_read(tmp_path):
         rows(local(file))
 
 
+def test_parquet_gives_what_json_gives(tmp_path):
+    """Arrow knows other types, and gives each object the keys of all others."""
+    calls = [{"name": "f", "arguments": {"city": "Rome"}}, {"name": "g", "arguments": {"zip": 3}}]
+    dates = {"when": datetime.datetime(2024, 1, 2, 3, 4), "day": datetime.date(2024, 1, 2)}
+    numbers = {"half": decimal.Decimal("0.5"), "one": decimal.Decimal("1.00"), "none": None}
+    pq.write_table(pa.Table.from_pylist([{"calls": calls, **dates, **numbers}]), file := tmp_path / "x.parquet")
+    (row,) = rows(local(file))
+    assert row["calls"] == calls
+    assert (row["when"], row["day"]) == ("2024-01-02T03:04:00", "2024-01-02")
+    assert (row["half"], row["one"], type(row["one"]), row["none"]) == (0.5, 1, int, None)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message", "remedy"),
     [
@@ -81,6 +95,9 @@ def test_tables_of_parquet_that_cannot_be_read(tmp_path):
         ("x.txt", "\n", r"x\.txt: contains no rows", "add rows"),
         ("x.csv", "a,b\n", r"x\.csv: contains no rows", "add rows"),
         ("x.jsonl", b"\x80\x00\xff", r"x\.jsonl: is not UTF-8 text .* at byte 0", "iconv"),
+        ("x.csv", "prompt;completion\na;b\n", r"x\.csv: the columns are separated by ';', not by ','", "between"),
+        ("x.csv", "a,b\n1,2\n1,\0\n", r"x\.csv:3: contains the character NUL", "iconv -f utf-16le"),
+        ("x.txt", "a\n\nb".encode("utf-16-le"), r"x\.txt:1: contains the character NUL", "iconv -f utf-16le"),
         ("x.csv", "a,b,a\n1,2,3\n", r"x\.csv:1: the column 'a' occurs twice", "rename or remove"),
         (
             "x.parquet",

@@ -168,7 +168,11 @@ def test_rows_that_do_not_fit_are_refused(folder: Path) -> None:
     refused("unknown label 'pink'", {"text": "a", "label": "pink"})
     refused("not a text or a whole number", {"text": "a", "label": 0.5})
     refused("not a list", {"text": "a", "label": "a"}, task_of("multi"))
-    refused("not a finite number", {"text": "a", "label": "1"}, task_of("regression"))
+    for label in ("one", 1e300, 10**400, True):
+        refused("not a finite number", {"text": "a", "label": label}, task_of("regression"))
+    written = task_of("regression").encode(labelled.label({"text": "a", "label": "0.5"}, **KEYS), tokenizer, 64)
+    assert written[0]["target"] == 0.5
+    refused("has a class twice", {"text": "a", "label": [0, 1, 0]}, task_of("multi"))
     refused("is messages", {"prompt": "a", "label": "red"})
     refused("finds nothing .* under 'label'", {"text": "a"})
     refused("finds nothing .* under 'text'", {"label": "red"})
@@ -178,6 +182,9 @@ def test_rows_that_do_not_fit_are_refused(folder: Path) -> None:
         task.encode("a text", tokenizer, 64)
     with pytest.raises(DataError, match="1 of 1 classes"):
         classify.settle(classify.Settings("single", None, None, 0.0, None), examples("single")[:1])
+    rows = [{"prompt": "a", "label": name} for name in ("red", "green", "Red ")]
+    with pytest.raises(DataError, match="'red' and 'Red ', which look like one class"):
+        classify.settle(classify.Settings("single", None, None, 0.0, None), rows)
     with pytest.raises(DataError, match="none of pink"):
         task_of("single", labels=["red", "green", "blue", "pink"], class_weight="balanced")
 

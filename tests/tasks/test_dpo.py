@@ -136,6 +136,11 @@ def test_a_pair_that_cannot_be_compared_is_refused(models: Any) -> None:
     with pytest.raises(DataError, match="gives conversations, but this task needs pairs"):
         dpo.encode([message("user", "a"), message("assistant", "b")], tokenizer, 256)
     assert dpo.encode(example("a long question, longer than the limit", "b", "c"), tokenizer, 8) == []
+    late = example("a", "b" * 90 + "c", "b" * 90 + "d")
+    assert len(dpo.encode(late, tokenizer, 256)) == 2
+    assert dpo.encode(late, tokenizer, 64) == []  # cut to 64 tokens, both answers are the same
+    with pytest.raises(DataError, match="has a margin, which this task does not use"):
+        dpo.encode({**example("a", "b", "c"), "margin": 1.0}, tokenizer, 256)
 
 
 @pytest.mark.parametrize(

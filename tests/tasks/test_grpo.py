@@ -217,6 +217,12 @@ def test_a_function_that_sleeps_is_ended_also_if_it_catches_everything(tmp_path:
     assert time.monotonic() - began < 300
 
 
+def test_rows_may_have_different_columns(tmp_path: Path) -> None:
+    rewards = rewards_of(tmp_path, "return [0.0 if each is None else float(each) for each in columns['answer']]")
+    records = [{"prompt": "a", "columns": {}}, {"prompt": "b", "columns": {"answer": "4"}}]
+    assert rollout.scored(rewards, records, ["x", "y"], [[1], [2]])[:, 0].tolist() == [0.0, 4.0]
+
+
 def test_functions_see_the_columns_and_none_is_not_scored(tmp_path: Path) -> None:
     rewards = rewards_of(tmp_path, "return [None if key is None else len(key) for key in columns['key']]")
     scores = rewards.of(["a", "b"], ["c", "d"], [[1], [2]], {"key": ["xyz", None]})

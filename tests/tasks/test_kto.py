@@ -147,6 +147,7 @@ def test_labels_are_read_and_anything_else_is_refused() -> None:
         "completion": {"role": "assistant", "content": "Hello"},
         "label": False,
     }
+    assert [judged.kto({**row, "label": label}, **keys)["label"] for label in (1.0, 0.0, "1.0")] == [True, False, True]
     for label in (2, "good"):
         with pytest.raises(DataError, match="the label is"):
             judged.kto({**row, "label": label}, **keys)

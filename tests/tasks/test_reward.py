@@ -129,7 +129,7 @@ def test_pairs_that_cannot_be_compared_are_refused(loaded: Any) -> None:
         reward.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer, 256)
     keys = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "margin": "margin"}
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    for margin in ("1", float("nan"), True):
+    for margin in ("one", float("nan"), True):
         with pytest.raises(DataError, match="margin"):
             preference.preference({**row, "margin": margin}, **keys)
     assert "margin" not in preference.preference({**row, "margin": None}, **keys)

@@ -81,7 +81,12 @@ def test_the_cache_moves_with_its_variable(tmp_path: Path, monkeypatch: pytest.M
     assert cache_dir("models").is_dir()
 
 
-@pytest.mark.parametrize("content", ["", '{"status": "runn', "[]", '{"status": "resting"}', '{"speed": 1}', "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"status": "runn', "[]", '{"status": "resting"}', '{"speed": 1}', "\udcff",
+     '{"status": "failed", "summary": null}', '{"status": "failed", "summary": [1]}',
+     '{"status": "killed", "step": "many"}'],
+)  # fmt: skip
 def test_a_damaged_state_is_named_and_rebuilt_from_the_checkpoints(tmp_path: Path, content: str):
     rundir = RunDir(tmp_path)
     rundir.update_manifest(id="x")

@@ -85,7 +85,10 @@ def _data_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
 def _set_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
     settings, form, source = schema.split_data(dict(node))
     yield from bind.find_faults(settings, "data", schema.DataSettings)
-    yield from bind.find_faults(form, "data.format")
+    if isinstance(name := node.get("format"), str):
+        yield Fault("data.format", "is a group of keys", f"choose the format with data/format={name}", name)
+    else:
+        yield from bind.find_faults(form, "data.format")
     known = {*bind.keys_of(schema.DataSettings), "format"}
     for fault in bind.find_faults(source, "data"):
         if not fault.problem.startswith(bind.NO_KEY):

@@ -55,6 +55,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(argv)  # flags may follow overrides, too
     overrides.refuse_unreadable(args.overrides)
+    for flag, given in (("--package", args.package), ("--resolve", args.resolve)):
+        if given and not args.cfg:
+            raise ConfigError(Fault(flag, "has no effect without --cfg", "add --cfg job, or leave it out"))
     if args.experimental_rerun:
         problem, remedy = "is not for this program", "rerun RUN trains a run again as it was, resume=RUN continues it"
         raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
@@ -159,6 +162,7 @@ class Composer:
         if endless:
             problem, remedy = "is a range without steps", "search=random, tpe or asha draw from it; or write range(…)"
             raise ConfigError(*(Fault(_key(text), problem, remedy, text.partition("=")[2]) for text in endless))
+        overrides.refuse_counts(self.parser.parse_overrides(self.swept))
         with told(self.hydra, self.args):
             (batch,) = BasicSweeper.split_arguments(self.parser.parse_overrides(list(arguments)), None)
         return [list(each) for each in batch]
@@ -172,7 +176,9 @@ class Composer:
         with told(self.hydra, self.args):
             override = self.parser.parse_override(text)
         if override.is_sweep_override():
-            raise ConfigError(Fault(override.key_or_group, "has several values", "give it one", _value(override)))
+            raise ConfigError(
+                Fault(override.key_or_group, "has several values", "give it one", overrides.value_text(override))
+            )
         return override.value()
 
     @functools.cached_property
@@ -189,7 +195,12 @@ class Composer:
         with told(self.hydra, self.args):
             parsed = [each for each in self.parser.parse_overrides(self.args.overrides) if each.is_sweep_override()]
         faults = [
-            Fault(each.key_or_group, "cannot be swept: it is the whole sweep's", "give it one value", _value(each))
+            Fault(
+                each.key_or_group,
+                "cannot be swept: it is the whole sweep's",
+                "give it one value",
+                overrides.value_text(each),
+            )
             for each in parsed
             if each.key_or_group in ONE_A_SWEEP or each.is_hydra_override()
         ]
@@ -207,7 +218,9 @@ class Composer:
     def swept(self) -> list[str]:
         """The overrides of the command line that have several values."""
         with told(self.hydra, self.args):
-            return [text for text in self.args.overrides if self.parser.parse_override(text).is_sweep_override()]
+            swept = [text for text in self.args.overrides if self.parser.parse_override(text).is_sweep_override()]
+        overrides.refuse_repeated(swept, self.args.overrides)
+        return swept
 
     @functools.cached_property
     def fixed(self) -> list[str]:
@@ -317,10 +330,6 @@ def named_by(keys: Iterable[str]) -> str:
 
 def _key(text: str) -> str:
     return text.partition("=")[0]
-
-
-def _value(override: Override) -> str:
-    return str(override.input_line or "").partition("=")[2]
 
 
 def _absolute(path: str) -> str:

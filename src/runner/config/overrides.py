@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 from hydra.core.override_parser.types import Override
@@ -30,6 +32,8 @@ PRESETS = "experiment"
 """The group of which a run may have several options, or none."""
 
 MOST_DIGITS, DEEPEST = 400, 40
+MOST_JOBS = 10_000
+"""Runs of a grid; more are more likely a wrong range."""
 
 
 def refuse_unreadable(overrides: Iterable[str]) -> None:
@@ -48,6 +52,8 @@ def refuse_unreadable(overrides: Iterable[str]) -> None:
 
 
 def _unreadable(text: str) -> str:
+    if text.lstrip("+~").startswith("="):
+        return "has no key before ="
     if any(is_control(c) and c not in "\n\t" for c in text):
         return "contains control characters, or bytes that are not UTF-8"
     if re.search(rf"[\d_]{{{MOST_DIGITS + 1},}}", text):
@@ -57,6 +63,41 @@ def _unreadable(text: str) -> str:
         depth += (c in "([{") - (c in ")]}")
         deepest = max(deepest, depth)
     return f"is nested more than {DEEPEST} levels deep" if deepest > DEEPEST else ""
+
+
+def refuse_repeated(swept: Iterable[str], overrides: Sequence[str]) -> None:
+    """Refuse a swept key that the command line gives another time: only the last would count.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    keys = [text.partition("=")[0].lstrip("+") for text in overrides]
+    twice = [
+        (key, value) for key, _, value in (text.partition("=") for text in swept) if keys.count(key.lstrip("+")) > 1
+    ]
+    if twice:
+        raise ConfigError(*(Fault(key, "is set twice", "give all its values once", value) for key, value in twice))
+
+
+def refuse_counts(swept: Iterable[Override]) -> None:
+    """Refuse swept keys without a value, and more combinations than anybody waits for.
+
+    Raises:
+        ConfigError: with all keys that have no value.
+    """
+    counts = [(each, len(list(islice(each.sweep_string_iterator(), MOST_JOBS + 1)))) for each in swept]
+    remedy = "give it values; glob(…) finds options of a group, range(…) ends before its second number"
+    empty = [each for each, count in counts if not count]
+    if empty:
+        raise ConfigError(*(Fault(each.key_or_group, "has no values", remedy, value_text(each)) for each in empty))
+    if math.prod(count for _, count in counts) > MOST_JOBS:
+        remedy = "name fewer values, or let search=random draw from them"
+        raise ConfigError(Fault("-m", f"the swept keys have more than {MOST_JOBS:,} combinations", remedy))
+
+
+def value_text(override: Override) -> str:
+    """The value as it was written."""
+    return str(override.input_line or "").partition("=")[2]
 
 
 def refuse_choices(choices: Iterable[Override], options_of: Callable[[str], list[str]]) -> None:
@@ -75,7 +116,9 @@ def _choice_faults(choices: Iterable[Override], options_of: Callable[[str], list
         group, value = override.key_or_group, override.value()
         if group == "hydra":
             yield Fault(group, "cannot be set as a whole", f"set one of {', '.join(EFFECTIVE)}", str(value))
-        if group.partition("/")[0] in ("hydra", PRESETS) and not isinstance(value, list) and value != "":
+        is_null = value is None and not override.is_delete()
+        is_other = group.partition("/")[0] == "hydra" or (group == PRESETS and not is_null)
+        if is_other and not isinstance(value, list) and value != "":
             continue
         remedy = f"choose one option with {group}=…: {', '.join(name for name in options_of(group) if name != 'base')}"
         if override.is_delete():
@@ -83,6 +126,7 @@ def _choice_faults(choices: Iterable[Override], options_of: Callable[[str], list
         elif isinstance(value, list) and not (group == PRESETS and all(isinstance(name, str) for name in value)):
             yield Fault(group, "must be the name of one option, not a list", remedy, str(override.get_value_string()))
         elif value is None or value == "":
+            remedy += ", or leave it out" if group == PRESETS else ""
             yield Fault(group, "must be the name of one option", remedy, str(override.get_value_string()))
 
 
@@ -95,7 +139,7 @@ def refuse_without_effect(parsed: Iterable[Override]) -> None:
     parsed, faults = list(parsed), []
     has_sweeper = any(override.key_or_group == SWEEPER for override in parsed)
     for override in parsed:
-        key, value = override.key_or_group, str(override.input_line or "").partition("=")[2]
+        key, value = override.key_or_group, value_text(override)
         if not override.is_hydra_override():
             continue
         if key in BY_US:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from runner.data import tool_calls
 from runner.data.examples import Example
@@ -77,7 +77,8 @@ def template_options(row: Row, ignore: Collection[str] = ()) -> dict[str, Any]:
         kept["tools"] = _whole(tool_calls.tools(row["tools"], "the tools of the row"), "the tools of the row")
     kwargs = row.get("chat_template_kwargs")
     if "chat_template_kwargs" not in ignore and has_value("chat_template_kwargs", kwargs):
-        kwargs = json.loads(kwargs) if isinstance(kwargs, str) and kwargs.lstrip().startswith("{") else kwargs
+        if isinstance(kwargs, str) and kwargs.lstrip().startswith("{"):
+            kwargs = tool_calls.parsed(kwargs, "chat_template_kwargs")
         if not isinstance(kwargs, Mapping):
             problem = f"chat_template_kwargs is {quoted(kwargs)}; an object is needed"
             raise DataError(Fault("", problem, 'for example {"enable_thinking": false}'))
@@ -157,6 +158,16 @@ def checked(conversation: list[Message]) -> list[Message]:
     return conversation
 
 
+def refuse_empty(prompt: Sequence[Message]) -> None:
+    """Refuse a prompt without any text.
+
+    Raises:
+        DataError: it is empty.
+    """
+    if not any(message["content"].strip() or message.keys() & CARRIES for message in prompt):
+        raise DataError(Fault("", "the prompt is empty", "leave the row out"))
+
+
 def is_turn(value: object, role: str, content: str) -> bool:
     """Whether it has a role, and a content or calls or reasoning instead."""
     if not isinstance(value, Mapping) or role not in value:
@@ -211,8 +222,18 @@ def _calls(value: object, what: str) -> list[dict[str, Any]]:
 
 def _whole(value: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     """Return the value; refuse texts that contain half of a character."""
-    text_of(json.dumps(value, ensure_ascii=False), what)
+    text_of(json.dumps(value, ensure_ascii=False, default=no_json), what)
     return value
+
+
+def no_json(value: object) -> NoReturn:
+    """Refuse a value inside a row that is neither text, number, list nor object; ``default`` of ``json.dumps``.
+
+    Raises:
+        DataError: always.
+    """
+    problem = f"contains a value of the type {type(value).__name__}, which is neither text nor a number"
+    raise DataError(Fault("", problem, "write it as text or a number"))
 
 
 def _body(value: object, what: str) -> Message:

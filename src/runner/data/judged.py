@@ -16,7 +16,7 @@ from runner.errors import DataError, Fault, quoted
 TASK = "kto"
 """The task that these rows fit."""
 
-LABELS = {"true": True, "1": True, "false": False, "0": False}
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def kto(row: Row, *, prompt: Text, completion: Text, label: Text, ignore: list[Text] | None = None) -> Example:
@@ -95,7 +95,6 @@ def judged(
         roles = ", ".join(message["role"] for message in completion) or "nothing"
         problem = f"the completion must be one answer of the assistant, it is: {roles}"
         raise DataError(Fault("", problem, "leave the row out, or move the first turns into the prompt"))
-    if not prompt:
-        raise DataError(Fault("", "the prompt is empty", "leave the row out"))
+    conversation.refuse_empty(prompt)
     conversation.checked([*prompt, *completion])
     return {"prompt": prompt, "completion": completion[0], "label": value, **options}

@@ -10,6 +10,8 @@ from runner.errors import DataError, Fault, quoted, suggest
 
 TASK = "classify"
 """The task that these rows fit."""
+SECOND_TEXTS = ("text_pair", "text2", "sentence2", "question2", "hypothesis")
+"""Keys of a second text that the label is about, too."""
 NEEDED = "a row has a text, a prompt or messages; data.format.text, .prompt and .messages name the keys"
 
 
@@ -27,7 +29,8 @@ def label(
     if len(used) > 1:
         raise DataError(Fault("data.format", f"has several texts: {', '.join(used.values())}", NEEDED))
     ((name, key),), left_out = used.items(), ignore or []
-    training_keys.refuse_unused(row, (), {key, label, *training_keys.OPTIONS}, ignore=left_out)
+    words = (*training_keys.ROW_WORDS, *SECOND_TEXTS)
+    training_keys.refuse_unused(row, (), {key, label, *training_keys.OPTIONS}, ignore=left_out, words=words)
     if name == "text":
         content = row_shape.text(row, "label", name, key)
         if not content.strip():

@@ -6,7 +6,6 @@ Those of other programs (``preference_alpaca`` …) read each side as a whole co
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from runner.config.schema import Text
 from runner.data import conversation, formats, row_shape, training_keys
 from runner.data.conversation import NO_OPTIONS, Message
 from runner.data.examples import Example, chat
-from runner.data.training_keys import Row
+from runner.data.training_keys import Row, number
 from runner.errors import DataError, Fault
 
 TASK = "dpo"
@@ -26,7 +25,8 @@ def preference(
 ) -> Example:
     """Rows ``{prompt, chosen, rejected}``: each a text or a list of messages.
 
-    Without a prompt, ``chosen`` and ``rejected`` are whole conversations, and the prompt is what they have in common.
+    Without a prompt, or where both begin with it, ``chosen`` and ``rejected`` are whole conversations, and the prompt
+    is what they have in common.
     ``margin``: the key of a number, by how much the chosen answer is better; used by task=reward.
     ``ignore``: keys that change what is learnt and are left out all the same.
     """
@@ -36,10 +36,17 @@ def preference(
     options = conversation.template_options(row, left_out)
     read = functools.partial(row_shape.text_or_messages, row, "preference", ignore=left_out)
     sides = [read(name, key, "assistant") for name, key in (("chosen", chosen), ("rejected", rejected))]
-    if row.get(margin) is not None:
+    if margin not in left_out and row.get(margin) not in (None, ""):
         options["margin"] = _margin(row[margin], margin)
-    if row.get(prompt) is not None:
-        return pair(read("prompt", prompt, "user"), sides[0], sides[1], options)
+    start = read("prompt", prompt, "user") if row.get(prompt) is not None else []
+    whole = all(side[: len(start)] == start and len(side) > len(start) for side in sides)
+    if start and not whole:
+        return pair(start, sides[0], sides[1], options)
+    if isinstance(row[chosen], str):
+        problem = f"has no prompt under '{prompt}', and '{chosen}' is a text, not a conversation that contains it"
+        raise DataError(
+            Fault("", problem, "name its key with data.format.prompt, or split the text: data/format=custom")
+        )
     shared = 0
     while shared < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
         shared += 1
@@ -119,7 +126,10 @@ def preference_openai(
 ) -> Example:
     """``{"input": {"messages"}, "preferred_output": […], "non_preferred_output": […]}``, as OpenAI's API takes them."""
     row_shape.needs(row, "preference_openai", input=input, chosen=chosen, rejected=rejected)
-    inner = row[input] if isinstance(row[input], Mapping) else {}
+    inner = row[input]
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("messages"), list):
+        problem = f"needs an object with messages under '{input}'"
+        raise row_shape.misfit(row, "preference_openai", "input", input, problem)
     rest = {**{key: value for key, value in row.items() if key != input}, **inner}
     rows = [_with(rest, "messages", inner.get("messages"), row[key], chosen, rejected) for key in (chosen, rejected)]
     return _sides(*(_conversation(each, "messages", ignore) for each in rows))
@@ -162,9 +172,9 @@ def _sides(chosen: Example, rejected: Example) -> Example:
 
 
 def _margin(value: object, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (found := number(value)) is None:
         raise DataError(Fault("", f"the margin under '{key}' is not a finite number", "correct the row", value))
-    return float(value)
+    return found
 
 
 def pair(
@@ -180,8 +190,7 @@ def pair(
             roles = ", ".join(message["role"] for message in side) or "nothing"
             problem = f"the {name} side must be one answer of the assistant, it is: {roles}"
             raise DataError(Fault("", problem, "leave the row out, or move the common turns into the prompt"))
-    if not prompt:
-        raise DataError(Fault("", "the prompt is empty", "leave the row out"))
+    conversation.refuse_empty(prompt)
     if chosen == rejected:
         raise DataError(Fault("", "the chosen and the rejected answer are equal", "leave the row out"))
     for side in (chosen, rejected):

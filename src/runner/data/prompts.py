@@ -8,12 +8,21 @@ from runner.config.schema import Text
 from runner.data import conversation, row_shape, training_keys
 from runner.data.examples import Example
 from runner.data.training_keys import Row
-from runner.errors import DataError, Fault
+from runner.errors import DataError, Fault, quoted
 
 TASK = "grpo"
 """The task that these rows fit."""
-UNUSED = ("tools", "functions", "chat_template_kwargs", *training_keys.SYSTEM)
-"""Columns that would change the prompt."""
+UNUSED = (
+    "tools",
+    "functions",
+    "chat_template_kwargs",
+    *training_keys.MEDIA,
+    *training_keys.WEIGHTS,
+    *training_keys.SYSTEM,
+)
+"""Columns that would change the prompt, or how much it is trained."""
+ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""What reward functions get beside the columns."""
 
 
 def prompts(row: Row, *, prompt: Text, messages: Text, answer: Text, ignore: list[Text] | None = None) -> Example:
@@ -28,8 +37,12 @@ def prompts(row: Row, *, prompt: Text, messages: Text, answer: Text, ignore: lis
     if not turns or turns[-1]["role"] == "assistant":
         problem = "the prompt ends with an answer" if turns else "the prompt is empty"
         raise DataError(Fault("", problem, "leave the last answer out: the model writes it"))
+    conversation.refuse_empty(turns)
     conversation.checked([*turns, conversation.said("assistant", "an answer", "the answer")])
     columns = {name: value for name, value in row.items() if name != key}
+    if taken := columns.keys() & {*ARGUMENTS}:
+        problem = f"has a column {quoted(min(taken))}, but reward functions get their own argument of that name"
+        raise DataError(Fault("", problem, "rename the column"))
     try:
         json.dumps(columns)
     except (TypeError, ValueError) as error:

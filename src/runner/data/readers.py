@@ -6,6 +6,8 @@ Errors in a file are raised as DataError with the file name, and the line if kno
 from __future__ import annotations
 
 import csv
+import datetime
+import decimal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,6 +45,21 @@ def read(files: list[Path], documents: Documents) -> Iterator[tuple[Place, Row]]
                 yield place, row
         if empty:
             raise DataError(Fault("", f"{file}: contains no rows", "add rows, or remove the file"))
+
+
+def of_arrow(value: Any) -> Any:
+    """A value of an Arrow table as JSON has it: dates as texts, decimals as numbers, objects without their nulls.
+
+    Arrow gives each object of a column the keys of all others, as nulls: a call would get arguments that its row does
+    not have.
+    """
+    if isinstance(value, dict):
+        return {key: of_arrow(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [of_arrow(each) for each in value]
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
 
 
 def _read_file(file: Path, documents: Documents) -> Iterator[tuple[Place, Any]]:
@@ -88,7 +105,12 @@ def _read_table(file: Path, delimiter: str) -> Iterator[tuple[Place, Row]]:
             if twice := next((name for name in names if names.count(name) > 1), None):
                 problem = f"{file}:{reader.line_num}: the column {quoted(twice)} occurs twice"
                 raise DataError(Fault("", problem, "rename or remove one of them"))
+            if len(names) == 1 and (other := next((c for c in ";\t|" if c in names[0]), "")):
+                problem = f"{file}: the columns are separated by {quoted(other)}, not by {quoted(delimiter)}"
+                raise DataError(Fault("", problem, f"write the file with {quoted(delimiter)} between the columns"))
             for row in reader:
+                if any("\0" in f"{name}{value}" for name, value in row.items()):
+                    raise _no_text(file, reader.line_num)
                 if None in row or None in row.values():
                     columns = ", ".join(reader.fieldnames or ())
                     problem = f"{file}:{reader.line_num}: number of values differs from number of columns ({columns})"
@@ -97,6 +119,11 @@ def _read_table(file: Path, delimiter: str) -> Iterator[tuple[Place, Row]]:
         except csv.Error as error:
             problem = f"{file}:{reader.line_num + 1}: malformed table: {error}, in the row that starts at this line"
             raise DataError(Fault("", problem, "correct that line")) from None
+
+
+def _no_text(file: Path, line: int) -> DataError:
+    problem = f"{file}:{line}: contains the character NUL: it is no UTF-8 text (UTF-16, or a binary file)"
+    return DataError(Fault("", problem, "convert the file (iconv -f utf-16le -t utf-8), or correct the path"))
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[Place, Row]]:
@@ -111,7 +138,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[Place, Row]]:
             raise DataError(Fault("", problem, "rename or remove one of them"))
         rows = (row for batch in table.iter_batches(batch_size=4096) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
-            yield Place(str(file), number, "row"), row
+            yield Place(str(file), number, "row"), {key: of_arrow(value) for key, value in row.items()}
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
         if getattr(error, "errno", None):
             raise
@@ -122,6 +149,8 @@ def _read_parquet(file: Path) -> Iterator[tuple[Place, Row]]:
 def _read_text(file: Path, documents: Documents) -> Iterator[tuple[Place, Row]]:
     with file.open(encoding="utf-8-sig", newline="") as handle:
         text = handle.read().replace("\r\n", "\n")
+    if (at := text.find("\0")) >= 0:
+        raise _no_text(file, text.count("\n", 0, at) + 1)
     if documents == "file":
         if text.strip():
             yield Place(str(file), 1), {"text": text.strip()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from runner.data import conversation, training_keys
 from runner.data.conversation import Message
 from runner.data.training_keys import Row
 from runner.errors import DataError, Fault
+
+WRITTEN_LIST = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
+"""The beginning of messages that JSON or Python has written into a cell of a table."""
 
 
 def looks_like(row: Row) -> str | None:
@@ -102,7 +106,11 @@ def text_or_messages(row: Row, name: str, parameter: str, key: str, role: str, i
         listed = turns(row, name, parameter, key, ("role", "content"))
         training_keys.refuse_unused({}, listed, (), keys={"role", "content"}, ignore=ignore)
         return conversation.read(listed, "role", "content", ignore)
-    return [conversation.said(role, text(row, name, parameter, key), f"the {parameter}")]
+    value = text(row, name, parameter, key)
+    if WRITTEN_LIST.match(value):
+        problem = f"the text under '{key}' is a list of messages, written as text"
+        raise DataError(Fault("", problem, "write a list, in a jsonl or parquet file"))
+    return [conversation.said(role, value, f"the {parameter}")]
 
 
 def misfit(row: Row, name: str, parameter: str, key: str, problem: str = "") -> DataError:

@@ -230,7 +230,7 @@ def _hub_rows(rows: datasets.Dataset, name: str) -> Iterator[tuple[Place, Row]]:
     number = 0
     try:
         for number, row in enumerate(rows, start=1):
-            yield Place(name, number, "row"), dict(row)
+            yield Place(name, number, "row"), {key: readers.of_arrow(value) for key, value in row.items()}
     except (OSError, ValueError, TypeError, ImportError) as error:  # an image or a damaged file that cannot be decoded
         problem = f"{Place(name, number + 1, 'row')}: cannot be read: {error}"
         raise DataError(Fault("", problem, "leave the row or its column out, or download the dataset again")) from error

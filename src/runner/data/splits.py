@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
+from runner.data.conversation import no_json
 from runner.errors import DataError, Fault
 
 if TYPE_CHECKING:
@@ -66,12 +66,13 @@ def index(
         counts["rows_read"] += 1
         try:
             example = format_fn(row)
+            key = _hash(json.dumps(example, default=no_json))
         except DataError as error:
             faults += at_place(place, error)
             if len(faults) >= SHOWN_FAULTS or faults[-1].key:  # a fault with a config key would repeat for every row
                 break
             continue
-        keys.append(_hash(json.dumps(example)))
+        keys.append(key)
         prompts.append(_hash(" ".join(_prompt(example).split()).casefold()))
     if faults:
         raise DataError(*faults)

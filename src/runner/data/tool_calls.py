@@ -36,7 +36,7 @@ def _call(value: object, what: str) -> dict[str, Any]:
     function, outer = _function(value, what)
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
-        arguments = _parsed(arguments, f"the arguments of {what}")
+        arguments = parsed(arguments, f"the arguments of {what}")
     if arguments is None or arguments == "":
         arguments = {}
     if not isinstance(arguments, Mapping):
@@ -57,7 +57,7 @@ def _function(value: object, what: str) -> tuple[dict[str, Any], Mapping[str, An
 
 
 def _listed(value: object, what: str) -> list[Any]:
-    value = _parsed(value, what) if isinstance(value, str) else value
+    value = parsed(value, what) if isinstance(value, str) else value
     if isinstance(value, list):
         return value
     if isinstance(value, Mapping):
@@ -65,7 +65,7 @@ def _listed(value: object, what: str) -> list[Any]:
     raise DataError(Fault("", f"{what}: {quoted(value)} is neither a list nor an object", "correct the row"))
 
 
-def _parsed(text: str, what: str) -> Any:
+def parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

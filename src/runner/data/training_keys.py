@@ -20,12 +20,12 @@ Row = Mapping[str, Any]
 
 TRAIN_KEYS = ("weight", "loss_weight", "train", "training", "loss")
 """Keys of a turn with its weight in the loss: a number from 0, true or false."""
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALLS = ("tools", "functions", "tool_calls", "function_call")
 TURN_KEYS = ("tool_calls", "function_call", *REASONING, *TRAIN_KEYS, "name", "tool_call_id")
 """Keys of a turn that are used besides its role and content."""
-TURN_WORDS = (*_CALLS, *REASONING, *_MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable",
+TURN_WORDS = (*_CALLS, *REASONING, *MEDIA, *TRAIN_KEYS, "train_detail", "training_detail", "trainable",
               "train_on_turn", "mask", "ignore", "ignored", "skip", "exclude", "refusal", "tool_plan")  # fmt: skip
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "loss_mask")
 OPTIONS = ("tools", "chat_template_kwargs")
@@ -39,7 +39,7 @@ TOKENS = ("input_ids", "token_ids", "prompt_ids", "completion_ids", "response_id
 """Numbers that another program has made of a text; other values of these keys change nothing."""
 TARGETS = ("target", "targets", "target_text")
 """What another program trains on."""
-ROW_WORDS = (*_CALLS, *REASONING, *_MEDIA, *WEIGHTS, *VERDICTS, *SYSTEM, *TOKENS, *TARGETS, "history",
+ROW_WORDS = (*_CALLS, *REASONING, *MEDIA, *WEIGHTS, *VERDICTS, *SYSTEM, *TOKENS, *TARGETS, "history",
              "chat_template_kwargs", "enable_thinking", "mask")  # fmt: skip
 TEXT_WORDS = (*WEIGHTS, *TOKENS, *TARGETS)
 """Of a row of plain text."""
@@ -107,6 +107,12 @@ def weight_of(mapping: Row, keys: Collection[str], what: str, but: Collection[st
         problem = f"{what} contradicts itself: " + ", ".join(f"{key}={mapping[key]}" for key in weights)
         raise DataError(Fault("", problem, "correct the row"))
     return next(iter(weights.values()), None)
+
+
+def number(value: object) -> float | None:
+    """A number that float32 can hold, or the text of one as CSV has it; None if it is something else."""
+    found = math.nan if isinstance(value, bool) else _number(value)
+    return found if abs(found) <= 1e30 and str(value).strip().lower() not in ("true", "false") else None
 
 
 def _number(value: object) -> float:

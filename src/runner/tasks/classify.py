@@ -16,7 +16,7 @@ from runner.data.examples import Example, Features, misfit, options
 from runner.errors import DataError, Fault
 from runner.models.kernels.score_head import Problem, ScoreHead
 from runner.tasks import classification_metrics, scores
-from runner.tasks.labels import Kind, names_of, order, targets
+from runner.tasks.labels import Kind, names_of, order, refuse_alike, targets
 from runner.tasks.task import Task
 
 Input = Literal["text", "messages"]
@@ -123,6 +123,7 @@ def settle(s: Settings, examples: Sequence[Any]) -> Task:
         return _task(s)
     counts = Counter(name for row in rows for name in names_of(row["label"], s.kind) or ())
     if s.labels is None:
+        refuse_alike(counts)
         s = s._replace(labels=sorted(counts, key=order))
     assert s.labels is not None
     if len(counts) < (2 if s.kind == "single" else 1) or len(s.labels) > MOST:

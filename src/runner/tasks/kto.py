@@ -18,6 +18,7 @@ from runner.data.examples import Example, Features, misfit, options
 from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import kto_kl, logprobs
+from runner.tasks.pairs import refuse_margin
 from runner.tasks.task import Measures, Task
 
 LossType = Literal["kto", "apo_zero_unpaired"]
@@ -124,6 +125,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
     from runner.data import chat_template
 
     if isinstance(example, dict) and {"chosen", "rejected"} <= example.keys():
+        refuse_margin(example)
         sides = (("chosen", True), ("rejected", False))
         shared = {key: value for key, value in example.items() if key not in ("chosen", "rejected")}
         both = ({**shared, "completion": example[side], "label": label} for side, label in sides)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from runner.data.training_keys import number
 from runner.errors import DataError, Fault, quoted, suggest
 
 Kind = Literal["single", "multi", "regression"]
@@ -18,14 +18,17 @@ def targets(kind: Kind, known: Sequence[str], label: Any) -> dict[str, float]:
         DataError: the label has another form, or is none of ``known``.
     """
     if kind == "regression":
-        if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
+        if (target := number(label)) is None:
             raise DataError(Fault("", f"the label {quoted(label)} is not a finite number", "correct the row"))
-        return {"target": float(label)}
+        return {"target": target}
     names = names_of(label, kind)
     if names is None:
         form = "a text or a whole number" if kind == "single" else "a list of texts or whole numbers"
         remedy = "correct the row, or choose task.kind=single, multi or regression"
         raise DataError(Fault("", f"the label {quoted(label)} is not {form}", remedy))
+    if len(set(names)) < len(names):
+        remedy = "write the name of each class once; a vector of 0 and 1 must be written as names"
+        raise DataError(Fault("", f"the label {quoted(label)} has a class twice", remedy))
     if unknown := [name for name in names if name not in known]:
         near = suggest(unknown[0], known) or f"known: {', '.join(known[:8])}"
         remedy = "correct the row, leave it out, or name all classes with task.labels=[…]"
@@ -45,6 +48,22 @@ def names_of(label: Any, kind: Kind) -> list[str] | None:
     if isinstance(label, bool):
         return [str(label).lower()]
     return [str(label)] if isinstance(label, int) or (isinstance(label, str) and label.strip()) else None
+
+
+def refuse_alike(names: Iterable[str]) -> None:
+    """Refuse classes of the data that differ in case or white space alone.
+
+    Raises:
+        DataError: naming two such classes.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(" ".join(name.split()).casefold(), name)
+        if other != name:
+            problem = f"the training rows have the labels {quoted(other)} and {quoted(name)}, which look like one class"
+            raise DataError(
+                Fault("task.labels", problem, "correct the rows; if they are two: name all with task.labels=[…]")
+            )
 
 
 def order(name: str) -> tuple[bool, int, str]:

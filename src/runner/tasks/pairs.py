@@ -39,6 +39,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
 
     if not isinstance(example, dict) or not {"chosen", "rejected"} <= example.keys():
         raise misfit(example, "pairs (data/format=preference: {prompt, chosen, rejected})")
+    refuse_margin(example)
     more = options(example)
     pair = [
         chat_template.encode([*example["prompt"], example[side]], tokenizer, "last", options=more)
@@ -50,7 +51,20 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
     if prompts[0] != prompts[1]:
         problem = "the chat template renders the prompt differently for the two answers"
         raise DataError(Fault("", problem, "leave the row out, or use another model.chat_template"))
+    if pair[0]["input_ids"][:max_length] == pair[1]["input_ids"][:max_length]:
+        return []  # what distinguishes the answers is cut off: nothing to learn
     return pair if all(answer_start(feature["labels"]) < max_length for feature in pair) else []
+
+
+def refuse_margin(example: dict[str, Any]) -> None:
+    """Refuse a margin where no loss uses it.
+
+    Raises:
+        DataError: the example has one.
+    """
+    if "margin" in example:
+        remedy = "use task=reward, or train without it knowingly: +data.format.ignore=[margin]"
+        raise DataError(Fault("data.format", "the row has a margin, which this task does not use", remedy))
 
 
 def prompt(example: Example, tokenizer: Any) -> tuple[str, str] | None:

@@ -191,7 +191,8 @@ def scored(rewards: Rewards, records: list[dict[str, Any]], texts: list[str], id
     """The rewards of answers to prompts with these records, (answers, functions)."""
     if not records:
         return np.zeros((0, len(rewards.references)))
-    columns = {key: [record["columns"].get(key) for record in records] for key in records[0]["columns"]}
+    names = dict.fromkeys(name for record in records for name in record["columns"])
+    columns = {name: [record["columns"].get(name) for record in records] for name in names}
     chats = [isinstance(record["prompt"], list) for record in records]
     answers = [
         [{"role": "assistant", "content": text}] if chat else text for chat, text in zip(chats, texts, strict=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
-from runner.errors import ConfigError, DamagedError, Fault
+from runner.config import bounds
+from runner.errors import ConfigError, DamagedError, Fault, quoted
 from runner.files import copy_of, is_held, locked, read_json, read_kept, restore_lost, write_atomic, write_kept
 
 Status = Literal["pending", "running", "preempted", "completed", "failed", "killed", "pruned"]
@@ -62,6 +64,12 @@ class State:
     def model_step(self) -> int:
         """The step whose weights are in the folder ``model``: the best one if one was selected, else the last."""
         return int(self.summary.get("best step") or self.step)
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """Field of ``State`` → its type."""
+    return get_type_hints(State)
 
 
 @dataclass(frozen=True)
@@ -199,8 +207,10 @@ class RunDir:
                 raise DamagedError(Fault("", f"{self.state} is missing", remedy)) from None
             return State()
         unknown = ", ".join(content.keys() - State.__annotations__.keys())
-        if unknown or content.get("status") not in get_args(Status):
+        wrong = [key for key, kind in _kinds().items() if key in content and not bounds.fits(content[key], kind)]
+        if unknown or content.get("status") not in get_args(Status) or wrong:
             what = f"unknown keys: {unknown}" if unknown else f"unknown status {content.get('status')!r}"
+            what = f"{wrong[0]} is {quoted(content[wrong[0]])}" if wrong and wrong != ["status"] else what
             raise DamagedError(Fault("", f"{self.state} is damaged: {what}", remedy))
         return State(**content)
 
