@@ -28,7 +28,7 @@ from runner.files import cache_dir, locked, write_atomic
 if TYPE_CHECKING:
     from runner.data.sources import Source
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Part of the cache key. Increase it when a code change alters the tokens of the same data and settings."""
 
 log = logging.getLogger(__name__)

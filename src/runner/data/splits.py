@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
 from runner.data.conversation import no_json
 from runner.errors import DataError, Fault
 
