@@ -47,7 +47,7 @@ def is_nonsense(value: object) -> bool:
     if isinstance(value, bool) or value is None:
         return False
     if isinstance(value, int | float):
-        return not math.isfinite(value) or abs(value) > 2**63
+        return abs(value) > 2**63 or not math.isfinite(value)  # an int may be too large for a float
     return any(map(is_nonsense, value.values() if isinstance(value, Mapping) else value))  # type: ignore[call-overload]
 
 

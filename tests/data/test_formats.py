@@ -187,7 +187,7 @@ def test_a_label_of_two_texts_is_refused(key):
 def test_values_that_are_neither_text_nor_number_are_refused_with_their_place():
     rows = [("x.jsonl:1", {"text": "a", "label": b"b"}), ("x.jsonl:2", {"text": "a", "label": "b"})]
     with pytest.raises(DataError, match=r"x\.jsonl:1: contains a value of the type bytes"):
-        splits.collect(rows, option("label"), True, Counter())
+        splits.index(rows, option("label"), True, Counter())
     with pytest.raises(DataError, match="chat_template_kwargs cannot be parsed as JSON"):
         option("messages")({"messages": EXCHANGE, "chat_template_kwargs": "{enable_thinking"})
     with pytest.raises(DataError, match="contains a value of the type bytes"):

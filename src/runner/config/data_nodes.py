@@ -122,6 +122,10 @@ def faults(data: Mapping[str, Any]) -> Iterator[Fault]:
     """Names and weights that cannot be, and keys that hold for all data sets together."""
     names = [*named(data, SOURCES), *named(data, EVALS)]
     for group in GROUPS:
+        if not isinstance(data.get(group, {}), Mapping):
+            yield Fault(
+                f"data.{group}", "must be a group of names", f"name a file: data.{group}.NAME.path=FILE", data[group]
+            )
         for name, node in named(data, group).items():
             key = f"data.{group}.{name}"
             if not NAME.fullmatch(name):
