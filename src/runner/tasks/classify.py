@@ -23,8 +23,7 @@ Input = Literal["text", "messages"]
 PROBLEMS: dict[Kind, Problem] = {
     "single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression",
 }  # fmt: skip
-MOST = 1000
-"""Classes; more are more likely a wrong column."""
+MOST = 1000  # classes; more are more likely a wrong column
 
 
 class Settings(NamedTuple):

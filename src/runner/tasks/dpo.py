@@ -16,8 +16,8 @@ from torch.nn.functional import logsigmoid, relu
 from runner.config.schema import Fraction, NotNegative, Positive
 from runner.errors import Fault
 from runner.tasks import logprobs
-from runner.tasks.pairs import Pairs, encode, prompt
-from runner.tasks.task import Measures, Task
+from runner.tasks.pairs import MEASURES, Pairs, encode, prompt
+from runner.tasks.task import Task
 
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "apo_zero", "apo_down", "sppo_hard", "dpo_norm",
@@ -26,12 +26,6 @@ LossType = Literal[
 WITHOUT_REFERENCE = ("cpo", "simpo", "orpo")
 SMOOTHED = {"sigmoid": 0.5, "robust": 0.5, "exo_pair": 1.0, "cpo": 0.5}
 """Loss types that use ``label_smoothing``, and what it must be below."""
-
-
-OF_PAIRS: Measures = {
-    "loss": "minimize", "nll": "minimize", "rewards/accuracies": "maximize", "rewards/margins": "maximize",
-    "rewards/chosen": "maximize", "rewards/rejected": "minimize", "logps/chosen": None, "logps/rejected": None,
-}  # fmt: skip
 
 
 def dpo(
@@ -74,7 +68,7 @@ def dpo(
         reference=None if loss_type in WITHOUT_REFERENCE else logprobs.sums,
         train_metrics=("loss", "rewards/margins", "rewards/accuracies"),
         summary=("rewards/accuracies", "rewards/margins"),
-        measures=OF_PAIRS,
+        measures=MEASURES,
     )
 
 

@@ -10,6 +10,13 @@ from torch import Tensor
 from runner.data.examples import Example, Features, misfit, options
 from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
+from runner.tasks.task import Measures
+
+MEASURES: Measures = {
+    "loss": "minimize", "nll": "minimize", "rewards/accuracies": "maximize", "rewards/margins": "maximize",
+    "rewards/chosen": "maximize", "rewards/rejected": "minimize", "logps/chosen": None, "logps/rejected": None,
+}  # fmt: skip
+"""The metrics of an evaluation, and which way each improves."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from fixtures.mirrored_runs import (
 )
 
 from runner.tracking import metrics_log
-from runner.tracking.mirror import follow, spawn, sync
+from runner.tracking.mirror import backlog, follow, spawn, sync
 from runner.tracking.mlflow import store
 from runner.tracking.mlflow.run import DIED, MlflowRun
 from runner.tracking.rundir import RunDir
@@ -59,6 +59,24 @@ def test_it_closes_the_run_of_a_dead_worker(outputs: Path) -> None:
     assert follow.follow(rundir) == 0
     assert rundir.read_state().reason == DIED
     assert assert_mirrored(rundir, "KILLED").data.tags["runner.reason"] == DIED
+
+
+def test_a_reason_that_comes_during_the_last_upload_is_uploaded(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rundir, uploads = finish(make_run(outputs), status="killed"), list[str]()
+    update = MlflowRun.try_update
+
+    def slowly(run: MlflowRun, **how: bool) -> str:
+        uploads.append(update(run, **how))
+        if len(uploads) == 1:
+            rundir.write_state(reason="not requeued")
+        return uploads[-1]
+
+    monkeypatch.setattr(MlflowRun, "try_update", slowly)
+    assert follow.follow(rundir) == 0
+    assert assert_mirrored(rundir, "KILLED").data.tags["runner.reason"] == "not requeued"
+    assert (len(uploads), backlog.is_behind(rundir)) == (2, False)
+    rundir.write_state(reason="another")
+    assert backlog.is_behind(rundir)
 
 
 def test_it_waits_for_what_is_new(outputs: Path) -> None:

@@ -35,11 +35,10 @@ def is_wanted(rundir: RunDir) -> bool:
 
 def is_behind(rundir: RunDir) -> bool:
     """Whether an ended run is not fully uploaded, and no process is uploading it."""
-    report = rundir.mirror_report
     try:
-        is_later = report.stat().st_mtime >= rundir.state.stat().st_mtime
-        is_uploaded = is_later and not json.loads(report.read_text()).get("problem")
-    except (OSError, ValueError, AttributeError):
+        report = json.loads(rundir.mirror_report.read_text())
+        is_uploaded = not report.get("problem") and report["told"] == rundir.read_state().updated
+    except (OSError, ValueError, AttributeError, KeyError, DamagedError):
         is_uploaded = False
     return not is_uploaded and not _is_uploading(rundir) and is_wanted(rundir)
 
