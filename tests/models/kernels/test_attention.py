@@ -9,7 +9,7 @@ from fixtures.language_models import FAMILIES, PACKS, batch_of, build, gradients
 from peft import LoraConfig, get_peft_model
 
 from runner.errors import ConfigError
-from runner.models.kernels import attention
+from runner.models.kernels import attention, compat
 from runner.tasks import cross_entropy
 
 MIXING = {
@@ -62,7 +62,7 @@ def test_prompt_tuning_cannot_be_packed() -> None:
 def test_the_mask_for_an_older_transformers_isolates_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build(FAMILIES["llama"]), batch_of(PACKS)
     expected = cross_entropy.sums(model, batch)
-    monkeypatch.setattr(attention, "_masks_by_position", lambda: False)
+    monkeypatch.setattr(compat, "masks_by_position", lambda: False)
     asked = attention.inputs(batch, True, model)
     assert asked["attention_mask"].shape == (2, 1, 20, 20)
     torch.testing.assert_close(cross_entropy.sums(model, {**batch, **asked}), expected, atol=1e-5, rtol=1e-6)

@@ -252,6 +252,12 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             option(name)(llama())
 
 
+def test_compilation_that_is_switched_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(ConfigError, match="switches compilation off\n    → unset the environment variable"):
+        option("regional")(llama())
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_wrong_mode_is_told(name: str) -> None:
     node = conftest.node("compile", name)

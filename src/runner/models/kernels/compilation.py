@@ -200,8 +200,10 @@ def _check(model: nn.Module, mode: Mode, fullgraph: bool) -> None:
 
 
 def _check_compiler(device: torch.device) -> None:
+    from torch._dynamo import config
+
     _set_cache_folder()
-    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+    if config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         problem = "has no effect: TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE switches compilation off"
         raise ConfigError(Fault("compile", problem, "unset the environment variable, or use compile=none"))
     # Inductor generates C++ for a CPU and Triton for a GPU; Triton compiles its launcher with a C compiler.
