@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 
 def in_processes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(encoding, "_processes", lambda _: count)
-    monkeypatch.setattr(encoding, "CHUNK", 25)
+    monkeypatch.setattr(encoding, "CHUNK", 40)
 
 
 @pytest.mark.parametrize("code", ["i", "f", "B"])
@@ -42,7 +42,7 @@ def test_an_empty_column_is_no_file_to_map(tmp_path: Path) -> None:
     assert Column("f", tmp_path / "column.npy").finish().tolist() == []
 
 
-@pytest.mark.parametrize("processes", [2, 9])
+@pytest.mark.parametrize("processes", [2, 5])
 def test_several_processes_encode_what_one_does(
     processes: int, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +65,7 @@ def test_the_first_row_that_cannot_be_encoded_is_named(monkeypatch: pytest.Monke
 
     in_processes(monkeypatch, 3)
     with pytest.raises(DataError, match=r"rows\.jsonl:\d+: gives conversations, but this task needs plain text"):
-        load(map(talk, range(60)), task=pretrain.pretrain(append_eos=True))
+        load(map(talk, range(150)), task=pretrain.pretrain(append_eos=True))
     assert not list(own_cache.glob("data/.*"))
 
 
