@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import pty
 import re
@@ -238,7 +239,7 @@ def on_terminal(sweep: SweepDir, *, parallel: int) -> tuple[int, int]:
     return pid, terminal
 
 
-def read_all(terminal: int, seconds: float = 60) -> str:
+def read_all(terminal: int, seconds: float = math.inf) -> str:
     shown, until = b"", time.monotonic() + seconds
     while time.monotonic() < until:
         if select.select([terminal], [], [], 0.1)[0]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import until
-from fixtures.mirrored_runs import Server, assert_mirrored, finish, outputs, the_run
+from fixtures.mirrored_runs import Server, assert_mirrored, finish, outputs, shows_loss
 from fixtures.mirrored_sweeps import (
     THIS,
     add_jobs,
@@ -62,7 +62,7 @@ def test_a_sweep_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert statuses(sweep) == ["-"] * 5
     workers = [start_worker(first), start_worker(second, "failed")]
     until(lambda: statuses(sweep)[:3] == ["RUNNING", "RUNNING", "-"])
-    until(lambda: "train/loss" in the_run(second).data.metrics)
+    until(lambda: shows_loss(second))
     fourth.write_state(status="killed", reason="cancelled")
     enough(second)
     until(lambda: statuses(sweep) == ["RUNNING", "FAILED", "-", "KILLED", "-"])
@@ -119,7 +119,7 @@ def test_the_next_mirror_goes_on_where_one_was_killed(outputs: Path) -> None:
     queue = Queue(sweep)
     killed, waiting = started(sweep), started(sweep)
     worker = start_worker(first)
-    until(lambda: statuses(sweep)[0] == "RUNNING" and "train/loss" in the_run(first).data.metrics)
+    until(lambda: statuses(sweep)[0] == "RUNNING" and shows_loss(first))
     finish(second)
     until(lambda: spawn.read_report(second).get("told"))
     killed.kill()
@@ -183,7 +183,7 @@ def test_a_server_that_goes_and_comes_back(tmp_path: Path, server: Server) -> No
     server.start()
     until(lambda: sweep.read().get("mlflow"))
     until(lambda: statuses(sweep) == ["RUNNING", "-", "-", "-"])
-    until(lambda: "train/loss" in the_run(first).data.metrics)
+    until(lambda: shows_loss(first))
     server.kill()
     enough(first)
     assert worker.wait() == 0
