@@ -138,6 +138,7 @@ NEEDS = {"slurm": "slurm", "chromium": "browser", "browser": "browser", "cuda": 
 def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What this process and those it starts fork theirs from; there is one once it is needed."""
     warm.copy_databases(tmp_path_factory.mktemp("database"))
+    warm.keep_conversations()
     with warm.processes(ENVIRONMENT):
         yield
 

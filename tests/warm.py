@@ -266,6 +266,15 @@ def copy_databases(folder: Path) -> None:
     store._make = copied
 
 
+def keep_conversations() -> None:
+    """Let the bundled conversations be parsed once for this process and those forked from it: 40 MB of JSON."""
+    from runner.data import sources
+
+    read = sources._conversations
+    if not hasattr(read, "cache_info"):
+        sources._conversations = functools.cache(lambda file: tuple(read(file)))  # type: ignore[assignment]
+
+
 def _exactly(line: socket.socket, length: int) -> bytes:
     found = line.recv(length, socket.MSG_WAITALL)
     assert len(found) == length, "the warm process is gone"
@@ -296,11 +305,14 @@ def _load() -> None:
     assert mlflow
     launcher.load_libraries(with_adapters=True)
     import runner
+    from runner.data import sources
     from runner.train import throughput
 
     for module in pkgutil.walk_packages(runner.__path__, "runner."):
         if module.name not in MODULES and module.name != "runner.__main__":
             __import__(module.name)
+    keep_conversations()
+    assert list(sources.chitchat().train)
     for seconds in (0.05, 0.2):  # measured once for all
         throughput._measured_flops(torch.device("cpu"), torch.float32, 1024, seconds=seconds)
     logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)

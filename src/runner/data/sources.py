@@ -29,7 +29,7 @@ HUB_TIMEOUT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Records:
-    """The rows of one split with their positions; each iteration reads them from the source again."""
+    """The rows of one split with their positions; each iteration reads them anew where they can be read in parts."""
 
     read: Callable[[], Iterable[tuple[Place, Row]]]
 
@@ -88,7 +88,7 @@ def chitchat() -> Source:
     version = importlib.metadata.version("chitchat-dataset")
     return Source(
         name="chitchat",
-        train=Records(functools.partial(_conversations, file)),
+        train=_parsed_once(functools.partial(_conversations, file)),
         eval=None,
         digest=data_files.digest([file], "chitchat"),
         uri=f"package:chitchat-dataset=={version}",
@@ -109,8 +109,8 @@ def local(*, path: Text, eval_path: Text | None, documents: Documents) -> Source
     digests = [data_files.digest(files, documents) for files in (train, held_out)]
     return Source(
         name=Path(path).stem,
-        train=Records(functools.partial(readers.read, train, documents)),
-        eval=Records(functools.partial(readers.read, held_out, documents)) if held_out else None,
+        train=_file_rows(train, documents),
+        eval=_file_rows(held_out, documents) if held_out else None,
         digest=hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32],
         uri=Path(path).expanduser().absolute().as_uri(),
     )
@@ -154,6 +154,16 @@ def check_hub(*, path: str, revision: str | None, **_: object) -> Iterator[Fault
     if revision is not None and Path(path).exists():
         problem = "applies to Hub datasets only, and data.path is a local folder"
         yield Fault("revision", problem, "set data.revision=null", revision)
+
+
+def _file_rows(files: list[Path], documents: Documents) -> Records:
+    read = functools.partial(readers.read, files, documents)
+    return _parsed_once(read) if all(file.suffix.lower() == ".json" for file in files) else Records(read)
+
+
+def _parsed_once(read: Callable[[], Iterable[tuple[Place, Row]]]) -> Records:
+    """Rows of a JSON text, which cannot be read in parts: they stay in memory for all passes over the source."""
+    return Records(functools.cache(lambda: list(read())))
 
 
 def _chitchat_file() -> Path:
