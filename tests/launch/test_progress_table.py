@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,5 +49,7 @@ def test_the_time_left_counts_what_runs_and_what_waits(tmp_path: Path):
     rundirs[0].write_state(status="running", step=10, total_steps=20, seconds=50.0)
     shown.refresh()
     assert shown.summary().startswith("0/4 done, about 3 min")
+    written, ahead = rundirs[0].read_state(), time.time() + 3600
+    assert replace(written, updated=ahead).remaining_s() == 50.0, "written by a machine whose clock is ahead"
     shown.ended(0, "failed", "x")
     assert shown.summary().startswith("1/4 done")

@@ -100,6 +100,9 @@ def test_peak_of_a_cpu_is_the_best_ever_seen(tmp_path, monkeypatch: pytest.Monke
         file.write_text(json.dumps({**kept, "flops": earlier}))
         assert throughput.peak_flops(torch.device("cpu"), torch.float32) == expected
         assert json.loads(file.read_text())["flops"] == expected
+    file.write_text('{"flops"')
+    assert throughput.peak_flops(torch.device("cpu"), torch.float32) == 5e9
+    assert json.loads(file.read_text())["flops"] == 5e9, "a damaged file is replaced"
 
 
 def test_meter_leaves_out_the_first_step_and_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:

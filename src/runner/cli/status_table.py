@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +11,11 @@ from typing import Any
 
 from runner import streams, terminal
 from runner.terminal import duration
-from runner.tracking import run_status
+from runner.tracking import metrics_log, run_status
 from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import FINAL
 from runner.tracking.sweepdir import SweepDir
 
-TAIL_BYTES = 65536
 COLOURS = {
     "completed": "32", "pruned": "32",
     "running": "36", "starting": "36", "stopping": "36", "queued": "33", "requeued": "33",
@@ -98,11 +95,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def eta_s(run: RunStatus) -> float | None:
     """Estimated seconds until the run ends, at its average speed so far; None if it is not running or has no steps."""
-    state = run.state
-    if run.status != "running" or not state.step or not state.seconds:
-        return None
-    remaining = (state.total_steps - state.step) * state.seconds / state.step
-    return max(0.0, remaining - max(0.0, time.time() - state.updated))
+    return run.state.remaining_s() if run.status == "running" else None
 
 
 def where(run: RunStatus) -> str:
@@ -120,20 +113,8 @@ def loss_of(run: RunStatus) -> tuple[str, float] | None:
     final = run.state.summary.get("eval/loss")
     if run.status == "completed" and isinstance(final, int | float):
         return "eval", float(final)
-    if not run.rundir.metrics.exists():
-        return None
-    with run.rundir.metrics.open("rb") as handle:
-        handle.seek(max(0, handle.seek(0, os.SEEK_END) - TAIL_BYTES))
-        lines = handle.read().splitlines()
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-            for kind in ("eval", "train"):
-                if f"{kind}/loss" in record:
-                    return kind, float(record[f"{kind}/loss"])
-        except (ValueError, TypeError):  # a truncated line
-            continue
-    return None
+    name, loss = metrics_log.last_of(run.rundir, "eval/loss", "train/loss") or ("", 0.0)
+    return (name.partition("/")[0], loss) if name else None
 
 
 def _loss_text(run: RunStatus) -> str:

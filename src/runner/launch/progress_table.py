@@ -6,18 +6,16 @@ All progress is read from run folders. Which run has started or ended is reporte
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runner import terminal
 from runner.files import stamp
 from runner.secrets import redact
+from runner.tracking import metrics_log, naming
 from runner.tracking.rundir import FINAL, RunDir, State
 
 if TYPE_CHECKING:
@@ -77,11 +75,7 @@ class Row:
 
     def remaining_s(self) -> float | None:
         """Seconds until the last step, at the average speed so far; None if not known yet."""
-        state = self.state
-        if self.status not in ("running", "elsewhere") or not state.step or not state.seconds:
-            return None
-        remaining = state.seconds / state.step * (state.total_steps - state.step)
-        return max(0.0, remaining - (time.time() - state.updated))
+        return self.state.remaining_s() if self.status in ("running", "elsewhere") else None
 
 
 class ProgressTable:
@@ -101,8 +95,7 @@ class ProgressTable:
 
     def add(self, rundir: RunDir) -> int:
         """Add a run, or reset the line of one that is launched again; returns its number."""
-        manifest = rundir.read_manifest()
-        row = Row(rundir, str(manifest.get("label") or manifest.get("name") or rundir.path.name))
+        row = Row(rundir, naming.label(rundir.read_manifest(), rundir.path))
         for number, known in enumerate(self.rows):
             if known.rundir.path == rundir.path:
                 self.rows[number] = row
@@ -184,7 +177,7 @@ class ProgressTable:
         with contextlib.suppress(OSError, ValueError, TypeError):  # removed or damaged: keep the last state
             if (latest := stamp(row.rundir.state)) != row.state_stamp:
                 row.state, row.state_stamp = row.rundir.read_state(), latest
-                row.loss = _last_loss(row.rundir.metrics) or row.loss
+                _, row.loss = metrics_log.last_of(row.rundir, "train/loss") or ("", row.loss)
 
     def _remaining_s(self) -> float | None:
         """Seconds until all runs have ended, if waiting runs take as long as the others; None if not known yet."""
@@ -257,17 +250,6 @@ def _ending(row: Row) -> str:
     else:
         result = f" at step {row.state.step}/{row.state.total_steps}" if row.state.step else ""
     return redact(f"{row.status}{took}{result}" + (f": {row.reason}" if row.reason else ""))
-
-
-def _last_loss(metrics: Path, tail: int = 8192) -> float | None:
-    """The last train/loss in metrics.jsonl; reads only the last ``tail`` bytes."""
-    with contextlib.suppress(OSError), metrics.open("rb") as handle:
-        handle.seek(max(0, os.fstat(handle.fileno()).st_size - tail))
-        for line in reversed(handle.read().splitlines()):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the first line of the tail is incomplete
-                record: dict[str, Any] = json.loads(line)
-                return float(record["train/loss"])
-    return None
 
 
 def _write(text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from runner.models import hub
 from runner.models.kernels.score_head import ScoreHead
 from runner.secrets import redact, redact_tree
-from runner.tracking import metrics_log, origin
+from runner.tracking import metrics_log, naming, origin
 from runner.tracking.manifest import RUN_TIME_KEYS, read_config
 from runner.tracking.rundir import RunDir
 
@@ -76,7 +76,7 @@ def text(
     manifest, cfg = rundir.read_manifest(), read_config(rundir)
     base = (hub.published(base) or (base,))[0]
     base_name = str((manifest.get("model") or {}).get("name") or LOCAL.sub(r"\1", base))
-    name = str(manifest.get("label") or manifest.get("name") or rundir.path.name)
+    name = naming.label(manifest, rundir.path)
     parts = [
         _front_matter(kinds, base, head),
         f"# {name}",

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner import files, terminal
 from runner.config import compose
@@ -24,9 +23,6 @@ from runner.sweep.session import Session
 from runner.sweep.space import Dimension
 from runner.tracking.rundir import DONE
 from runner.tracking.sweepdir import SweepDir
-
-if TYPE_CHECKING:
-    pass
 
 FIXED_KEYS = ("launcher", "search", "tracking")
 """Config groups that cannot be searched over: the search itself uses them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -68,5 +69,5 @@ def refuse_alike(names: Iterable[str]) -> None:
 
 def order(name: str) -> tuple[bool, int, str]:
     """Numbers by value, before texts."""
-    is_number = name.lstrip("-").isdecimal()
+    is_number = re.fullmatch(r"-?\d{1,4000}", name) is not None
     return not is_number, int(name) if is_number else 0, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -19,6 +20,7 @@ log = logging.getLogger("runner")
 Record = dict[str, Any]
 """{"step": int, "time": seconds since the epoch, metric name: float, …}"""
 
+TAIL_BYTES = 65536
 LOSS, BEST, SECONDS, TOKENS = "eval/loss", "eval/best_loss", "train/seconds", "train/tokens"
 """Metric names: eval loss, smallest eval loss so far, training seconds of all attempts, tokens seen."""
 
@@ -50,6 +52,18 @@ def sync_to_disk(rundir: RunDir) -> None:
     if rundir.metrics.exists():
         with rundir.metrics.open("rb") as handle:
             os.fsync(handle.fileno())
+
+
+def last_of(rundir: RunDir, *names: str) -> tuple[str, float] | None:
+    """(name, value) of the first of these metrics in the last record that has one; reads only the end of the file."""
+    with contextlib.suppress(OSError), rundir.metrics.open("rb") as handle:
+        handle.seek(max(0, handle.seek(0, os.SEEK_END) - TAIL_BYTES))
+        for line in reversed(handle.read().splitlines()):
+            with contextlib.suppress(ValueError, TypeError, StopIteration):  # a line that is cut off
+                record = json.loads(line)
+                name = next(name for name in names if name in record)
+                return name, float(record[name])
+    return None
 
 
 def rewind(rundir: RunDir, step: int, evaluated: bool = True) -> int:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from runner.secrets import redact
+
+
+def label(manifest: Mapping[str, Any], folder: Path) -> str:
+    """The name of a run in tables: its label in the sweep, else its own name, else the name of its folder."""
+    return str(manifest.get("label") or manifest.get("name") or folder.name)
 
 
 def short_name(manifest: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from runner.config import lora_start
 from runner.files import read_json, write_atomic
-from runner.tracking import provenance
+from runner.tracking import naming, provenance
 from runner.tracking.rundir import RunDir
 
 FIELD = "came_from"
@@ -50,7 +50,7 @@ def entry(how: str, folder: Path) -> list[dict[str, Any]]:
     """
     manifest = RunDir(folder).read_manifest()
     known = {
-        "name": manifest.get("label") or manifest.get("name") or folder.name,
+        "name": naming.label(manifest, folder),
         "id": manifest.get("id"),
         "mlflow_run_id": (manifest.get("mlflow") or {}).get("run_id"),
         "weights_sha256": manifest.get("weights_sha256"),

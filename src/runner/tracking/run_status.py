@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from runner.errors import DamagedError
-from runner.tracking import lookup, slurm_jobs
+from runner.tracking import lookup, naming, slurm_jobs
 from runner.tracking.rundir import DIED, DONE, RunDir, State, Status
 from runner.tracking.slurm_client import JobRef
 from runner.tracking.slurm_jobs import NO_JOB, Queue
@@ -50,8 +50,7 @@ class RunStatus:
 
     @property
     def label(self) -> str:
-        """Short name of the run: its label in the sweep, else its own name, else the name of its folder."""
-        return str(self.manifest.get("label") or self.manifest.get("name") or self.rundir.path.name)
+        return naming.label(self.manifest, self.rundir.path)
 
 
 def of(rundirs: Sequence[RunDir]) -> list[RunStatus]:

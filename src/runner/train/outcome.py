@@ -11,6 +11,7 @@ import traceback
 
 from runner import terminal
 from runner.errors import LESS_MEMORY, Fault, Interrupted, Pruned, RunnerError, Stopped, TrainingError, typed_line
+from runner.files import write_atomic
 from runner.secrets import redact
 from runner.tracking import slurm_client
 from runner.tracking.rundir import DIED, RunDir, State
@@ -135,7 +136,7 @@ def failed_along(rundir: RunDir, ranks: Ranks, error: Exception) -> int:
     error = explained(error)
     log.error("".join(traceback.format_exception(error)))
     with contextlib.suppress(OSError):
-        rundir.rank_failure(ranks.rank).write_text(redact(typed_line(error)))
+        write_atomic(rundir.rank_failure(ranks.rank), redact(typed_line(error)), is_durable=False)
     return 1
 
 

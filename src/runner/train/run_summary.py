@@ -201,7 +201,7 @@ def numbers(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) ->
         **{name: last[name] for name in names if name in last},
         "reason": progress.ended,
         "steps": progress.step,
-        **({"best step": kept, "best metric": best} if best else {}),
+        **({"best step": kept, "best metric": best} if progress.best_step else {}),
         "train/tokens": progress.tokens,
         "trained tokens": progress.trained_tokens,
         "training seconds": seconds,

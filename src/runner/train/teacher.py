@@ -18,7 +18,7 @@ from runner.models.kernels import lora_linear
 from runner.models.quantization.quant import Quant
 from runner.models.sources import ModelSource
 from runner.tasks import soft_targets, task
-from runner.tracking import manifest, origin, provenance
+from runner.tracking import manifest, naming, origin, provenance
 from runner.tracking.rundir import RunDir
 from runner.train import throughput, trained_model
 from runner.train.memory.peak import Needs
@@ -49,8 +49,7 @@ class Teacher:
     def name(self) -> str:
         if self.run is None:
             return self.source.name
-        known = self.run.rundir.read_manifest()
-        return str(known.get("label") or known.get("name") or self.run.rundir.path.name)
+        return naming.label(self.run.rundir.read_manifest(), self.run.rundir.path)
 
     @property
     def text(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -151,11 +152,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
                 return (single if dtype == torch.float32 else half) * 1e12
     key = f"{name}/{torch.get_num_threads()}/{dtype}/{torch.__version__}"
     file = cache_dir("meters") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    cached = json.loads(file.read_text())["flops"] if file.exists() else 0.0
+    cached = 0.0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured yet, or damaged
+        cached = float(json.loads(file.read_text())["flops"])
     size = 1024 if device.type == "cpu" else 8192  # on a GPU, a small product waits for its launch
     best = max(_measured_flops(device, dtype, size, seconds=0.05 if cached else 0.2), cached)
-    write_atomic(file, json.dumps({"key": key, "flops": best}))
-    return float(best)
+    with contextlib.suppress(OSError):  # a full disk: the next run measures again
+        write_atomic(file, json.dumps({"key": key, "flops": best}))
+    return best
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:

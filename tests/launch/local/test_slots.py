@@ -8,7 +8,7 @@ import pytest
 from fixtures.queued_sweeps import launcher
 
 from runner.errors import LaunchError
-from runner.launch.local import slots
+from runner.launch.local import accelerate, slots
 from runner.tracking import machine
 from runner.tracking.rundir import RunDir
 from runner.train import worker
@@ -20,6 +20,9 @@ def test_gpus_are_shared_out_and_cores_divided(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert [slot.threads for slot in launcher(parallel=3).slots()] == [2, 2, 2]
     assert [slot.threads for slot in launcher(parallel=3, threads=5).slots()] == [5, 5, 5]
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    assert accelerate.accelerate(processes=1000).plan(1).endswith(", 1 threads each")
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setattr(machine, "visible_gpus", lambda: ["0", "1", "2", "3"])
     monkeypatch.setattr(machine, "idle_gpus", lambda: ["1", "2", "3"])
     assert [slot.gpus for slot in launcher().slots()] == [("1",), ("2",), ("3",)]

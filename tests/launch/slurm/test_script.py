@@ -65,3 +65,9 @@ def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.Monkey
     del kept["SBATCH_MEM_PER_CPU"]
     assert seen_by_sbatch(**asked) == kept
     assert os.environ["SBATCH_JOB_NAME"] == os.environ["SBATCH_TIMELIMIT"] == "1", "they are back"
+
+
+@pytest.mark.parametrize(("mem_gb", "written"), [(1.5, "1536MB"), (0.0001, "1MB")])
+def test_memory_is_rounded_up_because_0_is_all_of_the_node(mem_gb: float, written: str):
+    request = option("launcher", "slurm", mem_gb=mem_gb)().request
+    assert script.parameters(request, "name", [])["mem"] == written

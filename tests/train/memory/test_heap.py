@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import option
 
 from runner import __main__
 from runner.cli import main
@@ -77,7 +76,7 @@ def test_only_what_may_train_begins_anew(words: str, trains: bool, monkeypatch: 
 
 def test_a_job_of_slurm_is_started_with_the_heap_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(heap.VARIABLE, raising=False)
-    lines = script.setup_lines(option("launcher", "slurm")().request, tmp_path, "job", None)
+    lines = script.setup_lines(tmp_path, "job", None)
     assert "export GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0" in lines
 
 

@@ -22,7 +22,7 @@ from runner.config.schema import Processes
 from runner.errors import Fault, Interrupted, LaunchError, Preempted, Stopped
 from runner.launch.launcher import Source
 from runner.launch.local import launcher
-from runner.launch.local.slots import Slot, cores, share
+from runner.launch.local.slots import Slot, cores, own_threads, share
 from runner.signals import SIGNALS, restore_defaults, signals_to
 from runner.tracking import machine
 from runner.tracking.rundir import RunDir, State
@@ -190,8 +190,7 @@ def _forwarding_signals(processes: int) -> Iterator[list[int]]:
 
 def _threads(processes: int) -> int:
     """CPU threads of each process: OMP_NUM_THREADS, or the cores divided by the number of processes."""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    return int(threads) if threads.isdigit() else max(1, cores() // processes)
+    return own_threads() or max(1, cores() // processes)
 
 
 def _quiet() -> None:

@@ -42,6 +42,11 @@ def share(parallel: int | None, *, threads: int | None, processes: int = 1) -> l
 
 def cores() -> int:
     """OMP_NUM_THREADS if it is set, else the number of CPU cores that this process may use."""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(threads) if threads.isdigit() and int(threads) else available
+    return own_threads() or available
+
+
+def own_threads() -> int:
+    """The number in OMP_NUM_THREADS; 0 if it is not set, or not a number of threads."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdecimal() else 0

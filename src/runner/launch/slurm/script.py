@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -70,7 +71,7 @@ def parameters(request: SlurmRequest, name: str, setup: list[str]) -> dict[str, 
         "ntasks_per_node": request.tasks,
         "gpus_per_node": request.gpus_per_node or None,
         "cpus_per_task": request.cpus_per_task,
-        "mem": None if request.mem_gb is None else f"{int(request.mem_gb * 1024)}MB",
+        "mem": None if request.mem_gb is None else f"{math.ceil(request.mem_gb * 1024)}MB",
         "constraint": request.constraint,
         "exclude": request.exclude,
         "nodelist": request.nodelist,
@@ -84,7 +85,7 @@ def parameters(request: SlurmRequest, name: str, setup: list[str]) -> dict[str, 
     return {**options, "additional_parameters": {key: value for key, value in more.items() if value is not None}}
 
 
-def setup_lines(request: SlurmRequest, folder: Path, name: str, code: Path | None) -> list[str]:
+def setup_lines(folder: Path, name: str, code: Path | None) -> list[str]:
     """Shell lines before srun: each task's pickle file, code snapshot, CPU threads and allocator settings."""
     pickle = shlex.quote(str(folder / f"{name}.pkl"))
     own = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
@@ -121,7 +122,7 @@ def script(request: SlurmRequest, folder: Path, name: str, code: Path | None, ru
     """The script of one run, or of an array of ``runs`` runs, as submitit creates it."""
     from submitit.slurm.slurm import _make_sbatch_string  # private; the public executor needs srun here
 
-    options = parameters(request, name, setup_lines(request, folder, name, code))
+    options = parameters(request, name, setup_lines(folder, name, code))
     if runs > 1:
         options.update(map_count=runs, array_parallelism=request.array_parallelism or runs)
     return str(_make_sbatch_string(command=command(request, folder), folder=folder, **options))

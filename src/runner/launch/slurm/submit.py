@@ -218,7 +218,7 @@ def _to_slurm(request: SlurmRequest, home: Path, record: Submission) -> str:
     room, file = slurm_room(home), str(submission.path(home, record.name))
     DelayedSubmission(entry.run, file).dump(room / f"{record.name}.pkl")
     code = Path(record.code) if record.code else None
-    options = script.parameters(request, record.name, script.setup_lines(request, room, record.name, code))
+    options = script.parameters(request, record.name, script.setup_lines(room, record.name, code))
     if record.after:  # parts of a sweep share array_parallelism: run them one after the other
         own = options["additional_parameters"].get("dependency")
         options["additional_parameters"]["dependency"] = ",".join(filter(None, (own, f"afterany:{record.after}")))
