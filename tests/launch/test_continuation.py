@@ -86,6 +86,18 @@ def test_where_it_differs_a_run_from_the_weights_trains_what_is_missing(
     assert entry["weights_sha256"] == first.read_manifest()["weights_sha256"]
 
 
+def test_epochs_that_were_not_trained_are_missing(here: Path, capsys: pytest.CaptureFixture[str]):
+    epochs = ("train.max_steps=null", "train.num_train_epochs=2", "train.max_minutes=1e-9")
+    state = train(*TINY, *epochs, "hydra.run.dir=first").read_state()
+    reached = 2 * state.step / state.total_steps
+    assert 0 < reached < 1, "it ended after its first step"
+    capsys.readouterr()
+    assert main.run(["resume=first", f"train.num_train_epochs={reached / 2}"]) == 2
+    assert f"the run has trained {reached:g}" in capsys.readouterr().err
+    longer = train("resume=first", "train.num_train_epochs=3", "hydra.run.dir=longer")
+    assert read_config(longer)["train"]["num_train_epochs"] == pytest.approx(3 - reached)
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import TINY, composed, prepared
+from fixtures import killed_runs
 from fixtures.ranks_of_a_run import several, worked
 
 from runner.cli import main
@@ -231,17 +227,8 @@ def test_two_processes_give_the_losses_of_one(teacher: Path, tmp_path: Path, top
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(teacher: Path, tmp_path: Path) -> None:
-    words = run_of(teacher, "train.max_steps=12", "train.save_steps=1", "optim.learning_rate=1e-2")
+    words = run_of(teacher, "train.max_steps=6", "train.save_steps=1", "optim.learning_rate=1e-2")
     whole, killed = (prepared(tmp_path / name, *words) for name in ("whole", "killed"))
-    command = [sys.executable, "-m", "runner.worker"]
-    process = subprocess.Popen([*command, str(killed.path)], start_new_session=True)
-    deadline = time.monotonic() + 300
-    while killed.saved_step() < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 2 <= killed.saved_step() <= 12
-    for rundir in (killed, whole):
-        subprocess.run([*command, str(rundir.path)], check=True, capture_output=True)
-    assert numbers(killed, "train/loss") == numbers(whole, "train/loss")
-    assert killed.read_manifest()["weights_sha256"] == whole.read_manifest()["weights_sha256"]
+    assert killed_runs.work(whole) == 0
+    killed_runs.kill_and_finish(killed, "train/loss", [2, 4])
+    killed_runs.assert_same_end(whole, killed)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, prepared
-from fixtures import two_models
+from fixtures import killed_runs, two_models
 from fixtures.two_models import QUESTIONS
 
 from runner.tracking import metrics_log
@@ -66,21 +64,11 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path, cache: Path) -> No
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, cache: Path) -> None:
-    words = (*(word for word in RUN if "max_steps" not in word), "train.max_steps=12", "optim.learning_rate=1e-2")
-    whole = prepared(tmp_path / "whole", *words)
-    killed = prepared(tmp_path / "killed", *words)
-    command = [sys.executable, "-m", "runner.worker"]
-    process = subprocess.Popen([*command, str(killed.path)], start_new_session=True)
-    deadline = time.monotonic() + 300
-    while killed.saved_step() < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 2 <= killed.saved_step() <= 12
-    for rundir in (killed, whole):
-        subprocess.run([*command, str(rundir.path)], check=True, capture_output=True)
-    assert losses(killed) == losses(whole)
-    assert killed.read_manifest()["weights_sha256"] == whole.read_manifest()["weights_sha256"]
+    words = (*(word for word in RUN if "max_steps" not in word), "train.max_steps=6", "optim.learning_rate=1e-2")
+    whole, killed = (prepared(tmp_path / name, *words) for name in ("whole", "killed"))
+    assert killed_runs.work(whole) == 0
+    killed_runs.kill_and_finish(killed, "train/loss", [2, 4])
+    killed_runs.assert_same_end(whole, killed)
 
 
 @pytest.mark.slow

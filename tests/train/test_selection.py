@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, composed, prepared
+from fixtures import killed_runs
 from safetensors.torch import load_file
 
 from runner.errors import ConfigError, TrainingError
@@ -174,38 +174,5 @@ def test_kill_9_changes_nothing(tmp_path: Path, cache: Path):
     whole = prepared(tmp_path / "whole", *options)
     assert worker.work(whole) == 0
     killed = prepared(tmp_path / "killed", *options)
-    codes = [started(killed, dies_at=step) for step in range(1, whole.read_state().step + 1)]
-    assert set(codes) == {-9}
-    assert started(killed) == 0
-    for name in ("status", "step", "reason", "model_step"):
-        assert getattr(killed.read_state(), name) == getattr(whole.read_state(), name), name
-    values = [
-        [(r["step"], r.get("eval/loss"), r.get("train/loss")) for r in metrics_log.read(r)] for r in (whole, killed)
-    ]
-    assert values[0] == values[1]
-    hashes = [json.loads(rundir.manifest.read_text())["weights_sha256"] for rundir in (whole, killed)]
-    assert hashes[0] == hashes[1]
-
-
-def started(rundir: RunDir, dies_at: int | None = None) -> int:
-    """The exit code of a worker that kills itself as it records the evaluation of this step."""
-    import subprocess
-    import sys
-
-    return subprocess.run([sys.executable, "-c", WORKER, str(rundir.path), str(dies_at)], check=False).returncode
-
-
-WORKER = """
-import os, signal, sys
-from pathlib import Path
-from runner.tracking import metrics_log
-from runner.tracking.rundir import RunDir
-from runner.train import worker
-append = metrics_log.append
-def dying(rundir, record):
-    append(rundir, record)
-    if f"{record['step']}" == sys.argv[2] and "eval/loss" in record:
-        os.kill(os.getpid(), signal.SIGKILL)
-metrics_log.append = dying
-sys.exit(worker.work(RunDir(Path(sys.argv[1]))))
-"""
+    killed_runs.kill_and_finish(killed, "eval/loss", range(1, whole.read_state().step + 1))
+    killed_runs.assert_same_end(whole, killed)

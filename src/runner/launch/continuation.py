@@ -103,7 +103,12 @@ def _later(ends: dict[str, Any], frozen: dict[str, Any], state: State) -> tuple[
 
 def _done(frozen: dict[str, Any], state: State, key: str) -> Any:
     """How far the run has come, in the unit of ``key``; None if that is not known."""
-    reached = {"max_steps": state.step, "max_tokens": state.summary.get("train/tokens")}.get(key)
+    epochs = frozen["train"]["num_train_epochs"]
+    reached = {
+        "max_steps": state.step,
+        "max_tokens": state.summary.get("train/tokens"),
+        "num_train_epochs": epochs and round(epochs * state.step / state.total_steps, 6),
+    }[key]
     return reached if state.reason and reached else frozen["train"][key] or reached
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,37 +13,42 @@ from runner.models import model_folder, sources
 from runner.tracking import lookup, origin
 from runner.tracking.rundir import RunDir
 
-NAMED, TAUGHT = lora_start.NAMES
-
 
 def settle(cfg: dict[str, Any]) -> Iterator[Fault]:
     """Replace RUN by FOLDER@DIGEST; yields why that is impossible. A digest that is given already must be that one."""
-    yield from _settle_start(cfg)
-    yield from _settle_teacher(cfg)
+    yield from _settle(cfg, lora_start.START, _adapter, origin.digest_of)
+    yield from _settle(cfg, lora_start.TEACHER, _teacher, origin.digest_of_teacher)
 
 
-def _settle_teacher(cfg: dict[str, Any]) -> Iterator[Fault]:
-    if not (text := lora_start.of(cfg, lora_start.TEACHER)):
+def _settle(
+    cfg: dict[str, Any],
+    place: tuple[str, str],
+    find: Callable[[str, Path], Path | None],
+    digest_of: Callable[[Path], str | None],
+) -> Iterator[Fault]:
+    """Settle one key. ``find``: (RUN, outputs_dir) → the folder of its weights; None for a model on the Hub."""
+    if not (text := lora_start.of(cfg, place)):
         return
+    (group, name), key = place, ".".join(place)
     word, wanted = lora_start.split(text)
     try:
-        place = _teacher(word, str(cfg.get("outputs_dir")))
+        folder = find(word, Path(str(cfg.get("outputs_dir"))).expanduser())
     except ConfigError as error:
-        yield from (replace(fault, key=TAUGHT, value=word) for fault in error.faults)
+        yield from (replace(fault, key=key, value=word) for fault in error.faults)
         return
-    if place is None:  # on the Hub
+    if folder is None:
         return
-    digest = origin.digest_of_teacher(place)
+    digest = digest_of(folder)
     if digest is None:
-        yield Fault(TAUGHT, f"{place} has no weights that can be read", "restore them, or name another teacher", word)
+        yield Fault(key, f"the weights in {folder} are missing or damaged", "restore them, or name another run", word)
     elif wanted and wanted != digest:
-        problem = f"the teacher in {place} has other weights now ({digest[:12]}, not {wanted[:12]})"
-        yield Fault(TAUGHT, problem, f"restore them, or name the place of the same weights: {TAUGHT}=FOLDER", word)
+        problem = f"{folder} has other weights now ({digest[:12]}, not {wanted[:12]})"
+        yield Fault(key, problem, f"restore them, or name the place of the same weights: {key}=FOLDER", word)
     else:
-        cfg["task"]["teacher"] = lora_start.joined(place, digest)
+        cfg[group][name] = lora_start.joined(folder, digest)
 
 
-def _teacher(word: str, outputs_dir: str) -> Path | None:
+def _teacher(word: str, outputs_dir: Path) -> Path | None:
     """The folder of a run, a model folder or a GGUF file; None for a model on the Hub.
 
     Raises:
@@ -60,49 +65,33 @@ def _teacher(word: str, outputs_dir: str) -> Path | None:
         raise ConfigError(Fault("", problem, "name the run that trained it, or a whole model (export RUN --merged)"))
     if not path.exists() and "/" in word and sources.HUB_ID.fullmatch(word.partition("@")[0]):
         return None
-    from runner.train import trained_model
-
-    is_of_run = path.name == "model" and RunDir(path.parent).manifest.exists()
-    rundir = RunDir(path.parent) if is_of_run else lookup.resolve_run(word, Path(outputs_dir).expanduser())
-    trained_model.refuse_without_model(rundir)
-    return rundir.path
+    return _run(word, path, outputs_dir).path
 
 
-def _settle_start(cfg: dict[str, Any]) -> Iterator[Fault]:
-    if not (text := lora_start.of(cfg)):
-        return
-    word, wanted = lora_start.split(text)
-    try:
-        folder = _folder(word, str(cfg.get("outputs_dir")))
-    except ConfigError as error:
-        yield from (replace(fault, key=NAMED, value=word) for fault in error.faults)
-        return
-    digest = origin.digest_of(folder)
-    if digest is None:
-        problem = f"{lora_start.adapter_in(folder) / lora_start.WEIGHTS} is missing or damaged"
-        yield Fault(NAMED, problem, "restore the file, or train that run again", word)
-    elif wanted and wanted != digest:
-        problem = f"the adapter in {folder} has other weights now ({digest[:12]}, not {wanted[:12]})"
-        yield Fault(NAMED, problem, f"restore it, or name the folder of the same adapter: {NAMED}=FOLDER", word)
-    else:
-        cfg[lora_start.GROUP][lora_start.KEY] = lora_start.joined(folder, digest)
-
-
-def _folder(word: str, outputs_dir: str) -> Path:
+def _adapter(word: str, outputs_dir: Path) -> Path:
     """The folder of a run with an adapter, or of a plain adapter.
 
     Raises:
         ConfigError: no such run, or a run without an adapter.
     """
     path = Path(word).expanduser().absolute()
-    if (path / lora_start.ADAPTER).is_file():
-        is_of_run = path.name == "model" and RunDir(path.parent).manifest.exists()
-        return path.parent if is_of_run else path
-    from runner.train import trained_model
-
-    rundir = lookup.resolve_run(word, Path(outputs_dir).expanduser())
-    trained_model.refuse_without_model(rundir)
+    if (path / lora_start.ADAPTER).is_file() and not _is_of_run(path):
+        return path
+    rundir = _run(word, path, outputs_dir)
     if not (rundir.model / lora_start.ADAPTER).is_file():
         problem = "trained all weights: it has no adapter to continue"
         raise ConfigError(Fault("", problem, f"start from its model: model=local model.path={rundir.model}"))
     return rundir.path
+
+
+def _run(word: str, path: Path, outputs_dir: Path) -> RunDir:
+    """The run that is named by ``word``, or whose folder ``model`` is ``path``; it must have a model."""
+    from runner.train import trained_model
+
+    rundir = RunDir(path.parent) if _is_of_run(path) else lookup.resolve_run(word, outputs_dir)
+    trained_model.refuse_without_model(rundir)
+    return rundir
+
+
+def _is_of_run(path: Path) -> bool:
+    return path.name == "model" and RunDir(path.parent).manifest.exists()
