@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
@@ -19,9 +19,11 @@ ONE_GESTURE_S = 0.5
 
 
 @contextmanager
-def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the block runs, SIGNALS call ``handler``, except those that are ignored and stay so."""
-    previous = {number: signal.signal(number, handler) for number in SIGNALS if not stays_ignored(number)}
+def signals_to(
+    handler: Callable[[int, FrameType | None], object] | signal.Handlers, numbers: Sequence[signal.Signals] = SIGNALS
+) -> Iterator[None]:
+    """While the block runs, these signals call ``handler``, except those that are ignored and stay so."""
+    previous = {number: signal.signal(number, handler) for number in numbers if not stays_ignored(number)}
     try:
         yield
     finally:

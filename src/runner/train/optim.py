@@ -170,11 +170,12 @@ def shardable(node: Mapping[str, Any]) -> bool:
 
 
 def check_adamw_bnb(**_: object) -> Iterator[Fault]:
-    yield from _needs_bitsandbytes()
+    if importlib.util.find_spec("bitsandbytes") is None:
+        problem = "this optimizer needs bitsandbytes, which is not installed"
+        yield Fault("", problem, "install bitsandbytes, or use optim=adamw")
 
 
-def check_lion(**_: object) -> Iterator[Fault]:
-    yield from _needs_bitsandbytes()
+check_lion = check_adamw_bnb
 
 
 def check_muon(*, nesterov: bool, momentum: float, **_: object) -> Iterator[Fault]:
@@ -224,10 +225,3 @@ def _embedding_parameters(model: nn.Module) -> Iterator[Tensor]:
 
 def _pair(betas: list[float]) -> tuple[float, float]:
     return float(betas[0]), float(betas[1])  # torch refuses 0 beside 0.99
-
-
-def _needs_bitsandbytes() -> Iterator[Fault]:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        yield Fault(
-            "", "this optimizer needs bitsandbytes, which is not installed", "install bitsandbytes, or use optim=adamw"
-        )

@@ -78,20 +78,16 @@ def is_unattended(rundir: RunDir) -> bool:
 def stopped(rundir: RunDir, clock: Clock, error: BaseException) -> int:
     """Record that the run was stopped: preempted, interrupted, cancelled or pruned; return the exit code."""
     stop = error if isinstance(error, Stopped) else Interrupted("interrupted twice")
-    reason = f"{stop}; {_saved(rundir)}"
-    status, code = stop.status, stop.exit_code
     if rundir.cancel_request.exists():
-        reason = f"{rundir.cancel_request.read_text().strip() or 'cancelled'}; {_saved(rundir)}"
-        status, code = Interrupted.status, Interrupted.exit_code
-    elif status == "preempted" and slurm_client.is_cancelled():
-        reason = f"cancelled outside (scancel); {_saved(rundir)}"
-        status, code = Interrupted.status, Interrupted.exit_code
-    elif status == "preempted" and rundir.prune_request.exists():  # a resumed run would be pruned at once
-        reason = f"{rundir.prune_request.read_text()}; {_saved(rundir)}"
-        status, code = Pruned.status, Pruned.exit_code
-    note(rundir, clock, status=status, reason=reason)
+        stop = Interrupted(rundir.cancel_request.read_text().strip() or "cancelled")
+    elif stop.status == "preempted" and slurm_client.is_cancelled():
+        stop = Interrupted("cancelled outside (scancel)")
+    elif stop.status == "preempted" and rundir.prune_request.exists():  # a resumed run would be pruned at once
+        stop = Pruned(rundir.prune_request.read_text())
+    reason = f"{stop}; {_saved(rundir)}"
+    note(rundir, clock, status=stop.status, reason=reason)
     log.info(reason, extra={"quiet": True})
-    return code
+    return stop.exit_code
 
 
 def failed(rundir: RunDir, clock: Clock, error: Exception) -> int:

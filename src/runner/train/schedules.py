@@ -82,22 +82,21 @@ def warmup(total: int, warmup_steps: int | None, warmup_ratio: float) -> int:
     return steps
 
 
-def check_cosine(*, warmup_steps: int | None, warmup_ratio: float, min_ratio: float) -> Iterator[Fault]:
-    return _two_warmups(warmup_steps, warmup_ratio)
+def check_cosine(*, warmup_steps: int | None, warmup_ratio: float, **_: object) -> Iterator[Fault]:
+    if warmup_steps is not None and warmup_ratio > 0:
+        yield Fault(
+            "warmup_steps",
+            f"cannot be combined with warmup_ratio={warmup_ratio}",
+            "set schedule.warmup_ratio=0, or schedule.warmup_steps=null",
+            warmup_steps,
+        )
 
 
-def check_linear(*, warmup_steps: int | None, warmup_ratio: float, min_ratio: float) -> Iterator[Fault]:
-    return _two_warmups(warmup_steps, warmup_ratio)
+check_linear = check_constant = check_cosine
 
 
-def check_constant(*, warmup_steps: int | None, warmup_ratio: float) -> Iterator[Fault]:
-    return _two_warmups(warmup_steps, warmup_ratio)
-
-
-def check_wsd(
-    *, warmup_steps: int | None, warmup_ratio: float, decay_ratio: float, min_ratio: float
-) -> Iterator[Fault]:
-    yield from _two_warmups(warmup_steps, warmup_ratio)
+def check_wsd(*, warmup_steps: int | None, warmup_ratio: float, decay_ratio: float, **_: object) -> Iterator[Fault]:
+    yield from check_cosine(warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
     if warmup_steps is None and warmup_ratio + decay_ratio > 1:
         yield Fault(
             "decay_ratio",
@@ -114,16 +113,6 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
             bind(cfg["schedule"], "schedule")(0, steps)
         except ConfigError as error:
             yield from error.faults
-
-
-def _two_warmups(warmup_steps: int | None, warmup_ratio: float) -> Iterator[Fault]:
-    if warmup_steps is not None and warmup_ratio > 0:
-        yield Fault(
-            "warmup_steps",
-            f"cannot be combined with warmup_ratio={warmup_ratio}",
-            "set schedule.warmup_ratio=0, or schedule.warmup_steps=null",
-            warmup_steps,
-        )
 
 
 def _progress(step: int, total: int, warm: int) -> tuple[float, float]:

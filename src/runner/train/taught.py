@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import io
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from runner.files import cache_dir, locked, write_atomic
 from runner.models.dtypes import dtype_for
 from runner.tasks import teaching
 from runner.train import build
+from runner.train.distributed import wrap
 from runner.train.distributed.ranks import Ranks
 from runner.train.inputs import Inputs
 from runner.train.parts import Parts
@@ -37,6 +39,8 @@ CODE_VERSION = 1
 """Part of the cache key. Increase it when a code change alters the numbers."""
 NOTED_S = 30
 """Seconds of computing that a process which is killed loses at most."""
+DTYPES = {teaching.IDS: np.dtype(np.int32), teaching.LOG_PROBABILITIES: np.dtype(np.float32)}
+"""Name of a cached column in a batch → its dtype."""
 log = logging.getLogger("runner")
 Progress = Callable[[int, int], None]
 Split = tuple[Batches, list[int]]
@@ -137,7 +141,7 @@ def _compute(
     noted = time.monotonic()
     for number, (batches, store, packs) in enumerate(chunks):
         progress(number, len(chunks))
-        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batches.of(packs).items()}
+        batch = wrap.on_device(batches.of(packs), device)
         assert teacher.spec.top_k is not None
         ids, values = teaching.top(model, batch, teacher.spec.top_k, teacher.size)
         store.write(batches.rows_in(packs), ids.cpu().numpy(), values.cpu().numpy())
@@ -222,11 +226,13 @@ class Store:
             return
         for name in DTYPES:
             with self._file(name).open("r+b") as file:
-                _sync(file)
+                os.fsync(file)
         with locked(self.path.with_suffix(".lock")):
             known = self.known()
             known[self.fresh] = True
-            _save(self._file("known"), known)
+            content = io.BytesIO()
+            np.save(content, known)
+            write_atomic(self._file("known"), content.getvalue())
         self.fresh.clear()
 
     def _create(self) -> None:
@@ -239,21 +245,3 @@ class Store:
             self._file(name).unlink(missing_ok=True)  # a process that has mapped the old file keeps it
             column = np.lib.format.open_memmap(self._file(name), "w+", dtype, self._shape)
             column.flush()
-
-
-DTYPES = {teaching.IDS: np.dtype(np.int32), teaching.LOG_PROBABILITIES: np.dtype(np.float32)}
-
-
-def _sync(file: Any) -> None:
-    import os
-
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    import io
-
-    content = io.BytesIO()
-    np.save(content, array)
-    write_atomic(path, content.getvalue())

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from runner.errors import Fault, Interrupted, LaunchError, Preempted
 from runner.launch import progress_table
 from runner.launch.launcher import Source
 from runner.launch.slurm import submission
+from runner.signals import signals_to
 from runner.tracking.rundir import RunDir, State
 from runner.train import outcome
 
@@ -30,7 +31,7 @@ def follow(rundirs: Sequence[RunDir]) -> list[int]:
     """
     jobs, code_of_active = _Jobs(rundirs), 0
     try:
-        with _raising_on_sigterm():
+        with signals_to(_end, [signal.SIGTERM]):
             progress_table.follow(list(rundirs), jobs.have_ended)
     except (KeyboardInterrupt, Preempted) as stop:
         code_of_active = Preempted.exit_code if isinstance(stop, Preempted) else 0
@@ -54,7 +55,7 @@ def serve(source: Source, at_once: int, submit: Submit) -> int:
     """
     running: list[RunDir] = []
     try:
-        with _raising_on_sigterm():
+        with signals_to(_end, [signal.SIGTERM]):
             _serve(source, at_once, submit, running)
     except (KeyboardInterrupt, Preempted) as stop:
         print(
@@ -65,18 +66,9 @@ def serve(source: Source, at_once: int, submit: Submit) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _raising_on_sigterm() -> Iterator[None]:
-    """While the block runs, SIGTERM raises Preempted, as Ctrl-C raises KeyboardInterrupt."""
-
-    def end(*_: object) -> None:
-        raise Preempted("stopped by SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _end(*_: object) -> NoReturn:
+    """Handler of SIGTERM: ends this command as Ctrl-C does."""
+    raise Preempted("stopped by SIGTERM")
 
 
 def _serve(source: Source, at_once: int, submit: Submit, running: list[RunDir]) -> None:

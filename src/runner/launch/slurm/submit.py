@@ -18,6 +18,7 @@ from runner.files import locked
 from runner.launch.slurm import entry, script, snapshot, submission
 from runner.launch.slurm.request import SlurmRequest
 from runner.launch.slurm.submission import Submission
+from runner.signals import signals_to
 from runner.tracking import slurm_client, slurm_commands
 from runner.tracking.rundir import DONE, RunDir, State
 from runner.tracking.sweepdir import SweepDir, slurm_room
@@ -46,20 +47,10 @@ def submit(
         with (
             files.writing(home, LaunchError),
             locked(slurm_room(home) / ".lock"),  # concurrent commands submit one after the other
-            _ignoring_hangup(),
+            signals_to(signal.SIG_IGN, [signal.SIGHUP]),  # a closed terminal would leave runs pending without a job
         ):
             refused += _submit_locked(request, home, members, before)
     return refused
-
-
-@contextlib.contextmanager
-def _ignoring_hangup() -> Iterator[None]:
-    """While the block runs, closing the terminal does not end this process: runs would stay pending without a job."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def _submit_locked(

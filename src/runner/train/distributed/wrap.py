@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner.data.collator import Batch
 from runner.models import shards
 from runner.models.kernels import compilation
 from runner.tasks.task import Task
 from runner.train.distributed.parallel import Parallel
 from runner.train.distributed.ranks import Ranks
-
-Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,12 @@ class Wrapped:
         return torch.autocast(self.device.type, self.autocast)
 
     def on_device(self, batch: Batch) -> Batch:
-        device = self.device
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return on_device(batch, self.device)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def wrap(
