@@ -284,7 +284,7 @@ def prepared(folder: Path, *overrides: str) -> RunDir:
     """A run folder ready for a worker."""
     from runner.tracking import manifest
 
-    return manifest.prepare(composed(*overrides), folder, ["runner", *overrides], list(overrides))
+    return manifest.create(composed(*overrides), folder, ["runner", *overrides], list(overrides))
 
 
 def no_hooks(**others: Any) -> Any:

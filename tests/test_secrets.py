@@ -250,7 +250,7 @@ def test_no_file_of_a_run_contains_a_secret(
     monkeypatch.setattr(run_summary, "numbers", fail)
     options = [word for word in TINY if word != "tracking=offline"]
     cfg = composed(*options, "tracking.system_metrics=false", f"outputs_dir={tmp_path}", "train.max_steps=1")
-    rundir = manifest.prepare(cfg, tmp_path / "run", ["runner", *SHAPES], list(SHAPES))
+    rundir = manifest.create(cfg, tmp_path / "run", ["runner", *SHAPES], list(SHAPES))
     assert worker.work(rundir) == 1
     out, err = capfd.readouterr()
     texts = {

@@ -53,7 +53,7 @@ def main(jobs: int, overrides: list[str]) -> None:
 
 def prepared(folder: Path, overrides: list[str]) -> RunDir:
     with cli_jobs.composed(overrides) as (_, found):
-        return manifest.prepare(dict(found[0].cfg), folder, [], overrides)
+        return manifest.create(dict(found[0].cfg), folder, [], overrides)
 
 
 def timed(work: Callable[..., int]) -> Callable[..., int]:

@@ -103,7 +103,7 @@ def sweep(_: int, jobs: int) -> Iterator[tuple[str, str, str]]:
             with cli_jobs.composed(words) as (_composer, made):
                 composed = time.perf_counter() - began
                 for number, job in enumerate(made):
-                    manifest.prepare(dict(job.cfg), Path(folder) / str(number), [], words)
+                    manifest.create(dict(job.cfg), Path(folder) / str(number), [], words)
             total = time.perf_counter() - began
         yield f"{count} runs composed, checked and prepared", f"{composed:.1f} + {total - composed:.1f} s", "< 60 s"
 

@@ -97,7 +97,7 @@ def test_resume_by_folder_and_by_itself(capfd: pytest.CaptureFixture[str]):
 def test_an_unfinished_twin_is_mentioned_and_left_alone(capfd: pytest.CaptureFixture[str]):
     folder = Path("outputs/2020-01-01/00-00-00")
     cfg = configuration(*QUICK)
-    manifest.prepare(cfg, folder, [], []).write_state(status="killed")
+    manifest.create(cfg, folder, [], []).write_state(status="killed")
     assert main.run(list(QUICK)) == 0
     assert f"an unfinished run with this configuration is in {folder.resolve()}" in capfd.readouterr().err
     assert len(runs()) == 2
@@ -111,7 +111,7 @@ def configuration(*overrides: str) -> dict[str, object]:
 
 def test_a_failed_run_is_only_retried_when_asked(capfd: pytest.CaptureFixture[str]):
     command = [*QUICK, "hydra.run.dir=mine"]
-    manifest.prepare(configuration(*command), Path("mine"), [], []).write_state(status="failed", reason="a NaN")
+    manifest.create(configuration(*command), Path("mine"), [], []).write_state(status="failed", reason="a NaN")
     assert main.run(command) == 2
     assert "failed: a NaN" in capfd.readouterr().err
     assert main.run([*command, "retry=true"]) == 0
@@ -212,7 +212,7 @@ def test_the_plan_shows_what_would_happen_and_writes_nothing(capfd: pytest.Captu
 
 
 def test_the_plan_of_a_run_is_that_of_its_own_configuration(capfd: pytest.CaptureFixture[str]):
-    manifest.prepare(configuration(*QUICK), Path("mine"), [], [])
+    manifest.create(configuration(*QUICK), Path("mine"), [], [])
     assert main.run(["plan", "resume=mine"]) == 0
     assert "random-64x2" in capfd.readouterr().out
 

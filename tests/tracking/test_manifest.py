@@ -10,8 +10,7 @@ from conftest import node
 
 from runner import PACKAGE
 from runner.errors import ResumeError
-from runner.tracking import manifest as prepare
-from runner.tracking import provenance
+from runner.tracking import manifest, provenance
 from runner.tracking.rundir import RunDir
 
 
@@ -31,52 +30,52 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def test_keys_that_change_nothing_computed_leave_the_signature_alone():
-    first = prepare.signature(config())
+    first = manifest.signature(config())
     assert len(first) == 16
     others = {"name": "x", "outputs_dir": "/a", "resume": "auto", "retry": True, "tracking": {"uri": "sqlite:///x"}}
     for key, value in others.items():
-        assert prepare.signature(config(**{key: value})) == first, key
-    assert prepare.signature(config(seed=1)) != first
-    assert prepare.signature(config(model={"path": "org/other"})) != first
+        assert manifest.signature(config(**{key: value})) == first, key
+    assert manifest.signature(config(seed=1)) != first
+    assert manifest.signature(config(model={"path": "org/other"})) != first
 
 
 def test_freezing_makes_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").touch()
-    frozen = prepare.freeze(config(data={"path": "rows.jsonl"}))
+    frozen = manifest.freeze(config(data={"path": "rows.jsonl"}))
     assert frozen["data"]["path"] == str(tmp_path / "rows.jsonl")
     assert frozen["model"]["path"] == "org/name"
     assert frozen["outputs_dir"] == str(tmp_path / "outputs")
 
 
 def test_a_folder_is_prepared_once_and_kept(tmp_path: Path):
-    rundir = prepare.prepare(config(), tmp_path / "run", ["runner", "seed=0"], ["seed=0"])
-    manifest = rundir.read_manifest()
-    assert manifest["signature"] == prepare.signature(config())
-    assert manifest["name"] == "seed=0"
-    assert manifest["versions"]["torch"]
-    assert manifest["git"].keys() >= {"sha", "dirty"}
-    assert manifest["code_sha256"] == provenance.digest_of_code(PACKAGE)
-    assert prepare.read_config(rundir) == config()
-    assert prepare.prepare(config(), tmp_path / "run", [], []).read_manifest()["id"] == manifest["id"]
+    rundir = manifest.create(config(), tmp_path / "run", ["runner", "seed=0"], ["seed=0"])
+    written = rundir.read_manifest()
+    assert written["signature"] == manifest.signature(config())
+    assert written["name"] == "seed=0"
+    assert written["versions"]["torch"]
+    assert written["git"].keys() >= {"sha", "dirty"}
+    assert written["code_sha256"] == provenance.digest_of_code(PACKAGE)
+    assert manifest.read_config(rundir) == config()
+    assert manifest.create(config(), tmp_path / "run", [], []).read_manifest()["id"] == written["id"]
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path: Path):
-    prepare.prepare(config(), tmp_path, [], [])
+    manifest.create(config(), tmp_path, [], [])
     with pytest.raises(ResumeError, match="contains a run with another configuration"):
-        prepare.prepare(config(seed=1), tmp_path, [], [])
+        manifest.create(config(seed=1), tmp_path, [], [])
 
 
 def test_the_latest_unfinished_twin_is_found(tmp_path: Path):
-    name = prepare.signature(config())
-    assert prepare.find_twin(tmp_path, name) is None
+    name = manifest.signature(config())
+    assert manifest.find_twin(tmp_path, name) is None
     for number, status in enumerate(["completed", "killed", "failed", "preempted"]):
-        rundir = prepare.prepare(config(), tmp_path / "day" / str(number), [], [])
+        rundir = manifest.create(config(), tmp_path / "day" / str(number), [], [])
         rundir.write_state(status=status)
-    prepare.prepare(config(seed=1), tmp_path / "day" / "other", [], [])
-    assert prepare.find_twin(tmp_path, name) == RunDir(tmp_path / "day" / "3")
+    manifest.create(config(seed=1), tmp_path / "day" / "other", [], [])
+    assert manifest.find_twin(tmp_path, name) == RunDir(tmp_path / "day" / "3")
 
 
 def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path):
     with pytest.raises(ResumeError, match="is not a run folder"):
-        prepare.read_config(RunDir(tmp_path))
+        manifest.read_config(RunDir(tmp_path))

@@ -17,7 +17,7 @@ from runner.errors import ConfigError, TrainingError
 from runner.report import columns
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
-from runner.train import run_summary, selection, worker
+from runner.train import run_facts, selection, worker
 from runner.train.checkpoint import Progress
 
 BY_LOSS = selection.Selection("eval/loss", False, 2, 0.0, None, 3)
@@ -109,7 +109,7 @@ def test_a_lost_best_checkpoint_is_forgotten_with_a_warning(tmp_path: Path, cach
         parts.checkpoints.restore_best(parts.model, progress)
     assert progress.best_step == 0
     rundir = RunDir(parts.checkpoints.folder.parent)
-    assert {"best step", "best metric"}.isdisjoint(run_summary.numbers(rundir, parts, progress, 1.0))
+    assert {"best step", "best metric"}.isdisjoint(run_facts.numbers(rundir, parts, progress, 1.0))
 
 
 def test_a_run_out_of_time_is_completed_with_what_it_has(tmp_path: Path, cache: Path):

@@ -22,7 +22,7 @@ from runner.errors import ConfigError, DataError, Fault, ResumeError, RunnerErro
 from runner.tracking import manifest, metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import inputs as build
-from runner.train import loop, run_summary, worker
+from runner.train import loop, run_facts, worker
 from runner.train.parts import Hooks, Parts
 
 TOKEN = "hf_" + "aB3" * 10
@@ -363,13 +363,13 @@ def test_the_log_has_the_end_and_the_warnings_of_libraries(
 ):
     from transformers.utils import logging as transformers_logging
 
-    rundir, ending = prepared(tmp_path / "run", *SHORT), run_summary.numbers
+    rundir, ending = prepared(tmp_path / "run", *SHORT), run_facts.numbers
 
     def and_warn(*arguments: Any) -> dict[str, Any]:
         transformers_logging.get_logger("transformers.modeling_utils").warning("a weight was not used")
         return ending(*arguments)
 
-    monkeypatch.setattr(run_summary, "numbers", and_warn)
+    monkeypatch.setattr(run_facts, "numbers", and_warn)
     assert worker.work(rundir) == 0
     written = rundir.log.read_text()
     assert f"run      {rundir.path}  completed" in written

@@ -8,27 +8,25 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
 from runner.cli import benchmarks, evaluate_data
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.config import schema
-from runner.data import tokenization
 from runner.data.batches import Batches
-from runner.data.encoding import Recipe
 from runner.errors import ConfigError, Fault
 from runner.secrets import redact
 from runner.tracking import metrics_log, provenance
 from runner.tracking.mirror import backlog
 from runner.train import trained_model
-from runner.train.run_summary import too_long
 from runner.train.trained_model import Trained
 
 if TYPE_CHECKING:
     import torch
 
+    from runner.models.dtypes import Precision
     from runner.train.distributed.wrap import Wrapped
     from runner.train.step_batches import Start
 
@@ -55,8 +53,6 @@ The results are written to evaluations.jsonl in the run folder, and to the run i
     MODEL_PATH,
 )
 
-HELD_OUT = "held_out"
-
 
 def main(argv: list[str]) -> int:
     """The verb; returns the exit code.
@@ -78,8 +74,11 @@ def main(argv: list[str]) -> int:
     if chosen is not None:
         _evaluate_tasks(order, chosen, args["--limit"])
     else:
-        rows = _Rows(node, evaluate_data.is_other(overrides), args["--name"])
-        _record(order, *_evaluated(order, rows))
+        batches, details, name = evaluate_data.batches(run, node, are_other=evaluate_data.is_other(overrides))
+        name = args["--name"] or name
+        _refuse_name_of_other_rows(run, name, details)
+        metrics, seconds = _evaluated(order, batches)
+        _record(order, name, metrics, {**details, "seconds": seconds})
     _upload(run)
     return 0
 
@@ -91,16 +90,6 @@ class _Order:
     run: Trained
     is_base: bool
     command: list[str]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Which rows the model is evaluated on."""
-
-    node: dict[str, Any]
-    are_other: bool
-    """Other rows than the run's eval split."""
-    name: str | None
 
 
 def _refuse_without_effect(args: Args, overrides: list[str]) -> None:
@@ -121,12 +110,15 @@ def _refuse_without_effect(args: Args, overrides: list[str]) -> None:
 
 def _evaluate_tasks(order: _Order, chosen: benchmarks.Chosen, limit: int | None) -> None:
     """Evaluate the tasks and their groups, and record the results."""
+    from runner.train import devices
+
     details: dict[str, dict[str, Any]] = {}
     for name, (count, digest) in benchmarks.rows(chosen, limit).items():
         data = {"name": name, "digest": digest, "uri": f"the task {name}"}
         details[name] = {"tasks": name, "limit": limit, "rows": count, "data": data}
         _refuse_name_of_other_rows(order.run, _limited(name, limit), details[name])
-    for name, metrics in benchmarks.measure(chosen, *_loaded(order), limit=limit).items():
+    model = _loaded(order, devices.pick())
+    for name, metrics in benchmarks.measure(chosen, model, order.run.tokenizer, limit=limit).items():
         _record(order, _limited(name, limit), metrics, details.get(name, {"tasks": name, "limit": limit}))
 
 
@@ -135,27 +127,23 @@ def _limited(name: str, limit: int | None) -> str:
     return f"{name}_{limit}" if limit else name
 
 
-def _loaded(order: _Order) -> tuple[Any, Any]:
-    """(model, tokenizer)"""
-    from runner.train import devices
-
+def _loaded(order: _Order, device: torch.device, dtype: Precision | None = None) -> Any:
+    """The model; ``dtype``: instead of the dtype of the run."""
     load = trained_model.load_base if order.is_base else trained_model.load
-    return load(order.run, devices.pick()), order.run.tokenizer
+    return load(order.run, device, dtype=dtype)
 
 
-def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[str, Any]]:
-    """(name, metrics, details of the rows), computed with the evaluation code of training."""
+def _evaluated(order: _Order, batches: Batches) -> tuple[dict[str, float], float]:
+    """(metrics, seconds), computed with the evaluation code and the dtypes of training."""
     from runner.models.kernels import lora_linear
+    from runner.models.pretrained import keep_updates
     from runner.train import build, devices, evaluation, step_batches
     from runner.train.distributed import parallel, wrap
     from runner.train.distributed.ranks import ALONE
 
-    run, start = order.run, step_batches.none
-    batches, details, name = _batches(run, rows)
-    name = rows.name or name
-    _refuse_name_of_other_rows(run, name, details)
-    device = devices.pick()
-    model, autocast = _model(order, device)
+    run, start, device = order.run, step_batches.none, devices.pick()
+    source, autocast = keep_updates(run.result, device, full=not run.is_adapter)
+    model = _loaded(order, device, source.dtype)
     lora_linear.fuse(model)
     plain, (batches,) = batches, build.resolve_attention(run.result, model, autocast, batches)
     batches = _taught(run, model, plain, batches, autocast)
@@ -168,9 +156,9 @@ def _evaluated(order: _Order, rows: _Rows) -> tuple[str, dict[str, float], dict[
     )
     began = time.monotonic()
     sums = evaluation.sums_of(computed, batches, before=terminal.progress("evaluating"))
-    details["seconds"] = round(time.monotonic() - began, 3)
+    seconds = round(time.monotonic() - began, 3)
     named = evaluation.metrics_of(run.options.task, sums)
-    return name, {metric.removeprefix("eval/"): value for metric, value in named.items()}, details
+    return {metric.removeprefix("eval/"): value for metric, value in named.items()}, seconds
 
 
 def _taught(run: Trained, model: Any, plain: Batches, laid: Batches, autocast: torch.dtype | None) -> Batches:
@@ -227,61 +215,6 @@ def _has_same_rows(earlier: Mapping[str, Any], details: Mapping[str, Any]) -> bo
         return False
     digests = [(each.get("data") or {}).get("digest") for each in (earlier, details)]
     return not all(digests) or (digests[0] == digests[1] and earlier.get("tokens") == details.get("tokens"))
-
-
-def _model(order: _Order, device: torch.device) -> tuple[Any, torch.dtype | None]:
-    """(model, autocast dtype), in the same dtypes as its evaluation during training."""
-    from runner.models.pretrained import keep_updates
-
-    run = order.run
-    source, autocast = keep_updates(run.result, device, full=not run.is_adapter)
-    load = trained_model.load_base if order.is_base else trained_model.load
-    return load(run, device, dtype=source.dtype), autocast
-
-
-def _batches(run: Trained, chosen: _Rows) -> tuple[Batches, dict[str, Any], str]:
-    """(batches to evaluate, details of their rows for the record, default name of the metrics)."""
-    from runner.models import architecture
-    from runner.train import inputs
-    from runner.train.options import Options
-
-    options = Options({**run.cfg, "data": chosen.node})
-    if not chosen.are_other:
-        splits, _, batches = inputs.load_data(options, run.result, run.tokenizer)
-        report = replace(splits.report, truncated=0)  # the count includes training rows
-        same_rows = {**chosen.node, "packing": None} == {**run.cfg["data"], "packing": None}
-        name = HELD_OUT if same_rows else f"{HELD_OUT}_{report.eval_rows}"
-        return batches, _details(splits.name, splits.digest, splits.uri, report), name
-    data, (given, *others) = options.data, options.sources.values()
-    if others:
-        problem, remedy = "evaluates on one data set", "name it: data=local data.path=FILE"
-        raise ConfigError(Fault("data", problem, remedy, "mix"))
-    source = given.source()
-    architecture.check_max_length(run.result, data.max_length)
-    recipe = Recipe(given.format, options.task, run.tokenizer, given.settings)
-    tokenised = tokenization.every_row(source, recipe)
-    rows, report = tokenised.eval, tokenised.report
-    if report.truncated or report.dropped:
-        print(f"warning: {too_long(options, report)}", file=sys.stderr)
-    if source.eval is None:
-        _warn_of_trained_rows(run, source.digest)
-    batches = Batches(
-        rows, packing=data.packing, max_length=data.max_length,
-        rows_per_batch=options.train.rows_at_a_time, accumulation=1, seed=options.seed, shuffle=False,
-        pad_id=run.tokenizer.pad_token_id,
-    )  # fmt: skip
-    return batches, _details(source.name, source.digest, source.uri, report), source.name
-
-
-def _details(name: str, digest: str, uri: str, report: tokenization.DataReport) -> dict[str, Any]:
-    counts = {"rows": report.eval_rows, "tokens": report.eval_tokens, "trained_tokens": report.eval_trained_tokens}
-    return {**counts, "truncated": report.truncated, "data": {"name": name, "digest": digest, "uri": uri}}
-
-
-def _warn_of_trained_rows(run: Trained, digest: str) -> None:
-    if (run.rundir.read_manifest().get("data") or {}).get("digest") == digest:
-        problem = "warning: the run was trained on these rows; leave data.path out to evaluate on its eval split"
-        print(problem, file=sys.stderr)
 
 
 def metric_name(name: str, metric: str, *, is_base: bool) -> str:

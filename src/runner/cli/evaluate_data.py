@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runner.config import check, compose, user_code
 from runner.config.bind import TARGET
+from runner.data import tokenization
+from runner.data.batches import Batches
+from runner.data.encoding import Recipe
 from runner.errors import ConfigError, Fault, first_line
+from runner.train.run_summary import too_long
+from runner.train.trained_model import Trained
 
+HELD_OUT = "held_out"
 KEPT = ("max_length", "packing", "overlong", "deduplicate")
 """Keys of ``data`` that keep the run's values unless they are overridden."""
 WITHOUT_EFFECT = {
@@ -47,6 +55,54 @@ def node(frozen: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
         data["eval_rows"] = None
     check.check_data(data)
     return data
+
+
+def batches(run: Trained, data: dict[str, Any], *, are_other: bool) -> tuple[Batches, dict[str, Any], str]:
+    """(batches to evaluate, details of their rows for the record, default name of the metrics).
+
+    ``data``: the node of ``node``; ``are_other``: other rows than the run's eval split.
+    """
+    from runner.models import architecture
+    from runner.train import inputs
+    from runner.train.options import Options
+
+    options = Options({**run.cfg, "data": data})
+    if not are_other:
+        splits, _, held_out = inputs.load_data(options, run.result, run.tokenizer)
+        report = replace(splits.report, truncated=0)  # the count includes training rows
+        same_rows = {**data, "packing": None} == {**run.cfg["data"], "packing": None}
+        name = HELD_OUT if same_rows else f"{HELD_OUT}_{report.eval_rows}"
+        return held_out, _details(splits.name, splits.digest, splits.uri, report), name
+    settings, (given, *others) = options.data, options.sources.values()
+    if others:
+        problem, remedy = "evaluates on one data set", "name it: data=local data.path=FILE"
+        raise ConfigError(Fault("data", problem, remedy, "mix"))
+    source = given.source()
+    architecture.check_max_length(run.result, settings.max_length)
+    recipe = Recipe(given.format, options.task, run.tokenizer, given.settings)
+    tokenised = tokenization.every_row(source, recipe)
+    rows, report = tokenised.eval, tokenised.report
+    if report.truncated or report.dropped:
+        print(f"warning: {too_long(options, report)}", file=sys.stderr)
+    if source.eval is None:
+        _warn_of_trained_rows(run, source.digest)
+    every_row = Batches(
+        rows, packing=settings.packing, max_length=settings.max_length,
+        rows_per_batch=options.train.rows_at_a_time, accumulation=1, seed=options.seed, shuffle=False,
+        pad_id=run.tokenizer.pad_token_id,
+    )  # fmt: skip
+    return every_row, _details(source.name, source.digest, source.uri, report), source.name
+
+
+def _details(name: str, digest: str, uri: str, report: tokenization.DataReport) -> dict[str, Any]:
+    counts = {"rows": report.eval_rows, "tokens": report.eval_tokens, "trained_tokens": report.eval_trained_tokens}
+    return {**counts, "truncated": report.truncated, "data": {"name": name, "digest": digest, "uri": uri}}
+
+
+def _warn_of_trained_rows(run: Trained, digest: str) -> None:
+    if (run.rundir.read_manifest().get("data") or {}).get("digest") == digest:
+        problem = "warning: the run was trained on these rows; leave data.path out to evaluate on its eval split"
+        print(problem, file=sys.stderr)
 
 
 def _faults(overrides: list[str]) -> Iterator[Fault]:

@@ -100,7 +100,7 @@ def prepared(job: Job, folder: Path, command: list[str], *, is_new: bool = False
     try:
         write_hydra(job, folder)
         notes = {"choices": job.choices, **job.notes, **notes, **name}
-        rundir = manifest.prepare(job.cfg, folder, command, job.overrides, created, **notes)
+        rundir = manifest.create(job.cfg, folder, command, job.overrides, created, **notes)
         if job.continues:
             continuation.copy_state(RunDir(job.continues), rundir)
         return rundir

@@ -20,7 +20,7 @@ from runner.config.schema import COMPUTABLE, COUNTABLE, Count, Fraction, NotNega
 from runner.data.batches import Batches
 from runner.data.examples import Answers
 from runner.errors import Fault
-from runner.tasks import policy_loss, prompts, rollout
+from runner.tasks import policy_loss, prompt_encoding, rollout
 from runner.tasks.cross_entropy import Shaping
 from runner.tasks.reward_functions import KEY, Rewards
 from runner.tasks.task import Divisor, Task, token_losses
@@ -92,8 +92,8 @@ def grpo(
     return Task(
         name="rloo" if is_rloo else "grpo",
         packable=False,
-        encode=prompts.encode,
-        prompt=prompts.prompt,
+        encode=prompt_encoding.encode,
+        prompt=prompt_encoding.prompt,
         loss=loss,
         metrics=rollout.metrics,
         divisors={"loss": DIVISORS.get(loss_type, "documents")},

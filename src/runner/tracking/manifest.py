@@ -81,7 +81,7 @@ def credentials_into_environment(uri: str) -> str:
     return uri
 
 
-def prepare(
+def create(
     cfg: Mapping[str, Any],
     folder: Path,
     command: list[str],

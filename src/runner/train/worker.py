@@ -15,7 +15,7 @@ from runner.errors import Fault, LaunchError, Pruned, RunnerError, Stopped
 from runner.signals import Stop
 from runner.tracking.mirror import spawn
 from runner.tracking.rundir import RunDir
-from runner.train import attach, outcome, run_summary, training
+from runner.train import attach, attempt, outcome, run_summary
 from runner.train.distributed.ranks import Ranks, lost_peer, of_environment, silent
 from runner.train.options import Options
 from runner.train.outcome import Clock
@@ -75,8 +75,8 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
             if not mirrored:
                 terminal.loading("data and model")
             with clock.parts.timing("loading"):
-                loaded = training.load(rundir, options, ranks)
-        summary = training.train(rundir, loaded, stop, clock)
+                loaded = attempt.load(rundir, options, ranks)
+        summary = attempt.train(rundir, loaded, stop, clock)
         reason = summary.pop("reason", "")
         rundir.write_state(status="completed", reason=reason, summary=summary, seconds=clock.seconds())
         code = 0
@@ -111,9 +111,9 @@ def _other_rank(rundir: RunDir, ranks: Ranks) -> int:
             with stop.at_once():
                 ranks.join()
                 is_training = ranks.broadcast(False)
-                loaded = training.load(rundir, options, ranks) if is_training else None
+                loaded = attempt.load(rundir, options, ranks) if is_training else None
             if loaded:
-                training.train(rundir, loaded, stop, clock)
+                attempt.train(rundir, loaded, stop, clock)
         except (Stopped, KeyboardInterrupt) as error:
             log.warning(f"stopped: {error}")
         except Exception as error:

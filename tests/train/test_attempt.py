@@ -18,7 +18,7 @@ from runner import terminal
 from runner.signals import Stop
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
-from runner.train import outcome, text_generation, training, worker
+from runner.train import attempt, outcome, text_generation, worker
 
 
 def rows_file(path: Path, count: int, answer: str) -> str:
@@ -72,12 +72,12 @@ def test_how_far_a_run_is_gets_written_at_most_so_often(tmp_path: Path, monkeypa
         return write_state(run, **changes)
 
     monkeypatch.setattr(RunDir, "write_state", counted)
-    monkeypatch.setattr(training, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
+    monkeypatch.setattr(attempt, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
     made: Any = SimpleNamespace(total_steps=100)
-    each = training.STATE_EVERY_S / 4
+    each = attempt.STATE_EVERY_S / 4
     with (
         Stop() as stop,
-        training._writing_hooks(rundir, made, outcome.Clock(0.0), stop, [], rundir.identity()) as hooks,
+        attempt._writing_hooks(rundir, made, outcome.Clock(0.0), stop, [], rundir.identity()) as hooks,
     ):
         for step in range(1, 100):
             hooks.record(step, {"train/loss": 1.0})

@@ -1,4 +1,4 @@
-"""Training of one run by one rank: load data and model, train to the last step, save the result.
+"""What each rank does in an attempt at a run: load data and model, train to the last step, save the result.
 
 Rank 0 writes the records, the state and the samples into the run folder; ``worker`` decides whether there is anything
 to train, and records how the attempt ended.
@@ -23,7 +23,7 @@ from runner.models.kernels import compilation
 from runner.signals import Stop
 from runner.tracking import metrics_log, provenance, slurm_client
 from runner.tracking.rundir import RunDir
-from runner.train import run_summary
+from runner.train import run_facts, run_summary
 from runner.train.distributed.ranks import Ranks, unanimous
 from runner.train.options import Options
 from runner.train.outcome import Clock
@@ -62,7 +62,7 @@ def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
         options.refuse_changed_code()
         options.refuse_changed_start()
         run_inputs = inputs.inputs(options, ranks)
-        _refuse_other_data(rundir, run_summary.data_identity(run_inputs))
+        _refuse_other_data(rundir, run_facts.data_identity(run_inputs))
         return run_inputs
 
     run_inputs = build.resolve_micro_batch_size(unanimous(ranks, read), ranks)
@@ -106,8 +106,8 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
     if not leads:
         return {}
     rundir.update_manifest(weights_sha256=provenance.weights_digest(rundir.model))
-    compiled = run_summary.compiled(parts.model, sum(graphs))
-    numbers = run_summary.numbers(rundir, parts, progress, clock.seconds())
+    compiled = run_facts.compiled(parts.model, sum(graphs))
+    numbers = run_facts.numbers(rundir, parts, progress, clock.seconds())
     return {**numbers, "part seconds": clock.parts.seconds, **peaks, **probed, **compiled}
 
 
@@ -116,7 +116,7 @@ def _begin(rundir: RunDir, loaded: Loaded) -> None:
     inputs, parts, progress, _ = loaded
     metrics_log.rewind(rundir, progress.step, progress.evaluated)
     run_summary.warn_of_losses(rundir, inputs, progress)
-    rundir.update_manifest(**run_summary.manifest(inputs, parts, rundir))
+    rundir.update_manifest(**run_facts.manifest(inputs, parts, rundir))
     if progress.step:
         log.info(f"resumed at step {progress.step}/{inputs.total_steps}")
     if slurm_client.own_id():
