@@ -265,7 +265,7 @@ def test_the_traceback_is_there_for_those_who_ask(monkeypatch: pytest.MonkeyPatc
     assert "Traceback" in capfd.readouterr().err
 
 
-def test_an_unwritable_cache_is_told(
+def test_an_unwritable_cache_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     (tmp_path / "cache").write_text("a file")

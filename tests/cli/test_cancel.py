@@ -31,7 +31,7 @@ from runner.tracking.rundir import DIED
 from runner.tracking.sweepdir import SweepDir
 
 
-def test_who_holds_the_folder_gets_the_signal_whatever_pid_stands_in_the_state(
+def test_the_process_that_holds_the_folder_gets_the_signal_whatever_pid_is_in_the_state(
     processes: list[subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
 ):
     stranger = subprocess.Popen(["sleep", "100"], text=True)

@@ -142,7 +142,7 @@ def test_runs_of_several_stores_do_not_stand_side_by_side(here: Path, capsys: py
         assert re.search(told, err, re.DOTALL), err
 
 
-def test_what_keeps_the_embedded_database_from_answering_is_told(here: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_embedded_database_that_cannot_be_read_is_an_error(here: Path, capsys: pytest.CaptureFixture[str]):
     played(a_sweep(), 4, 1.0)
     code, _, err = said(capsys, "nosuch")
     assert (code, "database" in err) == (2, False)

@@ -40,7 +40,9 @@ def test_an_exported_adapter_is_the_one_that_was_trained(capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("name", ["first", "four", "dora", "pissa", "ends"])
-def test_a_merged_model_says_what_base_and_adapter_say(capsys: pytest.CaptureFixture[str], name: str, tmp_path: Path):
+def test_a_merged_model_has_the_logits_of_base_and_adapter(
+    capsys: pytest.CaptureFixture[str], name: str, tmp_path: Path
+):
     run = trained(name)
     code, out, err = said(capsys, "export", name, str(tmp_path / "merged"), "--merged")
     assert code == 0, err
@@ -122,7 +124,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_a_base_that_is_gone_is_said_and_can_be_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_a_missing_base_is_an_error_and_its_new_place_can_be_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     import shutil
 
     run = trained("first")
@@ -139,7 +141,9 @@ def test_a_base_that_is_gone_is_said_and_can_be_named(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("verb", ["generate", "export", "evaluate", "register"])
-def test_a_run_without_a_model_says_how_it_stands(capsys: pytest.CaptureFixture[str], verb: str, tmp_path: Path):
+def test_a_run_without_a_model_is_refused_with_its_status(
+    capsys: pytest.CaptureFixture[str], verb: str, tmp_path: Path
+):
     for status, remedy in {"failed": "retry=true", "killed": "resume=", "preempted": "resume="}.items():
         rundir = RunDir(tmp_path / status)
         rundir.write_state(status=status, step=3, total_steps=9)

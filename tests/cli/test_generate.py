@@ -20,7 +20,7 @@ from runner.train.run_summary import NOTHING
 # generate
 
 
-def test_generate_says_what_plain_peft_says(capsys: pytest.CaptureFixture[str]):
+def test_generate_gives_the_text_of_plain_peft(capsys: pytest.CaptureFixture[str]):
     run = trained("first")
     model = AutoPeftModelForCausalLM.from_pretrained(run.model)
     expected = asked_plainly(model, AutoTokenizer.from_pretrained(run.model), "Hello!", 24)

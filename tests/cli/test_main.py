@@ -31,7 +31,7 @@ def runs() -> list[RunDir]:
     return sorted((RunDir(path.parent.resolve()) for path in Path("outputs").glob("*/*/state.json")), key=str)
 
 
-def test_a_run_leaves_its_folder_and_says_what_came_out(capfd: pytest.CaptureFixture[str]):
+def test_a_run_leaves_its_folder_and_prints_its_result(capfd: pytest.CaptureFixture[str]):
     assert main.run([*QUICK, "name=first"]) == 0
     (rundir,) = runs()
     assert rundir.read_state().status == "completed"
@@ -49,7 +49,7 @@ def test_a_run_leaves_its_folder_and_says_what_came_out(capfd: pytest.CaptureFix
     assert "step 2/2" in rundir.log.read_text()
 
 
-def test_version_says_what_computes(capfd: pytest.CaptureFixture[str]):
+def test_version_shows_the_libraries(capfd: pytest.CaptureFixture[str]):
     assert main.run(["--version"]) == 0
     first, *rest = capfd.readouterr().out.splitlines()
     assert first == f"runner {importlib.metadata.version('runner')}"
@@ -156,7 +156,7 @@ def test_a_token_among_the_keys_is_refused(capfd: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.cold
-def test_a_sweep_runs_every_job_and_tells_how_each_ended(capfd: pytest.CaptureFixture[str]):
+def test_a_sweep_runs_every_job_and_shows_how_each_ended(capfd: pytest.CaptureFixture[str]):
     command = [
         sys.executable, "-m", "runner", "-m", *QUICK, "lora.r=2,4", "lora.target_modules=[q_proj],[nothing]",
         "hydra.sweep.dir=sweep",

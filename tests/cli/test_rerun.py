@@ -48,7 +48,7 @@ def the_rerun(of: RunDir) -> RunDir:
     return made
 
 
-def test_a_rerun_is_the_same_bit_by_bit_and_says_so(capfd: pytest.CaptureFixture[str]):
+def test_a_rerun_is_the_same_bit_by_bit_and_reports_it(capfd: pytest.CaptureFixture[str]):
     original = trained("first")
     capfd.readouterr()
     assert main.run(["rerun", "first"]) == 0
@@ -149,7 +149,7 @@ def test_changed_data_is_refused_and_moved_data_is_found(tmp_path: Path, capfd: 
     assert not list(Path("outputs").glob("*/*/config.yaml")), "what was refused leaves nothing"
 
 
-def test_what_cannot_be_repeated_or_compared_is_said(capfd: pytest.CaptureFixture[str], tmp_path: Path):
+def test_runs_that_cannot_be_repeated_or_compared_are_refused(capfd: pytest.CaptureFixture[str], tmp_path: Path):
     waiting = prepared(tmp_path / "waiting", *QUICK)
     begun = prepared(tmp_path / "begun", *QUICK, "lora.r=4")
     begun.write_state(status="killed", attempt=1, step=1)

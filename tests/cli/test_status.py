@@ -36,7 +36,9 @@ from runner.tracking.rundir import DIED, RunDir
 from runner.tracking.sweepdir import SweepDir
 
 
-def test_damaged_folders_are_said_and_left_out(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+def test_damaged_folders_are_reported_and_left_out(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
     good = played("a/good")
     for number, text in enumerate(("", "{", "[]", '{"status": 3}', '{"colour": "red"}', "null")):
         played(f"a/bad{number}").state.write_text(text)
@@ -91,7 +93,7 @@ def test_the_table_has_the_latest_and_all_that_is_unfinished(capsys: pytest.Capt
     assert "ablation" not in said_of("status", "outputs/a", capsys=capsys)[1]
 
 
-def test_another_machine_is_believed_unless_somebody_there_can_say(capsys: pytest.CaptureFixture[str]):
+def test_a_run_of_another_machine_has_the_status_unknown_there(capsys: pytest.CaptureFixture[str]):
     rundir = played("a/far", "running")
     rundir.write_state(host="elsewhere")
     before = rundir.state.read_bytes()
@@ -190,7 +192,7 @@ def test_jobs_of_slurm_waiting_at_work_and_cancelled(slurm: None, capsys: pytest
 
 
 @pytest.mark.slurm
-def test_jobs_of_slurm_that_died_without_a_word(slurm: None, capsys: pytest.CaptureFixture[str]):
+def test_jobs_of_slurm_that_died_without_a_record(slurm: None, capsys: pytest.CaptureFixture[str]):
     submitted("name=early", "launcher.setup=['echo going wrong >&2; exit 3']", "tracking=offline")
     until(lambda: statuses(capsys)["early"]["status"] == "failed")
     # The number is accounting's, which may be behind the controller; that one says NonZeroExitCode.

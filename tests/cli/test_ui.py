@@ -92,7 +92,7 @@ def test_an_experiment_that_is_not_there_is_refused_before_mlflow_starts(
 
 
 @pytest.mark.slow
-def test_it_leaves_nothing_when_it_is_told_to_end_while_it_starts(outputs: Path):
+def test_a_signal_during_the_start_leaves_no_process(outputs: Path):
     with busy() as taken:
         port = taken.getsockname()[1]
     command = [sys.executable, "-m", "runner", "ui", f"outputs_dir={outputs}", "--port", str(port)]
@@ -117,7 +117,7 @@ def test_a_database_that_no_server_takes(tmp_path: Path):
     assert "Traceback" not in done.stderr.partition("error:")[0]
 
 
-def test_what_ui_does_not_do_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_arguments_that_ui_cannot_use_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     with busy() as nobody:
         port = nobody.getsockname()[1]
     for words, said in (

@@ -158,7 +158,7 @@ def mismatch(folder: Path, path: Path) -> str:
     return subprocess.check_output([sys.executable, "-c", code, str(folder)], env=environment, text=True).strip()
 
 
-def test_a_worker_knows_whether_it_runs_the_snapshot(tmp_path: Path, cache: Path):
+def test_a_worker_checks_that_it_runs_the_snapshot(tmp_path: Path, cache: Path):
     folder = snapshot.take(tmp_path / "12:30:00")
     link = snapshot.importable(folder)
     assert ":" not in str(link)
@@ -175,7 +175,7 @@ def test_a_worker_knows_whether_it_runs_the_snapshot(tmp_path: Path, cache: Path
 
 @pytest.mark.slurm
 @pytest.mark.slow
-def test_a_job_that_runs_other_code_fails_and_says_so(slurm: None):
+def test_a_job_that_runs_other_code_fails_with_the_reason(slurm: None):
     python = f"env -u PYTHONPATH {sys.executable}"
     words = (*SHORT, *SLURM, "launcher.wait=true", "hydra.run.dir=run", "launcher.tasks_per_node=2", "tracking=offline")
     done = runner(*words, f"launcher.python='{python}'")

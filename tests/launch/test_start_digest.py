@@ -76,7 +76,7 @@ def evaluations_of(rundir: RunDir, name: str) -> list[float]:
     return [record[f"eval/{name}"] for record in metrics_log.read(rundir) if f"eval/{name}" in record]
 
 
-def test_the_chain_stands_wherever_a_run_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_chain_is_shown_wherever_a_run_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     sft, following = of("sft"), of("next")
     known = following.read_manifest()
     chain = f"sft ({sft.read_manifest()['id'][:8]})"

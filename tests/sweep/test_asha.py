@@ -70,7 +70,7 @@ def test_a_run_that_has_lost_the_value_of_a_rung_is_not_compared(tmp_path: Path,
     assert message.endswith("b/metrics.jsonl: eval/loss of step 2 is lost; the run is not compared with others")
 
 
-def test_who_is_behind_is_told_and_who_comes_to_be_ahead_goes_on(tmp_path: Path):
+def test_a_worse_run_pauses_and_resumes_when_it_is_among_the_best(tmp_path: Path):
     runs = [a_run(tmp_path, "a", s2=1.0), a_run(tmp_path, "b", s2=2.0)]
     halving = Halving(RUNGS, runs)
     assert not halving.continues(runs[0]), "the best of two is no third"

@@ -30,7 +30,7 @@ def join(sweep: SweepDir, *jobs: SweepJob, command: tuple[str, ...] = ("runner",
         return [rundir.path.name for rundir in rundirs]
 
 
-def test_jobs_are_told_apart_by_what_they_compute(tmp_path: Path):
+def test_jobs_are_identified_by_what_they_compute(tmp_path: Path):
     sweep = SweepDir(tmp_path / "sweep")
     first = join(sweep, wanted(1), wanted(2))
     assert join(sweep, wanted(2), wanted(3), wanted(1))[::2] == [first[1], first[0]]

@@ -197,7 +197,7 @@ def test_killed_with_what_runs_it_goes_on_where_it_was(tmp_path: Path, cache: Pa
 
 
 @pytest.mark.slow
-def test_a_failed_trial_is_told_and_tried_again_when_asked_to(tmp_path: Path, cache: Path):
+def test_a_failed_trial_is_reported_and_repeated_with_retry(tmp_path: Path, cache: Path):
     words = (*WORDS, "train.max_steps=8", "search=random", "search.trials=2", "optim.learning_rate=1e-3,1e30")
     done = runner(*words, "search.trials=8", cwd=tmp_path)
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "random-optim.learning_rate")
@@ -217,7 +217,7 @@ def test_a_failed_trial_is_told_and_tried_again_when_asked_to(tmp_path: Path, ca
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_is_not_said_to_have_finished(tmp_path: Path, cache: Path):
+def test_a_killed_run_is_not_reported_as_finished(tmp_path: Path, cache: Path):
     words = (*WORDS, "train.max_steps=2000", "search=random", "search.trials=1", RATES, "sweep=it", "tracking=offline")
     driver = started(*words, cwd=tmp_path)
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")

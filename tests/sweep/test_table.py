@@ -12,7 +12,7 @@ from runner.sweep import table
 from runner.tracking.rundir import DIED
 
 
-def test_the_table_of_a_sweep_says_how_runs_stand_and_not_what_the_dead_wrote(
+def test_the_table_of_a_sweep_shows_the_current_status_not_that_of_dead_workers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     rundir = prepared(tmp_path / "run", *TINY)

@@ -68,7 +68,7 @@ def test_only_trained_positions_reach_the_head_and_logits_exist_once() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_no_shape_depends_on_what_only_the_device_knows(rows: int) -> None:
+def test_no_shape_depends_on_values_on_the_device(rows: int) -> None:
     """Or each micro-batch would wait for it. Fake tensors hold nothing that could be asked for."""
     model, batch = adapted(FAMILIES["llama"]), batch_of([[20]] * rows)
     assert lm_head.install(model) == ""

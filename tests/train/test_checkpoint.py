@@ -103,7 +103,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("copied_bytes", [0, 2**28], ids=["at once", "aside"])
-def test_what_cannot_be_written_is_said_by_the_next_save_at_the_latest(
+def test_a_failed_write_is_raised_by_the_next_save_at_the_latest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied_bytes: int
 ):
     monkeypatch.setattr("runner.train.checkpoint.COPIED_BYTES", copied_bytes)
@@ -225,7 +225,7 @@ def test_what_was_cut_short_while_being_written_is_never_seen(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_space_left_is_told_and_earlier_checkpoints_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, optimizer = small()
     checkpoints = Checkpoints(tmp_path, keep=2)
     saved(checkpoints, model, optimizer, Progress(step=1))

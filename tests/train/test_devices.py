@@ -38,7 +38,7 @@ def test_an_old_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         devices.pick()
 
 
-def test_a_gpu_that_torch_cannot_use_is_not_replaced_by_the_cpu_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_cannot_use_is_not_replaced_by_the_cpu_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "gpu_names", lambda: ["NVIDIA H200"])
     with pytest.raises(ConfigError, match=r"has the GPU NVIDIA H200, but torch .* cannot use it") as refused:

@@ -47,7 +47,7 @@ def test_what_is_unknown_is_in_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
         estimate.check_fits(estimate.expect(made(*TINY)))
 
 
-def test_the_plan_says_why_it_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shows_why_the_memory_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     plan.show([("", composed(*TINY))])
     shown = " ".join(capsys.readouterr().out.split())
     assert "unknown: a step of this model cannot be simulated" in shown

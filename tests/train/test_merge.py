@@ -54,7 +54,7 @@ def test_where_float64_does_not_fit_a_part_of_the_largest_logit_is_allowed(
 
 
 @pytest.mark.slow
-def test_the_default_model_merged_says_what_plain_peft_says(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_the_merged_default_model_has_the_logits_of_plain_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """In float64, from the float32 weights in both folders: float32 itself rounds logits of 40 by nearly 1e-4."""
     folder = tmp_path / "run"
     assert main.run(["train.max_steps=3", "data.train_rows=60", "data.eval_rows=4", "train.sample_prompts=0",

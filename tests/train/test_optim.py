@@ -174,7 +174,7 @@ def test_paging_needs_a_gpu() -> None:
         option("paged_adamw_8bit")(optim.parameter_groups(tiny(), 0.1))
 
 
-def test_what_torch_refuses_is_told() -> None:
+def test_values_that_torch_refuses_are_faults() -> None:
     with pytest.raises(ConfigError, match="SGD: Nesterov momentum requires a momentum"):
         option("torch", name="SGD", nesterov=True)(optim.parameter_groups(tiny(), 0.0))
 
@@ -221,7 +221,7 @@ def test_nothing_to_train_is_refused() -> None:
         ("torch", {"name": "Rprop", "weight_decay": 0.1}, "weight_decay", "set optim.weight_decay=0"),
     ],
 )
-def test_faults_are_told(name: str, changes: dict, key: str, said: str) -> None:
+def test_faults_are_refused(name: str, changes: dict, key: str, said: str) -> None:
     [fault] = find_faults(conftest.node("optim", name, **changes), "optim")
     assert fault.key == f"optim.{key}"
     assert said in str(fault)

@@ -22,7 +22,7 @@ from runner.train import loop, outcome, worker
         MemoryError(),
     ],
 )
-def test_out_of_memory_is_told_with_its_remedy(
+def test_out_of_memory_has_its_remedy(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
 ):
     rundir = prepared(tmp_path / "run", *SHORT)

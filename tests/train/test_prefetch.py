@@ -48,7 +48,7 @@ def test_any_step_may_be_asked_for() -> None:
     assert [made.step(step)[0]["tokens"] for step in (7, 8, 3, 3, 4, 99)] == [7, 8, 3, 3, 4, 99]
 
 
-def test_what_fails_is_told_to_who_asks_for_it() -> None:
+def test_an_error_is_raised_for_the_step_that_needs_the_batches() -> None:
     made, _ = ahead(100)
     assert made.step(12)[0]["tokens"] == 12
     with pytest.raises(OSError, match="the disk is gone"):

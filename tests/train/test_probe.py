@@ -101,7 +101,7 @@ def test_where_not_even_one_row_fits_the_run_is_refused(
 
 
 @pytest.mark.parametrize(("factor", "is_said"), [(1.05, False), (1.2, True), (0.8, True)])
-def test_a_peak_far_from_what_was_foretold_is_said(
+def test_a_peak_far_from_the_estimate_is_a_warning(
     factor: float, is_said: bool, on_cpu: None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip

@@ -99,7 +99,7 @@ def test_warmup_counts_steps() -> None:
         ({"decay_ratio": 0.99}, "more than the whole run"),
     ],
 )
-def test_faults_are_told(changes: dict, said: str) -> None:
+def test_faults_are_refused(changes: dict, said: str) -> None:
     node = yaml.safe_load((OPTIONS[0].parent / "wsd.yaml").read_text())
     [fault] = find_faults({**node, **changes}, "schedule")
     assert said in str(fault)

@@ -42,7 +42,7 @@ def test_what_is_refused_on_resume_leaves_the_state_as_it_was(
     assert (before.status, before.step) == ("preempted", 3)
 
 
-def test_a_refusal_after_a_kill_that_nobody_wrote_down_says_killed(
+def test_a_refusal_after_a_kill_without_a_record_sets_the_status_killed(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     rundir = preempted_run(tmp_path / "run", *SHORT)
@@ -129,9 +129,7 @@ def test_a_real_sigterm_while_a_real_worker_loads(tmp_path: Path, cache: Path):
     assert "Traceback" not in err
 
 
-def test_a_stop_on_a_resumed_run_says_which_state_is_saved(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stop_of_a_resumed_run_names_the_saved_step(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     rundir = preempted_run(tmp_path / "run", *SHORT)
     assert rundir.read_state().reason == "stopped by SIGTERM; the state is saved at step 3"
     with monkeypatch.context() as patched:
@@ -248,7 +246,7 @@ def test_a_run_that_others_mirror_starts_no_mirror(tmp_path: Path, cache: Path, 
 
 
 @pytest.mark.parametrize("leaving", [0, 64 * 1024], ids=["nothing", "no checkpoint"])
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+def test_a_full_disk_is_an_error_and_the_run_continues_when_there_is_room(
     small_disk: Path, cache: Path, capfd: pytest.CaptureFixture[str], leaving: int
 ):
     rundir = prepared(small_disk / "run", *SHORT)

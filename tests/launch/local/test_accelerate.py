@@ -16,7 +16,7 @@ from fixtures.ranks_of_a_run import OPTIONS, several, worked
         pytest.param("drop", 75, "preempted", "stopped by SIGTERM; ", marks=pytest.mark.slow),
     ],
 )
-def test_the_launcher_writes_down_the_end_of_a_rank_0_that_said_nothing(
+def test_the_launcher_records_the_end_of_a_rank_0_that_recorded_nothing(
     tmp_path: Path, cache: Path, end: str, code: int, status: str, reason: str
 ):
     rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"))
@@ -36,7 +36,7 @@ def test_a_run_that_was_given_up_is_so_for_all_ranks(tmp_path: Path, cache: Path
     assert "Traceback" not in said
 
 
-def test_ctrl_c_saves_once_and_says_so(tmp_path: Path, cache: Path):
+def test_ctrl_c_saves_once_and_is_recorded(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"), "train.max_steps=500")
     code, said = worked(rundir, "interrupt", "3", "1")
     state = rundir.read_state()

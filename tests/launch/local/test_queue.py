@@ -161,7 +161,7 @@ def test_two_queues_wait_for_each_other_without_a_slot(tmp_path: Path):
     assert attempts(sweep) == [1] * 5
 
 
-def test_what_another_queue_was_told_to_leave_is_taken_up(tmp_path: Path):
+def test_a_run_that_another_queue_stopped_is_continued(tmp_path: Path):
     """Unlike what was cancelled, has failed, or was killed by something else: it would only happen again."""
     rundir = prepared(tmp_path / "run", *TINY)
     job = queues.Job(0, rundir)
@@ -174,7 +174,7 @@ def test_what_another_queue_was_told_to_leave_is_taken_up(tmp_path: Path):
         assert job.outcome() == rundir.read_state(), reason
 
 
-def test_how_a_process_ended_is_told_truthfully(tmp_path: Path):
+def test_the_state_has_the_true_end_of_a_process(tmp_path: Path):
     sweep = played_sweep(tmp_path, "crash", "exit 3", "ok", "fail")
     codes, said = ended(queue(sweep, parallel=2, how="imitate"))
     assert codes == [1, 1, 0, 1]

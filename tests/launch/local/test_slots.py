@@ -38,7 +38,7 @@ def test_a_run_of_several_processes_has_a_gpu_for_each(monkeypatch: pytest.Monke
     assert [slot.gpus for slot in slots.share(None, threads=1, processes=2)] == [("1", "2"), ("3", "4")]
 
 
-def test_a_single_run_takes_an_idle_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch):
+def test_a_single_run_takes_an_idle_gpu_and_plan_shows_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine, "visible_gpus", lambda: ["0", "1"])
     monkeypatch.setattr(machine, "idle_gpus", lambda: ["1"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")

@@ -40,7 +40,7 @@ def test_what_slurm_would_not_take_is_refused_before_anything_is_there(
 
 
 @pytest.mark.parametrize("command", ["sbatch", "srun", "squeue", "scontrol"])
-def test_without_a_command_of_slurms_the_launcher_says_so(
+def test_without_the_commands_of_slurm_the_launcher_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ):
     there = tmp_path / "bin"

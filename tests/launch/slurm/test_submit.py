@@ -51,7 +51,7 @@ def test_a_sweep_beyond_the_longest_array_is_cut_and_throttled_as_one(slurm: Non
 
 
 @pytest.mark.slurm
-def test_a_sweep_that_sbatch_did_not_take_is_not_said_to_run(slurm: None):
+def test_a_sweep_that_sbatch_refused_is_not_shown_as_running(slurm: None):
     Path("bin").mkdir()
     real = shutil.which("sbatch")
     refusal = 'echo "sbatch: error: Slurm is full" >&2\nexit 1\n'

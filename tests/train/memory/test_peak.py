@@ -54,7 +54,7 @@ def test_a_ledger_counts_what_lives_and_forgets_what_is_gone() -> None:
         *(pytest.param(way, marks=pytest.mark.slow) for way in ("with a mask", "a second micro-batch", "in bfloat16")),
     ],
 )
-def test_a_rehearsal_foretells_what_a_step_makes(kind: str, kept: Memory, way: str) -> None:
+def test_a_rehearsal_estimates_the_memory_of_a_step(kind: str, kept: Memory, way: str) -> None:
     """Six and eight layers without content say what twelve with weights come to, within 2 %."""
     by_document, accumulates = way != "with a mask", way == "a second micro-batch"
     autocast = torch.bfloat16 if way == "in bfloat16" else None
@@ -73,7 +73,7 @@ def test_less_is_kept_for_less_memory() -> None:
     assert least < 0.5 * speed
 
 
-def test_what_cannot_be_rehearsed_says_so() -> None:
+def test_a_model_that_cannot_be_rehearsed_raises() -> None:
     class Looks(torch.nn.Module):
         config = LLAMA
 
@@ -165,7 +165,7 @@ print(json.dumps([told, usage.peak_of_process()]))
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's libraries alone take gigabytes of a process")
 @pytest.mark.parametrize("changes", ["", "quant=4bit train.memory=balanced", "lora=none"])
-def test_a_process_takes_what_was_told(changes: str, cache: object) -> None:
+def test_a_process_needs_the_estimated_memory(changes: str, cache: object) -> None:
     """Within 10 %, on the real model and rows."""
     command = [sys.executable, "-c", TRAIN, "train.max_steps=3", "tracking=offline", *changes.split()]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -186,7 +186,7 @@ def test_a_process_takes_what_was_told(changes: str, cache: object) -> None:
         "lora=none",
     ],
 )
-def test_what_is_foretold_for_a_gpu_is_what_it_takes(options: str, cache: Path, tmp_path: Path) -> None:
+def test_a_gpu_needs_the_estimated_memory(options: str, cache: Path, tmp_path: Path) -> None:
     shape = ("model.hidden_size=1024", "model.intermediate_size=4096", "model.layers=10", "model.heads=8")
     rows = ("data.max_length=2048", "data.train_rows=400", "train.per_device_batch_size=4", "train.max_steps=4")
     cfg = composed(*TINY, *shape, *rows, "compile=none", *options.split())
