@@ -20,7 +20,7 @@ from runner.data.collator import Batch
 from runner.data.packing import Rows, one_by_one, pack
 from runner.errors import ConfigError
 from runner.models.kernels import lm_head
-from runner.tasks import distill, own_answers, soft_targets, teaching
+from runner.tasks import distill, own_answers, soft_targets, teacher_logits
 from runner.tasks.task import Task
 from runner.train import loop
 
@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     """(student, teacher, tokenizer); the student knows its teacher."""
     student, original, tokenizer = two_models.load(two_models.write(tmp_path_factory.mktemp("model") / "model"))
     teacher = two_models.add_noise(original, 2).eval()
-    teaching.attach(student, teacher)
+    teacher_logits.attach(student, teacher)
     return student, teacher, tokenizer
 
 
@@ -163,9 +163,9 @@ def test_loss_and_gradient_are_those_of_whole_logits(
     rows = rows_of(tokenizer)
     task = task_of(**keys, top_k=top_k)
     if top_k is not None:
-        ids, values = teaching.top(teacher, batches_of(rows).step(0)[0], top_k, 259)
-        rows = Rows(rows.ids, rows.labels, rows.offsets, rows.packs,
-                    of_labels={teaching.IDS: ids.numpy(), teaching.LOG_PROBABILITIES: values.numpy()})  # fmt: skip
+        ids, values = teacher_logits.top(teacher, batches_of(rows).step(0)[0], top_k, 259)
+        of_labels = {teacher_logits.IDS: ids.numpy(), teacher_logits.LOG_PROBABILITIES: values.numpy()}
+        rows = Rows(rows.ids, rows.labels, rows.offsets, rows.packs, of_labels=of_labels)
     if head == "in the loss":
         student.lm_head.weight.requires_grad_(False)
         assert lm_head.install(student) == lm_head.install(teacher) == ""
@@ -187,9 +187,9 @@ def test_any_cut_gives_the_same_step(models: Any, cut: dict[str, Any], top_k: in
     student, teacher, tokenizer = models
     rows, task = rows_of(tokenizer), task_of(beta=0.3, alpha=0.6, temperature=2.0, top_k=top_k)
     if top_k is not None:
-        ids, values = teaching.top(teacher, batches_of(rows).step(0)[0], top_k, 259)
-        rows = Rows(rows.ids, rows.labels, rows.offsets, rows.packs,
-                    of_labels={teaching.IDS: ids.numpy(), teaching.LOG_PROBABILITIES: values.numpy()})  # fmt: skip
+        ids, values = teacher_logits.top(teacher, batches_of(rows).step(0)[0], top_k, 259)
+        of_labels = {teacher_logits.IDS: ids.numpy(), teacher_logits.LOG_PROBABILITIES: values.numpy()}
+        rows = Rows(rows.ids, rows.labels, rows.offsets, rows.packs, of_labels=of_labels)
     expected = step(student, task, batches_of(rows).step(0))
     metrics, gradient = step(student, task, batches_of(rows, **cut).step(0))
     assert metrics == pytest.approx(expected[0], rel=1e-5)

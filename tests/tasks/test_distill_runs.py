@@ -22,7 +22,7 @@ from runner.signals import Stop
 from runner.tracking import manifest, metrics_log
 from runner.tracking.mlflow import tags
 from runner.tracking.rundir import RunDir
-from runner.train import taught, worker
+from runner.train import teacher_cache, worker
 from runner.train.inputs import inputs
 from runner.train.options import Options
 
@@ -193,20 +193,20 @@ def test_a_teacher_that_changed_or_is_gone_is_refused(teacher: Path, tmp_path: P
 
 def test_a_damaged_cache_is_computed_again(teacher: Path, tmp_path: Path) -> None:
     run = inputs(Options(composed(*run_of(teacher, "data.train_rows=16"))))
-    give: Any = lambda: taught.give(run, taught_alone(), lambda *_: None)  # noqa: E731
-    give()
+    compute: Any = lambda: teacher_cache.compute(run, alone(), lambda *_: None)  # noqa: E731
+    compute()
     kept = {name: np.array(column) for name, column in run.batches.rows.of_labels.items()}
-    assert taught.missing(run)[0] == 0
+    assert teacher_cache.missing(run)[0] == 0
     for file in cache_dir("teachers").glob("*.teacher_ids.npy"):
         file.unlink()  # the columns of the run are mapped
         file.write_bytes(b"damaged")
-    assert taught.missing(run)[0] == taught.missing(run)[2]
-    give()
+    assert teacher_cache.missing(run)[0] == teacher_cache.missing(run)[2]
+    compute()
     for name, column in run.batches.rows.of_labels.items():
         np.testing.assert_allclose(column, kept[name], atol=1e-5)
 
 
-def taught_alone() -> Any:
+def alone() -> Any:
     from runner.train.distributed.ranks import ALONE
 
     return ALONE

@@ -47,11 +47,11 @@ def test_the_metrics_are_those_of_the_reference_implementations():
 
 def test_the_prompt_ends_where_the_answer_begins(tmp_path: Path, cache: Path):
     run_inputs, parts = parts_of(tmp_path, *ASKED, "train.metrics=[exact_match]")
-    asked = parts.answering.asked
-    assert len(asked.prompts) == 2
+    questions = parts.answering.questions
+    assert len(questions.prompts) == 2
     samples = [(sample["prompt"], sample["reference"].strip()) for sample in run_inputs.splits.samples]
     tokenizer = run_inputs.tokenizer
-    for prompt in asked.prompts:
+    for prompt in questions.prompts:
         assert (tokenizer.decode(prompt.ids), prompt.columns["reference"]) in samples, "none is cut"
     ((label, text),) = run_inputs.notes
     assert (label, text) == ("metrics", "exact_match 1 for the reference answer to the first of 2 prompts")
@@ -63,7 +63,7 @@ def test_the_answers_are_those_of_transformers_and_are_kept(own: Path, cache: Pa
     metrics = evaluation.evaluate(parts, 0, recorded.hooks())
     table = json.loads((own / "run" / "answers" / "step-000000.json").read_text())
     assert [set(row) for row in table] == [{"prompt", "reference", "answer", "f1", "is_short"}] * 2
-    for prompt, row in zip(parts.answering.asked.prompts, table, strict=True):
+    for prompt, row in zip(parts.answering.questions.prompts, table, strict=True):
         ids = torch.tensor([prompt.ids])
         out = parts.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
@@ -108,6 +108,6 @@ def test_the_functions_are_kept_with_the_run(own: Path, cache: Path):
     from runner.train import inputs
     from runner.train.options import Options
 
-    asked = inputs.inputs(Options.of(rundir)).asked
-    assert isinstance(asked, answers.Questions)
-    assert asked.functions.names == ["is_short"]
+    questions = inputs.inputs(Options.of(rundir)).questions
+    assert isinstance(questions, answers.Questions)
+    assert questions.functions.names == ["is_short"]

@@ -146,7 +146,7 @@ def _evaluated(order: _Order, batches: Batches) -> tuple[dict[str, float], float
     model = _loaded(order, device, source.dtype)
     lora_linear.fuse(model)
     plain, (batches,) = batches, build.resolve_attention(run.result, model, autocast, batches)
-    batches = _taught(run, model, plain, batches, autocast)
+    batches = _with_teacher(run, model, plain, batches, autocast)
     build.resolve_lm_head(model, autocast, "none")
     wrapped = wrap.wrap(parallel.none(), model, run.options.task, ALONE, device, autocast)
     if run.options.task.reference is not None:
@@ -161,22 +161,24 @@ def _evaluated(order: _Order, batches: Batches) -> tuple[dict[str, float], float
     return {metric.removeprefix("eval/"): value for metric, value in named.items()}, seconds
 
 
-def _taught(run: Trained, model: Any, plain: Batches, laid: Batches, autocast: torch.dtype | None) -> Batches:
-    """Let the model, or the rows, know its teacher, if its task has one; the batches as both can compute them.
+def _with_teacher(run: Trained, model: Any, plain: Batches, laid: Batches, autocast: torch.dtype | None) -> Batches:
+    """Load the teacher if the task has one, or add its tokens to the rows; returns the batches as both can compute them.
 
-    ``plain`` and ``laid``: as they are, and as the model can compute them.
+    ``plain`` and ``laid``: the batches as they are, and as the model can compute them.
     """
-    from runner.train import taught, teacher
+    from runner.train import teacher, teacher_cache
     from runner.train.distributed.ranks import ALONE
 
-    found = teacher.of(run.options, run.base if run.is_adapter else run.options.model, run.tokenizer)
-    if found is None:
+    of_run = teacher.of(run.options, run.base if run.is_adapter else run.options.model, run.tokenizer)
+    if of_run is None:
         return laid
-    if found.spec.top_k is not None:
+    if of_run.spec.top_k is not None:
         device = next(model.parameters()).device
-        taught.give_rows(found, [(laid, laid.order.packs_of_pass())], device, ALONE, terminal.progress("teacher"))
+        teacher_cache.compute_rows(
+            of_run, [(laid, laid.order.packs_of_pass())], device, ALONE, terminal.progress("teacher")
+        )
         return laid
-    (both,) = taught.attach(model, found, [plain], autocast)
+    (both,) = teacher_cache.attach(model, of_run, [plain], autocast)
     return laid if both.by_document == laid.by_document else plain
 
 

@@ -35,7 +35,7 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
         elif (sweeper := overrides.sweeper_of(composer.master())) != "runner":
             problem, remedy = "chooses the runs itself, one after the other", "leave it out to see the runs of a grid"
             raise ConfigError(Fault(overrides.SWEEPER, problem, remedy, sweeper))
-        elif settings := search.asked_for(composer):
+        elif settings := search.chosen_by(composer):
             yield composer, [search.planned(composer, settings)]
             return
         else:

@@ -116,7 +116,7 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
         if joined:
             joined.refuse(args.overrides, is_sweep=composer.is_sweep())
         if composer.is_sweep():
-            if settings := search.asked_for(composer):
+            if settings := search.chosen_by(composer):
                 return search.run(composer, settings, argv)
             return session.sweep(hydra, args, composer, argv)
         job = composer.single()

@@ -100,7 +100,7 @@ def _model_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
 
 def _teacher_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     from runner.models.dtypes import dtype_for
-    from runner.train import taught, throughput
+    from runner.train import teacher_cache, throughput
     from runner.train.estimate import ASSUMED_UTILISATION
 
     if (teacher := run_inputs.teacher) is None:
@@ -109,7 +109,7 @@ def _teacher_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     text = f"{teacher.text}\n{needs.parameters / 1e6:.1f} M parameters, weights in {needs.stored}"
     text += f", {needs.weights / GIB:.2f} GiB"
     if teacher.spec.top_k is not None:
-        rows, tokens, count = taught.missing(run_inputs)
+        rows, tokens, count = teacher_cache.missing(run_inputs)
         peak = throughput.peak_flops(run_inputs.device, dtype_for(teacher.source.dtype, run_inputs.device))
         seconds = tokens * needs.flops_per_token / (peak * ASSUMED_UTILISATION)
         left = f"{rows} of {count} to compute, about {terminal.duration(max(seconds, 1))}" if rows else "all cached"

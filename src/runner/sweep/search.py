@@ -28,7 +28,7 @@ FIXED_KEYS = ("launcher", "search", "tracking")
 """Config groups that cannot be searched over: the search itself uses them."""
 
 
-def asked_for(composer: Composer) -> algorithms.Search | None:
+def chosen_by(composer: Composer) -> algorithms.Search | None:
     """The search that a command line chooses; None for ``search=grid``."""
     node = composer.chosen("search")
     if isinstance(node.get("space"), dict):

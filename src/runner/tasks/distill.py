@@ -17,7 +17,7 @@ from runner.config.bind import bind
 from runner.config.schema import Count, Positive, Text
 from runner.data.examples import Answers
 from runner.errors import Fault
-from runner.tasks import teaching
+from runner.tasks import teacher_logits
 from runner.tasks.cross_entropy import Shaping
 from runner.tasks.own_answers import OwnAnswers
 from runner.tasks.sft import sft
@@ -44,7 +44,7 @@ def distill(
     talks = sft(train_on=train_on, reasoning=reasoning)
 
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-        soft = Soft(teaching.logits(model, batch), beta, alpha, temperature)
+        soft = Soft(teacher_logits.logits(model, batch), beta, alpha, temperature)
         tokens = token_losses(model, batch, Shaping(soft=soft))
         weights = batch["weights"] if "weights" in batch else torch.ones_like(tokens.nll)
         return {

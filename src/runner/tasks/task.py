@@ -41,7 +41,7 @@ class Teacher:
     """The option of the group ``quant`` with which its weights are loaded."""
     top_k: int | None
     """Of how many of its most likely tokens the probabilities are computed, once before training and cached: in a batch
-    ``teaching.IDS`` and ``LOG_PROBABILITIES``. None: it stays in memory, see ``teaching.attach``."""
+    ``teacher_logits.IDS`` and ``LOG_PROBABILITIES``. None: it stays in memory, see ``teacher_logits.attach``."""
 
 
 @dataclass(frozen=True)

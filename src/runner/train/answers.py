@@ -21,9 +21,6 @@ from runner.tasks.sampling import Sampling
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
 
-SHOWN = 8
-"""Answers of an evaluation that are kept for people to read."""
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -69,22 +66,23 @@ def questions(settings: TrainSettings, code: Sequence[str], evaluation: Batches,
         references, tuple(code), [1.0] * len(references), settings.metric_timeout_s, control.METRICS,
         "train.metric_timeout_s",
     )  # fmt: skip
-    asked = _prompts(evaluation, tokenizer, settings.metric_rows) if references else []
-    if references and not asked:
+    prompts = _prompts(evaluation, tokenizer, settings.metric_rows) if references else []
+    if references and not prompts:
         problem = "no held-out row has a prompt with an answer after it"
         raise ConfigError(Fault(control.METRICS, problem, "set it to []", settings.metrics))
-    return Questions(asked, functions, settings.metric_tokens, settings.rows_at_a_time)
+    return Questions(prompts, functions, settings.metric_tokens, settings.rows_at_a_time)
 
 
-def note(asked: Questions, tokenizer: Any) -> list[tuple[str, str]]:
+def note(questions: Questions, tokenizer: Any) -> list[tuple[str, str]]:
     """What the functions give for the reference answer to the first prompt, for ``plan``: each is called once."""
-    if not asked.prompts:
+    if not questions.prompts:
         return []
-    first = asked.prompts[0]
+    first = questions.prompts[0]
     reference = tokenizer(str(first.columns["reference"] or ""), add_special_tokens=False)["input_ids"]
-    _, scores = asked.scored([first], [reference], tokenizer)
-    given = ", ".join(f"{name} {value:g}" for name, value in zip(asked.functions.names, scores[0], strict=True))
-    return [("metrics", f"{given} for the reference answer to the first of {len(asked.prompts)} prompts")]
+    _, scores = questions.scored([first], [reference], tokenizer)
+    named = zip(questions.functions.names, scores[0], strict=True)
+    listed = ", ".join(f"{name} {value:g}" for name, value in named)
+    return [("metrics", f"{listed} for the reference answer to the first of {len(questions.prompts)} prompts")]
 
 
 def _prompts(evaluation: Batches, tokenizer: Any, count: int) -> list[Prompt]:
@@ -92,30 +90,30 @@ def _prompts(evaluation: Batches, tokenizer: Any, count: int) -> list[Prompt]:
 
     An answer that may be cut at ``data.max_length`` is no reference: its row is left out.
     """
-    rows, found = evaluation.rows, list[Prompt]()
+    rows, prompts = evaluation.rows, list[Prompt]()
     for row in range(0, len(rows), rows.unit):
         ids, labels = rows[row]
         trained = np.flatnonzero(labels != IGNORED)
         if rows.records is not None:
             record = json.loads(rows.records[row])
-            found.append(Prompt(ids.tolist(), {**record["columns"], "reference": record["answer"]}))
+            prompts.append(Prompt(ids.tolist(), {**record["columns"], "reference": record["answer"]}))
         elif len(trained) and trained[0] > 0:
             gaps = np.flatnonzero(np.diff(trained) > 1)
             end = trained[gaps[0]] if len(gaps) else trained[-1]
             if end == evaluation.max_length - 1:
                 continue
             text = tokenizer.decode(ids[trained[0] : end + 1].tolist(), skip_special_tokens=True).strip()
-            found.append(Prompt(ids[: trained[0]].tolist(), {"reference": text}))
-        if len(found) == count:
+            prompts.append(Prompt(ids[: trained[0]].tolist(), {"reference": text}))
+        if len(prompts) == count:
             break
-    return found
+    return prompts
 
 
 @dataclass(frozen=True)
 class Answering:
     """Answers the prompts with the model as it is, on all ranks."""
 
-    asked: Questions
+    questions: Questions
     model: Any
     tokenizer: Any
     wrapped: Wrapped
@@ -125,16 +123,16 @@ class Answering:
 
     @property
     def rounds(self) -> int:
-        return self.asked.rounds(self.ranks)
+        return self.questions.rounds(self.ranks)
 
     @torch.no_grad()
     def metrics(self, step: int, before: Callable[[int], None]) -> dict[str, float]:
         """The mean score of each function over the answers that it scores; ``before`` each batch with its number."""
         if not self.rounds:
             return {}
-        own, size = self.asked.prompts[self.ranks.rank :: self.ranks.world], self.asked.at_a_time
+        own, size = self.questions.prompts[self.ranks.rank :: self.ranks.world], self.questions.at_a_time
         ends = rollout.ends(self.model, self.tokenizer)
-        how = Sampling(self.asked.most_tokens, 1.0, ends, self.tokenizer.pad_token_id)
+        how = Sampling(self.questions.most_tokens, 1.0, ends, self.tokenizer.pad_token_id)
         self.model.eval()
         answers = list[list[int]]()
         with sampling.merged(self.model), self.wrapped.autocasting():
@@ -142,16 +140,16 @@ class Answering:
                 before(number)
                 part = own[number * size : (number + 1) * size]
                 answers += sampling.answers(self.model, [prompt.ids for prompt in part], None, how)
-        texts, scores = self.asked.scored(own, answers, self.tokenizer)
-        self.show(step, [self._sample(*each) for each in zip(own[:SHOWN], texts, scores, strict=False)])
+        texts, scores = self.questions.scored(own, answers, self.tokenizer)
+        self.show(step, [self._sample(*each) for each in zip(own[: rollout.SHOWN], texts, scores, strict=False)])
         sums = [*np.nansum(scores, 0), *(~np.isnan(scores)).sum(0)]
         totals = self.ranks.agree(lambda: None, *map(float, sums))
-        names = self.asked.functions.names
+        names = self.questions.functions.names
         pairs = zip(names, totals[: len(names)], totals[len(names) :], strict=True)
         return {name: total / count for name, total, count in pairs if count}
 
     def _sample(self, prompt: Prompt, text: str, scores: np.ndarray) -> dict[str, Any]:
-        named = zip(self.asked.functions.names, scores, strict=True)
+        named = zip(self.questions.functions.names, scores, strict=True)
         shown = {name: None if np.isnan(score) else float(score) for name, score in named}
         reference = prompt.columns["reference"]
         return {"prompt": self.tokenizer.decode(prompt.ids), "reference": reference, "answer": text, **shown}

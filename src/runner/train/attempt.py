@@ -51,7 +51,7 @@ class Loaded(NamedTuple):
 
 
 def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
-    from runner.train import build, inputs, probe, reference, taught  # imports torch
+    from runner.train import build, inputs, probe, reference, teacher_cache  # imports torch
 
     log_handlers.quiet_libraries()
 
@@ -66,8 +66,8 @@ def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
         return run_inputs
 
     run_inputs = build.resolve_micro_batch_size(unanimous(ranks, read), ranks)
-    unanimous(ranks, lambda: taught.give(run_inputs, ranks, progress_of("teacher")))
-    parts = unanimous(ranks, lambda: taught.attached(run_inputs, build.parts(run_inputs, rundir, ranks)))
+    unanimous(ranks, lambda: teacher_cache.compute(run_inputs, ranks, progress_of("teacher")))
+    parts = unanimous(ranks, lambda: teacher_cache.attached(run_inputs, build.parts(run_inputs, rundir, ranks)))
     run_inputs, parts, probed = probe.fit(run_inputs, parts)
     if ranks.rank == 0:
         run_summary.header(run_inputs, parts, rundir)

@@ -153,7 +153,7 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
         meter=throughput.Meter(expected.flops_per_token, peak, prepares=options.task.prepare is not None),
         async_metrics=AsyncMetrics.of(inputs.device),
         quote=partial(quote, inputs.tokenizer),
-        answering=Answering(inputs.asked, model, inputs.tokenizer, wrapped, ranks, keeping(rundir.answers, ranks)),
+        answering=Answering(inputs.questions, model, inputs.tokenizer, wrapped, ranks, keeping(rundir.answers, ranks)),
         selection=Selection.of(inputs.settings, is_larger_better=options.is_larger_better),
         extra_metrics=lambda: ranks.largest(usage.metrics()),
     )

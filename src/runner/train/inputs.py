@@ -37,8 +37,8 @@ class Inputs:
     device: torch.device
     notes: list[tuple[str, str]]
     """(label, text) of the task's remarks about the data, for ``plan``."""
-    asked: answers.Questions
-    """What the model is asked at each evaluation."""
+    questions: answers.Questions
+    """The prompts that the model answers at each evaluation."""
     teacher: Teacher | None = None
     """The model that this one learns from; not loaded yet."""
     estimate: peak.Expected | None = None
@@ -61,19 +61,19 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     settings = options.train
     source = architecture.resolve(options.model)
     tokenizer = tokenizer_files.load(source)
-    taught_by = teacher.of(options, source, tokenizer)
+    of_teacher = teacher.of(options, source, tokenizer)
     splits, batches, evaluation = load_data(options, source, tokenizer, ranks.rank, options.parallel.processes)
     options = options.settled(splits.settled)
     source = replace(source, head=options.model.head)
     steps = batches.order.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     batches.order.repeats(steps)  # refuses too many
-    asked = answers.questions(settings, options.code, evaluation, tokenizer)
+    questions = answers.questions(settings, options.code, evaluation, tokenizer)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
-    notes += answers.note(asked, tokenizer)
+    notes += answers.note(questions, tokenizer)
     if device.type == "cpu":
         usage.begin()
     return Inputs(
-        options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes, asked, taught_by
+        options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes, questions, of_teacher
     )
 
 

@@ -69,7 +69,7 @@ def numbers(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) ->
     best, kept = parts.selection.metric, progress.best_step or progress.step
     first, last = evaluations.get(0, {}), evaluations.get(kept, {})
     named = [f"{part.name}/loss" for part, _ in parts.evaluation.by_part() if part.name]
-    shown = [*parts.task.summary, *parts.answering.asked.functions.names, *named]
+    shown = [*parts.task.summary, *parts.answering.questions.functions.names, *named]
     names = dict.fromkeys(["eval/loss", *(f"eval/{name}" for name in shown), *([best] if best else [])])
     return {
         **{f"{name} before": first[name] for name in names if name in first},

@@ -104,7 +104,7 @@ def nowhere(step: int, samples: list[dict[str, Any]]) -> None:
 
 def none() -> AbstractContextManager[Any]:
     """For tasks without ``needs_start``."""
-    raise AssertionError("the task has not asked for the weights of the start: Task.needs_start")
+    raise AssertionError("the task needs the weights of the start: set Task.needs_start")
 
 
 def _write(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""What a teacher gives the rows: it is attached to the model in memory, or its most likely tokens are computed once.
+"""The teacher's most likely tokens at each position, computed once and cached; or the teacher loaded beside the model.
 
-These are computed before the model is loaded, so both are never in memory together, for the rows that are visited, and
-cached. The key is a hash of the teacher's weights, the rows, and the versions of the libraries. Runs that need the same
-tokens at the same time wait for the one that computes them.
+The tokens are computed before the model is loaded, so that both models are never in memory together, and only for the
+rows that are visited. The key of the cache is a hash of the teacher's weights, the rows, and the versions of the
+libraries. Of several runs that need the same tokens at the same time, one computes them and the others wait.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from runner.data.batches import Batches
 from runner.data.packing import Rows
 from runner.files import cache_dir, locked, write_atomic
 from runner.models.dtypes import dtype_for
-from runner.tasks import teaching
+from runner.tasks import teacher_logits
 from runner.train import build
 from runner.train.distributed import wrap
 from runner.train.distributed.ranks import Ranks
@@ -39,7 +39,7 @@ CODE_VERSION = 1
 """Part of the cache key. Increase it when a code change alters the numbers."""
 NOTED_S = 30
 """Seconds of computing that a process which is killed loses at most."""
-DTYPES = {teaching.IDS: np.dtype(np.int32), teaching.LOG_PROBABILITIES: np.dtype(np.float32)}
+DTYPES = {teacher_logits.IDS: np.dtype(np.int32), teacher_logits.LOG_PROBABILITIES: np.dtype(np.float32)}
 """Name of a cached column in a batch → its dtype."""
 log = logging.getLogger("runner")
 Progress = Callable[[int, int], None]
@@ -48,7 +48,7 @@ Split = tuple[Batches, list[int]]
 
 
 def attached(inputs: Inputs, parts: Parts) -> Parts:
-    """The parts with the teacher in memory; nothing changes without one, or where its tokens are computed before."""
+    """The parts with the teacher in memory; unchanged without a teacher, or if its tokens are cached (``top_k``)."""
     if inputs.teacher is None or inputs.teacher.spec.top_k is not None:
         return parts
     splits = [parts.batches, parts.evaluation]
@@ -67,14 +67,14 @@ def attach(
     loaded = teacher.load(next(model.parameters()).device)
     laid = build.resolve_attention(teacher.source, loaded, autocast, *splits)
     build.resolve_lm_head(loaded, autocast, "none")
-    teaching.attach(model, loaded)
+    teacher_logits.attach(model, loaded)
     return laid
 
 
-def give(inputs: Inputs, ranks: Ranks, progress: Progress) -> None:
-    """Give the rows that any rank visits the teacher's most likely tokens."""
+def compute(inputs: Inputs, ranks: Ranks, progress: Progress) -> None:
+    """Add the teacher's most likely tokens to the rows that any rank visits."""
     if inputs.teacher is not None and inputs.teacher.spec.top_k is not None:
-        give_rows(inputs.teacher, visited(inputs), inputs.device, ranks, progress)
+        compute_rows(inputs.teacher, visited(inputs), inputs.device, ranks, progress)
 
 
 def visited(inputs: Inputs) -> list[Split]:
@@ -95,12 +95,12 @@ def missing(inputs: Inputs) -> tuple[int, int, int]:
     return absent, tokens, count
 
 
-def give_rows(
+def compute_rows(
     teacher: Teacher, splits: Sequence[Split], device: torch.device, ranks: Ranks, progress: Progress
 ) -> None:
-    """Of several runs that need the same tokens at the same time, one computes them and the others wait for it."""
+    """Add the tokens to the rows of these splits: from the cache, or from the teacher."""
     stores = [Store.of(teacher, batches.rows, device) for batches, _ in splits]
-    lock = stores[0].path.with_name(f"{teaching_key(teacher, device)}.computing")
+    lock = stores[0].path.with_name(f"{key_of(teacher, device)}.computing")
     with locked(lock) if ranks.rank == 0 else contextlib.nullcontext():
         ranks.broadcast(None)  # the other ranks wait for rank 0, which has the lock
         absent = [_absent(*split, store) for split, store in zip(splits, stores, strict=True)]
@@ -109,12 +109,12 @@ def give_rows(
             log.info(f"teacher: {total - count} of {total} from the cache, {count} to compute")
         if any(ranks.gather(any(absent))):
             shares = [each[ranks.rank :: ranks.world] for each in absent]
-            _compute(teacher, splits, stores, shares, device, progress)
+            _write_tokens(teacher, splits, stores, shares, device, progress)
         ranks.broadcast(None)
         # Machines without a common cache have the tokens of their own ranks alone.
         absent = [_absent(*split, store) for split, store in zip(splits, stores, strict=True)]
         if any(absent):
-            _compute(teacher, splits, stores, absent, device, progress)
+            _write_tokens(teacher, splits, stores, absent, device, progress)
     for (batches, _), store in zip(splits, stores, strict=True):
         batches.rows = replace(batches.rows, of_labels=store.columns())
 
@@ -124,7 +124,7 @@ def _absent(batches: Batches, packs: list[int], store: Store) -> list[int]:
     return [pack for pack in packs if not known[batches.rows_of(pack)].all()]
 
 
-def _compute(
+def _write_tokens(
     teacher: Teacher, splits: Sequence[Split], stores: Sequence[Store], shares: Sequence[list[int]],
     device: torch.device, progress: Progress,
 ) -> None:  # fmt: skip
@@ -143,7 +143,7 @@ def _compute(
         progress(number, len(chunks))
         batch = wrap.on_device(batches.of(packs), device)
         assert teacher.spec.top_k is not None
-        ids, values = teaching.top(model, batch, teacher.spec.top_k, teacher.size)
+        ids, values = teacher_logits.top(model, batch, teacher.spec.top_k, teacher.size)
         store.write(batches.rows_in(packs), ids.cpu().numpy(), values.cpu().numpy())
         if time.monotonic() - noted > NOTED_S:
             store.note()
@@ -157,7 +157,7 @@ def _compute(
         torch.cuda.empty_cache()
 
 
-def teaching_key(teacher: Teacher, device: torch.device) -> str:
+def key_of(teacher: Teacher, device: torch.device) -> str:
     """Hash of everything that determines the tokens but the rows."""
     how = [CODE_VERSION, teacher.identity, teacher.spec.top_k, teacher.size, device.type]
     text = json.dumps([*how, str(dtype_for(teacher.source.dtype, device))], sort_keys=True)
@@ -179,7 +179,7 @@ class Store:
 
     @classmethod
     def of(cls, teacher: Teacher, rows: Rows, device: torch.device) -> Store:
-        digest = hashlib.sha256(teaching_key(teacher, device).encode())
+        digest = hashlib.sha256(key_of(teacher, device).encode())
         for column in (rows.ids, rows.labels, rows.offsets):
             digest.update(np.ascontiguousarray(column).tobytes())
         assert teacher.spec.top_k is not None

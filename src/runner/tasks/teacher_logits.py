@@ -1,4 +1,4 @@
-"""The teacher of a distillation: a second model, which is not trained."""
+"""The logits of a teacher, a second model that is not trained: of the model in memory, or of its most likely tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Attached:
 
 
 def attach(model: Any, teacher: Any) -> None:
-    """Let ``logits`` of this model ask the teacher."""
+    """Make this teacher the source of ``logits`` for the model."""
     model.attached = Attached(teacher)
 
 
@@ -42,9 +42,7 @@ def logits(model: Any, batch: dict[str, Any]) -> Callable[[Tensor, int], Tensor]
 @torch.no_grad()
 def top(teacher: Any, batch: dict[str, Any], count: int, size: int) -> tuple[Tensor, Tensor]:
     """(ids, log-probabilities among them), each (trained, count), of the most likely of the first ``size`` tokens."""
-    taught = soft_targets.of_states(*token_states(teacher, batch))
-    found = []
-    for numbers in torch.arange(batch["trained"], device=batch["labels"].device).split(AT_ONCE):
-        found.append(taught(numbers, size).topk(count, -1))
-    ids, values = ([each.indices for each in found], [each.values for each in found])
+    logits_of = soft_targets.of_states(*token_states(teacher, batch))
+    chunks = torch.arange(batch["trained"], device=batch["labels"].device).split(AT_ONCE)
+    values, ids = zip(*(logits_of(numbers, size).topk(count, -1) for numbers in chunks), strict=True)
     return torch.cat(ids).int(), torch.cat(values).float().log_softmax(-1)
