@@ -162,7 +162,7 @@ def _evaluated(order: _Order, batches: Batches) -> tuple[dict[str, float], float
 
 
 def _with_teacher(run: Trained, model: Any, plain: Batches, laid: Batches, autocast: torch.dtype | None) -> Batches:
-    """Load the teacher if the task has one, or add its tokens to the rows; returns the batches as both can compute them.
+    """Load the teacher, or add its tokens to the rows, if the task has one; the batches as both can compute them.
 
     ``plain`` and ``laid``: the batches as they are, and as the model can compute them.
     """

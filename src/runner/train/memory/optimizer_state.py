@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from runner.errors import ConfigError, Fault, RunnerError, typed_line
-from runner.train.optim import Groups
 
+Groups = list[dict[str, Any]]
 VALUES = 2**18
 """The state of a larger parameter is not measured but extrapolated."""
 
