@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import composed, prepared
-from fixtures import two_models
+from fixtures import killed_runs, two_models
 from fixtures.ranks_of_a_run import several, worked
 from fixtures.searches import searchable_is_logged
 from fixtures.two_models import QUESTIONS
@@ -370,22 +368,15 @@ def test_kill_9_and_two_processes_give_the_same_rollouts(tmp_path: Path, cache: 
     keys = ("train.save_steps=1", "train.max_steps=6", "train.eval_steps=2")
     whole, killed = (prepared(tmp_path / name, *RUN, *keys) for name in ("whole", "killed"))
     two = prepared(tmp_path / "two", *RUN, *keys, "train.per_device_batch_size=2", *several("ddp"))
-    process = subprocess.Popen([sys.executable, "-m", "runner.worker", str(killed.path)])
-    while process.poll() is None and killed.saved_step() < 3:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    assert 3 <= killed.saved_step() < 6
-    for rundir in (whole, killed):
-        command = [sys.executable, "-m", "runner.worker", str(rundir.path)]
-        assert subprocess.run(command, check=False).returncode == 0
+    assert killed_runs.work(whole) == 0
+    killed_runs.kill_and_finish(killed, "train/loss", [4])
+    killed_runs.assert_same_end(whole, killed)
     code, printed = worked(two)
     assert code == 0, printed
     names = ("train/loss", "train/reward", "train/completions/mean_length", "train/entropy", "eval/reward")
     for name in names:
         assert losses(whole, name) == losses(killed, name), name
         assert losses(two, name) == pytest.approx(losses(whole, name), rel=1e-5, abs=1e-6), name
-    assert len({run.read_manifest()["weights_sha256"] for run in (whole, killed)}) == 1
     shown = [(run.rollouts / "step-000004.json").read_text() for run in (whole, killed)]
     assert shown[0] == shown[1]
 
