@@ -172,23 +172,6 @@ def test_a_sweep_runs_every_job_and_shows_how_each_ended(capfd: pytest.CaptureFi
     assert "2 of 2 jobs are already completed" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["-m", "seed=1,2", "resume=outputs/x"], "this command starts several"),
-        (["hydra.job.chdir=true"], "has no effect here"),
-        (["hydra/launcher=basic"], "has no other option here"),
-        (["--experimental-rerun", "x"], "is not for this program"),
-        (["hydra.run.dir=/proc/nothing/here"], "cannot be written"),
-        (["resume=outputs/x", "hydra.run.dir=y"], "stays in its folder"),
-    ],
-)
-def test_what_would_have_no_effect_is_refused(overrides: list[str], said: str, capfd: pytest.CaptureFixture[str]):
-    assert main.run([*QUICK, *overrides] if "resume=outputs/x" not in overrides else overrides) == 2
-    assert said in capfd.readouterr().err
-    assert not Path("outputs").exists()
-
-
 def test_a_home_folder_is_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert main.run([*QUICK, "outputs_dir='~/out'"]) == 0
@@ -201,41 +184,6 @@ def test_a_damaged_neighbour_stops_nobody():
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{")
     assert main.run(list(QUICK)) == 0
-
-
-def test_the_plan_shows_what_would_happen_and_writes_nothing(capfd: pytest.CaptureFixture[str]):
-    assert main.run(["plan", *QUICK]) == 0
-    said = capfd.readouterr().out
-    for word in ("parameters", "memory, GiB", "weights", "rows read", "% of the token slots are used", "steps", "⟦"):
-        assert word in said, word
-    assert not Path("outputs").exists()
-
-
-def test_the_plan_of_a_run_is_that_of_its_own_configuration(capfd: pytest.CaptureFixture[str]):
-    manifest.create(configuration(*QUICK), Path("mine"), [], [])
-    assert main.run(["plan", "resume=mine"]) == 0
-    assert "random-64x2" in capfd.readouterr().out
-
-
-def test_the_plan_has_each_way_of_launching(capfd: pytest.CaptureFixture[str]):
-    words = ["launcher=slurm", "launcher.cluster=local", "launcher.tasks_per_node=1,2", "seed=1,2"]
-    assert main.run(["plan", "-m", *QUICK, *words]) == 0
-    said = capfd.readouterr().out
-    assert said.count("random-64x2") == 4
-    launches = [line for line in said.splitlines() if "this machine" in line]
-    assert len(launches) == 2, said
-
-
-def test_a_model_that_cannot_fit_is_refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    from runner.train.memory import usage
-
-    monkeypatch.setattr(usage, "of_device", lambda *_: (2**20, 2**20))
-    for words in (["plan", *QUICK], list(QUICK)):
-        assert main.run(words) == 2
-        said = capfd.readouterr().err
-        assert "GiB, but the device has 0.0 GiB" in said
-        assert "quant=4bit" in said
-    assert not Path("outputs").exists()
 
 
 def test_help_teaches(capfd: pytest.CaptureFixture[str]):

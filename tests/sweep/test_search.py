@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -16,10 +15,8 @@ from conftest import TINY, prepared, until
 from fixtures.searches import RATES, WORDS, completed, mlflow_runs, play, runner, started, study_of
 from optuna.trial import TrialState
 
-from runner.errors import ConfigError, Fault
 from runner.files import copy_of
-from runner.launch import prepare
-from runner.sweep import search, session, space, trials
+from runner.sweep import search, space, trials
 from runner.tracking import machine, metrics_log
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
@@ -36,63 +33,6 @@ def written_rates(sweep: SweepDir) -> list[float]:
 
 
 SMALL = ("search=random", "search.trials=2", "train.max_steps=60", RATES, "lora.r=4,8", "sweep=it")
-
-
-def test_a_search_goes_on_only_with_runs_that_can_be_compared(play: Any, capsys: pytest.CaptureFixture[str]):
-    assert play(*SMALL) == (0, 2)
-    for words, told in [
-        (("train.max_steps=300",), "train.max_steps=60 (now 300)"),
-        (("model=smollm2", "search.trials=3"), "(now runner.models.sources.gguf)"),
-        (("lora=dora",), "lora.use_dora"),
-        (("seed=1",), "seed=0 (now 1)"),
-    ]:
-        assert play(*SMALL, *words) == (2, 0), words
-        said = capsys.readouterr().err
-        assert told in said
-        assert "or start a new one with sweep=NAME" in said
-    same = ("search.trials=4", "tracking=offline", "launcher.parallel=2", "retry=true", "name=other")
-    assert play(*SMALL, *same) == (0, 2)
-
-
-def test_a_search_that_noted_nothing_of_its_runs_goes_on(play: Any):
-    assert play(*SMALL) == (0, 2)
-    study = study_of(SweepDir(Path("outputs/sweeps/it")))
-    about = study.user_attrs["about"]
-    study.set_user_attr("about", {key: about[key] for key in ("space", "objectives")})
-    assert play(*SMALL, "search.trials=3") == (0, 1)
-    assert play(*SMALL, "train.max_steps=300") == (2, 0), "from then on it is noted"
-
-
-def test_failed_trials_are_failed_until_they_come_to_something(play: Any, capsys: pytest.CaptureFixture[str]):
-    def end(rundir: RunDir, number: int) -> dict[str, Any]:
-        return {"status": "failed", "reason": "as asked"} if number == 1 else completed(rundir, number)
-
-    assert play(*SMALL, end=end) == (1, 2)
-    capsys.readouterr()
-    assert play(*SMALL) == (1, 0), "nothing was done about it"
-    assert "retry with retry=true" in capsys.readouterr().out
-    assert play(*SMALL, "retry=true") == (0, 1)
-    assert play(*SMALL) == (0, 0)
-
-
-def test_a_proposal_that_cannot_be_run_has_failed(play: Any, monkeypatch: pytest.MonkeyPatch):
-    prepare = session.Session.composed
-
-    def refusing(session: session.Session, batch: Any, first: int) -> Any:
-        if len(batch) == 1 and first == 1:
-            raise ConfigError(Fault("lora.r", "is none that can be run"))
-        return prepare(session, batch, first)
-
-    monkeypatch.setattr(session.Session, "composed", refusing)
-    assert play(*SMALL) == (1, 1)
-    assert play(*SMALL) == (1, 0)
-
-
-def test_an_objective_that_was_not_logged_fails_the_search(play: Any, capsys: pytest.CaptureFixture[str]):
-    assert play(*SMALL, "search.objective=train/mfu", "search.direction=maximize") == (1, 2)
-    said = capsys.readouterr().out
-    assert "is completed but counts as failed: it has not logged train/mfu" in said
-    assert "best  " not in said
 
 
 @pytest.mark.parametrize(
@@ -127,24 +67,6 @@ def test_who_resumes_a_run_that_was_given_up_wants_it(tmp_path: Path, cache: Pat
     done = runner("resume=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert rundir.read_state().status == "completed"
-
-
-def test_only_what_failed_is_asked_for_anew_by_a_search(play: Any):
-    ends = [{"status": "failed"}, {"status": "killed"}]
-
-    def end(rundir: RunDir, number: int) -> dict[str, Any]:
-        rundir.prune_request.write_text("given up")
-        return ends[number - 1]
-
-    assert play(*SMALL, end=end) == (1, 2)
-    given_up: list[bool] = []
-
-    def look(rundir: RunDir, number: int) -> dict[str, Any]:
-        given_up.append(rundir.prune_request.exists())
-        return completed(rundir, number)
-
-    assert play(*SMALL, "retry=true", end=look) == (0, 2)
-    assert given_up == [True, False], "the killed one goes on first, as it was"
 
 
 @pytest.mark.slow
@@ -314,10 +236,3 @@ def test_only_one_process_proposes(tmp_path: Path, cache: Path):
     assert driver.wait() == 130
     assert states(sweep) == ["killed"]
     assert [trial.state for trial in study_of(sweep).trials] == [TrialState.RUNNING], "it is taken up again"
-
-
-def test_a_value_that_is_no_number_is_none(tmp_path: Path):
-    rundir = RunDir(tmp_path)
-    rundir.metrics.write_text(json.dumps({"step": 1, "eval/loss": float("nan")}) + "\n")
-    assert trials.value_of(rundir, "eval/loss") is None
-    assert trials.value_of(rundir, "eval/token_accuracy") is None

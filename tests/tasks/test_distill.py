@@ -20,9 +20,8 @@ from runner.data.collator import Batch
 from runner.data.packing import Rows, one_by_one, pack
 from runner.errors import ConfigError
 from runner.models.kernels import lm_head
-from runner.tasks import distill, own_answers, soft_targets, teacher_logits
+from runner.tasks import distill, soft_targets, teacher_logits
 from runner.tasks.task import Task
-from runner.train import loop
 
 OF_TRL = {0.0: 0.040975, 0.5: 0.010163, 0.9: 0.003684, 1.0: 0.041079}
 """beta → GKDTrainer.generalized_jsd_loss of TRL 1.16 on the first question with its good answer."""
@@ -210,28 +209,7 @@ def test_an_evaluation_in_several_passes_keeps_the_order_of_the_tokens(
             assert float(value) == pytest.approx(float(expected[name]), rel=1e-5), name
 
 
-def test_a_padded_vocabulary_is_cut_to_the_common_part() -> None:
-    torch.manual_seed(0)
-    logits, taught = torch.randn(4, 12), torch.randn(4, 10)
-    soft = soft_targets.Soft(lambda numbers, size: taught[numbers][:, :size], 0.0, 1.0, 1.0)
-    buffer = logits.clone()
-    loss, *_ = soft_targets.losses_(buffer, torch.arange(4), soft, needs_grad=True)
-    s, t = logits[:, :10].log_softmax(-1), taught.log_softmax(-1)
-    torch.testing.assert_close(loss, kl_div(s, t, reduction="none", log_target=True).sum(-1))
-    torch.testing.assert_close(buffer[:, :10], s.exp() - t.exp())
-    assert not buffer[:, 10:].any()
-
-
 OWN = ["task.lmbda=0.5", "task.max_completion_length=8", "task.sampling_temperature=1", "task.top_k=null"]
-
-
-def test_the_share_of_the_steps_and_the_prompt_of_the_last_answer() -> None:
-    half = own_answers.OwnAnswers(0.5, 8, 1.0)
-    due = [half.are_due(loop.derived_seed(0, step)) for step in range(400)]
-    assert 160 < sum(due) < 240
-    assert not own_answers.OwnAnswers(0.0, 8, 1.0).are_due(7)
-    assert own_answers.OwnAnswers(1.0, 8, 1.0).are_due(7)
-    assert own_answers.last_answer(np.array([-100, -100, 5, 6, -100, -100, 7, 8, -100])) == 6
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from torch.nn.functional import log_softmax
 
 from runner.cli import main
 from runner.data.batches import Batches
-from runner.errors import ConfigError, DataError, Preempted
+from runner.errors import ConfigError, Preempted
 from runner.signals import Stop
 from runner.tasks import dpo, logprobs
 from runner.tracking import metrics_log
-from runner.train import reference, worker
+from runner.train import worker
 
 OF_TRL = {
     "sigmoid": 0.764988, "hinge": 1.137563, "ipo": 25.732336, "robust": 0.782184, "exo_pair": 3.001068,
@@ -129,20 +128,6 @@ def test_the_losses_without_a_reference(models: Any) -> None:
         assert loss == pytest.approx(expected[loss_type], rel=1e-5), loss_type
 
 
-def test_a_pair_that_cannot_be_compared_is_refused(models: Any) -> None:
-    tokenizer = models[2]
-    with pytest.raises(DataError, match="same tokens"):
-        dpo.encode(example("a", "b", "b"), tokenizer, 256)
-    with pytest.raises(DataError, match="gives conversations, but this task needs pairs"):
-        dpo.encode([message("user", "a"), message("assistant", "b")], tokenizer, 256)
-    assert dpo.encode(example("a long question, longer than the limit", "b", "c"), tokenizer, 8) == []
-    late = example("a", "b" * 90 + "c", "b" * 90 + "d")
-    assert len(dpo.encode(late, tokenizer, 256)) == 2
-    assert dpo.encode(late, tokenizer, 64) == []  # cut to 64 tokens, both answers are the same
-    with pytest.raises(DataError, match="has a margin, which this task does not use"):
-        dpo.encode({**example("a", "b", "c"), "margin": 1.0}, tokenizer, 256)
-
-
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
@@ -161,30 +146,6 @@ def test_keys_without_effect_are_refused(override: str, problem: str) -> None:
 RUN = (*TINY, "task=dpo", "data=chitchat_pairs", "data.train_rows=24", "data.eval_rows=4", "data.max_length=512",
        "data.packing=false", "train.max_steps=4",
        "train.per_device_batch_size=4", "model.dtype=float32")  # fmt: skip
-
-
-def test_a_run_starts_at_its_reference_and_the_reference_is_computed_once(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
-    passes: list[int] = []
-    original = reference._of
-    monkeypatch.setattr(reference, "_of", lambda *given: passes.append(len(given[2])) or original(*given))
-    losses = {}
-    for name, changes in {"a": (), "b": ("task.beta=0.5", "task.loss_type=ipo", "optim.learning_rate=1e-3")}.items():
-        rundir = prepared(tmp_path / name, *RUN, *changes)
-        assert worker.work(rundir) == 0
-        losses[name] = [record for record in metrics_log.read(rundir) if "eval/loss" in record]
-        if name == "a":
-            assert sum(passes) == 16 + 4 + 1, (
-                "each pair that is visited, once, and one to prove that training begins there"
-            )
-            passes.clear()
-    assert sum(passes) == 2 + 1, "the second run compares one pair of each split with the cache"
-    first = losses["a"][0]
-    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["eval/rewards/margins"] == pytest.approx(0.0, abs=1e-5)
-    assert losses["b"][0]["eval/loss"] == pytest.approx((1 / (2 * 0.5)) ** 2, rel=1e-4)
 
 
 def test_evaluate_gives_the_numbers_of_training(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -210,19 +171,6 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, cache: Path) 
     assert losses[0] == losses[1]
     hashes = [run.read_manifest()["weights_sha256"] for run in (whole, cut)]
     assert hashes[0] == hashes[1]
-
-
-def test_a_cache_that_does_not_match_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
-    assert worker.work(prepared(tmp_path / "a", *RUN)) == 0
-    for path in (tmp_path / "cache/reference").glob("*.npy"):
-        np.save(path, np.load(path) + 5.0)
-    rundir = prepared(tmp_path / "b", *RUN)
-    assert worker.work(rundir) == 0
-    assert "does not match the model" in rundir.log.read_text()
-    first, again = ([r["eval/loss"] for r in metrics_log.read(prepared_run) if "eval/loss" in r]
-                    for prepared_run in (rundir, type(rundir)(tmp_path / "a")))  # fmt: skip
-    assert first == again
 
 
 def test_label_smoothing_and_the_cross_entropy_of_the_chosen_answers(models: Any) -> None:
@@ -254,19 +202,6 @@ def test_the_losses_without_a_reference_are_those_of_trl(models: Any) -> None:
     nll = step(policy, original, task_of("cpo", sft_weight=1.0), batches(tokenizer, packing=False, at_once=4,
                                                                          features=everything))  # fmt: skip
     assert loss_of("orpo") + nll[0]["nll"] == pytest.approx(5.667700, rel=2e-5)
-
-
-def test_dropout_with_a_reference_is_refused(tmp_path: Path, folder: Path, cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lora.lora_dropout=0.1: task=dpo compares the model with its own start"):
-        composed("task=dpo", "data=chitchat_pairs", "lora.lora_dropout=0.1")
-    composed("task=simpo", "data=chitchat_pairs", "lora.lora_dropout=0.1")
-    model = shutil.copytree(folder, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
-    words = [word for word in RUN if not word.startswith("model=")]
-    rundir = prepared(tmp_path / "run", *words, "model=local", f"model.path={model}", "model.attention=eager")
-    assert worker.work(rundir) == 2
-    assert not rundir.manifest.exists()
 
 
 def test_sides_emptied_by_max_length_are_dropped_and_counted(tmp_path: Path, cache: Path) -> None:

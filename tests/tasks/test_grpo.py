@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from runner.config import bind
 from runner.data.batches import Batches
 from runner.data.collator import Batch
 from runner.data.packing import IGNORED, Rows, Texts, one_by_one
-from runner.errors import ConfigError, DataError, Preempted
+from runner.errors import ConfigError, Preempted
 from runner.signals import Stop
 from runner.tasks import grpo, rollout, sampling
 from runner.tasks.reward_functions import Rewards
@@ -166,135 +164,6 @@ def test_a_rank_without_answers_takes_part(models: Any) -> None:
     assert sampling.answers(policy, [], None, how) == []
     rewards = Rewards(["runner.tasks.example_rewards:lowercase_share"], (), [1.0], 1.0)
     assert rollout.Answers.of([], [], [], rewards, tokenizer, how).statistics(rewards, 4)["groups"] == 0
-
-
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages(scale: Any) -> None:
-    rewards = np.array([[1.0, 0.0, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0]])
-    how = task_of(num_generations=4, scale_rewards=scale).prepare.__self__  # type: ignore[union-attr]
-    spread = rewards.std(ddof=1)
-    divisor = {"group": np.array([rewards[0].std(ddof=1) + 1e-4, 1.0])[:, None], "batch": spread + 1e-4, "none": 1.0}
-    expected = (rewards - rewards.mean(1, keepdims=True)) / divisor[scale]
-    np.testing.assert_allclose(how.advantages(rewards, spread), expected, rtol=1e-9)
-
-
-def test_advantages_against_the_others_and_without_unscored_answers() -> None:
-    how = task_of(loss_type="rloo", scale_rewards="none").prepare.__self__  # type: ignore[union-attr]
-    given = np.array([[1.0, 0.0, np.nan, 0.5], [3.0, np.nan, np.nan, np.nan]])
-    expected = [[1 - 0.25, 0 - 0.75, 0.0, 0.5 - 0.5], [0.0] * 4]
-    np.testing.assert_allclose(how.advantages(given, 0.0), expected, atol=1e-12)
-
-
-def rewards_of(tmp_path: Path, body: str, timeout_s: float = 5.0) -> Rewards:
-    file = tmp_path / f"scores_{abs(hash(body))}.py"
-    file.write_text(f"import time\n\ndef score(completions, **columns):\n    {body}\n")
-    return Rewards([f"{file}:score"], (str(file),), [1.0], timeout_s)
-
-
-@pytest.mark.parametrize(
-    ("body", "problem"),
-    [
-        ("return [1.0]", "returned 1 numbers for 2 answers"),
-        ("return [1.0, float('nan')]", "returned nan for answer 2"),
-        ("return [1.0, 'good']", "returned 'good' for answer 2"),
-        ("return 1.0", "returned float, not a list of numbers"),
-        ("return 1 / 0", r"ZeroDivisionError: division by zero \(.*, line 4\)"),
-        ("raise SystemExit(3)", "SystemExit"),
-    ],
-)
-def test_a_function_that_returns_no_rewards_is_refused(tmp_path: Path, body: str, problem: str) -> None:
-    with pytest.raises(DataError, match=problem):
-        rewards_of(tmp_path, body).of(["a", "b"], ["c", "d"], [[1], [2]], {})
-
-
-def test_a_function_that_sleeps_is_ended_also_if_it_catches_everything(tmp_path: Path) -> None:
-    body = "\n    ".join(["try:", "    time.sleep(600)", "except Exception:", "    time.sleep(600)"])
-    began = time.monotonic()
-    with pytest.raises(DataError, match=r"was not done after 0.2 s with 1 answers"):
-        rewards_of(tmp_path, body, 0.2).of(["a"], ["b"], [[1]], {})
-    assert time.monotonic() - began < 300
-
-
-def test_rows_may_have_different_columns(tmp_path: Path) -> None:
-    rewards = rewards_of(tmp_path, "return [0.0 if each is None else float(each) for each in columns['answer']]")
-    records = [{"prompt": "a", "columns": {}}, {"prompt": "b", "columns": {"answer": "4"}}]
-    assert rollout.scored(rewards, records, ["x", "y"], [[1], [2]])[:, 0].tolist() == [0.0, 4.0]
-
-
-def test_functions_see_the_columns_and_none_is_not_scored(tmp_path: Path) -> None:
-    rewards = rewards_of(tmp_path, "return [None if key is None else len(key) for key in columns['key']]")
-    scores = rewards.of(["a", "b"], ["c", "d"], [[1], [2]], {"key": ["xyz", None]})
-    assert scores[0, 0] == 3
-    assert math.isnan(scores[1, 0])
-    assert math.isnan(rewards.total(scores)[1])
-
-
-def test_an_answer_depends_on_its_prompt_and_its_seed_alone(models: Any) -> None:
-    policy, _, tokenizer = models
-    how = sampling.Sampling(12, 0.9, [tokenizer.eos_token_id], tokenizer.pad_token_id)
-    prompts = [tokenizer(question)["input_ids"] for question, _, _ in QUESTIONS]
-    chances = sampling.uniforms(5, [0, 1, 2, 3], 1, 12)
-    with torch.no_grad():
-        together = sampling.answers(policy, prompts, chances, how)
-        alone = [sampling.answers(policy, [p], chances[n : n + 1], how)[0] for n, p in enumerate(prompts)]
-        greedy = sampling.answers(policy, prompts[:1], None, how)[0]
-        logits = policy(torch.tensor([prompts[0]])).logits[0, -1]
-    assert together == alone
-    assert len({tuple(answer) for answer in together}) == 4
-    assert greedy[0] == int(logits.argmax())
-
-
-def test_answers_to_a_prompt_that_is_computed_once_are_those_to_its_copies(
-    models: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy, _, tokenizer = models
-    how = sampling.Sampling(12, 1.0, [tokenizer.eos_token_id], tokenizer.pad_token_id)
-    prompts = [tokenizer(question)["input_ids"] for question, _, _ in QUESTIONS]
-    chances = sampling.uniforms(3, [0, 1, 2, 3], 3, 12)
-    rows: list[int] = []
-    count = policy.register_forward_pre_hook(
-        lambda _module, _args, given: rows.append(given["input_ids"].numel()), with_kwargs=True
-    )
-    with torch.no_grad(), count:
-        shared = sampling.answers(policy, prompts, chances, how, 3)
-        assert rows[:2] == [4 * (max(map(len, prompts)) - 1), 12], "the prompts once, then the last token of each copy"
-        copies = sampling.answers(policy, [each for each in prompts for _ in range(3)], chances, how)
-        monkeypatch.setattr(sampling, "KEYS_AND_VALUES", ())
-        assert sampling.answers(policy, prompts, chances, how, 3) == copies
-    assert shared == copies
-    assert len({tuple(answer) for answer in shared}) == 12
-
-
-def test_tokens_are_drawn_from_the_distribution() -> None:
-    """The share of each token is its probability, within three standard deviations."""
-    logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
-    count = 20000
-    chances = torch.from_numpy(sampling.uniforms(1, list(range(count)), 1, 1))
-    choose = sampling._choose(chances, 3, 0.5)
-    chosen = choose(torch.zeros(count, 3, dtype=torch.long), logits.repeat(count, 1)).argmax(-1)
-    shares = torch.bincount(chosen, minlength=4) / count
-    expected = (logits / 0.5).softmax(-1)
-    assert ((shares - expected).abs() < 3 * (expected * (1 - expected) / count).sqrt()).all()
-
-
-def test_merged_weights_compute_the_same_and_come_back_bit_for_bit(models: Any) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from runner.models.kernels import lora_linear
-
-    base = two_models.load_one(models[0])
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
-    lora_linear.fuse(model)
-    ids = torch.arange(40)[None]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        expected = model(ids).logits
-        with sampling.merged(model):
-            layer = next(module for module in model.modules() if getattr(module, "merged_adapters", None))
-            assert layer.merged
-            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(model(ids).logits, expected)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

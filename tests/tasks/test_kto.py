@@ -19,7 +19,6 @@ from fixtures.two_models import QUESTIONS
 from runner.cli import main
 from runner.data import judged
 from runner.data.batches import Batches
-from runner.data.packing import Rows
 from runner.errors import DataError, Preempted
 from runner.signals import Stop
 from runner.tasks import kto, kto_kl
@@ -129,14 +128,6 @@ def test_two_ranks_compute_the_same_estimate(models: Any) -> None:
             shares += sums
     assert sum(shares) / 4 == pytest.approx(Z, abs=1e-4)
     assert min(abs(share) for share in shares) > 0.1
-
-
-def test_no_answer_meets_its_own_prompt() -> None:
-    rows = Rows.of([(np.array([n, n, 100 + n]), np.array([-100, -100, 100 + n])) for n in range(3)])
-    ids, labels = kto_kl.mix(rows, 1, 0, 8)
-    assert ids.tolist() == [1, 1, 100]
-    assert labels.tolist() == [-100, -100, 100]
-    assert kto_kl.mix(rows, 1, 0, 2)[0].tolist() == [1, 1]
 
 
 def test_labels_are_read_and_anything_else_is_refused() -> None:

@@ -25,6 +25,21 @@ def steps(rundir: RunDir) -> list[int]:
     return [line["step"] for line in metrics_log.read(rundir)]
 
 
+def test_the_last_value_is_read_from_the_end(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path)
+    assert metrics_log.last_of(rundir, "eval/loss") is None
+    for number in range(3000):
+        metrics_log.append(rundir, record(number, **{"train/loss": 1.0 * number, "memory/peak_rss_gib": 1.0}))
+    metrics_log.append(rundir, record(3000, **{"eval/loss": math.nan, "train/loss": 0.0}))
+    assert metrics_log.last_of(rundir, "train/loss") == ("train/loss", 0.0)
+    name, value = metrics_log.last_of(rundir, "eval/loss", "train/loss") or ("", 0.0)
+    assert (name, math.isnan(value)) == ("eval/loss", True)
+    with rundir.metrics.open("a") as handle:
+        handle.write('17\n{"step": 3001, "train/lo')
+    assert metrics_log.last_of(rundir, "train/loss") == ("train/loss", 0.0), "without the lines that are cut off"
+    assert metrics_log.last_of(rundir, "train/mfu") is None
+
+
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
     assert metrics_log.read(rundir) == []

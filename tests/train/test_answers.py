@@ -11,7 +11,6 @@ from conftest import TINY, composed, prepared
 from test_loop import Recorded, parts_of
 
 from runner.errors import ConfigError, DataError
-from runner.tasks import answer_metrics
 from runner.train import answers, evaluation
 
 ASKED = (*TINY, "train.metric_rows=2", "train.metric_tokens=4", "train.max_steps=2")
@@ -31,18 +30,6 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "lab.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def test_the_metrics_are_those_of_the_reference_implementations():
-    """ROUGE-L of rouge-score 0.1.2, exact match and F1 of the script of SQuAD 1.1, on the same texts."""
-    texts = ["The cat sat on the mat.", "a dog", "Yes", "", "it is 12 km north of the old town"]
-    references = ["the cat is on a mat", "Dog!", "no", "nothing", "12 km north of town, it is"]
-    given = {"completions": texts, "reference": references}
-    rouge = [2 / 3, 2 / 3, 0.0, 0.0, 0.625]
-    assert answer_metrics.rouge_l(**given) == pytest.approx(rouge, abs=1e-6)
-    assert answer_metrics.exact_match(**given) == [0.0, 1.0, 0.0, 0.0, 0.0]
-    assert answer_metrics.f1(**given) == pytest.approx([0.75, 1.0, 0.0, 0.0, 14 / 15], abs=1e-6)
-    assert answer_metrics.f1(completions=["x"], reference=[None]) == [None]
 
 
 def test_the_prompt_ends_where_the_answer_begins(tmp_path: Path, cache: Path):

@@ -17,7 +17,7 @@ from conftest import TINY, composed
 from runner.errors import ConfigError, Preempted, TrainingError
 from runner.models.kernels import compilation, varlen_attention
 from runner.tracking.rundir import RunDir
-from runner.train import build, evaluation, inputs, loop
+from runner.train import build, inputs, loop
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Progress
 from runner.train.options import Options
@@ -232,33 +232,6 @@ def test_a_stop_where_nothing_is_new_saves_nothing(tmp_path: Path, cache: Path):
     with pytest.raises(Preempted):
         loop.train(parts, Progress(), recorded.hooks())
     assert recorded.saves == []
-
-
-def test_a_stop_during_an_evaluation_is_taken_up_there(tmp_path: Path, cache: Path):
-    options = (*TINY, "train.max_steps=4", "train.eval_steps=2", "train.save_steps=2")
-    _, uninterrupted = trained(tmp_path / "whole", *options)
-    _, parts = parts_of(tmp_path / "halves", *options)
-    first = Recorded(stop_at=2)
-    hooks = replace(first.hooks(), check_stop=lambda: None, evaluating=lambda *_: first._check())
-    with pytest.raises(Preempted):
-        loop.train(parts, Progress(), hooks)
-    _, parts = parts_of(tmp_path / "halves", *options)
-    progress = parts.checkpoints.restore(parts.model, parts.optimizer)
-    assert loop.boundary(progress) == (2, False)
-    second = Recorded()
-    loop.train(parts, progress, second.hooks())
-    assert first.of("eval/loss") + second.of("eval/loss") == uninterrupted.of("eval/loss")
-    assert len(second.saves) == 2, "step 2 once more, now evaluated, and the last"
-
-
-def test_an_evaluation_counts_its_batches_without_making_them(tmp_path: Path, cache: Path):
-    _, parts = parts_of(tmp_path, *TINY, "data.eval_rows=5", "data.packing=false", "train.per_device_batch_size=2")
-    told: list[tuple[int, int]] = []
-    evaluation.evaluate(
-        parts, 0, replace(Recorded().hooks(), evaluating=lambda done, count: told.append((done, count)))
-    )
-    count = len(list(parts.evaluation.one_pass()))
-    assert told == [(done, count) for done in range(count + 1)]
 
 
 def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path, cache: Path):

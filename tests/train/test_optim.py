@@ -16,11 +16,10 @@ from torch import nn
 
 from runner.config.bind import find_faults
 from runner.errors import ConfigError
-from runner.train import optim, torch_optim
+from runner.train import optim
 
 CONF = Path(__file__).parents[2] / "conf" / "optim"
 ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "torch"]
-NAMES = sorted(set(torch_optim._constructors()) - set(torch_optim.CLOSURE_OR_SPARSE))
 
 
 option = functools.partial(conftest.option, "optim")
@@ -57,11 +56,6 @@ def assert_same(one: nn.Module, other: nn.Module, tolerance: float = 0.0) -> Non
 @pytest.mark.parametrize("name", ON_CPU)
 def test_resumes_bit_for_bit(name: str) -> None:
     assert_resumes(option(name))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_any_torch_optimizer_resumes_bit_for_bit(name: str) -> None:
-    assert_resumes(option("torch", name=name))
 
 
 def assert_resumes(build) -> None:
@@ -172,11 +166,6 @@ def test_muon_without_matrices_is_refused() -> None:
 def test_paging_needs_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"optim\.paged=True: needs a CUDA GPU"):
         option("paged_adamw_8bit")(optim.parameter_groups(tiny(), 0.1))
-
-
-def test_values_that_torch_refuses_are_faults() -> None:
-    with pytest.raises(ConfigError, match="SGD: Nesterov momentum requires a momentum"):
-        option("torch", name="SGD", nesterov=True)(optim.parameter_groups(tiny(), 0.0))
 
 
 def test_groups_of_a_model_with_lora_and_a_tied_head() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -141,23 +140,6 @@ def test_a_stopped_run_is_continued_without_another_end(tmp_path: Path, cache: P
     words = [f"resume={rundir.path}", "train.num_train_epochs=2"]
     with pytest.raises(ResumeError, match=r"first let it end: .* then train on: .*train\.num_train_epochs=2"):
         resume.configuration({"resume": str(rundir.path), "outputs_dir": str(tmp_path), "retry": False}, words)
-
-
-def test_a_second_worker_follows_the_first(tmp_path: Path, cache: Path):
-    rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=40")
-    first = worker_process(rundir)
-    wait_for_step(rundir, 1, first)
-    first.send_signal(signal.SIGSTOP)  # it must not end before the second has come
-    second = worker_process(rundir)
-    assert second.stderr is not None
-    heard = second.stderr.readline()
-    first.send_signal(signal.SIGCONT)
-    second.communicate()
-    first.communicate()
-    assert (first.returncode, second.returncode) == (0, 0)
-    assert f"is being worked on (pid {first.pid})" in heard
-    assert rundir.read_state().attempt == 1
-    assert os.path.exists(rundir.model)
 
 
 def stopped_at(rundir: RunDir, step: int) -> None:
