@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import TINY, composed, prepared
 from test_loop import Recorded, parts_of
 
 from runner.errors import ConfigError, DataError
+from runner.tasks.reward_functions import Rewards
 from runner.train import answers, evaluation
 
 ASKED = (*TINY, "train.metric_rows=2", "train.metric_tokens=4", "train.max_steps=2")
@@ -18,6 +20,10 @@ OWN = """
 def is_short(prompts, completions, completion_ids, reference, **columns):
     assert len(prompts) == len(completions) == len(completion_ids) == len(reference)
     return [None if index == 0 else len(ids) for index, ids in enumerate(completion_ids)]
+
+
+def has_key(completions, key, **_):
+    return [0.0 if each is None else 1.0 for each in key]
 
 
 def broken(**_):
@@ -30,6 +36,16 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "lab.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_functions_get_the_columns_of_all_prompts(own: Path):
+    prompts = [answers.Prompt([1], {"reference": "a"}), answers.Prompt([2], {"reference": "b", "key": "k"})]
+    functions = Rewards(["lab.py:has_key"], (str(own / "lab.py"),), [1.0], 5.0)
+    questions = answers.Questions(prompts, functions, most_tokens=4, at_a_time=2)
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: str(ids))
+    for shares in (prompts, prompts[:1]):  # a rank may have the first prompt alone
+        scores = questions.scored(shares, [[3]] * len(shares), tokenizer)[1]
+        assert scores[:, 0].tolist() == [0.0, 1.0][: len(shares)]
 
 
 def test_the_prompt_ends_where_the_answer_begins(tmp_path: Path, cache: Path):

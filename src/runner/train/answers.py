@@ -50,7 +50,8 @@ class Questions:
         texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
         if not prompts:
             return texts, np.zeros((0, len(self.functions.references)))
-        columns = {key: [prompt.columns.get(key) for prompt in prompts] for key in prompts[0].columns}
+        names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)  # the same on all ranks
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         shown = [tokenizer.decode(prompt.ids) for prompt in prompts]
         return texts, self.functions.of(shown, texts, list(map(list, answers)), columns)
 
