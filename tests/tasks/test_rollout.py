@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 from test_grpo import task_of
+
+from runner.data.packing import Texts
+from runner.tasks import rollout
+
+
+def test_a_record_has_the_columns_of_all_rows() -> None:
+    rows = [{"prompt": "a", "columns": {"answer": "4"}}, {"prompt": "b", "columns": {"hint": None, "source": "web"}}]
+    records = Texts.of([json.dumps(row) for row in rows])
+    assert rollout.record_of(records, 0)["columns"] == {"answer": "4", "hint": None, "source": None}
+    assert rollout.record_of(records, 1) == {**rows[1], "columns": {"answer": None, "hint": None, "source": "web"}}
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,11 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @functools.cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The names in ``columns`` of any of the texts, if these are JSON objects with that key."""
+        return tuple(dict.fromkeys(name for row in range(len(self)) for name in json.loads(self[row])["columns"]))
 
     def __getitem__(self, row: int) -> str:
         content = self.characters[self.offsets[row] : self.offsets[row + 1]]

@@ -7,7 +7,6 @@ of a token divided by that under the policy that wrote it. See https://arxiv.org
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -82,7 +81,7 @@ def grpo(
 
     def inspect(training: Batches, evaluation: Batches, steps: int) -> list[tuple[str, str]]:
         assert training.rows.records is not None
-        record = json.loads(training.rows.records[0])
+        record = rollout.record_of(training.rows.records, 0)
         answer = str(record["answer"] or "")
         (values,) = rollout.scored(scores, [record], [answer], [[]])
         which = "the reference answer" if answer else "an empty answer"

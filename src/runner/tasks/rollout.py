@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from runner.data.collator import Batch
-from runner.data.packing import IGNORED
+from runner.data.packing import IGNORED, Texts
 from runner.tasks import sampling
 from runner.tasks.cross_entropy import Shaping
 from runner.tasks.reward_functions import Rewards
@@ -83,7 +83,7 @@ class Rollout:
                 answers = sampling.answers(context.model, prompts, chances, how, copies)
                 prompts = [prompt for prompt in prompts for _ in range(copies)]
                 assert rows.records is not None
-                records = [json.loads(rows.records[row]) for row in part for _ in range(copies)]
+                records = [record_of(rows.records, row) for row in part for _ in range(copies)]
                 written.append(Answers.of(prompts, answers, records, self.rewards, tokenizer, how))
         return written
 
@@ -185,6 +185,12 @@ class Answers:
             | {name: _shown(score) for name, score in zip(rewards.names, scores, strict=True)}
             for record, text, total, scores in zip(self.records, self.texts, self.totals, self.scores, strict=True)
         ]
+
+
+def record_of(records: Texts, row: int) -> dict[str, Any]:
+    """The record of a row, with the columns of all rows: functions get them whichever rows they score together."""
+    record: dict[str, Any] = json.loads(records[row])
+    return {**record, "columns": dict.fromkeys(records.columns) | record["columns"]}
 
 
 def scored(rewards: Rewards, records: list[dict[str, Any]], texts: list[str], ids: list[list[int]]) -> np.ndarray:
