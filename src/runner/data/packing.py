@@ -196,7 +196,11 @@ class Rows:
         packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets, "unit": np.array(self.unit)}
         values = {f"{VALUE}{name}": numbers for name, numbers in self.values.items()}
         weights = {} if self.weights is None else {"weights": self.weights}
-        texts = dict(zip(RECORD_COLUMNS, vars(self.records).values(), strict=True)) if self.records else {}
+        texts = (
+            dict(zip(RECORD_COLUMNS, (self.records.characters, self.records.offsets), strict=True))
+            if self.records
+            else {}
+        )
         prompts = np.zeros(len(self), np.uint64) if self.prompts is None else self.prompts
         of_rows = {"offsets": self.offsets, "prompts": prompts, "trained": self.labels_per_row}
         return {"ids": self.ids, "labels": self.labels, **of_rows, **packs, **values, **weights, **texts}
