@@ -28,7 +28,7 @@ PINNED = ("micro_batch_size", "compile", "teacher")
 
 
 def settle(job: Job) -> None:
-    """Turn a job that gives a completed run another end into the new run; leave any other job as it is.
+    """Turn a job that extends a completed run into the job of a new run; other jobs are not changed.
 
     Raises:
         ConfigError: the new end is not later.

@@ -1,4 +1,4 @@
-"""The trials of a search: runs that Optuna proposes, and what it learns of them."""
+"""The trials of a search: runs that Optuna proposes, and the results that are reported to it."""
 
 from __future__ import annotations
 

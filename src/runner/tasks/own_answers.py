@@ -29,7 +29,7 @@ class OwnAnswers:
         return bool(np.random.PCG64([seed]).random_raw() * 2.0**-64 < self.share)
 
     def prepare(self, context: StepContext) -> list[Batch]:
-        """The micro-batches with the model's own last answers; of an evaluation and of the other steps: as they are."""
+        """The micro-batches with the model's own last answers; unchanged in an evaluation and in the other steps."""
         if not context.trains or not self.are_due(context.seed):
             return context.micro_batches
         rows, tokenizer = context.batches.rows, context.tokenizer

@@ -171,7 +171,7 @@ def _step_batches(
 
 
 def keeping(folder: Path, ranks: Ranks) -> step_batches.Show:
-    """Writes the samples of an evaluation, for people to read."""
+    """A function that writes the samples of an evaluation to a file, on rank 0."""
 
     def show(step: int, samples: list[dict[str, Any]]) -> None:
         if ranks.rank == 0:

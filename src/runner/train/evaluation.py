@@ -67,9 +67,8 @@ def sums_of(
     for named, part in parts:
         model.eval()
         totals: dict[str, torch.Tensor] = {}
-        step_batches = (
-            step_batches if not done else replace(step_batches, show=nowhere)
-        )  # samples are those of the first part
+        if done:  # samples are those of the first part
+            step_batches = replace(step_batches, show=nowhere)
         for batch in step_batches.one_pass(part, functools.partial(before, done, count), step):
             before(done, count)
             with step_batches.wrapped.autocasting():

@@ -53,7 +53,7 @@ class Teacher:
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """Its name, quantization and use, for the header and ``plan``."""
         stored = f" ({self.quant.name})" if not self.quant.plain else ""
         top = self.spec.top_k
         return f"{self.name}{stored}, " + ("in memory" if top is None else f"its {top} most likely tokens")
