@@ -217,33 +217,25 @@ def _refuse_removed(rundir: RunDir, identity: tuple[int, int]) -> None:
 def _refuse_other_data(rundir: RunDir, data: dict[str, Any]) -> None:
     """Check that a resumed run has the same data as before, and a rerun the data of the original run."""
     manifest = rundir.read_manifest()
-    before = manifest.get("data") or {}
-    if manifest.get("rerun") and not rundir.read_state().attempt:
-        _refuse_data_unlike_original(before, data)
+    before, is_first = manifest.get("data") or {}, bool(manifest.get("rerun")) and not rundir.read_state().attempt
     for group in ("sources", "evals"):
         for name, each in (data.get(group) or {}).items():
-            earlier = ((before.get(group) or {}).get(name) or each)["digest"]
-            if earlier != each["digest"]:
-                problem = f"{each['uri']} has changed since this run began (digest {earlier}, now {each['digest']})"
-                remedy = "restore the data, or start a new run with it"
-                raise ResumeError(Fault(f"data.{group}.{name}", problem, remedy))
-    if before.get("digest", data["digest"]) != data["digest"]:
-        problem = f"{data['uri']} has changed since this run began (digest {before['digest']}, now {data['digest']})"
-        raise ResumeError(Fault("data", problem, "restore the data, or start a new run with it"))
+            _refuse_other_digest(f"data.{group}.{name}", each, (before.get(group) or {}).get(name) or {}, is_first)
+    _refuse_other_digest("data", data, before, is_first)
     if before.get("function", data["function"]) != data["function"]:
-        problem = "the source code of the function has changed since this run began"
-        raise ResumeError(Fault("data.format.function", problem, "restore it, or start a new run with it"))
+        why = "is not that of the original run" if is_first else "has changed since this run began"
+        remedy = "set the key to its new location" if is_first else "start a new run with it"
+        problem = f"the source code of the function {why}"
+        raise ResumeError(Fault("data.format.function", problem, f"restore it, or {remedy}"))
 
 
-def _refuse_data_unlike_original(original: dict[str, Any], data: dict[str, Any]) -> None:
-    same = {key: original.get(key, data[key]) == data[key] for key in ("digest", "function")}
-    if not same["digest"]:
-        problem = f"{data['uri']} is not the data of the original run"
-        problem += f" (digest {original['digest']}, now {data['digest']})"
-        raise ResumeError(Fault("data", problem, "restore the data, or set data.path to its new location"))
-    if not same["function"]:
-        problem = "the source code of the function is not that of the original run"
-        raise ResumeError(Fault("data.format.function", problem, "restore it, or set the key to its new location"))
+def _refuse_other_digest(key: str, data: dict[str, Any], before: dict[str, Any], is_first: bool) -> None:
+    """``is_first``: ``before`` is the data of the run that this one repeats."""
+    if (earlier := before.get("digest", data["digest"])) != data["digest"]:
+        why = "is not the data of the original run" if is_first else "has changed since this run began"
+        remedy = "set data.path to its new location" if is_first else "start a new run with it"
+        problem = f"{data['uri']} {why} (digest {earlier}, now {data['digest']})"
+        raise ResumeError(Fault(key, problem, f"restore the data, or {remedy}"))
 
 
 def _samples_before(rundir: RunDir, inputs: Inputs, ask: Ask, step: int, ranks: Ranks) -> list[dict[str, str]]:
