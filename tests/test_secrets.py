@@ -239,7 +239,7 @@ def test_no_file_of_a_run_contains_a_secret(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from runner.tracking import manifest
-    from runner.train import run_summary, worker
+    from runner.train import run_facts, worker
 
     def fail(*_: object) -> None:
         for text in SHAPES:
@@ -247,7 +247,7 @@ def test_no_file_of_a_run_contains_a_secret(
             warnings.warn(text, stacklevel=1)
         raise ValueError(f"error: token={S}")
 
-    monkeypatch.setattr(run_summary, "numbers", fail)
+    monkeypatch.setattr(run_facts, "numbers", fail)
     options = [word for word in TINY if word != "tracking=offline"]
     cfg = composed(*options, "tracking.system_metrics=false", f"outputs_dir={tmp_path}", "train.max_steps=1")
     rundir = manifest.create(cfg, tmp_path / "run", ["runner", *SHAPES], list(SHAPES))
