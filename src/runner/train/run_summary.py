@@ -158,10 +158,12 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     terminal.say(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
     if mirrored and mirrored.url:
         terminal.say(f"MLflow   {mirrored.url}")
+    upload, following = f"python -m runner sync {rundir.path}", _next_command(rundir, code, state.status)
     if mirrored and mirrored.unsent:
         terminal.say(f"not uploaded to MLflow: {mirrored.unsent} records ({mirrored.message})")
-        terminal.say(f"upload   python -m runner sync {rundir.path}")
-    terminal.say(f"next     {_next_command(rundir, code if state.status != 'pruned' else 130)}")
+        if upload != following:
+            terminal.say(f"upload   {upload}")
+    terminal.say(f"next     {following}")
 
 
 def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
@@ -241,13 +243,13 @@ def _last_line(prompt: str, length: int = 160) -> str:
     return last if len(last) <= length else f"… {last[-length:].partition(' ')[2]}"
 
 
-def _next_command(rundir: RunDir, code: int) -> str:
-    if code == 0:
+def _next_command(rundir: RunDir, code: int, status: str) -> str:
+    if code == 0 and status != "pruned":
         uri = rundir.read_manifest().get("mlflow", {}).get("uri", "")
         if not uri:
             return f"python -m runner sync {rundir.path}"
         is_default = uri == f"sqlite:///{Path('outputs').absolute() / 'mlflow.db'}"
         return "python -m runner ui" if is_default else f"python -m runner ui uri={uri}"
-    if code in (75, 130):
+    if code in (0, 75, 130):
         return f"python -m runner resume={rundir.path}"
     return f"see {rundir.log}; then python -m runner resume={rundir.path} retry=true"
