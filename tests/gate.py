@@ -1,10 +1,13 @@
 """Runs that wait before a step until they are let go or told to stop, so that a test can disturb them there.
 
 ``hold(step)`` in the process that works on the runs, or forks those that do; the rest in the test.
+
+python gate.py STEP FOLDER    trains the run in a process of its own, held before this step
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -49,3 +52,10 @@ def _is_told_to_stop(hooks: Any) -> bool:
     except Stopped:
         return True
     return False
+
+
+if __name__ == "__main__":
+    from runner.train import worker
+
+    hold(int(sys.argv[1]))
+    sys.exit(worker.work(RunDir(Path(sys.argv[2]))))

@@ -287,24 +287,12 @@ def test_a_full_disk_without_a_disk(tmp_path: Path, cache: Path, monkeypatch: py
 # Held by another worker
 
 
-WAITING = """
-import sys
-from pathlib import Path
-import gate
-from runner.train import worker
-from runner.tracking.rundir import RunDir
-gate.hold(2)
-sys.exit(worker.work(RunDir(Path(sys.argv[1]))))
-"""
-"""A worker that trains two steps and waits before the third."""
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_whoever_follows_another_worker_may_leave_and_the_run_goes_on(
     tmp_path: Path, cache: Path, number: signal.Signals, code: int
 ):
     rundir = prepared(tmp_path / "run", *SHORT)
-    started = [sys.executable, "-c", WAITING, str(rundir.path)]
+    started = [sys.executable, gate.__file__, "2", str(rundir.path)]
     holding = subprocess.Popen(started, env=dict(os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not gate.has_come(rundir):
