@@ -66,7 +66,7 @@ def test_rows_laid_end_to_end_are_the_same_rows_without_padding():
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
     return len(left) == len(right) and all(
-        a[key].equal(b[key]) if hasattr(a[key], "equal") else a[key] == b[key]
+        a[key].equal(b[key]) if hasattr(a[key], "equal") else np.array_equal(a[key], b[key])
         for a, b in zip(left, right, strict=True)
         for key in a
     )

@@ -44,6 +44,16 @@ def test_flops_are_what_torch_counts(adapt) -> None:
     assert throughput.flops_per_token(model, LENGTH) == pytest.approx(expected, rel=0.03)
 
 
+def test_the_backward_pass_ends_above_frozen_layers() -> None:
+    """Forward alone, eager attention costs 4 T d a layer where we say 2 T d."""
+    model, ids = build().requires_grad_(False), torch.randint(0, 512, (2, LENGTH))
+    model.model.layers[2].requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    expected = counter.get_total_flops() / ids.numel() - (5 + 2 + 2) * LENGTH * LLAMA.hidden_size
+    assert throughput.flops_per_token(model, LENGTH) == pytest.approx(expected, rel=0.03)
+
+
 def test_flops_of_a_known_model_by_hand() -> None:
     """6 N of the matrices with the tied head, and 7 T d for the attention of each layer."""
     hidden, wide, layers, vocabulary = 128, 384, 3, 512

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from runner.config import bind, control, data_nodes, schema, user_code
+from runner.config import bind, combinations, control, data_nodes, schema, user_code
 from runner.config.schema import RunSettings, TrainSettings, divisors
 from runner.errors import ConfigError, Fault
 from runner.secrets import find_secrets
@@ -119,9 +119,9 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         remedy = f"keep one and set the others to null, as in {limits[1]}={train[limits[1][6:]]} {limits[0]}=null"
         yield Fault("train", f"{' and '.join(limits)} both limit the training", remedy)
     yield from control.faults(cfg)
+    yield from combinations.faults(cfg)
     task = bind.bind(cfg["task"], "task")()
-    compares = task.reference is not None or task.needs_start or task.updates > 1
-    if compares and (dropout := cfg["lora"].get("lora_dropout")):
+    if task.compares and (dropout := cfg["lora"].get("lora_dropout")):
         which = "its own start or an earlier step, and dropout makes both differ at random"
         problem = f"task={task.name} compares the model with {which}"
         yield Fault("lora.lora_dropout", problem, "set it to 0", dropout)

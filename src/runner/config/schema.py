@@ -31,6 +31,7 @@ Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 Positive = Annotated[float, Gt(0), COMPUTABLE]
 NotNegative = Annotated[float, Ge(0), COMPUTABLE]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+Ratio = Annotated[float, Ge(1), COMPUTABLE]
 Betas = Annotated[list[Fraction], Len(2, 2)]
 Memory = Literal["speed", "balanced", "min"]
 """How many activations are kept for the backward pass: see ``models/kernels/activation_checkpointing``."""
@@ -112,6 +113,7 @@ class TrainSettings:
     max_minutes: Positive | None = None
     loss_watchdog_threshold: Annotated[float, COMPUTABLE] | None = None
     loss_watchdog_patience: Count = 3
+    neftune_noise_alpha: Positive | None = None
 
     @property
     def rows_at_a_time(self) -> int:

@@ -75,7 +75,7 @@ class Batches:
 
     def step(self, i: int) -> list[Batch]:
         """The micro-batches of optimizer step ``i`` (from 0); every rank gets the same number of them."""
-        return [self.of(packs) for packs in self.parts(self.order.packs_of_step(i))]
+        return [{**self.of(packs), "step": i} for packs in self.parts(self.order.packs_of_step(i))]
 
     def one_pass(self) -> Iterator[Batch]:
         """Every pack once, in the order of the first epoch, for an evaluation."""

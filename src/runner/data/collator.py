@@ -11,9 +11,11 @@ A batch is a dict:
 - ``attention_parts``: the ``boundaries.Part`` that attention by document computes one after the other.
 - ``trained_at``: (trained,) int64, the flattened positions that have a label.
 - ``last_at``: (documents,) int64, the flattened positions of the last token of each document.
+- ``spans``: (documents, 3) int64 of numpy, for each document its number in the data, and the flattened positions of its
+  first token and after its last.
 - ``labels_per_document``: (documents,) int64, without padding. Documents of a unit, such as the two answers of a
   preference pair, are neighbours.
-- ``packed``: bool, whether a row contains several documents.
+- ``packed``: bool, whether a row contains several documents. ``step``: int, the optimizer step that trains the batch.
 - ``tokens``, ``trained``, ``trained_first``, ``documents``, ``units``: ints, the number of tokens without padding, of
   labels, of labels in the first document of each unit, and so on. ``weighted``: the sum of the labels' weights.
 - ``weights``: (trained,) float32, the weight of each label in the order of ``trained_at``; only if the data have any.
@@ -39,10 +41,10 @@ Batch = dict[str, Any]
 def collate(
     rows: Rows, members: Sequence[np.ndarray], *, shape: tuple[int, int], longest: int, pad_id: int, end_to_end: bool
 ) -> Batch:
-    """A batch of ``shape`` (B, T), without ``packed``: row ``b`` holds the documents ``rows[i]`` for ``members[b]``.
+    """A batch of ``shape`` (B, T): row ``b`` holds the documents ``rows[i]`` for ``members[b]``.
 
     Rows of the batch without members contain only padding. ``longest``: upper bound of a document's length.
-    ``end_to_end``: all documents are in the one row of the batch.
+    ``end_to_end``: all documents are in the one row of the batch. ``Batches`` adds ``packed`` and ``step``.
     """
     import torch
 
@@ -53,7 +55,7 @@ def collate(
     weights = None if rows.weights is None else np.zeros(shape, dtype=np.float32)
     sources = np.zeros(shape, dtype=np.int64) if rows.parts else None
     lengths: list[list[int]] = [[] for _ in range(count)]
-    last: list[int] = []
+    spans: list[tuple[int, int, int]] = []
     for b, of_row in enumerate(members):
         start = 0
         for row in of_row:
@@ -67,7 +69,7 @@ def collate(
                 sources[b, start:end] = rows.owners(row)
             positions[b, start:end] = np.arange(len(row_ids))
             lengths[b].append(len(row_ids))
-            last.append(b * length + end - 1)
+            spans.append((int(row), b * length + start, b * length + end))
             start = end
     trained_at = np.flatnonzero(labels != IGNORED)
     if end_to_end:
@@ -82,7 +84,8 @@ def collate(
         "attention_parts": parts,
         "longest": longest,
         "trained_at": torch.from_numpy(trained_at),
-        "last_at": torch.tensor(last, dtype=torch.int64),
+        "last_at": torch.tensor([end - 1 for *_, end in spans], dtype=torch.int64),
+        "spans": np.array(spans, dtype=np.int64).reshape(-1, 3),
         "trained": len(trained_at),
         **_weighed(weights, trained_at),
         **_named(rows, sources, trained_at),

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Len
 
 from runner.config.bind import bind, bind_target
+from runner.config.bounds import Must
 from runner.config.schema import Count, Fraction, Positive, Text
 from runner.errors import ConfigError, Fault, first_line, suggest
-from runner.models import adapter, peft_options, warm_start
+from runner.models import adapter, freezing, peft_options, warm_start
 from runner.models.kernels import compilation, score_head
 
 if TYPE_CHECKING:
@@ -27,15 +28,26 @@ ALL_LINEAR = "all-linear"
 Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 
 
-def none(model: nn.Module) -> nn.Module:
-    """Full fine-tuning: all parameters are trainable.
+def none(
+    model: nn.Module,
+    *,
+    trainable: Text | Annotated[list[Text], Len(1)] | None = None,
+    trainable_layers: Annotated[int, Must(bool, "other than 0")] | None = None,
+) -> nn.Module:
+    """Full fine-tuning: all parameters are trainable, or those of ``freezing``.
 
     Raises:
-        ConfigError: the weights are quantized.
+        ConfigError: the weights are quantized, or the model does not have the chosen parameters.
     """
     if _quant(model) is not None:
         raise ConfigError(_full_on_quantized())
-    return model.requires_grad_(True)
+    if trainable is not None:
+        freezing.train_named(model, freezing.listed(trainable))
+    elif trainable_layers is not None:
+        freezing.train_layers(model, trainable_layers)
+    else:
+        model.requires_grad_(True)
+    return model
 
 
 def lora(
@@ -106,6 +118,12 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
     if start:
         warm_start.begin_with(adapted, start)
     return adapted
+
+
+def check_none(
+    *, trainable: str | list[str] | None = None, trainable_layers: int | None = None
+) -> Iterator[Fault]:
+    return freezing.faults(trainable, trainable_layers)
 
 
 def check_lora(*, init_lora_weights: Init, r: int, start: str | None = None, **_: Any) -> Iterator[Fault]:

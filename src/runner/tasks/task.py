@@ -111,6 +111,11 @@ class Task:
         return self.head is None and (self.answers is None or not self.answers.of_prompts)
 
     @property
+    def compares(self) -> bool:
+        """Whether the model is compared with its own start or an earlier step; what is random makes both differ."""
+        return self.reference is not None or self.needs_start or self.updates > 1
+
+    @property
     def has_references(self) -> bool:
         """Whether the first sequence of a held-out unit is a prompt with a right answer, or a prompt to answer."""
         return self.chats and self.head is None and not self.values

@@ -32,7 +32,7 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import devices, estimate, optim, probe, reference, step_batches, throughput
+from runner.train import devices, estimate, neftune, probe, reference, step_batches, throughput
 from runner.train.answers import Answering
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
@@ -131,8 +131,9 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
             reference.unknown(split)
     resolve_lm_head(model, autocast, options.parallel.kind)
     choice.option(model)
-    wrapped = wrap.wrap(options.parallel, model, options.task, ranks, inputs.device, autocast)
-    optimizer = options.optim(optim.parameter_groups(model, options.weight_decay))
+    task = neftune.noisy(options.task, model, inputs.settings.neftune_noise_alpha, options.seed)
+    wrapped = wrap.wrap(options.parallel, model, task, ranks, inputs.device, autocast)
+    optimizer = options.optim(options.parameter_groups(model))
     peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
     return Parts(
         model=model,

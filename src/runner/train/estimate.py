@@ -17,7 +17,7 @@ from runner.models import parameters, pretrained
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
-from runner.train import optim, throughput
+from runner.train import throughput
 from runner.train.memory import optimizer_state, peak, rehearsals, usage
 from runner.train.memory.peak import Expected, Needs
 
@@ -44,7 +44,7 @@ def expect(inputs: Inputs) -> Expected:
     source, autocast = keep_updates(inputs.source, inputs.device, full=full)
     dtype = dtype_for(source.dtype, inputs.device)
     size, trained_dtype = dtype.itemsize, dtype if full else torch.float32
-    groups = optim.parameter_groups(model, options.weight_decay)
+    groups = options.parameter_groups(model)
     weights = counts["quantized_bytes"] + counts["adapter"] * ADAPTER_BYTES
     weights += (counts["total"] - counts["quantized"] - counts["adapter"]) * size
     if options.task.needs_start:  # a copy of the trained weights
@@ -142,7 +142,7 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
     config = str(model.config.to_dict())
     dtype = dtype_for(source.dtype, inputs.device)
     layers = {**options.layers, "config": config, "dtype": dtype, "attention": source.attention}
-    rehearse = partial(peak.rehearsed, make, peak.depth(model.config), **step)
+    rehearse = partial(peak.rehearsed, make, peak.depth(model.config), alike=_alike(model), **step)
     if not source.trust_remote_code:  # the key does not contain the code of the model's folder
         rehearse = partial(rehearsals.remembered, {**layers, **step}, rehearse)
     try:
@@ -152,6 +152,12 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
     except Exception as error:
         log.debug("the step cannot be simulated", exc_info=error)
         return None, f"a step of this model cannot be simulated ({typed_line(error)})"
+
+
+def _alike(model: nn.Module) -> bool:
+    """Whether the same parameters are trained in each decoder layer."""
+    layers = compilation.layers_of(model)
+    return len({tuple(name for name, p in layer.named_parameters() if p.requires_grad) for layer in layers}) <= 1
 
 
 def _attends_by_document(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> bool:

@@ -1,7 +1,8 @@
 """Options of ``optim``: optimizers and parameter groups.
 
 Every option takes parameter groups and returns a ``torch.optim.Optimizer``. All its ``param_groups`` use
-``learning_rate``, and its ``state_dict`` restores it bit-identically (torch.save, torch.load with weights_only).
+``learning_rate``, unless ``loraplus_lr_ratio`` has given a group another one (``loraplus.split``); its ``state_dict``
+restores it bit-identically (torch.save, torch.load with weights_only).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Lt
 
 from runner.config.bind import bind_target
-from runner.config.schema import Betas, Fraction, NotNegative, Positive
+from runner.config.schema import Betas, Fraction, NotNegative, Positive, Ratio
 from runner.errors import ConfigError, Fault, first_line
 from runner.models.kernels import score_head
 from runner.train.bitsandbytes_steps import repaired
@@ -56,6 +57,7 @@ def adamw(
     betas: Betas,
     eps: Positive,
     fused: Literal["auto"] | bool,
+    loraplus_lr_ratio: Ratio | None = None,
 ) -> Optimizer:
     """AdamW of torch (https://arxiv.org/abs/1711.05101).
 
@@ -83,6 +85,7 @@ def adamw_bnb(
     eps: Positive,
     bits: Literal[8, 32],
     paged: bool,
+    loraplus_lr_ratio: Ratio | None = None,
 ) -> Optimizer:
     """AdamW of bitsandbytes, with 8-bit state in blocks of 256 values (https://arxiv.org/abs/2110.02861).
 
@@ -109,6 +112,7 @@ def lion(
     weight_decay: NotNegative,
     betas: Betas,
     bits: Literal[8, 32],
+    loraplus_lr_ratio: Ratio | None = None,
 ) -> Optimizer:
     """Lion of bitsandbytes: updates by the sign of a momentum, with half of Adam's state (https://arxiv.org/abs/2302.06675)."""
     from bitsandbytes.optim import Lion
@@ -126,6 +130,7 @@ def muon(
     ns_steps: Annotated[int, Ge(1), Lt(100)],
     betas: Betas,
     eps: Positive,
+    loraplus_lr_ratio: Ratio | None = None,
 ) -> Optimizer:
     """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for embeddings and vectors.
 

@@ -23,6 +23,7 @@ from runner.models.sources import ModelSource
 from runner.tasks.task import Task
 from runner.tracking import manifest, origin
 from runner.tracking.rundir import RunDir
+from runner.train import loraplus, optim
 from runner.train.distributed.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -103,6 +104,13 @@ class Options:
     def settled(self, keys: Mapping[str, Any]) -> Options:
         """The options with the keys of the task that the data have decided."""
         return Options({**self._cfg, "task": {**self._cfg["task"], **keys}}) if keys else self
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The trainable parameters, grouped for ``optim``."""
+        groups, node = optim.parameter_groups(model, self.weight_decay), self._cfg["optim"]
+        if node.get("loraplus_lr_ratio") is None:
+            return groups
+        return loraplus.split(groups, model, node["learning_rate"], node["loraplus_lr_ratio"])
 
     def refuse_changed_code(self) -> None:
         """Check that the user's code in the run folder is the code of the first attempt."""

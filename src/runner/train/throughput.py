@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -20,6 +21,7 @@ from torch import nn
 
 from runner.files import cache_dir, write_atomic
 from runner.models import parameters
+from runner.models.kernels import compilation
 from runner.train import devices
 
 PEAK_TFLOPS = {
@@ -130,17 +132,21 @@ def flops_per_token(
     fraction ``trained`` of the tokens. In mixture-of-experts layers only active experts count. Causal attention adds
     2 * span * heads * head_dim per layer, and 2.5 times that in the backward pass (FlashAttention-2,
     https://arxiv.org/abs/2307.08691, section 4.1); ``span`` is the length, or a shorter sliding window. With packing,
-    the length of a row overestimates attention, because tokens attend only within their document.
+    the length of a row overestimates attention, because tokens attend only within their document. The backward pass
+    ends above frozen layers that have nothing trained below them.
     """
-    head = {id(module) for module in _head(model).modules()}
+    head, forward_only = {id(module) for module in _head(model).modules()}, _without_backward(model)
+    inside = {id(module) for layer in forward_only for module in layer.modules()}
     used, quant = _experts_used(_config(model)), getattr(model, "quant", None)
     total = 0.0
     for name, module in model.named_modules():
         for parameter in _matrices(module):
             part = (trained if id(module) in head else 1.0) * (used if ".experts" in name else 1.0)
-            per_weight = (6 if parameter.requires_grad else 4) * updates + 2 * forward_passes
+            of_backward = 0 if id(module) in inside else 4 if parameter.requires_grad else 2
+            per_weight = (2 + of_backward) * updates + 2 * forward_passes
             total += part * parameters.dense_count(module, parameter, quant) * per_weight
-    return total + (3.5 * updates + forward_passes) * _attention_flops(_config(model), length)
+    backward = 2.5 * (1 - len(forward_only) / max(len(compilation.layers_of(model)), 1))
+    return total + ((1 + backward) * updates + forward_passes) * _attention_flops(_config(model), length)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -160,6 +166,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     with contextlib.suppress(OSError):  # a full disk: the next run measures again
         write_atomic(file, json.dumps({"key": key, "flops": best}))
     return best
+
+
+def _without_backward(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers that gradients do not reach: the first ones, if nothing in or before them is trained."""
+    layers = compilation.layers_of(model)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    before = itertools.takewhile(lambda parameter: id(parameter) not in inside, model.parameters())
+    if any(parameter.requires_grad for parameter in before):
+        return []
+    return list(itertools.takewhile(lambda layer: not any(p.requires_grad for p in layer.parameters()), layers))
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:

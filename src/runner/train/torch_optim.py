@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config.bind import unknown_key
 from runner.config.bounds import mismatch
-from runner.config.schema import NotNegative, Positive, Text
+from runner.config.schema import NotNegative, Positive, Ratio, Text
 from runner.errors import ConfigError, Fault, suggest
 
 if TYPE_CHECKING:
@@ -35,7 +35,13 @@ SHARDABLE = (
 
 
 def torch_optimizer(
-    groups: Groups, *, name: Text, learning_rate: Positive, weight_decay: NotNegative, **options: Any
+    groups: Groups,
+    *,
+    name: Text,
+    learning_rate: Positive,
+    weight_decay: NotNegative,
+    loraplus_lr_ratio: Ratio | None = None,
+    **options: Any,
 ) -> Optimizer:
     """Any class of torch.optim by name, with its own options; same contract as the options in ``train/optim``.
 
@@ -58,7 +64,9 @@ def shardable(node: Mapping[str, Any]) -> bool:
     return str(node["name"]).lower() in SHARDABLE
 
 
-def check_torch_optimizer(*, name: str, learning_rate: float, weight_decay: float, **options: Any) -> Iterator[Fault]:
+def check_torch_optimizer(
+    *, name: str, learning_rate: float, weight_decay: float, loraplus_lr_ratio: float | None = None, **options: Any
+) -> Iterator[Fault]:
     known = _constructors()
     if name not in known:
         listed = ", ".join(sorted(set(known) - set(CLOSURE_OR_SPARSE)))
@@ -78,7 +86,7 @@ def _option_faults(annotations: dict[str, str], options: dict[str, Any]) -> Iter
         if key == "lr":
             yield Fault(key, "is called learning_rate here", "set optim.learning_rate", value)
         elif key not in annotations:
-            yield unknown_key(key, set(annotations) - {"lr"} | {"learning_rate"}, value, is_ours=False)
+            yield unknown_key(key, set(annotations) - {"lr"} | {"learning_rate", "loraplus_lr_ratio"}, value, is_ours=False)
         elif problem := _mismatch(value, annotations[key]):
             yield Fault(key, problem, f"correct optim.{key}", value)
 

@@ -67,6 +67,22 @@ def test_a_rehearsal_estimates_the_memory_of_a_step(kind: str, kept: Memory, way
     assert -0.02 * expected < real - expected < 0.02 * expected + reused
 
 
+def test_layers_that_train_different_parameters_are_all_simulated() -> None:
+    def last_trained(layers: int, device: str) -> Any:
+        model = made("full", layers, device).requires_grad_(False)
+        model.model.layers[-1].requires_grad_(True)
+        return model
+
+    expected = peak.rehearsed(
+        lambda layers: last_trained(layers, "meta"), 12, SHAPE, by_document=True, kept="speed", autocast=None,
+        device=CPU, alike=False,
+    )  # fmt: skip
+    real = counted(last_trained(12, "cpu"), "speed")
+    assert expected == pytest.approx(real, rel=0.02, abs=sum(s.nbytes() for s in buffers._BUFFERS.named.values()))
+    assert estimate._alike(made("lora", 3, "meta"))
+    assert not estimate._alike(last_trained(3, "meta"))
+
+
 def test_less_is_kept_for_less_memory() -> None:
     speed, balanced, least = (counted(made("lora", 12, "cpu"), kept) for kept in ("speed", "balanced", "min"))
     assert balanced < 0.8 * speed

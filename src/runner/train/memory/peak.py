@@ -70,6 +70,7 @@ def rehearsed(
     device: torch.device,
     accumulates: bool = False,
     head_in_loss: bool = True,
+    alike: bool = True,
 ) -> int:
     """Peak bytes of one training step without weights and gradients, simulated with fake tensors.
 
@@ -81,6 +82,7 @@ def rehearsed(
     Args:
         accumulates: gradients of earlier micro-batches exist when the step begins.
         head_in_loss: the loss computes the logits if it can, see ``models/kernels/lm_head``.
+        alike: all layers train the same parameters; if not, all of them are simulated, which takes longer.
 
     Raises:
         Exception: of any kind, if the model reads tensor values or cannot be created with fewer layers.
@@ -92,7 +94,7 @@ def rehearsed(
             lm_head.adopt(model)
         return _peaks(model, shape, by_document, kept, autocast, device, accumulates)
 
-    if layers <= LAYERS[1]:
+    if layers <= LAYERS[1] or not alike:
         return max(peaks(layers).in_all, 0)
     small, larger = map(peaks, LAYERS)
     more = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])

@@ -1,0 +1,43 @@
+"""Keys of ``train`` and ``optim`` that other options keep from taking effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runner.config.bind import bind
+from runner.errors import Fault
+
+LORAPLUS = "optim.loraplus_lr_ratio"
+WITHOUT_LORA_B = Fault(LORAPLUS, "has no effect: no parameter is called lora_B", "set it to null, or use lora=lora")
+
+
+def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    if (alpha := cfg["train"].get("neftune_noise_alpha")) is not None:
+        yield from _neftune_faults(cfg, alpha)
+    if cfg["optim"].get("loraplus_lr_ratio") is not None and not _may_have_lora_b(cfg["lora"]):
+        yield WITHOUT_LORA_B
+
+
+def _neftune_faults(cfg: Mapping[str, Any], alpha: float) -> Iterator[Fault]:
+    key, task = "train.neftune_noise_alpha", bind(cfg["task"], "task")()
+    if task.compares:
+        problem = f"task={task.name} compares the model with its own start or an earlier step, and noise makes both differ"
+        yield Fault(key, problem, "set it to null", alpha)
+    elif task.prepare is not None:
+        problem = f"task={task.name} makes the batches of a step itself, and they would have no noise"
+        yield Fault(key, problem, "set it to null", alpha)
+    if _option(cfg["compile"]) == "whole":
+        problem = "noise differs at each step, so it cannot be part of the graph of the whole model"
+        yield Fault("compile", problem, f"use compile=regional or compile=none, or set {key}=null")
+
+
+def _may_have_lora_b(lora: Mapping[str, Any]) -> bool:
+    """Whether the option may give the model matrices lora_B; the optimizer looks again, at the model."""
+    name = _option(lora)
+    return name != "none" and (name != "peft" or "lora" in str(lora["method"]).lower())
+
+
+def _option(node: Mapping[str, Any]) -> str:
+    """The name of the function of an option."""
+    return str(node["_target_"]).rpartition(".")[2]

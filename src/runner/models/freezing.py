@@ -1,0 +1,87 @@
+"""Full fine-tuning of a part of the model: choose the trained parameters by their names, or by their decoder layers.
+
+A score head is always trained, because it may be new.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from runner.errors import ConfigError, Fault
+from runner.models.kernels import compilation, score_head
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NAMES, LAYERS = "lora.trainable", "lora.trainable_layers"
+SHOWN = 6
+"""Names that a message lists."""
+
+
+def train_named(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train only the parameters whose name contains a match of one of the regular expressions.
+
+    Raises:
+        ConfigError: a pattern that matches no name, or one of two names of tied weights only.
+    """
+    parameters = list(model.named_parameters(remove_duplicate=False))  # tied weights under both of their names
+    names = [name for name, _ in parameters]
+    if faults := [_no_match(pattern, names) for pattern in patterns if not _matching(names, [pattern])]:
+        raise ConfigError(*faults)
+    chosen = set(_matching(names, patterns))
+    trained = {id(parameter) for name, parameter in parameters if name in chosen}
+    if tied := [name for name, parameter in parameters if id(parameter) in trained and name not in chosen]:
+        problem = f"also trains {', '.join(tied)}: it is the same tensor (tied weights)"
+        remedy = "match its other name too, or neither of them"
+        raise ConfigError(Fault(NAMES, problem, remedy, list(patterns)))
+    for _, parameter in parameters:
+        parameter.requires_grad_(id(parameter) in trained)
+    _train_head(model)
+
+
+def train_layers(model: nn.Module, count: int) -> None:
+    """Train only the last ``count`` decoder layers, or the first ones if it is negative.
+
+    Raises:
+        ConfigError: the model has no more layers than that.
+    """
+    layers = compilation.layers_of(model)
+    if abs(count) >= len(layers):
+        problem = f"must be less than the number of decoder layers: the model has {len(layers) or 'no list of them'}"
+        raise ConfigError(Fault(LAYERS, problem, f"lower it, or set {NAMES} to a regular expression", count))
+    model.requires_grad_(False)
+    for layer in layers[-count:] if count > 0 else layers[:-count]:
+        layer.requires_grad_(True)
+    _train_head(model)
+
+
+def faults(trainable: str | list[str] | None, trainable_layers: int | None) -> Iterator[Fault]:
+    """Values that are wrong for every model; the keys are those of ``lora=none``."""
+    if trainable is not None and trainable_layers is not None:
+        remedy = "set one of them to null; layers have names too, such as '\\.layers\\.29\\.'"
+        yield Fault("trainable_layers", "cannot be combined with lora.trainable", remedy, trainable_layers)
+    for pattern in listed(trainable):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield Fault("trainable", f"is not a valid regular expression: {error}", "correct it", pattern)
+
+
+def listed(trainable: str | list[str] | None) -> list[str]:
+    return [trainable] if isinstance(trainable, str) else list(trainable or [])
+
+
+def _train_head(model: nn.Module) -> None:
+    for module in score_head.modules(model):
+        module.requires_grad_(True)
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def _no_match(pattern: str, names: Sequence[str]) -> Fault:
+    shortest = sorted(names, key=len)[:SHOWN]
+    return Fault(NAMES, "matches no parameter of this model", f"names here: {', '.join(shortest)} …", pattern)
