@@ -106,7 +106,7 @@ def test_a_lost_best_checkpoint_is_forgotten_with_a_warning(tmp_path: Path, cach
     weights.write_bytes(weights.read_bytes()[:-1])
     assert 0 < progress.best_step < 6
     with pytest.warns(UserWarning, match="best step.*is lost: checksum"):
-        parts.checkpoints.restore_best(parts.model, progress)
+        parts.checkpoints.restore_result(parts.model, progress)
     assert progress.best_step == 0
     rundir = RunDir(parts.checkpoints.folder.parent)
     assert {"best step", "best metric"}.isdisjoint(run_facts.numbers(rundir, parts, progress, 1.0))

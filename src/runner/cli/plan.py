@@ -94,6 +94,7 @@ def _model_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
             f"{counts['trainable'] / 1e6:.2f} M ({counts['trainable'] / counts['total']:.2%})"
             + (f", {counts['left_out']}" if counts["left_out"] else ""),
         ),
+        *([("average", run_summary.AVERAGED.format(ema))] if (ema := run_inputs.settings.ema) is not None else []),
         ("memory, GiB", f"{needed} ({free})\n{shown}"),
     ]
 

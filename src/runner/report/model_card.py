@@ -206,6 +206,7 @@ def _provenance(rundir: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "distilled from": origin.teacher(manifest),
         "steps": state.step,
         "weights of step": state.model_step if state.model_step != state.step else None,
+        "averaged weights": f"train.ema={ema:g}" if (ema := state.summary.get("ema")) else None,
         "tokens": state.summary.get("train/tokens"),
         "git commit": f"{git['sha']}{' (changed)' if git.get('dirty') else ''}" if git.get("sha") else None,
         "versions": ", ".join(f"{name} {versions[name]}" for name in packages if name in versions),

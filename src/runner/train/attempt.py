@@ -98,7 +98,7 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
     if leads:
         _refuse_removed(rundir, folder)
     with stop.at_once(), clock.parts.timing("saving"):  # the last step is saved
-        parts.checkpoints.restore_best(parts.model, progress)
+        parts.checkpoints.restore_result(parts.model, progress)
         pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
     with stop.at_once(), clock.parts.timing("samples"):
         _answer(rundir, ask, samples, "after", writes=leads)

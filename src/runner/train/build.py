@@ -38,6 +38,7 @@ from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import wrap
 from runner.train.distributed.ranks import ALONE, Ranks, unanimous
+from runner.train.ema import Average
 from runner.train.inputs import Inputs, compute_at_once
 from runner.train.memory import peak, usage
 from runner.train.options import Options
@@ -134,6 +135,7 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     task = neftune.noisy(options.task, model, inputs.settings.neftune_noise_alpha, options.seed)
     wrapped = wrap.wrap(options.parallel, model, task, ranks, inputs.device, autocast)
     optimizer = options.optim(options.parameter_groups(model))
+    average = Average.of(model, inputs.settings.ema)
     peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
     return Parts(
         model=model,
@@ -150,7 +152,8 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
         compile=choice,
         ranks=ranks,
         wrapped=wrapped,
-        checkpoints=Checkpoints(rundir.checkpoints, inputs.settings.save_total_limit, ranks),
+        checkpoints=Checkpoints(rundir.checkpoints, inputs.settings.save_total_limit, ranks, average),
+        average=average,
         meter=throughput.Meter(expected.flops_per_token, peak, prepares=options.task.prepare is not None),
         async_metrics=AsyncMetrics.of(inputs.device),
         quote=partial(quote, inputs.tokenizer),

@@ -1,6 +1,6 @@
 """Checkpoints, written atomically: to a hidden folder, fsync, then rename; a folder with its final name is complete.
 
-A checkpoint contains the trainable weights, the optimizer state and the progress. The schedule, the order of the data
+A checkpoint contains the trainable weights, their averages (``train.ema``), the optimizer state and the progress. The schedule, the order of the data
 and all random numbers are pure functions of (seed, step) and are not saved. All ranks take part in saving and
 restoring, because each may have only a shard; rank 0 writes and deletes files.
 """
@@ -27,9 +27,12 @@ from safetensors.torch import load_file, save_file
 from runner.errors import Fault, ResumeError, TrainingError
 from runner.models import shards
 from runner.tracking.rundir import PROGRESS
+from runner.train.distributed import wrap
 from runner.train.distributed.ranks import ALONE, Ranks
+from runner.train.ema import Average
 
-WEIGHTS, OPTIMIZER, CHECKSUMS = "trainable.safetensors", "optimizer.pt", "checksums.json"
+WEIGHTS, AVERAGES = "trainable.safetensors", "averages.safetensors"
+OPTIMIZER, CHECKSUMS = "optimizer.pt", "checksums.json"
 COPIED_BYTES, CUDA_COPIED_BYTES = 2**28, 2**31
 """Up to this size a checkpoint is copied and written in the background; GPU tensors are copied to CPU memory."""
 PARTIAL, BEFORE, DAMAGED = "partial", "before", "damaged"
@@ -69,6 +72,7 @@ class Checkpoints:
     folder: Path
     keep: int
     ranks: Ranks = ALONE
+    average: Average = field(default_factory=Average)
     _writing: Future[None] | None = field(default=None, init=False, repr=False)
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
@@ -83,12 +87,14 @@ class Checkpoints:
         """
         self.finish()
         leads = self.ranks.rank == 0
-        weights = shards.gathered(_trainable(model), keep=leads)
+        weights = {WEIGHTS: shards.gathered(_trainable(model), keep=leads)}
+        if self.average.weights:
+            weights[AVERAGES] = shards.gathered(self.average.weights, keep=leads)
         state = shards.optimizer_state(optimizer, keep=leads)
         final = self.folder / f"step-{progress.step:06d}"
         if not leads:
             return final
-        on_gpu = any(tensor.device.type == "cuda" for tensor in weights.values())
+        on_gpu = any(tensor.device.type == "cuda" for tensor in weights[WEIGHTS].values())
         if _bytes(weights) + _bytes(state) > (CUDA_COPIED_BYTES if on_gpu else COPIED_BYTES):
             self._write(final, weights, state, progress)
         else:
@@ -110,7 +116,7 @@ class Checkpoints:
     def _write(
         self,
         final: Path,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, dict[str, torch.Tensor]],
         state: dict[str, Any],
         progress: Progress,
         arrived: torch.cuda.Event | None = None,
@@ -122,10 +128,11 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             self.folder.mkdir(exist_ok=True)  # not its parents: a removed run folder is not created again
             aside.mkdir()
-            save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
+            for file, tensors in weights.items():
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside / file)
             torch.save(state, aside / OPTIMIZER)
             (aside / PROGRESS).write_text(json.dumps(asdict(progress)))
-            sums = {name: _sha256(aside / name) for name in (WEIGHTS, OPTIMIZER, PROGRESS)}
+            sums = {name: _sha256(aside / name) for name in (*weights, OPTIMIZER, PROGRESS)}
             (aside / CHECKSUMS).write_text(json.dumps(sums))
             for path in (*aside.iterdir(), aside):
                 _flush(path)
@@ -153,7 +160,9 @@ class Checkpoints:
         if newest is None:
             return Progress()
         folder = self.folder / newest
-        _load_trainable(model, load_file(folder / WEIGHTS), folder)
+        _load(_trainable(model), folder / WEIGHTS)
+        if self.average.weights:
+            _load(self.average.weights, folder / AVERAGES)
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         shards.load_optimizer_state(optimizer, state)
         progress = Progress(**json.loads((folder / PROGRESS).read_text()))
@@ -168,13 +177,15 @@ class Checkpoints:
             warnings.warn(f"the checkpoint of the best step, {folder.name}, is lost: {problem}", stacklevel=2)
             progress.best_step, progress.best_value = 0, None
 
-    def restore_best(self, model: torch.nn.Module, progress: Progress) -> None:
-        """Give the model the weights of the best step, if one is selected."""
+    def restore_result(self, model: torch.nn.Module, progress: Progress) -> None:
+        """Give the model the weights that are the result: those of the best step, if one is selected, or averages."""
         self.finish()
         self.forget_lost_best(progress)
+        wrap.reshard(model)
+        self.average.give()
         if progress.best_step not in (0, progress.step):
             folder = self.folder / f"step-{progress.best_step:06d}"
-            _load_trainable(model, load_file(folder / WEIGHTS), folder)
+            _load(_trainable(model), folder / (AVERAGES if self.average.weights else WEIGHTS))
 
     def _newest_valid(self) -> str | None:
         """The name of the newest valid checkpoint; renames damaged ones."""
@@ -247,15 +258,15 @@ def _trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _load_trainable(model: torch.nn.Module, saved: dict[str, torch.Tensor], folder: Path) -> None:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if parameters.keys() != saved.keys():
-        differing = sorted(parameters.keys() ^ saved.keys())[:3]
-        problem = f"checkpoint {folder} does not match the trainable parameters ({', '.join(differing)}, …)"
+def _load(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Give the tensors the values of a file, which must have the same names."""
+    saved = load_file(file) if file.is_file() else {}
+    if tensors.keys() != saved.keys():
+        differing = sorted(tensors.keys() ^ saved.keys())[:3]
+        problem = f"checkpoint {file.parent} does not match the trainable parameters ({', '.join(differing)}, …)"
         raise ResumeError(Fault("", problem, "start a new run"))
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(shards.like(parameter, saved[name]))
+    for name, tensor in tensors.items():
+        tensor.copy_(shards.like(tensor, saved[name]))
 
 
 def _problem(folder: Path) -> str:

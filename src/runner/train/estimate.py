@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from runner.train.inputs import Inputs
 
 ADAPTER_BYTES = torch.float32.itemsize
-"""Per adapter parameter: adapters are trained in float32."""
+"""Per adapter parameter, or average of a parameter: they are float32."""
 ASSUMED_UTILISATION = 0.4
 """MFU assumed when estimating the training time."""
 OPERATIONS_OF_LAYER, LAUNCH_S = 207, 7e-6
@@ -49,6 +49,8 @@ def expect(inputs: Inputs) -> Expected:
     weights += (counts["total"] - counts["quantized"] - counts["adapter"]) * size
     if options.task.needs_start:  # a copy of the trained weights
         weights += counts["trainable"] * (size if full else ADAPTER_BYTES)
+    if inputs.settings.ema is not None:
+        weights += counts["trainable"] * ADAPTER_BYTES
     inputs = replace(inputs, source=source)
     activations, unknown = _rehearsed(inputs, model, autocast)
     if not quant.plain and activations is not None:

@@ -35,8 +35,9 @@ def evaluate(parts: Parts, step: int, hooks: Hooks) -> dict[str, float]:
         parts.ranks.agree(hooks.check_stop)
         hooks.evaluating(done, count)
 
-    sums = sums_of(parts.step_batches, parts.evaluation, before, step)
-    of_answers = parts.answering.metrics(step, lambda done: before(of_rows + done))
+    with parts.average.in_model():
+        sums = sums_of(parts.step_batches, parts.evaluation, before, step)
+        of_answers = parts.answering.metrics(step, lambda done: before(of_rows + done))
     hooks.evaluating(count, count)
     parts.meter.pause()
     metrics = metrics_of(parts.task, {name: over_ranks(parts, each) for name, each in sums.items()})

@@ -116,6 +116,7 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     parts.async_metrics.put(Step(step + 1, learning_rate, tuple(sums), tokens, of_updates), numbers)
     due = [checked(parts, *entry) for entry in parts.async_metrics.due()]
     apply_gradients(parts)
+    parts.average.update(step + 1)
 
     progress.step += 1
     progress.tokens = tokens

@@ -17,6 +17,7 @@ from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
+from runner.train.ema import Average
 from runner.train.prefetch import Prefetcher
 from runner.train.selection import Selection
 from runner.train.step_batches import StepBatches
@@ -46,6 +47,7 @@ class Parts:
     ranks: Ranks
     wrapped: Wrapped
     checkpoints: Checkpoints
+    average: Average
     meter: Meter
     async_metrics: AsyncMetrics[Step]
     quote: Callable[[dict[str, Any]], str]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from runner.train.options import Options
     from runner.train.parts import Parts
 
+AVERAGED = "the averages of the weights are evaluated and saved (train.ema={:g})"
 NOTHING = "(nothing)"
 """Shown for an empty answer of the model."""
 log = logging.getLogger("runner")
@@ -59,6 +60,7 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
             **({"start": f"continues {chain}"} if (chain := origin.chain(rundir.read_manifest())) else {}),
             "steps": f"{inputs.total_steps} of {about} {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
+            **({"average": AVERAGED.format(ema)} if (ema := inputs.settings.ema) is not None else {}),
             **({"MLflow": mlflow} if mlflow else {}),
         }
     )
@@ -175,6 +177,7 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
             if (step := numbers.get("best step"))
             else []
         ),
+        *([["average", AVERAGED.format(numbers["ema"])]] if numbers.get("ema") else []),
         ["time", terminal.duration(numbers["training seconds"])],
         ["time of each part", ", ".join(f"{part} {_seconds(s)}" for part, s in numbers["part seconds"].items())],
     ]

@@ -54,7 +54,9 @@ def outcome(rundir: RunDir) -> tuple[Any, ...]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    "options", [(), ("data.packing=false",), FULL], ids=["adapter, packed", "adapter, padded", "full, packed"]
+    "options",
+    [(), ("data.packing=false",), FULL, (*FULL, "train.ema=0.5", "train.neftune_noise_alpha=20")],
+    ids=["adapter, packed", "adapter, padded", "full, packed", "full, averaged, with noise"],
 )
 def test_two_processes_train_what_one_trains(tmp_path: Path, cache: Path, kind: str, options: tuple[str, ...]):
     one = alone(tmp_path / "one", *OPTIONS, *options, "train.per_device_batch_size=4")

@@ -74,6 +74,13 @@ def clip(model: nn.Module, limit: float) -> Tensor:
     return shards.whole(nn.utils.clip_grad_norm_(model.parameters(), limit))
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop the whole weights that FSDP has gathered for a forward pass: a change of the shards does not reach them."""
+    for module in model.modules():
+        if hasattr(module, "set_requires_gradient_sync"):  # torch's FSDPModule
+            module.reshard()
+
+
 class _Forward(nn.Module):
     """Batch → sums of the task, as a module that DistributedDataParallel can wrap."""
 
