@@ -54,7 +54,7 @@ class Recorded:
         return Hooks(
             record=lambda step, metrics: self.records.append((step, metrics)),
             evaluating=lambda *_: None,
-            saving=lambda: self.saves.append(None),
+            saving=lambda _: self.saves.append(None),
             check_stop=self._check,
             warm=lambda: None,
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from runner.config import user_code, user_function
 from runner.config.bind import bind
 from runner.errors import Fault
 
+CALLBACKS = "train.callbacks"
 LORAPLUS = "optim.loraplus_lr_ratio"
 WITHOUT_LORA_B = Fault(LORAPLUS, "has no effect: no parameter is called lora_B", "set it to null, or use lora=lora")
 
@@ -17,6 +19,11 @@ def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         yield from _neftune_faults(cfg, alpha)
     if cfg["optim"].get("loraplus_lr_ratio") is not None and not _may_have_lora_b(cfg["lora"]):
         yield WITHOUT_LORA_B
+    names = cfg["train"].get("callbacks") or []
+    for name in names:
+        yield from user_function.faults(CALLBACKS, name, cfg.get(user_code.PATHS) or (), f"{CALLBACKS}=[lab.py:watch]")
+    if twice := [name for name in names if names.count(name) > 1]:
+        yield Fault(CALLBACKS, f"names {twice[0]} twice", "name each function once", names)
 
 
 def _neftune_faults(cfg: Mapping[str, Any], alpha: float) -> Iterator[Fault]:

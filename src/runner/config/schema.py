@@ -114,6 +114,7 @@ class TrainSettings:
     loss_watchdog_threshold: Annotated[float, COMPUTABLE] | None = None
     loss_watchdog_patience: Count = 3
     neftune_noise_alpha: Positive | None = None
+    callbacks: list[Text] = field(default_factory=list)
     ema: Annotated[float, Gt(0), Lt(1)] | None = None
 
     @property

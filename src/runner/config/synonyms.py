@@ -38,7 +38,7 @@ KEYS = {
     "pref_beta": "task.beta", "rl_beta": "task.beta", "dpo_beta": "task.beta", "pref_loss": "task.loss_type",
     "label_smoothing_factor": "task.label_smoothing",
     "noisy_embedding_alpha": "train.neftune_noise_alpha", "neftune_alpha": "train.neftune_noise_alpha",
-    "ema_decay": "train.ema", "use_ema": "train.ema", "weight_averaging": "train.ema",
+    "callback": "train.callbacks", "ema_decay": "train.ema", "use_ema": "train.ema", "weight_averaging": "train.ema",
     "lora_plus_lr_ratio": "optim.loraplus_lr_ratio", "unfrozen_parameters": "lora.trainable",
     "freeze_trainable_layers": "lora.trainable_layers",
     "simpo_gamma": "task.gamma", "pref_ftx": "task.sft_weight", "cpo_alpha": "task.sft_weight",

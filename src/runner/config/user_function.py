@@ -105,6 +105,14 @@ def load(key: str, function: str, code: tuple[str, ...]) -> Callable[..., Any]:
     return call
 
 
+def place_of(error: BaseException) -> str:
+    """`` (FILE, line 12)``: where a function failed, the last frame of the error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})" if trace is not None else ""
+
+
 def _module(function: str, code: Sequence[str]) -> tuple[str, list[Path]]:
     """The module of a function, and the user's code: the run's copy, or the file that a run of 0.1.0 names."""
     where = function.rpartition(":")[0]

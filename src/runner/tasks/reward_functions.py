@@ -73,7 +73,7 @@ class Rewards:
             problem = f"{reference} was not done after {self.timeout_s:g} s with {count} answers"
             raise DataError(Fault(self.key, problem, f"make it faster, or raise {self.timeout_key}")) from None
         except (Exception, SystemExit) as error:
-            problem = f"{reference} failed: {type(error).__name__}: {error}{_line(error)}"
+            problem = f"{reference} failed: {type(error).__name__}: {error}{user_function.place_of(error)}"
             raise DataError(Fault(self.key, problem, "correct the function; None means: not scored")) from error
         return list(_numbers(self.key, reference, result, count))
 
@@ -99,10 +99,3 @@ def _number(value: Any) -> float | None:
     value = value.item() if hasattr(value, "item") else value
     return float(value) if isinstance(value, int | float) else None
 
-
-def _line(error: BaseException) -> str:
-    """``, line 12`` of the last frame, where the function failed."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})" if trace is not None else ""

@@ -29,6 +29,7 @@ from runner.train.options import Options
 from runner.train.outcome import Clock
 
 if TYPE_CHECKING:
+    from runner.train.callbacks import Callbacks
     from runner.train.checkpoint import Progress
     from runner.train.inputs import Inputs
     from runner.train.parts import Hooks, Parts
@@ -86,6 +87,8 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
     if leads:
         _begin(rundir, loaded)
     clock.start()
+    watching = _callbacks(rundir, inputs, leads=leads)
+    watching.call("start", progress.step)
     in_step = inputs.options.parallel.kind == "fsdp"
     tokens = inputs.settings.sample_tokens
     ask = partial(text_generation.generate, parts.model, inputs.tokenizer, max_new_tokens=tokens, in_step=in_step)
@@ -94,7 +97,7 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
     graphs: list[int] = []
     following = _writing_hooks(rundir, inputs, clock, stop, graphs, folder) if leads else _silent_hooks(stop)
     with following as hooks, clock.parts.timing("training"):
-        progress = loop.train(parts, progress, hooks)
+        progress = loop.train(parts, progress, watching.follow(hooks))
     if leads:
         _refuse_removed(rundir, folder)
     with stop.at_once(), clock.parts.timing("saving"):  # the last step is saved
@@ -102,6 +105,7 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
         pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
     with stop.at_once(), clock.parts.timing("samples"):
         _answer(rundir, ask, samples, "after", writes=leads)
+    watching.call("end", progress.step)
     peaks = parts.extra_metrics()
     if not leads:
         return {}
@@ -109,6 +113,17 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
     compiled = run_facts.compiled(parts.model, sum(graphs))
     numbers = run_facts.numbers(rundir, parts, progress, clock.seconds())
     return {**numbers, "part seconds": clock.parts.seconds, **peaks, **probed, **compiled}
+
+
+def _callbacks(rundir: RunDir, inputs: Inputs, *, leads: bool) -> Callbacks:
+    """The callbacks of the run, with the metrics that earlier attempts recorded; none on the other ranks."""
+    from runner.train.callbacks import Callbacks
+
+    if not leads or not inputs.callbacks:
+        return Callbacks()
+    recorded = (pair for record in metrics_log.read(rundir) for pair in record.items())
+    metrics = {name: value for name, value in recorded if name not in ("step", "time")}
+    return Callbacks(inputs.callbacks, rundir.path, metrics)
 
 
 def _begin(rundir: RunDir, loaded: Loaded) -> None:
@@ -164,7 +179,7 @@ def _writing_hooks(
             yield Hooks(
                 record=record,
                 evaluating=_timed(display.evaluating, clock.parts),
-                saving=partial(metrics_log.sync_to_disk, rundir),
+                saving=lambda _: metrics_log.sync_to_disk(rundir),
                 check_stop=check_stop,
                 warm=lambda: graphs.append(compilation.graphs()),
                 is_late=lambda: clock.seconds() >= 60 * (inputs.settings.max_minutes or math.inf),

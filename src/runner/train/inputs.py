@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from runner.data.batches import Batches
 from runner.models import architecture, tokenizer_files
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
-from runner.train import answers, devices, teacher
+from runner.train import answers, callbacks, devices, teacher
 from runner.train.distributed.ranks import ALONE, Ranks
 from runner.train.memory import peak, usage
 from runner.train.options import DataSet, Options
@@ -41,6 +42,7 @@ class Inputs:
     """The prompts that the model answers at each evaluation."""
     teacher: Teacher | None = None
     """The model that this one learns from; not loaded yet."""
+    callbacks: dict[str, Callable[..., Any]] = field(default_factory=dict)
     estimate: peak.Expected | None = None
     """The estimate from which ``micro_batch_size=auto`` was chosen; None if the size was set."""
 
@@ -68,12 +70,14 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     steps = batches.order.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     batches.order.repeats(steps)  # refuses too many
     questions = answers.questions(settings, options.code, evaluation, tokenizer)
+    functions = callbacks.load(settings.callbacks, options.code)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     notes += answers.note(questions, tokenizer)
     if device.type == "cpu":
         usage.begin()
     return Inputs(
-        options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes, questions, of_teacher
+        options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes, questions, of_teacher,
+        functions,
     )
 
 

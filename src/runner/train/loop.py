@@ -69,7 +69,7 @@ def save(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     """Write a checkpoint, after all pending metrics were recorded."""
     catch_up(parts, progress, hooks)
     progress.timing = asdict(parts.meter.timing)
-    hooks.saving()
+    hooks.saving(progress.step)
     parts.checkpoints.save(parts.model, parts.optimizer, progress)
     parts.meter.pause()
 

@@ -66,8 +66,8 @@ class Hooks:
     """(step, metrics): called at each logging step and after each evaluation."""
     evaluating: Callable[[int, int], None]
     """(batches done, all batches): progress of an evaluation."""
-    saving: Callable[[], None]
-    """Called before each checkpoint, to flush the records written so far to the disk."""
+    saving: Callable[[int], None]
+    """(step): called before each checkpoint, to flush the records written so far to the disk."""
     check_stop: Callable[[], None]
     """Raises Stopped if a stop was requested; called only where the state can be saved."""
     warm: Callable[[], None]
