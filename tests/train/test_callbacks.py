@@ -78,8 +78,8 @@ def test_a_callback_follows_the_run(lab: Path, cache: Path):
 
 
 def test_a_resumed_run_tells_its_callbacks_what_it_had_recorded(lab: Path, cache: Path):
-    options = (*TINY, "train.callbacks=[lab.py:watch]", "train.max_steps=4", "train.save_steps=2")
-    rundir = preempted_run(lab / "run", *options)
+    options = (*TINY, "train.max_steps=4", "train.save_steps=2", "lora.lora_dropout=0.2")
+    rundir = preempted_run(lab / "run", *options, "train.callbacks=[lab.py:watch]")
     first = watched(rundir)
     assert worker.work(rundir) == 0
     events = watched(rundir)[len(first) :]
@@ -87,7 +87,7 @@ def test_a_resumed_run_tells_its_callbacks_what_it_had_recorded(lab: Path, cache
         ("start", 3), ("step", 4), ("evaluation", 4), ("save", 4), ("end", 4)
     ]  # fmt: skip
     assert events[0][2] == first[-1][2]
-    without = prepared(lab / "without", *TINY, "train.max_steps=4")
+    without = prepared(lab / "without", *options)
     assert worker.work(without) == 0
     weights = [(each.model / "adapter_model.safetensors").read_bytes() for each in (without, rundir)]
     assert weights[0] == weights[1]
