@@ -18,11 +18,12 @@ from runner.train.run_summary import too_long
 from runner.train.trained_model import Trained
 
 HELD_OUT = "held_out"
-KEPT = ("max_length", "packing", "overlong", "deduplicate")
+KEPT = ("max_length", "packing", "overlong", "deduplicate", "system_prompt")
 """Keys of ``data`` that keep the run's values unless they are overridden."""
 WITHOUT_EFFECT = {
     "data.eval_fraction": "the other rows were used for training; choose other data with data.path",
     "data.train_rows": "nothing is trained",
+    "data.order_by": "nothing is trained",
 }
 
 
@@ -42,7 +43,7 @@ def node(frozen: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(*faults)
     keys = {_key(text) for text in overrides}
     if "data" in keys:
-        data = {**_composed(overrides), **{key: frozen[key] for key in KEPT if f"data.{key}" not in keys}}
+        data = {**_composed(overrides), **{key: frozen.get(key) for key in KEPT if f"data.{key}" not in keys}}
     else:
         formats = [text for text in overrides if _key(text).startswith(("data/format", "data.format"))]
         choice = any(_key(text) == "data/format" for text in formats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -30,7 +30,7 @@ chat template of the run.
 {RUN}.
 After -- a PROMPT may begin with -.""",
     Option("--compare", "the base model as well; the weights are loaded once"),
-    Option("--system TEXT", "a system prompt"),
+    Option("--system TEXT", "a system prompt; default: data.system_prompt of the run"),
     Option("--max-new-tokens N", "maximum tokens of an answer", schema.Count, 256),
     Option("--temperature T", "0: greedy decoding; above 0: sampling", schema.NotNegative, 0.0),
     Option("--seed N", "seed of the sampling", schema.Seed),
@@ -62,6 +62,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError(Fault("PROMPT", "is empty", "give a text, or no PROMPT for a chat"))
     if settings.system is not None and not run.is_chat:
         raise ConfigError(Fault("--system", "has no effect: this run continues plain text", "leave it out"))
+    if settings.system is None and run.is_chat:
+        settings = replace(settings, system=run.cfg["data"].get("system_prompt"))
     prompts = _prompts() if prompt is None else iter(())
     models = _load(run, compare=args["--compare"])
     if prompt is None:

@@ -122,6 +122,7 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
     options, counts = run_inputs.options, run_inputs.splits.report
     layout = "packed" if options.data.packing else "padded"
     left_out = {
+        f"left out by data.where={options.data.where}": counts.filtered,
         "duplicates": counts.duplicates,
         "without trained tokens": counts.masked_out,
         "with a prompt of the held-out set, dropped": counts.leaked,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from runner.config import bind, combinations, control, data_nodes, schema, user_code
+from runner.config import bind, combinations, condition, control, data_nodes, schema, user_code
 from runner.config.schema import RunSettings, TrainSettings, divisors
 from runner.errors import ConfigError, Fault
 from runner.secrets import find_secrets
@@ -84,7 +84,10 @@ def _data_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
 
 def _set_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
     settings, form, source = schema.split_data(dict(node))
-    yield from bind.find_faults(settings, "data", schema.DataSettings)
+    faults = list(bind.find_faults(settings, "data", schema.DataSettings))
+    yield from faults
+    if not faults and settings.get("where") is not None:
+        yield from condition.faults(settings["where"], "data.where")
     if isinstance(name := node.get("format"), str):
         yield Fault("data.format", "is a group of keys", f"choose the format with data/format={name}", name)
     else:

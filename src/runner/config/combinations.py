@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from runner.config import user_code, user_function
+from runner.config import chat_template_file, user_code, user_function
 from runner.config.bind import bind
 from runner.errors import Fault
 
@@ -19,6 +19,8 @@ def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         yield from _neftune_faults(cfg, alpha)
     if cfg["optim"].get("loraplus_lr_ratio") is not None and not _may_have_lora_b(cfg["lora"]):
         yield WITHOUT_LORA_B
+    if cfg["model"].get("chat_template") is not None and not (task := bind(cfg["task"], "task")()).chats:
+        yield Fault(chat_template_file.KEY, f"has no effect: task={task.name} has no conversations", "set it to null")
     names = cfg["train"].get("callbacks") or []
     for name in names:
         yield from user_function.faults(CALLBACKS, name, cfg.get(user_code.PATHS) or (), f"{CALLBACKS}=[lab.py:watch]")

@@ -19,7 +19,10 @@ from runner.config.schema import NotNegative
 from runner.errors import ConfigError, Fault, suggest
 
 SOURCES, EVALS = GROUPS = "sources", "evals"
-OWN = {SOURCES: ("eval_fraction", "eval_rows", "train_rows"), EVALS: ("eval_rows",)}
+OWN = {
+    SOURCES: ("eval_fraction", "eval_rows", "train_rows", "where", "order_by", "system_prompt"),
+    EVALS: ("eval_rows", "where", "system_prompt"),
+}
 """The keys of ``DataSettings`` that each data set may have of its own."""
 WEIGHT = "weight"
 NAME = re.compile(r"[A-Za-z_][\w-]{0,60}")

@@ -134,6 +134,9 @@ class DataSettings:
     eval_fraction: Fraction
     eval_rows: Count | None
     train_rows: Count | None
+    where: Text | None = None
+    order_by: Text | None = None
+    system_prompt: Script | None = None
 
 
 def divisors(count: int) -> list[int]:

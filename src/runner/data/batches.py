@@ -68,8 +68,9 @@ class Batches:
         self.pack_length = rows.unit * max_length
         assert packing is False or self.sizes.max() <= self.pack_length, "a pack is longer than its row"
         per_step = self.per_micro_batch * accumulation
+        places = None if rows.places is None or not shuffle else rows.places[self.packs.rows[self.packs.offsets[:-1]]]
         self.order = DataOrder(self.sizes, per_step=per_step, seed=seed, shuffle=shuffle, epochs=epochs,
-                               max_repeats=max_repeats, **self._of_parts())  # fmt: skip
+                               max_repeats=max_repeats, places=places, **self._of_parts())  # fmt: skip
         self._part: int | None = None
         self.end_to_end = self.by_document = False
 

@@ -36,14 +36,16 @@ class DataOrder:
         owners: np.ndarray | None = None,
         counted: np.ndarray | None = None,
         max_repeats: float = math.inf,
+        places: np.ndarray | None = None,
     ) -> None:
-        """``sizes``: (packs,) tokens of each pack. With several ``parts``, the sources: ``owners``, (packs,) the number
+        """``sizes``: (packs,) tokens of each pack. ``places``: (packs,) each epoch of a source begins with the packs of
+        the lowest place, and those of equal places are shuffled; None: all are. With several ``parts``, the sources: ``owners``, (packs,) the number
         of the part of each pack, and ``counted``, (packs,) what counts for its share."""
         self.sizes, self.per_step, self.seed, self.shuffle, self.epochs = sizes, per_step, seed, shuffle, epochs
         owners = np.zeros(len(sizes), dtype=np.int64) if owners is None else owners
         members = [np.flatnonzero(owners == number) for number in range(len(parts))]
         counted = sizes if counted is None else counted
-        self._members = members
+        self._members, self._places = members, places
         self._of_epoch = functools.lru_cache(maxsize=2 * len(parts))(self._draw)
         self._packs = Interleaving(
             [
@@ -108,7 +110,9 @@ class DataOrder:
         if not self.shuffle:
             return np.arange(count)
         numbers = np.random.PCG64([self.seed % 2**64, epoch, *([part] if part else [])]).random_raw(count)
-        return np.argsort(numbers, kind="stable")
+        if self._places is None:
+            return np.argsort(numbers, kind="stable")
+        return np.lexsort((numbers, self._places[self._members[part]]))
 
     def _packs_of(self, epochs: float) -> int:
         return math.ceil(epochs * len(self.sizes) - 1e-6)

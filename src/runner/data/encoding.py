@@ -51,7 +51,8 @@ class Recipe:
         """The columns and their types."""
         values = {f"{VALUE}{name}": "f" for name in self.task.values}
         records = {"records": "B"} if self.task.answers and self.task.answers.of_prompts else {}
-        return {"ids": "i", "labels": "i", "weights": "f", "prompts": "Q", "trained": "q", **values, **records}
+        places = {"places": "q"} if self.settings.order_by is not None else {}
+        return {"ids": "i", "labels": "i", "weights": "f", "prompts": "Q", "trained": "q", **places, **values, **records}
 
 
 class Encoded(NamedTuple):
@@ -71,19 +72,18 @@ def encode(examples: Index, recipe: Recipe, counts: Counter[str], folder: Path |
     columns = {**open_columns(recipe.codes, folder, prefix), **open_columns(WORKING, None, "")}
     processes = _processes(len(examples)) if folder is not None else 1
     if processes == 1 or folder is None:
-        is_weighted = _stream(zip(splits.items(examples, recipe.format_fn), examples.prompts.tolist(), strict=True),
-                              recipe, columns, counts)  # fmt: skip
+        is_weighted = _stream(splits.items(examples, recipe.format_fn), recipe, columns, counts)
     else:
         is_weighted = _in_processes(processes, examples, recipe, columns, counts, folder)
     return Encoded({name: column.finish() for name, column in columns.items()}, is_weighted)
 
 
 def _stream(
-    examples: Iterable[tuple[Item, int]], recipe: Recipe, columns: Mapping[str, Column], counts: Counter[str]
+    examples: Iterable[Item], recipe: Recipe, columns: Mapping[str, Column], counts: Counter[str]
 ) -> bool:
-    """Encode examples with the hashes of their prompts; returns whether a label has another weight than 1."""
+    """Encode examples; returns whether a label has another weight than 1."""
     task, is_weighted = recipe.task, False
-    for item, prompt in examples:
+    for item in examples:
         try:
             features = task.encode(item.example, recipe.tokenizer, recipe.settings.max_length)
         except DataError as error:
@@ -95,12 +95,12 @@ def _stream(
         counts["reasoning_lost"] += sum(feature.get("reasoning_lost", 0) for feature in features)
         assert len(features) % task.unit == 0, f"{task.name}: {len(features)} sequences are not whole units"
         for start in range(0, len(features), task.unit):
-            is_weighted |= _add_unit(features[start : start + task.unit], prompt, recipe, columns, counts)
+            is_weighted |= _add_unit(features[start : start + task.unit], item, recipe, columns, counts)
     return is_weighted
 
 
 def _add_unit(
-    unit: list[Features], prompt: int, recipe: Recipe, columns: Mapping[str, Column], counts: Counter[str]
+    unit: list[Features], item: Item, recipe: Recipe, columns: Mapping[str, Column], counts: Counter[str]
 ) -> bool:
     """Add the sequences of one unit; none of them if one is dropped or has no label within ``data.max_length``."""
     task, limit, has_record = recipe.task, recipe.settings.max_length, "records" in columns
@@ -123,8 +123,9 @@ def _add_unit(
         weights = feature.get("weights")
         weights = [1.0] * len(ids) if weights is None else weights[: len(ids)]
         numbers: dict[str, Any] = {"ids": ids, "labels": labels, "weights": weights, "row_lengths": [len(ids)],
-                                   "prompts": [prompt], "trained": [count]}  # fmt: skip
+                                   "prompts": [item.prompt], "trained": [count]}  # fmt: skip
         numbers |= {f"{VALUE}{name}": [feature[name]] for name in task.values}
+        numbers |= {"places": [item.place_in_order]} if "places" in columns else {}
         if has_record:
             record = feature["record"].encode("utf-8", "surrogatepass")
             numbers |= {"records": record, "record_lengths": [len(record)]}
@@ -193,11 +194,11 @@ def _shard(number: int, count: int, examples: Index, recipe: Recipe, folder: Pat
     counts, ends, is_weighted, parent = Counter[str](), list[dict[str, int]](), False, os.getppid()
     chunk = np.arange(len(examples)) // CHUNK
     mine = examples.of(chunk % count == number)
-    pairs: Iterator[tuple[Item, int]] = zip(splits.items(mine, recipe.format_fn), mine.prompts.tolist(), strict=True)
+    items = splits.items(mine, recipe.format_fn)
     result: dict[str, Any]
     try:
         for size in np.bincount(chunk)[number::count].tolist():
-            is_weighted |= _stream((next(pairs) for _ in range(size)), recipe, columns, counts)
+            is_weighted |= _stream((next(items) for _ in range(size)), recipe, columns, counts)
             ends.append({name: len(column) for name, column in columns.items()})
             if os.getppid() != parent:
                 os._exit(1)

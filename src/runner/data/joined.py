@@ -50,8 +50,16 @@ def join(parts: Mapping[str, tuple[Rows, float]]) -> Rows:
         weights=_chain(weights) if has_weights else None,
         records=_texts([each.records for each in rows]),
         trained=np.concatenate([each.labels_per_row for each in rows]),
+        places=_places(rows),
         parts=tuple(Part(name, len(each), weight) for name, (each, weight) in parts.items()),
     )
+
+
+def _places(rows: Sequence[Rows]) -> np.ndarray | None:
+    """Those of all parts; equal ones, which are shuffled, in parts without an order."""
+    if all(each.places is None for each in rows):
+        return None
+    return np.concatenate([np.zeros(len(each), np.int64) if each.places is None else each.places for each in rows])
 
 
 def _chain(arrays: Sequence[np.ndarray]) -> Any:

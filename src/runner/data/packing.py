@@ -103,6 +103,8 @@ class Rows:
     """The sources of the rows, if they have names."""
     of_labels: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What a teacher gives each label but the first token's, row by row: (labels, …) by name; not saved."""
+    places: np.ndarray | None = None
+    """The place of each row in the order of ``data.order_by``, (rows,) int64; None: shuffled."""
 
     @classmethod
     def of(cls, documents: Sequence[tuple[np.ndarray, np.ndarray]], **values: Sequence[float]) -> Rows:
@@ -185,12 +187,15 @@ class Rows:
         if (folder / f"{name}.records.npy").exists():
             records = Texts(*(np.load(folder / f"{name}.{each}.npy", mmap_mode="r") for each in RECORD_COLUMNS))
         prompts, trained = (np.load(folder / f"{name}.{each}.npy", mmap_mode="r") for each in ("prompts", "trained"))
-        others = [prompts, trained, *values.values(), *([records] if records is not None else [])]
+        file = folder / f"{name}.places.npy"
+        places = np.load(file, mmap_mode="r") if file.exists() else None
+        others = [prompts, trained, *values.values(), *(each for each in (records, places) if each is not None)]
         lengths = [len(offsets) - 1, len(rows), int(packs[-1]), *map(len, others)]
         tokens = [len(ids), len(labels), offsets[-1], *([] if weights is None else [len(weights)])]
         if len(set(map(int, tokens))) > 1 or len(set(lengths)) > 1:
             raise ValueError(f"the columns of {name} have inconsistent lengths")
-        return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values, weights, records, prompts, trained)
+        return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values, weights, records, prompts, trained,
+                   places=places)  # fmt: skip
 
     def _columns(self) -> dict[str, np.ndarray]:
         packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets, "unit": np.array(self.unit)}
@@ -203,6 +208,7 @@ class Rows:
         )
         prompts = np.zeros(len(self), np.uint64) if self.prompts is None else self.prompts
         of_rows = {"offsets": self.offsets, "prompts": prompts, "trained": self.labels_per_row}
+        of_rows |= {} if self.places is None else {"places": self.places}
         return {"ids": self.ids, "labels": self.labels, **of_rows, **packs, **values, **weights, **texts}
 
 
@@ -252,6 +258,23 @@ def pack_units(lengths: np.ndarray, unit: int, capacity: int) -> Packs:
     offsets = [block.offsets[1:] + start for block, start in zip(blocks, starts, strict=True)]
     rows = units[:, None] * unit + np.arange(unit)  # (units, unit)
     return Packs(rows.reshape(-1), np.concatenate([[0], *offsets]) * unit)
+
+
+def pack_in_order(lengths: np.ndarray, places: np.ndarray, unit: int, capacity: int) -> Packs:
+    """Fill one pack after the other with the rows in the order of their ``places``: fuller packs would mix them.
+
+    Rows and ``places``: (rows,); units of ``unit`` consecutive rows stay together.
+    """
+    sizes = np.add.reduceat(lengths, np.arange(0, len(lengths), unit))
+    order = np.argsort(places[::unit], kind="stable")
+    starts, room = [0], capacity
+    for number, size in enumerate(sizes[order].tolist()):
+        if size > room:
+            starts.append(number)
+            room = capacity
+        room -= size
+    rows = order[:, None] * unit + np.arange(unit)  # (units, unit)
+    return Packs(rows.reshape(-1), np.array([*starts, len(order)]) * unit)
 
 
 def one_by_one(count: int, unit: int = 1) -> Packs:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from runner.data import row_options
 from runner.data.conversation import no_json
 from runner.errors import DataError, Fault
 
@@ -27,6 +28,9 @@ class Item(NamedTuple):
     number: int
     place: str
     example: Example
+    prompt: int
+    """Hash of its prompt."""
+    place_in_order: int
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,16 @@ class Index:
     """(examples,) uint64: hashes of the examples."""
     prompts: np.ndarray
     """(examples,) uint64: hashes of the prompts, without regard to case and white space."""
+    places: np.ndarray
+    """(examples,) int64: their places in the order of ``data.order_by``; 0 without it."""
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def of(self, chosen: np.ndarray | slice) -> Index:
         """The chosen examples: a mask, a slice or ascending positions."""
-        return replace(self, numbers=self.numbers[chosen], keys=self.keys[chosen], prompts=self.prompts[chosen])
+        columns = {name: getattr(self, name)[chosen] for name in ("numbers", "keys", "prompts", "places")}
+        return replace(self, **columns)
 
 
 def index(
@@ -54,31 +61,44 @@ def index(
     format_fn: Callable[[Mapping[str, Any]], Example],
     deduplicate: bool,
     counts: Counter[str],
+    *,
+    where: str | None = None,
+    order_by: str | None = None,
 ) -> Index:
     """Hash the examples of one split; ``deduplicate`` leaves out repeated examples.
 
-    Adds ``rows_read`` and ``duplicates`` to ``counts``.
+    ``where``, ``order_by``: see ``row_options``. Adds ``rows_read``, ``filtered`` and ``duplicates`` to ``counts``.
 
     Raises:
         DataError: lists the first malformed rows, at most ``SHOWN_FAULTS``.
     """
-    keys, prompts, faults = array.array("Q"), array.array("Q"), list[Fault]()
-    for place, row in records:
+    numbers, keys, prompts = array.array("q"), array.array("Q"), array.array("Q")
+    values, faults = list[Any](), list[Fault]()
+    rows = row_options.Filter(where) if where is not None else None
+    for number, (place, row) in enumerate(records):
         counts["rows_read"] += 1
+        if rows is not None and not rows.keeps(row):
+            counts["filtered"] += 1
+            continue
         try:
             example = format_fn(row)
+            values += [row_options.order_value(row, order_by)] if order_by is not None else []
             key = _hash(json.dumps(example, default=no_json))
         except DataError as error:
             faults += at_place(place, error)
             if len(faults) >= SHOWN_FAULTS or faults[-1].key:  # a fault with a config key would repeat for every row
                 break
             continue
+        numbers.append(number)
         keys.append(key)
         prompts.append(_hash(" ".join(_prompt(example).split()).casefold()))
     if faults:
         raise DataError(*faults)
+    if rows is not None:
+        rows.refuse_unseen()
     columns = (np.frombuffer(column, dtype=np.uint64) for column in (keys, prompts))
-    examples = Index(records, np.arange(len(keys)), *columns)
+    places = row_options.ranks(values, order_by) if order_by is not None else np.zeros(len(keys), dtype=np.int64)
+    examples = Index(records, np.frombuffer(numbers, dtype=np.int64), *columns, places)
     if not deduplicate:
         return examples
     first = np.sort(np.unique(examples.keys, return_index=True)[1])
@@ -88,13 +108,14 @@ def index(
 
 def items(examples: Index, format_fn: Callable[[Mapping[str, Any]], Example]) -> Iterator[Item]:
     """The examples of an index, read from the source again."""
-    wanted = iter(examples.numbers.tolist())
+    columns = (column.tolist() for column in (examples.numbers, examples.prompts, examples.places))
+    wanted = zip(*columns, strict=True)
     upcoming = next(wanted, None)
     for number, (place, row) in enumerate(examples.records):
         if upcoming is None:
             return
-        if number == upcoming:
-            yield Item(number, str(place), format_fn(row))
+        if number == upcoming[0]:
+            yield Item(number, str(place), format_fn(row), *upcoming[1:])
             upcoming = next(wanted, None)
 
 

@@ -13,15 +13,16 @@ import numpy as np
 
 from runner.config import schema
 from runner.config.schema import DataSettings
-from runner.data import encoding, splits
+from runner.data import encoding, row_options, splits
 from runner.data.encoding import Encoded, Recipe
 from runner.data.examples import Encoder
-from runner.data.packing import VALUE, Rows, Texts, one_by_one, pack_units
+from runner.data.packing import VALUE, Rows, Texts, one_by_one, pack_in_order, pack_units
+from runner.data.row_options import WithSystemPrompt
 from runner.data.splits import Index
 from runner.errors import DataError, Fault
 
 if TYPE_CHECKING:
-    from runner.data.sources import Source
+    from runner.data.sources import Records, Source
 
 SAMPLES = 8
 """Held-out prompts kept for text samples during training."""
@@ -35,6 +36,10 @@ class DataReport:
     duplicates: int = 0
     leaked: int = 0
     """Training rows removed because the evaluation rows contain the same prompt."""
+    filtered: int = 0
+    """Rows that do not meet ``data.where``."""
+    own_system_prompt: int = 0
+    """Rows that keep a system prompt of their own; with ``data.system_prompt``."""
     train_rows: int = 0
     """Tokenised rows; a task may produce several from one example."""
     eval_rows: int = 0
@@ -75,9 +80,9 @@ def tokenise(source: Source, recipe: Recipe, folder: Path | None = None) -> Toke
         DataError: unreadable or malformed rows, or no rows for training or evaluation.
     """
     settings, counts = recipe.settings, Counter[str]()
-    train = splits.index(source.train, recipe.format_fn, settings.deduplicate, counts)
+    train = _indexed(source.train, recipe, counts, order_by=settings.order_by)
     if source.eval is not None:
-        held_out = splits.index(source.eval, recipe.format_fn, settings.deduplicate, counts)
+        held_out = _indexed(source.eval, recipe, counts)
         kept = train.of(~np.isin(train.prompts, held_out.prompts))
         counts["leaked"] = len(train) - len(kept)
     else:
@@ -106,9 +111,20 @@ def every_row(source: Source, recipe: Recipe, folder: Path | None = None) -> Tok
     """
     settings, counts = recipe.settings, Counter[str]()
     records = source.train if source.eval is None else source.eval
-    examples = splits.index(records, recipe.format_fn, settings.deduplicate, counts)
+    examples = _indexed(records, recipe, counts)
     rows, before = _split("eval", splits.limit(examples, settings.eval_rows), recipe, counts, folder)
     return Tokenised(Rows.of([]), rows, _with_lengths(counts, [before]), [], {})
+
+
+def _indexed(records: Records, recipe: Recipe, counts: Counter[str], order_by: str | None = None) -> Index:
+    settings, form = recipe.settings, recipe.format_fn
+    found = splits.index(records, form, settings.deduplicate, counts, where=settings.where, order_by=order_by)
+    if isinstance(form, WithSystemPrompt):
+        counts["own_system_prompt"] = form.own  # of this and of earlier splits
+        if form.own == counts["rows_read"] - counts["filtered"] > 0:
+            problem = "has no effect: all rows have a system prompt of their own"
+            raise DataError(Fault(row_options.SYSTEM_PROMPT, problem, "set it to null", settings.system_prompt))
+    return found
 
 
 def _with_lengths(counts: Counter[str], lengths: list[np.ndarray]) -> DataReport:
@@ -133,11 +149,13 @@ def _split(
 
 def _to_rows(encoded: Encoded, settings: DataSettings, task: Encoder) -> Rows:
     columns, lengths = encoded.columns, encoded.columns["row_lengths"].astype(np.int64)
-    packs = (
-        pack_units(lengths, task.unit, task.unit * settings.max_length)
-        if settings.packing
-        else one_by_one(len(lengths), task.unit)
-    )
+    capacity, places = task.unit * settings.max_length, columns.get("places")
+    if not settings.packing:
+        packs = one_by_one(len(lengths), task.unit)
+    elif places is None:
+        packs = pack_units(lengths, task.unit, capacity)
+    else:
+        packs = pack_in_order(lengths, places, task.unit, capacity)
     records = (
         Texts(columns["records"], _offsets(columns["record_lengths"]))
         if task.answers and task.answers.of_prompts
@@ -154,6 +172,7 @@ def _to_rows(encoded: Encoded, settings: DataSettings, task: Encoder) -> Rows:
         records=records,
         prompts=columns["prompts"],
         trained=columns["trained"],
+        places=places,
     )
 
 
@@ -162,7 +181,7 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def _no_rows(split: str, items: int, counts: Counter[str], settings: DataSettings) -> DataError:
-    summary = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("rows_read", "duplicates", "leaked"))
+    summary = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("rows_read", "filtered", "duplicates", "leaked"))
     if not items and split == "eval" and counts["rows_read"] == 1:
         remedy = "split a text file at blank lines with data.documents=paragraph, or set data.eval_path"
         return DataError(Fault("data", "has one row only, so there is no row for evaluation", remedy))

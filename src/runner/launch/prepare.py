@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from runner.config import bind, check, user_code
+from runner.config import bind, chat_template_file, check, user_code
 from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError, Fault
 from runner.launch import continuation, start_digest
@@ -37,7 +37,7 @@ def admit(jobs: Iterable[Job], processes: int | None = None, *, is_new: bool = T
         if is_new and job.cfg["resume"] in (None, "auto"):
             faults |= {str(fault): fault for fault in environment.settle(job.cfg, job.overrides)}
         manifest.keep_credentials(job.cfg)
-        settled = _code_faults(job) or list(start_digest.settle(job.cfg))
+        settled = [*_code_faults(job), *chat_template_file.settle(job.cfg)] or list(start_digest.settle(job.cfg))
         for fault in settled or check.faults_of(job.cfg) or _resolve_parallel(job.cfg, processes):
             faults[str(fault)] = fault
     if faults:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from runner.config.schema import Seed, Text
+from runner.config.schema import Script, Seed, Text
 from runner.errors import ConfigError, Fault
 from runner.files import cache_dir, locked
 from runner.models import gguf_import, model_folder, tiny
@@ -52,24 +52,35 @@ class ModelSource:
     """Text for the model card: where the model comes from, if neither from a folder nor from the Hub."""
     head: ScoreHead | None = None
     """What the model is loaded with instead of its LM head, which gives the next token."""
+    chat_template: str | None = None
+    """The text of a chat template that replaces that of the tokenizer."""
 
 
 def pretrained(
-    *, path: Text, revision: Text | None, dtype: Precision, attention: Attention, trust_remote_code: bool
+    *,
+    path: Text,
+    revision: Text | None,
+    dtype: Precision,
+    attention: Attention,
+    trust_remote_code: bool,
+    chat_template: Script | None = None,
 ) -> ModelSource:
     """A model folder, a GGUF file, or a model of the Hugging Face Hub."""
     local = Path(path).expanduser()
     if local.suffix == ".gguf" and local.is_file():
-        return _from_gguf(local, dtype, attention)
+        return replace(_from_gguf(local, dtype, attention), chat_template=chat_template)
     is_local = local.exists()
     name = local.resolve().name if is_local else path.rpartition("/")[2]
-    return ModelSource(str(local.resolve()) if is_local else path, revision, dtype, attention, trust_remote_code, name)
+    place = str(local.resolve()) if is_local else path
+    return ModelSource(place, revision, dtype, attention, trust_remote_code, name, chat_template=chat_template)
 
 
-def gguf(*, package: Text, file: Text, dtype: Precision, attention: Attention) -> ModelSource:
+def gguf(
+    *, package: Text, file: Text, dtype: Precision, attention: Attention, chat_template: Script | None = None
+) -> ModelSource:
     """A GGUF file inside an installed Python package; the package is not imported."""
     source = _from_gguf(_package_file(package, file), dtype, attention)
-    return replace(source, origin=f"from the package {package}")
+    return replace(source, origin=f"from the package {package}", chat_template=chat_template)
 
 
 def random(
@@ -84,6 +95,7 @@ def random(
     seed: Seed,
     dtype: Precision,
     attention: Attention,
+    chat_template: Script | None = None,
 ) -> ModelSource:
     """A Llama of this shape with random weights and a byte-level tokenizer."""
     shape: dict[str, Any] = {
@@ -99,11 +111,11 @@ def random(
     key = "random-" + hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
     make = functools.partial(_make_once, key, functools.partial(tiny.write, **shape))
     name, origin = f"random-{hidden_size}x{layers}", "random weights of model=tiny"
-    return ModelSource(key, None, dtype, attention, False, name, make, origin)
+    return ModelSource(key, None, dtype, attention, False, name, make, origin, chat_template=chat_template)
 
 
 def check_pretrained(
-    *, path: str, revision: str | None, dtype: Precision, attention: Attention, trust_remote_code: bool
+    *, path: str, revision: str | None, dtype: Precision, attention: Attention, **_: object
 ) -> Iterator[Fault]:
     yield from dtype_faults("dtype", dtype)
     yield from _attention_faults(attention)
@@ -122,7 +134,9 @@ def check_pretrained(
         yield from (replace(fault, key="path") for fault in model_folder.faults(local))
 
 
-def check_gguf(*, package: str, file: str, dtype: Precision, attention: Attention) -> Iterator[Fault]:
+def check_gguf(
+    *, package: str, file: str, dtype: Precision, attention: Attention, **_: object
+) -> Iterator[Fault]:
     yield from dtype_faults("dtype", dtype)
     yield from _attention_faults(attention)
     try:

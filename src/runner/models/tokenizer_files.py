@@ -14,7 +14,7 @@ REMEDY = "use the model's original tokenizer files"
 
 
 def load(source: ModelSource) -> Any:
-    """The model's tokenizer, with a padding token.
+    """The model's tokenizer, with a padding token and, if there is one, the chat template of ``source``.
 
     If it has none, an existing special token of its vocabulary is used, so the embeddings need no resizing. The last
     choice is the end-of-text token: this is safe because padding is excluded from the loss by position, not by id.
@@ -32,6 +32,8 @@ def load(source: ModelSource) -> Any:
         vocabulary = result.get_vocab()
         if not result("Some text, 12 tokens.")["input_ids"]:
             raise ValueError("it gives no tokens for a text")
+        if source.chat_template is not None:
+            result.chat_template = source.chat_template
         if not isinstance(result.chat_template, str | dict | None):
             raise ValueError("its chat_template is not a text")
     if result.pad_token is None:

@@ -1,4 +1,4 @@
-"""Parser of conditions on runs (``--where``): ``lora.r>=8 and (quant=4bit or not status=failed)``.
+"""Parser of conditions: on runs (``--where``, ``lora.r>=8 and (quant=4bit or not status=failed)``) and on rows of data.
 
     either   = both {"or" both}
     both     = single {"and" single}
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from runner.errors import ConfigError, Fault
-from runner.report.columns import Value
 
+Value = str | float | None
 Lookup = Callable[[str], Value]
-"""Key → the value of a run; None if the run does not have the key."""
+"""Key → its value; None if the run or row does not have the key."""
 Condition = Callable[[Lookup], bool]
 
 HINT = "write KEY=VALUE, KEY!=VALUE, KEY<VALUE, <=, >, >=, or KEY~TEXT (contains); join them with and, or, not, ( )"
@@ -30,20 +30,28 @@ _TOKEN = re.compile(
 )
 
 
-def parse(text: str, resolve: Callable[[str], str]) -> Condition:
-    """Parse a condition; ``resolve`` turns a typed key into a full key, or raises.
+def parse(text: str, resolve: Callable[[str], str], option: str = "--where") -> Condition:
+    """Parse a condition; ``resolve`` turns a typed key into a full key, or raises. ``option``: where the text is from.
 
-    Numbers are compared as numbers (``1e-4`` equals ``0.0001``), other values as text, ignoring case. A run without the
-    key matches only ``!=``.
+    Numbers are compared as numbers (``1e-4`` equals ``0.0001``), other values as text, ignoring case. A run or row
+    without the key matches only ``!=``.
 
     Raises:
         ConfigError: a syntax error, or an unknown key.
     """
-    parser = _Parser(text, _tokens(text), resolve)
+    parser = _Parser(text, _tokens(text, option), resolve, option)
     condition = parser.either()
     if parser.tokens:
         raise parser.fault(f"unexpected '{parser.tokens[0].text}'")
     return condition
+
+
+def faults(text: str, option: str) -> Iterator[Fault]:
+    """The syntax errors of a condition on keys of any name."""
+    try:
+        parse(text, str, option)
+    except ConfigError as error:
+        yield from error.faults
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,13 @@ class _Token:
     text: str
 
 
-def _tokens(text: str) -> list[_Token]:
+def _tokens(text: str, option: str) -> list[_Token]:
     tokens, position = [], 0
     while text[position:].strip():
         match = _TOKEN.match(text, position)
         if match is None:
             problem = f"syntax error at: {text[position:].strip()}"
-            raise ConfigError(Fault("--where", problem, HINT, text))
+            raise ConfigError(Fault(option, problem, HINT, text))
         quoted = match["double"] if match["double"] is not None else match["single"]
         kind = "mark" if match["mark"] else "word" if match["word"] else "quoted"
         tokens.append(_Token(kind, match["mark"] or match["word"] or quoted))
@@ -73,6 +81,7 @@ class _Parser:
     tokens: list[_Token]
     """The tokens that are not parsed yet."""
     resolve: Callable[[str], str]
+    option: str
 
     def either(self) -> Condition:
         return self._joined("or", self.both, any)
@@ -92,7 +101,7 @@ class _Parser:
         return self._comparison()
 
     def fault(self, problem: str) -> ConfigError:
-        return ConfigError(Fault("--where", problem, HINT, self.text))
+        return ConfigError(Fault(self.option, problem, HINT, self.text))
 
     def _comparison(self) -> Condition:
         if not self.tokens or self.tokens[0].kind == "mark":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from fixtures.results import RUNS, a_run
 
+from runner.config import condition
 from runner.errors import ConfigError
-from runner.report import columns, condition, leaderboard
+from runner.report import columns, leaderboard
 
 
 @pytest.mark.parametrize(
