@@ -19,6 +19,7 @@ OPTIONS = [
     "optim.loraplus_lr_ratio=16",
     "optim=muon optim.loraplus_lr_ratio=4",
     "lora=none lora.trainable_layers=-1",
+    "train.layer_norms=true train.profile=2 train.profile_start=3",
     "train.ema=0.9 train.metric_for_best_model=eval/loss train.save_total_limit=1",
 ]
 

@@ -21,6 +21,7 @@ def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         yield WITHOUT_LORA_B
     if cfg["model"].get("chat_template") is not None and not (task := bind(cfg["task"], "task")()).chats:
         yield Fault(chat_template_file.KEY, f"has no effect: task={task.name} has no conversations", "set it to null")
+    yield from _profile_faults(cfg["train"])
     names = cfg["train"].get("callbacks") or []
     for name in names:
         yield from user_function.faults(CALLBACKS, name, cfg.get(user_code.PATHS) or (), f"{CALLBACKS}=[lab.py:watch]")
@@ -39,6 +40,17 @@ def _neftune_faults(cfg: Mapping[str, Any], alpha: float) -> Iterator[Fault]:
     if _option(cfg["compile"]) == "whole":
         problem = "noise differs at each step, so it cannot be part of the graph of the whole model"
         yield Fault("compile", problem, f"use compile=regional or compile=none, or set {key}=null")
+
+
+def _profile_faults(train: Mapping[str, Any]) -> Iterator[Fault]:
+    count, first, last = train.get("profile"), train.get("profile_start", 5), train["max_steps"]
+    if count is None:
+        for key, neutral in (("profile_start", 5), ("profile_memory", False)):
+            if (value := train.get(key, neutral)) != neutral:
+                yield Fault(f"train.{key}", "has no effect without train.profile", "set it too, such as to 3", value)
+    elif last is not None and first + count - 1 > last:
+        problem = f"the steps {first} to {first + count - 1} would be recorded, and the run has {last}"
+        yield Fault("train.profile", problem, "lower it, or train.profile_start", count)
 
 
 def _may_have_lora_b(lora: Mapping[str, Any]) -> bool:

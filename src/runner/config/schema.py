@@ -115,6 +115,10 @@ class TrainSettings:
     loss_watchdog_patience: Count = 3
     neftune_noise_alpha: Positive | None = None
     callbacks: list[Text] = field(default_factory=list)
+    layer_norms: bool = False
+    profile: Count | None = None
+    profile_start: Count = 5
+    profile_memory: bool = False
     ema: Annotated[float, Gt(0), Lt(1)] | None = None
 
     @property

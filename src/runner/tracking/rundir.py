@@ -192,6 +192,11 @@ class RunDir:
         return self.path / "model"
 
     @property
+    def profile(self) -> Path:
+        """Traces of some steps (``train.profile``)."""
+        return self.path / "profile"
+
+    @property
     def dirty_diff(self) -> Path:
         """``git diff HEAD`` at the start of the run; written only if there were uncommitted changes."""
         return self.path / "dirty.diff"

@@ -96,7 +96,7 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
         samples = _samples_before(rundir, inputs, ask, progress.step, parts.ranks)
     graphs: list[int] = []
     following = _writing_hooks(rundir, inputs, clock, stop, graphs, folder) if leads else _silent_hooks(stop)
-    with following as hooks, clock.parts.timing("training"):
+    with following as hooks, clock.parts.timing("training"), parts.profile.running():
         progress = loop.train(parts, progress, watching.follow(hooks))
     if leads:
         _refuse_removed(rundir, folder)

@@ -40,10 +40,12 @@ from runner.train.distributed import wrap
 from runner.train.distributed.ranks import ALONE, Ranks, unanimous
 from runner.train.ema import Average
 from runner.train.inputs import Inputs, compute_at_once
+from runner.train.layer_norms import LayerNorms
 from runner.train.memory import peak, usage
 from runner.train.options import Options
 from runner.train.parts import Parts
 from runner.train.prefetch import Prefetcher
+from runner.train.profiling import Profile
 from runner.train.selection import Selection
 
 log = logging.getLogger("runner")
@@ -135,8 +137,9 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     task = neftune.noisy(options.task, model, inputs.settings.neftune_noise_alpha, options.seed)
     wrapped = wrap.wrap(options.parallel, model, task, ranks, inputs.device, autocast)
     optimizer = options.optim(options.parameter_groups(model))
-    average = Average.of(model, inputs.settings.ema)
+    settings, average = inputs.settings, Average.of(model, inputs.settings.ema)
     peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
+    meter = throughput.Meter(expected.flops_per_token, peak, prepares=options.task.prepare is not None)
     return Parts(
         model=model,
         task=options.task,
@@ -154,7 +157,9 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
         wrapped=wrapped,
         checkpoints=Checkpoints(rundir.checkpoints, inputs.settings.save_total_limit, ranks, average),
         average=average,
-        meter=throughput.Meter(expected.flops_per_token, peak, prepares=options.task.prepare is not None),
+        meter=meter,
+        layer_norms=LayerNorms(model, settings.logging_steps if settings.layer_norms else None, inputs.total_steps),
+        profile=Profile.of(settings, rundir.profile, inputs.device, meter, leads=ranks.rank == 0),
         async_metrics=AsyncMetrics.of(inputs.device),
         quote=partial(quote, inputs.tokenizer),
         answering=Answering(inputs.questions, model, inputs.tokenizer, wrapped, ranks, keeping(rundir.answers, ranks)),

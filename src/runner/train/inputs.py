@@ -15,7 +15,7 @@ from runner.data.batches import Batches
 from runner.models import architecture, tokenizer_files
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
-from runner.train import answers, callbacks, devices, teacher
+from runner.train import answers, callbacks, devices, profiling, teacher
 from runner.train.distributed.ranks import ALONE, Ranks
 from runner.train.memory import peak, usage
 from runner.train.options import DataSet, Options
@@ -70,6 +70,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     steps = batches.order.steps(settings.max_steps, settings.num_train_epochs, settings.max_tokens)
     batches.order.repeats(steps)  # refuses too many
     questions = answers.questions(settings, options.code, evaluation, tokenizer)
+    profiling.check_device(settings, device)
     functions = callbacks.load(settings.callbacks, options.code)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     notes += answers.note(questions, tokenizer)

@@ -50,7 +50,8 @@ def train(parts: Parts, progress: Progress, hooks: Hooks) -> Progress:
             if evaluation.is_over(progress, parts):
                 parts.checkpoints.finish()
                 return progress
-            optimizer_step(parts, progress, hooks)
+            with parts.profile.step(progress.step + 1):
+                optimizer_step(parts, progress, hooks)
             if progress.step == first + 1:
                 hooks.warm()
     except Stopped:
@@ -83,6 +84,8 @@ class Sums:
     loss: float
     norm: float
     """Gradient norm before clipping."""
+    norms: dict[str, float]
+    """Those of layers, by name."""
 
 
 def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
@@ -109,11 +112,13 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
         if update:
             apply_gradients(parts)
         evaluation.add(parts.task, sums, accumulate_gradients(parts, micro_batches, totals, hooks))
+        norms = parts.layer_norms.measure(step + 1)
         norm = wrap.clip(parts.model, settings.max_grad_norm or math.inf)
-    numbers = torch.stack([*sums.values(), norm.double()])
+    numbers = torch.stack([*sums.values(), *norms.values(), norm.double()])
     tokens = progress.tokens + int(totals["tokens"])
     of_updates = {kind: total * parts.task.updates for kind, total in totals.items()}
-    parts.async_metrics.put(Step(step + 1, learning_rate, tuple(sums), tokens, of_updates), numbers)
+    taken = Step(step + 1, learning_rate, tuple(sums), tokens, of_updates, tuple(norms))
+    parts.async_metrics.put(taken, numbers)
     due = [checked(parts, *entry) for entry in parts.async_metrics.due()]
     apply_gradients(parts)
     parts.average.update(step + 1)
@@ -152,10 +157,11 @@ def checked(parts: Parts, step: Step, numbers: list[float]) -> Sums:
         TrainingError: the loss or the gradient norm is not finite.
     """
     *local, norm = numbers
-    sums = evaluation.over_ranks(parts, dict(zip(step.names, local, strict=True)))
+    count = len(step.names)
+    sums = evaluation.over_ranks(parts, dict(zip(step.names, local[:count], strict=True)))
     loss = float(parts.task.step_loss(sums, step.totals))
     check_finite(parts, step.number, loss, norm)
-    return Sums(step, sums, loss, norm)
+    return Sums(step, sums, loss, norm, dict(zip(step.norms, local[count:], strict=True)))
 
 
 def note(parts: Parts, progress: Progress, hooks: Hooks, result: Sums) -> None:
@@ -199,6 +205,7 @@ def training_metrics(parts: Parts, progress: Progress, result: Sums) -> dict[str
         **{f"train/{name}": metrics[name] for name in parts.task.train_metrics if name in metrics},
         **{f"train/{name}": value for name, value in losses_of_sources(progress.window).items()},
         "train/grad_norm": result.norm,
+        **result.norms,
         "train/learning_rate": step.learning_rate,
         "train/tokens": step.tokens,
         "train/epoch": parts.batches.order.epoch(step.number),

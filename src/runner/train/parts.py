@@ -18,7 +18,9 @@ from runner.train.checkpoint import Checkpoints
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import Wrapped
 from runner.train.ema import Average
+from runner.train.layer_norms import LayerNorms
 from runner.train.prefetch import Prefetcher
+from runner.train.profiling import Profile
 from runner.train.selection import Selection
 from runner.train.step_batches import StepBatches
 from runner.train.throughput import Meter
@@ -49,6 +51,8 @@ class Parts:
     checkpoints: Checkpoints
     average: Average
     meter: Meter
+    layer_norms: LayerNorms
+    profile: Profile
     async_metrics: AsyncMetrics[Step]
     quote: Callable[[dict[str, Any]], str]
     """Batch → the beginning of its text, for error messages."""
@@ -89,3 +93,5 @@ class Step:
     """Without padding, since the first step."""
     totals: dict[str, float]
     """What the terms of the loss are divided by, over all micro-batches, ranks and updates."""
+    norms: tuple[str, ...] = ()
+    """Names of the norms of layers, which follow the sums."""

@@ -76,6 +76,8 @@ class Meter:
         self._flops_per_token, self._peak_flops, self._prepares = flops_per_token, peak_flops, prepares
         self.timing, self._first = Timing(), Timing()  # all counted steps; the first step of this process
         self._recent: deque[float] = deque(maxlen=WINDOW)
+        self.is_counting = True
+        """False while steps are profiled, which makes them slower."""
         self.start()
 
     def resume(self, before: Timing) -> None:
@@ -91,6 +93,9 @@ class Meter:
 
     def step(self, tokens: int, waited: float = 0.0, prepared: float = 0.0) -> None:
         """Count a finished step: its tokens without padding, and the seconds that it waited for data and prepared."""
+        if not self.is_counting:
+            self.pause()
+            return
         now = time.perf_counter()
         done = Timing(1, tokens, now - self._since, waited, prepared)
         # A peak measured while other programs were running is too low; a faster step corrects it.

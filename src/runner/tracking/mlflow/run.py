@@ -194,6 +194,8 @@ class MlflowRun:
         for path in (self.rundir.manifest, self.rundir.log):
             if path.exists():
                 client.log_artifact(run.info.run_id, str(path))
+        if self.rundir.profile.is_dir():
+            client.log_artifacts(run.info.run_id, str(self.rundir.profile), self.rundir.profile.name)
         with contextlib.suppress(OSError, ValueError):  # lost or damaged: the worker reports it
             upload.send_table(client, run, json.loads(self.rundir.samples.read_text()), self.rundir.samples.name)
         self._send_summary(client, run)
