@@ -116,28 +116,25 @@ def initial_model(options: Options, source: ModelSource, device: torch.device) -
 
 def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     """Build everything that the train loop needs. Creates the optimizer last: FSDP replaces the parameters."""
-    options = inputs.options
-    if inputs.settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    devices.choose_kernels(inputs.settings.deterministic)
+    options, settings = inputs.options, inputs.settings
+    _choose_kernels(settings.deterministic)
     expected = inputs.estimate or estimate.expect(inputs)
     estimate.check_fits(expected)
     source, autocast = keep_updates(inputs.source, inputs.device, full=expected.counts["adapter"] == 0)
     inputs = replace(inputs, source=source)
     choice = resolve_compile(inputs, expected, began=rundir.read_manifest().get("compile"))
     model = load_model(inputs)
-    activation_checkpointing.arrange(model, inputs.settings.memory, eager=choice.is_eager)
+    activation_checkpointing.arrange(model, settings.memory, eager=choice.is_eager)
     batches, evaluation = resolve_attention(inputs.source, model, autocast, inputs.batches, inputs.evaluation)
     if options.task.reference is not None:
         for split in (batches, evaluation):
             reference.unknown(split)
     resolve_lm_head(model, autocast, options.parallel.kind)
     choice.option(model)
-    task = neftune.noisy(options.task, model, inputs.settings.neftune_noise_alpha, options.seed)
+    task = neftune.noisy(options.task, model, settings.neftune_noise_alpha, options.seed)
     wrapped = wrap.wrap(options.parallel, model, task, ranks, inputs.device, autocast)
     optimizer = options.optim(options.parameter_groups(model))
-    settings, average = inputs.settings, Average.of(model, inputs.settings.ema)
+    average = Average.of(model, settings.ema)
     peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
     meter = throughput.Meter(expected.flops_per_token, peak, prepares=options.task.prepare is not None)
     return Parts(
@@ -149,13 +146,13 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
         step_batches=_step_batches(inputs, model, wrapped, ranks, rundir),
         optimizer=optimizer,
         schedule=options.schedule,
-        settings=inputs.settings,
+        settings=settings,
         seed=options.seed,
         total_steps=inputs.total_steps,
         compile=choice,
         ranks=ranks,
         wrapped=wrapped,
-        checkpoints=Checkpoints(rundir.checkpoints, inputs.settings.save_total_limit, ranks, average),
+        checkpoints=Checkpoints(rundir.checkpoints, settings.save_total_limit, ranks, average),
         average=average,
         meter=meter,
         layer_norms=LayerNorms(model, settings.logging_steps if settings.layer_norms else None, inputs.total_steps),
@@ -163,9 +160,16 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
         async_metrics=AsyncMetrics.of(inputs.device),
         quote=partial(quote, inputs.tokenizer),
         answering=Answering(inputs.questions, model, inputs.tokenizer, wrapped, ranks, keeping(rundir.answers, ranks)),
-        selection=Selection.of(inputs.settings, is_larger_better=options.is_larger_better),
+        selection=Selection.of(settings, is_larger_better=options.is_larger_better),
         extra_metrics=lambda: ranks.largest(usage.metrics()),
     )
+
+
+def _choose_kernels(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    devices.choose_kernels(deterministic)
 
 
 def _step_batches(
