@@ -98,7 +98,10 @@ def test_rows_that_are_left_out_need_not_fit_the_format(tmp_path: Path, cache: P
 @pytest.mark.parametrize(
     ("condition", "problem"),
     [
-        ("scor>1", r"data\.where=.*no row has the column 'scor'(?s:.*)did you mean 'score'.*columns here: messages, score"),
+        (
+            "scor>1",
+            r"data\.where=.*no row has the column 'scor'(?s:.*)did you mean 'score'.*columns here: messages, score",
+        ),
         ("score>99", r"there are no training rows \(10 rows read, 10 filtered"),
     ],
 )
@@ -221,7 +224,7 @@ def test_each_conversation_begins_with_the_system_prompt(tmp_path: Path, cache: 
             system = "I am mine." if "number 99." in text else "Be brief."
             assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
     assert made.splits.report.own_system_prompt == 1
-    plain = {text for text in texts(read(file), read(file).splits.train)}
+    plain = set(texts(read(file), read(file).splits.train))
     assert not any("Be brief" in text for text in plain)
 
 
@@ -265,7 +268,7 @@ def test_the_plan_counts_rows_and_generate_uses_the_prompt(
     from runner.cli import generate
 
     given: list[Any] = []
-    monkeypatch.setattr(generate, "_generate", lambda run, model, settings, messages, **_: given.append(messages) or "")
+    monkeypatch.setattr(generate, "_generate", lambda *arguments, **_: given.append(arguments[-1]) or "")
     assert main.run(["generate", str(rundir.path), "Hello?"]) == 0
     assert main.run(["generate", str(rundir.path), "Hello?", "--system", "Another."]) == 0
     assert [talk[0]["content"] for talk in given] == ["Be brief.", "Another."]
@@ -286,7 +289,7 @@ def test_a_template_of_ones_own_replaces_that_of_the_model(tmp_path: Path, cache
     made = read(rows, f"model.chat_template={file}")
     reference = tokenizer_files.load(read(rows).source)
     reference.chat_template = TEMPLATE
-    every = {number: text for number, text in zip(numbers(made), texts(made, made.splits.train), strict=True)}
+    every = dict(zip(numbers(made), texts(made, made.splits.train), strict=True))
     for number, text in every.items():
         assert text == reference.apply_chat_template(row(number)["messages"], tokenize=False)
 

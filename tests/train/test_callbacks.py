@@ -19,7 +19,7 @@ from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import callbacks, worker
 
-LAB = '''
+LAB = """
 import json
 
 import torch
@@ -42,7 +42,7 @@ def other(event, loss):
 
 def defaults(*, step, wanted=3, **others):
     assert sorted(others) == ["event", "folder", "metrics"]
-'''
+"""
 
 
 @pytest.fixture
@@ -110,8 +110,8 @@ def test_a_callback_that_fails_fails_the_run(lab: Path, cache: Path, name: str, 
 
 def test_a_slow_callback_is_reported_once(caplog: pytest.LogCaptureFixture):
     clock = itertools.count(step=2.0)
-    quick = callbacks.Callbacks({"lab.py:quick": lambda event: None}, now=lambda: 0.0)
-    slow = callbacks.Callbacks({"lab.py:slow": lambda event: None}, now=lambda: next(clock))
+    quick = callbacks.Callbacks({"lab.py:quick": lambda **_: None}, now=lambda: 0.0)
+    slow = callbacks.Callbacks({"lab.py:slow": lambda **_: None}, now=lambda: next(clock))
     with caplog.at_level(logging.WARNING, logger="runner"):
         for each in (quick, slow):
             for event in ("start", "step", "step"):

@@ -1,4 +1,4 @@
-"""``model.chat_template=FILE``: a chat template of the user's, whose text is frozen into the configuration of the run."""
+"""``model.chat_template=FILE``: a chat template of the user's; its text becomes a part of the configuration."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
 def _neftune_faults(cfg: Mapping[str, Any], alpha: float) -> Iterator[Fault]:
     key, task = "train.neftune_noise_alpha", bind(cfg["task"], "task")()
     if task.compares:
-        problem = f"task={task.name} compares the model with its own start or an earlier step, and noise makes both differ"
+        problem = (
+            f"task={task.name} compares the model with its own start or an earlier step, and noise makes both differ"
+        )
         yield Fault(key, problem, "set it to null", alpha)
     elif task.prepare is not None:
         problem = f"task={task.name} makes the batches of a step itself, and they would have no noise"

@@ -38,9 +38,9 @@ class DataOrder:
         max_repeats: float = math.inf,
         places: np.ndarray | None = None,
     ) -> None:
-        """``sizes``: (packs,) tokens of each pack. ``places``: (packs,) each epoch of a source begins with the packs of
-        the lowest place, and those of equal places are shuffled; None: all are. With several ``parts``, the sources: ``owners``, (packs,) the number
-        of the part of each pack, and ``counted``, (packs,) what counts for its share."""
+        """``sizes``: (packs,) tokens of each pack. With several ``parts``, the sources: ``owners``, (packs,) the number
+        of the part of each pack, and ``counted``, (packs,) what counts for its share. ``places``, (packs,): an epoch of
+        a source is in their order, and packs of equal places are shuffled; None: all packs are."""
         self.sizes, self.per_step, self.seed, self.shuffle, self.epochs = sizes, per_step, seed, shuffle, epochs
         owners = np.zeros(len(sizes), dtype=np.int64) if owners is None else owners
         members = [np.flatnonzero(owners == number) for number in range(len(parts))]

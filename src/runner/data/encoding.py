@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,16 @@ class Recipe:
         values = {f"{VALUE}{name}": "f" for name in self.task.values}
         records = {"records": "B"} if self.task.answers and self.task.answers.of_prompts else {}
         places = {"places": "q"} if self.settings.order_by is not None else {}
-        return {"ids": "i", "labels": "i", "weights": "f", "prompts": "Q", "trained": "q", **places, **values, **records}
+        return {
+            "ids": "i",
+            "labels": "i",
+            "weights": "f",
+            "prompts": "Q",
+            "trained": "q",
+            **places,
+            **values,
+            **records,
+        }
 
 
 class Encoded(NamedTuple):
@@ -78,9 +87,7 @@ def encode(examples: Index, recipe: Recipe, counts: Counter[str], folder: Path |
     return Encoded({name: column.finish() for name, column in columns.items()}, is_weighted)
 
 
-def _stream(
-    examples: Iterable[Item], recipe: Recipe, columns: Mapping[str, Column], counts: Counter[str]
-) -> bool:
+def _stream(examples: Iterable[Item], recipe: Recipe, columns: Mapping[str, Column], counts: Counter[str]) -> bool:
     """Encode examples; returns whether a label has another weight than 1."""
     task, is_weighted = recipe.task, False
     for item in examples:

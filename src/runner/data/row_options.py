@@ -1,6 +1,7 @@
-"""What ``data`` does with the rows of any source: choose them by a condition, order them, and give them a system prompt.
+"""Rows of any source: chosen by a condition, ordered, and with a system prompt.
 
-``data.where``, ``data.order_by`` and ``data.system_prompt``. Columns inside of objects are named with dots: ``meta.score``.
+``data.where``, ``data.order_by`` and ``data.system_prompt``. Columns inside of objects have names with dots:
+``meta.score``.
 """
 
 from __future__ import annotations

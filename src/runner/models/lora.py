@@ -120,9 +120,7 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
     return adapted
 
 
-def check_none(
-    *, trainable: str | list[str] | None = None, trainable_layers: int | None = None
-) -> Iterator[Fault]:
+def check_none(*, trainable: str | list[str] | None = None, trainable_layers: int | None = None) -> Iterator[Fault]:
     return freezing.faults(trainable, trainable_layers)
 
 

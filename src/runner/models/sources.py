@@ -134,9 +134,7 @@ def check_pretrained(
         yield from (replace(fault, key="path") for fault in model_folder.faults(local))
 
 
-def check_gguf(
-    *, package: str, file: str, dtype: Precision, attention: Attention, **_: object
-) -> Iterator[Fault]:
+def check_gguf(*, package: str, file: str, dtype: Precision, attention: Attention, **_: object) -> Iterator[Fault]:
     yield from dtype_faults("dtype", dtype)
     yield from _attention_faults(attention)
     try:

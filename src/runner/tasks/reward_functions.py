@@ -98,4 +98,3 @@ def _numbers(key: str, reference: str, result: Any, count: int) -> Iterator[floa
 def _number(value: Any) -> float | None:
     value = value.item() if hasattr(value, "item") else value
     return float(value) if isinstance(value, int | float) else None
-

@@ -1,8 +1,8 @@
 """Checkpoints, written atomically: to a hidden folder, fsync, then rename; a folder with its final name is complete.
 
-A checkpoint contains the trainable weights, their averages (``train.ema``), the optimizer state and the progress. The schedule, the order of the data
-and all random numbers are pure functions of (seed, step) and are not saved. All ranks take part in saving and
-restoring, because each may have only a shard; rank 0 writes and deletes files.
+A checkpoint contains the trainable weights, their averages (``train.ema``), the optimizer state and the progress. The
+schedule, the order of the data and all random numbers are pure functions of (seed, step) and are not saved. All ranks
+take part in saving and restoring, because each may have only a shard; rank 0 writes and deletes files.
 """
 
 from __future__ import annotations

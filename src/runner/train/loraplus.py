@@ -41,4 +41,3 @@ def split(groups: Groups, model: nn.Module, learning_rate: float, ratio: float) 
             of_rate.setdefault(rate(parameter), []).append(parameter)
         parts += [{**group, "params": params, "lr": each} for each, params in of_rate.items() if params]
     return parts
-

@@ -50,8 +50,8 @@ class _Noise:
         finally:
             self._batch = {}
 
-    def __call__(self, embeddings: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        """Output: (B, T, d)."""
+    def __call__(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        """The output (B, T, d) of the embeddings, with noise."""
         step = self._batch.get("step")
         if step is None:
             return output

@@ -86,7 +86,9 @@ def _option_faults(annotations: dict[str, str], options: dict[str, Any]) -> Iter
         if key == "lr":
             yield Fault(key, "is called learning_rate here", "set optim.learning_rate", value)
         elif key not in annotations:
-            yield unknown_key(key, set(annotations) - {"lr"} | {"learning_rate", "loraplus_lr_ratio"}, value, is_ours=False)
+            yield unknown_key(
+                key, set(annotations) - {"lr"} | {"learning_rate", "loraplus_lr_ratio"}, value, is_ours=False
+            )
         elif problem := _mismatch(value, annotations[key]):
             yield Fault(key, problem, f"correct optim.{key}", value)
 
