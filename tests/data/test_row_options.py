@@ -37,6 +37,7 @@ def row(number: int, **more: Any) -> dict[str, Any]:
 
 def read(file: Path, *overrides: str) -> Inputs:
     options = (*TINY[:2], "train.sample_prompts=0", "data=local", f"data.path={file}", "data.eval_fraction=0.2")
+    options = (*options, "train.per_device_batch_size=1")
     return inputs.inputs(Options(composed(*options, *overrides)))
 
 
@@ -92,7 +93,7 @@ def test_rows_that_meet_the_condition_are_used(condition: str, holds: Any, tmp_p
 
 def test_rows_that_are_left_out_need_not_fit_the_format(tmp_path: Path, cache: Path):
     rows = [row(n, kind="chat") for n in range(10)] + [{"kind": "other", "text": "no messages"}]
-    assert len(numbers(read(written(tmp_path, rows), "data.where=kind=chat"))) >= 1
+    assert len(numbers(read(written(tmp_path, rows), "data.where='kind=chat'"))) >= 1
 
 
 @pytest.mark.parametrize(
@@ -121,8 +122,8 @@ def test_each_set_may_have_its_own_condition(tmp_path: Path, cache: Path):
     one, two = (written(tmp_path, [row(n, score=n % 5) for n in range(start, start + 20)], f"{start}.jsonl")
                 for start in (0, 100))  # fmt: skip
     options = (
-        *TINY[:2], "data=mix", f"data.sources.one.path={one}", f"data.sources.two.path={two}", "data.where=score>0",
-        "data.sources.two.where=score=4", f"data.evals.held.path={two}", "data.evals.held.where=score=0",
+        *TINY[:2], "data=mix", f"data.sources.one.path={one}", f"data.sources.two.path={two}", "data.where='score>0'",
+        "data.sources.two.where='score=4'", f"data.evals.held.path={two}", "data.evals.held.where='score=0'",
         "data.eval_fraction=0.3",
     )  # fmt: skip
     made = inputs.inputs(Options(composed(*options)))
@@ -196,7 +197,7 @@ def test_a_run_in_order_resumes_exactly(tmp_path: Path, cache: Path):
 
     file = written(tmp_path, [row(n, level=n) for n in range(COUNT)])
     options = (*TINY[:2], "train.sample_prompts=0", "data=local", f"data.path={file}", "data.order_by=-level",
-               "data.system_prompt=Be brief.", "data.where=level>2", "data.max_length=128", "train.max_steps=4",
+               "data.system_prompt=Be brief.", "data.where='level>2'", "data.max_length=128", "train.max_steps=4",
                "train.save_steps=2", "data.eval_fraction=0.2")  # fmt: skip
     whole, halves = prepared(tmp_path / "whole", *options), preempted_run(tmp_path / "halves", *options)
     assert worker.work(whole) == worker.work(halves) == 0
@@ -257,7 +258,7 @@ def test_the_plan_counts_rows_and_generate_uses_the_prompt(
 ):
     file = written(tmp_path, [row(n, level=n) for n in range(COUNT)])
     options = (*TINY[:2], "train.sample_prompts=0", "data=local", f"data.path={file}", "data.eval_fraction=0.2",
-               "data.system_prompt=Be brief.", "data.where=level>2", "train.max_steps=1")  # fmt: skip
+               "data.system_prompt=Be brief.", "data.where='level>2'", "train.max_steps=1")  # fmt: skip
     assert main.run(["plan", *options]) == 0
     shown = capsys.readouterr().out
     assert "3 left out by data.where=level>2" in " ".join(shown.split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 def settle(cfg: dict[str, Any]) -> Iterator[Fault]:
     """Replace the path of a template by its text; yields why that is not possible."""
-    value = (cfg.get("model") or {}).get("chat_template")
-    if not isinstance(value, str):
+    node = cfg.get("model")
+    value = node.get("chat_template") if isinstance(node, Mapping) else None
+    if not isinstance(value, str) or not value.strip() or not str(node["_target_"]).startswith("runner."):
         return
     text = value if _is_template(value) else _read(value)
     if text is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +51,7 @@ class Callbacks:
     metrics: dict[str, float] = field(default_factory=dict)
     """The latest value of each metric."""
     now: Callable[[], float] = time.monotonic
-    _seconds: Counter[str] = field(default_factory=Counter)
+    _seconds: dict[str, float] = field(default_factory=dict)
     _began: float | None = None
     _warned: bool = False
 
@@ -89,13 +88,13 @@ class Callbacks:
                 problem += user_function.place_of(error)
                 remedy = "correct the function and start a new run: this one keeps its copy of the code"
                 raise TrainingError(Fault(CALLBACKS, problem, remedy)) from error
-            self._seconds[name] += self.now() - before
+            self._seconds[name] = self._seconds.get(name, 0.0) + self.now() - before
         self._warn_if_slow()
 
     def _warn_if_slow(self) -> None:
         assert self._began is not None
         passed = self.now() - self._began
-        ((name, seconds),) = self._seconds.most_common(1) or [("", 0.0)]
+        name, seconds = max(self._seconds.items(), key=lambda pair: pair[1], default=("", 0.0))
         if not self._warned and seconds > max(SLOW_S, SLOW_SHARE * passed):
             self._warned = True
             log.warning(f"{CALLBACKS}: {name} took {seconds / passed:.0%} of the time so far ({seconds:.1f} s)")

@@ -76,9 +76,9 @@ def clip(model: nn.Module, limit: float) -> Tensor:
 
 def reshard(model: nn.Module) -> None:
     """Drop the whole weights that FSDP has gathered for a forward pass: a change of the shards does not reach them."""
-    for module in model.modules():
-        if hasattr(module, "set_requires_gradient_sync"):  # torch's FSDPModule
-            module.reshard()
+    sharded: list[Any] = [each for each in model.modules() if hasattr(each, "set_requires_gradient_sync")]
+    for module in sharded:  # torch's FSDPModule
+        module.reshard()
 
 
 class _Forward(nn.Module):
