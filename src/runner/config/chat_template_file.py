@@ -19,7 +19,7 @@ def settle(cfg: dict[str, Any]) -> Iterator[Fault]:
     """Replace the path of a template by its text; yields why that is not possible."""
     node = cfg.get("model")
     value = node.get("chat_template") if isinstance(node, Mapping) else None
-    if not isinstance(value, str) or not value.strip() or not str(node["_target_"]).startswith("runner."):
+    if not isinstance(value, str) or not value.strip() or not str(node.get("_target_")).startswith("runner."):
         return
     text = value if _is_template(value) else _read(value)
     if text is None:
@@ -39,7 +39,7 @@ def _is_template(text: str) -> bool:
 def _read(path: str) -> str | None:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, RuntimeError):
+    except (OSError, ValueError, RuntimeError):
         return None
 
 
