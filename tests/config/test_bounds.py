@@ -121,6 +121,10 @@ def vars_of(bound: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(bound)}
 
 
+def test_a_list_without_a_longest_length_says_so():
+    assert bounds.allowed(Annotated[list[int], Len(1)]).endswith("of length >= 1")
+
+
 def test_the_annotations_take_the_values_of_conf():
     for path in sorted(Path(bind.config_dir()).rglob("*.yaml")):
         node = yaml.safe_load(path.read_text()) or {}

@@ -79,7 +79,7 @@ def test_a_run_trains_these_weights_alone_and_says_how_many(
     model = model_of(trainable_layers=1)
     count = parameters.describe(model)["trainable"]
     share = f"{count / 1e6:.2f} M trained ({count / parameters.describe(model)['total']:.2%})"
-    assert share in capsys.readouterr().out
+    assert share in capsys.readouterr().err
     assert main.run(["plan", *options]) == 0
     assert f"{count / 1e6:.2f} M (" in capsys.readouterr().out
     source = architecture.resolve(option("model", "tiny", layers=4)())

@@ -81,7 +81,8 @@ def test_the_result_is_the_average_and_the_run_says_so(
     rundir = prepared(tmp_path / "run", *TINY, "train.max_steps=3", "train.ema=0.5", "train.eval_steps=1", *best)
     assert worker.work(rundir) == 0
     said = "the averages of the weights are evaluated and saved (train.ema=0.5)"
-    assert capsys.readouterr().out.count(said) == 2, "in the header and in the summary"
+    shown = capsys.readouterr()
+    assert (shown.err.count(said), shown.out.count(said)) == (1, 1), "in the header and in the summary"
     saved = rundir.checkpoints / f"step-{rundir.read_state().model_step:06d}"
     averages, weights = (load_file(saved / name) for name in ("averages.safetensors", "trainable.safetensors"))
     result = load_file(rundir.model / "adapter_model.safetensors")

@@ -148,6 +148,8 @@ def _bound_text(bound: object) -> str:
         case annotated_types.MaxLen(max_length=most):
             return f"of length <= {most}"
         case annotated_types.Len(min_length=least, max_length=most):
+            if most is None:
+                return f"of length >= {least}"
             return f"of length {least}" if least == most else f"of length {least} to {most}"
         case annotated_types.MultipleOf(multiple_of=unit):
             return f"that is a multiple of {unit}"

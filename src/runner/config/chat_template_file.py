@@ -18,8 +18,10 @@ _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 def settle(cfg: dict[str, Any]) -> Iterator[Fault]:
     """Replace the path of a template by its text; yields why that is not possible."""
     node = cfg.get("model")
-    value = node.get("chat_template") if isinstance(node, Mapping) else None
-    if not isinstance(value, str) or not value.strip() or not str(node.get("_target_")).startswith("runner."):
+    if not isinstance(node, Mapping) or not str(node.get("_target_")).startswith("runner."):
+        return
+    value = node.get("chat_template")
+    if not isinstance(value, str) or not value.strip():
         return
     text = value if _is_template(value) else _read(value)
     if text is None:

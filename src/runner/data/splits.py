@@ -96,9 +96,9 @@ def index(
         raise DataError(*faults)
     if rows is not None:
         rows.refuse_unseen()
-    columns = (np.frombuffer(column, dtype=np.uint64) for column in (keys, prompts))
+    hashes = [np.frombuffer(column, dtype=np.uint64) for column in (keys, prompts)]
     places = row_options.ranks(values, order_by) if order_by is not None else np.zeros(len(keys), dtype=np.int64)
-    examples = Index(records, np.frombuffer(numbers, dtype=np.int64), *columns, places)
+    examples = Index(records, np.frombuffer(numbers, dtype=np.int64), hashes[0], hashes[1], places)
     if not deduplicate:
         return examples
     first = np.sort(np.unique(examples.keys, return_index=True)[1])

@@ -78,7 +78,8 @@ def test_layers_that_train_different_parameters_are_all_simulated() -> None:
         device=CPU, alike=False,
     )  # fmt: skip
     real = counted(last_trained(12, "cpu"), "speed")
-    assert expected == pytest.approx(real, rel=0.02, abs=sum(s.nbytes() for s in buffers._BUFFERS.named.values()))
+    reused = sum(storage.nbytes() for storage in buffers._BUFFERS.named.values())
+    assert -0.02 * expected < real - expected < 0.02 * expected + reused
     assert estimate._alike(made("lora", 3, "meta"))
     assert not estimate._alike(last_trained(3, "meta"))
 

@@ -178,13 +178,15 @@ def _peaks(
 
         def watch(layer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            hidden.register_hook(lambda _: begun.append(ledger.peak))
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: begun.append(ledger.peak))
 
         compilation.decoder_layers(model)[-1].register_forward_pre_hook(watch, with_kwargs=True)
         with computing:
             total = cross_entropy.rehearsal(model.train(), *_rehearsal_arguments(model, shape))
         total.backward()  # type: ignore[no-untyped-call]
-    return _Peaks(begun[0] - weights - gradients, ledger.peak - weights - gradients)
+    turn = begun[0] if begun else ledger.peak  # nothing is trained below the last layer
+    return _Peaks(turn - weights - gradients, ledger.peak - weights - gradients)
 
 
 def _rehearsal_arguments(model: Any, shape: Shape) -> tuple[dict[str, Tensor], Tensor]:
