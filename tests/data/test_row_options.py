@@ -124,7 +124,7 @@ def test_each_set_may_have_its_own_condition(tmp_path: Path, cache: Path):
     options = (
         *TINY[:2], "data=mix", f"data.sources.one.path={one}", f"data.sources.two.path={two}", "data.where='score>0'",
         "data.sources.two.where='score=4'", f"data.evals.held.path={two}", "data.evals.held.where='score=0'",
-        "data.eval_fraction=0.3",
+        "data.eval_fraction=0.3", "data.max_repeats=100",
     )  # fmt: skip
     made = inputs.inputs(Options(composed(*options)))
     reports = {name: each.report for name, each in {**made.splits.sources, **made.splits.evals}.items()}
@@ -180,7 +180,7 @@ def test_packs_are_filled_one_after_the_other():
     ("values", "problem"),
     [
         ([1, "b"], "has numbers and other values, such as 1 and 'b'"),
-        ([1, None], r"rows\.jsonl, line 2: has no 'level'"),
+        ([1, None], r"rows\.jsonl:2: has no 'level'"),
         ([[1], [2]], "without an order"),
         ([True, False], "without an order"),
         ([3, 3], "all rows have the same value"),
@@ -239,7 +239,7 @@ def test_each_conversation_begins_with_the_system_prompt(tmp_path: Path, cache: 
     ],
 )
 def test_prompts_of_other_tasks_begin_with_it_too(words: str, cache: Path):
-    made = inputs.inputs(Options(composed(*TINY, *words.split(), "data.system_prompt=Be brief.")))
+    made = inputs.inputs(Options(composed(*TINY, "data.max_length=1024", *words.split(), "data.system_prompt=Be brief.")))
     assert all(text.startswith("<|im_start|>system\nBe brief.") for text in texts(made, made.splits.train))
 
 

@@ -21,7 +21,7 @@ RECORDED = (*TINY, "train.profile=2", "train.profile_start=2")
 def test_the_chosen_steps_are_recorded(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]):
     rundir = prepared(tmp_path / "run", *RECORDED, "train.max_steps=4")
     assert worker.work(rundir) == 0
-    assert f"profile of the steps 2 to 3: {rundir.profile / 'summary.txt'}" in capsys.readouterr().out
+    assert f"profile of the steps 2 to 3: {rundir.profile / 'summary.txt'}" in capsys.readouterr().err
     with gzip.open(rundir.profile / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
     steps = [event for event in events if str(event.get("name")).startswith("Optimizer.step#AdamW.step")]

@@ -93,7 +93,8 @@ def order_value(row: Row, order_by: str) -> Any:
     value = value_of(row, column)
     if not isinstance(value, int | float | str) or isinstance(value, bool) or value != value:
         problem = f"has no '{column}'" if value is None else f"has a '{column}' without an order: {quoted(value)}"
-        remedy = f"{suggest(column, map(str, row))} a number or a text is needed, or leave the row out".strip()
+        other = "" if column in row else suggest(column, map(str, row))
+        remedy = f"{other} a number or a text is needed, or leave the row out".strip()
         raise DataError(Fault(ORDER_BY, problem, remedy, order_by))
     return value
 
