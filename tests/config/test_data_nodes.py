@@ -33,7 +33,8 @@ def faults(*overrides: str) -> str:
 def test_a_source_is_completed_to_a_node_like_data(rows: str) -> None:
     data = composed("data=mix", f"data.sources.code.path={rows}", "data.sources.code.weight=0.3")["data"]
     own = composed("data=local", f"data.path={rows}")["data"]
-    settings = {"max_length", "packing", "overlong", "deduplicate", "eval_fraction", "eval_rows", "train_rows", "evals"}
+    settings = {"max_length", "packing", "overlong", "deduplicate", "eval_fraction", "eval_rows", "train_rows", "evals",
+                "where", "order_by", "system_prompt"}  # fmt: skip
     assert data["sources"]["code"] == {key: own[key] for key in own if key not in settings} | {"weight": 0.3}
     assert data_nodes.completed(data) == data
     assert data_nodes.each(data)["code"] == {key: value for key, value in own.items() if key != "evals"}

@@ -141,7 +141,7 @@ def test_a_package() -> None:
 
 def _only(*values: str) -> list[str]:
     """Overrides that leave of ``optim`` the target and these keys."""
-    others = ("weight_decay", "betas", "eps", "fused")
+    others = ("weight_decay", "betas", "eps", "fused", "loraplus_lr_ratio")
     return [*(f"~optim.{key}" for key in others), *(f"++optim.{value}" for value in values)]
 
 

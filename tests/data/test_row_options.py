@@ -239,7 +239,9 @@ def test_each_conversation_begins_with_the_system_prompt(tmp_path: Path, cache: 
     ],
 )
 def test_prompts_of_other_tasks_begin_with_it_too(words: str, cache: Path):
-    made = inputs.inputs(Options(composed(*TINY, "data.max_length=1024", *words.split(), "data.system_prompt=Be brief.")))
+    made = inputs.inputs(
+        Options(composed(*TINY, "data.max_length=1024", *words.split(), "data.system_prompt=Be brief."))
+    )
     assert all(text.startswith("<|im_start|>system\nBe brief.") for text in texts(made, made.splits.train))
 
 

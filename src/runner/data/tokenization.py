@@ -181,9 +181,8 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def _no_rows(split: str, items: int, counts: Counter[str], settings: DataSettings) -> DataError:
-    summary = ", ".join(
-        f"{counts[name]} {name.replace('_', ' ')}" for name in ("rows_read", "filtered", "duplicates", "leaked")
-    )
+    names = ["rows_read", *(["filtered"] if counts["filtered"] else []), "duplicates", "leaked"]
+    summary = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in names)
     if not items and split == "eval" and counts["rows_read"] == 1:
         remedy = "split a text file at blank lines with data.documents=paragraph, or set data.eval_path"
         return DataError(Fault("data", "has one row only, so there is no row for evaluation", remedy))

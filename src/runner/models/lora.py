@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Len
+from annotated_types import Ge, Le, Len
 
 from runner.config.bind import bind, bind_target
 from runner.config.bounds import Must
@@ -32,7 +32,7 @@ def none(
     model: nn.Module,
     *,
     trainable: Text | Annotated[list[Text], Len(1)] | None = None,
-    trainable_layers: Annotated[int, Must(bool, "other than 0")] | None = None,
+    trainable_layers: Annotated[int, Ge(-1024), Le(1024), Must(bool, "other than 0")] | None = None,
 ) -> nn.Module:
     """Full fine-tuning: all parameters are trainable, or those of ``freezing``.
 
