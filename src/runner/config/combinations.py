@@ -11,13 +11,13 @@ from runner.errors import Fault
 
 CALLBACKS = "train.callbacks"
 LORAPLUS = "optim.loraplus_lr_ratio"
-WITHOUT_LORA_B = Fault(LORAPLUS, "has no effect: no parameter is called lora_B", "set it to null, or use lora=lora")
+WITHOUT_LORA_B = Fault(LORAPLUS, "has no effect: no parameter is called lora_B", "set it to 1, or use lora=lora")
 
 
 def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if (alpha := cfg["train"].get("neftune_noise_alpha")) is not None:
         yield from _neftune_faults(cfg, alpha)
-    if cfg["optim"].get("loraplus_lr_ratio") is not None and not _may_have_lora_b(cfg["lora"]):
+    if cfg["optim"].get("loraplus_lr_ratio", 1) != 1 and not _may_have_lora_b(cfg["lora"]):
         yield WITHOUT_LORA_B
     if cfg["model"].get("chat_template") is not None and not (task := bind(cfg["task"], "task")()).chats:
         yield Fault(chat_template_file.KEY, f"has no effect: task={task.name} has no conversations", "set it to null")

@@ -21,7 +21,6 @@ from runner.config.schema import DataSettings
 from runner.data.encoding import Recipe
 from runner.data.examples import Encoder, Example
 from runner.data.packing import Rows
-from runner.data.row_options import WithSystemPrompt
 from runner.data.tokenization import DataReport, Tokenised, every_row, tokenise
 from runner.errors import DataError, Fault
 from runner.files import cache_dir, locked, write_atomic
@@ -82,8 +81,6 @@ def load(
     """
     source = source_fn()
     key = _cache_key(source, tokenizer, settings, identity if trains else {**identity, "trains": False})
-    if settings.system_prompt is not None:
-        format_fn = WithSystemPrompt(format_fn, settings.system_prompt)
     recipe, make = Recipe(format_fn, task, tokenizer, settings), tokenise if trains else every_row
     try:
         folder = cache_dir("data") / key

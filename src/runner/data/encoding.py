@@ -25,6 +25,7 @@ from runner.data import splits
 from runner.data.columns import DTYPES, Column, open_columns
 from runner.data.examples import Encoder, Example, Features
 from runner.data.packing import IGNORED, VALUE
+from runner.data.row_options import WithSystemPrompt
 from runner.data.splits import Index, Item
 from runner.errors import DataError, Fault
 
@@ -45,6 +46,11 @@ class Recipe:
     task: Encoder
     tokenizer: Any
     settings: DataSettings
+
+    def __post_init__(self) -> None:
+        prompt = self.settings.system_prompt
+        if prompt is not None and not isinstance(self.format_fn, WithSystemPrompt):
+            object.__setattr__(self, "format_fn", WithSystemPrompt(self.format_fn, prompt))
 
     @property
     def codes(self) -> dict[str, str]:

@@ -77,7 +77,18 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     if device.type == "cpu":
         usage.begin()
     return Inputs(
-        options, source, tokenizer, settings, splits, batches, evaluation, steps, device, notes, questions, of_teacher,
+        options,
+        source,
+        tokenizer,
+        settings,
+        splits,
+        batches,
+        evaluation,
+        steps,
+        device,
+        notes,
+        questions,
+        of_teacher,
         functions,
     )
 

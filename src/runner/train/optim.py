@@ -57,7 +57,7 @@ def adamw(
     betas: Betas,
     eps: Positive,
     fused: Literal["auto"] | bool,
-    loraplus_lr_ratio: Ratio | None = None,
+    loraplus_lr_ratio: Ratio = 1.0,
 ) -> Optimizer:
     """AdamW of torch (https://arxiv.org/abs/1711.05101).
 
@@ -85,7 +85,7 @@ def adamw_bnb(
     eps: Positive,
     bits: Literal[8, 32],
     paged: bool,
-    loraplus_lr_ratio: Ratio | None = None,
+    loraplus_lr_ratio: Ratio = 1.0,
 ) -> Optimizer:
     """AdamW of bitsandbytes, with 8-bit state in blocks of 256 values (https://arxiv.org/abs/2110.02861).
 
@@ -112,7 +112,7 @@ def lion(
     weight_decay: NotNegative,
     betas: Betas,
     bits: Literal[8, 32],
-    loraplus_lr_ratio: Ratio | None = None,
+    loraplus_lr_ratio: Ratio = 1.0,
 ) -> Optimizer:
     """Lion of bitsandbytes: updates by the sign of a momentum, with half of Adam's state (https://arxiv.org/abs/2302.06675)."""
     from bitsandbytes.optim import Lion
@@ -130,7 +130,7 @@ def muon(
     ns_steps: Annotated[int, Ge(1), Lt(100)],
     betas: Betas,
     eps: Positive,
-    loraplus_lr_ratio: Ratio | None = None,
+    loraplus_lr_ratio: Ratio = 1.0,
 ) -> Optimizer:
     """Muon (https://kellerjordan.github.io/posts/muon) for matrices, AdamW for embeddings and vectors.
 

@@ -108,9 +108,8 @@ class Options:
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The trainable parameters, grouped for ``optim``."""
         groups, node = optim.parameter_groups(model, self.weight_decay), self._cfg["optim"]
-        if node.get("loraplus_lr_ratio") is None:
-            return groups
-        return loraplus.split(groups, model, node["learning_rate"], node["loraplus_lr_ratio"])
+        ratio = node.get("loraplus_lr_ratio", 1.0)
+        return groups if ratio == 1 else loraplus.split(groups, model, node["learning_rate"], ratio)
 
     def refuse_changed_code(self) -> None:
         """Check that the user's code in the run folder is the code of the first attempt."""

@@ -40,7 +40,7 @@ def torch_optimizer(
     name: Text,
     learning_rate: Positive,
     weight_decay: NotNegative,
-    loraplus_lr_ratio: Ratio | None = None,
+    loraplus_lr_ratio: Ratio = 1.0,
     **options: Any,
 ) -> Optimizer:
     """Any class of torch.optim by name, with its own options; same contract as the options in ``train/optim``.
@@ -65,7 +65,7 @@ def shardable(node: Mapping[str, Any]) -> bool:
 
 
 def check_torch_optimizer(
-    *, name: str, learning_rate: float, weight_decay: float, loraplus_lr_ratio: float | None = None, **options: Any
+    *, name: str, learning_rate: float, weight_decay: float, loraplus_lr_ratio: float = 1.0, **options: Any
 ) -> Iterator[Fault]:
     known = _constructors()
     if name not in known:
