@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,3 +84,12 @@ def test_merged_weights_compute_the_same_and_come_back_bit_for_bit(models: Any) 
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(model(ids).logits, expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("own", "stop", "expected"),
+    [(2, 7, [2, 7]), ([2, 7], 7, [2, 7]), (None, 7, [7]), ([2], None, [2]), (None, None, [])],
+)
+def test_the_tokens_of_the_model_and_the_end_of_a_turn_end_an_answer(own: Any, stop: Any, expected: list[int]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own))
+    assert sampling.end_tokens(model, stop) == expected

@@ -221,9 +221,7 @@ def ends(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the model's own, the tokenizer's, and the end of a turn."""
     from runner.data import chat_template
 
-    own = model.generation_config.eos_token_id
-    listed = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, chat_template.end_of_turn(tokenizer)]
-    return list(dict.fromkeys(token for token in listed if token is not None))
+    return sampling.end_tokens(model, tokenizer.eos_token_id, chat_template.end_of_turn(tokenizer))
 
 
 def _spread(rewards: np.ndarray) -> np.ndarray:

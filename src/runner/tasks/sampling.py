@@ -34,6 +34,13 @@ class Sampling:
     pad: int
 
 
+def end_tokens(model: Any, *more: int | None) -> list[int]:
+    """The end-of-sequence tokens of the model, and those of ``more`` that are no None."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys(token for token in [*listed, *more] if token is not None))
+
+
 def uniforms(seed: int, rows: list[int], per_row: int, most_tokens: int) -> np.ndarray:
     """Numbers in [0, 1) for each token of each answer, (rows * per_row, most_tokens); PCG64's never change."""
     raw = [np.random.PCG64([seed, row, number]).random_raw(most_tokens) for row in rows for number in range(per_row)]

@@ -71,7 +71,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
     """
     from runner.data import chat_template
     from runner.models import pretrained
-    from runner.train import text_generation
+    from runner.tasks import sampling
 
     device = _device(run)
     rows, where = _rows(run)
@@ -87,7 +87,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
     model.to(dtype=_torch_dtype(stored))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = (
-            text_generation.end_tokens(model, chat_template.end_of_turn(run.tokenizer)) or None
+            sampling.end_tokens(model, chat_template.end_of_turn(run.tokenizer)) or None
         )
     pretrained.save_whole(model, folder, model.state_dict())
     run.tokenizer.save_pretrained(folder)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from runner.models.kernels import compilation
+from runner.tasks import sampling
 
 
 @torch.no_grad()
@@ -39,8 +40,8 @@ def generate(
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         inputs = {name: inputs[name].to(_device(model)) for name in ("input_ids", "attention_mask")}
         length = inputs["input_ids"].shape[1]
-        sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else _GREEDY
-        ends = {} if stop is None else {"eos_token_id": end_tokens(model, stop)}
+        how = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else _GREEDY
+        ends = {} if stop is None else {"eos_token_id": sampling.end_tokens(model, stop)}
         watching = {"stopping_criteria": [_watch(progress, length, max_new_tokens)]} if progress else {}
         with compilation.left_out():
             out = model.generate(
@@ -51,7 +52,7 @@ def generate(
                 synced_gpus=in_step,
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id,
-                **sampling,
+                **how,
                 **ends,
                 **watching,
             )
@@ -69,13 +70,6 @@ def _watch(progress: Callable[[int, int], None], start: int, count: int) -> Call
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     return criterion
-
-
-def end_tokens(model: Any, stop: int | None) -> list[int]:
-    """End-of-sequence tokens of the model, plus ``stop``."""
-    own = model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys(token for token in [*listed, stop] if token is not None))
 
 
 _GREEDY = {"temperature": None, "top_p": None, "top_k": None}
