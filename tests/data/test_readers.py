@@ -33,6 +33,12 @@ def test_one_object_is_one_row(tmp_path):
     assert rows(local(write(tmp_path / "one.json", '{"text": "one"}'))) == [{"text": "one"}]
 
 
+def test_line_ends_of_old_macs(tmp_path):
+    file = tmp_path / "mac.txt"
+    file.write_bytes(b"A first\rparagraph.\r\rA second.\r")
+    assert [row["text"] for row in rows(local(file, documents="paragraph"))] == ["A first\nparagraph.", "A second."]
+
+
 def test_text_by_file_and_by_paragraph(tmp_path):
     file = write(tmp_path / "book.txt", "\nA first\nparagraph.\n\n  \nA second.\n")
     assert rows(local(file)) == [{"text": "A first\nparagraph.\n\n  \nA second."}]

@@ -149,6 +149,8 @@ def _read_parquet(file: Path) -> Iterator[tuple[Place, Row]]:
 def _read_text(file: Path, documents: Documents) -> Iterator[tuple[Place, Row]]:
     with file.open(encoding="utf-8-sig", newline="") as handle:
         text = handle.read().replace("\r\n", "\n")
+    if "\n" not in text:
+        text = text.replace("\r", "\n")  # the line ends of old Macs
     if (at := text.find("\0")) >= 0:
         raise _no_text(file, text.count("\n", 0, at) + 1)
     if documents == "file":
