@@ -48,7 +48,7 @@ def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
     try:
         parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(args.overrides)
     except HydraException:
-        yield from map(_syntax_fault, filter(lambda override: "=" not in override, args.overrides))
+        yield from filter(None, map(_syntax_fault, args.overrides))
         return
     groups = {name for name in hydra.config_loader.list_groups("") if name != "hydra"}
     choices = [override for override in parsed if is_choice(override.key_or_group, hydra)]
@@ -98,8 +98,17 @@ def _missing_in_some(key: str, value: str, variants: list[tuple[str, set[str]]])
         yield Fault(key, f"{NO_KEY} with {' and '.join(without)}", remedy, value)
 
 
-def _syntax_fault(override: str) -> Fault:
-    return Fault(override, "is neither a verb nor an override", "write key=value, or see python -m runner --help")
+def _syntax_fault(override: str) -> Fault | None:
+    """The fault of an override that Hydra cannot read; None if it can."""
+    key, mark, value = override.partition("=")
+    if not mark:
+        return Fault(override, "is neither a verb nor an override", "write key=value, or see python -m runner --help")
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        quoted = f"\"{key}='{value}'\"" if not {"'", '"'} & set(value) else f"{key}='…'"
+        return Fault(key, f"cannot be read ({_plain_words(error)})", f"quote the value: {quoted}", value)
+    return None
 
 
 def _value_of(override: Any) -> str:
