@@ -43,3 +43,23 @@ def test_only_what_is_wrong_with_the_folder_is_called_so(
         assert str(caught.value).startswith(expected)
     else:
         assert caught.value is error
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "file"
+    files.write_atomic(path, "old")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError):
+        files.write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_cache_moves_with_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "c"))
+    assert files.cache_dir("models") == tmp_path / "c" / "models"
+    assert files.cache_dir("models").is_dir()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.tracking.metrics_log import last_values, read
-from runner.tracking.rundir import DONE
+from runner.tracking.state_file import DONE
 from runner.tracking.sweepdir import SweepDir
 
 KINDS = ("random", "tpe", "asha")

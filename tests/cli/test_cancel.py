@@ -27,7 +27,7 @@ from fixtures.run_folders import (
 )
 
 from runner.tracking import machine, run_status
-from runner.tracking.rundir import DIED
+from runner.tracking.state_file import DIED
 from runner.tracking.sweepdir import SweepDir
 
 

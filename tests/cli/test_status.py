@@ -32,7 +32,8 @@ from fixtures.run_folders import (
 from runner.errors import ConfigError
 from runner.files import copy_of, is_held
 from runner.tracking import lookup
-from runner.tracking.rundir import DIED, RunDir
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import DIED
 from runner.tracking.sweepdir import SweepDir
 
 

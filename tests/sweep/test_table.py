@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, prepared
 
 from runner.sweep import table
-from runner.tracking.rundir import DIED
+from runner.tracking.state_file import DIED
 
 
 def test_the_table_of_a_sweep_shows_the_current_status_not_that_of_dead_workers(

@@ -12,6 +12,7 @@ from fixtures.run_folders import _in_a_new_folder, a_sweep, played, said_of
 
 from runner.errors import ConfigError
 from runner.tracking import lookup
+from runner.tracking.rundir import RunDir
 
 
 def refused(word: str) -> str:
@@ -107,3 +108,10 @@ def test_what_is_not_there_or_ambiguous_is_refused_with_the_way_on(capsys: pytes
     assert said_of("logs", capsys=capsys)[0] == 2
     assert said_of("cancel", capsys=capsys)[0] == 2
     assert said_of("logs", "a/3", "--rank", "x", capsys=capsys)[0] == 2
+
+
+def test_artifacts_of_mlflow_are_no_runs(tmp_path: Path):
+    RunDir(tmp_path / "mlartifacts" / "0" / "artifacts").update_manifest(id="copy")
+    rundir = RunDir(tmp_path / "run")
+    rundir.update_manifest(id="x")
+    assert lookup.find_runs(tmp_path) == [rundir]

@@ -13,7 +13,7 @@ from fixtures.run_folders import _in_a_new_folder, played, submitted
 from runner.errors import Fault, LaunchError
 from runner.files import write_atomic
 from runner.tracking import run_status, slurm_client, slurm_commands
-from runner.tracking.rundir import DIED
+from runner.tracking.state_file import DIED
 
 
 @pytest.mark.parametrize(

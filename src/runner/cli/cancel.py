@@ -17,7 +17,8 @@ from runner.tracking import lookup, run_status
 from runner.tracking.machine import user
 from runner.tracking.mirror import backlog
 from runner.tracking.run_status import RunStatus
-from runner.tracking.rundir import FINAL, RunDir
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import FINAL
 from runner.tracking.sweepdir import SweepDir
 
 VERB = Verb(

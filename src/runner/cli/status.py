@@ -14,7 +14,8 @@ from runner.cli.args import RUN, Args, Option, Verb
 from runner.cli.status_table import Group, Row, as_json, table
 from runner.tracking import lookup, run_status
 from runner.tracking.mirror import backlog
-from runner.tracking.rundir import FINAL, RunDir
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import FINAL
 from runner.tracking.sweepdir import SweepDir
 
 VERB = Verb(

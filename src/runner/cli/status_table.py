@@ -13,7 +13,7 @@ from runner import streams, terminal
 from runner.terminal import duration
 from runner.tracking import metrics_log, run_status
 from runner.tracking.run_status import RunStatus
-from runner.tracking.rundir import FINAL
+from runner.tracking.state_file import FINAL
 from runner.tracking.sweepdir import SweepDir
 
 COLOURS = {

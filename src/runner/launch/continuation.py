@@ -20,7 +20,8 @@ from runner.config.job import Job
 from runner.errors import ConfigError, Fault
 from runner.files import write_atomic
 from runner.tracking import manifest, origin, resume
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 
 WHERE = ("resume", "retry", "name", "outputs_dir", "launcher", "tracking", "hydra")
 """What may change besides the end of the run."""

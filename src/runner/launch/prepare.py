@@ -13,7 +13,7 @@ from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError, Fault
 from runner.launch import continuation, start_digest
 from runner.launch.launcher import Launcher
-from runner.tracking import environment, manifest, resume
+from runner.tracking import environment, manifest, recovery, resume
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import refuse_inside, refuse_slurm_room
 from runner.train.distributed import parallel
@@ -107,5 +107,5 @@ def prepared(job: Job, folder: Path, command: list[str], *, is_new: bool = False
     except BaseException:  # a full disk, for example: leave no incomplete run folder
         with contextlib.suppress(OSError):  # report the first error, not the failed clean-up
             if not RunDir(folder).manifest.exists():
-                RunDir(folder).discard(created)
+                recovery.discard(RunDir(folder), created)
         raise

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from runner import terminal
 from runner.files import stamp
 from runner.secrets import redact
-from runner.tracking import metrics_log, naming
-from runner.tracking.rundir import FINAL, RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import FINAL, State
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -13,7 +13,8 @@ from runner.report.leaderboard import Leaderboard
 from runner.report.results import Result
 from runner.secrets import redact
 from runner.tracking.mlflow import upload
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from runner.errors import RunnerError
 from runner.tracking import lookup, manifest, metrics_log, origin, run_status
 from runner.tracking.metrics_log import SECONDS, last_values
 from runner.tracking.run_status import RunStatus
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 from runner.tracking.sweepdir import sweep_of
 
 COMPLETED = "completed"

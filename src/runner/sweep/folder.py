@@ -20,9 +20,11 @@ from typing import Any
 from runner.errors import Fault, ResumeError
 from runner.files import copy_of, locked, restore_lost, write_kept
 from runner.secrets import redact
+from runner.tracking import recovery
 from runner.tracking.manifest import refuse_files, refuse_other, signature
 from runner.tracking.resume import rebuild
-from runner.tracking.rundir import DONE, RunDir
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import DONE
 from runner.tracking.sweepdir import SweepDir, refuse_inside
 
 OTHERS = {".sweep.lock", ".search.lock", "search.journal", "multirun.yaml"}
@@ -114,7 +116,7 @@ def _undo(sweep: SweepDir, before: dict[str, Any], new: list[RunDir]) -> None:
     for rundir in new:
         try:
             if rundir.manifest.exists():
-                rundir.discard()
+                recovery.discard(rundir)
         except OSError:
             is_removed = False
     with contextlib.suppress(OSError):  # sweep.json then lists missing runs: the same command creates them

@@ -21,7 +21,7 @@ from runner.launch import prepare
 from runner.sweep import algorithms, folder, space, study, trials
 from runner.sweep.session import Session
 from runner.sweep.space import Dimension
-from runner.tracking.rundir import DONE
+from runner.tracking.state_file import DONE
 from runner.tracking.sweepdir import SweepDir
 
 FIXED_KEYS = ("launcher", "search", "tracking")

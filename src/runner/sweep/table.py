@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from runner import terminal
 from runner.tracking import metrics_log, run_status
-from runner.tracking.rundir import DONE, RunDir
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import DONE
 from runner.tracking.sweepdir import home_of
 
 

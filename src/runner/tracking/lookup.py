@@ -101,6 +101,23 @@ def scan(folder: Path) -> Iterator[RunDir | SweepDir]:
             yield RunDir(Path(path))
 
 
+def find_runs(folder: Path) -> list[RunDir]:
+    """``folder`` if it is a run folder, else all run folders below it, sorted by path.
+
+    Raises:
+        ConfigError: no run folder there.
+    """
+    rundirs = []
+    for path, subfolders, files in os.walk(folder.absolute()):
+        subfolders[:] = sorted(name for name in subfolders if name != "mlartifacts")  # copies of manifests
+        if {"state.json", "manifest.json"} & set(files):
+            subfolders.clear()
+            rundirs.append(RunDir(Path(path)))
+    if not rundirs:
+        raise ConfigError(Fault("", f"{folder} contains no run", "name a run folder, or a folder with run folders"))
+    return rundirs
+
+
 def runs_of(sweep: SweepDir) -> list[RunDir]:
     """The runs of a sweep; an empty list and a warning if sweep.json cannot be read."""
     try:

@@ -19,9 +19,10 @@ from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
 from runner.secrets import redact, take_credentials
-from runner.tracking import checkout, origin, provenance
+from runner.tracking import checkout, origin, provenance, recovery
 from runner.tracking.naming import default_name
-from runner.tracking.rundir import UNFINISHED, RunDir
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import UNFINISHED
 
 RUN_TIME_KEYS = ("name", "outputs_dir", "sweep", "resume", "retry", "tracking", "launcher", "search")
 """Keys that do not change what a run computes, only where and how it runs: not part of its signature."""
@@ -130,7 +131,7 @@ def refuse_files(folder: Path) -> None:
         ResumeError: it does.
         DamagedError: its run has lost its manifest.json.
     """
-    RunDir(folder).restore_manifest()
+    recovery.restore_manifest(RunDir(folder))
     if RunDir(folder).manifest.exists() or not folder.is_dir():
         return
     if {path.name for path in folder.iterdir()} - BEFORE_THE_MANIFEST:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.files import write_atomic
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 
 log = logging.getLogger("runner")
 

@@ -10,7 +10,7 @@ from runner import terminal
 from runner.config import user_code
 from runner.config.check import LIMITS
 from runner.errors import ConfigError, Fault, ResumeError
-from runner.tracking import lookup, manifest
+from runner.tracking import lookup, manifest, recovery
 from runner.tracking.rundir import RunDir
 
 RESUME_KEYS = ("resume", "retry", "launcher")
@@ -93,7 +93,7 @@ def refuse(folder: Path, cfg: dict[str, Any]) -> None:
 
 def rebuild(rundir: RunDir) -> None:
     """Rebuild a lost or damaged state.json before the run is started again, with a note."""
-    if rundir.manifest.exists() and not rundir.is_alive() and (problem := rundir.rebuild_state()):
+    if rundir.manifest.exists() and not rundir.is_alive() and (problem := recovery.rebuild_state(rundir)):
         print(f"note: {problem}; rebuilt: {rundir.read_state().reason or 'the run has not started'}", file=sys.stderr)
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from runner.errors import DamagedError
-from runner.tracking import lookup, naming, slurm_jobs
-from runner.tracking.rundir import DIED, DONE, RunDir, State, Status
+from runner.tracking import lookup, slurm_jobs
+from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import JobRef
 from runner.tracking.slurm_jobs import NO_JOB, Queue
+from runner.tracking.state_file import DIED, DONE, State, Status
 from runner.tracking.sweepdir import SweepDir, home_of, sweep_of
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from runner import terminal
 from runner.errors import LESS_MEMORY, Fault, Interrupted, Pruned, RunnerError, Stopped, TrainingError, typed_line
 from runner.files import write_atomic
 from runner.secrets import redact
-from runner.tracking import slurm_client
-from runner.tracking.rundir import DIED, RunDir, State
+from runner.tracking import recovery, slurm_client
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import DIED, State
 from runner.tracking.sweepdir import sweep_of
 from runner.train.distributed.ranks import Ranks, lost_peer
 
@@ -141,7 +142,7 @@ def note(rundir: RunDir, clock: Clock, *, status: str, reason: str) -> None:
     if not rundir.path.is_dir():
         return  # it was removed: do not create it again
     with contextlib.suppress(OSError):
-        rundir.rebuild_state()  # somebody may have damaged it meanwhile
+        recovery.rebuild_state(rundir)  # somebody may have damaged it meanwhile
         rundir.write_state(status=status, reason=redact(reason), seconds=clock.seconds())
 
 

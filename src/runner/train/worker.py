@@ -13,6 +13,7 @@ import sys
 from runner import log_handlers, streams, terminal
 from runner.errors import Fault, LaunchError, Pruned, RunnerError, Stopped
 from runner.signals import Stop
+from runner.tracking import recovery
 from runner.tracking.mirror import spawn
 from runner.tracking.rundir import RunDir
 from runner.train import attach, attempt, outcome, run_summary
@@ -39,7 +40,7 @@ def work(rundir: RunDir, *, mirrored: bool = False) -> int:
         with silent(rundir.rank_log(ranks.rank)):
             return _other_rank(rundir, ranks)
     with rundir.held() as holds_lock:
-        if holds_lock and (problem := rundir.rebuild_state()):
+        if holds_lock and (problem := recovery.rebuild_state(rundir)):
             print(f"{problem}; rebuilt from the checkpoints", file=sys.stderr)
         state = rundir.read_state()
         if not holds_lock or state.status == "completed":
@@ -51,7 +52,7 @@ def work(rundir: RunDir, *, mirrored: bool = False) -> int:
         with log_handlers.logging_to(rundir.log), Stop() as stop:
             code = _attempt(rundir, ranks, stop, mirrored)
         if code == 2 and state.status == "pending" and not state.attempt:
-            rundir.discard()
+            recovery.discard(rundir)
     if code != 1 and not stop.was_hasty:
         ranks.leave()
     return code
@@ -62,7 +63,7 @@ def _attempt(rundir: RunDir, ranks: Ranks, stop: Stop, mirrored: bool) -> int:
     mirror, clock = None, Clock(rundir.read_state().seconds)
     try:
         outcome.clear(rundir)
-        rundir.restore_manifest()
+        recovery.restore_manifest(rundir)
         options = Options.of(rundir)
         _refuse_other_world(options, ranks)
         mirror = None if mirrored else spawn.start_mirror(rundir)

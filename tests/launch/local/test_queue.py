@@ -20,7 +20,7 @@ from fixtures.queued_sweeps import SERVER, ended, noted, played_sweep, queue
 
 from runner.launch.local import queue as queues
 from runner.tracking import metrics_log
-from runner.tracking.rundir import DIED
+from runner.tracking.state_file import DIED
 from runner.tracking.sweepdir import SweepDir
 
 

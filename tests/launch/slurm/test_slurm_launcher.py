@@ -16,7 +16,8 @@ from conftest import TESTS, until
 from fixtures.slurm_runs import BASE, SHORT, SLURM, has_left_the_queue, job_of, mlflow_runs, runner, slurm_says, weights
 
 from runner.tracking import metrics_log
-from runner.tracking.rundir import RunDir, find_runs
+from runner.tracking.lookup import find_runs
+from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
 
 ROOT = TESTS.parent

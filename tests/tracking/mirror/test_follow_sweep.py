@@ -27,7 +27,7 @@ from fixtures.mirrored_sweeps import (
 )
 
 from runner.tracking.mirror import spawn, sync
-from runner.tracking.rundir import DIED
+from runner.tracking.state_file import DIED
 from runner.tracking.sweepdir import SweepDir
 
 # --- one process follows all ------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from fixtures.mirrored_sweeps import add_jobs, children_of, client_of, make_swee
 from runner.tracking.mirror import spawn, sync
 from runner.tracking.mlflow import parent_run, store
 from runner.tracking.mlflow.run import MlflowRun
-from runner.tracking.rundir import DIED, State
+from runner.tracking.state_file import DIED, State
 from runner.tracking.sweepdir import SweepDir
 
 OFFLINE = {"_target_": "runner.tracking.trackers.offline", "experiment": "tests", "run_name": None, "log_model": False}

@@ -25,7 +25,8 @@ from runner.launch.local import launcher
 from runner.launch.local.slots import Slot, cores, own_threads, share
 from runner.signals import SIGNALS, restore_defaults, signals_to
 from runner.tracking import machine
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir
 from runner.train import outcome
 from runner.train.distributed.ranks import ProcessGroup

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runner.signals import SIGNALS
-from runner.tracking.rundir import Status
+from runner.tracking.state_file import Status
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 

@@ -26,7 +26,8 @@ from runner.launch.local.slots import Slot
 from runner.launch.progress_table import ProgressTable
 from runner.signals import ONE_GESTURE_S, SIGNALS, signals_to
 from runner.tracking.mirror.spawn import queueing
-from runner.tracking.rundir import DIED, DONE, RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import DIED, DONE, State
 from runner.tracking.sweepdir import SweepDir
 from runner.train import outcome
 

@@ -12,8 +12,8 @@ from runner.errors import Fault, Interrupted, LaunchError, Preempted
 from runner.launch import progress_table
 from runner.launch.launcher import Source
 from runner.launch.slurm import submission
-from runner.signals import signals_to
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 from runner.train import outcome
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0

@@ -20,7 +20,8 @@ from runner.launch.slurm.request import SlurmRequest
 from runner.launch.slurm.submission import Submission
 from runner.signals import signals_to
 from runner.tracking import slurm_client, slurm_commands
-from runner.tracking.rundir import DONE, RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import DONE, State
 from runner.tracking.sweepdir import SweepDir, slurm_room
 
 

@@ -22,7 +22,8 @@ from runner.tracking.mirror.system_metrics import Sampler
 from runner.tracking.mlflow import parent_run
 from runner.tracking.mlflow.parent_run import Publish
 from runner.tracking.mlflow.run import ENDED, MlflowRun
-from runner.tracking.rundir import DIED, RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import DIED, State
 from runner.tracking.sweepdir import sweep_of
 
 POLL_S = 0.2

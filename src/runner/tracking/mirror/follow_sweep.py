@@ -32,7 +32,8 @@ from runner.tracking.mirror.spawn import read_report
 from runner.tracking.mlflow import parent_run, store
 from runner.tracking.mlflow.parent_run import Publish
 from runner.tracking.mlflow.run import ENDED, MlflowRun
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir
 
 SCAN_S = 1.0

@@ -10,14 +10,16 @@ from pathlib import Path
 
 from runner import terminal
 from runner.errors import ConfigError, DamagedError, Fault, RunnerError, TrackingError
-from runner.tracking import lookup
+from runner.tracking import lookup, recovery
+from runner.tracking.lookup import find_runs
 from runner.tracking.manifest import credentials_into_environment
 from runner.tracking.metrics_log import read
 from runner.tracking.mirror.follow import close_if_dead, only_one
 from runner.tracking.mlflow import parent_run, rest, store
 from runner.tracking.mlflow.parent_run import Publish
 from runner.tracking.mlflow.run import MlflowRun
-from runner.tracking.rundir import RunDir, State, find_runs
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir, home_of, sweep_of
 from runner.tracking.trackers import check_mlflow
 
@@ -148,7 +150,7 @@ def _upload(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResu
         state = rundir.read_state()
         if not is_locked or (state.status == "pending" and not state.attempt):
             return SyncResult(rundir.path, state.status, 0, None, UNBEGUN if is_locked else MIRRORED)
-        rundir.restore_manifest()
+        recovery.restore_manifest(rundir)
         try:
             run = MlflowRun.of(rundir, uri)
         except RunnerError as error:

@@ -31,7 +31,8 @@ from runner.tracking.manifest import read_config
 from runner.tracking.mlflow import store, upload
 from runner.tracking.mlflow.run import artifacts_dir, home, note, parent_of, where
 from runner.tracking.mlflow.tags import KIND_TAG, PARENT_TAG, source_name
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir
 from runner.tracking.trackers import Tracking
 

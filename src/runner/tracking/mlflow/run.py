@@ -29,7 +29,8 @@ from runner.tracking.metrics_log import (
 )
 from runner.tracking.mlflow import store, tags, upload
 from runner.tracking.naming import short_name
-from runner.tracking.rundir import DIED, FINAL, RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import DIED, FINAL, State
 from runner.tracking.sweepdir import sweep_of
 from runner.tracking.trackers import Tracking, store_uri
 

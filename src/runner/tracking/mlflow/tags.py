@@ -9,7 +9,8 @@ from typing import Any
 from runner.tracking import origin
 from runner.tracking.machine import user
 from runner.tracking.metrics_log import before_and_after
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 
 PARENT_TAG, KIND_TAG = "mlflow.parentRunId", "runner.kind"
 
