@@ -13,7 +13,7 @@ from typing import Any
 from runner import files
 from runner.cli import worktree
 from runner.cli.args import RUN, URI, Option, Verb
-from runner.config import check, lora_start
+from runner.config import check, pinned_weights
 from runner.config.bind import TARGET, config_dir, unknown_key
 from runner.config.compose import Composer, opened, parse
 from runner.config.hydra_errors import no_option
@@ -54,7 +54,7 @@ are no failure.""",
 
 WHERE = ("name", "outputs_dir", "hydra.run.dir")
 GROUPS = ("launcher", "tracking")
-PLACES = ("data.path", "data.eval_path", "data.format.function", "model.path", *lora_start.NAMES)
+PLACES = ("data.path", "data.eval_path", "data.format.function", "model.path", *pinned_weights.KEYS)
 """Keys with paths of files. That they are the same files is checked, or shows at the first evaluation."""
 
 
@@ -178,7 +178,7 @@ def _restored(original: Recorded, overrides: list[str], *, is_exact: bool) -> Jo
     cfg |= {group: job.cfg[group] for group in chosen}
     cfg = _with_start(cfg, original)
     for key, value in values.items():
-        _set(cfg, key, _same_weights(cfg, key, value) if key in lora_start.NAMES else value)
+        _set(cfg, key, _same_weights(cfg, key, value) if key in pinned_weights.KEYS else value)
     job.hydra["runtime"]["choices"] = {
         **manifest.choices(original.manifest),
         **{group: job.choices[group] for group in chosen},
@@ -192,18 +192,20 @@ def _restored(original: Recorded, overrides: list[str], *, is_exact: bool) -> Jo
 
 def _with_start(cfg: dict[str, Any], original: Recorded) -> dict[str, Any]:
     """With ``lora.start`` in the original's own copy, if the run that it names is gone or has other weights now."""
-    text = lora_start.of(cfg)
+    text = pinned_weights.of(cfg)
     if not text or original.folder is None or origin.is_there(text):
         return cfg
-    return lora_start.replaced(cfg, lora_start.joined(RunDir(original.folder).start, lora_start.split(text)[1]))
+    return pinned_weights.replaced(
+        cfg, pinned_weights.joined(RunDir(original.folder).start, pinned_weights.split(text)[1])
+    )
 
 
 def _same_weights(cfg: dict[str, Any], key: str, folder: Any) -> str:
     """The adapter or the teacher of the original in another place; its weights are checked."""
     group, _, name = key.partition(".")
-    if not (text := lora_start.of(cfg, (group, name))):
+    if not (text := pinned_weights.of(cfg, (group, name))):
         raise ConfigError(Fault(key, "the original run has none", "leave it out", folder))
-    return lora_start.joined(folder, lora_start.split(text)[1])
+    return pinned_weights.joined(folder, pinned_weights.split(text)[1])
 
 
 def _set(cfg: dict[str, Any], key: str, value: Any) -> None:

@@ -13,7 +13,7 @@ import shutil
 import sys
 from typing import Any
 
-from runner.config import lora_start
+from runner.config import pinned_weights
 from runner.config.bind import bind, option
 from runner.config.check import LIMITS
 from runner.config.job import Job
@@ -157,9 +157,9 @@ def _from_weights(cfg: dict[str, Any], rundir: RunDir, frozen: dict[str, Any], k
         problem = "cannot be counted from the end of that run, which has another kind of end"
         raise ConfigError(Fault(f"train.{key}", problem, f"set {kinds}", cfg["train"][key]))
     cfg["train"][key] -= done
-    if (rundir.model / lora_start.ADAPTER).is_file():
-        cfg[lora_start.GROUP][lora_start.KEY] = str(rundir.path)
-        return [f"train.{key}={cfg['train'][key]}", f"{lora_start.GROUP}.{lora_start.KEY}={rundir.path}"]
+    if (rundir.model / pinned_weights.ADAPTER).is_file():
+        cfg["lora"]["start"] = str(rundir.path)
+        return [f"train.{key}={cfg['train'][key]}", f"lora.start={rundir.path}"]
     kept = {name: value for name, value in cfg["model"].items() if name in ("dtype", "attention", "trust_remote_code")}
     cfg["model"] = {**option("model", "local"), **kept, "path": str(rundir.model)}
     return [f"train.{key}={cfg['train'][key]}", "model=local", f"model.path={rundir.model}"]

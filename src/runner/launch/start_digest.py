@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.config import lora_start
+from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault
 from runner.models import model_folder, sources
 from runner.tracking import lookup, origin
 from runner.tracking.rundir import RunDir
+
+NAMED, TAUGHT = pinned_weights.KEYS
 
 
 def settle(cfg: dict[str, Any]) -> Iterator[Fault]:
@@ -20,17 +22,10 @@ def settle(cfg: dict[str, Any]) -> Iterator[Fault]:
     yield from _settle(cfg, lora_start.TEACHER, _teacher, origin.digest_of_teacher)
 
 
-def _settle(
-    cfg: dict[str, Any],
-    place: tuple[str, str],
-    find: Callable[[str, Path], Path | None],
-    digest_of: Callable[[Path], str | None],
-) -> Iterator[Fault]:
-    """Settle one key. ``find``: (RUN, outputs_dir) → the folder of its weights; None for a model on the Hub."""
-    if not (text := lora_start.of(cfg, place)):
+def _settle_teacher(cfg: dict[str, Any]) -> Iterator[Fault]:
+    if not (text := pinned_weights.of(cfg, pinned_weights.TEACHER)):
         return
-    (group, name), key = place, ".".join(place)
-    word, wanted = lora_start.split(text)
+    word, wanted = pinned_weights.split(text)
     try:
         folder = find(word, Path(str(cfg.get("outputs_dir"))).expanduser())
     except ConfigError as error:
@@ -45,7 +40,7 @@ def _settle(
         problem = f"{folder} has other weights now ({digest[:12]}, not {wanted[:12]})"
         yield Fault(key, problem, f"restore them, or name the place of the same weights: {key}=FOLDER", word)
     else:
-        cfg[group][name] = lora_start.joined(folder, digest)
+        cfg["task"]["teacher"] = pinned_weights.joined(place, digest)
 
 
 def _teacher(word: str, outputs_dir: Path) -> Path | None:
@@ -60,7 +55,7 @@ def _teacher(word: str, outputs_dir: Path) -> Path | None:
     if (path / "config.json").is_file() and not RunDir(path.parent).manifest.exists():
         model_folder.check(path)
         return path
-    if (path / lora_start.ADAPTER).is_file() and not RunDir(path.parent).manifest.exists():
+    if (path / pinned_weights.ADAPTER).is_file() and not RunDir(path.parent).manifest.exists():
         problem = "is an adapter, whose base model and chat template are not known"
         raise ConfigError(Fault("", problem, "name the run that trained it, or a whole model (export RUN --merged)"))
     if not path.exists() and "/" in word and sources.HUB_ID.fullmatch(word.partition("@")[0]):
@@ -68,17 +63,41 @@ def _teacher(word: str, outputs_dir: Path) -> Path | None:
     return _run(word, path, outputs_dir).path
 
 
-def _adapter(word: str, outputs_dir: Path) -> Path:
+def _settle_start(cfg: dict[str, Any]) -> Iterator[Fault]:
+    if not (text := pinned_weights.of(cfg)):
+        return
+    word, wanted = pinned_weights.split(text)
+    try:
+        folder = _folder(word, str(cfg.get("outputs_dir")))
+    except ConfigError as error:
+        yield from (replace(fault, key=NAMED, value=word) for fault in error.faults)
+        return
+    digest = origin.digest_of(folder)
+    if digest is None:
+        problem = f"{pinned_weights.adapter_in(folder) / pinned_weights.WEIGHTS} is missing or damaged"
+        yield Fault(NAMED, problem, "restore the file, or train that run again", word)
+    elif wanted and wanted != digest:
+        problem = f"the adapter in {folder} has other weights now ({digest[:12]}, not {wanted[:12]})"
+        yield Fault(NAMED, problem, f"restore it, or name the folder of the same adapter: {NAMED}=FOLDER", word)
+    else:
+        cfg["lora"]["start"] = pinned_weights.joined(folder, digest)
+
+
+def _folder(word: str, outputs_dir: str) -> Path:
     """The folder of a run with an adapter, or of a plain adapter.
 
     Raises:
         ConfigError: no such run, or a run without an adapter.
     """
     path = Path(word).expanduser().absolute()
-    if (path / lora_start.ADAPTER).is_file() and not _is_of_run(path):
-        return path
-    rundir = _run(word, path, outputs_dir)
-    if not (rundir.model / lora_start.ADAPTER).is_file():
+    if (path / pinned_weights.ADAPTER).is_file():
+        is_of_run = path.name == "model" and RunDir(path.parent).manifest.exists()
+        return path.parent if is_of_run else path
+    from runner.train import trained_model
+
+    rundir = lookup.resolve_run(word, Path(outputs_dir).expanduser())
+    trained_model.refuse_without_model(rundir)
+    if not (rundir.model / pinned_weights.ADAPTER).is_file():
         problem = "trained all weights: it has no adapter to continue"
         raise ConfigError(Fault("", problem, f"start from its model: model=local model.path={rundir.model}"))
     return rundir.path

@@ -88,7 +88,7 @@ def lora(
 def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options: Any) -> nn.Module:
     """An adapter of any PEFT method; ``method`` is PEFT's name, ``options`` are fields of its configuration class.
 
-    ``start``: the adapter whose weights it begins with (see ``config.lora_start``); it must have the same shape.
+    ``start``: the adapter whose weights it begins with (see ``config.pinned_weights``); it must have the same shape.
 
     Raises:
         ConfigError: faults of ``check_peft``, target modules that do not exist, an error raised by PEFT, or an adapter

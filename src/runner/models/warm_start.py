@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.config import lora_start
+from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault
 from runner.models import adapter, hub, model_folder
 
@@ -29,12 +29,12 @@ def begin_with(model: Any, text: str) -> None:
     Raises:
         ConfigError: naming everything that does not fit: method, options, head, base model, shapes.
     """
-    folder = lora_start.adapter_in(Path(lora_start.split(text)[0]))
-    weights = folder / lora_start.WEIGHTS
+    folder = pinned_weights.adapter_in(Path(pinned_weights.split(text)[0]))
+    weights = folder / pinned_weights.WEIGHTS
     problem = model_folder.damage(weights) if weights.is_file() else "does not exist"
-    saved = model_folder.read_json(folder / lora_start.ADAPTER) if not problem else None
+    saved = model_folder.read_json(folder / pinned_weights.ADAPTER) if not problem else None
     if saved is None:
-        problem = f"{weights} {problem}" if problem else f"{folder / lora_start.ADAPTER} {model_folder.NOT_JSON}"
+        problem = f"{weights} {problem}" if problem else f"{folder / pinned_weights.ADAPTER} {model_folder.NOT_JSON}"
         raise ConfigError(Fault("lora.start", problem, "restore the file, or train that run again"))
     config = model.peft_config["default"]
     if faults := tuple(_kind_faults(config, saved)) or tuple(_shape_faults(model, weights)):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.config import lora_start, synonyms
+from runner.config import pinned_weights, synonyms
 from runner.errors import ConfigError, Fault, suggest
 from runner.report.results import Result
 from runner.terminal import duration, nearest
@@ -197,8 +197,8 @@ def text(key: str, value: Value) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
-        if key in lora_start.NAMES and lora_start.split(value)[1]:
-            return nearest(Path(lora_start.split(value)[0]))
+        if key in pinned_weights.KEYS and pinned_weights.split(value)[1]:
+            return nearest(Path(pinned_weights.split(value)[0]))
         is_long = len(value) > DIGITS and ("." in value or "e" in value) and FRACTION.fullmatch(value)
         return f"{float(value):.4g}" if is_long else value
     if key == SECONDS:

@@ -36,7 +36,7 @@ class Teacher:
     """A second model that a task compares the trained one with; both must have the same tokens."""
 
     where: str | None
-    """A run or another model, see ``config.lora_start``; None: the model itself before training, not quantized."""
+    """A run or another model, see ``config.pinned_weights``; None: the model itself before training, not quantized."""
     quant: str
     """The option of the group ``quant`` with which its weights are loaded."""
     top_k: int | None

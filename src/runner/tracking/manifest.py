@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from runner.config import code_files, data_nodes, lora_start, moved, user_code
+from runner.config import code_files, data_nodes, moved, pinned_weights, user_code
 from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import write_atomic
@@ -47,7 +47,7 @@ def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
         what["data"] = {key: value for key, value in data.items() if key != "evals" or value}  # 0.1.0 had no such key
     if what.get(code_files.KEY) is None:
         what.pop(code_files.KEY, None)  # version 0.1.0 had no such key
-    return moved.to_first(user_code.detached(lora_start.without_place(what)))
+    return moved.to_first(user_code.detached(pinned_weights.without_folders(what)))
 
 
 def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:

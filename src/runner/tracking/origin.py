@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.config import lora_start
+from runner.config import pinned_weights
 from runner.files import read_json, write_atomic
 from runner.tracking import naming, provenance
 from runner.tracking.rundir import RunDir
@@ -24,8 +24,8 @@ EXPORTED = "came_from.json"
 def came_from(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The chain of a new run: of ``lora.start``, else of a ``model.path`` in a run folder or one that ``export`` has
     written; empty without either."""
-    if text := lora_start.of(cfg):
-        return entry("lora.start", Path(lora_start.split(text)[0]))
+    if text := pinned_weights.of(cfg):
+        return entry("lora.start", Path(pinned_weights.split(text)[0]))
     path = cfg["model"].get("path")
     if not isinstance(path, str):
         return []
@@ -79,11 +79,11 @@ def keep_start(cfg: Mapping[str, Any], rundir: RunDir) -> None:
 
     Files are linked where that is possible: a sweep from one adapter holds its weights once.
     """
-    if not (text := lora_start.of(cfg)):
+    if not (text := pinned_weights.of(cfg)):
         return
-    source = lora_start.adapter_in(Path(lora_start.split(text)[0]))
+    source = pinned_weights.adapter_in(Path(pinned_weights.split(text)[0]))
     rundir.start.mkdir(parents=True, exist_ok=True)
-    for name in (lora_start.ADAPTER, lora_start.WEIGHTS):
+    for name in (pinned_weights.ADAPTER, pinned_weights.WEIGHTS):
         (rundir.start / name).unlink(missing_ok=True)
         try:
             os.link(source / name, rundir.start / name)
@@ -93,21 +93,21 @@ def keep_start(cfg: Mapping[str, Any], rundir: RunDir) -> None:
 
 def started(cfg: Mapping[str, Any], rundir: RunDir) -> dict[str, Any]:
     """The configuration with ``lora.start`` in the run's own copy, if it has one."""
-    text = lora_start.of(cfg)
-    if not text or not (rundir.start / lora_start.ADAPTER).is_file():
+    text = pinned_weights.of(cfg)
+    if not text or not (rundir.start / pinned_weights.ADAPTER).is_file():
         return dict(cfg)
-    return lora_start.replaced(cfg, lora_start.joined(rundir.start, lora_start.split(text)[1]))
+    return pinned_weights.replaced(cfg, pinned_weights.joined(rundir.start, pinned_weights.split(text)[1]))
 
 
 def is_there(text: str) -> bool:
     """Whether the adapter of a frozen ``lora.start`` is in its folder, unchanged."""
-    folder, digest = lora_start.split(text)
+    folder, digest = pinned_weights.split(text)
     return digest_of(Path(folder)) == digest
 
 
 def is_teacher_there(text: str) -> bool:
     """Whether the teacher of a frozen ``task.teacher`` is in its place, unchanged; on the Hub a revision is."""
-    place, digest = lora_start.split(text)
+    place, digest = pinned_weights.split(text)
     return not digest or digest_of_teacher(Path(place)) == digest
 
 
@@ -121,7 +121,7 @@ def digest_of_teacher(place: Path) -> str | None:
 def digest_of(folder: Path) -> str | None:
     """The hash of the weights of the adapter in ``folder``; None if it has none that can be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return provenance.weights_digest(lora_start.adapter_in(folder))
+        return provenance.weights_digest(pinned_weights.adapter_in(folder))
     return None
 
 

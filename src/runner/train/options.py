@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runner.config import control, data_nodes, lora_start, schema, user_code, user_function
+from runner.config import control, data_nodes, pinned_weights, schema, user_code, user_function
 from runner.config.bind import bind
 from runner.data import formats
 from runner.data.examples import Example
@@ -121,10 +121,12 @@ class Options:
         Raises:
             ConfigError: it is missing, or has other weights.
         """
-        text = lora_start.of(self._cfg)
+        text = pinned_weights.of(self._cfg)
         if text and not origin.is_there(text):
             problem = "the adapter that the run starts from is missing, or has other weights than when it was prepared"
-            raise ConfigError(Fault("lora.start", problem, "restore it, or start a new run", lora_start.split(text)[0]))
+            raise ConfigError(
+                Fault("lora.start", problem, "restore it, or start a new run", pinned_weights.split(text)[0])
+            )
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -163,13 +165,13 @@ class Options:
     @cached_property
     def layers(self) -> dict[str, Any]:
         """The options that determine the layers of the model, besides its own configuration."""
-        nodes = lora_start.without_place({name: self._cfg.get(name) for name in ("quant", "lora", "code")})
+        nodes = pinned_weights.without_folders({name: self._cfg.get(name) for name in ("quant", "lora", "code")})
         return dict(user_code.detached(nodes))
 
     @cached_property
     def start(self) -> dict[str, Any]:
         """The options that determine the weights before the first step."""
-        nodes = lora_start.without_place(
+        nodes = pinned_weights.without_folders(
             {name: self._cfg.get(name) for name in ("model", "quant", "lora", "seed", "code")}
         )
         source = [self.model.path, self.model.revision, self.model.dtype, self.model.attention]

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.config import lora_start
+from runner.config import pinned_weights
 from runner.config.bind import bind, option
 from runner.errors import ConfigError, Fault
 from runner.models import architecture, parameters, pretrained, tokenizer_files
@@ -61,7 +61,7 @@ class Teacher:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What determines its probabilities, beside the rows and the device."""
-        _, digest = lora_start.split(self.spec.where or "")
+        _, digest = pinned_weights.split(self.spec.where or "")
         base = Path(self.source.path)
         weights = provenance.remembered_digest(base) if base.exists() else [self.source.path, self.source.revision]
         return {"weights": [digest, weights], "quant": self.spec.quant, "dtype": self.source.dtype,
@@ -70,7 +70,7 @@ class Teacher:
     @property
     def record(self) -> dict[str, Any]:
         """The entry of manifest.json. ``path`` and ``revision`` name a model of the Hub again."""
-        where, digest = lora_start.split(self.spec.where or "")
+        where, digest = pinned_weights.split(self.spec.where or "")
         known = self.run.rundir.read_manifest() if self.run is not None else {}
         path = where if self.run is not None else self.source.path
         return {"name": self.name, "path": path, "weights": digest,
@@ -113,7 +113,7 @@ def of(options: Options, own: ModelSource, tokenizer: Any) -> Teacher | None:
     if spec.where and not origin.is_teacher_there(spec.where):
         problem = "the teacher is missing, or has other weights than when the run was prepared"
         remedy = "restore it, or start a new run"
-        raise ConfigError(Fault("task.teacher", problem, remedy, lora_start.split(spec.where)[0]))
+        raise ConfigError(Fault("task.teacher", problem, remedy, pinned_weights.split(spec.where)[0]))
     quant = bind(option("quant", spec.quant), "quant")()
     with _named():
         source, run, theirs = _found(options, spec, own, tokenizer)
@@ -130,7 +130,7 @@ def _found(
     """(source of the weights, the run that trained it if one did, its tokenizer)"""
     if spec.where is None:
         return own, None, tokenizer
-    place, digest = lora_start.split(spec.where)
+    place, digest = pinned_weights.split(spec.where)
     rundir = RunDir(Path(place))
     if digest and rundir.manifest.exists():
         trained_model.refuse_without_model(rundir)

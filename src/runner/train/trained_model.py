@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from runner import terminal
-from runner.config import lora_start
+from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault, first_line
 from runner.models import architecture, model_folder, tokenizer_files
 from runner.tracking import run_status
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
     from runner.models.sources import ModelSource
 
-ADAPTER, ADAPTER_WEIGHTS = lora_start.ADAPTER, lora_start.WEIGHTS
+ADAPTER, ADAPTER_WEIGHTS = pinned_weights.ADAPTER, pinned_weights.WEIGHTS
 AGAIN = {
     "completed": "its folder model/ was deleted: train the run again",
     "running": "wait until it has completed: python -m runner status {run}",
