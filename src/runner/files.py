@@ -18,6 +18,19 @@ from runner.errors import ConfigError, DamagedError, Fault, RunnerError
 log = logging.getLogger("runner")
 
 
+def user_path(text: str | Path, key: str = "") -> Path:
+    """The path with the home folder in the place of ``~``; ``key``: the config key to name in an error.
+
+    Raises:
+        ConfigError: ``~NAME`` is not a user of this machine.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        problem = f"{text} begins with the home folder of a user that this machine does not have"
+        raise ConfigError(Fault(key, problem, "write the whole path, without ~", text)) from error
+
+
 def cache_dir(room: str) -> Path:
     """Create and return the folder ``room`` of the user's cache (``RUNNER_CACHE``, else ``~/.cache/runner``).
 
@@ -25,7 +38,7 @@ def cache_dir(room: str) -> Path:
         ConfigError: the folder cannot be created.
     """
     base = os.environ.get("RUNNER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "runner")
-    folder = Path(base).expanduser() / room
+    folder = user_path(base, "RUNNER_CACHE") / room
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

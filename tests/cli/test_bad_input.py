@@ -158,6 +158,15 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ),
     ("an exponent that has no effect", ["task.eaft_alpha=2"], "set task.eaft_alpha=1, or task.loss_type=eaft"),
     ("runs of another sweeper", ["plan", "-m", "seed=1,2", "hydra/sweeper=basic"], "chooses the runs itself"),
+    ("outputs of an unknown user", ["outputs_dir=~nobody-here/x"], "outputs_dir=~nobody-here/x: "),
+    ("outputs of an unknown user, offline", ["tracking=offline", "outputs_dir=~nobody-here/x"], "outputs_dir=~nobody"),
+    ("a model of an unknown user", ["model=llama", "model.path=~nobody-here/x"], "this machine does not have"),
+    ("code of an unknown user", ["code=~nobody-here/x.py"], "code=~nobody-here/x.py: "),
+    ("a run of an unknown user", ["status", "~nobody-here/x"], "this machine does not have"),
+    ("a run to resume of an unknown user", ["resume=~nobody-here/x"], "this machine does not have"),
+    ("a word too long for a folder", ["status", "x" * 300], "there is no run or sweep"),
+    ("a model too long for a folder", ["model=llama", f"model.path=./{'x' * 300}"], "no such folder or file"),
+    ("code too long for a file", [f"code=./{'x' * 300}.py"], "no such file or folder"),
 ]
 
 BUILD: list[tuple[str, Callable[[Path], None], list[str], str]] = [

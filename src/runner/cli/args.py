@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config import bounds
 from runner.errors import ConfigError, Fault, suggest
+from runner.files import user_path
 from runner.tracking import lookup
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Args:
 
     @property
     def outputs_dir(self) -> Path:
-        return Path(self["outputs_dir"]).expanduser()
+        return user_path(self["outputs_dir"], "outputs_dir")
 
 
 class Verb:

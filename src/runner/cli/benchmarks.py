@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError, DataError, Fault, first_line, suggest
+from runner.files import user_path
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def choose(tasks: list[str]) -> Chosen:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    files = {task: Path(task).expanduser() for task in tasks if task.endswith((".yaml", ".yml"))}
+    files = {task: user_path(task, "--tasks") for task in tasks if task.endswith((".yaml", ".yml"))}
     faults = [_missing_file(task) for task, file in files.items() if not file.is_file()]
     if faults:
         raise ConfigError(*faults)

@@ -14,6 +14,7 @@ from pathlib import Path
 from runner import streams, terminal
 from runner.cli.args import RUN, Args, Option, Verb
 from runner.errors import ConfigError, Fault, TrackingError, UnknownNameError
+from runner.files import user_path
 from runner.report import columns, leaderboard, results, store_lookup
 from runner.report.leaderboard import Leaderboard
 from runner.report.results import Result
@@ -116,7 +117,7 @@ def _from_store(uri: str, names: list[str]) -> _Source:
     from runner.report import mlflow_results
 
     if "://" not in uri:
-        uri = f"sqlite:///{Path(uri).expanduser().absolute()}"
+        uri = f"sqlite:///{user_path(uri, 'uri').absolute()}"
     uri = store_lookup.checked(uri)
     return _Source(mlflow_results.read(uri, names), ", ".join(names) or uri, uri)
 
@@ -167,7 +168,7 @@ def _write_files(board: Leaderboard, source: _Source, args: Args) -> list[Path]:
     for option in ("--html", "--png"):
         if not args[option]:
             continue
-        path = Path(args[option]).expanduser()
+        path = user_path(args[option], option)
         try:
             if option == "--html":
                 path.parent.mkdir(parents=True, exist_ok=True)

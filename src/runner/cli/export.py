@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from runner import terminal
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.errors import ConfigError, Fault
+from runner.files import user_path
 from runner.models import gguf_export, model_folder
 from runner.report import model_card
 from runner.tracking import origin
@@ -109,7 +110,7 @@ def _order(args: Args, run: Trained, rest: list[str]) -> _Order:
             command = gguf_export.find()
         except ConfigError as error:
             faults += error.faults
-    folder = Path(rest[0]).expanduser() if rest else args.outputs_dir / "exports" / default_name(run, kinds)
+    folder = user_path(rest[0]) if rest else args.outputs_dir / "exports" / default_name(run, kinds)
     faults += _folder_faults(folder.absolute())
     if faults:
         raise ConfigError(*faults)

@@ -19,7 +19,7 @@ from runner.config.compose import Composer, opened, parse
 from runner.config.hydra_errors import no_option
 from runner.config.job import Job
 from runner.errors import ConfigError, Fault
-from runner.files import write_atomic
+from runner.files import user_path, write_atomic
 from runner.launch import prepare
 from runner.report import record, reproduction
 from runner.report.record import Recorded
@@ -100,9 +100,9 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
 
 def _find(name: str, outputs_dir: str | None, uri: str | None) -> Recorded:
     """The original run: below ``outputs_dir``, the folder of the new run, else below ``outputs``."""
-    if outputs_dir is not None and Path(outputs_dir).expanduser().is_dir():
+    if outputs_dir is not None and (folder := user_path(outputs_dir, "outputs_dir")).is_dir():
         try:
-            return record.find(name, Path(outputs_dir).expanduser(), uri)
+            return record.find(name, folder, uri)
         except ConfigError:
             if not Path("outputs").is_dir():
                 raise

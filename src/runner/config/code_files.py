@@ -9,6 +9,7 @@ import ast
 import contextlib
 import hashlib
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError, Fault
+from runner.files import user_path
 
 KEY = "code"
 FOLDER = "code"
@@ -29,10 +31,11 @@ def locate(entry: str) -> Path:
     Raises:
         ConfigError: there is none, or its name is that of a module of Python's or of this program.
     """
-    path = Path(entry).expanduser()
-    if not entry.strip() or (not path.exists() and (path.suffix == ".py" or "/" in entry)):
+    path = user_path(entry, KEY)
+    exists = os.path.exists(path)
+    if not entry.strip() or (not exists and (path.suffix == ".py" or "/" in entry)):
         raise ConfigError(Fault(KEY, "no such file or folder", REMEDY, entry))
-    if not path.exists():
+    if not exists:
         path = _installed(entry)
     path = path.resolve()
     if path.is_file() and path.suffix != ".py":

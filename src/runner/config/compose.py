@@ -35,6 +35,7 @@ from runner.config.bind import config_dir, to_plain
 from runner.config.hydra_errors import CONFIG_NAME, is_choice, told
 from runner.config.job import Job
 from runner.errors import ConfigError, Fault
+from runner.files import user_path
 
 ONE_A_SWEEP = ("outputs_dir", "sweep", "resume", "retry", "search")
 """Keys of the whole sweep: its folder, and how an earlier sweep is continued."""
@@ -333,4 +334,4 @@ def _key(text: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    return os.path.abspath(user_path(path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from runner.config.code_files import KEY, REMEDY, digest, files, locate, may_be_module, module_name
 from runner.errors import ConfigError, Fault
+from runner.files import user_path
 
 PATHS = "_code_"
 """Key of a node with a ``_target_`` of the user's: where to import it from. Never written to a file: see ``attach``."""
@@ -42,8 +44,8 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     paths: dict[str, Path] = {}
     for node, key in _functions_named(cfg):
         file, _, name = str(node[key]).rpartition(":")
-        path = Path(file).expanduser()
-        if path.suffix == ".py" and path.is_file():
+        path = user_path(file)
+        if path.suffix == ".py" and os.path.isfile(path):
             entries.append(str(path))
             node[key] = f"{path.name}:{name}"
     for entry in entries:

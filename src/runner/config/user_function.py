@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from runner.config import code_files, user_code
 from runner.errors import ConfigError, Fault, suggest
+from runner.files import user_path
 
 
 def faults(key: str, function: str, code: Sequence[str], example: str = "") -> Iterator[Fault]:
@@ -70,7 +72,7 @@ def source(key: str, function: str, code: Sequence[str], example: str = "") -> P
         if code_files.module_name(path) == first:
             inside = path.joinpath(*rest)
             candidates = [inside / "__init__.py", inside.with_suffix(".py")] if path.is_dir() else [path]
-            if existing := next((each for each in candidates if each.is_file()), None):
+            if existing := next((each for each in candidates if os.path.isfile(each)), None):
                 return existing.absolute()
     try:
         spec = importlib.util.find_spec(where) if not where.endswith(".py") else None
@@ -118,5 +120,5 @@ def _module(function: str, code: Sequence[str]) -> tuple[str, list[Path]]:
     where = function.rpartition(":")[0]
     paths = [Path(path) for path in code]
     if where.endswith(".py"):
-        return Path(where).stem, paths or [Path(where).expanduser()]
+        return Path(where).stem, paths or [user_path(where)]
     return where, paths

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -136,7 +137,7 @@ def hub(*, path: Text, name: Text | None, split: Text, eval_split: Text | None, 
     Raises:
         DataError: the Hub cannot be reached (detected within seconds), or the dataset is gated or does not exist.
     """
-    commit = revision if _is_offline() or Path(path).exists() else _find_commit(path, revision)
+    commit = revision if _is_offline() or os.path.exists(path) else _find_commit(path, revision)
     train = _load_split(path, name, split, commit)
     held_out = _load_split(path, name, eval_split, commit) if eval_split else None
     marks = [path, commit or "", train._fingerprint, held_out._fingerprint if held_out is not None else ""]
@@ -145,13 +146,13 @@ def hub(*, path: Text, name: Text | None, split: Text, eval_split: Text | None, 
         train=Records(functools.partial(_hub_rows, train, f"{path}[{split}]")),
         eval=None if held_out is None else Records(functools.partial(_hub_rows, held_out, f"{path}[{eval_split}]")),
         digest=hashlib.sha256("\n".join(marks).encode()).hexdigest()[:32],
-        uri=Path(path).resolve().as_uri() if Path(path).exists() else f"hf://datasets/{path}@{commit or 'main'}",
+        uri=Path(path).resolve().as_uri() if os.path.exists(path) else f"hf://datasets/{path}@{commit or 'main'}",
         revision=commit,
     )
 
 
 def check_hub(*, path: str, revision: str | None, **_: object) -> Iterator[Fault]:
-    if revision is not None and Path(path).exists():
+    if revision is not None and os.path.exists(path):
         problem = "applies to Hub datasets only, and data.path is a local folder"
         yield Fault("revision", problem, "set data.revision=null", revision)
 

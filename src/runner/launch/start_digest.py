@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault
+from runner.files import user_path
 from runner.models import model_folder, sources
 from runner.tracking import lookup, origin
 from runner.tracking.rundir import RunDir
@@ -49,18 +51,23 @@ def _teacher(word: str, outputs_dir: Path) -> Path | None:
     Raises:
         ConfigError: no such run or model, or an incomplete one.
     """
-    path = Path(word).expanduser().absolute()
-    if path.is_file() and path.suffix == ".gguf":
+    path = user_path(word).absolute()
+    if os.path.isfile(path) and path.suffix == ".gguf":
         return path
-    if (path / "config.json").is_file() and not RunDir(path.parent).manifest.exists():
+    if os.path.isfile(path / "config.json") and not RunDir(path.parent).manifest.exists():
         model_folder.check(path)
         return path
-    if (path / pinned_weights.ADAPTER).is_file() and not RunDir(path.parent).manifest.exists():
+    if os.path.isfile(path / pinned_weights.ADAPTER) and not RunDir(path.parent).manifest.exists():
         problem = "is an adapter, whose base model and chat template are not known"
         raise ConfigError(Fault("", problem, "name the run that trained it, or a whole model (export RUN --merged)"))
-    if not path.exists() and "/" in word and sources.HUB_ID.fullmatch(word.partition("@")[0]):
+    if not os.path.exists(path) and "/" in word and sources.HUB_ID.fullmatch(word.partition("@")[0]):
         return None
-    return _run(word, path, outputs_dir).path
+    from runner.train import trained_model
+
+    is_of_run = path.name == "model" and RunDir(path.parent).manifest.exists()
+    rundir = RunDir(path.parent) if is_of_run else lookup.resolve_run(word, user_path(outputs_dir))
+    trained_model.refuse_without_model(rundir)
+    return rundir.path
 
 
 def _settle_start(cfg: dict[str, Any]) -> Iterator[Fault]:
@@ -89,13 +96,13 @@ def _folder(word: str, outputs_dir: str) -> Path:
     Raises:
         ConfigError: no such run, or a run without an adapter.
     """
-    path = Path(word).expanduser().absolute()
-    if (path / pinned_weights.ADAPTER).is_file():
+    path = user_path(word).absolute()
+    if os.path.isfile(path / pinned_weights.ADAPTER):
         is_of_run = path.name == "model" and RunDir(path.parent).manifest.exists()
         return path.parent if is_of_run else path
     from runner.train import trained_model
 
-    rundir = lookup.resolve_run(word, Path(outputs_dir).expanduser())
+    rundir = lookup.resolve_run(word, user_path(outputs_dir))
     trained_model.refuse_without_model(rundir)
     if not (rundir.model / pinned_weights.ADAPTER).is_file():
         problem = "trained all weights: it has no adapter to continue"

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import multiprocessing
+import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,7 @@ from annotated_types import Ge, Le
 
 from runner.config.schema import Script, Seed, Text
 from runner.errors import ConfigError, Fault
-from runner.files import cache_dir, locked
+from runner.files import cache_dir, locked, user_path
 from runner.models import gguf_import, model_folder, tiny
 from runner.models.dtypes import Precision, dtype_faults
 from runner.models.kernels import compat
@@ -66,10 +67,10 @@ def pretrained(
     chat_template: Script | None = None,
 ) -> ModelSource:
     """A model folder, a GGUF file, or a model of the Hugging Face Hub."""
-    local = Path(path).expanduser()
-    if local.suffix == ".gguf" and local.is_file():
-        return replace(_from_gguf(local, dtype, attention), chat_template=chat_template)
-    is_local = local.exists()
+    local = user_path(path, "model.path")
+    if local.suffix == ".gguf" and os.path.isfile(local):
+        return _from_gguf(local, dtype, attention)
+    is_local = os.path.exists(local)
     name = local.resolve().name if is_local else path.rpartition("/")[2]
     place = str(local.resolve()) if is_local else path
     return ModelSource(place, revision, dtype, attention, trust_remote_code, name, chat_template=chat_template)
@@ -119,8 +120,8 @@ def check_pretrained(
 ) -> Iterator[Fault]:
     yield from dtype_faults("dtype", dtype)
     yield from _attention_faults(attention)
-    local = Path(path).expanduser()
-    if not local.exists():
+    local = user_path(path, "model.path")
+    if not os.path.exists(local):
         if not HUB_ID.fullmatch(path) or path.startswith("."):
             remedy = "set it to a model folder, a .gguf file, or a Hub id owner/name"
             yield Fault("path", "no such folder or file", remedy, path)

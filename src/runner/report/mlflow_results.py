@@ -6,6 +6,7 @@ for a thousand runs takes longer than the query. Other databases are read with M
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from urllib.parse import urlencode
 
 from runner.config import choices
 from runner.errors import Fault, TrackingError, UnknownNameError, suggest
+from runner.files import user_path
 from runner.report.record import STATUS
 from runner.report.results import Result
 from runner.report.store_lookup import may_be_id, tracking_errors
@@ -131,7 +133,7 @@ def _of_sweeps(rows: Sequence[Row], words: Sequence[str], known: dict[str, str],
         if not matches:
             hint = suggest(word, [*known, *sweeps])
             available = f"experiments: {', '.join(known)}; sweeps: {', '.join(sorted(sweeps)) or 'none'}"
-            if Path(word).expanduser().exists():
+            if os.path.exists(user_path(word)):
                 hint = "to compare folders, leave out uri=…; for runs in this store, use their names there;"
             problem = f"there is no experiment, sweep or run '{word}' in {_plain(uri)}"
             raise UnknownNameError(Fault("", problem, f"{hint} {available}".strip()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import yaml
 from runner import terminal
 from runner.config import code_files, moved, user_code
 from runner.errors import ConfigError, Fault, RunnerError
-from runner.files import cache_dir, locked
+from runner.files import cache_dir, locked, user_path
 from runner.report import store_lookup
 from runner.tracking import lookup, metrics_log, provenance, run_status
 from runner.tracking.checkout import Code
@@ -77,10 +78,10 @@ def find(word: str, outputs_dir: Path, uri: str | None = None) -> Recorded:
         ConfigError: there is no such run, there are several, or its records are incomplete.
         TrackingError: the store cannot be read.
     """
-    path = Path(word).expanduser()
-    if path.is_dir():
+    path = user_path(word)
+    if is_folder := os.path.isdir(path):
         _refuse_runless(path, word)
-    if uri is None or path.is_dir():
+    if uri is None or is_folder:
         return _local(word, outputs_dir)
     try:
         return of_store(word, uri)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from runner import terminal
 from runner.errors import ConfigError, DamagedError, Fault, suggest
+from runner.files import user_path
 from runner.tracking.naming import short_name
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir, sweep_of
@@ -79,7 +80,7 @@ def meant(word: str, outputs_dir: Path) -> list[tuple[RunDir | SweepDir, bool]]:
     try:
         return [(resolve(word, outputs_dir), True)]
     except ConfigError:
-        folders = [path for path in (Path(word).expanduser(), outputs_dir / word) if path.is_dir()]
+        folders = [path for path in (user_path(word), outputs_dir / word) if os.path.isdir(path)]
         contents = [(what, False) for path in folders[:1] for what in scan(path.resolve())]
         if not contents:
             raise
@@ -180,10 +181,10 @@ def _of_run(rundir: RunDir, sweep: str = "") -> Iterator[_Entry]:
 
 
 def _folder(word: str, outputs_dir: Path) -> RunDir | SweepDir | None:
-    for path in (Path(word).expanduser().absolute(), outputs_dir.absolute() / word):
-        if (path / "sweep.json").exists():
+    for path in (user_path(word).absolute(), outputs_dir.absolute() / word):
+        if os.path.exists(path / "sweep.json"):  # False for a name that is too long for a folder, as a label may be
             return SweepDir(path.resolve())
-        if (path / "state.json").exists() or (path / "manifest.json").exists():
+        if os.path.exists(path / "state.json") or os.path.exists(path / "manifest.json"):
             return RunDir(path.resolve())
     return None
 

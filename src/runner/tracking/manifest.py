@@ -17,7 +17,7 @@ import yaml
 from runner.config import code_files, data_nodes, moved, pinned_weights, user_code
 from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
-from runner.files import write_atomic
+from runner.files import user_path, write_atomic
 from runner.secrets import redact, take_credentials
 from runner.tracking import checkout, origin, provenance, recovery
 from runner.tracking.naming import default_name
@@ -53,15 +53,19 @@ def identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def freeze(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration for config.yaml, with absolute local paths."""
     frozen = json.loads(json.dumps(cfg))
-    frozen["outputs_dir"] = os.path.abspath(os.path.expanduser(cfg["outputs_dir"]))
+    frozen["outputs_dir"] = os.path.abspath(user_path(cfg["outputs_dir"], "outputs_dir"))
     sets = [each for group in data_nodes.GROUPS for each in data_nodes.named(frozen["data"], group).values()]
-    for node, key in [(node, key) for node in (frozen["data"], *sets) for key in ("path", "eval_path")] + [
-        (frozen["model"], "path")
-    ]:
+    for node, key in [*((node, key) for node in (frozen["data"], *sets) for key in ("path", "eval_path")),
+                      (frozen["model"], "path")]:  # fmt: skip
         value = node.get(key)
-        if isinstance(value, str) and (os.path.exists(os.path.expanduser(value)) or glob.glob(value)):
-            node[key] = os.path.abspath(os.path.expanduser(value))
+        if isinstance(value, str) and _is_local(path := os.path.expanduser(value)):
+            node[key] = os.path.abspath(path)
     return dict(frozen)
+
+
+def _is_local(path: str) -> bool:
+    """Whether the path exists on this machine, or is a glob that matches a file; ``**``: any number of folders."""
+    return os.path.exists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))
 
 
 def keep_credentials(cfg: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import pinned_weights
-from runner.files import read_json, write_atomic
-from runner.tracking import naming, provenance
+from runner.files import read_json, user_path, write_atomic
+from runner.tracking import provenance
 from runner.tracking.rundir import RunDir
 
 FIELD = "came_from"
@@ -29,7 +29,7 @@ def came_from(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
     path = cfg["model"].get("path")
     if not isinstance(path, str):
         return []
-    folder = Path(path).expanduser()
+    folder = user_path(path, "model.path")
     if folder.name == "model" and RunDir(folder.parent).manifest.exists():
         return entry("model.path", folder.parent)
     if not (folder / EXPORTED).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from runner import terminal
 from runner.config import user_code
 from runner.config.check import LIMITS
 from runner.errors import ConfigError, Fault, ResumeError
+from runner.files import user_path
 from runner.tracking import lookup, manifest, recovery
 from runner.tracking.rundir import RunDir
 
@@ -128,8 +130,10 @@ def make(folder: Path, *, is_new: bool = False) -> tuple[Path, list[Path]]:
 
 
 def folder_of(cfg: dict[str, Any]) -> Path:
-    folder = Path(cfg["resume"]).expanduser()
-    return folder.resolve() if folder.is_dir() else lookup.resolve_run(cfg["resume"], Path(cfg["outputs_dir"])).path
+    folder = user_path(cfg["resume"], "resume")
+    if os.path.isdir(folder):
+        return folder.resolve()
+    return lookup.resolve_run(cfg["resume"], Path(cfg["outputs_dir"])).path
 
 
 def _twin_or_new(cfg: dict[str, Any], composed: Path, *, named: bool) -> Path:

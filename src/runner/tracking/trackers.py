@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from runner.config.schema import Positive, Text
 from runner.errors import Fault, suggest
+from runner.files import user_path
 from runner.secrets import redact
 
 DRIVERS = {"sqlite": "sqlite3", "postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
@@ -69,7 +70,7 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check a tracker together with the rest of the configuration."""
     if "uri" not in cfg["tracking"] or cfg["tracking"]["uri"] is not None:
         return
-    folder = Path(cfg["outputs_dir"]).expanduser().absolute()
+    folder = user_path(cfg["outputs_dir"], "outputs_dir").absolute()
     if used := [character for character in NOT_IN_PATH if character in str(folder)]:
         problem = f"MLflow cannot open a database in a folder with {' or '.join(map(repr, used))} in its path"
         remedy = "choose another folder, or set tracking=offline, or tracking.uri to a server"
@@ -78,7 +79,7 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
 
 def store_uri(tracking: Tracking, outputs_dir: str | Path) -> str:
     """URI of the MLflow store of a run: the configured one, else the embedded database in ``outputs_dir``."""
-    return tracking.uri or f"sqlite:///{Path(outputs_dir).expanduser().absolute() / 'mlflow.db'}"
+    return tracking.uri or f"sqlite:///{user_path(outputs_dir).absolute() / 'mlflow.db'}"
 
 
 def _name_faults(experiment: str, run_name: str | None) -> Iterator[Fault]:
