@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from runner import PACKAGE
 from runner.errors import visible
 from runner.secrets import redact
 
@@ -57,7 +58,7 @@ def quiet_libraries() -> None:
 def _is_ours(record: logging.LogRecord) -> bool:
     """Filter of the terminal: messages of ``runner``, and warnings raised in its code. train.log has all of them."""
     if record.name == "py.warnings":
-        return f"{os.sep}runner{os.sep}" in record.getMessage().partition(": ")[0]
+        return record.getMessage().startswith(f"{PACKAGE}{os.sep}")
     return record.name.partition(".")[0] == "runner" and not hasattr(record, "quiet")
 
 

@@ -91,7 +91,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("bad literal", ["model.dtype=bf16"], "allowed: one of"),
     ("bad literal in the task", ["task.train_on=asistant"], "did you mean 'assistant'"),
     ("missing value", ["data=local"], "data.path: needs a value"),
-    ("two ends of the training", ["train.num_train_epochs=2"], "both limit the training"),
+    ("two ends of the training", ["train.num_train_epochs=2"], "has 2 stopping criteria, and can have one"),
     ("a usual name for the learning rate", ["lr=1e-4"], "did you mean optim.learning_rate"),
     ("a key of another option", ["model.path=/models/llama"], "model=local"),
     ("nothing ends the training", ["train.max_steps=null"], "no stopping criterion"),

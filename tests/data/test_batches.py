@@ -7,27 +7,19 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from fixtures.documents import batches, own_cache
+from fixtures.documents import batches, documents, own_cache
 
 from runner.data.batches import PADDED_TO
 from runner.data.collator import Batch
+from runner.data.examples import Answers
 from runner.data.packing import IGNORED, Rows, pack
 from runner.errors import ConfigError
 
 # --- packing and batches
-
-
-def documents(seed: int = 0, count: int = 57, longest: int = 40) -> Rows:
-    """Rows whose every token names its document (hundreds) and its place; the first third of each is masked."""
-    lengths = np.random.default_rng(seed).integers(2, longest + 1, count)
-    ids = np.concatenate([100 * (number + 1) + np.arange(length) for number, length in enumerate(lengths)])
-    masked = np.concatenate([np.arange(length) < length // 3 for length in lengths])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    labels = np.where(masked, IGNORED, ids).astype(np.int32)
-    return Rows(ids.astype(np.int32), labels, offsets, pack(lengths, longest))
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -150,3 +142,15 @@ def test_efficiency_is_useful_tokens_for_each_slot(packing):
     passed = list(made.one_pass())
     slots = sum(batch["input_ids"].numel() for batch in passed)
     assert made.efficiency == pytest.approx(sum(batch["tokens"] for batch in passed) / slots)
+
+
+def test_the_heaviest_batch_of_prompts_has_the_longest_one_though_rows_before_it_are_left_out():
+    """Packs are numbered without the rows whose prompt is held out elsewhere."""
+    lengths = (3, 4, 9)
+    rows = Rows.of([(np.full(length, length, np.int32), np.full(length, IGNORED, np.int32)) for length in lengths])
+    rows = replace(rows, packs=rows.packs.without(np.array([True, False, False])))
+    made = batches(rows, packing=False, rows_per_batch=1, accumulation=1, answers=Answers(2, most_tokens=5))
+    heaviest = made.heaviest()
+    assert heaviest["tokens"] == 2 * (9 + 5)
+    assert heaviest["trained"] == 2 * 5
+    assert heaviest["input_ids"].numel() <= made.largest.tokens

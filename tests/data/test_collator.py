@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from fixtures.documents import batches, own_cache
+from fixtures.documents import batches, documents, own_cache
 
 from runner.data.batches import PADDED_TO
 from runner.data.collator import Batch
@@ -18,18 +18,8 @@ from runner.data.packing import IGNORED, Rows, pack
 from runner.errors import ConfigError
 
 
-def documents(seed: int = 0, count: int = 57, longest: int = 40) -> Rows:
-    """Rows whose every token names its document (hundreds) and its place; the first third of each is masked."""
-    lengths = np.random.default_rng(seed).integers(2, longest + 1, count)
-    ids = np.concatenate([100 * (number + 1) + np.arange(length) for number, length in enumerate(lengths)])
-    masked = np.concatenate([np.arange(length) < length // 3 for length in lengths])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    labels = np.where(masked, IGNORED, ids).astype(np.int32)
-    return Rows(ids.astype(np.int32), labels, offsets, pack(lengths, longest))
-
-
 @pytest.mark.parametrize("layout", ["packed", "padded", "end to end"])
-def test_the_ends_of_documents_and_the_trained_positions_are_told(layout):
+def test_a_batch_has_the_ends_of_its_documents_and_the_trained_positions(layout):
     made = batches(documents(), packing=layout == "packed", max_length=40)
     made = made.laid_end_to_end() if layout == "end to end" else made
     for batch in made.one_pass():

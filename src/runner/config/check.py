@@ -119,8 +119,8 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         remedy = f"set one of {', '.join(f'train.{key}' for key in LIMITS)}"
         yield Fault("train", "no stopping criterion", remedy)
     if len(limits) > 1:
-        remedy = f"keep one and set the others to null, as in {limits[1]}={train[limits[1][6:]]} {limits[0]}=null"
-        yield Fault("train", f"{' and '.join(limits)} both limit the training", remedy)
+        remedy = f"keep one and set the others to null: {' '.join(f'{key}=null' for key in limits[:-1])}"
+        yield Fault("train", f"has {len(limits)} stopping criteria, and can have one: {', '.join(limits)}", remedy)
     yield from control.faults(cfg)
     yield from combinations.faults(cfg)
     task = bind.bind(cfg["task"], "task")()

@@ -106,7 +106,7 @@ SENTENCES = {
     "accelerator": "a GPU is used when there is one; leave the key out (CUDA_VISIBLE_DEVICES= hides the GPUs)",
     "tags": "a run has a name (name=…) and its options as params; set other tags in MLflow's pages",
     "overwrite_output_dir": "every run gets a folder of its own; leave the key out",
-    "load_best_model_at_end": "the result is that of the last step; leave the key out",
+    "load_best_model_at_end": "set train.metric_for_best_model, for example to eval/loss, and train.eval_steps",
     "push_to_hub": "python -m runner export RUN writes a folder that you can upload; leave the key out",
     "do_train": "python -m runner trains, python -m runner evaluate RUN evaluates; leave the key out",
     "do_eval": "the held-out rows are evaluated before and after; more often with train.eval_steps",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import code_files, user_code
-from runner.errors import ConfigError, Fault, suggest
+from runner.errors import ConfigError, Fault, first_line, suggest
 from runner.files import user_path
 
 
@@ -28,12 +28,16 @@ def faults(key: str, function: str, code: Sequence[str], example: str = "") -> I
     """
     name = function.rpartition(":")[2]
     try:
-        tree = ast.parse(source(key, function, code, example).read_text(encoding="utf-8"))
+        tree = ast.parse(source(key, function, code, example).read_bytes())
     except ConfigError as error:
         yield from error.faults
         return
-    except SyntaxError as error:
-        yield Fault(key, f"is not Python: {error.msg} (line {error.lineno})", "correct the file", function)
+    except SyntaxError as error:  # also for bytes in another encoding than the file declares
+        where = f" (line {error.lineno})" if error.lineno else ""
+        yield Fault(key, f"is not Python: {error.msg}{where}", "correct the file", function)
+        return
+    except (OSError, ValueError) as error:  # ValueError: NUL bytes
+        yield Fault(key, f"cannot be read: {first_line(error)}", "correct the file, or its permissions", function)
         return
     bound = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     bound |= {alias.asname or alias.name for n in tree.body if isinstance(n, ast.ImportFrom) for alias in n.names}
@@ -53,7 +57,7 @@ def source_text(function: str, code: Sequence[str]) -> str:
     is_own = code or function.rpartition(":")[0].endswith(".py")
     beside = [path for _, path in code_files.files([file]) if path != file] if is_own else []
     parts = [f"{path.relative_to(file.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in beside]
-    return "\0".join([file.read_text(encoding="utf-8"), *parts])
+    return "\0".join([file.read_text(encoding="utf-8", errors="backslashreplace"), *parts])
 
 
 def source(key: str, function: str, code: Sequence[str], example: str = "") -> Path:

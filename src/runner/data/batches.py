@@ -189,7 +189,7 @@ class Batches:
         assert self.answers is not None
         longest = np.argsort(self.sizes, kind="stable")[-self.rows_per_batch :].tolist()
         filler = np.full(self.answers.most_tokens, self.pad_id, dtype=np.int32)
-        prompts = [self.rows[row][0] for row in longest for _ in range(self.answers.per_row)]
+        prompts = [self.rows[row][0] for row in self.rows_in(longest) for _ in range(self.answers.per_row)]
         documents = [
             (np.concatenate([ids, filler]), np.concatenate([np.full_like(ids, IGNORED), filler])) for ids in prompts
         ]

@@ -122,13 +122,13 @@ def of_folder(rundir: RunDir) -> Recorded:
         patch = _text_of(rundir.dirty_diff) if rundir.dirty_diff.exists() else ""
         records = metrics_log.read(rundir)
         curves, lost = _curves(records), metrics_log.lost_of(state, records, config)
+        if "weights_sha256" not in manifest and rundir.model.is_dir():
+            manifest["weights_sha256"] = provenance.weights_digest(rundir.model)
     except RunnerError as error:
         raise ConfigError(*error.faults) from error
     except lookup.DAMAGED as error:
         problem = f"the files of {where} are damaged ({type(error).__name__}: {error})"
-        raise ConfigError(Fault("", problem, "restore manifest.json and state.json, or name another run")) from error
-    if "weights_sha256" not in manifest and rundir.model.is_dir():
-        manifest["weights_sha256"] = provenance.weights_digest(rundir.model)
+        raise ConfigError(Fault("", problem, "restore the damaged file, or name another run")) from error
     name = str(manifest.get("name") or rundir.path.name)
     return Recorded(name, where, config, manifest, state.status, curves, patch, rundir.path, lost, is_of_first(rundir))
 
