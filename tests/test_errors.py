@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
-from runner import log_handlers, terminal
 from runner.errors import LONGEST, Fault, quoted, visible
 
 
@@ -20,15 +17,3 @@ def test_a_fault_shows_what_it_quotes():
     assert len(str(Fault("", "x" * 10**6))) == LONGEST
     assert quoted("a" * 100, 10) == "'aaaaaaaaa…'"
     assert (quoted("a\nb"), quoted(0.5), quoted(None)) == ("'a\\nb'", "0.5", "None")
-
-
-def test_the_terminal_and_the_log_show_them_likewise(tmp_path, capsys):
-    with log_handlers.logging_to(tmp_path / "train.log"):
-        terminal.say("a\x1b[31mb")
-        terminal.table("t\x1b", ["c"], [["d\x1b[0m"]])
-        logging.getLogger("runner").warning("w\x1b[1m")
-        terminal.header({"data": "h\x1b"})
-    printed = capsys.readouterr()
-    for text in (printed.out + printed.err, (tmp_path / "train.log").read_text()):
-        assert "\x1b" not in text
-        assert all(escaped in text for escaped in ("a\\x1b[31mb", "d\\x1b[0m", "w\\x1b[1m", "h\\x1b"))

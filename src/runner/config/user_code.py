@@ -154,10 +154,7 @@ def patch(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     first, second = (dict(files(paths_of(cfg))) for cfg in (ours, theirs))
     lines: list[str] = []
     for name in sorted(first.keys() | second.keys()):
-        texts = [
-            side[name].read_text(encoding="utf-8", errors="backslashreplace").splitlines() if name in side else []
-            for side in (first, second)
-        ]
+        texts = [_lines(side[name]) if name in side else [] for side in (first, second)]
         lines += difflib.unified_diff(texts[0], texts[1], f"a/{name}", f"b/{name}", lineterm="")
     return "\n".join([*lines, ""]) if lines else ""
 
