@@ -6,6 +6,7 @@ for a thousand runs takes longer than the query. Other databases are read with M
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from runner.report.store_lookup import may_be_id, tracking_errors
 from runner.secrets import take_credentials
 from runner.tracking.metrics_log import last_values
 from runner.tracking.mlflow import rest, store
+from runner.tracking.mlflow.tags import MODEL_METRICS
 
 MOST_RUNS = 50_000
 """The largest page size of MLflow."""
@@ -151,6 +153,7 @@ def _result(row: Row) -> Result:
     params, implied = choices.named(row.params, {**choices.of_overrides(row.name.split(",")), **row.params})
     folder = tags.get("runner.folder", "")
     finite = {name: value for name, value in row.metrics.items() if abs(value) < store.INFINITY}
+    selected = json.loads(tags.get(MODEL_METRICS) or "{}")
     return Result(
         run=row.run_id[:SHOWN_ID],
         label=row.name,
@@ -158,7 +161,7 @@ def _result(row: Row) -> Result:
         reason=tags.get("runner.reason", ""),
         params=params,
         implied=implied,
-        metrics=last_values([{"step": 0, "time": 0, **finite}]),
+        metrics=last_values([{"step": 0, **finite, **selected}]),
         sweep=tags.get("runner.sweep", ""),
         folder=folder if folder and Path(folder).is_dir() else "",
         mlflow_id=row.run_id,

@@ -87,7 +87,8 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
             params, implied = choices.named(flat, manifest.choices(run.manifest))
             later = [{"step": r["step"], **r["metrics"]} for r in metrics_log.read_evaluations(rundir)]
             records = metrics_log.read(rundir)
-            metrics = last_values([*records, *_of_best(state), *later])
+            selected = {"step": state.model_step, **metrics_log.of_model(state, records)}
+            metrics = last_values([*records, selected, *later])
             if lost := metrics_log.lost_of(state, records, config):
                 reason, metrics = lost, _without_lost(state, metrics, last_values(later))
         except (RunnerError, *lookup.DAMAGED) as error:
@@ -115,14 +116,6 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
         came_from=origin.chain(run.manifest),
         held_out_rows=((run.manifest.get("data") or {}).get("report") or {}).get("eval_rows"),
     )
-
-
-def _of_best(state: State) -> list[dict[str, Any]]:
-    """A record with the metrics of the weights in ``model``, if those are not the last ones."""
-    if state.model_step == state.step:
-        return []
-    named = {name: each for name, each in state.summary.items() if name.startswith("eval/") and " " not in name}
-    return [{"step": state.model_step, **named}]
 
 
 def _without_lost(state: State, metrics: dict[str, float], later: dict[str, float]) -> dict[str, float]:

@@ -151,6 +151,14 @@ def last_values(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
 
+def of_model(state: State, records: Iterable[Record]) -> dict[str, float]:
+    """The evaluation of the weights in the folder ``model``: metric → value; empty if those are the last weights."""
+    if state.model_step == state.step:
+        return {}
+    evaluations = (record for record in records if record["step"] == state.model_step)
+    return {name: value for each in evaluations for name, value in each.items() if name.startswith("eval/")}
+
+
 def before_and_after(summary: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Metric → its value before and after training, from the summary of a run: the loss, and what its task chose."""
     names = [key.removesuffix(" before") for key in summary if key.endswith(" before")]

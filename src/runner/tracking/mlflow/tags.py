@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shlex
 from typing import Any
 
 from runner.tracking import origin
 from runner.tracking.machine import user
-from runner.tracking.metrics_log import before_and_after
+from runner.tracking.metrics_log import before_and_after, of_model, read
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import State
 
 PARENT_TAG, KIND_TAG = "mlflow.parentRunId", "runner.kind"
+MODEL_METRICS = "runner.model_metrics"
+"""The evaluation of the weights in ``model`` as JSON, if they are not the last ones: MLflow shows the last values."""
 
 
 def of_run(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, Any]:
@@ -27,6 +31,7 @@ def of_run(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, 
         "runner.status": state.status,
         "runner.reason": state.reason,
         "runner.best_step": state.summary.get("best step"),
+        MODEL_METRICS: _model_metrics(rundir, state),
         "runner.task_metrics": " ".join(before_and_after(state.summary)),
         "runner.attempt": state.attempt,
         "runner.folder": str(rundir.path),
@@ -51,6 +56,13 @@ def of_run(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, 
 def source_name(command: str | list[str]) -> str:
     """The command for MLflow's column Source, which shows only what follows the last slash: so without folders."""
     return re.sub(r"[^\s=,:;()\[\]{}'\"]*/", "", _line(command))
+
+
+def _model_metrics(rundir: RunDir, state: State) -> str:
+    if state.model_step == state.step:
+        return ""
+    metrics = of_model(state, read(rundir))
+    return json.dumps({name: value for name, value in metrics.items() if math.isfinite(value)})
 
 
 def _line(command: str | list[str]) -> str:
