@@ -18,7 +18,7 @@ def test_control_characters_are_escaped_on_the_terminal_and_in_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     with log_handlers.logging_to(tmp_path / "train.log"):
-        terminal.say("a\x1b[31mb")
+        terminal.print_line("a\x1b[31mb")
         terminal.table("t\x1b", ["c"], [["d\x1b[0m"]])
         logging.getLogger("runner").warning("w\x1b[1m")
         terminal.header({"data": "h\x1b"})
@@ -40,7 +40,7 @@ def test_no_secret_gets_into_the_log_or_the_terminal(
             raise ValueError(f"bad header {os.environ['HF_TOKEN']}")
         except ValueError as error:
             log.error("it failed", exc_info=error)
-        terminal.say(f"next     {TOKEN}")
+        terminal.print_line(f"next     {TOKEN}")
     out, err = capfd.readouterr()
     written = (tmp_path / "train.log").read_text()
     for text in (written, err, out):

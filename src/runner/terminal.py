@@ -147,7 +147,7 @@ class Stopwatch:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began - inner
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line to stdout and write it to the log."""
     text = visible(redact(text))
     print(text)
@@ -182,7 +182,7 @@ def nearest(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def told_apart(names: Sequence[str], width: int) -> list[str]:
+def distinct_names(names: Sequence[str], width: int) -> list[str]:
     """The names cut to ``width`` characters; names that would become equal lose their common beginning instead."""
     short = {name: name if len(name) <= width else name[: width - 1] + "…" for name in names}
     for equal in {text: [name for name in short if short[name] == text] for text in short.values()}.values():
@@ -190,7 +190,7 @@ def told_apart(names: Sequence[str], width: int) -> list[str]:
             pairs = zip(min(equal), max(equal), strict=False)
             prefix = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             start = max(prefix.rfind(mark) + 1 for mark in ",/ ") or len(prefix)
-            endings = told_apart([name[start:] for name in equal], width - 1)
+            endings = distinct_names([name[start:] for name in equal], width - 1)
             short |= {name: f"…{text.lstrip('…')}" for name, text in zip(equal, endings, strict=True)}
     return [short[name] for name in names]
 

@@ -123,7 +123,7 @@ def _from_store(uri: str, names: list[str]) -> _Source:
 
 
 def _from_folders(names: Sequence[str], outputs_dir: Path) -> _Source:
-    matches = [folder for name in names for folder, _ in lookup.meant(name, outputs_dir)]
+    matches = [folder for name in names for folder, _ in lookup.resolve_or_scan(name, outputs_dir)]
     folders = {folder.path: folder for folder in (matches if names else _latest(outputs_dir))}
     rundirs = {
         rundir.path: rundir for folder in folders.values() for rundir in (

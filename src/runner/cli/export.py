@@ -70,11 +70,13 @@ def main(argv: list[str]) -> int:
             model_card.text(run.rundir, order.kinds, base, notes, is_chat=run.is_chat, head=run.options.task.head)
         )
     for name, note in notes.items():
-        terminal.say(f"{name:<8} {note}")
+        terminal.print_line(f"{name:<8} {note}")
     files = sorted(order.folder.iterdir())
     size = sum(path.stat().st_size for path in files)
-    terminal.say(f"export   {terminal.nearest(order.folder)}  ({', '.join(order.kinds)}, {size / 2**20:.1f} MiB)")
-    terminal.say(f"load     see {terminal.nearest(order.folder / 'README.md')}")
+    terminal.print_line(
+        f"export   {terminal.nearest(order.folder)}  ({', '.join(order.kinds)}, {size / 2**20:.1f} MiB)"
+    )
+    terminal.print_line(f"load     see {terminal.nearest(order.folder / 'README.md')}")
     return 0
 
 

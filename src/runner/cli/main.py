@@ -159,7 +159,7 @@ def _show_with_hydra(args: Any, argv: list[str]) -> int:
         _complete_verbs()
     sys.argv = ["runner", *argv]
     with compose.opened(args) as opened:
-        translate = hydra_errors.told(opened, args)
+        translate = hydra_errors.as_config_errors(opened, args)
     with translate:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=hydra_errors.CONFIG_NAME)(
             lambda _: None

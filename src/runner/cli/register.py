@@ -119,7 +119,7 @@ def _register(run: Trained, location: _Location, mlflow_run: Run, name: str, *, 
         folder = Path(aside, "model")
         folder.mkdir()
         check = merge.write(run, folder, None)
-        terminal.say(f"check    {check.notes()['check']}")
+        terminal.print_line(f"check    {check.notes()['check']}")
         base = str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
         card = model_card.text(
             run.rundir, ("model",), base, check.notes(), is_chat=run.is_chat, head=run.options.task.head
@@ -227,10 +227,10 @@ def _takes_pairs(run: Trained) -> bool:
 def _print_usage(location: _Location, name: str, version: str, alias: str | None, *, takes_pairs: bool) -> None:
     model = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     uri = take_credentials(location.uri)[0]
-    terminal.say(f"version  {version} of {name}" + (f", alias {alias}" if alias else ""))
+    terminal.print_line(f"version  {version} of {name}" + (f", alias {alias}" if alias else ""))
     pair = 'pandas.DataFrame({"prompt": ["Hello!"], "answer": ["Hi!"]})'
     libraries, given = ("mlflow, pandas", pair) if takes_pairs else ("mlflow", '["Hello!"]')
     code = f"import {libraries}; print(mlflow.pyfunc.load_model({json.dumps(model)}).predict({given}))"
     environment = f"MLFLOW_TRACKING_URI={shlex.quote(uri)}"
-    terminal.say(f"load     {environment} python -c {shlex.quote(code)}")
-    terminal.say(f"serve    {environment} mlflow models serve -m {shlex.quote(model)} --env-manager local")
+    terminal.print_line(f"load     {environment} python -c {shlex.quote(code)}")
+    terminal.print_line(f"serve    {environment} mlflow models serve -m {shlex.quote(model)} --env-manager local")

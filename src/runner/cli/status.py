@@ -69,7 +69,7 @@ def _read(args: Args) -> list[Group]:
     """The current status of the named runs and sweeps, in their order; of all, latest first, if none is named."""
     folders: dict[Path, tuple[RunDir | SweepDir, bool]] = {}
     for word in args.words:
-        for folder, is_named in lookup.meant(word, args.outputs_dir):
+        for folder, is_named in lookup.resolve_or_scan(word, args.outputs_dir):
             folders.setdefault(folder.path, (folder, is_named))
     if not args.words:
         folders = {folder.path: (folder, False) for folder in lookup.scan(args.outputs_dir)}
@@ -93,7 +93,7 @@ def _text(groups: Sequence[Group], args: Args) -> str:
         if args.words or args["--all"] or number < LATEST or not group.is_finished
     ]  # fmt: skip
     rows: list[Row] = []
-    labels = iter(terminal.told_apart([run.label for group in shown if group.is_open for run in group.runs], LABEL))
+    labels = iter(terminal.distinct_names([run.label for group in shown if group.is_open for run in group.runs], LABEL))
     for group in shown:
         rows += [Row.of_sweep(group)] if group.sweep else []
         runs = group.runs if group.is_open else []

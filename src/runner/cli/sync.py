@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         ConfigError: a word that names no run, sweep or folder.
     """
     args = VERB.read(argv)
-    folders = [folder.path for name in args.words for folder, _ in lookup.meant(name, args.outputs_dir)]
+    folders = [folder.path for name in args.words for folder, _ in lookup.resolve_or_scan(name, args.outputs_dir)]
     results = sync(folders or [args.outputs_dir], args["uri"], publish.send)
     elsewhere = [result for result in results if result.problem.startswith(ELSEWHERE)]
     results = [result for result in results if result not in elsewhere]

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.config import code_files, data_nodes, overrides, user_code
 from runner.config.bind import config_dir, to_plain
-from runner.config.hydra_errors import CONFIG_NAME, is_choice, told
+from runner.config.hydra_errors import CONFIG_NAME, as_config_errors, is_choice
 from runner.config.job import Job
 from runner.errors import ConfigError, Fault
 from runner.files import user_path
@@ -125,7 +125,7 @@ class Composer:
         """Whether the command line starts several runs: by ``-m``, or by ``hydra.mode``."""
         if self.args.multirun:
             return True
-        with told(self.hydra, self.args):
+        with as_config_errors(self.hydra, self.args):
             return bool(self._composed(self.args.overrides, RunMode.RUN).hydra.mode == RunMode.MULTIRUN)
 
     def single(self) -> Job:
@@ -134,12 +134,12 @@ class Composer:
         Raises:
             ConfigError: an override that names nothing, with the nearest that exists.
         """
-        with told(self.hydra, self.args):
+        with as_config_errors(self.hydra, self.args):
             return self._job(self.args.overrides, RunMode.RUN, 0)
 
     def master(self) -> DictConfig:
         """The configuration that all jobs share: swept keys have their default, swept groups their first option."""
-        with told(self.hydra, self.args):
+        with as_config_errors(self.hydra, self.args):
             composed = self._composed([*self.fixed, *self._first_choices()], RunMode.MULTIRUN)
             self._number(composed, 0)  # a path may contain it
             overrides.refuse_paths(composed)
@@ -164,7 +164,7 @@ class Composer:
             problem, remedy = "is a range without steps", "search=random, tpe or asha draw from it; or write range(…)"
             raise ConfigError(*(Fault(_key(text), problem, remedy, text.partition("=")[2]) for text in endless))
         overrides.refuse_counts(self.parser.parse_overrides(self.swept))
-        with told(self.hydra, self.args):
+        with as_config_errors(self.hydra, self.args):
             (batch,) = BasicSweeper.split_arguments(self.parser.parse_overrides(list(arguments)), None)
         return [list(each) for each in batch]
 
@@ -174,7 +174,7 @@ class Composer:
         Raises:
             ConfigError: it is no override, or has several values.
         """
-        with told(self.hydra, self.args):
+        with as_config_errors(self.hydra, self.args):
             override = self.parser.parse_override(text)
         if override.is_sweep_override():
             raise ConfigError(
@@ -193,7 +193,7 @@ class Composer:
         Raises:
             ConfigError: naming them all.
         """
-        with told(self.hydra, self.args):
+        with as_config_errors(self.hydra, self.args):
             parsed = [each for each in self.parser.parse_overrides(self.args.overrides) if each.is_sweep_override()]
         faults = [
             Fault(
@@ -218,7 +218,7 @@ class Composer:
     @functools.cached_property
     def swept(self) -> list[str]:
         """The overrides of the command line that have several values."""
-        with told(self.hydra, self.args):
+        with as_config_errors(self.hydra, self.args):
             swept = [text for text in self.args.overrides if self.parser.parse_override(text).is_sweep_override()]
         overrides.refuse_repeated(swept, self.args.overrides)
         return swept
@@ -230,7 +230,7 @@ class Composer:
 
     def jobs(self, batch: Sequence[Sequence[str]], first: int = 0) -> list[Job]:
         """One job for each list of overrides; ``first`` is the number of the first one."""
-        with told(self.hydra, self.args):
+        with as_config_errors(self.hydra, self.args):
             jobs = [self._job(list(each), RunMode.MULTIRUN, number) for number, each in enumerate(batch, first)]
         self._refuse_differing(jobs)
         return jobs

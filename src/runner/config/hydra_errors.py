@@ -24,7 +24,7 @@ CONFIG_NAME = "config"
 
 
 @contextmanager
-def told(hydra: Hydra, args: argparse.Namespace) -> Iterator[None]:
+def as_config_errors(hydra: Hydra, args: argparse.Namespace) -> Iterator[None]:
     """Turn Hydra's and OmegaConf's complaints into ours."""
     try:
         yield

@@ -39,7 +39,7 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
             raise ConfigError(Fault(KEY, "is not where your code is", REMEDY, dict(cfg[KEY])))
         return
     refuse_given(cfg)
-    entries = given(cfg)
+    entries = entries_of(cfg)
     faults: list[Fault] = []
     paths: dict[str, Path] = {}
     for node, key in _functions_named(cfg):
@@ -70,7 +70,7 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     attach(cfg, list(paths.values()))
 
 
-def given(cfg: Mapping[str, Any]) -> list[str]:
+def entries_of(cfg: Mapping[str, Any]) -> list[str]:
     """The entries of ``code``: a text, a list of texts, or null; of another type none, which checking reports."""
     value = cfg.get(KEY)
     entries = value if isinstance(value, list) else [value]

@@ -117,7 +117,7 @@ def text_of(value: object, what: str) -> str:
     return value
 
 
-def said(role: str, content: object, what: str) -> Message:
+def message_of(role: str, content: object, what: str) -> Message:
     """A message with this text; ``what``: its name in an error."""
     return {"role": role, "content": text_of(content, what)}
 
@@ -131,7 +131,7 @@ def with_system(row: Row, key: str | None, turns: list[Message]) -> list[Message
     content = row.get(key) if key is not None else None
     if content is None or content == "":
         return turns
-    prompt = said("system", content, f"the text under '{key}'")
+    prompt = message_of("system", content, f"the text under '{key}'")
     if turns and turns[0]["role"] == "system":
         problem = f"has two system prompts: the key '{key}', and the first message"
         remedy = "leave one out; data.format.system=null leaves out the key"

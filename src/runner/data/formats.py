@@ -74,8 +74,8 @@ def alpaca(
     refuse_unused(row, (), used, ignore=_with_system(ignore or [], system), offers=offers)
     question = f"{question}\n\n{extra}" if extra.strip() else question
     exchange = [
-        conversation.said("user", question, "the question"),
-        conversation.said("assistant", answer, "the answer"),
+        conversation.message_of("user", question, "the question"),
+        conversation.message_of("assistant", answer, "the answer"),
     ]
     return conversation.example(row, conversation.checked(with_system(row, system, exchange)), ignore or [])
 

@@ -38,7 +38,7 @@ def prompts(row: Row, *, prompt: Text, messages: Text, answer: Text, ignore: lis
         problem = "the prompt ends with an answer" if turns else "the prompt is empty"
         raise DataError(Fault("", problem, "leave the last answer out: the model writes it"))
     conversation.refuse_empty(turns)
-    conversation.checked([*turns, conversation.said("assistant", "an answer", "the answer")])
+    conversation.checked([*turns, conversation.message_of("assistant", "an answer", "the answer")])
     columns = {name: value for name, value in row.items() if name != key}
     if taken := columns.keys() & {*ARGUMENTS}:
         problem = f"has a column {quoted(min(taken))}, but reward functions get their own argument of that name"

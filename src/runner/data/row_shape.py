@@ -110,7 +110,7 @@ def text_or_messages(row: Row, name: str, parameter: str, key: str, role: str, i
     if WRITTEN_LIST.match(value):
         problem = f"the text under '{key}' is a list of messages, written as text"
         raise DataError(Fault("", problem, "write a list, in a jsonl or parquet file"))
-    return [conversation.said(role, value, f"the {parameter}")]
+    return [conversation.message_of(role, value, f"the {parameter}")]
 
 
 def misfit(row: Row, name: str, parameter: str, key: str, problem: str = "") -> DataError:

@@ -138,7 +138,7 @@ def _named(results: Sequence[Result], board: Leaderboard) -> dict[int, tuple[str
     place = {id(result): number for number, result in enumerate(board.results, 1)}
     chosen.sort(key=lambda result: place[id(result)])
     colours = iter(COLOURS[1:])
-    labels = terminal.told_apart([result.label for result in chosen], LABEL)
+    labels = terminal.distinct_names([result.label for result in chosen], LABEL)
     return {
         id(result): (BEST if result is board.best else next(colours), f"{place[id(result)]}  {label}")
         for result, label in zip(chosen, labels, strict=True)

@@ -96,7 +96,7 @@ def _only(matches: list[_Head], latest: list[_Head], word: str, uri: str) -> _He
 
 
 def _listed(heads: Sequence[_Head]) -> str:
-    names = terminal.told_apart([head.name for head in heads[:SHOWN]], lookup.WIDEST)
+    names = terminal.distinct_names([head.name for head in heads[:SHOWN]], lookup.WIDEST)
     lines = (f"{head.run_id}  {name}  {head.status}" for head, name in zip(heads, names, strict=False))
     return redact("".join(f"\n      {line}" for line in lines))
 

@@ -83,7 +83,7 @@ def planned(composer: Composer, settings: algorithms.Search) -> Job:
         raise space.explained(error, dimensions) from error
     algorithms.refuse_unlogged(settings, jobs[0].cfg)
     over = ", ".join(f"{each.key}={each.text}" for each in dimensions)
-    terminal.say(f"search={settings.kind} proposes {settings.trials} runs over {over}; one of them:")
+    terminal.print_line(f"search={settings.kind} proposes {settings.trials} runs over {over}; one of them:")
     return jobs[0]
 
 

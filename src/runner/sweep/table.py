@@ -23,13 +23,15 @@ def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
             reasons.append(f"{run.status}  {label or rundir.path.name}: {run.reason}")
     terminal.table("sweep", ["run", "status", "held-out loss", "folder"], rows)
     for reason in reasons:  # below the table: line breaks in a column would make reasons hard to read and to search
-        terminal.say(reason)
+        terminal.print_line(reason)
     home = terminal.nearest(home_of(runs[0][1]))
     states = {run.status for run in statuses}
     if is_detached or any(run.is_live for run in statuses):
-        terminal.say(f"next     python -m runner status {home}")
+        terminal.print_line(f"next     python -m runner status {home}")
     elif states <= set(DONE):
-        terminal.say(f"next     python -m runner compare {home}")
+        terminal.print_line(f"next     python -m runner compare {home}")
     else:
         again = "the same command with retry=true" if "failed" in states else "the same command again"
-        terminal.say(f"next     {again} (completed runs are skipped); python -m runner logs RUN shows why a run failed")
+        terminal.print_line(
+            f"next     {again} (completed runs are skipped); python -m runner logs RUN shows why a run failed"
+        )

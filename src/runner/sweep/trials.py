@@ -85,7 +85,7 @@ class Trials:
         missing = [metric for metric, value in values.items() if value is None]
         if trials and state.status == "completed" and missing:
             names = " and ".join(missing)
-            terminal.say(f"{rundir.path.name} is completed but counts as failed: it has not logged {names}")
+            terminal.print_line(f"{rundir.path.name} is completed but counts as failed: it has not logged {names}")
         for trial in trials:
             if state.status == "completed" and not missing:
                 self.study.tell(trial, [value for value in values.values() if value is not None])
@@ -116,13 +116,13 @@ class Trials:
         has_completed = any(trial.state == TrialState.COMPLETE for trial in self._trials())
         states = self._last_states()
         counts = {state.name.lower(): states.count(state) for state in TrialState}
-        terminal.say("search   " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+        terminal.print_line("search   " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
         for best in self.study.best_trials if has_completed else []:
             values = ", ".join(f"{m} {v:.6g}" for m, v in zip(self.settings.objectives, best.values, strict=True))
-            terminal.say(f"best     {values}  {self._label(best.params)}  {best.user_attrs.get('folder', '')}")
+            terminal.print_line(f"best     {values}  {self._label(best.params)}  {best.user_attrs.get('folder', '')}")
         if failed := study.failures(self.study):
             labels = dict.fromkeys(self._label(study.params_of(trial)) for trial in failed)
-            terminal.say(f"failed   {'; '.join(labels)}: retry with retry=true")
+            terminal.print_line(f"failed   {'; '.join(labels)}: retry with retry=true")
 
     def _ask(self) -> Trial:
         return self.study.ask({each.key: each.distribution() for each in self.dimensions})
@@ -135,7 +135,7 @@ class Trials:
         try:
             jobs = self.session.composed([[*self.session.composer.fixed, *values]], trial.number)
         except ConfigError as error:
-            terminal.say(f"trial {trial.number} is refused: {error}")
+            terminal.print_line(f"trial {trial.number} is refused: {error}")
             self.study.tell(trial, state=TrialState.FAIL)
             return None
         (entry,) = self.session.prepared(self.sweep, jobs, [self._label(trial.params)])

@@ -71,7 +71,7 @@ def resolve_run(word: str, outputs_dir: Path) -> RunDir:
     raise ConfigError(Fault("", f"'{word}' is a sweep, but one run is required", f"name one of its runs:{lines}"))
 
 
-def meant(word: str, outputs_dir: Path) -> list[tuple[RunDir | SweepDir, bool]]:
+def resolve_or_scan(word: str, outputs_dir: Path) -> list[tuple[RunDir | SweepDir, bool]]:
     """(run or sweep, True) if ``word`` names one, else (…, False) for all runs and sweeps below the folder ``word``.
 
     Raises:
@@ -124,11 +124,11 @@ def runs_of(sweep: SweepDir) -> list[RunDir]:
     try:
         return sweep.rundirs()
     except DAMAGED as error:
-        say_damaged(sweep.path, error)
+        warn_damaged(sweep.path, error)
         return []
 
 
-def say_damaged(folder: Path, error: Exception) -> None:
+def warn_damaged(folder: Path, error: Exception) -> None:
     """Warn that a folder is skipped."""
     problem = error.faults[0].problem if isinstance(error, DamagedError) else f"{type(error).__name__}: {error}"
     log.warning(f"skipped, its files cannot be read: {folder} ({problem})")
@@ -162,7 +162,7 @@ def _of_sweep(sweep: SweepDir) -> Iterator[_Entry]:
         yield _Entry(sweep, (name, sweep.path.name), mlflow_id, float(manifest.get("created") or 0))
         rundirs = sweep.rundirs()
     except DAMAGED as error:
-        return say_damaged(sweep.path, error)
+        return warn_damaged(sweep.path, error)
     for rundir in rundirs:
         yield from _of_run(rundir, name)
 
@@ -177,7 +177,7 @@ def _of_run(rundir: RunDir, sweep: str = "") -> Iterator[_Entry]:
         mlflow_id = str((manifest.get("mlflow") or {}).get("run_id") or "")
         yield _Entry(rundir, tuple(names) or (rundir.path.name,), mlflow_id, float(manifest.get("created") or 0))
     except DAMAGED as error:
-        say_damaged(rundir.path, error)
+        warn_damaged(rundir.path, error)
 
 
 def _folder(word: str, outputs_dir: Path) -> RunDir | SweepDir | None:
@@ -244,7 +244,7 @@ def _runs_of_sweep(sweep: SweepDir) -> list[str]:
             rows.append((cost, terminal.nearest(rundir.path), label, result))
     best = min(rows, default=None)
     rows.sort(key=lambda row: row is not best)
-    labels = terminal.told_apart([label for _, _, label, _ in rows], WIDEST)
+    labels = terminal.distinct_names([label for _, _, label, _ in rows], WIDEST)
     marks = [" ★ the best" if row is best and math.isfinite(row[0]) else "" for row in rows]
     parts = zip(rows, labels, marks, strict=True)
     return [f"{folder}  ({label}, {result}){mark}" for (_, folder, _, result), label, mark in parts]
@@ -253,7 +253,7 @@ def _runs_of_sweep(sweep: SweepDir) -> list[str]:
 def _listed(entries: Iterable[_Entry]) -> str:
     """One line per entry, newest first, at most ``SHOWN``."""
     entries = sorted(entries, key=lambda entry: entry.created, reverse=True)
-    names = terminal.told_apart([entry.names[0] for entry in entries[:SHOWN]], WIDEST)
+    names = terminal.distinct_names([entry.names[0] for entry in entries[:SHOWN]], WIDEST)
     return _lines([entry.line(name) for entry, name in zip(entries, names, strict=False)], len(entries))
 
 

@@ -127,7 +127,7 @@ class RunDir:
 
     @property
     def mirror_report(self) -> Path:
-        """Progress of the upload: {sent, unsent, problem, told}; ``told``: ``updated`` of the uploaded state."""
+        """Progress of the upload: {sent, unsent, problem, uploaded}; ``uploaded``: ``updated`` of that state."""
         return self.path / "mirror.json"
 
     @property

@@ -154,18 +154,18 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
         terminal.table("", ["", ""], _summary_rows(state.summary))
         report = (rundir.read_manifest().get("data") or {}).get("report") or {}
         if few := schema.few_held_out(report.get("eval_rows")):
-            terminal.say(f"note     {few}")
+            terminal.print_line(f"note     {few}")
         _show_samples(rundir)
-        terminal.say(f"model    {rundir.model}")
-    terminal.say(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
+        terminal.print_line(f"model    {rundir.model}")
+    terminal.print_line(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
     if mirrored and mirrored.url:
-        terminal.say(f"MLflow   {mirrored.url}")
+        terminal.print_line(f"MLflow   {mirrored.url}")
     upload, following = f"python -m runner sync {rundir.path}", _next_command(rundir, code, state.status)
     if mirrored and mirrored.unsent:
-        terminal.say(f"not uploaded to MLflow: {mirrored.unsent} records ({mirrored.message})")
+        terminal.print_line(f"not uploaded to MLflow: {mirrored.unsent} records ({mirrored.message})")
         if upload != following:
-            terminal.say(f"upload   {upload}")
-    terminal.say(f"next     {following}")
+            terminal.print_line(f"upload   {upload}")
+    terminal.print_line(f"next     {following}")
 
 
 def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:

@@ -50,7 +50,7 @@ def test_it_follows_a_worker_to_its_end(outputs: Path) -> None:
         assert following.result(20) == 0
     assert assert_mirrored(rundir, "FINISHED").data.metrics["system/disk_available_megabytes"] > 0
     assert spawn.read_report(rundir) == {
-        "sent": 6, "unsent": 0, "problem": "", "told": rundir.read_state().updated
+        "sent": 6, "unsent": 0, "problem": "", "uploaded": rundir.read_state().updated
     }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def test_the_next_mirror_goes_on_where_one_was_killed(outputs: Path) -> None:
     worker = start_worker(first)
     until(lambda: statuses(sweep)[0] == "RUNNING" and shows_loss(first))
     finish(second)
-    until(lambda: spawn.read_report(second).get("told"))
+    until(lambda: spawn.read_report(second).get("uploaded"))
     killed.kill()
     killed.wait()
     enough(first)

@@ -37,7 +37,7 @@ def is_behind(rundir: RunDir) -> bool:
     """Whether an ended run is not fully uploaded, and no process is uploading it."""
     try:
         report = json.loads(rundir.mirror_report.read_text())
-        is_uploaded = not report.get("problem") and report["told"] == rundir.read_state().updated
+        is_uploaded = not report.get("problem") and report["uploaded"] == rundir.read_state().updated
     except (OSError, ValueError, AttributeError, KeyError, DamagedError):
         is_uploaded = False
     return not is_uploaded and not _is_uploading(rundir) and is_wanted(rundir)

@@ -99,7 +99,7 @@ class Follower:
             say(self.problem or "the MLflow store answers again", self.run.rundir)
             self.run.report(self.problem)
         if self.ended and not self.problem:
-            if self.run.told != self.run.rundir.read_state().updated:
+            if self.run.uploaded != self.run.rundir.read_state().updated:
                 return False  # the launcher has added its reason meanwhile
             say(f"uploaded all {self.run.sent} records", self.run.rundir)
             self.run.report("")

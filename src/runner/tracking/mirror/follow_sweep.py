@@ -218,5 +218,5 @@ class _Mirror:
 
 def _needs_upload(rundir: RunDir, state: State) -> bool:
     if state.status in ENDED:
-        return read_report(rundir).get("told") != state.updated
+        return read_report(rundir).get("uploaded") != state.updated
     return state.status == "running"

@@ -199,7 +199,7 @@ def wait_mirror(proc: Mirror | None, rundir: RunDir, timeout_s: float = 60.0) ->
 def read_report(folder: RunDir | SweepDir) -> dict[str, Any]:
     """Progress of the upload from mirror.json; empty if there is none.
 
-    Of a run {sent, unsent, problem, told}, of a sweep {pid, opened, incomplete, problem}.
+    Of a run {sent, unsent, problem, uploaded}, of a sweep {pid, opened, incomplete, problem}.
     """
     try:
         return dict(json.loads(folder.mirror_report.read_text()))

@@ -65,7 +65,7 @@ class MlflowRun:
     """File → (its inode, number of bytes already uploaded)."""
     sent: int = 0
     """Number of records of metrics.jsonl that are in MLflow."""
-    told: float = 0.0
+    uploaded: float = 0.0
     """``updated`` of the final state, once everything is uploaded; 0 while the run continues."""
 
     @classmethod
@@ -94,7 +94,7 @@ class MlflowRun:
                 upload.send_tags(client, run, {UPLOADED_TAG: str(state.updated)})
         finally:  # even if the upload of the model fails, the run does not stay RUNNING
             self._send_status(client, run, state)
-        self.told = state.updated if ended else 0.0
+        self.uploaded = state.updated if ended else 0.0
 
     def try_update(self, *, closes_doubles: bool = False) -> str:
         """Like ``update``, but returns the error message; empty on success. ``closes_doubles``: see there."""
@@ -122,7 +122,7 @@ class MlflowRun:
         """Write the progress to mirror.json; returns the number of records that are not in MLflow."""
         unsent = max(0, len(read(self.rundir)) - self.sent)
         if self.rundir.path.exists():
-            report = {"sent": self.sent, "unsent": unsent, "problem": problem, "told": self.told}
+            report = {"sent": self.sent, "unsent": unsent, "problem": problem, "uploaded": self.uploaded}
             write_atomic(self.rundir.mirror_report, json.dumps(report))
         return unsent
 
