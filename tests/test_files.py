@@ -13,7 +13,7 @@ from runner.errors import LaunchError
 
 
 @pytest.mark.parametrize(
-    ("number", "name", "is_told"),
+    ("number", "name", "is_refused"),
     [
         (errno.ENOSPC, None, True),
         (errno.EACCES, "mine/000/run.json", True),
@@ -29,14 +29,14 @@ from runner.errors import LaunchError
         (None, None, False),
     ],
 )
-def test_only_what_is_wrong_with_the_folder_is_called_so(
-    tmp_path: Path, number: int | None, name: str | None, is_told: bool
+def test_only_errors_of_the_folder_are_turned_into_a_refusal(
+    tmp_path: Path, number: int | None, name: str | None, is_refused: bool
 ):
     error = OSError("odd") if number is None else OSError(number, os.strerror(number))
     error.filename = None if name is None else str(tmp_path / name)
     with pytest.raises((OSError, LaunchError)) as caught, files.writing(tmp_path / "mine", LaunchError):
         raise error
-    if is_told:
+    if is_refused:
         remedies = {errno.ENOSPC: "free disk space there", errno.ENAMETOOLONG: "use a shorter name"}
         remedy = remedies.get(error.errno or 0, "set outputs_dir to a folder that can be written")
         expected = f"outputs_dir={tmp_path}/mine: cannot be written: {error.strerror}\n    → {remedy}"

@@ -113,7 +113,7 @@ def test_missing_values_are_all_named():
     assert [fault.key for fault in caught.value.faults] == ["a", "b.c"]
 
 
-def test_an_interpolation_that_leads_nowhere_is_told():
+def test_an_interpolation_without_a_target_is_refused():
     with pytest.raises(ConfigError, match="not found"):
         bind.to_plain(OmegaConf.create({"a": "${nothing}"}))
 

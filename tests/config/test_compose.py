@@ -211,7 +211,7 @@ def test_paths_of_hydra_stay_in_their_folder(word: str):
      ("--package=lora", "no effect without --cfg"), ("--resolve", "no effect without --cfg"),
      ("+quant._code_=[x.py]", "cannot be set"), ("+_code_=[x.py]", "cannot be set")],
 )  # fmt: skip
-def test_words_that_nobody_can_mean(word: str, problem: str):
+def test_words_that_are_no_overrides_are_refused(word: str, problem: str):
     with pytest.raises(ConfigError, match=problem) as caught:
         jobs_of(["seed=1,2", word])
     str(caught.value).encode()

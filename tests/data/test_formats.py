@@ -229,7 +229,7 @@ def test_alpaca_puts_the_input_below_the_instruction_and_takes_a_system_prompt()
     assert len(option("alpaca")({**row, "input": None, "system": None})) == 2
 
 
-def test_sharegpt_takes_a_system_prompt_and_knows_its_speakers():
+def test_sharegpt_takes_a_system_prompt_and_refuses_unknown_speakers():
     row = {**ROWS["sharegpt"], "system": "Be brief."}
     assert option("sharegpt")(row)[0] == {"role": "system", "content": "Be brief."}
     with pytest.raises(DataError, match="unknown speaker 'bing'") as caught:
@@ -351,7 +351,7 @@ def test_what_a_file_imports_from_its_own_folder_belongs_to_the_function(tmp_pat
     assert source_text(f"{file}:to_text") != before
 
 
-def test_the_text_of_a_function_that_stands_alone_is_that_of_its_file(own):
+def test_the_text_of_a_function_without_imports_is_that_of_its_file(own):
     assert source_text(f"{own}:to_text") == own.read_text()
 
 

@@ -63,7 +63,7 @@ def test_rows_of_several_sources_are_their_rows() -> None:
         assert len(batch["source_at"]) == len(ids) == batch["trained"]
 
 
-def test_each_label_knows_its_source() -> None:
+def test_each_label_has_the_number_of_its_source() -> None:
     sources = {"a": load(map(talk, range(30)), train_on="all"), "b": load(map(talk, range(100, 190)), train_on="all")}
     splits = mixed(sources)
     counts = np.zeros(2, dtype=np.int64)

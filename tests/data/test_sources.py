@@ -182,7 +182,7 @@ def ask_hub(endpoint: str, *paths: str) -> list[str]:
     return done.stdout.strip().split("\n\n")
 
 
-def test_what_the_hub_refuses_is_said_with_its_remedy(refusing_hub):
+def test_each_refusal_of_the_hub_has_a_remedy(refusing_hub):
     gated, missing, branch = ask_hub(refusing_hub, "some/gated", "some/missing", "some/branch")
     assert gated.startswith("DataError\ndata.path=some/gated: is a gated dataset and your token has no access")
     assert "hf auth login" in gated
@@ -190,7 +190,7 @@ def test_what_the_hub_refuses_is_said_with_its_remedy(refusing_hub):
     assert "has no such revision" in branch
 
 
-def test_a_hub_out_of_reach_is_said():
+def test_an_unreachable_hub_is_an_error_within_seconds():
     (said,) = ask_hub("http://127.0.0.1:9", "some/thing")
     assert "the Hub cannot be reached" in said
     assert "HF_HUB_OFFLINE=1" in said

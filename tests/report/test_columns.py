@@ -19,14 +19,14 @@ RUNS = [a_run("a", loss=1.5, lora__r=8, optim__r=1, lora__alpha=16, **{"train/to
     [("loss", "eval/loss"), ("tokens/s", "train/tokens_per_second"), ("alpha", "lora.alpha"), ("lora/r", "lora.r"),
      ("name", "label"), ("status", "status")],
 )  # fmt: skip
-def test_a_word_stands_for_one_key(word: str, key: str):
+def test_a_word_means_one_key(word: str, key: str):
     assert columns.resolve(word, RUNS, "--sort") == key
 
 
 @pytest.mark.parametrize(
     ("word", "problem"), [("r", "'r' is ambiguous.*lora.r, optim.r"), ("lor.r", "no run has the key.*did you mean")]
 )
-def test_a_word_that_stands_for_several_or_none_is_refused(word: str, problem: str):
+def test_a_word_that_means_several_keys_or_none_is_refused(word: str, problem: str):
     with pytest.raises(ConfigError, match=rf"(?s)--sort: {problem}"):
         columns.resolve(word, RUNS, "--sort")
 

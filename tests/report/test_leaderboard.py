@@ -15,7 +15,7 @@ from runner.report import leaderboard, page, ranking, statistics
 from runner.report.results import Result
 
 
-def test_seeds_are_averaged_and_settings_that_differ_by_chance_are_said_so():
+def test_seeds_are_averaged_and_differences_by_chance_are_not_significant():
     near, far = (1.00, 1.02, 1.04), (2.00, 2.02, 2.04)
     losses = {4: near, 8: tuple(loss + 0.01 for loss in near), 16: far}
     runs = [
@@ -36,7 +36,7 @@ def test_seeds_are_averaged_and_settings_that_differ_by_chance_are_said_so():
     assert counts == ["3", "3", "3 of 4"]
 
 
-def test_averaging_over_what_was_never_repeated_is_said_to_be_idle():
+def test_averaging_over_a_key_without_repetitions_gives_a_note():
     made = leaderboard.of([a_run("a", loss=1, lora__r=4, seed=0), a_run("b", loss=2, lora__r=8, seed=1)], by="seed")
     assert any("nothing to average" in note for note in made.notes)
     assert not made.has_means
@@ -48,7 +48,7 @@ def test_averaging_over_what_was_never_repeated_is_said_to_be_idle():
     [("loss", "low"), ("-loss", "high"), ("+tokens/s", "low"), ("tokens/s", "high"), ("lora.r", "low"),
      ("-r", "high"), ("eval/token_accuracy", "high"), ("eval_arc_easy/acc", "high")],
 )  # fmt: skip
-def test_the_better_end_is_known_by_the_name_or_said(key: str, first: str):
+def test_the_better_direction_follows_from_the_name_or_the_sign(key: str, first: str):
     accuracies = "eval/token_accuracy", "eval_arc_easy/acc"
     runs = [
         a_run("high", loss=2, lora__r=16, **{"train/tokens_per_second": 9.0, **dict.fromkeys(accuracies, 0.9)}),
@@ -162,7 +162,7 @@ def test_what_follows_from_a_group_is_left_out_unless_somebody_set_it():
 # What is refused
 
 
-def test_all_faults_of_a_line_are_told_at_once():
+def test_all_faults_of_a_line_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         leaderboard.of(RUNS, where="lora.rr=4", metrics="eval/los", pareto="loss", by="eval/loss", sort="nothing/like")
     assert [fault.key for fault in caught.value.faults] == ["--where", "--metrics", "--pareto", "--by", "--sort"]
@@ -185,7 +185,7 @@ def test_where_nothing_is_completed_it_says_what_there_is():
         leaderboard.of([a_run("a", **{"acc/x": 1.0})])
 
 
-def test_it_is_said_why_numbers_side_by_side_may_not_be_alike():
+def test_a_note_explains_why_numbers_may_not_be_comparable():
     runs = [a_run("a", loss=1, data__eval_rows=4, model="llama"), a_run("b", loss=2, data__eval_rows=8, model="qwen")]
     notes = " ".join(leaderboard.of(runs).notes)
     assert "data.eval_rows" in notes
@@ -193,7 +193,7 @@ def test_it_is_said_why_numbers_side_by_side_may_not_be_alike():
     assert leaderboard.of(runs[:1]).notes == []
 
 
-def test_runs_of_several_stores_are_compared_by_their_folders_and_that_is_said():
+def test_runs_of_several_stores_are_compared_by_their_folders_with_a_note():
     runs = [
         replace(a_run(name, loss=1, lora__r=n), store=store)
         for n, (name, store) in enumerate({"a": "http://one", "b": "sqlite:////two.db", "c": ""}.items())

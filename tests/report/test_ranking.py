@@ -73,7 +73,7 @@ def test_importance_finds_what_the_loss_depends_on():
     assert found["seed"] < 0.05
 
 
-def test_importance_is_not_told_where_every_run_has_a_value_of_its_own():
+def test_importance_is_unknown_if_every_run_has_its_own_value():
     runs = [a_run(str(n), loss=float(n), lora__r=4 * n) for n in range(1, 5)]
     assert ranking.importance(runs, ["lora.r"], LOSS) == []
 

@@ -48,7 +48,7 @@ def test_the_nearest_is_named_though_many_are_newer():
     assert lookup.resolve_run("optim.learning_rate=0.001", Path("outputs")).path.name == "old"
 
 
-def test_too_few_characters_of_an_id_are_said_to_be_too_few():
+def test_too_few_characters_of_an_id_are_refused_with_their_number():
     run = played("one", mlflow={"run_id": "9abc" * 8})
     assert "for an MLflow run id give 4 characters or more" in refused("9")
     assert "4 characters or more" in refused("nothing like it")

@@ -55,7 +55,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
         json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
 
-def test_a_half_written_line_is_left_out_and_a_broken_one_is_said(
+def test_a_half_written_line_is_left_out_and_a_broken_one_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rundir = RunDir(tmp_path)

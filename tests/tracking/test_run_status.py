@@ -25,7 +25,7 @@ from runner.tracking.state_file import DIED
         (slurm_client.Job("7", "CANCELLED", is_guess=True), "killed", DIED),
     ],
 )
-def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
+def test_the_reason_of_a_killed_worker_comes_from_slurm(
     job: slurm_client.Job, status: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ):
     rundir = played("run", "killed", slurm={"job_id": "7", "name": "runner-x", "cluster": "slurm", "submitted": 1.0})
@@ -37,7 +37,7 @@ def test_of_a_job_whose_worker_its_mirror_found_gone_slurm_knows_more(
     assert rundir.read_state().status == ("killed" if status == "requeued" else status)
 
 
-def test_a_job_that_nobody_noted_is_known_by_what_its_worker_wrote(monkeypatch: pytest.MonkeyPatch):
+def test_an_unrecorded_job_is_found_by_the_state_of_its_worker(monkeypatch: pytest.MonkeyPatch):
     rundir = played("run", "running")
     rundir.write_state(host="n7", scheduler_id="7")
     monkeypatch.setattr(slurm_commands, "silence", lambda: "")

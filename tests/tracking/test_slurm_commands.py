@@ -45,7 +45,7 @@ def stub(command: Path, line: str) -> None:
 
 
 @pytest.mark.slurm
-def test_a_controller_that_is_down_is_told_in_its_own_words_and_soon(
+def test_a_controller_that_is_down_is_reported_with_its_own_message(
     silent: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ):
     """Without sbatch and squeue, each of which would try for a minute."""
@@ -73,7 +73,7 @@ def test_a_search_without_a_controller_is_refused_as_well(silent: str):
 
 
 @pytest.mark.slurm
-def test_without_a_controller_status_tells_what_it_knows(silent: str):
+def test_status_works_without_a_controller(silent: str):
     rooms = Path("outputs", "mine")
     done, waiting, alone = (prepared(rooms / name, *TINY) for name in ("done", "waiting", "alone"))
     done.write_state(status="completed", step=3, total_steps=3)

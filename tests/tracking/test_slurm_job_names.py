@@ -89,7 +89,7 @@ def test_a_run_whose_number_was_used_again_is_submitted(slurm: None):
 
 
 @pytest.mark.slurm
-def test_two_runs_of_one_number_are_told_apart_by_name(slurm: None):
+def test_two_jobs_with_one_number_differ_by_name(slurm: None):
     foreign = foreign_job("--job-name=runner-mine")
     refs = [JobRef(foreign, "runner-mine"), JobRef(foreign, "runner-older"), JobRef("", "")]
     assert list(slurm_client.jobs(refs)) == [refs[0]]

@@ -32,7 +32,7 @@ def test_a_run_belongs_to_the_sweep_that_lists_it(folder: str, tmp_path: Path):
     assert list(lookup.scan(tmp_path)) == [sweep]
 
 
-def test_what_lies_deeper_in_a_sweep_and_is_not_listed_does_not_belong_to_it(tmp_path: Path):
+def test_a_deeper_folder_that_a_sweep_does_not_list_is_not_its_run(tmp_path: Path):
     sweep = sweep_with(tmp_path / "sweep", "000")
     other = RunDir(sweep.path / "outputs" / "mine")
     assert sweep_of(other) is None

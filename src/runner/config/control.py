@@ -21,7 +21,7 @@ def task_name(cfg: Mapping[str, Any]) -> str:
 
 
 def has_own_task(cfg: Mapping[str, Any]) -> bool:
-    """Whether the task is a function of the user's, which may have metrics that nobody else knows."""
+    """Whether the task is a function of the user's, whose metrics are not known before the run."""
     return not str(cfg["task"]["_target_"]).startswith("runner.")
 
 

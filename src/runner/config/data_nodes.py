@@ -134,7 +134,7 @@ def faults(data: Mapping[str, Any]) -> Iterator[Fault]:
             if not NAME.fullmatch(name):
                 yield Fault(key, "is no name", "use letters, digits, - and _, as in data.sources.my_code.path=…")
             if names.count(name) > 1:
-                yield Fault(key, f"the name stands in data.{SOURCES} and in data.{EVALS}", "give it another name")
+                yield Fault(key, f"the name is used in data.{SOURCES} and in data.{EVALS}", "give it another name")
             if not isinstance(node, Mapping):
                 yield Fault(key, "must be a group of keys", f"name its file: {key}.path=FILE", node)
                 continue

@@ -143,7 +143,7 @@ def refuse_without_effect(parsed: Iterable[Override]) -> None:
         if not override.is_hydra_override():
             continue
         if key in BY_US:
-            remedy = "launcher=local, launcher=accelerate or launcher=slurm says how jobs are started"
+            remedy = "choose how jobs are started with launcher=local, launcher=accelerate or launcher=slurm"
             remedy = remedy if key == "hydra/launcher" else "leave it out: a run writes train.log"
             faults.append(Fault(key, "has no other option here", remedy, value))
         elif key.startswith("hydra.sweeper") and not has_sweeper:

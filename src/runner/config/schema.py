@@ -85,7 +85,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How long, how much at a time, and how often something is said or saved; the key comments are in conf/train."""
+    """How long to train, the batch size, and when to log, evaluate and save; each key is explained in conf/train."""
 
     max_steps: Count | None
     num_train_epochs: Annotated[float, Ge(1e-6), Le(1e6)] | None
@@ -159,7 +159,7 @@ def split_data(node: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
 
 
 def check_data(node: Mapping[str, Any], key: str = "data") -> Iterator[Fault]:
-    """Faults of the node ``data`` that lie between its settings and its source, each of them right by itself."""
+    """Faults of the settings of ``data`` together with its source, each of which is valid by itself."""
     settings, _, source = split_data(node)
     brings_rows = any(value is not None for key, value in source.items() if key.startswith("eval_"))
     if not settings["eval_fraction"] and not brings_rows:

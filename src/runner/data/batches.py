@@ -98,7 +98,7 @@ class Batches:
         return batches
 
     def _of_parts(self) -> dict[str, Any]:
-        """What ``DataOrder`` needs to know of several sources."""
+        """Arguments of ``DataOrder`` for several sources; empty for one."""
         if len(self.rows.parts) < 2:
             return {}
         owners = self.rows.owners(self.packs.rows[self.packs.offsets[:-1]])

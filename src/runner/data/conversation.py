@@ -24,7 +24,7 @@ from runner.errors import DataError, Fault, quoted, suggest
 
 Message = dict[str, Any]
 """``{"role": …, "content": …}``; also ``tool_calls``, ``reasoning_content``, ``name`` and ``tool_call_id`` where the
-row has them, and ``weight`` if the turn itself says how much it is trained."""
+row has them, and ``weight`` if the turn has its own weight in the loss."""
 
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_NAMES = {"developer": "system", "observation": "tool", "tool_response": "tool", "function": "tool"}

@@ -47,7 +47,7 @@ def sharegpt(
     system: Text | None,
     ignore: list[Text] | None = None,
 ) -> Example:
-    """A list of ``{"from": "human", "value": …}``; ``roles`` says who speaks, ``system`` names a key beside it."""
+    """A list of ``{"from": "human", "value": …}``; ``roles``: role of each speaker; ``system``: a key beside it."""
     row_shape.refuse_richer(row, "sharegpt")
     turns = row_shape.turns(row, "sharegpt", "conversations", conversations, (speaker, value))
     left_out = ignore or []
@@ -179,7 +179,7 @@ def _role(speaker: object, roles: Mapping[str, str]) -> str:
     if speaker in conversation.TOOL_CALLS:
         return str(speaker)
     problem = f"unknown speaker {quoted(speaker)} (known: {', '.join(roles)})"
-    remedy = f"say who it is: +data.format.roles.{speaker}=user"
+    remedy = f"give the speaker a role: +data.format.roles.{speaker}=user"
     if not isinstance(speaker, str) or not speaker.isidentifier():
         remedy = "correct the speaker in the data"
     raise DataError(Fault("data.format.roles", problem, remedy))

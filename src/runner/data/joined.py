@@ -11,7 +11,7 @@ from runner.data.packing import Packs, Part, Rows, Texts
 
 
 class Chain:
-    """Arrays one behind the other, without a copy in memory. A slice must lie within one of them."""
+    """Concatenated arrays, without a copy in memory. A slice must be within one of them."""
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self.arrays = arrays

@@ -123,5 +123,5 @@ def misfit(row: Row, name: str, parameter: str, key: str, problem: str = "") -> 
         return DataError(
             Fault("data/format", f"{problem}. The row looks like {near}", f"data/format={near}{task}", name)
         )
-    remedy = f"data.format.{parameter}=KEY says which key holds it; data/format=custom takes a function of yours"
+    remedy = f"name its key with data.format.{parameter}=KEY, or read the rows with a function: data/format=custom"
     return DataError(Fault("data/format", problem, remedy, name))

@@ -92,7 +92,7 @@ def lost(records: Iterable[Record], train: Mapping[str, Any], step: int, total: 
     """What is missing in the records of a run up to ``step``, as a reason; empty if they are complete.
 
     Args:
-        train: the config group ``train``, which says at which steps a record is due.
+        train: the config group ``train``, which decides at which steps a record is due.
         total: the last step of the run.
         evaluated: whether the evaluation at ``step`` itself has been recorded, if one is due.
     """

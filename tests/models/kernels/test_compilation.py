@@ -209,7 +209,7 @@ def test_quantized_layers(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert bool(compilation.graph_breaks()) == (bits == 8)
 
 
-def test_a_graph_break_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_break_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "regional", traced)
 
     class Layer(torch.nn.Linear):
@@ -245,7 +245,7 @@ def test_cuda_graphs_are_refused_on_a_cpu() -> None:
         option("reduce_overhead")(llama())
 
 
-def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     for name in ("regional", "default", "max_autotune"):
         with pytest.raises(ConfigError, match="one of: no-such-compiler\n    → install one"):
@@ -259,7 +259,7 @@ def test_compilation_that_is_switched_off_is_refused(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_wrong_mode_is_told(name: str) -> None:
+def test_a_wrong_mode_is_refused(name: str) -> None:
     node = conftest.node("compile", name)
     assert not list(find_faults(node, "compile"))
     faults = list(find_faults({**node, "mode": "reduce_overhead"}, "compile"))

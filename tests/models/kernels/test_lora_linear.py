@@ -147,7 +147,7 @@ def test_a_back_end_of_ones_own_is_fused_whatever_class_peft_gives_its_layers(ro
     torch.testing.assert_close(step(model, rows), expected, atol=1e-6, rtol=1e-4)
 
 
-def test_weights_that_nobody_unpacks_are_left_to_peft():
+def test_layers_whose_back_end_does_not_unpack_compute_as_in_peft():
     model = on_packed_weights(Own(unpacks=False))
     expected = step(model)
     assert lora_linear.fuse(model) == 0

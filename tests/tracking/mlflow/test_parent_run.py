@@ -173,7 +173,7 @@ def test_another_store_has_a_parent_of_its_own(outputs: Path, fresh_database: Pa
         assert (parent_of(sweep).info.status, statuses(sweep)) == ("FINISHED", ["FINISHED"] * 2)
 
 
-def test_a_store_that_does_not_answer_stops_nobody(tmp_path: Path) -> None:
+def test_a_store_that_does_not_answer_does_not_stop_the_sweep(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, 2, "http://127.0.0.1:9")
     problem = spawn.open_in_mlflow(sweep)
     assert "refused" in problem

@@ -117,7 +117,7 @@ def test_a_resume_goes_on_with_the_same_run(outputs: Path) -> None:
     assert_mirrored(rundir, "FINISHED")
 
 
-def test_deleted_runs_and_experiments_are_said_and_not_made_anew(outputs: Path) -> None:
+def test_deleted_runs_and_experiments_are_reported_and_not_created_again(outputs: Path) -> None:
     rundir = finish(make_run(outputs))
     MlflowRun.of(rundir).update()
     noted, client = rundir.read_manifest()["mlflow"], store.connect(f"sqlite:///{outputs}/mlflow.db")

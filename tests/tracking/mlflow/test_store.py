@@ -17,7 +17,7 @@ from runner.tracking.rundir import RunDir
 
 
 @pytest.mark.cold  # where processes are warm databases are copied
-def test_who_is_killed_while_making_the_database_leaves_none_that_nobody_can_open(tmp_path: Path):
+def test_a_process_killed_while_it_creates_the_database_leaves_no_unusable_file(tmp_path: Path):
     """As a job's mirror is, when the job is requeued right after its start."""
     database = tmp_path / "mlflow.db"
     maker = fork(lambda: store.connect(f"sqlite:///{database}"))
