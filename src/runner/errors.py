@@ -109,6 +109,12 @@ class TrainingError(RunnerError):
     exit_code = 1
 
 
+def refuse(faults: Iterable[Fault], error: type[RunnerError] = ConfigError) -> None:
+    """Raise one error with all these faults, if there are any."""
+    if every := tuple(faults):
+        raise error(*every)
+
+
 class Stopped(BaseException):
     """A request to stop the run. A BaseException, so that no ``except Exception`` in a library catches the request."""
 

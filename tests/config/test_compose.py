@@ -12,7 +12,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from runner.cli import jobs as cli_jobs
-from runner.config import compose
+from runner.config import command_line, compose
 from runner.config.bind import config_dir
 from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError
@@ -28,8 +28,8 @@ GRIDS = (
 
 
 def jobs_of(arguments: Sequence[str], *flags: str) -> list[Job]:
-    args = compose.parse(["-m", *flags, *arguments])
-    with compose.opened(args) as hydra:
+    args = command_line.parse(["-m", *flags, *arguments])
+    with command_line.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         return composer.jobs(composer.grid(args.overrides))
 
@@ -218,8 +218,8 @@ def test_words_that_are_no_overrides_are_refused(word: str, problem: str):
 
 
 def test_flags_may_stand_after_overrides_and_unknown_ones_are_refused_in_our_words():
-    args = compose.parse(["model=tiny", "-m", "lora.r=4,8"])
+    args = command_line.parse(["model=tiny", "-m", "lora.r=4,8"])
     assert args.multirun
     assert args.overrides == ["model=tiny", "lora.r=4,8"]
     with pytest.raises(ConfigError, match="cannot be read: unrecognized arguments: --multi-run"):
-        compose.parse(["--multi-run", "model=tiny"])
+        command_line.parse(["--multi-run", "model=tiny"])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from runner.config import check, data_nodes
-from runner.config.compose import Composer, opened, parse
+from runner.config.command_line import opened, parse
+from runner.config.compose import Composer
 from runner.errors import ConfigError
 from runner.sweep import algorithms
 from runner.tracking import manifest

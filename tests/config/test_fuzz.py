@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from test_yaml import OPTIONS, TOGETHER, WANTED, name_of
 
 from runner.cli import jobs
-from runner.config import bind, compose
+from runner.config import bind, command_line, compose
 from runner.config.job import Job
 from runner.errors import ConfigError, RunnerError
 from runner.launch import prepare
@@ -120,9 +120,9 @@ def told_of(choice: str, rows: dict[str, Path], seen: set[str]) -> list[str]:
     """What is wrong with this option; keys of a function that is in ``seen`` were tried with another option."""
     values = [value.format(**rows) for value in {**WANTED, **TOGETHER, **SEVERAL}.get(choice, [])]
     place = choice.partition("=")[0].replace("/", ".")
-    args = compose.parse([*(["-m"] if place == "search" else []), choice, *values])
+    args = command_line.parse([*(["-m"] if place == "search" else []), choice, *values])
     dice = random.Random(f"{SEED} {choice}")
-    with compose.opened(args) as hydra:
+    with command_line.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         (job,) = composer.jobs([args.overrides])
         admitted(copy.deepcopy(job))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.config import check, compose, user_code
+from runner.config import check, command_line, compose, user_code
 from runner.config.bind import TARGET
 from runner.data import tokenization
 from runner.data.batches import Batches
@@ -121,8 +121,8 @@ def _faults(overrides: list[str]) -> Iterator[Fault]:
 
 def _composed(overrides: list[str]) -> dict[str, Any]:
     """The node ``data`` as Hydra composes it."""
-    args = compose.parse(overrides)
-    with compose.opened(args) as hydra:
+    args = command_line.parse(overrides)
+    with command_line.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         if composer.is_sweep():
             raise ConfigError(_one_value("evaluate"))

@@ -21,12 +21,12 @@ def composed(argv: list[str]) -> Iterator[tuple[Any, list[Any]]]:
     Raises:
         ConfigError: with the faults of all jobs.
     """
-    from runner.config import compose, overrides
+    from runner.config import command_line, compose, overrides
     from runner.launch import prepare
     from runner.sweep import search
 
-    args = compose.parse(argv)
-    with compose.opened(args) as hydra:
+    args = command_line.parse(argv)
+    with command_line.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         if not may_sweep(args):
             refuse_sweep_keys(composer)

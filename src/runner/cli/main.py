@@ -98,18 +98,18 @@ def _version() -> int:
 
 
 def _hydra(argv: list[str], joined: Joined | None = None) -> int:
-    from runner.config import compose
+    from runner.config import command_line, compose
     from runner.launch import prepare
     from runner.sweep import search, session
 
-    args = compose.parse(argv)
+    args = command_line.parse(argv)
     if args.multirun and (args.cfg or args.info):
         option = "--cfg" if args.cfg else "--info"
         problem = "shows one configuration, but -m composes several"
         raise ConfigError(Fault(option, problem, "leave -m out", args.cfg or args.info))
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return _show_with_hydra(args, argv)
-    with compose.opened(args) as hydra:
+    with command_line.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         if not jobs.may_sweep(args):
             jobs.refuse_sweep_keys(composer)
@@ -151,14 +151,14 @@ def _show_with_hydra(args: Any, argv: list[str]) -> int:
     """Let Hydra handle --help, --cfg, --info and tab completion."""
     import hydra
 
-    from runner.config import compose, hydra_errors
+    from runner.config import command_line, hydra_errors
     from runner.config.bind import config_dir
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its exceptions instead of printing them
     if args.shell_completion:
         _complete_verbs()
     sys.argv = ["runner", *argv]
-    with compose.opened(args) as opened:
+    with command_line.opened(args) as opened:
         translate = hydra_errors.as_config_errors(opened, args)
     with translate:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=hydra_errors.CONFIG_NAME)(

@@ -15,7 +15,8 @@ from runner.cli import worktree
 from runner.cli.args import RUN, URI, Option, Verb
 from runner.config import check, pinned_weights
 from runner.config.bind import TARGET, config_dir, unknown_key
-from runner.config.compose import Composer, opened, parse
+from runner.config.command_line import opened, parse
+from runner.config.compose import Composer
 from runner.config.hydra_errors import no_option
 from runner.config.job import Job
 from runner.errors import ConfigError, Fault

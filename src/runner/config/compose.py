@@ -1,4 +1,4 @@
-"""Hydra's part: command line → composed configurations, each job composed once.
+"""Compose the configuration of each job of a command line, each job once.
 
 Hydra composes every job of a sweep twice, at 0.2 s each. The slow part is the defaults list, and values come after it:
 so it is built once for each distinct choice of groups, and the values are applied to a copy by Hydra's own function.
@@ -12,101 +12,27 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override
-from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner.config import code_files, data_nodes, overrides, user_code
-from runner.config.bind import config_dir, to_plain
+from runner.config import data_nodes, overrides, user_code
+from runner.config.bind import to_plain
 from runner.config.hydra_errors import CONFIG_NAME, as_config_errors, is_choice
 from runner.config.job import Job
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, refuse
 from runner.files import user_path
 
 ONE_A_SWEEP = ("outputs_dir", "sweep", "resume", "retry", "search")
 """Keys of the whole sweep: its folder, and how an earlier sweep is continued."""
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Hydra's own command line.
-
-    Raises:
-        ConfigError: a flag of Hydra's that means something else here, an unknown one, or an override that cannot be
-            read.
-    """
-
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(Fault("", f"the command line cannot be read: {message}", "--help shows the flags"))
-
-    parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign]
-    args = parser.parse_intermixed_args(argv)  # flags may follow overrides, too
-    overrides.refuse_unreadable(args.overrides)
-    for flag, given in (("--package", args.package), ("--resolve", args.resolve)):
-        if given and not args.cfg:
-            raise ConfigError(Fault(flag, "has no effect without --cfg", "add --cfg job, or leave it out"))
-    if args.experimental_rerun:
-        problem, remedy = "is not for this program", "rerun RUN trains a run again as it was, resume=RUN continues it"
-        raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
-    return args
-
-
-@contextmanager
-def opened(args: argparse.Namespace) -> Iterator[Hydra]:
-    """Hydra with our groups, and those of ``--config-dir`` before them."""
-    search_path = create_config_search_path(str(config_dir()))
-    for extra in (args.config_path, args.config_dir):
-        if extra:
-            folder = os.path.abspath(extra)
-            if not os.path.isdir(folder):
-                raise ConfigError(Fault("--config-dir", "no such folder", "name a folder of config groups", extra))
-            search_path.prepend(provider="command-line", path=f"file://{folder}")
-    setup_globals()
-    hydra = Hydra.create_main_hydra2(task_name="runner", config_search_path=search_path)
-    try:
-        with _own_options(hydra, args.overrides):
-            yield hydra
-    finally:
-        GlobalHydra.instance().clear()
-
-
-@contextmanager
-def _own_options(hydra: Hydra, overrides: Sequence[str]) -> Iterator[None]:
-    """While the block runs, ``group=name`` chooses a function of ``code=…`` if no YAML file has that name."""
-    texts = dict(text.partition("=")[::2] for text in overrides)
-    if code_files.KEY not in texts:
-        yield
-        return
-    value: Any = []
-    with suppress(yaml.YAMLError):  # the parser of overrides reports it
-        value = yaml.safe_load(texts.pop(code_files.KEY)) or []
-    entries = value if isinstance(value, list) else str(value).split(",")
-    functions = code_files.options(map(str, entries))
-    store = ConfigStore.instance()
-    before = copy.deepcopy(store.repo)
-    for group, names in texts.items():
-        if is_choice(group, hydra):
-            for name in names.split(","):
-                if name in functions and name not in hydra.config_loader.get_group_options(group):
-                    store.store(group=group, name=name, node=functions[name], provider="code")
-    try:
-        yield
-    finally:
-        store.repo = before
 
 
 class Composer:
@@ -142,7 +68,7 @@ class Composer:
         with as_config_errors(self.hydra, self.args):
             composed = self._composed([*self.fixed, *self._first_choices()], RunMode.MULTIRUN)
             self._number(composed, 0)  # a path may contain it
-            overrides.refuse_paths(composed)
+            refuse(overrides.wrong_paths(composed))
         return composed
 
     def _first_choices(self) -> Iterator[str]:
@@ -160,10 +86,9 @@ class Composer:
     def grid(self, arguments: Sequence[str]) -> list[list[str]]:
         """The overrides of each job, every combination of the swept values, in Hydra's order."""
         endless = [text for text in self.swept if isinstance(self.parser.parse_override(text).value(), IntervalSweep)]
-        if endless:
-            problem, remedy = "is a range without steps", "search=random, tpe or asha draw from it; or write range(…)"
-            raise ConfigError(*(Fault(_key(text), problem, remedy, text.partition("=")[2]) for text in endless))
-        overrides.refuse_counts(self.parser.parse_overrides(self.swept))
+        problem, remedy = "is a range without steps", "search=random, tpe or asha draw from it; or write range(…)"
+        refuse(Fault(_key(text), problem, remedy, text.partition("=")[2]) for text in endless)
+        refuse(overrides.wrong_counts(self.parser.parse_overrides(self.swept)))
         with as_config_errors(self.hydra, self.args):
             (batch,) = BasicSweeper.split_arguments(self.parser.parse_overrides(list(arguments)), None)
         return [list(each) for each in batch]
@@ -195,18 +120,12 @@ class Composer:
         """
         with as_config_errors(self.hydra, self.args):
             parsed = [each for each in self.parser.parse_overrides(self.args.overrides) if each.is_sweep_override()]
-        faults = [
-            Fault(
-                each.key_or_group,
-                "cannot be swept: it is the whole sweep's",
-                "give it one value",
-                overrides.value_text(each),
-            )
+        problem, remedy = "cannot be swept: it is the whole sweep's", "give it one value"
+        refuse(
+            Fault(each.key_or_group, problem, remedy, overrides.value_text(each))
             for each in parsed
             if each.key_or_group in ONE_A_SWEEP or each.is_hydra_override()
-        ]
-        if faults:
-            raise ConfigError(*faults)
+        )
 
     def label(self, given: Sequence[str]) -> str:
         """The overrides that differ between the jobs of a sweep: those that the command line does not fix."""
@@ -220,7 +139,7 @@ class Composer:
         """The overrides of the command line that have several values."""
         with as_config_errors(self.hydra, self.args):
             swept = [text for text in self.args.overrides if self.parser.parse_override(text).is_sweep_override()]
-        overrides.refuse_repeated(swept, self.args.overrides)
+        refuse(overrides.repeated(swept, self.args.overrides))
         return swept
 
     @functools.cached_property
@@ -251,14 +170,13 @@ class Composer:
             for key in (key.strip() for key, (own, common) in same.items() if own != common):
                 problem = f"is the whole sweep's, but the job {self.label(job.overrides)} sets its own"
                 faults.setdefault(key, Fault(key, problem, remedy))
-        if faults:
-            raise ConfigError(*faults.values())
+        refuse(faults.values())
 
     def _job(self, given: list[str], mode: RunMode, number: int) -> Job:
         composed = self._composed(given, mode)
         if mode == RunMode.MULTIRUN:
             self._number(composed, number)
-        overrides.refuse_paths(composed)
+        refuse(overrides.wrong_paths(composed))
         plain: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
         node = plain.pop("hydra")
         folder, sweep_dir = self._folders(composed, mode)
@@ -285,8 +203,8 @@ class Composer:
     def _composed(self, given: list[str], mode: RunMode) -> DictConfig:
         parsed = self.parser.parse_overrides(given)
         groups = [override for override in parsed if self._is_choice(override.key_or_group)]
-        overrides.refuse_without_effect(parsed)
-        overrides.refuse_choices(groups, self.hydra.config_loader.get_group_options)
+        refuse(overrides.without_effect(parsed))
+        refuse(overrides.wrong_choices(groups, self.hydra.config_loader.get_group_options))
         choices = [override for override in parsed if self._changes_defaults(override)]
         key = mode, tuple(str(override.input_line) for override in choices)
         if key not in self._bases:

@@ -1,4 +1,4 @@
-"""Check overrides: readable, one option for each group, and none of Hydra's keys without an effect."""
+"""Faults of overrides: unreadable, not one option for each group, or keys of Hydra's without an effect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.config import bounds
 from runner.config.schema import Inside, Name, Text
-from runner.errors import ConfigError, Fault, is_control
+from runner.errors import Fault, is_control
 
 EFFECTIVE = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.searchpath",
              "hydra.output_subdir")  # fmt: skip
@@ -36,19 +36,12 @@ MOST_JOBS = 10_000
 """Runs of a grid; more are more likely a wrong range."""
 
 
-def refuse_unreadable(overrides: Iterable[str]) -> None:
-    """Refuse words that neither the parser nor a file can hold.
-
-    Raises:
-        ConfigError: with all of them.
-    """
-    faults = []
+def unreadable(overrides: Iterable[str]) -> Iterator[Fault]:
+    """Faults of overrides that Hydra's parser cannot read, or that no file can hold."""
     for text in overrides:
         key, _, value = text.partition("=")
         if problem := _unreadable(text):
-            faults.append(Fault(key, problem, "correct the value", value))
-    if faults:
-        raise ConfigError(*faults)
+            yield Fault(key, problem, "correct the value", value)
 
 
 def _unreadable(text: str) -> str:
@@ -65,34 +58,24 @@ def _unreadable(text: str) -> str:
     return f"is nested more than {DEEPEST} levels deep" if deepest > DEEPEST else ""
 
 
-def refuse_repeated(swept: Iterable[str], overrides: Sequence[str]) -> None:
-    """Refuse a swept key that the command line gives another time: only the last would count.
-
-    Raises:
-        ConfigError: with all of them.
-    """
+def repeated(swept: Iterable[str], overrides: Sequence[str]) -> Iterator[Fault]:
+    """Faults of swept keys that the command line sets twice: only the last would count."""
     keys = [text.partition("=")[0].lstrip("+") for text in overrides]
-    twice = [
-        (key, value) for key, _, value in (text.partition("=") for text in swept) if keys.count(key.lstrip("+")) > 1
-    ]
-    if twice:
-        raise ConfigError(*(Fault(key, "is set twice", "give all its values once", value) for key, value in twice))
+    for key, _, value in (text.partition("=") for text in swept):
+        if keys.count(key.lstrip("+")) > 1:
+            yield Fault(key, "is set twice", "give all its values once", value)
 
 
-def refuse_counts(swept: Iterable[Override]) -> None:
-    """Refuse swept keys without a value, and more combinations than anybody waits for.
-
-    Raises:
-        ConfigError: with all keys that have no value.
-    """
+def wrong_counts(swept: Iterable[Override]) -> Iterator[Fault]:
+    """Faults of swept keys without a value, or of a grid with more runs than anybody waits for."""
     counts = [(each, len(list(islice(each.sweep_string_iterator(), MOST_JOBS + 1)))) for each in swept]
     remedy = "give it values; glob(…) finds options of a group, range(…) ends before its second number"
-    empty = [each for each, count in counts if not count]
-    if empty:
-        raise ConfigError(*(Fault(each.key_or_group, "has no values", remedy, value_text(each)) for each in empty))
+    yield from (
+        Fault(each.key_or_group, "has no values", remedy, value_text(each)) for each, count in counts if not count
+    )
     if math.prod(count for _, count in counts) > MOST_JOBS:
         remedy = "name fewer values, or let search=random draw from them"
-        raise ConfigError(Fault("-m", f"the swept keys have more than {MOST_JOBS:,} combinations", remedy))
+        yield Fault("-m", f"the swept keys have more than {MOST_JOBS:,} combinations", remedy)
 
 
 def value_text(override: Override) -> str:
@@ -100,18 +83,8 @@ def value_text(override: Override) -> str:
     return str(override.input_line or "").partition("=")[2]
 
 
-def refuse_choices(choices: Iterable[Override], options_of: Callable[[str], list[str]]) -> None:
-    """Refuse overrides of groups that choose no option, or several at once.
-
-    Raises:
-        ConfigError: with all of them.
-    """
-    faults = list(_choice_faults(choices, options_of))
-    if faults:
-        raise ConfigError(*faults)
-
-
-def _choice_faults(choices: Iterable[Override], options_of: Callable[[str], list[str]]) -> Iterator[Fault]:
+def wrong_choices(choices: Iterable[Override], options_of: Callable[[str], list[str]]) -> Iterator[Fault]:
+    """Faults of overrides of groups that choose no option, or several at once."""
     for override in choices:
         group, value = override.key_or_group, override.value()
         if group == "hydra":
@@ -130,45 +103,29 @@ def _choice_faults(choices: Iterable[Override], options_of: Callable[[str], list
             yield Fault(group, "must be the name of one option", remedy, str(override.get_value_string()))
 
 
-def refuse_without_effect(parsed: Iterable[Override]) -> None:
-    """Refuse keys of Hydra's own that nobody reads.
-
-    Raises:
-        ConfigError: with all of them.
-    """
-    parsed, faults = list(parsed), []
+def without_effect(parsed: Sequence[Override]) -> Iterator[Fault]:
+    """Faults of keys of Hydra's own that change nothing here."""
     has_sweeper = any(override.key_or_group == SWEEPER for override in parsed)
-    for override in parsed:
+    for override in filter(Override.is_hydra_override, parsed):
         key, value = override.key_or_group, value_text(override)
-        if not override.is_hydra_override():
-            continue
         if key in BY_US:
             remedy = "choose how jobs are started with launcher=local, launcher=accelerate or launcher=slurm"
             remedy = remedy if key == "hydra/launcher" else "leave it out: a run writes train.log"
-            faults.append(Fault(key, "has no other option here", remedy, value))
+            yield Fault(key, "has no other option here", remedy, value)
         elif key.startswith("hydra.sweeper") and not has_sweeper:
             remedy = "write the keys and their values themselves: -m lora.r=4,8, or search.space={…} for a search"
-            faults.append(Fault(key, "has no effect here", remedy, value))
+            yield Fault(key, "has no effect here", remedy, value)
         elif not key.replace("/", ".").startswith((*EFFECTIVE, "hydra.sweeper")):
             remedy = f"leave it out; of Hydra's own keys these work: {', '.join(EFFECTIVE)}"
-            faults.append(Fault(key, "has no effect here", remedy, value))
-    if faults:
-        raise ConfigError(*faults)
+            yield Fault(key, "has no effect here", remedy, value)
 
 
-def refuse_paths(composed: DictConfig) -> None:
-    """Refuse paths below ``hydra`` that are empty or leave their folder.
-
-    Raises:
-        ConfigError: with all of them.
-    """
-    faults = []
+def wrong_paths(composed: DictConfig) -> Iterator[Fault]:
+    """Faults of paths below ``hydra`` that are empty or leave their folder."""
     for key, annotation in PATHS.items():
         path: Any = OmegaConf.select(composed.hydra, key)
         if problem := bounds.mismatch(path, annotation):
-            faults.append(Fault(f"hydra.{key}", problem, "name a folder, or leave it out", path))
-    if faults:
-        raise ConfigError(*faults)
+            yield Fault(f"hydra.{key}", problem, "name a folder, or leave it out", path)
 
 
 def sweeper_of(composed: DictConfig) -> str:
