@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from runner import PACKAGE
 from runner.config import bounds, synonyms, user_code
 from runner.config.schema import Free
-from runner.errors import ConfigError, Fault, first_line, suggest
+from runner.errors import ConfigError, Fault, first_line, refuse, suggest
 
 TARGET = "_target_"
 NO_KEY = "no such key"
@@ -52,8 +52,7 @@ def to_plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         return dict(node)
     try:
         missing = sorted(OmegaConf.missing_keys(node))
-        if missing:
-            raise ConfigError(*(Fault(key, "needs a value", f"give it one: {key}=…") for key in missing))
+        refuse(Fault(key, "needs a value", f"give it one: {key}=…") for key in missing)
         plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or "")
@@ -67,9 +66,7 @@ def bind(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | No
     Raises:
         ConfigError: with *all* faults of the node, each key written from ``key`` down.
     """
-    faults = list(find_faults(node, key, target))
-    if faults:
-        raise ConfigError(*faults)
+    refuse(find_faults(node, key, target))
     function = target or _resolve(node, key)
     return functools.partial(function, **_values(node), **_places(function, node))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.config import bind, combinations, condition, control, data_nodes, schema, user_code
 from runner.config.schema import RunSettings, TrainSettings, divisors
-from runner.errors import ConfigError, Fault
+from runner.errors import Fault, refuse
 from runner.secrets import find_secrets
 
 OPTION_GROUPS = (
@@ -26,9 +26,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: with all faults at once.
     """
-    faults = faults_of(cfg)
-    if faults:
-        raise ConfigError(*faults)
+    refuse(faults_of(cfg))
 
 
 def faults_of(cfg: Mapping[str, Any]) -> list[Fault]:
@@ -42,8 +40,7 @@ def check_data(node: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: with all its faults.
     """
-    if faults := list(_data_faults(node)):
-        raise ConfigError(*faults)
+    refuse(_data_faults(node))
 
 
 def faults_of_group(cfg: Mapping[str, Any], group: str) -> list[Fault]:

@@ -16,7 +16,7 @@ import yaml
 from runner.config import bind, bounds, schema
 from runner.config.bind import TARGET, config_dir
 from runner.config.schema import NotNegative
-from runner.errors import ConfigError, Fault, suggest
+from runner.errors import ConfigError, Fault, refuse, suggest
 
 SOURCES, EVALS = GROUPS = "sources", "evals"
 OWN = {
@@ -62,8 +62,7 @@ def completed(data: Any) -> Any:
                 nodes[group] = {**nodes[group], name: _completed(node, data.get("format"))}
             except ConfigError as error:
                 faults += [fault.below(f"data.{group}.{name}") for fault in error.faults]
-    if faults:
-        raise ConfigError(*faults)
+    refuse(faults)
     return nodes
 
 

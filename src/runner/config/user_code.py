@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from runner.config.code_files import KEY, REMEDY, digest, files, locate, may_be_module, module_name
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, refuse
 from runner.files import user_path
 
 PATHS = "_code_"
@@ -129,15 +129,10 @@ def refuse_changed(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the module.
     """
-    faults = []
-    for path in paths_of(cfg):
-        wanted = cfg[KEY][module_name(path)]
-        if not path.exists():
-            faults.append(Fault(KEY, f"{path} is missing", "restore it, or start a new run"))
-        elif digest([path]) != wanted:
-            faults.append(Fault(KEY, f"{path} was edited after the run began", "restore it, or start a new run"))
-    if faults:
-        raise ConfigError(*faults)
+    remedy, paths = "restore it, or start a new run", paths_of(cfg)
+    refuse(Fault(KEY, f"{path} is missing", remedy) for path in paths if not path.exists())
+    changed = (path for path in paths if digest([path]) != cfg[KEY][module_name(path)])
+    refuse(Fault(KEY, f"{path} was edited after the run began", remedy) for path in changed)
 
 
 def edited(cfg: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from runner.data import row_options
 from runner.data.conversation import no_json
-from runner.errors import DataError, Fault
+from runner.errors import DataError, Fault, refuse
 
 if TYPE_CHECKING:
     from runner.data.examples import Example
@@ -92,13 +92,9 @@ def index(
         numbers.append(number)
         keys.append(key)
         prompts.append(_hash(" ".join(_prompt(example).split()).casefold()))
-    if faults:
-        raise DataError(*faults)
-    if rows is not None:
-        rows.refuse_unseen()
-    hashes = [np.frombuffer(column, dtype=np.uint64) for column in (keys, prompts)]
-    places = row_options.ranks(values, order_by) if order_by is not None else np.zeros(len(keys), dtype=np.int64)
-    examples = Index(records, np.frombuffer(numbers, dtype=np.int64), hashes[0], hashes[1], places)
+    refuse(faults, DataError)
+    columns = (np.frombuffer(column, dtype=np.uint64) for column in (keys, prompts))
+    examples = Index(records, np.arange(len(keys)), *columns)
     if not deduplicate:
         return examples
     first = np.sort(np.unique(examples.keys, return_index=True)[1])

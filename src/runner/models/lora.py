@@ -15,8 +15,8 @@ from annotated_types import Ge, Le, Len
 from runner.config.bind import bind, bind_target
 from runner.config.bounds import Must
 from runner.config.schema import Count, Fraction, Positive, Text
-from runner.errors import ConfigError, Fault, first_line, suggest
-from runner.models import adapter, freezing, peft_options, warm_start
+from runner.errors import ConfigError, Fault, first_line, refuse, suggest
+from runner.models import adapter, peft_options, warm_start
 from runner.models.kernels import compilation, score_head
 
 if TYPE_CHECKING:
@@ -270,5 +270,4 @@ def _quant(model: nn.Module) -> Quant | None:
 
 
 def _refuse(faults: Iterator[Fault]) -> None:
-    if prefixed := tuple(fault.below("lora") for fault in faults):
-        raise ConfigError(*prefixed)
+    refuse(fault.below("lora") for fault in faults)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError, Fault
+from runner.errors import Fault, refuse
 
 NOT_JSON = "is damaged: it is not a JSON object"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,8 +29,7 @@ def check(folder: Path, *, weights: bool = True) -> None:
     Raises:
         ConfigError: files are missing or damaged; lists all of them.
     """
-    if problems := tuple(faults(folder, weights=weights)):
-        raise ConfigError(*problems)
+    refuse(faults(folder, weights=weights))
 
 
 def faults(folder: Path, *, weights: bool = True) -> Iterator[Fault]:

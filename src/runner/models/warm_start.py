@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import pinned_weights
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, refuse
 from runner.models import adapter, hub, model_folder
 
 FREE = {
@@ -37,8 +37,8 @@ def begin_with(model: Any, text: str) -> None:
         problem = f"{weights} {problem}" if problem else f"{folder / pinned_weights.ADAPTER} {model_folder.NOT_JSON}"
         raise ConfigError(Fault("lora.start", problem, "restore the file, or train that run again"))
     config = model.peft_config["default"]
-    if faults := tuple(_kind_faults(config, saved)) or tuple(_shape_faults(model, weights)):
-        raise ConfigError(*faults)
+    refuse(_kind_faults(config, saved))
+    refuse(_shape_faults(model, weights))
     if not any(parameter.is_meta for parameter in model.parameters()):
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from runner.config import condition
-from runner.errors import ConfigError, Fault
-from runner.report import columns, comparable, ranking
+from runner.errors import ConfigError, Fault, refuse
+from runner.report import columns, comparable, condition, ranking
 from runner.report.columns import Goal, Value
 from runner.report.ranking import Group
 from runner.report.results import Result
@@ -168,13 +167,12 @@ def of(
     over = _parsed(faults, lambda: _parameter(by, results), by)
     order = _parsed(faults, lambda: columns.goal(sort, results, "--sort"), sort)
     goal = columns.rated(order) if order and any(order.key in result.metrics for result in results) else None
-    if not faults:
-        kept = [result for result in results if matches is None or matches(partial(columns.value, result))]
-        comparable.refuse_nothing(kept, results, where, keys)
-        comparable.refuse_mixed(kept)
-        goal = goal or columns.objective(kept) or Goal(LOSS, is_larger_better=False)
-        return _board(kept, goal, order or goal, shown or [], axes or [], over or "")
-    raise ConfigError(*faults)
+    refuse(faults)
+    kept = [result for result in results if matches is None or matches(partial(columns.value, result))]
+    comparable.refuse_nothing(kept, results, where, keys)
+    comparable.refuse_mixed(kept)
+    goal = goal or columns.objective(kept) or Goal(LOSS, is_larger_better=False)
+    return _board(kept, goal, order or goal, shown or [], axes or [], over or "")
 
 
 def mean_text(key: str, mean: Mean | None) -> str:

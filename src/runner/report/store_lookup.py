@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import terminal
-from runner.errors import ConfigError, Fault, RunnerError, TrackingError, suggest
+from runner.errors import ConfigError, Fault, RunnerError, TrackingError, refuse, suggest
 from runner.secrets import redact
 from runner.tracking import lookup, trackers
 from runner.tracking.manifest import keep_credentials
@@ -45,8 +45,7 @@ def checked(uri: str) -> str:
         ConfigError: the URI is invalid.
         TrackingError: the database file does not exist.
     """
-    if faults := list(trackers.check_mlflow(uri=uri, experiment="runner", run_name=None)):
-        raise ConfigError(*faults)
+    refuse(trackers.check_mlflow(uri=uri, experiment="runner", run_name=None))
     node = {"tracking": {"uri": uri}}
     keep_credentials(node)
     uri = str(node["tracking"]["uri"])

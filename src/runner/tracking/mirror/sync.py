@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import terminal
-from runner.errors import ConfigError, DamagedError, Fault, RunnerError, TrackingError
+from runner.errors import DamagedError, Fault, RunnerError, TrackingError, refuse
 from runner.tracking import lookup, recovery
 from runner.tracking.lookup import find_runs
 from runner.tracking.manifest import credentials_into_environment
@@ -52,8 +52,7 @@ def sync(folders: Iterable[Path], uri: str | None = None, publish: Publish | Non
         TrackingError: the store at ``uri`` does not answer; nothing was changed.
     """
     if uri:
-        if faults := list(check_mlflow(uri=uri, experiment="runner", run_name=None)):
-            raise ConfigError(*faults)
+        refuse(check_mlflow(uri=uri, experiment="runner", run_name=None))
         uri = credentials_into_environment(uri)
     runs = [rundir for folder in folders for rundir in find_runs(Path(folder))]
     sweeps = list(dict.fromkeys(filter(None, map(sweep_of, runs))))
