@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import yaml
+from fixtures.composed_jobs import jobs_of
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from runner.cli import jobs as cli_jobs
-from runner.config import command_line, compose
+from runner.config import compose
 from runner.config.bind import config_dir
-from runner.config.job import Job, write_hydra
 from runner.errors import ConfigError
 
 GRIDS = (
@@ -25,13 +23,6 @@ GRIDS = (
     ["data=local", "data/format=alpaca,messages", "data.path=a.jsonl", "lora.lora_alpha=choice(1,2)"],
     ["lora=peft", "lora.method=LoKr", "+lora.rank=2,4", "seed=range(2)"],
 )
-
-
-def jobs_of(arguments: Sequence[str], *flags: str) -> list[Job]:
-    args = command_line.parse(["-m", *flags, *arguments])
-    with command_line.opened(args) as hydra:
-        composer = compose.Composer(hydra, args)
-        return composer.jobs(composer.grid(args.overrides))
 
 
 @pytest.mark.parametrize("arguments", GRIDS, ids=lambda grid: " ".join(grid)[:40])
@@ -78,20 +69,6 @@ def test_a_folder_may_contain_the_number_of_its_job():
         assert [job.folder.partition("/s/")[2] for job in both] == ["x/0", "x/1"]
 
 
-def test_what_hydra_writes_of_itself_can_be_read_back_by_it(tmp_path: Path):
-    [only] = jobs_of(["lora.r=4", 'name="1e3"', f"outputs_dir={tmp_path}"])
-    write_hydra(only, tmp_path)
-    config = OmegaConf.load(tmp_path / ".hydra" / "config.yaml")
-    assert config.name == "1e3"
-    assert config.lora.r == 4
-    assert "hydra" not in config
-    node = OmegaConf.load(tmp_path / ".hydra" / "hydra.yaml").hydra
-    assert node.runtime.output_dir == str(tmp_path)
-    assert node.job.num == 0
-    overrides = yaml.safe_load((tmp_path / ".hydra" / "overrides.yaml").read_text())
-    assert overrides == ["lora.r=4", 'name="1e3"', f"outputs_dir={tmp_path}"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
@@ -117,16 +94,6 @@ def test_long_names_of_sweeps_differ_with_their_keys():
 def test_the_folder_of_a_sweep_is_resolved_once(monkeypatch: pytest.MonkeyPatch):
     jobs = jobs_of(["seed=range(30)", "hydra.sweep.dir=/tmp/x/${now:%f}"])
     assert len({job.sweep_dir for job in jobs}) == 1
-
-
-@pytest.mark.parametrize(
-    ("override", "told"),
-    [("hydra/launcher=basic", "launcher=local"), ("hydra.job.chdir=true", "has no effect here"),
-     ("hydra.callbacks.x.y=1", "hydra.callbacks")],
-)  # fmt: skip
-def test_keys_of_hydra_without_effect_are_refused(override: str, told: str):
-    with pytest.raises(ConfigError, match=told):
-        jobs_of(["seed=1,2", override])
 
 
 def preset(folder: Path, name: str, text: str) -> None:
@@ -157,69 +124,7 @@ def test_what_all_swept_presets_say_alike_is_the_sweeps(tmp_path: Path):
     assert {Path(job.sweep_dir).parts[-3] for job in jobs} == {"elsewhere"}
 
 
-def test_a_key_that_only_the_swept_options_have():
-    jobs = jobs_of(["quant=4bit,fp4", "quant.double=false", "seed=1,2"])
-    assert [job.cfg["quant"]["double"] for job in jobs] == [False] * 4
-    for order in ("none,4bit", "4bit,none"):
-        with pytest.raises(ConfigError, match=r"quant\.double=false: no such key with quant=none"):
-            jobs_of([f"quant={order}", "quant.double=false"])
-
-
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [(["lora.r=range(9,4)"], r"lora\.r=range\(9,4\): has no values"), (["quant=glob(x*)"], "quant=.*: has no values"),
-     (["lora.r=glob(*)"], r"lora\.r=.*: has no values"), (["seed=range(1,1000000000)"], "more than 10,000"),
-     (["seed=range(1,102)", "lora.r=range(1,101)"], "more than 10,000 combinations"),
-     (["lora.r=4,8", "lora.r=16"], r"lora\.r=4,8: is set twice"),
-     (["quant=none,4bit", "+quant=8bit"], "quant=none,4bit: is set twice")],
-)  # fmt: skip
-def test_a_grid_has_values_each_once_and_not_too_many(words: list[str], problem: str):
-    with pytest.raises(ConfigError, match=problem):
-        jobs_of(words)
-
-
 @pytest.mark.parametrize("form", ["${hydra:job.num}", "${hydra.job.num}"])
 def test_folders_of_jobs_may_be_their_numbers(form: str):
     jobs = jobs_of(["seed=1,2", "sweep=one", f"hydra.sweep.subdir={form}"])
     assert [Path(job.folder).name for job in jobs] == ["0", "1"]
-
-
-def test_parameters_of_our_own_sweeper_are_refused():
-    for word in ('+hydra.sweeper.params={seed:"1,2"}', "hydra.sweeper.params.seed=1"):
-        with pytest.raises(ConfigError, match="write the keys and their values themselves"):
-            jobs_of(["lora.r=4,8", word])
-
-
-@pytest.mark.parametrize(
-    "word",
-    ["hydra.output_subdir=../..", "hydra.output_subdir=.", "hydra.output_subdir=", "hydra.sweep.subdir=../..",
-     "hydra.sweep.subdir=/x", "hydra.sweep.dir=", "hydra.run.dir="],
-)  # fmt: skip
-def test_paths_of_hydra_stay_in_their_folder(word: str):
-    key = word.partition("=")[0].replace(".", r"\.")
-    with pytest.raises(ConfigError, match=key):
-        jobs_of(["seed=1,2", word, "data=local", "data.path=../x"])
-
-
-@pytest.mark.parametrize(
-    ("word", "problem"),
-    [("seed=" + "9" * 5000, "more than 400 digits"), ("seed=" + "[" * 3000, "levels deep"),
-     ("name=\udcff", "not UTF-8"),
-     ("name=\x1b[31m", "control characters"), ("quant=[4bit,fp4]", "not a list"), ("~tracking", "cannot be removed"),
-     ("quant=", "name of one option"), ("experiment=", "name of one option"), ("hydra={}", "as a whole"),
-     ("experiment=null", "name of one option"), ("=4", "no key before ="), ("+=4", "no key before ="),
-     ("--package=lora", "no effect without --cfg"), ("--resolve", "no effect without --cfg"),
-     ("+quant._code_=[x.py]", "cannot be set"), ("+_code_=[x.py]", "cannot be set")],
-)  # fmt: skip
-def test_words_that_are_no_overrides_are_refused(word: str, problem: str):
-    with pytest.raises(ConfigError, match=problem) as caught:
-        jobs_of(["seed=1,2", word])
-    str(caught.value).encode()
-
-
-def test_flags_may_stand_after_overrides_and_unknown_ones_are_refused_in_our_words():
-    args = command_line.parse(["model=tiny", "-m", "lora.r=4,8"])
-    assert args.multirun
-    assert args.overrides == ["model=tiny", "lora.r=4,8"]
-    with pytest.raises(ConfigError, match="cannot be read: unrecognized arguments: --multi-run"):
-        command_line.parse(["--multi-run", "model=tiny"])

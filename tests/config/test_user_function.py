@@ -86,3 +86,14 @@ def test_a_file_that_fails_when_it_is_run(own):
         custom(f"{own.parent}/raises.py:f")({})
     with pytest.raises(ConfigError, match="defines no function 'number'"):
         custom(f"{own}:number")({})
+
+
+def test_a_file_may_be_in_the_encoding_that_it_declares_and_in_no_other(tmp_path):
+    file = tmp_path / "latin.py"
+    file.write_bytes("# coding: latin-1\ndef f(row):\n    return 'é'\n".encode("latin-1"))
+    assert custom(f"{file}:f")({}) == "é"
+    assert "def f" in source_text(f"{file}:f")
+    undeclared = tmp_path / "undeclared.py"
+    undeclared.write_bytes(b"def f(row):\n    return '\xe9'\n")
+    with pytest.raises(ConfigError, match=r"data\.format\.function=undeclared\.py:f: is not Python"):
+        custom(f"{undeclared}:f")

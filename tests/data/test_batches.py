@@ -4,20 +4,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from fixtures.documents import batches, documents, own_cache
+from fixtures.documents import batches, documents, own_cache, same, seen_in
 
 from runner.data.batches import PADDED_TO
-from runner.data.collator import Batch
 from runner.data.examples import Answers
-from runner.data.packing import IGNORED, Rows, pack
-from runner.errors import ConfigError
+from runner.data.packing import IGNORED, Rows
 
 # --- packing and batches
 
@@ -56,14 +52,6 @@ def test_rows_laid_end_to_end_are_the_same_rows_without_padding():
     assert packed.laid_end_to_end().step(0)[0]["input_ids"].shape == packed.step(0)[0]["input_ids"].shape
 
 
-def same(left: list[Batch], right: list[Batch]) -> bool:
-    return len(left) == len(right) and all(
-        a[key].equal(b[key]) if hasattr(a[key], "equal") else np.array_equal(a[key], b[key])
-        for a, b in zip(left, right, strict=True)
-        for key in a
-    )
-
-
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_step_depends_on_seed_and_number_alone(packing):
     one, other = (batches(documents(), packing=packing, max_length=40) for _ in range(2))
@@ -71,49 +59,6 @@ def test_a_step_depends_on_seed_and_number_alone(packing):
         assert same(one.step(step), other.step(step))
     assert not same(one.step(0), one.step(1))
     assert not same(one.step(0), batches(documents(), packing=packing, max_length=40, seed=8).step(0))
-
-
-def seen_in(steps: Iterable[list[Batch]]) -> Counter[int]:
-    return Counter(int(i) for step in steps for batch in step for i in batch["input_ids"].flatten() if i > 0)
-
-
-def test_every_epoch_has_every_document_once_in_an_order_of_its_own():
-    rows = documents(count=30)
-    made = batches(rows, packing=False, rows_per_batch=5, accumulation=2, max_length=40)
-    epochs = [[made.step(3 * epoch + step) for step in range(3)] for epoch in range(2)]
-    assert seen_in(epochs[0]) == seen_in(epochs[1]) == Counter(rows.ids.tolist())
-    assert not same(epochs[0][0], epochs[1][0])
-
-
-def test_steps_run_on_across_epochs():
-    rows = documents(count=7)
-    made = batches(rows, packing=False, rows_per_batch=5, accumulation=1, max_length=40)
-    assert seen_in(made.step(step) for step in range(7)) == Counter(rows.ids.tolist() * 5)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("epochs", [1, 2, 0.5])
-def test_a_limit_of_epochs_shortens_the_last_step(packing, epochs):
-    rows = documents()
-    made = batches(rows, packing=packing, epochs=epochs, max_length=40)
-    steps = [made.step(number) for number in range(made.order.steps(None, epochs, None))]
-    assert made.order.epoch(len(steps)) == pytest.approx(epochs, abs=0.02)
-    assert made.tokens_at(len(steps)) == sum(batch["tokens"] for step in steps for batch in step)
-    assert all(step for step in steps)
-    if isinstance(epochs, int):
-        assert seen_in(steps) == Counter(rows.ids.tolist() * epochs)
-
-
-def test_tokens_and_steps_agree():
-    made = batches(documents(), packing=True, max_length=40)
-    counted = np.cumsum([0, *(sum(batch["tokens"] for batch in made.step(step)) for step in range(30))])
-    assert [made.tokens_at(step) for step in range(31)] == counted.tolist()
-    for wanted in (1, 500, int(counted[7]), int(counted[7]) + 1, 4000):
-        assert made.order.steps(max_tokens=wanted) == np.searchsorted(counted, wanted)
-    assert made.order.steps(12, None, None) == 12
-    assert made.order.steps(12, None, int(counted[7])) == 7
-    with pytest.raises(ConfigError, match="no stopping criterion"):
-        made.order.steps(None, None, None)
 
 
 @pytest.mark.parametrize("packing", [True, False])

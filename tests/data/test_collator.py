@@ -5,17 +5,12 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
 from fixtures.documents import batches, documents, own_cache
 
-from runner.data.batches import PADDED_TO
-from runner.data.collator import Batch
-from runner.data.packing import IGNORED, Rows, pack
-from runner.errors import ConfigError
+from runner.data.packing import IGNORED
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "end to end"])

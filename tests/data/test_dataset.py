@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import errno
-import functools
-import json
 import os
 import threading
 from collections import Counter
@@ -14,14 +12,14 @@ from collections import Counter
 import numpy as np
 import pytest
 from fixtures.chat_tokenizer import build
-from fixtures.documents import LENGTH, SETTINGS, batches, load, own_cache, source, talk, texts
+from fixtures.documents import SETTINGS, load, own_cache, source, talk, texts
 from hydra import compose, initialize_config_dir
 
 from runner.config import bind, schema
-from runner.data import chat_template, dataset, formats
+from runner.data import dataset
 from runner.data.packing import one_by_one
 from runner.errors import ConfigError, DataError
-from runner.tasks import pretrain, sft
+from runner.tasks import sft
 from runner.tasks import task as tasks
 
 

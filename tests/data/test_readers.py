@@ -6,15 +6,12 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import os
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fixtures.data_files import ROWS, folder, local, places, rows, write
 
-from runner.data import readers
 from runner.errors import DataError
 
 

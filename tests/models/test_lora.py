@@ -1,5 +1,7 @@
 """Adapters: what trains, what is refused, and that plain transformers and PEFT read back exactly what was trained."""
 
+# ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import option
-from safetensors.torch import load_file
+from fixtures.adapters import load, logits, reloaded, train
+from fixtures.model_folders import source
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from runner.errors import ConfigError
-from runner.models import architecture, parameters, peft_options, pretrained, tokenizer_files
+from runner.models import parameters, peft_options, pretrained, tokenizer_files
 from runner.models.quantization import bitsandbytes, none
 from runner.models.sources import ModelSource
 
@@ -32,138 +34,10 @@ SMALL: dict[str, dict[str, Any]] = {
 """What a model as small as ours needs; every other method runs with its own defaults."""
 
 
-@pytest.fixture(scope="module")
-def source(cache: Path) -> ModelSource:
-    return architecture.resolve(option("model", "tiny")())
-
-
-@pytest.fixture(scope="module")
-def untied(cache: Path) -> ModelSource:
-    return architecture.resolve(option("model", "tiny", tie_word_embeddings=False)())
-
-
-def load(source: ModelSource, name: str = "none") -> Any:
-    return pretrained.load(source, option("quant", name)(), "cpu")
-
-
-def packed_rows() -> dict[str, torch.Tensor]:
-    """Two packed rows of two documents each, as the data room makes them."""
-    ids = torch.randint(0, 255, (2, 24), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "position_ids": torch.cat([torch.arange(10), torch.arange(14)]).repeat(2, 1)}
-
-
-def train(model: Any, steps: int = 5, learning_rate: float = 1e-2) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    rows, losses = packed_rows(), []
-    model.train()
-    for _ in range(steps):
-        logits = model(**rows).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows["input_ids"][:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return torch.as_tensor(model.eval()(input_ids=packed_rows()["input_ids"]).logits)
-
-
-def reloaded(source: ModelSource, folder: Path) -> Any:
-    """In plain transformers and PEFT, knowing nothing of us."""
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(source.path)
-    return PeftModel.from_pretrained(base, folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("lora", {}),
-        ("lora", {"modules_to_save": ["lm_head"]}),
-        ("lora", {"modules_to_save": ["embed_tokens"]}),
-        ("lora", {"target_modules": ["q_proj", "embed_tokens"]}),
-        ("lora", {"target_modules": r".*layers\.0\..*_proj", "init_lora_weights": "gaussian"}),
-        ("lora", {"init_lora_weights": "orthogonal"}),
-        ("lora", {"init_lora_weights": "olora"}),
-        ("dora", {}),
-        ("rslora", {}),
-        ("pissa", {}),
-        ("pissa", {"init_lora_weights": "pissa"}),
-        ("pissa", {"use_rslora": True, "lora_alpha": 16}),
-        ("pissa", {"use_dora": True}),
-        ("peft", {"method": "lora", "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "r": 4}),
-    ],
-)
-@pytest.mark.parametrize("tied", [True, False])
-def test_plain_peft_reads_back_the_same_logits(
-    source: ModelSource, untied: ModelSource, tmp_path: Path, name: str, changes: dict[str, Any], tied: bool
-) -> None:
-    from peft import AutoPeftModelForCausalLM
-
-    torch.manual_seed(0)
-    where = source if tied else untied
-    model = option("lora", name, **changes)(load(where))
-    losses = train(model)
-    assert losses[-1] < losses[0] - 0.05
-    pretrained.save(model, tokenizer_files.load(where), tmp_path / "model")
-    trained = logits(model)
-    torch.testing.assert_close(logits(reloaded(where, tmp_path / "model")), trained, atol=2e-4, rtol=1e-4)
-    # the adapter names its base, so that PEFT finds it alone
-    torch.testing.assert_close(
-        logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "model")), trained, atol=2e-4, rtol=1e-4
-    )
-
-
-def test_saving_leaves_the_model_alone(source: ModelSource, tmp_path: Path) -> None:
-    model = option("lora", "pissa")(load(source))
-    train(model, 2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pretrained.save(model, tokenizer_files.load(source), tmp_path / "model")
-    pretrained.save(model, tokenizer_files.load(source), tmp_path / "model")
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-
-
-def test_pissa_cuts_the_same_start_whatever_the_seed(source: ModelSource) -> None:
-    starts = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        model = option("lora", "pissa")(load(source))
-        drawn = torch.rand(1)
-        torch.manual_seed(seed)
-        assert torch.equal(drawn, torch.rand(1)), "the run's own random numbers must not move"
-        starts.append(model.initial_adapter)
-    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
-
-
 def test_the_start_of_every_adapter_is_the_base(source: ModelSource) -> None:
     base = logits(load(source))
     for name in ("lora", "dora", "rslora", "pissa"):
         torch.testing.assert_close(logits(option("lora", name)(load(source))), base, atol=1e-4, rtol=1e-4)
-
-
-def test_an_adapter_on_a_hub_model_names_its_id_and_commit(source: ModelSource, tmp_path: Path) -> None:
-    base = load(source)
-    base.name_or_path, base.config._commit_hash = "owner/name", "0" * 40  # as load() leaves a Hub model
-    pretrained.save(option("lora", "lora")(base), tokenizer_files.load(source), tmp_path / "model")
-    written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
-    assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", "0" * 40)
-
-
-def test_an_adapter_on_a_snapshot_in_the_cache_of_the_hub_names_its_id_and_commit(
-    source: ModelSource, tmp_path: Path
-) -> None:
-    base = load(source)
-    base.name_or_path = f"/home/me/.cache/huggingface/hub/models--owner--name/snapshots/{'1' * 40}"
-    pretrained.save(option("lora", "lora")(base), tokenizer_files.load(source), tmp_path / "model")
-    written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
-    assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", "1" * 40)
 
 
 def test_only_the_adapter_trains_and_in_float32(source: ModelSource) -> None:
@@ -285,13 +159,3 @@ def test_what_quantized_weights_cannot_do_is_refused_with_and_without_weights(
         with pytest.raises(ConfigError) as refused:
             option("lora", name, **changes)(model)
         assert said in str(refused.value)
-
-
-def test_the_saved_pissa_adapter_is_a_plain_lora_of_twice_the_rank(source: ModelSource, tmp_path: Path) -> None:
-    model = option("lora", "pissa", r=4)(load(source))
-    pretrained.save(model, tokenizer_files.load(source), tmp_path / "model")
-    written = yaml.safe_load((tmp_path / "model" / "adapter_config.json").read_text())
-    assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (8, 16, True)
-    tensors = load_file(tmp_path / "model" / "adapter_model.safetensors")
-    assert all(8 in tensor.shape for tensor in tensors.values())
-    torch.testing.assert_close(logits(reloaded(source, tmp_path / "model")), logits(load(source)), atol=1e-4, rtol=1e-4)

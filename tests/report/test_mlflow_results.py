@@ -13,7 +13,6 @@ from fixtures.compared_runs import as_json, copied, counted, data_of, runner, sa
 from fixtures.mirrored_runs import Server
 from fixtures.mlflow_pages import shown
 
-from runner.report import curves
 from runner.tracking.mlflow import store
 from runner.tracking.rundir import RunDir
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 from fixtures.compared_runs import a_sweep, data_of, here, played, said
 
-from runner.report import curves
-
 # The page and the pictures
 
 
