@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from fixtures.documents import load, own_cache, talk, texts
 
-from runner.data import columns, encoding, packing
-from runner.data.columns import Column
+from runner.data import encoding, packing
 from runner.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -20,26 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 def in_processes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(encoding, "_processes", lambda _: count)
     monkeypatch.setattr(encoding, "CHUNK", 40)
-
-
-@pytest.mark.parametrize("code", ["i", "f", "B"])
-def test_a_column_in_a_file_is_a_column_in_memory(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "AT_ONCE", 5)
-    made = [Column(code), Column(code, tmp_path / "column.npy")]
-    for column in made:
-        for number in range(23):
-            column.extend([number, number + 1])
-        column.extend_array(np.arange(9, dtype=columns.DTYPES[code]))
-        column.append(7)
-        assert len(column) == 56
-    first, second = (column.finish() for column in made)
-    assert (first.dtype, first.tolist()) == (second.dtype, second.tolist())
-    assert isinstance(second, np.memmap)
-    assert np.load(tmp_path / "column.npy").tolist() == first.tolist()
-
-
-def test_an_empty_column_is_no_file_to_map(tmp_path: Path) -> None:
-    assert Column("f", tmp_path / "column.npy").finish().tolist() == []
 
 
 @pytest.mark.parametrize("processes", [2, 5])

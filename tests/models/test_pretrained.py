@@ -48,11 +48,6 @@ def test_a_family_without_sdpa_is_loaded_with_eager_attention(folder: Path, atte
             pretrained.load(source, none.none(), "cpu")
 
 
-def test_dtype_is_what_was_asked(folder: Path) -> None:
-    model = pretrained.load(local(folder, dtype="bfloat16"), none.none(), "cpu")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [({"hidden_size": 60}, "multiple of 2 × heads"), ({"kv_heads": 3}, "must divide heads"), ({"layers": 0}, ">= 1")],

@@ -95,15 +95,6 @@ def test_runs_that_have_measured_nothing_say_so():
         assert "did you mean" not in str(refused.value)
 
 
-def test_a_condition_that_no_run_meets_says_which_values_there_are():
-    runs = [a_run("tiny one", loss=n, quant=quant, lora__r=n) for n, quant in enumerate(["4bit", "8bit"] * 6)]
-    with pytest.raises(
-        ConfigError, match=r"none of the 12 runs matches this condition\n.*quant: 4bit, 8bit; lora.r: 0 to 11"
-    ):
-        leaderboard.of(runs, where="quant=4bits and r>=0")
-    assert len(leaderboard.of(runs, where="name~tiny").results) == 12, "name is what the run is called"
-
-
 @pytest.mark.parametrize(
     ("values", "said"),
     [((0.56, 0.56), "0.56 GiB"), ((0.5, 0.6, 0.7), "0.60 ± 0.25 GiB")],
@@ -167,22 +158,6 @@ def test_all_faults_of_a_line_are_reported_at_once():
         leaderboard.of(RUNS, where="lora.rr=4", metrics="eval/los", pareto="loss", by="eval/loss", sort="nothing/like")
     assert [fault.key for fault in caught.value.faults] == ["--where", "--metrics", "--pareto", "--by", "--sort"]
     assert "did you mean 'eval/loss'? available metrics: eval/loss" in str(caught.value)
-
-
-def test_runs_of_different_tasks_are_not_compared():
-    runs = [a_run("a", loss=1), a_run("b", loss=2, task="pretrain"), a_run("c", loss=3)]
-    with pytest.raises(ConfigError, match=r"different tasks \(2 of sft, 1 of pretrain\)(?s:.*)--where task=sft"):
-        leaderboard.of(runs)
-    assert [run.run for run in leaderboard.of(runs, where="task=pretrain").results] == ["b"]
-
-
-def test_where_nothing_is_completed_it_says_what_there_is():
-    with pytest.raises(ConfigError, match=r"none of the 2 runs is completed: 1 running, 1 queued"):
-        leaderboard.of([a_run("a", "running", loss=1), a_run("b", "queued")])
-    with pytest.raises(ConfigError, match="none of the 3 runs matches this condition"):
-        leaderboard.of(RUNS, where="lora.r>100")
-    with pytest.raises(ConfigError, match=r"no completed run has the metric eval/loss(?s:.*)--sort: acc/x"):
-        leaderboard.of([a_run("a", **{"acc/x": 1.0})])
 
 
 def test_a_note_explains_why_numbers_may_not_be_comparable():

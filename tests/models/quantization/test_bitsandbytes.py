@@ -172,24 +172,6 @@ def test_a_gpu_with_bfloat16_computes_in_nothing_else(monkeypatch: pytest.Monkey
     assert option("quant", "4bit")().library_config("cuda").bnb_4bit_compute_dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("flags", ["", "avx512_bf16", "amx_bf16 avx512_bf16"])
-def test_auto_is_bfloat16_only_where_the_cpu_is_fast_in_it(
-    flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    info = tmp_path / "cpuinfo"
-    info.write_text(f"processor: 0\nflags\t\t: fpu sse2 {flags}\n")
-    monkeypatch.setattr(dtypes, "CPU_INFO", info)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    dtypes._cpu_flags.cache_clear()
-    try:
-        auto = dtypes.dtype_for("auto", "cpu")
-        assert auto == (torch.bfloat16 if "amx" in flags else torch.float32)
-        assert dtypes.dtype_for("bfloat16", "cpu") == torch.bfloat16
-        assert ("30 to 60 times slower" in caplog.text) == (flags == "")
-    finally:
-        dtypes._cpu_flags.cache_clear()
-
-
 def test_binding_imports_no_heavy_library() -> None:
     code = (
         "import sys, yaml; from runner.config import bind\n"

@@ -6,18 +6,15 @@ import json
 import os
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import TINY, prepared, until
 from fixtures.slurm_runs import SHORT, SLURM, runner, slurm_says
-from submitit.local.local import start_controller
 
 from runner.cli import cancel
 from runner.launch.slurm import submission
 from runner.tracking import run_status, slurm_client, slurm_commands, slurm_jobs
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import JobRef
-from runner.tracking.sweepdir import slurm_room
 
 HELD = "+launcher.additional_parameters.hold=true"
 HOSTILE = {
@@ -140,25 +137,3 @@ def test_another_cluster_is_refused(slurm: None, name: str):
     assert done.returncode == 2
     assert f"{name} is set, but jobs can be followed only on the cluster of this machine" in done.stderr
     assert not list(Path().iterdir())
-
-
-def test_a_process_of_the_same_number_is_not_ours(tmp_path: Path):
-    rundir, other = (prepared(tmp_path / name, *TINY) for name in ("run", "other"))
-    rooms = [slurm_room(each.path) for each in (rundir, other)]
-    for room in rooms:
-        room.mkdir()
-    process = start_controller(rooms[1], "sleep 900")
-    try:
-        for each in (rundir, other):
-            each.update_manifest(slurm={"job_id": str(process.pid), "name": "runner-x", "cluster": "local"})
-        assert submission.is_queued([rundir, other]) == [False, True]
-        assert run_status.of([rundir])[0].status == "pending"
-        linked = tmp_path / "link"
-        linked.symlink_to(other.path)
-        assert submission.is_queued([RunDir(linked)]) == [True]
-        assert cancel.main([str(rundir.path)]) == 0
-        assert process.poll() is None
-    finally:
-        for each in [*psutil.Process(process.pid).children(), process]:
-            each.kill()
-        process.wait()

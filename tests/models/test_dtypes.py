@@ -1,0 +1,37 @@
+"""The dtype of weights and computation, by hardware."""
+
+# ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.model_folders import folder, local, source
+
+from runner.models import dtypes, pretrained
+from runner.models.quantization import none
+
+
+def test_dtype_is_what_was_asked(folder: Path) -> None:
+    model = pretrained.load(local(folder, dtype="bfloat16"), none.none(), "cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("flags", ["", "avx512_bf16", "amx_bf16 avx512_bf16"])
+def test_auto_is_bfloat16_only_where_the_cpu_is_fast_in_it(
+    flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor: 0\nflags\t\t: fpu sse2 {flags}\n")
+    monkeypatch.setattr(dtypes, "CPU_INFO", info)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    dtypes._cpu_flags.cache_clear()
+    try:
+        auto = dtypes.dtype_for("auto", "cpu")
+        assert auto == (torch.bfloat16 if "amx" in flags else torch.float32)
+        assert dtypes.dtype_for("bfloat16", "cpu") == torch.bfloat16
+        assert ("30 to 60 times slower" in caplog.text) == (flags == "")
+    finally:
+        dtypes._cpu_flags.cache_clear()
