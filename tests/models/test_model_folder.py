@@ -116,7 +116,7 @@ def test_files_that_are_no_json_objects(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content, encoding="latin-1")
     (folder / "model.safetensors.index.json").write_text(content, encoding="latin-1")
     refused = refusal(folder)
-    assert "config.json: is damaged: it is not a JSON object" in refused
+    assert "config.json: cannot be read as a JSON object" in refused
     assert "index.json: is damaged: weight_map is missing" in refused
 
 

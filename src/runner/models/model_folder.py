@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.errors import Fault, refuse
 
-NOT_JSON = "is damaged: it is not a JSON object"
+NOT_JSON = "cannot be read as a JSON object: it is damaged, missing or not readable"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tokenizer_config.json")
@@ -108,10 +108,10 @@ def _no_config(folder: Path) -> Iterator[Fault]:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if the file holds something else."""
+    """The JSON object in a file; None if the file cannot be read, or holds something else."""
     try:
         content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
