@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runner.data.data_order import DataOrder
-from runner.data.packing import Part
+from runner.data.packing import SourcePart
 from runner.errors import ConfigError
 
 SIZES = [np.random.default_rng(seed).integers(1, 300, count) for seed, count in enumerate((40, 500, 230))]
@@ -17,7 +17,7 @@ OWNERS = np.repeat([0, 1, 2], [len(sizes) for sizes in SIZES])
 
 
 def order(*weights: float, max_repeats: float = 100.0, **changes: object) -> DataOrder:
-    parts = [Part(name, 0, weight) for name, weight in zip("abc", weights, strict=True)]
+    parts = [SourcePart(name, 0, weight) for name, weight in zip("abc", weights, strict=True)]
     sizes = np.concatenate(SIZES)
     settings = {"per_step": 4, "seed": 3, "shuffle": True, "max_repeats": max_repeats, **changes}
     return DataOrder(sizes + 7, parts=parts, owners=OWNERS, counted=sizes, **settings)
@@ -67,7 +67,7 @@ def test_a_source_alone_has_the_order_of_data_that_are_no_mixture() -> None:
     plain = DataOrder(sizes, per_step=4, seed=3, shuffle=True)
     numbers = np.random.PCG64([3, 1]).random_raw(len(sizes))
     assert plain.packs_of_step(125) == np.argsort(numbers, kind="stable")[:4].tolist(), "the second epoch"
-    alone = DataOrder(sizes, per_step=4, seed=3, shuffle=True, parts=[Part("a", 500, 1.0)], counted=sizes)
+    alone = DataOrder(sizes, per_step=4, seed=3, shuffle=True, parts=[SourcePart("a", 500, 1.0)], counted=sizes)
     assert [alone.packs_of_step(i) for i in range(400)] == [plain.packs_of_step(i) for i in range(400)]
 
 

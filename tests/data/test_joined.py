@@ -9,14 +9,17 @@ from fixtures.documents import batches, load, own_cache, talk, texts
 from fixtures.mixtures import mixed
 
 from runner.data import joined
-from runner.data.packing import IGNORED, Part
+from runner.data.packing import IGNORED, SourcePart
 
 
 def test_rows_of_several_sources_are_their_rows() -> None:
     sources = {"a": load(map(talk, range(30))), "b": load(map(talk, range(100, 190)))}
     splits = mixed(sources, a=0.5)
     assert texts(splits.train) == texts(sources["a"].train) + texts(sources["b"].train)
-    assert splits.train.parts == (Part("a", len(sources["a"].train), 0.5), Part("b", len(sources["b"].train), 0.5))
+    assert splits.train.parts == (
+        SourcePart("a", len(sources["a"].train), 0.5),
+        SourcePart("b", len(sources["b"].train), 0.5),
+    )
     counts = np.concatenate([each.train.labels_per_row for each in sources.values()])
     assert splits.train.labels_per_row.tolist() == counts.tolist()
     assert splits.report.train_tokens == sum(each.report.train_tokens for each in sources.values())

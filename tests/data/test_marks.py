@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from runner.data import marks
-from runner.data.marks import Marked, Part
+from runner.data.marks import Marked, MarkedText
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "unit": " cm "}}}
 TALK = [
@@ -35,13 +35,13 @@ def test_each_part_is_found_at_its_own_characters() -> None:
     marked = Marked.of(TALK, TOOLS, {1})
     view = marks.seen(written(marked))
     texts = [(part, view.text[start:end]) for part, start, end in view.spans(marked.parts) if start is not None]
-    assert (Part(-1, "tool"), "add") in texts
-    assert (Part(1, "content"), "Two and two?") in texts
-    assert (Part(2, "reasoning"), "Easy.") in texts
-    assert (Part(2, "call"), "cm") in texts, "white space at the ends stays outside"
-    assert (Part(4, "content"), "Four.") in texts
+    assert (MarkedText(-1, "tool"), "add") in texts
+    assert (MarkedText(1, "content"), "Two and two?") in texts
+    assert (MarkedText(2, "reasoning"), "Easy.") in texts
+    assert (MarkedText(2, "call"), "cm") in texts, "white space at the ends stays outside"
+    assert (MarkedText(4, "content"), "Four.") in texts
     assert not any(part.number == 0 for part, _ in texts), "a system prompt is marked only if it is trained"
-    assert not any(part == Part(2, "content") for part, _ in texts), "an empty text stays empty"
+    assert not any(part == MarkedText(2, "content") for part, _ in texts), "an empty text stays empty"
 
 
 def test_a_part_that_is_not_written_has_no_place() -> None:
@@ -49,5 +49,5 @@ def test_a_part_that_is_not_written_has_no_place() -> None:
     for message in marked.messages:
         message.pop("reasoning_content", None)
     spans = {part: (start, end) for part, start, end in marks.seen(written(marked)).spans(marked.parts)}
-    assert spans[Part(2, "reasoning")] == (None, None)
-    assert None not in spans[Part(3, "content")]
+    assert spans[MarkedText(2, "reasoning")] == (None, None)
+    assert None not in spans[MarkedText(3, "content")]

@@ -1,4 +1,4 @@
-"""From YAML to typed Python: composing is Hydra's, everything that follows is here.
+"""From a composed configuration to typed Python functions.
 
 An *option* is a plain function (or a keyword-only dataclass) named by ``_target_``. Its positional parameters are
 run-time objects; its keyword-only parameters are the YAML keys. ``bind`` checks a node against that signature and
@@ -38,7 +38,7 @@ def config_dir() -> Path:
 
 
 def option(group: str, name: str) -> dict[str, Any]:
-    """The node that ``group=name`` chooses, where nothing builds on another."""
+    """The content of the YAML file of ``group=name``; only for groups whose options extend no other file."""
     return dict(yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text()))
 
 
@@ -46,7 +46,7 @@ def to_plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The node as plain dicts and lists, interpolations resolved.
 
     Raises:
-        ConfigError: an interpolation that leads nowhere, or a value still missing (``???``).
+        ConfigError: an interpolation of a missing key, or a value that is still missing (``???``).
     """
     if not isinstance(node, DictConfig):
         return dict(node)
@@ -112,7 +112,7 @@ def _values(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _places(function: Callable[..., Any], node: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the user's code is, for an option that calls a function of it."""
+    """The paths of the user's code, as an argument of an option that calls a function of it."""
     return {user_code.PATHS: node.get(user_code.PATHS)} if user_code.PATHS in _signature(function).parameters else {}
 
 
@@ -190,9 +190,9 @@ def _signature_faults(function: Callable[..., Any], values: Mapping[str, Any]) -
 
 
 def unknown_key(name: str, known: Iterable[str], value: object = ..., *, is_ours: bool = True) -> Fault:
-    """The fault for a key nobody reads, with the nearest that exists.
+    """The fault of an unknown key, with the most similar known one.
 
-    ``is_ours``: what other programs call our keys is looked up; a library has keys of its own.
+    ``is_ours``: also look up the names that other programs have for our keys; False for the options of a library.
     """
     known = sorted(set(known))
     if is_ours and (hint := synonyms.hint(name)):

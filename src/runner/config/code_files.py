@@ -29,7 +29,7 @@ def locate(entry: str) -> Path:
     """The file, or the folder of the package, that an entry of ``code`` names.
 
     Raises:
-        ConfigError: there is none, or its name is that of a module of Python's or of this program.
+        ConfigError: no such file or package, or a module of Python or of this program has its name.
     """
     path = user_path(entry, KEY)
     exists = os.path.exists(path)
@@ -89,7 +89,7 @@ def copy(paths: Iterable[Path], folder: Path) -> None:
 
 
 def options(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Function name → the node that it is as an option, for all functions of this code; nothing is imported.
+    """Function name → its node as an option, for all functions of this code; nothing is imported.
 
     Keyword-only parameters are the keys, with their defaults as values; one without a default needs a value (``???``).
     """

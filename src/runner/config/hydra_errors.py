@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's complaints in our words: which override, what is wrong with it, and what was meant."""
+"""Translate errors of Hydra and OmegaConf: which override is wrong, why, and what may have been meant."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG_NAME = "config"
 
 @contextmanager
 def as_config_errors(hydra: Hydra, args: argparse.Namespace) -> Iterator[None]:
-    """Turn Hydra's and OmegaConf's complaints into ours."""
+    """Turn errors of Hydra and OmegaConf in the block into a ConfigError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -39,7 +39,7 @@ def is_choice(key: str, hydra: Hydra) -> bool:
 
 
 def _faults(hydra: Hydra, args: argparse.Namespace, error: Exception) -> list[Fault]:
-    """Find every override that names no key or no option; where none does, pass Hydra's own words on."""
+    """Every override that names no key or no option; if there is none, the message of Hydra."""
     faults = list(_override_faults(hydra, args))
     return faults or [Fault("", _plain_words(error), "python -m runner --help shows groups, options and examples")]
 
@@ -76,7 +76,7 @@ def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
 def _variants(
     hydra: Hydra, args: argparse.Namespace, fixed: list[str], swept: Sequence[Any]
 ) -> list[tuple[str, set[str]]]:
-    """(choice, all keys under it) for each option of each swept group, the others at their first; without any, one."""
+    """(choice, all keys with it) for each option of each swept group, with the first option of the other groups."""
     options = {override.key_or_group: list(override.sweep_string_iterator()) for override in swept}
     if not options:
         return [("", _known_keys(hydra, args, fixed))]
@@ -132,7 +132,7 @@ def no_option(group: str, chosen: str, options: Sequence[str]) -> Fault:
 
 
 def _known_keys(hydra: Hydra, args: argparse.Namespace, choices: list[str]) -> set[str]:
-    """All keys that exist under the chosen options; empty where even the choices do not compose."""
+    """All keys of the configuration with these choices; empty if it cannot be composed."""
     try:
         composed = hydra.compose_config(args.config_name or CONFIG_NAME, choices, RunMode.RUN, False)
     except (HydraException, OmegaConfBaseException, ValueError):

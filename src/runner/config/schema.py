@@ -1,6 +1,6 @@
 """The types of the keys that belong to no option: those at the top, and ``train``. Their values are in conf/.
 
-Where several rooms ask for the same kind of number, it is named here.
+Types of numbers and texts that several packages use are here, too.
 """
 
 from __future__ import annotations

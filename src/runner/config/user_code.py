@@ -31,7 +31,7 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     ``data.format.function``, ``task.rewards``, ``train.metrics`` or ``train.callbacks`` names belongs to the code too.
 
     Raises:
-        ConfigError: with every entry that names nothing.
+        ConfigError: with every entry that does not exist.
     """
     cfg.setdefault(KEY, None)  # a run of version 0.1.0 has no such key
     if isinstance(cfg[KEY], Mapping):  # frozen already; attach() has found the run's own copy
@@ -124,7 +124,7 @@ def paths_of(cfg: Mapping[str, Any]) -> list[Path]:
 
 
 def refuse_changed(cfg: Mapping[str, Any]) -> None:
-    """Refuse a copy of the code that is not what was frozen.
+    """Refuse a copy of the code that was changed.
 
     Raises:
         ConfigError: naming the module.
@@ -136,7 +136,7 @@ def refuse_changed(cfg: Mapping[str, Any]) -> None:
 
 
 def edited(cfg: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
-    """The files and packages that a run's copy was made of (name → path) and that are different now."""
+    """The files and packages (``sources``: name → path) that were edited since the run copied them."""
     frozen = cfg.get(KEY) or {}
     paths = {name: Path(path) for name, path in sources.items()}
     return [

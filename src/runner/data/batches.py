@@ -14,7 +14,7 @@ import numpy as np
 from runner.data.collator import Batch, collate
 from runner.data.data_order import DataOrder
 from runner.data.examples import Answers
-from runner.data.packing import IGNORED, Part, Rows
+from runner.data.packing import IGNORED, Rows, SourcePart
 
 PADDED_TO = 8
 """Padded lengths are multiples of this: faster on tensor cores, and fewer different shapes."""
@@ -86,10 +86,10 @@ class Batches:
         """The packs of ``one_pass``, over all ranks."""
         return self.order.packs_of_pass(self._part)
 
-    def by_part(self) -> list[tuple[Part, Batches]]:
+    def by_part(self) -> list[tuple[SourcePart, Batches]]:
         """Each part of the rows, with batches whose ``one_pass`` has the packs of that part alone."""
         if not self.rows.parts:
-            return [(Part("", len(self.rows)), self)]
+            return [(SourcePart("", len(self.rows)), self)]
         return [(part, self._only(number)) for number, part in enumerate(self.rows.parts)]
 
     def _only(self, part: int) -> Batches:

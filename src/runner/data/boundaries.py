@@ -17,7 +17,7 @@ import numpy as np
 DENSITY = 4
 
 
-class Part(NamedTuple):
+class AttentionPart(NamedTuple):
     """Neighbouring documents that attention computes in one call."""
 
     documents: int
@@ -36,7 +36,7 @@ class Boundaries(NamedTuple):
 
     ends: np.ndarray
     """(documents + 1,) int32, from 0 to the number of tokens; repeated values are documents of length zero."""
-    parts: tuple[Part, ...]
+    parts: tuple[AttentionPart, ...]
 
 
 def of_packs(packs: Sequence[Sequence[int]], width: int, limit: int) -> Boundaries:
@@ -46,15 +46,15 @@ def of_packs(packs: Sequence[Sequence[int]], width: int, limit: int) -> Boundari
     than the longest real one. ``limit``: no document of any batch is longer.
     """
     lengths: list[int] = []
-    rows: list[Part] = []
+    rows: list[AttentionPart] = []
     for pack in packs:
         longest = min(_power(max(pack, default=limit)), limit)
         whole, rest = divmod(width - sum(pack), longest)
         members = [*pack, *[longest] * whole, rest]
         members += [0] * (_power(len(members)) - len(members))
         lengths += members
-        rows.append(Part(len(members), width, longest))
-    together = Part(len(lengths), width * len(rows), max(row.longest for row in rows))
+        rows.append(AttentionPart(len(members), width, longest))
+    together = AttentionPart(len(lengths), width * len(rows), max(row.longest for row in rows))
     return Boundaries(_ends(lengths), (together,) if together.is_dense else tuple(rows))
 
 
@@ -63,7 +63,7 @@ def of_row(documents: Sequence[int], width: int, limit: int) -> Boundaries:
 
     ``limit``: as of ``of_packs``; the few tokens of padding at the end may exceed it.
     """
-    parts: list[Part] = []
+    parts: list[AttentionPart] = []
     lengths = [*documents, width - sum(documents)]
     for length in lengths:
         longest = max(min(_power(length), limit), length)
@@ -71,12 +71,12 @@ def of_row(documents: Sequence[int], width: int, limit: int) -> Boundaries:
         if joined is not None and joined.is_dense:
             parts[-1] = joined
         else:
-            parts.append(Part(1, length, longest))
+            parts.append(AttentionPart(1, length, longest))
     return Boundaries(_ends(lengths), tuple(parts))
 
 
-def _joined(part: Part, length: int, longest: int) -> Part:
-    return Part(part.documents + 1, part.tokens + length, max(part.longest, longest))
+def _joined(part: AttentionPart, length: int, longest: int) -> AttentionPart:
+    return AttentionPart(part.documents + 1, part.tokens + length, max(part.longest, longest))
 
 
 def _power(number: int) -> int:

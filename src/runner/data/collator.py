@@ -8,7 +8,7 @@ A batch is a dict:
 - ``document_ends``: (documents + 1,) int32, the document boundaries in the flattened batch, from 0 to B * T; the
   padding of a row counts as documents, and some have length zero.
 - ``longest``: int, an upper bound of the document length in all batches.
-- ``attention_parts``: the ``boundaries.Part`` that attention by document computes one after the other.
+- ``attention_parts``: the ``boundaries.AttentionPart`` that attention by document computes one after the other.
 - ``trained_at``: (trained,) int64, the flattened positions that have a label.
 - ``last_at``: (documents,) int64, the flattened positions of the last token of each document.
 - ``spans``: (documents, 3) int64 of numpy, for each document its number in the data, and the flattened positions of its

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from runner.data.interleaving import Interleaving, Stream
-from runner.data.packing import Part
+from runner.data.packing import SourcePart
 from runner.errors import ConfigError, Fault
 
-ALONE = (Part("", 0),)
+ALONE = (SourcePart("", 0),)
 """One source without a name."""
 
 
@@ -32,7 +32,7 @@ class DataOrder:
         seed: int,
         shuffle: bool,
         epochs: float | None = None,
-        parts: Sequence[Part] = ALONE,
+        parts: Sequence[SourcePart] = ALONE,
         owners: np.ndarray | None = None,
         counted: np.ndarray | None = None,
         max_repeats: float = math.inf,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.data.packing import Packs, Part, Rows, Texts
+from runner.data.packing import Packs, Rows, SourcePart, Texts
 
 
 class Chain:
@@ -50,8 +50,7 @@ def join(parts: Mapping[str, tuple[Rows, float]]) -> Rows:
         weights=_chain(weights) if has_weights else None,
         records=_texts([each.records for each in rows]),
         trained=np.concatenate([each.labels_per_row for each in rows]),
-        places=_places(rows),
-        parts=tuple(Part(name, len(each), weight) for name, (each, weight) in parts.items()),
+        parts=tuple(SourcePart(name, len(each), weight) for name, (each, weight) in parts.items()),
     )
 
 

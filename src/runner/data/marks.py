@@ -19,7 +19,7 @@ THINKING = re.compile(r"(\s*<think>)?(.*?)(</think>)(.*)", re.DOTALL)
 Kind = Literal["content", "reasoning", "call", "tool"]
 
 
-class Part(NamedTuple):
+class MarkedText(NamedTuple):
     """A marked text: of which message (-1: of the tools) and what it is."""
 
     number: int
@@ -32,7 +32,7 @@ class Marked:
 
     messages: list[Message] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+    parts: list[MarkedText] = field(default_factory=list)
 
     @classmethod
     def of(cls, messages: Sequence[Message], tools: Sequence[dict[str, Any]], also: Collection[int]) -> Marked:
@@ -42,18 +42,18 @@ class Marked:
             is_marked = message["role"] in ("assistant", "tool") or number in also
             marked.messages.append(marked._message(number, message) if is_marked else message)
         for tool in tools:
-            name = marked._wrapped(tool["function"]["name"], Part(-1, "tool"))
+            name = marked._wrapped(tool["function"]["name"], MarkedText(-1, "tool"))
             marked.tools.append({**tool, "function": {**tool["function"], "name": name}})
         return marked
 
     def _message(self, number: int, message: Message) -> Message:
         changed: Message = {}
-        content = Part(number, "content")
+        content = MarkedText(number, "content")
         thinking = THINKING.fullmatch(message["content"]) if message["role"] == "assistant" else None
         if "reasoning_content" in message:
-            changed["reasoning_content"] = self._wrapped(message["reasoning_content"], Part(number, "reasoning"))
+            changed["reasoning_content"] = self._wrapped(message["reasoning_content"], MarkedText(number, "reasoning"))
         if thinking is not None and not changed:
-            reasoning = self._wrapped(thinking[2], Part(number, "reasoning"))
+            reasoning = self._wrapped(thinking[2], MarkedText(number, "reasoning"))
             answer = self._wrapped(thinking[4], content)
             changed["content"] = f"{thinking[1] or ''}{reasoning}{thinking[3]}{answer}"
         else:
@@ -63,7 +63,7 @@ class Marked:
         return {**message, **changed}
 
     def _call(self, number: int, call: Mapping[str, Any]) -> dict[str, Any]:
-        part, function = Part(number, "call"), call["function"]
+        part, function = MarkedText(number, "call"), call["function"]
         name = self._wrapped(function["name"], part)
         arguments = {
             # Only behind the key: some templates sort by it.
@@ -72,7 +72,7 @@ class Marked:
         }
         return {**call, "function": {**function, "name": name, "arguments": arguments}}
 
-    def _wrapped(self, text: str, part: Part) -> str:
+    def _wrapped(self, text: str, part: MarkedText) -> str:
         if not (core := text.strip()):
             return text
         lead = text[: text.index(core)]
@@ -80,7 +80,7 @@ class Marked:
         start = 2 * (len(self.parts) - 1)
         return f"{lead}\ue000{start}\ue001{core}\ue000{start + 1}\ue001{text[len(lead) + len(core) :]}"
 
-    def _mark(self, part: Part) -> str:
+    def _mark(self, part: MarkedText) -> str:
         self.parts.append(part)
         return f"\ue000{2 * len(self.parts) - 1}\ue001"
 
@@ -92,7 +92,7 @@ class Seen(NamedTuple):
     places: dict[int, int]
     """Mark → the character at which it occurs first."""
 
-    def spans(self, parts: Sequence[Part]) -> Iterator[tuple[Part, int | None, int | None]]:
+    def spans(self, parts: Sequence[MarkedText]) -> Iterator[tuple[MarkedText, int | None, int | None]]:
         """(part, its first character, its end) of each part, at its first occurrence; None if a mark does not occur."""
         for number, part in enumerate(parts):
             start, end = (self.places.get(mark) for mark in (2 * number, 2 * number + 1))

@@ -41,7 +41,7 @@ class Packs:
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """The rows of one source among those of several, which follow each other."""
 
     name: str
@@ -99,7 +99,7 @@ class Rows:
     """A hash of each row's prompt, (rows,) uint64: rows with equal ones must not be both trained and held out."""
     trained: np.ndarray | None = None
     """``labels_per_row`` where it is known already."""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SourcePart, ...] = ()
     """The sources of the rows, if they have names."""
     of_labels: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What a teacher gives each label but the first token's, row by row: (labels, …) by name; not saved."""

@@ -36,7 +36,7 @@ Point = tuple[int, float, float]
 
 
 @dataclass
-class Row:
+class StoredRun:
     """A run in the MLflow store."""
 
     run_id: str
@@ -55,7 +55,7 @@ class Store(Protocol):
     def experiments(self) -> dict[str, str]:
         """Name → id of all experiments that are not deleted."""
 
-    def runs(self, experiments: Sequence[str]) -> list[Row]:
+    def runs(self, experiments: Sequence[str]) -> list[StoredRun]:
         """All runs of these experiments (ids) that are not deleted."""
 
     def history(self, run_ids: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str, list[Point]]]:
@@ -124,10 +124,10 @@ def _chosen(known: dict[str, str], words: Sequence[str], uri: str) -> list[str]:
     return experiments
 
 
-def _of_sweeps(rows: Sequence[Row], words: Sequence[str], known: dict[str, str], uri: str) -> list[Row]:
+def _of_sweeps(rows: Sequence[StoredRun], words: Sequence[str], known: dict[str, str], uri: str) -> list[StoredRun]:
     """The runs named by the words: a word is a sweep, the name of a run, or the beginning of a run id."""
     sweeps = {row.tags.get("runner.sweep", "") for row in rows} - {""}
-    chosen: dict[str, Row] = {}
+    chosen: dict[str, StoredRun] = {}
     for word in words:
         matches = [row for row in rows if row.tags.get("runner.sweep") == word]
         matches = matches or [row for row in rows if row.name == word]
@@ -148,7 +148,7 @@ def _plain(uri: str) -> str:
     return take_credentials(uri)[0]
 
 
-def _result(row: Row) -> Result:
+def _result(row: StoredRun) -> Result:
     tags = row.tags
     params, implied = choices.named(row.params, {**choices.of_overrides(row.name.split(",")), **row.params})
     folder = tags.get("runner.folder", "")
@@ -184,7 +184,7 @@ class _Sqlite:
         (rows,) = store.read_sqlite(self.path, [query])
         return {name: str(experiment_id) for name, experiment_id in rows}
 
-    def runs(self, experiments: Sequence[str]) -> list[Row]:
+    def runs(self, experiments: Sequence[str]) -> list[StoredRun]:
         chosen = f"experiment_id IN ({','.join('?' * len(experiments))}) AND lifecycle_stage = 'active'"
         of_runs = f"run_uuid IN (SELECT run_uuid FROM runs WHERE {chosen})"
         runs, params, tags, metrics = store.read_sqlite(
@@ -197,7 +197,7 @@ class _Sqlite:
             ],
             [int(experiment_id) for experiment_id in experiments],
         )
-        rows = {run: Row(run, name or run, status, (start or 0) / 1000) for run, name, status, start in runs}
+        rows = {run: StoredRun(run, name or run, status, (start or 0) / 1000) for run, name, status, start in runs}
         for run, key, text in params:
             rows[run].params[key] = text
         for run, key, text in tags:
@@ -226,7 +226,7 @@ class _Server:
         page = rest.ask(self.uri, "experiments/search", {"max_results": MOST_RUNS})
         return {each["name"]: each["experiment_id"] for each in page.get("experiments", [])}
 
-    def runs(self, experiments: Sequence[str]) -> list[Row]:
+    def runs(self, experiments: Sequence[str]) -> list[StoredRun]:
         rows, token = [], ""
         while True:
             query = {"experiment_ids": list(experiments), "max_results": MOST_RUNS, "page_token": token}
@@ -246,14 +246,14 @@ class _Server:
             yield from pool.map(download, [(run_id, name) for run_id in run_ids for name in names])
 
     @staticmethod
-    def _row(info: dict[str, Any], data: dict[str, Any]) -> Row:
+    def _row(info: dict[str, Any], data: dict[str, Any]) -> StoredRun:
         def pairs(kind: str) -> dict[str, Any]:
             return {each["key"]: each.get("value", "") for each in data.get(kind, [])}
 
         metrics = {key: float(value) for key, value in pairs("metrics").items()}
         name = info.get("run_name") or info["run_id"]
         started = int(info.get("start_time", 0)) / 1000
-        return Row(info["run_id"], name, info["status"], started, pairs("params"), metrics, pairs("tags"))
+        return StoredRun(info["run_id"], name, info["status"], started, pairs("params"), metrics, pairs("tags"))
 
 
 @dataclass(frozen=True)
@@ -266,11 +266,11 @@ class _Client:
         experiments = store.connect(self.uri).search_experiments(max_results=MOST_RUNS)
         return {each.name: each.experiment_id for each in experiments}
 
-    def runs(self, experiments: Sequence[str]) -> list[Row]:
+    def runs(self, experiments: Sequence[str]) -> list[StoredRun]:
         runs: Iterable[Any] = store.connect(self.uri).search_runs(list(experiments), max_results=MOST_RUNS)
         return [
-            Row(run.info.run_id, run.info.run_name, run.info.status, run.info.start_time / 1000, dict(run.data.params),
-                dict(run.data.metrics), dict(run.data.tags))
+            StoredRun(run.info.run_id, run.info.run_name, run.info.status, run.info.start_time / 1000,
+                      dict(run.data.params), dict(run.data.metrics), dict(run.data.tags))
             for run in runs
         ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from runner.config import control
+from runner.config import eval_metrics
 from runner.config.bind import bind
 from runner.config.schema import COUNTABLE, Count, Seed, Text, Whole
 from runner.errors import ConfigError, Fault, suggest
@@ -170,7 +170,7 @@ def _objective_faults(objective: str | list[str], direction: str | list[str]) ->
 
 def logged(cfg: Mapping[str, Any]) -> dict[str, Direction | None]:
     """Every metric that runs of this configuration log → its direction; None: neither is better by itself."""
-    measures, task = control.measures(cfg), bind(cfg["task"], "task")()
+    measures, task = eval_metrics.measures(cfg), bind(cfg["task"], "task")()
     prepares = ["prepare_fraction"] if task.prepare is not None else []
     trained = (f"train/{name}" for name in (*task.train_metrics, *prepares))
     of_training = {name: measures.get(name.replace("train/", "eval/", 1)) for name in trained}
@@ -186,9 +186,9 @@ def _metric_faults(node: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[
     """Objectives that runs of this task do not log, and directions that contradict the metric."""
     known = logged(cfg)
     for name, direction in _paired(node["objective"], node["direction"]).items():
-        if name not in known and not (control.has_own_task(cfg) and name.startswith("eval/")):
+        if name not in known and not (eval_metrics.has_own_task(cfg) and name.startswith("eval/")):
             allowed = f"{suggest(name, known)} metrics: {', '.join(known)}".strip()
-            problem = f"is not a metric that runs of task={control.task_name(cfg)} log"
+            problem = f"is not a metric that runs of task={eval_metrics.task_name(cfg)} log"
             yield Fault("search.objective", problem, allowed, name)
         better = known.get(name, _by_name(name) if columns.is_rated(name) else None)
         if better and direction != better:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from runner.config import control
+from runner.config import eval_metrics
 from runner.config.schema import TrainSettings
 from runner.data.batches import Batches
 from runner.data.packing import IGNORED
@@ -62,16 +62,16 @@ def questions(settings: TrainSettings, code: Sequence[str], evaluation: Batches,
     Raises:
         ConfigError, DataError: no row has a prompt, or a function does not score the references.
     """
-    references = [control.function_of(name) for name in settings.metrics]
+    references = [eval_metrics.function_of(name) for name in settings.metrics]
     functions = Rewards(
-        references, tuple(code), [1.0] * len(references), settings.metric_timeout_s, control.METRICS,
+        references, tuple(code), [1.0] * len(references), settings.metric_timeout_s, eval_metrics.METRICS,
         "train.metric_timeout_s",
     )  # fmt: skip
     prompts = _prompts(evaluation, tokenizer, settings.metric_rows) if references else []
     if references and not prompts:
         problem = "no held-out row has a prompt with an answer after it"
-        raise ConfigError(Fault(control.METRICS, problem, "set it to []", settings.metrics))
-    return Questions(prompts, functions, settings.metric_tokens, settings.rows_at_a_time)
+        raise ConfigError(Fault(eval_metrics.METRICS, problem, "set it to []", settings.metrics))
+    return Questions(asked, functions, settings.metric_tokens, settings.rows_at_a_time)
 
 
 def note(questions: Questions, tokenizer: Any) -> list[tuple[str, str]]:

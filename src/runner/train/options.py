@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runner.config import control, data_nodes, pinned_weights, schema, user_code, user_function
+from runner.config import data_nodes, eval_metrics, pinned_weights, schema, user_code, user_function
 from runner.config.bind import bind
 from runner.data import formats
 from runner.data.examples import Example
@@ -150,7 +150,7 @@ class Options:
     @property
     def is_larger_better(self) -> bool:
         """Whether larger values of ``train.metric_for_best_model`` are better."""
-        return control.direction(self._cfg) == "maximize"
+        return eval_metrics.direction(self._cfg) == "maximize"
 
     @property
     def code(self) -> list[str]:

@@ -24,7 +24,7 @@ UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 """Arguments of attention functions that change the result and that these kernels do not support."""
 ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "attention_parts")
 """Arguments that the model passes on to its attention, see ``arguments``."""
-Part = tuple[int, int, int]
+AttentionPart = tuple[int, int, int]
 """Neighbouring documents that one call of a GPU kernel computes: their number, their tokens, and an upper bound of
 their length, see ``data.boundaries``."""
 CUDNN_CAPABILITIES = 9, 10
@@ -84,7 +84,7 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**flat, "use_cache": False, **arguments(ends, longest, parts)}
 
 
-def arguments(ends: Tensor, longest: int, parts: Sequence[Part] = ()) -> dict[str, Any]:
+def arguments(ends: Tensor, longest: int, parts: Sequence[AttentionPart] = ()) -> dict[str, Any]:
     """Keyword arguments of the model's forward, in addition to one row of tokens (1, T).
 
     ``ends``: (documents + 1,) int32, document boundaries from 0 to T; values may repeat. ``longest``: upper bound of
@@ -109,7 +109,7 @@ def attend(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    attention_parts: Sequence[Part] = (),
+    attention_parts: Sequence[AttentionPart] = (),
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (B, H, T, D), key and value (B, Hkv, T, D) → (B, T, H, D).
@@ -145,7 +145,7 @@ def attend(
 
 
 def by_parts(
-    kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, ends: Tensor, parts: Sequence[Part]
+    kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, ends: Tensor, parts: Sequence[AttentionPart]
 ) -> Tensor:
     """Call ``kernel``, torch's varlen attention, once for each part.
 

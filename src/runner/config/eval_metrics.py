@@ -1,4 +1,4 @@
-"""What the keys of ``train`` need that decide when training ends and which weights become the result."""
+"""Metrics of evaluations, with their directions, and checks of the keys of ``train`` that name them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def has_own_task(cfg: Mapping[str, Any]) -> bool:
 
 
 def measures(cfg: Mapping[str, Any]) -> dict[str, Direction | None]:
-    """The metrics of an evaluation by their full names → their directions; see ``Task.measures``."""
+    """Full name of each metric of an evaluation → its direction; see ``Task.measures``."""
     sets = ["", *(f"{name}/" for name in data_nodes.held_out_names(cfg["data"]))]
     of_task: Mapping[str, Direction | None] = bind(cfg["task"], "task")().measures
     of_answers = {_name(name): OF_BUILT_IN if name in BUILT_IN else None for name in cfg["train"].get("metrics") or ()}
@@ -40,7 +40,7 @@ def function_of(metric: str) -> str:
 
 
 def _name(metric: str) -> str:
-    """What an entry of ``train.metrics`` is logged as."""
+    """The name under which an entry of ``train.metrics`` is logged."""
     return metric.rpartition(":")[2]
 
 
