@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from runner import terminal
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.errors import ConfigError, Fault
-from runner.files import user_path
-from runner.models import gguf_export, model_folder
+from runner.files import user_path, written_aside
+from runner.models import gguf_export
 from runner.report import model_card
 from runner.tracking import origin
 from runner.train import merge, trained_model
@@ -142,7 +142,7 @@ def written_or_refused(folder: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``folder`` at the end; after an error nothing remains."""
     new_parents = [path for path in folder.parents if not path.exists()]
     try:
-        with model_folder.written_aside(folder) as aside:
+        with written_aside(folder) as aside:
             yield aside
             if _has_files(folder):
                 raise ConfigError(Fault("DIR", "is not empty any more", "give another folder", folder))

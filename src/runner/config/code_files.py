@@ -73,11 +73,16 @@ def files(paths: Iterable[Path]) -> list[tuple[str, Path]]:
 
 def digest(paths: Iterable[Path]) -> str:
     """16 hexadecimal digits over the names and texts of all files."""
+    return digest_of(files(paths))[:16]
+
+
+def digest_of(named: Iterable[tuple[str, Path]]) -> str:
+    """SHA-256 over (name, file): the names and the bytes of the files, in this order."""
     total = hashlib.sha256()
-    for name, file in files(paths):
+    for name, file in named:
         text = file.read_bytes()
         total.update(f"{name}\0{len(text)}\0".encode() + text)
-    return total.hexdigest()[:16]
+    return total.hexdigest()
 
 
 def copy(paths: Iterable[Path], folder: Path) -> None:

@@ -145,17 +145,40 @@ def checked(conversation: list[Message]) -> list[Message]:
     Raises:
         DataError: an unknown role, an empty answer, or no answer.
     """
+    check_roles(conversation)
     for number, message in enumerate(conversation, start=1):
-        if message["role"] not in ROLES:
-            problem = f"message {number} has the unknown role {quoted(message['role'])}. "
-            problem += f"{suggest(message['role'], ROLES)} allowed: {', '.join(ROLES)}"
-            raise DataError(Fault("", problem, "correct the role in the data"))
         if message["role"] == "assistant" and not message["content"].strip() and not message.keys() & CARRIES:
             problem = f"message {number}, of the assistant, is empty: it would teach the model to say nothing"
             raise DataError(Fault("", problem, "leave the row out"))
     if not any(message["role"] == "assistant" for message in conversation):
         raise DataError(Fault("", "has no assistant turn: there is nothing to train on", "leave the row out"))
     return conversation
+
+
+def one_answer(side: Sequence[Message], name: str, what: str) -> Message:
+    """The only message of a part of a row, which must be an answer; ``name`` and ``what``: of the part, in an error.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if len(side) == 1 and side[0]["role"] == "assistant":
+        return side[0]
+    roles = ", ".join(message["role"] for message in side) or "nothing"
+    problem = f"the {name} must be one answer of the assistant, it is: {roles}"
+    raise DataError(Fault("", problem, f"leave the row out, or move the {what} into the prompt"))
+
+
+def check_roles(conversation: Sequence[Message]) -> None:
+    """Refuse messages with an unknown role.
+
+    Raises:
+        DataError: naming the message and the allowed roles.
+    """
+    for number, message in enumerate(conversation, start=1):
+        if message["role"] not in ROLES:
+            problem = f"message {number} has the unknown role {quoted(message['role'])}. "
+            problem += f"{suggest(message['role'], ROLES)} allowed: {', '.join(ROLES)}"
+            raise DataError(Fault("", problem, "correct the role in the data"))
 
 
 def refuse_empty(prompt: Sequence[Message]) -> None:

@@ -9,8 +9,6 @@ import errno
 import hashlib
 import json
 import logging
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +21,7 @@ from runner.data.examples import Encoder, Example
 from runner.data.packing import Rows
 from runner.data.tokenization import DataReport, Tokenised, every_row, tokenise
 from runner.errors import DataError, Fault
-from runner.files import cache_dir, locked, write_atomic
+from runner.files import cache_dir, locked, written_aside
 
 if TYPE_CHECKING:
     from runner.data.sources import Source
@@ -123,20 +121,14 @@ def _fingerprint(tokenizer: Any) -> str:
 
 
 def _write(folder: Path, make: Callable[[Path], Tokenised]) -> None:
-    """Write a cache entry atomically: into a temporary folder, then rename. ``make`` writes its columns there."""
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir()
+    """Write a cache entry atomically, in the place of a damaged one; ``make`` writes its columns into a folder."""
+    with written_aside(folder) as temporary:
         entry = make(temporary)
         for split, rows in (("train", entry.train), ("eval", entry.eval)):
             if len(rows):
                 rows.save(temporary, split)
         meta = {"report": asdict(entry.report), "samples": entry.samples, "settled": dict(entry.settled)}
-        write_atomic(temporary / "report.json", json.dumps(meta, indent=1, ensure_ascii=False))
-        shutil.rmtree(folder, ignore_errors=True)  # a corrupt entry
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "report.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False))
 
 
 def _read(folder: Path) -> Tokenised | None:

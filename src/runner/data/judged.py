@@ -91,10 +91,7 @@ def judged(
     if value is None:
         problem = f"the label is {quoted(label)}; allowed: true (desirable), false (undesirable)"
         raise DataError(Fault("", problem, "correct the row; data.format.label names the key"))
-    if len(completion) != 1 or completion[0]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in completion) or "nothing"
-        problem = f"the completion must be one answer of the assistant, it is: {roles}"
-        raise DataError(Fault("", problem, "leave the row out, or move the first turns into the prompt"))
+    answer = conversation.one_answer(completion, "completion", "first turns")
     conversation.refuse_empty(prompt)
-    conversation.checked([*prompt, *completion])
-    return {"prompt": prompt, "completion": completion[0], "label": value, **options}
+    conversation.checked([*prompt, answer])
+    return {"prompt": prompt, "completion": answer, "label": value, **options}

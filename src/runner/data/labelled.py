@@ -6,7 +6,7 @@ from runner.config.schema import Text
 from runner.data import conversation, row_shape, training_keys
 from runner.data.examples import Example
 from runner.data.training_keys import Row
-from runner.errors import DataError, Fault, quoted, suggest
+from runner.errors import DataError, Fault
 
 TASK = "classify"
 """The task that these rows fit."""
@@ -37,11 +37,7 @@ def label(
             raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
         return {"prompt": content, "label": row[label]}
     turns = row_shape.text_or_messages(row, "label", name, key, "user", left_out)
-    for number, role in enumerate((turn["role"] for turn in turns), start=1):
-        if role not in conversation.ROLES:
-            problem = f"message {number} has the unknown role {quoted(role)}. {suggest(role, conversation.ROLES)}"
-            allowed = f"allowed: {', '.join(conversation.ROLES)}"
-            raise DataError(Fault("", f"{problem} {allowed}", "correct the role in the data"))
+    conversation.check_roles(turns)
     if not any(turn["content"].strip() for turn in turns):
         raise DataError(Fault("", f"the text under '{key}' is empty", "leave the row out"))
     return {"prompt": turns, "label": row[label], **conversation.template_options(row, left_out)}

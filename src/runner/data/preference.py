@@ -186,10 +186,7 @@ def pair(
         DataError: a side is something else, the prompt is empty, or both sides are equal.
     """
     for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if len(side) != 1 or side[0]["role"] != "assistant":
-            roles = ", ".join(message["role"] for message in side) or "nothing"
-            problem = f"the {name} side must be one answer of the assistant, it is: {roles}"
-            raise DataError(Fault("", problem, "leave the row out, or move the common turns into the prompt"))
+        conversation.one_answer(side, f"{name} side", "common turns")
     conversation.refuse_empty(prompt)
     if chosen == rejected:
         raise DataError(Fault("", "the chosen and the rejected answer are equal", "leave the row out"))

@@ -1,12 +1,8 @@
-"""Check that a model folder is complete (configuration, safetensors weights, tokenizer); write a folder atomically."""
+"""Check that a model folder is complete: configuration, safetensors weights, tokenizer."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,27 +61,6 @@ def damage(file: Path) -> str:
             return "is damaged: the header is not safetensors"
     missing = 8 + length + end - size
     return f"is damaged: the last {missing} bytes are missing" if missing > 0 else ""
-
-
-@contextlib.contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """Write a folder atomically: yields a temporary folder, which replaces ``folder`` unless the block raises."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    temporary, old = (folder.with_name(f".{folder.name}.{mark}{suffix}") for suffix in ("", ".old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _no_config(folder: Path) -> Iterator[Fault]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError, Fault
+from runner.files import written_aside
 from runner.models import adapter, architecture, model_folder, parameters, shards, tokenizer_files
 from runner.models.dtypes import dtype_argument, dtype_for
 from runner.models.kernels import long_rope, score_head
@@ -158,7 +159,7 @@ def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True)
     state = shards.gathered(adapter.state(model) if is_adapter else model.state_dict(keep_vars=True), keep=writes)
     if not writes:
         return
-    with model_folder.written_aside(folder) as temporary:
+    with written_aside(folder) as temporary:
         if is_adapter:
             adapter.save(model, temporary, state)
             if score_head.modules(model):

@@ -20,7 +20,7 @@ from annotated_types import Ge, Le
 
 from runner.config.schema import Script, Seed, Text
 from runner.errors import ConfigError, Fault
-from runner.files import cache_dir, locked, user_path
+from runner.files import cache_dir, locked, user_path, written_aside
 from runner.models import gguf_import, model_folder, tiny
 from runner.models.dtypes import Precision, dtype_faults
 from runner.models.kernels import compat
@@ -171,7 +171,7 @@ def _make_once(name: str, write: Callable[[Path], None]) -> Path:
     with locked(folder.with_name(f".{name}.lock")):
         if not folder.is_dir():
             log.info("writing the model folder %s (once)", folder)
-            with model_folder.written_aside(folder) as temporary:
+            with written_aside(folder) as temporary:
                 _write_on_any_rank(write, temporary)
     return folder
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.data.packing import IGNORED
-from runner.models.kernels import buffers, lm_head, varlen_attention
+from runner.models.kernels import base_model, buffers, lm_head, varlen_attention
 from runner.tasks import soft_targets
 from runner.tasks.soft_targets import Soft
 
@@ -207,7 +207,7 @@ def trained_logits(
 
 def _choice_offered(model: Any) -> Literal["mask", "positions", "all"]:
     """What ``logits_to_keep`` of a model accepts: a mask (transformers 5), column positions, or nothing ("all")."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model.of(model)
     prompted = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     if prompted or "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
         return "all"

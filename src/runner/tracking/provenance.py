@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import PACKAGE
+from runner.config.code_files import digest_of
 from runner.files import cache_dir, write_atomic
 
 PACKAGES = (
@@ -40,11 +41,7 @@ def digest_of_code(package: Path) -> str:
     files = [(f"runner/{file.relative_to(package)}", file) for file in package.rglob("*.py")]
     files += [("hydra_plugins/runner_launcher.py", plugin)] if plugin.exists() else []
     files += [(f"conf/{file.relative_to(conf)}", file) for file in conf.rglob("*.yaml")]
-    digest = hashlib.sha256()
-    for name, file in sorted(files):
-        text = file.read_bytes()
-        digest.update(f"{name}\0{len(text)}\0".encode() + text)
-    return digest.hexdigest()[:32]
+    return digest_of(sorted(files))[:32]
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigError, Fault
-from runner.models.kernels import compat, isolation, long_rope, score_head, varlen_attention
+from runner.models.kernels import base_model, compat, isolation, long_rope, score_head, varlen_attention
 
 
 def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def check_causal(model: Any, autocast: torch.dtype | None, longest: int | None =
         remedy = "use a model for text generation: an encoder cannot learn to predict the next token"
         if problem == isolation.NOT_FINITE:
             remedy = "use intact weights; if they are, set model.dtype=float32"
-        problem = f"{_name(model)} cannot be trained as a causal language model: {problem}"
+        problem = f"{base_model.name(model)} cannot be trained as a causal language model: {problem}"
         raise ConfigError(Fault("model.path", problem, remedy, getattr(model, "name_or_path", "")))
 
 
@@ -68,7 +68,9 @@ def check_isolation(model: Any, autocast: torch.dtype | None, longest: int | Non
         model, lambda batch: model(**inputs(batch, True, model)).logits, longest, autocast, packed=True
     )
     if problem:
-        raise ConfigError(Fault("data.packing", f"in {_name(model)}, {problem}", "set data.packing=false", True))
+        raise ConfigError(
+            Fault("data.packing", f"in {base_model.name(model)}, {problem}", "set data.packing=false", True)
+        )
 
 
 def check_padding(model: Any, autocast: torch.dtype | None) -> None:
@@ -79,7 +81,14 @@ def check_padding(model: Any, autocast: torch.dtype | None) -> None:
     """
     problem = isolation.padding_problem(model, lambda batch: model(**inputs(batch, False, model)).logits, autocast)
     if problem:
-        raise ConfigError(Fault("model.path", f"in {_name(model)}, {problem}", "use another model", model.name_or_path))
+        raise ConfigError(
+            Fault(
+                "model.path",
+                f"in {base_model.name(model)}, {problem}",
+                "use another model",
+                model.name_or_path,
+            )
+        )
 
 
 def _own_tokens(batch: Mapping[str, Any]) -> Tensor:
@@ -88,10 +97,6 @@ def _own_tokens(batch: Mapping[str, Any]) -> Tensor:
     last = batch["last_at"] % length
     last = torch.cat([last, last.new_zeros(rows - len(last))])
     return (torch.arange(length, device=last.device) <= last[:, None]).long()
-
-
-def _name(model: Any) -> str:
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
 
 
 def _mask(positions: Tensor, model: Any) -> Tensor:

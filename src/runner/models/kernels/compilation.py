@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
 from runner.files import cache_dir
+from runner.models.kernels import base_model
 
 if TYPE_CHECKING:
     import torch
@@ -229,6 +230,6 @@ def _set_cache_folder() -> None:
 
 
 def _decoder(model: Any) -> nn.Module:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model.of(model)
     decoder: nn.Module = base.get_decoder() if hasattr(base, "get_decoder") else base
     return decoder

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from runner.models.kernels import base_model
+
 
 def install(model: Any, autocast: torch.dtype | None = None) -> str:
     """Move the LM head into the loss if the logits stay the same. Returns "", or the reason why it was not moved.
@@ -76,5 +78,5 @@ def bypassed(head: nn.Module) -> Iterator[None]:
 
 def of(model: Any) -> Any:
     """The LM head of the model; None if it has none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model.of(model)
     return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
+from runner.models.kernels import base_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -102,25 +103,25 @@ def in_float32(model: Any) -> None:
 
 def modules(model: Any) -> list[nn.Module]:
     """The modules of the score head; empty for a language model."""
-    base = _base(model)
+    base = base_model.of(model)
     return [base.get_submodule(name) for name in getattr(base, "head_names", [])]
 
 
 def of(model: Any) -> Any:
     """The score head of a decoder; None for an encoder or a language model."""
-    base = _base(model)
+    base = base_model.of(model)
     return base.score if "score" in getattr(base, "head_names", []) else None
 
 
 def is_encoder(model: Any) -> bool:
     """Whether the model scores whole rows, having seen each token with both of its sides."""
-    names = getattr(_base(model), "head_names", [])
+    names = getattr(base_model.of(model), "head_names", [])
     return bool(names) and "score" not in names
 
 
 def configuration(model: Any) -> Any:
     """The configuration with which transformers loads the base model and a head of this shape."""
-    base = _base(model)
+    base = base_model.of(model)
     config = copy.deepcopy(base.config)
     config.architectures, config.use_cache = [type(base).__name__], True
     if hasattr(config, "quantization_config"):
@@ -137,10 +138,6 @@ def _names(model: Any) -> list[str]:
     if "score" not in names and getattr(base, "pooler", None) is not None:
         names.append(f"{model.base_model_prefix}.pooler")
     return names
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.models.kernels import compat, isolation
+from runner.models.kernels import base_model, compat, isolation
 
 NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -43,7 +43,7 @@ def install(model: Any, longest: int, autocast: torch.dtype | None = None) -> st
     """
     if reason := obstacle(model):
         return reason
-    base = _base(model)
+    base = base_model.of(model)
     before = base.config._attn_implementation
     adopt(model)
     reason = isolation.problem(model, lambda batch: model(**inputs(batch)).logits, longest, autocast, packed=True)
@@ -56,21 +56,17 @@ def install(model: Any, longest: int, autocast: torch.dtype | None = None) -> st
 def adopt(model: Any) -> None:
     """Like ``install`` but without the comparison."""
     if not obstacle(model):
-        _base(model).set_attn_implementation(NAME)
+        base_model.of(model).set_attn_implementation(NAME)
 
 
 def obstacle(model: Any) -> str:
     """The reason why a model cannot use attention by document, or "". Checks its structure; no forward pass."""
-    base = _base(model)
+    base = base_model.of(model)
     if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):
         return f"{type(base).__name__} has its own attention implementation"
     if not compat.can_change_attention(base):
         return "attention by document needs transformers >= 4.54"
     return "" if _register() else "attention by document needs a newer torch or transformers"
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def uses(model: Any) -> bool:
