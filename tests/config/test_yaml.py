@@ -69,7 +69,7 @@ def composed(files: dict[str, Path], *choices: str) -> dict[str, Any]:
 @pytest.mark.parametrize("path", OPTIONS, ids=name_of)
 def test_every_option_composes_and_passes_every_check(path: Path, files: dict[str, Path]) -> None:
     cfg = composed(files, name_of(path))
-    check.check(cfg)
+    assert check.faults_of(cfg) == []
     for key in path.parent.relative_to(CONF).parts:
         cfg = cfg[key]
     assert _content(path).get(bind.TARGET) in (cfg.get(bind.TARGET), None), "none of its own: it builds on another"
@@ -78,13 +78,13 @@ def test_every_option_composes_and_passes_every_check(path: Path, files: dict[st
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_source_goes_with_every_format(source: str, form: str, files: dict[str, Path]) -> None:
-    check.check(composed(files, f"data={source}", f"data/format={form}"))
+    assert check.faults_of(composed(files, f"data={source}", f"data/format={form}")) == []
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_composes_and_changes_something(path: Path, files: dict[str, Path]) -> None:
     cfg = composed(files, name_of(path))
-    check.check(cfg)
+    assert check.faults_of(cfg) == []
     assert cfg != composed(files)
 
 

@@ -20,26 +20,13 @@ LIMITS = ("max_steps", "num_train_epochs", "max_tokens")
 """The stopping criteria in ``train``; exactly one must be set."""
 
 
-def check(cfg: Mapping[str, Any]) -> None:
-    """Check the whole configuration (plain, resolved, without ``hydra``).
-
-    Raises:
-        ConfigError: with all faults at once.
-    """
-    refuse(faults_of(cfg))
-
-
 def faults_of(cfg: Mapping[str, Any]) -> list[Fault]:
     """All faults at once: of single values first, of combinations where the single values are right."""
     return list(_group_faults(cfg)) or list(_combination_faults(cfg))
 
 
 def check_data(node: Mapping[str, Any]) -> None:
-    """Check the node ``data`` alone.
-
-    Raises:
-        ConfigError: with all its faults.
-    """
+    """Check the node ``data`` alone."""
     refuse(_data_faults(node))
 
 

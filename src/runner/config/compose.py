@@ -113,11 +113,7 @@ class Composer:
         return named_by(self.parser.parse_override(text).key_or_group for text in self.swept) or "single"
 
     def refuse_swept(self) -> None:
-        """Refuse several values for a key of which a sweep has one.
-
-        Raises:
-            ConfigError: naming them all.
-        """
+        """Refuse several values for a key of which a sweep has one."""
         with as_config_errors(self.hydra, self.args):
             parsed = [each for each in self.parser.parse_overrides(self.args.overrides) if each.is_sweep_override()]
         problem, remedy = "cannot be swept: it is the whole sweep's", "give it one value"
@@ -155,11 +151,7 @@ class Composer:
         return jobs
 
     def _refuse_differing(self, jobs: Sequence[Job]) -> None:
-        """Refuse a swept preset that sets for its own jobs what is the whole sweep's.
-
-        Raises:
-            ConfigError: naming each such key.
-        """
+        """Refuse a swept preset that sets for its own jobs what is the whole sweep's."""
         shared: Any = OmegaConf.to_container(self.master(), resolve=False, enum_to_str=True)
         faults: dict[str, Fault] = {}
         remedy = "give it on the command line, for all jobs, or leave it out of what is swept"

@@ -102,11 +102,7 @@ def attach_copy(cfg: dict[str, Any], folder: Path) -> None:
 
 
 def refuse_given(cfg: Mapping[str, Any]) -> None:
-    """Refuse a configuration that contains paths of code which ``attach`` has not added.
-
-    Raises:
-        ConfigError: with a remedy.
-    """
+    """Refuse a configuration that contains paths of code which ``attach`` has not added."""
     if detached(cfg) != cfg:
         raise ConfigError(Fault(PATHS, "cannot be set: it is noted where code=… is found", REMEDY))
 
@@ -124,11 +120,7 @@ def paths_of(cfg: Mapping[str, Any]) -> list[Path]:
 
 
 def refuse_changed(cfg: Mapping[str, Any]) -> None:
-    """Refuse a copy of the code that was changed.
-
-    Raises:
-        ConfigError: naming the module.
-    """
+    """Refuse a copy of the code that was changed."""
     remedy, paths = "restore it, or start a new run", paths_of(cfg)
     refuse(Fault(KEY, f"{path} is missing", remedy) for path in paths if not path.exists())
     changed = (path for path in paths if digest([path]) != cfg[KEY][module_name(path)])

@@ -156,11 +156,7 @@ def checked(conversation: list[Message]) -> list[Message]:
 
 
 def one_answer(side: Sequence[Message], name: str, what: str) -> Message:
-    """The only message of a part of a row, which must be an answer; ``name`` and ``what``: of the part, in an error.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """The only message of a part of a row, which must be an answer; ``name`` and ``what``: of the part, in an error."""
     if len(side) == 1 and side[0]["role"] == "assistant":
         return side[0]
     roles = ", ".join(message["role"] for message in side) or "nothing"
@@ -169,11 +165,7 @@ def one_answer(side: Sequence[Message], name: str, what: str) -> Message:
 
 
 def check_roles(conversation: Sequence[Message]) -> None:
-    """Refuse messages with an unknown role.
-
-    Raises:
-        DataError: naming the message and the allowed roles.
-    """
+    """Refuse messages with an unknown role."""
     for number, message in enumerate(conversation, start=1):
         if message["role"] not in ROLES:
             problem = f"message {number} has the unknown role {quoted(message['role'])}. "
@@ -182,11 +174,7 @@ def check_roles(conversation: Sequence[Message]) -> None:
 
 
 def refuse_empty(prompt: Sequence[Message]) -> None:
-    """Refuse a prompt without any text.
-
-    Raises:
-        DataError: it is empty.
-    """
+    """Refuse a prompt without any text."""
     if not any(message["content"].strip() or message.keys() & CARRIES for message in prompt):
         raise DataError(Fault("", "the prompt is empty", "leave the row out"))
 
@@ -250,11 +238,7 @@ def _whole(value: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
 
 
 def no_json(value: object) -> NoReturn:
-    """Refuse a value inside a row that is neither text, number, list nor object; ``default`` of ``json.dumps``.
-
-    Raises:
-        DataError: always.
-    """
+    """Refuse a value inside a row that is neither text, number, list nor object; ``default`` of ``json.dumps``."""
     problem = f"contains a value of the type {type(value).__name__}, which is neither text nor a number"
     raise DataError(Fault("", problem, "write it as text or a number"))
 

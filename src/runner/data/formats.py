@@ -125,11 +125,7 @@ def custom(row: Row, *, function: Text, _code_: list[str] | None = None) -> Exam
 
 
 def of(node: Mapping[str, Any]) -> Callable[[Row], Example]:
-    """The format that a configuration names: an option of this module, or a function of the user's own.
-
-    Raises:
-        ConfigError: with all faults of the node.
-    """
+    """The format that a configuration names: an option of this module, or a function of the user's own."""
     call: Callable[[Row], Any] = bind.bind(node, "data.format")
     if str(node[bind.TARGET]).startswith("runner."):
         return call
@@ -148,11 +144,7 @@ def _own(call: Callable[[dict[str, Any]], Any], name: str, row: Row) -> Example:
 
 
 def checked(result: Any, key: str, name: str) -> Example:
-    """The text or messages that a function of the user's returned for a row.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """The text or messages that a function of the user's returned for a row; anything else is refused."""
     if isinstance(result, str):
         return conversation.text_of(result, f"what {name} returns")
     if isinstance(result, dict) and isinstance(result.get("messages"), list):

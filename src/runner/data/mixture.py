@@ -152,11 +152,7 @@ def _in_turn(samples: Sequence[list[dict[str, str]]]) -> list[dict[str, str]]:
 
 
 def _settled(sources: Mapping[str, Splits]) -> Mapping[str, Any]:
-    """What the sources have decided of the task.
-
-    Raises:
-        DataError: they have decided different values.
-    """
+    """The keys of the task that the sources have decided, all with the same values."""
     first, *others = (each.settled for each in sources.values())
     for key, value in first.items():
         if any(each.get(key) != value for each in others):

@@ -14,11 +14,7 @@ from runner.errors import DataError, Fault, quoted
 
 
 def tools(value: object, what: str) -> list[dict[str, Any]]:
-    """The tools of a row: a list, one tool, or either as JSON; ``what``: its name in an error.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """The tools of a row: a list, one tool, or either as JSON; ``what``: its name in an error."""
     each = [_function(tool, f"tool {number} of {what}") for number, tool in enumerate(_listed(value, what), start=1)]
     return [{"type": "function", "function": function} for function, _ in each]
 

@@ -60,9 +60,6 @@ def refuse_unused(
     ``used`` and ``keys``: the keys of the row and of a turn that the format uses. ``ignore``: those that the user
     leaves out knowingly; None: the format has no such option. ``words``: what to look for in the row. ``offers``:
     parameters of the format that could name the key of such a word.
-
-    Raises:
-        DataError: with all such keys of the row.
     """
     left_out = ignore or ()
     words = (*words, *itertools.chain.from_iterable(offers.values()))

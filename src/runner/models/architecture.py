@@ -52,11 +52,7 @@ def read(source: ModelSource) -> Any:
 
 
 def check_max_length(source: ModelSource, max_length: int) -> None:
-    """Check that the model supports ``max_length`` positions.
-
-    Raises:
-        ConfigError: it does not; the remedy names the largest possible value.
-    """
+    """Check that the model supports ``max_length`` positions."""
     limit = getattr(read(source).get_text_config(), "max_position_embeddings", None)
     if limit is not None and 0 < limit < max_length:
         problem = f"{source.name} supports {limit} positions at most"

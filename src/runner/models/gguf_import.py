@@ -35,11 +35,7 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def check(file: Path) -> None:
-    """Check the first four bytes of a GGUF file.
-
-    Raises:
-        ConfigError: the file does not exist, or is not a GGUF file.
-    """
+    """Check the first four bytes of a GGUF file."""
     if not file.is_file():
         raise ConfigError(Fault("model.path", "no such file", "set it to a GGUF file", file))
     with file.open("rb") as handle:

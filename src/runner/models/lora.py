@@ -28,17 +28,8 @@ ALL_LINEAR = "all-linear"
 Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 
 
-def none(
-    model: nn.Module,
-    *,
-    trainable: Text | Annotated[list[Text], Len(1)] | None = None,
-    trainable_layers: Annotated[int, Ge(-1024), Le(1024), Must(bool, "other than 0")] | None = None,
-) -> nn.Module:
-    """Full fine-tuning: all parameters are trainable, or those of ``freezing``.
-
-    Raises:
-        ConfigError: the weights are quantized, or the model does not have the chosen parameters.
-    """
+def none(model: nn.Module) -> nn.Module:
+    """Full fine-tuning: all parameters are trainable; they must not be quantized."""
     if _quant(model) is not None:
         raise ConfigError(_full_on_quantized())
     if trainable is not None:

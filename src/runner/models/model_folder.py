@@ -20,11 +20,7 @@ CONVERT = (
 
 
 def check(folder: Path, *, weights: bool = True) -> None:
-    """Check that a model folder is complete; ``weights`` False: without checking the weights.
-
-    Raises:
-        ConfigError: files are missing or damaged; lists all of them.
-    """
+    """Check that a model folder is complete; ``weights`` False: without checking the weights."""
     refuse(faults(folder, weights=weights))
 
 

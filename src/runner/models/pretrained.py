@@ -195,11 +195,7 @@ def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tu
 
 
 def _annotate(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
-    """Record on the model its source (an adapter names it as its base: a Hub id, not the cache) and quantization.
-
-    Raises:
-        ConfigError: nothing is quantized, or would be.
-    """
+    """Record on the model its source (a Hub id, not the cache) and quantization, which must quantize something."""
     model.name_or_path = model.config._name_or_path = source.path
     model.config._commit_hash = source.revision
     model.quant = quant

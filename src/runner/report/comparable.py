@@ -14,11 +14,7 @@ SHOWN = 8
 
 
 def refuse_nothing(kept: Sequence[Result], results: Sequence[Result], where: str, keys: Sequence[str]) -> None:
-    """Refuse an empty comparison. ``kept``: the runs that match ``where``; ``keys``: the keys in this condition.
-
-    Raises:
-        ConfigError: no run matches, or none that matches is completed.
-    """
+    """Refuse an empty comparison. ``kept``: the runs that match ``where``; ``keys``: the keys in this condition."""
     if not kept:
         if not where:
             raise ConfigError(Fault("", "there are no runs to compare"))
@@ -34,11 +30,7 @@ def refuse_nothing(kept: Sequence[Result], results: Sequence[Result], where: str
 
 
 def refuse_mixed(kept: Sequence[Result]) -> None:
-    """Refuse to compare runs of different tasks (sft, pretrain).
-
-    Raises:
-        ConfigError: the runs are of more than one task.
-    """
+    """Refuse to compare runs of different tasks (sft, pretrain)."""
     tasks = Counter(result.params["task"] for result in kept if "task" in result.params)
     if len(tasks) > 1:
         counts = ", ".join(f"{n} of {task}" for task, n in tasks.items())

@@ -92,11 +92,7 @@ def find(word: str, outputs_dir: Path, uri: str | None = None) -> Recorded:
 
 
 def refuse_unbegun(run: Recorded, problem: str) -> None:
-    """Refuse a run that has not started training: only its configuration is recorded.
-
-    Raises:
-        ConfigError: the run has not started.
-    """
+    """Refuse a run that has not started training: only its configuration is recorded."""
     if run.status == "pending" and not run.curves:
         folder = terminal.nearest(run.folder) if run.folder else ""
         if run.folder and (now := run_status.of([RunDir(run.folder)])[0].status) in run_status.LIVE:

@@ -112,11 +112,7 @@ def between(ours: Code, theirs: Code) -> list[Changed]:
 
 
 def patch_between(ours: Code, theirs: Code) -> str:
-    """The differing lines, as printed by git diff.
-
-    Raises:
-        ConfigError: as ``between``.
-    """
+    """The differing lines, as printed by git diff."""
     with _trees(ours, theirs) as (first, second, environment):
         return _git(*_PLAIN, first, second, environment=environment)
 

@@ -72,11 +72,7 @@ def resolve_run(word: str, outputs_dir: Path) -> RunDir:
 
 
 def resolve_or_scan(word: str, outputs_dir: Path) -> list[tuple[RunDir | SweepDir, bool]]:
-    """(run or sweep, True) if ``word`` names one, else (…, False) for all runs and sweeps below the folder ``word``.
-
-    Raises:
-        ConfigError: as ``resolve``.
-    """
+    """(run or sweep, True) if ``word`` names one, else (…, False) for all runs and sweeps below the folder ``word``."""
     try:
         return [(resolve(word, outputs_dir), True)]
     except ConfigError:

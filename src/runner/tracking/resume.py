@@ -112,9 +112,6 @@ def make(folder: Path, *, is_new: bool = False) -> tuple[Path, list[Path]]:
 
     Args:
         is_new: the folder must not exist yet; if it does, ``folder-2`` … is created instead.
-
-    Raises:
-        ConfigError: the folder cannot be created.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -106,11 +106,7 @@ def slurm_room(home: Path) -> Path:
 
 
 def refuse_slurm_room(folder: Path) -> None:
-    """Refuse a run folder that cannot contain the log files of a job.
-
-    Raises:
-        LaunchError: its path contains one of PATTERNS.
-    """
+    """Refuse a run folder that cannot contain the log files of a job."""
     if names := {name: None for character, name in PATTERNS.items() if character in str(folder)}:
         problem = f"contains {' and '.join(names)}, which Slurm replaces in the paths of log files"
         remedy = "choose another folder with outputs_dir, hydra.run.dir or sweep"
@@ -140,11 +136,7 @@ def enclosing(folder: Path) -> SweepDir | None:
 
 
 def refuse_inside(folder: Path, key: str) -> None:
-    """Refuse a new run or sweep inside the folder of a sweep: status, sync and compare would not see it.
-
-    Raises:
-        ResumeError: contains that sweep; ``key``: the setting to change.
-    """
+    """Refuse a new run or sweep inside the folder of a sweep: status, sync and compare would not see it."""
     if sweep := enclosing(folder.absolute()):
         problem = f"is inside the folder of the sweep {sweep.path}"
         raise ResumeError(Fault(key, problem, "choose another name or folder", folder))

@@ -59,11 +59,7 @@ def check_causal(model: Any, autocast: torch.dtype | None, longest: int | None =
 
 
 def check_isolation(model: Any, autocast: torch.dtype | None, longest: int | None = None) -> None:
-    """Check that packed documents are computed as they are alone. Arguments as of ``check_causal``.
-
-    Raises:
-        ConfigError: they are not; the remedy is ``data.packing=false``.
-    """
+    """Check that packed documents are computed as they are alone. Arguments as of ``check_causal``."""
     problem = isolation.problem(
         model, lambda batch: model(**inputs(batch, True, model)).logits, longest, autocast, packed=True
     )
@@ -74,11 +70,7 @@ def check_isolation(model: Any, autocast: torch.dtype | None, longest: int | Non
 
 
 def check_padding(model: Any, autocast: torch.dtype | None) -> None:
-    """Check that an encoder scores a document with padding behind it as it scores the document alone.
-
-    Raises:
-        ConfigError: it does not.
-    """
+    """Check that an encoder scores a document with padding behind it as it scores the document alone."""
     problem = isolation.padding_problem(model, lambda batch: model(**inputs(batch, False, model)).logits, autocast)
     if problem:
         raise ConfigError(

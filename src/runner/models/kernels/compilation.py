@@ -125,11 +125,7 @@ def deferred() -> Iterator[None]:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Like ``layers_of``, but an error if there are none.
-
-    Raises:
-        ConfigError: the decoder has no list of layers of one class.
-    """
+    """Like ``layers_of``, but an error if there are none."""
     if not (layers := layers_of(model)):
         problem = f"{type(model).__name__} has no list of decoder layers of one class"
         raise ConfigError(Fault("compile", problem, "use compile=default or compile=none"))
