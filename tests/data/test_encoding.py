@@ -1,4 +1,4 @@
-"""Data larger than memory: columns grow in files, and several processes encode what one would."""
+"""Large data: several processes encode what one would, and rows are packed in blocks."""
 
 # ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
 

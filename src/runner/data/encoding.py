@@ -22,7 +22,7 @@ import numpy as np
 
 from runner.config.schema import DataSettings
 from runner.data import splits
-from runner.data.columns import DTYPES, Column, open_columns
+from runner.data.column_files import DTYPES, Column, open_columns
 from runner.data.examples import Encoder, Example, Features
 from runner.data.packing import IGNORED, VALUE
 from runner.data.row_options import WithSystemPrompt

@@ -65,7 +65,7 @@ def like_sharegpt(row: Row, *, speaker: str, value: str, **_: object) -> int:
 def alpaca(
     row: Row, *, instruction: Text, input: Text, output: Text, system: Text | None, ignore: list[Text] | None = None
 ) -> Example:
-    """An instruction with an optional input below it, and the output wanted: one exchange."""
+    """An instruction with an optional input below it, and the output: one exchange."""
     question = row_shape.text(row, "alpaca", "instruction", instruction)
     answer = row_shape.text(row, "alpaca", "output", output)
     extra = row_shape.text(row, "alpaca", "input", input) if row.get(input) is not None else ""

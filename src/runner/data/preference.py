@@ -172,9 +172,9 @@ def _sides(chosen: Example, rejected: Example) -> Example:
 
 
 def _margin(value: object, key: str) -> float:
-    if (found := number(value)) is None:
+    if (parsed := number(value)) is None:
         raise DataError(Fault("", f"the margin under '{key}' is not a finite number", "correct the row", value))
-    return found
+    return parsed
 
 
 def pair(

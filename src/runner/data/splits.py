@@ -104,15 +104,14 @@ def index(
 
 def items(examples: Index, format_fn: Callable[[Mapping[str, Any]], Example]) -> Iterator[Item]:
     """The examples of an index, read from the source again."""
-    columns = (column.tolist() for column in (examples.numbers, examples.prompts, examples.places))
-    wanted = zip(*columns, strict=True)
-    upcoming = next(wanted, None)
+    numbers = iter(examples.numbers.tolist())
+    upcoming = next(numbers, None)
     for number, (place, row) in enumerate(examples.records):
         if upcoming is None:
             return
-        if number == upcoming[0]:
-            yield Item(number, str(place), format_fn(row), *upcoming[1:])
-            upcoming = next(wanted, None)
+        if number == upcoming:
+            yield Item(number, str(place), format_fn(row))
+            upcoming = next(numbers, None)
 
 
 def split_by_prompt(examples: Index, fraction: float) -> tuple[Index, Index]:

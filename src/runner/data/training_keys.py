@@ -108,8 +108,8 @@ def weight_of(mapping: Row, keys: Collection[str], what: str, but: Collection[st
 
 def number(value: object) -> float | None:
     """A number that float32 can hold, or the text of one as CSV has it; None if it is something else."""
-    found = math.nan if isinstance(value, bool) else _number(value)
-    return found if abs(found) <= 1e30 and str(value).strip().lower() not in ("true", "false") else None
+    parsed = math.nan if isinstance(value, bool) else _number(value)
+    return parsed if abs(parsed) <= 1e30 and str(value).strip().lower() not in ("true", "false") else None
 
 
 def _number(value: object) -> float:

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runner.data import columns
-from runner.data.columns import Column
+from runner.data import column_files
+from runner.data.column_files import Column
 
 
 @pytest.mark.parametrize("code", ["i", "f", "B"])
 def test_a_column_in_a_file_is_a_column_in_memory(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "AT_ONCE", 5)
+    monkeypatch.setattr(column_files, "AT_ONCE", 5)
     made = [Column(code), Column(code, tmp_path / "column.npy")]
     for column in made:
         for number in range(23):
             column.extend([number, number + 1])
-        column.extend_array(np.arange(9, dtype=columns.DTYPES[code]))
+        column.extend_array(np.arange(9, dtype=column_files.DTYPES[code]))
         column.append(7)
         assert len(column) == 56
     first, second = (column.finish() for column in made)
