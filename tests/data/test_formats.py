@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
 from fixtures.data_formats import CHATS, EXCHANGE, JUDGED, PAIRS, ROWS, custom, option, own
 
-from runner.data import row_shape, splits
+from runner.data import row_shape, sources, splits
 from runner.errors import DataError
 
 TASKS = {**dict.fromkeys(PAIRS, " task=dpo"), **dict.fromkeys(JUDGED, " task=kto")}
@@ -130,3 +131,16 @@ def test_what_a_function_gives_is_checked(own):
         custom(f"{own}:to_messages")({"q": "?", "a": ""})
     with pytest.raises(DataError, match="failed on this row: SystemExit: 0"):
         custom(f"{own}:to_the_end")({})
+
+
+def test_a_function_that_changes_its_row_gives_the_same_in_every_pass(tmp_path):
+    """Rows are read several times, and those of a JSON file stay in memory."""
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": EXCHANGE}]))
+    function = (
+        "def f(row):\n    row['messages'].insert(0, {'role': 'system', 'content': 'A'})\n    return row['messages']\n"
+    )
+    (tmp_path / "changing.py").write_text(function)
+    records = sources.local(path=str(tmp_path / "rows.json"), eval_path=None, documents="file").train
+    read = custom(f"{tmp_path}/changing.py:f")
+    for _ in range(3):
+        assert [read(row) for _, row in records] == [[{"role": "system", "content": "A"}, *EXCHANGE]]

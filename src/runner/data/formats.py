@@ -5,6 +5,7 @@ A row that does not fit is refused with the format it looks like; the caller add
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -117,7 +118,7 @@ def custom(row: Row, *, function: Text, _code_: list[str] | None = None) -> Exam
     """
     call = user_function.load("data.format.function", function, tuple(_code_ or ()))
     try:
-        result = call(dict(row))
+        result = call(copy.deepcopy(dict(row)))  # the function may change it, and the row is read again
     except (Exception, SystemExit) as error:
         problem = f"failed on this row: {type(error).__name__}: {error}"
         raise DataError(Fault("data.format.function", problem, "correct the function", function)) from error
@@ -134,7 +135,7 @@ def of(node: Mapping[str, Any]) -> Callable[[Row], Example]:
 
 def _own(call: Callable[[dict[str, Any]], Any], name: str, row: Row) -> Example:
     try:
-        result = call(dict(row))
+        result = call(copy.deepcopy(dict(row)))
     except RunnerError:
         raise
     except (Exception, SystemExit) as error:
