@@ -26,7 +26,7 @@ from fixtures.run_folders import (
     statuses,
 )
 
-from runner.tracking import machine, run_status
+from runner.tracking import lock_holders, machine, run_status
 from runner.tracking.state_file import DIED
 from runner.tracking.sweepdir import SweepDir
 
@@ -39,7 +39,7 @@ def test_the_process_that_holds_the_folder_gets_the_signal_whatever_pid_is_in_th
     rundir = played("a/1", "running")
     worker = holding(rundir, processes)
     rundir.write_state(pid=stranger.pid)
-    assert run_status.holder(rundir) == worker.pid
+    assert lock_holders.holder(rundir) == worker.pid
     code, out, _ = said_of("cancel", "a/1", capsys=capsys)
     assert code == 0
     assert worker.wait() == 130
@@ -53,7 +53,7 @@ def test_a_recycled_pid_is_never_signalled(processes: list[subprocess.Popen[str]
     processes.append(stranger)
     rundir = played("a/1", "running")
     rundir.write_state(pid=stranger.pid)
-    assert run_status.holder(rundir) is None
+    assert lock_holders.holder(rundir) is None
     code, out, _ = said_of("cancel", "a/1", capsys=capsys)
     assert (code, stranger.poll()) == (0, None)
     assert "nothing to cancel, the run is killed" in out

@@ -13,7 +13,7 @@ from pathlib import Path
 from runner.cli.args import Args, Verb
 from runner.errors import RunnerError
 from runner.files import write_atomic
-from runner.tracking import lookup, run_status
+from runner.tracking import lock_holders, lookup, run_status
 from runner.tracking.machine import user
 from runner.tracking.mirror import backlog
 from runner.tracking.run_status import RunStatus
@@ -152,7 +152,7 @@ class _Cancellation:
         """Send SIGTERM to the worker of a run, or to the process that will start it. Slurm signals its own jobs."""
         if (run.job is not None and run.job.is_active) or run not in self._possible([run]):
             return
-        pid = run_status.holder(run.rundir) if run.rundir.is_alive() else run_status.supervisor(run)
+        pid = lock_holders.holder(run.rundir) if run.rundir.is_alive() else run_status.supervisor(run)
         if pid is None or (run.rundir.path, pid) in self.signalled:
             return
         try:

@@ -5,21 +5,20 @@ A worker that is killed cannot update state.json; the next status query detects 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from runner.errors import DamagedError
-from runner.tracking import lookup, slurm_jobs
+from runner.tracking import lock_holders, lookup, slurm_jobs
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import JobRef
 from runner.tracking.slurm_jobs import NO_JOB, Queue
 from runner.tracking.state_file import DIED, DONE, State, Status
-from runner.tracking.sweepdir import SweepDir, home_of, sweep_of
+from runner.tracking.sweepdir import home_of, sweep_of
 
 if TYPE_CHECKING:
     from runner.tracking.slurm_client import Job
@@ -79,34 +78,6 @@ def write(run: RunStatus, status: str, reason: str) -> RunStatus:
     return replace(run, state=rundir.read_state())
 
 
-def has_queue(sweep: SweepDir) -> bool | None:
-    """Whether a local queue runs the sweep; None if no local queue ever did.
-
-    Workers forked by a queue inherit its lock and may outlive the queue: a lock held by workers only does not count.
-    """
-    if not sweep.queue_lock.exists():
-        return None
-    if not sweep.is_worked_on():
-        return False
-    holders = [files for _, files in _open_files() if _is_open(sweep.queue_lock, files)]
-    worker_lock = RunDir(sweep.path).lock.name
-    return not holders or any(worker_lock not in map(os.path.basename, files) for files in holders)
-
-
-def holder(rundir: RunDir) -> int | None:
-    """Pid of the local process that holds the folder; None if there is none, or it belongs to another user.
-
-    The pid in state.json may have been reused by another process: so this checks which process has the lock file open.
-    """
-    if not rundir.is_alive():
-        return None
-    recorded: list[int] = []
-    with contextlib.suppress(DamagedError):
-        recorded = [rundir.read_state().pid]  # checked first: a scan of all processes is slow
-    holders = (pid for pids in (recorded, None) for pid, files in _open_files(pids) if _is_open(rundir.lock, files))
-    return next(holders, None)
-
-
 def supervisor(run: RunStatus) -> int | None:
     """Pid of the local submitit process that supervises the run (launcher.cluster=local); None if there is none."""
     return slurm_jobs.supervisor(run.rundir, run.manifest)
@@ -124,7 +95,7 @@ class _Context:
     slurm_is_silent: bool
     """Slurm was called and did not answer."""
     queues: dict[Path, bool | None] = field(default_factory=dict)
-    """Sweep folder → result of ``has_queue``."""
+    """Sweep folder → result of ``lock_holders.has_queue``."""
 
 
 def _read(rundir: RunDir) -> RunStatus:
@@ -219,7 +190,7 @@ def _by_slurm(run: RunStatus, job: Job, is_alive: bool) -> tuple[str, str]:
 
 def _is_ending(run: RunStatus, job: Job, is_alive: bool) -> bool:
     """Whether the job received the stop signal and has not ended yet; a requeue is visible only after the end."""
-    return job.state == "COMPLETING" or (is_alive and holder(run.rundir) == run.state.pid)
+    return job.state == "COMPLETING" or (is_alive and lock_holders.holder(run.rundir) == run.state.pid)
 
 
 def _pending_reason(job: Job) -> str:
@@ -250,7 +221,7 @@ def _by_lock(run: RunStatus, is_alive: bool, context: _Context) -> tuple[str, st
     """(status, reason) of a run without a job in Slurm, from its worker lock."""
     state = run.state
     if is_alive:
-        is_ending = state.status in ("killed", "failed", "preempted") and holder(run.rundir) == state.pid
+        is_ending = state.status in ("killed", "failed", "preempted") and lock_holders.holder(run.rundir) == state.pid
         return (state.status, state.reason) if is_ending or state.status == "running" else ("starting", "")
     if state.status == "running":
         if (context.slurm_is_silent and _job_id(run)) or not (_job_id(run) or state.host in ("", here())):
@@ -272,26 +243,11 @@ def _by_queue(run: RunStatus, context: _Context) -> tuple[str, str]:
     if sweep is None:
         return "pending", "no process is running it"
     if sweep.path not in context.queues:
-        context.queues[sweep.path] = has_queue(sweep)
+        context.queues[sweep.path] = lock_holders.has_queue(sweep)
     if context.queues[sweep.path]:
         return "queued", ""
     had_queue = context.queues[sweep.path] is False
     return "pending", NOBODY if had_queue else "being prepared, or no process will start it"
-
-
-def _open_files(pids: Iterable[int] | None = None) -> Iterator[tuple[int, list[str]]]:
-    """(pid, open files) of these local processes, by default all; processes of other users are skipped."""
-    import psutil
-
-    for pid in psutil.pids() if pids is None else pids:
-        if pid and pid != os.getpid():
-            with contextlib.suppress(psutil.Error, OSError):
-                yield pid, [opened.path for opened in psutil.Process(pid).open_files()]
-
-
-def _is_open(path: Path, files: Iterable[str]) -> bool:
-    same_name = [file for file in files if os.path.basename(file) == path.name]
-    return any(os.path.samefile(file, path) for file in same_name if os.path.exists(file))
 
 
 def _ago(moment: float) -> str:
