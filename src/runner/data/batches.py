@@ -209,8 +209,9 @@ class Batches:
             count, more = rows * self.answers.per_row, self.answers.most_tokens
             lengths, trained = self._largest_of(self.sizes) + more, count * more
             if self.by_document:
-                return Shape(1, int(lengths.sum()) * self.answers.per_row, trained)
-            return Shape(count, int(lengths.max()), trained)
+                return Shape(1, _rounded(int(lengths.sum()) * self.answers.per_row), trained)
+            longest = int(lengths.max())
+            return Shape(count, max(longest, min(_rounded(longest), self.longest_document)), trained)
         if self.end_to_end:
             return Shape(1, self._padded(int(self._largest_of(self.sizes).sum())), trained)
         return Shape(self.rows_per_batch if self.packing else rows, self._padded(int(self._longest.max())), trained)
@@ -246,5 +247,10 @@ class Batches:
         if self.packing:
             return self.pack_length
         if self.end_to_end:
-            return -(-max(length, 1) // PADDED_TO) * PADDED_TO
-        return max(length, min(-(-max(length, 1) // PADDED_TO) * PADDED_TO, self.max_length))
+            return _rounded(length)
+        return max(length, min(_rounded(length), self.max_length))
+
+
+def _rounded(length: int) -> int:
+    """The length rounded up to a multiple of ``PADDED_TO``."""
+    return -(-max(length, 1) // PADDED_TO) * PADDED_TO
