@@ -45,7 +45,7 @@ def test_it_begins_with_the_saved_weights_and_trains_on(source: ModelSource, sav
 
 def test_what_does_not_fit_is_named_with_the_value_to_set(source: ModelSource, saved: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        started(source, saved, r=4, lora_alpha=4.0, use_rslora=True)
+        started(source, saved, r=4, use_rslora=True)
     text = str(caught.value)
     assert "lora.r=4: the adapter of lora.start has 8" in text
     assert "set lora.r=8, or leave lora.start out" in text

@@ -45,11 +45,11 @@ def _faults(hydra: Hydra, args: argparse.Namespace, error: Exception) -> list[Fa
 
 
 def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
-    try:
-        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(args.overrides)
-    except HydraException:
-        yield from filter(None, map(_syntax_fault, args.overrides))
+    parser = OverridesParser.create(config_loader=hydra.config_loader)
+    if faults := [fault for override in args.overrides for fault in _syntax_faults(parser, override)]:
+        yield from faults
         return
+    parsed = parser.parse_overrides(args.overrides)
     groups = {name for name in hydra.config_loader.list_groups("") if name != "hydra"}
     choices = [override for override in parsed if is_choice(override.key_or_group, hydra)]
     wrong = {id(override): list(_choice_faults(hydra, override)) for override in choices}
@@ -98,17 +98,17 @@ def _missing_in_some(key: str, value: str, variants: list[tuple[str, set[str]]])
         yield Fault(key, f"{NO_KEY} with {' and '.join(without)}", remedy, value)
 
 
-def _syntax_fault(override: str) -> Fault | None:
-    """The fault of an override that Hydra cannot read; None if it can."""
-    key, mark, value = override.partition("=")
-    if not mark:
-        return Fault(override, "is neither a verb nor an override", "write key=value, or see python -m runner --help")
+def _syntax_faults(parser: OverridesParser, override: str) -> Iterator[Fault]:
     try:
-        OverridesParser.create().parse_override(override)
+        parser.parse_override(override)
     except HydraException as error:
-        quoted = f"\"{key}='{value}'\"" if not {"'", '"'} & set(value) else f"{key}='…'"
-        return Fault(key, f"cannot be read ({_plain_words(error)})", f"quote the value: {quoted}", value)
-    return None
+        key, equals, value = override.partition("=")
+        if not equals:
+            remedy = "write key=value, or see python -m runner --help"
+            yield Fault(override, "is neither a verb nor an override", remedy)
+            return
+        remedy = "write the whole path instead of ~" if "~" in value else f"put the value into quotes: \"{key}='…'\""
+        yield Fault(key, f"cannot be read: {_plain_words(error)}", remedy, value)
 
 
 def _value_of(override: Any) -> str:
