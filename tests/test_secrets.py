@@ -230,7 +230,7 @@ def test_credentials_are_taken_out_and_put_back(uri: str, parts: tuple[str, str 
     assert put_credentials(*parts) == uri
 
 
-def test_no_credentials_are_added_to_the_path_of_a_file() -> None:
+def test_no_credentials_reach_a_file() -> None:
     """A database below outputs is opened by people whose environment names their server's user, too."""
     assert put_credentials("sqlite:////tmp/mlflow.db", "me", "pass") == "sqlite:////tmp/mlflow.db"
 

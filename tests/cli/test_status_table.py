@@ -7,7 +7,8 @@ from pathlib import Path
 from runner.cli.status_table import Group, Row, eta_s, table
 from runner.tracking import metrics_log
 from runner.tracking.run_status import RunStatus
-from runner.tracking.rundir import RunDir, State
+from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir
 
 

@@ -60,30 +60,30 @@ def test_a_glob_is_frozen_with_its_folder_however_deep_its_files_are(
 
 
 def test_a_folder_is_prepared_once_and_kept(tmp_path: Path):
-    rundir = manifest.prepare(config(), tmp_path / "run", ["runner", "seed=0"], ["seed=0"])
-    record = rundir.read_manifest()
-    assert record["signature"] == manifest.signature(config())
-    assert record["name"] == "seed=0"
-    assert record["versions"]["torch"]
-    assert record["git"].keys() >= {"sha", "dirty"}
-    assert record["code_sha256"] == provenance.digest_of_code(PACKAGE)
+    rundir = manifest.create(config(), tmp_path / "run", ["runner", "seed=0"], ["seed=0"])
+    written = rundir.read_manifest()
+    assert written["signature"] == manifest.signature(config())
+    assert written["name"] == "seed=0"
+    assert written["versions"]["torch"]
+    assert written["git"].keys() >= {"sha", "dirty"}
+    assert written["code_sha256"] == provenance.digest_of_code(PACKAGE)
     assert manifest.read_config(rundir) == config()
-    assert manifest.prepare(config(), tmp_path / "run", [], []).read_manifest()["id"] == record["id"]
+    assert manifest.create(config(), tmp_path / "run", [], []).read_manifest()["id"] == written["id"]
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path: Path):
-    manifest.prepare(config(), tmp_path, [], [])
+    manifest.create(config(), tmp_path, [], [])
     with pytest.raises(ResumeError, match="contains a run with another configuration"):
-        manifest.prepare(config(seed=1), tmp_path, [], [])
+        manifest.create(config(seed=1), tmp_path, [], [])
 
 
 def test_the_latest_unfinished_twin_is_found(tmp_path: Path):
     name = manifest.signature(config())
     assert manifest.find_twin(tmp_path, name) is None
     for number, status in enumerate(["completed", "killed", "failed", "preempted"]):
-        rundir = manifest.prepare(config(), tmp_path / "day" / str(number), [], [])
+        rundir = manifest.create(config(), tmp_path / "day" / str(number), [], [])
         rundir.write_state(status=status)
-    manifest.prepare(config(seed=1), tmp_path / "day" / "other", [], [])
+    manifest.create(config(seed=1), tmp_path / "day" / "other", [], [])
     assert manifest.find_twin(tmp_path, name) == RunDir(tmp_path / "day" / "3")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from runner import terminal
 from runner.files import stamp
 from runner.secrets import redact
+from runner.tracking import metrics_log, naming
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import FINAL, State
 

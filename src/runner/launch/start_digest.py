@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,26 @@ from runner.models import model_folder, sources
 from runner.tracking import lookup, origin
 from runner.tracking.rundir import RunDir
 
-NAMED, TAUGHT = pinned_weights.KEYS
-
 
 def settle(cfg: dict[str, Any]) -> Iterator[Fault]:
     """Replace RUN by FOLDER@DIGEST; yields why that is impossible. A digest that is given already must be that one."""
-    yield from _settle(cfg, lora_start.START, _adapter, origin.digest_of)
-    yield from _settle(cfg, lora_start.TEACHER, _teacher, origin.digest_of_teacher)
+    yield from _settle(cfg, pinned_weights.START, _adapter, origin.digest_of)
+    yield from _settle(cfg, pinned_weights.TEACHER, _teacher, origin.digest_of_teacher)
 
 
-def _settle_teacher(cfg: dict[str, Any]) -> Iterator[Fault]:
-    if not (text := pinned_weights.of(cfg, pinned_weights.TEACHER)):
+def _settle(
+    cfg: dict[str, Any],
+    place: tuple[str, str],
+    find: Callable[[str, Path], Path | None],
+    digest_of: Callable[[Path], str | None],
+) -> Iterator[Fault]:
+    """Settle one key. ``find``: (RUN, outputs_dir) → the folder of its weights; None for a model on the Hub."""
+    if not (text := pinned_weights.of(cfg, place)):
         return
+    (group, name), key = place, ".".join(place)
     word, wanted = pinned_weights.split(text)
     try:
-        folder = find(word, Path(str(cfg.get("outputs_dir"))).expanduser())
+        folder = find(word, user_path(str(cfg.get("outputs_dir")), "outputs_dir"))
     except ConfigError as error:
         yield from (replace(fault, key=key, value=word) for fault in error.faults)
         return
@@ -42,7 +47,7 @@ def _settle_teacher(cfg: dict[str, Any]) -> Iterator[Fault]:
         problem = f"{folder} has other weights now ({digest[:12]}, not {wanted[:12]})"
         yield Fault(key, problem, f"restore them, or name the place of the same weights: {key}=FOLDER", word)
     else:
-        cfg["task"]["teacher"] = pinned_weights.joined(place, digest)
+        cfg[group][name] = pinned_weights.joined(folder, digest)
 
 
 def _teacher(word: str, outputs_dir: Path) -> Path | None:
@@ -62,48 +67,19 @@ def _teacher(word: str, outputs_dir: Path) -> Path | None:
         raise ConfigError(Fault("", problem, "name the run that trained it, or a whole model (export RUN --merged)"))
     if not os.path.exists(path) and "/" in word and sources.HUB_ID.fullmatch(word.partition("@")[0]):
         return None
-    from runner.train import trained_model
-
-    is_of_run = path.name == "model" and RunDir(path.parent).manifest.exists()
-    rundir = RunDir(path.parent) if is_of_run else lookup.resolve_run(word, user_path(outputs_dir))
-    trained_model.refuse_without_model(rundir)
-    return rundir.path
+    return _run(word, path, outputs_dir).path
 
 
-def _settle_start(cfg: dict[str, Any]) -> Iterator[Fault]:
-    if not (text := pinned_weights.of(cfg)):
-        return
-    word, wanted = pinned_weights.split(text)
-    try:
-        folder = _folder(word, str(cfg.get("outputs_dir")))
-    except ConfigError as error:
-        yield from (replace(fault, key=NAMED, value=word) for fault in error.faults)
-        return
-    digest = origin.digest_of(folder)
-    if digest is None:
-        problem = f"{pinned_weights.adapter_in(folder) / pinned_weights.WEIGHTS} is missing or damaged"
-        yield Fault(NAMED, problem, "restore the file, or train that run again", word)
-    elif wanted and wanted != digest:
-        problem = f"the adapter in {folder} has other weights now ({digest[:12]}, not {wanted[:12]})"
-        yield Fault(NAMED, problem, f"restore it, or name the folder of the same adapter: {NAMED}=FOLDER", word)
-    else:
-        cfg["lora"]["start"] = pinned_weights.joined(folder, digest)
-
-
-def _folder(word: str, outputs_dir: str) -> Path:
+def _adapter(word: str, outputs_dir: Path) -> Path:
     """The folder of a run with an adapter, or of a plain adapter.
 
     Raises:
         ConfigError: no such run, or a run without an adapter.
     """
     path = user_path(word).absolute()
-    if os.path.isfile(path / pinned_weights.ADAPTER):
-        is_of_run = path.name == "model" and RunDir(path.parent).manifest.exists()
-        return path.parent if is_of_run else path
-    from runner.train import trained_model
-
-    rundir = lookup.resolve_run(word, user_path(outputs_dir))
-    trained_model.refuse_without_model(rundir)
+    if os.path.isfile(path / pinned_weights.ADAPTER) and not _is_of_run(path):
+        return path
+    rundir = _run(word, path, outputs_dir)
     if not (rundir.model / pinned_weights.ADAPTER).is_file():
         problem = "trained all weights: it has no adapter to continue"
         raise ConfigError(Fault("", problem, f"start from its model: model=local model.path={rundir.model}"))

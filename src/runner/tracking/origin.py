@@ -12,7 +12,7 @@ from typing import Any
 
 from runner.config import pinned_weights
 from runner.files import read_json, user_path, write_atomic
-from runner.tracking import provenance
+from runner.tracking import naming, provenance
 from runner.tracking.rundir import RunDir
 
 FIELD = "came_from"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from runner.errors import DamagedError
-from runner.tracking import lock_holders, lookup, slurm_jobs
+from runner.tracking import lock_holders, lookup, naming, slurm_jobs
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import JobRef
 from runner.tracking.slurm_jobs import NO_JOB, Queue

@@ -49,6 +49,13 @@ class State:
         """The step whose weights are in the folder ``model``: the best one if one was selected, else the last."""
         return int(self.summary.get("best step") or self.step)
 
+    def remaining_s(self) -> float | None:
+        """Seconds until the last step, at the average speed so far; None before the first step."""
+        if not self.step or not self.seconds:
+            return None
+        remaining = self.seconds / self.step * (self.total_steps - self.step)
+        return max(0.0, remaining - max(0.0, time.time() - self.updated))  # the clock of another machine may be ahead
+
 
 def read(path: Path, remedy: str) -> State:
     """The state in a file.

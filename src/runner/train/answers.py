@@ -71,7 +71,7 @@ def questions(settings: TrainSettings, code: Sequence[str], evaluation: Batches,
     if references and not prompts:
         problem = "no held-out row has a prompt with an answer after it"
         raise ConfigError(Fault(eval_metrics.METRICS, problem, "set it to []", settings.metrics))
-    return Questions(asked, functions, settings.metric_tokens, settings.rows_at_a_time)
+    return Questions(prompts, functions, settings.metric_tokens, settings.rows_at_a_time)
 
 
 def note(questions: Questions, tokenizer: Any) -> list[tuple[str, str]]:

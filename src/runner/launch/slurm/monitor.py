@@ -12,6 +12,7 @@ from runner.errors import Fault, Interrupted, LaunchError, Preempted
 from runner.launch import progress_table
 from runner.launch.launcher import Source
 from runner.launch.slurm import submission
+from runner.signals import signals_to
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import State
 from runner.train import outcome
