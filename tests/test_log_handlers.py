@@ -58,7 +58,7 @@ def test_the_terminal_shows_our_own_warnings_only_and_the_log_all(tmp_path: Path
     with log_handlers.logging_to(tmp_path / "train.log"):
         warnings.warn_explicit("of a library", UserWarning, str(libraries / "nn.py"), 1)
         warnings.warn_explicit("of ours: a colon", UserWarning, str(PACKAGE / "train" / "loop.py"), 2)
-        logging.getLogger("torch").warning("a message of a library")
+        logging.getLogger("library").warning("a message of a library")
         logging.getLogger("runner.train").info("a message of ours")
         logging.getLogger("runner").info("for the log alone", extra={"quiet": True})
     assert capsys.readouterr().err.splitlines() == ["warning: of ours: a colon", "a message of ours"]

@@ -187,9 +187,10 @@ class Composer:
     def _folders(self, composed: DictConfig, mode: RunMode) -> tuple[str, str]:
         """The job's own folder ("" where we choose it) and that of its sweep, which all jobs of a command share."""
         node = composed.hydra
+        user_path(composed.outputs_dir, "outputs_dir")  # the other folders are in it: a fault names its key
         if mode == RunMode.RUN:
-            return _absolute(node.run.dir), ""
-        self._sweep_dir = self._sweep_dir or _absolute(node.sweep.dir)  # once: ${now:…} moves on
+            return _absolute(node.run.dir, "hydra.run.dir"), ""
+        self._sweep_dir = self._sweep_dir or _absolute(node.sweep.dir, "hydra.sweep.dir")  # once: ${now:…} moves on
         return (os.path.join(self._sweep_dir, node.sweep.subdir) if node.sweep.subdir else ""), self._sweep_dir
 
     def _composed(self, given: list[str], mode: RunMode) -> DictConfig:
@@ -243,5 +244,5 @@ def _key(text: str) -> str:
     return text.partition("=")[0]
 
 
-def _absolute(path: str) -> str:
-    return os.path.abspath(user_path(path))
+def _absolute(path: str, key: str) -> str:
+    return os.path.abspath(user_path(path, key))
