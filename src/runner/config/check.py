@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from runner.config import bind, data_nodes, eval_metrics, schema, user_code
+from runner.config import bind, combinations, condition, data_nodes, eval_metrics, schema, user_code
 from runner.config.schema import RunSettings, TrainSettings, divisors
 from runner.errors import Fault, refuse
 from runner.secrets import find_secrets
@@ -106,6 +106,7 @@ def _combination_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         remedy = f"keep one and set the others to null: {' '.join(f'{key}=null' for key in limits[:-1])}"
         yield Fault("train", f"has {len(limits)} stopping criteria, and can have one: {', '.join(limits)}", remedy)
     yield from eval_metrics.faults(cfg)
+    yield from combinations.faults(cfg)
     task = bind.bind(cfg["task"], "task")()
     if task.compares and (dropout := cfg["lora"].get("lora_dropout")):
         which = "its own start or an earlier step, and dropout makes both differ at random"

@@ -50,6 +50,7 @@ def join(parts: Mapping[str, tuple[Rows, float]]) -> Rows:
         weights=_chain(weights) if has_weights else None,
         records=_texts([each.records for each in rows]),
         trained=np.concatenate([each.labels_per_row for each in rows]),
+        places=_places(rows),
         parts=tuple(SourcePart(name, len(each), weight) for name, (each, weight) in parts.items()),
     )
 

@@ -93,8 +93,11 @@ def index(
         keys.append(key)
         prompts.append(_hash(" ".join(_prompt(example).split()).casefold()))
     refuse(faults, DataError)
-    columns = (np.frombuffer(column, dtype=np.uint64) for column in (keys, prompts))
-    examples = Index(records, np.arange(len(keys)), *columns)
+    if rows is not None:
+        rows.refuse_unseen()
+    hashes = [np.frombuffer(column, dtype=np.uint64) for column in (keys, prompts)]
+    places = row_options.ranks(values, order_by) if order_by is not None else np.zeros(len(keys), dtype=np.int64)
+    examples = Index(records, np.frombuffer(numbers, dtype=np.int64), hashes[0], hashes[1], places)
     if not deduplicate:
         return examples
     first = np.sort(np.unique(examples.keys, return_index=True)[1])
@@ -104,14 +107,15 @@ def index(
 
 def items(examples: Index, format_fn: Callable[[Mapping[str, Any]], Example]) -> Iterator[Item]:
     """The examples of an index, read from the source again."""
-    numbers = iter(examples.numbers.tolist())
-    upcoming = next(numbers, None)
+    columns = (column.tolist() for column in (examples.numbers, examples.prompts, examples.places))
+    wanted = zip(*columns, strict=True)
+    upcoming = next(wanted, None)
     for number, (place, row) in enumerate(examples.records):
         if upcoming is None:
             return
-        if number == upcoming:
-            yield Item(number, str(place), format_fn(row))
-            upcoming = next(numbers, None)
+        if number == upcoming[0]:
+            yield Item(number, str(place), format_fn(row), *upcoming[1:])
+            upcoming = next(wanted, None)
 
 
 def split_by_prompt(examples: Index, fraction: float) -> tuple[Index, Index]:

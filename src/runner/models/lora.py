@@ -16,7 +16,7 @@ from runner.config.bind import bind, bind_target
 from runner.config.bounds import Must
 from runner.config.schema import Count, Fraction, Positive, Text
 from runner.errors import ConfigError, Fault, first_line, refuse, suggest
-from runner.models import adapter, peft_options, warm_start
+from runner.models import adapter, freezing, peft_options, warm_start
 from runner.models.kernels import compilation, score_head
 
 if TYPE_CHECKING:
@@ -28,8 +28,17 @@ ALL_LINEAR = "all-linear"
 Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
 
 
-def none(model: nn.Module) -> nn.Module:
-    """Full fine-tuning: all parameters are trainable; they must not be quantized."""
+def none(
+    model: nn.Module,
+    *,
+    trainable: Text | Annotated[list[Text], Len(1)] | None = None,
+    trainable_layers: Annotated[int, Ge(-1024), Le(1024), Must(bool, "other than 0")] | None = None,
+) -> nn.Module:
+    """Full fine-tuning: all parameters are trainable, or those of ``freezing``.
+
+    Raises:
+        ConfigError: the weights are quantized, or the model does not have the chosen parameters.
+    """
     if _quant(model) is not None:
         raise ConfigError(_full_on_quantized())
     if trainable is not None:

@@ -69,7 +69,7 @@ def pretrained(
     """A model folder, a GGUF file, or a model of the Hugging Face Hub."""
     local = user_path(path, "model.path")
     if local.suffix == ".gguf" and os.path.isfile(local):
-        return _from_gguf(local, dtype, attention)
+        return replace(_from_gguf(local, dtype, attention), chat_template=chat_template)
     is_local = os.path.exists(local)
     name = local.resolve().name if is_local else path.rpartition("/")[2]
     place = str(local.resolve()) if is_local else path

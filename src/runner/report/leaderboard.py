@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from runner.config import condition
 from runner.errors import ConfigError, Fault, refuse
-from runner.report import columns, comparable, condition, ranking
+from runner.report import columns, comparable, ranking
 from runner.report.columns import Goal, Value
 from runner.report.ranking import Group
 from runner.report.results import Result
