@@ -114,7 +114,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("a tracking URI without scheme", ["tracking=server", "tracking.uri=localhost:5000"], "http://localhost:5000"),
     ("unknown verb", ["trian"], "verbs: "),
     ("misspelt verb", ["pln"], "did you mean 'plan'"),
-    ("broken override", ["quant=[4"], "quant=[4: cannot be read: "),
+    ("broken override", ["quant=[4"], "quant=[4: cannot be read ("),
     ("one bad value of a sweep", ["-m", "lora.r=4,x"], "must be a whole number"),
     ("resume of nothing", ["resume=outputs/nowhere"], "there is no run or sweep"),
     ("an empty variable for outputs", ["outputs_dir="], "outputs_dir=: is empty"),

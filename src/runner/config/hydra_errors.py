@@ -99,16 +99,17 @@ def _missing_in_some(key: str, value: str, variants: list[tuple[str, set[str]]])
 
 
 def _syntax_faults(parser: OverridesParser, override: str) -> Iterator[Fault]:
+    """The fault of an override that Hydra cannot read."""
+    key, equals, value = override.partition("=")
     try:
         parser.parse_override(override)
     except HydraException as error:
-        key, equals, value = override.partition("=")
         if not equals:
             remedy = "write key=value, or see python -m runner --help"
             yield Fault(override, "is neither a verb nor an override", remedy)
             return
-        remedy = "write the whole path instead of ~" if "~" in value else f"put the value into quotes: \"{key}='…'\""
-        yield Fault(key, f"cannot be read: {_plain_words(error)}", remedy, value)
+        quoted = f"\"{key}='{value}'\"" if not {"'", '"'} & set(value) else f"{key}='…'"
+        yield Fault(key, f"cannot be read ({_plain_words(error)})", f"quote the value: {quoted}", value)
 
 
 def _value_of(override: Any) -> str:
