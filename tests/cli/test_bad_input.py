@@ -177,6 +177,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("a word too long for a folder", ["status", "x" * 300], "there is no run or sweep"),
     ("a model too long for a folder", ["model=llama", f"model.path=./{'x' * 300}"], "no such folder or file"),
     ("code too long for a file", [f"code=./{'x' * 300}.py"], "no such file or folder"),
+    ("a target too long for a file", [f"data.format._target_={'x' * 300}.f"], "your own code may be named"),
 ]
 
 BUILD: list[tuple[str, Callable[[Path], None], list[str], str]] = [

@@ -58,12 +58,11 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
             faults.append(Fault(KEY, f"has two modules called '{module_name(path)}' ({other})", "rename one", entry))
     for name in {target.partition(".")[0] for target in _targets(cfg)} - paths.keys() - {"runner"}:
         location = next(
-            (path for folder in search for path in (folder / name, folder / f"{name}.py") if path.exists()), None
+            (path for folder in search for path in (folder / name, folder / f"{name}.py") if os.path.exists(path)), None
         )
         if location is not None:
             paths[name] = locate(str(location))
-    if faults:
-        raise ConfigError(*faults)
+    refuse(faults)
     if not paths:
         return
     cfg[KEY] = {name: digest([paths[name]]) for name in sorted(paths)}

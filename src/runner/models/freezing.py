@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, refuse
 from runner.models.kernels import compilation, score_head
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def train_named(model: nn.Module, patterns: Sequence[str]) -> None:
     """
     parameters = list(model.named_parameters(remove_duplicate=False))  # tied weights under both of their names
     names = [name for name, _ in parameters]
-    if faults := [_no_match(pattern, names) for pattern in patterns if not _matching(names, [pattern])]:
-        raise ConfigError(*faults)
+    refuse(_no_match(pattern, names) for pattern in patterns if not _matching(names, [pattern]))
     chosen = set(_matching(names, patterns))
     trained = {id(parameter) for name, parameter in parameters if name in chosen}
     if tied := [name for name, parameter in parameters if id(parameter) in trained and name not in chosen]:
