@@ -60,6 +60,8 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     (tmp_path / "gone.txt").symlink_to(tmp_path / "gone.txt")
     with pytest.raises(DataError, match=r"gone\.txt is a link to nothing"):
         local(tmp_path / "*.txt")
+    with pytest.raises(DataError, match=r"is a link to nothing, or to itself"):
+        local(tmp_path / "gone.txt")
 
 
 @pytest.mark.parametrize("path", ["", " ", "~nobody-of-this-name/x.jsonl", "a" * 5000 + ".jsonl", "x\0.jsonl"])

@@ -45,6 +45,8 @@ def _find(key: str, path: str, location: Path) -> list[Path]:
         if not files:
             problem = f"contains no file of a supported type ({', '.join(EXTENSIONS)})"
             raise DataError(Fault(key, problem, "correct the path", path))
+    elif location.is_symlink() and not location.exists():
+        raise DataError(Fault(key, "is a link to nothing, or to itself", "correct the link", path))
     elif not location.exists():
         near = suggest(location.name, os.listdir(location.parent)) if location.parent.is_dir() else ""
         remedy = "correct the path; relative paths start at the current directory"
