@@ -159,7 +159,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """What a ``cold`` test starts is started anew; what a test leaves in the environment for libraries goes with it."""
     warm.is_wanted = not item.get_closest_marker("cold")
     before, modules = dict(os.environ), len(sys.modules)
-    with unmeasured() if item.get_closest_marker("slow") else contextlib.nullcontext():
+    is_measured = not any(map(item.get_closest_marker, ("slow", "unmeasured")))
+    with contextlib.nullcontext() if is_measured else unmeasured():
         yield
     warm.is_wanted = True
     if len(sys.modules) > modules + 100:  # a full collection of libraries that stay takes half a second each time

@@ -116,6 +116,7 @@ OWN = ("task.top_k=null", "data.packing=false", "task.beta=1", "task.max_complet
        "task.sampling_temperature=1.0", "train.max_steps=4")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_steps_on_answers_of_its_own_are_the_same_for_any_cut_and_after_a_stop(teacher: Path, tmp_path: Path) -> None:
     words = run_of(teacher, *OWN, "task.lmbda=0.5", "train.save_steps=1")
     whole, cut = trained(tmp_path / "whole", *words), trained(tmp_path / "cut", *words, "train.micro_batch_size=1")

@@ -33,6 +33,7 @@ def losses(rundir: RunDir) -> list[float]:
     return [record.get("train/loss", record.get("eval/loss")) for record in metrics_log.read(rundir)]
 
 
+@pytest.mark.slow
 def test_a_sweep_computes_the_reference_once_and_is_ranked_by_its_accuracy(tmp_path: Path) -> None:
     words = ("-m", *RUN, "task.beta=0.05,0.5", "task.loss_type=sigmoid,ipo", "sweep=losses", "launcher.parallel=2")
     done = runner(*words, folder=tmp_path)

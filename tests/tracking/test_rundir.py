@@ -32,6 +32,7 @@ def _add(folder: Path, key: str) -> None:
         RunDir(folder).update_manifest(**{f"{key}{number}": number})
 
 
+@pytest.mark.unmeasured
 def test_concurrent_updates_of_the_manifest_lose_nothing(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_add, args=(tmp_path, key)) for key in "abc"]

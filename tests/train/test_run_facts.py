@@ -20,6 +20,7 @@ def eager(model: Any, *, mode: compilation.Mode, dynamic: bool | None, fullgraph
     return model
 
 
+@pytest.mark.slow
 def test_graph_breaks_are_logged_and_counted(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     import torch
     from torch._dynamo.utils import counters

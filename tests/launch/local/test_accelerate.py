@@ -56,6 +56,7 @@ def test_ranks_of_a_run_that_was_cancelled_meanwhile_train_nothing(tmp_path: Pat
     assert said.count("is not started: cancelled before it started by me") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_is_the_reason(tmp_path: Path, cache: Path):
     rundir = prepared(tmp_path / "run", *OPTIONS, *several("ddp"))
     code, said = worked(rundir, "raise", "2", "1")

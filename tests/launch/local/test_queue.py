@@ -250,6 +250,7 @@ def read_all(terminal: int, seconds: float = math.inf) -> str:
     return shown.decode(errors="replace")
 
 
+@pytest.mark.unmeasured
 def test_a_terminal_shows_a_table_and_nothing_else(tmp_path: Path):
     sweep = played_sweep(tmp_path, "sleep 1", "fail", "ok")
     pid, terminal = on_terminal(sweep, parallel=1)
@@ -261,6 +262,7 @@ def test_a_terminal_shows_a_table_and_nothing_else(tmp_path: Path):
     assert "a line for the terminal" not in shown
 
 
+@pytest.mark.unmeasured
 def test_ctrl_c_lets_the_runs_save_and_starts_no_other(tmp_path: Path):
     sweep = played_sweep(tmp_path, "sleep 900", "ok")
     pid, terminal = on_terminal(sweep, parallel=1)
@@ -274,6 +276,7 @@ def test_ctrl_c_lets_the_runs_save_and_starts_no_other(tmp_path: Path):
     assert sweep.rundirs()[0].read_state().reason == "interrupted"
 
 
+@pytest.mark.unmeasured
 def test_a_second_ctrl_c_kills_and_the_states_say_so(tmp_path: Path):
     sweep = played_sweep(tmp_path, "sleep 900", "sleep 900", "ok")
     pid, terminal = on_terminal(sweep, parallel=2)
@@ -300,6 +303,7 @@ def test_a_second_ctrl_c_kills_and_the_states_say_so(tmp_path: Path):
     assert all(map(is_gone, children))
 
 
+@pytest.mark.unmeasured
 def test_a_closed_terminal_stops_the_queue_as_sigterm_does(tmp_path: Path):
     sweep = played_sweep(tmp_path, "sleep 900", "ok")
     pid, terminal = on_terminal(sweep, parallel=1)

@@ -21,7 +21,9 @@ MIXING = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name == "phi3")) for name in FAMILIES]
+)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_packed_documents_are_as_alone(family: str, implementation: str) -> None:
     if (family, implementation) == ("gemma2", "sdpa"):

@@ -313,6 +313,7 @@ def test_the_attention_of_a_gpu_is_no_break(parts: tuple[Any, ...], monkeypatch:
     assert compilation.graph_breaks() == []
 
 
+@pytest.mark.slow
 def test_ddp_does_not_cut_layers_that_are_compiled_one_by_one(tmp_path: Path) -> None:
     """Dynamo would cut each layer's graph where a bucket of DDP ends: here a bucket holds two of six matrices."""
     script = tmp_path / "ddp.py"
@@ -408,6 +409,7 @@ def test_auto_without_a_compiler_computes_as_it_is(cache: Path, monkeypatch: pyt
     assert "no-such-compiler" in compilation.obstacle(GPU, 2, graph_breaks="", in_shards=False)
 
 
+@pytest.mark.slow
 def test_auto_is_no_other_run_wherever_it_is_settled(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The signature is that of ``auto``; what it came to stands in the manifest, and is what a resumed run does."""
     rundir = prepared(tmp_path / "cpu", *TINY, "train.max_steps=2")

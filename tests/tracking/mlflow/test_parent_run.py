@@ -68,6 +68,7 @@ def test_swept_values_are_those_of_the_command() -> None:
 
 @pytest.mark.cold
 @pytest.mark.parametrize("is_fresh", [True, False])
+@pytest.mark.unmeasured
 def test_six_open_at_once(tmp_path: Path, fresh_database: Path, is_fresh: bool) -> None:
     if not is_fresh:  # making it lets one after another in; so here they have it, and start at the same moment
         shutil.copy(fresh_database, tmp_path / "mlflow.db")

@@ -17,6 +17,7 @@ from runner.tracking.rundir import RunDir
 
 
 @pytest.mark.cold  # where processes are warm databases are copied
+@pytest.mark.unmeasured
 def test_a_process_killed_while_it_creates_the_database_leaves_no_unusable_file(tmp_path: Path):
     """As a job's mirror is, when the job is requeued right after its start."""
     database = tmp_path / "mlflow.db"
@@ -33,6 +34,7 @@ def test_a_process_killed_while_it_creates_the_database_leaves_no_unusable_file(
 
 
 @pytest.mark.cold
+@pytest.mark.unmeasured
 def test_six_start_together_on_a_fresh_database(tmp_path: Path) -> None:
     runs = [finish(make_run(tmp_path, f"run{number}")) for number in range(6)]
     together = time.monotonic() + 0.3

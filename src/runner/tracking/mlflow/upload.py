@@ -111,6 +111,7 @@ def send_dataset(client: MlflowClient, run: Run, data: Mapping[str, Any]) -> Non
     if data.get("sources"):
         return
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
 
     digest, inputs = str(data.get("digest", ""))[:LONGEST_DIGEST], run.inputs.dataset_inputs
     if not digest or digest in [existing.dataset.digest for existing in inputs]:
@@ -120,7 +121,12 @@ def send_dataset(client: MlflowClient, run: Run, data: Mapping[str, Any]) -> Non
     name = str(data.get("name", "data"))[:LONGEST_NAME]
     dataset = Dataset(name, digest, kind, json.dumps(source), profile=json.dumps(numbers))
     inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "training")]))
-    client.log_inputs(run.info.run_id, inputs[-1:])
+    try:
+        client.log_inputs(run.info.run_id, inputs[-1:])
+    except MlflowException as error:
+        if "unique" not in str(error).lower():  # else another run has entered the same data at the same moment
+            raise
+        client.log_inputs(run.info.run_id, inputs[-1:])
 
 
 def send_model(client: MlflowClient, run: Run, name: str, kind: str, params: Mapping[str, str], step: int) -> None:
