@@ -22,6 +22,18 @@ from runner.data import sources
 from runner.errors import DataError
 
 
+@pytest.mark.parametrize(("name", "times"), [("rows.json", 1), ("rows.jsonl", 3)])
+def test_a_json_text_is_parsed_once_for_all_passes(name, times, tmp_path, monkeypatch):
+    file = write(tmp_path / name, json.dumps(ROWS) if name.endswith("json") else "\n".join(map(json.dumps, ROWS)))
+    parsed, read = [], sources.readers.read
+    monkeypatch.setattr(
+        sources.readers, "read", lambda files, documents: parsed.append(files) or read(files, documents)
+    )
+    source = local(file)
+    assert [rows(source) for _ in range(3)] == [ROWS] * 3
+    assert len(parsed) == times
+
+
 def test_folders_and_globs_mix_kinds(folder):
     assert rows(local(folder)) == ROWS * 6
     assert rows(local(folder / "*.json")) == ROWS * 2

@@ -8,9 +8,13 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from fixtures.mirrored_runs import finish, history, make_run, outputs, the_run
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from runner.config import bind
 from runner.tracking import metrics_log
@@ -25,6 +29,21 @@ def test_samples_are_a_table(outputs: Path) -> None:
     table = client.load_table(run.info.experiment_id, "samples.json", [run.info.run_id])
     assert list(table["prompt"]) == ["Hi", "Ho"]
     assert list(table["after"])[1] == "z"
+
+
+def test_data_that_another_run_enters_at_the_same_moment(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")]
+    enter = MlflowClient.log_inputs
+
+    def log_inputs(*arguments: Any) -> None:
+        if errors:
+            raise errors.pop()
+        enter(*arguments)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", log_inputs)
+    rundir = finish(make_run(outputs))
+    assert MlflowRun.of(rundir).try_update() == ""
+    assert [each.dataset.name for each in the_run(rundir).inputs.dataset_inputs] == ["chitchat"]
 
 
 def test_limits_of_mlflow(outputs: Path) -> None:
