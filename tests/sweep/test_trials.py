@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY, prepared
 from fixtures.searches import completed, play
 from test_search import SMALL
 
@@ -68,7 +69,7 @@ def test_only_what_failed_is_asked_for_anew_by_a_search(play: Any):
 
 
 def test_a_value_that_is_no_number_is_none(tmp_path: Path):
-    rundir = RunDir(tmp_path)
+    rundir = prepared(tmp_path / "run", *TINY)
     rundir.metrics.write_text(json.dumps({"step": 1, "eval/loss": float("nan")}) + "\n")
     assert trials.value_of(rundir, "eval/loss") is None
     assert trials.value_of(rundir, "eval/token_accuracy") is None

@@ -13,10 +13,8 @@ from runner.config import choices
 from runner.config.bind import flatten
 from runner.errors import RunnerError
 from runner.tracking import lookup, manifest, metrics_log, origin, run_status
-from runner.tracking.metrics_log import SECONDS, last_values
 from runner.tracking.run_status import RunStatus
 from runner.tracking.rundir import RunDir
-from runner.tracking.state_file import State
 from runner.tracking.sweepdir import sweep_of
 
 COMPLETED = "completed"
@@ -87,14 +85,10 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
             params, implied = choices.named(flat, manifest.choices(run.manifest))
             later = [{"step": r["step"], **r["metrics"]} for r in metrics_log.read_evaluations(rundir)]
             records = metrics_log.read(rundir)
-            selected = {"step": state.model_step, **metrics_log.of_model(state, records)}
-            metrics = last_values([*records, selected, *later])
-            if lost := metrics_log.lost_of(state, records, config):
-                reason, metrics = lost, _without_lost(state, metrics, last_values(later))
+            metrics = metrics_log.of_run(state, records, config, later)
+            reason = metrics_log.lost_of(state, records, config) or reason
         except (RunnerError, *lookup.DAMAGED) as error:
             status, reason = "damaged", str(error)
-    if state.seconds:
-        metrics[SECONDS] = state.seconds
     hardware, mlflow = run.manifest.get("hardware") or {}, run.manifest.get("mlflow") or {}
     return Result(
         run=_handle(rundir, sweep.path if sweep else None, outputs_dir, is_one_sweep),
@@ -116,12 +110,6 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
         came_from=origin.chain(run.manifest),
         held_out_rows=((run.manifest.get("data") or {}).get("report") or {}).get("eval_rows"),
     )
-
-
-def _without_lost(state: State, metrics: dict[str, float], later: dict[str, float]) -> dict[str, float]:
-    """The metrics of a run with lost records: those of its summary, and of the command ``evaluate``."""
-    known = {name: float(value) for name, value in state.summary.items() if isinstance(value, int | float)}
-    return {name: value for name, value in {**known, **later}.items() if name in metrics}
 
 
 def _handle(rundir: RunDir, sweep: Path | None, outputs_dir: Path, is_one_sweep: bool) -> str:

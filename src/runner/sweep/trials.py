@@ -17,7 +17,7 @@ from runner.sweep import algorithms, folder, study
 from runner.sweep.asha import Halving
 from runner.sweep.session import Session
 from runner.sweep.space import Dimension
-from runner.tracking import metrics_log
+from runner.tracking import manifest, metrics_log
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
 
@@ -215,8 +215,8 @@ class Trials:
 
 
 def value_of(rundir: RunDir, metric: str) -> float | None:
-    """The last value of a metric of a run; None if it was not logged, or is NaN or infinite."""
-    value = rundir.read_state().summary.get(metric)
-    if value is None:
-        value = next((record[metric] for record in reversed(metrics_log.read(rundir)) if metric in record), None)
+    """The value of a metric that ``compare`` shows for a run; None if it was not logged, or is NaN or infinite."""
+    state = rundir.read_state()
+    values = metrics_log.of_run(state, metrics_log.read(rundir), manifest.read_config(rundir))
+    value = values.get(metric, state.summary.get(metric))
     return float(value) if value is not None and math.isfinite(value) else None

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ Record = dict[str, Any]
 """{"step": int, "time": seconds since the epoch, metric name: float, …}"""
 
 TAIL_BYTES = 65536
+BEFORE = " before"
+"""Ending of a key of the summary: the value before training."""
 LOSS, BEST, SECONDS, TOKENS = "eval/loss", "eval/best_loss", "train/seconds", "train/tokens"
 """Metric names: eval loss, smallest eval loss so far, training seconds of all attempts, tokens seen."""
 
@@ -159,10 +161,26 @@ def of_model(state: State, records: Iterable[Record]) -> dict[str, float]:
     return {name: value for each in evaluations for name, value in each.items() if name.startswith("eval/")}
 
 
+def of_run(
+    state: State, records: Sequence[Record], config: Mapping[str, Any], later: Sequence[Record] = ()
+) -> dict[str, float]:
+    """The finite values of a run: the last of each metric, those of ``evaluate`` (``later``), and ``BEST``.
+
+    Evaluations are those of the weights in the folder ``model``. If records are lost, those of the summary and
+    ``later`` only.
+    """
+    if lost_of(state, records, config):
+        summary = {name: value for name, value in state.summary.items() if "/" in name and not name.endswith(BEFORE)}
+        values = last_values([{**summary, "step": 0}, *later])
+    else:
+        values = last_values([*records, {"step": state.model_step, **of_model(state, records)}, *later])
+    return values | ({SECONDS: state.seconds} if state.seconds else {})
+
+
 def before_and_after(summary: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Metric → its value before and after training, from the summary of a run: the loss, and what its task chose."""
-    names = [key.removesuffix(" before") for key in summary if key.endswith(" before")]
-    pairs: dict[str, Any] = {name: (summary[f"{name} before"], summary.get(name)) for name in names}
+    names = [key.removesuffix(BEFORE) for key in summary if key.endswith(BEFORE)]
+    pairs: dict[str, Any] = {name: (summary[name + BEFORE], summary.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if all(isinstance(value, int | float) for value in pair)}
 
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from runner.errors import LaunchError
 from runner.tracking import slurm_commands
 
-Fate = Literal["running", "requeued", "cancelled", "ended"]
+Fate = Literal["running", "requeued", "time limit", "cancelled", "ended"]
 
 ACTIVE = (
     "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
@@ -92,7 +92,9 @@ def named(name: str) -> list[str]:
 
 
 def fate(id: str, restarts: int) -> Fate:
-    """What happens to this process's own job after a stop signal: requeued, cancelled, ended or still running.
+    """What happens to this process's own job after a stop signal.
+
+    ``time limit``: Slurm ends the job since its time is over; it can still be requeued.
 
     Args:
         restarts: number of requeues before this start (``SLURM_RESTART_COUNT``).
@@ -101,12 +103,14 @@ def fate(id: str, restarts: int) -> Fate:
         LaunchError: the controller does not answer.
     """
     (line, *_) = [*slurm_commands.lines(["scontrol", "--oneliner", "show", "job", id]), ""]
-    facts = dict(re.findall(r"(JobState|Restarts|ExitCode)=(\S+)", line))
+    facts = dict(re.findall(r"\b(JobState|Reason|Restarts|ExitCode)=(\S+)", line))
     state = facts.get("JobState", "")
     if state in ("RUNNING", "SIGNALING", "STOPPED", "SUSPENDED"):
         return "running"
     if int(facts.get("Restarts", 0)) > restarts or state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
         return "requeued"
+    if state in ("COMPLETING", "TIMEOUT") and facts.get("Reason") == "TimeLimit":
+        return "time limit"
     # COMPLETING does not show the cause: sacct has it, else the signal (Slurm sends one only to a cancelled job).
     job = next((job for ref, job in _sacct([JobRef(id, "")]).items() if ref.id == id), None)
     if job is None:

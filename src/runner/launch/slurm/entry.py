@@ -114,10 +114,11 @@ def _after_stop(rundir: RunDir, submission: dict[str, Any], *, has_advanced: boo
     id, restarts, limit = slurm_client.own_id(), slurm_client.own_restarts(), submission["max_requeues"]
     reason = rundir.read_state().reason
     try:
-        if slurm_client.fate(id, restarts) == "running":
+        if (fate := slurm_client.fate(id, restarts)) in ("running", "time limit"):
+            left = 0.0 if fate == "time limit" else slurm_client.seconds_left(id)
             if restarts >= limit:
                 problem = f"not requeued again (launcher.max_requeues={limit})"
-            elif not has_advanced and slurm_client.seconds_left(id) <= submission["signal_delay_s"] + EARLY_WARNING_S:
+            elif not has_advanced and left <= submission["signal_delay_s"] + EARLY_WARNING_S:
                 problem = "not requeued: the time limit leaves no time to train; set a larger launcher.timeout_min"
             else:
                 print(f"requeueing job {id} ({restarts + 1}/{limit}): {reason}", file=sys.stderr, flush=True)
