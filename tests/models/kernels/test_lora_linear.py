@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -308,3 +309,26 @@ def test_a_narrow_product_is_shared_among_cores(rows: int, monkeypatch: pytest.M
     found = lora_linear._narrow_product(narrow, wide)
     torch.testing.assert_close(found, (narrow.double().t() @ wide.double()).float(), rtol=1e-5, atol=1e-4)
     assert shared == {5: [], 200: [], 257: [2], 900: [3]}[rows]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_the_product_is_added_in_place():
+    """Inductor makes ``addmm_`` a product into a new tensor, which BLAS fills with a copy of the old one first."""
+    from torch._inductor.utils import run_and_get_code
+
+    weight, a, b = torch.randn(96, 64), torch.randn(4, 64, requires_grad=True), torch.randn(96, 4, requires_grad=True)
+    x = torch.randn(32, 64, requires_grad=True)
+
+    def step(apply: Any) -> Tensor:
+        out = apply(x * 2, weight, None, None, a, b, 0.5)
+        out.sum().backward()
+        return out.detach()
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        out, codes = run_and_get_code(step, torch.compile(lora_linear._InPlaceProduct.apply))
+    torch.testing.assert_close(out, step(lora_linear._InPlaceProduct.apply))
+    for code in codes:  # forward and backward
+        assert code.count("torch.ops.runner.add_product_.default(buf") == 1
+        assert "addmm" not in code

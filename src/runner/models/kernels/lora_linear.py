@@ -130,6 +130,25 @@ def _dense(weight: Tensor, quant: Quant | None, state: Any, dtype: torch.dtype) 
     return weight if quant is None else quant.unpack(weight, state, dtype)
 
 
+torch.library.define("runner::add_product_", "(Tensor(a!) out, Tensor first, Tensor second, float beta) -> ()")
+
+
+@torch.library.impl("runner::add_product_", "CompositeExplicitAutograd")
+def _add_product(out: Tensor, first: Tensor, second: Tensor, beta: float) -> None:
+    out.addmm_(first, second, beta=beta)
+
+
+def _plus_product(out: Tensor, first: Tensor, second: Tensor, beta: float = 1.0) -> Tensor:
+    """beta · out + first · second, written to ``out`` (n, m), which nothing else may use.
+
+    An operator of its own when compiled: Inductor makes ``addmm_`` an addition to a copy of ``out``.
+    """
+    if not torch.compiler.is_compiling():
+        return out.addmm_(first, second, beta=beta)
+    torch.ops.runner.add_product_(out, first, second, beta)
+    return out
+
+
 class _MergedProduct(torch.autograd.Function):
     """x (n, K) times (W + scale · B A)ᵀ (K, N)."""
 
@@ -187,7 +206,7 @@ class _InPlaceProduct(torch.autograd.Function):
         reduced = x @ low_a.t()  # (n, r)
         ctx.save_for_backward(x, weight, low_a, low_b, reduced)
         ctx.quant, ctx.state, ctx.scale, ctx.dtype = quant, state, scale, a.dtype
-        return (reduced @ low_b.t()).addmm_(x, _dense(weight, quant, state, x.dtype).t(), beta=scale)
+        return _plus_product(reduced @ low_b.t(), x, _dense(weight, quant, state, x.dtype).t(), scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor, Tensor, None]:
@@ -195,6 +214,6 @@ class _InPlaceProduct(torch.autograd.Function):
         slope = (grad @ b).mul_(ctx.scale)  # (n, r)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (grad @ _dense(weight, ctx.quant, ctx.state, x.dtype)).addmm_(slope, a)
+            dx = _plus_product(grad @ _dense(weight, ctx.quant, ctx.state, x.dtype), slope, a)
         da, db = slope.t() @ x, (grad.t() @ reduced).mul_(ctx.scale)
         return dx, None, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
