@@ -62,7 +62,18 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_there(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("task", [("task=sft",), ("task=dpo", "data=chitchat_pairs", "data.max_length=128")])
+PAIRS = ("data=chitchat_pairs", "data.max_length=128")
+OF_EACH_TASK = [
+    ("task=sft",),
+    ("task=dpo", *PAIRS),
+    ("task=orpo", *PAIRS),
+    ("task=rloo", "task.rewards=[runner.tasks.example_rewards:lowercase_share]", "data=chitchat_prompts",
+     "task.max_completion_length=4"),
+]  # fmt: skip
+"""Those whose runs are not compared in tests of their own (tests/tasks, tests/train)."""
+
+
+@pytest.mark.parametrize("task", OF_EACH_TASK, ids=lambda words: words[0])
 def test_what_may_be_an_objective_is_what_runs_log(tmp_path: Path, cache: Path, task: tuple[str, ...]):
     done = runner(*task, *WORDS[1:], "train.max_steps=2", "hydra.run.dir=run", "tracking=offline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

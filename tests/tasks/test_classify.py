@@ -26,6 +26,8 @@ from runner.tasks import classify, scores
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import worker
+from runner.train.inputs import inputs
+from runner.train.options import Options
 
 TEXTS = ("a", "two words", "a longer text of several words", "?", "yes and no", "the end of it all")
 LABELS: dict[str, list[Any]] = {
@@ -225,6 +227,15 @@ def test_an_unknown_label_of_other_data_is_refused_with_its_place(
     assert worker.work(rundir) == 0
     assert main.run(["evaluate", str(rundir.path), f"data.path={others}"]) == 2
     assert "unknown label 'c'" in capsys.readouterr().err
+
+
+def test_a_truncated_document_is_scored_at_the_last_token_that_is_left(tmp_path: Path, cache: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", ["a", "b"])
+    rundir = prepared(tmp_path / "run", *TINY, *RUN, f"data.path={path}", "data.max_length=12")
+    splits = inputs(Options.of(rundir)).splits
+    assert splits.report.truncated == 24
+    for rows in (splits.train, splits.eval):
+        assert rows.labels_per_row.tolist() == [1] * len(rows)
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, cache: Path) -> None:

@@ -10,20 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, composed, prepared
 from fixtures import killed_runs
 from fixtures.ranks_of_a_run import several, worked
+from fixtures.searches import searchable_is_logged
 
 from runner.cli import main
 from runner.errors import ConfigError, Preempted
 from runner.files import cache_dir
 from runner.report import model_card
 from runner.signals import Stop
+from runner.tasks import teacher_logits
 from runner.tracking import manifest, metrics_log
 from runner.tracking.mlflow import tags
 from runner.tracking.rundir import RunDir
 from runner.train import teacher_cache, worker
 from runner.train.inputs import inputs
+from runner.train.memory import peak
 from runner.train.options import Options
 
 BASE = (*TINY, "data.train_rows=24", "train.max_steps=3", "train.per_device_batch_size=4", "model.dtype=float32",
@@ -58,6 +62,7 @@ def test_tokens_are_computed_once_for_all_runs_that_need_them(teacher: Path, tmp
     first = trained(tmp_path / "first", *run_of(teacher, "data.packing=false"))
     before, after = numbers(first, "eval/divergence")
     assert after < before
+    searchable_is_logged(first)
     assert re.search(r"teacher: 0 of (\d+) from the cache, \1 to compute", first.log.read_text())
     other = trained(tmp_path / "other", *run_of(teacher, "data.packing=false", "task.beta=0.5", "task.alpha=0.5"))
     assert re.search(r"teacher: (\d+) of \1 from the cache, 0 to compute", other.log.read_text())
@@ -180,6 +185,24 @@ def test_a_teacher_in_memory_needs_memory_and_time(teacher: Path) -> None:
     assert beside.flops_per_token == pytest.approx(alone.flops_per_token + beside.teacher.flops_per_token)
     assert apart.flops_per_token == alone.flops_per_token
     assert apart.memory.total < beside.memory.total
+
+
+def test_the_memory_of_a_teachers_pass_is_what_it_allocates(teacher: Path) -> None:
+    """The teacher is a base model: the estimate leaves out the small products of an adapter."""
+    from runner.train import estimate
+
+    base = json.loads((teacher / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    run = inputs(Options(composed(*BASE, "task=distill", f"task.teacher={base}", "task.top_k=null", "quant=4bit")))
+    expected, student = estimate.expect(run).teacher, torch.nn.Linear(1, 1)
+    assert run.teacher is not None
+    assert expected is not None
+    (batches,) = teacher_cache.attach(student, run.teacher, [run.batches], None)
+    with peak.Ledger() as ledger:
+        for weight in student.attached.teacher.parameters():
+            ledger.enter(weight)
+        weights = ledger.live
+        teacher_logits.logits(student, batches.heaviest())
+    assert ledger.peak - weights == pytest.approx(expected.forward, rel=0.1)
 
 
 def test_a_teacher_that_changed_or_is_gone_is_refused(teacher: Path, tmp_path: Path) -> None:

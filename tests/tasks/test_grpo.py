@@ -207,6 +207,11 @@ def test_any_cut_gives_the_same_run_and_the_reward_rises(tmp_path: Path, cache: 
     )
     assert all(0 < share < 1 for share in losses(whole, "train/prepare_fraction"))
     first, last = losses(whole, "eval/reward")
+    for split in ("train", "eval"):
+        shortest, mean, longest = (losses(whole, f"{split}/completions/{of}_length") for of in ("min", "mean", "max"))
+        assert all(1 <= a <= b <= c <= 8 for a, b, c in zip(shortest, mean, longest, strict=True))
+        assert shortest == losses(cut, f"{split}/completions/min_length")
+        assert longest == losses(cut, f"{split}/completions/max_length")
     assert not losses(whole, "eval/reward_std"), "the answers of an evaluation are in no groups"
     assert losses(whole, "eval/loss") == [0.0 - first, -last]
     shown = json.loads((whole.rollouts / "step-000004.json").read_text())
@@ -242,7 +247,8 @@ def test_kill_9_and_two_processes_give_the_same_rollouts(tmp_path: Path, cache: 
     killed_runs.assert_same_end(whole, killed)
     code, printed = worked(two)
     assert code == 0, printed
-    names = ("train/loss", "train/reward", "train/completions/mean_length", "train/entropy", "eval/reward")
+    lengths = (f"train/completions/{which}_length" for which in ("min", "mean", "max"))
+    names = ("train/loss", "train/reward", *lengths, "train/entropy", "eval/reward")
     for name in names:
         assert losses(whole, name) == losses(killed, name), name
         assert losses(two, name) == pytest.approx(losses(whole, name), rel=1e-5, abs=1e-6), name

@@ -26,7 +26,7 @@ from runner.files import cache_dir, locked, written_aside
 if TYPE_CHECKING:
     from runner.data.sources import Source
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 """Part of the cache key. Increase it when a code change alters the tokens of the same data and settings."""
 
 log = logging.getLogger(__name__)

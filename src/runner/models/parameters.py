@@ -57,6 +57,13 @@ def dense_count(module: Any, parameter: nn.Parameter, quant: Quant | None) -> in
     return parameter.numel()
 
 
+def largest_matrix(model: nn.Module) -> int:
+    """Number of values of the largest linear weight."""
+    from torch import nn
+
+    return max((module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)), default=0)
+
+
 class _Weight(NamedTuple):
     size: int
     bytes: float

@@ -102,6 +102,7 @@ def grpo(
         needs_start=beta > 0,
         passes_without_gradient=1 + (num_iterations > 1 or how.kl_in_reward > 0) + (beta > 0),
         inspect=inspect,
+        maxima=rollout.MAXIMA,
         train_metrics=("loss", *trained, *(f"rewards/{name}" for name in scores.names)),
         summary=("reward", "completions/mean_length"),
         measures={**rollout.OF_ANSWERS, **{f"rewards/{name}": "maximize" for name in scores.names}},

@@ -24,12 +24,12 @@ STATISTICS = "statistics"
 """The name of the sums for metrics in a batch."""
 SHOWN = 8
 """Answers of an evaluation that are kept for people to read."""
-METRICS = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio",
-           "entropy")  # fmt: skip
-OF_ANSWERS: Measures = {
-    "loss": "minimize", "reward": "maximize", "completions/mean_length": None, "completions/clipped_ratio": None,
-}  # fmt: skip
+LENGTHS = tuple(f"completions/{name}" for name in ("mean_length", "min_length", "max_length", "clipped_ratio"))
+METRICS = ("reward", "reward_std", "frac_reward_zero_std", *LENGTHS, "entropy")
+OF_ANSWERS: Measures = {"loss": "minimize", "reward": "maximize", **dict.fromkeys(LENGTHS)}
 """Of an evaluation, where each prompt has one answer."""
+MAXIMA = ("longest", "shortest_negative")
+"""The sums that are maxima: of the tokens of an answer, and of these negated."""
 SMALL = 1e-4
 """Added to a standard deviation before dividing by it, as in TRL."""
 log = logging.getLogger("runner")
@@ -163,6 +163,7 @@ class Answers:
     def statistics(self, rewards: Rewards, per_row: int | None = None) -> dict[str, float]:
         """Sums for the metrics; ``per_row``: the size of a group, if the answers are in groups."""
         spreads: Any = _spread(self.totals.reshape(-1, per_row)) if per_row is not None else []
+        lengths = [*map(len, self.ids)]
         named: dict[str, float] = {}
         for name, of_function in zip(rewards.names, self.scores.T, strict=True):
             named |= {f"rewards/{name}": np.nansum(of_function), f"scored/{name}": (~np.isnan(of_function)).sum()}
@@ -173,7 +174,9 @@ class Answers:
             "reward": np.nansum(self.totals),
             "reward_std": sum(spreads),
             "frac_reward_zero_std": sum(spread == 0 for spread in spreads),
-            "completions/mean_length": sum(map(len, self.ids)),
+            "completions/mean_length": sum(lengths),
+            "longest": max(lengths, default=-np.inf),
+            "shortest_negative": -min(lengths, default=np.inf),
             "completions/clipped_ratio": sum(self.is_cut),
             **named,
         }
@@ -213,6 +216,8 @@ def metrics(sums: dict[str, float]) -> dict[str, float]:
     per |= dict.fromkeys(("entropy", "kl", "clip_ratio"), "tokens")
     per |= {name: name.replace("rewards/", "scored/") for name in sums if name.startswith("rewards/")}
     means = {name: sums[name] / sums[count] for name, count in per.items() if name in sums and sums.get(count)}
+    if sums.get("answers"):
+        means |= {"completions/max_length": sums["longest"], "completions/min_length": -sums["shortest_negative"]}
     loss = sums["loss"] / max(sums["loss_count"], 1.0) if "loss" in sums else 0.0 - means.get("reward", 0.0)
     return {"loss": loss, **means}
 

@@ -54,7 +54,7 @@ def expect(inputs: Inputs) -> Expected:
     inputs = replace(inputs, source=source)
     activations, unknown = _rehearsed(inputs, model, autocast)
     if not quant.plain and activations is not None:
-        activations += _largest_matrix(model) * size  # dequantized while it is used
+        activations += parameters.largest_matrix(model) * size  # dequantized while it is used
     gradients = counts["trainable"] * (size if full else ADAPTER_BYTES)
     held = usage.held_already(inputs.device)
     memory = peak.MemoryEstimate(
@@ -73,21 +73,31 @@ def expect(inputs: Inputs) -> Expected:
         length = report.train_tokens // report.train_rows + task.answers.most_tokens
         trained = task.answers.most_tokens / length
     flops = throughput.flops_per_token(model, length, trained, task.passes_without_gradient, task.updates)
-    needs = None
-    if inputs.teacher is not None:
-        needs, stays = inputs.teacher.needs(inputs.device, length, trained), inputs.teacher.spec.top_k is None
-        memory, flops = _beside_teacher(memory, needs, stays=stays), flops + needs.flops_per_token * stays
     layers = len(compilation.layers_of(model))
-    return Expected(counts, memory, held, total, free, flops, layers, unknown, needs)
+    expected = Expected(counts, memory, held, total, free, flops, layers, unknown)
+    if inputs.teacher is None:
+        return expected
+    by_document = _attends_by_document(inputs, model, autocast)
+    batch = (inputs.batches.laid_end_to_end() if by_document else inputs.batches).largest
+    needs = inputs.teacher.needs(inputs.device, length, trained, batch, autocast, by_document=by_document)
+    return _beside_teacher(expected, needs, stays=inputs.teacher.spec.top_k is None)
 
 
-def _beside_teacher(memory: peak.MemoryEstimate, needs: Needs, *, stays: bool) -> peak.MemoryEstimate:
-    """With a teacher in memory; else it is loaded, and freed, before the model."""
+def _beside_teacher(expected: Expected, needs: Needs, *, stays: bool) -> Expected:
+    """With a teacher in memory, which computes before the model; else it is loaded, and freed, before the model."""
+    memory, forward = expected.memory, needs.forward
     if not stays:
         others = memory.gradients + memory.optimizer + (memory.activations or 0)
-        return replace(memory, weights=max(memory.weights, needs.weights + needs.logits - others))
-    activations = None if memory.activations is None else memory.activations + needs.logits
-    return replace(memory, weights=memory.weights + needs.weights, activations=activations)
+        memory = replace(memory, weights=max(memory.weights, needs.weights + max(forward or 0, needs.outputs) - others))
+        return replace(expected, memory=memory, teacher=needs)
+    unknown, activations = expected.unknown, memory.activations
+    if forward is None or activations is None:
+        unknown, activations = unknown or "a pass of the teacher cannot be simulated", None
+    else:
+        activations = max(activations + needs.outputs, forward)
+    memory = replace(memory, weights=memory.weights + needs.weights, activations=activations)
+    flops = expected.flops_per_token + needs.flops_per_token
+    return replace(expected, memory=memory, flops_per_token=flops, unknown=unknown, teacher=needs)
 
 
 def training_seconds(inputs: Inputs, expected: Expected) -> tuple[float, float]:
@@ -167,8 +177,3 @@ def _attends_by_document(inputs: Inputs, model: Any, autocast: torch.dtype | Non
     wide = dtype_for(inputs.source.dtype, inputs.device) == torch.float32 and autocast is None
     enabled = inputs.source.attention in ("auto", varlen_attention.NAME)
     return enabled and not varlen_attention.obstacle(model) and not (wide and inputs.device.type == "cuda")
-
-
-def _largest_matrix(model: nn.Module) -> int:
-    """Number of values of the largest linear weight."""
-    return max((module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)), default=0)

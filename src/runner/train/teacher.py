@@ -21,6 +21,7 @@ from runner.tasks import soft_targets, task
 from runner.tracking import manifest, naming, origin, provenance
 from runner.tracking.rundir import RunDir
 from runner.train import throughput, trained_model
+from runner.train.memory import peak
 from runner.train.memory.peak import Needs
 from runner.train.options import Options
 from runner.train.trained_model import Trained
@@ -28,6 +29,8 @@ from runner.train.trained_model import Trained
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from runner.data.batches import Shape
 
 SHOWN = 3
 """Tokens named in the message about another tokenizer."""
@@ -88,17 +91,27 @@ class Teacher:
         model.requires_grad_(False)
         return model  # type: ignore[no-any-return]
 
-    def needs(self, device: torch.device, length: int, share: float) -> Needs:
-        """``length``: tokens of a document; ``share``: of the tokens that are trained."""
+    def needs(
+        self, device: torch.device, length: int, share: float, batch: Shape, autocast: torch.dtype | None, *,
+        by_document: bool,
+    ) -> Needs:  # fmt: skip
+        """``length``: tokens of a document; ``share``: of the tokens that are trained; ``batch``: the largest one."""
         with _named():
-            model = pretrained.empty(self.source, self.quant, device)
+            model, small = (pretrained.empty(self.source, self.quant, device, layers) for layers in (None, 2))
         counts, size = parameters.describe(model), dtype_for(self.source.dtype, device).itemsize
         weights = counts["quantized_bytes"] + (counts["total"] - counts["quantized"]) * size
         if self.run is not None and self.run.is_adapter:
             weights += (self.run.rundir.model / trained_model.ADAPTER_WEIGHTS).stat().st_size
-        logits = soft_targets.working_bytes(self.size, size, device.type)
+        states = batch.trained * model.config.get_text_config().hidden_size * size
+        outputs = states + soft_targets.working_bytes(self.size, size, device.type)
+        forward = None
+        with contextlib.suppress(Exception):  # any kind, if the model reads tensor values
+            forward = peak.of_forward_pass(small, batch, by_document=by_document, autocast=autocast, device=device)
+            forward += (
+                0 if self.quant.plain else parameters.largest_matrix(model) * size
+            )  # dequantized while it is used
         flops = throughput.flops_per_token(model, length, share, forward_passes=1, updates=0)
-        return Needs(weights, logits, flops, counts["total"], counts["stored"])
+        return Needs(weights, forward, outputs, flops, counts["total"], counts["stored"])
 
 
 def of(options: Options, own: ModelSource, tokenizer: Any) -> Teacher | None:

@@ -167,10 +167,7 @@ def _peaks(
     computing = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
     begun: list[int] = []
     with FakeTensorMode(), torch.device(device), Ledger() as ledger:
-        _give_storage(model, device)
-        for parameter in model.parameters():
-            ledger.enter(parameter)
-        weights = ledger.live
+        weights = _enter_weights(model, device, ledger)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
         for parameter in trained if accumulates else ():
@@ -187,6 +184,36 @@ def _peaks(
         total.backward()  # type: ignore[no-untyped-call]
     turn = begun[0] if begun else ledger.peak  # nothing is trained below the last layer
     return _Peaks(turn - weights - gradients, ledger.peak - weights - gradients)
+
+
+def of_forward_pass(
+    model: Any, shape: Shape, *, by_document: bool, autocast: torch.dtype | None, device: torch.device
+) -> int:
+    """Peak bytes, without weights, of a forward pass without gradients to the last hidden states, simulated likewise.
+
+    ``model``: on the meta device; two decoder layers are enough, because each frees what it has computed.
+
+    Raises:
+        Exception: of any kind, as ``rehearsed``.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if by_document:
+        varlen_attention.adopt(model)
+    computing = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+    with FakeTensorMode(), torch.device(device), Ledger() as ledger, torch.no_grad(), computing:
+        weights = _enter_weights(model, device, ledger)
+        inputs, _ = _rehearsal_arguments(model, shape)
+        model.eval().get_decoder()(**inputs, use_cache=False)
+    return ledger.peak - weights
+
+
+def _enter_weights(model: Any, device: torch.device, ledger: Ledger) -> int:
+    """Give the model fake weights, and count them; returns their bytes."""
+    _give_storage(model, device)
+    for parameter in model.parameters():
+        ledger.enter(parameter)
+    return ledger.live
 
 
 def _rehearsal_arguments(model: Any, shape: Shape) -> tuple[dict[str, Tensor], Tensor]:
@@ -237,8 +264,10 @@ class Needs:
 
     weights: int
     """Bytes."""
-    logits: int
-    """Bytes of the logits that exist at the same time."""
+    forward: int | None
+    """Bytes of activations in a forward pass of the largest batch; None: unknown."""
+    outputs: int
+    """Bytes of its last hidden states, and of the logits that exist at the same time."""
     flops_per_token: float
     parameters: int
     stored: str
