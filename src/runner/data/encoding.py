@@ -126,7 +126,7 @@ def _add_unit(
         if is_dropped:
             return False
     cut = [(feature["input_ids"][:limit], feature["labels"][:limit]) for feature in unit]
-    if task.head is not None:  # a document is scored at the last token that is left
+    if task.is_scored:  # at the last token that is left
         cut = [(ids, [*labels[:-1], *ids[-1:]]) for ids, labels in cut]
     # The first token has no context to be predicted from: its label is unused.
     trained = [len(labels) - labels.count(IGNORED) - (labels[:1] not in ([], [IGNORED])) for _, labels in cut]

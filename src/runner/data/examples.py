@@ -105,6 +105,10 @@ class Encoder(Protocol):
         """Whether a sequence without a label is left out."""
 
     @property
+    def is_scored(self) -> bool:
+        """Whether each sequence gets numbers at its last token, instead of losses of its labels."""
+
+    @property
     def truncates(self) -> bool:
         """Whether a sequence may be cut to ``data.max_length``; if not, its unit is dropped."""
 

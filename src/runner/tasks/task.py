@@ -111,6 +111,11 @@ class Task:
         return self.head is None and (self.answers is None or not self.answers.of_prompts)
 
     @property
+    def is_scored(self) -> bool:
+        """Whether a head gives each sequence numbers at its last token."""
+        return self.head is not None
+
+    @property
     def compares(self) -> bool:
         """Whether the model is compared with its own start or an earlier step; what is random makes both differ."""
         return self.reference is not None or self.needs_start or self.updates > 1

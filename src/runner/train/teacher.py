@@ -102,7 +102,7 @@ class Teacher:
         weights = counts["quantized_bytes"] + (counts["total"] - counts["quantized"]) * size
         if self.run is not None and self.run.is_adapter:
             weights += (self.run.rundir.model / trained_model.ADAPTER_WEIGHTS).stat().st_size
-        states = batch.trained * model.config.get_text_config().hidden_size * size
+        states = batch.trained * architecture.read(self.source).get_text_config().hidden_size * size
         outputs = states + soft_targets.working_bytes(self.size, size, device.type)
         forward = None
         with contextlib.suppress(Exception):  # any kind, if the model reads tensor values
