@@ -93,6 +93,15 @@ def test_chitchat_alternates_and_ends_with_an_answer():
     assert source.uri.startswith("package:chitchat-dataset==")
 
 
+def test_chitchat_classes_are_questions_and_the_first_messages_about_them():
+    whole, short = (sources.chitchat_classes(classes=2, messages=count) for count in (None, 4))
+    rows, cut = ([row for _, row in source.train] for source in (whole, short))
+    assert len({row["label"] for row in rows}) == 2
+    assert cut == [{**row, "messages": row["messages"][:4]} for row in rows]
+    assert max(len(row["messages"]) for row in rows) > 4
+    assert whole.digest != short.digest
+
+
 def test_chitchat_joins_turns_and_leaves_out_what_is_no_conversation(tmp_path):
     def said(sender: str, *texts: str) -> list[dict[str, str]]:
         return [{"sender": sender, "text": text, "timestamp": ""} for text in texts]

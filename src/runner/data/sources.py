@@ -69,14 +69,16 @@ def chitchat_prompts() -> Source:
     return replace(source, name="chitchat_prompts", train=Records(functools.partial(_prompts, source.train)))
 
 
-def chitchat_classes(*, classes: Count) -> Source:
+def chitchat_classes(*, classes: Count, messages: Count | None = None) -> Source:
     """Conversations of chitchat-dataset with the question that each was to be about, of the ``classes`` most frequent.
 
+    ``messages``: only the first ones of each conversation; None: all.
     Rows: ``{"messages": [{"role", "content"}, …], "label": question}``.
     """
     source = chitchat()
-    rows = Records(functools.partial(_topics, _chitchat_file(), classes))
-    return replace(source, name="chitchat_classes", train=rows, digest=f"{source.digest[:24]}-{classes}")
+    rows = Records(functools.partial(_topics, _chitchat_file(), classes, messages))
+    digest = f"{source.digest[:24]}-{classes}-{messages}"
+    return replace(source, name="chitchat_classes", train=rows, digest=digest)
 
 
 def chitchat() -> Source:
@@ -194,12 +196,12 @@ def _prompts(conversations: Records) -> Iterator[tuple[Place, Row]]:
         yield place, {"prompt": row["messages"][0]["content"]}
 
 
-def _topics(file: Path, classes: int) -> Iterator[tuple[Place, Row]]:
+def _topics(file: Path, classes: int, messages: int | None) -> Iterator[tuple[Place, Row]]:
     topics = [conversation.get("prompt") for conversation in json.loads(file.read_bytes()).values()]
     kept = {topic for topic, _ in Counter(filter(None, topics)).most_common(classes)}
     for place, row in _conversations(file):
         if (topic := topics[place.number - 1]) in kept:
-            yield place, {**row, "label": topic}
+            yield place, {"messages": row["messages"][:messages], "label": topic}
 
 
 def _pairs(conversations: Records) -> Iterator[tuple[Place, Row]]:
