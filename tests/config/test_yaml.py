@@ -36,6 +36,7 @@ WANTED = {
 """What the options need that leave a value open (``???``)."""
 TOGETHER = {
     "search=asha": ["train.eval_steps=5"],
+    "optim=schedule_free": ["schedule=constant"],
     "task=distill": ["quant=4bit"],
     "task=rloo": ["task.rewards=[{function}:to_text]", "data.packing=false"],
 }

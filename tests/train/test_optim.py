@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from runner.errors import ConfigError
 from runner.train import optim
 
 CONF = Path(__file__).parents[2] / "conf" / "optim"
-ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "torch"]
+ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "adafactor", "schedule_free", "torch"]
 
 
 option = functools.partial(conftest.option, "optim")
@@ -99,6 +100,18 @@ def test_adamw_is_torchs_own(fused: object) -> None:
     for seed in range(5):
         step(theirs, optimizer, seed)
     assert_same(ours, theirs, 1e-6)
+
+
+def test_adafactor_is_that_of_transformers() -> None:
+    from transformers.optimization import Adafactor
+
+    theirs = tiny()
+    decayed, rest = ([p for p in theirs.parameters() if (p.ndim >= 2) is wide] for wide in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = Adafactor(groups, lr=1e-2, relative_step=False, scale_parameter=True)
+    for seed in range(4):
+        step(theirs, optimizer, seed)
+    assert_same(trained(option("adafactor", learning_rate=1e-2, scale_parameter=True), range(4)), theirs)
 
 
 def test_8bit_adamw_follows_adamw() -> None:
@@ -199,6 +212,8 @@ def test_nothing_to_train_is_refused() -> None:
         ("adamw", {"fused": "yes"}, "fused", "one of auto or true or false"),
         ("adamw_8bit", {"bits": 4}, "bits", "one of 8, 32"),
         ("muon", {"momentum": 0}, "nesterov", "without momentum"),
+        ("adafactor", {"decay_rate": 0.8}, "decay_rate", "< 0"),
+        ("schedule_free", {"betas": [0.0, 0.99]}, "betas", "must be above 0"),
         ("torch", {"name": "adagrad"}, "name", "did you mean 'Adagrad'?"),
         ("torch", {"name": "LBFGS"}, "name", "several times per step"),
         ("torch", {"name": "SparseAdam"}, "name", "sparse gradients"),
@@ -214,6 +229,17 @@ def test_faults_are_refused(name: str, changes: dict, key: str, said: str) -> No
     [fault] = find_faults(conftest.node("optim", name, **changes), "optim")
     assert fault.key == f"optim.{key}"
     assert said in str(fault)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "schedule_free"])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    [fault] = find_faults(conftest.node("optim", name), "optim")
+    package = {"adamw_8bit": "bitsandbytes", "schedule_free": "schedulefree"}[name]
+    assert str(fault) == (
+        f"optim: this optimizer needs {package}, which is not installed\n"
+        f"    → uv pip install {package}, or use optim=adamw"
+    )
 
 
 def test_checking_an_option_loads_no_torch() -> None:

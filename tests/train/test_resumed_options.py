@@ -18,6 +18,7 @@ OPTIONS = [
     "train.neftune_noise_alpha=20 train.gradient_accumulation_steps=2",
     "optim.loraplus_lr_ratio=16",
     "optim=muon optim.loraplus_lr_ratio=4",
+    "optim=schedule_free schedule=constant train.metric_for_best_model=eval/loss train.save_total_limit=1",
     "lora=none lora.trainable_layers=-1",
     "train.layer_norms=true train.profile=2 train.profile_start=3",
     "train.ema=0.9 train.metric_for_best_model=eval/loss train.save_total_limit=1",

@@ -88,13 +88,17 @@ def _model_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
     free = f"{expected.free_bytes / GIB:.1f} free of {expected.total_bytes / GIB:.1f} on {run_inputs.device}"
     needed = f"unknown: {expected.unknown}" if expected.unknown else f"about {memory.total / GIB:.1f}"
     return [
-        ("model", f"{run_inputs.source.name}, {counts['total'] / 1e6:.1f} M parameters, weights in {counts['stored']}"),
+        (
+            "model",
+            f"{run_inputs.source.name}{run_inputs.source.changes}, {counts['total'] / 1e6:.1f} M parameters, "
+            f"weights in {counts['stored']}",
+        ),
         (
             "trained",
             f"{counts['trainable'] / 1e6:.2f} M ({counts['trainable'] / counts['total']:.2%})"
-            + (f", {counts['left_out']}" if counts["left_out"] else ""),
+            + (f", {counts['about_experts']}" if counts["about_experts"] else ""),
         ),
-        *([("average", run_summary.AVERAGED.format(ema))] if (ema := run_inputs.settings.ema) is not None else []),
+        *([("average", run_summary.AVERAGED.format(average))] if (average := run_inputs.options.average) else []),
         ("memory, GiB", f"{needed} ({free})\n{shown}"),
     ]
 

@@ -10,6 +10,7 @@ from runner.config.bind import bind
 from runner.errors import Fault
 
 CALLBACKS = "train.callbacks"
+ROUTERS = "router_aux_loss_coef"
 LORAPLUS = "optim.loraplus_lr_ratio"
 WITHOUT_LORA_B = Fault(LORAPLUS, "has no effect: no parameter is called lora_B", "set it to 1, or use lora=lora")
 
@@ -17,6 +18,9 @@ WITHOUT_LORA_B = Fault(LORAPLUS, "has no effect: no parameter is called lora_B",
 def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if (alpha := cfg["train"].get("neftune_noise_alpha")) is not None:
         yield from _neftune_faults(cfg, alpha)
+    if cfg["train"].get(ROUTERS) is not None and _option(cfg["compile"]) == "whole":
+        problem = f"train.{ROUTERS} reads the routers from outside of the graph of the whole model"
+        yield Fault("compile", problem, f"use compile=regional or compile=none, or set train.{ROUTERS}=null")
     if cfg["optim"].get("loraplus_lr_ratio", 1) != 1 and not _may_have_lora_b(cfg["lora"]):
         yield WITHOUT_LORA_B
     if cfg["model"].get("chat_template") is not None and not (task := bind(cfg["task"], "task")()).chats:

@@ -199,16 +199,16 @@ class Composer:
         refuse(overrides.without_effect(parsed))
         refuse(overrides.wrong_choices(groups, self.hydra.config_loader.get_group_options))
         choices = [override for override in parsed if self._changes_defaults(override)]
-        key = mode, tuple(str(override.input_line) for override in choices)
-        if key not in self._bases:
-            self._bases[key] = self.hydra.compose_config(
-                self.args.config_name or CONFIG_NAME, list(key[1]), mode, with_log_configuration=False
+        base = mode, tuple(str(override.input_line) for override in choices)
+        if base not in self._bases:
+            self._bases[base] = self.hydra.compose_config(
+                self.args.config_name or CONFIG_NAME, list(base[1]), mode, with_log_configuration=False
             )
-        composed = copy.deepcopy(self._bases[key])
+        composed = copy.deepcopy(self._bases[base])
         values = [override for override in parsed if not any(override is choice for choice in choices)]
         lines = [(override.is_hydra_override(), str(override.input_line)) for override in parsed]
-        for group in data_nodes.GROUPS:
-            if isinstance(node := OmegaConf.select(composed, f"data.{group}"), DictConfig):
+        for key in data_nodes.OPEN:
+            if isinstance(node := OmegaConf.select(composed, key), DictConfig):
                 OmegaConf.set_struct(node, False)  # the names below it are the user's
         with read_write(composed.hydra):
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)

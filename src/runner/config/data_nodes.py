@@ -30,9 +30,13 @@ MISSING = "???"
 _KIND, _DEFAULT_KIND = "source", "local"
 
 
+OPEN = (f"data.{SOURCES}", f"data.{EVALS}", "model.rope_scaling")
+"""Mappings whose keys are not in the YAML: ``data.sources.code.path`` needs no ``+``."""
+
+
 def is_open(key: str) -> bool:
-    """Whether the names below a key are the user's: ``data.sources.code.path`` needs no ``+``."""
-    return key.startswith((f"data.{SOURCES}.", f"data.{EVALS}."))
+    """Whether a key is below one of ``OPEN``."""
+    return key.startswith(tuple(f"{each}." for each in OPEN))
 
 
 def named(data: Mapping[str, Any], group: str) -> dict[str, dict[str, Any]]:

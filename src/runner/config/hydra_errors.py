@@ -66,7 +66,8 @@ def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
         if id(override) in wrong:
             yield from wrong[id(override)]
         elif known and data_nodes.is_open(key):
-            yield Fault(key, "no such key with this option", "it is a key of data=mix", _value_of(override))
+            remedy = "it is a key of data=mix" if key.startswith("data.") else "choose an option that has it"
+            yield Fault(key, "no such key with this option", remedy, _value_of(override))
         elif known and key not in known:
             yield _key_fault(key, _value_of(override), known, groups)
         elif known:
@@ -108,7 +109,9 @@ def _syntax_faults(parser: OverridesParser, override: str) -> Iterator[Fault]:
             remedy = "write key=value, or see python -m runner --help"
             yield Fault(override, "is neither a verb nor an override", remedy)
             return
-        quoted = f"\"{key}='{value}'\"" if not {"'", '"'} & set(value) else f"{key}='…'"
+        inside = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else []
+        whole = f"[{','.join(map(repr, inside))}]" if inside else f"'{value}'"
+        quoted = f'"{key}={whole}"' if not {"'", '"'} & set(value) else f"{key}='…'"
         yield Fault(key, f"cannot be read ({_plain_words(error)})", f"quote the value: {quoted}", value)
 
 

@@ -114,6 +114,7 @@ class TrainSettings:
     loss_watchdog_threshold: Annotated[float, COMPUTABLE] | None = None
     loss_watchdog_patience: Count = 3
     neftune_noise_alpha: Positive | None = None
+    router_aux_loss_coef: Positive | None = None
     callbacks: list[Text] = field(default_factory=list)
     layer_norms: bool = False
     profile: Count | None = None

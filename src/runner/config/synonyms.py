@@ -122,8 +122,9 @@ OPTIONS = {
     "task=regression": "write task=classify task.kind=regression",
     "task=pt": "write task=pretrain", "task=clm": "write task=pretrain", "task=chat": "write task=sft",
     **{f"optim={name.lower()}": TORCH.format(word=name)
-       for name in ("SGD", "Adam", "Adagrad", "Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")},
+       for name in ("SGD", "Adam", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")},
     "optim=adamw_torch": "write optim=adamw", "optim=adamw_torch_fused": "write optim=adamw",
+    "optim=schedule_free_adamw": "write optim=schedule_free schedule=constant",
     "optim=adamw_hf": "write optim=adamw", "optim=adamw_bnb_8bit": "write optim=adamw_8bit",
     "optim=lion_8bit": "write optim=lion", "optim=paged_adamw_32bit": "write optim=paged_adamw_8bit optim.bits=32",
     **{f"quant={name}": "write quant=4bit (nf4) or quant=fp4" for name in ("nf4", "int4", "bnb", "bitsandbytes", "4")},

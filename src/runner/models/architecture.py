@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError, Fault, RunnerError, first_line
-from runner.models import hub, model_folder
+from runner.errors import ConfigError, Fault, RunnerError, first_line, refuse
+from runner.models import hub, model_folder, quantized_files, rope
 from runner.models.sources import ModelSource
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ def read(source: ModelSource) -> Any:
     """The transformers configuration of the model; reads no weights.
 
     Raises:
-        ConfigError: unknown architecture, custom model code without ``trust_remote_code``, or quantized weights.
+        ConfigError: unknown architecture, custom model code without ``trust_remote_code``, or weights
+            that are quantized in a way that cannot be trained.
     """
     from transformers import AutoConfig
 
@@ -45,9 +46,9 @@ def read(source: ModelSource) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     if source.trust_remote_code and getattr(config, "auto_map", None):
         log.warning("model.trust_remote_code=true: Python code from the model %s runs on this machine", source.name)
-    if getattr(config, "quantization_config", None):
-        remedy = "use the original model, and quantize it with quant=4bit or quant=8bit"
-        raise ConfigError(Fault("model.path", "its weights are already quantized", remedy, source.path))
+    refuse(quantized_files.faults(config, source.path))
+    quantized_files.prepare(config)
+    rope.configure(config, source.rope_scaling, source.max_position_embeddings)
     return config
 
 
@@ -56,7 +57,8 @@ def check_max_length(source: ModelSource, max_length: int) -> None:
     limit = getattr(read(source).get_text_config(), "max_position_embeddings", None)
     if limit is not None and 0 < limit < max_length:
         problem = f"{source.name} supports {limit} positions at most"
-        raise ConfigError(Fault("data.max_length", problem, f"set data.max_length={limit} or less", max_length))
+        remedy = f"set data.max_length={limit} or less, or scale its positions (model.rope_scaling)"
+        raise ConfigError(Fault("data.max_length", problem, remedy, max_length))
 
 
 def folder_of(source: ModelSource, *, weights: bool) -> Path:

@@ -16,7 +16,7 @@ from runner.config.bind import bind, bind_target
 from runner.config.bounds import Must
 from runner.config.schema import Count, Fraction, Positive, Text
 from runner.errors import ConfigError, Fault, first_line, refuse, suggest
-from runner.models import adapter, freezing, peft_options, warm_start
+from runner.models import adapter, experts, freezing, new_tokens, peft_options, warm_start
 from runner.models.kernels import compilation, score_head
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def lora(
     use_dora: bool,
     use_rslora: bool,
     init_lora_weights: Init,
+    target_parameters: Literal["experts"] | Annotated[list[Text], Len(1)] | None = None,
     start: Text | None = None,
 ) -> nn.Module:
     """LoRA (https://arxiv.org/abs/2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), PiSSA (2404.02948).
@@ -69,6 +70,7 @@ def lora(
     Raises:
         ConfigError: target modules that do not exist, or an option without effect on this model.
     """
+    parameters = experts.names(model) if target_parameters == experts.ALL else target_parameters
     return peft(
         model,
         method="lora",
@@ -82,6 +84,7 @@ def lora(
         use_dora=use_dora,
         use_rslora=use_rslora,
         init_lora_weights=init_lora_weights,
+        **({"target_parameters": parameters} if parameters else {}),
     )
 
 
@@ -99,8 +102,12 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
 
     _refuse(check_peft(method=method, **options))
     _refuse(_model_faults(model, method, options))
-    options = {**options, **_without_routers(model, options), **_with_head(model, options)}
-    config = peft_options.config_class(method)(task_type=_task_type(model), **options)
+    config_class = peft_options.config_class(method)
+    all_linear = options.get("target_modules") == ALL_LINEAR and not options.get("exclude_modules")
+    routers = experts.routers(model) if all_linear else {}
+    options = {**options, **routers, **_with_head(model, options)}
+    options |= new_tokens.options(model, config_class.__dataclass_fields__, options)
+    config = config_class(task_type=_task_type(model), **options)
     meta = any(parameter.is_meta for parameter in model.parameters())
     subtracts = not meta and adapter.subtracts_initial(options.get("init_lora_weights"))
     if meta and "init_lora_weights" in options:
@@ -113,6 +120,7 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
         raise ConfigError(_peft_fault(method, error)) from error
     _refuse(_effect_faults(adapted, options))
     _refuse(_head_faults(adapted, method))
+    new_tokens.in_float32(adapted)
     if subtracts:
         adapter.keep_initial(adapted)
     if start:
@@ -124,8 +132,12 @@ def check_none(*, trainable: str | list[str] | None = None, trainable_layers: in
     return freezing.faults(trainable, trainable_layers)
 
 
-def check_lora(*, init_lora_weights: Init, r: int, start: str | None = None, **_: Any) -> Iterator[Fault]:
+def check_lora(
+    *, init_lora_weights: Init, r: int, target_parameters: Any = None, start: str | None = None, **others: Any
+) -> Iterator[Fault]:
     yield from _start_faults(start, init_lora_weights)
+    if target_parameters is not None:
+        yield from experts.faults(init_lora_weights, target_parameters, **others)
     if init_lora_weights == "orthogonal" and r % 2:
         yield Fault("r", "must be even with init_lora_weights=orthogonal", f"set it to {r + 1}", r)
 
@@ -183,20 +195,7 @@ def _model_faults(model: nn.Module, method: str, options: dict[str, Any]) -> Ite
                 continue
             if not matched:
                 yield _no_match(model, key, pattern)
-
-
-def _without_routers(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """``exclude_modules`` for all-linear: linear layers that return several tensors, as the router of Llama 4.
-
-    PEFT would take its scores and logits for one tensor.
-    """
-    from torch import nn
-
-    if options.get("target_modules") != ALL_LINEAR or options.get("exclude_modules"):
-        return {}
-    own = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = [name for name, module in own if "transformers" in type(module).__module__ and _returns_several(module)]
-    return {"exclude_modules": names} if names else {}
+    yield from experts.faults_on(model, options.get("target_parameters") or ())
 
 
 def _with_head(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
@@ -208,13 +207,6 @@ def _with_head(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
 
 def _task_type(model: nn.Module) -> str:
     return "SEQ_CLS" if hasattr(model, "head_names") else "CAUSAL_LM"
-
-
-def _returns_several(linear: nn.Linear) -> bool:
-    import torch
-
-    with torch.no_grad():
-        return isinstance(linear(linear.weight.new_zeros(2, linear.in_features)), tuple)
 
 
 def _matches(model: nn.Module, pattern: str, *, is_regex: bool) -> bool:

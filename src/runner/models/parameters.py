@@ -25,7 +25,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
       ``adapted`` (having an adapter) and ``experts`` (of a mixture of experts).
     - ``quantized_bytes``: memory of the quantized weights with their scales.
     - ``dtype``: of the weights that are not quantized. ``stored``: how the weights are stored, as text.
-    - ``left_out``: text about experts without an adapter; empty if there are none, or if nothing else has one.
+    - ``about_experts``: which share of the experts is trained, as text; empty without experts, or if all are trained.
     """
     weights = list(_weights(model))
 
@@ -44,10 +44,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "quantized_bytes": int(sum(weight.bytes for weight in weights if weight.quantized)),
         "dtype": str(embedding.weight.dtype).removeprefix("torch."),
     }
-    of_experts = [count(lambda weight: weight.expert and weight.quantized), count(lambda w: w.expert and w.adapted)]
-    is_skipped = bool(counts["experts"] and counts["adapted"] and not of_experts[1])
-    stored = _stored(getattr(model, "quant", None), counts, of_experts[0])
-    return {**counts, "stored": stored, "left_out": "the experts have no adapter" if is_skipped else ""}
+    experts_quantized = count(lambda weight: weight.expert and weight.quantized)
+    experts_trained = count(lambda weight: weight.expert and (weight.adapted or weight.trainable))
+    stored = _stored(getattr(model, "quant", None), counts, experts_quantized)
+    return {**counts, "stored": stored, "about_experts": _about_experts(counts, experts_trained)}
 
 
 def dense_count(module: Any, parameter: nn.Parameter, quant: Quant | None) -> int:
@@ -100,7 +100,8 @@ def _kind(model: Any, name: str, module: nn.Module, in_head: bool) -> str:
     from torch import nn
 
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
-    if hasattr(model, "peft_config") and any(part in name for part in (prefix, "modules_to_save") if part):
+    parts = [part for part in (prefix, "modules_to_save", "trainable_tokens_delta") if part]
+    if hasattr(model, "peft_config") and any(part in name for part in parts):
         return "adapter"
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -122,6 +123,15 @@ def _adapted(model: nn.Module) -> set[int]:
             base = module.get_base_layer()
             ids |= {id(value) for key, value in base.named_parameters(recurse=False) if only in (None, key)}
     return ids
+
+
+def _about_experts(counts: dict[str, Any], trained: int) -> str:
+    if not counts["experts"] or (trained == counts["experts"] and not counts["adapted"]):
+        return ""
+    if not trained:
+        return "the experts have no adapter" if counts["adapted"] else "the experts are not trained"
+    verb = "have an adapter" if counts["adapted"] else "are trained"
+    return f"{trained / counts['experts']:.0%} of the experts' weights {verb}"
 
 
 def _stored(quant: Quant | None, counts: dict[str, Any], experts_quantized: int) -> str:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError, Fault
 from runner.files import written_aside
-from runner.models import adapter, architecture, model_folder, parameters, shards, tokenizer_files
+from runner.models import (
+    adapter,
+    architecture,
+    model_folder,
+    new_tokens,
+    parameters,
+    quantized_files,
+    rope,
+    shards,
+    tokenizer_files,
+)
 from runner.models.dtypes import dtype_argument, dtype_for
-from runner.models.kernels import long_rope, score_head
+from runner.models.kernels import base_model, long_rope, score_head
 from runner.models.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -33,7 +44,9 @@ def empty(
         ConfigError: ``quant`` would quantize nothing, or cannot work on ``device``.
     """
     quant.library_config(device)
-    return _annotate(_without_weights(source, device, layers), source, quant)
+    model = _without_weights(source, device, layers)
+    new_tokens.resize(model, new_tokens.ids(source))
+    return _annotate(model, source, quant)
 
 
 def _without_weights(source: ModelSource, device: torch.device | str, layers: int | None) -> Any:
@@ -74,7 +87,7 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
             config=config,
             **dtype_argument(dtype_for(source.dtype, device)),
             attn_implementation=_attention(source),
-            quantization_config=_quantization(source, quant, device),
+            quantization_config=_quantization(source, config, quant, device),
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
@@ -87,11 +100,14 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
         names = ", ".join(missing[:3])
         problem = f"lacks {len(missing)} of the model's weights ({names} …), which would be initialised randomly"
         raise ConfigError(Fault("model.path", problem, "use a complete model for text generation", source.path))
+    if quant.plain:
+        model = quantized_files.dequantized(model, config, dtype_for(source.dtype, device))
     quant.after_load(model)
     if not quant.plain:
         _unmap(model)
     model.config.use_cache = False
     _refuse_damaged(model, source)
+    new_tokens.resize(model, new_tokens.ids(source))
     long_rope.install(model)
     return _annotate(model, source, quant)
 
@@ -111,13 +127,16 @@ def _configured(source: ModelSource) -> Any:
     return config
 
 
-def _quantization(source: ModelSource, quant: Quant, device: torch.device | str) -> Any:
-    """The library's configuration; a score head stays as it is."""
-    config = quant.library_config(device)
-    if config is not None and source.head is not None:
+def _quantization(source: ModelSource, config: Any, quant: Quant, device: torch.device | str) -> Any:
+    """The library's configuration, if the files are not quantized already; a score head stays as it is."""
+    wanted = quant.library_config(device)
+    if wanted is not None and quantized_files.method(config):
+        quantized_files.set_compute_dtype(config, wanted)
+        return None
+    if wanted is not None and source.head is not None:
         names = _without_weights(source, device, 1).head_names
-        config.llm_int8_skip_modules = [name.rpartition(".")[2] for name in names]
-    return config
+        wanted.llm_int8_skip_modules = [name.rpartition(".")[2] for name in names]
+    return wanted
 
 
 def _fill_head(model: Any, source: ModelSource, missing: list[str], *, is_new: bool) -> list[str]:
@@ -141,8 +160,8 @@ def _attention(source: ModelSource) -> str | None:
 
 
 def _refuse_damaged(model: nn.Module, source: ModelSource) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.detach().sum().isfinite():
+    for name, parameter in _plain_parameters(model):
+        if not parameter.detach().sum().isfinite():
             problem = f"its weight {name} contains NaN or infinity"
             raise ConfigError(Fault("model.path", problem, "use intact weights", source.path))
 
@@ -151,7 +170,8 @@ def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True)
     """Write the trained weights and the tokenizer to ``folder``, atomically.
 
     An adapter is saved as a plain PEFT adapter of the original base model, a fully trained model as safetensors. An
-    adapter with a score head has the configuration with which transformers loads its base model, too.
+    adapter with a score head, or of a model with other positions, has the configuration with which transformers loads
+    its base model, too.
     With a sharded model every rank must call this, one of them with ``writes``.
     """
     model = getattr(model, "_orig_mod", model)
@@ -162,7 +182,7 @@ def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True)
     with written_aside(folder) as temporary:
         if is_adapter:
             adapter.save(model, temporary, state)
-            if score_head.modules(model):
+            if score_head.modules(model) or getattr(base_model.of(model), "is_reconfigured", False):
                 score_head.configuration(model).save_pretrained(temporary)
         else:
             save_whole(model, temporary, state)
@@ -199,6 +219,8 @@ def _annotate(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
     model.name_or_path = model.config._name_or_path = source.path
     model.config._commit_hash = source.revision
     model.quant = quant
+    model.is_reconfigured = bool(source.rope_scaling or source.max_position_embeddings)
+    rope.check_used(model, source.rope_scaling)
     if not quant.plain and not parameters.describe(model)["quantized"]:
         problem = f"{type(model).__name__} has no layer that can be stored as {quant.name}: nothing would be quantized"
         raise ConfigError(Fault("quant", problem, "use quant=none, or another model"))
@@ -211,6 +233,15 @@ def _unmap(model: nn.Module) -> None:
 
     A single mapped weight keeps the whole file in memory, which is larger than the quantized weights.
     """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.dtype.is_floating_point:
+    for _, parameter in _plain_parameters(model):
+        if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
+
+
+def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are not quantized, by name; torchao has classes of its own for quantized ones."""
+    from torch import nn
+
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+            yield name, parameter

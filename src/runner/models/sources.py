@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
+from runner.config.bounds import Must
 from runner.config.schema import Script, Seed, Text
 from runner.errors import ConfigError, Fault
 from runner.files import cache_dir, locked, user_path, written_aside
-from runner.models import gguf_import, model_folder, tiny
+from runner.models import gguf_import, model_folder, rope, tiny
 from runner.models.dtypes import Precision, dtype_faults
 from runner.models.kernels import compat
 from runner.models.kernels.score_head import ScoreHead
@@ -30,6 +31,10 @@ Attention = Literal["auto", "by_document", "sdpa", "eager", "flash_attention_2",
 
 Width = Annotated[int, Ge(1), Le(2**24)]
 Layers = Annotated[int, Ge(1), Le(1024)]
+Token = Annotated[Text, Must(lambda text: text == text.strip(), "without spaces around it")]
+
+CHANGES = ("chat_template", "rope_scaling", "max_position_embeddings", "new_tokens")
+"""Fields of ``ModelSource`` by which the loaded tokenizer and model differ from their files."""
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -55,6 +60,18 @@ class ModelSource:
     """What the model is loaded with instead of its LM head, which gives the next token."""
     chat_template: str | None = None
     """The text of a chat template that replaces that of the tokenizer."""
+    rope_scaling: Mapping[str, Any] | None = None
+    """See ``rope``; None: as the model is."""
+    max_position_embeddings: int | None = None
+    """Positions that the model is said to have; None: as its configuration says."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens that its vocabulary does not have, see ``new_tokens``."""
+
+    @property
+    def changes(self) -> str:
+        """How the loaded model differs from its files: ``, RoPE yarn × 4, 2 new tokens``; empty if it does not."""
+        added = f"{len(self.new_tokens)} new token" + "s" * (len(self.new_tokens) > 1) if self.new_tokens else ""
+        return "".join(f", {text}" for text in (rope.describe(self.rope_scaling), added) if text)
 
 
 def pretrained(
@@ -65,23 +82,36 @@ def pretrained(
     attention: Attention,
     trust_remote_code: bool,
     chat_template: Script | None = None,
+    rope_scaling: rope.Scaling | None = None,
+    max_position_embeddings: Width | None = None,
+    new_tokens: list[Token] = [],  # noqa: B006 - never changed
 ) -> ModelSource:
     """A model folder, a GGUF file, or a model of the Hugging Face Hub."""
     local = user_path(path, "model.path")
     if local.suffix == ".gguf" and os.path.isfile(local):
-        return replace(_from_gguf(local, dtype, attention), chat_template=chat_template)
-    is_local = os.path.exists(local)
-    name = local.resolve().name if is_local else path.rpartition("/")[2]
-    place = str(local.resolve()) if is_local else path
-    return ModelSource(place, revision, dtype, attention, trust_remote_code, name, chat_template=chat_template)
+        source = _from_gguf(local, dtype, attention)
+    else:
+        is_local = os.path.exists(local)
+        name = local.resolve().name if is_local else path.rpartition("/")[2]
+        place = str(local.resolve()) if is_local else path
+        source = ModelSource(place, revision, dtype, attention, trust_remote_code, name)
+    return _changed(source, chat_template, rope_scaling, max_position_embeddings, new_tokens)
 
 
 def gguf(
-    *, package: Text, file: Text, dtype: Precision, attention: Attention, chat_template: Script | None = None
+    *,
+    package: Text,
+    file: Text,
+    dtype: Precision,
+    attention: Attention,
+    chat_template: Script | None = None,
+    rope_scaling: rope.Scaling | None = None,
+    max_position_embeddings: Width | None = None,
+    new_tokens: list[Token] = [],  # noqa: B006 - never changed
 ) -> ModelSource:
     """A GGUF file inside an installed Python package; the package is not imported."""
-    source = _from_gguf(_package_file(package, file), dtype, attention)
-    return replace(source, origin=f"from the package {package}", chat_template=chat_template)
+    source = replace(_from_gguf(_package_file(package, file), dtype, attention), origin=f"from the package {package}")
+    return _changed(source, chat_template, rope_scaling, max_position_embeddings, new_tokens)
 
 
 def random(
@@ -97,6 +127,8 @@ def random(
     dtype: Precision,
     attention: Attention,
     chat_template: Script | None = None,
+    rope_scaling: rope.Scaling | None = None,
+    new_tokens: list[Token] = [],  # noqa: B006 - never changed
 ) -> ModelSource:
     """A Llama of this shape with random weights and a byte-level tokenizer."""
     shape: dict[str, Any] = {
@@ -112,14 +144,14 @@ def random(
     key = "random-" + hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
     make = functools.partial(_make_once, key, functools.partial(tiny.write, **shape))
     name, origin = f"random-{hidden_size}x{layers}", "random weights of model=tiny"
-    return ModelSource(key, None, dtype, attention, False, name, make, origin, chat_template=chat_template)
+    source = ModelSource(key, None, dtype, attention, False, name, make, origin)
+    return _changed(source, chat_template, rope_scaling, None, new_tokens)
 
 
 def check_pretrained(
-    *, path: str, revision: str | None, dtype: Precision, attention: Attention, **_: object
+    *, path: str, revision: str | None, dtype: Precision, attention: Attention, **changes: Any
 ) -> Iterator[Fault]:
-    yield from dtype_faults("dtype", dtype)
-    yield from _attention_faults(attention)
+    yield from _common_faults(dtype, attention, **changes)
     local = user_path(path, "model.path")
     if not os.path.exists(local):
         if not HUB_ID.fullmatch(path) or path.startswith("."):
@@ -135,9 +167,8 @@ def check_pretrained(
         yield from (replace(fault, key="path") for fault in model_folder.faults(local))
 
 
-def check_gguf(*, package: str, file: str, dtype: Precision, attention: Attention, **_: object) -> Iterator[Fault]:
-    yield from dtype_faults("dtype", dtype)
-    yield from _attention_faults(attention)
+def check_gguf(*, package: str, file: str, dtype: Precision, attention: Attention, **changes: Any) -> Iterator[Fault]:
+    yield from _common_faults(dtype, attention, **changes)
     try:
         gguf_import.check(_package_file(package, file))
     except ConfigError as error:
@@ -145,15 +176,31 @@ def check_gguf(*, package: str, file: str, dtype: Precision, attention: Attentio
 
 
 def check_random(
-    *, hidden_size: int, heads: int, kv_heads: int, dtype: Precision, attention: Attention, **_: Any
+    *, hidden_size: int, heads: int, kv_heads: int, dtype: Precision, attention: Attention, **others: Any
 ) -> Iterator[Fault]:
-    yield from dtype_faults("dtype", dtype)
-    yield from _attention_faults(attention)
+    yield from _common_faults(dtype, attention, **{**others, "max_position_embeddings": None})
     if hidden_size % (2 * heads):
         problem = f"must be a multiple of 2 × heads ({2 * heads})"
         yield Fault("hidden_size", problem, f"set it to {4 * heads}", hidden_size)
     if heads % kv_heads:
         yield Fault("kv_heads", f"must divide heads ({heads})", f"set it to {heads}", kv_heads)
+
+
+def _changed(
+    source: ModelSource,
+    chat_template: str | None,
+    rope_scaling: Mapping[str, Any] | None,
+    max_position_embeddings: int | None,
+    new_tokens: list[str],
+) -> ModelSource:
+    """The source with what its model and tokenizer are loaded with."""
+    return replace(
+        source,
+        chat_template=chat_template,
+        rope_scaling=rope_scaling or None,
+        max_position_embeddings=max_position_embeddings,
+        new_tokens=tuple(new_tokens),
+    )
 
 
 def _from_gguf(file: Path, dtype: Precision, attention: Attention) -> ModelSource:
@@ -213,7 +260,18 @@ def _file_faults(file: Path) -> Iterator[Fault]:
         yield from (replace(fault, key="path") for fault in error.faults)
 
 
-def _attention_faults(attention: Attention) -> Iterator[Fault]:
+def _common_faults(
+    dtype: Precision,
+    attention: Attention,
+    rope_scaling: Mapping[str, Any] | None = None,
+    max_position_embeddings: int | None = None,
+    new_tokens: Sequence[str] = (),
+    **_: object,
+) -> Iterator[Fault]:
+    yield from dtype_faults("dtype", dtype)
+    if twice := next((token for token in new_tokens if new_tokens.count(token) > 1), None):
+        yield Fault("new_tokens", f"names {twice} twice", "name each token once", list(new_tokens))
+    yield from rope.faults(rope_scaling or None, max_position_embeddings)
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         problem = "needs the package flash-attn, which is not installed"
         yield Fault("attention", problem, "use sdpa, which is nearly as fast", attention)

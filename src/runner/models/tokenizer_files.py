@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Any
 
-from runner.errors import ConfigError, Fault
+from runner.errors import ConfigError, Fault, refuse
 from runner.models import architecture
 from runner.models.sources import ModelSource
 
@@ -14,7 +15,7 @@ REMEDY = "use the model's original tokenizer files"
 
 
 def load(source: ModelSource) -> Any:
-    """The model's tokenizer, with a padding token and, if there is one, the chat template of ``source``.
+    """The model's tokenizer, with a padding token, and with the new tokens and the chat template of ``source``.
 
     If it has none, an existing special token of its vocabulary is used, so the embeddings need no resizing. The last
     choice is the end-of-text token: this is safe because padding is excluded from the loss by position, not by id.
@@ -36,6 +37,8 @@ def load(source: ModelSource) -> Any:
             result.chat_template = source.chat_template
         if not isinstance(result.chat_template, str | dict | None):
             raise ValueError("its chat_template is not a text")
+    if source.new_tokens:
+        _add(result, source.new_tokens, vocabulary)
     if result.pad_token is None:
         result.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), result.eos_token)
     elif source.head is not None and result.pad_token == result.eos_token:
@@ -50,3 +53,15 @@ def load(source: ModelSource) -> Any:
         problem = f"its tokenizer has token ids up to {highest}, but the model has {embeddings} embeddings"
         raise ConfigError(Fault("model.path", problem, REMEDY, source.path))
     return result
+
+
+def _add(tokenizer: Any, tokens: Sequence[str], vocabulary: Container[str]) -> None:
+    """Add tokens that are matched exactly and, unlike special tokens, shown in answers."""
+    from transformers import AddedToken
+
+    refuse(
+        Fault("model.new_tokens", f"{token} is a token of this model already", "leave it out", list(tokens))
+        for token in tokens
+        if token in vocabulary
+    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])

@@ -10,7 +10,8 @@ from typing import Any
 
 from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault, refuse
-from runner.models import adapter, hub, model_folder
+from runner.models import adapter, hub, model_folder, new_tokens
+from runner.models.kernels import base_model
 
 FREE = {
     "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "init_lora_weights",
@@ -37,7 +38,7 @@ def begin_with(model: Any, text: str) -> None:
         problem = f"{weights} {problem}" if problem else f"{folder / pinned_weights.ADAPTER} {model_folder.NOT_JSON}"
         raise ConfigError(Fault("lora.start", problem, "restore the file, or train that run again"))
     config = model.peft_config["default"]
-    refuse(_kind_faults(config, saved))
+    refuse([*_kind_faults(config, saved), *_position_faults(model, folder)])
     refuse(_shape_faults(model, weights))
     if not any(parameter.is_meta for parameter in model.parameters()):
         from peft import set_peft_model_state_dict
@@ -57,7 +58,10 @@ def _kind_faults(config: Any, saved: Mapping[str, Any]) -> Iterator[Fault]:
     yield from _base_faults(config, saved)
     theirs = _plain(saved)
     for name in sorted(ours.keys() & theirs.keys() - FREE):
-        if ours[name] != theirs[name] and "dropout" not in name:
+        if name == new_tokens.ROWS and ours[name] != theirs[name]:
+            problem = "the adapter of lora.start has other new tokens, or none"
+            yield Fault(new_tokens.KEY, problem, "set it as in that run, or leave lora.start out")
+        elif ours[name] != theirs[name] and "dropout" not in name:
             value = json.dumps(theirs[name]).replace('"', "").replace(" ", "")
             problem, remedy = (
                 f"the adapter of lora.start has {value}",
@@ -80,6 +84,19 @@ def _base_faults(config: Any, saved: Mapping[str, Any]) -> Iterator[Fault]:
     else:
         problem = f"the adapter was trained on {theirs}, and this run has {ours}"
         yield Fault("lora.start", problem, "choose that base model (model=…), or another run")
+
+
+def _position_faults(model: Any, folder: Path) -> Iterator[Fault]:
+    """The rotary position embeddings must be those that the adapter was trained with."""
+    text = base_model.of(model).config.get_text_config()
+    ours = getattr(text, "rope_parameters", None)
+    saved = model_folder.read_json(folder / "config.json") or {}
+    theirs = (saved.get("text_config") or saved).get("rope_parameters")
+    is_changed = getattr(base_model.of(model), "is_reconfigured", False)
+    if (theirs or is_changed) and theirs != ours:
+        shown = json.dumps(theirs) if theirs else "those of the base model"
+        problem = f"the adapter of lora.start was trained with other positions: {shown}"
+        yield Fault("model.rope_scaling", problem, "set it as in that run, or leave lora.start out")
 
 
 def _shape_faults(model: Any, weights: Path) -> Iterator[Fault]:

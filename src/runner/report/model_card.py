@@ -40,8 +40,11 @@ inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensor
 SCORED_TEXT = """
 inputs = tokenizer("Once upon a time", return_tensors="pt")"""
 OF_PROBLEM = {"single_label_classification": ".softmax(-1)", "multi_label_classification": ".sigmoid()"}
-CONFIGURED = """config = AutoConfig.from_pretrained(folder)  # with the outputs of the head and the padding token
+CONFIGURED = """config = AutoConfig.from_pretrained(folder)  # with positions, head and padding token of this model
 """
+RESIZED = """
+tokenizer = AutoTokenizer.from_pretrained(folder)  # with the new tokens
+base.resize_token_embeddings(max(len(tokenizer), base.config.vocab_size))"""
 PACKAGED = """from importlib.util import find_spec
 package = find_spec({package!r}).submodule_search_locations[0]
 base = AutoModelForCausalLM.from_pretrained(package, gguf_file={file!r})"""
@@ -83,7 +86,7 @@ def text(
         f"Fine-tuned from `{base_name}` ({_source(manifest, base)}) with `runner`, a fine-tuning experiment runner.",
         "## Usage",
         *_base_sentence(kinds, base, base_name, cfg["model"]),
-        *_loading(kinds, _base_code(base, base_name, cfg["model"]), is_chat, head),
+        *_loading(kinds, _base_code(base, base_name, cfg["model"], rundir), is_chat, head),
         "## Evaluation",
         "\n".join(_metrics(rundir)),
         "## Training data",
@@ -145,30 +148,31 @@ def _base_sentence(kinds: tuple[Kind, ...], base: str, name: str, model: Mapping
     )
 
 
-def _base_code(base: str, name: str, model: Mapping[str, Any]) -> str:
-    """The lines of Python that load the base model."""
+def _base_code(base: str, name: str, model: Mapping[str, Any], rundir: RunDir) -> str:
+    """The lines of Python that load the base model, with the configuration in the adapter's folder if there is one."""
+    where = "  # replace by the path of this base model" if _is_local(base) and "package" not in model else ""
+    code = f"base = AutoModelForCausalLM.from_pretrained({(name if where else base)!r}){where}"
     if "package" in model:
-        return PACKAGED.format(package=model["package"], file=model["file"])
-    where = "  # replace by the path of this base model" if _is_local(base) else ""
-    return f"base = AutoModelForCausalLM.from_pretrained({(name if where else base)!r}){where}"
+        code = PACKAGED.format(package=model["package"], file=model["file"])
+    if (rundir.model / "config.json").is_file():
+        end = code.rindex(")")
+        code = CONFIGURED + code[:end] + ", config=config" + code[end:]
+    return code + RESIZED * bool(model.get("new_tokens"))
 
 
 def _loading(kinds: tuple[Kind, ...], base_code: str, is_chat: bool, head: ScoreHead | None) -> Iterator[str]:
     use = ASK if is_chat else CONTINUE
     if head is not None:
         use = (SCORED_CHAT if is_chat else SCORED_TEXT) + SCORES.format(function=OF_PROBLEM.get(head.problem, ""))
-        base_code = (
-            CONFIGURED + base_code[: base_code.rindex(")")] + ", config=config" + base_code[base_code.rindex(")") :]
-        )
     for kind in kinds:
         if kind == "gguf":
             yield "Load the .gguf file with llama.cpp, or a program based on llama.cpp:\n\n    llama-cli -m FILE.gguf"
         else:
             code = LOAD[kind].format(base=base_code)
             if head is not None:
-                auto = "AutoConfig, " * (kind == "adapter") + "AutoModelForSequenceClassification"
-                code = code.replace("import AutoModelForCausalLM", f"import {auto}")
                 code = code.replace("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+            if kind == "adapter" and "config=config" in code:
+                code = code.replace("import Auto", "import AutoConfig, Auto", 1)
             yield "```python\n" + code + "\n" + use + "\n```"
 
 
@@ -206,7 +210,7 @@ def _provenance(rundir: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "distilled from": origin.teacher(manifest),
         "steps": state.step,
         "weights of step": state.model_step if state.model_step != state.step else None,
-        "averaged weights": f"train.ema={ema:g}" if (ema := state.summary.get("ema")) else None,
+        "averaged weights": state.summary.get("average"),
         "tokens": state.summary.get("train/tokens"),
         "git commit": f"{git['sha']}{' (changed)' if git.get('dirty') else ''}" if git.get("sha") else None,
         "versions": ", ".join(f"{name} {versions[name]}" for name in packages if name in versions),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 from runner.data.examples import Answers, Example, Features
 from runner.models.kernels.score_head import ScoreHead
 
-Divisor = Literal["trained", "weighted", "trained_first", "documents", "units"]
+Divisor = Literal["tokens", "trained", "weighted", "trained_first", "documents", "units"]
 """The divisor of a term of the loss, counted over the whole step: trained tokens, the sum of their weights, trained
 tokens of the first sequence of each unit, token sequences, or units."""
 Measures = Mapping[str, Literal["minimize", "maximize"] | None]

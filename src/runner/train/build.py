@@ -32,7 +32,7 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import devices, estimate, neftune, probe, reference, step_batches, throughput
+from runner.train import devices, estimate, neftune, probe, reference, router_balance, step_batches, throughput
 from runner.train.answers import Answering
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
@@ -131,15 +131,16 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
             reference.unknown(split)
     resolve_lm_head(model, autocast, options.parallel.kind)
     choice.option(model)
-    task = neftune.noisy(options.task, model, settings.neftune_noise_alpha, options.seed)
-    wrapped = wrap.wrap(options.parallel, model, task, ranks, inputs.device, autocast)
+    task = router_balance.balanced(options.task, model, settings.router_aux_loss_coef)
+    noisy = neftune.noisy(task, model, settings.neftune_noise_alpha, options.seed)
+    wrapped = wrap.wrap(options.parallel, model, noisy, ranks, inputs.device, autocast)
     optimizer = options.optim(options.parameter_groups(model))
-    average = Average.of(model, settings.ema)
+    average = Average.of(model, options.average, settings.ema, optimizer)
     peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
     meter = throughput.Meter(expected.flops_per_token, peak, prepares=options.task.prepare is not None)
     return Parts(
         model=model,
-        task=options.task,
+        task=task,
         batches=batches,
         prefetcher=Prefetcher(batches, inputs.device, inputs.total_steps),
         evaluation=evaluation,

@@ -1,6 +1,6 @@
 """Checkpoints, written atomically: to a hidden folder, fsync, then rename; a folder with its final name is complete.
 
-A checkpoint contains the trainable weights, their averages (``train.ema``), the optimizer state and the progress. The
+A checkpoint contains the trainable weights, their averages (``ema``), the optimizer state and the progress. The
 schedule, the order of the data and all random numbers are pure functions of (seed, step) and are not saved. All ranks
 take part in saving and restoring, because each may have only a shard; rank 0 writes and deletes files.
 """
@@ -88,8 +88,8 @@ class Checkpoints:
         self.finish()
         leads = self.ranks.rank == 0
         weights = {WEIGHTS: shards.gathered(_trainable(model), keep=leads)}
-        if self.average.weights:
-            weights[AVERAGES] = shards.gathered(self.average.weights, keep=leads)
+        if averages := self.average.values():
+            weights[AVERAGES] = shards.gathered(averages, keep=leads)
         state = shards.optimizer_state(optimizer, keep=leads)
         final = self.folder / f"step-{progress.step:06d}"
         if not leads:
@@ -185,7 +185,7 @@ class Checkpoints:
         self.average.give()
         if progress.best_step not in (0, progress.step):
             folder = self.folder / f"step-{progress.best_step:06d}"
-            _load(_trainable(model), folder / (AVERAGES if self.average.weights else WEIGHTS))
+            _load(_trainable(model), folder / (AVERAGES if self.average.is_kept else WEIGHTS))
 
     def _newest_valid(self) -> str | None:
         """The name of the newest valid checkpoint; renames damaged ones."""

@@ -1,7 +1,8 @@
-"""Exponential moving average (EMA) of the trained weights: with ``train.ema`` it is evaluated, and it is the result.
+"""Averages of the trained weights, which are evaluated and are the result: ``train.ema``, ``optim=schedule_free``.
 
-After each step, average ← d * average + (1 - d) * weights, in float32. d is min(decay, (1 + step) / (10 + step)): it
-grows to ``decay``, so that short runs forget their start, too.
+EMA: after each step, average ← d * average + (1 - d) * weights, in float32. d is min(decay, (1 + step) / (10 + step)):
+it grows to ``decay``, so that short runs forget their start, too. Optimizers of schedulefree compute an average of
+their own from their state.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +21,28 @@ from runner.train.distributed import wrap
 
 @dataclass(frozen=True)
 class Average:
-    """The averages of the trained weights of a model, by name; nothing without ``train.ema``."""
+    """The averages of the trained weights of a model; the default is none."""
 
     model: nn.Module = field(default_factory=nn.Module)
+    name: str = ""
+    """The option that averages, such as ``train.ema=0.999``; empty if none does."""
     decay: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
+    """The averages of ``train.ema``, by name."""
+    optimizer: Any = None
+    """An optimizer that averages: its ``eval`` gives the model the averages."""
 
     @classmethod
-    def of(cls, model: nn.Module, decay: float | None) -> Average:
+    def of(cls, model: nn.Module, name: str, decay: float | None, optimizer: torch.optim.Optimizer) -> Average:
         """Begin with the weights that the model has now."""
-        if decay is None:
-            return cls(model)
-        return cls(model, decay, {name: p.detach().clone().float() for name, p in _trained(model).items()})
+        if decay is not None:
+            return cls(model, name, decay, {name: p.detach().clone().float() for name, p in _trained(model).items()})
+        return cls(model, name, optimizer=optimizer if hasattr(optimizer, "eval") else None)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there are averages."""
+        return bool(self.weights) or self.optimizer is not None
 
     def update(self, step: int) -> None:
         """Add the weights after ``step`` steps, counted from 1."""
@@ -39,23 +51,35 @@ class Average:
             add = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
             add(list(self.weights.values()), current, step)
 
+    def values(self) -> dict[str, Tensor]:
+        """The averages by name, for a checkpoint."""
+        if self.optimizer is None:
+            return self.weights
+        with self.in_model():
+            return {name: parameter.detach().clone() for name, parameter in self._sharded().items()}
+
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
-        """Inside the block the model has the averaged weights."""
+        """Inside the block the model has the averaged weights; after it, bit for bit those of before."""
         trained = {name: parameter.detach().clone() for name, parameter in self._sharded().items()}
         self.give()
         try:
             yield
         finally:
+            if self.optimizer is not None:
+                self.optimizer.train()  # computes the weights back, rounded: they are replaced by the exact ones
             _copy(trained, self._sharded())
 
     def give(self) -> None:
         """Give the model the averaged weights."""
-        _copy(self.weights, self._sharded())
+        if self.optimizer is not None:
+            self.optimizer.eval()
+        else:
+            _copy(self.weights, self._sharded())
 
     def _sharded(self) -> dict[str, nn.Parameter]:
         """The trained parameters that have averages."""
-        if not self.weights:
+        if not self.is_kept:
             return {}
         wrap.reshard(self.model)
         return _trained(self.model)

@@ -62,6 +62,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     device = devices.pick()
     settings = options.train
     source = architecture.resolve(options.model)
+    options = options.on(source)
     tokenizer = tokenizer_files.load(source)
     of_teacher = teacher.of(options, source, tokenizer)
     splits, batches, evaluation = load_data(options, source, tokenizer, ranks.rank, options.parallel.processes)

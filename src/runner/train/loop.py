@@ -101,7 +101,7 @@ def optimizer_step(parts: Parts, progress: Progress, hooks: Hooks) -> None:
     waits = {"waited": arrived - began, "prepared": time.perf_counter() - arrived}
     parts.model.train()
     torch.manual_seed(derived_seed(parts.seed, step, parts.ranks.rank))
-    kinds = list(dict.fromkeys(["tokens", "trained", *parts.task.divisors.values()]))
+    kinds: list[str] = list(dict.fromkeys(["tokens", "trained", *parts.task.divisors.values()]))
     counts = (sum(batch[kind] for batch in micro_batches) for kind in kinds)
     late, *agreed = parts.ranks.agree(hooks.check_stop, float(hooks.is_late()), *counts)
     totals = dict(zip(kinds, agreed, strict=True))

@@ -16,6 +16,7 @@ from annotated_types import Ge, Lt
 from runner.config.bind import bind_target
 from runner.config.schema import Betas, Fraction, NotNegative, Positive, Ratio
 from runner.errors import ConfigError, Fault, first_line
+from runner.models import new_tokens
 from runner.models.kernels import score_head
 from runner.train.bitsandbytes_steps import repaired
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Groups = list[dict[str, Any]]
+SMALLEST_SCALE = 1e-3
+"""The root mean square of a parameter that Adafactor assumes at least, as in the paper."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
@@ -37,9 +40,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     """
     embeddings = {id(parameter) for parameter in _embedding_parameters(model)}
     kinds: dict[str, list[Tensor]] = {"matrix": [], "embedding": [], "vector": []}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "embedding" if id(parameter) in embeddings else "matrix"
+            kind = "embedding" if id(parameter) in embeddings or new_tokens.is_row(name) else "matrix"
             kinds[kind if parameter.ndim >= 2 else "vector"].append(parameter)
     if not any(kinds.values()):
         raise ConfigError(
@@ -120,6 +123,35 @@ def lion(
     return repaired(Lion(groups, lr=learning_rate, weight_decay=weight_decay, betas=_pair(betas), optim_bits=bits))
 
 
+def adafactor(
+    groups: Groups,
+    *,
+    learning_rate: Positive,
+    weight_decay: NotNegative,
+    beta1: Fraction | None,
+    decay_rate: Annotated[float, Ge(-1), Lt(0)],
+    eps: Positive,
+    clip_threshold: Positive,
+    scale_parameter: bool,
+    loraplus_lr_ratio: Ratio = 1.0,
+) -> Optimizer:
+    """Adafactor of transformers (https://arxiv.org/abs/1804.04235), with the learning rate of the schedule.
+
+    Of the squared gradients of a matrix, only the means of rows and columns are stored.
+    """
+    from transformers.optimization import Adafactor
+
+    settings = {"weight_decay": weight_decay, "beta1": beta1, "decay_rate": decay_rate, "eps": (eps, SMALLEST_SCALE)}
+    return Adafactor(
+        groups,
+        lr=learning_rate,
+        clip_threshold=clip_threshold,
+        scale_parameter=scale_parameter,
+        relative_step=False,
+        **settings,
+    )
+
+
 def muon(
     groups: Groups,
     *,
@@ -174,10 +206,15 @@ def shardable(node: Mapping[str, Any]) -> bool:
     return bind_target(node) is adamw
 
 
+def missing_package(package: str, module: str = "") -> Iterator[Fault]:
+    """A fault if a package (with another import name: ``module``) is not installed."""
+    if importlib.util.find_spec(module or package) is None:
+        problem = f"this optimizer needs {package}, which is not installed"
+        yield Fault("", problem, f"uv pip install {package}, or use optim=adamw")
+
+
 def check_adamw_bnb(**_: object) -> Iterator[Fault]:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        problem = "this optimizer needs bitsandbytes, which is not installed"
-        yield Fault("", problem, "install bitsandbytes, or use optim=adamw")
+    yield from missing_package("bitsandbytes")
 
 
 check_lion = check_adamw_bnb

@@ -16,14 +16,15 @@ from runner.config.bind import bind
 from runner.data import formats
 from runner.data.examples import Example
 from runner.data.mixture import ALONE, Mixture
-from runner.errors import ConfigError, Fault
-from runner.models import sources
+from runner.errors import ConfigError, Fault, refuse
+from runner.models import architecture, lora, quantized_files, sources
 from runner.models.quantization.quant import Quant
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
 from runner.tracking import manifest, origin
 from runner.tracking.rundir import RunDir
-from runner.train import loraplus, optim
+from runner.train import loraplus, optim, schedule_free
+from runner.train.distributed import parallel
 from runner.train.distributed.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -87,15 +88,17 @@ class Options:
         """The options of the run in a folder, with the values that its first attempt has fixed."""
         return cls(manifest.pinned(manifest.read_config(rundir), rundir))
 
-    def model_in(self, folder: str, *, trusts_code: bool = False) -> ModelSource:
+    def model_in(self, folder: str, *, trusts_code: bool = False, is_base: bool = False) -> ModelSource:
         """A model folder, loaded in the dtype and with the attention of ``model``.
 
-        ``trusts_code``: run Python files of the folder, if ``model`` does.
+        ``trusts_code``: run Python files of the folder, if ``model`` does. ``is_base``: the folder has the files of
+        ``model``, which are loaded with its changes; a trained model has the changes in its files.
         """
         node = {key: value for key, value in self._cfg["model"].items() if key in ("dtype", "attention")}
         code = trusts_code and bool(self._cfg["model"].get("trust_remote_code"))
         node |= {"path": folder, "revision": None, "trust_remote_code": code}
-        return self._with_head(bind(node, "model", sources.pretrained)())
+        source = self._with_head(bind(node, "model", sources.pretrained)())
+        return replace(source, **{key: getattr(self.model, key) for key in sources.CHANGES}) if is_base else source
 
     def _with_head(self, source: ModelSource) -> ModelSource:
         head = self.task.head
@@ -104,6 +107,22 @@ class Options:
     def settled(self, keys: Mapping[str, Any]) -> Options:
         """The options with the keys of the task that the data have decided."""
         return Options({**self._cfg, "task": {**self._cfg["task"], **keys}}) if keys else self
+
+    def on(self, source: ModelSource) -> Options:
+        """The options on this model: weights that its files have in bitsandbytes' format stay so.
+
+        Raises:
+            ConfigError: they are to be quantized again, or trained in a way that needs unquantized weights.
+        """
+        config = architecture.read(source)
+        if (stored := quantized_files.method(config)) and not self.quant.plain:
+            problem = f"the weights of {source.name} are quantized already ({stored})"
+            raise ConfigError(Fault("quant", problem, "use quant=none", self.quant.name))
+        if not (node := quantized_files.option(config)):
+            return self
+        cfg = {**self._cfg, "quant": node}
+        refuse([*lora.check_combination(cfg), *parallel.check_combination(cfg)])
+        return Options(cfg)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The trainable parameters, grouped for ``optim``."""
@@ -146,6 +165,13 @@ class Options:
                 {"format": form, "task": self._cfg["task"], **code},
             )
         return sets
+
+    @property
+    def average(self) -> str:
+        """The option that averages the trained weights; empty if none does."""
+        if self.train.ema is not None:
+            return f"train.ema={self.train.ema:g}"
+        return "optim=schedule_free" if schedule_free.is_used(self._cfg) else ""
 
     @property
     def is_larger_better(self) -> bool:

@@ -77,7 +77,7 @@ def numbers(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) ->
         "reason": progress.ended,
         "steps": progress.step,
         **({"best step": kept, "best metric": best} if progress.best_step else {}),
-        **({"ema": parts.average.decay} if parts.average.weights else {}),
+        **({"average": parts.average.name} if parts.average.name else {}),
         "train/tokens": progress.tokens,
         "trained tokens": progress.trained_tokens,
         "training seconds": seconds,

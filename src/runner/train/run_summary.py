@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from runner.train.options import Options
     from runner.train.parts import Parts
 
-AVERAGED = "the averages of the weights are evaluated and saved (train.ema={:g})"
+AVERAGED = "the averages of the weights are evaluated and saved ({})"
 NOTHING = "(nothing)"
 """Shown for an empty answer of the model."""
 log = logging.getLogger("runner")
@@ -47,9 +47,9 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
     terminal.header(
         {
             "run": f"{rundir.path}  (signature {rundir.read_manifest()['signature']})",
-            "model": f"{inputs.source.name}, {counts['total'] / 1e6:.1f} M parameters, "
+            "model": f"{inputs.source.name}{inputs.source.changes}, {counts['total'] / 1e6:.1f} M parameters, "
             f"{counts['trainable'] / 1e6:.2f} M trained ({counts['trainable'] / counts['total']:.2%})"
-            + (f", {counts['left_out']}" if counts["left_out"] else ""),
+            + (f", {counts['about_experts']}" if counts["about_experts"] else ""),
             "device": f"{inputs.device}, weights in {counts['stored']}, attention {attention_of(parts)}"
             f"{_compiled(parts)}{_hint(inputs, parts)}{_processes(inputs, parts)}",
             "data": f"{inputs.options.data_path or inputs.splits.name}: {data.train_rows} training rows, "
@@ -60,7 +60,7 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
             **({"start": f"continues {chain}"} if (chain := origin.chain(rundir.read_manifest())) else {}),
             "steps": f"{inputs.total_steps} of {about} {tokens // max(inputs.total_steps, 1)} tokens"
             f"{_of_batch(parts)}{inputs.cut}",
-            **({"average": AVERAGED.format(ema)} if (ema := inputs.settings.ema) is not None else {}),
+            **({"average": AVERAGED.format(average)} if (average := inputs.options.average) else {}),
             **({"MLflow": mlflow} if mlflow else {}),
         }
     )
@@ -177,7 +177,7 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
             if (step := numbers.get("best step"))
             else []
         ),
-        *([["average", AVERAGED.format(numbers["ema"])]] if numbers.get("ema") else []),
+        *([["average", AVERAGED.format(numbers["average"])]] if numbers.get("average") else []),
         ["time", terminal.duration(numbers["training seconds"])],
         ["time of each part", ", ".join(f"{part} {_seconds(s)}" for part, s in numbers["part seconds"].items())],
     ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runner import terminal
 from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault, first_line
-from runner.models import architecture, model_folder, tokenizer_files
+from runner.models import architecture, model_folder, new_tokens, tokenizer_files
 from runner.tracking import run_status
 from runner.tracking.rundir import RunDir
 from runner.train.options import Options
@@ -55,7 +55,7 @@ class Trained:
 
         options, moved_to = self.options, self.base_path
         try:
-            return architecture.resolve(options.model if moved_to is None else options.model_in(moved_to))
+            return architecture.resolve(options.model if moved_to is None else options.model_in(moved_to, is_base=True))
         except ConfigError as error:
             remedy = "or, if the base model of this run has moved, add model.path=FOLDER"
             faults = [replace(fault, remedy=f"{fault.remedy}; {remedy}".lstrip("; ")) for fault in error.faults]
@@ -78,6 +78,11 @@ class Trained:
     @cached_property
     def options(self) -> Options:
         return Options(self.cfg)
+
+    @property
+    def quant(self) -> Quant:
+        """How the weights were stored in training."""
+        return self.options.on(self.base).quant if self.is_adapter else self.options.quant
 
     @property
     def scores(self) -> bool:
@@ -110,7 +115,7 @@ def load(
     if not trained.is_adapter:
         terminal.loading(f"the model of {terminal.nearest(trained.rundir.path)}")
         source = trained.result if dtype is None else replace(trained.result, dtype=dtype)
-        return pretrained.load(source, quant or trained.options.quant, device).eval()
+        return pretrained.load(source, quant or trained.quant, device).eval()
     base = load_base(trained, device, dtype=dtype, quant=quant)
     if unties:
         _untie(base, trained)
@@ -125,7 +130,7 @@ def load_base(
 
     terminal.loading(f"{trained.base.name}, the base of {terminal.nearest(trained.rundir.path)}")
     source = trained.base if dtype is None else replace(trained.base, dtype=dtype)
-    return pretrained.load(source, quant or trained.options.quant, device).eval()
+    return pretrained.load(source, quant or trained.quant, device).eval()
 
 
 @contextlib.contextmanager
@@ -183,13 +188,14 @@ def _untie(base: Any, trained: Trained) -> None:
 
 
 def _changes_embeddings(base: Any, trained: Trained) -> bool:
-    """Whether the adapter contains weights for the embeddings or the head."""
+    """Whether the adapter contains weights for the embeddings or the head; rows of new tokens stay tied."""
     from safetensors import safe_open
 
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     names = [name for name, module in base.named_modules() if any(module is end for end in ends)]
     with safe_open(trained.rundir.model / ADAPTER_WEIGHTS, "pt") as weights:
-        return any(f".{name}." in key for key in weights.keys() for name in names)  # noqa: SIM118 (not a dict)
+        keys = [key for key in weights.keys() if not new_tokens.is_row(key)]  # noqa: SIM118 (not a dict)
+    return any(f".{name}." in key for key in keys for name in names)
 
 
 def refuse_without_model(rundir: RunDir) -> None:

@@ -87,9 +87,9 @@ def test_experts_that_stay_in_the_dtype_of_the_model_are_named(tmp_path: Path) -
     assert counts["stored"] == (
         "nf4 (bitsandbytes) (18% of the layers' weights, not the experts; the others in float32)"
     )
-    assert counts["left_out"] == "the experts have no adapter"
+    assert counts["about_experts"] == "the experts have no adapter"
     whole = option("lora", "lora", target_modules="all-linear")(pretrained.empty(mixtral, quant))
-    assert parameters.describe(whole)["left_out"] == ""
+    assert parameters.describe(whole)["about_experts"] == ""
 
 
 def test_conv1d_layers_are_counted_as_bitsandbytes_replaces_them(tmp_path: Path) -> None:

@@ -120,10 +120,12 @@ def is_encoder(model: Any) -> bool:
 
 
 def configuration(model: Any) -> Any:
-    """The configuration with which transformers loads the base model and a head of this shape."""
+    """The configuration with which transformers loads the files of the base model, and a head of this shape."""
     base = base_model.of(model)
     config = copy.deepcopy(base.config)
     config.architectures, config.use_cache = [type(base).__name__], True
+    text = config.get_text_config()
+    text.vocab_size = getattr(base, "vocab_size_of_files", text.vocab_size)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
