@@ -19,7 +19,7 @@ from runner.models.kernels import compat
 
 KEY, POSITIONS = "rope_scaling", "max_position_embeddings"
 ORIGINAL = "original_max_position_embeddings"
-Scaling = dict[str, Text | bool | float]
+Scaling = dict[str, Text | bool | Annotated[float, COMPUTABLE]]
 Above1 = Annotated[float, Gt(1), COMPUTABLE]
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {},  # https://arxiv.org/abs/2306.15595

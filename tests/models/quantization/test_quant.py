@@ -89,7 +89,7 @@ def test_experts_that_stay_in_the_dtype_of_the_model_are_named(tmp_path: Path) -
     )
     assert counts["about_experts"] == "the experts have no adapter"
     whole = option("lora", "lora", target_modules="all-linear")(pretrained.empty(mixtral, quant))
-    assert parameters.describe(whole)["about_experts"] == ""
+    assert parameters.describe(whole)["about_experts"] == "100% of the experts' weights have an adapter"
 
 
 def test_conv1d_layers_are_counted_as_bitsandbytes_replaces_them(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fixtures.model_folders import source
 
 from runner.cli import main
 from runner.config.bind import find_faults
+from runner.errors import ConfigError
 from runner.models import parameters, pretrained
 from runner.models.kernels import lora_linear
 from runner.models.sources import ModelSource
@@ -22,10 +23,13 @@ from runner.models.sources import ModelSource
 KINDS = ["int8", "float8"]
 
 
-def test_without_torchao_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchao_the_remedy_is_named(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    [fault] = find_faults(node("quant", "torchao"), "quant")
-    assert str(fault) == "quant: this quantization needs torchao, which is not installed\n    → uv pip install torchao"
+    with pytest.raises(ConfigError) as refused:
+        pretrained.empty(source, option("quant", "torchao")())
+    assert (
+        str(refused.value) == "quant: quant=torchao needs torchao, which is not installed\n    → uv pip install torchao"
+    )
 
 
 def test_four_bits_are_no_kind() -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,11 +27,6 @@ def weight_only(*, kind: Kind) -> Torchao:
     return Torchao(kind)
 
 
-def check_weight_only(**_: object) -> Iterator[Fault]:
-    if importlib.util.find_spec("torchao") is None:
-        yield Fault("", "this quantization needs torchao, which is not installed", "uv pip install torchao")
-
-
 @dataclass(frozen=True)
 class Torchao(Quant):
     """8-bit weights of torchao."""
@@ -45,11 +39,13 @@ class Torchao(Quant):
         return f"{self.kind} (torchao)"
 
     def library_config(self, device: torch.device | str) -> Any:  # noqa: ARG002
-        from transformers import TorchAoConfig
-
         if not compat.at_least("transformers", "5"):
             raise ConfigError(Fault("quant", "quant=torchao needs transformers 5", "install it, or use quant=8bit"))
+        if importlib.util.find_spec("torchao") is None:
+            problem, remedy = "quant=torchao needs torchao, which is not installed", "uv pip install torchao"
+            raise ConfigError(Fault("quant", problem, remedy))
         from torchao import quantization
+        from transformers import TorchAoConfig
 
         return TorchAoConfig(getattr(quantization, CONFIGS[self.kind])())
 
