@@ -23,8 +23,8 @@ from runner.data.examples import Answers, Example, Features
 from runner.models.kernels.score_head import ScoreHead
 
 Divisor = Literal["tokens", "trained", "weighted", "trained_first", "documents", "units"]
-"""The divisor of a term of the loss, counted over the whole step: tokens, trained tokens, the sum of their weights, trained
-tokens of the first sequence of each unit, token sequences, or units."""
+"""The divisor of a term of the loss, counted over the whole step: tokens, trained tokens, the sum of their weights,
+trained tokens of the first sequence of each unit, token sequences, or units."""
 Measures = Mapping[str, Literal["minimize", "maximize"] | None]
 """Name of a metric → in which direction it improves; None: neither is better by itself."""
 OF_TOKENS: Measures = {"loss": "minimize", "perplexity": "minimize", "token_accuracy": "maximize"}
