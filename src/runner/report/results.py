@@ -85,8 +85,8 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
             params, implied = choices.named(flat, manifest.choices(run.manifest))
             later = [{"step": r["step"], **r["metrics"]} for r in metrics_log.read_evaluations(rundir)]
             records = metrics_log.read(rundir)
-            metrics = metrics_log.of_run(state, records, config, later)
-            reason = metrics_log.lost_of(state, records, config) or reason
+            metrics, lost = metrics_log.of_run(state, records, config, later)
+            reason = lost or reason
         except (RunnerError, *lookup.DAMAGED) as error:
             status, reason = "damaged", str(error)
     hardware, mlflow = run.manifest.get("hardware") or {}, run.manifest.get("mlflow") or {}

@@ -217,6 +217,6 @@ class Trials:
 def value_of(rundir: RunDir, metric: str) -> float | None:
     """The value of a metric that ``compare`` shows for a run; None if it was not logged, or is NaN or infinite."""
     state = rundir.read_state()
-    values = metrics_log.of_run(state, metrics_log.read(rundir), manifest.read_config(rundir))
+    values, _ = metrics_log.of_run(state, metrics_log.read(rundir), manifest.read_config(rundir))
     value = values.get(metric, state.summary.get(metric))
     return float(value) if value is not None and math.isfinite(value) else None

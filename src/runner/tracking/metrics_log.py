@@ -163,18 +163,18 @@ def of_model(state: State, records: Iterable[Record]) -> dict[str, float]:
 
 def of_run(
     state: State, records: Sequence[Record], config: Mapping[str, Any], later: Sequence[Record] = ()
-) -> dict[str, float]:
-    """The finite values of a run: the last of each metric, those of ``evaluate`` (``later``), and ``BEST``.
+) -> tuple[dict[str, float], str]:
+    """The finite values of a run (the last of each metric, those of ``evaluate``, and ``BEST``), and what is lost.
 
-    Evaluations are those of the weights in the folder ``model``. If records are lost, those of the summary and
-    ``later`` only.
+    Evaluations are those of the weights in the folder ``model``. If records are lost, the values are those of the
+    summary and of ``evaluate`` (``later``) only.
     """
-    if lost_of(state, records, config):
+    if problem := lost_of(state, records, config):
         summary = {name: value for name, value in state.summary.items() if "/" in name and not name.endswith(BEFORE)}
         values = last_values([{**summary, "step": 0}, *later])
     else:
         values = last_values([*records, {"step": state.model_step, **of_model(state, records)}, *later])
-    return values | ({SECONDS: state.seconds} if state.seconds else {})
+    return values | ({SECONDS: state.seconds} if state.seconds else {}), problem
 
 
 def before_and_after(summary: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
