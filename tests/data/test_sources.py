@@ -93,6 +93,20 @@ def test_chitchat_alternates_and_ends_with_an_answer():
     assert source.uri.startswith("package:chitchat-dataset==")
 
 
+@pytest.mark.parametrize(("rejected", "number"), [("answer", 3), ("opening", 0)])
+def test_rejected_answers_are_messages_of_another_conversation(rejected, number):
+    source = sources.chitchat_pairs(rejected=rejected)
+    longer = [row["messages"] for _, row in sources.chitchat().train if len(row["messages"]) >= 4]
+    texts = {messages[number]["content"] for messages in longer}
+    beginnings = {str(messages[:4]) for messages in longer}
+    for _, row in source.train:
+        (chosen,), (other,) = row["chosen"], row["rejected"]
+        assert str([*row["prompt"], chosen]) in beginnings
+        assert chosen["role"] == other["role"] == "assistant"
+        assert other["content"] in texts - {chosen["content"]}
+    assert (source.digest == sources.chitchat().digest) == (rejected == "answer")
+
+
 def test_chitchat_classes_are_questions_and_the_first_messages_about_them():
     whole, short = (sources.chitchat_classes(classes=2, messages=count) for count in (None, 4))
     rows, cut = ([row for _, row in source.train] for source in (whole, short))

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from runner.config.schema import Count, Text
 from runner.data import data_files, readers
@@ -53,14 +53,17 @@ class Source:
     """Commit hash of a Hub dataset."""
 
 
-def chitchat_pairs() -> Source:
-    """Preference pairs from chitchat-dataset: the true second answer, and the second answer of another conversation.
+def chitchat_pairs(*, rejected: Literal["answer", "opening"] = "answer") -> Source:
+    """Preference pairs from chitchat-dataset: the true second answer, and a message of another conversation.
 
+    ``rejected``: its second answer, or the message that opens it.
     Rows: ``{"prompt": [three messages], "chosen": [one], "rejected": [one]}``; conversations that are shorter are left
     out.
     """
-    source = chitchat()
-    return replace(source, name="chitchat_pairs", train=Records(functools.partial(_pairs, source.train)))
+    source, message = chitchat(), {"answer": 3, "opening": 0}[rejected]
+    digest = source.digest if rejected == "answer" else f"{source.digest[:24]}-{rejected}"
+    rows = Records(functools.partial(_pairs, source.train, message))
+    return replace(source, name="chitchat_pairs", train=rows, digest=digest)
 
 
 def chitchat_prompts() -> Source:
@@ -204,12 +207,13 @@ def _topics(file: Path, classes: int, messages: int | None) -> Iterator[tuple[Pl
             yield place, {"messages": row["messages"][:messages], "label": topic}
 
 
-def _pairs(conversations: Records) -> Iterator[tuple[Place, Row]]:
+def _pairs(conversations: Records, message: int) -> Iterator[tuple[Place, Row]]:
     longer = [(place, row["messages"]) for place, row in conversations if len(row["messages"]) >= 4]
     for number, (place, messages) in enumerate(longer):
         _, other = longer[(number + len(longer) // 2) % len(longer)]
-        if messages[3] != other[3]:
-            yield place, {"prompt": messages[:3], "chosen": messages[3:4], "rejected": other[3:4]}
+        if messages[3]["content"] != other[message]["content"]:
+            rejected = {**other[message], "role": "assistant"}
+            yield place, {"prompt": messages[:3], "chosen": messages[3:4], "rejected": [rejected]}
 
 
 def _is_offline() -> bool:
