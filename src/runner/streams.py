@@ -33,8 +33,10 @@ def styled(text: str, style: str) -> str:
     return f"{_OWN}[{style}m{text}{_OWN}[0m"
 
 
-CLEAR = f"{_OWN}[2J{_OWN}[H"
-"""Printed: clears the terminal."""
+OTHER_SCREEN, FIRST_SCREEN = f"{_OWN}[?1049h{_OWN}[?25l", f"{_OWN}[?25h{_OWN}[?1049l"
+"""Printed: the terminal shows its other screen, without a cursor; and its first one again."""
+START, REST_OF_LINE, REST_OF_SCREEN = f"{_OWN}[H", f"{_OWN}[K", f"{_OWN}[J"
+"""Printed: the cursor moves to the start; what follows it on its line, or on the screen, is cleared."""
 
 
 class Raw:

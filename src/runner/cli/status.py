@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from runner import streams, terminal
+from runner.cli import status_screen
 from runner.cli.args import RUN, Args, Option, Verb
 from runner.cli.status_table import Group, Row, as_json, table
 from runner.tracking import lookup, run_status
@@ -26,12 +28,12 @@ is closed in its folder and, after the table, in MLflow.
   python -m runner status                   the latest sweeps and runs, and all unfinished ones
   python -m runner status lora.r+quant      each job of that sweep
   python -m runner status outputs/2026-01-31 --all
-  python -m runner status --watch           repeat until no run is active
+  python -m runner status --watch           one screen with all runs until none is active: progress, loss, memory
 
 {RUN}, or a Slurm job id;
 SWEEP its name or its folder.""",
     Option("--all", "all runs, not only the latest"),
-    Option("--watch", "repeat every few seconds; Ctrl-C stops watching, not the runs"),
+    Option("--watch", "repeat every few seconds; q or Ctrl-C stops watching, not the runs; lines where no terminal is"),
     Option("--json", "for programs: a list of runs and sweeps; a sweep has a list of its runs"),
     notes="""Status
   pending   no process works on it          queued, requeued   waits in the local queue or in Slurm
@@ -134,26 +136,57 @@ def _hints(shown: Sequence[Group]) -> list[str]:
 
 
 def _watch(args: Args) -> None:
-    """Print the status repeatedly, until no run is live or Ctrl-C."""
+    """Show the status until no run is live, or the user stops watching."""
+    has_screen = sys.stdout.isatty() and not args["--json"]
+    try:
+        has_ended = _watch_screen(args) if has_screen else _watch_lines(args)
+    except KeyboardInterrupt:
+        has_ended = False
+    if has_screen:
+        groups = _read(args)
+        _print(groups, args)
+        backlog.upload_ended(_ended(groups))
+    if not has_ended:
+        print("stopped watching; the runs continue", file=sys.stderr)
+
+
+def _watch_screen(args: Args) -> bool:
+    """Draw the screen until no run is live; False if the user stops watching."""
+    groups = _read(args)
+    if not _has_live(groups):
+        return True
+    with status_screen.Screen() as screen:
+        while _has_live(groups):
+            screen.draw(status_screen.lines(groups, *shutil.get_terminal_size()))
+            if not screen.waits(_pause_s(groups)):
+                return False
+            groups = _read(args)
+    return True
+
+
+def _watch_lines(args: Args) -> bool:
+    """Print the status each time that it changes until no run is live."""
     before = ""
     uploaded: set[Path] = set()
-    try:
-        while True:
-            groups = _read(args)
-            text = json.dumps([as_json(group) for group in groups]) if args["--json"] else _text(groups, args)
-            if sys.stdout.isatty():
-                print(f"{streams.CLEAR}{text}", flush=True)
-            elif text != before:
-                print(text, end="\n" if args["--json"] else "\n\n", flush=True)
-            before = text
-            backlog.upload_ended([rundir for rundir in _ended(groups) if rundir.path not in uploaded])
-            uploaded |= {rundir.path for rundir in _ended(groups)}
-            runs = [run for group in groups for run in group.runs]
-            if not any(run.is_live for run in runs):
-                return
-            time.sleep(SLURM_POLL_S if any(run.job for run in runs) else POLL_S)
-    except KeyboardInterrupt:
-        print("stopped watching; the runs continue", file=sys.stderr)
+    while True:
+        groups = _read(args)
+        text = json.dumps([as_json(group) for group in groups]) if args["--json"] else _text(groups, args)
+        if text != before:
+            print(text, end="\n" if args["--json"] else "\n\n", flush=True)
+        before = text
+        backlog.upload_ended([rundir for rundir in _ended(groups) if rundir.path not in uploaded])
+        uploaded |= {rundir.path for rundir in _ended(groups)}
+        if not _has_live(groups):
+            return True
+        time.sleep(_pause_s(groups))
+
+
+def _has_live(groups: Iterable[Group]) -> bool:
+    return any(run.is_live for group in groups for run in group.runs)
+
+
+def _pause_s(groups: Iterable[Group]) -> float:
+    return SLURM_POLL_S if any(run.job for group in groups for run in group.runs) else POLL_S
 
 
 def _ended(groups: Iterable[Group]) -> list[RunDir]:

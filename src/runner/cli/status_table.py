@@ -80,17 +80,23 @@ def table(rows: Sequence[Row]) -> list[str]:
     widths = [max(len(cells[column]) for cells in all_cells) for column in range(len(titles))]
     kept = [column for column in range(len(titles)) if any(row.cells[column] for row in rows)]
 
-    def line(cells: Sequence[str], colour: str = "") -> str:
+    def line(cells: Sequence[str], status: str = "") -> str:
         padded = {column: cells[column].ljust(widths[column]) for column in kept}
-        if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-            padded[1] = streams.styled(padded[1], colour)
+        if status:
+            padded[1] = coloured(padded[1], status)
         return "  ".join(padded.values()).rstrip()
 
     lines = [line(titles)]
     for row in rows:
-        lines.append(line(row.cells, COLOURS.get(row.status, "")))
+        lines.append(line(row.cells, row.status))
         lines += [f"{'':6}{row.reason}"] if row.reason else []
     return lines
+
+
+def coloured(text: str, status: str) -> str:
+    """The text in the colour of a status, where the terminal shows colours."""
+    has_colours = status in COLOURS and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return streams.styled(text, COLOURS[status]) if has_colours else text
 
 
 def eta_s(run: RunStatus) -> float | None:

@@ -57,6 +57,16 @@ def sync_to_disk(rundir: RunDir) -> None:
             os.fsync(handle.fileno())
 
 
+def recent(rundir: RunDir) -> list[Record]:
+    """The last records, some hundreds; reads only the end of the file."""
+    with contextlib.suppress(OSError), rundir.metrics.open("rb") as handle:
+        start = max(0, handle.seek(0, os.SEEK_END) - TAIL_BYTES)
+        handle.seek(start)
+        lines = handle.read().rpartition(b"\n")[0].splitlines()
+        return list(_records(lines[1:] if start else lines, rundir.metrics))
+    return []
+
+
 def last_of(rundir: RunDir, *names: str) -> tuple[str, float] | None:
     """(name, value) of the first of these metrics in the last record that has one; reads only the end of the file."""
     with contextlib.suppress(OSError), rundir.metrics.open("rb") as handle:
