@@ -1,6 +1,6 @@
 """export against plain PEFT and transformers."""
 
-# ruff: noqa: F401 - fixtures are imported, then asked for by name
+# ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from fixtures.fake_hub import TOKEN, Hub, hub
 from fixtures.trained_runs import _there, logits, said, trained
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,6 +123,38 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
         code, _, err = said(capsys, "export", *words)
         assert (code, part in err) == (2, True), (words, err)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_an_export_is_pushed_to_the_hub(capsys: pytest.CaptureFixture[str], tmp_path: Path, hub: Hub):
+    trained("first")
+    folder = tmp_path / "out"
+    code, out, err = said(capsys, "export", "first", str(folder), "--merged", "--push", "me/first", "--private")
+    assert code == 0, err
+    assert f"upload   {hub.url}/me/first" in out
+    (created,) = hub.created
+    assert (created["name"], created["organization"], created["visibility"]) == ("first", "me", "private")
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    del written["came_from.json"]  # it names folders of this machine
+    assert hub.files == written
+    assert b"# first" in hub.files["README.md"]
+
+
+def test_a_push_that_cannot_work_is_refused_before_the_work_and_a_failed_one_keeps_the_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+):
+    trained("first")
+    for name, part in {"first": "has no owner", "me/a b": "no name of a repository"}.items():
+        code, _, err = said(capsys, "export", "first", str(tmp_path / "x"), "--push", name)
+        assert (code, part in err) == (2, True), err
+    assert "no effect without --push" in said(capsys, "export", "first", str(tmp_path / "x"), "--private")[2]
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    code, _, err = said(capsys, "export", "first", str(tmp_path / "x"), "--push", "me/first")
+    assert (code, "HF_TOKEN" in err, "hf_wrong" in err, list(tmp_path.iterdir())) == (2, True, False, [])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.refuses_commits = True
+    code, _, err = said(capsys, "export", "first", str(tmp_path / "x"), "--push", "me/first")
+    assert (code, f"hf upload me/first {tmp_path / 'x'}" in err) == (1, True), err
+    assert (tmp_path / "x/adapter_model.safetensors").is_file()
 
 
 def test_a_missing_base_is_an_error_and_its_new_place_can_be_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):

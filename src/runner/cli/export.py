@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from runner import terminal
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.errors import ConfigError, Fault
 from runner.files import user_path, written_aside
-from runner.models import gguf_export
+from runner.models import gguf_export, hub
 from runner.report import model_card
 from runner.tracking import origin
 from runner.train import merge, trained_model
@@ -33,6 +34,7 @@ VERB = Verb(
   python -m runner export first                     the adapter, for plain PEFT, in outputs/exports/first
   python -m runner export first my/model --merged   the whole model, for plain transformers (vLLM, TGI, …)
   python -m runner export first --gguf              the whole model as one file, for llama.cpp
+  python -m runner export first --push me/first     and uploads the folder to the Hugging Face Hub
 
 {RUN};
 DIR a folder that does not exist or is empty.""",
@@ -43,6 +45,10 @@ DIR a folder that does not exist or is empty.""",
         "(by 1e-5 of the largest logit, if the model is too large to be computed in float64)",
     ),
     Option("--gguf", "converted by llama.cpp's convert_hf_to_gguf.py, which must be on the PATH"),
+    Option(
+        "--push OWNER/NAME", "then upload the folder to this model repository of the Hub, which is created if missing"
+    ),
+    Option("--private", "of --push: a new repository is private"),
     Option("--dtype DTYPE", "dtype of a whole model; default: as the base model, for GGUF 16 bits", Dtype),
     MODEL_PATH,
 )
@@ -77,6 +83,11 @@ def main(argv: list[str]) -> int:
         f"export   {terminal.nearest(order.folder)}  ({', '.join(order.kinds)}, {size / 2**20:.1f} MiB)"
     )
     terminal.print_line(f"load     see {terminal.nearest(order.folder / 'README.md')}")
+    if args["--push"]:
+        if order.kinds[0] == "adapter" and os.path.isabs(base):
+            terminal.print_line("note     adapter_config.json names the base model by a folder of this machine")
+        url = hub.push(order.folder, "--push", args["--push"], private=args["--private"], left_out=[origin.EXPORTED])
+        terminal.print_line(f"upload   {url}")
     return 0
 
 
@@ -114,6 +125,10 @@ def _order(args: Args, run: Trained, rest: list[str]) -> _Order:
             faults += error.faults
     folder = user_path(rest[0]) if rest else args.outputs_dir / "exports" / default_name(run, kinds)
     faults += _folder_faults(folder.absolute())
+    if args["--private"] and not args["--push"]:
+        faults.append(Fault("--private", "has no effect without --push", "leave it out, or add --push OWNER/NAME"))
+    if args["--push"] and not faults:
+        faults += hub.push_faults("--push", args["--push"])
     if faults:
         raise ConfigError(*faults)
     return _Order(folder.absolute(), tuple(kinds), args["--dtype"], command)

@@ -1,12 +1,14 @@
-"""Download a model from the Hugging Face Hub, with one clear message for each kind of failure."""
+"""Download a model from the Hugging Face Hub, or upload one, with one clear message for each kind of failure."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from runner.errors import ConfigError, Fault, first_line
+from runner.errors import ConfigError, Fault, RunnerError, first_line
+from runner.secrets import redact
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 WEIGHT_FILES = ["model*.safetensors"]
@@ -41,6 +43,63 @@ def fetch(name: str, revision: str | None, *, weights: bool, code: bool) -> Path
         raise ConfigError(fault) from error
 
 
+def push_faults(key: str, name: str) -> Iterator[Fault]:
+    """Why a folder cannot be uploaded to this repository of the Hub: its name, no access, no connection.
+
+    ``key``: the option that names the repository.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        yield Fault(key, f"is no name of a repository ({first_line(error)})", "write it as OWNER/NAME", name)
+        return
+    if name.count("/") != 1:
+        yield Fault(key, "has no owner", "write it as OWNER/NAME: your user name, or an organization of yours", name)
+        return
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        yield Fault(key, f"cannot be uploaded: {_push_reason(error)}", _LOG_IN, name)
+
+
+def push(folder: Path, key: str, name: str, *, private: bool, left_out: Sequence[str] = ()) -> str:
+    """Upload a folder as one commit to a model repository of the Hub, created if it is missing; returns its address.
+
+    Files in the repository that the folder does not have stay there.
+
+    Raises:
+        RunnerError: the upload failed.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        url = HfApi().create_repo(name, private=private, exist_ok=True)
+        message = "Upload by runner"
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=list(left_out))
+    except Exception as error:
+        remedy = f"the folder is written: hf upload {name} {folder} uploads it later"
+        raise RunnerError(Fault(key, f"not uploaded: {_push_reason(error)}", remedy, name)) from error
+    return str(url)
+
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write; or leave the option out"
+
+
+def _push_reason(error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "there is no token of the Hub on this machine"
+    if isinstance(error, errors.HfHubHTTPError):
+        return redact(f"{constants.ENDPOINT} refuses it ({_reason(error)})")
+    if _is_offline():
+        return "HF_HUB_OFFLINE is set"
+    return redact(f"{constants.ENDPOINT} cannot be reached ({_reason(error)})")
+
+
 def published(path: str) -> tuple[str, str] | None:
     """(Hub id, commit) of a snapshot folder in the cache of huggingface_hub; None for any other path."""
     match = SNAPSHOT.search(path)
@@ -67,11 +126,15 @@ def _fault(name: str, revision: str | None, error: Exception) -> Fault | None:
         return Fault("model.path", "no disk space left for the download", remedy, name)
     if not isinstance(error, errors.LocalEntryNotFoundError | errors.HfHubHTTPError | OSError):
         return None
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = _is_offline()
     state = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached ({_reason(error)})"
     problem = f"is not in the cache ({constants.HF_HUB_CACHE}), and {state}"
     online = "unset HF_HUB_OFFLINE" if offline else "check the connection, HTTPS_PROXY and HF_ENDPOINT"
     return Fault("model.path", problem, f"{online}; {local}; or model=smollm2, which needs no network", name)
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _reason(error: Exception) -> str:
