@@ -186,7 +186,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test starts without MLflow's, and what it leaves of them in the environment goes with it."""
     for name in (
         "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME",
-        "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID",
+        "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "RUNNER_WEBHOOK",
     ):  # fmt: skip
         monkeypatch.setenv(name, "")
 

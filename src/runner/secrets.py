@@ -68,12 +68,12 @@ def _differing(before: Any, after: Any, key: str) -> Iterator[str]:
 
 
 def _hide(value: Any) -> Any:
-    # A flag (`token: true`), null, an empty text, and an interpolation (`${oc.env:HF_TOKEN}`) are no secrets.
+    # A flag (`token: true`), null, an empty text, an interpolation (`${oc.env:HF_TOKEN}`), and `***` are no secrets.
     if isinstance(value, list | tuple):
         return [_hide(item) for item in value]
     if isinstance(value, Mapping):
         return redact_tree(value)
-    if value is None or isinstance(value, bool) or value == "" or str(value).startswith("${"):
+    if value is None or isinstance(value, bool) or value == "" or _NOT_SECRET.match(str(value)):
         return value
     return HIDDEN
 
@@ -149,13 +149,15 @@ _SECRET_NAME = re.compile(
     r"(?:^|_)(?:token|secret|credential|pass(?:phrase|code)|jwt|cookie|authorization|connection_string)$"
     r"|passw(?:or)?d$|_pwd$|(?:_|^ssh|^my|^db|^pg)pass$"
     r"|(?:api|auth|access|refresh|bearer|hf|oauth|session|bot|csrf|client)(?:token|secret)$"
-    rf"|(?:^|_|x)(?:{_KEY_OF})_?key(?:_base)?$"
+    rf"|(?:^|_|x)(?:{_KEY_OF})_?key(?:_base)?$|(?:^|_)webhook(?:_ur[il])?$"
 )
 _NO_SECRET = re.compile(  # tokens of texts, and passes over data
     r"(?:^|_)(?:pad|eos|bos|unk|cls|sep|mask|image|audio|video|boi|eoi|start|end|stop|prefix|suffix|middle|special|added"
     r"|next|last|first|new|per|each|one|every|text|sub|any|begin|bad|forced|id)_?token$"
     r"|(?:^|_)(?:forward|backward|first|second|last|one|two|single|per|each|by|full)_pass$"
 )
+_NOT_SECRET = re.compile(rf"\$\{{|(?:https?://[^/\s@]+/)?{re.escape(HIDDEN)}$")
+"""An interpolation, or a value that is hidden already."""
 _NO_VALUE = re.compile(  # of a key with a secret name: nothing, a flag, a variable, a type, the scheme of a header
     rf"[\"'\\]*(?:|null|none|true|false|{re.escape(HIDDEN)}+|\$\{{.*|(?-i:\$[A-Z_][A-Z0-9_]+)|<[^>]*>|os\.(?:environ|getenv).*"
     r"|(?:str|int|bytes|bool|any|optional\[\w+\])(?:\s*\|\s*none)?(?:\s*=\s*none)?"

@@ -130,7 +130,7 @@ def test_a_worker_at_work_then_killed_with_its_mirror(
     state = rundir.read_state()
     assert re.search(rf"mine +running +\d+/100000 .* {state.pid}@{state.host}", out)
     assert "train" in out
-    assert "not fully uploaded to MLflow" not in err
+    assert "not fully uploaded" not in err
     assert statuses(capsys)["mine"]["eta_s"]
 
     kill_mirror(rundir)
@@ -143,7 +143,7 @@ def test_a_worker_at_work_then_killed_with_its_mirror(
     assert (rundir.read_state().status, rundir.read_state().reason) == ("killed", DIED)
     assert "uploaded: 1 killed" in err
     assert mlflow_status(rundir) == "KILLED"
-    assert "not fully uploaded to MLflow" not in said_of("status", capsys=capsys)[2]
+    assert "not fully uploaded" not in said_of("status", capsys=capsys)[2]
     assert "resume=outputs/2026-01-31/12-00-00" in said_of("status", "mine", capsys=capsys)[1]
 
 

@@ -45,7 +45,7 @@ def test_no_word_of_ours_is_in_the_table():
     ("word", "here"),
     [("lr", "optim.learning_rate"), ("bf16", "model.dtype"), ("rank", "lora.r"),
      ("lr_scheduler_type", "schedule=cosine"),
-     ("resume_from_checkpoint", "resume=auto"), ("name_or_path", "model.path"), ("tags", "MLflow"),
+     ("resume_from_checkpoint", "resume=auto"), ("name_or_path", "model.path"), ("description", "tracking.notes"),
      ("comment", "+launcher.additional_parameters.comment"), ("mail-type", "+launcher.additional_parameters.mail_type"),
      ("load_best_model_at_end", "train.metric_for_best_model"),
      ("cutoff_len", "data.max_length"), ("max_epochs", "train.num_train_epochs"), ("nobody_says_this", "")],

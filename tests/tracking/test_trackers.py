@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import TINY, composed
+from conftest import node as option_of
 
 from runner.config.bind import bind, config_dir, find_faults
 from runner.tracking import metrics_log, trackers
@@ -69,6 +71,33 @@ def test_faults_of_names_and_numbers() -> None:
     assert [fault.key for fault in find_faults(node)] == ["experiment", "run_name", "uri"]
     wrong = {**OPTION, "system_interval_s": 0, "log_model": "all", "experimant": "x"}
     assert {fault.key for fault in find_faults(wrong)} == {"system_interval_s", "log_model", "experimant"}
+
+
+@pytest.mark.parametrize(
+    ("tags", "key", "problem"),
+    [
+        ({"runner.status": "done"}, "tags.runner.status", "runner sets itself"),
+        ({"mlflow": {"note": {"content": "x"}}}, "tags.mlflow.note.content", "runner sets itself"),
+        ({"a?b": 1}, "tags.a?b", "admits no tag"),
+        ({"team": None}, "tags.team", "has no value"),
+        ({"team": {}}, "tags.team", "has no value"),
+        ("nlp", "tags", "must be a mapping"),
+    ],
+)
+def test_a_wrong_tag_is_a_fault(tags: Any, key: str, problem: str) -> None:
+    for node in (OPTION, option_of("tracking", "offline")):
+        (fault,) = find_faults({**node, "tags": tags})
+        assert (fault.key, problem in str(fault)) == (key, True)
+
+
+def test_tags_and_notes_are_set_on_the_command_line() -> None:
+    words = ("tracking.tags.team=nlp", "tracking.tags.try=2", "tracking.tags.on.cluster=true", "tracking.notes='a, b'")
+    for kind in ("mlflow", "offline"):
+        tracking = bind(composed(*TINY[2:], "model=tiny", f"tracking={kind}", *words)["tracking"])()
+        assert tracking.tags == {"team": "nlp", "try": "2", "on.cluster": "true"}
+        assert tracking.notes == "a, b"
+    without = {key: value for key, value in OPTION.items() if key not in ("tags", "notes")}
+    assert (bind(without)().tags, bind(without)().notes) == ({}, None), "runs of earlier versions have no such keys"
 
 
 def test_right_uris_pass_and_passwords_are_not_shown() -> None:

@@ -30,7 +30,7 @@ MISSING = "???"
 _KIND, _DEFAULT_KIND = "source", "local"
 
 
-OPEN = (f"data.{SOURCES}", f"data.{EVALS}", "model.rope_scaling")
+OPEN = (f"data.{SOURCES}", f"data.{EVALS}", "model.rope_scaling", "tracking.tags")
 """Mappings whose keys are not in the YAML: ``data.sources.code.path`` needs no ``+``."""
 
 

@@ -1,4 +1,6 @@
-"""MLflow's environment variables: they choose store and experiment where ``tracking`` is left at its default."""
+"""Environment variables that hold where ``tracking`` is left at its default: MLflow's for store and experiment, and
+that of the webhook.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from typing import Any
 
 from runner.errors import Fault
 from runner.secrets import take_credentials
+from runner.tracking import webhook
 from runner.tracking.trackers import check_mlflow
 
 URI, EXPERIMENT = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
@@ -18,7 +21,7 @@ DEFAULT_EXPERIMENT = "runner"
 
 
 def settle(cfg: dict[str, Any], overrides: Sequence[str]) -> list[Fault]:
-    """Write store and experiment of the environment into ``cfg``, which is frozen with them; returns the faults.
+    """Write store, experiment and webhook of the environment into ``cfg``, to be frozen with them; returns the faults.
 
     ``overrides``: what the user set has priority. With ``tracking=offline`` nothing is read.
     """
@@ -41,6 +44,8 @@ def settle(cfg: dict[str, Any], overrides: Sequence[str]) -> list[Fault]:
     elif is_default and (number := os.environ.get(EXPERIMENT_ID)):
         problem, remedy = "has no effect: an experiment is chosen by its name", f"set {EXPERIMENT} instead"
         faults.append(Fault(EXPERIMENT_ID, problem, remedy, number))
+    if (url := os.environ.get(webhook.VARIABLE)) and not _is_set("webhook", overrides):
+        tracking["webhook"] = url
     if run_id := os.environ.get(RUN_ID):
         faults.append(Fault(RUN_ID, "has no effect: each run gets a new MLflow run", "unset it", run_id))
     return faults

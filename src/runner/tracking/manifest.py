@@ -20,8 +20,8 @@ from runner.config import code_files, data_nodes, moved, pinned_weights, user_co
 from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import user_path, write_atomic
-from runner.secrets import redact, take_credentials
-from runner.tracking import checkout, origin, provenance, recovery
+from runner.secrets import HIDDEN, redact, take_credentials
+from runner.tracking import checkout, origin, provenance, recovery, webhook
 from runner.tracking.naming import default_name
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import UNFINISHED
@@ -73,13 +73,16 @@ def _is_local(path: str) -> bool:
 
 
 def keep_credentials(cfg: dict[str, Any]) -> None:
-    """Move user name and password from the tracking URI into the environment, which workers inherit.
+    """Move user name and password from the tracking URI, and the webhook, into the environment, which workers inherit.
 
     So no file of the run contains them.
     """
     node = cfg.get("tracking")
     if isinstance(node, Mapping) and isinstance(uri := node.get("uri"), str):
         cfg["tracking"]["uri"] = credentials_into_environment(uri)
+    if isinstance(node, Mapping) and isinstance(url := node.get("webhook"), str) and not url.endswith(HIDDEN):
+        cfg["tracking"]["webhook"] = webhook.hidden(url)
+        os.environ[webhook.VARIABLE] = url
 
 
 def credentials_into_environment(uri: str) -> str:

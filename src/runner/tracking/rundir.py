@@ -149,6 +149,11 @@ class RunDir:
         return self.path / "profile"
 
     @property
+    def tensorboard(self) -> Path:
+        """The event file of ``tracking.also=[tensorboard]``."""
+        return self.path / "tensorboard"
+
+    @property
     def dirty_diff(self) -> Path:
         """``git diff HEAD`` at the start of the run; written only if there were uncommitted changes."""
         return self.path / "dirty.diff"

@@ -7,22 +7,28 @@ process, ``python -m runner.mirror FOLDER``, uploads the folder to MLflow and co
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from runner.config.schema import Positive, Text
+from runner.config.bind import flatten
+from runner.config.schema import Positive, Script, Text
 from runner.errors import Fault, suggest
 from runner.files import user_path
 from runner.secrets import redact
+from runner.tracking import other_trackers
+from runner.tracking.other_trackers import Name
 
 DRIVERS = {"sqlite": "sqlite3", "postgresql": "psycopg2", "mysql": "MySQLdb", "mssql": "pyodbc"}
 """Databases that MLflow supports → the default driver module of SQLAlchemy."""
 NOT_IN_PATH = ("?", "%")
 """Characters that are not literal in the URI of a sqlite database: SQLAlchemy would open another file."""
 LONGEST_NAME = 250
+TAG = re.compile(rf"[/\w.\- :]{{1,{LONGEST_NAME}}}")
+"""The names of tags that MLflow admits."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,13 @@ class Tracking:
     uri: str | None = None
     system_metrics: bool = False
     system_interval_s: float = 10.0
+    tags: dict[str, str] = field(default_factory=dict)
+    """Tags of the user; names below others are joined with dots."""
+    notes: str | None = None
+    also: tuple[str, ...] = ()
+    """Trackers besides MLflow."""
+    webhook: str | None = None
+    """Scheme and host; the whole URL is in the environment."""
 
 
 def mlflow(
@@ -46,28 +59,58 @@ def mlflow(
     log_model: bool | Literal["adapter"],
     system_metrics: bool,
     system_interval_s: Positive,
+    tags: dict[str, Any] | None = None,
+    notes: Script | None = None,
+    also: Name | list[Name] | None = None,
+    webhook: Text | None = None,
 ) -> Tracking:
     """Upload the run to the MLflow server or database ``uri``; null: the embedded database in outputs_dir."""
-    return Tracking("mlflow", experiment, run_name, log_model, uri, system_metrics, system_interval_s)
+    return Tracking(
+        "mlflow", experiment, run_name, log_model, uri, system_metrics, system_interval_s,
+        _named(tags), notes, tuple(_listed(also)), webhook,
+    )  # fmt: skip
 
 
-def check_mlflow(*, uri: str | None, experiment: str, run_name: str | None, **_: Any) -> Iterator[Fault]:
+def check_mlflow(
+    *,
+    uri: str | None,
+    experiment: str,
+    run_name: str | None,
+    tags: dict[str, Any] | None = None,
+    webhook: str | None = None,
+    **_: Any,
+) -> Iterator[Fault]:
     yield from _name_faults(experiment, run_name)
+    yield from _tag_faults(tags)
+    if webhook is not None and not (webhook.startswith(("http://", "https://")) and _names_host(webhook)):
+        yield Fault("webhook", "is no URL of a web server", "write it as https://host/path; default: RUNNER_WEBHOOK")
     if uri is not None:
         yield from (replace(fault, value=redact(uri)) for fault in _uri_faults(uri))
 
 
-def offline(*, experiment: Text, run_name: Text | None, log_model: bool | Literal["adapter"]) -> Tracking:
+def offline(
+    *,
+    experiment: Text,
+    run_name: Text | None,
+    log_model: bool | Literal["adapter"],
+    tags: dict[str, Any] | None = None,
+    notes: Script | None = None,
+) -> Tracking:
     """Keep the records in the run folder only; ``sync`` can upload them later under these names."""
-    return Tracking("offline", experiment, run_name, log_model)
+    return Tracking("offline", experiment, run_name, log_model, tags=_named(tags), notes=notes)
 
 
-def check_offline(*, experiment: str, run_name: str | None, **_: Any) -> Iterator[Fault]:
+def check_offline(
+    *, experiment: str, run_name: str | None, tags: dict[str, Any] | None = None, **_: Any
+) -> Iterator[Fault]:
     yield from _name_faults(experiment, run_name)
+    yield from _tag_faults(tags)
 
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
-    """Check a tracker together with the rest of the configuration."""
+    """Check a tracker on this machine, and together with the rest of the configuration."""
+    for fault in other_trackers.faults(_listed(cfg["tracking"].get("also"))):
+        yield fault.below("tracking")
     if "uri" not in cfg["tracking"] or cfg["tracking"]["uri"] is not None:
         return
     folder = user_path(cfg["outputs_dir"], "outputs_dir").absolute()
@@ -86,6 +129,28 @@ def _name_faults(experiment: str, run_name: str | None) -> Iterator[Fault]:
     for key, name in (("experiment", experiment), ("run_name", run_name)):
         if name is not None and not 0 < len(name.strip()) <= LONGEST_NAME:
             yield Fault(key, f"must have 1 to {LONGEST_NAME} characters", "choose another name", name)
+
+
+def _named(tags: Mapping[str, Any] | None) -> dict[str, str]:
+    """Name → value of each tag, as texts."""
+    return {name: text for name, text in flatten(tags or {}) if name}
+
+
+def _listed(also: Name | list[Name] | None) -> list[Name]:
+    """The trackers, each once."""
+    return list(dict.fromkeys([also] if isinstance(also, str) else also or []))
+
+
+def _tag_faults(tags: Mapping[str, Any] | None) -> Iterator[Fault]:
+    for name, text in _named(tags).items():
+        if name.startswith(("mlflow.", "runner.")):
+            remedy = "choose another name; the description of a run is tracking.notes"
+            yield Fault(f"tags.{name}", "is a name that MLflow or runner sets itself", remedy, text)
+        elif not TAG.fullmatch(name):
+            remedy = f"use at most {LONGEST_NAME} letters, digits, spaces and / . - : _"
+            yield Fault(f"tags.{name}", "MLflow admits no tag of this name", remedy, text)
+        elif text in ("null", "{}", '""'):
+            yield Fault(f"tags.{name}", "has no value", "give it a text, a number, true or false", text)
 
 
 def _uri_faults(uri: str) -> Iterator[Fault]:

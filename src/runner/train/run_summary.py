@@ -165,6 +165,8 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
         terminal.print_line(f"not uploaded to MLflow: {mirrored.unsent} records ({mirrored.message})")
         if upload != following:
             terminal.print_line(f"upload   {upload}")
+    for line in spawn.lacking(mirrored, rundir.path) if mirrored else []:
+        terminal.print_line(line)
     terminal.print_line(f"next     {following}")
 
 

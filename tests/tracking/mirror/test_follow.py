@@ -30,8 +30,9 @@ from fixtures.mirrored_runs import (
     start_worker,
     the_run,
 )
+from fixtures.web_servers import Web, web
 
-from runner.tracking import metrics_log
+from runner.tracking import metrics_log, webhook
 from runner.tracking.mirror import backlog, follow, spawn, sync
 from runner.tracking.mlflow import store
 from runner.tracking.mlflow.run import DIED, MlflowRun
@@ -98,6 +99,19 @@ def test_it_gives_up_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     report = spawn.read_report(rundir)
     assert (report["sent"], report["unsent"]) == (0, 5)
     assert "refused" in report["problem"]
+
+
+def test_the_end_of_a_run_is_reported_to_its_webhook(outputs: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(webhook.VARIABLE, web.url)
+    rundir = finish(make_run(outputs, webhook=webhook.hidden(web.url)), status="running")
+    assert follow.follow(rundir) == 0
+    (message,) = web.messages
+    assert (message["run"], message["status"], message["reason"]) == ("run", "killed", DIED)
+    assert message["mlflow_run_id"] == rundir.read_manifest()["mlflow"]["run_id"]
+    web.answers.append(404)
+    assert follow.follow(rundir) == 0, "it does not fail the upload"
+    assert "404" in spawn.read_report(rundir)["webhook"]
+    assert not backlog.is_behind(rundir)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

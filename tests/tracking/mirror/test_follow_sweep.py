@@ -25,8 +25,11 @@ from fixtures.mirrored_sweeps import (
     statuses,
     worker,
 )
+from fixtures.web_servers import Web, web
 
-from runner.tracking.mirror import spawn, sync
+from runner.tracking import webhook
+from runner.tracking.mirror import follow_sweep, spawn, sync
+from runner.tracking.mlflow import parent_run
 from runner.tracking.state_file import DIED
 from runner.tracking.sweepdir import SweepDir
 
@@ -84,6 +87,20 @@ def test_a_sweep_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert (parent_of(sweep).info.status, only_parents(sweep)) == ("FAILED", 1)
     for rundir, status in ((first, "FINISHED"), (second, "FAILED"), (third, "FINISHED"), (added, "FINISHED")):
         assert_mirrored(rundir, status)
+
+
+def test_the_end_of_a_sweep_is_reported_by_the_process_that_uploads_it(
+    outputs: Path, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(webhook.VARIABLE, web.url)
+    sweep = make_sweep(outputs, 2, webhook=webhook.hidden(web.url))
+    for rundir, status in zip(sweep.rundirs(), ("completed", "failed"), strict=True):
+        finish(rundir, status=status)
+    assert parent_run.open_sweep(sweep) == ""
+    for _ in range(2):  # the second has nothing to upload
+        assert follow_sweep._Mirror(sweep, "").run() == 0
+    (message,) = web.messages
+    assert (message["counts"], message["status"]) == ({"completed": 1, "failed": 1}, "FAILED")
 
 
 def test_kill_9_of_the_queue_and_of_a_worker(outputs: Path) -> None:

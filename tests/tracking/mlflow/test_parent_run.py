@@ -19,7 +19,9 @@ import yaml
 from conftest import until
 from fixtures.mirrored_runs import assert_mirrored, finish, fork, outputs, the_run
 from fixtures.mirrored_sweeps import add_jobs, children_of, client_of, make_sweep, only_parents, parent_of, statuses
+from fixtures.web_servers import Web, web
 
+from runner.tracking import webhook
 from runner.tracking.mirror import spawn, sync
 from runner.tracking.mlflow import parent_run, store
 from runner.tracking.mlflow.run import MlflowRun
@@ -53,6 +55,26 @@ def test_parent_and_children(outputs: Path) -> None:
     assert parent_run.open_sweep(sweep, queued=True) == ""
     assert (sweep.read()["mlflow"], only_parents(sweep)) == (before, 1)
     assert statuses(sweep) == ["-", "FINISHED", "-", "-", "-"]
+
+
+def test_the_parent_has_the_tags_and_notes_of_its_runs(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 2, **{**OFFLINE, "tags": {"team": "nlp"}, "notes": "which rank?"})
+    assert parent_run.open_sweep(sweep, offline=True) == ""
+    tags = parent_of(sweep).data.tags
+    assert (tags["team"], tags["mlflow.note.content"], tags["runner.kind"]) == ("nlp", "which rank?", "sweep")
+
+
+def test_the_end_of_a_sweep_is_reported_once(outputs: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(webhook.VARIABLE, web.url)
+    sweep = make_sweep(outputs, 2, webhook=webhook.hidden(web.url))
+    assert parent_run.open_sweep(sweep, queued=True) == ""
+    for number, rundir in enumerate(sweep.rundirs()):
+        finish(rundir, status="completed" if number else "failed")
+        assert [parent_run.update_parent(sweep, queued=not number, notifies=True) for _ in range(2)] == ["", ""]
+        assert len(web.messages) == number
+    (message,) = web.messages
+    assert (message["kind"], message["counts"]) == ("sweep", {"completed": 1, "failed": 1})
+    assert message["mlflow_run_id"] == parent_of(sweep).info.run_id
 
 
 def test_swept_values_are_those_of_the_command() -> None:

@@ -61,6 +61,20 @@ def test_a_whole_run(outputs: Path) -> None:
     assert rundir.read_manifest()["mlflow"]["url"] is None
 
 
+def test_tags_and_notes_are_those_of_a_new_run_and_may_be_edited(outputs: Path) -> None:
+    rundir = finish(make_run(outputs, tags={"team": "nlp", "try": 2}, notes="first\nsecond"), status="preempted")
+    MlflowRun.of(rundir).update()
+    run, client = the_run(rundir), store.connect(f"sqlite:///{outputs}/mlflow.db")
+    wanted = {"team": "nlp", "try": "2", "mlflow.note.content": "first\nsecond"}
+    assert wanted.items() <= run.data.tags.items()
+    client.set_tag(run.info.run_id, "mlflow.note.content", "edited")
+    client.delete_tag(run.info.run_id, "team")
+    rundir.write_state(status="completed")
+    MlflowRun.of(rundir).update()
+    tags = assert_mirrored(rundir, "FINISHED").data.tags
+    assert (tags["mlflow.note.content"], tags["try"], "team" in tags) == ("edited", "2", False)
+
+
 def test_again_and_again_changes_nothing(outputs: Path) -> None:
     rundir = finish(make_run(outputs))
     MlflowRun.of(rundir).update()

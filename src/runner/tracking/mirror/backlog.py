@@ -35,12 +35,17 @@ def is_wanted(rundir: RunDir) -> bool:
 
 def is_behind(rundir: RunDir) -> bool:
     """Whether an ended run is not fully uploaded, and no process is uploading it."""
+    return not is_complete(rundir) and not _is_uploading(rundir) and is_wanted(rundir)
+
+
+def is_complete(rundir: RunDir) -> bool:
+    """Whether MLflow and the other trackers have everything of an ended run."""
     try:
         report = json.loads(rundir.mirror_report.read_text())
-        is_uploaded = not report.get("problem") and report["uploaded"] == rundir.read_state().updated
+        problems = [report.get("problem"), *report.get("also", {}).values()]
+        return not any(problems) and bool(report["uploaded"] == rundir.read_state().updated)
     except (OSError, ValueError, AttributeError, KeyError, DamagedError):
-        is_uploaded = False
-    return not is_uploaded and not _is_uploading(rundir) and is_wanted(rundir)
+        return False
 
 
 def upload_ended(ended: Sequence[RunDir]) -> int:
@@ -49,7 +54,7 @@ def upload_ended(ended: Sequence[RunDir]) -> int:
     if not behind:
         return 0
     runs = f"{len(behind)} runs" if len(behind) > 1 else behind[0].path.name
-    print(f"not fully uploaded to MLflow: {runs}; uploading now …", file=sys.stderr, flush=True)
+    print(f"not fully uploaded: {runs}; uploading now …", file=sys.stderr, flush=True)
     problems = upload([rundir.path for rundir in behind])
     for problem in problems:
         print(f"  {problem}", file=sys.stderr)

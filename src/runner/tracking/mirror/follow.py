@@ -17,6 +17,8 @@ from pathlib import Path
 
 from runner.errors import DamagedError
 from runner.secrets import redact
+from runner.tracking import webhook
+from runner.tracking.also.sending import Sending
 from runner.tracking.metrics_log import append_to, tail
 from runner.tracking.mirror.system_metrics import Sampler
 from runner.tracking.mlflow import parent_run
@@ -48,21 +50,29 @@ def follow(rundir: RunDir, since: float = 0.0, publish: Publish | None = None) -
     with only_one(rundir.mirror_lock, wait=True) as is_locked:
         if not is_locked or not _has_started(rundir, since):
             return 0
-        follower, give_up_at = Follower(MlflowRun.of(rundir), updates_parent=True, publish=publish), float("inf")
-        while not follower.step():
-            if not follower.ended:
-                give_up_at = float("inf")
-            elif give_up_at == float("inf"):
-                give_up_at = time.monotonic() + GRACE_S
-            if time.monotonic() > give_up_at:
-                say(f"gave up: {follower.run.report(follower.problem)} records not uploaded")
-                return GAVE_UP
-            time.sleep(POLL_S)
-        return 0
+        follower = Follower(MlflowRun.of(rundir), updates_parent=True, publish=publish)
+        code = _to_the_end(follower)
+        follower.notify()
+        return code
+
+
+def _to_the_end(follower: Follower) -> int:
+    """Upload until the end of the run is uploaded, or the store does not answer after it; returns the exit code."""
+    give_up_at = float("inf")
+    while not follower.step():
+        if not follower.ended:
+            give_up_at = float("inf")
+        elif give_up_at == float("inf"):
+            give_up_at = time.monotonic() + GRACE_S
+        if time.monotonic() > give_up_at:
+            say(f"gave up: {follower.run.report(follower.problem)} records not uploaded")
+            return GAVE_UP
+        time.sleep(POLL_S)
+    return 0
 
 
 class Follower:
-    """Uploads one run to MLflow while it trains, until its end is uploaded."""
+    """Uploads one run to MLflow, and sends it to its other trackers, while it trains, until its end is uploaded."""
 
     def __init__(
         self, run: MlflowRun, *, updates_parent: bool, gpus: str | None = None, publish: Publish | None = None
@@ -74,6 +84,7 @@ class Follower:
         self._parent = sweep_of(run.rundir) if updates_parent else None
         self._parent_exists, self._parent_status, self._due = False, "", 0.0
         self._samples = _samples(run, gpus)
+        self._also = Sending(run.rundir, run.tracking, run.config, run.also)
         run.packages = _installed()
 
     def step(self, may_upload: bool = True) -> bool:
@@ -91,6 +102,10 @@ class Follower:
             next(self._samples)
         elif not before:
             self._due = 0.0
+        if lines := self._also.send(self.state):
+            self.run.report(self.problem)
+            for line in lines:
+                say(line, self.run.rundir)
         if not may_upload or time.monotonic() < self._due:
             return False
         before_problem, self.problem = self.problem, self._upload()
@@ -108,8 +123,19 @@ class Follower:
         self._due = time.monotonic() + (min(pause, 1.0) if self.ended else pause)
         return False
 
+    def notify(self) -> None:
+        """Send the message about the end of a run to its webhook; of a sweep, the end of all of it is reported."""
+        run = self.run
+        if self.state.status not in ENDED or self._parent or not run.rundir.state.exists():
+            return
+        run.webhook = webhook.notify(run.tracking.webhook, webhook.of_run(run.rundir, run.rundir.read_state()))
+        if run.webhook:
+            say(f"webhook {run.webhook}", run.rundir)
+            run.report(self.problem)
+
     def _close_removed(self) -> None:
         """The folder of the run was removed while it trained: do not leave its MLflow run running."""
+        self._also.close()
         reason = f"its folder was removed: {self.run.rundir.path}"
         say(self.run.try_close(reason) or reason)
 
@@ -124,7 +150,7 @@ class Follower:
         if problem := run.try_update():
             return problem
         if self._parent and self._parent_status != run.status:
-            if problem := parent_run.update_parent(self._parent, publish=self._publish):
+            if problem := parent_run.update_parent(self._parent, publish=self._publish, notifies=True):
                 return problem
             self._parent_status = run.status
         return ""

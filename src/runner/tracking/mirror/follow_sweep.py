@@ -17,6 +17,7 @@ from pathlib import Path
 
 from runner.errors import RunnerError
 from runner.files import locked, stamp, write_atomic
+from runner.tracking import webhook
 from runner.tracking.mirror.follow import (
     BATCH_S,
     GAVE_UP,
@@ -104,6 +105,10 @@ class _Mirror:
     """Do not call the store before this time, as it did not answer."""
     failures: int = 0
     parent_due: float = 0.0
+    also: dict[str, str] = field(default_factory=dict)
+    """Each tracker of ``tracking.also`` that lacks something of an ended run → the first reason."""
+    webhook: str | None = None
+    """The webhook of the runs that this process has uploaded."""
     parent_counts: tuple[object, ...] = ()
     """The counts that the parent run has."""
 
@@ -155,6 +160,7 @@ class _Mirror:
         if run.tracking.kind == "offline":
             lock.close()
             return True
+        self.webhook = run.tracking.webhook
         follower = Follower(run, updates_parent=False, gpus=rundir.read_manifest().get("gpus"))
         self.active[rundir.path] = _Followed(follower, lock)
         return True
@@ -177,6 +183,7 @@ class _Mirror:
             elif is_done:
                 self._record_answer("")
             if is_done:
+                self.also = {name: text for name, text in each.follower.run.also.items() if text} | self.also
                 each.lock.close()
                 del self.active[path]
                 self.stamps.pop(path, None)  # the run may have been started again meanwhile
@@ -212,8 +219,19 @@ class _Mirror:
         for each in self.active.values():
             each.follower.run.report(each.follower.problem or self.problem)
         say(f"gave up: {len(self.active)} runs not fully uploaded" if code else "uploaded all runs")
-        _report(self.sweep, opened=self.opened, incomplete=len(self.active), problem=self.problem if code else "")
+        progress = {"problem": self.problem if code else "", "also": self.also, "webhook": self._notify()}
+        _report(self.sweep, opened=self.opened, incomplete=len(self.active), **progress)
         return code
+
+    def _notify(self) -> str:
+        """Send the message about the end of the sweep; returns the error message, empty on success."""
+        if self.webhook is None:
+            return ""
+        states = [self.states.get(rundir.path, State()) for rundir in self.rundirs]
+        status = parent_run.parent_status(states, False)
+        if problem := webhook.notify(self.webhook, webhook.of_sweep(self.sweep, status, states)):
+            say(f"webhook {problem}")
+        return problem
 
 
 def _needs_upload(rundir: RunDir, state: State) -> bool:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class SweepResult:
     """Ended runs that are not fully uploaded."""
     message: str
     """How to open the sweep in MLflow, or why the upload is incomplete; ``python -m runner sync`` completes it."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """Each tracker of ``tracking.also`` that lacks something → the first reason."""
+    webhook: str = ""
+    """Why the message to ``tracking.webhook`` was not sent."""
 
 
 @contextlib.contextmanager
@@ -60,6 +64,16 @@ def mirrored(sweep: SweepDir, codes: list[int]) -> Iterator[Callable[[], None]]:
     if result.incomplete:
         print(f"not fully uploaded to MLflow: {result.incomplete} runs ({result.message})", file=sys.stderr)
         print(f"to upload them: python -m runner sync {sweep.path}", file=sys.stderr)
+    for line in lacking(result, sweep.path):
+        print(line, file=sys.stderr)
+
+
+def lacking(result: MirrorResult | SweepResult, folder: Path) -> list[str]:
+    """A line for each tracker that does not have everything of a run or sweep, and for a message that was not sent."""
+    problems = {name: problem for name, problem in result.also.items() if problem}
+    later = f"send it later: python -m runner sync {folder}"
+    lines = [f"not fully sent to {name}: {problem}; {later}" for name, problem in problems.items()]
+    return [*lines, *([f"webhook  {result.webhook}"] if result.webhook else [])]
 
 
 def start_sweep_mirror(sweep: SweepDir) -> Mirror | None:
@@ -107,7 +121,8 @@ def wait_sweep_mirror(mirror: Mirror | None, sweep: SweepDir, timeout_s: float =
     code = _exit_code(mirror, timeout_s)
     report = read_report(sweep)
     message = _message(code, mirror.pid, sweep.mirror_log, sweep.read().get("mlflow") or {}, report)
-    return SweepResult(0 if code == 0 else int(report.get("incomplete", 0)), message)
+    incomplete, webhook = 0 if code == 0 else int(report.get("incomplete", 0)), str(report.get("webhook") or "")
+    return SweepResult(incomplete, message, report.get("also") or {}, webhook)
 
 
 def _message(code: int | None, pid: int, log: Path, ids: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -183,6 +198,10 @@ class MirrorResult:
     """Records that are not in MLflow yet."""
     message: str
     """How to open the run in MLflow, or why the upload is incomplete; ``python -m runner sync`` completes it."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """Each tracker of ``tracking.also`` → why it does not have everything; empty if it has."""
+    webhook: str = ""
+    """Why the message to ``tracking.webhook`` was not sent."""
 
 
 def wait_mirror(proc: Mirror | None, rundir: RunDir, timeout_s: float = 60.0) -> MirrorResult:
@@ -193,13 +212,16 @@ def wait_mirror(proc: Mirror | None, rundir: RunDir, timeout_s: float = 60.0) ->
     ids, report = rundir.read_manifest().get("mlflow") or {}, read_report(rundir)
     # A killed upload process may have sent more than it reported: this is an upper bound.
     unsent = 0 if code == 0 else max(0, len(read(rundir)) - int(report.get("sent", 0)))
-    return MirrorResult(ids.get("url"), unsent, _message(code, proc.pid, rundir.mirror_log, ids, report))
+    message = _message(code, proc.pid, rundir.mirror_log, ids, report)
+    also, webhook = report.get("also") or {}, str(report.get("webhook") or "")
+    return MirrorResult(ids.get("url"), unsent, message, also, webhook)
 
 
 def read_report(folder: RunDir | SweepDir) -> dict[str, Any]:
     """Progress of the upload from mirror.json; empty if there is none.
 
-    Of a run {sent, unsent, problem, uploaded}, of a sweep {pid, opened, incomplete, problem}.
+    Of a run {sent, unsent, problem, uploaded, also, webhook}, of a sweep {pid, opened, incomplete, problem,
+    also, webhook}.
     """
     try:
         return dict(json.loads(folder.mirror_report.read_text()))

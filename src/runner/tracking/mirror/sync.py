@@ -11,13 +11,15 @@ from pathlib import Path
 from runner import terminal
 from runner.errors import DamagedError, Fault, RunnerError, TrackingError, refuse
 from runner.tracking import lookup, recovery
+from runner.tracking.also.sending import Sending
 from runner.tracking.lookup import find_runs
 from runner.tracking.manifest import credentials_into_environment
 from runner.tracking.metrics_log import read
+from runner.tracking.mirror.backlog import is_complete
 from runner.tracking.mirror.follow import close_if_dead, only_one
 from runner.tracking.mlflow import parent_run, rest, store
 from runner.tracking.mlflow.parent_run import Publish
-from runner.tracking.mlflow.run import MlflowRun
+from runner.tracking.mlflow.run import ENDED, MlflowRun
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir, home_of, sweep_of
@@ -156,6 +158,7 @@ def _upload(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResu
             return SyncResult(rundir.path, state.status, 0, None, str(error))
         # Whether a Slurm job was requeued only Slurm can answer: ``status`` queries it and updates the state.
         state = state if state.scheduler_id else close_if_dead(rundir)
+        was_complete, run.also = is_complete(rundir), dict.fromkeys(run.tracking.also, "")
         problem = silent.get(run.uri) or run.try_update(closes_doubles=True)
         if problem and not store.answers(run.uri):
             silent[run.uri] = problem
@@ -163,7 +166,10 @@ def _upload(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResu
             problem = _unverified(state)
         if uri and problem:  # mirror.json describes the run's own store, which was not touched
             return SyncResult(rundir.path, state.status, max(0, len(read(rundir)) - run.sent), None, problem)
+        if state.status in ENDED and not was_complete:
+            Sending(rundir, run.tracking, run.config, run.also).send(state)
         unsent = run.report(problem)
+        problem = problem or "; ".join(f"{name}: {text}" for name, text in run.also.items() if text)
         url = (rundir.read_manifest().get("mlflow") or {}).get("url")
         return SyncResult(rundir.path, state.status, unsent, url, problem)
 

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config.bind import bind
 from runner.errors import DamagedError, RunnerError
-from runner.files import locked
+from runner.files import is_held, locked
 from runner.secrets import take_credentials
+from runner.tracking import webhook
 from runner.tracking.machine import user
 from runner.tracking.manifest import read_config
 from runner.tracking.mlflow import store, upload
 from runner.tracking.mlflow.run import artifacts_dir, home, note, parent_of, where
-from runner.tracking.mlflow.tags import KIND_TAG, PARENT_TAG, source_name
+from runner.tracking.mlflow.tags import KIND_TAG, PARENT_TAG, of_user, source_name
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir
@@ -115,6 +116,7 @@ def update_parent(
     queued: bool | None = None,
     restore: bool = True,
     publish: Publish | None = None,
+    notifies: bool = False,
 ) -> str:
     """Update status and counts of the parent run, if there is one, from the states of its runs.
 
@@ -123,6 +125,7 @@ def update_parent(
         queued: whether a queue or scheduler will start the pending runs; None: find out.
         restore: restore a deleted parent run.
         publish: called if no run of the sweep is running or pending.
+        notifies: send the message about the end of the sweep, if this is the update that ends it.
 
     Returns:
         the error message; empty on success.
@@ -138,7 +141,10 @@ def update_parent(
                 return problem
             rundirs = sweep.rundirs()
             states = list(states) if states is not None else [_state(rundir) for rundir in rundirs]
-            if _send_counts(client, run.info.run_id, sweep, rundirs, states, queued) != "RUNNING" and publish:
+            status = _send_counts(client, run.info.run_id, sweep, rundirs, states, queued)
+            if notifies and status != "RUNNING" and run.info.status == "RUNNING" and not is_held(sweep.search_lock):
+                _notify(sweep, status, states)
+            if status != "RUNNING" and publish:
                 publish(client, run, sweep, rundirs, states)
             return ""
     except Exception as error:
@@ -146,6 +152,13 @@ def update_parent(
             return store.explained(error, recorded["uri"])
     # Deleted permanently: create a new one.
     return try_open(sweep, recorded["uri"], queued=queued, offline=True, restore=restore)
+
+
+def _notify(sweep: SweepDir, status: str, states: Sequence[State]) -> None:
+    """Send the message about the end of a sweep to the webhook of its runs."""
+    first = next(_jobs(sweep, None, False), None)
+    if first and (problem := webhook.notify(first.tracking.webhook, webhook.of_sweep(sweep, status, states))):
+        log.warning(f"webhook {problem}")
 
 
 def parent_status(states: Collection[State], is_queued: bool) -> str:
@@ -191,6 +204,7 @@ def _parent(client: MlflowClient, experiment: str, first: Job, sweep: SweepDir, 
         return run
     command = (manifest.get("commands") or [[]])[-1]
     tags = {
+        **of_user(first.tracking),
         KIND_TAG: "sweep",
         "runner.sweep": manifest.get("name"),
         "runner.folder": str(sweep.path),

@@ -67,6 +67,10 @@ class MlflowRun:
     """Number of records of metrics.jsonl that are in MLflow."""
     uploaded: float = 0.0
     """``updated`` of the final state, once everything is uploaded; 0 while the run continues."""
+    also: dict[str, str] = field(default_factory=dict)
+    """Each tracker of ``tracking.also`` → why it does not have everything; empty if it has."""
+    webhook: str = ""
+    """Why the message to ``tracking.webhook`` was not sent."""
 
     @classmethod
     def of(cls, rundir: RunDir, uri: str | None = None) -> MlflowRun:
@@ -123,6 +127,7 @@ class MlflowRun:
         unsent = max(0, len(read(self.rundir)) - self.sent)
         if self.rundir.path.exists():
             report = {"sent": self.sent, "unsent": unsent, "problem": problem, "uploaded": self.uploaded}
+            report |= {name: value for name, value in (("also", self.also), ("webhook", self.webhook)) if value}
             write_atomic(self.rundir.mirror_report, json.dumps(report))
         return unsent
 
@@ -136,7 +141,8 @@ class MlflowRun:
         if run is None:
             name = self.tracking.run_name or short_name(manifest) or self.rundir.path.name
             started = state.started or (state.updated if state.status in ENDED else time.time())
-            initial = {**tags.of_run(self.rundir, manifest, state), tags.PARENT_TAG: parent.get("parent_run_id")}
+            initial = {**tags.of_user(self.tracking), **tags.of_run(self.rundir, manifest, state)}
+            initial[tags.PARENT_TAG] = parent.get("parent_run_id")
             run = store.create_run(client, experiment, identity, name, started, initial)
         note(self.rundir, self.uri, run, **parent)
         upload.send_params(client, run, self.config, manifest.get("choices"))

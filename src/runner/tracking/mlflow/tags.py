@@ -13,8 +13,9 @@ from runner.tracking.machine import user
 from runner.tracking.metrics_log import before_and_after, of_model, read
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import State
+from runner.tracking.trackers import Tracking
 
-PARENT_TAG, KIND_TAG = "mlflow.parentRunId", "runner.kind"
+PARENT_TAG, KIND_TAG, NOTE_TAG = "mlflow.parentRunId", "runner.kind", "mlflow.note.content"
 MODEL_METRICS = "runner.model_metrics"
 """The evaluation of the weights in ``model`` as JSON, if they are not the last ones: MLflow shows the last values."""
 
@@ -51,6 +52,11 @@ def of_run(rundir: RunDir, manifest: dict[str, Any], state: State) -> dict[str, 
         "mlflow.source.git.commit": own.get("sha") or git.get("sha"),
         "mlflow.user": user(),
     }
+
+
+def of_user(tracking: Tracking) -> dict[str, str | None]:
+    """The user's own tags and notes. Only for a new run: they may be edited in MLflow."""
+    return {**tracking.tags, NOTE_TAG: tracking.notes}
 
 
 def source_name(command: str | list[str]) -> str:
