@@ -130,7 +130,11 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _options(room: str) -> Iterator[str]:
     for name, function in inspect.getmembers(importlib.import_module(room), inspect.isfunction):
-        if function.__module__ == room and not name.startswith(("_", "check_", "like_")) and bind.keys_of(function):
+        if (
+            function.__module__ == room
+            and not name.startswith(("_", "check_", "like_", "state_values_"))
+            and bind.keys_of(function)
+        ):
             yield name
 
 

@@ -149,3 +149,15 @@ def test_a_run_trains_longer_rows_and_is_loaded_with_its_scaling(
     card = Path("adapter/README.md").read_text()
     assert "config = AutoConfig.from_pretrained(folder)" in card
     assert ", config=config)" in card
+
+
+def test_the_changes_hold_for_a_base_that_has_moved(tmp_path: Path, source: ModelSource) -> None:
+    from runner.train.options import Options
+
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    words = ("model.rope_scaling={rope_type:linear,factor:2.0}", "model.new_tokens=[a_b]")
+    for model, positions in (("model=tiny", ""), ("model=local", f"model.path={source.path}")):
+        options = Options(composed(model, *words, *filter(None, [positions])))
+        moved = options.model_in(source.path, is_base=True)
+        assert (moved.rope_scaling, moved.new_tokens, moved.max_position_embeddings) == (scaling, ("a_b",), None)
+        assert options.model_in(source.path).rope_scaling is None

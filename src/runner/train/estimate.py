@@ -60,7 +60,9 @@ def expect(inputs: Inputs) -> Expected:
     memory = peak.MemoryEstimate(
         weights=weights,
         gradients=gradients * (2 if parallel.kind == "ddp" and parallel.processes > 1 else 1),  # plus DDP's buckets
-        optimizer=optimizer_state.state_bytes(options.optim, groups, inputs.device, trained_dtype),
+        optimizer=optimizer_state.state_bytes(
+            options.optim, groups, inputs.device, trained_dtype, options.optimizer_state_values
+        ),
         activations=activations,
         libraries=held + peak.allocator_waste(inputs.device, activations or 0, gradients),
     )

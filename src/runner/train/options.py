@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runner.config import data_nodes, eval_metrics, pinned_weights, schema, user_code, user_function
-from runner.config.bind import bind
+from runner.config.bind import bind, bind_target, bound_companion
 from runner.data import formats
 from runner.data.examples import Example
 from runner.data.mixture import ALONE, Mixture
@@ -94,11 +94,13 @@ class Options:
         ``trusts_code``: run Python files of the folder, if ``model`` does. ``is_base``: the folder has the files of
         ``model``, which are loaded with its changes; a trained model has the changes in its files.
         """
-        node = {key: value for key, value in self._cfg["model"].items() if key in ("dtype", "attention")}
+        own, keys = self._cfg["model"], ("dtype", "attention", *(sources.CHANGES if is_base else ()))
+        node = {key: value for key, value in own.items() if key in keys}
+        if bind_target(own) is sources.random:
+            node.pop("max_position_embeddings", None)  # the folder has this shape
         code = trusts_code and bool(self._cfg["model"].get("trust_remote_code"))
         node |= {"path": folder, "revision": None, "trust_remote_code": code}
-        source = self._with_head(bind(node, "model", sources.pretrained)())
-        return replace(source, **{key: getattr(self.model, key) for key in sources.CHANGES}) if is_base else source
+        return self._with_head(bind(node, "model", sources.pretrained)())
 
     def _with_head(self, source: ModelSource) -> ModelSource:
         head = self.task.head
@@ -165,6 +167,11 @@ class Options:
                 {"format": form, "task": self._cfg["task"], **code},
             )
         return sets
+
+    @property
+    def optimizer_state_values(self) -> Callable[..., int] | None:
+        """(shape, kind) → numbers in the state of a parameter, if the option declares them."""
+        return bound_companion("state_values", self._cfg["optim"])
 
     @property
     def average(self) -> str:

@@ -18,8 +18,16 @@ VALUES = 2**18
 """The state of a larger parameter is not measured but extrapolated."""
 
 
-def state_bytes(option: Callable[[Groups], Optimizer], groups: Groups, device: torch.device, dtype: torch.dtype) -> int:
+def state_bytes(
+    option: Callable[[Groups], Optimizer],
+    groups: Groups,
+    device: torch.device,
+    dtype: torch.dtype,
+    values_of: Callable[[torch.Size, str], int] | None = None,
+) -> int:
     """Bytes of optimizer state for these parameters, measured with one step on one parameter of each shape.
+
+    ``values_of``: (shape, kind) → numbers in the state of a parameter, of an optimizer that is not measured.
 
     A parameter with more than ``VALUES`` values is extrapolated from two with fewer rows: of every optimizer here, the
     bytes grow linearly with the rows.
@@ -27,6 +35,10 @@ def state_bytes(option: Callable[[Groups], Optimizer], groups: Groups, device: t
     Raises:
         ConfigError: the optimizer refuses these parameters, or cannot make a step on this device.
     """
+    if values_of is not None:
+        option(groups)  # refuses what it cannot train
+        values = (values_of(p.shape, group["kind"]) for group in groups for p in group["params"])
+        return sum(values) * dtype.itemsize
     counts = [Counter(parameter.shape for parameter in group["params"]) for group in groups]
     samples = [{shape: [_parameter(size, device, dtype) for size in _sizes(shape)] for shape in of} for of in counts]
     flat = [list(itertools.chain.from_iterable(sample.values())) for sample in samples]
