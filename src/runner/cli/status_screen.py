@@ -22,8 +22,8 @@ from runner.tracking.run_status import RunStatus
 TITLES = ("run", "status", "", "step", "", "loss", "left", "memory")
 NARROWEST, WIDEST = 16, 48
 """Characters of the column of names."""
-LEAVES_FIRST = (4, 2, 7, 6)
-"""Columns that a narrow terminal does not show: loss curve, bar, memory, time left."""
+LEAVES_FIRST = (2, 4, 7, 6)
+"""Columns that a narrow terminal does not show: bar, loss curve, memory, time left."""
 BAR, CURVE = 10, 16
 BLOCKS = "▁▂▃▄▅▆▇█"
 

@@ -58,7 +58,7 @@ def notify(webhook: str | None, message: Mapping[str, Any]) -> str:
 def of_run(rundir: RunDir, state: State) -> dict[str, Any]:
     """The message about a run that has ended."""
     manifest = rundir.read_manifest()
-    name, mlflow = naming.label(manifest, rundir.path), manifest.get("mlflow") or {}
+    name, mlflow = naming.short_name(manifest) or rundir.path.name, manifest.get("mlflow") or {}
     metrics = {
         key: float(value)
         for key, value in state.summary.items()

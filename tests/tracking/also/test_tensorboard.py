@@ -4,22 +4,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures.mirrored_runs import assert_mirrored, finish, make_run, outputs
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runner.tracking import metrics_log
 from runner.tracking.mirror import backlog, follow, spawn, sync
 from runner.tracking.rundir import RunDir
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 ALSO = ["tensorboard"]
 
 
-def shown(rundir: RunDir) -> EventAccumulator:
+def shown(rundir: RunDir) -> Any:
     """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     files = EventAccumulator(str(rundir.tensorboard), {"scalars": 0, "tensors": 0})
     files.Reload()
     return files
