@@ -112,4 +112,5 @@ def _post(url: str, message: Mapping[str, Any], problems: list[str]) -> None:
         with request.build_opener(NoRedirect).open(post, timeout=TIMEOUT_S):
             problems.append("")
     except Exception as error:  # no route, no certificate, a refusal, no HTTP …
-        problems.append(redact(first_line(error)))
+        if not isinstance(getattr(error, "reason", error), TimeoutError):
+            problems.append(redact(first_line(error)))
