@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, composed, prepared
 
+from runner.models.kernels import compilation
 from runner.tasks import cross_entropy
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
@@ -116,6 +117,45 @@ def test_a_peak_far_from_the_estimate_is_a_warning(
     assert metrics["memory/probed_gib"] == pytest.approx(factor * metrics["memory/expected_gib"], rel=1e-3)
     assert ("GiB estimated" in caplog.text) == is_said
     assert all(parameter.grad is None for parameter in parts.model.parameters())
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_for_the_rows_that_fit_and_not_for_any_number(
+    on_cpu: None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compiled as when this number is tried first."""
+
+    symbolic: list[tuple[int, bool]] = []  # rows of the try, and whether a graph has a size that is not fixed
+    tried, real = [], cross_entropy.sums
+
+    def sums(model: Any, batch: Any) -> Any:
+        tried.append(batch["input_ids"].numel() // LENGTH)
+        result = real(model, batch)
+        if tried[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        symbolic.append((tried[-1], any(isinstance(value, torch.SymInt) for value in example_inputs)))
+        return graph.forward
+
+    def of_four_rows(most: int) -> list[tuple[int, bool]]:
+        torch._dynamo.reset()
+        made = build.resolve_micro_batch_size(
+            inputs.inputs(Options(composed(*EIGHT, f"train.per_device_batch_size={most}")))
+        )
+        parts = build.parts(made, RunDir(tmp_path))
+        for layer in compilation.decoder_layers(parts.model):
+            layer.compile(backend=backend)
+        symbolic.clear()
+        probe.fit(made, parts)
+        return [graph for graph in symbolic if graph[0] == 4]
+
+    monkeypatch.setattr(cross_entropy, "sums", sums)
+    expected = of_four_rows(4)
+    found = of_four_rows(8)
+    assert 8 in tried
+    assert found[: len(expected)] == expected, "its later graphs are of the second micro-batch"
 
 
 def test_the_heaviest_batch_is_one_that_no_step_exceeds(cache: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from runner.config.schema import divisors
 from runner.errors import LESS_MEMORY, ConfigError, Fault
+from runner.models.kernels import compilation
 from runner.train.inputs import compute_at_once
 from runner.train.memory import usage
 from runner.train.prefetch import Prefetcher
@@ -105,6 +106,7 @@ def _cut(inputs: Inputs, parts: Parts, rows: int) -> tuple[Inputs, Parts]:
     """Inputs and parts with micro-batches of ``rows`` rows."""
     if rows == parts.settings.rows_at_a_time:
         return inputs, parts
+    compilation.forget_shapes(parts.model)
     inputs = compute_at_once(inputs, rows)
     batches, evaluation = parts.batches.cut_into(rows), parts.evaluation.cut_into(rows)
     prefetcher = Prefetcher(batches, inputs.device, inputs.total_steps)

@@ -168,6 +168,14 @@ def is_compiled(model: nn.Module) -> bool:
     return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
 
 
+def forget_shapes(model: nn.Module) -> None:
+    """Drop what is compiled: for a second shape Dynamo compiles for any shape, which is slower, and keeps that."""
+    if is_compiled(model):
+        import torch._dynamo
+
+        torch._dynamo.reset()
+
+
 def graph_breaks() -> list[str]:
     """The reasons of graph breaks, each with its count; empty if there were none."""
     from torch._dynamo.utils import counters
