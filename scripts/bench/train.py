@@ -61,7 +61,7 @@ def main() -> None:
     if words.child == "rows":
         train_data.write_rows(words.folder, sides, words.steps, overrides)
     elif words.child == "gemm":
-        train_data.time_products(words.folder)
+        train_data.time_products(words.folder, words.clock)
     elif words.child in train_sides.PLAIN:
         train_peers.train_plainly(words.folder, words.steps)
     elif words.child:
@@ -136,7 +136,8 @@ class Bench:
 
     def again(self, child: str, *more: str) -> None:
         """Run a part of this program in a process of its own."""
-        given = ["--child", child, "--folder", str(self.folder), "--steps", str(self.steps), *more, *self.overrides]
+        own = ["--folder", str(self.folder), "--steps", str(self.steps), "--clock", self.clock]
+        given = ["--child", child, *own, *more, *self.overrides]
         finished = subprocess.run([sys.executable, __file__, *given], check=False, capture_output=True, text=True)
         if finished.returncode:
             sys.exit(f"{child} failed:\n{finished.stderr[-3000:]}")

@@ -98,18 +98,24 @@ def prompts_of(batches: Any, steps: int) -> Rows:
 
     return [
         {"prompt": [{"role": "user", "content": json.loads(batches.rows.records[row])["prompt"]}],
-         "row": row, "seed": derived_seed(batches.seed, step)}
+         "row": row, "seed": derived_seed(batches.order.seed, step)}
         for step in range(steps)
-        for row in batches.rows_in(batches.packs_of_step(step))
+        for row in batches.rows_in(batches.order.packs_of_step(step))
     ]  # fmt: skip
 
 
-def time_products(folder: Path) -> None:
-    """Seconds that the matrix products of a step take for each useful token, in float32 (bfloat16 on a GPU)."""
+def time_products(folder: Path, clock: str) -> None:
+    """Seconds that the matrix products of a step take for each useful token, in float32 (bfloat16 on a GPU).
+
+    ``clock``: cpu counts seconds of the processor.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    rows = json.loads((folder / "rows.json").read_text())
+    rows, now = (
+        json.loads((folder / "rows.json").read_text()),
+        time.process_time if clock == "cpu" else time.perf_counter,
+    )
     on_gpu = torch.cuda.is_available()
     where: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {"dtype": torch.float32}
     with torch.device("meta"):
@@ -122,11 +128,11 @@ def time_products(folder: Path) -> None:
         weight, x = torch.randn(shape, **where), torch.randn(count, shape[1], **where)
         grad, times = torch.randn(count, shape[0], **where), []
         for _ in range(7):
-            began = time.perf_counter()
+            began = now()
             x @ weight.t(), grad @ weight
             if on_gpu:
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
+            times.append(now() - began)
         return min(times)
 
     per_token = {}
