@@ -94,3 +94,4 @@ def test_what_is_no_url_is_refused_without_showing_it(url: str) -> None:
     with pytest.raises(ConfigError, match=r"tracking.webhook: is no URL of a web server") as error:
         composed(*RUN, f"tracking.webhook='{url}'")
     assert url not in str(error.value)
+    assert os.environ[webhook.VARIABLE] == ""

@@ -20,7 +20,7 @@ from runner.config import code_files, data_nodes, moved, pinned_weights, user_co
 from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import user_path, write_atomic
-from runner.secrets import HIDDEN, redact, take_credentials
+from runner.secrets import redact, take_credentials
 from runner.tracking import checkout, origin, provenance, recovery, webhook
 from runner.tracking.naming import default_name
 from runner.tracking.rundir import RunDir
@@ -80,7 +80,7 @@ def keep_credentials(cfg: dict[str, Any]) -> None:
     node = cfg.get("tracking")
     if isinstance(node, Mapping) and isinstance(uri := node.get("uri"), str):
         cfg["tracking"]["uri"] = credentials_into_environment(uri)
-    if isinstance(node, Mapping) and isinstance(url := node.get("webhook"), str) and not url.endswith(HIDDEN):
+    if isinstance(node, Mapping) and isinstance(url := node.get("webhook"), str) and webhook.hidden(url) != url:
         cfg["tracking"]["webhook"] = webhook.hidden(url)
         os.environ[webhook.VARIABLE] = url
 

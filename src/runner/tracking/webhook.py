@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,13 +32,13 @@ MOST_REASONS = 5
 
 
 def hidden(url: str) -> str:
-    """Scheme and host of the URL: what a configuration may hold of it."""
+    """Scheme and host of the URL: what a configuration may hold of it. A text that is no URL stays as it is."""
     try:
         parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        return f"{parts.scheme}://{host}/{HIDDEN}" if parts.scheme and host else url
+        is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", url)
     except ValueError:
         return url
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/{HIDDEN}" if is_url else url
 
 
 def notify(webhook: str | None, message: Mapping[str, Any]) -> str:
