@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 import pytest
 from fixtures.run_folders import _in_a_new_folder
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runner import terminal
 
@@ -21,6 +23,16 @@ def test_long_names_stay_apart_when_they_are_cut():
         assert max(map(len, shown)) <= width
     assert terminal.distinct_names([*names, "short"], 48)[0] == "…lora.r=8,lora.lora_alpha=16"
     assert terminal.distinct_names([names[0], names[0]], 20) == [f"{names[0][:19]}…"] * 2
+
+
+@pytest.mark.parametrize(
+    "path", ["outputs/2026-11-30/10-15-00", "my runs/a", "a'b/c", "lr(1,2)=[3]", "a$b;c&d", "ünï", "a\\b", " x ", "50%"]
+)
+def test_a_path_that_is_printed_in_a_command_can_be_copied(path: str):
+    assert shlex.split(terminal.typed(path)) == [path]
+    (word,) = shlex.split(terminal.typed(path, "resume"))
+    assert OverridesParser.create().parse_override(word).value() == path
+    assert terminal.typed("outputs/a", "resume") == "resume=outputs/a"
 
 
 @pytest.fixture

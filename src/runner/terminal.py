@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -180,6 +182,16 @@ def console(*, stderr: bool = False, width: int | None = None) -> Console:
 def nearest(path: Path) -> str:
     """The path as the user would type it: relative if it is below the current directory, else absolute."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def typed(path: Path | str, key: str = "") -> str:
+    """The path as a word of a command line that can be copied into a shell; with ``key``: the override ``key=path``."""
+    text = str(path)
+    if not key:
+        return shlex.quote(text)
+    if not re.fullmatch(r"[\w/.:@+%-]+( [\w/.:@+%-]+)*", text, re.ASCII):  # Hydra takes the others in quotes only
+        text = "'" + text.replace("'", "\\'") + "'"
+    return shlex.quote(f"{key}={text}")
 
 
 def distinct_names(names: Sequence[str], width: int) -> list[str]:

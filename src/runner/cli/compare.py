@@ -274,4 +274,4 @@ def _hints(board: Leaderboard, source: _Source, args: Args) -> list[str]:
 
 def _typed(result: Result) -> str:
     """The run as an argument of a command line."""
-    return shlex.quote(terminal.nearest(Path(result.folder))) if result.folder else result.run
+    return terminal.typed(terminal.nearest(Path(result.folder))) if result.folder else result.run

@@ -246,4 +246,5 @@ def _upload(run: Trained) -> None:
     if not backlog.is_wanted(run.rundir):
         return
     for problem in backlog.upload([run.rundir.path]):
-        print(f"not uploaded to MLflow ({problem}); upload it later: python -m runner sync {near}", file=sys.stderr)
+        again = f"python -m runner sync {terminal.typed(near)}"
+        print(f"not uploaded to MLflow ({problem}); upload it later: {again}", file=sys.stderr)

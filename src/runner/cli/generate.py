@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     settings = _settings(args)
     run, others = trained_run(VERB, args)
     if run.scores:
-        remedy = f"evaluate it: python -m runner evaluate {terminal.nearest(run.rundir.path)}"
+        remedy = f"evaluate it: python -m runner evaluate {terminal.typed(terminal.nearest(run.rundir.path))}"
         raise ConfigError(Fault("generate", "the model of this run gives scores, not text", remedy))
     if len(others) > 1:
         raise ConfigError(Fault("generate", "takes one prompt", "put it in quotes", " ".join(others)))

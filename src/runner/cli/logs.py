@@ -58,8 +58,8 @@ def _named_run(args: Args) -> RunDir:
     folder = lookup.resolve(args.words[0], args.outputs_dir)
     if isinstance(folder, RunDir):
         return folder
-    commands = [f"python -m runner logs {terminal.nearest(rundir.path)}" for rundir in lookup.runs_of(folder)]
-    listed = "".join(f"\n      {command}" for command in commands)
+    paths = [terminal.typed(terminal.nearest(rundir.path)) for rundir in lookup.runs_of(folder)]
+    listed = "".join(f"\n      python -m runner logs {path}" for path in paths)
     raise ConfigError(
         Fault("", f"'{args.words[0]}' is a sweep, and each of its runs has its own log", f"use one of these:{listed}")
     )

@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
     except RunnerError:
         raise
     except Exception as error:  # MLflow raises many types
-        remedy = f"check that the store still has the run: python -m runner sync {terminal.nearest(run.rundir.path)}"
+        near = terminal.typed(terminal.nearest(run.rundir.path))
+        remedy = f"check that the store still has the run: python -m runner sync {near}"
         raise TrackingError(Fault("", store.explained(error, location.uri), remedy)) from error
     _record(run, name, version, alias)
     _print_usage(location, name, version, alias, takes_pairs=_takes_pairs(run))
@@ -97,12 +98,12 @@ def _faults(rest: list[str], alias: str | None) -> Iterator[Fault]:
 def _locate(run: Trained) -> _Location:
     tracked, near = run.rundir.read_manifest().get("mlflow") or {}, terminal.nearest(run.rundir.path)
     if not tracked.get("run_id"):
-        remedy = f"upload it: python -m runner sync {near}"
+        remedy = f"upload it: python -m runner sync {terminal.typed(near)}"
         raise TrackingError(Fault("", f"the run {near} is not in MLflow", remedy))
     uri = str(tracked["uri"])
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:") and not database.is_file():
-        remedy = f"restore it, or create it again: python -m runner sync {near}"
+        remedy = f"restore it, or create it again: python -m runner sync {terminal.typed(near)}"
         raise TrackingError(Fault("", f"the MLflow database of the run is missing: {database}", remedy))
     try:
         return _Location(store.connect(uri), uri, str(tracked["run_id"]))

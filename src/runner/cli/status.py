@@ -118,15 +118,16 @@ def _hints(shown: Sequence[Group]) -> list[str]:
     group, hints = shown[0], []
     counts = Counter(run.status for run in group.runs)
     if group.sweep:
-        folder = terminal.nearest(group.sweep.path)
+        folder = terminal.typed(terminal.nearest(group.sweep.path))
         if counts["pending"] + counts["killed"] + counts["preempted"] and not any(run.is_live for run in group.runs):
             hints.append("continue  run the command of the sweep again: completed runs are skipped")
         if counts["failed"]:
             hints.append("retry     the same command with retry=true")
     else:
-        run, folder = group.runs[0], terminal.nearest(group.runs[0].rundir.path)
+        run, folder = group.runs[0], terminal.typed(terminal.nearest(group.runs[0].rundir.path))
         if run.status in ("pending", "killed", "preempted", "failed"):
-            hints.append(f"continue  python -m runner resume={folder}{' retry=true' * counts['failed']}")
+            again = terminal.typed(terminal.nearest(run.rundir.path), "resume")
+            hints.append(f"continue  python -m runner {again}{' retry=true' * counts['failed']}")
         if url := (run.manifest.get("mlflow") or {}).get("url"):
             hints.append(f"MLflow    {url}")
         hints.append(f"log       python -m runner logs {folder}")

@@ -94,11 +94,12 @@ def find(word: str, outputs_dir: Path, uri: str | None = None) -> Recorded:
 def refuse_unbegun(run: Recorded, problem: str) -> None:
     """Refuse a run that has not started training: only its configuration is recorded."""
     if run.status == "pending" and not run.curves:
-        folder = terminal.nearest(run.folder) if run.folder else ""
+        near = terminal.nearest(run.folder) if run.folder else ""
         if run.folder and (now := run_status.of([RunDir(run.folder)])[0].status) in run_status.LIVE:
-            remedy = f"wait until the run has finished; its progress: python -m runner status {folder}"
+            remedy = f"wait until the run has finished; its progress: python -m runner status {terminal.typed(near)}"
             raise ConfigError(Fault("", f"{run.where} is {now}: {problem}", remedy))
-        remedy = f"start it: python -m runner resume={folder}" if folder else "start it on the machine with its folder"
+        command = f"python -m runner {terminal.typed(near, 'resume')}"
+        remedy = f"start it: {command}" if near else "start it on the machine with its folder"
         raise ConfigError(Fault("", f"{run.where} has not started: {problem}", remedy))
 
 

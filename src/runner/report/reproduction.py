@@ -42,8 +42,8 @@ def print_after(original: Recorded, rundir: RunDir, *, is_over: bool) -> None:
 
     If the rerun is not completed (``is_over``), only print the command that compares the two runs later.
     """
-    first = terminal.nearest(original.folder) if original.folder else original.mlflow_id[:8]
-    command = f"python -m runner diff {first} {terminal.nearest(rundir.path)}"
+    first = terminal.typed(terminal.nearest(original.folder)) if original.folder else original.mlflow_id[:8]
+    command = f"python -m runner diff {first} {terminal.typed(terminal.nearest(rundir.path))}"
     if not is_over:
         _print(f"compare     {command}   when the rerun is completed")
         return

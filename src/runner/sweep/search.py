@@ -125,6 +125,7 @@ def _locked(sweep: SweepDir) -> Iterator[None]:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked processes
         except OSError as error:
-            remedy = f"python -m runner status {sweep.path} shows its progress; start another search with sweep=NAME"
+            command = f"python -m runner status {terminal.typed(sweep.path)}"
+            remedy = f"{command} shows its progress; start another search with sweep=NAME"
             raise ResumeError(Fault("search", "another process runs this search", remedy, sweep.path)) from error
         yield

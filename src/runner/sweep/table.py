@@ -24,7 +24,7 @@ def sweep(runs: list[tuple[str, RunDir]], *, is_detached: bool) -> None:
     terminal.table("sweep", ["run", "status", "held-out loss", "folder"], rows)
     for reason in reasons:  # below the table: line breaks in a column would make reasons hard to read and to search
         terminal.print_line(reason)
-    home = terminal.nearest(home_of(runs[0][1]))
+    home = terminal.typed(terminal.nearest(home_of(runs[0][1])))
     states = {run.status for run in statuses}
     if is_detached or any(run.is_live for run in statuses):
         terminal.print_line(f"next     python -m runner status {home}")

@@ -50,8 +50,8 @@ def configuration(cfg: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     if others := [override for override in overrides if not is_kept(override, cfg, frozen)]:
         if all(other.partition("=")[0].removeprefix("train.") in LIMITS for other in others):
             problem = f"goes on to the end that the run began with, and cannot change it ({', '.join(others)})"
-            near, later = terminal.nearest(rundir.path), " ".join(others)
-            remedy = f"first let it end: python -m runner resume={near}, then train on: resume={near} {later}"
+            this, later = terminal.typed(terminal.nearest(rundir.path), "resume"), " ".join(others)
+            remedy = f"first let it end: python -m runner {this}, then train on: {this} {later}"
             raise ResumeError(Fault("resume", problem, remedy, cfg["resume"]))
         problem = f"uses the configuration of that run and cannot change {', '.join(others)}"
         remedy = "remove these overrides, or start a new run with them"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runner import terminal
 from runner.errors import DamagedError, Fault
 from runner.files import is_held, locked, read_kept, write_kept
 from runner.tracking import state_file
@@ -168,7 +169,7 @@ class RunDir:
         Raises:
             DamagedError: the file is damaged, or lost: manifest.json is written after it.
         """
-        remedy = f"python -m runner resume={self.path} rebuilds it from the checkpoints"
+        remedy = f"python -m runner {terminal.typed(self.path, 'resume')} rebuilds it from the checkpoints"
         try:
             return state_file.read(self.state, remedy)
         except FileNotFoundError:

@@ -106,7 +106,7 @@ def _mlflow(rundir: RunDir) -> str:
     uri, names = store_uri(tracking, cfg["outputs_dir"]), " and ".join(environment.sources(cfg["tracking"]))
     text = f"{uri}, experiment {tracking.experiment}" + f" (from {names})" * bool(names)
     if store.is_server(uri) and (reason := rest.silence(uri)):
-        text += f"; does not answer ({reason}): upload later with python -m runner sync {rundir.path}"
+        text += f"; does not answer ({reason}): upload later with python -m runner sync {terminal.typed(rundir.path)}"
     return text
 
 
@@ -160,7 +160,8 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     terminal.print_line(f"run      {rundir.path}  {state.status}" + (f": {state.reason}" if state.reason else ""))
     if mirrored and mirrored.url:
         terminal.print_line(f"MLflow   {mirrored.url}")
-    upload, following = f"python -m runner sync {rundir.path}", _next_command(rundir, code, state.status)
+    upload = f"python -m runner sync {terminal.typed(rundir.path)}"
+    following = _next_command(rundir, code, state.status)
     if mirrored and mirrored.unsent:
         terminal.print_line(f"not uploaded to MLflow: {mirrored.unsent} records ({mirrored.message})")
         if upload != following:
@@ -252,9 +253,8 @@ def _next_command(rundir: RunDir, code: int, status: str) -> str:
     if code == 0 and status != "pruned":
         uri = rundir.read_manifest().get("mlflow", {}).get("uri", "")
         if not uri:
-            return f"python -m runner sync {rundir.path}"
+            return f"python -m runner sync {terminal.typed(rundir.path)}"
         is_default = uri == f"sqlite:///{Path('outputs').absolute() / 'mlflow.db'}"
-        return "python -m runner ui" if is_default else f"python -m runner ui uri={uri}"
-    if code in (0, 75, 130):
-        return f"python -m runner resume={rundir.path}"
-    return f"see {rundir.log}; then python -m runner resume={rundir.path} retry=true"
+        return "python -m runner ui" if is_default else f"python -m runner ui {terminal.typed(uri, 'uri')}"
+    again = f"python -m runner {terminal.typed(rundir.path, 'resume')}"
+    return again if code in (0, 75, 130) else f"see {rundir.log}; then {again} retry=true"

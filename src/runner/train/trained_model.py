@@ -27,7 +27,7 @@ ADAPTER, ADAPTER_WEIGHTS = pinned_weights.ADAPTER, pinned_weights.WEIGHTS
 AGAIN = {
     "completed": "its folder model/ was deleted: train the run again",
     "running": "wait until it has completed: python -m runner status {run}",
-    "failed": "see the reason with python -m runner logs {run}; retry with python -m runner resume={run} retry=true",
+    "failed": "see the reason with python -m runner logs {run}; retry with python -m runner {resume} retry=true",
 }
 """Status → what to do about a run without a model."""
 
@@ -204,6 +204,8 @@ def refuse_without_model(rundir: RunDir) -> None:
         return
     (run,) = run_status.of([rundir])
     step = f" (step {run.state.step}/{run.state.total_steps})" if run.state.total_steps else ""
-    remedy = AGAIN.get("running" if run.is_live else run.status, "continue it with python -m runner resume={run}")
-    problem = f"the run {terminal.nearest(rundir.path)} has no model yet: it is {run.status}{step}"
-    raise ConfigError(Fault("", problem, remedy.format(run=terminal.nearest(rundir.path))))
+    remedy = AGAIN.get("running" if run.is_live else run.status, "continue it with python -m runner {resume}")
+    near = terminal.nearest(rundir.path)
+    problem = f"the run {near} has no model yet: it is {run.status}{step}"
+    words = {"run": terminal.typed(near), "resume": terminal.typed(near, "resume")}
+    raise ConfigError(Fault("", problem, remedy.format(**words)))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from runner import terminal
 from runner.errors import Fault, Interrupted, LaunchError, Preempted
 from runner.launch import progress_table
 from runner.launch.launcher import Source
@@ -153,5 +154,6 @@ def _code(rundir: RunDir, is_alone: bool) -> int:
         code = outcome.exit_code(state)
         return code if is_alone or code not in (Preempted.exit_code, Interrupted.exit_code) else 1
     job = (rundir.read_manifest().get("slurm") or {}).get("job_id")
-    print(f"job {job} ended without writing a state; see python -m runner logs {rundir.path}", file=sys.stderr)
+    command = f"python -m runner logs {terminal.typed(rundir.path)}"
+    print(f"job {job} ended without writing a state; see {command}", file=sys.stderr)
     return 1

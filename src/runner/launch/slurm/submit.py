@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner import files
+from runner import files, terminal
 from runner.errors import Fault, LaunchError
 from runner.files import locked
 from runner.launch.slurm import entry, script, snapshot, submission
@@ -177,7 +177,7 @@ def _still_queued(request: SlurmRequest, home: Path) -> str:
 
 
 def print_next_command(home: Path) -> None:
-    print(f"    python -m runner status {home}    shows progress; also: logs, cancel", file=sys.stderr)
+    print(f"    python -m runner status {terminal.typed(home)}    shows progress; also: logs, cancel", file=sys.stderr)
 
 
 def longest_array(request: SlurmRequest) -> int:

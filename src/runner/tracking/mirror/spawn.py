@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runner import terminal
 from runner.errors import RunnerError
 from runner.tracking import manifest
 from runner.tracking.metrics_log import read
@@ -63,7 +64,7 @@ def mirrored(sweep: SweepDir, codes: list[int]) -> Iterator[Callable[[], None]]:
     result = wait_sweep_mirror(mirror, sweep, AFTER_A_STOP_S if {75, 130} & set(codes) else 60.0)
     if result.incomplete:
         print(f"not fully uploaded to MLflow: {result.incomplete} runs ({result.message})", file=sys.stderr)
-        print(f"to upload them: python -m runner sync {sweep.path}", file=sys.stderr)
+        print(f"to upload them: python -m runner sync {terminal.typed(sweep.path)}", file=sys.stderr)
     for line in lacking(result, sweep.path):
         print(line, file=sys.stderr)
 
@@ -71,7 +72,7 @@ def mirrored(sweep: SweepDir, codes: list[int]) -> Iterator[Callable[[], None]]:
 def lacking(result: MirrorResult | SweepResult, folder: Path) -> list[str]:
     """A line for each tracker that does not have everything of a run or sweep, and for a message that was not sent."""
     problems = {name: problem for name, problem in result.also.items() if problem}
-    later = f"send it later: python -m runner sync {folder}"
+    later = f"send it later: python -m runner sync {terminal.typed(folder)}"
     lines = [f"not fully sent to {name}: {problem}; {later}" for name, problem in problems.items()]
     return [*lines, *([f"webhook  {result.webhook}"] if result.webhook else [])]
 
