@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, option
+from conftest import TINY, composed, option
 from fixtures.model_folders import folder, local, source
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -139,3 +139,10 @@ def test_what_cannot_be(cache: Path, folder: Path) -> None:
     model = pretrained.empty(local(folder, new_tokens=["<call>"]), none.none())
     with pytest.raises(ConfigError, match=r"lora: does not train the embeddings of new tokens \(model\.new_tokens\)"):
         option("lora", "peft", method="ia3")(model)
+
+
+def test_rows_of_new_tokens_are_not_sharded() -> None:
+    fsdp = ("parallel=fsdp", "launcher=accelerate", "launcher.processes=2", "model.new_tokens=[a_b]")
+    with pytest.raises(ConfigError, match=r"parallel=fsdp cannot shard the rows of new tokens"):
+        composed(*TINY, *fsdp)
+    composed(*TINY, *fsdp, "lora=none")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def test_other_methods_are_refused_with_their_name(name: str, folder: Path) -> N
     assert "use the original model, and quantize it with quant=4bit" in str(refused.value)
 
 
-def test_compressed_tensors_without_the_package(folder: Path) -> None:
+def test_compressed_tensors_without_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     change_config(folder, quantization_config={"quant_method": "compressed-tensors", "format": "float-quantized"})
     with pytest.raises(ConfigError, match="the package compressed-tensors is not installed"):
         architecture.read(local(folder))
@@ -131,6 +133,29 @@ def test_fp8_is_dequantized(folder: Path) -> None:
         quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     )
     dequantized_as_transformers_does(folder, transformers.FineGrainedFP8Config(dequantize=True))
+
+
+def test_compressed_tensors_are_dequantized(folder: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    stored = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored[name] = weight
+        if "_proj" in name:
+            scale = weight.abs().amax(1, keepdim=True) / 448
+            stored |= {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale.float()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    change_config(
+        folder,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        },
+    )
+    dequantized_as_transformers_does(folder, transformers.CompressedTensorsConfig(dequantize=True))
 
 
 def test_mxfp4_is_dequantized(folder: Path) -> None:

@@ -18,6 +18,7 @@ OPTIONS = [
     "train.neftune_noise_alpha=20 train.gradient_accumulation_steps=2",
     "optim.loraplus_lr_ratio=16",
     "optim=muon optim.loraplus_lr_ratio=4",
+    "model.new_tokens=[a_call] model.rope_scaling.rope_type=linear model.rope_scaling.factor=2",
     "optim=schedule_free schedule=constant train.metric_for_best_model=eval/loss train.save_total_limit=1",
     "lora=none optim=galore optim.rank=8 optim.update_proj_gap=2",
     "lora=none optim=apollo optim.rank=8 optim.update_proj_gap=3",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from runner.config.bind import bind, bind_target, option
 from runner.config.schema import Count
 from runner.errors import ConfigError, Fault
+from runner.models import lora
 from runner.models.kernels import compat, compilation
 
 
@@ -82,6 +83,9 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if not bind(cfg["quant"], "quant")().plain:
         remedy = "use parallel=ddp (quantized weights are small), or quant=none"
         yield Fault("parallel", "parallel=fsdp does not support quantized weights", remedy, "fsdp")
+    if cfg["model"].get("new_tokens") and bind_target(cfg["lora"]) is not lora.none:
+        problem = "parallel=fsdp cannot shard the rows of new tokens (model.new_tokens), which an adapter trains alone"
+        yield Fault("parallel", problem, "use parallel=ddp, or lora=none", "fsdp")
     if bind_target(cfg["compile"]) is compilation.whole:
         problem = "parallel=fsdp gathers weights layer by layer, but compile=whole makes one graph of all layers"
         yield Fault("parallel", problem, "use compile=regional", "fsdp")
