@@ -297,38 +297,6 @@ def test_a_template_of_ones_own_replaces_that_of_the_model(tmp_path: Path, cache
         assert text == reference.apply_chat_template(row(number)["messages"], tokenize=False)
 
 
-def test_the_text_of_the_template_is_part_of_the_run(tmp_path: Path, cache: Path):
-    from runner.tracking import manifest
-
-    file = tmp_path / "mine.jinja"
-    file.write_text(TEMPLATE)
-    rundir = prepared(tmp_path / "run", *TINY, f"model.chat_template={file}", "train.max_steps=1")
-    file.write_text("{{ broken")
-    assert manifest.read_config(rundir)["model"]["chat_template"] == TEMPLATE
-    assert worker.work(rundir) == 0
-    assert (rundir.model / "chat_template.jinja").read_text() == TEMPLATE
-    file.write_text(TEMPLATE + " ")
-    other = composed(*TINY, f"model.chat_template={file}", "train.max_steps=1")
-    assert manifest.signature(other) != rundir.read_manifest()["signature"]
-
-
-@pytest.mark.parametrize(
-    ("text", "words", "problem"),
-    [
-        (None, "", "is no readable text file"),
-        ("plain words", "", "is no template"),
-        ("{% for m in messages %}{{ m.content }}", "", r"is not valid Jinja: .* \(line 1\)"),
-        (TEMPLATE, "task=pretrain", "has no effect: task=pretrain has no conversations"),
-    ],
-)  # fmt: skip
-def test_what_is_no_template_is_refused(text: str | None, words: str, problem: str, tmp_path: Path):
-    file = tmp_path / "mine.jinja"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(ConfigError, match=problem):
-        composed(*TINY, f"model.chat_template={file}", *words.split())
-
-
 def test_a_column_is_found_by_its_name_or_inside_of_an_object():
     data = {"a.b": 1, "a": {"b": 2, "c": {"d": 3}}}
     assert [row_options.value_of(data, name) for name in ("a.b", "a.c.d", "a.x", "x")] == [1, 3, None, None]

@@ -23,7 +23,7 @@ ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "adafactor", "schedule_free", "
 LOW_RANK = {"galore": {"rank": 8, "update_proj_gap": 2}, "apollo": {"rank": 8, "update_proj_gap": 2}}
 
 
-def option(name: str, **changes: Any) -> Any:
+def option(name: str, /, **changes: Any) -> Any:
     """The option, whose rank is below the sizes of ``tiny``."""
     return conftest.option("optim", name, **{**LOW_RANK.get(name, {}), **changes})
 

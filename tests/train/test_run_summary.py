@@ -9,6 +9,7 @@ from conftest import TINY, composed, prepared
 
 from runner.data.tokenization import DataReport
 from runner.tracking.mirror import spawn
+from runner.tracking.state_file import State
 from runner.train import run_summary
 from runner.train.options import Options
 
@@ -39,3 +40,12 @@ def test_the_command_to_upload_is_printed_once(tmp_path: Path, capsys: pytest.Ca
         out = capsys.readouterr().out
         assert "not uploaded to MLflow: 7 records (tracking=offline)" in out
         assert [line.split(maxsplit=1)[1] for line in out.splitlines() if "python -m runner" in line] == lines
+
+
+@pytest.mark.parametrize(("attempt", "label"), [(1, "time of each part"), (2, "time of each part, this attempt")])
+def test_the_times_of_the_parts_are_those_of_one_attempt(attempt: int, label: str):
+    numbers = {"steps": 3, "train/tokens": 9, "trained tokens": 5, "training seconds": 780.0}
+    summary = {**numbers, "part seconds": {"loading": 2.0, "training": 0.4}}
+    rows = dict(run_summary._summary_rows(State("completed", attempt=attempt, summary=summary)))
+    assert rows["time"] == "13 min 00 s without loading"
+    assert rows[label] == "loading 2.0 s, training 0.4 s"

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, composed, prepared
+from conftest import TINY, prepared
 from fixtures import killed_runs
 from safetensors.torch import load_file
 
-from runner.errors import ConfigError, TrainingError
-from runner.report import columns
+from runner.errors import TrainingError
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import run_facts, selection, worker
@@ -121,50 +120,6 @@ def test_a_run_out_of_time_is_completed_with_what_it_has(tmp_path: Path, cache: 
     assert [r["step"] for r in records if "eval/loss" in r] == [0, 1]
     assert (rundir.model / "adapter_model.safetensors").exists()
     assert metrics_log.lost_of(state, records, {"train": {"logging_steps": 7, "eval_steps": None}}) == ""
-
-
-REFUSED = [
-    ("train.metric_for_best_model=eval/los train.eval_steps=1", "did you mean 'eval/loss'"),
-    ("train.metric_for_best_model=eval/loss", "set it to a number below train.max_steps=2"),
-    ("train.metric_for_best_model=eval/loss train.eval_steps=2", "set it to a number below train.max_steps=2"),
-    (" ".join(BEST) + " train.greater_is_better=true", "smaller values are better"),
-    ("train.early_stopping_patience=2", "has no effect without train.metric_for_best_model"),
-    ("train.early_stopping_threshold=0.1", "has no effect without train.metric_for_best_model"),
-    ("train.greater_is_better=true", "has no effect without train.metric_for_best_model"),
-    (" ".join(BEST) + " train.early_stopping_threshold=0.1", "set train.early_stopping_patience too"),
-    ("train.loss_watchdog_patience=2", "has no effect without train.loss_watchdog_threshold"),
-    ("task=dpo data=chitchat_pairs train.metric_for_best_model=eval/logps/rejected train.eval_steps=1",
-     "set train.greater_is_better to true or false"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("words", "problem"), REFUSED, ids=[words for words, _ in REFUSED])
-def test_what_cannot_take_effect_is_refused(words: str, problem: str):
-    with pytest.raises(ConfigError) as caught:
-        composed(*TINY, "train.max_steps=2", *words.split())
-    (fault,) = caught.value.faults
-    assert problem in f"{fault.problem} {fault.remedy}"
-
-
-def test_the_names_of_metrics_say_what_their_tasks_say():
-    from runner.sweep import algorithms
-
-    for task in (
-        "sft",
-        "pretrain",
-        "dpo",
-        "kto",
-        "reward",
-        "classify",
-        "grpo",
-        "sft task.loss_type=dft",
-        "distill task.teacher=runner/tiny",
-    ):
-        rewards = ["task.rewards=[functools:reduce]", "data.packing=false"] * (task == "grpo")
-        cfg = composed(*TINY, *f"task={task}".split(), *rewards)
-        for name, direction in algorithms.logged(cfg).items():
-            by_name = "maximize" if columns.by_name(name).is_larger_better else "minimize"
-            assert direction in (None, by_name), (task, name)
 
 
 @pytest.mark.slow

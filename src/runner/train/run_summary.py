@@ -17,6 +17,7 @@ from runner.tracking.manifest import read_config
 from runner.tracking.mirror import spawn
 from runner.tracking.mlflow import rest, store
 from runner.tracking.rundir import RunDir
+from runner.tracking.state_file import State
 from runner.tracking.trackers import Tracking, store_uri
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     if state.status == "completed":
         if problem := metrics_log.lost_of(state, metrics_log.read(rundir), read_config(rundir)):
             log.warning(f"{problem}; the results that need them are not shown")
-        terminal.table("", ["", ""], _summary_rows(state.summary))
+        terminal.table("", ["", ""], _summary_rows(state))
         report = (rundir.read_manifest().get("data") or {}).get("report") or {}
         if few := schema.few_held_out(report.get("eval_rows")):
             terminal.print_line(f"note     {few}")
@@ -171,7 +172,8 @@ def ending(rundir: RunDir, mirrored: spawn.MirrorResult | None, code: int) -> No
     terminal.print_line(f"next     {following}")
 
 
-def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+def _summary_rows(state: State) -> list[list[str]]:
+    numbers, parts = state.summary, "time of each part" + ", this attempt" * (state.attempt > 1)
     rows = [
         *[[label, _change(numbers, name)] for label, name in _shown(numbers)],
         ["steps, tokens", f"{numbers['steps']}, {numbers['train/tokens']} ({numbers['trained tokens']} trained)"],
@@ -181,8 +183,8 @@ def _summary_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
             else []
         ),
         *([["average", AVERAGED.format(numbers["average"])]] if numbers.get("average") else []),
-        ["time", terminal.duration(numbers["training seconds"])],
-        ["time of each part", ", ".join(f"{part} {_seconds(s)}" for part, s in numbers["part seconds"].items())],
+        ["time", f"{terminal.duration(numbers['training seconds'])} without loading"],
+        [parts, ", ".join(f"{part} {_seconds(s)}" for part, s in numbers["part seconds"].items())],
     ]
     if rate := numbers.get("train/tokens_per_second"):
         mfu = f"  ({numbers['train/mfu']:.0%} of peak FLOP/s)" if numbers.get("train/mfu") else ""

@@ -1,0 +1,34 @@
+"""Keys of ``train`` that other options keep from taking effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import TINY, composed
+
+from runner.errors import ConfigError
+
+NOISE = "train.neftune_noise_alpha=5"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (f"{NOISE} task=dpo data=chitchat_pairs", "task=dpo compares the model with its own start"),
+        (f"{NOISE} task=distill task.teacher=runner/tiny task.lmbda=0.5 task.top_k=null task.max_completion_length=8 "
+         "task.sampling_temperature=1 data.packing=false", "task=distill makes the batches of a step itself"),
+        (f"{NOISE} compile=default", "noise differs at each step"),
+    ],
+)  # fmt: skip
+def test_noise_that_could_not_take_effect_is_refused(words: str, problem: str):
+    with pytest.raises(ConfigError, match=problem):
+        composed(*TINY, *words.split())
+
+
+def test_a_callback_named_twice_is_refused(tmp_path: Path):
+    file = tmp_path / "watch.py"
+    file.write_text("def watch(event):\n    pass\n")
+    assert composed(*TINY, f"train.callbacks=[{file}:watch]")
+    with pytest.raises(ConfigError, match=r"names .*watch\.py:watch twice"):
+        composed(*TINY, f"train.callbacks=[{file}:watch,{file}:watch]")
