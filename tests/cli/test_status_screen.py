@@ -63,7 +63,9 @@ def test_the_curve_is_scaled_to_its_values(values: list[float], blocks: str) -> 
     assert status_screen.curve(values, 2 if len(values) == 4 else 16) == blocks
 
 
-@pytest.mark.parametrize("way", ["q", "ctrl-c", "sigterm", "end"])
+@pytest.mark.parametrize(
+    "way", ["q", *(pytest.param(way, marks=pytest.mark.slow) for way in ("ctrl-c", "sigterm", "end"))]
+)
 def test_the_terminal_and_the_runs_are_left_as_they_were(processes: list[subprocess.Popen[str]], way: str) -> None:
     worker = holding(played("a/1", "running"), processes)
     pid, terminal = pty.fork()
