@@ -1,4 +1,4 @@
-"""Work on run folders in processes forked from a warm one, and kill them: used by test_resume.
+"""Work on run folders in processes forked from a warm one, and kill them: used by test_resumed_runs.
 
 python fork_server.py kill SEED FOLDER... -- OVERRIDE...   kill -9 each at a random moment, then continue it to its end
 

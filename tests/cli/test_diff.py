@@ -5,15 +5,12 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 
 import pytest
 from fixtures.clones import _in_a_new_folder, trained
 
 from runner.cli import main
-from runner.report import diff
-from runner.tracking.mlflow import store
 
 
 def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
@@ -41,13 +38,3 @@ def test_two_runs_side_by_side(capfd: pytest.CaptureFixture[str]):
     assert told["sections"]["configuration"]["lora.r"] == {"values": ["4", "8"], "differs": True}
     assert [run["folder"] for run in told["runs"]] == [str(four.path), str(eight.path)]
     assert (told["files"], told["numbers"]["steps"]) == ([], 4)
-
-
-def test_numbers_are_compared_as_they_are():
-    nan, step = math.nan, {0: 1.0, 1: 2.0}
-    assert diff.numbers({"train/loss": {1: nan}}, {"train/loss": {1: nan}}).first is None
-    assert diff.numbers({"train/loss": {1: math.inf}}, {"train/loss": {1: store.INFINITY}}).first is None
-    assert diff.numbers({"train/loss": step}, {"train/loss": {0: 1.0}}).steps == 1
-    assert diff.numbers({"train/mfu": {1: 0.1}}, {"train/mfu": {1: 0.2}}).steps == 0, "speed is no result"
-    found = diff.numbers({"train/loss": step, "eval/loss": {1: 5.0}}, {"train/loss": step, "eval/loss": {1: 4.0}})
-    assert (found.first, found.largest, found.last) == ((1, "eval/loss", 5.0, 4.0), 1.0, 1)

@@ -12,11 +12,10 @@ import pytest
 from conftest import TINY, composed, fill, jobs_of, mounted
 from fixtures.slurm_runs import runner
 
-from runner.errors import ConfigError, ResumeError
+from runner.errors import ResumeError
 from runner.files import is_held
 from runner.sweep import folder
 from runner.sweep.folder import SweepJob
-from runner.tracking import resume
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
 
@@ -128,20 +127,6 @@ def test_a_folder_that_holds_something_else_is_refused_before_anything_is_writte
     with pytest.raises(ResumeError, match="contains files but no run"):
         join(sweep, wanted(2, "notes"))
     assert sweep.read() == before
-
-
-def test_commands_of_the_same_second_get_a_folder_each(tmp_path: Path):
-    """``for s in 1 2; do python -m runner seed=$s & done``: the second would have overwritten the first."""
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: resume.make(tmp_path / "day" / "10-15-00", is_new=True)[0], range(8)))
-    assert len(set(made)) == 8
-    assert tmp_path / "day" / "10-15-00" in made
-
-
-def test_a_file_in_the_way_is_named(tmp_path: Path):
-    (tmp_path / "mine").write_text("text")
-    with pytest.raises(ConfigError, match="is a file"):
-        resume.make(tmp_path / "mine")
 
 
 LAUNCHERS = [

@@ -17,9 +17,7 @@ from runner.cli import main
 from runner.data import preference
 from runner.data.batches import Batches
 from runner.errors import DataError, Preempted
-from runner.models import pretrained, sources
 from runner.models.kernels import score_head
-from runner.models.quantization import none
 from runner.signals import Stop
 from runner.tasks import reward, scores
 from runner.tracking import metrics_log, origin
@@ -281,21 +279,6 @@ def test_other_weights_and_their_saved_model(tmp_path: Path, cache: Path, change
     with safe_open(file, "pt") as weights:
         names = [name for name in weights.keys() if "score" in name]  # noqa: SIM118
     assert len(names) == 1
-
-
-def test_a_new_head_depends_on_the_seed_alone(folder: Path) -> None:
-    def head(seed: int) -> torch.Tensor:
-        torch.rand(seed)
-        chosen = score_head.ScoreHead(("reward",), "regression", seed=seed)
-        options = {"revision": None, "dtype": "float32", "attention": "auto", "trust_remote_code": False}
-        source = sources.pretrained(path=str(folder), **options)
-        from dataclasses import replace
-
-        return pretrained.load(replace(source, head=chosen), none.none(), "cpu").score.weight.detach()
-
-    assert torch.equal(head(1), head(1))
-    assert not torch.equal(head(1), head(2))
-    assert float(head(1).std()) == pytest.approx(0.02, rel=0.5)
 
 
 def test_scores_are_those_of_transformers_pooling(loaded: Any, folder: Path) -> None:

@@ -11,7 +11,7 @@ from conftest import TINY, prepared, until
 from fixtures.slurm_runs import SHORT, SLURM, runner, slurm_says
 
 from runner.cli import cancel
-from runner.launch.slurm import entry, submission
+from runner.launch.slurm import submission
 from runner.tracking import run_status, slurm_client, slurm_commands, slurm_jobs
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import JobRef
@@ -137,23 +137,3 @@ def test_another_cluster_is_refused(slurm: None, name: str):
     assert done.returncode == 2
     assert f"{name} is set, but jobs can be followed only on the cluster of this machine" in done.stderr
     assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize(("has_advanced", "requeues"), [(True, ["7"]), (False, [])])
-def test_a_job_that_slurm_ends_without_a_warning_at_its_time_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_advanced: bool, requeues: list[str]
-):
-    """Slurm looks at time limits once a minute: the warning may come before the job can receive it."""
-    answer = "JobId=7 JobName=x JobState=COMPLETING Reason=TimeLimit Restarts=2 ExitCode=0:15"
-    requeued: list[str] = []
-    monkeypatch.setattr(slurm_commands, "lines", lambda command: [answer] if command[0] == "scontrol" else ["INVALID"])
-    monkeypatch.setattr(slurm_client, "requeue", requeued.append)
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert slurm_client.fate("7", restarts=2) == "time limit"
-    rundir = prepared(tmp_path / "run", *TINY)
-    rundir.write_state(status="preempted", reason="stopped by SIGTERM")
-    submission = {"max_requeues": 9, "signal_delay_s": 120}
-    assert entry._after_stop(rundir, submission, has_advanced=has_advanced) == 75
-    assert requeued == requeues
-    assert ("the time limit leaves no time to train" in rundir.read_state().reason) is not has_advanced

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from conftest import TINY, prepared
-from test_resume import wait_for_step, worker_process
+from test_resumed_runs import wait_for_step, worker_process
 
 
 def test_a_second_worker_follows_the_first(tmp_path: Path, cache: Path):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import prepared
 from fixtures.stopped_runs import SHORT, preempted_run
-from test_resume import TIMES
+from test_resumed_runs import TIMES
 
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir

@@ -11,9 +11,7 @@ import pytest
 import yaml
 from fixtures.mirrored_runs import Server, assert_mirrored, finish, make_run, outputs
 
-from runner.cli import main
-from runner.cli import sync as sync_verb
-from runner.errors import ConfigError, TrackingError
+from runner.errors import ConfigError
 from runner.tracking.mirror import sync
 from runner.tracking.mlflow.run import DIED
 
@@ -44,29 +42,6 @@ def test_sync_of_offline_dead_and_broken_runs(outputs: Path) -> None:
     assert assert_mirrored(done, "FINISHED").info.run_name == "named"
     ended = assert_mirrored(dead, "KILLED").info.end_time
     assert ended == int(dead.metrics.stat().st_mtime * 1000), "it ended with its last record, not when we looked"
-
-
-def test_the_verb_sync(outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    rundir = finish(make_run(outputs))
-    assert sync_verb.main([str(outputs)]) == 0
-    assert capsys.readouterr().out == f"{rundir.path}  completed  uploaded\n"
-    before = rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()
-    with pytest.raises(TrackingError, match="refused") as refused:
-        sync_verb.main([str(outputs), "uri=http://127.0.0.1:9"])
-    assert len(refused.value.faults) == 1, "said once, not for each run"
-    with pytest.raises(ConfigError, match=r"is already in sqlite:.*, and a run can be in one store only"):
-        sync_verb.main([str(rundir.path), f"uri=sqlite:///{outputs}/other.db"])
-    assert (rundir.mirror_report.read_bytes(), rundir.manifest.read_bytes()) == before
-    assert capsys.readouterr().out == "", "what is in MLflow, and nothing else"
-    assert sync_verb.main(["run", f"outputs_dir={outputs}"]) == 0
-    assert capsys.readouterr().out == f"{rundir.path}  completed  uploaded\n"
-    assert main.run(["sync", "--help"]) == 0
-    assert "uri=URI" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--force: no such option"):
-        sync_verb.main(["--force"])
-    monkeypatch.chdir(outputs / "mlartifacts")
-    with pytest.raises(ConfigError, match="outputs contains no run"):
-        sync_verb.main([])
 
 
 def test_sync_says_what_cannot_be(tmp_path: Path) -> None:

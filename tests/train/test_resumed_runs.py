@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from conftest import TESTS, TINY, prepared, until
 
-from runner.errors import ResumeError
 from runner.report import results
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
@@ -131,15 +130,6 @@ def test_the_same_command_again_continues_and_then_leaves_alone(tmp_path: Path, 
     assert done.returncode == 0
     assert f"{rundir.path} is completed already: nothing to do" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in rundir.path.rglob("*")} == before
-
-
-def test_a_stopped_run_is_continued_without_another_end(tmp_path: Path, cache: Path):
-    from runner.tracking import resume
-
-    rundir = prepared(tmp_path / "run", *TINY)
-    words = [f"resume={rundir.path}", "train.num_train_epochs=2"]
-    with pytest.raises(ResumeError, match=r"first let it end: .* then train on: .*train\.num_train_epochs=2"):
-        resume.configuration({"resume": str(rundir.path), "outputs_dir": str(tmp_path), "retry": False}, words)
 
 
 def stopped_at(rundir: RunDir, step: int) -> None:
