@@ -12,7 +12,8 @@ tokens, at their own shapes, measured between the rounds.
 
 DPO: `--sides ours-dpo,trl-dpo-cached,trl-dpo` on pairs of the same problems (the solution, and that of the next one),
 four pairs a step. runner computes the reference before the first step, as trl-dpo-cached does; trl-dpo, as shipped,
-computes it in each step. The first step contains what comes before it.
+computes it in each step. The first step contains what comes before it. The tokens of both answers with their prompt
+count as useful on each side; runner computes the prompt once for both.
 
 Reward models: `--sides ours-reward,trl-reward` on the same pairs, four a step, from the same new head.
 
@@ -91,7 +92,8 @@ class Bench:
             products = json.loads((self.folder / "gemm.json").read_text())
             for side in self.sides:
                 result = self.run(side, number)
-                result["share"] = products.get(batching(side), 0.0) * result["tokens_per_second"]
+                named = batching(side) + "-ours" * (side in OURS)
+                result["share"] = products.get(named, 0.0) * result["tokens_per_second"]
                 results[side].append(result)
                 rate, peak = result["tokens_per_second"], result["peak_gib"]
                 print(f"{side}: {rate:.1f} tokens/s, {peak:.2f} GiB, first step {result['first']:.1f} s", flush=True)

@@ -42,7 +42,7 @@ def write_rows(folder: Path, sides: list[str], steps: int, overrides: list[str])
     from runner.train import inputs
     from runner.train.options import Options
 
-    written: dict[str, Any] = {"tokens": {}, "trained": {}, "quant": "none"}
+    written: dict[str, Any] = {"tokens": {}, "computed": {}, "trained": {}, "quant": "none"}
     first = {"packed": "ours-packed", "pairs": "ours-dpo", "rewards": "ours-reward", "prompts": "ours-grpo"}
     for name in {batching(side) for side in sides}:
         options = train_sides.ours(folder, first.get(name, "ours"), steps)
@@ -58,6 +58,9 @@ def write_rows(folder: Path, sides: list[str], steps: int, overrides: list[str])
         rows = [row for batch in batches for row in cut(batch, name)]
         written[name] = {"pairs": as_pairs, "rewards": as_rewards}.get(name, list)(rows)
         written["tokens"][name] = [batch["tokens"] for batch in batches]
+        laid = loaded.batches.sharing_prompts() if loaded.batches.rows.unit > 1 else loaded.batches
+        spans = (laid.step(step)[0]["spans"] for step in range(steps))
+        written["computed"][name] = [int((each[:, 2] - each[:, 1]).sum()) for each in spans]
         written["trained"][name] = [batch["trained"] * (name != "rewards") for batch in batches]
     (folder / "rows.json").write_text(json.dumps(written))
 
@@ -107,6 +110,7 @@ def prompts_of(batches: Any, steps: int) -> Rows:
 def time_products(folder: Path, clock: str) -> None:
     """Seconds that the matrix products of a step take for each useful token, in float32 (bfloat16 on a GPU).
 
+    By ``batching``, and with ``-ours`` after it for runner, which computes the prompt of a pair once.
     ``clock``: cpu counts seconds of the processor.
     """
     import torch
@@ -138,6 +142,7 @@ def time_products(folder: Path, clock: str) -> None:
     per_token = {}
     for name, tokens in rows["tokens"].items():
         step, trained = round(statistics.mean(tokens)), round(statistics.mean(rows["trained"][name]))
-        of_layers = sum(times * seconds(step, shape) for shape, times in shapes.items())
-        per_token[name] = (of_layers + seconds(trained, head)) / step
+        for side, computed in {"": step, "-ours": round(statistics.mean(rows["computed"][name]))}.items():
+            of_layers = sum(times * seconds(computed, shape) for shape, times in shapes.items())
+            per_token[name + side] = (of_layers + seconds(trained, head)) / step
     (folder / "gemm.json").write_text(json.dumps(per_token))

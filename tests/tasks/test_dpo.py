@@ -97,6 +97,19 @@ def test_any_cut_gives_the_same_step(models: Any, loss_type: str) -> None:
             assert value == pytest.approx(expected[0][name], rel=1e-4, abs=1e-6), (name, way)
 
 
+@pytest.mark.parametrize("loss_type", ["ipo", "orpo"])
+def test_a_prompt_is_computed_once_for_both_answers(models: Any, loss_type: str) -> None:
+    policy, original, tokenizer = models
+    task = task_of(loss_type, sft_weight=0.7)
+    expected = step(policy, original, task, batches(tokenizer, packing=False, at_once=2))
+    both = two_models.by_document(policy), two_models.by_document(original)
+    metrics, loss, gradient = step(*both, task, batches(tokenizer, packing=False, at_once=2, sharing=True))
+    assert loss == pytest.approx(expected[1], rel=1e-5)
+    torch.testing.assert_close(gradient, expected[2], rtol=1e-4, atol=1e-5)
+    for name, value in metrics.items():
+        assert value == pytest.approx(expected[0][name], rel=1e-4, abs=1e-6), name
+
+
 def test_the_losses_without_a_reference(models: Any) -> None:
     """Against the formulas of the papers, on log-probabilities from whole logits."""
     policy, original, tokenizer = models

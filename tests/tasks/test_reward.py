@@ -112,13 +112,29 @@ def test_any_cut_gives_the_same_step(loaded: Any) -> None:
         assert metrics == pytest.approx(expected[0], rel=1e-4, abs=1e-6), way
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_prompt_is_computed_once_for_both_answers(loaded: Any, packing: bool) -> None:
+    model, tokenizer = loaded
+    task = reward.reward(center_rewards_coefficient=0.01)
+    expected = step(model, task, batches(tokenizer, packing=packing, at_once=2, margin=0.5))
+    given = batches(tokenizer, packing=packing, at_once=2, margin=0.5, sharing=True)
+    metrics, loss, gradient = step(two_models.by_document(model), task, given)
+    assert loss == pytest.approx(expected[1], rel=1e-5)
+    torch.testing.assert_close(gradient, expected[2], rtol=1e-4, atol=1e-6)
+    assert metrics == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    computed = sum(batch["input_ids"].numel() for batch in given.step(0))
+    assert computed < sum(batch["tokens"] for batch in given.step(0))
+
+
 def test_a_batch_without_pairs_adds_nothing(loaded: Any) -> None:
     """A rank that has no rows left at the end of an epoch."""
     model, tokenizer = loaded
     task = reward.reward(center_rewards_coefficient=0.01)
-    sums = task.loss(model, batches(tokenizer, packing=False, at_once=4).of([]))
-    assert float(sums["loss"].detach()) == float(sums["pairs"]) == 0
-    assert float(sums["largest"]) == float(sums["largest_negative"]) == -torch.inf
+    laid = batches(tokenizer, packing=False, at_once=4)
+    for own, given in ((model, laid), (two_models.by_document(model), laid.sharing_prompts())):
+        sums = task.loss(own, given.of([]))
+        assert float(sums["loss"].detach()) == float(sums["pairs"]) == 0
+        assert float(sums["largest"]) == float(sums["largest_negative"]) == -torch.inf
 
 
 def test_pairs_that_cannot_be_compared_are_refused(loaded: Any) -> None:

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from runner.data.collator import Batch, collate
 from runner.data.data_order import DataOrder
 from runner.data.examples import Answers
 from runner.data.packing import IGNORED, Rows, SourcePart
+from runner.data.shared_prompts import shared_lengths
 
 PADDED_TO = 8
 """Padded lengths are multiples of this: faster on tensor cores, and fewer different shapes."""
@@ -72,7 +73,8 @@ class Batches:
         self.order = DataOrder(self.sizes, per_step=per_step, seed=seed, shuffle=shuffle, epochs=epochs,
                                max_repeats=max_repeats, places=places, **self._of_parts())  # fmt: skip
         self._part: int | None = None
-        self.end_to_end = self.by_document = False
+        self.end_to_end = self.by_document = self.shares_prompts = False
+        self.shared: np.ndarray | None = None
 
     def step(self, i: int) -> list[Batch]:
         """The micro-batches of optimizer step ``i`` (from 0); every rank gets the same number of them."""
@@ -114,10 +116,10 @@ class Batches:
         elif not self.packing:
             members = [np.array([row]) for row in rows]
         # Packed batches keep their shape even at the end of an epoch: a new shape would recompile the model.
-        count = self.rows_per_batch if self.packing else max(len(members), 1)
-        length = self._padded(max((int(self.rows.lengths[rows].sum()) for rows in members), default=0))
+        count = self.rows_per_batch if self.packing and not self.end_to_end else max(len(members), 1)
+        length = self._padded(max((int(self._computed_lengths[rows].sum()) for rows in members), default=0))
         batch = collate(self.rows, members, shape=(count, length), longest=self.max_length, pad_id=self.pad_id,
-                        end_to_end=self.end_to_end)  # fmt: skip
+                        end_to_end=self.end_to_end, shared=self.shared)  # fmt: skip
         return {**batch, "packed": self.packing or self.end_to_end}
 
     def rows_of(self, pack: int) -> np.ndarray:
@@ -161,11 +163,23 @@ class Batches:
         batches.end_to_end, batches.by_document = not self.packing, True
         return batches
 
+    def sharing_prompts(self) -> Batches:
+        """A copy laid end to end in which the sequences of a unit share their first tokens, see ``shared_prompts``.
+
+        So do the answers to a prompt. Packs are laid end to end, too: with fewer tokens they would not fill their rows.
+        """
+        batches = copy.copy(self)
+        batches.end_to_end = batches.by_document = batches.shares_prompts = True
+        batches.shared = shared_lengths(self.rows) if self.rows.unit > 1 else None
+        return batches
+
     def of_documents(self, rows: Rows, max_length: int) -> Batch:
         """One batch of documents that belong to no pack, such as generated ones; ``max_length``: their upper bound."""
         others = Batches(rows, packing=False, max_length=max_length, rows_per_batch=max(len(rows), 1), accumulation=1,
                          seed=0, shuffle=False, pad_id=self.pad_id)  # fmt: skip
-        return (others.laid_end_to_end() if self.by_document else others).of(list(range(len(rows))))
+        if self.by_document:
+            others = others.sharing_prompts() if self.shares_prompts else others.laid_end_to_end()
+        return others.of(list(range(len(others.packs))))
 
     def cut_into(self, rows: int) -> Batches:
         """A copy with the same steps in micro-batches of ``rows`` rows, which must divide a rank's rows of a step."""
@@ -181,7 +195,7 @@ class Batches:
         """
         if self.answers is not None:
             return self._heaviest_answers()
-        counts = self._trained if self.packing else self.sizes
+        counts = self._trained if self.packing and not self.end_to_end else self._computed_sizes
         return self.of(np.argsort(counts, kind="stable")[-self.rows_per_batch :].tolist())
 
     def _heaviest_answers(self) -> Batch:
@@ -193,7 +207,7 @@ class Batches:
         documents = [
             (np.concatenate([ids, filler]), np.concatenate([np.full_like(ids, IGNORED), filler])) for ids in prompts
         ]
-        return self.of_documents(Rows.of(documents), self.longest_document)
+        return self.of_documents(replace(Rows.of(documents), unit=self.answers.per_row), self.longest_document)
 
     @property
     def longest_document(self) -> int:
@@ -208,13 +222,35 @@ class Batches:
         if self.answers is not None:
             count, more = rows * self.answers.per_row, self.answers.most_tokens
             lengths, trained = self._largest_of(self.sizes) + more, count * more
+            if self.shares_prompts:  # another answer begins with the last token of its prompt
+                return Shape(1, _rounded(int(lengths.sum()) + rows * (self.answers.per_row - 1) * (more + 1)), trained)
             if self.by_document:
                 return Shape(1, _rounded(int(lengths.sum()) * self.answers.per_row), trained)
             longest = int(lengths.max())
             return Shape(count, max(longest, min(_rounded(longest), self.longest_document)), trained)
         if self.end_to_end:
-            return Shape(1, self._padded(int(self._largest_of(self.sizes).sum())), trained)
+            return Shape(1, self._padded(int(self._largest_of(self._computed_sizes).sum())), trained)
         return Shape(self.rows_per_batch if self.packing else rows, self._padded(int(self._longest.max())), trained)
+
+    @property
+    def computed_share(self) -> float:
+        """The tokens that are computed, as a part of those that the rows have; below 1 where sequences share some."""
+        if self.answers is not None and self.shares_prompts:
+            copies, more, prompt = self.answers.per_row, self.answers.most_tokens, float(self.sizes.mean())
+            return (prompt + more + (copies - 1) * (more + 1)) / (copies * (prompt + more))
+        return float(self._computed_sizes.sum() / self.sizes.sum())
+
+    @property
+    def _computed_lengths(self) -> np.ndarray:
+        """Tokens of each row without those that another row computes."""
+        return self.rows.lengths if self.shared is None else self.rows.lengths - self.shared
+
+    @property
+    def _computed_sizes(self) -> np.ndarray:
+        """``sizes`` without the tokens that another row computes."""
+        if self.shared is None:
+            return self.sizes
+        return np.add.reduceat(self._computed_lengths[self.packs.rows], self.packs.offsets[:-1])
 
     @functools.cached_property
     def _trained(self) -> np.ndarray:
@@ -233,21 +269,22 @@ class Batches:
     @property
     def efficiency(self) -> float:
         """Fraction of the computed positions that are not padding, in the first epoch."""
-        if self.packing:
+        if self.packing and not self.end_to_end:
             return float(self.sizes.sum() / (len(self.packs) * self.pack_length))
         order = np.array(self.packs_of_pass())
         parts = np.split(order, range(self.rows_per_batch, len(self.packs), self.rows_per_batch))
         if self.end_to_end:
-            return float(self.sizes.sum() / sum(self._padded(int(self.sizes[part].sum())) for part in parts))
+            sizes = self._computed_sizes
+            return float(sizes.sum() / sum(self._padded(int(sizes[part].sum())) for part in parts))
         computed = sum(len(part) * self.rows.unit * self._padded(int(self._longest[part].max())) for part in parts)
         return float(self.sizes.sum() / computed)
 
     def _padded(self, length: int) -> int:
         """The row length T of a batch whose longest row has ``length`` tokens."""
-        if self.packing:
-            return self.pack_length
         if self.end_to_end:
             return _rounded(length)
+        if self.packing:
+            return self.pack_length
         return max(length, min(_rounded(length), self.max_length))
 
 

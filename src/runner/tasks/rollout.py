@@ -92,7 +92,7 @@ class Rollout:
         for prompt, answer, is_cut in zip(answers.prompts, answers.ids, answers.is_cut, strict=True):
             labels = [IGNORED] * len(answer) if is_cut and self.mask_truncated else answer
             documents.append((np.array([*prompt, *answer]), np.array([*[IGNORED] * len(prompt), *labels])))
-        batch = context.batch(documents, context.batches.longest_document)
+        batch = context.batch(documents, context.batches.longest_document, self.per_row)
         return {**batch, STATISTICS: answers.statistics(self.rewards, self.per_row)}
 
     def _compared(self, context: StepContext, written: list[Answers], batches: list[Batch]) -> list[Batch]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.data.batches import Batches
@@ -49,7 +49,12 @@ class StepContext:
         """The rows of each micro-batch of this rank."""
         return [self.batches.rows_in(packs) for packs in self.batches.parts(self.packs)]
 
-    def batch(self, documents: Sequence[Any], max_length: int | None = None, **values: Sequence[float]) -> Batch:
-        """A batch of new documents, (token ids, labels) each, on the device; ``values``: numbers of each."""
-        rows = Rows.of(documents, **values)
+    def batch(
+        self, documents: Sequence[Any], max_length: int | None = None, unit: int = 1, **values: Sequence[float]
+    ) -> Batch:
+        """A batch of new documents, (token ids, labels) each, on the device; ``values``: numbers of each.
+
+        ``unit``: how many of them follow each other that answer the same prompt, which may be computed once for all.
+        """
+        rows = replace(Rows.of(documents, **values), unit=unit)
         return self.on_device(self.batches.of_documents(rows, max_length or self.batches.max_length))

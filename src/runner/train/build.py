@@ -32,7 +32,7 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import devices, estimate, neftune, probe, reference, router_balance, step_batches, throughput
+from runner.train import devices, estimate, layout, neftune, probe, reference, router_balance, step_batches, throughput
 from runner.train.answers import Answering
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
@@ -125,7 +125,14 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     choice = resolve_compile(inputs, expected, began=rundir.read_manifest().get("compile"))
     model = load_model(inputs)
     activation_checkpointing.arrange(model, settings.memory, eager=choice.is_eager)
-    batches, evaluation = resolve_attention(inputs.source, model, autocast, inputs.batches, inputs.evaluation)
+    batches, evaluation = resolve_attention(
+        inputs.source,
+        model,
+        autocast,
+        inputs.batches,
+        inputs.evaluation,
+        whole=layout.needs_whole(settings, is_eager=choice.is_eager),
+    )
     if options.task.reference is not None:
         for split in (batches, evaluation):
             reference.unknown(split)
@@ -137,7 +144,8 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     optimizer = options.optim(options.parameter_groups(model))
     average = Average.of(model, options.average, settings.ema, optimizer)
     peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
-    meter = throughput.Meter(expected.flops_per_token, peak, prepares=options.task.prepare is not None)
+    flops = expected.flops_per_token * batches.computed_share
+    meter = throughput.Meter(flops, peak, prepares=options.task.prepare is not None)
     return Parts(
         model=model,
         task=task,
@@ -196,9 +204,11 @@ def keeping(folder: Path, ranks: Ranks) -> step_batches.Show:
 
 
 def resolve_attention(
-    source: ModelSource, model: torch.nn.Module, autocast: torch.dtype | None, *batches: Batches
+    source: ModelSource, model: torch.nn.Module, autocast: torch.dtype | None, *batches: Batches, whole: bool = False
 ) -> list[Batches]:
     """Install attention by document if the model supports it; unpacked rows then need no padding.
+
+    ``whole``: as of ``layout.laid``.
 
     Raises:
         ConfigError: model.attention=by_document, but the model does not support it; the model does not compute each
@@ -216,7 +226,8 @@ def resolve_attention(
     if source.attention in ("auto", "by_document"):
         obstacle = varlen_attention.install(model, longest, autocast)
     if not obstacle:
-        return [split.laid_end_to_end() for split in batches]
+        device = next(model.parameters()).device
+        return [layout.laid(split, model, device.type, whole=whole) for split in batches]
     if source.attention == "by_document":
         raise ConfigError(Fault("model.attention", obstacle, "use model.attention=auto", source.attention))
     log.debug(f"attention by document is not used: {obstacle}")

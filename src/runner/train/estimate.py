@@ -17,11 +17,12 @@ from runner.models import parameters, pretrained
 from runner.models.dtypes import dtype_for
 from runner.models.kernels import compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
-from runner.train import throughput
+from runner.train import layout, throughput
 from runner.train.memory import optimizer_state, peak, rehearsals, usage
 from runner.train.memory.peak import Expected, Needs
 
 if TYPE_CHECKING:
+    from runner.data.batches import Batches
     from runner.train.inputs import Inputs
 
 ADAPTER_BYTES = torch.float32.itemsize
@@ -76,11 +77,11 @@ def expect(inputs: Inputs) -> Expected:
         trained = task.answers.most_tokens / length
     flops = throughput.flops_per_token(model, length, trained, task.passes_without_gradient, task.updates)
     layers = len(compilation.layers_of(model))
-    expected = Expected(counts, memory, held, total, free, flops, layers, unknown)
+    batches, by_document = _laid(inputs, model, autocast), _attends_by_document(inputs, model, autocast)
+    expected = Expected(counts, memory, held, total, free, flops, layers, unknown, share=batches.computed_share)
     if inputs.teacher is None:
         return expected
-    by_document = _attends_by_document(inputs, model, autocast)
-    batch = (inputs.batches.laid_end_to_end() if by_document else inputs.batches).largest
+    batch = batches.largest
     needs = inputs.teacher.needs(inputs.device, length, trained, batch, autocast, by_document=by_document)
     return _beside_teacher(expected, needs, stays=inputs.teacher.spec.top_k is None)
 
@@ -109,7 +110,7 @@ def training_seconds(inputs: Inputs, expected: Expected) -> tuple[float, float]:
     """
     tokens = inputs.batches.tokens_at(inputs.total_steps)
     peak = throughput.peak_flops(inputs.device, dtype_for(inputs.source.dtype, inputs.device))
-    seconds = tokens * expected.flops_per_token / (peak * ASSUMED_UTILISATION)
+    seconds = tokens * expected.share * expected.flops_per_token / (peak * ASSUMED_UTILISATION)
     if inputs.device.type == "cuda":
         micro_batches = inputs.total_steps * (inputs.batches.order.per_step // inputs.batches.per_micro_batch)
         seconds = max(seconds, micro_batches * expected.layers * OPERATIONS_OF_LAYER * LAUNCH_S)
@@ -136,7 +137,7 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
     """(peak activation bytes of the largest step, simulated with fake tensors; why they are unknown)."""
     options = inputs.options
     by_document = _attends_by_document(inputs, model, autocast)
-    batches = inputs.batches.laid_end_to_end() if by_document else inputs.batches
+    batches = _laid(inputs, model, autocast)
 
     def make(layers: int) -> nn.Module:
         small = options.lora(pretrained.empty(inputs.source, options.quant, inputs.device, layers))
@@ -172,6 +173,15 @@ def _alike(model: nn.Module) -> bool:
     """Whether the same parameters are trained in each decoder layer."""
     layers = compilation.layers_of(model)
     return len({tuple(name for name, p in layer.named_parameters() if p.requires_grad) for layer in layers}) <= 1
+
+
+def _laid(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> Batches:
+    """The training batches as the model will compute them."""
+    if not _attends_by_document(inputs, model, autocast):
+        return inputs.batches
+    is_eager = inputs.options.compile.func in (compilation.none, compilation.auto)  # auto compiles on GPUs alone
+    whole = layout.needs_whole(inputs.settings, is_eager=is_eager)
+    return layout.laid(inputs.batches, model, inputs.device.type, whole=whole)
 
 
 def _attends_by_document(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> bool:

@@ -42,6 +42,8 @@ def header(inputs: Inputs, parts: Parts, rundir: RunDir) -> None:
     data, tokens = inputs.splits.report, inputs.batches.tokens_at(inputs.total_steps)
     answers = inputs.batches.answers
     full, about = f"batches {parts.batches.efficiency:.0%} full", "about"
+    if answers is None and (share := parts.batches.computed_share) < 1:
+        full += f", {share:.0%} of the tokens are computed: a prompt only once for its answers"
     if answers is not None and answers.of_prompts:
         full, about = f"{answers.per_row} answers to each of at most {answers.most_tokens} tokens", "at most"
     mlflow = _mlflow(rundir)

@@ -2,7 +2,8 @@
 
 Registered in transformers as the attention implementation ``by_document``. If the caller passes the document
 boundaries (``cu_seq_lens_q``, as for FlashAttention), torch's varlen attention computes them on CUDA, and torch's CPU
-flash kernel one document at a time on a CPU. Without boundaries it is torch's SDPA with transformers' mask.
+flash kernel one document at a time on a CPU, where documents may share their first tokens. Without boundaries it is
+torch's SDPA with transformers' mask.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from runner.models.kernels import base_model, compat, isolation
 NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 """Arguments of attention functions that change the result and that these kernels do not support."""
-ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "attention_parts")
+PREFIXES = "attention_prefixes"
+ARGUMENTS = "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "attention_parts", PREFIXES
 """Arguments that the model passes on to its attention, see ``arguments``."""
 AttentionPart = tuple[int, int, int]
 """Neighbouring documents that one call of a GPU kernel computes: their number, their tokens, and an upper bound of
@@ -77,21 +79,26 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the model's forward for a batch of packed rows, laid end to end: (1, B * T)."""
     flat = {name: batch[name].reshape(1, -1) for name in ("input_ids", "position_ids")}
     ends, parts, longest = batch["document_ends"], batch["attention_parts"], batch["longest"]
-    return {**flat, "use_cache": False, **arguments(ends, longest, parts)}
+    return {**flat, "use_cache": False, **arguments(ends, longest, parts, batch.get(PREFIXES))}
 
 
-def arguments(ends: Tensor, longest: int, parts: Sequence[AttentionPart] = ()) -> dict[str, Any]:
+def arguments(
+    ends: Tensor, longest: int, parts: Sequence[AttentionPart] = (), prefixes: Tensor | None = None
+) -> dict[str, Any]:
     """Keyword arguments of the model's forward, in addition to one row of tokens (1, T).
 
     ``ends``: (documents + 1,) int32, document boundaries from 0 to T; values may repeat. ``longest``: upper bound of
     the document length of all batches. ``parts``: the documents that one call of a GPU kernel computes; by default all.
+    ``prefixes``: on a CPU, (documents, 2) int64, the first position and the number of tokens that each document attends
+    to before its own, which are the first ones of a document before it; None: none.
     The mask is a dummy: with a 4D mask, transformers does not build its own.
     """
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ends.device)
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].maybe_mark_dynamic(ends, 0)  # else another number of documents would recompile
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    return {"attention_mask": mask, **lengths, "attention_parts": tuple(parts)}
+    shared = {} if prefixes is None else {PREFIXES: prefixes}
+    return {"attention_mask": mask, **lengths, "attention_parts": tuple(parts), **shared}
 
 
 def attend(
@@ -106,6 +113,7 @@ def attend(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     attention_parts: Sequence[AttentionPart] = (),
+    attention_prefixes: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (B, H, T, D), key and value (B, Hkv, T, D) → (B, T, H, D).
@@ -121,15 +129,17 @@ def attend(
     longest = max_length_q or query.shape[2]
     window = -1 if sliding_window is None or sliding_window >= longest else sliding_window - 1
     unsupported = [name for name in UNKNOWN if others.get(name) is not None]
-    unsupported += ["dropout"] * bool(dropout) + ["sliding_window"] * (window >= 0 and query.device.type == "cpu")
+    on_cpu = query.device.type == "cpu"
+    unsupported += ["dropout"] * bool(dropout) + ["sliding_window"] * (window >= 0 and on_cpu)
+    unsupported += [PREFIXES] * (attention_prefixes is not None and not on_cpu)
     if unsupported or not getattr(module, "is_causal", True) or query.shape[0] != 1:
         raise NotImplementedError(f"attention with {', '.join(unsupported) or 'several rows, or without causality'}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if torch.is_autocast_enabled(query.device.type):  # autocast casts torch's own attention, but not these kernels
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.device.type == "cpu":
-        out, _ = _cpu(query, key, value, cu_seq_lens_q, scale)
+    if on_cpu:
+        out, _ = _cpu(query, key, value, cu_seq_lens_q, scale, attention_prefixes)
         return out, None
     from torch.nn.attention.varlen import varlen_attn
 
@@ -189,78 +199,101 @@ def _register() -> bool:
 
 
 @torch.library.custom_op("runner::attention_by_document", mutates_args=())
-def _cpu(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _cpu(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, prefixes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Causal attention, one document at a time; returns (1, T, H, D) and the log-sum-exp (H, T)."""
     heads, length, width = query.shape[1:]
     out = query.new_zeros(1, length, heads, width)
     normalizer = query.new_zeros((heads, length), dtype=torch.float32)
     groups = key.shape[1], heads // key.shape[1]
-    for span in _spans(ends):
-        q, k, v = _document(query, span, groups), _document(key, span, groups), _document(value, span, groups)
+    for span, prefix in _spans(ends, prefixes):
+        q, k, v = (_document(tensor, span, prefix, groups) for tensor in (query, key, value))
         result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-        out[0, span].unflatten(1, groups).copy_(result.permute(2, 0, 1, 3))
-        normalizer[:, span].unflatten(0, groups).copy_(logsumexp)
+        before = prefix.stop - prefix.start
+        out[0, span].unflatten(1, groups).copy_(result[:, :, before:].permute(2, 0, 1, 3))
+        normalizer[:, span].unflatten(0, groups).copy_(logsumexp[..., before:])
     return out, normalizer
 
 
 @torch.library.custom_op("runner::attention_by_document_backward", mutates_args=())
 def _cpu_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, ends: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, ends: Tensor,
+    scale: float, prefixes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query (1, T, H, D), key and value (1, T, Hkv, D)."""
     heads, kv_heads = query.shape[1], key.shape[1]
     groups = kv_heads, heads // kv_heads
     length, width = query.shape[2:]
     dq, dk, dv = (query.new_zeros(1, length, count, width) for count in (heads, kv_heads, kv_heads))
-    grad, out = grad.transpose(1, 2), out.transpose(1, 2)
-    for span in _spans(ends):
-        q, k, v, o, g = (_document(tensor, span, groups) for tensor in (query, key, value, out, grad))
-        lse = normalizer[:, span].unflatten(0, groups)
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grad_q, grad_k, grad_v = kernel(g, q, k, v, o, lse, 0.0, True, scale=scale)  # (Hkv, H / Hkv, t, D)
-        dq[0, span].unflatten(1, groups).copy_(grad_q.permute(2, 0, 1, 3))
-        torch.sum(grad_k.permute(2, 0, 1, 3), 2, out=dk[0, span])
-        torch.sum(grad_v.permute(2, 0, 1, 3), 2, out=dv[0, span])
+    grad, out, normalizer = grad.transpose(1, 2), out.transpose(1, 2), normalizer[None, ..., None]
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for span, prefix in _spans(ends, prefixes):
+        q, k, v, o, g, lse = (
+            _document(tensor, span, prefix, groups) for tensor in (query, key, value, out, grad, normalizer)
+        )
+        before = prefix.stop - prefix.start
+        if before:
+            g[:, :, :before] = 0  # these outputs are those of the document that has the tokens
+        grad_q, grad_k, grad_v = kernel(g, q, k, v, o, lse[..., 0], 0.0, True, scale=scale)  # (Hkv, H / Hkv, t, D)
+        dq[0, span].unflatten(1, groups).copy_(grad_q[:, :, before:].permute(2, 0, 1, 3))
+        for total, part in ((dk, grad_k), (dv, grad_v)):
+            torch.sum(part[:, :, before:].permute(2, 0, 1, 3), 2, out=total[0, span])
+            if before:
+                total[0, prefix] += part[:, :, :before].permute(2, 0, 1, 3).sum(2)
     return dq, dk, dv
 
 
-def _spans(ends: Tensor) -> list[slice]:
-    """The position ranges of the documents; skips repeated ends, which only pad ``ends`` to a fixed length."""
-    marks = ends.tolist()
-    return [slice(start, end) for start, end in itertools.pairwise(marks) if start < end]
+def _spans(ends: Tensor, prefixes: Tensor | None) -> list[tuple[slice, slice]]:
+    """The position ranges of the documents, each with that of the shared tokens before it, which may be empty.
+
+    Skips repeated ends, which only pad ``ends`` to a fixed length.
+    """
+    spans = [slice(start, end) for start, end in itertools.pairwise(ends.tolist())]
+    starts = [(0, 0)] * len(spans) if prefixes is None else prefixes.tolist()
+    before = [slice(start, start + count) for start, count in starts]
+    return [(span, prefix) for span, prefix in zip(spans, before, strict=True) if span.start < span.stop]
 
 
-def _document(tensor: Tensor, span: slice, groups: tuple[int, int]) -> Tensor:
-    """One document of (1, heads, T, D) as (Hkv, H / Hkv, t, D); expands keys and values of a group without a copy."""
+def _document(tensor: Tensor, span: slice, prefix: slice, groups: tuple[int, int]) -> Tensor:
+    """One document of (1, heads, T, D), with the tokens before it, as (Hkv, H / Hkv, t, D).
+
+    Expands keys and values of a group without a copy; a document with tokens before it is a copy.
+    """
     part = tensor[0, :, span]  # (heads, t, D)
+    if prefix.start < prefix.stop:
+        part = torch.cat([tensor[0, :, prefix], part], 1)
     if len(part) == groups[0]:
         return part[:, None].expand(-1, groups[1], -1, -1)
     return part.unflatten(0, groups)
 
 
 @_cpu.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, prefixes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     _, heads, length, width = query.shape
     return query.new_empty(1, length, heads, width), query.new_empty((heads, length), dtype=torch.float32)
 
 
 @_cpu_backward.register_fake
 def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, ends: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalizer: Tensor, ends: Tensor,
+    scale: float, prefixes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (tensor.new_empty(tensor.transpose(1, 2).shape) for tensor in (query, key, value))
     return dq, dk, dv
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ends, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output, ends)
+    query, key, value, ends, ctx.scale, prefixes = inputs
+    ctx.save_for_backward(query, key, value, *output, ends, prefixes)
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, ends = ctx.saved_tensors
-    gradients = _cpu_backward(grad, *tensors, ends, ctx.scale)
-    return *(tensor.transpose(1, 2) for tensor in gradients), None, None
+    *tensors, ends, prefixes = ctx.saved_tensors
+    gradients = _cpu_backward(grad, *tensors, ends, ctx.scale, prefixes)
+    return *(tensor.transpose(1, 2) for tensor in gradients), None, None, None
 
 
 _cpu.register_autograd(_gradients, setup_context=_keep)

@@ -291,6 +291,8 @@ class Expected:
     unknown: str = ""
     """Why the activations are unknown; empty if they are known."""
     teacher: Needs | None = None
+    share: float = 1.0
+    """The tokens that are computed, as a part of all tokens, see ``Batches.computed_share``."""
 
     @property
     def fits(self) -> bool:
