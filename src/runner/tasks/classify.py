@@ -17,7 +17,7 @@ from runner.errors import DataError, Fault
 from runner.models.kernels.score_head import Problem, ScoreHead
 from runner.tasks import classification_metrics, scores
 from runner.tasks.labels import Kind, names_of, order, refuse_alike, targets
-from runner.tasks.task import Task
+from runner.tasks.task import Task, unit_sums_of_sources
 
 Input = Literal["text", "messages"]
 PROBLEMS: dict[Kind, Problem] = {
@@ -78,10 +78,9 @@ def _task(s: Settings) -> Task:
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         logits = scores.of_documents(model, batch)  # (documents, outputs)
         targets = torch.stack([batch[column] for column in columns], 1)  # (documents, 1), or (documents, outputs)
-        return {
-            "loss": document_loss(s, logits, targets).sum(),
-            **classification_metrics.sums(s.kind, logits.detach(), targets),
-        }
+        losses = document_loss(s, logits, targets)
+        measured = classification_metrics.sums(s.kind, logits.detach(), targets)
+        return {"loss": losses.sum(), **measured, **unit_sums_of_sources(batch, losses)}
 
     return Task(
         name="classify",

@@ -22,7 +22,7 @@ from runner.tasks.cross_entropy import Shaping
 from runner.tasks.own_answers import OwnAnswers
 from runner.tasks.sft import sft
 from runner.tasks.soft_targets import Soft
-from runner.tasks.task import OF_TOKENS, Task, Teacher, token_losses, token_metrics
+from runner.tasks.task import OF_TOKENS, Task, Teacher, sums_of_sources, token_losses, token_metrics
 
 
 def distill(
@@ -53,6 +53,7 @@ def distill(
             "nll": (tokens.nll * weights).sum(),
             "count": weights.sum(),
             "correct": (tokens.correct * weights).sum(),
+            **sums_of_sources(batch, tokens.loss, weights),
         }
 
     return Task(

@@ -17,7 +17,7 @@ from runner.config.schema import Fraction, NotNegative, Positive
 from runner.errors import Fault
 from runner.tasks import logprobs
 from runner.tasks.pairs import MEASURES, Pairs, encode, prompt
-from runner.tasks.task import Task
+from runner.tasks.task import Task, unit_sums_of_sources
 
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "apo_zero", "apo_down", "sppo_hard", "dpo_norm",
@@ -54,6 +54,7 @@ def dpo(
             "rewards/accuracies": (chosen > rejected).sum(),
             "logps/chosen": pairs.s_w.detach().sum(),
             "logps/rejected": pairs.s_l.detach().sum(),
+            **unit_sums_of_sources(batch, of_pairs, (sft_weight * -pairs.s_w, pairs.n_w)),
         }
 
     return Task(
@@ -81,9 +82,8 @@ def check_dpo(*, loss_type: str, label_smoothing: float, gamma: float, **_: obje
         remedy = f"set task.label_smoothing to a number from 0 to below {SMOOTHED[loss_type]}"
         yield Fault("label_smoothing", "is out of range", remedy, label_smoothing)
     elif loss_type == "exo_pair" and not label_smoothing:
-        yield Fault(
-            "label_smoothing", "exo_pair needs a positive value", "set task.label_smoothing=0.001", label_smoothing
-        )
+        remedy = "set task.label_smoothing=0.001"
+        yield Fault("label_smoothing", "exo_pair needs a positive value", remedy, label_smoothing)
     if loss_type != "simpo" and gamma:
         yield Fault("gamma", f"has no effect with loss_type={loss_type}", "set task.gamma=0, or task=simpo", gamma)
 

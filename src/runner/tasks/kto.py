@@ -19,7 +19,7 @@ from runner.data.packing import answer_start
 from runner.errors import DataError, Fault
 from runner.tasks import kto_kl, logprobs
 from runner.tasks.pairs import refuse_margin
-from runner.tasks.task import Measures, Task
+from runner.tasks.task import Measures, Task, unit_sums_of_sources
 
 LossType = Literal["kto", "apo_zero_unpaired"]
 MEASURES: Measures = {
@@ -34,17 +34,17 @@ def kto(*, loss_type: LossType, beta: Positive, desirable_weight: Positive, unde
     ``beta`` scales the log-probabilities; ``desirable_weight`` and ``undesirable_weight`` make up for labels that are
     not equally frequent.
     """
-
     has_z = loss_type == "kto"
 
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         sums, _ = logprobs.of_documents(model, batch)
         z = batch.get(kto_kl.MEAN, sums.new_zeros(()))
         good, reward = batch["label"] > 0, beta * (sums - batch["reference"])
-        of_rows = row_loss(reward, beta * z, good, loss_type)
+        weights = torch.where(good, desirable_weight, undesirable_weight)
+        of_rows = weights * row_loss(reward, beta * z, good, loss_type)
         detached, logps = reward.detach(), sums.detach()
         return {
-            "loss": (torch.where(good, desirable_weight, undesirable_weight) * of_rows).sum(),
+            "loss": of_rows.sum(),
             "rows": torch.full((), len(sums), device=sums.device),
             "desirable": good.sum(),
             **({"kl": z * len(sums)} if has_z else {}),
@@ -52,6 +52,7 @@ def kto(*, loss_type: LossType, beta: Positive, desirable_weight: Positive, unde
             "rewards/rejected": detached[~good].sum(),
             "logps/chosen": logps[good].sum(),
             "logps/rejected": logps[~good].sum(),
+            **unit_sums_of_sources(batch, of_rows),
         }
 
     def inspect(training: Batches, evaluation: Batches, steps: int) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from runner.data.examples import Example, Features, misfit, options
 from runner.errors import DataError, Fault
 from runner.models.kernels.score_head import ScoreHead
 from runner.tasks import scores
-from runner.tasks.task import Task
+from runner.tasks.task import Task, unit_sums_of_sources
 
 
 def reward(*, center_rewards_coefficient: NotNegative) -> Task:
@@ -36,6 +36,7 @@ def reward(*, center_rewards_coefficient: NotNegative) -> Task:
             "rejected": rejected.detach().sum(),
             "largest": measured.max(),
             "largest_negative": torch.cat([-rewards.detach(), measured[-1:]]).max(),
+            **unit_sums_of_sources(batch, of_pairs),
         }
 
     return Task(

@@ -157,29 +157,52 @@ def token_loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     return {**sums, **sums_of_sources(batch, tokens.nll, weights)}
 
 
-LOSS_OF, COUNT_OF = "loss/", "count/"
-"""Names of sums: of the source whose name follows."""
+TERMS = ("loss/", "count/"), ("sft_loss/", "sft_count/")
+"""Names of sums: a term of the loss, and what it is divided by, of the source whose name follows."""
 
 
 def sums_of_sources(batch: dict[str, Any], nll: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """The summed loss and weights of the trained tokens (trained,) of each source, if the batch is of a mixture."""
-    import torch
+    return _of_sources(batch, batch["source_at"], nll * weights, weights, TERMS[0]) if "sources" in batch else {}
 
+
+def unit_sums_of_sources(
+    batch: dict[str, Any], losses: Tensor, tokens_of_sft: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The summed loss and the number of the units (units,) of each source, or of documents, likewise.
+
+    ``tokens_of_sft``: of each unit, the cross entropy that is added to the loss, and its tokens.
+    """
     if "sources" not in batch:
         return {}
-    names, numbers = batch["sources"], (nll.detach() * weights, weights)
-    zeros = nll.new_zeros(len(names), dtype=torch.float64)
-    losses, counts = (zeros.index_add(0, batch["source_at"], each.double()) for each in numbers)
+    owners = batch["source_of"][:: max(len(batch["source_of"]) // max(len(losses), 1), 1)]
+    sums = _of_sources(batch, owners, losses, losses.new_ones(len(losses)), TERMS[0])
+    return sums if tokens_of_sft is None else {**sums, **_of_sources(batch, owners, *tokens_of_sft, TERMS[1])}
+
+
+def _of_sources(
+    batch: dict[str, Any], owners: Tensor, losses: Tensor, counts: Tensor, names: tuple[str, str]
+) -> dict[str, Tensor]:
+    import torch
+
+    zeros = losses.new_zeros(len(batch["sources"]), dtype=torch.float64)
+    both = (zeros.index_add(0, owners, each.detach().double()) for each in (losses, counts))
     return {
-        **{f"{LOSS_OF}{name}": loss for name, loss in zip(names, losses, strict=True)},
-        **{f"{COUNT_OF}{name}": count for name, count in zip(names, counts, strict=True)},
+        f"{name}{source}": value
+        for name, values in zip(names, both, strict=True)
+        for source, value in zip(batch["sources"], values, strict=True)
     }
 
 
 def losses_of_sources(sums: Mapping[str, float]) -> dict[str, float]:
-    """``loss/NAME``, nats per trained token, of each source that has trained tokens."""
-    names = [name.removeprefix(COUNT_OF) for name, count in sums.items() if name.startswith(COUNT_OF) and count]
-    return {f"loss/{name}": sums[f"{LOSS_OF}{name}"] / sums[f"{COUNT_OF}{name}"] for name in names}
+    """``loss/NAME`` of each source that has trained anything: nats per trained token, or the mean over its units."""
+    losses: dict[str, float] = {}
+    for loss, count in TERMS:
+        for name, number in sums.items():
+            if name.startswith(count) and number:
+                source = name.removeprefix(count)
+                losses[f"loss/{source}"] = losses.get(f"loss/{source}", 0.0) + sums[loss + source] / number
+    return losses
 
 
 def token_losses(model: Any, batch: dict[str, Any], shaping: Shaping | None = None) -> TokenLosses:
