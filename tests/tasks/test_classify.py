@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, prepared
@@ -211,8 +212,16 @@ def test_a_run_fixes_its_classes_and_is_evaluated_and_exported(
     assert evaluated["metrics"]["eval_held_out/loss"] == pytest.approx(last["eval/loss"], abs=1e-5)
     whole = () if "lora=none" in changes else ("--merged",)
     assert main.run(["export", str(rundir.path), str(tmp_path / "whole"), *whole]) == 0
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
     assert model.config.id2label == {0: "2", 1: "9", 2: "10"}
+    held_out = inputs(Options.of(rundir)).splits.eval
+    with torch.no_grad():
+        losses = [
+            float(model(torch.tensor(held_out[row][0].tolist())[None], labels=torch.tensor([int(target)])).loss)
+            for row, target in enumerate(held_out.values["target"])
+        ]
+    if "quant=4bit" not in changes:  # merged into the base as it was before
+        assert np.mean(losses) == pytest.approx(last["eval/loss"], abs=1e-5)
 
 
 def test_an_unknown_label_of_other_data_is_refused_with_its_place(

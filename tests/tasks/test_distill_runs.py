@@ -79,6 +79,30 @@ def test_tokens_are_computed_once_for_all_runs_that_need_them(teacher: Path, tmp
         )
 
 
+@pytest.mark.slow
+def test_plain_peft_measures_what_the_run_reports(teacher: Path, tmp_path: Path) -> None:
+    """The divergence of the saved adapter from the teacher's, with transformers and PEFT alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    rundir = trained(tmp_path / "run", *run_of(teacher, "task.top_k=null", "data.eval_rows=6"))
+    path, held_out = rundir.read_manifest()["model"]["path"], inputs(Options.of(rundir)).splits.eval
+
+    @torch.no_grad()
+    def log_probabilities(adapter: Path) -> torch.Tensor:
+        """(trained tokens, V)"""
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model, found = PeftModel.from_pretrained(base, str(adapter)).eval(), []
+        for row in range(len(held_out)):
+            ids, labels = (torch.tensor(column.tolist()) for column in held_out[row])
+            found.append(torch.log_softmax(model(ids[None]).logits[0, :-1][labels[1:] != -100], -1))
+        return torch.cat(found)
+
+    own, other = log_probabilities(rundir.model), log_probabilities(RunDir(teacher).model)
+    divergence = float((other.exp() * (other - own)).sum(1).mean())
+    assert divergence == pytest.approx(numbers(rundir, "eval/divergence")[-1], abs=1e-5)
+
+
 def test_a_copy_of_the_teacher_makes_the_same_run(teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(teacher, tmp_path / "copy")
     one, two = (composed(*run_of(place)) for place in (teacher, tmp_path / "copy"))

@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import TINY, prepared
 from fixtures.ranks_of_a_run import several, worked
 
+from runner.tasks.example_rewards import lowercase_share
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 from runner.train import worker
+from runner.train.inputs import inputs
+from runner.train.options import Options
 
 SMALL = (*TINY, "data.packing=false", "data.max_length=256", "train.max_steps=3", "model.dtype=float32")
 ANSWERS = ("task.num_generations=4", "task.max_completion_length=8", "train.max_steps=2")
@@ -38,12 +43,13 @@ def weighted(path: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["reward", "classify", "weights"])
+@pytest.mark.parametrize("task", ["reward", "classify", "weights", "kto"])
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path, cache: Path, task: str) -> None:
     rows = f"data.path={weighted(tmp_path / 'rows.jsonl')}"
     words = {
         "reward": ("task=reward", "data=chitchat_pairs", "data.max_length=512"),
         "classify": ("task=classify", "data=chitchat_classes", "data.classes=3"),
+        "kto": ("task=kto", "data=chitchat_pairs", "data.max_length=512"),
         "weights": ("task=sft", "data=local", "data/format=messages", "data.eval_fraction=0.3", rows),
     }[task]
     one = prepared(tmp_path / "one", *SMALL, *words, "train.per_device_batch_size=4")
@@ -54,6 +60,63 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path, cache: Path, task
     assert [record.keys() for record in records(one)] == [record.keys() for record in records(two)]
     for of_one, of_two in zip(records(one), records(two), strict=True):
         assert of_two == pytest.approx(of_one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["kto", "grpo"])
+def test_plain_peft_measures_what_the_run_reports(tmp_path: Path, cache: Path, task: str) -> None:
+    """The saved adapter on its base, with transformers and PEFT alone."""
+    words = {
+        "kto": ("task=kto", "task.loss_type=apo_zero_unpaired", "data=chitchat_pairs", "data.max_length=512"),
+        "grpo": ("experiment=grpo", "data.train_rows=40", *ANSWERS),
+    }[task]
+    rundir = prepared(tmp_path / "run", *SMALL, *words, "data.eval_rows=6", "optim.learning_rate=1e-2")
+    assert worker.work(rundir) == 0
+    reported = [record for record in metrics_log.read(rundir) if "eval/loss" in record or "eval/reward" in record][-1]
+    model, tokenizer = saved(rundir)
+    measured, name = MEASURED[task](model, tokenizer, inputs(Options.of(rundir)).splits.eval)
+    assert measured == pytest.approx(reported[name], abs=2e-5)
+
+
+def saved(rundir: RunDir) -> tuple[Any, Any]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = rundir.read_manifest()["model"]["path"]
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, str(rundir.model)).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, rows: Any, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(of every token at each trained position, the trained tokens)"""
+    ids, labels = (torch.tensor(column.tolist()) for column in rows[row])
+    trained = labels[1:] != -100
+    return torch.log_softmax(model(ids[None]).logits[0, :-1][trained], -1), ids[1:][trained]
+
+
+def of_kto(model: Any, tokenizer: Any, rows: Any) -> tuple[float, str]:
+    def sums() -> torch.Tensor:
+        pairs = (log_probabilities(model, rows, row) for row in range(len(rows)))
+        return torch.stack([values.gather(1, ids[:, None]).sum() for values, ids in pairs])
+
+    after = sums()
+    with model.disable_adapter():
+        rewards = 0.1 * (after - sums())
+    good = torch.tensor(rows.values["label"].tolist()) > 0
+    return float(torch.where(good, 1 - rewards.sigmoid(), rewards.sigmoid()).mean()), "eval/loss"
+
+
+def of_grpo(model: Any, tokenizer: Any, rows: Any) -> tuple[float, str]:
+    texts = []
+    for row in range(len(rows)):
+        prompt = torch.tensor(rows[row][0].tolist())[None]
+        ids = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+    return float(np.mean(lowercase_share(texts))), "eval/reward"
+
+
+MEASURED = {"kto": of_kto, "grpo": of_grpo}
 
 
 @pytest.mark.slow
