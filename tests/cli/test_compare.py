@@ -80,7 +80,8 @@ def test_the_forms_hold_the_same(here: Path, capsys: pytest.CaptureFixture[str])
     words = ("--by", "seed", "--pareto", "loss,time")
     code, out, _ = said(capsys, *words, "--markdown")
     assert code == 0
-    heading, *tables, legend = out.strip().split("\n\n")
+    heading, *tables, legend, _, found = out.strip().split("\n\n")
+    assert found.startswith("- lora.r: loss still falls towards the smallest value: 4 is better than 8 by 1.0000")
     assert legend.startswith("★ best run: loss (smaller is better); ◆ Pareto front of loss")
     assert heading == "**mean ± 95 % confidence interval over seed**"
     groups, runs = ([re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()] for table in tables)

@@ -48,6 +48,7 @@ def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixtu
         base, _, experiment = address.removesuffix("/runs").partition("/#/experiments/")
         assert address.endswith("/runs")
         assert "workflowType=machine_learning" in query, "else MLflow opens its mode for GenAI"
+        assert query.endswith("&viewStateShareKey=runner"), "the columns and charts of this experiment"
         assert base.startswith("http://127.0.0.1:")
         assert "<title>MLflow" in get(base)
         found = get(f"{base}/api/2.0/mlflow/experiments/get?experiment_id={experiment}")
@@ -56,7 +57,9 @@ def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixtu
         assert main.run(["ui", f"uri={base}", "--no-browser"]) == 0
         assert capfd.readouterr().out.split()[-1] == page
         assert main.run(["ui", f"uri={base}", "--experiment", "other"]) == 0
-        assert capfd.readouterr().out.split()[-1] != page
+        other = capfd.readouterr().out.split()[-1]
+        assert other != page
+        assert "viewStateShareKey" not in other, "MLflow would report that it has no such view"
         assert main.run(["ui", f"uri={base}", "--experiment", "rumner"]) == 2
         assert "experiments: Default, other, runner" in capfd.readouterr().err
         assert main.run(["ui", f"uri={base}", "--port", "5001"]) == 2

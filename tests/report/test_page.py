@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -81,5 +82,78 @@ def test_the_front_and_the_cells_of_the_page_are_those_of_the_terminal(here: Pat
     table = done.stdout.partition('id="table">')[2].partition("</table>")[0]
     found = re.findall(r"<tr[^>]*data-run.*?</tr>", table, re.DOTALL)
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in found]
-    shown_there = [[re.sub(r"<[^>]+>", "", cell) for cell in row] for row in cells]
+    shown_there = [[re.sub(r"<[^>]+>", "", cell) for cell in row[:-1]] for row in cells]  # the last: links
     assert [" ".join(row).split() for row in shown_there] == rows
+
+
+def seeds(here: Path) -> None:
+    """Three settings with three seeds each; two runs have samples."""
+    sweep = a_sweep()
+    for r in (4, 8, 16):
+        for seed in range(3):
+            rundir = played(sweep, r, 3 - r / 10 + seed / 1000, seed=seed, seconds=float(r + seed))
+            if seed == 0 and r > 4:
+                sample = {"prompt": "Who?", "reference": "Ana", "before": "none", "after": f"answer of {r}"}
+                rundir.samples.write_text(json.dumps([sample]))
+                rundir.update_manifest(mlflow={"run_id": "ab" * 16, "experiment_id": "1", "url": None})
+
+
+def test_the_page_has_samples_places_and_what_to_try_next(here: Path, capsys: pytest.CaptureFixture[str]):
+    seeds(here)
+    code, out, _ = said(capsys, "--html", "page.html")
+    assert code == 0
+    data = data_of(Path("page.html"))
+    assert data["over"] == "seed"
+    assert {runs["after"] for each in data["samples"].values() for runs in each} == {"answer of 8", "answer of 16"}
+    best = data["runs"][0]
+    assert best["links"][0][:2] == ["folder", Path(best["folder"]).as_uri()]
+    address = f"http://127.0.0.1:5000/#/experiments/1/runs/{'ab' * 16}?workflowType=machine_learning"
+    assert best["links"][1] == ["MLflow", address, "while python -m runner ui is running"]
+    assert [kind for kind, _ in data["next"]] == ["improving"]
+    assert f"next  {data['next'][0][1]}" in out
+    assert data["next"][0][1].endswith("; try lora.r=32")
+    times = {metric["key"]: metric["unit"] for metric in data["all_metrics"]}
+    assert times == {"eval/loss": "", "eval/best_loss": "", "train/seconds": "s"}
+
+
+DRIVE = """<script>
+const tell = (id, what) => $(id).dispatchEvent(new Event(what));
+const set = (id, value) => { $(id).value = value; tell(id, "change"); tell(id, "input"); };
+const curves_there = () => document.querySelectorAll("#curves path.curve").length;
+const stars = () => [...document.querySelectorAll("#table tbody tr.best td:first-child")].map(cell => cell.textContent);
+const seen = { curves: curves_there(), star: stars() };
+$("fold").checked = true; tell("fold", "change");
+seen.folded = curves_there(); seen.bands = document.querySelectorAll("#curves path.band").length;
+set("rank", "train/seconds"); seen.ranked = stars(); seen.first = document.querySelector("#table tbody td").textContent;
+set("sx", "train/seconds");
+seen.axis = [...document.querySelectorAll("#scatter text.strong")].map(each => each.textContent);
+set("filter", "lora.r>=8 loss<2.202");
+seen.count = $("count").textContent; seen.best = stars(); seen.left = curves_there();
+set("filter", "lora.rank>=8"); seen.unknown = $("count").textContent;
+seen.answers = [...document.querySelectorAll("#samples .said")].map(each => each.textContent);
+$("before").checked = true; tell("before", "change");
+seen.before = [...document.querySelectorAll("#samples .said")].map(each => each.textContent);
+document.body.replaceChildren(JSON.stringify(seen));
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
+def test_one_can_work_in_the_page(here: Path, capsys: pytest.CaptureFixture[str]):
+    """Filter, rank, fold the seeds and read the answers, in a real browser."""
+    seeds(here)
+    assert said(capsys, "--html", "page.html")[0] == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    Path("driven.html").write_text(page.replace("</body>", f"{DRIVE}</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={here}/profile", "--dump-dom"]
+    command = [str(CHROMIUM), *flags, (here / "driven.html").as_uri()]
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seen = json.loads(html.unescape(drawn.partition("<body>")[2].partition("</body>")[0]))
+    assert (seen["curves"], seen["star"]) == (9, ["★ 006-job"])
+    assert (seen["folded"], seen["bands"]) == (3, 3), "a line and a band for each setting"
+    assert (seen["ranked"], seen["first"]) == (["★ 000-job"], "★ 000-job")
+    assert (seen["count"], seen["best"], seen["left"]) == ("5 of 9", ["★ 003-job"], 2)
+    assert seen["unknown"] == "no run has this key"
+    assert seen["answers"] == ["Who?", "answer of 16", "answer of 8", "Ana"]
+    assert seen["before"] == ["Who?", "none", "none", "Ana"]
+    assert "time (s)" in seen["axis"], "metrics have units"

@@ -31,6 +31,7 @@ def test_intervals_and_welchs_test_are_those_of_scipy():
         assert found.half_width is not None
         assert (found.value - found.half_width, found.value + found.half_width) == pytest.approx((low, high))
         assert statistics.welch(first, second) == pytest.approx(stats.ttest_ind(first, second, equal_var=False).pvalue)
+        assert statistics.paired(first) == pytest.approx(stats.ttest_1samp(first, 0).pvalue)
 
 
 def test_one_value_alone_says_nothing_of_the_spread():
@@ -38,3 +39,4 @@ def test_one_value_alone_says_nothing_of_the_spread():
     assert statistics.welch([1.0], [2.0, 3.0]) is None
     assert statistics.welch([1.0, 1.0], [1.0, 1.0]) == 1.0
     assert statistics.welch([1.0, 1.0], [2.0, 2.0]) == 0.0
+    assert [statistics.paired(differences) for differences in ([1.0], [0.0, 0.0], [2.0, 2.0])] == [None, 1.0, 0.0]

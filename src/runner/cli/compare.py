@@ -15,7 +15,8 @@ from runner import streams, terminal
 from runner.cli.args import RUN, Args, Option, Verb
 from runner.errors import ConfigError, Fault, TrackingError, UnknownNameError
 from runner.files import user_path
-from runner.report import columns, leaderboard, results, store_lookup
+from runner.report import advice, columns, leaderboard, results, store_lookup
+from runner.report.advice import Advice
 from runner.report.leaderboard import Leaderboard
 from runner.report.results import Result
 from runner.tracking import lookup
@@ -59,7 +60,7 @@ evaluation, best is the smallest one, memory the peak, time the seconds of train
 The exit code is 0; 2 if there is nothing to compare.""",
 )
 
-SHOWN = 50
+SHOWN, MOST_NEXT = 50, 8
 CHOOSING = ("--where", "--by", "--sort", "--metrics", "--pareto")
 """Options that choose and order the runs and columns."""
 
@@ -184,7 +185,8 @@ def _write_files(board: Leaderboard, source: _Source, args: Args) -> list[Path]:
 
 def _print(board: Leaderboard, args: Args) -> None:
     if args["--json"]:
-        print(json.dumps(leaderboard.as_json(board), indent=1, allow_nan=False))
+        steps = [{"parameter": each.parameter, "kind": each.kind, "text": each.text} for each in next_steps(board)]
+        print(json.dumps({**leaderboard.as_json(board), "next": steps}, indent=1, allow_nan=False))
     elif args["--csv"]:
         names, rows = board.table()
         out = csv.writer(sys.stdout, lineterminator="\n")
@@ -199,7 +201,14 @@ def markdown(board: Leaderboard) -> str:
     """The table of runs, and the table of means if there is one, in GitHub's Markdown."""
     groups = [f"**{board.group_heading()}**", _markdown(board.group_titles(), board.group_rows())]
     tables = [*(groups if board.has_means else []), _markdown(board.titles(), board.rows())]
-    return "\n\n".join([*tables, board.legend(), *(f"> {note}" for note in board.notes)])
+    found = [f"- {each}" for each in next_steps(board)]
+    after = ["\n".join(["**What to try next**", "", *found])] if found else []
+    return "\n\n".join([*tables, board.legend(), *(f"> {note}" for note in board.notes), *after])
+
+
+def next_steps(board: Leaderboard) -> list[Advice]:
+    """What to try next, by the completed runs; empty if no parameter has several values."""
+    return advice.of(board.results, board.params, board.goal, board.over)
 
 
 def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -229,6 +238,8 @@ def _show(board: Leaderboard, is_all: bool) -> None:
             print(f"{result.status}  {result.run}: {result.reason}")
     for note in board.notes:
         print(f"note  {note}")
+    for each in next_steps(board)[:MOST_NEXT]:
+        print(f"next  {each}")
 
 
 def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], lead: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from runner.errors import ConfigError, Fault, TrackingError, suggest
 from runner.report import mlflow_results, store_lookup
 from runner.signals import signals_to
 from runner.tracking import environment
-from runner.tracking.mlflow import rest, store
+from runner.tracking.mlflow import rest, store, views
 
 HOST, FIRST_PORT, LAST_PORT = "127.0.0.1", 5000, 65535
 
@@ -189,18 +189,22 @@ def _page(address: str, name: str | None) -> str:
     latest = {"max_results": 1000, "order_by": ["last_update_time DESC"]}
     try:
         answer = rest.ask(address, "experiments/search", latest, timeout_s=20)
-        ids = {each["name"]: each["experiment_id"] for each in answer.get("experiments", [])}
+        experiments = {each["name"]: each for each in answer.get("experiments", [])}
     except (OSError, ValueError, KeyError) as error:
         problem = f"{address} does not answer like an MLflow server: {error}"
         remedy = "check that the server is running and that the address is right"
         raise TrackingError(Fault("uri", problem, remedy)) from error
-    own = [each for each in ids if each != "Default"]
-    experiment = name or ("runner" if "runner" in ids else own[0] if own else "")
+    own = [each for each in experiments if each != "Default"]
+    experiment = name or ("runner" if "runner" in experiments else own[0] if own else "")
     if name:
-        _refuse_unknown(name, ids)
+        _refuse_unknown(name, experiments)
+    if not experiment:
+        return address
     # /runs: without it MLflow 3 opens the page of traces; without workflowType its mode for GenAI, without metrics.
-    page = f"{address}/#/experiments/{{}}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-    return page.format(quote(str(ids[experiment]))) if experiment else address
+    shown = experiments[experiment]
+    has_view = views.TAG in [tag["key"] for tag in shown.get("tags", [])]
+    view = f"&viewStateShareKey={views.KEY}" if has_view else ""
+    return f"{address}/#/experiments/{quote(str(shown['experiment_id']))}/runs?workflowType=machine_learning{view}"
 
 
 def _show(page: str, args: Args) -> None:

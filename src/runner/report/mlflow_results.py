@@ -19,7 +19,7 @@ from runner.config import choices
 from runner.errors import Fault, TrackingError, UnknownNameError, suggest
 from runner.files import user_path
 from runner.report.record import STATUS
-from runner.report.results import Result
+from runner.report.results import TRAINING, UI, Result
 from runner.report.store_lookup import may_be_id, tracking_errors
 from runner.secrets import take_credentials
 from runner.tracking.metrics_log import last_values
@@ -47,6 +47,8 @@ class StoredRun:
     params: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    experiment: str = ""
+    """Its id."""
 
 
 class Store(Protocol):
@@ -77,7 +79,7 @@ def read(uri: str, words: Sequence[str]) -> list[Result]:
     children = [row for row in rows if "runner.jobs" not in row.tags]
     if not chosen and words:
         children = _of_sweeps(children, words, known, uri)
-    return [_result(row) for row in children]
+    return [_result(row, uri) for row in children]
 
 
 def records(uri: str, run_ids: Sequence[str], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -148,8 +150,8 @@ def _plain(uri: str) -> str:
     return take_credentials(uri)[0]
 
 
-def _result(row: StoredRun) -> Result:
-    tags = row.tags
+def _result(row: StoredRun, uri: str) -> Result:
+    tags, page = row.tags, f"/#/experiments/{row.experiment}/runs/{row.run_id}?{TRAINING}"
     params, implied = choices.named(row.params, {**choices.of_overrides(row.name.split(",")), **row.params})
     folder = tags.get("runner.folder", "")
     finite = {name: value for name, value in row.metrics.items() if abs(value) < store.INFINITY}
@@ -165,6 +167,7 @@ def _result(row: StoredRun) -> Result:
         sweep=tags.get("runner.sweep", ""),
         folder=folder if folder and Path(folder).is_dir() else "",
         mlflow_id=row.run_id,
+        mlflow_url=(_plain(uri).rstrip("/") if store.is_server(uri) else UI) + page,
         task_metrics=tuple(tags.get("runner.task_metrics", "").split()),
         created=row.started,
         came_from=tags.get("runner.chain", ""),
@@ -190,14 +193,17 @@ class _Sqlite:
         runs, params, tags, metrics = store.read_sqlite(
             self.path,
             [
-                f"SELECT run_uuid, name, status, start_time FROM runs WHERE {chosen}",
+                f"SELECT run_uuid, name, status, start_time, experiment_id FROM runs WHERE {chosen}",
                 f"SELECT run_uuid, key, value FROM params WHERE {of_runs}",
                 f"SELECT run_uuid, key, value FROM tags WHERE {of_runs}",
                 f"SELECT run_uuid, key, value FROM latest_metrics WHERE NOT is_nan AND {of_runs}",
             ],
             [int(experiment_id) for experiment_id in experiments],
         )
-        rows = {run: StoredRun(run, name or run, status, (start or 0) / 1000) for run, name, status, start in runs}
+        rows = {
+            run: StoredRun(run, name or run, status, (start or 0) / 1000, experiment=str(experiment))
+            for run, name, status, start, experiment in runs
+        }
         for run, key, text in params:
             rows[run].params[key] = text
         for run, key, text in tags:
@@ -253,7 +259,8 @@ class _Server:
         metrics = {key: float(value) for key, value in pairs("metrics").items()}
         name = info.get("run_name") or info["run_id"]
         started = int(info.get("start_time", 0)) / 1000
-        return StoredRun(info["run_id"], name, info["status"], started, pairs("params"), metrics, pairs("tags"))
+        named = pairs("params"), metrics, pairs("tags"), info.get("experiment_id", "")
+        return StoredRun(info["run_id"], name, info["status"], started, *named)
 
 
 @dataclass(frozen=True)
@@ -270,7 +277,7 @@ class _Client:
         runs: Iterable[Any] = store.connect(self.uri).search_runs(list(experiments), max_results=MOST_RUNS)
         return [
             StoredRun(run.info.run_id, run.info.run_name, run.info.status, run.info.start_time / 1000,
-                      dict(run.data.params), dict(run.data.metrics), dict(run.data.tags))
+                      dict(run.data.params), dict(run.data.metrics), dict(run.data.tags), run.info.experiment_id)
             for run in runs
         ]  # fmt: skip
 

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.report import columns, curves, ranking
+from runner.report import advice, columns, curves, ranking, results
 from runner.report.columns import CPU_MEMORY, GPU_MEMORY, SPEED, Goal
 from runner.report.curves import Curves
 from runner.report.leaderboard import Leaderboard
+from runner.report.results import Result
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_COLOURS = 8
+MOST_SAMPLED, MOST_PROMPTS, LONGEST_SAMPLE = 40, 8, 4000
+"""Limits of the samples in the page: runs, prompts of a run, characters of a text."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def _data(board: Leaderboard, drawing: Drawing, title: str) -> dict[str, Any]:
         "subtitle": f"{len(board.results)} run{'s' * (len(board.results) > 1)}, compared {time.strftime('%F %T')}",
         "facts": _facts(board),
         "notes": board.notes,
+        "next": [[each.kind, str(each)] for each in advice.of(board.results, board.params, board.goal, board.over)],
+        "over": board.over or next((key for key in board.params if key.endswith(advice.REPEATED)), ""),
         "marks": board.legend(),
         "goal": board.goal.key,
         "params": board.params,
@@ -72,14 +77,34 @@ def _data(board: Leaderboard, drawing: Drawing, title: str) -> dict[str, Any]:
             {
                 "run": result.run, "label": result.label, "status": result.status, "reason": result.reason,
                 "sweep": result.sweep, "folder": result.folder, "best": result is board.best, "cells": row,
+                "links": _links(result),
                 "metrics": dict(result.metrics),
                 "params": {key: result.params[key] for key in board.params if key in result.params},
             }
             for result, row in zip(board.results, rows, strict=True)
         ],
         "curves": {number: _points(each) for number, each in enumerate(drawing.curves) if each},
+        "samples": _samples(board),
         "left_out": f"Curves of {count} of {len(board.results)} runs." if count < len(board.results) else "",
         "groups": _groups(board),
+    }  # fmt: skip
+
+
+def _links(result: Result) -> list[tuple[str, str, str]]:
+    """(name, address, hint) of the places of a run; no other kind of address, as the names of runs are anybody's."""
+    places = [("folder", Path(result.folder).as_uri() if result.folder else ""), ("MLflow", result.mlflow_url)]
+    return [
+        (name, address, "while python -m runner ui is running" if address.startswith(results.UI) else address)
+        for name, address in places if address.startswith(("file://", "http://", "https://"))
+    ]  # fmt: skip
+
+
+def _samples(board: Leaderboard) -> dict[int, list[dict[str, str]]]:
+    """Index of a run → its first samples, shortened."""
+    found = {number: results.read_samples(result.folder) for number, result in enumerate(board.results[:MOST_SAMPLED])}
+    return {
+        number: [{key: text[:LONGEST_SAMPLE] for key, text in sample.items()} for sample in samples[:MOST_PROMPTS]]
+        for number, samples in found.items() if samples
     }  # fmt: skip
 
 
@@ -91,7 +116,8 @@ def _facts(board: Leaderboard) -> list[tuple[str, str]]:
 
 
 def _metric(name: str, board: Leaderboard) -> dict[str, Any]:
-    return {"key": name, "title": columns.title(name, board.metrics), "larger": _goal(name, board).is_larger_better}
+    title, larger = columns.title(name, board.metrics), _goal(name, board).is_larger_better
+    return {"key": name, "title": title, "unit": columns.unit(name), "larger": larger}
 
 
 def _goal(key: str, board: Leaderboard) -> Goal:

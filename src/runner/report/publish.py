@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError
-from runner.report import columns, leaderboard, page, results
+from runner.report import advice, columns, leaderboard, page, results
 from runner.report.leaderboard import Leaderboard
 from runner.report.results import Result
 from runner.secrets import redact
@@ -83,7 +83,10 @@ def _note(board: Leaderboard, experiment: str) -> str:
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [titles, ["---"] * len(titles), *rows])
     more = f"\n\nThe first {SHOWN} of {len(board.results)} runs; all are in {TABLE} and {PAGE}."
-    return f"{OURS}: {_link(board.best, experiment)}\n\n{table}{more if len(board.results) > SHOWN else ''}"
+    found = advice.of(board.results, board.params, board.goal)
+    after = "".join(f"\n- {each}" for each in found)
+    text = f"{OURS}: {_link(board.best, experiment)}\n\n{table}{more if len(board.results) > SHOWN else ''}"
+    return f"{text}\n\n**What to try next**\n{after}" if after else text
 
 
 def _link(result: Result, experiment: str) -> str:

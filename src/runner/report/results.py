@@ -18,6 +18,10 @@ from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import sweep_of
 
 COMPLETED = "completed"
+UI = "http://127.0.0.1:5000"
+"""The address of the verb ``ui``, if its port is free."""
+TRAINING = "workflowType=machine_learning"
+"""Without it MLflow 3 shows the menu of its mode for GenAI."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Result:
     mlflow_id: str = ""
     store: str = ""
     """URI of the MLflow store that the run logs to; empty with tracking=offline, or for a result read from MLflow."""
+    mlflow_url: str = ""
+    """The page of the run in MLflow; for the embedded store where ``runner ui`` serves it; empty if it has none."""
     created: float = 0.0
     task_metrics: tuple[str, ...] = ()
     """The metrics that the task reports before and after training; empty if they are not known."""
@@ -102,6 +108,7 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
         folder=str(rundir.path),
         mlflow_id=str(mlflow.get("run_id") or ""),
         store=str(mlflow.get("uri") or ""),
+        mlflow_url=_page_of(mlflow),
         created=float(run.manifest.get("created") or 0),
         task_metrics=tuple(metrics_log.before_and_after(state.summary)),
         step=state.step,
@@ -110,6 +117,20 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
         came_from=origin.chain(run.manifest),
         held_out_rows=((run.manifest.get("data") or {}).get("report") or {}).get("eval_rows"),
     )
+
+
+def _page_of(mlflow: Mapping[str, Any]) -> str:
+    run, experiment = mlflow.get("run_id"), mlflow.get("experiment_id")
+    return str(mlflow.get("url") or (f"{UI}/#/experiments/{experiment}/runs/{run}?{TRAINING}" if run else ""))
+
+
+def read_samples(folder: str) -> list[dict[str, str]]:
+    """The held-out prompts of a run with the answers before and after training; an empty list if it has none."""
+    try:
+        found = json.loads(RunDir(Path(folder)).samples.read_text(encoding="utf-8")) if folder else []
+        return [{key: str(text) for key, text in sample.items()} for sample in found]
+    except (OSError, ValueError, AttributeError, TypeError):  # missing or damaged
+        return []
 
 
 def _handle(rundir: RunDir, sweep: Path | None, outputs_dir: Path, is_one_sweep: bool) -> str:

@@ -44,6 +44,17 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
     return 2 * upper_tail(difference / math.sqrt(total), freedom)
 
 
+def paired(differences: Sequence[float]) -> float | None:
+    """The two-sided p value of the paired t-test (the true mean of the differences is 0); None for fewer than two."""
+    n = len(differences)
+    if n < 2:
+        return None
+    mean, spread = abs(fmean(differences)), variance(differences)
+    if spread == 0:
+        return 1.0 if mean == 0 else 0.0
+    return 2 * upper_tail(mean / math.sqrt(spread / n), n - 1)
+
+
 def upper_tail(t: float, freedom: float) -> float:
     """P(T > t) for t >= 0, T of Student's t distribution with ``freedom`` degrees (Abramowitz & Stegun 26.7.1)."""
     return 0.5 * _beta(freedom / (freedom + t * t), freedom / 2, 0.5)

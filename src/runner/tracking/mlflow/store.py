@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from runner.errors import Fault, RunnerError, TrackingError
 from runner.files import locked
 from runner.secrets import put_credentials, redact, take_credentials
-from runner.tracking.mlflow import rest
+from runner.tracking.mlflow import rest, views
 from runner.tracking.trackers import NOT_IN_PATH
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ def is_server(uri: str) -> bool:
 def experiment_id(client: MlflowClient, name: str, artifacts: Path | None) -> str:
     """Id of the experiment, created if missing, with artifacts under ``artifacts`` (None: the server decides).
 
+    Its page opens with the view of ``views``.
+
     Raises:
         TrackingError: the experiment was deleted.
     """
@@ -127,7 +129,8 @@ def experiment_id(client: MlflowClient, name: str, artifacts: Path | None) -> st
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifacts.absolute().as_uri() if artifacts else None))
+            location = artifacts.absolute().as_uri() if artifacts else None
+            return str(client.create_experiment(name, location, views.tags()))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # created by another process meanwhile
                 raise
@@ -135,6 +138,7 @@ def experiment_id(client: MlflowClient, name: str, artifacts: Path | None) -> st
     if experiment is None or experiment.lifecycle_stage != "active":
         remedy = f"restore it (mlflow experiments restore), or set tracking.experiment to another name than {name}"
         raise TrackingError(Fault("tracking.experiment", "was deleted in MLflow", remedy, name))
+    views.keep(client, experiment.experiment_id, experiment.tags)
     return str(experiment.experiment_id)
 
 
