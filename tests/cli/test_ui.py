@@ -14,7 +14,7 @@ import psutil
 import pytest
 from fixtures.mlflow_pages import shown
 
-from runner.cli import main, ui
+from runner.cli import local_server, main
 from runner.tracking.mlflow import store
 
 
@@ -73,15 +73,14 @@ def test_pages_are_served_until_ctrl_c(outputs: Path, capfd: pytest.CaptureFixtu
         assert "press Ctrl-C to stop" in proc.communicate()[1]
 
 
-def test_a_port_that_is_taken(outputs: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_a_port_that_is_taken(outputs: Path, capfd: pytest.CaptureFixture[str]):
     with busy() as taken:
         port = taken.getsockname()[1]
         assert main.run(["ui", f"outputs_dir={outputs}", "--port", str(port)]) == 2
         said = capfd.readouterr().err
         assert f"--port={port}: is in use by another program" in said
         assert "is free; or leave --port out" in said
-        monkeypatch.setattr(ui, "FIRST_PORT", port)
-        assert ui._free_port() > port
+        assert local_server.port(None, port) > port
         assert f"port {port} is in use; using " in capfd.readouterr().err
 
 

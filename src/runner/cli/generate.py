@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
 
 from runner import streams, terminal
+from runner.cli import serving
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
+from runner.cli.local_server import LAST_PORT
 from runner.config import schema
-from runner.errors import ConfigError, DataError, Fault, RunnerError
+from runner.errors import ConfigError, DataError, Fault, RunnerError, refuse
 from runner.train import trained_model
 from runner.train.run_summary import NOTHING
 from runner.train.trained_model import Trained
@@ -26,6 +30,7 @@ chat template of the run.
   python -m runner generate first --compare "What is a sweep?"     base and fine-tuned model side by side
   cat question.txt | python -m runner generate first -
   python -m runner generate first                                  a chat: /reset clears it, /quit or Ctrl-D ends it
+  python -m runner generate first --serve                          OpenAI's API on this machine, until Ctrl-C
 
 {RUN}.
 After -- a PROMPT may begin with -.""",
@@ -34,6 +39,8 @@ After -- a PROMPT may begin with -.""",
     Option("--max-new-tokens N", "maximum tokens of an answer", schema.Count, 256),
     Option("--temperature T", "0: greedy decoding; above 0: sampling", schema.NotNegative, 0.0),
     Option("--seed N", "seed of the sampling", schema.Seed),
+    Option("--serve", "serve the model with OpenAI's API: by vLLM where it is installed, else by transformers"),
+    Option("--port N", "of --serve; default: 8000, or the next free port", Annotated[int, Ge(1), Le(LAST_PORT)]),
     MODEL_PATH,
 )
 
@@ -55,6 +62,11 @@ def main(argv: list[str]) -> int:
     if run.scores:
         remedy = f"evaluate it: python -m runner evaluate {terminal.typed(terminal.nearest(run.rundir.path))}"
         raise ConfigError(Fault("generate", "the model of this run gives scores, not text", remedy))
+    if args["--serve"]:
+        refuse(_without_effect(args, others))
+        return serving.serve(run, args["--port"])
+    if args["--port"]:
+        raise ConfigError(Fault("--port", "has no effect without --serve", "leave it out, or add --serve"))
     if len(others) > 1:
         raise ConfigError(Fault("generate", "takes one prompt", "put it in quotes", " ".join(others)))
     prompt = sys.stdin.read() if others == ["-"] else others[0] if others else None
@@ -71,6 +83,17 @@ def main(argv: list[str]) -> int:
     else:
         _answer(run, models, settings, [_History(settings.system) for _ in models], prompt)
     return 0
+
+
+def _without_effect(args: Args, others: list[str]) -> Iterator[Fault]:
+    """What a server takes from each request instead."""
+    remedy = "leave it out: each request has its own"
+    if others:
+        yield Fault("PROMPT", "has no effect with --serve", remedy, " ".join(others))
+    for option in ("--compare", "--system", "--max-new-tokens", "--temperature", "--seed"):
+        default = next(each.default for each in VERB.options if each.names[-1] == option)
+        if args[option] not in (None, False, default):
+            yield Fault(option, "has no effect with --serve", remedy)
 
 
 @dataclass(frozen=True)
