@@ -35,12 +35,12 @@ def test_the_command_of_each_engine():
 def test_a_missing_server_is_refused_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
     installed = {"fastapi", "uvicorn", "transformers.cli", "transformers.cli.serve"}
     monkeypatch.setattr(serving, "find_spec", lambda name: name if name in installed else None)
-    with pytest.raises(ConfigError, match="needs openai, which is not installed\n.*uv sync --extra serve$"):
+    with pytest.raises(ConfigError, match=r"needs openai, which is not installed\n.*uv sync --extra serve$"):
         serving.engine(on_gpu=False)
     installed |= {"openai", "vllm"}
     assert [serving.engine(on_gpu=on_gpu) for on_gpu in (True, False)] == ["vllm", "transformers"]
     installed -= {"vllm", "transformers.cli"}
-    with pytest.raises(ConfigError, match="has no server .added in 5.0.\n.*uv pip install vllm$"):
+    with pytest.raises(ConfigError, match=r"has no server .added in 5.0.\n.*uv pip install vllm$"):
         serving.engine(on_gpu=True)
 
 
