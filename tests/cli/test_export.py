@@ -183,3 +183,23 @@ def test_a_run_without_a_model_is_refused_with_its_status(
         rundir.update_manifest(name=status)
         code, _, err = said(capsys, verb, str(rundir.path), "x")
         assert (code, f"it is {status} (step 3/9)" in err, remedy in err) == (2, True, True), err
+
+
+@pytest.mark.slow
+def test_the_average_of_runs_is_exported_merged_and_refused_where_there_is_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    trained("first")
+    trained("other")
+    code, out, err = said(capsys, "export", "first", "--average", "other", "--merged")
+    assert code == 0, err
+    assert "mean of the changes of 2 adapters, as one of rank 16: first, other" in " ".join(out.split())
+    assert "logits differ by" in out, "of base and averaged adapter"
+    folder = Path("outputs/exports/first-merged-average")
+    assert "mean of the changes of 2 adapters" in (folder / "README.md").read_text()
+    assert logits(AutoModelForCausalLM.from_pretrained(folder), [1, 2, 3]).isfinite().all()
+    for other, problem in (("first", "names a run twice"), ("dora", "the adapters differ in use_dora")):
+        trained(other)
+        code, _, err = said(capsys, "export", "first", str(tmp_path / "none"), "--average", other)
+        assert (code, problem in err) == (2, True), err
+    assert not (tmp_path / "none").exists()

@@ -6,9 +6,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,9 +16,10 @@ from runner import terminal
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.errors import ConfigError, Fault
 from runner.files import user_path, written_aside
-from runner.models import gguf_export, hub
+from runner.models import averaging, gguf_export, hub
 from runner.report import model_card
-from runner.tracking import origin
+from runner.tracking import lookup, naming, origin
+from runner.tracking.rundir import RunDir
 from runner.train import merge, trained_model
 from runner.train.trained_model import Trained
 
@@ -35,6 +36,7 @@ VERB = Verb(
   python -m runner export first my/model --merged   the whole model, for plain transformers (vLLM, TGI, …)
   python -m runner export first --gguf              the whole model as one file, for llama.cpp
   python -m runner export first --push me/first     and uploads the folder to the Hugging Face Hub
+  python -m runner export first --average second,third   the mean of the weights of these runs
 
 {RUN};
 DIR a folder that does not exist or is empty.""",
@@ -48,6 +50,7 @@ DIR a folder that does not exist or is empty.""",
     Option(
         "--push OWNER/NAME", "then upload the folder to this model repository of the Hub, which is created if missing"
     ),
+    Option("--average RUN,RUN", "the mean of the weights of RUN and these runs, of the same base model and options"),
     Option("--private", "of --push: a new repository is private"),
     Option("--dtype DTYPE", "dtype of a whole model; default: as the base model, for GGUF 16 bits", Dtype),
     MODEL_PATH,
@@ -65,13 +68,21 @@ def main(argv: list[str]) -> int:
     run, rest = trained_run(VERB, args)
     run.rundir.read_state()  # the model card needs it: a damaged file is reported before the work
     order = _order(args, run, rest)
+    if not args["--average"]:
+        return _export(run, order, args, run.rundir.path)
+    others = [lookup.resolve_run(name, args.outputs_dir) for name in args["--average"].split(",") if name]
+    with _averaged(run, others) as (averaged, about):
+        return _export(averaged, order, args, run.rundir.path, {"average": about})
+
+
+def _export(run: Trained, order: _Order, args: Args, source: Path, about: dict[str, str] | None = None) -> int:
     base = run.base.path if run.is_adapter else str((run.rundir.read_manifest().get("model") or {}).get("path", ""))
     trained_model.quiet()
     with written_or_refused(order.folder) as aside:
         check = _write(run, order, aside)
         if "model" in order.kinds:
-            origin.note(aside, run.rundir.path)
-        notes = check.notes() if check else {}
+            origin.note(aside, source)
+        notes = {**(about or {}), **(check.notes() if check else {})}
         (aside / "README.md").write_text(
             model_card.text(run.rundir, order.kinds, base, notes, is_chat=run.is_chat, head=run.options.task.head)
         )
@@ -89,6 +100,29 @@ def main(argv: list[str]) -> int:
         url = hub.push(order.folder, "--push", args["--push"], private=args["--private"], left_out=[origin.EXPORTED])
         terminal.print_line(f"upload   {url}")
     return 0
+
+
+@contextmanager
+def _averaged(run: Trained, others: Sequence[RunDir]) -> Iterator[tuple[Trained, str]]:
+    """(the run with the mean of its weights and those of the others, in words); in a temporary folder.
+
+    Raises:
+        ConfigError: a run without a model, a run that is named twice, or models that cannot be averaged.
+    """
+    rundirs = [run.rundir, *others]
+    if len({rundir.path.resolve() for rundir in rundirs}) < len(rundirs):
+        raise ConfigError(Fault("--average", "names a run twice", "name other runs than RUN, each once"))
+    for rundir in others:
+        trained_model.refuse_without_model(rundir)
+    with tempfile.TemporaryDirectory(prefix="runner-") as folder:
+        copied = RunDir(Path(folder, run.rundir.path.name))
+        copied.path.mkdir()
+        for path in run.rundir.path.iterdir():
+            if path != run.rundir.model:
+                (copied.path / path.name).symlink_to(path.absolute())
+        what = averaging.average([rundir.model for rundir in rundirs], copied.model)
+        names = ", ".join(naming.label(rundir.read_manifest(), rundir.path) for rundir in rundirs)
+        yield replace(run, rundir=copied), f"{what}: {names}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +157,8 @@ def _order(args: Args, run: Trained, rest: list[str]) -> _Order:
             command = gguf_export.find()
         except ConfigError as error:
             faults += error.faults
-    folder = user_path(rest[0]) if rest else args.outputs_dir / "exports" / default_name(run, kinds)
+    average = "-average" if args["--average"] else ""
+    folder = user_path(rest[0]) if rest else args.outputs_dir / "exports" / f"{default_name(run, kinds)}{average}"
     faults += _folder_faults(folder.absolute())
     if args["--private"] and not args["--push"]:
         faults.append(Fault("--private", "has no effect without --push", "leave it out, or add --push OWNER/NAME"))
