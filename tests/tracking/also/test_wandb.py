@@ -15,6 +15,7 @@ import pytest
 from fixtures.mirrored_runs import assert_mirrored, finish, make_run, outputs
 
 from runner.tracking import metrics_log
+from runner.tracking.also import wandb
 from runner.tracking.mirror import follow, spawn
 from runner.tracking.rundir import RunDir
 
@@ -85,3 +86,9 @@ def test_a_resumed_run_has_no_point_twice(outputs: Path) -> None:
     assert follow.follow(rundir) == 0
     assert history(rundir, "train/loss") == expected(rundir, "train/loss")
     assert "preempting" not in {record.WhichOneof("record_type") for record in records(rundir)}
+
+
+def test_a_server_that_does_not_answer_cannot_keep_the_upload() -> None:
+    """W&B's own limit, which holds at the end of the process, too."""
+    found = wandb.settings()
+    assert (found.init_timeout, found.finish_timeout, found.finish_timeout_raises) == (60, 120, True)

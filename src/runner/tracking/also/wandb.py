@@ -11,12 +11,25 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from typing import Any
 
 from runner.tracking.also.tracker import About
 from runner.tracking.state_file import DONE, State
 
 NOT_IN_PROJECT = re.compile(r"[/\\#?%:]")
 LONGEST_PROJECT, LONGEST_TAG = 128, 64
+INIT_S, FINISH_S = 60.0, 120.0
+"""Limits of time, so that a server that does not answer cannot keep the process that uploads, nor its end."""
+
+
+def settings() -> Any:
+    """The settings of a run: quiet, without what MLflow has already, and limited in time."""
+    import wandb
+
+    limits = {"finish_timeout": FINISH_S, "finish_timeout_raises": True}  # of newer versions
+    known = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}
+    quiet = {"silent": True, "console": "off", "disable_git": True, "disable_code": True, "x_disable_stats": True}
+    return wandb.Settings(**quiet, init_timeout=INIT_S, **known)
 
 
 class WeightsAndBiases:
@@ -29,9 +42,6 @@ class WeightsAndBiases:
         if mode in ("offline", "dryrun"):
             for folder in about.rundir.path.glob(f"wandb/offline-run-*-{about.identity}"):
                 shutil.rmtree(folder)
-        settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True, init_timeout=60
-        )
         self._run = wandb.init(
             id=about.identity,
             resume="allow",
@@ -43,7 +53,7 @@ class WeightsAndBiases:
             tags=[f"{name}:{value}"[:LONGEST_TAG] for name, value in about.tags.items()],
             notes=about.notes,
             dir=str(about.rundir.path),
-            settings=settings,
+            settings=settings(),
         )
         self._first = self._run.step
         """The first step that W&B does not have yet."""
