@@ -28,7 +28,8 @@ def settle(cfg: dict[str, Any], search: Iterable[Path] = ()) -> None:
     """Find the code that a configuration names, and write its digests in the place of its paths.
 
     Files and packages in the folders ``search`` need no entry: a ``_target_`` below them is enough. A file that
-    ``data.format.function``, ``task.rewards``, ``train.metrics`` or ``train.callbacks`` names belongs to the code too.
+    ``data.format.function``, ``task.rewards``, ``train.metrics``, ``train.callbacks`` or ``tracking.also`` names
+    belongs to the code too.
 
     Raises:
         ConfigError: with every entry that does not exist.
@@ -238,7 +239,11 @@ def _functions_named(cfg: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     data, task, train = (cfg.get(group) for group in ("data", "task", "train"))
     rewards = task.get("rewards") if isinstance(task, Mapping) else None
     of_train = [train.get(key) for key in ("metrics", "callbacks")] if isinstance(train, Mapping) else []
+    tracking = cfg.get("tracking")
+    also = tracking.get("also") if isinstance(tracking, Mapping) else None
+    if isinstance(also, str):
+        yield tracking, "also"
     yield from ((form, "function") for form in _forms(data) if isinstance(form.get("function"), str))
-    for functions in (rewards, *of_train):
+    for functions in (rewards, also, *of_train):
         if isinstance(functions, list):
             yield from ((functions, at) for at, function in enumerate(functions) if isinstance(function, str))

@@ -1,23 +1,38 @@
-"""The trackers besides MLflow that ``tracking.also`` may name, and whether they can be used. Imports none of them."""
+"""The trackers besides MLflow that ``tracking.also`` may name, and whether they can be used. Imports none of them.
+
+A tracker of the user's is a function ``file.py:name`` that makes a ``Tracker`` from an ``About`` (``also.tracker``).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
+from runner.config import user_function
+from runner.config.bounds import Must
 from runner.errors import Fault
 
-Name = Literal["tensorboard", "wandb", "trackio"]
+
+def is_own(name: str) -> bool:
+    """Whether it is a function of the user's."""
+    return ":" in name
 
 
-def faults(names: Iterable[Name]) -> Iterator[Fault]:
-    """Trackers that are not installed, or that have no login."""
+Name = Literal["tensorboard", "wandb", "trackio"] | Annotated[str, Must(is_own, "that is file.py:name")]
+KEY = "tracking.also"
+
+
+def faults(names: Iterable[str], code: Sequence[str] = ()) -> Iterator[Fault]:
+    """Trackers that are not installed, that have no login, or functions that do not exist in the user's ``code``."""
     for name in names:
+        if is_own(name):
+            yield from user_function.faults("also", name, code, f"{KEY}=[lab.py:tracker]")
+            continue
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # wandb writes a folder of this name, which Python takes for a package
             remedy = f"install it: uv pip install {name}"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from runner.config import user_code
 from runner.config.bind import flatten
 from runner.config.schema import Positive, Script, Text
 from runner.errors import Fault, suggest
@@ -109,7 +110,7 @@ def check_offline(
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check a tracker on this machine, and together with the rest of the configuration."""
-    for fault in other_trackers.faults(_listed(cfg["tracking"].get("also"))):
+    for fault in other_trackers.faults(_listed(cfg["tracking"].get("also")), cfg.get(user_code.PATHS) or ()):
         yield fault.below("tracking")
     if "uri" not in cfg["tracking"] or cfg["tracking"]["uri"] is not None:
         return
@@ -136,7 +137,7 @@ def _named(tags: Mapping[str, Any] | None) -> dict[str, str]:
     return {name: text for name, text in flatten(tags or {}) if name}
 
 
-def _listed(also: Name | list[Name] | None) -> list[Name]:
+def _listed(also: str | Sequence[str] | None) -> list[str]:
     """The trackers, each once."""
     return list(dict.fromkeys([also] if isinstance(also, str) else also or []))
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runner.config import user_code, user_function
 from runner.errors import typed_line
 from runner.secrets import redact, redact_tree
 from runner.tracking import naming
@@ -17,6 +18,7 @@ from runner.tracking.also.tracker import About, Tracker
 from runner.tracking.also.trackio import Trackio
 from runner.tracking.also.wandb import WeightsAndBiases
 from runner.tracking.metrics_log import tail
+from runner.tracking.other_trackers import KEY, is_own
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import FINAL, State
 from runner.tracking.trackers import Tracking
@@ -49,7 +51,8 @@ class Sending:
 
     def __init__(self, rundir: RunDir, tracking: Tracking, config: Mapping[str, Any], problems: dict[str, str]) -> None:
         """``problems``: tracker → its last error message, empty on success; changed here."""
-        self._rundir, self._tracking, self._config, self._problems = rundir, tracking, config, problems
+        self._rundir, self._tracking, self._problems = rundir, tracking, problems
+        self._config, self._code = user_code.detached(config), tuple(config.get(user_code.PATHS) or ())
         self._destinations = {name: _Destination() for name in tracking.also}
 
     def send(self, state: State) -> list[str]:
@@ -89,7 +92,8 @@ class Sending:
             _close(each)
         tracker = each.tracker
         if tracker is None:
-            tracker = each.tracker = TRACKERS[name](self._about())
+            make = user_function.load(KEY, name, self._code) if is_own(name) else TRACKERS[name]
+            tracker = each.tracker = make(self._about())
             each.offset = 0
         with contextlib.suppress(FileNotFoundError):
             each.inode = self._rundir.metrics.stat().st_ino
