@@ -7,6 +7,7 @@ import graphlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,25 @@ def test_a_module_keeps_its_name(module: str):
         if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("runner."):
             renamed = [alias.name for alias in node.names if alias.asname]
             assert not renamed
+
+
+WITHOUT_TESTS = dict.fromkeys(ENTRY_POINTS, "what starts processes tests it")
+"""Module → why no file of tests has its name."""
+
+
+def test_each_module_has_its_tests_in_the_file_of_its_name():
+    """``tests/<package>/test_<module>.py``. pytest takes no two files of one name: where two packages have a module of
+    one name, ``test_<package>_<module>.py`` is right, too."""
+    tests, times = Path(__file__).parent, Counter(module.rpartition(".")[2] for module in MODULES)
+    without = set()
+    for module in MODULES:
+        *packages, name = module.split(".")
+        names = [name, f"{packages[-1]}_{name}"] if packages and times[name] > 1 else [name]
+        if not any(tests.joinpath(*packages, f"test_{each}.py").is_file() for each in names):
+            without.add(module)
+    assert without == set(WITHOUT_TESTS)
+    files = Counter(path.name for path in tests.rglob("test_*.py"))
+    assert not [name for name, count in files.items() if count > 1]
 
 
 def test_no_module_imports_itself_in_a_circle():

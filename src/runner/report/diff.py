@@ -100,8 +100,10 @@ def numbers(ours: Curves, theirs: Curves) -> Numbers:
 
 
 def _same(ours: float, theirs: float) -> bool:
+    if math.isnan(ours) or math.isnan(theirs):
+        return math.isnan(ours) and math.isnan(theirs)
     ours, theirs = (max(-store.INFINITY, min(store.INFINITY, value)) for value in (ours, theirs))
-    return ours == theirs or (math.isnan(ours) and math.isnan(theirs))
+    return ours == theirs
 
 
 def _named(run: Recorded) -> dict[str, str]:
