@@ -6,6 +6,10 @@ first sequence of a unit is computed whole, and of the others what follows the s
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 
 from runner.data.packing import IGNORED, Rows
@@ -21,23 +25,42 @@ def shared_lengths(rows: Rows) -> np.ndarray:
     loss of its own. Each row keeps a token of its own, and so does the first one.
     """
     shared = np.zeros(len(rows), dtype=np.int64)
-    firsts = np.arange(0, len(rows), rows.unit)
-    for number in range(1, rows.unit):
-        for start in range(0, len(firsts), UNITS_AT_ONCE):
-            block = firsts[start : start + UNITS_AT_ONCE]
-            shared[block + number] = _common(rows, block, block + number)
+    for start, end in _blocks(rows):
+        offsets = rows.offsets[start : end + 1]
+        cut = slice(offsets[0], offsets[-1])
+        block = _Block(rows.ids[cut], rows.labels[cut], offsets - offsets[0])
+        first = np.arange(0, len(offsets) - 1, rows.unit)
+        for number in range(1, rows.unit):
+            shared[start + first + number] = block.common(first, first + number)
     return shared
 
 
-def _common(rows: Rows, first: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The number of shared tokens of each pair of rows (pairs,)."""
-    most = np.minimum(rows.lengths[first], rows.lengths[other]) - 1  # (pairs,)
-    starts = np.cumsum(most) - most
-    within = np.arange(int(most.sum())) - np.repeat(starts, most)  # the position in its row of each compared token
-    a, b = (np.repeat(rows.offsets[each], most) + within for each in (first, other))
-    ends = (rows.ids[a] != rows.ids[b]) | (rows.labels[b + 1] != IGNORED)
-    before_end = np.where(ends, within, np.repeat(most, most))
-    counts = most.copy()
-    filled = most > 0  # reduceat cannot reduce nothing
-    counts[filled] = np.minimum.reduceat(before_end, starts[filled]) if filled.any() else counts[filled]
-    return counts
+def _blocks(rows: Rows) -> Iterator[tuple[int, int]]:
+    """(first row, end) of neighbouring rows that are compared at a time: those of one source, see ``joined.Chain``."""
+    ends = np.cumsum([part.rows for part in rows.parts] or [len(rows)]).tolist()
+    for begin, end in itertools.pairwise([0, *ends]):
+        for start in range(begin, end, UNITS_AT_ONCE * rows.unit):
+            yield start, min(start + UNITS_AT_ONCE * rows.unit, end)
+
+
+class _Block(NamedTuple):
+    """Some neighbouring rows, as ``Rows``."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+
+    def common(self, first: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """The number of shared tokens of each pair of rows (pairs,)."""
+        lengths = np.diff(self.offsets)
+        most = np.minimum(lengths[first], lengths[other]) - 1  # (pairs,)
+        starts = np.cumsum(most) - most
+        within = np.arange(int(most.sum())) - np.repeat(starts, most)  # the position in its row of each compared token
+        a, b = (np.repeat(self.offsets[each], most) + within for each in (first, other))
+        ends = (self.ids[a] != self.ids[b]) | (self.labels[b + 1] != IGNORED)
+        before_end = np.where(ends, within, np.repeat(most, most))
+        counts = most.copy()
+        filled = most > 0  # reduceat cannot reduce nothing
+        if filled.any():
+            counts[filled] = np.minimum.reduceat(before_end, starts[filled])
+        return counts
