@@ -251,3 +251,14 @@ def test_checking_an_option_loads_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_head_learns_faster_than_the_rest_of_its_group() -> None:
+    model: Any = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 3), "score": torch.nn.Linear(3, 1)})
+    model.head_names = ["score"]
+    matrices, biases = ([getattr(layer, name) for layer in model.values()] for name in ("weight", "bias"))
+    groups = [{"params": matrices, "kind": "matrix"}, {"params": biases, "lr": 0.5}, {"params": [], "lr": 1.0}]
+    found = optim.with_faster_head(groups, model, 0.1, 4)
+    assert [(group["lr"], len(group["params"])) for group in found] == [(0.1, 1), (0.4, 1), (0.5, 1), (2.0, 1)]
+    assert found[1]["params"] == matrices[1:]
+    assert [group.get("kind") for group in found] == ["matrix", "matrix", None, None]

@@ -11,7 +11,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from runner.config.schema import Fraction, Positive, Text
+from runner.config.schema import Fraction, Positive, Ratio, Text
 from runner.data.examples import Example, Features, misfit, options
 from runner.errors import DataError, Fault
 from runner.models.kernels.score_head import Problem, ScoreHead
@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     class_weight: Literal["balanced"] | list[float] | None
     label_smoothing: float
     input: Input | None
+    head_lr_ratio: float = 1.0
 
 
 def classify(
@@ -43,15 +44,17 @@ def classify(
     class_weight: Literal["balanced"] | list[Positive] | None,
     label_smoothing: Fraction,
     input: Input | None,
+    head_lr_ratio: Ratio = 1.0,
 ) -> Task:
     """``kind``: one class of several (cross entropy), any number of classes (binary cross entropy of each), or a number
     (squared error), each a mean over the documents of a step.
 
     ``labels``: the classes; null: those of the training rows. ``class_weight``: balanced gives each class the same
     weight in the loss, with a mean of 1 over the training rows. ``input``: what the rows have; null: as they are.
+    ``head_lr_ratio``: how many times as fast as all other weights the head learns.
     """
     names = [str(label) for label in labels] if labels is not None else None
-    return _task(Settings(kind, names, class_weight, label_smoothing, input))
+    return _task(Settings(kind, names, class_weight, label_smoothing, input, head_lr_ratio))
 
 
 def check_classify(
@@ -91,7 +94,7 @@ def _task(s: Settings) -> Task:
         metrics=classification_metrics.METRICS[s.kind],
         divisors={"loss": "documents"},
         values=columns,
-        head=ScoreHead(outputs, PROBLEMS[s.kind], allows_encoders=True),
+        head=ScoreHead(outputs, PROBLEMS[s.kind], allows_encoders=True, lr_ratio=s.head_lr_ratio),
         settle=lambda examples: settle(s, examples),
         settled={"labels": s.labels, "class_weight": s.class_weight, "input": s.input},
         chats=s.input == "messages",
@@ -142,8 +145,6 @@ def _encode(s: Settings, example: Example, tokenizer: Any) -> Features:
     given: Any = example["prompt"]
     if (kind := "text" if isinstance(given, str) else "messages") != s.input:
         raise DataError(Fault("", f"is {kind}, and the other rows are {s.input}", "use rows of one kind"))
-    if kind == "text":
-        ids = tokenizer(given, verbose=False)["input_ids"]
-    else:
-        ids = scores.tokens(given, tokenizer, options(example))
+    more = options(example)
+    ids = tokenizer(given, verbose=False)["input_ids"] if kind == "text" else scores.tokens(given, tokenizer, more)
     return scores.features(list(ids), **targets(s.kind, s.labels or (), example["label"]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from runner.config.schema import NotNegative
+from runner.config.schema import NotNegative, Ratio
 from runner.data.examples import Example, Features, misfit, options
 from runner.errors import DataError, Fault
 from runner.models.kernels.score_head import ScoreHead
@@ -16,11 +16,11 @@ from runner.tasks import scores
 from runner.tasks.task import Task, unit_sums_of_sources
 
 
-def reward(*, center_rewards_coefficient: NotNegative) -> Task:
+def reward(*, center_rewards_coefficient: NotNegative, head_lr_ratio: Ratio = 1.0) -> Task:
     """Bradley-Terry model of preferences: the reward r is the output of the head at the last token of an answer.
 
     ``center_rewards_coefficient``: weight of the squared sum of the two rewards of a pair, which keeps them around 0
-    (https://arxiv.org/abs/2312.09244).
+    (https://arxiv.org/abs/2312.09244). ``head_lr_ratio``: how many times as fast as all other weights the head learns.
     """
 
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def reward(*, center_rewards_coefficient: NotNegative) -> Task:
         divisors={"loss": "units"},
         unit=2,
         values=("margin",),
-        head=ScoreHead(("reward",), "regression"),
+        head=ScoreHead(("reward",), "regression", lr_ratio=head_lr_ratio),
         truncates=False,
         maxima=("largest", "largest_negative"),
         train_metrics=("loss", "accuracy", "margin"),

@@ -1,7 +1,7 @@
 """Options of ``optim``: optimizers and parameter groups.
 
 Every option takes parameter groups and returns a ``torch.optim.Optimizer``. All its ``param_groups`` use
-``learning_rate``, unless ``loraplus_lr_ratio`` has given a group another one (``loraplus.split``); its ``state_dict``
+``learning_rate``, unless a group has another one (``loraplus.split``, ``with_faster_head``); its ``state_dict``
 restores it bit-identically (torch.save, torch.load with weights_only).
 """
 
@@ -50,6 +50,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
         )
     decay = {"matrix": weight_decay, "embedding": weight_decay, "vector": 0.0}
     return [{"params": params, "weight_decay": decay[kind], "kind": kind} for kind, params in kinds.items() if params]
+
+
+def with_faster_head(groups: Groups, model: nn.Module, learning_rate: float, ratio: float) -> Groups:
+    """The groups with those of the score head apart, which have ``ratio`` times the learning rate they would have.
+
+    A new head begins with random weights, the others do not: small steps are right for these, and too small for it.
+    """
+    head = {id(parameter) for module in score_head.modules(model) for parameter in module.parameters()}
+    parts: Groups = []
+    for group in groups:
+        own = [parameter for parameter in group["params"] if id(parameter) in head]
+        rest = [parameter for parameter in group["params"] if id(parameter) not in head]
+        rate = group.get("lr", learning_rate)
+        parts += [{**group, "params": each, "lr": rate * n} for each, n in ((rest, 1.0), (own, ratio)) if each]
+    return parts
 
 
 def adamw(

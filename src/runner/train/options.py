@@ -129,8 +129,10 @@ class Options:
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The trainable parameters, grouped for ``optim``."""
         groups, node = optim.parameter_groups(model, self.weight_decay), self._cfg["optim"]
-        ratio = node.get("loraplus_lr_ratio", 1.0)
-        return groups if ratio == 1 else loraplus.split(groups, model, node["learning_rate"], ratio)
+        rate, ratio = node["learning_rate"], node.get("loraplus_lr_ratio", 1.0)
+        groups = groups if ratio == 1 else loraplus.split(groups, model, rate, ratio)
+        of_head = 1.0 if self.task.head is None else self.task.head.lr_ratio
+        return groups if of_head == 1 else optim.with_faster_head(groups, model, rate, of_head)
 
     def refuse_changed_code(self) -> None:
         """Check that the user's code in the run folder is the code of the first attempt."""

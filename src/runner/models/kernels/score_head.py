@@ -34,6 +34,8 @@ class ScoreHead:
     """What the numbers are, as transformers' ``problem_type``."""
     allows_encoders: bool = False
     """Whether models that attend in both directions (BERT) can be trained."""
+    lr_ratio: float = 1.0
+    """How many times as fast as all other weights the head learns."""
     seed: int = 0
     """Seed of a new head."""
 
