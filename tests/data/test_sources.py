@@ -113,7 +113,11 @@ def test_chitchat_classes_are_questions_and_the_first_messages_about_them():
     assert len({row["label"] for row in rows}) == 2
     assert cut == [{**row, "messages": row["messages"][:4]} for row in rows]
     assert max(len(row["messages"]) for row in rows) > 4
-    assert whole.digest != short.digest
+    cued = sources.chitchat_classes(classes=2, messages=4, cue="About:")
+    texts = ["\n".join([*(each["content"] for each in row["messages"]), "About:"]) for row in cut]
+    expected = [{"text": text, "label": row["label"]} for text, row in zip(texts, cut, strict=True)]
+    assert [row for _, row in cued.train] == expected
+    assert len({source.digest for source in (whole, short, cued)}) == 3
 
 
 def test_chitchat_joins_turns_and_leaves_out_what_is_no_conversation(tmp_path):

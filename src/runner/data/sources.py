@@ -72,15 +72,17 @@ def chitchat_prompts() -> Source:
     return replace(source, name="chitchat_prompts", train=Records(functools.partial(_prompts, source.train)))
 
 
-def chitchat_classes(*, classes: Count, messages: Count | None = None) -> Source:
+def chitchat_classes(*, classes: Count, messages: Count | None = None, cue: Text | None = None) -> Source:
     """Conversations of chitchat-dataset with the question that each was to be about, of the ``classes`` most frequent.
 
-    ``messages``: only the first ones of each conversation; None: all.
-    Rows: ``{"messages": [{"role", "content"}, …], "label": question}``.
+    ``messages``: only the first ones of each conversation; None: all. ``cue``: a line after those of a conversation, at
+    whose end the model scores it; None: the messages, rendered by the chat template.
+    Rows: ``{"messages": [{"role", "content"}, …], "label": question}``, with a cue ``{"text", "label"}``.
     """
     source = chitchat()
-    rows = Records(functools.partial(_topics, _chitchat_file(), classes, messages))
+    rows = Records(functools.partial(_topics, _chitchat_file(), classes, messages, cue))
     digest = f"{source.digest[:24]}-{classes}-{messages}"
+    digest += f"-{hashlib.sha256(cue.encode()).hexdigest()[:8]}" if cue is not None else ""
     return replace(source, name="chitchat_classes", train=rows, digest=digest)
 
 
@@ -199,12 +201,14 @@ def _prompts(conversations: Records) -> Iterator[tuple[Place, Row]]:
         yield place, {"prompt": row["messages"][0]["content"]}
 
 
-def _topics(file: Path, classes: int, messages: int | None) -> Iterator[tuple[Place, Row]]:
+def _topics(file: Path, classes: int, messages: int | None, cue: str | None) -> Iterator[tuple[Place, Row]]:
     topics = [conversation.get("prompt") for conversation in json.loads(file.read_bytes()).values()]
     kept = {topic for topic, _ in Counter(filter(None, topics)).most_common(classes)}
     for place, row in _conversations(file):
         if (topic := topics[place.number - 1]) in kept:
-            yield place, {"messages": row["messages"][:messages], "label": topic}
+            said = row["messages"][:messages]
+            text = "\n".join([*(message["content"] for message in said), cue or ""])
+            yield place, {**({"messages": said} if cue is None else {"text": text}), "label": topic}
 
 
 def _pairs(conversations: Records, message: int) -> Iterator[tuple[Place, Row]]:
