@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, prepared
+from fixtures import killed_runs
 from fixtures.ranks_of_a_run import several, worked
 
 from runner.tasks.example_rewards import lowercase_share
@@ -21,6 +22,11 @@ from runner.train.options import Options
 
 SMALL = (*TINY, "data.packing=false", "data.max_length=256", "train.max_steps=3", "model.dtype=float32")
 ANSWERS = ("task.num_generations=4", "task.max_completion_length=8", "train.max_steps=2")
+OF_TASK = {
+    "reward": ("task=reward", "data=chitchat_pairs", "data.max_length=512"),
+    "classify": ("task=classify", "data=chitchat_classes", "data.classes=3"),
+    "kto": ("task=kto", "data=chitchat_pairs", "data.max_length=512"),
+}
 TIMED = ("time", "seconds", "per_second", "fraction", "memory/", "mfu")
 
 
@@ -46,20 +52,26 @@ def weighted(path: Path) -> str:
 @pytest.mark.parametrize("task", ["reward", "classify", "weights", "kto"])
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path, cache: Path, task: str) -> None:
     rows = f"data.path={weighted(tmp_path / 'rows.jsonl')}"
-    words = {
-        "reward": ("task=reward", "data=chitchat_pairs", "data.max_length=512"),
-        "classify": ("task=classify", "data=chitchat_classes", "data.classes=3"),
-        "kto": ("task=kto", "data=chitchat_pairs", "data.max_length=512"),
-        "weights": ("task=sft", "data=local", "data/format=messages", "data.eval_fraction=0.3", rows),
-    }[task]
-    one = prepared(tmp_path / "one", *SMALL, *words, "train.per_device_batch_size=4")
-    two = prepared(tmp_path / "two", *SMALL, *words, "train.per_device_batch_size=2", *several("ddp"))
+    words = {**OF_TASK, "weights": ("task=sft", "data=local", "data/format=messages", "data.eval_fraction=0.3", rows)}
+    one = prepared(tmp_path / "one", *SMALL, *words[task], "train.per_device_batch_size=4")
+    two = prepared(tmp_path / "two", *SMALL, *words[task], "train.per_device_batch_size=2", *several("ddp"))
     assert worker.work(one) == 0
     code, printed = worked(two)
     assert code == 0, printed
     assert [record.keys() for record in records(one)] == [record.keys() for record in records(two)]
     for of_one, of_two in zip(records(one), records(two), strict=True):
         assert of_two == pytest.approx(of_one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", OF_TASK)
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, cache: Path, task: str) -> None:
+    words = (*SMALL, *OF_TASK[task], "data.train_rows=24", "data.eval_rows=4", "train.save_steps=1",
+             "optim.learning_rate=1e-2")  # fmt: skip
+    whole, killed = (prepared(tmp_path / name, *words) for name in ("whole", "killed"))
+    assert killed_runs.work(whole) == 0
+    killed_runs.kill_and_finish(killed, "train/loss", [2])
+    killed_runs.assert_same_end(whole, killed)
 
 
 @pytest.mark.slow
