@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from conftest import TINY, prepared
 from fixtures import killed_runs, two_models
 from fixtures.two_models import QUESTIONS
 
+from runner.tasks.dpo import pair_loss
+from runner.tasks.pairs import Pairs
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 
@@ -101,3 +104,29 @@ def test_the_loss_is_that_of_an_installed_trl(tmp_path: Path, cache: Path, monke
             theirs = float(trainer.compute_loss(trainer.model, batch))
         _, ours, _ = step(policy, original, task_of(loss_type), batches(tokenizer, packing=False, at_once=4))
         assert ours == pytest.approx(theirs, rel=1e-5), loss_type
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["cpo", "simpo", "orpo"])
+def test_the_losses_without_a_reference_are_those_of_an_installed_trl(loss_type: str) -> None:
+    """On log-probabilities of answers; TRL adds simpo's margin and orpo's cross entropy likewise."""
+    pytest.importorskip("trl")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    s_w, s_l = (-20 * torch.rand(6, generator=generator) - 0.5 for _ in "wl")
+    n_w, n_l = (torch.randint(2, 9, (6,), generator=generator).float() for _ in "wl")
+    pairs = Pairs(s_w, s_l, torch.zeros(6), torch.zeros(6), n_w, n_l)
+    trainer = SimpleNamespace(beta=0.7, alpha=0.0, label_smoothing=0.1, simpo_gamma=0.5, loss_type="sigmoid",
+                              accelerator=SimpleNamespace(device="cpu"))  # fmt: skip
+    if loss_type == "cpo":
+        theirs, *_ = CPOTrainer.cpo_loss(trainer, s_w, s_l)
+    elif loss_type == "simpo":
+        trainer.loss_type, trainer.label_smoothing = "simpo", 0.0
+        theirs, *_ = CPOTrainer.cpo_loss(trainer, s_w / n_w, s_l / n_l)
+    else:
+        theirs = -ORPOTrainer.odds_ratio_loss(trainer, s_w / n_w, s_l / n_l)[0]  # its loss subtracts this
+    ours = pair_loss(pairs, loss_type, 0.7, 0.1, 0.5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -64,6 +64,10 @@ def test_answers_to_one_prompt_compute_it_once(tmp_path: Path) -> None:
     assert one["input_ids"].numel() == 8 * -(-(29 + 20 + 2 * 2) // 8) < other["input_ids"].numel()
     nll = [task.token_losses(model, batch).nll for batch in (one, other)]
     torch.testing.assert_close(*nll)
+    weights = [each for each in model.parameters() if each.requires_grad]
+    advantages = torch.randn_like(nll[0])
+    gradients = [torch.autograd.grad((each * advantages).sum(), weights) for each in nll]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     heaviest = shared.heaviest()["input_ids"].numel()
     assert heaviest == shared.largest.tokens < prompts.laid_end_to_end().largest.tokens
     assert shared.computed_share == pytest.approx((29 + 2 * 6 + 2 * 2 * 7) / (3 * (29 + 2 * 6)))
