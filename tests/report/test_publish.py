@@ -107,6 +107,7 @@ def test_the_parent_shows_the_leaderboard_and_follows_when_runs_are_added(copied
     assert data.tags["runner.best_run_id"] == best.read_manifest()["mlflow"]["run_id"]
     assert data.tags["runner.best_run"] == best.read_manifest()["label"]
     assert f"/runs/{data.tags['runner.best_run_id']})" in data.tags["mlflow.note.content"]
+    assert "**What to try next**\n\n- quant: " in data.tags["mlflow.note.content"]
     there = {found.path for found in client.list_artifacts(noted["parent_run_id"])}
     assert there >= {"leaderboard.json", "compare.html"}
     file = Path(client.download_artifacts(noted["parent_run_id"], "leaderboard.json"))

@@ -1,5 +1,7 @@
 """Jobs are followed to their end."""
 
+# ruff: noqa: F401, F811 - fixtures are imported, then asked for by name
+
 from __future__ import annotations
 
 import os
@@ -11,11 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import TINY, option, prepared
 from fixtures.slurm_runs import SHORT, SLURM, mlflow_runs, runner
+from fixtures.web_servers import Web, web
 from submitit.local.local import start_controller
 
 from runner.errors import LaunchError
 from runner.launch.slurm import monitor, submission
-from runner.tracking import slurm_client, slurm_commands
+from runner.tracking import slurm_client, slurm_commands, webhook
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import Job
 from runner.tracking.sweepdir import SweepDir, slurm_room
@@ -23,7 +26,8 @@ from runner.tracking.sweepdir import SweepDir, slurm_room
 
 @pytest.mark.slurm
 @pytest.mark.slow
-def test_a_search_goes_on_as_jobs_end(slurm: None):
+def test_a_search_goes_on_as_jobs_end(slurm: None, web: Web, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(webhook.VARIABLE, web.url)
     words = ("-m", *SHORT, *SLURM, "search=random", "search.trials=3", "optim.learning_rate=interval(1e-4,1e-2)")
     refused = runner(*words)
     assert refused.returncode == 2
@@ -38,6 +42,8 @@ def test_a_search_goes_on_as_jobs_end(slurm: None):
     runs = mlflow_runs()
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert sum("mlflow.parentRunId" in run.data.tags for run in runs) == len(runs) - 1 == 3
+    (message,) = [each for each in web.messages if each["kind"] == "sweep"]
+    assert (message["sweep"], message["counts"], message["loss"]) == ("found", {"completed": 3}, min(losses))
 
 
 def supervised(folder: Path) -> tuple[RunDir, subprocess.Popen[bytes]]:

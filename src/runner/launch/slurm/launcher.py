@@ -19,6 +19,7 @@ from runner.launch.slurm import monitor, script, submit
 from runner.launch.slurm.request import SlurmRequest
 from runner.tracking import slurm_commands
 from runner.tracking.mirror import backlog, spawn
+from runner.tracking.mlflow import parent_run
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir, slurm_room
 
@@ -108,12 +109,20 @@ class Slurm:
         limit = at_once or self.request.array_parallelism
         assert limit, "checked by algorithms.check_combination"
         request = replace(self.request, array_parallelism=None)  # the limit is applied here: no job dependencies
-        return monitor.serve(source, limit, lambda rundir: submit.submit(request, [rundir], sweep))
+        if not (code := monitor.serve(source, limit, lambda rundir: submit.submit(request, [rundir], sweep))):
+            _notify(sweep)
+        return code
 
 
 def _mark_refused(sweep: SweepDir | None, refused: list[RunDir]) -> None:
     """Update the status in MLflow of runs that were not submitted."""
     _upload([sweep.path] if sweep else [rundir.path for rundir in refused if rundir.read_state().attempt], refused)
+
+
+def _notify(sweep: SweepDir) -> None:
+    """Send the message about the end of a search: its jobs do not know which of them is the last."""
+    states = [rundir.read_state() for rundir in sweep.rundirs()]
+    parent_run.notify(sweep, parent_run.parent_status(states, False), states)
 
 
 def _is_again(rundir: RunDir) -> bool:

@@ -143,7 +143,7 @@ def update_parent(
             states = list(states) if states is not None else [_state(rundir) for rundir in rundirs]
             status = _send_counts(client, run.info.run_id, sweep, rundirs, states, queued)
             if notifies and status != "RUNNING" and run.info.status == "RUNNING" and not is_held(sweep.search_lock):
-                _notify(sweep, status, states)
+                notify(sweep, status, states)
             if status != "RUNNING" and publish:
                 publish(client, run, sweep, rundirs, states)
             return ""
@@ -154,8 +154,8 @@ def update_parent(
     return try_open(sweep, recorded["uri"], queued=queued, offline=True, restore=restore)
 
 
-def _notify(sweep: SweepDir, status: str, states: Sequence[State]) -> None:
-    """Send the message about the end of a sweep to the webhook of its runs."""
+def notify(sweep: SweepDir, status: str, states: Sequence[State]) -> None:
+    """Send the message about the end of a sweep to the webhook of its runs. ``status``: see ``parent_status``."""
     first = next(_jobs(sweep, None, False), None)
     if first and (problem := webhook.notify(first.tracking.webhook, webhook.of_sweep(sweep, status, states))):
         log.warning(f"webhook {problem}")
