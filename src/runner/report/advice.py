@@ -65,12 +65,17 @@ class _Test:
     def is_sure(self) -> bool:
         return self.p is not None and self.p < SIGNIFICANT
 
+    @property
+    def found(self) -> str:
+        """``p = 0.003, 6 pairs of runs``"""
+        p = f"p = {max(self.p, 1e-6):.2g}" if self.p is not None else ""
+        return f"{p}, {self.pairs} pairs of runs" if self.pairs else p
+
     def said(self) -> str:
         if self.p is None:
             few = "one run each" if self.pairs < 2 else f"only {self.pairs} pairs of runs"
             return f"{few}: repeat with seed=1,2,3 to be sure"
-        found = f"p = {max(self.p, 1e-6):.2g}" + (f", {self.pairs} pairs of runs" if self.pairs else "")
-        return f"sure: {found}" if self.is_sure else f"may be chance: {found}"
+        return f"sure: {self.found}" if self.is_sure else f"may be chance: {self.found}"
 
 
 def of(results: Sequence[Result], params: Sequence[str], goal: Goal, over: str = "") -> list[Advice]:
@@ -101,7 +106,7 @@ def _of_parameter(rated: Sequence[Result], key: str, others: Sequence[str], goal
     if columns.shown(goal.key, abs(whole.better)) == 0:
         return Advice(key, "chance", f"{best.name} and {worst.name} are equal in the digits shown")
     if whole.p is not None and not whole.is_sure:
-        text = f"no difference beyond chance between {best.name} and {worst.name} ({whole.said()})"
+        text = f"no difference beyond chance between {best.name} and {worst.name} ({whole.found})"
         return Advice(key, "chance", text)
     if all(each.numbers for each in classes):
         return _of_numbers(key, classes, best, others, goal)
