@@ -120,6 +120,7 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("an empty variable for outputs", ["outputs_dir="], "outputs_dir=: is empty"),
     ("an empty variable for data", ["data=local", "data.path="], "data.path=: is empty"),
     ("an empty variable for a run", ["resume="], "resume=: is empty"),
+    ("an empty variable for a run, beside other keys", ["train.max_steps=8", "resume="], "resume=: is empty"),
     ("an empty variable for a preset", ["experiment="], "the name of one option"),
     ("an empty variable of a verb", ["plan", "outputs_dir="], "outputs_dir=: is empty"),
     ("an empty folder of a verb", ["status", "outputs_dir="], "outputs_dir: needs a value"),

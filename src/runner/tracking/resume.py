@@ -31,7 +31,7 @@ def choose(cfg: dict[str, Any], composed: Path, *, named: bool, overrides: list[
     """
     if cfg["resume"] == "auto":
         return _twin_or_new(cfg, composed, named=named), cfg
-    if cfg["resume"]:
+    if cfg["resume"] is not None:
         if named:
             raise ResumeError(Fault("hydra.run.dir", "a resumed run stays in its folder", "omit it", composed))
         return folder_of(cfg), configuration(cfg, overrides)
@@ -127,6 +127,9 @@ def make(folder: Path, *, is_new: bool = False) -> tuple[Path, list[Path]]:
 
 
 def folder_of(cfg: dict[str, Any]) -> Path:
+    if not str(cfg["resume"]).strip():
+        remedy = "name a run, or leave it out (is a shell variable empty?)"
+        raise ResumeError(Fault("resume", "is empty", remedy, cfg["resume"]))
     folder = user_path(cfg["resume"], "resume")
     if os.path.isdir(folder):
         return folder.resolve()
