@@ -25,8 +25,9 @@ SPEED = "train/tokens_per_second"
 MEMORY = ("memory/peak_allocated_gib", "memory/peak_rss_gib")
 COLUMNS = (f"best/{LOSS}", LOSS, SPEED, *MEMORY)
 """Metrics in the table. A sweep's parent run has those of its best run with the prefix ``best/``."""
-WIDTH = 105
-"""Pixels of a column, so that all are in sight beside MLflow's panels."""
+NAME = "attributes.`Run Name`"
+WIDTH, NAME_WIDTH = 105, 250
+"""Pixels of columns, so that all are in sight beside MLflow's panels, and names are not cut."""
 CHARTS = (LOSS, "train/loss", SPEED, MEMORY[0], MEMORY[1])
 SECTIONS = ("eval", "train", "memory")
 """The first sections of the charts; MLflow adds the others, such as ``best/eval`` and its system metrics."""
@@ -37,8 +38,8 @@ def view() -> dict[str, Any]:
     columns = [f"metrics.`{name}`" for name in COLUMNS]
     return {
         "selectedColumns": [*columns, *(f"attributes.`{name}`" for name in ("Duration", "Models", "Dataset"))],
-        "columnOrder": columns,
-        "columnWidths": dict.fromkeys(columns, WIDTH),
+        "columnOrder": [NAME, *columns],
+        "columnWidths": {NAME: NAME_WIDTH, **dict.fromkeys(columns, WIDTH)},
         "isAccordionReordered": True,  # else MLflow sorts the sections by name
         "compareRunSections": [
             {"uuid": f"{KEY}-{name}", "name": name, "display": True, "isReordered": True, "deleted": False,
