@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -60,5 +62,10 @@ def test_a_session_is_killed_with_all_of_its_processes() -> None:
     sleeper = int(leader.stdout.readline())
     assert child.others_of(leader.pid) == [sleeper]
     child.kill_session(leader.pid)
-    assert leader.stdout.read() == b"", "nobody has the pipe any more"
-    assert leader.wait() == -signal.SIGKILL
+    try:
+        assert select.select([leader.stdout], [], [], 60)[0], "nobody has the pipe any more"
+        assert leader.wait() == -signal.SIGKILL
+    finally:
+        leader.stdout.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(sleeper, signal.SIGKILL)
