@@ -15,6 +15,7 @@ import pytest
 
 from runner.launch.local import child
 from runner.launch.local.slots import Slot
+from runner.signals import signals_to
 from runner.tracking.rundir import RunDir
 
 
@@ -38,7 +39,8 @@ def test_the_child_leaves_the_terminal_and_ends_with_the_code_of_the_run(
         print(os.environ["OMP_NUM_THREADS"], "threads, GPU", os.environ["CUDA_VISIBLE_DEVICES"], os.isatty(0))
         return 7
 
-    assert ended(rundir, Slot(3, ("1", "2")), start) == 7
+    with signals_to(lambda *_: None):  # as a queue handles them, and its runs must not
+        assert ended(rundir, Slot(3, ("1", "2")), start) == 7
     assert rundir.terminal_log.read_text().splitlines() == [
         "own session True", "SIGHUP ignored True", "SIGTERM SIG_DFL", "3 threads, GPU 1,2 False",
     ]  # fmt: skip
