@@ -24,6 +24,8 @@ def main(argv: Sequence[str], publish: Publish) -> int:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # ends by itself once the end of the run is uploaded
     mode, folder = argv[0], Path(argv[-1] if argv[0].startswith("--") else argv[0])
+    if not folder.is_dir():
+        return 0  # removed before this process began; a lock would create the folder again
     try:
         if mode == "--open":
             return follow_sweep.open_only(SweepDir(folder))
