@@ -1,8 +1,10 @@
 """What runner costs beside the training itself: starting, refusing, preparing, tracking, comparing, tokenising.
 
-    python scripts/bench/overhead.py [--rounds N] [--jobs N] [--only start,first_step,tracking,sweep,compare,tokens]
+    python scripts/bench/overhead.py [--rounds N] [--jobs N] [--only PART,PART]
 
-Every row is measured anew, in processes of their own where a process is what is measured; medians over the rounds.
+Parts: start, first_step, tracking, sweep, submit (needs a Slurm, not measured without --only), compare (and status),
+tokens. Every row is measured anew, in processes of their own where a process is what is measured; medians over the
+rounds. Seconds of CPU are those of this process and its children; other work on the machine changes them little.
 Targets are those of the project's performance goals. What each further run of a sweep costs is in launch.py.
 """
 
@@ -34,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1000)
-    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--only", default=",".join(name for name in PARTS if name != "submit"))
     words = parser.parse_args()
     wanted = words.only.split(",")
     if unknown := [name for name in wanted if name not in PARTS]:
@@ -94,18 +96,35 @@ def tracking(rounds: int, _: int) -> Iterator[tuple[str, str, str]]:
 def sweep(_: int, jobs: int) -> Iterator[tuple[str, str, str]]:
     """Composing, checking and preparing the runs of a sweep, without MLflow and Slurm."""
     from runner.cli import jobs as cli_jobs
-    from runner.tracking import manifest
+    from runner.sweep.session import Session
+    from runner.tracking.sweepdir import SweepDir
 
     for count in (jobs // 10, jobs):
         with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            words = ["-m", *TINY, "tracking=offline", f"seed=range({count})"]
-            with cli_jobs.composed(words) as (_composer, made):
+            began, cpu = time.perf_counter(), time.process_time()
+            words = ["-m", *TINY, "tracking=offline", f"seed=range({count})", f"outputs_dir={folder}"]
+            with cli_jobs.composed(words) as (composer, made):
                 composed = time.perf_counter() - began
-                for number, job in enumerate(made):
-                    manifest.create(dict(job.cfg), Path(folder) / str(number), [], words)
-            total = time.perf_counter() - began
-        yield f"{count} runs composed, checked and prepared", f"{composed:.1f} + {total - composed:.1f} s", "< 60 s"
+                labels = [composer.label(job.overrides) for job in made]
+                Session(composer, words).prepared(SweepDir(Path(folder) / "many"), made, labels)
+            total, cpu = time.perf_counter() - began, time.process_time() - cpu
+        measured = f"{composed:.1f} + {total - composed:.1f} s, {cpu:.1f} s of CPU"
+        yield f"{count} runs composed and checked, and prepared", measured, limit(10, count)
+
+
+def limit(seconds: float, jobs: int) -> str:
+    """The target of so many runs; ``seconds``: of a thousand."""
+    return f"≤ {seconds * jobs / 1000:g} s"
+
+
+def submit(_: int, jobs: int) -> Iterator[tuple[str, str, str]]:
+    """The whole command of a sweep on Slurm, whose jobs are held and cancelled afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*TINY, "sweep=many", f"seed=range({jobs})", f"outputs_dir={folder}", "launcher=slurm"]
+        words += ["launcher.array_parallelism=2", "+launcher.additional_parameters.hold=true"]
+        wall, cpu = run([sys.executable, "-m", "runner", "-m", *words])
+        run([sys.executable, "-m", "runner", "cancel", "many", f"outputs_dir={folder}"])
+    yield f"{jobs} runs submitted to Slurm, parent run in MLflow", f"{wall:.1f} s, {cpu:.1f} s of CPU", limit(40, jobs)
 
 
 def compare(rounds: int, jobs: int) -> Iterator[tuple[str, str, str]]:
@@ -123,8 +142,16 @@ def compare(rounds: int, jobs: int) -> Iterator[tuple[str, str, str]]:
         }
         for way, words in ways.items():
             command = [sys.executable, "-m", "runner", "compare", *words, f"outputs_dir={folder}"]
-            wall = statistics.median(run(command)[0] for _ in range(rounds))
-            yield f"`compare` of {jobs} runs from {way}", f"{wall:.2f} s", "< 5 s"
+            yield f"`compare` of {jobs} runs from {way}", seconds_of(command, rounds), limit(2, jobs)
+        for way, words in {"of the sweep": ["many"], "of all sweeps": []}.items():
+            command = [sys.executable, "-m", "runner", "status", *words, f"outputs_dir={folder}"]
+            yield f"`status` {way}, {jobs} runs", seconds_of(command, rounds), limit(1, jobs)
+
+
+def seconds_of(command: list[str], rounds: int) -> str:
+    """Medians of the seconds of a command."""
+    wall, cpu = (statistics.median(column) for column in zip(*(run(command) for _ in range(rounds)), strict=True))
+    return f"{wall:.2f} s, {cpu:.2f} s of CPU"
 
 
 def make_many(folder: Path, jobs: int) -> None:
@@ -226,7 +253,7 @@ def records(rundir: Path) -> list[dict[str, Any]]:
 
 
 Part = Callable[[int, int], Iterator[tuple[str, str, str]]]
-PARTS: dict[str, Part] = {part.__name__: part for part in (start, first_step, tracking, sweep, compare, tokens)}
+PARTS: dict[str, Part] = {part.__name__: part for part in (start, first_step, tracking, sweep, submit, compare, tokens)}
 
 if __name__ == "__main__":
     main()

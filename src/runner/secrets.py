@@ -5,19 +5,27 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 HIDDEN = "***"
 SHORTEST = 12
 """Characters. The values of shorter environment variables are not redacted: they may occur in a text by chance."""
+MOST_KEPT = 200
+"""Characters of the longest text whose result is kept: the runs of a sweep have most of their texts in common."""
 
 
 def redact(text: str) -> str:
     """The text without secrets: known kinds of tokens, credentials in URIs and headers, ``password=…``, and the values
     of environment variables with a secret name (``HF_TOKEN``), unless the value is a plain word, name or path."""
     return _redacted(text, _environment_secrets())
+
+
+def redact_all(texts: Iterable[str]) -> list[str]:
+    """The texts without secrets."""
+    secrets = _environment_secrets()
+    return [_redacted(text, secrets) for text in texts]
 
 
 def redact_tree(tree: Any) -> Any:
@@ -78,7 +86,16 @@ def _hide(value: Any) -> Any:
     return HIDDEN
 
 
-def _redacted(text: str, secrets: list[str]) -> str:
+def _redacted(text: str, secrets: tuple[str, ...]) -> str:
+    return _redacted_once(text, secrets) if len(text) <= MOST_KEPT else _redacted_now(text, secrets)
+
+
+@functools.lru_cache(8192)
+def _redacted_once(text: str, secrets: tuple[str, ...]) -> str:
+    return _redacted_now(text, secrets)
+
+
+def _redacted_now(text: str, secrets: tuple[str, ...]) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
     text = _PRIVATE_KEY.sub(HIDDEN, text)
@@ -117,7 +134,7 @@ def _value(text: str, key: re.Match[str], values: re.Pattern[str]) -> str:
     return match[0] if match else ""
 
 
-def _redacted_tree(tree: Any, secrets: list[str]) -> Any:
+def _redacted_tree(tree: Any, secrets: tuple[str, ...]) -> Any:
     if isinstance(tree, Mapping):
         return {k: _hide(v) if names_secret(str(k)) else _redacted_tree(v, secrets) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
@@ -130,9 +147,9 @@ def _redacted_tree(tree: Any, secrets: list[str]) -> Any:
     return _redacted(tree, secrets) if isinstance(tree, str) else tree
 
 
-def _environment_secrets() -> list[str]:
+def _environment_secrets() -> tuple[str, ...]:
     values = {value for name, value in os.environ.items() if names_secret(name) and _is_unlikely(value)}
-    return sorted(values, key=len, reverse=True)
+    return tuple(sorted(values, key=len, reverse=True))
 
 
 def _is_unlikely(value: str) -> bool:

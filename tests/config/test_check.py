@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fixtures.composed_jobs import jobs_of
 
-from runner.config import check
+from runner.config import bind, check
 
 
 @functools.cache
@@ -62,3 +62,18 @@ def test_combinations_are_checked_once_the_single_values_are_right() -> None:
     first = faults(seed=-1, train__max_steps=None, lora__r="x")
     assert [each.partition("=")[0] for each in first] == ["seed", "lora.r"]
     assert faults(train__max_steps=None)[0].startswith("train: no stopping criterion")
+
+
+def test_groups_that_jobs_share_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, checked, original = jobs_of(["model=tiny", "lora.r=4,8", "seed=1,2"]), list[str](), bind.find_faults
+
+    def counted(node: Any, key: str = "", target: Any = None) -> Any:
+        checked.append(key)
+        return original(node, key, target)
+
+    monkeypatch.setattr(bind, "find_faults", counted)
+    known: check.Known = {}
+    assert [check.faults_of(job.cfg, known) for job in jobs] == [[]] * 4
+    assert (checked.count("model"), checked.count("lora")) == (1, 2)
+    jobs[3].cfg["lora"]["r"] = 0
+    assert "lora.r=0" in str(check.faults_of(jobs[3].cfg, known)[0])

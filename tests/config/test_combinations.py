@@ -32,3 +32,9 @@ def test_a_callback_named_twice_is_refused(tmp_path: Path):
     assert composed(*TINY, f"train.callbacks=[{file}:watch]")
     with pytest.raises(ConfigError, match=r"names .*watch\.py:watch twice"):
         composed(*TINY, f"train.callbacks=[{file}:watch,{file}:watch]")
+
+
+def test_tf32_needs_products_in_float32():
+    assert composed(*TINY, "train.tf32=true", "model.dtype=float32")
+    with pytest.raises(ConfigError, match=r"train\.tf32=true: has no effect with model\.dtype=auto"):
+        composed(*TINY, "train.tf32=true")

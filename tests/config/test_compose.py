@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures.composed_jobs import jobs_of
@@ -128,3 +129,41 @@ def test_what_all_swept_presets_say_alike_is_the_sweeps(tmp_path: Path):
 def test_folders_of_jobs_may_be_their_numbers(form: str):
     jobs = jobs_of(["seed=1,2", "sweep=one", f"hydra.sweep.subdir={form}"])
     assert [Path(job.folder).name for job in jobs] == ["0", "1"]
+
+
+def test_what_a_sweep_asks_of_hydra_does_not_grow_with_its_jobs(monkeypatch: pytest.MonkeyPatch):
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    asked, original = [], ConfigLoaderImpl.get_group_options
+
+    def counted(self: ConfigLoaderImpl, group: str, *args: object, **kwargs: object) -> object:
+        asked.append(group)
+        return original(self, group, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ConfigLoaderImpl, "get_group_options", counted)
+    assert len(jobs_of(["quant=none,4bit", "lora=lora", "seed=range(10)"])) == 20
+    assert asked.count("quant") == asked.count("lora") == 1
+
+
+def test_jobs_share_nothing_that_changes():
+    one, other = jobs_of(["seed=1,2"])
+    one.cfg["train"]["max_steps"] = one.unresolved["train"]["max_steps"] = 7
+    one.hydra["runtime"]["output_dir"] = "elsewhere"
+    assert other.cfg["train"]["max_steps"] == other.unresolved["train"]["max_steps"] == 30
+    assert other.hydra["runtime"]["output_dir"] != "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "arguments", [*GRIDS, ["seed=1,2", "hydra.output_subdir=x", "+data.extra=1", "~lora.r"]], ids=str
+)
+def test_what_a_job_copies_from_its_base_is_what_it_has(arguments: list[str], monkeypatch: pytest.MonkeyPatch):
+    compared, original = [], compose.Composer._unresolved
+
+    def comparing(self: compose.Composer, composed: Any, *others: Any) -> Any:
+        made = original(self, composed, *others)
+        compared.append(made == OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
+        return made
+
+    monkeypatch.setattr(compose.Composer, "_unresolved", comparing)
+    assert len(jobs_of(arguments)) == len(compared)
+    assert all(compared)

@@ -70,3 +70,26 @@ def test_names_match_as_whole_words() -> None:
     assert not devices.matches("NVIDIA RTX A1000", "A10")
     assert not devices.matches("NVIDIA T400", "T4")
     assert not devices.matches("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "H100"), "a seventh of the GPU"
+
+
+def test_tf32_is_refused_on_a_device_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    for device, name in ((gpu, "Tesla T4"), (torch.device("cpu"), "a CPU")):
+        devices.check_tf32(False, device)
+        with pytest.raises(ConfigError, match=rf"train\.tf32=true: has no effect on {name}"):
+            devices.check_tf32(True, device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    devices.check_tf32(True, gpu)
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(True, "high"), (False, "highest")])
+def test_float32_is_multiplied_in_tf32_only_if_asked(tf32: bool, precision: str) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        devices.choose_kernels(False, tf32)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -96,6 +96,9 @@ def test_peak_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert throughput.peak_flops(torch.device("cuda"), torch.bfloat16) == bf16
         assert throughput.peak_flops(torch.device("cuda"), torch.float32) == fp32
+        assert throughput.peak_flops(torch.device("cuda"), torch.bfloat16, tf32=True) == bf16
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    assert throughput.peak_flops(torch.device("cuda"), torch.float32, tf32=True) == 156e12
 
 
 def test_peak_of_a_cpu_is_the_best_ever_seen(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,22 @@ def to_plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", plain)
 
 
+def is_final(plain: Any) -> bool:
+    """Whether no value of a plain tree is an interpolation or still missing: resolved, it is the same."""
+    if isinstance(plain, dict):
+        return all(map(is_final, plain.values()))
+    if isinstance(plain, list):
+        return all(map(is_final, plain))
+    return not isinstance(plain, str) or ("${" not in plain and plain != "???")
+
+
+def copied(plain: Any) -> Any:
+    """A copy of a plain tree; its values are shared."""
+    if isinstance(plain, dict):
+        return {key: copied(value) for key, value in plain.items()}
+    return [copied(value) for value in plain] if isinstance(plain, list) else plain
+
+
 def bind(node: Mapping[str, Any], key: str = "", target: Callable[..., Any] | None = None) -> functools.partial:
     """Check ``node`` against the signature of ``target`` (or of its ``_target_``) and bind its values.
 

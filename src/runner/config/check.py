@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import marshal
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,9 +21,16 @@ LIMITS = ("max_steps", "num_train_epochs", "max_tokens")
 """The stopping criteria in ``train``; exactly one must be set."""
 
 
-def faults_of(cfg: Mapping[str, Any]) -> list[Fault]:
-    """All faults at once: of single values first, of combinations where the single values are right."""
-    return list(_group_faults(cfg)) or list(_combination_faults(cfg))
+Known = dict[tuple[str, bytes], list[Fault]]
+"""The faults of groups that are checked already, by name and content: jobs of a sweep share most of their groups."""
+
+
+def faults_of(cfg: Mapping[str, Any], known: Known | None = None) -> list[Fault]:
+    """All faults at once: of single values first, of combinations where the single values are right.
+
+    ``known``: filled and used by calls for other jobs of the same command line.
+    """
+    return list(_group_faults(cfg, {} if known is None else known)) or list(_combination_faults(cfg))
 
 
 def check_data(node: Mapping[str, Any]) -> None:
@@ -35,7 +43,7 @@ def faults_of_group(cfg: Mapping[str, Any], group: str) -> list[Fault]:
     return list(bind.find_faults(cfg[group], group))
 
 
-def _group_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+def _group_faults(cfg: Mapping[str, Any], known_faults: Known) -> Iterator[Fault]:
     groups = {*OPTION_GROUPS, "train", "data"}
     top = {key: value for key, value in cfg.items() if key not in groups and key != user_code.PATHS}
     for fault in bind.find_faults(top, "", RunSettings):
@@ -46,12 +54,28 @@ def _group_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         if not isinstance(node, Mapping):
             remedy = f"choose an option with {group}=…, or set one of its keys with {group}.key=…"
             yield Fault(group, "must be a group of keys", remedy, node)
-        elif group == "train":
-            yield from bind.find_faults(node, group, TrainSettings)
-        elif group == "data":
-            yield from _data_faults(node)
-        else:
-            yield from bind.find_faults(node, group)
+            continue
+        yield from _faults_once(node, group, known_faults)
+
+
+def _faults_once(node: Mapping[str, Any], group: str, known: Known) -> list[Fault]:
+    try:
+        content: Any = node
+        key = group, marshal.dumps(content, 2)  # version 2 has no references: equal nodes have equal bytes
+    except ValueError:  # a value of a type that no YAML has
+        return list(_faults_of_group(node, group))
+    if key not in known:
+        known[key] = list(_faults_of_group(node, group))
+    return known[key]
+
+
+def _faults_of_group(node: Mapping[str, Any], group: str) -> Iterator[Fault]:
+    if group == "train":
+        yield from bind.find_faults(node, group, TrainSettings)
+    elif group == "data":
+        yield from _data_faults(node)
+    else:
+        yield from bind.find_faults(node, group)
 
 
 def _data_faults(node: Mapping[str, Any]) -> Iterator[Fault]:

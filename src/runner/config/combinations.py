@@ -26,6 +26,9 @@ def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if cfg["model"].get("chat_template") is not None and not (task := bind(cfg["task"], "task")()).chats:
         yield Fault(chat_template_file.KEY, f"has no effect: task={task.name} has no conversations", "set it to null")
     yield from _profile_faults(cfg["train"])
+    if cfg["train"].get("tf32") and (dtype := cfg["model"].get("dtype", "float32")) != "float32":
+        problem = f"has no effect with model.dtype={dtype}: GPUs that have TF32 then compute in bfloat16"
+        yield Fault("train.tf32", problem, "leave it out (bfloat16 is faster), or set model.dtype=float32", True)
     names = cfg["train"].get("callbacks") or []
     for name in names:
         yield from user_function.faults(CALLBACKS, name, cfg.get(user_code.PATHS) or (), f"{CALLBACKS}=[lab.py:watch]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 from omegaconf._utils import OmegaConfDumper
 
+from runner.config import shared_yaml
 from runner.secrets import redact_tree
 
 
@@ -59,6 +61,8 @@ def write_hydra(job: Job, folder: Path) -> None:
 
 def _yaml(tree: Any) -> str:
     """As OmegaConf writes it, by a faster writer."""
+    if isinstance(tree, Mapping):
+        return shared_yaml.dump(tree, _Dumper)
     return str(yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
 
 

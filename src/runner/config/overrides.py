@@ -27,6 +27,8 @@ PATHS = {
     "run.dir": Text, "sweep.dir": Text, "sweep.subdir": Inside | Literal[""], "output_subdir": Name | None,
 }  # fmt: skip
 """Keys below ``hydra`` that are paths."""
+OF_JOB = ("sweep.subdir", "output_subdir")
+"""Those that the jobs of a sweep may have of their own."""
 
 PRESETS = "experiment"
 """The group of which a run may have several options, or none."""
@@ -120,11 +122,11 @@ def without_effect(parsed: Sequence[Override]) -> Iterator[Fault]:
             yield Fault(key, "has no effect here", remedy, value)
 
 
-def wrong_paths(composed: DictConfig) -> Iterator[Fault]:
+def wrong_paths(composed: DictConfig, keys: Iterable[str] = tuple(PATHS)) -> Iterator[Fault]:
     """Faults of paths below ``hydra`` that are empty or leave their folder."""
-    for key, annotation in PATHS.items():
+    for key in keys:
         path: Any = OmegaConf.select(composed.hydra, key)
-        if problem := bounds.mismatch(path, annotation):
+        if problem := bounds.mismatch(path, PATHS[key]):
             yield Fault(f"hydra.{key}", problem, "name a folder, or leave it out", path)
 
 

@@ -121,6 +121,7 @@ class TrainSettings:
     profile_start: Count = 5
     profile_memory: bool = False
     ema: Annotated[float, Gt(0), Lt(1)] | None = None
+    tf32: bool = False
 
     @property
     def rows_at_a_time(self) -> int:

@@ -75,7 +75,7 @@ SENTENCES = {
     "max_epochs": "did you mean train.num_train_epochs (with train.max_steps=null)?",
     "outlier_threshold": "it went: 8-bit weights are multiplied in the dtype of the activations; leave the key out",
     "gradient_checkpointing": MEMORY, "activation_checkpointing": MEMORY, "use_gradient_checkpointing": MEMORY,
-    "bf16": DTYPE, "fp16": DTYPE, "tf32": DTYPE, "fp32": DTYPE, "precision": DTYPE, "torch_dtype": DTYPE,
+    "bf16": DTYPE, "fp16": DTYPE, "fp32": DTYPE, "precision": DTYPE, "torch_dtype": DTYPE,
     "mixed_precision": DTYPE,
     "lr_scheduler_type": SCHEDULE, "lr_scheduler": SCHEDULE, "scheduler": SCHEDULE, "scheduler_type": SCHEDULE,
     "optimizer": "choose it with optim=adamw, optim=lion, optim=muon, … or optim=torch optim.name=CLASS",

@@ -30,6 +30,7 @@ def admit(jobs: Iterable[Job], processes: int | None = None, *, is_new: bool = T
         ConfigError: the faults of all jobs, each once.
     """
     faults: dict[str, Fault] = {}
+    known: check.Known = {}
     jobs = list(jobs)
     for job in jobs:
         if is_new:
@@ -38,7 +39,7 @@ def admit(jobs: Iterable[Job], processes: int | None = None, *, is_new: bool = T
             faults |= {str(fault): fault for fault in environment.settle(job.cfg, job.overrides)}
         manifest.keep_credentials(job.cfg)
         settled = [*_code_faults(job), *chat_template_file.settle(job.cfg)] or list(start_digest.settle(job.cfg))
-        for fault in settled or check.faults_of(job.cfg) or _resolve_parallel(job.cfg, processes):
+        for fault in settled or check.faults_of(job.cfg, known) or _resolve_parallel(job.cfg, processes):
             faults[str(fault)] = fault
     if faults:
         raise ConfigError(*faults.values())

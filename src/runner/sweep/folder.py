@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import time
 import uuid
@@ -41,8 +42,9 @@ class SweepJob:
     folder: str
     """Folder name required by the configuration; "": we choose."""
 
-    @property
+    @functools.cached_property
     def signature(self) -> str:
+        """Of the configuration, which no longer changes."""
         return signature(self.cfg)
 
 

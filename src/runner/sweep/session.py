@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from runner.sweep import folder, table
 from runner.tracking import resume
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
+
+WRITERS = 8
+"""Run folders that are written at the same time."""
 
 
 @dataclass
@@ -106,8 +111,11 @@ class Session:
         name = str(jobs[0].cfg["sweep"])
         added = [folder.SweepJob(job.cfg, label, job.folder) for job, label in zip(jobs, labels, strict=True)]
         with files.writing(sweep.path), folder.adding(sweep, name, self.command, added) as rundirs:
-            for rundir, job, label in zip(rundirs, jobs, labels, strict=True):
-                prepared(job, rundir.path, self.command, sweep=name, label=label)
+            tasks = {
+                rundir.path: partial(prepared, job, rundir.path, self.command, sweep=name, label=label)
+                for rundir, job, label in reversed(list(zip(rundirs, jobs, labels, strict=True)))
+            }  # of jobs with the same configuration, which have one folder, the first
+            _at_once(reversed(tasks.values()))
         return [Entry(job, rundir, None) for job, rundir in zip(added, rundirs, strict=True)]
 
     def end(self) -> int:
@@ -161,6 +169,20 @@ class Session:
             if any(code in (75, 130) for code in codes):
                 self._print_not_started(entries, started)
                 break
+
+
+def _at_once(tasks: Iterable[Callable[[], object]]) -> None:
+    """Call all tasks, some at the same time: each waits for the disk again and again.
+
+    Raises:
+        BaseException: of the first task that fails; the tasks that have not begun are left out, no task is running.
+    """
+    pool = ThreadPoolExecutor(WRITERS, "prepare")
+    try:
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _distinct(entries: list[Entry]) -> list[Entry]:

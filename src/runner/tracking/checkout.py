@@ -68,6 +68,12 @@ def note(code: Code | None) -> tuple[dict[str, object], str]:
 
 
 @functools.cache
+def note_of_current() -> tuple[dict[str, object], str]:
+    """The ``note`` of the code that this process runs. Cached."""
+    return note(current())
+
+
+@functools.cache
 def repository(folder: Path) -> dict[str, object]:
     """The git repository that contains ``folder``: {top, sha, dirty, diff_sha256}; empty for none or this project's.
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from runner.config import code_files, data_nodes, moved, pinned_weights, user_code
+from runner.config import code_files, data_nodes, moved, pinned_weights, shared_yaml, user_code
 from runner.config.choices import of_overrides
 from runner.errors import Fault, ResumeError
 from runner.files import user_path, write_atomic
-from runner.secrets import redact, take_credentials
+from runner.secrets import redact_all, take_credentials
 from runner.tracking import checkout, origin, provenance, recovery, webhook
 from runner.tracking.naming import default_name
 from runner.tracking.rundir import RunDir
@@ -123,8 +123,8 @@ def create(
 
 def refuse_other(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
     """Refuse a folder that contains a run with another configuration."""
-    existing, ours = rundir.read_manifest().get("signature"), signature(cfg)
-    if existing and existing != ours:
+    existing = rundir.read_manifest().get("signature")
+    if existing and existing != (ours := signature(cfg)):
         raise ResumeError(
             Fault(
                 "hydra.run.dir",
@@ -195,7 +195,7 @@ def _parsed(text: str) -> Any:
 
 def _write_config(rundir: RunDir, cfg: Mapping[str, Any]) -> None:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast: a sweep writes a thousand of these
-    write_atomic(rundir.config, yaml.dump(user_code.detached(cfg), Dumper=dumper, sort_keys=False, allow_unicode=True))
+    write_atomic(rundir.config, shared_yaml.dump(user_code.detached(cfg), dumper))
 
 
 def pinned(cfg: dict[str, Any], rundir: RunDir) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def find_twin(outputs_dir: Path, signature: str) -> RunDir | None:
 def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overrides: list[str]) -> dict[str, Any]:
     from runner.config import bind
 
-    git, patch = checkout.note(checkout.current())
+    git, patch = checkout.note_of_current()
     if patch:
         write_atomic(rundir.dirty_diff, patch.encode("utf-8", "surrogateescape"))
     return {
@@ -272,8 +272,8 @@ def _manifest(cfg: Mapping[str, Any], rundir: RunDir, command: list[str], overri
         **({origin.FIELD: chain} if (chain := origin.came_from(cfg)) else {}),
         "tracking": bind.bind(cfg["tracking"], "tracking")().kind,
         "created": time.time(),
-        "command": [redact(word) for word in command],
-        "overrides": [redact(override) for override in overrides],
+        "command": redact_all(command),
+        "overrides": redact_all(overrides),
         "git": git,
         "repositories": checkout.repositories(user_code.paths_of(cfg)),
         "code_sha256": provenance.code_digest(),

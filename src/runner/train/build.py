@@ -117,7 +117,7 @@ def initial_model(options: Options, source: ModelSource, device: torch.device) -
 def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     """Build everything that the train loop needs. Creates the optimizer last: FSDP replaces the parameters."""
     options, settings = inputs.options, inputs.settings
-    _choose_kernels(settings.deterministic)
+    _choose_kernels(settings.deterministic, settings.tf32)
     expected = inputs.estimate or estimate.expect(inputs)
     estimate.check_fits(expected)
     source, autocast = keep_updates(inputs.source, inputs.device, full=expected.counts["adapter"] == 0)
@@ -143,7 +143,7 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     wrapped = wrap.wrap(options.parallel, model, noisy, ranks, inputs.device, autocast)
     optimizer = options.optim(options.parameter_groups(model))
     average = Average.of(model, options.average, settings.ema, optimizer)
-    peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model)) * ranks.world
+    peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model), tf32=settings.tf32) * ranks.world
     flops = expected.flops_per_token * batches.computed_share
     meter = throughput.Meter(flops, peak, prepares=options.task.prepare is not None)
     return Parts(
@@ -174,11 +174,11 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     )
 
 
-def _choose_kernels(deterministic: bool) -> None:
+def _choose_kernels(deterministic: bool, tf32: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    devices.choose_kernels(deterministic)
+    devices.choose_kernels(deterministic, tf32)
 
 
 def _step_batches(

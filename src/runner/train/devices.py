@@ -42,10 +42,31 @@ def is_supported(capability: tuple[int, int], architectures: Sequence[str]) -> b
     return not architectures
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Let torch choose FlashAttention instead of cuDNN's where cuDNN is not deterministic, or wrong."""
+def choose_kernels(deterministic: bool, tf32: bool = False) -> None:
+    """Let torch choose FlashAttention instead of cuDNN's where cuDNN is not deterministic, or wrong.
+
+    ``tf32``: multiply float32 matrices in TF32 on GPUs.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     version = torch.backends.cudnn.version() if torch.cuda.is_available() else EXACT_CUDNN
     torch.backends.cuda.enable_cudnn_sdp(not deterministic and (version or 0) >= EXACT_CUDNN)
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether this GPU multiplies float32 in TF32 if allowed: those from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def check_tf32(wanted: bool, device: torch.device) -> None:
+    """Check that ``train.tf32`` has an effect on this device.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if wanted and not has_tf32(device):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        remedy = "set it to false, or use a GPU of the generation of A100 or later"
+        raise ConfigError(Fault("train.tf32", f"has no effect on {name}, which has no TF32", remedy, True))
 
 
 def _refuse_unused_gpus() -> None:

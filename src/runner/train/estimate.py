@@ -109,7 +109,8 @@ def training_seconds(inputs: Inputs, expected: Expected) -> tuple[float, float]:
     A GPU waits for Python if its model is small: then the time is that of starting the operations one by one.
     """
     tokens = inputs.batches.tokens_at(inputs.total_steps)
-    peak = throughput.peak_flops(inputs.device, dtype_for(inputs.source.dtype, inputs.device))
+    dtype = dtype_for(inputs.source.dtype, inputs.device)
+    peak = throughput.peak_flops(inputs.device, dtype, tf32=inputs.settings.tf32)
     seconds = tokens * expected.share * expected.flops_per_token / (peak * ASSUMED_UTILISATION)
     if inputs.device.type == "cuda":
         micro_batches = inputs.total_steps * (inputs.batches.order.per_step // inputs.batches.per_micro_batch)

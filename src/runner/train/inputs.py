@@ -72,6 +72,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     batches.order.repeats(steps)  # refuses too many
     questions = answers.questions(settings, options.code, evaluation, tokenizer)
     profiling.check_device(settings, device)
+    devices.check_tf32(settings.tf32, device)
     functions = callbacks.load(settings.callbacks, options.code)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     notes += answers.note(questions, tokenizer)

@@ -132,8 +132,14 @@ def _compiled(parts: Parts) -> str:
 
 
 def _hint(inputs: Inputs, parts: Parts) -> str:
-    """A faster model.dtype for this device, if any."""
+    """What multiplies faster on this device, if anything."""
     from runner.models.dtypes import faster_dtype
+    from runner.train import devices
+
+    if inputs.source.dtype == "float32" and devices.has_tf32(parts.wrapped.device):
+        return (
+            ", multiplied in TF32" if inputs.settings.tf32 else " (train.tf32=true multiplies faster, less precisely)"
+        )
 
     used = next(parts.model.parameters()).dtype
     faster = faster_dtype(used, parts.wrapped.device) if inputs.source.dtype == "auto" else None

@@ -154,14 +154,17 @@ def flops_per_token(
     return total + ((1 + backward) * updates + forward_passes) * _attention_flops(_config(model), length)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s: the vendor's figure of a known GPU, else the best matmul measured on this machine (cached)."""
+def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) -> float:
+    """Peak FLOP/s: the vendor's figure of a known GPU, else the best matmul measured on this machine (cached).
+
+    ``tf32``: float32 is multiplied in TF32, at half the rate of bfloat16 on each GPU that has both.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     if device.type == "cuda":
         for known, (half, single) in PEAK_TFLOPS.items():
             if devices.matches(name, known):
-                return (single if dtype == torch.float32 else half) * 1e12
-    key = f"{name}/{torch.get_num_threads()}/{dtype}/{torch.__version__}"
+                return (half if dtype != torch.float32 else half / 2 if tf32 else single) * 1e12
+    key = f"{name}/{torch.get_num_threads()}/{dtype}{'/tf32' if tf32 else ''}/{torch.__version__}"
     file = cache_dir("meters") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     cached = 0.0
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured yet, or damaged

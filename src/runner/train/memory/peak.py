@@ -210,7 +210,7 @@ def of_forward_pass(
 
 def _enter_weights(model: Any, device: torch.device, ledger: Ledger) -> int:
     """Give the model fake weights, and count them; returns their bytes."""
-    _give_storage(model, device)
+    give_storage(model, device)
     for parameter in model.parameters():
         ledger.enter(parameter)
     return ledger.live
@@ -230,7 +230,7 @@ def _rehearsal_arguments(model: Any, shape: Shape) -> tuple[dict[str, Tensor], T
     return {"input_ids": ids, "position_ids": ids, **attention}, torch.zeros(positions, dtype=torch.int64)
 
 
-def _give_storage(model: nn.Module, device: torch.device) -> None:
+def give_storage(model: nn.Module, device: torch.device) -> None:
     """Replace tensors on the meta device by fake tensors on ``device``; shared parameters stay shared."""
     replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
