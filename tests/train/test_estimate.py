@@ -68,13 +68,13 @@ def test_a_small_model_on_a_gpu_waits_for_python(monkeypatch: pytest.MonkeyPatch
     run = made(*EIGHT)
     expected = dataclasses.replace(estimate.expect(run), layers=30)
     on_gpu = dataclasses.replace(run, device=torch.device("cuda"))
-    monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1e15)
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_, **__: 1e15)
     monkeypatch.setattr(estimate, "dtype_for", lambda *_: torch.bfloat16)
     micro_batches = run.total_steps * (run.batches.order.per_step // run.batches.per_micro_batch)
     launching = micro_batches * 30 * estimate.OPERATIONS_OF_LAYER * estimate.LAUNCH_S
     assert estimate.training_seconds(on_gpu, expected)[0] == pytest.approx(launching)
     assert estimate.training_seconds(run, expected)[0] < launching
-    monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1.0)
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_, **__: 1.0)
     assert estimate.training_seconds(on_gpu, expected) == estimate.training_seconds(run, expected)
 
 

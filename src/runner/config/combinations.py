@@ -28,7 +28,7 @@ def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     yield from _profile_faults(cfg["train"])
     if cfg["train"].get("tf32") and (dtype := cfg["model"].get("dtype", "float32")) != "float32":
         problem = f"has no effect with model.dtype={dtype}: GPUs that have TF32 then compute in bfloat16"
-        yield Fault("train.tf32", problem, "leave it out (bfloat16 is faster), or set model.dtype=float32", True)
+        yield Fault("train.tf32", problem, "leave it out (bfloat16 is faster), or set model.dtype=float32", "true")
     names = cfg["train"].get("callbacks") or []
     for name in names:
         yield from user_function.faults(CALLBACKS, name, cfg.get(user_code.PATHS) or (), f"{CALLBACKS}=[lab.py:watch]")

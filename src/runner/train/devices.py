@@ -66,7 +66,7 @@ def check_tf32(wanted: bool, device: torch.device) -> None:
     if wanted and not has_tf32(device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         remedy = "set it to false, or use a GPU of the generation of A100 or later"
-        raise ConfigError(Fault("train.tf32", f"has no effect on {name}, which has no TF32", remedy, True))
+        raise ConfigError(Fault("train.tf32", f"has no effect on {name}, which has no TF32", remedy, "true"))
 
 
 def _refuse_unused_gpus() -> None:
