@@ -68,3 +68,20 @@ def test_the_time_of_a_part_inside_another_counts_once(clock: list[float]):
                 clock[0] += 2.0
             clock[0] += 1.0
     assert parts.seconds == {"evaluation": 4.0, "training": 12.0}
+
+
+def test_thousands_of_names_are_not_compared_with_each_other() -> None:
+    compared = []
+
+    class Name(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            compared.append(other)
+            return str(self) == other
+
+        __hash__ = str.__hash__
+
+    names = [Name(f"seed={number}") for number in range(300)]
+    assert terminal.distinct_names(names, 48) == list(map(str, names))
+    assert len(compared) <= 2 * len(names), "300 * 300 would be 90,000"

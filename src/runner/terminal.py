@@ -197,7 +197,10 @@ def typed(path: Path | str, key: str = "") -> str:
 def distinct_names(names: Sequence[str], width: int) -> list[str]:
     """The names cut to ``width`` characters; names that would become equal lose their common beginning instead."""
     short = {name: name if len(name) <= width else name[: width - 1] + "…" for name in names}
-    for equal in {text: [name for name in short if short[name] == text] for text in short.values()}.values():
+    alike: dict[str, list[str]] = {}
+    for name, text in short.items():
+        alike.setdefault(text, []).append(name)
+    for equal in alike.values():
         if len(equal) > 1 and width > 2:
             pairs = zip(min(equal), max(equal), strict=False)
             prefix = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
