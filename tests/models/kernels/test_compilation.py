@@ -374,7 +374,7 @@ def settled(
     cfg = composed(*TINY, *overrides)
     made = inputs.inputs(Options(cfg))
     told = estimate.expect(made)
-    monkeypatch.setattr(throughput, "peak_flops", lambda *_: 1.0)
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_, **__: 1.0)
     flops = seconds * estimate.ASSUMED_UTILISATION / made.batches.tokens_at(made.total_steps)
     told = dataclasses.replace(told, layers=layers, flops_per_token=flops)
     monkeypatch.setattr(dtypes, "_is_fast_in_bfloat16", lambda _: True)
