@@ -55,7 +55,7 @@ def test_good_values_bind_and_wait_for_the_runtime_object():
         ({"ratio": float("inf")}, "a finite number"),
         ({"ratio": 10**400}, "a finite number"),
         ({"path": 3}, "a text or null"),
-        ({"names": [1]}, "a list of a text or a text"),
+        ({"names": [1]}, "a list (each: a text) or a text"),
         ({"double": 1}, "true or false"),
         ({"extra": {"a": "b"}}, "a mapping"),
         ({"kinds": "nf4"}, "did you mean 'kind'?"),

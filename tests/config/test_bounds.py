@@ -20,7 +20,7 @@ from runner.config.schema import Inside, Name, Positive, Script, Seed, SweepName
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 10**400])
 def test_numbers_that_are_none_fit_no_float(value: float):
     assert bounds.mismatch(value, float) == "must be a finite number"
-    assert bounds.mismatch([1.0, value], list[float]) == "must be a list of a finite number"
+    assert bounds.mismatch([1.0, value], list[float]) == "must be a list (each: a finite number)"
 
 
 def test_a_seed_is_what_all_generators_take():

@@ -56,7 +56,7 @@ def test_paths_that_lead_nowhere(tmp_path):
     (tmp_path / "empty").mkdir()
     for path, problem in {
         "row.jsonl": "no such file or folder. did you mean 'rows.jsonl'?",
-        "nowhere/row.jsonl": "no such file or folder.",
+        "nowhere/row.jsonl": "no such file or folder",
         "rows.xlsx": "unsupported file type.",
         "empty": "contains no file of a supported type (.json, .jsonl",
         "*.csv": "contains no file of a supported type",

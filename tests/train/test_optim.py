@@ -210,7 +210,7 @@ def test_nothing_to_train_is_refused() -> None:
         ("adamw", {"learning_rate": 0}, "learning_rate", "> 0"),
         ("adamw", {"lr": 1e-3}, "lr", "learning_rate"),
         ("adamw", {"betas": [0.9]}, "betas", "of length 2"),
-        ("adamw", {"betas": [0.9, 1.0]}, "betas", "a list of a finite number >= 0 and < 1"),
+        ("adamw", {"betas": [0.9, 1.0]}, "betas", "a list (each: a finite number >= 0 and < 1)"),
         ("adamw", {"fused": "yes"}, "fused", "one of auto or true or false"),
         ("adamw_8bit", {"bits": 4}, "bits", "one of 8, 32"),
         ("muon", {"momentum": 0}, "nesterov", "without momentum"),

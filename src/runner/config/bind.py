@@ -156,7 +156,7 @@ def _resolve(node: Mapping[str, Any], group: str = "") -> Callable[..., Any]:
     if not isinstance(name, str) or "." not in name or name.partition(".")[0] == "runner":
         if name not in options(group):
             place = group if options(group) != options() else "runner"
-            problem = f"is no option of {place}. {suggest(str(name), options(group))}".strip()
+            problem = f"is no option of {place}. {suggest(str(name), options(group))}".strip(" .")
             raise ConfigError(Fault(TARGET, problem, "name an option, or a function of your own code", name))
     elif not node.get(user_code.PATHS):
         problem = (
@@ -174,7 +174,7 @@ def _resolve(node: Mapping[str, Any], group: str = "") -> Callable[..., Any]:
     function = getattr(module, attribute, None)
     if not callable(function) or attribute.startswith("_"):
         names = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
-        problem = f"no such function. {suggest(attribute, names)}".strip()
+        problem = f"no such function. {suggest(attribute, names)}".strip(" .")
         raise ConfigError(Fault(TARGET, problem, "correct the name", name))
     if paths and not user_code.from_user_code(function, paths):
         problem = f"'{attribute}' is imported into {module_name} from {getattr(function, '__module__', 'elsewhere')}"

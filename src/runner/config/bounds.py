@@ -126,7 +126,7 @@ def allowed(annotation: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(_yaml(choice) for choice in arguments)
     if origin in (list, tuple) or annotation in (list, tuple):
-        return "a list" + (f" of {allowed(arguments[0])}" if arguments else "")
+        return "a list" + (f" (each: {allowed(arguments[0])})" if arguments else "")
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         return "a mapping"
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}

@@ -43,7 +43,7 @@ def faults(key: str, function: str, code: Sequence[str], example: str = "") -> I
     bound |= {alias.asname or alias.name for n in tree.body if isinstance(n, ast.ImportFrom) for alias in n.names}
     bound |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
     if name not in bound:
-        problem = f"defines no function '{name}'. {suggest(name, bound)}".strip()
+        problem = f"defines no function '{name}'. {suggest(name, bound)}".strip(" .")
         yield Fault(key, problem, "correct the name", function)
 
 

@@ -50,7 +50,7 @@ def _find(key: str, path: str, location: Path) -> list[Path]:
     elif not location.exists():
         near = suggest(location.name, os.listdir(location.parent)) if location.parent.is_dir() else ""
         remedy = "correct the path; relative paths start at the current directory"
-        raise DataError(Fault(key, f"no such file or folder. {near}".strip(), remedy, path))
+        raise DataError(Fault(key, f"no such file or folder. {near}".strip(" ."), remedy, path))
     elif location.suffix.lower() not in EXTENSIONS:
         near = suggest(location.suffix.lower(), EXTENSIONS)
         problem = " ".join(filter(None, ("unsupported file type.", near, f"supported: {', '.join(EXTENSIONS)}")))

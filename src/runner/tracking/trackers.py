@@ -178,7 +178,7 @@ def _wrong_store(uri: str, scheme: str) -> Fault:
         problem = "is a folder: MLflow no longer supports file stores"
         return Fault("uri", problem, "leave uri=null (sqlite under outputs_dir), or sqlite:////path/mlflow.db")
     allowed = ["http", "https", *DRIVERS]
-    problem = f"is not a URI scheme supported by MLflow. {suggest(scheme, allowed)}".strip()
+    problem = f"is not a URI scheme supported by MLflow. {suggest(scheme, allowed)}".strip(" .")
     remedy = f"http://{uri}" if "://" not in uri else f"use null or one of {', '.join(f'{s}://' for s in allowed)}"
     return Fault("uri", problem, remedy)
 

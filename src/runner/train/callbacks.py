@@ -106,7 +106,7 @@ def _faults(name: str, function: Callable[..., Any]) -> list[Fault]:
     unknown = [p.name for p in needed if p.name not in PARAMETERS or p.kind not in named]
     remedy = f"a callback has any of the parameters {', '.join(PARAMETERS)}"
     return [
-        Fault(CALLBACKS, f"its parameter '{each}' is unknown. {suggest(each, PARAMETERS)}".strip(), remedy, name)
+        Fault(CALLBACKS, f"its parameter '{each}' is unknown. {suggest(each, PARAMETERS)}".strip(" ."), remedy, name)
         for each in unknown
     ]
 
