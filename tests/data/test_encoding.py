@@ -21,6 +21,7 @@ def in_processes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(encoding, "CHUNK", 40)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("processes", [2, 5])
 def test_several_processes_encode_what_one_does(
     processes: int, own_cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -39,6 +40,7 @@ def test_several_processes_encode_what_one_does(
     assert not list(folder.glob("shard*"))
 
 
+@pytest.mark.unmeasured
 def test_the_first_row_that_cannot_be_encoded_is_named(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     from runner.tasks import pretrain
 

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from fixtures.data_formats import CHATS, EXCHANGE, JUDGED, PAIRS, ROWS, custom, option, own
 
-from runner.data import row_shape, sources, splits
+from runner.data import formats, row_shape, sources, splits
 from runner.errors import DataError
 
 TASKS = {**dict.fromkeys(PAIRS, " task=dpo"), **dict.fromkeys(JUDGED, " task=kto")}
@@ -123,8 +123,9 @@ def test_an_empty_text():
 
 
 def test_what_a_function_gives_is_checked(own):
-    with pytest.raises(DataError, match="gave NoneType"):
-        custom(f"{own}:to_nothing")({})
+    assert custom(f"{own}:to_nothing")({}) is None
+    with pytest.raises(DataError, match="gave int"):
+        formats.checked(1, "data.format", "mine")
     with pytest.raises(DataError, match="failed on this row: KeyError: 'q'"):
         custom(f"{own}:to_messages")({})
     with pytest.raises(DataError, match="is empty"):

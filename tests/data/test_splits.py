@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
 from fixtures.documents import load, own_cache, talk, texts
 
-from runner.data import tokenization
+from runner.data import splits, tokenization
+from runner.errors import DataError
 
 
 def test_the_same_prompt_is_never_on_both_sides():
@@ -50,3 +54,14 @@ def test_samples_are_held_out_prompts_with_what_followed():
     sample = splits.samples[0]
     assert sample["prompt"].endswith("assistant<|end_header_id|>\n\n")
     assert any(sample["prompt"] + sample["reference"] in text for text in texts(splits.eval))
+
+
+def test_a_format_leaves_rows_out_with_none():
+    records, counts = [(f"row {number}", {"text": f"text {number}"}) for number in range(6)], Counter[str]()
+    kept = splits.index(records, lambda row: row["text"] if row["text"] > "text 2" else None, False, counts)
+    assert [item.number for item in splits.items(kept, lambda row: row["text"])] == [3, 4, 5]
+    assert counts == {"rows_read": 6, "left_out": 3}
+    with pytest.raises(DataError, match="row 3: gave None for a row that it kept before"):
+        list(splits.items(kept, lambda _: None))
+    with pytest.raises(DataError, match="gave None for every row"):
+        splits.index(records, lambda _: None, False, Counter())

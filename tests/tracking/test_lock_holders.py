@@ -9,6 +9,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from runner.tracking import lock_holders
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
@@ -39,6 +41,7 @@ def process(*locks: Path) -> Iterator[int]:
         os.close(write)
 
 
+@pytest.mark.unmeasured
 def test_the_holder_is_the_process_with_the_open_file(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path / "run")
     rundir.write_state(status="running", pid=os.getppid())
@@ -52,6 +55,7 @@ def test_the_holder_is_the_process_with_the_open_file(tmp_path: Path) -> None:
     assert lock_holders.holder(rundir) is None
 
 
+@pytest.mark.unmeasured
 def test_workers_that_outlive_their_queue_are_no_queue(tmp_path: Path) -> None:
     sweep = SweepDir(tmp_path)
     worker_lock = RunDir(tmp_path / "000").lock

@@ -127,6 +127,7 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
     layout = "packed" if options.data.packing else "padded"
     left_out = {
         f"left out by data.where={options.data.where}": counts.filtered,
+        "left out by the format": counts.left_out,
         "duplicates": counts.duplicates,
         "without trained tokens": counts.masked_out,
         "with a prompt of the held-out set, dropped": counts.leaked,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from runner.config import user_code, user_function
 from runner.config.schema import DataSettings
 from runner.data.encoding import Recipe
-from runner.data.examples import Encoder, Example
+from runner.data.examples import Encoder, Format
 from runner.data.packing import Rows
 from runner.data.tokenization import DataReport, Tokenised, every_row, tokenise
 from runner.errors import DataError, Fault
@@ -59,7 +59,7 @@ class Splits:
 
 def load(
     source_fn: Callable[[], Source],
-    format_fn: Callable[[Mapping[str, Any]], Example],
+    format_fn: Format,
     task: Encoder,
     tokenizer: Any,
     settings: DataSettings,

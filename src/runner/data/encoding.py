@@ -23,7 +23,7 @@ import numpy as np
 from runner.config.schema import DataSettings
 from runner.data import splits
 from runner.data.column_files import DTYPES, Column, open_columns
-from runner.data.examples import Encoder, Example, Features
+from runner.data.examples import Encoder, Features, Format
 from runner.data.packing import IGNORED, VALUE
 from runner.data.row_options import WithSystemPrompt
 from runner.data.splits import Index, Item
@@ -42,7 +42,7 @@ WORKING = {"row_lengths": "i", "unit_lengths": "i", "record_lengths": "i"}
 class Recipe:
     """How a row becomes token sequences."""
 
-    format_fn: Callable[[Mapping[str, Any]], Example]
+    format_fn: Format
     task: Encoder
     tokenizer: Any
     settings: DataSettings

@@ -13,6 +13,8 @@ Example = list[dict[str, Any]] | str | dict[str, Any]
 under ``messages``, or under ``prompt`` with what a task needs beside it: ``chosen`` and ``rejected``, the two answers
 of a pair, or ``label``, where the prompt may be plain text. A dict may have ``tools``, ``chat_template_kwargs`` and,
 with ``messages``, the ``weight`` of the row."""
+Format = Callable[[Mapping[str, Any]], Example | None]
+"""A row → its example; None: the row is left out."""
 Features = dict[str, Any]
 """One token sequence: lists ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss.
 ``weights``, if there are any: those of the labels. Further keys are numbers of the sequence, see ``Encoder.values``,

@@ -14,7 +14,7 @@ from runner.config import bind, user_function
 from runner.config.schema import Text
 from runner.data import conversation, row_shape, training_keys
 from runner.data.conversation import with_system
-from runner.data.examples import Example
+from runner.data.examples import Example, Format
 from runner.data.training_keys import ROW_KEYS, Row, refuse_unused
 from runner.errors import DataError, Fault, RunnerError, quoted
 
@@ -111,8 +111,10 @@ def like_text(row: Row, *, key: str, **_: object) -> int:
     return int(isinstance(row.get(key), str))
 
 
-def custom(row: Row, *, function: Text, _code_: list[str] | None = None) -> Example:
+def custom(row: Row, *, function: Text, _code_: list[str] | None = None) -> Example | None:
     """Your own function, as ``path/to/file.py:name`` or ``package.module:name``: a row in, messages or a text out.
+
+    None leaves the row out.
 
     ``_code_`` is set by this program: where the copy of the file is that the run keeps.
     """
@@ -122,10 +124,10 @@ def custom(row: Row, *, function: Text, _code_: list[str] | None = None) -> Exam
     except (Exception, SystemExit) as error:
         problem = f"failed on this row: {type(error).__name__}: {error}"
         raise DataError(Fault("data.format.function", problem, "correct the function", function)) from error
-    return checked(result, "data.format.function", function)
+    return None if result is None else checked(result, "data.format.function", function)
 
 
-def of(node: Mapping[str, Any]) -> Callable[[Row], Example]:
+def of(node: Mapping[str, Any]) -> Format:
     """The format that a configuration names: an option of this module, or a function of the user's own."""
     call: Callable[[Row], Any] = bind.bind(node, "data.format")
     if str(node[bind.TARGET]).startswith("runner."):
@@ -133,7 +135,7 @@ def of(node: Mapping[str, Any]) -> Callable[[Row], Example]:
     return functools.partial(_own, call, str(node[bind.TARGET]))
 
 
-def _own(call: Callable[[dict[str, Any]], Any], name: str, row: Row) -> Example:
+def _own(call: Callable[[dict[str, Any]], Any], name: str, row: Row) -> Example | None:
     try:
         result = call(copy.deepcopy(dict(row)))
     except RunnerError:
@@ -141,7 +143,7 @@ def _own(call: Callable[[dict[str, Any]], Any], name: str, row: Row) -> Example:
     except (Exception, SystemExit) as error:
         problem = f"{name} failed on this row: {type(error).__name__}: {error}"
         raise DataError(Fault("data.format", problem, "correct the function, or leave the row out")) from error
-    return checked(result, "data.format", name)
+    return None if result is None else checked(result, "data.format", name)
 
 
 def checked(result: Any, key: str, name: str) -> Example:

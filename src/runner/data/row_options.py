@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from runner.config import condition
-from runner.data.examples import Example
+from runner.data.examples import Example, Format
 from runner.errors import DataError, Fault, quoted, suggest
 
 Row = Mapping[str, Any]
@@ -102,13 +102,15 @@ def order_value(row: Row, order_by: str) -> Any:
 class WithSystemPrompt:
     """A format whose conversations begin with a system prompt, unless the row has its own."""
 
-    def __init__(self, format_fn: Callable[[Row], Example], text: str) -> None:
+    def __init__(self, format_fn: Format, text: str) -> None:
         self._format, self._text = format_fn, text
         self.own = 0
         """How many rows had their own so far."""
 
-    def __call__(self, row: Row) -> Example:
+    def __call__(self, row: Row) -> Example | None:
         example = self._format(row)
+        if example is None:
+            return None
         if isinstance(example, list):
             return self._before(example)
         key = "messages" if isinstance(example, dict) and "messages" in example else "prompt"

@@ -6,7 +6,7 @@ import array
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from runner.data.conversation import no_json
 from runner.errors import DataError, Fault, refuse
 
 if TYPE_CHECKING:
-    from runner.data.examples import Example
+    from runner.data.examples import Example, Format
 
 SHOWN_FAULTS = 5
 
@@ -58,7 +58,7 @@ class Index:
 
 def index(
     records: Iterable[tuple[object, Mapping[str, Any]]],
-    format_fn: Callable[[Mapping[str, Any]], Example],
+    format_fn: Format,
     deduplicate: bool,
     counts: Counter[str],
     *,
@@ -67,7 +67,8 @@ def index(
 ) -> Index:
     """Hash the examples of one split; ``deduplicate`` leaves out repeated examples.
 
-    ``where``, ``order_by``: see ``row_options``. Adds ``rows_read``, ``filtered`` and ``duplicates`` to ``counts``.
+    ``where``, ``order_by``: see ``row_options``. Adds ``rows_read``, ``filtered``,
+    ``left_out`` and ``duplicates`` to ``counts``.
 
     Raises:
         DataError: lists the first malformed rows, at most ``SHOWN_FAULTS``.
@@ -82,6 +83,9 @@ def index(
             continue
         try:
             example = format_fn(row)
+            if example is None:
+                counts["left_out"] += 1
+                continue
             values += [row_options.order_value(row, order_by)] if order_by is not None else []
             key = _hash(json.dumps(example, default=no_json))
         except DataError as error:
@@ -93,6 +97,9 @@ def index(
         keys.append(key)
         prompts.append(_hash(" ".join(_prompt(example).split()).casefold()))
     refuse(faults, DataError)
+    if counts["left_out"] and not numbers:
+        remedy = "return messages or a text (is a `return` missing?); None leaves a row out"
+        raise DataError(Fault("data.format", "gave None for every row", remedy))
     if rows is not None:
         rows.refuse_unseen()
     hashes = [np.frombuffer(column, dtype=np.uint64) for column in (keys, prompts)]
@@ -105,7 +112,7 @@ def index(
     return examples.of(first)
 
 
-def items(examples: Index, format_fn: Callable[[Mapping[str, Any]], Example]) -> Iterator[Item]:
+def items(examples: Index, format_fn: Format) -> Iterator[Item]:
     """The examples of an index, read from the source again."""
     columns = (column.tolist() for column in (examples.numbers, examples.prompts, examples.places))
     wanted = zip(*columns, strict=True)
@@ -114,7 +121,10 @@ def items(examples: Index, format_fn: Callable[[Mapping[str, Any]], Example]) ->
         if upcoming is None:
             return
         if number == upcoming[0]:
-            yield Item(number, str(place), format_fn(row), *upcoming[1:])
+            if (example := format_fn(row)) is None:
+                problem, remedy = "gave None for a row that it kept before", "let it depend on the row alone"
+                raise DataError(*at_place(place, DataError(Fault("data.format", problem, remedy))))
+            yield Item(number, str(place), example, *upcoming[1:])
             upcoming = next(wanted, None)
 
 

@@ -38,6 +38,8 @@ class DataReport:
     """Training rows removed because the evaluation rows contain the same prompt."""
     filtered: int = 0
     """Rows that do not meet ``data.where``."""
+    left_out: int = 0
+    """Rows for which the format, a function of the user's, gives None."""
     own_system_prompt: int = 0
     """Rows that keep a system prompt of their own; with ``data.system_prompt``."""
     train_rows: int = 0
@@ -121,7 +123,7 @@ def _indexed(records: Records, recipe: Recipe, counts: Counter[str], order_by: s
     found = splits.index(records, form, settings.deduplicate, counts, where=settings.where, order_by=order_by)
     if isinstance(form, WithSystemPrompt):
         counts["own_system_prompt"] = form.own  # of this and of earlier splits
-        if form.own == counts["rows_read"] - counts["filtered"] > 0:
+        if form.own == counts["rows_read"] - counts["filtered"] - counts["left_out"] > 0:
             problem = "has no effect: all rows have a system prompt of their own"
             raise DataError(Fault(row_options.SYSTEM_PROMPT, problem, "set it to null", settings.system_prompt))
     return found
@@ -181,7 +183,7 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def _no_rows(split: str, items: int, counts: Counter[str], settings: DataSettings) -> DataError:
-    names = ["rows_read", *(["filtered"] if counts["filtered"] else []), "duplicates", "leaked"]
+    names = ["rows_read", *(name for name in ("filtered", "left_out") if counts[name]), "duplicates", "leaked"]
     summary = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in names)
     if not items and split == "eval" and counts["rows_read"] == 1:
         remedy = "split a text file at blank lines with data.documents=paragraph, or set data.eval_path"

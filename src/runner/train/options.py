@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from runner.config import data_nodes, eval_metrics, pinned_weights, schema, user_code, user_function
 from runner.config.bind import bind, bind_target, bound_companion
 from runner.data import formats
-from runner.data.examples import Example
+from runner.data.examples import Format
 from runner.data.mixture import ALONE, Mixture
 from runner.errors import ConfigError, Fault, refuse
 from runner.models import architecture, lora, quantized_files, sources
@@ -52,7 +52,7 @@ class DataSet:
     """The rows of one source, and how they are read and tokenised."""
 
     settings: schema.DataSettings
-    format: Callable[[Mapping[str, Any]], Example]
+    format: Format
     source: Callable[[], Source]
     encoding: Mapping[str, Any]
     """What decides, beside rows, tokenizer and ``settings``, how rows are tokenised: format, task, the user's code."""

@@ -36,6 +36,7 @@ def raising(error: Exception) -> Any:
     return do
 
 
+@pytest.mark.unmeasured
 def test_numbers_and_objects_of_two_ranks():
     def do(own: ranks.Ranks) -> None:
         assert own.agree(lambda: None, own.rank + 1.0, 10.0) == [3.0, 20.0]
@@ -46,6 +47,7 @@ def test_numbers_and_objects_of_two_ranks():
     both(do)
 
 
+@pytest.mark.unmeasured
 def test_a_stop_on_one_rank_stops_both_and_an_interrupt_counts_most():
     def do(own: ranks.Ranks) -> None:
         with pytest.raises(Preempted):
@@ -56,6 +58,7 @@ def test_a_stop_on_one_rank_stops_both_and_an_interrupt_counts_most():
     both(do)
 
 
+@pytest.mark.unmeasured
 def test_an_error_of_one_rank_is_raised_on_both():
     def do(own: ranks.Ranks) -> None:
         refuse = raising(DataError(Fault("data.path", "no such file")))
