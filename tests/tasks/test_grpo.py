@@ -265,6 +265,7 @@ def test_plan_calls_the_functions_and_names_what_is_wrong(
     Path("scores.py").write_text(
         "def right(completions, answer, **_):\n    return [float(a in c) for c, a in zip(completions, answer)]\n"
         "def broken(completions, solution, **_):\n    return [0.0] * len(completions)\n"
+        "def one(completions, **_):\n    return [0.0]\n"
     )
     local = ("experiment=grpo", "data=local", "data.path=rows.jsonl", "data/format=prompts", "data.packing=false",
              "data.eval_fraction=0.3", "tracking=offline")  # fmt: skip
@@ -274,6 +275,8 @@ def test_plan_calls_the_functions_and_names_what_is_wrong(
     assert "8 answers to each prompt, of at most 24 tokens" in out
     assert main.run(["plan", *local, "task.rewards=[scores.py:broken]"]) == 2
     assert "scores.py:broken failed: TypeError" in capsys.readouterr().err
+    assert main.run(["plan", *local, "task.rewards=[scores.py:one]"]) == 2
+    assert "scores.py:one returned 1 numbers for 2 answers" in capsys.readouterr().err
 
 
 def test_texts_are_kept_beside_the_rows(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def grpo(
         assert training.rows.records is not None
         record = rollout.record_of(training.rows.records, 0)
         answer = str(record["answer"] or "")
-        (values,) = rollout.scored(scores, [record], [answer], [[]])
+        # Two answers: a function that returns one number for all of them is refused here.
+        values, _ = rollout.scored(scores, [record] * 2, [answer] * 2, [[], []])
         which = "the reference answer" if answer else "an empty answer"
         listed = ", ".join(f"{name} {value:g}" for name, value in zip(scores.names, values, strict=True))
         return [("rewards", f"{listed} for {which} to the first prompt")]
