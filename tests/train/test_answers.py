@@ -27,7 +27,7 @@ def has_key(completions, key, **_):
 
 
 def broken(**_):
-    return [1.0, 2.0]
+    return [1.0]
 """
 
 
@@ -79,7 +79,7 @@ def test_the_answers_are_those_of_transformers_and_are_kept(own: Path, cache: Pa
 
 
 def test_a_function_that_fails_is_named_before_the_model_is_loaded(own: Path, cache: Path):
-    with pytest.raises(DataError, match=r"train\.metrics: lab\.py:broken returned 2 numbers for 1 answers"):
+    with pytest.raises(DataError, match=r"train\.metrics: lab\.py:broken returned 1 numbers for 2 answers"):
         parts_of(own / "run", *ASKED, "train.metrics=[lab.py:broken]")
 
 

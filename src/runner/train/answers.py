@@ -75,12 +75,15 @@ def questions(settings: TrainSettings, code: Sequence[str], evaluation: Batches,
 
 
 def note(questions: Questions, tokenizer: Any) -> list[tuple[str, str]]:
-    """What the functions give for the reference answer to the first prompt, for ``plan``: each is called once."""
+    """What the functions give for the reference answer to the first prompt, for ``plan``: each is called once.
+
+    It is given twice: a function that returns one number for all answers is refused here.
+    """
     if not questions.prompts:
         return []
     first = questions.prompts[0]
     reference = tokenizer(str(first.columns["reference"] or ""), add_special_tokens=False)["input_ids"]
-    _, scores = questions.scored([first], [reference], tokenizer)
+    _, scores = questions.scored([first] * 2, [reference] * 2, tokenizer)
     named = zip(questions.functions.names, scores[0], strict=True)
     listed = ", ".join(f"{name} {value:g}" for name, value in named)
     return [("metrics", f"{listed} for the reference answer to the first of {len(questions.prompts)} prompts")]
