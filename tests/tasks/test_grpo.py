@@ -19,7 +19,8 @@ from runner.cli import main
 from runner.config import bind
 from runner.data.batches import Batches
 from runner.data.collator import Batch
-from runner.data.packing import IGNORED, Rows, Texts, one_by_one
+from runner.data.packing import IGNORED, Rows, one_by_one
+from runner.data.texts import Texts
 from runner.errors import ConfigError, Preempted
 from runner.signals import Stop
 from runner.tasks import grpo, rollout, sampling

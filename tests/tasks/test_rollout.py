@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_grpo import task_of
 
-from runner.data.packing import Texts
+from runner.data.texts import Texts
 from runner.tasks import rollout
 
 

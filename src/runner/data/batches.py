@@ -65,7 +65,7 @@ class Batches:
         self.rows_per_batch, self.rank, self.world = rows_per_batch, rank, world
         self.per_micro_batch = rows_per_batch * world
         self.answers = answers
-        self.sizes = np.add.reduceat(rows.lengths[self.packs.rows], self.packs.offsets[:-1])  # tokens of each pack
+        self.sizes = self.packs.numbers(rows.lengths_of)  # tokens of each pack
         self.pack_length = rows.unit * max_length
         assert packing is False or self.sizes.max() <= self.pack_length, "a pack is longer than its row"
         per_step = self.per_micro_batch * accumulation
@@ -117,7 +117,7 @@ class Batches:
             members = [np.array([row]) for row in rows]
         # Packed batches keep their shape even at the end of an epoch: a new shape would recompile the model.
         count = self.rows_per_batch if self.packing and not self.end_to_end else max(len(members), 1)
-        length = self._padded(max((int(self._computed_lengths[rows].sum()) for rows in members), default=0))
+        length = self._padded(max((int(self._computed_lengths(rows).sum()) for rows in members), default=0))
         batch = collate(self.rows, members, shape=(count, length), longest=self.max_length, pad_id=self.pad_id,
                         end_to_end=self.end_to_end, shared=self.shared)  # fmt: skip
         return {**batch, "packed": self.packing or self.end_to_end}
@@ -240,27 +240,24 @@ class Batches:
             return (prompt + more + (copies - 1) * (more + 1)) / (copies * (prompt + more))
         return float(self._computed_sizes.sum() / self.sizes.sum())
 
-    @property
-    def _computed_lengths(self) -> np.ndarray:
-        """Tokens of each row without those that another row computes."""
-        return self.rows.lengths if self.shared is None else self.rows.lengths - self.shared
+    def _computed_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each of these rows without those that another row computes."""
+        return self.rows.lengths_of(rows) - (0 if self.shared is None else self.shared[rows])
 
     @property
     def _computed_sizes(self) -> np.ndarray:
         """``sizes`` without the tokens that another row computes."""
-        if self.shared is None:
-            return self.sizes
-        return np.add.reduceat(self._computed_lengths[self.packs.rows], self.packs.offsets[:-1])
+        return self.sizes if self.shared is None else self.packs.numbers(self._computed_lengths)
 
     @functools.cached_property
     def _trained(self) -> np.ndarray:
         """Number of labels in each pack."""
-        return np.add.reduceat(self.rows.labels_per_row[self.packs.rows], self.packs.offsets[:-1])
+        return self.packs.numbers(self.rows.labels_per_row.__getitem__)
 
     @functools.cached_property
     def _longest(self) -> np.ndarray:
         """Tokens of the longest row of each pack."""
-        return np.maximum.reduceat(self.rows.lengths[self.packs.rows], self.packs.offsets[:-1])
+        return self.packs.numbers(self.rows.lengths_of, np.maximum)
 
     def _largest_of(self, counts: np.ndarray) -> np.ndarray:
         """The ``rows_per_batch`` largest counts: the worst case of one batch."""

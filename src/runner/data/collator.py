@@ -149,7 +149,7 @@ def _counts(rows: Rows, documents: np.ndarray) -> Batch:
     labels = rows.labels_per_row
     return {
         "labels_per_document": torch.from_numpy(labels[documents]),
-        "tokens": int(rows.lengths[documents].sum()),
+        "tokens": int(rows.lengths_of(documents).sum()),
         "documents": len(documents),
         "units": len(documents) // rows.unit,
         "trained_first": int(labels[documents[:: rows.unit]].sum()),

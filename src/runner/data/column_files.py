@@ -1,10 +1,10 @@
-"""Columns of numbers that grow: in memory, or in .npy files, so that data of any size need little memory."""
+"""Columns of numbers: they grow in .npy files and are read in blocks, so that data of any size need little memory."""
 
 from __future__ import annotations
 
 import array
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,6 +12,10 @@ import numpy as np
 
 AT_ONCE = 2**18
 """Numbers that are kept in memory before they are written."""
+BLOCK = 2**16
+"""Numbers of a column that are read at once."""
+ASIDE = "aside"
+"""The folder, inside of that of a cache entry, of columns that the entry does not keep."""
 DTYPES = {"i": np.int32, "q": np.int64, "Q": np.uint64, "f": np.float32, "B": np.uint8}
 """Type code of ``array.array`` → dtype."""
 
@@ -77,3 +81,45 @@ def open_columns(codes: Mapping[str, str], folder: Path | None, prefix: str) -> 
     """Columns by name, in the files ``<prefix>.<name>.npy`` of ``folder``; without a folder in memory."""
     paths = {name: folder / f"{prefix}.{name}.npy" if folder is not None else None for name in codes}
     return {name: Column(code, paths[name]) for name, code in codes.items()}
+
+
+def aside(folder: Path | None) -> Path | None:
+    """The folder of the columns that are not kept; None without a folder: such columns stay in memory."""
+    if folder is None:
+        return None
+    (folder / ASIDE).mkdir(exist_ok=True)
+    return folder / ASIDE
+
+
+def stored(parts: Iterable[np.ndarray], code: str, path: Path | None) -> np.ndarray:
+    """A column of these arrays one behind the other; ``path``: its file, None: in memory."""
+    column = Column(code, path)
+    for part in parts:
+        column.extend_array(part)
+    return column.finish()
+
+
+def blocks(count: int, size: int | None = None) -> Iterator[slice]:
+    """The slices of a column of ``count`` numbers, in its order: ``size`` numbers each, by default ``BLOCK``."""
+    size = size or BLOCK
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def running_total(counts: np.ndarray) -> Iterator[np.ndarray]:
+    """Where each part of a column begins and the last one ends, (parts + 1,) int64, block by block."""
+    total = 0
+    yield np.zeros(1, dtype=np.int64)
+    for part in blocks(len(counts)):
+        ends = np.cumsum(counts[part], dtype=np.int64) + total
+        total = int(ends[-1])
+        yield ends
+
+
+def is_among(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether each value, (values,), is one of the ``others``, which ascend: ``numpy.isin`` with little memory."""
+    found = np.zeros(len(values), dtype=bool)
+    for part in blocks(len(values) if len(others) else 0):
+        places = np.searchsorted(others, values[part])
+        found[part] = others[np.minimum(places, len(others) - 1)] == values[part]
+    return found

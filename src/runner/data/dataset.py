@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config import user_code, user_function
 from runner.config.schema import DataSettings
+from runner.data import column_files
 from runner.data.encoding import Recipe
 from runner.data.examples import Encoder, Format
 from runner.data.packing import Rows
@@ -124,6 +126,7 @@ def _write(folder: Path, make: Callable[[Path], Tokenised]) -> None:
     """Write a cache entry atomically, in the place of a damaged one; ``make`` writes its columns into a folder."""
     with written_aside(folder) as temporary:
         entry = make(temporary)
+        shutil.rmtree(temporary / column_files.ASIDE, ignore_errors=True)
         for split, rows in (("train", entry.train), ("eval", entry.eval)):
             if len(rows):
                 rows.save(temporary, split)

@@ -7,6 +7,7 @@ n-th chunk of examples into files of its own; their chunks are then joined in th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import shutil
@@ -22,7 +23,7 @@ import numpy as np
 
 from runner.config.schema import DataSettings
 from runner.data import splits
-from runner.data.column_files import DTYPES, Column, open_columns
+from runner.data.column_files import DTYPES, Column, aside, open_columns
 from runner.data.examples import Encoder, Features, Format
 from runner.data.packing import IGNORED, VALUE
 from runner.data.row_options import WithSystemPrompt
@@ -84,7 +85,7 @@ def encode(examples: Index, recipe: Recipe, counts: Counter[str], folder: Path |
     Raises:
         DataError: a row cannot be encoded.
     """
-    columns = {**open_columns(recipe.codes, folder, prefix), **open_columns(WORKING, None, "")}
+    columns = {**open_columns(recipe.codes, folder, prefix), **open_columns(WORKING, aside(folder), prefix)}
     processes = _processes(len(examples)) if folder is not None else 1
     if processes == 1 or folder is None:
         is_weighted = _stream(splits.items(examples, recipe.format_fn), recipe, columns, counts)
@@ -207,13 +208,14 @@ def _shard(number: int, count: int, examples: Index, recipe: Recipe, folder: Pat
     """Encode every ``count``-th chunk from chunk ``number`` on into files of ``folder``."""
     columns = open_columns({**recipe.codes, **WORKING}, folder, "")
     counts, ends, is_weighted, parent = Counter[str](), list[dict[str, int]](), False, os.getppid()
-    chunk = np.arange(len(examples)) // CHUNK
-    mine = examples.of(chunk % count == number)
-    items = splits.items(mine, recipe.format_fn)
+    is_mine, starts = np.zeros(len(examples), dtype=bool), range(number * CHUNK, len(examples), count * CHUNK)
+    for start in starts:
+        is_mine[start : start + CHUNK] = True
+    items = splits.items(examples.of(is_mine), recipe.format_fn)
     result: dict[str, Any]
     try:
-        for size in np.bincount(chunk)[number::count].tolist():
-            is_weighted |= _stream((next(items) for _ in range(size)), recipe, columns, counts)
+        for _ in starts:
+            is_weighted |= _stream(itertools.islice(items, CHUNK), recipe, columns, counts)
             ends.append({name: len(column) for name, column in columns.items()})
             if os.getppid() != parent:
                 os._exit(1)

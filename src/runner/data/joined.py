@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from runner.data.packing import Packs, Rows, SourcePart, Texts
+from runner.data.packing import Packs, Rows, SourcePart
+from runner.data.texts import Texts
 
 
 class Chain:
@@ -35,8 +36,10 @@ def join(parts: Mapping[str, tuple[Rows, float]]) -> Rows:
     if len(rows) == 1 and list(parts) == [""]:
         return rows[0]
     row_starts = np.cumsum([0, *map(len, rows)])
-    of_packs = [each.packs.rows + start for each, start in zip(rows, row_starts, strict=False)]
-    packs = Packs(np.concatenate(of_packs), _offsets([each.packs.offsets for each in rows]))
+    packs = Packs(np.concatenate([each.packs.rows for each in rows]), _offsets([each.packs.offsets for each in rows]))
+    pack_starts = np.cumsum([0, *(len(each.packs.rows) for each in rows)])
+    for start, first, end in zip(row_starts, pack_starts, pack_starts[1:], strict=False):
+        packs.rows[first:end] += start
     has_weights = any(each.weights is not None for each in rows)
     ones = np.ones(1, dtype=np.float32)
     weights = [np.broadcast_to(ones, len(each.ids)) if each.weights is None else each.weights for each in rows]
@@ -69,8 +72,11 @@ def _chain(arrays: Sequence[np.ndarray]) -> Any:
 
 def _offsets(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Offsets of arrays one behind the other, from those of each."""
-    starts = np.cumsum([0, *(int(each[-1]) for each in parts)])
-    return np.concatenate([[0], *(each[1:] + start for each, start in zip(parts, starts, strict=False))])
+    offsets, start, end = np.zeros(sum(len(each) - 1 for each in parts) + 1, dtype=np.int64), 0, 0
+    for each in parts:
+        np.add(each[1:], start, out=offsets[end + 1 : end + len(each)])
+        start, end = start + int(each[-1]), end + len(each) - 1
+    return offsets
 
 
 def _texts(parts: Sequence[Texts | None]) -> Texts | None:

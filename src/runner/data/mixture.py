@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Gt, Le
 
-from runner.data import joined
+from runner.data import column_files, joined
 from runner.data.dataset import Splits
 from runner.data.packing import Rows
 from runner.data.tokenization import DataReport
@@ -77,7 +77,7 @@ def join(mixture: Mixture, sources: Mapping[str, Splits], evals: Mapping[str, Sp
     Raises:
         DataError: no training rows are left, or the sources decide different keys of the task.
     """
-    held_out = np.concatenate([_prompts(each.eval) for each in (*sources.values(), *evals.values())])
+    held_out = np.unique(np.concatenate([_prompts(each.eval) for each in (*sources.values(), *evals.values())]))
     kept = {name: _without(name, each, held_out) for name, each in sources.items()}
     sizes = {name: each.report.train_trained_tokens for name, each in kept.items()}
     if not any(sizes.values()):  # prompts, which the model answers itself
@@ -111,8 +111,8 @@ def _prompts(rows: Rows) -> np.ndarray:
 
 
 def _without(name: str, splits: Splits, held_out: np.ndarray) -> Splits:
-    """The splits without the training rows whose prompt is in ``held_out``."""
-    leaked = np.isin(_prompts(splits.train), held_out)
+    """The splits without the training rows whose prompt is in ``held_out``, which ascends."""
+    leaked = column_files.is_among(_prompts(splits.train), held_out)
     if not leaked.any():
         return splits
     rows, report = replace(splits.train, packs=splits.train.packs.without(leaked)), splits.report
@@ -130,9 +130,9 @@ def _untrained(splits: Splits) -> Splits:
 
 def _counted(rows: Rows, report: DataReport) -> DataReport:
     """The report with the counts of the rows that are in packs."""
-    members = rows.packs.rows
-    tokens, trained = int(rows.lengths[members].sum()), int(rows.labels_per_row[members].sum())
-    return replace(report, train_rows=len(members), train_tokens=tokens, train_trained_tokens=trained)
+    counts = (rows.lengths_of, rows.labels_per_row.__getitem__)
+    tokens, trained = (int(rows.packs.numbers(count).sum()) for count in counts)
+    return replace(report, train_rows=len(rows.packs.rows), train_tokens=tokens, train_trained_tokens=trained)
 
 
 def _total(reports: Sequence[DataReport]) -> DataReport:

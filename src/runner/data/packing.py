@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from runner.data.column_files import blocks, open_columns
+from runner.data.texts import Texts
 
 IGNORED = -100
 """The label of a position without loss, as in torch and transformers."""
@@ -17,6 +19,8 @@ VALUE = "value-"
 """In the file names of ``Rows.values``."""
 RECORD_COLUMNS = ("records", "record_offsets")
 """In the file names of ``Rows.records``."""
+PACKS_AT_ONCE = 2**13
+"""Packs whose rows are looked at together; without packing of short rows, a pack may have hundreds."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,26 @@ class Packs:
     rows: np.ndarray  # (rows,) int64
     offsets: np.ndarray  # (packs + 1,) int64
 
+    @classmethod
+    def chained(cls, parts: Iterable[Packs], folder: Path | None, name: str) -> Packs:
+        """The packs of all parts, in the files of ``Rows.save`` if there is a folder."""
+        rows, offsets = open_columns({"pack_rows": "q", "pack_offsets": "q"}, folder, name).values()
+        offsets.append(0)
+        for part in parts:
+            offsets.extend_array(part.offsets[1:] + len(rows))
+            rows.extend_array(part.rows)
+        return cls(rows.finish(), offsets.finish())
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def numbers(self, of_rows: Callable[[np.ndarray], np.ndarray], together: np.ufunc = np.add) -> np.ndarray:
+        """A number of each pack, (packs,) int64, from those of its rows; ``of_rows``: rows → a number of each."""
+        found = np.empty(len(self), dtype=np.int64)
+        for part in blocks(len(self), PACKS_AT_ONCE):
+            ends = self.offsets[part.start : part.stop + 1]
+            found[part] = together.reduceat(of_rows(self.rows[ends[0] : ends[-1]]), ends[:-1] - ends[0])
+        return found
 
     def apart(self, unit: int) -> Packs:
         """The same rows in their order, each unit of ``unit`` rows in a pack of its own."""
@@ -48,32 +70,6 @@ class SourcePart:
     rows: int
     weight: float = 1.0
     """In training the share of the source; in an evaluation 1 if its rows count in the metrics of all, else 0."""
-
-
-@dataclass(frozen=True)
-class Texts:
-    """One text per row, in flat memory-mapped arrays."""
-
-    characters: np.ndarray  # (bytes,) uint8
-    offsets: np.ndarray  # (rows + 1,) int64
-
-    @classmethod
-    def of(cls, texts: Sequence[str]) -> Texts:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @functools.cached_property
-    def columns(self) -> tuple[str, ...]:
-        """The names in ``columns`` of any of the texts, if these are JSON objects with that key."""
-        return tuple(dict.fromkeys(name for row in range(len(self)) for name in json.loads(self[row])["columns"]))
-
-    def __getitem__(self, row: int) -> str:
-        content = self.characters[self.offsets[row] : self.offsets[row + 1]]
-        return content.tobytes().decode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)
@@ -134,9 +130,14 @@ class Rows:
         assert self.weights is not None
         return self.weights[self.offsets[row] : self.offsets[row + 1]]
 
-    @functools.cached_property
+    @property
     def lengths(self) -> np.ndarray:
+        """Tokens of each row, (rows,); of many rows, ``lengths_of`` those that are needed needs less memory."""
         return np.diff(self.offsets)
+
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each of these rows."""
+        return self.offsets[rows + 1] - self.offsets[rows]
 
     @functools.cached_property
     def labels_per_row(self) -> np.ndarray:
@@ -249,15 +250,16 @@ PACKED_TOGETHER = 100_000
 """Units among which ``pack_units`` looks for those that fill a pack; more would need more memory and fill no better."""
 
 
-def pack_units(lengths: np.ndarray, unit: int, capacity: int) -> Packs:
-    """Like ``pack``, for rows whose units of ``unit`` consecutive rows stay together."""
-    sizes = np.add.reduceat(lengths, np.arange(0, len(lengths), unit)) if len(lengths) else lengths
-    starts = range(0, max(len(sizes), 1), PACKED_TOGETHER)
-    blocks = [pack(sizes[start : start + PACKED_TOGETHER], capacity) for start in starts]
-    units = np.concatenate([block.rows + start for block, start in zip(blocks, starts, strict=True)])
-    offsets = [block.offsets[1:] + start for block, start in zip(blocks, starts, strict=True)]
-    rows = units[:, None] * unit + np.arange(unit)  # (units, unit)
-    return Packs(rows.reshape(-1), np.concatenate([[0], *offsets]) * unit)
+def pack_units(lengths: np.ndarray, unit: int, capacity: int, folder: Path | None = None, name: str = "") -> Packs:
+    """Like ``pack``, for rows whose units of ``unit`` consecutive rows stay together; in files of a folder."""
+
+    def packed() -> Iterator[Packs]:
+        for part in blocks(len(lengths), PACKED_TOGETHER * unit):
+            block = pack(lengths[part].reshape(-1, unit).sum(axis=1, dtype=np.int64), capacity)
+            rows = block.rows[:, None] * unit + np.arange(unit)  # (units, unit)
+            yield Packs(rows.reshape(-1) + part.start, block.offsets * unit)
+
+    return Packs.chained(packed(), folder, name)
 
 
 def pack_in_order(lengths: np.ndarray, places: np.ndarray, unit: int, capacity: int) -> Packs:
@@ -277,6 +279,8 @@ def pack_in_order(lengths: np.ndarray, places: np.ndarray, unit: int, capacity: 
     return Packs(rows.reshape(-1), np.array([*starts, len(order)]) * unit)
 
 
-def one_by_one(count: int, unit: int = 1) -> Packs:
-    """Put each row, or each unit of ``unit`` consecutive rows, into a pack of its own."""
-    return Packs(np.arange(count), np.arange(0, count + 1, unit))
+def one_by_one(count: int, unit: int = 1, folder: Path | None = None, name: str = "") -> Packs:
+    """Put each row, or each unit of ``unit`` consecutive rows, into a pack of its own; in files of a folder."""
+    parts = blocks(count, PACKED_TOGETHER * unit)
+    packs = (Packs(np.arange(p.start, p.stop), np.arange(0, p.stop - p.start + 1, unit)) for p in parts)
+    return Packs.chained(packs, folder, name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -13,12 +16,13 @@ import numpy as np
 
 from runner.config import schema
 from runner.config.schema import DataSettings
-from runner.data import encoding, row_options, splits
+from runner.data import column_files, encoding, row_options, splits
 from runner.data.encoding import Encoded, Recipe
 from runner.data.examples import Encoder
-from runner.data.packing import VALUE, Rows, Texts, one_by_one, pack_in_order, pack_units
+from runner.data.packing import RECORD_COLUMNS, VALUE, Rows, one_by_one, pack_in_order, pack_units
 from runner.data.row_options import WithSystemPrompt
 from runner.data.splits import Index
+from runner.data.texts import Texts
 from runner.errors import DataError, Fault
 
 if TYPE_CHECKING:
@@ -82,11 +86,12 @@ def tokenise(source: Source, recipe: Recipe, folder: Path | None = None) -> Toke
         DataError: unreadable or malformed rows, or no rows for training or evaluation.
     """
     settings, counts = recipe.settings, Counter[str]()
-    train = _indexed(source.train, recipe, counts, order_by=settings.order_by)
+    train = _indexed(source.train, recipe, counts, folder, "train", order_by=settings.order_by)
     if source.eval is not None:
-        held_out = _indexed(source.eval, recipe, counts)
-        kept = train.of(~np.isin(train.prompts, held_out.prompts))
-        counts["leaked"] = len(train) - len(kept)
+        held_out = _indexed(source.eval, recipe, counts, folder, "eval")
+        prompts = np.unique(held_out.prompts)
+        leaked, kept = train.divided("prompts", functools.partial(column_files.is_among, others=prompts))
+        counts["leaked"] = len(leaked)
     else:
         kept, held_out = splits.split_by_prompt(train, settings.eval_fraction)
     chosen = {"train": splits.limit(kept, settings.train_rows), "eval": splits.limit(held_out, settings.eval_rows)}
@@ -113,14 +118,22 @@ def every_row(source: Source, recipe: Recipe, folder: Path | None = None) -> Tok
     """
     settings, counts = recipe.settings, Counter[str]()
     records = source.train if source.eval is None else source.eval
-    examples = _indexed(records, recipe, counts)
+    examples = _indexed(records, recipe, counts, folder, "eval")
     rows, before = _split("eval", splits.limit(examples, settings.eval_rows), recipe, counts, folder)
     return Tokenised(Rows.of([]), rows, _with_lengths(counts, [before]), [], {})
 
 
-def _indexed(records: Records, recipe: Recipe, counts: Counter[str], order_by: str | None = None) -> Index:
+def _indexed(
+    records: Records,
+    recipe: Recipe,
+    counts: Counter[str],
+    folder: Path | None,
+    split: str,
+    order_by: str | None = None,
+) -> Index:
     settings, form = recipe.settings, recipe.format_fn
-    found = splits.index(records, form, settings.deduplicate, counts, where=settings.where, order_by=order_by)
+    found = splits.index(records, form, settings.deduplicate, counts, where=settings.where, order_by=order_by,
+                         folder=column_files.aside(folder), prefix=split)  # fmt: skip
     if isinstance(form, WithSystemPrompt):
         counts["own_system_prompt"] = form.own  # of this and of earlier splits
         if form.own == counts["rows_read"] - counts["filtered"] - counts["left_out"] > 0:
@@ -130,8 +143,14 @@ def _indexed(records: Records, recipe: Recipe, counts: Counter[str], order_by: s
 
 
 def _with_lengths(counts: Counter[str], lengths: list[np.ndarray]) -> DataReport:
-    ordered = np.sort(np.concatenate(lengths))
-    most = int(ordered[math.ceil(0.95 * len(ordered)) - 1])
+    of_length = Counter[int]()
+    for length in lengths:
+        for part in column_files.blocks(len(length)):
+            found = np.unique(length[part], return_counts=True)
+            of_length.update(dict(zip(*(each.tolist() for each in found), strict=True)))
+    ordered = sorted(of_length)
+    ends = list(itertools.accumulate(of_length[length] for length in ordered))
+    most = ordered[bisect.bisect_left(ends, math.ceil(0.95 * ends[-1]))]
     return DataReport(**counts, longest_of_95_percent=most)
 
 
@@ -142,31 +161,30 @@ def _split(
     encoded = encoding.encode(examples, recipe, counts, folder, split)
     if not len(encoded.columns["row_lengths"]):
         raise _no_rows(split, len(examples), counts, recipe.settings)
-    rows = _to_rows(encoded, recipe.settings, recipe.task)
+    rows = _to_rows(encoded, recipe.settings, recipe.task, folder, split)
     counts[f"{split}_rows"] += len(rows)
     counts[f"{split}_tokens"] += len(rows.ids)
     counts[f"{split}_trained_tokens"] += int(rows.labels_per_row.sum())
     return rows, encoded.columns["unit_lengths"]
 
 
-def _to_rows(encoded: Encoded, settings: DataSettings, task: Encoder) -> Rows:
-    columns, lengths = encoded.columns, encoded.columns["row_lengths"].astype(np.int64)
+def _to_rows(encoded: Encoded, settings: DataSettings, task: Encoder, folder: Path | None, split: str) -> Rows:
+    columns, lengths = encoded.columns, encoded.columns["row_lengths"]
     capacity, places = task.unit * settings.max_length, columns.get("places")
     if not settings.packing:
-        packs = one_by_one(len(lengths), task.unit)
+        packs = one_by_one(len(lengths), task.unit, folder, split)
     elif places is None:
-        packs = pack_units(lengths, task.unit, capacity)
+        packs = pack_units(lengths, task.unit, capacity, folder, split)
     else:
         packs = pack_in_order(lengths, places, task.unit, capacity)
-    records = (
-        Texts(columns["records"], _offsets(columns["record_lengths"]))
-        if task.answers and task.answers.of_prompts
-        else None
-    )
+    records = None
+    if task.answers and task.answers.of_prompts:
+        ends = _offsets(columns["record_lengths"], folder, f"{split}.{RECORD_COLUMNS[1]}")
+        records = Texts(columns["records"], ends)
     return Rows(
         ids=columns["ids"],
         labels=columns["labels"],
-        offsets=_offsets(lengths),
+        offsets=_offsets(lengths, folder, f"{split}.offsets"),
         packs=packs,
         unit=task.unit,
         values={name: columns[f"{VALUE}{name}"] for name in task.values},
@@ -178,8 +196,9 @@ def _to_rows(encoded: Encoded, settings: DataSettings, task: Encoder) -> Rows:
     )
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+def _offsets(lengths: np.ndarray, folder: Path | None, name: str) -> np.ndarray:
+    path = None if folder is None else folder / f"{name}.npy"
+    return column_files.stored(column_files.running_total(lengths), "q", path)
 
 
 def _no_rows(split: str, items: int, counts: Counter[str], settings: DataSettings) -> DataError:

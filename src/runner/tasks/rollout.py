@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from runner.data.collator import Batch
-from runner.data.packing import IGNORED, Texts
+from runner.data.packing import IGNORED
+from runner.data.texts import Texts
 from runner.tasks import sampling
 from runner.tasks.cross_entropy import Shaping
 from runner.tasks.reward_functions import Rewards

@@ -90,7 +90,7 @@ def missing(inputs: Inputs) -> tuple[int, int, int]:
     for batches, packs in visited(inputs):
         rows = np.array(batches.rows_in(packs))
         unknown = rows[~Store.of(inputs.teacher, batches.rows, inputs.device).known()[rows]]
-        absent, tokens = absent + len(unknown), tokens + int(batches.rows.lengths[unknown].sum())
+        absent, tokens = absent + len(unknown), tokens + int(batches.rows.lengths_of(unknown).sum())
         count += len(rows)
     return absent, tokens, count
 
