@@ -99,6 +99,13 @@ def test_paths_of_sources_are_frozen_as_absolute_ones(rows: str, monkeypatch: py
     assert frozen["sources"]["a"]["path"] == frozen["evals"]["b"]["path"] == rows
 
 
+def test_a_stream_needs_a_limit_of_its_rows() -> None:
+    web = [f"data.sources.web.{each}" for each in ("source=hub", "path=a/b", "streaming=true")]
+    assert "data.sources.web.train_rows=None: is null, and data.streaming=true" in faults("data=mix", *web)
+    assert "data.sources.web.eval_rows=None" in faults("data=mix", *web, "data.sources.web.eval_rows=null")
+    assert not faults("data=mix", *web, "data.sources.web.train_rows=100")
+
+
 def test_each_set_is_an_objective_of_a_search(rows: str) -> None:
     sets = ["data=mix", f"data.sources.code.path={rows}", f"data.evals.law.path={rows}", "search=tpe",
             "search.space={optim.learning_rate: 'interval(1e-5,1e-3)'}"]  # fmt: skip

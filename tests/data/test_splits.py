@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from fixtures.documents import load, own_cache, talk, texts
 
-from runner.data import splits, tokenization
+from runner.data import column_files, splits, tokenization
+from runner.data.splits import Index
 from runner.errors import DataError
 
 
@@ -65,3 +67,52 @@ def test_a_format_leaves_rows_out_with_none():
         list(splits.items(kept, lambda _: None))
     with pytest.raises(DataError, match="gave None for every row"):
         splits.index(records, lambda _: None, False, Counter())
+
+
+def index(keys: np.ndarray, prompts: np.ndarray) -> Index:
+    numbers = np.arange(len(keys))
+    columns = {"numbers": numbers, "keys": keys, "prompts": prompts, "places": 0 * numbers}
+    return Index([], columns, np.ones(len(keys), dtype=bool))
+
+
+def hashes(seed: int, count: int, different: int) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    return draw.choice(draw.integers(0, 2**64, different, dtype=np.uint64), count)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(column_files, "BLOCK", 32)
+    monkeypatch.setattr(column_files, "AT_ONCE", 50)
+
+
+@pytest.mark.parametrize(("count", "different"), [(0, 1), (1, 1), (40, 3), (700, 200), (700, 10**6)])
+def test_duplicates_are_found_as_in_one_piece(count: int, different: int, small_blocks: None) -> None:
+    keys = hashes(count, count, different)
+    expected = np.zeros(count, dtype=bool)
+    expected[np.unique(keys, return_index=True)[1]] = True
+    assert splits.first_of_each(keys).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 5, 299, 300, 999])
+def test_a_sample_has_the_lowest_hashes(count: int, small_blocks: None) -> None:
+    for different in (3, 400):
+        examples = index(hashes(7, 600, different), hashes(8, 600, 50)).of(slice(0, 600, 2))
+        lowest = np.sort(np.argsort(examples.columns["keys"][::2], kind="stable")[:count]) * 2
+        assert np.flatnonzero(splits.limit(examples, count).kept).tolist() == lowest.tolist()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1e-9, 0.3, 1 - 1e-9])
+def test_held_out_prompts_are_those_with_the_lowest_hashes(fraction: float, small_blocks: None) -> None:
+    examples = index(hashes(1, 300, 300), hashes(2, 300, 40))
+    train, held_out = splits.split_by_prompt(examples, fraction)
+    prompts = np.unique(examples.prompts)
+    below = int((prompts < fraction * 2.0**64).sum())
+    below = 1 if fraction and below in (0, len(prompts)) else below
+    assert np.unique(held_out.prompts).tolist() == prompts[:below].tolist()
+    assert np.unique(train.prompts).tolist() == prompts[below:].tolist()
+    assert len(train) + len(held_out) == 300
+    alone = index(hashes(1, 9, 9), hashes(2, 9, 1))
+    assert [len(side) for side in splits.split_by_prompt(alone, 1e-9)] == [9, 0], "one prompt is not split"
+    nothing = index(hashes(1, 0, 1), hashes(2, 0, 1))
+    assert [len(side) for side in splits.split_by_prompt(nothing, 0.5)] == [0, 0]

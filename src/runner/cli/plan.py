@@ -140,8 +140,9 @@ def _data_rows(run_inputs: Any) -> list[tuple[str, str]]:
     if (answers := run_inputs.batches.answers) is not None and answers.of_prompts:
         trained = "all of prompts"
         batches = f"{answers.per_row} answers to each prompt, of at most {answers.most_tokens} tokens"
+    first = "the first " * run_inputs.splits.is_streamed
     return [
-        ("data", f"{run_inputs.splits.name}: {counts.rows_read} rows read; {text}"),
+        ("data", f"{run_inputs.splits.name}: {first}{counts.rows_read} rows read; {text}"),
         (
             "training",
             f"{counts.train_rows} rows{_limited('train_rows', options.data.train_rows)}, {counts.train_tokens} tokens, "

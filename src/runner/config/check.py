@@ -100,6 +100,7 @@ def _set_faults(node: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault("data.format", "is a group of keys", f"choose the format with data/format={name}", name)
     else:
         yield from bind.find_faults(form, "data.format")
+    yield from schema.unlimited_stream(node, "eval_rows")
     known = {*bind.keys_of(schema.DataSettings), "format"}
     for fault in bind.find_faults(source, "data"):
         if not fault.problem.startswith(bind.NO_KEY):

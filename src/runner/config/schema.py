@@ -166,6 +166,14 @@ def check_data(node: Mapping[str, Any], key: str = "data") -> Iterator[Fault]:
     brings_rows = any(value is not None for key, value in source.items() if key.startswith("eval_"))
     if not settings["eval_fraction"] and not brings_rows:
         yield nothing_held_out("leaves nothing to evaluate on: the source brings no rows for that", 0, key)
+    yield from unlimited_stream(node, "train_rows", key)
+
+
+def unlimited_stream(node: Mapping[str, Any], word: str, key: str = "data") -> Iterator[Fault]:
+    """The fault of a streamed source whose rows are not limited by ``word``."""
+    if node.get("streaming") is True and node.get(word) is None:
+        problem = "is null, and data.streaming=true reads only as many rows as it is told"
+        yield Fault(f"{key}.{word}", problem, f"set it to a number, such as {key}.{word}=10000", None)
 
 
 def nothing_held_out(problem: str, fraction: float, key: str = "data") -> Fault:

@@ -123,8 +123,8 @@ class Batches:
         return {**batch, "packed": self.packing or self.end_to_end}
 
     def rows_of(self, pack: int) -> np.ndarray:
-        """The rows of a pack."""
-        return self.packs.rows[self.packs.offsets[pack] : self.packs.offsets[pack + 1]]
+        """The rows of a pack, int64."""
+        return self.packs.rows[self.packs.offsets[pack] : self.packs.offsets[pack + 1]].astype(np.int64)
 
     def rows_in(self, packs: list[int]) -> list[int]:
         """The rows of these packs, in their order."""

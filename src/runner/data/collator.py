@@ -148,7 +148,7 @@ def _counts(rows: Rows, documents: np.ndarray) -> Batch:
 
     labels = rows.labels_per_row
     return {
-        "labels_per_document": torch.from_numpy(labels[documents]),
+        "labels_per_document": torch.from_numpy(labels[documents].astype(np.int64)),
         "tokens": int(rows.lengths_of(documents).sum()),
         "documents": len(documents),
         "units": len(documents) // rows.unit,

@@ -106,6 +106,11 @@ def blocks(count: int, size: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
+def index_type(count: int) -> type[np.signedinteger[Any]]:
+    """The smallest usual type of numbers up to ``count``."""
+    return np.int32 if count < 2**31 else np.int64
+
+
 def running_total(counts: np.ndarray) -> Iterator[np.ndarray]:
     """Where each part of a column begins and the last one ends, (parts + 1,) int64, block by block."""
     total = 0

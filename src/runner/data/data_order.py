@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from runner.data import column_files
 from runner.data.interleaving import Interleaving, Stream
 from runner.data.packing import SourcePart
 from runner.errors import ConfigError, Fault
@@ -42,14 +43,23 @@ class DataOrder:
         of the part of each pack, and ``counted``, (packs,) what counts for its share. ``places``, (packs,): an epoch of
         a source is in their order, and packs of equal places are shuffled; None: all packs are."""
         self.sizes, self.per_step, self.seed, self.shuffle, self.epochs = sizes, per_step, seed, shuffle, epochs
-        owners = np.zeros(len(sizes), dtype=np.int64) if owners is None else owners
-        members = [np.flatnonzero(owners == number) for number in range(len(parts))]
+        small = column_files.index_type(len(sizes))
+        if owners is None:
+            members = [np.arange(len(sizes), dtype=small)]
+        else:
+            members = [np.flatnonzero(owners == number).astype(small) for number in range(len(parts))]
         counted = sizes if counted is None else counted
         self._members, self._places = members, places
         self._of_epoch = functools.lru_cache(maxsize=2 * len(parts))(self._draw)
         self._packs = Interleaving(
             [
-                Stream(packs, counted[packs], part.weight, functools.partial(self._of_epoch, number), part.name)
+                Stream(
+                    packs,
+                    counted if owners is None else counted[packs],
+                    part.weight,
+                    functools.partial(self._of_epoch, number),
+                    part.name,
+                )
                 for number, (packs, part) in enumerate(zip(members, parts, strict=True))
             ],
             max_repeats,
@@ -111,8 +121,10 @@ class DataOrder:
             return np.arange(count)
         numbers = np.random.PCG64([self.seed % 2**64, epoch, *([part] if part else [])]).random_raw(count)
         if self._places is None:
-            return np.argsort(numbers, kind="stable")
-        return np.lexsort((numbers, self._places[self._members[part]]))
+            order = np.argsort(numbers, kind="stable")
+        else:
+            order = np.lexsort((numbers, self._places[self._members[part]]))
+        return order.astype(column_files.index_type(count))
 
     def _packs_of(self, epochs: float) -> int:
         return math.ceil(epochs * len(self.sizes) - 1e-6)

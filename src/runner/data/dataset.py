@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config import user_code, user_function
 from runner.config.schema import DataSettings
-from runner.data import column_files
+from runner.data import column_files, streaming
 from runner.data.encoding import Recipe
 from runner.data.examples import Encoder, Format
 from runner.data.packing import Rows
@@ -57,6 +57,8 @@ class Splits:
     """Further sets to evaluate on, which have no training rows."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """The share of each source in the trained tokens."""
+    is_streamed: bool = False
+    """Whether only the first rows of the data were read."""
 
 
 def load(
@@ -87,7 +89,7 @@ def load(
         with locked(folder.with_suffix(".lock")):
             entry = _read(folder)
             if entry is None:
-                _write(folder, lambda into: make(source, recipe, into))
+                _write(folder, lambda into: make(_at_hand(source, settings, into, trains), recipe, into))
                 entry = _read(folder)
     except OSError as error:
         problem = f"the cache of tokenised data cannot be written: {error.strerror or error} ({error.filename or key})"
@@ -95,7 +97,12 @@ def load(
         remedy = "free disk space, or move the cache with RUNNER_CACHE=DIR" if full else "set RUNNER_CACHE=DIR"
         raise DataError(Fault("", problem, remedy)) from error
     assert entry is not None, "an entry that was just written can be read"
-    return Splits(**vars(entry), name=source.name, digest=source.digest, uri=source.uri, revision=source.revision)
+    return Splits(**vars(entry), name=source.name, digest=source.digest, uri=source.uri, revision=source.revision,
+                  is_streamed=source.is_streamed)  # fmt: skip
+
+
+def _at_hand(source: Source, settings: DataSettings, folder: Path, trains: bool) -> Source:
+    return streaming.kept_aside(source, settings, column_files.aside(folder), trains=trains)
 
 
 def _cache_key(source: Source, tokenizer: Any, settings: DataSettings, identity: Mapping[str, Any]) -> str:

@@ -87,6 +87,10 @@ class Interleaving:
 
     def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(packs of a block, the number of the stream of each)."""
+        if len(self.streams) == 1:
+            stream = self.streams[0]
+            packs_of_epoch = stream.packs[stream.draw(number)]
+            return packs_of_epoch, np.broadcast_to(np.zeros(1, dtype=np.int64), self.length)
         packs, keys = list[np.ndarray](), list[np.ndarray]()
         for stream, before in zip(self.streams, self.taken(number * self.length), strict=True):
             upcoming = stream.upcoming(before, self.length)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from runner.data import column_files
 from runner.data.packing import Packs, Rows, SourcePart
 from runner.data.texts import Texts
 
@@ -36,10 +37,12 @@ def join(parts: Mapping[str, tuple[Rows, float]]) -> Rows:
     if len(rows) == 1 and list(parts) == [""]:
         return rows[0]
     row_starts = np.cumsum([0, *map(len, rows)])
-    packs = Packs(np.concatenate([each.packs.rows for each in rows]), _offsets([each.packs.offsets for each in rows]))
-    pack_starts = np.cumsum([0, *(len(each.packs.rows) for each in rows)])
-    for start, first, end in zip(row_starts, pack_starts, pack_starts[1:], strict=False):
-        packs.rows[first:end] += start
+    members = np.empty(sum(len(each.packs.rows) for each in rows), dtype=column_files.index_type(int(row_starts[-1])))
+    end = 0
+    for each, start in zip(rows, row_starts, strict=False):
+        end += len(each.packs.rows)
+        np.add(each.packs.rows, start, out=members[end - len(each.packs.rows) : end], casting="unsafe")
+    packs = Packs(members, _offsets([each.packs.offsets for each in rows]))
     has_weights = any(each.weights is not None for each in rows)
     ones = np.ones(1, dtype=np.float32)
     weights = [np.broadcast_to(ones, len(each.ids)) if each.weights is None else each.weights for each in rows]
@@ -52,7 +55,7 @@ def join(parts: Mapping[str, tuple[Rows, float]]) -> Rows:
         values={name: np.concatenate([each.values[name] for each in rows]) for name in rows[0].values},
         weights=_chain(weights) if has_weights else None,
         records=_texts([each.records for each in rows]),
-        trained=np.concatenate([each.labels_per_row for each in rows]),
+        trained=np.concatenate([each.labels_per_row for each in rows], dtype=np.int32, casting="unsafe"),
         places=_places(rows),
         parts=tuple(SourcePart(name, len(each), weight) for name, (each, weight) in parts.items()),
     )

@@ -102,6 +102,7 @@ def join(mixture: Mixture, sources: Mapping[str, Splits], evals: Mapping[str, Sp
         sources={} if is_alone else kept,
         evals=evals,
         weights=weights,
+        is_streamed=any(each.is_streamed for each in sources.values()),
     )
 
 

@@ -27,7 +27,7 @@ PACKS_AT_ONCE = 2**13
 class Packs:
     """Which rows share a pack: pack ``k`` contains ``rows[offsets[k] : offsets[k + 1]]``."""
 
-    rows: np.ndarray  # (rows,) int64
+    rows: np.ndarray  # (rows,) int64, or int32
     offsets: np.ndarray  # (packs + 1,) int64
 
     @classmethod

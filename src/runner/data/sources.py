@@ -15,17 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from runner.config.schema import Count, Text
-from runner.data import data_files, readers
+from runner.data import data_files, hub_rows, readers
 from runner.data.readers import Documents, Place, Row
 from runner.errors import DataError, Fault
-
-if TYPE_CHECKING:
-    import datasets
-
-HUB_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,8 @@ class Source:
     """The source shown in MLflow's dataset lineage."""
     revision: str | None = None
     """Commit hash of a Hub dataset."""
+    is_streamed: bool = False
+    """Whether each pass reads the rows from the Hub, in the order of its files, see ``streaming``."""
 
 
 def chitchat_pairs(*, rejected: Literal["answer", "opening"] = "answer") -> Source:
@@ -138,30 +135,56 @@ def check_local(*, path: str, eval_path: str | None, documents: str) -> Iterator
         yield Fault("documents", "has no effect: there is no txt file", "set data.documents=file", documents)
 
 
-def hub(*, path: Text, name: Text | None, split: Text, eval_split: Text | None, revision: Text | None) -> Source:
+def hub(
+    *,
+    path: Text,
+    name: Text | None,
+    split: Text,
+    eval_split: Text | None,
+    revision: Text | None,
+    streaming: bool = False,
+) -> Source:
     """A dataset of the Hugging Face Hub, or a local folder in the Hub's layout.
+
+    ``streaming``: nothing is read before the rows are needed, and then no more of the files than these.
 
     Raises:
         DataError: the Hub cannot be reached (detected within seconds), or the dataset is gated or does not exist.
     """
-    commit = revision if _is_offline() or os.path.exists(path) else _find_commit(path, revision)
-    train = _load_split(path, name, split, commit)
-    held_out = _load_split(path, name, eval_split, commit) if eval_split else None
-    marks = [path, commit or "", train._fingerprint, held_out._fingerprint if held_out is not None else ""]
+    commit = revision if hub_rows.is_offline() or os.path.exists(path) else hub_rows.find_commit(path, revision)
+    splits = [split, *([eval_split] if eval_split else [])]
+    if streaming:
+        marks = [path, commit or "", name or "", *splits, "streaming"]
+        records = [Records(functools.partial(hub_rows.streamed, path, name, each, commit)) for each in splits]
+    else:
+        loaded = [hub_rows.load_split(path, name, each, commit) for each in splits]
+        marks = [path, commit or "", loaded[0]._fingerprint, loaded[1]._fingerprint if eval_split else ""]
+        records = [
+            Records(functools.partial(hub_rows.rows_of, found, path, each))
+            for found, each in zip(loaded, splits, strict=True)
+        ]
     return Source(
         name=path.rstrip("/").rpartition("/")[2],
-        train=Records(functools.partial(_hub_rows, train, f"{path}[{split}]")),
-        eval=None if held_out is None else Records(functools.partial(_hub_rows, held_out, f"{path}[{eval_split}]")),
+        train=records[0],
+        eval=records[1] if eval_split else None,
         digest=hashlib.sha256("\n".join(marks).encode()).hexdigest()[:32],
         uri=Path(path).resolve().as_uri() if os.path.exists(path) else f"hf://datasets/{path}@{commit or 'main'}",
         revision=commit,
+        is_streamed=streaming,
     )
 
 
-def check_hub(*, path: str, revision: str | None, **_: object) -> Iterator[Fault]:
-    if revision is not None and os.path.exists(path):
-        problem = "applies to Hub datasets only, and data.path is a local folder"
-        yield Fault("revision", problem, "set data.revision=null", revision)
+def check_hub(
+    *, path: str, split: str, eval_split: str | None, revision: str | None, streaming: bool = False, **_: object
+) -> Iterator[Fault]:
+    for key, value in (("revision", revision), ("streaming", streaming or None)):
+        if value is not None and os.path.exists(path):
+            problem = "applies to Hub datasets only, and data.path is a local folder"
+            yield Fault(key, problem, f"set data.{key}={'null' if key == 'revision' else 'false'}", value)
+    for key, value in (("split", split), ("eval_split", eval_split)):
+        if streaming and {*"[+"} & {*(value or "")}:
+            problem = "is not one whole split, and data.streaming=true reads from the first row of a split on"
+            yield Fault(key, problem, "name one split; data.train_rows and data.eval_rows limit its rows", value)
 
 
 def _file_rows(files: list[Path], documents: Documents) -> Records:
@@ -218,64 +241,3 @@ def _pairs(conversations: Records, message: int) -> Iterator[tuple[Place, Row]]:
         if messages[3]["content"] != other[message]["content"]:
             rejected = {**other[message], "role": "assistant"}
             yield place, {"prompt": messages[:3], "chosen": messages[3:4], "rejected": [rejected]}
-
-
-def _is_offline() -> bool:
-    import huggingface_hub.constants
-
-    return bool(huggingface_hub.constants.HF_HUB_OFFLINE)
-
-
-def _find_commit(path: str, revision: str | None) -> str:
-    """Resolve a revision to its commit hash: one request with a short timeout, whereas `datasets` retries for 24 s."""
-    import huggingface_hub
-
-    try:
-        info = huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
-    except Exception as error:
-        raise _hub_error(path, error) from error
-    return str(info.sha)
-
-
-def _load_split(path: str, name: str | None, split: str, commit: str | None) -> datasets.Dataset:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(path, name, split=split, revision=commit)
-    except Exception as error:
-        raise _hub_error(path, error) from error
-
-
-def _hub_rows(rows: datasets.Dataset, name: str) -> Iterator[tuple[Place, Row]]:
-    number = 0
-    try:
-        for number, row in enumerate(rows, start=1):
-            yield Place(name, number, "row"), {key: readers.of_arrow(value) for key, value in row.items()}
-    except (OSError, ValueError, TypeError, ImportError) as error:  # an image or a damaged file that cannot be decoded
-        problem = f"{Place(name, number + 1, 'row')}: cannot be read: {error}"
-        raise DataError(Fault("", problem, "leave the row or its column out, or download the dataset again")) from error
-
-
-def _hub_error(path: str, error: Exception) -> DataError:
-    """Turn an exception of the Hub libraries into one message; by class name, as their modules vary by version."""
-    kinds = {kind.__name__ for cause in (error, error.__cause__, error.__context__) for kind in type(cause).__mro__}
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
-    own = "or use local files: data=local data.path=…"
-    if "GatedRepoError" in kinds:
-        problem = "is a gated dataset and your token has no access"
-        remedy = f"accept the terms on the dataset's page, then {log_in}"
-    elif "RevisionNotFoundError" in kinds:
-        problem, remedy = "has no such revision", "correct data.revision, or set it to null for the latest"
-    elif kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        problem = "no such dataset on the Hub, or it is private and your token has no access"
-        remedy = f"correct the name; if it is private, {log_in}"
-    elif "OfflineModeIsEnabled" in kinds or (_is_offline() and "ConnectionError" in kinds):
-        problem, remedy = "is not in the cache, and HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE, {own}"
-    elif kinds & {"ConnectionError", "TransportError", "Timeout", "TimeoutError"}:
-        problem = "cannot be downloaded: the Hub cannot be reached"
-        remedy = f"check the connection, HTTPS_PROXY and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses a cached copy; {own}"
-    else:
-        problem = " ".join(str(error).split())[:400] or type(error).__name__
-        remedy = "correct data.path, data.name, data.split or data.eval_split"
-    return DataError(Fault("data.path", problem, remedy, path))
