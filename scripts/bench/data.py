@@ -5,8 +5,10 @@
 For each number of ROWS (100000 1000000) two files of generated conversations are written to a temporary folder on disk,
 nine tenths to `talk` and one tenth to `code`. Three fresh processes then prepare the data of a run as training does:
 one with an empty cache, one with the same weights, and one with other weights, which tokenises nothing.
-Memory is VmHWM, the most of any process; of it, what a run of 1,000 rows needs is Python, torch and transformers. Also
-says how far the shares of the trained tokens over 1,000 steps are from the weights.
+Memory is VmHWM, the most of any process; of it, what a run of 1,000 rows needs is Python, torch and transformers. Pages
+of mapped files count, too, which the system takes back where memory is scarce: the most without them (RssAnon, looked
+at every few milliseconds) is shown as well. Also says how far the shares of the trained tokens are from the weights,
+over 1,000 steps.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ STEPS, WEIGHT, OTHER = 1000, 0.3, 0.1
 def main(words: list[str]) -> None:
     counts = [int(word) for word in words if word.isdigit()] or [100_000, 1_000_000]
     overrides = [word for word in words if not word.isdigit()]
-    print("     rows run             wall s   CPU s       tokens tokens/s/core peak MiB shares")
+    print("     rows run             wall s   CPU s       tokens tokens/s/core peak MiB  own MiB shares")
     for rows in (1000, *counts):
         with tempfile.TemporaryDirectory(dir="/tmp") as folder:
             write(Path(folder), rows)
@@ -37,6 +39,7 @@ def main(words: list[str]) -> None:
                 rate = f"{measured['tokens'] / measured['cpu']:,.0f}" if what == "empty cache" else ""
                 cells = [f"{rows:>9,}", f"{what:<14}", f"{measured['wall']:>7.1f}", f"{measured['cpu']:>7.1f}"]
                 cells += [f"{measured['tokens']:>12,}", f"{rate:>13}", f"{measured['peak_mib']:>8.0f}"]
+                cells.append(f"{measured['own_mib']:>8.0f}")
                 print(*cells, measured["shares"], flush=True)
 
 
@@ -59,8 +62,26 @@ def in_new_process(folder: Path, weight: float, overrides: list[str]) -> dict[st
     env = {**os.environ, "RUNNER_CACHE": str(folder / "cache")}
     command = [sys.executable, __file__, "--prepare", str(folder), str(weight), *overrides]
     began = time.monotonic()
-    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-    return {**json.loads(done.stdout.splitlines()[-1]), "wall": time.monotonic() - began}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, env=env, stdout=output)
+        most = 0
+        while process.poll() is None:
+            most = max(most, own_kib(process.pid))
+            time.sleep(0.01)
+        if process.returncode:
+            raise SystemExit(process.returncode)
+        output.seek(0)
+        measured = json.loads(output.read().splitlines()[-1])
+    return {**measured, "wall": time.monotonic() - began, "own_mib": most / 1024}
+
+
+def own_kib(pid: int) -> int:
+    """The memory of a process that is no page of a file, now; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def prepare(folder: Path, weight: str, overrides: list[str]) -> None:

@@ -60,7 +60,8 @@ class Column:
         self._file.seek(0)
         self._write_header()  # of the same length: numpy leaves space for the number of a growing axis
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self.path.parent.name != ASIDE:
+            os.fsync(self._file.fileno())
         self._file.close()
         return np.load(self.path, mmap_mode="r") if self._written else np.array([], dtype=DTYPES[self.code])
 
