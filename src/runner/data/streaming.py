@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def _write(records: Records, count: int, path: Path) -> None:
             pickle.dump(placed, file)
 
 
-def _read(write: functools.partial[None], path: Path) -> Iterator[tuple[Place, Row]]:
+def _read(write: Callable[[], None], path: Path) -> Iterator[tuple[Place, Row]]:
     write()
     with path.open("rb") as file:
         while file.peek(1):
