@@ -22,6 +22,9 @@ REFUSED = [
     ("train.loss_watchdog_patience=2", "has no effect without train.loss_watchdog_threshold"),
     ("task=dpo data=chitchat_pairs train.metric_for_best_model=eval/logps/rejected train.eval_steps=1",
      "set train.greater_is_better to true or false"),
+    ("train.metrics=[pass_at_4] train.metric_samples=2", "set train.metric_samples to 4 or more"),
+    ("train.metric_samples=2", "has no effect without train.metrics"),
+    ("train.metrics=[f1] train.metric_temperature=0.5", "has no effect with train.metric_samples=1"),
     ("train.metrics=[exact_mach]", "is neither built in nor a function did you mean 'exact_match'"),
 ]  # fmt: skip
 

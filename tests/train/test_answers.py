@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, composed, prepared
@@ -24,6 +25,13 @@ def is_short(prompts, completions, completion_ids, reference, **columns):
 
 def has_key(completions, key, **_):
     return [0.0 if each is None else 1.0 for each in key]
+
+
+def place(prompts, completions, **_):
+    if len(prompts) > 1:
+        assert [prompts.index(each) for each in prompts] == [0, 0, 0, 3, 3, 3]
+        assert len(set(completions)) > 2
+    return list(range(len(prompts)))
 
 
 def broken(**_):
@@ -76,6 +84,21 @@ def test_the_answers_are_those_of_transformers_and_are_kept(own: Path, cache: Pa
     assert table[0]["is_short"] is None
     assert metrics["eval/f1"] == pytest.approx(sum(row["f1"] for row in table) / 2)
     assert metrics["eval/is_short"] == pytest.approx(sum(row["is_short"] for row in table[1:]))
+
+
+def test_several_answers_to_each_prompt_are_sampled_and_averaged(own: Path, cache: Path):
+    settings = ("train.metric_samples=3", "train.metric_temperature=1.5", "train.per_device_batch_size=2")
+    _, parts = parts_of(own / "run", *ASKED, *settings, "train.metrics=[lab.py:place]")
+    assert parts.answering.questions.at_a_time == 1
+    assert parts.answering.metrics(0, lambda _: None) == {"place": 2.5}
+    assert len(json.loads((own / "run" / "answers" / "step-000000.json").read_text())) == 2
+
+
+def test_pass_at_k_is_of_the_answers_to_one_prompt() -> None:
+    scores = np.array([[0.5, 1.0], [0.5, 0.0], [1.0, 0.0], [np.nan, 0.0]])  # of two prompts, and two functions
+    assert answers.Metric("pass_at_2", 1, 2).of(scores, 2).tolist() == [1.0, 0.0]
+    assert answers.Metric("pass_at_1", 1, 1).of(scores, 2).tolist() == [0.5, 0.0]
+    assert np.nansum(answers.Metric("own", 0, None).of(scores, 2)) == 2.0
 
 
 def test_a_function_that_fails_is_named_before_the_model_is_loaded(own: Path, cache: Path):

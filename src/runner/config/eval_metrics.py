@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,10 @@ Direction = Literal["minimize", "maximize"]
 METRIC, METRICS = "train.metric_for_best_model", "train.metrics"
 BUILT_IN = {name: f"runner.tasks.answer_metrics:{name}" for name in ("exact_match", "f1", "rouge_l")}
 """Name in ``train.metrics`` → the function."""
+PASS_AT, PASSED = re.compile(r"pass_at_([1-9]\d{0,3})"), "runner.tasks.code_tests:passed"
+SAMPLES, TEMPERATURE = "train.metric_samples", "train.metric_temperature"
+USUAL_TEMPERATURE = 0.8
+"""Of conf/train."""
 OF_BUILT_IN: Direction = "maximize"
 
 
@@ -29,17 +34,25 @@ def measures(cfg: Mapping[str, Any]) -> dict[str, Direction | None]:
     """Full name of each metric of an evaluation → its direction; see ``Task.measures``."""
     sets = ["", *(f"{name}/" for name in data_nodes.held_out_names(cfg["data"]))]
     of_task: Mapping[str, Direction | None] = bind(cfg["task"], "task")().measures
-    of_answers = {_name(name): OF_BUILT_IN if name in BUILT_IN else None for name in cfg["train"].get("metrics") or ()}
+    of_answers = {
+        name_of(name): OF_BUILT_IN if function_of(name) != name else None for name in cfg["train"].get("metrics") or ()
+    }
     of_sets = {f"eval/{each}{name}": direction for each in sets for name, direction in of_task.items()}
     return {**of_sets, **{f"eval/{name}": direction for name, direction in of_answers.items()}}
 
 
 def function_of(metric: str) -> str:
     """The function of an entry of ``train.metrics``: file.py:name or package.module:name."""
-    return BUILT_IN.get(metric, metric)
+    return PASSED if pass_at(metric) else BUILT_IN.get(metric, metric)
 
 
-def _name(metric: str) -> str:
+def pass_at(metric: str) -> int | None:
+    """The K of ``pass_at_K``; None for other metrics."""
+    found = PASS_AT.fullmatch(metric)
+    return int(found[1]) if found else None
+
+
+def name_of(metric: str) -> str:
     """The name under which an entry of ``train.metrics`` is logged."""
     return metric.rpartition(":")[2]
 
@@ -50,18 +63,32 @@ def _answer_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     task = bind(cfg["task"], "task")()
     example = f"{METRICS}=[exact_match], or {METRICS}=[metrics.py:is_short]"
     for metric in metrics:
-        if ":" not in metric and metric not in BUILT_IN:
-            remedy = f"{suggest(metric, BUILT_IN)} write {', '.join(BUILT_IN)}, or file.py:name".strip()
+        if ":" not in metric and function_of(metric) == metric:
+            remedy = f"{suggest(metric, BUILT_IN)} write {', '.join(BUILT_IN)}, pass_at_K, or file.py:name".strip()
             yield Fault(METRICS, "is neither built in nor a function", remedy, metric)
         else:
             yield from user_function.faults(METRICS, function_of(metric), cfg.get(user_code.PATHS) or (), example)
-    names = [_name(metric) for metric in metrics]
+    names = [name_of(metric) for metric in metrics]
     if twice := [name for name in names if names.count(name) > 1 or name in task.measures]:
         problem = f"gives two metrics the name eval/{twice[0]}"
         yield Fault(METRICS, problem, "rename the function", metrics)
+    yield from _sample_faults(cfg["train"], metrics)
     if metrics and not task.has_references:
         problem = f"rows of task={task.name} have no prompts with answers"
         yield Fault(METRICS, problem, "set it to []", metrics)
+
+
+def _sample_faults(train: Mapping[str, Any], metrics: list[str]) -> Iterator[Fault]:
+    samples, temperature = train.get("metric_samples", 1), train.get("metric_temperature", USUAL_TEMPERATURE)
+    for metric in metrics:
+        if (most := pass_at(metric) or 0) > samples:
+            problem = f"needs {most} answers to each prompt, and {SAMPLES} is {samples}"
+            yield Fault(METRICS, problem, f"set {SAMPLES} to {most} or more", metric)
+    if samples > 1 and not metrics:
+        yield Fault(SAMPLES, f"has no effect without {METRICS}", f"set {METRICS} too, or this to 1", samples)
+    if samples == 1 and temperature != USUAL_TEMPERATURE:
+        problem = f"has no effect with {SAMPLES}=1: the one answer has the most likely tokens"
+        yield Fault(TEMPERATURE, problem, f"set {SAMPLES} too, or this to {USUAL_TEMPERATURE}", temperature)
 
 
 def direction(cfg: Mapping[str, Any]) -> Direction | None:

@@ -106,6 +106,8 @@ class TrainSettings:
     metric_rows: Count = 64
     metric_tokens: Count = 128
     metric_timeout_s: Positive = 60.0
+    metric_samples: Count = 1
+    metric_temperature: Positive = 0.8
     metric_for_best_model: Text | None = None
     greater_is_better: bool | None = None
     early_stopping_patience: Count | None = None

@@ -15,7 +15,7 @@ from runner.config.schema import TrainSettings
 from runner.data.batches import Batches
 from runner.data.packing import IGNORED
 from runner.errors import ConfigError, Fault
-from runner.tasks import rollout, sampling
+from runner.tasks import code_tests, rollout, sampling
 from runner.tasks.reward_functions import Rewards
 from runner.tasks.sampling import Sampling
 from runner.train.distributed.ranks import Ranks
@@ -32,6 +32,22 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A number of an evaluation."""
+
+    name: str
+    function: int
+    """The number of its function."""
+    k: int | None
+    """Of ``pass_at_K``; None: the mean score of all answers."""
+
+    def of(self, scores: np.ndarray, samples: int) -> np.ndarray:
+        """The numbers to average, NaN where there is none; ``scores``: (prompts * samples, functions)."""
+        column = scores[:, self.function]
+        return column if self.k is None else code_tests.pass_at_k(column.reshape(-1, samples), self.k)
+
+
+@dataclass(frozen=True)
 class Questions:
     """The held-out prompts, and the functions that score the answers to them."""
 
@@ -39,6 +55,12 @@ class Questions:
     functions: Rewards
     most_tokens: int
     at_a_time: int
+    """Prompts of a batch."""
+    metrics: tuple[Metric, ...] = ()
+    samples: int = 1
+    """Answers to each prompt; 1: the most likely tokens."""
+    temperature: float = 1.0
+    seed: int = 0
 
     def rounds(self, ranks: Ranks) -> int:
         """How many batches each rank answers: equally many, as the ranks of a sharded model need each other."""
@@ -62,7 +84,8 @@ def questions(settings: TrainSettings, code: Sequence[str], evaluation: Batches,
     Raises:
         ConfigError, DataError: no row has a prompt, or a function does not score the references.
     """
-    references = [eval_metrics.function_of(name) for name in settings.metrics]
+    listed = [eval_metrics.function_of(name) for name in settings.metrics]
+    references = list(dict.fromkeys(listed))  # several pass_at_K test each answer once
     functions = Rewards(
         references, tuple(code), [1.0] * len(references), settings.metric_timeout_s, eval_metrics.METRICS,
         "train.metric_timeout_s",
@@ -71,7 +94,15 @@ def questions(settings: TrainSettings, code: Sequence[str], evaluation: Batches,
     if references and not prompts:
         problem = "no held-out row has a prompt with an answer after it"
         raise ConfigError(Fault(eval_metrics.METRICS, problem, "set it to []", settings.metrics))
-    return Questions(prompts, functions, settings.metric_tokens, settings.rows_at_a_time)
+    named = zip(settings.metrics, listed, strict=True)
+    metrics = (
+        Metric(eval_metrics.name_of(name), references.index(each), eval_metrics.pass_at(name)) for name, each in named
+    )
+    samples = settings.metric_samples
+    return Questions(
+        prompts, functions, settings.metric_tokens, max(1, settings.rows_at_a_time // samples), tuple(metrics),
+        samples, settings.metric_temperature, evaluation.order.seed,
+    )  # fmt: skip
 
 
 def note(questions: Questions, tokenizer: Any) -> list[tuple[str, str]]:
@@ -131,26 +162,30 @@ class Answering:
 
     @torch.no_grad()
     def metrics(self, step: int, before: Callable[[int], None]) -> dict[str, float]:
-        """The mean score of each function over the answers that it scores; ``before`` each batch with its number."""
+        """Each metric, of the answers that its function scores; ``before`` each batch with its number."""
         if not self.rounds:
             return {}
-        own, size = self.questions.prompts[self.ranks.rank :: self.ranks.world], self.questions.at_a_time
+        asked, count = self.questions, self.questions.samples
+        own, size = asked.prompts[self.ranks.rank :: self.ranks.world], asked.at_a_time
+        places = list(range(self.ranks.rank, len(asked.prompts), self.ranks.world))
         ends = rollout.ends(self.model, self.tokenizer)
-        how = Sampling(self.questions.most_tokens, 1.0, ends, self.tokenizer.pad_token_id)
+        how = Sampling(asked.most_tokens, asked.temperature, ends, self.tokenizer.pad_token_id)
         self.model.eval()
         answers = list[list[int]]()
         with sampling.merged(self.model), self.wrapped.autocasting():
             for number in range(self.rounds):
                 before(number)
-                part = own[number * size : (number + 1) * size]
-                answers += sampling.answers(self.model, [prompt.ids for prompt in part], None, how)
-        texts, scores = self.questions.scored(own, answers, self.tokenizer)
-        self.show(step, [self._sample(*each) for each in zip(own[: rollout.SHOWN], texts, scores, strict=False)])
-        sums = [*np.nansum(scores, 0), *(~np.isnan(scores)).sum(0)]
+                part = slice(number * size, (number + 1) * size)
+                chances = sampling.uniforms(asked.seed, places[part], count, how.most_tokens) if count > 1 else None
+                answers += sampling.answers(self.model, [prompt.ids for prompt in own[part]], chances, how, count)
+        texts, scores = asked.scored([prompt for prompt in own for _ in range(count)], answers, self.tokenizer)
+        shown = zip(own[: rollout.SHOWN], texts[::count], scores[::count], strict=False)
+        self.show(step, [self._sample(*each) for each in shown])
+        values = [metric.of(scores, count) for metric in asked.metrics]
+        sums = [*map(np.nansum, values), *((~np.isnan(each)).sum() for each in values)]
         totals = self.ranks.agree(lambda: None, *map(float, sums))
-        names = self.questions.functions.names
-        pairs = zip(names, totals[: len(names)], totals[len(names) :], strict=True)
-        return {name: total / count for name, total, count in pairs if count}
+        pairs = zip(asked.metrics, totals[: len(values)], totals[len(values) :], strict=True)
+        return {metric.name: total / found for metric, total, found in pairs if found}
 
     def _sample(self, prompt: Prompt, text: str, scores: np.ndarray) -> dict[str, Any]:
         named = zip(self.questions.functions.names, scores, strict=True)
