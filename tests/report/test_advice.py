@@ -103,3 +103,8 @@ def test_a_larger_value_may_be_better():
 )
 def test_a_range_is_continued_by_its_last_step(numbers: list[float], is_upwards: bool, expected: str):
     assert advice._beyond(numbers, is_upwards=is_upwards) == expected
+
+
+def test_a_parameter_that_is_part_of_the_loss_is_not_judged_by_it() -> None:
+    runs = [a_run(str(beta), loss=beta, task="kto", task__beta=beta) for beta in (0.1, 0.5)]
+    assert advice.of(runs, ["task.beta"], Goal("eval/loss", is_larger_better=False)) == []

@@ -6,7 +6,7 @@ import random
 
 from fixtures.results import a_run
 
-from runner.report import ranking
+from runner.report import leaderboard, ranking
 from runner.report.columns import Goal
 
 LOSS = Goal("eval/loss", is_larger_better=False)
@@ -86,3 +86,23 @@ def test_a_difference_that_the_table_does_not_show_puts_no_run_on_the_front():
     assert ranking.fronts(runs, goals)["eval/loss", "memory/peak_rss_gib"] == [2, 1]
     seconds = [a_run("d", loss=2.0, **{"train/seconds": 61.2}), a_run("e", loss=1.0, **{"train/seconds": 61.4})]
     assert [run.run for run in ranking.front(seconds, [Goal("train/seconds", False), LOSS])] == ["e"]
+
+
+def test_runs_of_different_losses_are_ranked_by_their_accuracy():
+    accuracies = ranking.PREFERENCES
+    runs = [a_run("a", loss=0.6, task="dpo", task__beta=0.1, **{accuracies: 0.7}),
+            a_run("b", loss=9.0, task="dpo", task__beta=0.5, **{accuracies: 0.8})]  # fmt: skip
+    board = leaderboard.of(runs)
+    assert (board.goal, board.best.run) == (Goal(accuracies, is_larger_better=True), "b")
+    assert "the runs differ in task.beta, which is part of the loss" in board.notes[0]
+    alike = [
+        a_run(name, loss=loss, task="dpo", lora__r=loss, **{accuracies: 0.7}) for name, loss in (("a", 1), ("b", 2))
+    ]
+    assert leaderboard.of(alike).goal.key == "eval/loss"
+    tokens = [a_run("a", loss=1, task__train_on="all"), a_run("b", loss=2, task__train_on="last")]
+    assert leaderboard.of(tokens).goal.key == "eval/loss"
+    assert "their losses are not comparable" in leaderboard.of(tokens).notes[0]
+    for_answers = [a_run("a", loss=-1, task="grpo", task__beta=0.1), a_run("b", loss=0, task="grpo", task__beta=0)]
+    assert not leaderboard.of(for_answers).notes
+    heads = [a_run(str(ratio), loss=ratio, task="reward", task__head_lr_ratio=ratio) for ratio in (1, 9)]
+    assert leaderboard.of(heads).goal.key == "eval/loss"

@@ -15,10 +15,11 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
-from runner.report import columns, statistics
+from runner.report import columns, ranking, statistics
 from runner.report.columns import Goal
 from runner.report.ranking import BINS, LEVELS, SIGNIFICANT
 from runner.report.results import Result
+from runner.tracking.metrics_log import LOSS
 
 Kind = Literal["improving", "inside", "better", "unsure", "chance"]
 ORDER: tuple[Kind, ...] = ("improving", "inside", "better", "unsure", "chance")
@@ -82,14 +83,15 @@ def of(results: Sequence[Result], params: Sequence[str], goal: Goal, over: str =
     """A sentence for each parameter with two values or more among the completed runs; those to act on first.
 
     Args:
-        params: the parameters that differ between the runs.
+        params: the parameters that differ between the runs; none of them is judged by a loss that it is part of.
         over: the parameter that repeats a setting, besides the seed.
     """
     rated = [result for result in results if result.is_completed and math.isfinite(goal.cost(result))]
+    of_loss = ranking.of_loss(results, params) if goal.key == LOSS else []
     found = [
         _of_parameter(rated, key, [other for other in params if other != key], goal)
         for key in params
-        if key != over and key.rpartition(".")[2] != REPEATED
+        if key not in (over, *of_loss) and key.rpartition(".")[2] != REPEATED
     ]
     return sorted((each for each in found if each), key=lambda each: ORDER.index(each.kind))
 

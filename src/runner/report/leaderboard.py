@@ -17,7 +17,6 @@ from runner.report.columns import Goal, Value
 from runner.report.ranking import Group
 from runner.report.results import Result
 from runner.report.statistics import Mean
-from runner.tracking.metrics_log import LOSS
 
 T = TypeVar("T")
 VERDICT = "compared with best"
@@ -147,7 +146,8 @@ def of(
     Args:
         where: a condition on runs, see ``condition``.
         metrics: comma-separated metrics to show; default: columns.by_default.
-        sort: a key, optionally after ``+`` or ``-``; default: the objective of the runs' search, or the eval loss.
+        sort: a key, optionally after ``+`` or ``-``; default: the objective of the runs' search, or see
+            ``ranking.by_default``.
         by: the parameter to average over (seed).
         pareto: at least two comma-separated metrics.
 
@@ -172,7 +172,7 @@ def of(
     kept = [result for result in results if matches is None or matches(partial(columns.value, result))]
     comparable.refuse_nothing(kept, results, where, keys)
     comparable.refuse_mixed(kept)
-    goal = goal or columns.objective(kept) or Goal(LOSS, is_larger_better=False)
+    goal = goal or columns.objective(kept) or ranking.by_default(kept)
     return _board(kept, goal, order or goal, shown or [], axes or [], over or "")
 
 

@@ -16,6 +16,7 @@ from runner.report.columns import Goal, Value
 from runner.report.results import Result
 from runner.report.statistics import Mean
 from runner.tracking.manifest import RUN_TIME_KEYS
+from runner.tracking.metrics_log import LOSS
 
 SIGNIFICANT = 0.05
 """Significance level: a difference between two groups counts if its p value is below this."""
@@ -24,6 +25,12 @@ LEVELS, BINS = 6, 4
 HELD_OUT = ("data", "data.path", "data.eval_path", "data.eval_fraction", "data.eval_rows", "data.max_length",
             "data.format", "data.revision")  # fmt: skip
 """Parameters that change the text on which the eval loss is measured."""
+ON_POLICY = {"grpo", "rloo"}
+OF_TRAINING = ("task.head_lr_ratio", "task.lmbda", "task.max_completion_length", "task.sampling_temperature")
+"""Parameters of tasks that are no part of the evaluation loss."""
+PREFERENCES = "eval/rewards/accuracies"
+ACCURACY = {"classify": "eval/accuracy", **dict.fromkeys(("dpo", "cpo", "simpo", "orpo", "reward"), PREFERENCES)}
+"""Task → the metric that ranks runs of different losses."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,10 @@ def cautions(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
     notes = []
     if other := [key for key in keys if _of_source(key) in HELD_OUT]:
         notes.append(f"the runs differ in {', '.join(other)}: their losses may be measured on different text")
+    if other := of_loss(results, keys):
+        notes.append(
+            f"the runs differ in {', '.join(other)}, which is part of the loss: their losses are not comparable"
+        )
     counts = [result.held_out_rows for result in results if result.held_out_rows is not None]
     if few := schema.few_held_out(min(counts, default=None)):
         notes.append(few)
@@ -144,6 +155,21 @@ def cautions(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
         notes.append(f"the runs are in {len(stores)} MLflow stores ({', '.join(stores)}): no store has all of them; "
                      "the values here are from the run folders")  # fmt: skip
     return notes
+
+
+def of_loss(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
+    """Those of ``keys`` that are part of the loss. The evaluation loss of ``ON_POLICY`` is the negative reward."""
+    if {result.params.get("task") for result in results} <= ON_POLICY:
+        return []
+    return [key for key in keys if key.startswith("task.") and key not in OF_TRAINING]
+
+
+def by_default(results: Sequence[Result]) -> Goal:
+    """The loss; or the task's accuracy, where the losses are not comparable."""
+    accuracy = ACCURACY.get(results[0].params.get("task", ""), "")
+    if of_loss(results, differing(results)) and all(accuracy in each.metrics for each in results if each.is_completed):
+        return Goal(accuracy, is_larger_better=True)
+    return Goal(LOSS, is_larger_better=False)
 
 
 def _of_source(key: str) -> str:
