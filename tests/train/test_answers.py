@@ -28,7 +28,7 @@ def has_key(completions, key, **_):
 
 
 def place(prompts, completions, **_):
-    if len(prompts) > 1:
+    if len(prompts) > 2:  # before training, the answer to one prompt is scored twice
         assert [prompts.index(each) for each in prompts] == [0, 0, 0, 3, 3, 3]
         assert len(set(completions)) > 2
     return list(range(len(prompts)))
