@@ -67,6 +67,7 @@ def test_a_format_leaves_rows_out_with_none():
         list(splits.items(kept, lambda _: None))
     with pytest.raises(DataError, match="gave None for every row"):
         splits.index(records, lambda _: None, False, Counter())
+    assert len(splits.index([], lambda _: None, False, counts)) == 0, "of another split, which is empty"
 
 
 def index(keys: np.ndarray, prompts: np.ndarray) -> Index:

@@ -43,7 +43,8 @@ SWEEP its name or its folder; EXPERIMENT an experiment of MLflow. Runs of differ
         "--sort KEY",
         "best first: higher is better for accuracy, acc, f1, mfu, per_second, reward and the like, lower for all "
         "others. -KEY: highest first, +KEY: lowest first; ★ still marks the best run of a metric with a known "
-        "direction. Default: the objective of the search that made these runs, else the loss",
+        "direction. Default: the objective of the search that made these runs, else the loss, or the accuracy of the "
+        "task where the runs differ in a key that is part of the loss",
     ),
     Option("--metrics A,B", "these metrics instead of loss, best, those of the task, tokens/s, memory and time"),
     Option("--pareto A,B", "mark the Pareto front: no run is better in A and not worse in B; -A, +A as in --sort"),

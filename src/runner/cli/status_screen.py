@@ -29,7 +29,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class Screen:
-    """The other screen of the terminal, which most editors use: what was there before comes back at the end."""
+    """The alternate screen of the terminal, as editors use it: the text that was there before comes back at the end."""
 
     def __enter__(self) -> Screen:
         self._stack = contextlib.ExitStack()

@@ -186,7 +186,11 @@ class Composer:
         node = plain.pop("hydra")
         folder, sweep_dir = self._folders(composed, mode)
         own = [str(key) for key in composed if key not in ("hydra", "experiment")]
-        cfg = copied({key: plain[key] for key in own}) if is_final(plain) else _resolved(composed, own)
+        cfg = (
+            copied({key: plain[key] for key in own})
+            if is_final(plain)
+            else to_plain(OmegaConf.masked_copy(composed, own))
+        )
         cfg["data"] = data_nodes.completed(cfg["data"])
         user_code.refuse_given(cfg)
         return Job(cfg, plain, node, node["overrides"]["task"], folder, sweep_dir, self._code_folders)
@@ -279,10 +283,6 @@ def _plain_value(value: Any) -> Any:
     if OmegaConf.is_config(value):
         return OmegaConf.to_container(value, resolve=False, enum_to_str=True)
     return value.name if isinstance(value, Enum) else value
-
-
-def _resolved(composed: DictConfig, keys: list[str]) -> dict[str, Any]:
-    return to_plain(OmegaConf.masked_copy(composed, keys))
 
 
 def _key(text: str) -> str:

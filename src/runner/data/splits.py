@@ -105,7 +105,7 @@ def index(
     """
     columns = column_files.open_columns({"numbers": "q", "keys": "Q", "prompts": "Q"}, folder, prefix)
     numbers, keys, prompts = columns.values()
-    values, faults = list[Any](), list[Fault]()
+    values, faults, before = list[Any](), list[Fault](), counts["left_out"]
     rows = row_options.Filter(where) if where is not None else None
     for number, (place, row) in enumerate(records):
         counts["rows_read"] += 1
@@ -128,7 +128,7 @@ def index(
         keys.append(key)
         prompts.append(_hash(" ".join(_prompt(example).split()).casefold()))
     refuse(faults, DataError)
-    if counts["left_out"] and not numbers:
+    if counts["left_out"] > before and not numbers:
         remedy = "return messages or a text (is a `return` missing?); None leaves a row out"
         raise DataError(Fault("data.format", "gave None for every row", remedy))
     if rows is not None:

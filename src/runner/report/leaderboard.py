@@ -147,7 +147,7 @@ def of(
         where: a condition on runs, see ``condition``.
         metrics: comma-separated metrics to show; default: columns.by_default.
         sort: a key, optionally after ``+`` or ``-``; default: the objective of the runs' search, or see
-            ``ranking.by_default``.
+            ``ranking.default_goal``.
         by: the parameter to average over (seed).
         pareto: at least two comma-separated metrics.
 
@@ -172,7 +172,7 @@ def of(
     kept = [result for result in results if matches is None or matches(partial(columns.value, result))]
     comparable.refuse_nothing(kept, results, where, keys)
     comparable.refuse_mixed(kept)
-    goal = goal or columns.objective(kept) or ranking.by_default(kept)
+    goal = goal or columns.objective(kept) or ranking.default_goal(kept)
     return _board(kept, goal, order or goal, shown or [], axes or [], over or "")
 
 

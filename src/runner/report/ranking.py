@@ -141,9 +141,7 @@ def cautions(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
     if other := [key for key in keys if _of_source(key) in HELD_OUT]:
         notes.append(f"the runs differ in {', '.join(other)}: their losses may be measured on different text")
     if other := of_loss(results, keys):
-        notes.append(
-            f"the runs differ in {', '.join(other)}, which is part of the loss: their losses are not comparable"
-        )
+        notes.append(f"the runs differ in {', '.join(other)}, part of the loss: their losses are not comparable")
     counts = [result.held_out_rows for result in results if result.held_out_rows is not None]
     if few := schema.few_held_out(min(counts, default=None)):
         notes.append(few)
@@ -164,7 +162,7 @@ def of_loss(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
     return [key for key in keys if key.startswith("task.") and key not in OF_TRAINING]
 
 
-def by_default(results: Sequence[Result]) -> Goal:
+def default_goal(results: Sequence[Result]) -> Goal:
     """The loss; or the task's accuracy, where the losses are not comparable."""
     accuracy = ACCURACY.get(results[0].params.get("task", ""), "")
     if of_loss(results, differing(results)) and all(accuracy in each.metrics for each in results if each.is_completed):

@@ -108,7 +108,7 @@ def questions(settings: TrainSettings, code: Sequence[str], evaluation: Batches,
 def note(questions: Questions, tokenizer: Any) -> list[tuple[str, str]]:
     """What the functions give for the reference answer to the first prompt, for ``plan``: each is called once.
 
-    It is given twice: a function that returns one number for all answers is refused here.
+    The answer is given twice: a function that returns one number for all answers is refused here.
     """
     if not questions.prompts:
         return []

@@ -11,8 +11,8 @@ from runner.data.batches import Batches
 def laid(batches: Batches, model: Any, device_type: str, *, whole: bool) -> Batches:
     """The batches without padding; on a CPU, a prompt is computed once for all of its answers.
 
-    ``whole``: each sequence has to be computed whole, see
-    ``needs_whole``. Models with longrope compute a prompt otherwise if its answer is long.
+    ``whole``: each sequence has to be computed whole, see ``needs_whole``; so it has with longrope, whose frequencies
+    depend on the length of the sequence.
     """
     has_long_rope = "longrope" in str(model.config.to_dict())
     answers = batches.rows.unit if batches.answers is None else batches.answers.per_row
