@@ -238,7 +238,7 @@ class Batches:
         if self.answers is not None and self.shares_prompts:
             copies, more, prompt = self.answers.per_row, self.answers.most_tokens, float(self.sizes.mean())
             return (prompt + more + (copies - 1) * (more + 1)) / (copies * (prompt + more))
-        return float(self._computed_sizes.sum() / self.sizes.sum())
+        return int(self._computed_sizes.sum()) / int(self.sizes.sum())
 
     def _computed_lengths(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of each of these rows without those that another row computes."""
