@@ -17,11 +17,12 @@ from runner.tracking import metrics_log
 from runner.tracking.mlflow import store
 
 
-def test_each_folder_is_read_once(here: Path):
+@pytest.mark.parametrize("word", ["outputs/sweeps/played", "played"])
+def test_each_folder_is_read_once(here: Path, word: str):
     sweep = a_sweep()
     for n in range(12):
         played(sweep, r=2**n, loss=float(n))
-    assert counted(here, "outputs/sweeps/played") == "{'files': 48} False False"
+    assert counted(here, word) == "{'files': 48} False False"
 
 
 def test_a_word_may_be_several_things(here: Path, capsys: pytest.CaptureFixture[str]):

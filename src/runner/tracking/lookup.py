@@ -42,7 +42,7 @@ def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
     """
     if folder := _folder(word, outputs_dir):
         return folder
-    entries = list(_entries(outputs_dir))
+    entries = list(_entries(outputs_dir, word))
     matches = _without_runs_of_matching_sweeps([entry for entry in entries if word in entry.names])
     matches = matches or [entry for entry in entries if word == entry.what.path.name]
     if not matches and len(word) >= SHORTEST_ID:
@@ -145,18 +145,19 @@ class _Entry:
         return f"{terminal.nearest(self.what.path)}  ({kind} {name}{created})"
 
 
-def _entries(outputs_dir: Path) -> Iterator[_Entry]:
+def _entries(outputs_dir: Path, word: str) -> Iterator[_Entry]:
     for what in scan(outputs_dir):
-        yield from _of_sweep(what) if isinstance(what, SweepDir) else _of_run(what)
+        yield from _of_sweep(what, word) if isinstance(what, SweepDir) else _of_run(what)
 
 
-def _of_sweep(sweep: SweepDir) -> Iterator[_Entry]:
+def _of_sweep(sweep: SweepDir, word: str) -> Iterator[_Entry]:
+    """The sweep and its runs; without them if ``word`` names it, see ``_without_runs_of_matching_sweeps``."""
     try:
         manifest = sweep.read()
         mlflow_id = str((manifest.get("mlflow") or {}).get("parent_run_id") or "")
         name = str(manifest.get("name") or sweep.path.name)
         yield _Entry(sweep, (name, sweep.path.name), mlflow_id, float(manifest.get("created") or 0))
-        rundirs = sweep.rundirs()
+        rundirs = [] if word in (name, sweep.path.name) else sweep.rundirs()
     except DAMAGED as error:
         return warn_damaged(sweep.path, error)
     for rundir in rundirs:

@@ -210,10 +210,14 @@ def _without_nan(record: Mapping[str, Any]) -> Record:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in inner.items()}
 
 
-def _records(lines: Iterable[bytes], path: Path) -> Iterator[Record]:
-    for line in lines:
+def _records(lines: Sequence[bytes], path: Path) -> Iterator[Record]:
+    whole: Sequence[Any] = []
+    with contextlib.suppress(ValueError):  # a line is damaged: find it
+        whole = json.loads(b"[%s]" % b",".join(lines))
+    is_whole = len(whole) == len(lines)
+    for number, line in enumerate(lines):
         try:
-            record = json.loads(line)
+            record = whole[number] if is_whole else json.loads(line)
             yield {k: float(v) if isinstance(v, str) else v for k, v in record.items()} | {"step": int(record["step"])}
         except (ValueError, TypeError, KeyError, AttributeError):
             log.warning(f"{path}: skipped an invalid line: {line[:80]!r}")
