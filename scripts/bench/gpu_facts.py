@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runner.data import boundaries
-from runner.models.kernels import lora_linear, varlen_attention
+from runner.models.kernels import lora_products, varlen_attention
 from runner.tasks import cross_entropy
 from runner.train import devices, optim, throughput
 
@@ -122,7 +122,7 @@ def loss() -> Iterator[Fact]:
     targets = torch.randint(0, 128256, (8192,), device=GPU)
 
     def go() -> None:
-        cross_entropy._LinearCrossEntropy.apply(hidden, weight, None, targets)[0].sum().backward()
+        cross_entropy._LinearCrossEntropy.apply(hidden, weight, None, targets, cross_entropy.PLAIN)[0].sum().backward()
         hidden.grad = None
 
     products = 2 * _ms(lambda: hidden.detach() @ weight.t(), 5)
@@ -132,7 +132,7 @@ def loss() -> Iterator[Fact]:
 
 def linears() -> Iterator[Fact]:
     """LoRA's product, eager and compiled, against the bare one."""
-    eager: Any = lora_linear._InPlaceProduct.apply
+    eager: Any = lora_products.InPlaceProduct.apply
     compiled: Any = torch.compile(eager)
     for inner, outer in ((4096, 4096), (4096, 14336), (14336, 4096)):
         x = torch.randn(8192, inner, device=GPU, dtype=torch.bfloat16, requires_grad=True)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from runner.config.schema import Memory
+from runner.models.dtypes import dtype_argument
 from runner.models.kernels import activation_checkpointing, lm_head, lora_linear, varlen_attention
 from runner.tasks import cross_entropy
 from runner.train.memory import peak
@@ -135,7 +136,7 @@ def _counted(shape: dict[str, Any], layers: int, lora: bool, memory: Memory | No
 def _model(shape: dict[str, Any], layers: int, lora: bool, fused: bool) -> Any:
     config = transformers.LlamaConfig(**shape, num_hidden_layers=layers, max_position_embeddings=LENGTH)
     with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, **dtype_argument(torch.bfloat16))
     if not lora:
         return model
     from peft import LoraConfig, get_peft_model

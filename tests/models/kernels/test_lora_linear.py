@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,52 +283,106 @@ def step_logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("bits", "backend"),
-    [(None, "aot_eager"), *(pytest.param(*way, marks=pytest.mark.slow) for way in
-     ((None, "inductor"), (4, "aot_eager"), (8, "aot_eager")))],
+    ("bits", "backend", "dtype"),
+    [(None, "aot_eager", torch.bfloat16), *(pytest.param(*way, torch.float32, marks=pytest.mark.slow) for way in
+     ((None, "aot_eager"), (None, "inductor"), (4, "aot_eager"), (8, "aot_eager")))],
 )  # fmt: skip
-def test_compiled_it_breaks_no_graph(bits: int | None, backend: str):
+def test_compiled_it_breaks_no_graph(bits: int | None, backend: str, dtype: torch.dtype):
     """``aot_eager``: the graphs, forward and backward, without the minute of a C++ compiler."""
-    model = adapted(bits=bits)
+    model = adapted(dtype, bits=bits)
     lora_linear.fuse(model)
     expected = step(model)
     torch._dynamo.reset()
     for layer in model.base_model.model.model.layers:
         layer.compile(fullgraph=True, backend=backend)
-    torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-3)
+    tolerance = {"atol": 1e-5, "rtol": 1e-3} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 5e-2}
+    torch.testing.assert_close(step(model), expected, **tolerance)
 
 
-@pytest.mark.parametrize("rows", [5, 200, 257, 900])
-def test_a_narrow_product_is_shared_among_cores(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared: list[int] = []
-    bmm = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda a, b: shared.append(len(a)) or bmm(a, b))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    numbers = torch.Generator().manual_seed(0)
-    narrow, wide = torch.randn(rows, 12, generator=numbers)[:, 4:], torch.randn(rows, 40, generator=numbers)
-    found = lora_linear._narrow_product(narrow, wide)
-    torch.testing.assert_close(found, (narrow.double().t() @ wide.double()).float(), rtol=1e-5, atol=1e-4)
-    assert shared == {5: [], 200: [], 257: [2], 900: [3]}[rows]
+def layers_of_one_input(model: Any) -> list[tuple[str, ...]]:
+    """The names of the layers that share the products of their input."""
+    groups: dict[int, tuple[str, ...]] = {}
+    for name, module in model.named_modules():
+        if siblings := getattr(module, "siblings", None):
+            groups[id(siblings)] = (*groups.get(id(siblings), ()), name.rpartition(".")[2])
+    return list(groups.values())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
-def test_compiled_the_product_is_added_in_place():
-    """Inductor makes ``addmm_`` a product into a new tensor, which BLAS fills with a copy of the old one first."""
-    from torch._inductor.utils import run_and_get_code
+def test_layers_of_one_input_multiply_it_once():
+    """A product of the input by all A, one for their gradients; and no sum of gradients of the input."""
+    model = adapted(torch.bfloat16)
+    lora_linear.fuse(model)
+    assert layers_of_one_input(model) == [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")] * 2
+    shared = Counter(operations_of(model))
+    for module in model.modules():
+        if getattr(module, "siblings", None):
+            module.siblings = None
+    alone = Counter(operations_of(model))
+    fewer = Counter({name: alone[name] - shared[name] for name in alone})
+    # In each layer five products of the input by A become two, and so do those for the gradients of A. Of three layers
+    # the gradient of the input is added in place: no product into a new tensor, and no sum. The input of the first
+    # attention, the embeddings, has no gradient.
+    assert fewer["aten::mm"] == 2 * (3 + 3 + 3) - 2
+    assert fewer["aten::add"] == 2 * 3 - 2
 
-    weight, a, b = torch.randn(96, 64), torch.randn(4, 64, requires_grad=True), torch.randn(96, 4, requires_grad=True)
-    x = torch.randn(32, 64, requires_grad=True)
 
-    def step(apply: Any) -> Tensor:
-        out = apply(x * 2, weight, None, None, a, b, 0.5)
-        out.sum().backward()
-        return out.detach()
+def operations_of(model: Any) -> list[str]:
+    names = []
 
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        out, codes = run_and_get_code(step, torch.compile(lora_linear._InPlaceProduct.apply))
-    torch.testing.assert_close(out, step(lora_linear._InPlaceProduct.apply))
-    for code in codes:  # forward and backward
-        assert code.count("torch.ops.runner.add_product_.default(buf") == 1
-        assert "addmm" not in code
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        step(model)
+    return names
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"target_modules": ["q_proj", "v_proj"]}, {"rank_pattern": {"k_proj": 2}}], ids=str
+)
+def test_layers_of_one_input_compute_what_each_computes_alone(options: dict[str, Any]):
+    """In float64 arithmetic of few rows the order of sums is all that differs."""
+    model = adapted(torch.float64, **options).double()
+    expected = step(model)
+    lora_linear.fuse(model)
+    torch.testing.assert_close(step(model), expected, atol=1e-12, rtol=1e-9)
+
+
+def test_layers_of_one_module_may_be_called_in_any_order_and_with_other_inputs():
+    model = adapted(torch.float64).double()
+    attention = model.base_model.model.model.layers[0].self_attn
+    x, y = torch.randn(2, 1, 9, 64, dtype=torch.float64, requires_grad=True).unbind()
+
+    def computed() -> tuple[Tensor, ...]:
+        parts = attention.v_proj(x), attention.q_proj(y), attention.k_proj(y), attention.q_proj(y), attention.v_proj(x)
+        total = sum(part.square().sum() * n for n, part in enumerate(parts, 1))
+        return (
+            *(part.detach() for part in parts),
+            *torch.autograd.grad(total, (x, y, attention.q_proj.lora_A.default.weight)),
+        )
+
+    expected = computed()
+    lora_linear.fuse(model)
+    torch.testing.assert_close(computed(), expected, atol=1e-12, rtol=1e-9)
+
+
+def test_an_input_without_a_gradient_gets_none():
+    model = adapted(torch.bfloat16)
+    lora_linear.fuse(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(1, 9, 64, dtype=torch.bfloat16)
+    q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    products = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function._schema.name in ("aten::mm", "aten::addmm_"):
+                products.append(tuple(out.shape))
+            return out
+
+    with Watch():
+        (q.sum() + k.sum() + v.sum()).backward()
+    assert (9, 64) not in products

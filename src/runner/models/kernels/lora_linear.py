@@ -6,7 +6,7 @@ with float32 adapters on a bfloat16 base, a float32 copy of every input. Instead
 - In float32 with many rows: one product with the merged weight ``W + scale · B A``, which is only as large as the
   weight and is computed again in the backward pass. The same product gives the gradient of the input.
 - Otherwise: the low-rank term is added in place, in the dtype of the input; only the optimizer uses float32 adapters.
-  (In bfloat16 a small ``B A`` would be lost in the sum with ``W``.)
+  (In bfloat16 a small ``B A`` would be lost in the sum with ``W``.) Layers with the same input are ``Siblings``.
 
 Quantized weights are unpacked only once per pass; without ``Quant.unpacks`` their layers compute as PEFT does. All
 remain PEFT layers: names, saving and merging do not change. Layers that are not plain LoRA (DoRA, dropout, several
@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from runner.models.kernels import buffers, compat
+from runner.models.kernels import compat
+from runner.models.kernels.lora_products import MANY_ROWS, AddedProduct, InPlaceProduct, MergedProduct, Reduction
 
 if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
 
-MANY_ROWS = 128
-"""With at least this many rows, merging the weight costs less than a pass over the output."""
+SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+"""Names of layers of one module that get the same input."""
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +46,12 @@ def fuse(model: nn.Module) -> int:
         module.quant = quant if quant is not None and quant.holds(base) else None  # type: ignore[assignment]
         cls: Any = type(module)
         module.__class__ = _fused(cls)
+        module.siblings = None  # type: ignore[assignment]
+    for module in model.modules():
+        for names in SIBLINGS:
+            members = [each for each in (getattr(module, name, None) for name in names) if isinstance(each, _Fused)]
+            if len(members) > 1:
+                _Siblings(members)
     if quant is not None and not quant.plain and not quant.unpacks:
         log.debug(f"LoRA layers on weights in {quant.name} are not fused: its back end does not unpack weights")
     return len(layers)
@@ -96,8 +103,12 @@ class _Fused(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         adapters = layer.lora_A[name].weight, layer.lora_B[name].weight
         merge = rows.dtype == adapters[0].dtype == torch.float32 and len(rows) >= MANY_ROWS
-        product = _MergedProduct if merge else _InPlaceProduct
-        out = product.apply(rows, weight, quant, state, *adapters, layer.scaling[name])
+        siblings = layer.siblings if rows.dtype != torch.float32 else None
+        if siblings is not None and siblings.share(name):
+            out = siblings.product(layer, name, x, rows, state)
+        else:
+            product = MergedProduct if merge else InPlaceProduct
+            out = product.apply(rows, weight, quant, state, *adapters, layer.scaling[name])
         if layer.base_layer.bias is not None:
             out = out + layer.base_layer.bias
         return out.reshape(*x.shape[:-1], out.shape[-1])
@@ -125,95 +136,41 @@ def _computes_as_stored(base: Any, quant: Quant | None, x: Tensor) -> bool:
     return getattr(base, "compute_dtype", None) in (None, x.dtype)
 
 
-def _dense(weight: Tensor, quant: Quant | None, state: Any, dtype: torch.dtype) -> Tensor:
-    """The dense weight (N, K); unpacked if it is quantized."""
-    return weight if quant is None else quant.unpack(weight, state, dtype)
+class _Siblings:
+    """LoRA layers of one module with the same input, in the order in which it calls them.
 
-
-torch.library.define("runner::add_product_", "(Tensor(a!) out, Tensor first, Tensor second, float beta) -> ()")
-
-
-@torch.library.impl("runner::add_product_", "CompositeExplicitAutograd")
-def _add_product(out: Tensor, first: Tensor, second: Tensor, beta: float) -> None:
-    out.addmm_(first, second, beta=beta)
-
-
-def _plus_product(out: Tensor, first: Tensor, second: Tensor, beta: float = 1.0) -> Tensor:
-    """beta · out + first · second, written to ``out`` (n, m), which nothing else may use.
-
-    An operator of its own when compiled: Inductor makes ``addmm_`` an addition to a copy of ``out``.
+    The first one that is called multiplies the input by all matrices A, for the others too. Each of them has to be
+    called with the same tensor object for that; with another one it begins anew, and the result is the same.
     """
-    if not torch.compiler.is_compiling():
-        return out.addmm_(first, second, beta=beta)
-    torch.ops.runner.add_product_(out, first, second, beta)
-    return out
 
+    def __init__(self, layers: list[Any]) -> None:
+        self._layers = layers
+        self._input: Tensor | None = None
+        """The argument of the running forward pass, until all layers were called."""
+        self._waiting: dict[int, Tensor] = {}
+        """Number of a layer that was not called yet → its part of the reduced input (n, r)."""
+        self._passed: Tensor | None = None
+        """The input (n, K) as the last layer has passed it on."""
+        for layer in layers:
+            layer.siblings = self
 
-class _MergedProduct(torch.autograd.Function):
-    """x (n, K) times (W + scale · B A)ᵀ (K, N)."""
+    def share(self, name: str) -> bool:
+        """Whether ``name`` is the only adapter of all layers."""
+        return all(_only_adapter(layer) == name for layer in self._layers)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, quant: Quant | None, state: Any, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.quant, ctx.state, ctx.scale = quant, state, scale
-        merged = buffers.take("weight", (len(b), a.shape[1]), x)
-        return x @ _unpack_into(merged, weight, quant, state).addmm_(b, a, alpha=scale).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor, Tensor, None]:
-        x, weight, a, b = ctx.saved_tensors
-        inputs, rank = a.shape[1], a.shape[0]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            wide = buffers.take("weight", (len(b), inputs + rank), x)  # [W + scale · B A, scale · B]: a single product
-            _unpack_into(wide[:, :inputs], weight, ctx.quant, ctx.state).addmm_(b, a, alpha=ctx.scale)
-            wide[:, inputs:] = b * ctx.scale
-            dx, reduced = (grad @ wide).split([inputs, rank], 1)  # (n, K), (n, r)
-        else:
-            reduced = (grad @ b).mul_(ctx.scale)
-        db = _narrow_product(x @ a.t(), grad).mul_(ctx.scale).t()
-        return dx, None, None, None, _narrow_product(reduced, x), db, None
-
-
-def _unpack_into(out: Tensor, weight: Tensor, quant: Quant | None, state: Any) -> Tensor:
-    """Write the dense weight (N, K) to ``out``."""
-    return out.copy_(weight) if quant is None else quant.unpack(weight, state, out.dtype, out)
-
-
-def _narrow_product(narrow: Tensor, wide: Tensor) -> Tensor:
-    """narrowᵀ (r, n) times wide (n, K); split into parts on a CPU, whose BLAS uses one core for a single product."""
-    parts = 1
-    if wide.device.type == "cpu" and not torch.compiler.is_compiling():
-        parts = min(torch.get_num_threads(), len(wide) // MANY_ROWS)
-    if parts < 2:
-        return narrow.t() @ wide
-    size = len(wide) // parts
-    first, second = (rows[: parts * size].reshape(parts, size, -1) for rows in (narrow, wide))
-    rest, wide_rest = (rows[parts * size :] for rows in (narrow, wide))
-    return torch.bmm(first.transpose(1, 2), second).sum(0).addmm_(rest.t(), wide_rest)
-
-
-class _InPlaceProduct(torch.autograd.Function):
-    """scale · (x Aᵀ) Bᵀ with x (n, K) times Wᵀ (K, N) added in place; A and B are cast to the dtype of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, quant: Quant | None, state: Any, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        low_a, low_b = a.to(x.dtype), b.to(x.dtype)
-        reduced = x @ low_a.t()  # (n, r)
-        ctx.save_for_backward(x, weight, low_a, low_b, reduced)
-        ctx.quant, ctx.state, ctx.scale, ctx.dtype = quant, state, scale, a.dtype
-        return _plus_product(reduced @ low_b.t(), x, _dense(weight, quant, state, x.dtype).t(), scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor, Tensor, None]:
-        x, weight, a, b, reduced = ctx.saved_tensors
-        slope = (grad @ b).mul_(ctx.scale)  # (n, r)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _plus_product(grad @ _dense(weight, ctx.quant, ctx.state, x.dtype), slope, a)
-        da, db = slope.t() @ x, (grad.t() @ reduced).mul_(ctx.scale)
-        return dx, None, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
+    def product(self, layer: Any, name: str, x: Tensor, rows: Tensor, state: Any) -> Tensor:
+        """The output (n, N) of a layer without its bias; ``rows``: ``x`` as (n, K)."""
+        number = next(n for n, each in enumerate(self._layers) if each is layer)
+        if self._input is not x or number not in self._waiting:
+            adapters = [each.lora_A[name].weight for each in self._layers]
+            reduced, passed = Reduction.apply(rows, *adapters)
+            self._passed = passed if rows.requires_grad else rows  # outputs of a function of A always require gradients
+            parts = reduced.split([len(adapter) for adapter in adapters], 1)
+            self._input, self._waiting = x, dict(enumerate(parts))
+        own, b = self._waiting.pop(number), layer.lora_B[name].weight
+        weight, quant = layer.base_layer.weight, layer.quant
+        out, passed = AddedProduct.apply(self._passed, own, weight, quant, state, b, layer.scaling[name])
+        self._passed = passed if rows.requires_grad else rows
+        if not self._waiting or not torch.is_grad_enabled():
+            self._input, self._passed, self._waiting = None, None, {}
+        return out
