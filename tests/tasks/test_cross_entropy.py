@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from runner.models.kernels import lm_head
-from runner.tasks import cross_entropy
+from runner.tasks import cross_entropy, logit_losses
 
 
 def unshifted(labels: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def test_chunks_and_eval_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     cross_entropy.sums(model, batch)["loss"].backward()
     with torch.no_grad():
         expected = cross_entropy.sums(model, batch)
-    monkeypatch.setattr(cross_entropy, "CPU_CHUNK_VALUES", 64 * 3)
+    monkeypatch.setattr(logit_losses, "CPU_CHUNK_VALUES", 64 * 3)
     monkeypatch.setattr(cross_entropy, "EVAL_POSITIONS", 20)
     cross_entropy.sums(again, batch)["loss"].backward()
     torch.testing.assert_close(gradients(again), gradients(model), atol=1e-6, rtol=1e-5)

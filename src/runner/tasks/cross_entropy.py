@@ -19,41 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from runner.data.packing import IGNORED
-from runner.models.kernels import base_model, buffers, lm_head, varlen_attention
-from runner.tasks import soft_targets
-from runner.tasks.soft_targets import Soft
+from runner.models.kernels import base_model, lm_head, varlen_attention
+from runner.tasks import logit_losses
+from runner.tasks.logit_losses import PLAIN, Shaping
 
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", *varlen_attention.ARGUMENTS)
-CHUNK_VALUES, CPU_CHUNK_VALUES = 2**25, 2**22
-"""Logits per float32 chunk: 128 MiB on a GPU (few kernel launches), 16 MiB on a CPU (stays in the cache)."""
 HEAD_POSITIONS, CPU_HEAD_POSITIONS = 2048, 1024
 """Positions per chunk if the loss computes the LM head. Small chunks are slow: each one reads the head's weight again
 and, on a CPU, packs it again (at 128 positions this takes a third of the matrix product's time)."""
 EVAL_POSITIONS = 8192
 """Maximum positions of one forward pass without gradients; a single longer row is still one pass."""
-
-
-@dataclass(frozen=True)
-class Shaping:
-    """Terms of a loss that need the logits of a token: they are computed together with the cross entropy."""
-
-    label_smoothing: float = 0.0
-    """Share of the target that is spread evenly over the vocabulary (https://arxiv.org/abs/1512.00567, section 7)."""
-    z_loss: float = 0.0
-    """Factor of log(Z)², Z the sum of the exponentials of the logits (https://arxiv.org/abs/2204.02311, section 5)."""
-    entropy_of: int = 0
-    """Of how many of the most likely tokens the entropy is computed, beside the loss."""
-    temperature: float = 1.0
-    """What the logits are divided by before anything else."""
-    soft: Soft | None = None
-    """The distributions of a teacher, compared with the model's instead of all of the above."""
-
-    def after(self, labels: Tensor) -> Shaping:
-        """For the positions that follow those with ``labels``."""
-        return self if self.soft is None else replace(self, soft=self.soft.after(labels))
-
-
-PLAIN = Shaping()
 
 
 @dataclass(frozen=True)
@@ -221,7 +196,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, shaping: Shaping) -> tuple[Tensor, ...]:
         buffer = logits.detach()  # same version counter: autograd raises if another operation needs the logits
-        loss, *more = _cross_entropy_(buffer, targets, shaping, needs_grad=ctx.needs_input_grad[0])
+        loss, *more = logit_losses.cross_entropy_(buffer, targets, shaping, needs_grad=ctx.needs_input_grad[0])
         ctx.grad = buffer
         ctx.mark_non_differentiable(*more)
         return loss, *more
@@ -253,7 +228,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunked = (tensor.chunk(chunks) for tensor in (hidden, targets, ctx.grad))
             for states, labels, grad in zip(*chunked, strict=True):
                 logits = nn.functional.linear(states.to(dtype), weight, bias)
-                losses.append(_cross_entropy_(logits, labels, shaping, needs_grad=needs_grad))
+                losses.append(logit_losses.cross_entropy_(logits, labels, shaping, needs_grad=needs_grad))
                 shaping = shaping.after(labels)
                 if needs_grad:
                     grad.copy_(logits @ weight)  # `logits` contains its gradient by now
@@ -272,58 +247,3 @@ def _scaled_(grad: Tensor, scale: Tensor) -> Tensor:
     if len(scale) and scale.stride(0) == 0:  # expanded by the backward pass of a sum: one number for all rows
         return grad.mul_(scale[0])
     return grad.mul_(scale[:, None])
-
-
-def _cross_entropy_(logits: Tensor, targets: Tensor, shaping: Shaping, *, needs_grad: bool) -> tuple[Tensor, ...]:
-    """(loss (n,), correct predictions (n,)); shaped: also (cross entropy (n,), ``TokenLosses.extra`` (n,)).
-
-    ``needs_grad``: overwrite ``logits`` (n, V) with the gradient of the loss. Computed in float32, a chunk of rows at a
-    time, in as few passes over the logits as PyTorch's operations allow: two maxima, softmax and, for the gradient, a
-    product. Rows without a label have a loss of 0 and are not correct.
-    """
-    if shaping.soft is not None:
-        return soft_targets.losses_(logits, targets, shaping.soft, needs_grad=needs_grad)
-    nll = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
-    correct = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    loss, entropy = (torch.zeros_like(nll), torch.zeros_like(nll)) if shaping != PLAIN else (nll, nll)
-    values_at_once = CPU_CHUNK_VALUES if logits.device.type == "cpu" else CHUNK_VALUES
-    rows = max(1, values_at_once // logits.shape[1])
-    for start in range(0, len(logits), rows):
-        here = slice(start, start + rows)
-        part, labels = logits[here], targets[here]
-        valid, labels = (labels != IGNORED)[:, None], labels.clamp(min=0)[:, None]  # (rows, 1)
-        chosen, highest = part.gather(-1, labels).float(), part.amax(-1, keepdim=True).float()
-        # `correct` is not used in training, so ties may count as correct; this avoids the costly argmax.
-        right = chosen == highest if needs_grad else part.argmax(-1, keepdim=True) == labels
-        probabilities = buffers.take("probabilities", part.shape, part, torch.float32)  # (rows, V)
-        torch.softmax(part, -1, dtype=torch.float32, out=probabilities)
-        # The highest probability is 1 / sum(exp(logits - highest)), at least 1 / V.
-        nll[here] = torch.where(valid, highest - chosen - probabilities.amax(-1, keepdim=True).log(), 0.0)[:, 0]
-        correct[here] = (valid & right)[:, 0]
-        if shaping != PLAIN:
-            added, entropy[here] = _shape_(probabilities, part, nll[here, None] + chosen, chosen, shaping)
-            loss[here] = torch.where(valid[:, 0], nll[here] + added, 0.0)
-        if needs_grad:
-            share = 1.0 - shaping.label_smoothing
-            probabilities[torch.arange(len(labels), device=labels.device), labels[:, 0]] -= share
-            torch.mul(probabilities, valid, out=part)  # d nll / d logits = softmax - one-hot
-    return (nll, correct) if shaping == PLAIN else (loss, correct, nll, entropy)
-
-
-def _shape_(
-    probabilities: Tensor, logits: Tensor, log_z: Tensor, chosen: Tensor, shaping: Shaping
-) -> tuple[Tensor, Tensor]:
-    """(what is added to the cross entropy (rows,), entropy of the most likely tokens (rows,)).
-
-    Makes of ``probabilities`` (rows, V) the gradient but for the label's share. ``log_z``, ``chosen``: (rows, 1).
-    """
-    added = shaping.z_loss * log_z.square()
-    if shaping.z_loss:
-        probabilities.mul_(1.0 + 2.0 * shaping.z_loss * log_z)
-    if shaping.label_smoothing:
-        added = added + shaping.label_smoothing * (chosen - logits.mean(-1, keepdim=True, dtype=torch.float32))
-        probabilities.sub_(shaping.label_smoothing / logits.shape[1])
-    if not shaping.entropy_of:
-        return added[:, 0], torch.zeros_like(added[:, 0])
-    likely = logits.topk(min(shaping.entropy_of, logits.shape[1]), -1).values.float().log_softmax(-1)
-    return added[:, 0], -(likely.exp() * likely).sum(-1)

@@ -18,7 +18,7 @@ from runner.config.schema import Count, Positive, Text
 from runner.data.examples import Answers
 from runner.errors import Fault
 from runner.tasks import teacher_logits
-from runner.tasks.cross_entropy import Shaping
+from runner.tasks.logit_losses import Shaping
 from runner.tasks.own_answers import OwnAnswers
 from runner.tasks.sft import sft
 from runner.tasks.soft_targets import Soft

@@ -20,7 +20,7 @@ from runner.data.batches import Batches
 from runner.data.examples import Answers
 from runner.errors import Fault
 from runner.tasks import policy_loss, prompt_encoding, rollout
-from runner.tasks.cross_entropy import Shaping
+from runner.tasks.logit_losses import Shaping
 from runner.tasks.reward_functions import KEY, Rewards
 from runner.tasks.task import Divisor, Task, token_losses
 

@@ -14,7 +14,7 @@ from runner.data.collator import Batch
 from runner.data.packing import IGNORED
 from runner.data.texts import Texts
 from runner.tasks import sampling
-from runner.tasks.cross_entropy import Shaping
+from runner.tasks.logit_losses import Shaping
 from runner.tasks.reward_functions import Rewards
 from runner.tasks.sampling import Sampling
 from runner.tasks.step_context import StepContext

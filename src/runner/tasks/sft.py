@@ -30,7 +30,7 @@ def sft(
     """Supervised fine-tuning on the assistant turns of a conversation; ``train_on`` selects the trained turns.
 
     ``reasoning``: whether the reasoning of an answer is trained, too. ``loss_type``: the loss of a token, see
-    ``of_tokens``; ``label_smoothing`` and ``z_loss`` are added to nll, see ``cross_entropy.Shaping``.
+    ``of_tokens``; ``label_smoothing`` and ``z_loss`` are added to nll, see ``logit_losses.Shaping``.
     """
 
     def encode(example: Example, tokenizer: Any, max_length: int) -> list[Features]:
@@ -57,7 +57,7 @@ def sft(
         return prompt, str(talk.messages[answer]["content"])
 
     def loss(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-        from runner.tasks.cross_entropy import Shaping
+        from runner.tasks.logit_losses import Shaping
 
         shaping = Shaping(label_smoothing, z_loss, entropy_of=EAFT_TOKENS if loss_type == "eaft" else 0)
         tokens = token_losses(model, batch, shaping)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from runner.data.batches import Batches
     from runner.data.collator import Batch
-    from runner.tasks.cross_entropy import Shaping, TokenLosses
+    from runner.tasks.cross_entropy import TokenLosses
+    from runner.tasks.logit_losses import Shaping
     from runner.tasks.step_context import StepContext
 
 from runner.data.examples import Answers, Example, Features
