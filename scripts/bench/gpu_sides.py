@@ -193,19 +193,18 @@ def train_ours(case: Case, side: str, steps: int) -> dict[str, Any]:
     from runner.tracking.rundir import RunDir
     from runner.train import build, loop, throughput
     from runner.train.checkpoint import Progress
-    from runner.train.options import Options
     from runner.train.parts import Hooks
 
     pretrained.load = lambda source, quant, _: adopted(made_model(case), source, quant)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
         cfg = composed(case, side, steps, Path(name))
-        made = inputs(Options(cfg), case, side, steps)
+        made = inputs(cfg, case, side, steps)
         parts = build.parts(made, RunDir(Path(name) / "run"))
         losses: list[float] = []
         hooks = Hooks(
             record=lambda _, metrics: losses.append(metrics["train/loss"]),
             evaluating=lambda *_: None,
-            saving=lambda: None,
+            saving=lambda *_: None,
             check_stop=lambda: None,
             warm=lambda: None,
         )
@@ -252,13 +251,17 @@ def composed(case: Case, side: str, steps: int, folder: Path) -> dict[str, Any]:
     return found  # type: ignore[return-value]
 
 
-def inputs(options: Any, case: Case, side: str, steps: int) -> Any:
+def inputs(cfg: dict[str, Any], case: Case, side: str, steps: int) -> Any:
     """What ``build.inputs`` makes, of documents that are tokens already."""
     from runner.data import packing
     from runner.data.batches import Batches
+    from runner.models.kernels import compilation
     from runner.models.sources import ModelSource
-    from runner.train import inputs
+    from runner.train import answers, devices
+    from runner.train.inputs import Inputs
+    from runner.train.options import Options
 
+    options = Options(cfg)
     rows = members(case, side, steps)
     ids = np.concatenate([document for row in rows for document in row]).astype(np.int32)
     offsets = np.cumsum([0, *(len(document) for row in rows for document in row)])
@@ -274,10 +277,13 @@ def inputs(options: Any, case: Case, side: str, steps: int) -> Any:
         pad_id=0,
     )
     report = SimpleNamespace(train_tokens=len(ids), train_trained_tokens=len(ids) - len(offsets) + 1)
-    model = options.model
-    source = ModelSource(model.path, None, model.dtype, model.attention, False, "random weights")
+    model = cfg["model"]
+    source = ModelSource(model["path"], None, model["dtype"], model["attention"], False, "random weights")
     splits: Any = SimpleNamespace(report=report)
-    return inputs.Inputs(options, source, None, options.train, splits, batches, batches, steps, inputs.pick_device())
+    settings, device, notes = options.train, devices.pick(), list[tuple[str, str]]()
+    devices.choose_allocator(device, graphs=compilation.records_graphs(options.compile))
+    questions = answers.questions(settings, (), batches, None)
+    return Inputs(options, source, None, settings, splits, batches, batches, steps, device, notes, questions)
 
 
 def adopted(model: Any, source: Any, quant: Any) -> Any:

@@ -35,3 +35,14 @@ def test_auto_is_bfloat16_only_where_the_cpu_is_fast_in_it(
         assert ("30 to 60 times slower" in caplog.text) == (flags == "")
     finally:
         dtypes._cpu_flags.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "says"), [((7, 5), True), ((8, 0), False)])
+def test_a_gpu_without_bfloat16_is_named_in_the_plan(
+    capability: tuple[int, int], says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    gpu = torch.device("cuda", 0)
+    assert ("has no bfloat16" in dtypes.slow_gpu(torch.float32, gpu)) == says
+    assert not dtypes.slow_gpu(torch.bfloat16, gpu)
+    assert not dtypes.slow_gpu(torch.float32, torch.device("cpu"))

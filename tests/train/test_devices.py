@@ -93,3 +93,24 @@ def test_float32_is_multiplied_in_tf32_only_if_asked(tf32: bool, precision: str)
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize(
+    ("device", "graphs", "variable", "grows"),
+    [
+        ("cuda", False, "", True),
+        ("cuda", True, "", False),
+        ("cuda", False, "backend:native", False),
+        ("cpu", False, "", False),
+    ],
+)
+def test_segments_grow_unless_the_user_or_graphs_say_otherwise(
+    device: str, graphs: bool, variable: str, grows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    for name in devices.ALLOCATOR_VARIABLES:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", variable)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    assert devices.choose_allocator(torch.device(device), graphs=graphs) == grows
+    assert told == ["expandable_segments:True"] * grows

@@ -164,10 +164,11 @@ def _limited(key: str, limit: int | None) -> str:
 
 
 def _time_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
+    from runner.models.dtypes import dtype_for, slow_gpu
     from runner.train import build
     from runner.train.estimate import ASSUMED_UTILISATION, training_seconds
 
-    tokens = run_inputs.batches.tokens_at(run_inputs.total_steps)
+    tokens, device = run_inputs.batches.tokens_at(run_inputs.total_steps), run_inputs.device
     seconds, peak = training_seconds(run_inputs, expected)
     choice = build.resolve_compile(run_inputs, expected)
     compiles = [("compile", f"no: {choice.reason}" if choice.reason else "each layer")] if choice.settled else []
@@ -178,7 +179,7 @@ def _time_rows(run_inputs: Any, expected: Any) -> list[tuple[str, str]]:
         (
             "time",
             f"about {terminal.duration(max(seconds, 1))} of training at {ASSUMED_UTILISATION:.0%} of "
-            f"{peak / 1e12:.2f} TFLOP/s",
+            f"{peak / 1e12:.2f} TFLOP/s{slow_gpu(dtype_for(run_inputs.source.dtype, device), device)}",
         ),
         *compiles,
     ]

@@ -53,6 +53,18 @@ def faster_dtype(used: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
+def slow_gpu(used: torch.dtype, device: torch.device) -> str:
+    """What ``plan`` says about a GPU that computes float32 because it has no bfloat16; else empty.
+
+    Its float16 is much faster, but is not allowed: ``dtype_faults``.
+    """
+    import torch
+
+    if device.type != "cuda" or used != torch.float32 or _is_fast_in_bfloat16(device):
+        return ""
+    return " of float32: this GPU has no bfloat16, and one of the generation of A100 or later is many times as fast"
+
+
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype as keyword argument of ``from_pretrained`` and ``from_config``; transformers 4.56 renamed it."""
     import transformers

@@ -62,8 +62,20 @@ def _named_gpus(visible: str | None = None) -> Iterator[tuple[str, Any]]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
     for name in filter(None, (word.strip() for word in visible.split(","))):
         with contextlib.suppress(Exception):
-            find = pynvml.nvmlDeviceGetHandleByUUID
-            yield name, pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else find(name)
+            yield name, pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else _of_uuid(name, count)
+
+
+def _of_uuid(name: str, count: int) -> Any:
+    """The handle of a GPU by its UUID, of which CUDA takes a beginning, too (GPU-8932f937)."""
+    import pynvml
+
+    with contextlib.suppress(Exception):
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(count)):
+        uuid = pynvml.nvmlDeviceGetUUID(handle)
+        if (uuid.decode() if isinstance(uuid, bytes) else uuid).startswith(name):
+            return handle
+    raise LookupError(name)
 
 
 def user() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,6 +14,8 @@ from runner.tracking import machine
 
 EXACT_CUDNN = 92500
 """The first cuDNN whose attention is right for documents of length zero (NVIDIA/cudnn-frontend#943)."""
+ALLOCATOR_VARIABLES = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
+"""Environment variables that set up torch's allocator."""
 
 
 def pick() -> torch.device:
@@ -50,6 +54,18 @@ def choose_kernels(deterministic: bool, tf32: bool = False) -> None:
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     version = torch.backends.cudnn.version() if torch.cuda.is_available() else EXACT_CUDNN
     torch.backends.cuda.enable_cudnn_sdp(not deterministic and (version or 0) >= EXACT_CUDNN)
+
+
+def choose_allocator(device: torch.device, *, graphs: bool) -> bool:
+    """Let CUDA's allocator grow its segments, so that batches of other sizes leave no holes; whether it does.
+
+    Not if the user has set up the allocator, nor with CUDA graphs (``graphs``), whose memory stays where it is.
+    """
+    if device.type != "cuda" or graphs or any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        return False
+    set_up: Any = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # torch 2.9
+    (set_up or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+    return True
 
 
 def has_tf32(device: torch.device) -> bool:

@@ -29,7 +29,7 @@ ADAPTER_BYTES = torch.float32.itemsize
 """Per adapter parameter, or average of a parameter: they are float32."""
 ASSUMED_UTILISATION = 0.4
 """MFU assumed when estimating the training time."""
-OPERATIONS_OF_LAYER, LAUNCH_S = 207, 7e-6
+OPERATIONS_OF_LAYER, LAUNCH_S = 188, 7e-6
 """Operations that eager mode starts for a decoder layer with LoRA, forward and backward, and seconds to start one."""
 
 log = logging.getLogger("runner")
@@ -68,7 +68,7 @@ def expect(inputs: Inputs) -> Expected:
         libraries=held + peak.allocator_waste(inputs.device, activations or 0, gradients),
     )
     if parallel.kind == "fsdp":
-        memory = memory.in_shards(parallel.processes, peak.depth(model.config))
+        memory = memory.in_shards(parallel.processes, peak.depth(model.config), 0.5 if parallel.param_dtype else 1)
     total, free = usage.of_device(inputs.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     report = inputs.splits.report
     task, length, trained = options.task, options.data.max_length, report.train_trained_tokens / report.train_tokens

@@ -13,6 +13,7 @@ from runner.config.schema import TrainSettings
 from runner.data import dataset, mixture
 from runner.data.batches import Batches
 from runner.models import architecture, tokenizer_files
+from runner.models.kernels import compilation
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
 from runner.train import answers, callbacks, devices, profiling, teacher
@@ -59,8 +60,8 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     Raises:
         ConfigError, DataError: the configuration or the data cannot be used for training.
     """
-    device = devices.pick()
-    settings = options.train
+    device, settings = devices.pick(), options.train
+    devices.choose_allocator(device, graphs=compilation.records_graphs(options.compile))
     source = architecture.resolve(options.model)
     options = options.on(source)
     tokenizer = tokenizer_files.load(source)
@@ -76,8 +77,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     functions = callbacks.load(settings.callbacks, options.code)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     notes += answers.note(questions, tokenizer)
-    if device.type == "cpu":
-        usage.begin()
+    usage.begin(device)
     return Inputs(
         options,
         source,

@@ -17,7 +17,7 @@ from runner.config.bind import bind_target
 from runner.config.schema import Betas, Fraction, NotNegative, Positive, Ratio
 from runner.errors import ConfigError, Fault, first_line
 from runner.models import new_tokens
-from runner.models.kernels import score_head
+from runner.models.kernels import compat, score_head
 from runner.train.bitsandbytes_steps import repaired
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def adamw_bnb(
     runs out. Also works on the CPU, several times slower than ``adamw``.
 
     Raises:
-        ConfigError: ``paged`` on a CPU; bitsandbytes 0.50 would ignore it with a warning.
+        ConfigError: ``paged`` on a CPU (bitsandbytes 0.50 would ignore it with a warning), or an older bitsandbytes.
     """
     from bitsandbytes.optim import AdamW
 
@@ -119,6 +119,7 @@ def adamw_bnb(
         raise ConfigError(
             Fault("optim.paged", "needs a CUDA GPU, but the model is not on one", "use optim=adamw_8bit", True)
         )
+    compat.check_optimizer(groups)
     settings = {"weight_decay": weight_decay, "betas": _pair(betas), "eps": eps, "optim_bits": bits}
     return repaired(AdamW(groups, lr=learning_rate, is_paged=paged, **settings))
 
@@ -132,9 +133,16 @@ def lion(
     bits: Literal[8, 32],
     loraplus_lr_ratio: Ratio = 1.0,
 ) -> Optimizer:
-    """Lion of bitsandbytes: updates by the sign of a momentum, with half of Adam's state (https://arxiv.org/abs/2302.06675)."""
+    """Lion of bitsandbytes: updates by the sign of a momentum, with half of Adam's state.
+
+    https://arxiv.org/abs/2302.06675
+
+    Raises:
+        ConfigError: on a CPU with a bitsandbytes before 0.50.
+    """
     from bitsandbytes.optim import Lion
 
+    compat.check_optimizer(groups)
     return repaired(Lion(groups, lr=learning_rate, weight_decay=weight_decay, betas=_pair(betas), optim_bits=bits))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from runner.data.batches import Batches
 from runner.data.collator import Batch
+from runner.train.distributed.wrap import on_device
 
 
 class Prefetcher:
@@ -41,9 +42,5 @@ class Prefetcher:
         if self._stream is None:
             return batches, None
         with torch.cuda.stream(self._stream):
-            copied = [{name: self._copied(value) for name, value in batch.items()} for batch in batches]
+            copied = [on_device(batch, self.device) for batch in batches]
             return copied, self._stream.record_event()
-
-    def _copied(self, value: Any) -> Any:
-        """Copy through pinned memory; from pageable memory the copy would wait for the device."""
-        return value.pin_memory().to(self.device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -82,3 +83,24 @@ def test_models_that_transformers_5_wrote_are_not_given_to_4(installed):
     compat.at_least.cache_clear()
     installed(transformers="5.2.0")
     assert compat.model_cache() != before
+
+
+def test_optimizers_of_bitsandbytes_without_a_gpu_need_050(installed):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+    installed(bitsandbytes="0.49.1")
+    with pytest.raises(ConfigError, match=r"(?s)0.49.1 has optimizers for GPUs only.*bitsandbytes >= 0.50"):
+        compat.check_optimizer(groups)
+    compat.check_optimizer([{"params": [torch.nn.Parameter(torch.zeros(2, device="meta"))]}])
+    compat.at_least.cache_clear()
+    installed(bitsandbytes="0.50.0")
+    compat.check_optimizer(groups)
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_the_variable_of_the_compile_workers_is_the_users_again(before, monkeypatch):
+    monkeypatch.delenv(compat.WARM_POOL, raising=False)
+    if before is not None:
+        monkeypatch.setenv(compat.WARM_POOL, before)
+    with compat.without_compile_workers():
+        assert os.environ[compat.WARM_POOL] == "0"
+    assert os.environ.get(compat.WARM_POOL) == before

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, composed, no_hooks, prepared
+from fixtures import versions
 from peft import LoraConfig, get_peft_model
 
 from runner.config.bind import config_dir, find_faults
@@ -271,6 +272,7 @@ def test_a_wrong_mode_is_refused(name: str) -> None:
     "kept", ["speed", *(pytest.param(kept, marks=pytest.mark.slow) for kept in ("balanced", "min"))]
 )
 @pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.slow)])
+@versions.by_document
 def test_the_step_as_it_is_put_together_is_one_graph_a_layer(
     quant: str, kept: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +395,11 @@ def test_auto_compiles_on_a_gpu_where_it_pays(cache: Path, monkeypatch: pytest.M
     assert "no list of decoder layers of one class" in settled(monkeypatch, layers=0).reason
     asked_for = settled(monkeypatch, "compile=default", seconds=1)
     assert (asked_for.option.func, asked_for.settled) == (compilation.whole, "")
+
+
+def test_options_that_record_cuda_graphs_are_known() -> None:
+    assert {name for name in OPTIONS if compilation.records_graphs(option(name))} == {"reduce_overhead"}
+    assert compilation.records_graphs(option("max_autotune", mode="max-autotune"))
 
 
 def test_a_run_goes_on_compiled_as_it_began(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

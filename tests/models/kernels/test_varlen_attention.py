@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fixtures import versions
 from fixtures.language_models import FAMILIES, PACKS, batch_of, build, gradients
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runner.models.kernels import varlen_attention
@@ -37,6 +39,7 @@ def operations() -> Iterator[set[str]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@versions.by_document
 def test_attention_by_document_is_that_of_a_mask(family: str) -> None:
     """Where a model slides a window or caps its scores, it stays with the mask."""
     reference, model, batch = build(FAMILIES[family]), build(FAMILIES[family]), batch_of(PACKS)
@@ -76,6 +79,7 @@ def test_a_window_longer_than_every_document_does_not_matter() -> None:
     assert "sliding_window" in varlen_attention.install(build(FAMILIES["mistral"]), longest=5)
 
 
+@versions.by_document
 def test_attention_by_document_answers_prompts_as_before() -> None:
     model = build(FAMILIES["llama"]).eval()
     prompts = {
@@ -135,3 +139,23 @@ def test_parts_are_computed_as_the_whole() -> None:
     weights = torch.randn_like(together)
     expected = torch.autograd.grad((together * weights).sum(), (query, key, value))
     torch.testing.assert_close(torch.autograd.grad((apart * weights).sum(), (query, key, value)), expected)
+
+
+@pytest.mark.parametrize(("window", "given"), [(None, -1), (16, 15), (64, -1)])
+def test_on_a_gpu_a_sliding_window_is_given_to_the_kernel(
+    window: int | None, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    calls: list[dict[str, Any]] = []
+
+    def kernel(query: Tensor, *_: Any, **options: Any) -> Tensor:
+        calls.append(options)
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    with FakeTensorMode():  # a GPU without content
+        query, key = (torch.empty(1, heads, 64, 8, device="cuda") for heads in (4, 2))
+        ends = torch.empty(3, dtype=torch.int32, device="cuda")
+        options: dict[str, Any] = {"sliding_window": window, "cu_seq_lens_q": ends, "max_length_q": 64}
+        varlen_attention.attend(torch.nn.Module(), query, key, key, None, **options)
+    assert [call["window_size"] for call in calls] == [(given, 0)]

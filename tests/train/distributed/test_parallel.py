@@ -48,3 +48,10 @@ def test_what_cannot_be_sharded_is_refused(option: str):
     ):
         composed(*OPTIONS, *several("fsdp"), option)
     composed(*OPTIONS, *several("ddp"), option)
+
+
+def test_weights_in_bfloat16_are_gathered_as_they_are():
+    words = (*OPTIONS, *several("fsdp"), "lora=none", "parallel.param_dtype=bfloat16")
+    assert bind(composed(*words)["parallel"], "parallel")().param_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"parallel.param_dtype=bfloat16: has no effect with model.dtype=bfloat16"):
+        composed(*words, "model.dtype=bfloat16")

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import prepared
 from fixtures.ranks_of_a_run import OPTIONS, TORCHRUN, completed, environment, several, worked
 from safetensors.torch import load_file
 
+from runner.models.kernels import compilation
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 
@@ -73,6 +75,15 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, cache: Path, kind: 
     assert of(one, "train/loss")[-1] < of(one, "train/loss")[0]
 
 
+@pytest.mark.slow
+def test_weights_that_are_gathered_in_bfloat16_train_in_float32(tmp_path: Path, cache: Path):
+    whole = alone(tmp_path / "whole", *OPTIONS, *FULL, "train.per_device_batch_size=4")
+    half = completed(tmp_path / "half", *OPTIONS, *FULL, *several("fsdp"), "parallel.param_dtype=bfloat16")
+    assert of(half, "train/loss") == pytest.approx(of(whole, "train/loss"), rel=0.02)
+    assert of(half, "train/loss") != of(whole, "train/loss")
+    assert {str(each.dtype) for each in weights(half).values()} == {"torch.float32"}
+
+
 def test_ranks_that_have_no_row_left_take_part_all_the_same(tmp_path: Path, cache: Path):
     """Five rows in an epoch, two ranks of two rows: the last micro-batch of the epoch leaves one rank nothing."""
     few = (*OPTIONS, "data.packing=false", "data.train_rows=5", "data.eval_rows=3", "train.max_steps=null",
@@ -118,6 +129,50 @@ def test_a_rank_beyond_0_makes_a_whole_model_too(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "cache" / "models").glob("random-*")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_ddp_does_not_cut_a_compiled_layer(tmp_path: Path):
+    """Its own optimizer would make a graph of each bucket: 25 MB hold one and a half of these products."""
+    torch._dynamo.reset()
+    compilation.regional(_Layers(), mode=None, dynamic=False, fullgraph=True)
+    model, graphs = _Layers(), list[int]()
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph.forward
+
+    for layer in model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=25)
+        wrapped(torch.randn(2, 2048)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert graphs == [6, 6], "a graph for each layer"
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = torch.nn.ModuleList(torch.nn.Linear(2048, 2048, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for product in self.products:
+            x = torch.tanh(product(x))
+        return x
+
+
+class _Layers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(_Layer() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 # Stopped, killed, continued

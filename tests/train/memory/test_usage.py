@@ -41,7 +41,7 @@ def test_what_was_done_before_does_not_count() -> None:
         torch.ones(values).sum()
 
     take(2**27)
-    usage.begin()
+    usage.begin(torch.device("cpu"))
     peak = usage.peak_of_process()
     take(2**26)
     assert 0.9 * 2**28 < usage.peak_of_process() - peak < 0.6 * 2**29
@@ -62,3 +62,14 @@ def test_memory_of_a_gpu() -> None:
     assert block.nbytes / usage.GIB <= metrics["memory/peak_allocated_gib"] <= metrics["memory/peak_reserved_gib"]
     total, free = usage.of_device(torch.device("cuda"))
     assert free < total
+
+
+@pytest.mark.parametrize("is_initialized", [True, False])
+def test_on_a_gpu_the_peak_of_a_run_before_does_not_count(
+    is_initialized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_initialized)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    usage.begin(torch.device("cuda", 1))
+    assert reset == [torch.device("cuda", 1)] * is_initialized

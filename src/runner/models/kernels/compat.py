@@ -6,12 +6,17 @@ this package looks at a version. Each function names the version that makes it s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
-from collections.abc import Container
+import os
+from collections.abc import Container, Iterator
 from typing import Any
 
 from runner.errors import ConfigError, Fault
+
+WARM_POOL = "TORCH_WARM_POOL"
+"""Environment variable: whether Inductor starts its processes before they are needed."""
 
 
 @functools.cache
@@ -41,6 +46,35 @@ def can_change_attention(model: Any) -> bool:
 def model_cache() -> str:
     """The room of the cache for models that transformers writes: 4 cannot load the tokenizers that 5 saves."""
     return "models" if at_least("transformers", "5") else "models-transformers-4"
+
+
+@contextlib.contextmanager
+def without_compile_workers() -> Iterator[None]:
+    """For imports inside the block: torch 2.5 starts processes and a thread when Inductor is imported.
+
+    They would be for nothing where nothing is compiled, and a process with threads should not be forked.
+    """
+    before = os.environ.get(WARM_POOL)
+    os.environ[WARM_POOL] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(WARM_POOL)
+        if before is not None:
+            os.environ[WARM_POOL] = before
+
+
+def check_optimizer(groups: list[dict[str, Any]]) -> None:
+    """Check that the optimizers of bitsandbytes have kernels for the devices of the parameters (0.50).
+
+    Raises:
+        ConfigError: before 0.50 they have none for a CPU; the first step would end in a NotImplementedError.
+    """
+    on_cpu = any(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+    if on_cpu and not at_least("bitsandbytes", "0.50"):
+        installed = importlib.metadata.version("bitsandbytes")
+        problem = f"bitsandbytes {installed} has optimizers for GPUs only, and this machine has none"
+        raise ConfigError(Fault("optim", problem, "install bitsandbytes >= 0.50, or use optim=adamw"))
 
 
 def check_quantization(device: Any) -> None:

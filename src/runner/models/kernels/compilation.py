@@ -164,6 +164,11 @@ def obstacle(device: torch.device, layers: int, graph_breaks: str, in_shards: bo
     return ""
 
 
+def records_graphs(option: functools.partial[nn.Module]) -> bool:
+    """Whether this option of ``compile`` records CUDA graphs on a GPU."""
+    return option.keywords.get("mode") in ("reduce-overhead", "max-autotune")
+
+
 def is_compiled(model: nn.Module) -> bool:
     return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
 

@@ -64,10 +64,10 @@ def adopt(model: Any) -> None:
 def obstacle(model: Any) -> str:
     """The reason why a model cannot use attention by document, or "". Checks its structure; no forward pass."""
     base = base_model.of(model)
-    if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):
-        return f"{type(base).__name__} has its own attention implementation"
     if not compat.can_change_attention(base):
         return "attention by document needs transformers >= 4.54"
+    if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} has its own attention implementation"
     return "" if _register() else "attention by document needs a newer torch or transformers"
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from runner import imports
 from runner.errors import DamagedError
 from runner.secrets import redact
 from runner.tracking import webhook
@@ -203,8 +202,7 @@ def say(text: str, rundir: RunDir | None = None) -> None:
 
 def _has_started(rundir: RunDir, since: float) -> bool:
     """Wait until the worker trains; False if it ends before (the run was refused: nothing to upload)."""
-    with imports.uncollected():
-        import mlflow  # noqa: F401 - takes seconds: import it while the worker imports torch
+    import mlflow  # noqa: F401 - takes seconds: import it while the worker imports torch
 
     while rundir.path.exists():
         state = rundir.read_state()

@@ -27,6 +27,7 @@ class Parallel:
     find_unused_parameters: bool = False
     bucket_cap_mb: int = 25
     reshard_after_forward: bool = True
+    param_dtype: Literal["bfloat16"] | None = None
 
 
 def none() -> Parallel:
@@ -44,9 +45,15 @@ def ddp(*, processes: Count | None, find_unused_parameters: bool, bucket_cap_mb:
     return Parallel("ddp", processes or 1, find_unused_parameters=find_unused_parameters, bucket_cap_mb=bucket_cap_mb)
 
 
-def fsdp(*, processes: Count | None, reshard_after_forward: bool) -> Parallel:
-    """FSDP: weights, gradients and optimizer state are sharded over the processes (https://arxiv.org/abs/2304.11277)."""
-    return Parallel("fsdp", processes or 1, reshard_after_forward=reshard_after_forward)
+def fsdp(
+    *, processes: Count | None, reshard_after_forward: bool, param_dtype: Literal["bfloat16"] | None = None
+) -> Parallel:
+    """FSDP: weights, gradients and optimizer state are sharded over the processes (https://arxiv.org/abs/2304.11277).
+
+    ``param_dtype``: gather float32 weights in bfloat16, and compute with these; the shards, their gradients and the
+    optimizer stay in float32 (torch's MixedPrecisionPolicy).
+    """
+    return Parallel("fsdp", processes or 1, reshard_after_forward=reshard_after_forward, param_dtype=param_dtype)
 
 
 def resolve(node: Mapping[str, Any], processes: int) -> dict[str, Any]:
@@ -83,6 +90,9 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if not bind(cfg["quant"], "quant")().plain:
         remedy = "use parallel=ddp (quantized weights are small), or quant=none"
         yield Fault("parallel", "parallel=fsdp does not support quantized weights", remedy, "fsdp")
+    if cfg["parallel"].get("param_dtype") and cfg["model"].get("dtype") == "bfloat16":
+        problem = "has no effect with model.dtype=bfloat16: the weights are gathered as they are stored"
+        yield Fault("parallel.param_dtype", problem, "set it to null, or model.dtype=auto", "bfloat16")
     if cfg["model"].get("new_tokens") and bind_target(cfg["lora"]) is not lora.none:
         problem = "parallel=fsdp cannot shard the rows of new tokens (model.new_tokens), which an adapter trains alone"
         yield Fault("parallel", problem, "use parallel=ddp, or lora=none", "fsdp")

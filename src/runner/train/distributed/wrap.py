@@ -42,8 +42,17 @@ class Wrapped:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors on the device.
+
+    To a GPU they go through pinned memory: the host would wait for a copy from pageable memory.
+    """
+    return {name: _on_device(value, device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def wrap(
@@ -110,10 +119,13 @@ def _replicated(parallel: Parallel, forward: _Forward) -> nn.parallel.Distribute
 def _shard(parallel: Parallel, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     """Apply FSDP: each decoder layer is one unit, the rest (embeddings, head) is another."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (ranks.world,))
+    policy = MixedPrecisionPolicy()
+    if parallel.param_dtype:
+        policy = MixedPrecisionPolicy(getattr(torch, parallel.param_dtype), reduce_dtype=torch.float32)
     for layer in compilation.decoder_layers(model):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "generate")  # generate() skips the root's forward hooks

@@ -49,11 +49,14 @@ class MemoryEstimate:
         """The sum of the parts that are known."""
         return sum(part for part in asdict(self).values() if part is not None)
 
-    def in_shards(self, count: int, layers: int) -> MemoryEstimate:
-        """The estimate for one of ``count`` FSDP processes: its shard, plus two unsharded layers (current and next)."""
+    def in_shards(self, count: int, layers: int, gathered: float = 1) -> MemoryEstimate:
+        """The estimate for one of ``count`` FSDP processes: its shard, plus two unsharded layers (current and next).
+
+        ``gathered``: bytes of a gathered weight for each byte of a shard.
+        """
         return replace(
             self,
-            weights=self.weights // count + 2 * self.weights // layers,
+            weights=self.weights // count + int(2 * self.weights * gathered) // layers,
             gradients=self.gradients // count + self.gradients // layers,
             optimizer=self.optimizer // count,
         )

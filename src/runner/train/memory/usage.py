@@ -28,11 +28,15 @@ def held_already(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss) - libraries_mapped()
 
 
-def begin() -> None:
-    """Reset the peak memory of this process, so that data preparation before it does not count.
+def begin(device: torch.device) -> None:
+    """Reset the peak memory of this process, so that data preparation or a run before it does not count.
 
-    Also makes glibc return freed memory to the system (0.25 GiB after a GGUF file was converted).
+    On a CPU it also makes glibc return freed memory to the system (0.25 GiB after a GGUF file was converted).
     """
+    if device.type == "cuda":
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats(device)
+        return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
