@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from fixtures import versions
 from fixtures.fake_hub import TOKEN, Hub, hub
 from fixtures.trained_runs import _there, logits, said, trained
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -48,9 +49,9 @@ def test_a_merged_model_has_the_logits_of_base_and_adapter(
     code, out, err = said(capsys, "export", name, str(tmp_path / "merged"), "--merged")
     assert code == 0, err
     assert "logits differ by" in out
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **versions.FLOAT32)
     origin = json.loads((run.model / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(origin, **versions.FLOAT32)
     if name == "ends":
         base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("The quick brown fox jumps.")["input_ids"]

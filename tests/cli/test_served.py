@@ -10,7 +10,7 @@ from typing import Any
 import pandas
 import pytest
 import torch
-from fixtures import two_models
+from fixtures import two_models, versions
 from fixtures.trained_runs import asked_plainly
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -21,7 +21,7 @@ from runner.cli import served
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose answers depend on the prompt."""
     written = two_models.write(tmp_path_factory.mktemp("model"))
-    model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(written, **versions.FLOAT32)
     for seed in range(6):
         two_models.add_noise(model, seed)
     model.save_pretrained(written)

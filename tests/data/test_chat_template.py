@@ -68,7 +68,7 @@ def test_a_token_that_begins_in_the_header_is_not_trained():
     tokenizer = build("qwen")
     merged = tokenizer.encode("\n\n", add_special_tokens=False)
     assert len(merged) == 1
-    assert merged[0] in tokenizer.apply_chat_template(opened)["input_ids"]
+    assert merged[0] in tokenizer.apply_chat_template(opened, return_dict=True)["input_ids"]
     assert trained(opened, "qwen") == ["\nHello<|im_end|>"]
 
 

@@ -74,7 +74,8 @@ def answers(tokenizer: Any, name: str) -> list[str] | None:
         features = chat_template.encode(messages, tokenizer, "assistant", options=options)
     except DataError:
         return None
-    reference = tokenizer.apply_chat_template(chat_template.of(tokenizer).renderer.plain(messages), **options)
+    plain = chat_template.of(tokenizer).renderer.plain(messages)
+    reference = tokenizer.apply_chat_template(plain, return_dict=True, **options)
     assert features["input_ids"] == reference["input_ids"]
     texts, run = [], []
     for token, label in zip(features["input_ids"], [*features["labels"][:], IGNORED], strict=False):

@@ -27,7 +27,7 @@ def test_reasoning_under_the_key_that_the_template_reads():
     messages = [{**message} for message in REASONED[:2]]
     features = chat_template.encode(messages, tokenizer, "assistant")
     theirs = [messages[0], {"role": "assistant", "content": "Four.", "thinking": "Easy."}]
-    assert features["input_ids"] == tokenizer.apply_chat_template(theirs)["input_ids"]
+    assert features["input_ids"] == tokenizer.apply_chat_template(theirs, return_dict=True)["input_ids"]
     text = tokenizer.decode([label for label in features["labels"] if label != IGNORED])
     assert text.startswith("<|User|>analysis Easy.<|end_header_id|>")
     assert text.endswith("final Four.<|eot_id|>")

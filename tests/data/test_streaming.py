@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fixtures import versions
 from fixtures.chat_tokenizer import build
 from fixtures.documents import SETTINGS, load, own_cache, read_messages, talk, texts
 from fixtures.fake_hub import COMMIT, Hub, hub
@@ -57,6 +58,7 @@ def tokenised(source: Source, **changes: object) -> Splits:
     return dataset.load(lambda: source, read_messages, task, build("llama3"), settings, identity)
 
 
+@versions.datasets_4
 def test_only_the_files_of_the_first_rows_are_fetched(talks: Hub) -> None:
     splits = tokenised(stream(revision="main"))
     assert (splits.report.rows_read, splits.revision, splits.is_streamed) == (60, COMMIT, True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import option
+from fixtures import versions
 from fixtures.adapters import load, logits, reloaded, train
 from fixtures.model_folders import source
 from safetensors.torch import load_file
@@ -32,7 +33,7 @@ def untied(cache: Path) -> ModelSource:
         ("lora", {"modules_to_save": ["embed_tokens"]}),
         ("lora", {"target_modules": ["q_proj", "embed_tokens"]}),
         ("lora", {"target_modules": r".*layers\.0\..*_proj", "init_lora_weights": "gaussian"}),
-        ("lora", {"init_lora_weights": "orthogonal"}),
+        pytest.param("lora", {"init_lora_weights": "orthogonal"}, marks=versions.peft_16),
         ("lora", {"init_lora_weights": "olora"}),
         ("dora", {}),
         ("rslora", {}),
@@ -53,7 +54,7 @@ def test_plain_peft_reads_back_the_same_logits(
     where = source if tied else untied
     model = option("lora", name, **changes)(load(where))
     losses = train(model)
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - 0.02
     pretrained.save(model, tokenizer_files.load(where), tmp_path / "model")
     trained = logits(model)
     torch.testing.assert_close(logits(reloaded(where, tmp_path / "model")), trained, atol=2e-4, rtol=1e-4)

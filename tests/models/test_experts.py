@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, composed, node, option
+from fixtures import versions
 from fixtures.mixtures_of_experts import mixture
 from fixtures.model_folders import source
 from transformers import AutoModelForCausalLM
@@ -107,6 +108,7 @@ def test_a_model_without_experts_is_refused(source: ModelSource) -> None:
     [({"lora_dropout": 0.1}, "lora_dropout"), ({"use_dora": True}, "use_dora"),
      ({"init_lora_weights": "olora"}, "init_lora_weights")],
 )  # fmt: skip
+@versions.single_parameters
 def test_what_does_not_work_on_single_parameters(changes: dict[str, Any], key: str) -> None:
     [fault] = find_faults(node("lora", "lora", target_parameters="experts", **changes), "lora")
     assert fault.key == f"lora.{key}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures import versions
 from fixtures.trained_runs import _there, logits, said
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +31,7 @@ def test_the_gguf_of_the_default_model_says_what_the_merged_model_says(
                     "tracking=offline", f"hydra.run.dir={folder}"]) == 0  # fmt: skip
     code, _, err = said(capsys, "export", str(folder), str(made), "--merged", "--gguf", "--dtype", "float32")
     assert code == 0, err
-    merged = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
-    read = AutoModelForCausalLM.from_pretrained(made, gguf_file="g.gguf", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(made, **versions.FLOAT32)
+    read = AutoModelForCausalLM.from_pretrained(made, gguf_file="g.gguf", **versions.FLOAT32)
     ids = AutoTokenizer.from_pretrained(made)("My favourite film is the one that I saw with my sister.")["input_ids"]
     torch.testing.assert_close(logits(read, ids), logits(merged, ids), rtol=0, atol=1e-2)

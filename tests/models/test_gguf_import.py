@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runner.errors import ConfigError
 from runner.models import architecture, gguf_import, parameters, pretrained
+from runner.models.kernels import compat
 from runner.models.quantization import none
 
 # GGUF -----------------------------------------------------------------------------------------------------------------
@@ -82,4 +83,4 @@ def test_a_damaged_gguf_leaves_nothing_behind(cache: Path, tmp_path: Path, monke
     file.write_bytes(Path(option("smollm2")().path).read_bytes()[:5000])
     with pytest.raises(ConfigError, match="cannot be converted"):
         architecture.resolve(local(file))
-    assert not [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()]
+    assert not [path for path in (tmp_path / "cache" / compat.model_cache()).iterdir() if path.is_dir()]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, option
+from fixtures import versions
 from fixtures.model_folders import change_config, folder, ids, local, source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from runner.cli import main
 from runner.errors import ConfigError
 from runner.models import architecture, pretrained
+from runner.models.kernels import compat
 from runner.models.quantization import none
 from runner.models.sources import ModelSource
 from runner.tracking import manifest
@@ -34,6 +36,8 @@ BITS = {
 
 def store(folder: Path, kind: str) -> None:
     """Quantize the files of a folder with bitsandbytes."""
+    if not torch.cuda.is_available() and not compat.at_least("transformers", "4.53"):
+        pytest.skip("needs transformers 4.53: 8-bit and 4-bit weights on a CPU")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**BITS[kind]))
     model.save_pretrained(folder)
 
@@ -58,12 +62,12 @@ def test_bitsandbytes_files_train_as_they_are(
     assert f"weights in {kind} (bitsandbytes)" in capsys.readouterr().err
     run = RunDir(folder.parent / "run")
     ours = logits(trained_model.load(trained_model.Trained(run, manifest.read_config(run)), "cpu"))
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder, **versions.FLOAT32)
     for module in base.modules():
         module.support_avx512bf16_for_cpu = False  # else it is computed in bfloat16
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, run.model)), ours, atol=1e-4, rtol=1e-4)
     assert main.run(["export", "run", "merged", "--merged"]) == 0
-    merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained("merged", **versions.FLOAT32)
     assert not hasattr(merged.config, "quantization_config")
     rounding = {"nf4": 1e-3, "int8": 2e-2}[kind]  # products of 8-bit weights round the activations, too
     torch.testing.assert_close(logits(merged), ours, atol=rounding, rtol=rounding)
@@ -106,7 +110,7 @@ def test_compressed_tensors_without_the_package(folder: Path, monkeypatch: pytes
 def dequantized_as_transformers_does(folder: Path, config: Any) -> None:
     """Loaded by us: the weights that transformers dequantizes; with LoRA they train, and no 8-bit weight is left."""
     model = pretrained.load(local(folder, dtype="float32"), none.none(), "cpu")
-    plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **versions.FLOAT32)
     assert torch.equal(logits(model), logits(plain))
     assert not hasattr(model.config, "quantization_config")
     pretrained.save_whole(model, folder / "whole", model.state_dict())

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, composed
+from fixtures import versions
 from fixtures.model_folders import change_config, folder, ids, local, source
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +80,7 @@ def test_a_model_that_is_scaled_already_is_scaled_from_its_pretraining(folder: P
 def test_gemma_scales_its_layers_without_a_window() -> None:
     from runner.models import rope
 
-    config = transformers.Gemma3TextConfig(max_position_embeddings=1024)
+    config = versions.known(versions.config("Gemma3TextConfig", max_position_embeddings=1024))
     rope.configure(config, {"rope_type": "linear", "factor": 8}, None)
     assert config.rope_parameters["full_attention"]["factor"] == 8.0
     assert config.rope_parameters["sliding_attention"]["rope_type"] == "default"

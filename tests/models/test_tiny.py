@@ -12,6 +12,7 @@ import torch
 from fixtures.model_folders import option, source
 
 from runner.models import architecture, tiny, tokenizer_files
+from runner.models.kernels import compat
 from runner.models.sources import ModelSource
 
 # Random models --------------------------------------------------------------------------------------------------------
@@ -52,4 +53,6 @@ def test_several_processes_make_one_folder(tmp_path: Path, monkeypatch: pytest.M
     with ThreadPoolExecutor(4) as pool:
         made = set(pool.map(lambda _: architecture.resolve(option("tiny")()).path, range(4)))
     assert len(made) == 1
-    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [Path(made.pop()).name]
+    assert [path.name for path in (tmp_path / compat.model_cache()).iterdir() if path.is_dir()] == [
+        Path(made.pop()).name
+    ]

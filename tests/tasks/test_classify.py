@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, prepared
-from fixtures import two_models
+from fixtures import two_models, versions
 from fixtures.searches import searchable_is_logged
 
 from runner.cli import main
@@ -89,7 +89,7 @@ def loss_of_transformers(folder: Path, model: Any, task: Any, kind: str, tokeniz
     """AutoModelForSequenceClassification with right padding and ``labels=``."""
     from transformers import AutoModelForSequenceClassification
 
-    plain = AutoModelForSequenceClassification.from_pretrained(folder, config=model.config, dtype=torch.float32).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, config=model.config, **versions.FLOAT32).eval()
     plain.load_state_dict(model.state_dict())
     inputs = tokenizer(list(TEXTS), padding=True, padding_side="right", return_tensors="pt")
     targets = torch.tensor([[task.encode(e, tokenizer, 128)[0][name] for name in task.values] for e in examples(kind)])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, composed, prepared
-from fixtures import killed_runs
+from fixtures import killed_runs, versions
 from fixtures.ranks_of_a_run import several, worked
 from fixtures.searches import searchable_is_logged
 
@@ -91,7 +91,7 @@ def test_plain_peft_measures_what_the_run_reports(teacher: Path, tmp_path: Path)
     @torch.no_grad()
     def log_probabilities(adapter: Path) -> torch.Tensor:
         """(trained tokens, V)"""
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(path, **versions.FLOAT32)
         model, found = PeftModel.from_pretrained(base, str(adapter)).eval(), []
         for row in range(len(held_out)):
             ids, labels = (torch.tensor(column.tolist()) for column in held_out[row])

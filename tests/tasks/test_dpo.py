@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, composed, prepared
-from fixtures import two_models
+from fixtures import two_models, versions
 from fixtures.two_models import QUESTIONS
 from torch.nn.functional import log_softmax
 
@@ -256,7 +256,7 @@ def test_plain_peft_measures_the_loss_that_the_run_reports(tmp_path: Path, cache
     assert worker.work(rundir) == 0
     reported = [r["eval/loss"] for r in metrics_log.read(rundir) if "eval/loss" in r][-1]
     held_out = inputs.inputs(Options.of(rundir)).splits.eval
-    base = AutoModelForCausalLM.from_pretrained(rundir.read_manifest()["model"]["path"], dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(rundir.read_manifest()["model"]["path"], **versions.FLOAT32)
     model = PeftModel.from_pretrained(base, str(rundir.model)).eval()
 
     def sums() -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, prepared
-from fixtures import two_models
+from fixtures import two_models, versions
 from fixtures.searches import searchable_is_logged
 from fixtures.two_models import QUESTIONS
 
@@ -39,7 +39,7 @@ def loaded(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **versions.FLOAT32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model.config.pad_token_id = tokenizer.pad_token_id
     score_head.install(model, reward.reward(center_rewards_coefficient=0.0).head)
@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_the_installed_trl(loaded: Any, tmp_path: Path)
     from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = loaded
-    plain = AutoModelForSequenceClassification.from_pretrained(model.name_or_path, num_labels=1, dtype=torch.float32)
+    plain = AutoModelForSequenceClassification.from_pretrained(model.name_or_path, num_labels=1, **versions.FLOAT32)
     plain.load_state_dict(model.state_dict())
     plain.config.pad_token_id = tokenizer.pad_token_id
     for (center, margin), expected in OF_TRL.items():
@@ -195,7 +195,7 @@ def test_plain_peft_measures_the_loss_of_the_run(run: RunDir) -> None:
     adapter = json.loads((run.model / "adapter_config.json").read_text())
     config = AutoConfig.from_pretrained(run.model)
     path = adapter["base_model_name_or_path"]
-    base = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
+    base = AutoModelForSequenceClassification.from_pretrained(path, config=config, **versions.FLOAT32)
     model = PeftModel.from_pretrained(base, run.model).eval()
     assert loss_of_plain_peft(run, model) == pytest.approx(evaluations(run)[-1]["eval/loss"], abs=1e-5)
 
@@ -204,7 +204,7 @@ def test_a_merged_export_keeps_its_head(run: RunDir, tmp_path: Path, capsys: pyt
     from transformers import AutoModelForSequenceClassification
 
     assert main.run(["export", str(run.path), str(tmp_path / "merged"), "--merged", "--dtype", "float32"]) == 0
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", **versions.FLOAT32).eval()
     assert model.config.id2label == {0: "reward"}
     assert model.config.pad_token_id is not None
     assert loss_of_plain_peft(run, model) == pytest.approx(evaluations(run)[-1]["eval/loss"], abs=1e-5)
@@ -302,7 +302,7 @@ def test_scores_are_those_of_transformers_pooling(loaded: Any, folder: Path) -> 
     from transformers import AutoModelForSequenceClassification
 
     model, tokenizer = loaded
-    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **versions.FLOAT32).eval()
     plain.load_state_dict(model.state_dict())
     plain.config.pad_token_id = tokenizer.pad_token_id
     (batch,) = batches(tokenizer, packing=False, at_once=4).step(0)

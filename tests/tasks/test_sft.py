@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import composed
-from fixtures import two_models
+from fixtures import two_models, versions
 from fixtures.chat_tokenizer import build
 from fixtures.documents import batches, source
 from torch import Tensor
@@ -57,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
     folder: Path = tmp_path_factory.mktemp("model")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     tiny.write(folder, seed=0, **shape, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, **versions.FLOAT32, attn_implementation="eager")
     model.resize_token_embeddings(len(build("qwen")), mean_resizing=False)
     return model.eval()
 

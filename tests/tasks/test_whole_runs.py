@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, prepared
-from fixtures import killed_runs
+from fixtures import killed_runs, versions
 from fixtures.ranks_of_a_run import several, worked
 
 from runner.tasks.example_rewards import lowercase_share
@@ -95,7 +95,7 @@ def saved(rundir: RunDir) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = rundir.read_manifest()["model"]["path"]
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(path, **versions.FLOAT32)
     return PeftModel.from_pretrained(base, str(rundir.model)).eval(), AutoTokenizer.from_pretrained(path)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, composed
-from fixtures import two_models
+from fixtures import two_models, versions
 
 from runner.data.examples import Answers
 from runner.data.packing import IGNORED, Rows
@@ -83,6 +83,7 @@ def test_what_needs_whole_sequences(settings: dict[str, float], is_eager: bool, 
     assert layout.needs_whole(given, is_eager=is_eager) == whole
 
 
+@versions.by_document
 def test_time_and_memory_are_those_of_the_tokens_that_are_computed(pairs: inputs.Inputs) -> None:
     noisy = inputs.inputs(Options(composed(*PAIRS, "train.neftune_noise_alpha=5")))
     less, more = estimate.expect(pairs), estimate.expect(noisy)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, composed
+from fixtures import versions
 
 from runner.errors import ConfigError, Preempted, TrainingError
 from runner.models.kernels import compilation, varlen_attention
@@ -106,7 +107,7 @@ def plain_model(made: inputs.Inputs, parts: Parts) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(made.source.path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(made.source.path, **versions.FLOAT32)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     ours = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
     with torch.no_grad():

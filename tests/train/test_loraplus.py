@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, composed, option
+from fixtures import versions
 from peft.optimizers import create_loraplus_optimizer
 from test_loop import trained
 
@@ -44,6 +45,7 @@ def groups_of(optimizer: torch.optim.Optimizer, key: str) -> dict[float, set[int
     ],
     ids=" ".join,
 )
+@versions.peft_16
 def test_the_groups_are_those_of_peft(overrides: tuple[str, ...], cache: Path):
     options, model = model_of(*overrides, "optim.weight_decay=0.1")
     ours = options.optim(options.parameter_groups(model))
@@ -74,6 +76,7 @@ def test_the_schedule_keeps_the_ratio(tmp_path: Path, cache: Path):
     assert recorded.of("train/learning_rate")[-1] == slow
 
 
+@versions.peft_16
 def test_a_ratio_without_lora_is_refused(cache: Path):
     with pytest.raises(ConfigError, match="no parameter is called lora_B"):
         composed(*TINY, "lora=none", "optim.loraplus_lr_ratio=16")

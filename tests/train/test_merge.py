@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures import versions
 from fixtures.trained_runs import _there, asked_plainly, logits, said, trained
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +67,7 @@ def test_the_merged_default_model_has_the_logits_of_plain_peft(capsys: pytest.Ca
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.float32
     assert asked_plainly(merged, tokenizer, "What is the capital of France?", 12)
-    unmerged = AutoPeftModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    unmerged = AutoPeftModelForCausalLM.from_pretrained(folder / "model", **versions.FLOAT32)
     text = "My favourite film is the one that I saw with my sister when we were little."
     ids = tokenizer(text)["input_ids"]
     torch.testing.assert_close(logits(merged, ids), logits(unmerged, ids), rtol=0, atol=2e-4)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, composed
+from fixtures import versions
 from fixtures.documents import batches, own_cache
 from test_loop import trained
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ def by_row(step: list[dict[str, Any]]) -> dict[int, Tensor]:
     return dict(found)
 
 
+@versions.transformers_5
 def test_one_document_has_the_noise_of_transformers():
     from transformers.integrations.neftune import neftune_post_forward_hook
 

@@ -12,6 +12,7 @@ from typing import Any
 import conftest
 import pytest
 import torch
+from fixtures import versions
 from torch import nn
 
 from runner.config.bind import find_faults
@@ -143,6 +144,7 @@ def test_lion_is_the_formula() -> None:
     torch.testing.assert_close(model[1].weight.detach(), expected)
 
 
+@versions.muon
 def test_muon_is_torchs_muon_and_torchs_adamw_side_by_side() -> None:
     theirs = tiny()
     embedding, matrix, norm, head = theirs

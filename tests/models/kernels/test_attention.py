@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from fixtures import versions
 from fixtures.language_models import FAMILIES, PACKS, batch_of, build, gradients, with_virtual_tokens
 from peft import LoraConfig, get_peft_model
 
@@ -39,6 +40,7 @@ def test_packed_documents_are_as_alone(family: str, implementation: str) -> None
 
 
 @pytest.mark.parametrize("family", MIXING)
+@versions.masks_by_position
 def test_a_model_that_mixes_documents_is_refused(family: str) -> None:
     with pytest.raises(
         ConfigError, match=r"data\.packing=True: .* attend to each other\n    → set data\.packing=false"
@@ -46,6 +48,7 @@ def test_a_model_that_mixes_documents_is_refused(family: str) -> None:
         attention.check_isolation(build(MIXING[family]), None)
 
 
+@versions.by_document
 def test_the_check_leaves_no_trace_and_sees_through_lora() -> None:
     model = get_peft_model(build(FAMILIES["mistral"]), LoraConfig(target_modules="all-linear", lora_dropout=0.5))
     state = torch.get_rng_state()
@@ -61,6 +64,7 @@ def test_prompt_tuning_cannot_be_packed() -> None:
         attention.check_isolation(tuned, None)
 
 
+@versions.masks_by_position
 def test_the_mask_for_an_older_transformers_isolates_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build(FAMILIES["llama"]), batch_of(PACKS)
     expected = cross_entropy.sums(model, batch)
@@ -73,6 +77,7 @@ def test_the_mask_for_an_older_transformers_isolates_too(monkeypatch: pytest.Mon
         attention.inputs(batch, True, build(FAMILIES["mistral"]))
 
 
+@versions.masks_by_position
 def test_flash_attention_gets_one_row() -> None:
     model, batch = build(FAMILIES["llama"]), batch_of(PACKS)
     expected = cross_entropy.sums(model, batch)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fixtures import versions
 
 from runner.errors import ConfigError
 from runner.models.kernels import attention, isolation, varlen_attention
@@ -21,10 +22,11 @@ ENCODERS = {
     "roberta": transformers.RobertaConfig(**SIZES),
     "xlnet": transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48),
 }
-CONVOLVED = transformers.Lfm2Config(**GQA, layer_types=["conv", "full_attention"])
+CONVOLVED = versions.config("Lfm2Config", **GQA, layer_types=["conv", "full_attention"])
 
 
-def build(config: transformers.PretrainedConfig, attention: str | None = None) -> Any:
+def build(config: Any, attention: str | None = None) -> Any:
+    versions.known(config)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
@@ -51,14 +53,16 @@ def test_convolutions_reach_over_the_ends_of_documents_but_not_over_rows() -> No
 @pytest.mark.parametrize(("longest", "accepted"), [(16, True), (64, False)])
 def test_chunks_matter_once_a_document_is_longer(longest: int, accepted: bool) -> None:
     """Attention by document ignores the chunks that Llama 4 sets in its mask."""
-    config = transformers.Llama4TextConfig(
-        **GQA, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=16, no_rope_layers=[1, 0]
-    )
+    config = versions.config(
+        "Llama4TextConfig", **GQA, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=16,
+        no_rope_layers=[1, 0],
+    )  # fmt: skip
     model = build(config)
     assert (varlen_attention.install(model, longest) == "") == accepted
     attention.check_isolation(model, None, longest)
 
 
+@versions.by_document
 def test_positions_of_its_own_are_detected() -> None:
     """RoBERTa counts positions from the id of the padding token, packed rows from 0."""
     sizes = {**SIZES, "pad_token_id": 1}

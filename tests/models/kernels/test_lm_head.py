@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fixtures import versions
 from fixtures.language_models import FAMILIES, GQA, PACKS, adapted, batch_of, build, gradients
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -39,6 +40,7 @@ def test_the_head_in_the_loss_computes_the_same(
     assert model.generate(batch["input_ids"][:, :4], max_new_tokens=2).shape == (2, 6), "it still has its head"
 
 
+@versions.logits_by_mask
 def test_with_the_head_in_the_loss_all_logits_are_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, model = batch_of(PACKS), adapted(FAMILIES["llama"])
     monkeypatch.setattr(cross_entropy, "CPU_HEAD_POSITIONS", 3)

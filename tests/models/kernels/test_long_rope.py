@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fixtures import versions
 
 from runner.models.kernels import attention, long_rope, varlen_attention
 
@@ -68,6 +69,7 @@ def differences(model: Any, packed: bool) -> list[float]:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("by_document", [True, False])
+@versions.rope_parameters
 def test_each_document_has_the_factors_of_its_own_length(packed: bool, by_document: bool) -> None:
     model = build(installed=True)
     assert not by_document or varlen_attention.install(model, max(LENGTHS)) == ""
@@ -75,6 +77,7 @@ def test_each_document_has_the_factors_of_its_own_length(packed: bool, by_docume
 
 
 @pytest.mark.parametrize("packed", [True, False])
+@versions.rope_parameters
 def test_without_it_one_long_document_changes_the_others(packed: bool) -> None:
     long, *short = differences(build(installed=False), packed)
     assert long < 1e-4

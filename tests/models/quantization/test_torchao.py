@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, node, option
+from fixtures import versions
 from fixtures.adapters import load, logits, reloaded, train
 from fixtures.model_folders import source
 
@@ -23,6 +24,7 @@ from runner.models.sources import ModelSource
 KINDS = ["int8", "float8"]
 
 
+@versions.transformers_5
 def test_without_torchao_the_remedy_is_named(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError) as refused:
