@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runner.data import boundaries
 from runner.models.kernels import lora_products, varlen_attention
-from runner.tasks import cross_entropy
+from runner.tasks import cross_entropy, logit_losses
 from runner.train import devices, optim, throughput
 
 GPU = torch.device("cuda", 0)
@@ -122,7 +122,7 @@ def loss() -> Iterator[Fact]:
     targets = torch.randint(0, 128256, (8192,), device=GPU)
 
     def go() -> None:
-        cross_entropy._LinearCrossEntropy.apply(hidden, weight, None, targets, cross_entropy.PLAIN)[0].sum().backward()
+        cross_entropy._LinearCrossEntropy.apply(hidden, weight, None, targets, logit_losses.PLAIN)[0].sum().backward()
         hidden.grad = None
 
     products = 2 * _ms(lambda: hidden.detach() @ weight.t(), 5)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.models.kernels import lora_linear, varlen_attention
-from runner.tasks import cross_entropy
+from runner.tasks import cross_entropy, logit_losses
 
 Pass = Callable[[], Any]
 
@@ -129,7 +129,7 @@ class Bench:
 
         def trained_rows() -> Tensor:
             logits = hidden[labels != -100] @ head.t()
-            return cross_entropy._CrossEntropy.apply(logits, kept, cross_entropy.PLAIN)[0]
+            return cross_entropy._CrossEntropy.apply(logits, kept, logit_losses.PLAIN)[0]
 
         def torch_own() -> Tensor:
             return nn.functional.linear_cross_entropy(hidden[labels != -100], head, kept, reduction="sum")

@@ -212,9 +212,9 @@ def token_losses(model: Any, batch: dict[str, Any], shaping: Shaping | None = No
     A loss of your own may be any function of it; logits are never held whole. ``shaping``: what is computed from the
     logits beside it.
     """
-    from runner.tasks import cross_entropy
+    from runner.tasks import cross_entropy, logit_losses
 
-    return cross_entropy.token_losses(model, _arguments(model, batch), shaping or cross_entropy.PLAIN)
+    return cross_entropy.token_losses(model, _arguments(model, batch), shaping or logit_losses.PLAIN)
 
 
 def token_states(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
