@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,20 @@ def test_the_cache_moves_with_its_variable(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "c"))
     assert files.cache_dir("models") == tmp_path / "c" / "models"
     assert files.cache_dir("models").is_dir()
+
+
+def test_after_a_failure_nothing_is_written_anymore() -> None:
+    """A sweep removes what was written: nothing may be written afterwards."""
+    begun, ended = [], []
+
+    def task(number: int) -> None:
+        begun.append(number)
+        if number == 3:
+            raise OSError(28, "No space left on device")
+        time.sleep(0.01 * (number > 3))
+        ended.append(number)
+
+    with pytest.raises(OSError, match="No space left"):
+        files.at_once(functools.partial(task, number) for number in range(10_000))
+    assert sorted(ended) == sorted({*begun} - {3})
+    assert len(begun) < 10_000, "those that had not begun are left out"

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python scripts/bench/launch.py [JOBS] [override ...]
 
 A queue of JOBS (5) tiny runs, one at a time. Every number is seconds, read off the clock in the run folders and in
-the queue's own processes: the model is timed by itself, for it is loaded for each run whatever launches it.
+the queue's own processes: the model is timed by itself, for it is loaded for each run whatever launches it. The last
+line is what the process of a run has computed until its first step, which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def main(jobs: int, overrides: list[str]) -> None:
             spans.setdefault(name, []).append(end - begin)
         loading = now["model"] - now["model begins"]
         spans.setdefault("end → first step, less the model", []).append(now["first step"] - before["end"] - loading)
+        cpu = now["cpu of step"] - now["cpu of model"] + now["cpu of model begins"]
+        spans.setdefault("CPU of a run until then, less the model", []).append(cpu)
     for name, seconds in spans.items():
         print(f"{name:<40} median {statistics.median(seconds):6.3f}  most {max(seconds):6.3f}")
 
@@ -64,7 +67,7 @@ def timed(work: Callable[..., int]) -> Callable[..., int]:
 
         def mark(name: str) -> None:
             with (rundir.path / "marks").open("a") as handle:
-                handle.write(f"{time.time()} {name}\n")
+                handle.write(f"{time.time()} {name}\n{time.process_time()} cpu of {name}\n")
 
         def between(module: Any, function: str, before: str | None, after: str | None) -> None:
             original = getattr(module, function)
@@ -83,6 +86,7 @@ def timed(work: Callable[..., int]) -> Callable[..., int]:
         between(inputs, "inputs", None, "inputs")
         between(build, "load_model", "model begins", "model")
         between(loop, "train", "training", None)
+        between(loop, "optimizer_step", None, "step")
         code = work(rundir, mirrored=mirrored)
         mark("gone")
         return code
@@ -92,7 +96,7 @@ def timed(work: Callable[..., int]) -> Callable[..., int]:
 
 def marks_of(rundir: RunDir) -> dict[str, float]:
     lines = (line.split(" ", 1) for line in (rundir.path / "marks").read_text().splitlines())
-    found = {name: float(when) for when, name in lines}
+    found = {name: float(when) for when, name in reversed(list(lines))}  # of several steps, the first
     records = metrics_log.read(rundir)
     found["evaluated"] = next(r["time"] for r in records if "eval/loss" in r)
     found["first step"] = next(r["time"] for r in records if "train/loss" in r)

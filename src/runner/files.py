@@ -10,13 +10,15 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from runner.errors import ConfigError, DamagedError, Fault, RunnerError
 
 log = logging.getLogger("runner")
+WRITERS = 8
+"""Files or folders that are written at the same time."""
 
 
 def user_path(text: str | Path, key: str = "") -> Path:
@@ -97,6 +99,22 @@ def write_atomic(path: Path, content: str | bytes, *, is_durable: bool = True) -
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def at_once(tasks: Iterable[Callable[[], object]]) -> None:
+    """Call all tasks, some at the same time: each waits for the disk again and again.
+
+    Raises:
+        BaseException: of the first task that fails; the tasks that have not begun are left out, no task is running.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(WRITERS, "writer")
+    try:
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager

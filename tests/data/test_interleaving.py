@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from runner.data import interleaving
 from runner.data.data_order import DataOrder
 from runner.data.packing import SourcePart
 from runner.errors import ConfigError
@@ -43,6 +44,17 @@ def test_a_step_is_a_function_of_its_number() -> None:
     steps = [made.packs_of_step(i) for i in range(701)]
     assert far == [steps[700], steps[3], steps[400]]
     assert steps[:50] != [order(0.2, 0.3, 0.5, seed=4).packs_of_step(i) for i in range(50)]
+
+
+def test_the_order_is_the_same_in_blocks_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = order(0.2, 0.3, 0.5)
+    monkeypatch.setattr(interleaving, "MOST_PER_BLOCK", 17)
+    made = order(0.2, 0.3, 0.5)
+    assert made._packs.block(3).shape == (17,) != whole._packs.block(0).shape
+    assert [made.packs_of_step(i) for i in range(400)] == [whole.packs_of_step(i) for i in range(400)]
+    assert [made.tokens_before(i) for i in (0, 5, 90, 399)] == [whole.tokens_before(i) for i in (0, 5, 90, 399)]
+    assert made.steps(max_tokens=123_456) == whole.steps(max_tokens=123_456)
+    assert made.repeats(300) == whole.repeats(300)
 
 
 def test_each_source_is_seen_whole_before_it_is_repeated() -> None:

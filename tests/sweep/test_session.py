@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,20 +221,3 @@ def test_another_sweeper_of_hydra_gets_our_launcher(tmp_path: Path, cache: Path)
     assert done.returncode == 0, done.stderr
     assert list(attempts(SweepDir(tmp_path / "outputs" / "sweeps" / "seed")).values()) == [1, 1]
     assert [path.name for path in (tmp_path / "outputs" / "sweeps").iterdir()] == ["seed"]
-
-
-def test_after_a_failure_no_folder_is_written_anymore() -> None:
-    """The sweep removes what was written: nothing may be written afterwards."""
-    begun, ended = [], []
-
-    def task(number: int) -> None:
-        begun.append(number)
-        if number == 3:
-            raise OSError(28, "No space left on device")
-        time.sleep(0.01 * (number > 3))
-        ended.append(number)
-
-    with pytest.raises(OSError, match="No space left"):
-        sweeping._at_once(functools.partial(task, number) for number in range(10_000))
-    assert sorted(ended) == sorted({*begun} - {3})
-    assert len(begun) < 10_000, "those that had not begun are left out"

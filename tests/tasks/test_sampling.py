@@ -84,6 +84,15 @@ def test_merged_weights_compute_the_same_and_come_back_bit_for_bit(models: Any) 
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(model(ids).logits, expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    sampling.merge(model)
+    assert layer.merged
+    assert not torch.equal(layer.base_layer.weight, before[f"{name_of(model, layer)}.base_layer.weight"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def name_of(model: torch.nn.Module, module: torch.nn.Module) -> str:
+    return next(name for name, each in model.named_modules() if each is module)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from conftest import node
 
 from runner import PACKAGE
-from runner.errors import ResumeError
+from runner.errors import ConfigError, ResumeError
 from runner.tracking import manifest, provenance
 from runner.tracking.rundir import RunDir
 
@@ -90,3 +90,19 @@ def test_the_latest_unfinished_twin_is_found(tmp_path: Path):
 def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path):
     with pytest.raises(ResumeError, match="is not a run folder"):
         manifest.read_config(RunDir(tmp_path))
+
+
+def test_runs_share_the_groups_of_their_configurations_only_where_asked(tmp_path: Path):
+    first, second = (manifest.create(config(seed=seed), tmp_path / str(seed), [], []) for seed in (0, 1))
+    shared = [manifest.read_config(rundir, shares=True) for rundir in (first, second)]
+    assert shared == [config(), config(seed=1)]
+    assert shared[0]["model"] is shared[1]["model"]
+    assert manifest.read_config(first)["model"] is not manifest.read_config(first)["model"]
+    old = "quant: {_target_: runner.quant.int8}\nmodel: &m {path: a}\nteacher: *m\n"
+    first.config.write_text(old)
+    assert manifest.read_config(first, shares=True) == manifest.read_config(first)
+    first.config.write_text("data: {_target_: my_lab.rows, _code_: [/elsewhere]}\n")
+    with pytest.raises(ConfigError, match="_code_: cannot be set"):
+        manifest.read_config(first, shares=True)
+    first.config.write_text("code: {my_lab: 0123}\ndata: {_target_: my_lab.rows}\n")
+    assert manifest.read_config(first, shares=True)["data"]["_code_"] == [str(first.code / "my_lab.py")]

@@ -14,7 +14,7 @@ from runner.cli import cancel
 from runner.launch.slurm import submission
 from runner.tracking import run_status, slurm_client, slurm_commands, slurm_jobs
 from runner.tracking.rundir import RunDir
-from runner.tracking.slurm_client import JobRef
+from runner.tracking.slurm_client import Job, JobRef
 
 HELD = "+launcher.additional_parameters.hold=true"
 HOSTILE = {
@@ -43,6 +43,13 @@ def played(folder: Path, id: str) -> RunDir:
     rundir = prepared(folder, *TINY)
     rundir.update_manifest(slurm={"job_id": id, "name": "runner-0123456789ab", "cluster": "slurm", "submitted": 1.0})
     return rundir
+
+
+def test_an_early_record_of_accounting_is_completed_by_the_controller():
+    early, controller = Job("7", "FAILED", exit_code=0, nodes="n1"), Job("7", "FAILED", "NonZeroExitCode", "n1")
+    assert slurm_client.completed_by(early, controller) == Job("7", "FAILED", "NonZeroExitCode", "n1", 0)
+    other = Job("7", "NODE_FAIL", nodes="n1")
+    assert slurm_client.completed_by(other, controller) == other, "the reason of another state"
 
 
 @pytest.mark.slurm

@@ -109,8 +109,9 @@ def test_peak_of_a_cpu_is_the_best_ever_seen(tmp_path, monkeypatch: pytest.Monke
     kept = json.loads(file.read_text())
     assert kept["flops"] == first
     monkeypatch.setattr(throughput, "_measured_flops", lambda *_, **__: 5e9)  # a busy machine measures what it can
+    assert throughput.peak_flops(torch.device("cpu"), torch.float32) == first, "measured a moment ago"
     for earlier, expected in ((1e15, 1e15), (1.0, 5e9)):
-        file.write_text(json.dumps({**kept, "flops": earlier}))
+        file.write_text(json.dumps({**kept, "flops": earlier, "measured": kept["measured"] - throughput.RECENT_S}))
         assert throughput.peak_flops(torch.device("cpu"), torch.float32) == expected
         assert json.loads(file.read_text())["flops"] == expected
     file.write_text('{"flops"')

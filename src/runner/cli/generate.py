@@ -145,6 +145,7 @@ def _settings(args: Args) -> Settings:
 
 
 def _load(run: Trained, *, compare: bool) -> list[_Model]:
+    from runner.tasks import sampling
     from runner.train import devices
 
     trained_model.quiet()
@@ -152,6 +153,8 @@ def _load(run: Trained, *, compare: bool) -> list[_Model]:
     model = trained_model.load(run, device)
     tuned = _Model(TUNED, lambda: nullcontext(model))
     if not compare:
+        if run.is_adapter:
+            sampling.merge(model)
         return [tuned]
     if trained_model.has_base_inside(model):
         return [_Model(BASE, lambda: trained_model.without_adapter(model)), tuned]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import marshal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,6 +15,38 @@ from runner.config.bind import config_dir, flatten
 
 TARGET = "._target_"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def of_config(config: Mapping[str, Any], chosen: Mapping[str, str]) -> tuple[dict[str, str], frozenset[str]]:
+    """``named`` of a configuration that is not flattened yet; what several runs have in common is computed once."""
+    params: dict[str, str] = {}
+    implied: set[str] = set()
+    options = _by_group(tuple(chosen.items()))
+    for group, value in config.items():
+        try:
+            # Version 2 has no references: equal values have equal bytes, and 1, 1.0, true and "1" have different ones.
+            of_group = _of_group(marshal.dumps((group, value, options.get(group, ())), 2))
+        except ValueError:  # a value of another type than those of JSON
+            of_group = named(dict(flatten({group: value})), chosen)
+        params.update(of_group[0])
+        implied |= of_group[1]
+    return params, frozenset(implied)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_group(packed: bytes) -> tuple[dict[str, str], frozenset[str]]:
+    group, value, chosen = marshal.loads(packed)
+    return named(dict(flatten({group: value})), dict(chosen))
+
+
+@functools.lru_cache(maxsize=64)
+def _by_group(chosen: tuple[tuple[str, str], ...]) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Group of the top level → the choices in it."""
+    groups: dict[str, tuple[tuple[str, str], ...]] = {}
+    for group, option in chosen:
+        top = group.partition(".")[0]
+        groups[top] = (*groups.get(top, ()), (group, option))
+    return groups
 
 
 def named(params: Mapping[str, str], chosen: Mapping[str, str]) -> tuple[dict[str, str], frozenset[str]]:

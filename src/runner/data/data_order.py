@@ -67,10 +67,8 @@ class DataOrder:
 
     def packs_of_step(self, i: int) -> list[int]:
         """The packs of optimizer step ``i`` (from 0)."""
-        count = len(self.sizes)
-        return [
-            int(self._packs.block(p // count)[p % count]) for p in range(self.packs_before(i), self.packs_before(i + 1))
-        ]
+        count, positions = self._packs.length, range(self.packs_before(i), self.packs_before(i + 1))
+        return [int(self._packs.block(p // count)[p % count]) for p in positions]
 
     def packs_of_pass(self, part: int | None = None) -> list[int]:
         """Every pack once, in the order of the first epoch; those of one part alone if it is given."""
@@ -130,7 +128,7 @@ class DataOrder:
         return math.ceil(epochs * len(self.sizes) - 1e-6)
 
     def _packs_until(self, tokens: int) -> int:
-        count, total = len(self.sizes), int(self.sizes.sum())
+        count, total = self._packs.length, int(self.sizes.sum())
         block = tokens // total if len(self._members) == 1 else 0
         while self._packs.sum_before((block + 1) * count, self.sizes) <= tokens:
             block += 1

@@ -2,6 +2,7 @@
 
 The next pack is of the source that has taken least in proportion to its weight, so that shares are exact to within a
 pack of each source at any position. Everything is a pure function of the position: a resumed run needs nothing saved.
+The order is drawn in blocks, so that its memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from runner.errors import ConfigError, Fault
+
+MOST_PER_BLOCK = 2**16
+"""Packs of several streams that are drawn together."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,19 @@ class Stream:
 
 
 class Interleaving:
-    """The packs of all streams in blocks of ``length`` packs, which is their number.
+    """The packs of all streams in blocks of ``length`` packs; a block of a single stream is one of its epochs.
 
     The order of a single stream is its own.
     """
 
     def __init__(self, streams: Sequence[Stream], max_repeats: float) -> None:
         self.streams, self.max_repeats = streams, max_repeats
-        self.length = sum(len(stream.packs) for stream in streams)
+        packs = sum(len(stream.packs) for stream in streams)
+        self.length = packs if len(streams) == 1 else min(packs, MOST_PER_BLOCK)
         self._begins = [(0,) * len(streams)]
+        """Packs of each stream before each block."""
+        self._sums = [(0,) * len(streams)]
+        """Of the ``sizes`` of these."""
         self._drawn = functools.lru_cache(maxsize=2)(self._draw)
 
     def block(self, number: int) -> np.ndarray:
@@ -65,8 +73,7 @@ class Interleaving:
             return (position,)
         while len(self._begins) <= number:
             self._refuse_repeats(self._begins[-1])
-            counts = self._counted(self._drawn(len(self._begins) - 1)[1])
-            self._begins.append(tuple(np.add(self._begins[-1], counts).tolist()))
+            self._append(*self._drawn(len(self._begins) - 1)[1:])
         within = self._drawn(number)[1][:rest] if rest else np.array([], dtype=np.int64)
         return tuple(np.add(self._begins[number], self._counted(within)).tolist())
 
@@ -85,20 +92,28 @@ class Interleaving:
         parts = zip(self.streams, self.taken(position), strict=True)
         return sum(stream.sum_before(count, sizes[stream.packs]) for stream, count in parts)
 
-    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(packs of a block, the number of the stream of each)."""
+    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+        """(packs of a block, the number of the stream of each, the sum of the sizes of each stream)."""
         if len(self.streams) == 1:
             stream = self.streams[0]
             packs_of_epoch = stream.packs[stream.draw(number)]
-            return packs_of_epoch, np.broadcast_to(np.zeros(1, dtype=np.int64), self.length)
-        packs, keys = list[np.ndarray](), list[np.ndarray]()
-        for stream, before in zip(self.streams, self.taken(number * self.length), strict=True):
+            return packs_of_epoch, np.broadcast_to(np.zeros(1, dtype=np.int64), self.length), (0,)
+        packs, sizes, keys = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+        befores = self.taken(number * self.length)
+        for stream, before, total in zip(self.streams, befores, self._sums[number], strict=True):
             upcoming = stream.upcoming(before, self.length)
-            sizes = stream.sizes[upcoming]
-            keys.append((stream.sum_before(before, stream.sizes) + np.cumsum(sizes) - sizes) / stream.weight)
+            sizes.append(stream.sizes[upcoming])
+            keys.append((total + np.cumsum(sizes[-1]) - sizes[-1]) / stream.weight)
             packs.append(stream.packs[upcoming])
         first = np.argsort(np.concatenate(keys), kind="stable")[: self.length]
-        return np.concatenate(packs)[first], first // self.length
+        owners = first // self.length
+        counts = zip(sizes, self._counted(owners), strict=True)
+        return np.concatenate(packs)[first], owners, tuple(int(each[:count].sum()) for each, count in counts)
+
+    def _append(self, owners: np.ndarray, sums: tuple[int, ...]) -> None:
+        """Note what comes before the next block."""
+        self._begins.append(tuple(np.add(self._begins[-1], self._counted(owners)).tolist()))
+        self._sums.append(tuple(np.add(self._sums[-1], sums).tolist()))
 
     def _counted(self, owners: np.ndarray) -> np.ndarray:
         return np.bincount(owners, minlength=len(self.streams))

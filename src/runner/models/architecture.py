@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from runner import imports
 from runner.errors import ConfigError, Fault, RunnerError, first_line, refuse
 from runner.models import hub, model_folder, quantized_files, rope
 from runner.models.sources import ModelSource
@@ -39,7 +40,8 @@ def read(source: ModelSource) -> Any:
         ConfigError: unknown architecture, custom model code without ``trust_remote_code``, or weights
             that are quantized in a way that cannot be trained.
     """
-    from transformers import AutoConfig
+    with imports.uncollected():
+        from transformers import AutoConfig
 
     folder = folder_of(source, weights=False)
     with loading_errors(source):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Len
 
+from runner import imports
 from runner.config.bind import bind, bind_target
 from runner.config.bounds import Must
 from runner.config.schema import Count, Fraction, Positive, Text
@@ -97,7 +98,7 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
         ConfigError: faults of ``check_peft``, target modules that do not exist, an error raised by PEFT, or an adapter
             in ``start`` that does not fit.
     """
-    with compilation.deferred():
+    with imports.uncollected(), compilation.deferred():
         from peft import get_peft_model
 
     _refuse(check_peft(method=method, **options))

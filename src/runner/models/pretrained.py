@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import imports
 from runner.errors import ConfigError, Fault
 from runner.files import written_aside
 from runner.models import (
@@ -114,7 +115,9 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
 
 def auto_class(head: ScoreHead | None) -> Any:
     """The class of transformers that loads a model with this head."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    with imports.uncollected():
+        import transformers.modeling_utils  # noqa: F401 - the classes below import it when they load
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import Any
 
+from runner import imports
 from runner.errors import ConfigError, Fault, refuse
 from runner.models import architecture
 from runner.models.sources import ModelSource
@@ -24,7 +25,8 @@ def load(source: ModelSource) -> Any:
     Raises:
         ConfigError: the tokenizer is missing or unreadable, or has more tokens than the model has embeddings.
     """
-    from transformers import AutoTokenizer
+    with imports.uncollected():
+        from transformers import AutoTokenizer
 
     with architecture.loading_errors(source, "its tokenizer", REMEDY):
         result = AutoTokenizer.from_pretrained(

@@ -10,7 +10,6 @@ from typing import Any
 
 from runner import terminal
 from runner.config import choices
-from runner.config.bind import flatten
 from runner.errors import RunnerError
 from runner.tracking import lookup, manifest, metrics_log, origin, run_status
 from runner.tracking.run_status import RunStatus
@@ -86,9 +85,8 @@ def _of(run: RunStatus, outputs_dir: Path, *, is_one_sweep: bool) -> Result:
     metrics: dict[str, float] = {}
     if status not in ("missing", "damaged"):
         try:
-            config = manifest.read_config(rundir)
-            flat = dict(flatten(config))
-            params, implied = choices.named(flat, manifest.choices(run.manifest))
+            config = manifest.read_config(rundir, shares=True)
+            params, implied = choices.of_config(config, manifest.choices(run.manifest))
             later = [{"step": r["step"], **r["metrics"]} for r in metrics_log.read_evaluations(rundir)]
             records = metrics_log.read(rundir)
             metrics, lost = metrics_log.of_run(state, records, config, later)

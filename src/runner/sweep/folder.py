@@ -150,7 +150,8 @@ def _refuse_folders(sweep: SweepDir, names: list[str]) -> None:
     """Refuse run folders that several runs share, that lie inside each other, or that are not inside the sweep's."""
     paths = [Path(os.path.normpath(sweep.path.absolute() / name)) for name in names]
     outside = [name for name, path in zip(names, paths, strict=True) if sweep.path.absolute() not in path.parents]
-    nested = [name for name, path in zip(names, paths, strict=True) if {*paths} & {*path.parents}]
+    known = {*paths}
+    nested = [name for name, path in zip(names, paths, strict=True) if not known.isdisjoint(path.parents)]
     for problem, refused in (("is outside of the sweep's folder", outside), ("is inside another run's folder", nested)):
         if refused:
             remedy = "change it, or remove it"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +25,6 @@ from runner.sweep import folder, table
 from runner.tracking import resume
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
-
-WRITERS = 8
-"""Run folders that are written at the same time."""
 
 
 @dataclass
@@ -115,7 +111,7 @@ class Session:
                 rundir.path: partial(prepared, job, rundir.path, self.command, sweep=name, label=label)
                 for rundir, job, label in reversed(list(zip(rundirs, jobs, labels, strict=True)))
             }  # of jobs with the same configuration, which have one folder, the first
-            _at_once(reversed(tasks.values()))
+            files.at_once(reversed(tasks.values()))
         return [Entry(job, rundir, None) for job, rundir in zip(added, rundirs, strict=True)]
 
     def end(self) -> int:
@@ -169,20 +165,6 @@ class Session:
             if any(code in (75, 130) for code in codes):
                 self._print_not_started(entries, started)
                 break
-
-
-def _at_once(tasks: Iterable[Callable[[], object]]) -> None:
-    """Call all tasks, some at the same time: each waits for the disk again and again.
-
-    Raises:
-        BaseException: of the first task that fails; the tasks that have not begun are left out, no task is running.
-    """
-    pool = ThreadPoolExecutor(WRITERS, "prepare")
-    try:
-        for done in [pool.submit(task) for task in tasks]:
-            done.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _distinct(entries: list[Entry]) -> list[Entry]:

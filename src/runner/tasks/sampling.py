@@ -105,9 +105,7 @@ def merged(model: Any) -> Iterator[None]:
 
     The weights are copies: afterwards the layers have their own ones again, bit for bit.
     """
-    layers = [module for module in model.modules() if _is_exact(module)]
-    embeddings = model.get_input_embeddings().weight
-    kept = [(each, each.base_layer.weight.data) for each in layers if each.base_layer.weight is not embeddings]
+    kept = [(each, each.base_layer.weight.data) for each in _exact_layers(model)]
     try:
         for layer, weight in kept:
             name = layer.active_adapters[0]
@@ -118,6 +116,18 @@ def merged(model: Any) -> Iterator[None]:
         for layer, weight in kept:
             layer.base_layer.weight.data = weight
             layer.merged_adapters.clear()
+
+
+def merge(model: Any) -> None:
+    """Merge the adapter into the weights for good where ``merged`` does it for a while; needs no memory for copies."""
+    for layer in _exact_layers(model):
+        layer.merge()
+
+
+def _exact_layers(model: Any) -> list[Any]:
+    embeddings = model.get_input_embeddings().weight  # a tied head is merged into them, too
+    layers: list[Any] = [module for module in model.modules() if _is_exact(module)]
+    return [each for each in layers if each.base_layer.weight is not embeddings]
 
 
 def _is_exact(module: nn.Module) -> bool:

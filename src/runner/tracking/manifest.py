@@ -10,7 +10,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +150,17 @@ def refuse_files(folder: Path) -> None:
         raise ResumeError(Fault("hydra.run.dir", "contains files but no run", remedy, folder))
 
 
-def read_config(rundir: RunDir) -> dict[str, Any]:
+def read_config(rundir: RunDir, *, shares: bool = False) -> dict[str, Any]:
     """The configuration in config.yaml of a run folder.
+
+    ``shares``: it must not be changed, since the runs of a sweep share the groups that they have in common; faster.
 
     Raises:
         ResumeError: the file is missing or cannot be read.
     """
     try:
+        if shares and not isinstance((cfg := _frozen(rundir, _today)).get(code_files.KEY), Mapping):
+            return cfg
         cfg = moved.to_today(_frozen(rundir))
         user_code.attach_copy(cfg, rundir.code)
         return cfg
@@ -175,22 +179,32 @@ def write_for_first(rundir: RunDir) -> None:
     _write_config(rundir, moved.to_first(_frozen(rundir)))
 
 
-def _frozen(rundir: RunDir) -> dict[str, Any]:
-    """config.yaml as it is; the groups that the runs of a sweep have in common are parsed once."""
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str) -> Any:
+    return yaml.load(text, Loader=_LOADER)
+
+
+@functools.lru_cache(maxsize=1024)
+def _today(text: str) -> Any:
+    """A group with the names of today, without paths of the user's code."""
+    group = _parsed(text)
+    if isinstance(group, Mapping):
+        group = moved.to_today(group)
+        user_code.refuse_given(group)
+    return group
+
+
+def _frozen(rundir: RunDir, parsed: Callable[[str], Any] = _parsed) -> dict[str, Any]:
+    """config.yaml as ``parsed`` reads it; the groups that the runs of a sweep have in common are parsed once."""
     text = rundir.config.read_text()
     try:
-        groups = [_parsed(group) for group in _NEXT_GROUP.split(text)]
+        groups = [parsed(group) for group in _NEXT_GROUP.split(text)]
     except yaml.YAMLError:  # an alias of another group
-        groups = [yaml.load(text, Loader=_LOADER)]
+        groups = [parsed(text)]
     cfg = {key: value for group in groups if group is not None for key, value in dict(group).items()}
     if not cfg:
         raise ValueError("it is empty")
     return cfg
-
-
-@functools.lru_cache(maxsize=1024)
-def _parsed(text: str) -> Any:
-    return yaml.load(text, Loader=_LOADER)
 
 
 def _write_config(rundir: RunDir, cfg: Mapping[str, Any]) -> None:

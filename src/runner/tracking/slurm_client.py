@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from runner.errors import LaunchError
@@ -80,7 +80,15 @@ def jobs(refs: Iterable[JobRef]) -> dict[JobRef, Job]:
     ended = {ref: sacct[ref] for ref in refs if ref in sacct and (not sacct[ref].is_active or ref not in queued)}
     if restarting := [ref for ref, job in ended.items() if job.state in ON_ITS_WAY]:
         ended.update({ref: job for ref, job in _squeue(restarting).items() if ref in restarting and job.is_active})
+    ended = {ref: completed_by(job, queued[ref]) if ref in queued else job for ref, job in ended.items()}
     return {**_unlisted_tasks(refs, [*squeue, *sacct]), **queued, **ended}
+
+
+def completed_by(accounting: Job, controller: Job) -> Job:
+    """An ended job with the reason that only the controller knows: accounting's record may not be complete yet."""
+    if accounting.reason or controller.state != accounting.state:
+        return accounting
+    return replace(accounting, reason=controller.reason)
 
 
 def named(name: str) -> list[str]:

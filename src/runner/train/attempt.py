@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runner import log_handlers, terminal
+from runner import imports, log_handlers, terminal
 from runner.errors import DamagedError, Fault, Pruned, ResumeError, TrainingError
 from runner.files import write_atomic
 from runner.models.kernels import compilation
@@ -52,7 +52,8 @@ class Loaded(NamedTuple):
 
 
 def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
-    from runner.train import build, inputs, probe, reference, teacher_cache  # imports torch
+    with imports.uncollected():
+        from runner.train import build, inputs, probe, reference, teacher_cache  # imports torch
 
     log_handlers.quiet_libraries()
 

@@ -45,6 +45,8 @@ PEAK_TFLOPS = {
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
 }
+RECENT_S = 60.0
+"""A peak that was measured so few seconds ago is not measured again: a run of a short sweep would wait for it."""
 WINDOW = 50
 """Number of recent steps over which ``train/step_seconds`` is averaged."""
 
@@ -157,6 +159,8 @@ def flops_per_token(
 def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) -> float:
     """Peak FLOP/s: the vendor's figure of a known GPU, else the best matmul measured on this machine (cached).
 
+    It is measured again after a minute, because other programs may have been running.
+
     ``tf32``: float32 is multiplied in TF32, at half the rate of bfloat16 on each GPU that has both.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
@@ -168,11 +172,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) 
     file = cache_dir("meters") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     cached = 0.0
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured yet, or damaged
-        cached = float(json.loads(file.read_text())["flops"])
+        known = json.loads(file.read_text())
+        cached = float(known["flops"])
+        if abs(time.time() - float(known["measured"])) < RECENT_S:
+            return cached
     size = 1024 if device.type == "cpu" else 8192  # on a GPU, a small product waits for its launch
     best = max(_measured_flops(device, dtype, size, seconds=0.05 if cached else 0.2), cached)
     with contextlib.suppress(OSError):  # a full disk: the next run measures again
-        write_atomic(file, json.dumps({"key": key, "flops": best}))
+        write_atomic(file, json.dumps({"key": key, "flops": best, "measured": time.time()}))
     return best
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from runner import log_handlers, terminal
+from runner import imports, log_handlers, terminal
 from runner.config.schema import Processes
 from runner.errors import Fault, LaunchError
 from runner.launch.launcher import Source
@@ -23,10 +23,13 @@ from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
 
 LIBRARIES = (
-    "accelerate", "rich.table", "torch._dynamo", "torch._inductor.compile_fx", "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "accelerate", "rich.console", "rich.table", "torch._dynamo", "torch._inductor.compile_fx",
+    "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
     "runner.models.pretrained", "runner.train.build", "runner.train.text_generation", "runner.train.loop",
+    "runner.train.teacher_cache", "runner.train.worker",
 )  # fmt: skip
+"""What every run imports."""
+OF_ADAPTERS = "peft", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion"
 
 
 class Start(Protocol):
@@ -130,9 +133,12 @@ def warm(slot: Slot) -> None:
 def load_libraries(with_adapters: bool) -> None:
     """Import the libraries that every run needs before processes are forked from this one."""
     log_handlers.quiet_libraries()
-    with compat.without_compile_workers():
-        for name in (*LIBRARIES, "peft") if with_adapters else LIBRARIES:
+    with imports.uncollected(), compat.without_compile_workers():
+        for name in LIBRARIES:
             importlib.import_module(name)
+        for name in OF_ADAPTERS if with_adapters else ():
+            with contextlib.suppress(ImportError):  # without bitsandbytes; an older PEFT
+                importlib.import_module(name)
     with contextlib.suppress(ImportError, AttributeError):  # transformers 5: compiles a thousand expressions
         from transformers import conversion_mapping
 

@@ -11,9 +11,10 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from runner.files import write_atomic
+from runner.files import at_once, write_atomic
 from runner.launch.slurm.request import Cluster, SlurmRequest
 from runner.tracking import slurm_client, slurm_jobs
 from runner.tracking.rundir import RunDir
@@ -76,9 +77,11 @@ def note(home: Path, submission: Submission, job_id: str) -> None:
     """Record the job id, in the submission's file and in each run's manifest."""
     known = Submission(**{**asdict(submission), "job_id": job_id})
     snapshot = {"snapshot": {"folder": known.code}} if known.code else {}
-    for folder, id in zip(known.folders, known.job_ids(), strict=True):
-        job = {"job_id": id, "name": known.name, "cluster": known.cluster, "submitted": known.created}
-        RunDir(Path(folder)).update_manifest(slurm=job, **snapshot)
+    for_all = {"name": known.name, "cluster": known.cluster, "submitted": known.created}
+    at_once(
+        partial(RunDir(Path(folder)).update_manifest, slurm={"job_id": id, **for_all}, **snapshot)
+        for folder, id in zip(known.folders, known.job_ids(), strict=True)
+    )
     write_atomic(path(home, known.name), json.dumps(asdict(known), indent=1))
 
 

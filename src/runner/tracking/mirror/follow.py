@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from runner import imports
 from runner.errors import DamagedError
 from runner.secrets import redact
 from runner.tracking import webhook
@@ -202,7 +203,8 @@ def say(text: str, rundir: RunDir | None = None) -> None:
 
 def _has_started(rundir: RunDir, since: float) -> bool:
     """Wait until the worker trains; False if it ends before (the run was refused: nothing to upload)."""
-    import mlflow  # noqa: F401 - takes seconds: import it while the worker imports torch
+    with imports.uncollected():
+        import mlflow  # noqa: F401 - takes seconds: import it while the worker imports torch
 
     while rundir.path.exists():
         state = rundir.read_state()

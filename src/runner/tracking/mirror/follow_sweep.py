@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runner import imports
 from runner.errors import RunnerError
 from runner.files import locked, stamp, write_atomic
 from runner.tracking import webhook
@@ -62,7 +63,8 @@ def follow_sweep(sweep: SweepDir, publish: Publish | None = None) -> int:
 
 def _open(sweep: SweepDir) -> str:
     """Create the parent run; returns the error message, empty on success. The submitter starts the jobs next."""
-    import mlflow  # noqa: F401 - takes seconds: import it while the submitter prepares the run folders
+    with imports.uncollected():
+        import mlflow  # noqa: F401 - takes seconds: import it while the submitter prepares the run folders
 
     with locked(sweep.lock):  # the submitter holds this lock while it prepares the run folders
         pass

@@ -247,8 +247,9 @@ def _adopt(client: MlflowClient, rundirs: Sequence[RunDir], uri: str) -> None:
     """Move runs that are in this store already below a new parent run."""
     for rundir in rundirs:
         with contextlib.suppress(DamagedError):
-            recorded, parent = _recorded(rundir.read_manifest(), uri), parent_of(rundir, uri)
-            if recorded.get("run_id") and recorded.get("parent_run_id") != parent["parent_run_id"]:
+            recorded = _recorded(rundir.read_manifest(), uri)
+            parent = parent_of(rundir, uri) if recorded.get("run_id") else recorded
+            if recorded.get("parent_run_id") != parent.get("parent_run_id"):
                 run = client.get_run(recorded["run_id"])
                 if run.info.lifecycle_stage == "active":
                     client.set_tag(run.info.run_id, PARENT_TAG, parent["parent_run_id"])
