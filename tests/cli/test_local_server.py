@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import until
 
 from runner.cli import local_server
 from runner.cli.local_server import HOST, Server
@@ -53,9 +55,35 @@ def test_the_port_is_the_one_that_was_chosen_or_the_first_free_one(capsys: pytes
         other.bind((HOST, 0))
         other.listen()
         taken = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"--port={taken}: is in use by another program\n    → --port \d+ is"):
-            local_server.port(taken, 5000)
-        free = local_server.port(None, taken)
-        assert free > taken
-        assert capsys.readouterr().err == f"port {taken} is in use; using {free}\n"
-    assert local_server.port(free, 5000) == free
+        said = rf"--port={taken}: is in use by another program\n    → --port \d+ is"
+        with pytest.raises(ConfigError, match=said), local_server.port(taken, 5000):
+            pass
+        with pytest.raises(ConfigError, match=said):
+            local_server.refuse_taken(taken)
+        with local_server.port(None, taken) as free:
+            assert free > taken
+            assert capsys.readouterr().err == f"port {taken} is in use; using {free}\n"
+    with local_server.port(free, 5000) as again:
+        assert again == free
+
+
+def test_a_port_is_given_to_one_process_even_before_its_server_listens() -> None:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        first = probe.getsockname()[1]
+    with local_server.port(None, first) as one:
+        with local_server.port(None, first) as other:
+            assert other > one
+        with pytest.raises(ConfigError, match="is in use"), local_server.port(one, 5000):
+            pass
+    with local_server.port(one, 5000) as again:
+        assert again == one
+
+
+def test_a_port_that_another_program_has_taken_meanwhile_is_not_shown_as_ours(tmp_path: Path) -> None:
+    ours = server("import time; time.sleep(0.5); raise SystemExit('Address already in use')")
+    with subprocess.Popen([sys.executable, "-c", HEALTHY, str(ours.port)], stderr=subprocess.DEVNULL) as other:
+        until(lambda: local_server.why_taken(ours.port))
+        with pytest.raises(TrackingError, match="Address already in use"):
+            local_server.run(ours, tmp_path, lambda: pytest.fail("shown"))
+        other.kill()

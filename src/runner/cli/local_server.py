@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import socket
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from runner.errors import ConfigError, Fault, TrackingError
 from runner.signals import signals_to
@@ -59,7 +61,7 @@ def run(server: Server, folder: Path, show: Callable[[], object]) -> int:
         proc = _start(server, folder, log)
         try:
             until = time.monotonic() + server.start_s
-            while not _answers(server.address):
+            while not (_answers(server.address) and _listens(proc, server.port)):
                 if signals:
                     return 0
                 if proc.poll() is not None or time.monotonic() > until:
@@ -76,21 +78,32 @@ def run(server: Server, folder: Path, show: Callable[[], object]) -> int:
             _end(proc)
 
 
-def port(chosen: int | None, first: int) -> int:
-    """The chosen port, or the first free one from ``first`` on.
+@contextlib.contextmanager
+def port(chosen: int | None, first: int) -> Iterator[int]:
+    """The chosen port, or the first free one from ``first`` on; while the block runs, nobody else gets it from here.
 
     Raises:
         ConfigError: the chosen port is in use.
     """
     if chosen:
-        if problem := why_taken(chosen):
-            remedy = f"--port {_next_free(chosen)} is free; or leave --port out"
-            raise ConfigError(Fault("--port", problem, remedy, chosen))
-        return chosen
-    free = _next_free(first)
-    if free != first:
-        print(f"port {first} is in use; using {free}", file=sys.stderr)
-    return free
+        refuse_taken(chosen)
+    number, claim = _next_free(chosen or first)
+    with claim:
+        if chosen and number != chosen:
+            raise _taken(chosen, "is in use by another program")
+        if number != first and not chosen:
+            print(f"port {first} is in use; using {number}", file=sys.stderr)
+        yield number
+
+
+def refuse_taken(chosen: int) -> None:
+    """Refuse a port that is in use.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if problem := why_taken(chosen):
+        raise _taken(chosen, problem)
 
 
 def why_taken(number: int) -> str:
@@ -106,12 +119,35 @@ def why_taken(number: int) -> str:
     return ""
 
 
-def _next_free(first: int) -> int:
+def _taken(chosen: int, problem: str) -> ConfigError:
+    number, claim = _next_free(chosen)
+    claim.close()
+    return ConfigError(Fault("--port", problem, f"--port {number} is free; or leave --port out", chosen))
+
+
+def _next_free(first: int) -> tuple[int, IO[str]]:
+    """The first free port from ``first`` on, and the file whose lock keeps it for this process until it is closed."""
     last = min(first + PORTS_TRIED, LAST_PORT + 1)
     for number in range(first, last):
-        if not why_taken(number):
-            return number
+        if not why_taken(number) and (claim := _claimed(number)):
+            return number, claim
     raise ConfigError(Fault("--port", f"no port from {first} to {last - 1} is free", "choose a free one: --port N"))
+
+
+def _claimed(number: int) -> IO[str] | None:
+    """A locked file that keeps the port until the server listens, seconds later; None if another process has it."""
+    folder = Path(tempfile.gettempdir(), f"runner-ports-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        claim = (folder / str(number)).open("a")
+    except OSError:  # no folder to write to: the port is not kept
+        return open(os.devnull)
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        claim.close()
+        return None
+    return claim
 
 
 def _start(server: Server, folder: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -133,6 +169,22 @@ def _answers(address: str) -> bool:
             return bool(answer.status == 200)
     except (OSError, ValueError):
         return False
+
+
+def _listens(proc: subprocess.Popen[bytes], number: int) -> bool:
+    """Whether it is this server that listens on the port: another program may have taken it meanwhile."""
+    import psutil
+
+    try:
+        leader = psutil.Process(proc.pid)
+        family: list[Any] = [leader, *leader.children(recursive=True)]
+        name = "net_connections" if hasattr(leader, "net_connections") else "connections"  # its name before psutil 6
+        connections = [each for member in family for each in getattr(member, name)("tcp")]
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # this system does not tell
+        return True
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == number for each in connections)
 
 
 @contextlib.contextmanager

@@ -58,9 +58,8 @@ def serve(run: Trained, port: int | None) -> int:
     from runner.train import trained_model
 
     on_gpu = torch.cuda.is_available()
-    chosen, number = engine(on_gpu=on_gpu), local_server.port(port, FIRST_PORT)
-    name = model_name(run)
-    with tempfile.TemporaryDirectory(prefix="runner-") as folder:
+    chosen, name = engine(on_gpu=on_gpu), model_name(run)
+    with local_server.port(port, FIRST_PORT) as number, tempfile.TemporaryDirectory(prefix="runner-") as folder:
         trained_model.quiet()
         _write(run, Path(folder, name))
         server = Server(

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(*(Fault(word, "unexpected argument of ui", VERB.usage) for word in args.words))
     port, named = args["--port"], args["uri"] or environment.store_uri()
     if port:
-        local_server.port(port, FIRST_PORT)
+        local_server.refuse_taken(port)
     uri = store_lookup.checked(named) if named else _embedded(args.outputs_dir)
     if store.is_server(uri):
         if port:
@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
     if args["--experiment"] and uri.startswith("sqlite:"):
         with contextlib.suppress(sqlite3.Error):  # MLflow itself reports a missing or outdated database
             _refuse_unknown(args["--experiment"], mlflow_results.opened(uri).experiments())
-    return _serve(uri, local_server.port(port, FIRST_PORT), args)
+    with local_server.port(port, FIRST_PORT) as free:
+        return _serve(uri, free, args)
 
 
 def _refuse_unknown(name: str, experiments: Collection[str]) -> None:
