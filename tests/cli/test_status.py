@@ -94,6 +94,21 @@ def test_the_table_has_the_latest_and_all_that_is_unfinished(capsys: pytest.Capt
     assert "ablation" not in said_of("status", "outputs/a", capsys=capsys)[1]
 
 
+def test_a_sweep_whose_command_died_tells_which_command_continues_it(capsys: pytest.CaptureFixture[str]):
+    sweep = a_sweep("ablation", commands=[["python", "-m", "runner", "-m", "lora.r=8,16", "name=my run"]])
+    for number, status in enumerate(("failed", "pending")):
+        played(f"{number:03d}", status, sweep, label=f"seed={number}")
+    assert re.search(r"seed=1 +pending.*\n +being prepared\n", said_of("status", "ablation", capsys=capsys)[1])
+    os.utime(sweep.manifest, (0, 0))  # long ago
+    again = "python -m runner -m lora.r=8,16 'name=my run'"
+    out = said_of("status", capsys=capsys)[1]
+    assert f"no process will start 1 of these runs: repeat the command: {again}\n" in out
+    out = said_of("status", "ablation", capsys=capsys)[1]
+    assert re.search(r"seed=1 +pending.*\n +no process will start this run: repeat the command\n", out)
+    assert f"continue  repeat the command: {again} (completed runs are skipped)\n" in out
+    assert f"retry     {again} retry=true\n" in out
+
+
 def test_a_run_of_another_machine_has_the_status_unknown_there(capsys: pytest.CaptureFixture[str]):
     rundir = played("a/far", "running")
     rundir.write_state(host="elsewhere")

@@ -120,9 +120,10 @@ def _hints(shown: Sequence[Group]) -> list[str]:
     if group.sweep:
         folder = terminal.typed(terminal.nearest(group.sweep.path))
         if counts["pending"] + counts["killed"] + counts["preempted"] and not any(run.is_live for run in group.runs):
-            hints.append("continue  run the command of the sweep again: completed runs are skipped")
+            hints.append(f"continue  {group.again} (completed runs are skipped)")
         if counts["failed"]:
-            hints.append("retry     the same command with retry=true")
+            command = group.sweep.command()
+            hints.append(f"retry     {command} retry=true" if command else "retry     the same command with retry=true")
     else:
         run, folder = group.runs[0], terminal.typed(terminal.nearest(group.runs[0].rundir.path))
         if run.status in ("pending", "killed", "preempted", "failed"):

@@ -42,6 +42,13 @@ class Group:
         return max((run.state.updated for run in self.runs), default=0.0)
 
     @property
+    def again(self) -> str:
+        """What continues the sweep: its last command."""
+        assert self.sweep
+        command = self.sweep.command()
+        return f"repeat the command: {command}" if command else "repeat the command of the sweep"
+
+    @property
     def is_finished(self) -> bool:
         return all(run.status in (*FINAL, "missing", "damaged") for run in self.runs)
 
@@ -59,9 +66,11 @@ class Row:
         order = sorted(counts, key=list(COLOURS).index)
         text = ", ".join(f"{counts[status]} {status}" for status in order) or "no runs"
         shared = order[0] if len(order) == 1 else ""
-        is_orphaned = any(run.reason == run_status.NOBODY for run in group.runs) and not group.is_open
+        orphans = sum(run.reason == run_status.NOBODY for run in group.runs)
+        which = "these runs" if orphans == len(group.runs) else f"{orphans} of these runs"
+        reason = f"no process will start {which}: {group.again}" if orphans and not group.is_open else ""
         cells = (f"{group.sweep.path.name}/", text, "", "", "", "", terminal.nearest(group.sweep.path))
-        return cls(cells, shared, run_status.NOBODY if is_orphaned else "")
+        return cls(cells, shared, reason)
 
     @classmethod
     def of_run(cls, run: RunStatus, label: str, *, indent: bool) -> Row:

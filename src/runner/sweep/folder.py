@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import Fault, ResumeError
-from runner.files import copy_of, locked, restore_lost, write_kept
+from runner.files import copy_of, locked, write_kept
 from runner.secrets import redact
 from runner.tracking import recovery
 from runner.tracking.manifest import refuse_files, refuse_other, signature
@@ -135,7 +135,7 @@ def refuse(sweep: SweepDir) -> None:
     Raises:
         ResumeError: the folder is in use.
     """
-    restore_lost(sweep.manifest, sweep.lock)
+    sweep.restore()
     if not sweep.manifest.exists():
         refuse_inside(sweep.path, "sweep")
     path, names = sweep.path, set[str]()

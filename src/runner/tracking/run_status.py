@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from runner.errors import DamagedError
+from runner.files import is_held, stamp
 from runner.tracking import lock_holders, lookup, naming, slurm_jobs
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import JobRef
 from runner.tracking.slurm_jobs import NO_JOB, Queue
 from runner.tracking.state_file import DIED, DONE, State, Status
-from runner.tracking.sweepdir import home_of, sweep_of
+from runner.tracking.sweepdir import SweepDir, home_of, sweep_of
 
 if TYPE_CHECKING:
     from runner.tracking.slurm_client import Job
@@ -29,6 +30,8 @@ WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
 _NODES = ("slurm", "mlflow")
 """Optional keys of the manifest whose value is a dict."""
 NOBODY = "no process will start this run: repeat the command"
+PREPARING_S = 120.0
+"""Longest time between the folders of a sweep and its local queue, or its submission to Slurm."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,13 @@ def _by_queue(run: RunStatus, context: _Context) -> tuple[str, str]:
     if context.queues[sweep.path]:
         return "queued", ""
     had_queue = context.queues[sweep.path] is False
-    return "pending", NOBODY if had_queue else "being prepared, or no process will start it"
+    return "pending", NOBODY if had_queue or not _is_being_prepared(sweep) else "being prepared"
+
+
+def _is_being_prepared(sweep: SweepDir) -> bool:
+    """Whether a command may be creating its runs; one that died before its queue began leaves no other trace."""
+    changed = stamp(sweep.manifest)[1:2]
+    return is_held(sweep.lock) or any(time.time() - ns / 1e9 < PREPARING_S for ns in changed)
 
 
 def _ago(moment: float) -> str:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import Fault, LaunchError, ResumeError, RunnerError
-from runner.files import is_held, locked, read_kept, write_kept
+from runner.errors import DamagedError, Fault, LaunchError, ResumeError, RunnerError
+from runner.files import is_held, locked, read_kept, restore_lost, write_kept
+from runner.tracking import sweep_manifest
 from runner.tracking.rundir import RunDir
 
+REMEDY = "restore it; each of its runs can still be used by the path of its folder"
+log = logging.getLogger("runner")
 PATTERNS = {"%": "'%'", "\\": "'\\'", "\n": "a line break", "\r": "a line break"}
 """Characters that Slurm and submitit do not take literally in the path of a log file, and their names."""
 
@@ -22,7 +29,10 @@ class SweepDir:
 
     @property
     def manifest(self) -> Path:
-        """{id, name, created, commands, mlflow: {parent_run_id, …}, jobs: {signature: {folder, label}}}"""
+        """{id, name, created, commands, mlflow: {parent_run_id, …}, jobs: {signature: {folder, label}}}
+
+        If it was rebuilt from its runs, ``is_rebuilt``: ``id`` is not that of the parent run in MLflow.
+        """
         return self.path / "sweep.json"
 
     @property
@@ -74,19 +84,39 @@ class SweepDir:
         return is_held(self.queue_lock, shared=True)
 
     def read(self, *, is_locked: bool = False) -> dict[str, Any]:
-        """Contents of sweep.json, restored from its copy if it is damaged; empty if there is no such file.
+        """Contents of sweep.json; if it is damaged, restored from its copy or from its runs; empty if there is none.
 
         Args:
             is_locked: the caller holds the lock.
 
         Raises:
-            DamagedError: the file and its copy are damaged.
+            DamagedError: the file and its copy are damaged, and no run of the sweep can be read.
         """
         try:
-            remedy = "restore it; each of its runs can still be used by the path of its folder"
-            return read_kept(self.manifest, remedy, None if is_locked else self.lock)
+            return read_kept(self.manifest, REMEDY, None if is_locked else self.lock)
         except FileNotFoundError:
             return {}
+        except DamagedError as error:
+            if os.access(self.manifest, os.R_OK) and (content := self._rebuilt(error.faults[0].problem, is_locked)):
+                return content
+            raise
+
+    def restore(self) -> None:
+        """Write a lost sweep.json again, from its copy or from its runs, with a warning."""
+        restore_lost(self.manifest, self.lock)
+        if not self.manifest.exists():
+            self._rebuilt(f"{self.manifest} is lost", is_locked=False)
+
+    def _rebuilt(self, problem: str, is_locked: bool) -> dict[str, Any]:
+        """Write sweep.json again from the manifests of its runs; returns its contents, empty if they do not tell."""
+        if not (content := sweep_manifest.of_runs(self.path)):
+            return {}
+        with contextlib.suppress(OSError), contextlib.nullcontext() if is_locked else locked(self.lock):
+            with contextlib.suppress(DamagedError, FileNotFoundError):  # else another process has just written it
+                return read_kept(self.manifest, REMEDY)
+            write_kept(self.manifest, content)
+        log.warning(f"{problem}; rebuilt from the manifests of its {len(content['jobs'])} runs")
+        return content
 
     def update(self, **changes: Any) -> dict[str, Any]:
         """Change keys of sweep.json under its lock; returns the new contents."""
@@ -94,6 +124,13 @@ class SweepDir:
             manifest = {**self.read(is_locked=True), **changes}
             write_kept(self.manifest, manifest)
         return manifest
+
+    def command(self) -> str:
+        """The last command of this sweep, to be copied into a shell; empty if it is not recorded or not readable."""
+        with contextlib.suppress(DamagedError, OSError):
+            command = (self.read().get("commands") or [[]])[-1]
+            return command if isinstance(command, str) else shlex.join(command)
+        return ""
 
     def rundirs(self) -> list[RunDir]:
         """The runs of the sweep, in the order of sweep.json."""

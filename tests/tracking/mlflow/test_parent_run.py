@@ -21,6 +21,7 @@ from fixtures.mirrored_runs import assert_mirrored, finish, fork, outputs, the_r
 from fixtures.mirrored_sweeps import add_jobs, children_of, client_of, make_sweep, only_parents, parent_of, statuses
 from fixtures.web_servers import Web, web
 
+from runner.files import copy_of
 from runner.tracking import webhook
 from runner.tracking.mirror import spawn, sync
 from runner.tracking.mlflow import parent_run, store
@@ -77,15 +78,17 @@ def test_the_end_of_a_sweep_is_reported_once(outputs: Path, web: Web, monkeypatc
     assert message["mlflow_run_id"] == parent_of(sweep).info.run_id
 
 
-def test_swept_values_are_those_of_the_command() -> None:
-    jobs = {"a": {"label": "lora.target_modules=[q,v],+x.y=1"}, "b": {"label": "lora.target_modules=[k],+x.y=2"}}
-    swept = parent_run._swept({"jobs": jobs, "commands": ["runner -m +x.y=1,2 experiment=e"]})
-    assert swept == {"lora.target_modules": "[q,v], [k]", "x.y": "1,2"}
-    search = {
-        "jobs": {"a": {"label": "optim.learning_rate=0.001"}},
-        "commands": [["optim.learning_rate=interval(0,1)"]],
-    }
-    assert parent_run._swept(search) == {"optim.learning_rate": "interval(0,1)"}
+def test_a_sweep_rebuilt_from_its_runs_keeps_its_parent(outputs: Path) -> None:
+    sweep = make_sweep(outputs, 2)
+    assert parent_run.open_sweep(sweep, queued=True) == ""
+    MlflowRun.of(finish(sweep.rundirs()[0])).update()
+    before = sweep.read()
+    for file in (sweep.manifest, copy_of(sweep.manifest)):
+        file.write_text("{")
+    assert parent_run.open_sweep(sweep, queued=True) == ""
+    assert only_parents(sweep) == 1
+    after = sweep.read()
+    assert (after["id"], after["mlflow"], after["jobs"]) == (before["id"], before["mlflow"], before["jobs"])
 
 
 @pytest.mark.cold

@@ -14,8 +14,6 @@ import contextlib
 import functools
 import json
 import logging
-import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,7 +24,7 @@ from runner.config.bind import bind
 from runner.errors import DamagedError, RunnerError
 from runner.files import is_held, locked
 from runner.secrets import take_credentials
-from runner.tracking import webhook
+from runner.tracking import sweep_manifest, webhook
 from runner.tracking.machine import user
 from runner.tracking.manifest import read_config
 from runner.tracking.mlflow import store, upload
@@ -89,7 +87,7 @@ def open_sweep(
             sweep.update(mlflow=recorded)
             _adopt(client, rundirs, first.uri)
         if not problem:
-            upload.send_params(client, parent, {}, _swept(manifest))
+            upload.send_params(client, parent, {}, sweep_manifest.swept(manifest))
             _send_counts(client, parent.info.run_id, sweep, rundirs, [_state(rundir) for rundir in rundirs], queued)
         return problem
 
@@ -200,6 +198,10 @@ def _recorded(manifest: dict[str, Any], uri: str) -> dict[str, Any]:
 
 def _parent(client: MlflowClient, experiment: str, first: Job, sweep: SweepDir, manifest: dict[str, Any]) -> Run:
     recorded_id = _recorded(manifest, first.uri).get("parent_run_id")
+    if manifest.get("is_rebuilt"):
+        known = store.with_id(client, recorded_id)
+        manifest["id"] = known.data.tags.get(store.ID_TAG, manifest["id"]) if known else manifest["id"]
+        sweep.update(id=manifest["id"], is_rebuilt=False)
     if run := store.find_any_run(client, experiment, manifest["id"], recorded_id):
         return run
     command = (manifest.get("commands") or [[]])[-1]
@@ -215,20 +217,6 @@ def _parent(client: MlflowClient, experiment: str, first: Job, sweep: SweepDir, 
     name = first.tracking.run_name or str(manifest.get("name") or sweep.path.name)
     started = float(manifest.get("created") or time.time())
     return store.create_run(client, experiment, manifest["id"], name, started, tags)
-
-
-def _swept(manifest: dict[str, Any]) -> dict[str, str]:
-    """The swept keys with their values, as in the command (``8,16``, ``interval(1e-5,1e-2)``) or in the labels."""
-    values: dict[str, dict[str, None]] = {}
-    for job in manifest.get("jobs", {}).values():
-        for part in re.split(r",(?=[\w./@+~]+=)", str(job.get("label") or "")):
-            key, is_override, value = part.partition("=")
-            if is_override:
-                values.setdefault(key.lstrip("+"), {})[value] = None
-    command = (manifest.get("commands") or [[]])[-1]
-    words = shlex.split(command) if isinstance(command, str) else command
-    given = {key.lstrip("+"): value for key, _, value in (str(word).partition("=") for word in words)}
-    return {key: given.get(key) or ", ".join(texts) for key, texts in values.items()}
 
 
 def _revive(client: MlflowClient, parent: Run, restore: bool) -> str:

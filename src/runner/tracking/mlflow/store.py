@@ -159,19 +159,23 @@ def find_run(client: MlflowClient, experiment: str, identity: str, recorded_id: 
 
 def find_any_run(client: MlflowClient, experiment: str, identity: str, recorded_id: str | None) -> Run | None:
     """Like ``find_run``, but also returns a deleted run, which can be restored."""
-    from mlflow.exceptions import MlflowException
-
-    run = None
-    if recorded_id:
-        try:
-            run = client.get_run(recorded_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+    run = with_id(client, recorded_id)
     if run is None or run.data.tags.get(ID_TAG) != identity:
         runs = _with_identity(client, experiment, identity)
         run = client.get_run(runs[0].info.run_id) if runs else None
     return run
+
+
+def with_id(client: MlflowClient, run_id: str | None) -> Run | None:
+    """The run with this id of MLflow's, deleted or not; None if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def _with_identity(client: MlflowClient, experiment: str, identity: str) -> list[Run]:
