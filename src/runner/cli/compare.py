@@ -166,7 +166,9 @@ def _write_files(board: Leaderboard, source: _Source, args: Args) -> list[Path]:
         return written
     from runner.report import charts, page
 
-    drawn = page.drawing(board, source.uri)
+    drawn = page.drawing(board, source.uri, has_answers=bool(args["--html"]))
+    if drawn.note:
+        print(f"note  {drawn.note}", file=sys.stderr)
     for option in ("--html", "--png"):
         if not args[option]:
             continue

@@ -6,20 +6,19 @@ import html
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.report import advice, columns, curves, ranking, results
+from runner.report import advice, columns, curves, ranking, results, samples
 from runner.report.columns import CPU_MEMORY, GPU_MEMORY, SPEED, Goal
 from runner.report.curves import Curves
 from runner.report.leaderboard import Leaderboard
 from runner.report.results import Result
+from runner.report.samples import Samples
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_COLOURS = 8
-MOST_SAMPLED, MOST_PROMPTS, LONGEST_SAMPLE = 40, 8, 4000
-"""Limits of the samples in the page: runs, prompts of a run, characters of a text."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,17 @@ class Drawing:
     """(parameter, share of the variance that it explains), the largest first."""
     scatter: tuple[Goal, Goal]
     """The x and the y axis."""
+    samples: dict[int, Samples] = field(default_factory=dict)
+    """Index of a run → its prompts and answers."""
+    note: str = ""
+    """What could not be read; empty if nothing is missing."""
 
 
-def drawing(board: Leaderboard, uri: str = "") -> Drawing:
-    """Collect the data of the charts: curves from the run folders, or from the MLflow store at ``uri``."""
+def drawing(board: Leaderboard, uri: str = "", *, has_answers: bool = True) -> Drawing:
+    """Collect curves and answers of the runs from their folders, or from the MLflow store at ``uri``."""
     importance = ranking.importance(board.results, board.params, board.goal)
-    return Drawing(curves.gather(board.results, uri), importance, _scatter(board))
+    answers = samples.gather(board.results, uri) if has_answers else ({}, "")
+    return Drawing(curves.gather(board.results, uri), importance, _scatter(board), *answers)
 
 
 def render(board: Leaderboard, drawing: Drawing, title: str) -> str:
@@ -57,7 +61,7 @@ def _data(board: Leaderboard, drawing: Drawing, title: str) -> dict[str, Any]:
         "title": title,
         "subtitle": f"{len(board.results)} run{'s' * (len(board.results) > 1)}, compared {time.strftime('%F %T')}",
         "facts": _facts(board),
-        "notes": board.notes,
+        "notes": [*board.notes, *([drawing.note] if drawing.note else [])],
         "next": [[each.kind, str(each)] for each in advice.of(board.results, board.params, board.goal, board.over)],
         "over": board.over or next((key for key in board.params if key.endswith(advice.REPEATED)), ""),
         "marks": board.legend(),
@@ -84,7 +88,7 @@ def _data(board: Leaderboard, drawing: Drawing, title: str) -> dict[str, Any]:
             for result, row in zip(board.results, rows, strict=True)
         ],
         "curves": {number: _points(each) for number, each in enumerate(drawing.curves) if each},
-        "samples": _samples(board),
+        "samples": drawing.samples,
         "left_out": f"Curves of {count} of {len(board.results)} runs." if count < len(board.results) else "",
         "groups": _groups(board),
     }  # fmt: skip
@@ -97,15 +101,6 @@ def _links(result: Result) -> list[tuple[str, str, str]]:
         (name, address, "while python -m runner ui is running" if address.startswith(results.UI) else address)
         for name, address in places if address.startswith(("file://", "http://", "https://"))
     ]  # fmt: skip
-
-
-def _samples(board: Leaderboard) -> dict[int, list[dict[str, str]]]:
-    """Index of a run → its first samples, shortened."""
-    found = {number: results.read_samples(result.folder) for number, result in enumerate(board.results[:MOST_SAMPLED])}
-    return {
-        number: [{key: text[:LONGEST_SAMPLE] for key, text in sample.items()} for sample in samples[:MOST_PROMPTS]]
-        for number, samples in found.items() if samples
-    }  # fmt: skip
 
 
 def _facts(board: Leaderboard) -> list[tuple[str, str]]:

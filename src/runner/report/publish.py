@@ -12,7 +12,7 @@ from runner.report import advice, columns, leaderboard, page, results
 from runner.report.leaderboard import Leaderboard
 from runner.report.results import Result
 from runner.secrets import redact
-from runner.tracking.mlflow import upload
+from runner.tracking.mlflow import upload, views
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir
@@ -60,7 +60,8 @@ def _send_best(client: MlflowClient, parent: Run, board: Leaderboard, updated: f
     best = board.best
     # MLflow shows the value with the highest step and time: the number of runs, and the time of their last update.
     # With a prefix: MLflow draws and sorts the parent run among the runs.
-    metrics = {f"best/{key}": best.metrics[key] for key in board.metrics if key in best.metrics}
+    metrics = {f"{views.BEST}/{key}": best.metrics[key] for key in board.metrics if key in best.metrics}
+    metrics |= {key: best.metrics[key] for key in views.ON_PARENT if key in best.metrics}
     points = [Metric(key, value, int(updated * 1000), len(board.results)) for key, value in metrics.items()]
     client.log_batch(parent.info.run_id, metrics=points)
     note = parent.data.tags.get(NOTE, "")

@@ -122,15 +122,6 @@ def _page_of(mlflow: Mapping[str, Any]) -> str:
     return str(mlflow.get("url") or (f"{UI}/#/experiments/{experiment}/runs/{run}?{TRAINING}" if run else ""))
 
 
-def read_samples(folder: str) -> list[dict[str, str]]:
-    """The held-out prompts of a run with the answers before and after training; an empty list if it has none."""
-    try:
-        found = json.loads(RunDir(Path(folder)).samples.read_text(encoding="utf-8")) if folder else []
-        return [{key: str(text) for key, text in sample.items()} for sample in found]
-    except (OSError, ValueError, AttributeError, TypeError):  # missing or damaged
-        return []
-
-
 def _handle(rundir: RunDir, sweep: Path | None, outputs_dir: Path, is_one_sweep: bool) -> str:
     """The shortest valid RUN: the folder's name if all runs are of one sweep, else SWEEP/NAME or the path."""
     if sweep:

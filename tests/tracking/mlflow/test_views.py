@@ -27,5 +27,8 @@ def test_the_view_begins_with_the_loss_and_fits_into_a_tag():
         "metrics.`best/eval/loss`", "metrics.`eval/loss`", "metrics.`train/tokens_per_second`"
     ]  # fmt: skip
     assert [section["name"] for section in view["compareRunSections"]] == ["eval", "train", "memory"]
-    charts = [(chart["metricKey"], chart["metricSectionId"]) for chart in view["compareRunCharts"]]
-    assert charts[:2] == [("eval/loss", "runner-eval"), ("train/loss", "runner-train")]
+    charts = [(chart["type"], chart["metricKey"], chart["metricSectionId"]) for chart in view["compareRunCharts"]]
+    assert charts[:3] == [
+        ("BAR", "best/eval/loss", "runner-eval"), ("LINE", "eval/loss", "runner-eval"),
+        ("LINE", "train/loss", "runner-train"),
+    ]  # fmt: skip

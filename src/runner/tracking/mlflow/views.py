@@ -23,12 +23,18 @@ TRAINING = "custom_model_development"
 """MLflow's name of an experiment that trains models; without it MLflow guesses, and may open its mode for GenAI."""
 SPEED = "train/tokens_per_second"
 MEMORY = ("memory/peak_allocated_gib", "memory/peak_rss_gib")
-COLUMNS = (f"best/{LOSS}", LOSS, SPEED, *MEMORY)
-"""Metrics in the table. A sweep's parent run has those of its best run with the prefix ``best/``."""
+BEST = "best"
+"""A sweep's parent run has the metrics of its best run with this prefix: its runs are folded at first."""
+ON_PARENT = (SPEED, *MEMORY)
+"""Those that it has without the prefix, too, as no one ranks runs by them: MLflow's table has room for five columns."""
+COLUMNS = (f"{BEST}/{LOSS}", LOSS, SPEED, *MEMORY)
+"""Metrics in the table."""
 NAME = "attributes.`Run Name`"
 WIDTH, NAME_WIDTH = 105, 250
 """Pixels of columns, so that all are in sight beside MLflow's panels, and names are not cut."""
-CHARTS = (LOSS, "train/loss", SPEED, MEMORY[0], MEMORY[1])
+BAR = f"{BEST}/{LOSS}"
+"""One bar for each folded sweep, beside the curves of runs: MLflow hides what has no data."""
+LINES = (LOSS, "train/loss", SPEED, *MEMORY)
 SECTIONS = ("eval", "train", "memory")
 """The first sections of the charts; MLflow adds the others, such as ``best/eval`` and its system metrics."""
 
@@ -46,19 +52,31 @@ def view() -> dict[str, Any]:
              "isGenerated": True}
             for name in SECTIONS
         ],
-        "compareRunCharts": [_chart(name) for name in CHARTS],
+        "compareRunCharts": [_bars(BAR), *map(_line, LINES)],
     }  # fmt: skip
 
 
-def _chart(metric: str) -> dict[str, Any]:
-    """A line over steps; MLflow adds the charts of all other metrics."""
-    section, _, name = metric.rpartition("/")
+def _chart(kind: str, metric: str) -> dict[str, Any]:
+    """A chart of one metric in the section of its prefix; MLflow adds the charts of all other metrics."""
+    section, _, name = metric.removeprefix(f"{BEST}/").rpartition("/")
+    title = f"{BEST} {name}" if metric == BAR else name
     return {
-        "type": "LINE", "uuid": f"{KEY}-{metric}", "metricSectionId": f"{KEY}-{section}", "metricKey": metric,
-        "displayName": name, "isGenerated": True, "deleted": False, "runsCountToCompare": 10, "lineSmoothness": 0,
-        "xAxisScaleType": "linear", "scaleType": "linear", "range": {}, "xAxisKey": "step", "yAxisKey": "metric",
-        "selectedXAxisMetricKey": "", "yAxisExpressions": [], "ignoreOutliers": False, "useGlobalXaxisKey": True,
-        "useGlobalLineSmoothing": True,
+        "type": kind, "uuid": f"{KEY}-{metric}", "metricSectionId": f"{KEY}-{section}", "metricKey": metric,
+        "displayName": title, "isGenerated": True, "deleted": False, "runsCountToCompare": 10,
+    }  # fmt: skip
+
+
+def _bars(metric: str) -> dict[str, Any]:
+    """The last value of each run. A generated chart would become a line over steps, with one point for each sweep."""
+    return {**_chart("BAR", metric), "isGenerated": False}
+
+
+def _line(metric: str) -> dict[str, Any]:
+    """The values of each run over its steps."""
+    return {
+        **_chart("LINE", metric), "lineSmoothness": 0, "xAxisScaleType": "linear", "scaleType": "linear", "range": {},
+        "xAxisKey": "step", "yAxisKey": "metric", "selectedXAxisMetricKey": "", "yAxisExpressions": [],
+        "ignoreOutliers": False, "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True,
     }  # fmt: skip
 
 
