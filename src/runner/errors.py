@@ -19,6 +19,7 @@ ReaderLeft                  141 not an error: the reader of the output has left 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -139,6 +140,14 @@ class ReaderLeft(BaseException):
     """Ends a command that only prints. A BaseException, as ``Stopped`` is."""
 
     exit_code = 141
+
+
+HYDRAS_TRACEBACK = "HYDRA_FULL_ERROR"
+
+
+def shows_traceback() -> bool:
+    """Whether the user wants tracebacks: RUNNER_TRACEBACK, or Hydra's HYDRA_FULL_ERROR, is set and not 0."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("RUNNER_TRACEBACK", HYDRAS_TRACEBACK))
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

@@ -114,6 +114,8 @@ COMPOSE: list[tuple[str, list[str], str]] = [
     ("a tracking URI without scheme", ["tracking=server", "tracking.uri=localhost:5000"], "http://localhost:5000"),
     ("unknown verb", ["trian"], "verbs: "),
     ("misspelt verb", ["pln"], "did you mean 'plan'"),
+    ("verb of another program", ["train", "model=tiny"], "overrides train, without a word: model=… data=…; verbs: "),
+    ("file of another program", ["sft.yaml"], "experiment=NAME, if it is FOLDER/experiment/NAME.yaml"),
     ("broken override", ["quant=[4"], "quant=[4: cannot be read ("),
     ("one bad value of a sweep", ["-m", "lora.r=4,x"], "must be a whole number"),
     ("resume of nothing", ["resume=outputs/nowhere"], "there is no run or sweep"),
@@ -280,10 +282,16 @@ def test_a_foreign_folder_is_untouched(tmp_path: Path, capfd: pytest.CaptureFixt
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "two years of work"
 
 
-def test_the_traceback_is_there_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    monkeypatch.setenv("RUNNER_TRACEBACK", "1")
+@pytest.mark.parametrize("variable", ["RUNNER_TRACEBACK", "HYDRA_FULL_ERROR"])
+def test_the_traceback_is_there_for_those_who_ask(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv(variable, "1")
     assert main.run(["quant=5bit"]) == 2
     assert "Traceback" in capfd.readouterr().err
+    monkeypatch.delenv(variable)
+    assert main.run(["quant=5bit", "--cfg", "job"]) == 2
+    assert "Traceback" not in capfd.readouterr().err, "Hydra's own errors are ours again"
 
 
 def test_an_unwritable_cache_is_refused(

@@ -32,3 +32,23 @@ def test_a_value_that_needs_quotes_is_named(override: str, remedy: str):
     key, _, value = override.partition("=")
     assert (fault.key, fault.value, fault.remedy) == (key, value, remedy)
     assert fault.problem.startswith("cannot be read (")
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "remedy"),
+    [
+        (["+experiment=smoke"], "+experiment", "write experiment=…, without +"),
+        (["~train.eval_steps"], "~train.eval_steps", "set train.eval_steps=null"),
+        (["hydra/sweeper=optuna"], "hydra/sweeper=optuna", "-m search=tpe"),
+        (["-cn", "mine"], "--config-name mine", "experiment=NAME"),
+        (["train.warmup_steps=10"], "train.warmup_steps", "did you mean schedule.warmup_steps?"),
+        (["+train.warmup_steps=10"], "train.warmup_steps", "did you mean schedule.warmup_steps?"),
+        (["+task.temperature=1"], "task.temperature", "keys here: "),
+    ],
+)
+def test_habits_of_hydras_users_are_answered(words: list[str], key: str, remedy: str):
+    with pytest.raises(ConfigError) as refused:
+        composed(*TINY, *words)
+    (fault,) = refused.value.faults
+    assert fault.key == key
+    assert remedy in fault.remedy

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from runner.cli import main
 from runner.config import bind, synonyms
 from runner.config.bind import config_dir, flatten
 
@@ -39,6 +40,15 @@ def test_no_word_of_ours_is_in_the_table():
     names = {key.rpartition(".")[2] for key in KEYS}
     assert {word for word in synonyms.KEYS if word in names and synonyms.KEYS[word].endswith(f".{word}")} == set()
     assert set(synonyms.OPTIONS) & set(OPTIONS) == set()
+
+
+def test_each_verb_and_option_in_an_answer_exists():
+    assert not set(synonyms.WORDS) & set(main.VERBS)
+    for answer in synonyms.ANSWERS:
+        if verb := re.match(r"write ([a-z]+)\b(?!=)", answer):
+            assert verb[1] in main.VERBS, answer
+        for group, option in re.findall(r"\b(task|launcher|search)=([a-z]+)", answer):
+            assert f"{group}={option}" in OPTIONS, answer
 
 
 @pytest.mark.parametrize(

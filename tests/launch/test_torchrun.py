@@ -10,6 +10,8 @@ import pytest
 from conftest import prepared
 from fixtures.ranks_of_a_run import OPTIONS, TORCHRUN, environment, several, worked
 
+from runner.errors import ConfigError, LaunchError
+from runner.launch import torchrun
 from runner.tracking.rundir import RunDir
 
 ACCELERATE = (
@@ -28,6 +30,35 @@ def test_accelerate_that_started_one_of_several_is_refused(tmp_path: Path):
     assert done.returncode != 0
     assert "accelerate launch found no GPU and started 1 process instead of 2" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_accelerate_launch_that_have_no_effect_are_refused(monkeypatch: pytest.MonkeyPatch):
+    for name in torchrun.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert list(torchrun.ignored_settings()) == [], "accelerate launch did not start this process"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    for refuse in (torchrun.refuse_lonely, lambda: torchrun.Joined(2).refuse([], is_sweep=False)):
+        with pytest.raises(ConfigError) as error:
+            refuse()
+        assert [fault.key for fault in error.value.faults] == ["--mixed_precision", "--use_fsdp"]
+    assert "model.dtype=bfloat16 (and --mixed_precision no, if accelerate config set it)" in str(error.value)
+
+
+def test_several_tasks_of_srun_do_not_train_a_run_each(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    torchrun.refuse_srun()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with pytest.raises(LaunchError, match=r"launcher=slurm launcher\.tasks_per_node=2 submits one run of 2 processes"):
+        torchrun.refuse_srun()
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    with pytest.raises(SystemExit, match="2"):
+        torchrun.refuse_srun()
+    monkeypatch.setenv("RANK", "1")
+    torchrun.refuse_srun()
 
 
 @pytest.mark.slow

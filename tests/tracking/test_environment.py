@@ -57,6 +57,16 @@ def test_a_name_in_the_configuration_makes_the_id_of_an_experiment_superfluous(m
     assert settled()[1] == ["MLFLOW_EXPERIMENT_ID"]
 
 
+def test_variables_that_have_no_effect_are_mentioned(monkeypatch: pytest.MonkeyPatch):
+    assert list(environment.notes({"also": []})) == []
+    for name in ("MLFLOW_TAGS", "WANDB_PROJECT", "WANDB_NAME", "WANDB_API_KEY", "TRACKIO_PROJECT"):
+        monkeypatch.setenv(name, "x")
+    assert list(environment.notes({"also": ["trackio"]})) == [
+        "MLFLOW_TAGS has no effect: set tracking.tags.NAME=VALUE",
+        "WANDB_PROJECT and WANDB_NAME have no effect: tracking.also=[wandb] sends the records there, too",
+    ]
+
+
 def test_opening_a_store_leaves_the_environment_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from runner.tracking.mlflow import store
 

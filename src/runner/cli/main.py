@@ -10,13 +10,15 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import streams
 from runner.cli import jobs
-from runner.errors import ConfigError, Fault, ReaderLeft, RunnerError, suggest
+from runner.errors import HYDRAS_TRACEBACK, ConfigError, Fault, ReaderLeft, RunnerError, shows_traceback, suggest
 from runner.train.distributed import ranks
 
 if TYPE_CHECKING:
@@ -77,7 +79,10 @@ def _is_bare_word(argument: str) -> bool:
 
 def _run_verb(name: str, *argv: str) -> int:
     if name not in VERBS:
-        allowed = f"{suggest(name, VERBS)} verbs: {', '.join(VERBS)}; an override is written key=value".strip()
+        from runner.config import synonyms
+
+        hint = f"{answer};" if (answer := synonyms.word_hint(name)) else suggest(name, VERBS)
+        allowed = f"{hint} verbs: {', '.join(VERBS)}; an override is written key=value".strip()
         raise ConfigError(Fault(name, "no such verb", allowed))
     verb = importlib.import_module(f"runner.cli.{name}")
     if {"-h", "--help"} & set(takewhile(lambda word: word != "--", argv)):
@@ -99,7 +104,7 @@ def _version() -> int:
 
 def _hydra(argv: list[str], joined: Joined | None = None) -> int:
     from runner.config import command_line, compose
-    from runner.launch import prepare
+    from runner.launch import prepare, torchrun
     from runner.sweep import search, session
 
     args = command_line.parse(argv)
@@ -109,6 +114,7 @@ def _hydra(argv: list[str], joined: Joined | None = None) -> int:
         raise ConfigError(Fault(option, problem, "leave -m out", args.cfg or args.info))
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return _show_with_hydra(args, argv)
+    torchrun.refuse_srun()
     with command_line.opened(args) as hydra:
         composer = compose.Composer(hydra, args)
         if not jobs.may_sweep(args):
@@ -154,17 +160,28 @@ def _show_with_hydra(args: Any, argv: list[str]) -> int:
     from runner.config import command_line, hydra_errors
     from runner.config.bind import config_dir
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its exceptions instead of printing them
     if args.shell_completion:
         _complete_verbs()
     sys.argv = ["runner", *argv]
     with command_line.opened(args) as opened:
         translate = hydra_errors.as_config_errors(opened, args)
-    with translate:
+    with translate, _raising_hydra():
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=hydra_errors.CONFIG_NAME)(
             lambda _: None
         )()
     return 0
+
+
+@contextmanager
+def _raising_hydra() -> Iterator[None]:
+    """Inside the block, Hydra raises its exceptions instead of printing them."""
+    before = os.environ.get(HYDRAS_TRACEBACK)
+    os.environ[HYDRAS_TRACEBACK] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(HYDRAS_TRACEBACK)
+        os.environ.update({HYDRAS_TRACEBACK: before} if before is not None else {})
 
 
 def _complete_verbs() -> None:
@@ -179,7 +196,7 @@ def _complete_verbs() -> None:
 
 
 def _print_error(error: RunnerError) -> None:
-    if os.environ.get("RUNNER_TRACEBACK"):
+    if shows_traceback():
         traceback.print_exception(error)
     count = len(error.faults)
     print(f"error: {error}" if count == 1 else f"{count} errors:\n{error}", file=sys.stderr)

@@ -95,11 +95,28 @@ def find_faults(node: Mapping[str, Any], key: str = "", target: Callable[..., An
         yield from (fault.below(key) for fault in error.faults)
         return
     values = _values(node)
-    faults = [fault.below(key) for fault in _signature_faults(function, values)]
+    faults = [_of_other_group(fault, key).below(key) for fault in _signature_faults(function, values)]
     yield from faults
     companion = _companion("check", function)
     if not faults and companion is not None:
         yield from (fault.below(key) for fault in companion(**values, **_places(companion, node)))
+
+
+def _of_other_group(fault: Fault, group: str) -> Fault:
+    """The fault of an unknown key; if only other groups have a key of this name, with these."""
+    if not fault.problem.startswith(NO_KEY) or synonyms.hint(fault.key):
+        return fault
+    keys = keys_named(fault.key)
+    if not keys or any(key.startswith(f"{group}.") for key in keys):
+        return fault
+    return replace(fault, problem=NO_KEY, remedy=f"did you mean {' or '.join(keys)}?")
+
+
+def keys_named(name: str) -> list[str]:
+    """The keys of this name in all groups: ``warmup_steps`` → ``schedule.warmup_steps``."""
+    pattern, folder = re.compile(rf"^{re.escape(name)}:", re.MULTILINE), config_dir()
+    files = [file for file in folder.rglob("*.yaml") if pattern.search(file.read_text(encoding="utf-8"))]
+    return sorted({".".join([*file.parent.relative_to(folder).parts, name]) for file in files})
 
 
 def bound_companion(prefix: str, node: Mapping[str, Any]) -> Callable[..., Any] | None:

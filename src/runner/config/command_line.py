@@ -16,11 +16,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import setup_globals
 
-from runner.config import code_files
-from runner.config.bind import config_dir
+from runner.config import code_files, synonyms
+from runner.config.bind import config_dir, keys_named
 from runner.config.hydra_errors import is_choice
 from runner.config.overrides import unreadable
-from runner.errors import ConfigError, Fault, refuse
+from runner.errors import ConfigError, Fault, refuse, suggest
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -32,7 +32,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
 
     def on_error(message: str) -> NoReturn:
-        raise ConfigError(Fault("", f"the command line cannot be read: {message}", "--help shows the flags"))
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized arguments: "):
+            refuse(_dashed(word, parser) for word in words if word.startswith("--") and word[2:3].isalpha())
+        remedy = synonyms.PRESET if message.startswith("ambiguous option: --config ") else "--help shows the flags"
+        raise ConfigError(Fault("", f"the command line cannot be read: {message}", remedy))
 
     parser = get_args_parser()
     parser.error = on_error  # type: ignore[method-assign]
@@ -45,6 +49,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         problem, remedy = "is not for this program", "rerun RUN trains a run again as it was, resume=RUN continues it"
         raise ConfigError(Fault("--experimental-rerun", problem, remedy, args.experimental_rerun))
     return args
+
+
+def _dashed(word: str, parser: argparse.ArgumentParser) -> Fault:
+    """The fault of a key that is written as an option of other programs: ``--learning_rate 1e-4``."""
+    flag, has_value, value = word.partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    keys = sorted(keys_named(name), key=lambda key: key.count("."))
+    keys = keys[:1] if keys[:1] == [name] else keys
+    own = f"write {' or '.join(f'{key}=…' for key in keys)}, without dashes" if keys else ""
+    flags = suggest(flag, parser._option_string_actions)
+    remedy = own or synonyms.hint(name) or flags or "keys are written without dashes: key=value"
+    return Fault(flag, "no such flag", remedy, value if has_value else ...)
 
 
 @contextmanager

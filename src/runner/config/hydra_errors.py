@@ -21,6 +21,15 @@ from runner.errors import ConfigError, Fault, suggest
 from runner.secrets import redact
 
 CONFIG_NAME = "config"
+HABITS = (
+    (r"Cannot find primary config '(.+?)'", "--config-name {}", "no such configuration",
+     "a preset is chosen with experiment=NAME; for a whole configuration add --config-dir FOLDER with FOLDER/{}.yaml"),
+    (r"Could not delete from config\. '(.+?)' does not exist", "~{}", "a key cannot be removed", "set {}=null"),
+    (r"Multiple values for ([\w/]+)\.", "+{}", "every run has such an option already", "write {0}=…, without +"),
+    (r"Could not find 'hydra/sweeper/(.+?)'", "hydra/sweeper={}", "no such option",
+     "searches are built in: -m search=tpe (random, asha) search.trials=20 'KEY=interval(1,9)'"),
+)  # fmt: skip
+"""(Hydra's message, the key, the problem, the remedy)."""
 
 
 @contextmanager
@@ -41,7 +50,15 @@ def is_choice(key: str, hydra: Hydra) -> bool:
 def _faults(hydra: Hydra, args: argparse.Namespace, error: Exception) -> list[Fault]:
     """Every override that names no key or no option; if there is none, the message of Hydra."""
     faults = list(_override_faults(hydra, args))
-    return faults or [Fault("", _plain_words(error), "python -m runner --help shows groups, options and examples")]
+    return faults or [_explained(_plain_words(error))]
+
+
+def _explained(text: str) -> Fault:
+    """The fault for a message of Hydra's, with what to write instead where it is a habit of Hydra's users."""
+    for pattern, key, problem, remedy in HABITS:
+        if match := re.search(pattern, text):
+            return Fault(key.format(*match.groups()), problem, remedy.format(*match.groups()))
+    return Fault("", text, "python -m runner --help shows groups, options and examples")
 
 
 def _override_faults(hydra: Hydra, args: argparse.Namespace) -> Iterator[Fault]:
@@ -161,10 +178,9 @@ def _key_fault(key: str, value: str, known: set[str], groups: set[str]) -> Fault
         )
         if elsewhere := _options_with(parent, last):
             return Fault(key, "no such key with this option", f"it is a key of {' and '.join(elsewhere)}", value)
-        fault = unknown_key(last, names, value)
-        if "did you mean" not in str(fault) and (same := [k for k in known if k.rpartition(".")[2] == last]):
-            return Fault(key, NO_KEY, f"did you mean {' or '.join(sorted(same))}?", value)
-        return fault.below(parent)
+        if same := sorted(k for k in known if k.rpartition(".")[2] == last and not synonyms.hint(last)):
+            return Fault(key, NO_KEY, f"did you mean {' or '.join(same)}?", value)
+        return unknown_key(last, names, value).below(parent)
     if hint := synonyms.hint(last):
         return Fault(key, NO_KEY, hint, value)
     problem = f"{NO_KEY}. {suggest(key, known)}".strip(" .")

@@ -15,6 +15,7 @@ MODEL = "set model=local model.path=FOLDER (or a Hub id)"
 OWN_TASK = "choose it with task=… (--help lists them); a loss of your own is a function: code=FILE.py task=NAME"
 NO_TASK = "options here: {options}; a loss of your own is a function: code=FILE.py task=NAME"
 MEMORY = "choose train.memory=min (computes layers again) or train.memory=balanced (less of them)"
+PUSH = "python -m runner export RUN --push OWNER/NAME uploads a trained model; leave the key out"
 PEFT = "write lora=peft lora.method={word}"
 TORCH = "write optim=torch optim.name={word}"
 
@@ -24,6 +25,7 @@ KEYS = {
     "batch_size": "train.per_device_batch_size", "train_batch_size": "train.per_device_batch_size",
     "adam_epsilon": "optim.eps", "beta1": "optim.betas", "adam_beta1": "optim.betas", "adam_beta2": "optim.betas",
     "eval_strategy": "train.eval_steps", "evaluation_strategy": "train.eval_steps", "save_strategy": "train.save_steps",
+    "logging_strategy": "train.logging_steps",
     "output_dir": "outputs_dir", "run_name": "name", "experiment_name": "tracking.experiment", "data_seed": "seed",
     "full_determinism": "train.deterministic", "ddp_find_unused_parameters": "parallel.find_unused_parameters",
     "tracking_uri": "tracking.uri", "max_train_samples": "data.train_rows", "max_eval_samples": "data.eval_rows",
@@ -57,7 +59,7 @@ KEYS = {
     "limit_val_batches": "data.eval_rows", "default_root_dir": "outputs_dir", "num_workers": "launcher.threads",
     # Slurm
     "time": "launcher.timeout_min", "ntasks_per_node": "launcher.tasks_per_node", "mem": "launcher.mem_gb",
-    "gres": "launcher.gpus_per_node", "gpus": "launcher.gpus_per_node", "job_name": "name",
+    "gres": "launcher.gpus_per_node", "gpus": "launcher.gpus_per_node", "cpus": "launcher.cpus_per_task",
     "num_gpus": "launcher.gpus_per_node", "array": "launcher.array_parallelism", "num_processes": "launcher.processes",
     "nproc_per_node": "launcher.processes",
 }  # fmt: skip
@@ -107,9 +109,14 @@ SENTENCES = {
     "accelerator": "a GPU is used when there is one; leave the key out (CUDA_VISIBLE_DEVICES= hides the GPUs)",
     "overwrite_output_dir": "every run gets a folder of its own; leave the key out",
     "load_best_model_at_end": "set train.metric_for_best_model, for example to eval/loss, and train.eval_steps",
-    "push_to_hub": "python -m runner export RUN --push OWNER/NAME uploads a trained model; leave the key out",
+    "push_to_hub": PUSH,
+    **dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo"), PUSH),
+    "logging_dir": "write tracking.also=[tensorboard]: its file is in the folder of the run",
+    "dataloader_num_workers": "batches are made ahead in a thread of the run; leave the key out",
+    "remove_unused_columns": "columns without a meaning here are left alone; leave the key out",
     "do_train": "python -m runner trains, python -m runner evaluate RUN evaluates; leave the key out",
     "do_eval": "the held-out rows are evaluated before and after; more often with train.eval_steps",
+    "job_name": "Slurm's name of the job is the one by which runner finds it; name=… is the name of the run in MLflow",
     "fast_dev_run": "write experiment=smoke, or python -m runner plan",
     **{word: EXTRA.format(word=word) for word in ("comment", "mail_type", "mail_user", "dependency", "licenses")},
 }  # fmt: skip
@@ -151,6 +158,39 @@ OPTIONS = {
     "compile=true": "write compile=regional", "compile=false": "write compile=none",
 }  # fmt: skip
 """``group=option`` of another program → what to write here."""
+
+ANSWERS = {
+    "overrides train, without a word: model=… data=…": "train fit run start finetune fine-tune launch",
+    "write evaluate RUN": "eval test validate benchmark",
+    "write generate RUN": "chat infer inference predict complete",
+    "write generate RUN --serve": "serve api deploy",
+    "write export RUN --merged": "merge",
+    "write export RUN --push OWNER/NAME": "push",
+    "write resume=RUN, or resume=auto with the same overrides": "resume continue requeue",
+    "write -m key=value,value": "sweep multirun grid ablate",
+    "write -m search=tpe search.trials=20 …": "tune search hpo optimize",
+    "write status": "ls list ps squeue sacct jobs runs top watch",
+    "write cancel RUN": "stop kill scancel abort",
+    "write logs RUN -f": "tail",
+    "write launcher=slurm and overrides": "submit sbatch srun queue",
+    "write plan and overrides": "dryrun dry-run check estimate preview",
+    "write --cfg job and overrides": "config cfg show",
+    "write ui": "mlflow tensorboard dashboard board web",
+    "write compare": "results leaderboard report table plot",
+    "write --help": "help",
+    "write --version": "version",
+    **{f"write task={name}": name for name in ("sft", "dpo", "grpo", "kto", "orpo", "reward", "pretrain", "distill")},
+}
+WORDS = {word: answer for answer, words in ANSWERS.items() for word in words.split()}
+"""First words of other programs → what to write here after ``python -m runner``."""
+PRESET = "write its keys as overrides; or --config-dir FOLDER experiment=NAME, if it is FOLDER/experiment/NAME.yaml"
+
+
+def word_hint(word: str) -> str:
+    """What to write here instead of this first word; an empty string if no other program has it."""
+    if word.lower().endswith((".yaml", ".yml", ".json")):
+        return PRESET
+    return WORDS.get(word.lower(), "")
 
 
 def hint(word: str) -> str:

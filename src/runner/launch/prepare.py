@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,14 @@ def admit(jobs: Iterable[Job], processes: int | None = None, *, is_new: bool = T
         raise ConfigError(*faults.values())
     for job in jobs:
         job.cfg = manifest.freeze(job.cfg)
+        for note in environment.notes(job.cfg["tracking"]) if is_new else ():
+            _say(note)
+
+
+@functools.cache
+def _say(note: str) -> None:
+    """Print a note, once for all jobs and trials of a command."""
+    print(f"note: {note}", file=sys.stderr)
 
 
 def _code_faults(job: Job) -> list[Fault]:

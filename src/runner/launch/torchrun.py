@@ -9,15 +9,32 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import ConfigError, Fault, LaunchError
+from runner.errors import ConfigError, Fault, LaunchError, refuse
 from runner.launch.launcher import Source
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import SweepDir
 from runner.train.distributed.ranks import Ranks, of_environment, silent
+
+ACCELERATE = "ACCELERATE_MIXED_PRECISION"
+"""A variable that ``accelerate launch`` always sets."""
+DTYPE = "accelerate launch starts processes only; choose the dtype with model.dtype=bfloat16"
+SHARDS = "accelerate launch starts processes only; write parallel=fsdp"
+SETTINGS = {
+    ACCELERATE: ("--mixed_precision", "no", DTYPE),
+    "ACCELERATE_DYNAMO_BACKEND": ("--dynamo_backend", "no", "leave it out; write compile=regional or compile=default"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "--gradient_accumulation_steps", "1", "leave it out; write train.gradient_accumulation_steps=…",
+    ),
+    "ACCELERATE_USE_FSDP": ("--use_fsdp", "false", SHARDS),
+    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "false", f"{SHARDS}: it shards as ZeRO-3 does"),
+    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "false", SHARDS),
+}  # fmt: skip
+"""Variable that ``accelerate launch`` sets → (its flag, the value without an effect, what to write here)."""
 
 
 @dataclass
@@ -51,8 +68,9 @@ class Joined:
         """Refuse what does not work under torchrun.
 
         Raises:
-            ConfigError: a ``launcher`` override, or a sweep.
+            ConfigError: a ``launcher`` override, a sweep, or a setting of ``accelerate launch``.
         """
+        refuse(ignored_settings())
         for override in overrides:
             key, _, value = override.partition("=")
             if key.partition(".")[0] == "launcher":
@@ -86,13 +104,45 @@ def refuse_lonely() -> None:
     Without a GPU, accelerate starts a single process and sets no variable that contains the requested number.
 
     Raises:
+        ConfigError: a setting of ``accelerate launch`` that has no effect here.
         LaunchError: several processes were requested, one was started.
     """
-    requested = _processes_of_accelerate() if "ACCELERATE_MIXED_PRECISION" in os.environ else 1
+    refuse(ignored_settings())
+    requested = _processes_of_accelerate() if ACCELERATE in os.environ else 1
     if requested > 1 and of_environment().world == 1:
         problem = f"accelerate launch found no GPU and started 1 process instead of {requested}"
         remedy = f"set launcher=accelerate launcher.processes={requested}, or use torchrun --nproc-per-node {requested}"
         raise LaunchError(Fault("--num-processes", problem, remedy, requested))
+
+
+def ignored_settings() -> Iterator[Fault]:
+    """Faults of settings of ``accelerate launch``, or of its configuration file, that have no effect here."""
+    for variable, (flag, default, remedy) in SETTINGS.items() if ACCELERATE in os.environ else ():
+        value = os.environ.get(variable, default)
+        if value.lower() != default:
+            yield Fault(
+                flag, "has no effect here", f"{remedy} (and {flag} {default}, if accelerate config set it)", value
+            )
+
+
+def refuse_srun() -> None:
+    """Refuse to train in one of several tasks that ``srun`` has started: each would train a run of its own.
+
+    Raises:
+        LaunchError: in the first task; the others end with the same exit code.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    if not tasks.isdecimal() or int(tasks) < 2 or "RANK" in os.environ:
+        return
+    problem = f"srun has started {tasks} tasks, and each would train a run of its own"
+    remedy = (
+        f"launcher=slurm launcher.tasks_per_node={tasks} submits one run of {tasks} processes; in an allocation: "
+        f"srun --ntasks=1 python -m runner launcher=accelerate launcher.processes={tasks} …"
+    )
+    error = LaunchError(Fault("srun --ntasks", problem, remedy, int(tasks)))
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        sys.exit(error.exit_code)
+    raise error
 
 
 def _processes_of_accelerate() -> int:

@@ -18,6 +18,24 @@ from runner.tracking.trackers import check_mlflow
 URI, EXPERIMENT = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
 RUN_ID, EXPERIMENT_ID = "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"
 DEFAULT_EXPERIMENT = "runner"
+OTHERS = "other trackers: tracking.also=[tensorboard], [wandb] or [trackio]"
+WITHOUT_EFFECT = {
+    "MLFLOW_TAGS": "set tracking.tags.NAME=VALUE",
+    "MLFLOW_NESTED_RUN": "-m makes the runs of a sweep children of one parent run",
+    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "set tracking.system_metrics=true or false",
+    "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "set tracking.system_interval_s=…",
+    "HF_MLFLOW_LOG_ARTIFACTS": "set tracking.log_model=adapter, true or false",
+    "COMET_PROJECT_NAME": OTHERS,
+    "CLEARML_PROJECT": OTHERS,
+    "NEPTUNE_PROJECT": OTHERS,
+}
+"""Variables of other programs that users of MLflow and transformers expect to be read → what has that effect here."""
+OF_TRACKERS = {
+    "wandb": ("WANDB_PROJECT", "WANDB_NAME", "WANDB_ENTITY", "WANDB_RUN_GROUP"),
+    "trackio": ("TRACKIO_PROJECT", "TRACKIO_SPACE_ID"),
+    "tensorboard": ("TENSORBOARD_LOGGING_DIR",),
+}
+"""Tracker → variables that say where its runs go. Keys and modes stay set on many machines: they are not mentioned."""
 
 
 def settle(cfg: dict[str, Any], overrides: Sequence[str]) -> list[Fault]:
@@ -49,6 +67,18 @@ def settle(cfg: dict[str, Any], overrides: Sequence[str]) -> list[Fault]:
     if run_id := os.environ.get(RUN_ID):
         faults.append(Fault(RUN_ID, "has no effect: each run gets a new MLflow run", "unset it", run_id))
     return faults
+
+
+def notes(tracking: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each variable of another tracker that is set, and has no effect with this configuration."""
+    also = tracking.get("also") or []
+    for name, remedy in WITHOUT_EFFECT.items():
+        if os.environ.get(name):
+            yield f"{name} has no effect: {remedy}"
+    for tracker, names in OF_TRACKERS.items():
+        if tracker not in also and (given := [name for name in names if os.environ.get(name)]):
+            has = "has" if len(given) == 1 else "have"
+            yield f"{' and '.join(given)} {has} no effect: tracking.also=[{tracker}] sends the records there, too"
 
 
 def store_uri() -> str:

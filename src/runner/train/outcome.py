@@ -10,7 +10,17 @@ import time
 import traceback
 
 from runner import terminal
-from runner.errors import LESS_MEMORY, Fault, Interrupted, Pruned, RunnerError, Stopped, TrainingError, typed_line
+from runner.errors import (
+    LESS_MEMORY,
+    Fault,
+    Interrupted,
+    Pruned,
+    RunnerError,
+    Stopped,
+    TrainingError,
+    shows_traceback,
+    typed_line,
+)
 from runner.files import write_atomic
 from runner.secrets import redact
 from runner.tracking import recovery, slurm_client
@@ -67,7 +77,7 @@ def refused(rundir: RunDir, clock: Clock, error: RunnerError) -> int:
         note(rundir, clock, status="failed", reason=str(error))
     elif rundir.read_state().status == "running":  # an earlier attempt was killed by SIGKILL and could not record it
         note(rundir, clock, status="killed", reason=DIED)
-    log.error(str(error), exc_info=error if os.environ.get("RUNNER_TRACEBACK") else None)
+    log.error(str(error), exc_info=error if shows_traceback() else None)
     return code
 
 
@@ -161,11 +171,10 @@ def explained(error: Exception) -> Exception:
 
 def _log_error(rundir: RunDir, error: Exception) -> None:
     """Print the error in one or two lines; the traceback goes into the log (RUNNER_TRACEBACK: to both)."""
-    shows_traceback = bool(os.environ.get("RUNNER_TRACEBACK"))
     if isinstance(error, RunnerError):
-        log.error(str(error), exc_info=error if shows_traceback else None)
+        log.error(str(error), exc_info=error if shows_traceback() else None)
     else:
-        log.error("".join(traceback.format_exception(error)), extra={} if shows_traceback else {"quiet": True})
+        log.error("".join(traceback.format_exception(error)), extra={} if shows_traceback() else {"quiet": True})
         log.error(f"{typed_line(error)}\n    → the traceback is in {rundir.log}")
 
 

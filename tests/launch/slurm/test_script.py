@@ -61,6 +61,9 @@ def test_variables_do_not_override_what_was_asked_for(monkeypatch: pytest.Monkey
     for name, value in {**kept, **removed, **of_given}.items():
         monkeypatch.setenv(name, value)
     assert seen_by_sbatch() == {**kept, **of_given}
+    told = list(script.overridden(option("launcher", "slurm")().request))
+    assert sorted(note.partition(" ")[0] for note in told) == sorted(removed), "what sbatch does not get is said"
+    assert "SBATCH_TIMELIMIT has no effect: launcher.timeout_min=60 has priority" in told
     asked = {"gpus_per_node": 0, "mem_gb": 1.0, "additional_parameters": {"hint": "nomultithread"}}
     del kept["SBATCH_MEM_PER_CPU"]
     assert seen_by_sbatch(**asked) == kept

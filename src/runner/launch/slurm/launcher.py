@@ -65,6 +65,8 @@ class Slurm:
         if self.request.cluster == "slurm":
             slurm_commands.refuse_unreachable()
             script.refuse(self.request)
+            for note in script.overridden(self.request):
+                print(f"note: {note}", file=sys.stderr)
 
     def plan(self, runs: int) -> str:
         """The sbatch script. RUN replaces the folder of the run or sweep, NAME the job's name."""

@@ -144,6 +144,15 @@ def environment(request: SlurmRequest) -> Iterator[None]:
         os.environ.update(removed)
 
 
+def overridden(request: SlurmRequest) -> Iterator[str]:
+    """A line for each SBATCH_ default of the user's that has no effect, as a key or runner itself sets its option."""
+    keys = {f"SBATCH_{name}": key for key, names in KEYS.items() for name in names}
+    for name in sorted(_overriding(request) & set(os.environ)) if "SLURM_JOB_ID" not in os.environ else ():
+        key = keys.get(name)
+        why = f"launcher.{key}={getattr(request, key)} has priority" if key else "runner sets this option itself"
+        yield f"{name} has no effect: {why}"
+
+
 def _overriding(request: SlurmRequest) -> set[str]:
     """Variables that override the user's keys or runner's own options, and those of INHERITED."""
     of_keys = [name for key, names in KEYS.items() if getattr(request, key) is not None for name in names]
