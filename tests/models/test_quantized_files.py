@@ -121,6 +121,7 @@ def dequantized_as_transformers_does(folder: Path, config: Any) -> None:
     assert {p.dtype for p in adapted.parameters()} == {torch.float32}
 
 
+@versions.transformers_5
 def test_fp8_is_dequantized(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     stored = {}
@@ -162,6 +163,7 @@ def test_compressed_tensors_are_dequantized(folder: Path) -> None:
     dequantized_as_transformers_does(folder, transformers.CompressedTensorsConfig(dequantize=True))
 
 
+@versions.transformers_5
 def test_mxfp4_is_dequantized(folder: Path) -> None:
     config = transformers.GptOssConfig(
         vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,

@@ -34,7 +34,7 @@ def test_a_broken_tokenizer(folder: Path, file: str, changes: dict[str, Any] | N
 
 
 def test_a_chat_template_that_is_no_text(folder: Path) -> None:
-    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # transformers 4 does not write it
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": 5}))
     assert "its chat_template is not a text" in refusal(folder)

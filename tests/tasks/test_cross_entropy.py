@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fixtures import versions
 from fixtures.language_models import FAMILIES, PACKS, adapted, batch_of, build, gradients, with_virtual_tokens
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -31,6 +32,7 @@ def test_loss_and_gradient_are_transformers_own(family: str) -> None:
 
 
 @pytest.mark.parametrize("offered", ["mask", "positions", "all"])
+@versions.logits_by_mask
 def test_every_way_to_choose_positions_is_the_same(offered: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, model = batch_of(PACKS), build(FAMILIES["gemma2"])
     assert cross_entropy._choice_offered(model) == "mask"
@@ -39,6 +41,7 @@ def test_every_way_to_choose_positions_is_the_same(offered: str, monkeypatch: py
     torch.testing.assert_close(cross_entropy.sums(model, batch), expected, atol=1e-5, rtol=1e-6)
 
 
+@versions.logits_by_mask
 def test_chunks_and_eval_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, model, again = batch_of(PACKS), build(FAMILIES["llama"]), build(FAMILIES["llama"])
     cross_entropy.sums(model, batch)["loss"].backward()
@@ -57,6 +60,7 @@ def test_chunks_and_eval_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+@versions.logits_by_mask
 def test_only_trained_positions_reach_the_head_and_logits_exist_once() -> None:
     batch, model = batch_of(PACKS, trained=0.3), build(FAMILIES["llama"])
     logits = []
@@ -68,6 +72,7 @@ def test_only_trained_positions_reach_the_head_and_logits_exist_once() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
+@versions.logits_by_mask
 def test_no_shape_depends_on_values_on_the_device(rows: int) -> None:
     """Or each micro-batch would wait for it. Fake tensors hold nothing that could be asked for."""
     model, batch = adapted(FAMILIES["llama"]), batch_of([[20]] * rows)
