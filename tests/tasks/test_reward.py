@@ -224,6 +224,7 @@ def test_a_merged_export_keeps_its_head(run: RunDir, tmp_path: Path, capsys: pyt
     assert float(namespace["scores"][0]) == pytest.approx(float(namespace["scores"][0]))
 
 
+@versions.transformers_5
 def test_the_code_of_an_adapters_card_runs(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["export", str(run.path), str(tmp_path / "adapter")]) == 0
     card = (tmp_path / "adapter/README.md").read_text()

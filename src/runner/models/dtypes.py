@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from runner.errors import Fault
+from runner.models.kernels import compat
 
 if TYPE_CHECKING:
     import torch
@@ -66,11 +67,8 @@ def slow_gpu(used: torch.dtype, device: torch.device) -> str:
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype as keyword argument of ``from_pretrained`` and ``from_config``; transformers 4.56 renamed it."""
-    import transformers
-
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
+    """The dtype as keyword argument of ``from_pretrained`` and ``from_config``."""
+    return {compat.dtype_keyword(): dtype}
 
 
 def dtype_faults(key: str, name: Precision) -> Iterator[Fault]:

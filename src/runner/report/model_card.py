@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from runner.models import hub
+from runner.models.kernels import compat
 from runner.models.kernels.score_head import ScoreHead
 from runner.secrets import redact, redact_tree
 from runner.tracking import metrics_log, naming, origin
@@ -50,6 +51,8 @@ package = find_spec({package!r}).submodule_search_locations[0]
 base = AutoModelForCausalLM.from_pretrained(package, gguf_file={file!r})"""
 LOCAL = re.compile(r"(?:file://)?(?<![\w:/.<])/(?:[\w.@+~-]+/)+([\w.@+~-]+)")
 """An absolute path; the card contains only its last part."""
+DTYPE = 'dtype="auto"'
+"""In the code of the card, which names the argument as the installed transformers does."""
 LONGEST = 5000
 """Longest description of a model version that MLflow's databases take."""
 ASK = """
@@ -99,7 +102,8 @@ def text(
         "</details>",
         "The licences of the base model and of the training data apply to this model.",
     ]
-    return LOCAL.sub(r"…/\1", "\n\n".join(parts)) + "\n"
+    written = "\n\n".join(parts).replace(DTYPE, f'{compat.dtype_keyword()}="auto"')
+    return LOCAL.sub(r"…/\1", written) + "\n"
 
 
 def description(card: str) -> str:

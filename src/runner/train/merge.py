@@ -155,11 +155,14 @@ def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
     """Logits (T, V) of each row, on the CPU, in the dtype of the computation."""
     import torch
 
+    from runner.models.kernels import score_head
+
     model.eval()
     device = next(model.parameters()).device
+    options = {} if score_head.is_encoder(model) else {"use_cache": False}
     with torch.no_grad():
         batches = (torch.tensor([row], device=device) for row in rows)
-        return [model(input_ids=ids, use_cache=False).logits[0].cpu() for ids in batches]
+        return [model(input_ids=ids, **options).logits[0].cpu() for ids in batches]
 
 
 def _read(run: Trained, folder: Path, device: torch.device) -> Any:

@@ -104,3 +104,9 @@ def test_the_variable_of_the_compile_workers_is_the_users_again(before, monkeypa
     with compat.without_compile_workers():
         assert os.environ[compat.WARM_POOL] == "0"
     assert os.environ.get(compat.WARM_POOL) == before
+
+
+@pytest.mark.parametrize(("version", "keyword"), [("4.55.4", "torch_dtype"), ("4.56.0", "dtype"), ("5.23.0", "dtype")])
+def test_the_dtype_is_named_as_transformers_names_it(version, keyword, installed):
+    installed(transformers=version)
+    assert compat.dtype_keyword() == keyword

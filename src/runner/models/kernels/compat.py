@@ -43,6 +43,11 @@ def can_change_attention(model: Any) -> bool:
     return hasattr(model, "set_attn_implementation")
 
 
+def dtype_keyword() -> str:
+    """The argument of ``from_pretrained`` for the dtype; transformers 4.56 renamed it."""
+    return "dtype" if at_least("transformers", "4.56") else "torch_dtype"
+
+
 def model_cache() -> str:
     """The room of the cache for models that transformers writes: 4 cannot load the tokenizers that 5 saves."""
     return "models" if at_least("transformers", "5") else "models-transformers-4"
