@@ -5,6 +5,7 @@ The base is loaded unquantized in float32, because merging into 4-bit weights ro
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,11 +156,13 @@ def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
     """Logits (T, V) of each row, on the CPU, in the dtype of the computation."""
     import torch
 
-    from runner.models.kernels import score_head
+    from runner.models.kernels import base_model
 
     model.eval()
     device = next(model.parameters()).device
-    options = {} if score_head.is_encoder(model) else {"use_cache": False}
+    parameters = inspect.signature(type(base_model.of(model)).forward).parameters
+    is_taken = "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    options = {"use_cache": False} if is_taken else {}  # an encoder of transformers 4 has no such argument
     with torch.no_grad():
         batches = (torch.tensor([row], device=device) for row in rows)
         return [model(input_ids=ids, **options).logits[0].cpu() for ids in batches]
