@@ -70,6 +70,11 @@ def test_each_kind_of_bound_is_enforced(annotation: Any, right: object, wrong: o
     assert "must be " in bounds.mismatch(wrong, annotation)
 
 
+def test_what_is_allowed_names_each_limit_that_was_broken():
+    """The remedy of 1e300 would else be "a finite number > 0", which 1e300 is."""
+    assert bounds.allowed(Positive) == "a finite number > 0 and within 1e-30 to 1e30"
+
+
 def annotations_in_use() -> Iterator[tuple[str, Any]]:
     """(where, annotation) of every key of every option, and of the settings that belong to no option."""
     for settings in (schema.RunSettings, schema.TrainSettings, schema.DataSettings):

@@ -34,6 +34,13 @@ def test_a_callback_named_twice_is_refused(tmp_path: Path):
         composed(*TINY, f"train.callbacks=[{file}:watch,{file}:watch]")
 
 
+@pytest.mark.parametrize("option", ["regional", "default"])
+def test_compiled_layers_cannot_move_their_inputs(option: str):
+    assert composed(*TINY, "train.memory=offload", "compile=none")
+    with pytest.raises(ConfigError, match="compile: compiled layers cannot move their inputs"):
+        composed(*TINY, "train.memory=offload", f"compile={option}")
+
+
 def test_tf32_needs_products_in_float32():
     assert composed(*TINY, "train.tf32=true", "model.dtype=float32")
     with pytest.raises(ConfigError, match=r"train\.tf32=true: has no effect with model\.dtype=auto"):

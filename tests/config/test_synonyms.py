@@ -58,7 +58,10 @@ def test_each_verb_and_option_in_an_answer_exists():
      ("resume_from_checkpoint", "resume=auto"), ("name_or_path", "model.path"), ("description", "tracking.notes"),
      ("comment", "+launcher.additional_parameters.comment"), ("mail-type", "+launcher.additional_parameters.mail_type"),
      ("load_best_model_at_end", "train.metric_for_best_model"),
-     ("cutoff_len", "data.max_length"), ("max_epochs", "train.num_train_epochs"), ("nobody_says_this", "")],
+     ("cutoff_len", "data.max_length"), ("max_epochs", "train.num_train_epochs"),
+     ("tensor_parallel_size", "parallel=fsdp"), ("context-parallel-size", "train.memory=offload"),
+     ("activation_offloading", "train.memory=offload"), ("deepspeed_config", "parallel=fsdp"),
+     ("nobody_says_this", "")],
 )  # fmt: skip
 def test_a_word_is_answered(word: str, here: str):
     assert here in synonyms.hint(word)

@@ -84,6 +84,13 @@ def test_tf32_is_refused_on_a_device_that_has_none(monkeypatch: pytest.MonkeyPat
     devices.check_tf32(True, gpu)
 
 
+def test_activations_move_to_the_memory_of_the_cpu_only_from_another() -> None:
+    devices.check_offload("offload", torch.device("cuda"))
+    devices.check_offload("min", torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"train\.memory=offload: has no effect without a GPU(.|\n)*memory=min"):
+        devices.check_offload("offload", torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("tf32", "precision"), [(True, "high"), (False, "highest")])
 def test_float32_is_multiplied_in_tf32_only_if_asked(tf32: bool, precision: str) -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()

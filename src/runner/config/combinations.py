@@ -21,6 +21,9 @@ def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if cfg["train"].get(ROUTERS) is not None and _option(cfg["compile"]) == "whole":
         problem = f"train.{ROUTERS} reads the routers from outside of the graph of the whole model"
         yield Fault("compile", problem, f"use compile=regional or compile=none, or set train.{ROUTERS}=null")
+    if cfg["train"]["memory"] == "offload" and _option(cfg["compile"]) in ("regional", "whole"):
+        problem = "compiled layers cannot move their inputs to the memory of the CPU, as train.memory=offload asks"
+        yield Fault("compile", problem, "use compile=none or compile=auto, or train.memory=min")
     if cfg["optim"].get("loraplus_lr_ratio", 1) != 1 and not _may_have_lora_b(cfg["lora"]):
         yield WITHOUT_LORA_B
     if cfg["model"].get("chat_template") is not None and not (task := bind(cfg["task"], "task")()).chats:

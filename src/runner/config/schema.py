@@ -18,8 +18,8 @@ from runner.errors import Fault, is_control
 
 LARGEST = 10**9
 COUNTABLE = Must(lambda value: value <= LARGEST, problem=f"is larger than {LARGEST:g}")
-COMPUTABLE = Must(lambda value: value == 0 or 1e-30 <= abs(value) <= 1e30,
-                  problem="is not between 1e-30 and 1e30, where float32 can compute")  # fmt: skip
+COMPUTABLE = Must(lambda value: value == 0 or 1e-30 <= abs(value) <= 1e30, words="within 1e-30 to 1e30",
+                  problem="is of a size with which float32 cannot compute")  # fmt: skip
 """float32 has no number between 0 and 1e-38, and none above 3e38."""
 Count = Annotated[int, Ge(1), COUNTABLE]
 Whole = Annotated[int, Ge(0), COUNTABLE]
@@ -33,7 +33,7 @@ NotNegative = Annotated[float, Ge(0), COMPUTABLE]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Ratio = Annotated[float, Ge(1), COMPUTABLE]
 Betas = Annotated[list[Fraction], Len(2, 2)]
-Memory = Literal["speed", "balanced", "min"]
+Memory = Literal["speed", "balanced", "min", "offload"]
 """How many activations are kept for the backward pass: see ``models/kernels/activation_checkpointing``."""
 
 NAME_BYTES = 255

@@ -15,6 +15,27 @@ MODEL = "set model=local model.path=FOLDER (or a Hub id)"
 OWN_TASK = "choose it with task=… (--help lists them); a loss of your own is a function: code=FILE.py task=NAME"
 NO_TASK = "options here: {options}; a loss of your own is a function: code=FILE.py task=NAME"
 MEMORY = "choose train.memory=min (computes layers again) or train.memory=balanced (less of them)"
+FSDP = "write parallel=fsdp launcher=accelerate launcher.processes=N: it shards as ZeRO-3 does"
+ZERO = ("zero_stage", "zero3", "deepspeed_config", "deepspeed_config_file", "fsdp_config")
+OFFLOAD = "write train.memory=offload: layers are computed again from inputs that wait in CPU memory (GPUs only)"
+ACTIVATION_OFFLOAD = (
+    "activation_offloading", "activation_offload", "offload_activations", "enable_activation_offload",
+    "activation_cpu_offload", "fsdp_offload_activations",
+)  # fmt: skip
+SHARDED = "not here: a layer is computed on one device; write parallel=fsdp, which shards the weights of all layers"
+LAYERS_APART = (
+    "tensor_parallel", "tensor_parallel_size", "tensor_model_parallel_size", "tp_size", "tp_plan", "pipeline_parallel",
+    "pipeline_parallel_size", "pipeline_model_parallel_size", "pp_size", "expert_parallel_size",
+    "expert_model_parallel_size", "ep_size",
+)  # fmt: skip
+LONG_ROWS = (
+    "not here: a row is computed on one device; for long rows write train.memory=offload (GPUs only) or "
+    "train.memory=min, with parallel=fsdp for large models"
+)
+ROWS_APART = (
+    "context_parallel", "context_parallel_size", "context_parallel_degree", "cp_size", "sequence_parallel",
+    "sequence_parallel_size", "sequence_parallel_degree", "sp_size", "ulysses_sequence_parallel_size", "ring_attn_size",
+)  # fmt: skip
 PUSH = "python -m runner export RUN --push OWNER/NAME uploads a trained model; leave the key out"
 PEFT = "write lora=peft lora.method={word}"
 TORCH = "write optim=torch optim.name={word}"
@@ -77,6 +98,8 @@ SENTENCES = {
     "max_epochs": "did you mean train.num_train_epochs (with train.max_steps=null)?",
     "outlier_threshold": "it went: 8-bit weights are multiplied in the dtype of the activations; leave the key out",
     "gradient_checkpointing": MEMORY, "activation_checkpointing": MEMORY, "use_gradient_checkpointing": MEMORY,
+    **dict.fromkeys(ACTIVATION_OFFLOAD, OFFLOAD), **dict.fromkeys(LAYERS_APART, SHARDED),
+    **dict.fromkeys(ROWS_APART, LONG_ROWS), **dict.fromkeys(ZERO, FSDP),
     "bf16": DTYPE, "fp16": DTYPE, "fp32": DTYPE, "precision": DTYPE, "torch_dtype": DTYPE,
     "mixed_precision": DTYPE,
     "lr_scheduler_type": SCHEDULE, "lr_scheduler": SCHEDULE, "scheduler": SCHEDULE, "scheduler_type": SCHEDULE,
@@ -103,7 +126,7 @@ SENTENCES = {
     "report_to": "runs are in MLflow; other trackers: tracking.also=[tensorboard], [wandb] or [trackio]",
     "logger": "runs are in MLflow; other trackers: tracking.also=[tensorboard], [wandb] or [trackio]",
     "fsdp": "write parallel=fsdp launcher=accelerate launcher.processes=N",
-    "deepspeed": "write parallel=fsdp launcher=accelerate launcher.processes=N: it shards as ZeRO-3 does",
+    "deepspeed": FSDP,
     "strategy": "write parallel=ddp or parallel=fsdp",
     "devices": "write launcher=accelerate launcher.processes=N, or launcher=slurm launcher.gpus_per_node=N",
     "accelerator": "a GPU is used when there is one; leave the key out (CUDA_VISIBLE_DEVICES= hides the GPUs)",
@@ -146,7 +169,10 @@ OPTIONS = {
     "launcher=ddp": "write launcher=accelerate launcher.processes=N",
     "launcher=submitit": "write launcher=slurm", "launcher=submitit_slurm": "write launcher=slurm",
     "launcher=sbatch": "write launcher=slurm",
-    "parallel=deepspeed": "write parallel=fsdp: it shards as ZeRO-3 does", "parallel=zero3": "write parallel=fsdp",
+    **{f"parallel={name}": FSDP for name in ("deepspeed", "zero", "zero1", "zero2", "zero3", "fsdp2", "hsdp")},
+    **{f"parallel={name}": SHARDED for name in ("tp", "tensor", "tensor_parallel", "pp", "pipeline", "megatron", "ep")},
+    **{f"parallel={name}": LONG_ROWS
+       for name in ("cp", "context", "context_parallel", "sp", "sequence", "sequence_parallel", "ulysses", "ring")},
     **{f"tracking={name}": f"write tracking.also=[{name}]: it gets the records that MLflow gets"
        for name in ("wandb", "tensorboard", "trackio")},
     **{f"tracking={name}": "write tracking=mlflow, and tracking.also=[…] for tensorboard, wandb or trackio"

@@ -84,6 +84,8 @@ def resolve_compile(inputs: Inputs, expected: peak.Expected, began: str | None =
     in_shards = options.parallel.kind == "fsdp"
     breaks = options.quant.graph_breaks
     reason = compilation.obstacle(inputs.device, expected.layers, graph_breaks=breaks, in_shards=in_shards)
+    if not reason and inputs.settings.memory == "offload":
+        reason = "train.memory=offload moves the inputs of layers that are not compiled"
     if not reason and began == "none":
         reason = "the run began without compilation"
     if not reason and began is None and estimate.training_seconds(inputs, expected)[0] < compilation.PAYS_FROM_S:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from runner.config.schema import Memory
 from runner.errors import ConfigError, Fault
 from runner.tracking import machine
 
@@ -83,6 +84,17 @@ def check_tf32(wanted: bool, device: torch.device) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         remedy = "set it to false, or use a GPU of the generation of A100 or later"
         raise ConfigError(Fault("train.tf32", f"has no effect on {name}, which has no TF32", remedy, "true"))
+
+
+def check_offload(memory: Memory, device: torch.device) -> None:
+    """Check that ``train.memory=offload`` has an effect on this device.
+
+    Raises:
+        ConfigError: it has none: the memory of a CPU is that to which activations would be moved.
+    """
+    if memory == "offload" and device.type == "cpu":
+        problem = "has no effect without a GPU: it moves activations from GPU memory to that of the CPU"
+        raise ConfigError(Fault("train.memory", problem, "use train.memory=min", memory))
 
 
 def _refuse_unused_gpus() -> None:

@@ -74,6 +74,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     questions = answers.questions(settings, options.code, evaluation, tokenizer)
     profiling.check_device(settings, device)
     devices.check_tf32(settings.tf32, device)
+    devices.check_offload(settings.memory, device)
     functions = callbacks.load(settings.callbacks, options.code)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     notes += answers.note(questions, tokenizer)

@@ -49,7 +49,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("memory", ["speed", "balanced", "min"])
+@pytest.mark.parametrize("memory", ["speed", "balanced", "min", "offload"])
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.2}, {"use_dora": True}, None], ids=repr)
 def test_the_numbers_stay_the_same_bit_for_bit(lora: dict[str, Any] | None, memory: Memory) -> None:
     expected, model = step(llama(lora)), llama(lora)

@@ -21,6 +21,7 @@ from fixtures import versions
 from peft import LoraConfig, get_peft_model
 
 from runner.config.bind import config_dir, find_faults
+from runner.config.schema import Memory
 from runner.errors import ConfigError
 from runner.models import dtypes
 from runner.models.kernels import activation_checkpointing, compilation, lora_linear, varlen_attention
@@ -369,7 +370,12 @@ GPU = torch.device("cuda", 0)
 
 
 def settled(
-    monkeypatch: pytest.MonkeyPatch, *overrides: str, seconds: float = 1e4, layers: int = 2, **began: Any
+    monkeypatch: pytest.MonkeyPatch,
+    *overrides: str,
+    seconds: float = 1e4,
+    layers: int = 2,
+    memory: Memory = "speed",
+    **began: Any,
 ) -> compilation.Choice:
     """What compile=auto comes to on a GPU that has a compiler, for a training of so many seconds."""
     monkeypatch.setattr(compilation, "_check_compiler", lambda _: None)
@@ -380,7 +386,8 @@ def settled(
     flops = seconds * estimate.ASSUMED_UTILISATION / made.batches.tokens_at(made.total_steps)
     told = dataclasses.replace(told, layers=layers, flops_per_token=flops)
     monkeypatch.setattr(dtypes, "_is_fast_in_bfloat16", lambda _: True)
-    found = build.resolve_compile(dataclasses.replace(made, device=GPU), told, **began)
+    made = dataclasses.replace(made, device=GPU, settings=dataclasses.replace(made.settings, memory=memory))
+    found = build.resolve_compile(made, told, **began)
     monkeypatch.undo()
     return found
 
@@ -390,6 +397,7 @@ def test_auto_compiles_on_a_gpu_where_it_pays(cache: Path, monkeypatch: pytest.M
     assert (found.option.func, found.settled, found.reason) == (compilation.regional, "regional", "")
     found = settled(monkeypatch, seconds=compilation.PAYS_FROM_S - 1)
     assert (found.option.func, found.settled, found.reason) == (compilation.none, "none", "training is short")
+    assert "train.memory=offload" in settled(monkeypatch, memory="offload").reason
     assert "8-bit" in settled(monkeypatch, "quant=8bit").reason
     assert settled(monkeypatch, "quant=4bit").settled == "regional"
     assert "no list of decoder layers of one class" in settled(monkeypatch, layers=0).reason

@@ -16,6 +16,7 @@ import transformers
 from conftest import TINY, composed, no_hooks
 from fixtures.own_memory import CPU, nothing_from_others
 from peft import LoraConfig, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runner.config.schema import Memory
 from runner.data.batches import Shape
@@ -43,6 +44,28 @@ def test_a_ledger_counts_what_lives_and_forgets_what_is_gone() -> None:
         view = kept[10:]
     assert view.nbytes < kept.nbytes
     assert 8000 <= ledger.peak <= 8100, "a block and one other at a time; a view is no second one"
+
+
+def test_a_ledger_counts_one_device() -> None:
+    with FakeTensorMode(), peak.Ledger(torch.device("cuda")) as ledger:
+        kept = torch.zeros(1000, device="cuda"), torch.zeros(500)
+    assert ledger.peak == kept[0].nbytes
+
+
+def test_inputs_of_layers_in_the_memory_of_the_cpu_take_none_of_the_gpu() -> None:
+    def made(layers: int) -> Any:
+        config = transformers.LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": layers})
+        with torch.device("meta"):
+            return transformers.LlamaForCausalLM(config)
+
+    def bytes_of(layers: int, kept: Memory) -> int:
+        return peak.rehearsed(
+            made, layers, SHAPE, by_document=False, kept=kept, autocast=None, device=torch.device("cuda")
+        )
+
+    inputs = 4 * SHAPE.rows * SHAPE.length * LLAMA.hidden_size
+    assert bytes_of(8, "min") - bytes_of(6, "min") == 2 * inputs
+    assert bytes_of(8, "offload") == bytes_of(6, "offload")
 
 
 @pytest.mark.parametrize("kept", ["speed", "balanced", "min"])

@@ -2,7 +2,7 @@
 
 ``speed`` drops only the outputs of norms and of the activation function in MLPs: a third of all activations, almost
 free to recompute. ``balanced`` also recomputes the whole MLP, the widest part of a layer. ``min`` saves only the input
-of each layer. Results are bit-identical in all three.
+of each layer, ``offload`` saves it in CPU memory. Results are bit-identical in all four.
 
 In compiled layers Inductor drops cheap activations itself; there torch's checkpoint recomputes the MLP or the layer.
 """
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from runner.config.schema import Memory
 from runner.errors import ConfigError, Fault
-from runner.models.kernels import buffers, compilation
+from runner.models.kernels import buffers, compilation, offloading
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 """Attributes of a gated MLP, which computes down(act(gate(x)) * up(x)), as in Llama."""
@@ -48,6 +48,9 @@ def arrange(model: nn.Module, memory: Memory, *, eager: bool = True) -> None:
         match memory:
             case "min":
                 _checkpoint(layer)
+            case "offload":
+                _checkpoint(layer)
+                offloading.install(layer)
             case "balanced":
                 checkpointed = _checkpoint_mlps(layer, gated if eager else set())
                 if eager:

@@ -114,16 +114,18 @@ def allocator_waste(device: torch.device, activations: int, gradients: int) -> i
 
 
 class Ledger(TorchDispatchMode):
-    """Dispatch mode that counts the bytes of all live tensors created under it."""
+    """Dispatch mode that counts the bytes of all live tensors created under it, on one device or (None) anywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.kind = device and device.type
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:  # a weak reference keeps the address from being reused
+        is_here = self.kind in (None, tensor.device.type)
+        if is_here and storage._cdata not in self._known:  # a weak reference keeps the address from being reused
             self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             self.live += storage.nbytes()
 
@@ -169,7 +171,7 @@ def _peaks(
     activation_checkpointing.arrange(model, kept)
     computing = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
     begun: list[int] = []
-    with FakeTensorMode(), torch.device(device), Ledger() as ledger:
+    with FakeTensorMode(), torch.device(device), Ledger(device) as ledger:
         weights = _enter_weights(model, device, ledger)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
@@ -250,11 +252,8 @@ def give_storage(model: nn.Module, device: torch.device) -> None:
 
 def depth(config: Any) -> int:
     """Number of decoder layers."""
-    return max(int(_text(config).num_hidden_layers), 1)
-
-
-def _text(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return max(int(text.num_hidden_layers), 1)
 
 
 ROOM = 0.95
