@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, composed, option, prepared
+from peft.optimizers import create_lorafa_optimizer
 from safetensors.torch import load_file
 
 from runner.cli import main
 from runner.errors import ConfigError
-from runner.models import architecture, parameters, pretrained
+from runner.models import architecture, freezing, parameters, pretrained
 from runner.models.quantization import none
 from runner.train import worker
 
@@ -36,6 +37,21 @@ def test_the_last_or_the_first_layers_are_trained(count: int, chosen: list[int])
     assert trained_names(model) == {name for name in names if name.startswith(layers)}
     counted = sum(p.numel() for name, p in model.named_parameters() if name.startswith(layers))
     assert parameters.describe(model)["trainable"] == counted
+
+
+def test_lora_fa_trains_what_pefts_own_optimizer_trains():
+    source = architecture.resolve(option("model", "tiny")())
+    model, expected = (option("lora", "lora")(pretrained.load(source, none.none(), "cpu")) for _ in range(2))
+    create_lorafa_optimizer(expected, r=8, lora_alpha=16, lr=1e-3)
+    freezing.freeze_a(model)
+    assert trained_names(model) == trained_names(expected)
+    assert all(".lora_B." in name for name in trained_names(model))
+
+
+def test_lora_fa_needs_an_a():
+    source = architecture.resolve(option("model", "tiny")())
+    with pytest.raises(ConfigError, match=r"lora\.freeze_a=.*: has no effect: no parameter is called lora_A"):
+        option("lora", "lora_fa", target_modules=["embed_tokens"])(pretrained.empty(source, none.none()))
 
 
 def test_names_are_matched_anywhere_and_by_several_patterns():

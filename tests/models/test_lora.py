@@ -38,7 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def test_the_start_of_every_adapter_is_the_base(source: ModelSource) -> None:
     base = logits(load(source))
-    for name in ("lora", "dora", "rslora", "pissa"):
+    for name in ("lora", "dora", "rslora", "pissa", "lora_fa"):
         torch.testing.assert_close(logits(option("lora", name)(load(source))), base, atol=1e-4, rtol=1e-4)
 
 

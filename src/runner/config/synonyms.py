@@ -160,6 +160,7 @@ OPTIONS = {
     **{f"quant={name}": "write quant=4bit (nf4) or quant=fp4" for name in ("nf4", "int4", "bnb", "bitsandbytes", "4")},
     **{f"quant={name}": "write quant=8bit" for name in ("int8", "llm_int8", "8")},
     "lora=qlora": "write quant=4bit lora=lora, or experiment=qlora",
+    **{f"{group}={name}": "write lora=lora_fa" for group in ("lora", "optim") for name in ("lorafa", "lora-fa")},
     "lora=full": "write lora=none: all weights are trained", "lora=false": "write lora=none",
     "lora=true": "write lora=lora", "lora=olora": "write lora=lora lora.init_lora_weights=olora",
     **{f"lora={name}": PEFT.format(word=name) for name in ("ia3", "vera", "oft", "boft", "loha", "lokr", "hra")},

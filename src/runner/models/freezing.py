@@ -1,4 +1,4 @@
-"""Full fine-tuning of a part of the model: choose the trained parameters by their names, or by their decoder layers.
+"""Train a part of the model: parameters chosen by name or decoder layer, or of LoRA only the matrices B.
 
 A score head is always trained, because it may be new.
 """
@@ -54,6 +54,23 @@ def train_layers(model: nn.Module, count: int) -> None:
     for layer in layers[-count:] if count > 0 else layers[:-count]:
         layer.requires_grad_(True)
     _train_head(model)
+
+
+def freeze_a(model: nn.Module) -> None:
+    """LoRA-FA: train the matrices B of LoRA, and A no more, as PEFT's ``create_lorafa_optimizer``.
+
+    Its optimizer also multiplies the gradient of B by (A Aᵀ)⁻¹. For A as it begins, with independent entries and far
+    more columns than rows, that is nearly a multiple of the identity, which Adam's updates do not depend on.
+
+    Raises:
+        ConfigError: there is no A: the adapters are those of embeddings, whose A begins as zero.
+    """
+    matrices = [parameter for name, parameter in model.named_parameters() if ".lora_A." in name]
+    if not matrices:
+        problem = "has no effect: no parameter is called lora_A"
+        raise ConfigError(Fault("lora.freeze_a", problem, "set it to false, or choose other target_modules", True))
+    for parameter in matrices:
+        parameter.requires_grad_(False)
 
 
 def faults(trainable: str | list[str] | None, trainable_layers: int | None) -> Iterator[Fault]:

@@ -65,14 +65,18 @@ def lora(
     init_lora_weights: Init,
     target_parameters: Literal["experts"] | Annotated[list[Text], Len(1)] | None = None,
     start: Text | None = None,
+    freeze_a: bool = False,
 ) -> nn.Module:
-    """LoRA (https://arxiv.org/abs/2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), PiSSA (2404.02948).
+    """LoRA (https://arxiv.org/abs/2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), PiSSA (2404.02948), LoRA-FA.
+
+    ``freeze_a``: LoRA-FA (https://arxiv.org/abs/2308.03303) trains B alone. A needs no state of the optimizer, and the
+    inputs of the layers need not be kept for the backward pass.
 
     Raises:
         ConfigError: target modules that do not exist, or an option without effect on this model.
     """
     parameters = experts.names(model) if target_parameters == experts.ALL else target_parameters
-    return peft(
+    adapted = peft(
         model,
         method="lora",
         start=start,
@@ -87,6 +91,9 @@ def lora(
         init_lora_weights=init_lora_weights,
         **({"target_parameters": parameters} if parameters else {}),
     )
+    if freeze_a:
+        freezing.freeze_a(adapted)
+    return adapted
 
 
 def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options: Any) -> nn.Module:

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runner.models import freezing
 from runner.models.kernels import lora_linear
 from runner.models.quantization.quant import Quant
 
@@ -79,6 +80,23 @@ def test_numbers_are_pefts(bits: int | None, rows: int):
     assert lora_linear.fuse(model) == 0, "once is enough"
     found = step(model, rows)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("rows", [200, 20], ids=["many rows", "few rows"])
+def test_numbers_are_pefts_where_a_is_frozen_and_no_input_is_kept(bits: int | None, rows: int):
+    model = adapted(bits=bits)
+    freezing.freeze_a(model)
+    expected = step(model, rows)
+    lora_linear.fuse(model)
+    torch.testing.assert_close(step(model, rows), expected, atol=1e-6, rtol=1e-4)
+    assert all(".lora_B." in name for name in expected[1])
+    layer, kept = model.get_decoder().layers[0].mlp.gate_proj, []
+    inputs = torch.randn(rows, layer.in_features)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
+        layer(inputs)
+    assert inputs.shape not in kept
+    assert (rows, 4) in kept, "its product with A"
 
 
 class Packed(nn.Linear):

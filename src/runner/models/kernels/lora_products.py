@@ -4,6 +4,8 @@
 gate and up of an MLP) share what depends on the input alone: ``Reduction`` multiplies it by the matrices A of all of
 them, ``AddedProduct`` is the rest of each layer. The gradient of the input is one tensor that each of them adds to in
 place: in the backward pass it goes from the last layer to the first, and then to the reduction.
+
+Where all A are frozen (LoRA-FA), ``x Aᵀ`` is kept for the backward pass, and not x.
 """
 
 from __future__ import annotations
@@ -53,25 +55,26 @@ class MergedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, quant: Quant | None, state: Any, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
+        ctx.save_for_backward(x if ctx.needs_input_grad[4] else x @ a.t(), weight, a, b)
         ctx.quant, ctx.state, ctx.scale = quant, state, scale
         merged = buffers.take("weight", (len(b), a.shape[1]), x)
         return x @ _unpack_into(merged, weight, quant, state).addmm_(b, a, alpha=scale).t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor, Tensor, None]:
-        x, weight, a, b = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, Tensor, None]:
+        x, weight, a, b = ctx.saved_tensors  # x: its product with Aᵀ, if A is frozen
         inputs, rank = a.shape[1], a.shape[0]
         dx = None
         if ctx.needs_input_grad[0]:
-            wide = buffers.take("weight", (len(b), inputs + rank), x)  # [W + scale · B A, scale · B]: a single product
+            wide = buffers.take("weight", (len(b), inputs + rank), grad)  # [W + scale · B A, scale · B]
             _unpack_into(wide[:, :inputs], weight, ctx.quant, ctx.state).addmm_(b, a, alpha=ctx.scale)
             wide[:, inputs:] = b * ctx.scale
             dx, reduced = (grad @ wide).split([inputs, rank], 1)  # (n, K), (n, r)
         else:
             reduced = (grad @ b).mul_(ctx.scale)
-        db = narrow_product(x @ a.t(), grad).mul_(ctx.scale).t()
-        return dx, None, None, None, narrow_product(reduced, x), db, None
+        trains_a = ctx.needs_input_grad[4]
+        db = narrow_product(x @ a.t() if trains_a else x, grad).mul_(ctx.scale).t()
+        return dx, None, None, None, narrow_product(reduced, x) if trains_a else None, db, None
 
 
 def _unpack_into(out: Tensor, weight: Tensor, quant: Quant | None, state: Any) -> Tensor:
@@ -101,19 +104,20 @@ class InPlaceProduct(torch.autograd.Function):
     ) -> Tensor:
         low_a, low_b = a.to(x.dtype), b.to(x.dtype)
         reduced = x @ low_a.t()  # (n, r)
-        ctx.save_for_backward(x, weight, low_a, low_b, reduced)
+        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, weight, low_a, low_b, reduced)
         ctx.quant, ctx.state, ctx.scale, ctx.dtype = quant, state, scale, a.dtype
         return _plus_product(reduced @ low_b.t(), x, _dense(weight, quant, state, x.dtype).t(), scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, Tensor, None]:
         x, weight, a, b, reduced = ctx.saved_tensors
         slope = (grad @ b).mul_(ctx.scale)  # (n, r)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _plus_product(grad @ _dense(weight, ctx.quant, ctx.state, x.dtype), slope, a)
-        da, db = slope.t() @ x, (grad.t() @ reduced).mul_(ctx.scale)
-        return dx, None, None, None, da.to(ctx.dtype), db.to(ctx.dtype), None
+            dx = _plus_product(grad @ _dense(weight, ctx.quant, ctx.state, grad.dtype), slope, a)
+        da = None if x is None else (slope.t() @ x).to(ctx.dtype)
+        db = (grad.t() @ reduced).mul_(ctx.scale).to(ctx.dtype)
+        return dx, None, None, None, da, db, None
 
 
 class Reduction(torch.autograd.Function):
@@ -122,7 +126,7 @@ class Reduction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *adapters: Tensor) -> tuple[Tensor, Tensor]:
         stacked = torch.cat(adapters).to(x.dtype)
-        ctx.save_for_backward(x, stacked)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, stacked)
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.ranks = adapters[0].dtype, [len(a) for a in adapters]
         return x @ stacked.t(), x.view_as(x)
