@@ -41,6 +41,11 @@ def test_compiled_layers_cannot_move_their_inputs(option: str):
         composed(*TINY, "train.memory=offload", f"compile={option}")
 
 
+def test_directions_of_the_data_need_the_whole_model():
+    with pytest.raises(ConfigError, match=r"lora\.init_lora_weights=eva: needs passes through the whole model"):
+        composed(*TINY, "lora.init_lora_weights=eva", "parallel=fsdp", "launcher=accelerate", "launcher.processes=2")
+
+
 def test_tf32_needs_products_in_float32():
     assert composed(*TINY, "train.tf32=true", "model.dtype=float32")
     with pytest.raises(ConfigError, match=r"train\.tf32=true: has no effect with model\.dtype=auto"):

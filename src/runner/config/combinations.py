@@ -21,6 +21,9 @@ def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if cfg["train"].get(ROUTERS) is not None and _option(cfg["compile"]) == "whole":
         problem = f"train.{ROUTERS} reads the routers from outside of the graph of the whole model"
         yield Fault("compile", problem, f"use compile=regional or compile=none, or set train.{ROUTERS}=null")
+    if cfg["lora"].get("init_lora_weights") == "eva" and _option(cfg["parallel"]) == "fsdp":
+        problem = "needs passes through the whole model before training, which parallel=fsdp shards"
+        yield Fault("lora.init_lora_weights", problem, "use parallel=ddp, or set it to true", "eva")
     if cfg["train"]["memory"] == "offload" and _option(cfg["compile"]) in ("regional", "whole"):
         problem = "compiled layers cannot move their inputs to the memory of the CPU, as train.memory=offload asks"
         yield Fault("compile", problem, "use compile=none or compile=auto, or train.memory=min")

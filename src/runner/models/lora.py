@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
 
 ALL_LINEAR = "all-linear"
-Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"]
+Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva"]
+FROM_DATA = "eva"
+"""The initialisation that ``train.eva`` computes from the training data, when the model is loaded."""
 
 
 def none(
@@ -67,7 +69,7 @@ def lora(
     start: Text | None = None,
     freeze_a: bool = False,
 ) -> nn.Module:
-    """LoRA (https://arxiv.org/abs/2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), PiSSA (2404.02948), LoRA-FA.
+    """LoRA (https://arxiv.org/abs/2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), PiSSA (2404.02948).
 
     ``freeze_a``: LoRA-FA (https://arxiv.org/abs/2308.03303) trains B alone. A needs no state of the optimizer, and the
     inputs of the layers need not be kept for the backward pass.
@@ -88,7 +90,7 @@ def lora(
         bias=bias,
         use_dora=use_dora,
         use_rslora=use_rslora,
-        init_lora_weights=init_lora_weights,
+        init_lora_weights=True if init_lora_weights == FROM_DATA else init_lora_weights,
         **({"target_parameters": parameters} if parameters else {}),
     )
     if freeze_a:

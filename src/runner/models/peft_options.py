@@ -87,7 +87,8 @@ def _option_faults(method: str, options: Mapping[str, Any]) -> Iterator[Fault]:
             yield unknown_key(name, known, value, is_ours=False)
         elif name == "init_lora_weights" and value in DATA_INITS:
             problem = "is not supported: it needs passes over the data before training"
-            yield Fault(name, problem, "use true, gaussian, orthogonal, pissa, pissa_niter_16 or olora", value)
+            remedy = "use true, gaussian, orthogonal, pissa, pissa_niter_16 or olora"
+            yield Fault(name, problem, f"{remedy}, or eva with lora=lora", value)
         elif name != "init_lora_weights" and (problem := mismatch(value, types[name])):
             yield Fault(name, problem, f"see PEFT's {cls.__name__}.{name}", value)
 

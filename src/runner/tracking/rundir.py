@@ -61,6 +61,11 @@ class RunDir:
         return self.path / "start"
 
     @property
+    def eva(self) -> Path:
+        """The first lora_A of an adapter that begins with directions of the data (``lora.init_lora_weights=eva``)."""
+        return self.path / "eva.safetensors"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

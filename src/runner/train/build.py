@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from runner import terminal
 from runner.config import bind
 from runner.config.schema import divisors
 from runner.data.batches import Batches
@@ -32,7 +33,18 @@ from runner.models.kernels import (
 from runner.models.pretrained import keep_updates
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
-from runner.train import devices, estimate, layout, neftune, probe, reference, router_balance, step_batches, throughput
+from runner.train import (
+    devices,
+    estimate,
+    eva,
+    layout,
+    neftune,
+    probe,
+    reference,
+    router_balance,
+    step_batches,
+    throughput,
+)
 from runner.train.answers import Answering
 from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
@@ -139,6 +151,9 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
         for split in (batches, evaluation):
             reference.unknown(split)
     resolve_lm_head(model, autocast, options.parallel.kind)
+    if options.begins_from_data:
+        watch = terminal.progress("EVA: forward pass") if ranks.rank == 0 else _silent
+        eva.begin(model, batches, autocast, ranks, rundir.eva, watch)
     choice.option(model)
     task = router_balance.balanced(options.task, model, settings.router_aux_loss_coef)
     noisy = neftune.noisy(task, model, settings.neftune_noise_alpha, options.seed)
@@ -174,6 +189,10 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
         selection=Selection.of(settings, is_larger_better=options.is_larger_better),
         extra_metrics=lambda: ranks.largest(usage.metrics()),
     )
+
+
+def _silent(done: int, count: int) -> None:
+    """Show no progress."""
 
 
 def _choose_kernels(deterministic: bool, tf32: bool) -> None:

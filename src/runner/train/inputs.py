@@ -16,7 +16,7 @@ from runner.models import architecture, tokenizer_files
 from runner.models.kernels import compilation
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
-from runner.train import answers, callbacks, devices, profiling, teacher
+from runner.train import answers, callbacks, devices, eva, profiling, teacher
 from runner.train.distributed.ranks import ALONE, Ranks
 from runner.train.memory import peak, usage
 from runner.train.options import DataSet, Options
@@ -78,6 +78,8 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     functions = callbacks.load(settings.callbacks, options.code)
     notes = options.task.inspect(batches, evaluation, steps) if options.task.inspect is not None else []
     notes += answers.note(questions, tokenizer)
+    if options.begins_from_data:
+        notes.append(("adapter", f"begins with directions of the data (EVA): up to {eva.MOST_PASSES} forward passes"))
     usage.begin(device)
     return Inputs(
         options,

@@ -183,6 +183,11 @@ class Options:
         return "optim=schedule_free" if schedule_free.is_used(self._cfg) else ""
 
     @property
+    def begins_from_data(self) -> bool:
+        """Whether the first weights of the adapter are computed from the training data, see ``eva``."""
+        return bool(self._cfg["lora"].get("init_lora_weights") == lora.FROM_DATA)
+
+    @property
     def is_larger_better(self) -> bool:
         """Whether larger values of ``train.metric_for_best_model`` are better."""
         return eval_metrics.direction(self._cfg) == "maximize"

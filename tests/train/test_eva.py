@@ -1,0 +1,95 @@
+"""EVA: the first lora_A are PEFT's own, the model begins as its base, and a run computes them once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, composed
+from peft import LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import EvaConfig
+from torch import Tensor
+
+from runner.data.batches import Batches
+from runner.errors import ConfigError
+from runner.models import pretrained
+from runner.train import build, eva, inputs
+from runner.train.distributed.ranks import ALONE
+from runner.train.inputs import Inputs
+from runner.train.options import Options
+
+EVA = ("lora.init_lora_weights=eva", "lora.r=4", "data.packing=false", "data.train_rows=24", "train.max_steps=8")
+
+
+def made(*words: str) -> tuple[Inputs, Any, Batches]:
+    """The inputs of a run, its model before EVA, and its batches as the model computes them."""
+    given = inputs.inputs(Options(composed(*TINY, *EVA, *words)))
+    model = build.load_model(given)
+    (batches,) = build.resolve_attention(given.source, model, None, given.batches)
+    return given, model, batches
+
+
+def begin(model: Any, batches: Batches, file: Path) -> dict[str, Tensor]:
+    """The matrices A after EVA, by name."""
+    eva.begin(model, batches, None, ALONE, file, lambda *_: None)
+    return {name: each.detach() for name, each in model.named_parameters() if ".lora_A." in name}
+
+
+def of_peft(given: Inputs) -> dict[str, Tensor]:
+    """The same by PEFT alone, from rows that are padded to the longest of their batch."""
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    model = get_peft_model(pretrained.load(given.source, given.options.quant, "cpu"), config)
+    rows = [batch for step in range(given.total_steps) for batch in given.batches.step(step)]
+    loader = [{name: batch[name] for name in ("input_ids", "labels")} for batch in rows]
+    initialize_lora_eva_weights(model, loader, forward_fn=forward, show_progress_bar=False)
+    return {name: each.detach() for name, each in model.named_parameters() if ".lora_A." in name}
+
+
+def forward(model: Any, batch: dict[str, Tensor]) -> None:
+    model(input_ids=batch["input_ids"])
+
+
+def test_the_first_a_are_those_of_peft(cache: Path, tmp_path: Path) -> None:
+    given, model, batches = made()
+    found, expected = begin(model, batches, tmp_path / "eva.safetensors"), of_peft(given)
+    assert batches.by_document, "the rows are laid end to end, without padding"
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_model_begins_as_its_base_and_trains_what_it_did(cache: Path, tmp_path: Path) -> None:
+    _, model, batches = made("lora=lora_fa")
+    ids = torch.arange(3, 40)[None]
+    before, trained = model.eval()(ids).logits, [p.requires_grad for p in model.parameters()]
+    matrices = begin(model, batches, tmp_path / "eva.safetensors")
+    assert torch.equal(model.eval()(ids).logits, before)
+    assert [p.requires_grad for p in model.parameters()] == trained, "PEFT would train A again"
+    for matrix in matrices.values():
+        torch.testing.assert_close(matrix @ matrix.t(), torch.eye(4), atol=1e-4, rtol=0)
+
+
+def test_a_second_attempt_reads_what_the_first_computed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "eva.safetensors"
+    _, model, batches = made()
+    first = {name: each.clone() for name, each in begin(model, batches, file).items()}
+    monkeypatch.delattr(eva, "_computed")
+    _, again, batches = made()
+    assert all(torch.equal(each, first[name]) for name, each in begin(again, batches, file).items())
+
+
+def test_what_cannot_be_decomposed_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(said: str, *words: str) -> None:
+        _, model, batches = made(*words)
+        with pytest.raises(ConfigError, match=said):
+            begin(model, batches, tmp_path / "eva.safetensors")
+        assert not (tmp_path / "eva.safetensors").exists()
+
+    refused("EVA cannot decompose the inputs of .*embed_tokens", "lora.target_modules=[embed_tokens,q_proj]")
+    refused("EVA cannot decompose the inputs of .*lm_head", "lora.target_modules=[lm_head,q_proj]")
+    refused(r"needs batches of at least \d+ trained tokens", "lora.r=32", "train.per_device_batch_size=1")
+    monkeypatch.setattr(eva, "MOST_PASSES", 2)
+    refused("EVA's directions still change after 2 batches")
