@@ -89,13 +89,14 @@ def test_what_needs_other_weights_is_refused_by_plan(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "hqq", "newest"])
+@pytest.mark.parametrize("name", ["aqlm", "hqq", "newest"])
 def test_other_methods_are_refused_with_their_name(name: str, folder: Path) -> None:
     change_config(folder, quantization_config={"quant_method": name, "bits": 4})
     with pytest.raises(ConfigError) as refused:
         architecture.read(local(folder))
-    assert f"its weights are quantized ({name}); only those of bitsandbytes, mxfp4, fp8, compressed-tensors" in str(
-        refused.value
+    assert (
+        f"its weights are quantized ({name}); only those of bitsandbytes, mxfp4, fp8, compressed-tensors, gptq, awq"
+        in str(refused.value)
     )
     assert "use the original model, and quantize it with quant=4bit" in str(refused.value)
 

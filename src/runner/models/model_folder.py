@@ -89,7 +89,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 def _weight_faults(folder: Path) -> Iterator[Fault]:
     try:
-        files = _weight_files(folder)
+        files = weight_files(folder)
     except (TypeError, AttributeError):
         yield Fault("model.path", "is damaged: weight_map is missing", "download the file again", folder / INDEX)
         return
@@ -107,7 +107,8 @@ def _weight_faults(folder: Path) -> Iterator[Fault]:
             yield Fault("model.path", problem, "download the file again", file)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files with the weights of a model folder; empty if there are none."""
     if (folder / INDEX).is_file():
         weight_map = (read_json(folder / INDEX) or {}).get("weight_map")
         return [folder / name for name in sorted(set(weight_map.values()))]  # type: ignore[union-attr]

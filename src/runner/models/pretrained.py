@@ -82,19 +82,7 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
     is_scored = score_head.is_scored(config)
     folder = architecture.folder_of(source, weights=True)
     model_folder.check(folder)
-    with architecture.loading_errors(source):
-        model, info = auto_class(source.head).from_pretrained(
-            folder,
-            config=config,
-            **dtype_argument(dtype_for(source.dtype, device)),
-            attn_implementation=_attention(source),
-            quantization_config=_quantization(source, config, quant, device),
-            device_map={"": str(device)},
-            use_safetensors=True,
-            trust_remote_code=source.trust_remote_code,
-            output_loading_info=True,
-        )
-    missing = sorted(info["missing_keys"])
+    model, missing = _read(source, config, folder, quant, device)
     if source.head is not None:
         missing = _fill_head(model, source, missing, is_new=not is_scored)
     if missing:
@@ -111,6 +99,31 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
     new_tokens.resize(model, new_tokens.ids(source))
     long_rope.install(model)
     return _annotate(model, source, quant)
+
+
+def _read(
+    source: ModelSource, config: Any, folder: Path, quant: Quant, device: torch.device | str
+) -> tuple[Any, list[str]]:
+    """(model with the weights of the folder, names of the weights that the folder lacks)."""
+    from transformers import GenerationConfig
+
+    dtype = dtype_for(source.dtype, device)
+    given = quantized_files.weights(config, folder, dtype)
+    with architecture.loading_errors(source):
+        model, info = auto_class(source.head).from_pretrained(
+            **given,
+            config=config,
+            **dtype_argument(dtype),
+            attn_implementation=_attention(source),
+            quantization_config=_quantization(source, config, quant, device),
+            device_map={"": str(device)},
+            use_safetensors=True,
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+        )
+        if "state_dict" in given and model.can_generate() and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, sorted(info["missing_keys"])
 
 
 def auto_class(head: ScoreHead | None) -> Any:

@@ -1,7 +1,7 @@
 """Models whose files are quantized already: which can be trained, and how they are loaded.
 
-Weights of bitsandbytes stay as they are, and train as with ``quant=4bit`` or ``quant=8bit``. MXFP4, FP8 and
-compressed-tensors are dequantized when they are loaded, because their kernels have no backward pass.
+Weights of bitsandbytes stay as they are, and train as with ``quant=4bit`` or ``quant=8bit``. MXFP4, FP8,
+compressed-tensors, GPTQ and AWQ are dequantized when they are loaded: their kernels are made for inference.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import Fault
+from runner.models import packed_files
 from runner.models.kernels import compat
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 BITSANDBYTES = "bitsandbytes"
@@ -37,8 +40,11 @@ def faults(config: Any, path: str) -> Iterator[Fault]:
         return
     original = "use the original model, and quantize it with quant=4bit or quant=8bit"
     package = DEQUANTIZED.get(name, "")
-    if name not in DEQUANTIZED:
-        known = ", ".join((BITSANDBYTES, *DEQUANTIZED))
+    if name in packed_files.METHODS:
+        for problem in packed_files.problems(name, _given(config)):
+            yield Fault("model.path", f"its weights are quantized ({name}): it {problem}", original, path)
+    elif name not in DEQUANTIZED:
+        known = ", ".join((BITSANDBYTES, *DEQUANTIZED, *packed_files.METHODS))
         problem = f"its weights are quantized ({name}); only those of {known} can be trained"
         yield Fault("model.path", problem, original, path)
     elif not compat.at_least("transformers", "5"):
@@ -53,6 +59,15 @@ def prepare(config: Any) -> None:
     """Let transformers dequantize the weights when it loads them, where they are not trained as they are."""
     if method(config) in DEQUANTIZED:
         config.quantization_config = {**_given(config), "dequantize": True}
+
+
+def weights(config: Any, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``: the folder, or its dequantized weights if transformers cannot read them."""
+    if (name := method(config)) not in packed_files.METHODS:
+        return {"pretrained_model_name_or_path": folder}
+    state = packed_files.read(folder, name, _given(config), dtype)
+    del config.quantization_config
+    return {"pretrained_model_name_or_path": None, "state_dict": state}
 
 
 def option(config: Any) -> dict[str, Any]:
