@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from runner.cli import main
 from runner.errors import ConfigError, Preempted
-from runner.train import evaluation, loop, worker
+from runner.train import ema, evaluation, loop, worker
 from runner.train.checkpoint import Progress
 from runner.train.ema import Average
 from runner.train.parts import Parts
@@ -103,6 +103,29 @@ def test_the_plan_counts_the_averages(cache: Path, capsys: pytest.CaptureFixture
     assert averaged.memory.weights - plain.memory.weights == 4 * plain.counts["trainable"]
     assert main.run(["plan", *TINY, "train.ema=0.9"]) == 0
     assert "evaluated and saved (train.ema=0.9)" in capsys.readouterr().out
+
+
+def test_the_mean_of_the_last_steps_is_that_of_torch():
+    model = nn.Linear(3, 2)
+    decay, optimizer = ema.decay_of(None, 0.5, 6), torch.optim.SGD(model.parameters(), lr=0.1)
+    ours, theirs = Average.of(model, "", decay, optimizer), AveragedModel(model)
+    for step in range(1, 7):
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        ours.update(step)
+        if step <= 3:
+            assert all(torch.equal(ours.weights[name], p) for name, p in model.named_parameters()), "not begun"
+        else:
+            theirs.update_parameters(model)
+    torch.testing.assert_close(ours.weights, {n: p.detach() for n, p in theirs.module.named_parameters()})
+
+
+def test_only_one_average_is_kept():
+    assert composed(*TINY, "train.swa_start=0")
+    with pytest.raises(ConfigError, match=r"train\.swa_start=0\.5: cannot be combined with train\.ema"):
+        composed(*TINY, "train.swa_start=0.5", "train.ema=0.9")
+    with pytest.raises(ConfigError, match=r"train\.swa_start=0\.5: "):
+        composed(*TINY, "train.swa_start=0.5", "optim=schedule_free", "schedule=constant")
 
 
 @pytest.mark.parametrize("value", ["0", "1", "true", "-0.5"])

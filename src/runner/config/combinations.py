@@ -18,6 +18,8 @@ WITHOUT_LORA_B = Fault(LORAPLUS, "has no effect: no parameter is called lora_B",
 def faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     if (alpha := cfg["train"].get("neftune_noise_alpha")) is not None:
         yield from _neftune_faults(cfg, alpha)
+    if cfg["train"].get("ema") is not None and (start := cfg["train"].get("swa_start")) is not None:
+        yield Fault("train.swa_start", "cannot be combined with train.ema: both are averages", "set one to null", start)
     if cfg["train"].get(ROUTERS) is not None and _option(cfg["compile"]) == "whole":
         problem = f"train.{ROUTERS} reads the routers from outside of the graph of the whole model"
         yield Fault("compile", problem, f"use compile=regional or compile=none, or set train.{ROUTERS}=null")

@@ -123,7 +123,13 @@ class TrainSettings:
     profile_start: Count = 5
     profile_memory: bool = False
     ema: Annotated[float, Gt(0), Lt(1)] | None = None
+    swa_start: Fraction | None = None
     tf32: bool = False
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the trained weights is updated after each step."""
+        return self.ema is not None or self.swa_start is not None
 
     @property
     def rows_at_a_time(self) -> int:

@@ -62,6 +62,7 @@ KEYS = {
     "label_smoothing_factor": "task.label_smoothing",
     "noisy_embedding_alpha": "train.neftune_noise_alpha", "neftune_alpha": "train.neftune_noise_alpha",
     "callback": "train.callbacks", "ema_decay": "train.ema", "use_ema": "train.ema", "weight_averaging": "train.ema",
+    "swa": "train.swa_start", "swa_epoch_start": "train.swa_start", "use_swa": "train.swa_start",
     "default_system": "data.system_prompt", "default_system_message": "data.system_prompt",
     "chat_template_path": "model.chat_template", "chat_template_jinja": "model.chat_template",
     "lora_plus_lr_ratio": "optim.loraplus_lr_ratio", "unfrozen_parameters": "lora.trainable",

@@ -35,6 +35,7 @@ from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
 from runner.train import (
     devices,
+    ema,
     estimate,
     eva,
     layout,
@@ -50,7 +51,6 @@ from runner.train.async_metrics import AsyncMetrics
 from runner.train.checkpoint import Checkpoints
 from runner.train.distributed import wrap
 from runner.train.distributed.ranks import ALONE, Ranks, unanimous
-from runner.train.ema import Average
 from runner.train.inputs import Inputs, compute_at_once
 from runner.train.layer_norms import LayerNorms
 from runner.train.memory import peak, usage
@@ -159,7 +159,8 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     noisy = neftune.noisy(task, model, settings.neftune_noise_alpha, options.seed)
     wrapped = wrap.wrap(options.parallel, model, noisy, ranks, inputs.device, autocast)
     optimizer = options.optim(options.parameter_groups(model))
-    average = Average.of(model, options.average, settings.ema, optimizer)
+    decay = ema.decay_of(settings.ema, settings.swa_start, inputs.total_steps)
+    average = ema.Average.of(model, options.average, decay, optimizer)
     peak = throughput.peak_flops(inputs.device, autocast or model_dtype(model), tf32=settings.tf32) * ranks.world
     flops = expected.flops_per_token * batches.computed_share
     meter = throughput.Meter(flops, peak, prepares=options.task.prepare is not None)

@@ -1,14 +1,16 @@
-"""Averages of the trained weights, which are evaluated and are the result: ``train.ema``, ``optim=schedule_free``.
+"""Averages of the trained weights, which are evaluated and are the result.
 
-EMA: after each step, average ← d * average + (1 - d) * weights, in float32. d is min(decay, (1 + step) / (10 + step)):
-it grows to ``decay``, so that short runs forget their start, too. Optimizers of schedulefree compute an average of
-their own from their state.
+- ``train.ema``: after each step, average ← d * average + (1 - d) * weights, in float32. d is
+  min(decay, (1 + step) / (10 + step)): it grows to ``decay``, so that short runs forget their start, too.
+- ``train.swa_start``, stochastic weight averaging (https://arxiv.org/abs/1803.05407): the mean of the weights after
+  each of the last steps, in float32. Before them, the average is the weights.
+- ``optim=schedule_free``: optimizers of schedulefree compute an average of their own from their state.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,14 +28,17 @@ class Average:
     model: nn.Module = field(default_factory=nn.Module)
     name: str = ""
     """The option that averages, such as ``train.ema=0.999``; empty if none does."""
-    decay: float = 0.0
+    decay: Callable[[int], float] = lambda _: 0.0
+    """Step, counted from 1 → the share of the former average in the new one."""
     weights: dict[str, Tensor] = field(default_factory=dict)
-    """The averages of ``train.ema``, by name."""
+    """The averages that are updated after each step, by name."""
     optimizer: Any = None
     """An optimizer that averages: its ``eval`` gives the model the averages."""
 
     @classmethod
-    def of(cls, model: nn.Module, name: str, decay: float | None, optimizer: torch.optim.Optimizer) -> Average:
+    def of(
+        cls, model: nn.Module, name: str, decay: Callable[[int], float] | None, optimizer: torch.optim.Optimizer
+    ) -> Average:
         """Begin with the weights that the model has now."""
         if decay is not None:
             return cls(model, name, decay, {name: p.detach().clone().float() for name, p in _trained(model).items()})
@@ -48,7 +53,7 @@ class Average:
         """Add the weights after ``step`` steps, counted from 1."""
         if self.weights:
             current = [parameter.detach().float() for parameter in _trained(self.model).values()]
-            add = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+            add = get_ema_multi_avg_fn(self.decay(step))
             add(list(self.weights.values()), current, step)
 
     def values(self) -> dict[str, Tensor]:
@@ -83,6 +88,16 @@ class Average:
             return {}
         wrap.reshard(self.model)
         return _trained(self.model)
+
+
+def decay_of(ema: float | None, swa_start: float | None, steps: int) -> Callable[[int], float] | None:
+    """``Average.decay`` for ``train.ema`` or ``train.swa_start`` in a run of so many steps; None without either."""
+    if ema is not None:
+        return lambda step: min(ema, (1 + step) / (10 + step))
+    if swa_start is None:
+        return None
+    before = int(swa_start * steps)
+    return lambda step: 1 - 1 / max(step - before, 1)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -50,7 +50,7 @@ def expect(inputs: Inputs) -> Expected:
     weights += (counts["total"] - counts["quantized"] - counts["adapter"]) * size
     if options.task.needs_start:  # a copy of the trained weights
         weights += counts["trainable"] * (size if full else ADAPTER_BYTES)
-    if inputs.settings.ema is not None:
+    if inputs.settings.averages:
         weights += counts["trainable"] * ADAPTER_BYTES
     inputs = replace(inputs, source=source)
     activations, unknown = _rehearsed(inputs, model, autocast)

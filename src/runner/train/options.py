@@ -180,6 +180,8 @@ class Options:
         """The option that averages the trained weights; empty if none does."""
         if self.train.ema is not None:
             return f"train.ema={self.train.ema:g}"
+        if self.train.swa_start is not None:
+            return f"train.swa_start={self.train.swa_start:g}"
         return "optim=schedule_free" if schedule_free.is_used(self._cfg) else ""
 
     @property

@@ -61,6 +61,8 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         problem = "optim=schedule_free replaces the schedule by an average of the weights"
         name = str(cfg["schedule"]["_target_"]).rpartition(".")[2]
         yield Fault("schedule", problem, "use schedule=constant; its warm-up has an effect", name)
-    if cfg["train"].get("ema") is not None:
+    for key in ("ema", "swa_start"):
+        if cfg["train"].get(key) is None:
+            continue
         problem = "optim=schedule_free averages the weights already"
-        yield Fault("train.ema", problem, "set it to null", cfg["train"]["ema"])
+        yield Fault(f"train.{key}", problem, "set it to null", cfg["train"][key])
