@@ -120,8 +120,9 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
     config = config_class(task_type=_task_type(model), **options)
     meta = any(parameter.is_meta for parameter in model.parameters())
     subtracts = not meta and adapter.subtracts_initial(options.get("init_lora_weights"))
-    if meta and "init_lora_weights" in options:
-        config.init_lora_weights = True  # other initialisations compute with the weights
+    for key, value in (("init_lora_weights", True), ("prompt_tuning_init", "RANDOM")):
+        if meta and key in options:
+            setattr(config, key, value)  # other initialisations compute with the weights
     revision = getattr(model.config, "_commit_hash", None)
     try:
         with adapter.fixed_seed() if subtracts else contextlib.nullcontext():
@@ -166,6 +167,7 @@ def check_peft(*, method: str, start: str | None = None, **options: Any) -> Iter
 
 def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check the options ``lora`` and ``quant`` together."""
+    yield from _virtual_token_faults(cfg)
     quant: Quant = bind(cfg["quant"], "quant")()
     if quant.plain:
         return
@@ -174,6 +176,22 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         return
     options = {key: value for key, value in cfg["lora"].items() if key in ("method", "init_lora_weights")}
     yield from (fault.below("lora") for fault in check_on_quantized(quant, **options))
+
+
+def _virtual_token_faults(cfg: Mapping[str, Any]) -> Iterator[Fault]:
+    """What does not work with tokens before each row that are vectors of the adapter."""
+    method = str(cfg["lora"].get("method", "")).lower()
+    if method not in peft_options.PROMPTS:
+        return
+    problem = f"lora.method={method} puts virtual tokens before each row"
+    if cfg["data"]["packing"]:
+        yield Fault("data.packing", f"{problem}, so documents cannot share one", "set it to false", True)
+    task = bind(cfg["task"], "task")()
+    if task.head is not None or task.prepare is not None:
+        yield Fault("lora.method", f"does not work with task={task.name}", "use lora=lora", method)
+    if method == "prefix_tuning" and (memory := cfg["train"]["memory"]) in ("min", "offload"):
+        problem = f"cannot compute layers again: lora.method={method} gives them a cache, which they extend"
+        yield Fault("train.memory", problem, "use speed or balanced", memory)
 
 
 def check_on_quantized(

@@ -100,7 +100,7 @@ def _kind(model: Any, name: str, module: nn.Module, in_head: bool) -> str:
     from torch import nn
 
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
-    parts = [part for part in (prefix, "modules_to_save", "trainable_tokens_delta") if part]
+    parts = [part for part in (prefix, "modules_to_save", "trainable_tokens_delta", "prompt_encoder") if part]
     if hasattr(model, "peft_config") and any(part in name for part in parts):
         return "adapter"
     if isinstance(module, nn.Embedding):

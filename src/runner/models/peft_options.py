@@ -28,8 +28,13 @@ UNSUITED = {
 }
 """PEFT methods that would run here but not work as intended, with the reason."""
 
-UNSUITED_FIELDS = {"alora_invocation_tokens", "use_asa", "megatron_core"}
+UNSUITED_FIELDS = {
+    "alora_invocation_tokens", "use_asa", "megatron_core", "prompt_tuning_init_text", "tokenizer_name_or_path",
+}  # fmt: skip
 """Fields that need calls, objects or files which this train loop does not provide; so do all named ``…_config``."""
+
+PROMPTS = ("p_tuning", "prefix_tuning", "prompt_tuning")
+"""Methods that put virtual tokens before each row: embeddings, or keys and values of all layers."""
 
 DATA_INITS = ("eva", "corda", "loftq", "lora_ga")
 
@@ -39,7 +44,7 @@ def faults(method: str, options: Mapping[str, Any]) -> Iterator[Fault]:
     known = methods()
     name = method.lower()
     if name in UNSUITED or (name in _all_methods() and name not in known):
-        reason = UNSUITED.get(name, "it prepends virtual tokens, which shift positions and labels of packed rows")
+        reason = UNSUITED.get(name, "it needs more than rows of tokens")
         yield Fault("method", f"is not supported: {reason}", f"use one of {', '.join(known)}", method)
         return
     if name not in known:
@@ -54,7 +59,8 @@ def faults(method: str, options: Mapping[str, Any]) -> Iterator[Fault]:
 
 def methods() -> list[str]:
     """The names of the supported PEFT methods."""
-    return sorted(name for name, cls in _all_methods().items() if name not in UNSUITED and not _is_prompt(cls))
+    known = _all_methods().items()
+    return sorted(name for name, cls in known if name not in UNSUITED and (name in PROMPTS or not _is_prompt(cls)))
 
 
 def _all_methods() -> dict[str, Any]:

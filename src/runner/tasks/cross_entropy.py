@@ -183,8 +183,7 @@ def trained_logits(
 def _choice_offered(model: Any) -> Literal["mask", "positions", "all"]:
     """What ``logits_to_keep`` of a model accepts: a mask (transformers 5), column positions, or nothing ("all")."""
     base = base_model.of(model)
-    prompted = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    if prompted or "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+    if base_model.has_virtual_tokens(model) or "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
         return "all"
     home = sys.modules[type(base).forward.__module__]  # not the class's module: fully_shard creates a new class
     return "mask" if hasattr(home, "slice_logits_to_keep") else "positions"

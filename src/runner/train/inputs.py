@@ -111,7 +111,8 @@ def load_data(
     """(splits, training batches of this rank, evaluation batches of this rank)."""
     settings, data = options.train, options.data
     answers = options.task.answers
-    architecture.check_max_length(source, data.max_length + (answers.most_tokens if answers is not None else 0))
+    more = options.virtual_tokens + (answers.most_tokens if answers is not None else 0)
+    architecture.check_max_length(source, data.max_length + more)
     sources = {name: load_set(options.task, tokenizer, each) for name, each in options.sources.items()}
     settled = options.settled(next(iter(sources.values())).settled)
     evals = {name: load_set(settled.task, tokenizer, each, trains=False) for name, each in settled.evals.items()}

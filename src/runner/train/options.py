@@ -185,6 +185,11 @@ class Options:
         return "optim=schedule_free" if schedule_free.is_used(self._cfg) else ""
 
     @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens the adapter puts before each row."""
+        return int(self._cfg["lora"].get("num_virtual_tokens") or 0)
+
+    @property
     def begins_from_data(self) -> bool:
         """Whether the first weights of the adapter are computed from the training data, see ``eva``."""
         return bool(self._cfg["lora"].get("init_lora_weights") == lora.FROM_DATA)

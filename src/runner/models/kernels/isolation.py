@@ -192,6 +192,7 @@ def _output_problem(model: Any, forward: Forward, trial: _Trial, packed: bool) -
     tolerance = _tolerance(model, together)
     for document in trial.documents:
         alone = model(input_ids=ids[document][None], use_cache=False).logits[0].float()
+        alone = alone[-len(ids[document]) :]  # without virtual tokens
         difference = (together[document].float() - alone).norm(dim=-1) / alone.norm(dim=-1)  # (tokens,)
         parts = difference[1 : trial.reach], difference[trial.reach :]
         if any(float(part.median()) > tolerance for part in parts if len(part)):

@@ -64,6 +64,8 @@ def adopt(model: Any) -> None:
 def obstacle(model: Any) -> str:
     """The reason why a model cannot use attention by document, or "". Checks its structure; no forward pass."""
     base = base_model.of(model)
+    if base_model.has_virtual_tokens(model):
+        return "the adapter puts virtual tokens before each row"
     if not compat.can_change_attention(base):
         return "attention by document needs transformers >= 4.54"
     if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from runner.config.schema import Memory
 from runner.data.batches import Shape
-from runner.models.kernels import activation_checkpointing, compilation, lm_head, varlen_attention
+from runner.models.kernels import activation_checkpointing, base_model, compilation, lm_head, varlen_attention
 from runner.tasks import cross_entropy
 from runner.train.memory import heap
 
@@ -232,6 +232,8 @@ def _rehearsal_arguments(model: Any, shape: Shape) -> tuple[dict[str, Tensor], T
         ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
         attention = {"attention_mask": torch.zeros(shape.rows, 1, shape.length, shape.length, dtype=model.dtype)}
         positions = -(-shape.trained // shape.rows)
+    if base_model.has_virtual_tokens(model):
+        return {"input_ids": ids}, torch.zeros(positions, dtype=torch.int64)
     return {"input_ids": ids, "position_ids": ids, **attention}, torch.zeros(positions, dtype=torch.int64)
 
 
@@ -248,6 +250,8 @@ def give_storage(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    prompts: dict[str, Tensor] = getattr(model, "prompt_tokens", {})  # PEFT's numbers of virtual tokens
+    prompts.update({name: torch.empty(each.shape, dtype=each.dtype, device=device) for name, each in prompts.items()})
 
 
 def depth(config: Any) -> int:
@@ -262,14 +266,13 @@ ROOM = 0.95
 
 @dataclass(frozen=True)
 class Needs:
-    """What the teacher of a distillation needs."""
+    """What the teacher of a distillation needs, in bytes."""
 
     weights: int
-    """Bytes."""
     forward: int | None
-    """Bytes of activations in a forward pass of the largest batch; None: unknown."""
+    """Activations in a forward pass of the largest batch; None: unknown."""
     outputs: int
-    """Bytes of its last hidden states, and of the logits that exist at the same time."""
+    """Its last hidden states, and the logits that exist at the same time."""
     flops_per_token: float
     parameters: int
     stored: str
