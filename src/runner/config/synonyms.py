@@ -165,6 +165,8 @@ OPTIONS = {
     "lora=full": "write lora=none: all weights are trained", "lora=false": "write lora=none",
     "lora=true": "write lora=lora", "lora=olora": "write lora=lora lora.init_lora_weights=olora",
     **{f"lora={name}": PEFT.format(word=name) for name in ("ia3", "vera", "oft", "boft", "loha", "lokr", "hra")},
+    **{f"lora={name}": f"write lora=peft lora.method={name} +lora.num_virtual_tokens=16 data.packing=false"
+       for name in ("prompt_tuning", "p_tuning", "prefix_tuning")},
     "schedule=constant_with_warmup": "write schedule=constant", "schedule=warmup_stable_decay": "write schedule=wsd",
     "schedule=none": "write schedule=constant schedule.warmup_ratio=0",
     "launcher=torchrun": "write launcher=accelerate launcher.processes=N",

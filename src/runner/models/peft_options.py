@@ -36,7 +36,12 @@ UNSUITED_FIELDS = {
 PROMPTS = ("p_tuning", "prefix_tuning", "prompt_tuning")
 """Methods that put virtual tokens before each row: embeddings, or keys and values of all layers."""
 
-DATA_INITS = ("eva", "corda", "loftq", "lora_ga")
+OF_DATA = "it needs passes over the data before training"
+UNSUITED_INITS = {
+    "eva": OF_DATA, "corda": OF_DATA, "lora_ga": OF_DATA,
+    "loftq": "PEFT computes it on GPUs alone, and its adapter is wrong for any but the 4-bit weights",
+}  # fmt: skip
+"""Initialisations that would not work as intended, with the reason."""
 
 
 def faults(method: str, options: Mapping[str, Any]) -> Iterator[Fault]:
@@ -91,8 +96,8 @@ def _option_faults(method: str, options: Mapping[str, Any]) -> Iterator[Fault]:
             yield Fault(name, "is not supported by this train loop", "remove this option", value)
         elif name not in known:
             yield unknown_key(name, known, value, is_ours=False)
-        elif name == "init_lora_weights" and value in DATA_INITS:
-            problem = "is not supported: it needs passes over the data before training"
+        elif name == "init_lora_weights" and value in UNSUITED_INITS:
+            problem = f"is not supported: {UNSUITED_INITS[str(value)]}"
             remedy = "use true, gaussian, orthogonal, pissa, pissa_niter_16 or olora"
             yield Fault(name, problem, f"{remedy}, or eva with lora=lora", value)
         elif name != "init_lora_weights" and (problem := mismatch(value, types[name])):
