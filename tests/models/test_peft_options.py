@@ -84,7 +84,7 @@ def test_virtual_tokens_are_trained_with_the_loss_of_peft_and_read_back(
 @pytest.mark.parametrize(
     ("method", "words", "said"),
     [
-        ("prompt_tuning", (), "data.packing=true: lora.method=prompt_tuning puts virtual tokens before each row"),
+        ("prompt_tuning", (), "data.packing=True: lora.method=prompt_tuning puts virtual tokens before each row"),
         ("p_tuning", ("data.packing=false", "task=reward", "data=chitchat_pairs"), "does not work with task=reward"),
         ("prefix_tuning", ("data.packing=false", "train.memory=min"), "train.memory=min: cannot compute layers again"),
         ("prompt_tuning", ("data.packing=false", "quant=4bit"), "does not work on weights in nf4"),

@@ -38,10 +38,10 @@ def begin(model: Any, batches: Batches, file: Path) -> dict[str, Tensor]:
 
 
 def of_peft(given: Inputs) -> dict[str, Tensor]:
-    """The same by PEFT alone, from rows that are padded to the longest of their batch."""
+    """The same by PEFT alone."""
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     model = get_peft_model(pretrained.load(given.source, given.options.quant, "cpu"), config)
-    rows = [batch for step in range(given.total_steps) for batch in given.batches.step(step)]
+    rows = [batch for step in range(eva.BATCHES) for batch in given.batches.step(step)]
     loader = [{name: batch[name] for name in ("input_ids", "labels")} for batch in rows]
     initialize_lora_eva_weights(model, loader, forward_fn=forward, show_progress_bar=False)
     return {name: each.detach() for name, each in model.named_parameters() if ".lora_A." in name}
@@ -52,15 +52,16 @@ def forward(model: Any, batch: dict[str, Tensor]) -> None:
 
 
 def test_the_first_a_are_those_of_peft(cache: Path, tmp_path: Path) -> None:
-    given, model, batches = made()
+    """With attention that rounds as there: another rounding may end the decomposition of a layer a pass later."""
+    given, model, batches = made("model.attention=sdpa")
     found, expected = begin(model, batches, tmp_path / "eva.safetensors"), of_peft(given)
-    assert batches.by_document, "the rows are laid end to end, without padding"
     assert found.keys() == expected.keys()
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_model_begins_as_its_base_and_trains_what_it_did(cache: Path, tmp_path: Path) -> None:
     _, model, batches = made("lora=lora_fa")
+    assert batches.by_document, "the rows are laid end to end, without padding"
     ids = torch.arange(3, 40)[None]
     before, trained = model.eval()(ids).logits, [p.requires_grad for p in model.parameters()]
     matrices = begin(model, batches, tmp_path / "eva.safetensors")
@@ -88,8 +89,7 @@ def test_what_cannot_be_decomposed_is_refused(cache: Path, tmp_path: Path, monke
             begin(model, batches, tmp_path / "eva.safetensors")
         assert not (tmp_path / "eva.safetensors").exists()
 
-    refused("EVA cannot decompose the inputs of .*embed_tokens", "lora.target_modules=[embed_tokens,q_proj]")
     refused("EVA cannot decompose the inputs of .*lm_head", "lora.target_modules=[lm_head,q_proj]")
-    refused(r"needs batches of at least \d+ trained tokens", "lora.r=32", "train.per_device_batch_size=1")
+    refused(r"needs batches of at least \d+ trained tokens", "lora.r=64", "train.per_device_batch_size=1")
     monkeypatch.setattr(eva, "MOST_PASSES", 2)
     refused("EVA's directions still change after 2 batches")

@@ -106,11 +106,15 @@ def _read(
 ) -> tuple[Any, list[str]]:
     """(model with the weights of the folder, names of the weights that the folder lacks)."""
     from transformers import GenerationConfig
+    from transformers.models.auto.auto_factory import _get_model_class
 
     dtype = dtype_for(source.dtype, device)
     given = quantized_files.weights(config, folder, dtype)
     with architecture.loading_errors(source):
-        model, info = auto_class(source.head).from_pretrained(
+        cls = auto_class(source.head)
+        if "state_dict" in given:  # the classes of transformers that choose another one need a folder
+            cls = _get_model_class(config, cls._model_mapping)
+        model, info = cls.from_pretrained(
             **given,
             config=config,
             **dtype_argument(dtype),
