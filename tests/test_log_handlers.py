@@ -78,3 +78,23 @@ def test_a_full_disk_loses_lines_of_the_log_and_nothing_else(capsys: pytest.Capt
     with log_handlers.logging_to(Path("/dev/full")):
         logging.getLogger("runner").info("still shown")
     assert capsys.readouterr().err == "still shown\n"
+
+
+@pytest.mark.parametrize(("asked", "level"), [("info", logging.INFO), ("", logging.WARNING)])
+def test_the_messages_of_transformers_that_are_asked_for_are_in_the_log(
+    asked: str, level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_info()  # as transformers does with this variable when it is imported
+    monkeypatch.setenv(log_handlers.VERBOSITY, asked)
+    try:
+        with log_handlers.logging_to(tmp_path / "train.log"):
+            log_handlers.quiet_libraries()
+            assert transformers_logging.get_verbosity() == level
+            transformers_logging.get_logger("transformers.some").info("loading a file")
+        assert ("loading a file" in (tmp_path / "train.log").read_text()) == bool(asked)
+        assert "loading" not in capsys.readouterr().err
+    finally:
+        transformers_logging.set_verbosity(before)

@@ -13,6 +13,8 @@ from runner import PACKAGE
 from runner.errors import visible
 from runner.secrets import redact
 
+VERBOSITY = "TRANSFORMERS_VERBOSITY"
+
 
 @contextmanager
 def logging_to(path: Path, *, speaks: bool = True) -> Iterator[None]:
@@ -43,13 +45,14 @@ def logging_to(path: Path, *, speaks: bool = True) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Disable the progress bars and messages of transformers; its warnings go to the log."""
+    """Disable the progress bars and messages of transformers; the log gets its warnings, or what VERBOSITY asks for."""
     import warnings
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_warning()
+    if not os.environ.get(VERBOSITY):  # transformers reads it when it is imported
+        transformers_logging.set_verbosity_warning()
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")

@@ -140,7 +140,7 @@ SENTENCES = {
     "remove_unused_columns": "columns without a meaning here are left alone; leave the key out",
     "do_train": "python -m runner trains, python -m runner evaluate RUN evaluates; leave the key out",
     "do_eval": "the held-out rows are evaluated before and after; more often with train.eval_steps",
-    "job_name": "Slurm's name of the job is the one by which runner finds it; name=… is the name of the run in MLflow",
+    "job_name": "write name=… (a run) or sweep=… (a sweep): Slurm's name of the job contains it",
     "fast_dev_run": "write experiment=smoke, or python -m runner plan",
     **{word: EXTRA.format(word=word) for word in ("comment", "mail_type", "mail_user", "dependency", "licenses")},
 }  # fmt: skip

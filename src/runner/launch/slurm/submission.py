@@ -7,6 +7,7 @@ name; the next command looks for that name in the queue before it submits anythi
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from pathlib import Path
 
 from runner.files import at_once, write_atomic
 from runner.launch.slurm.request import Cluster, SlurmRequest
-from runner.tracking import slurm_client, slurm_jobs
+from runner.tracking import naming, slurm_client, slurm_jobs
 from runner.tracking.rundir import RunDir
 from runner.tracking.slurm_client import JobRef
 from runner.tracking.sweepdir import slurm_room
 
+LONGEST_NAME = 40
+"""Characters of a run's or sweep's name in the name of its job."""
 LONGEST_LEAVE_S = 120.0
 """How long a job may stay in state COMPLETING; Slurm's KillWait is 30 s by default."""
 
@@ -65,12 +68,20 @@ def begin(
 ) -> Submission:
     """Write the record of a submission, before sbatch is called."""
     submission = Submission(
-        name=f"runner-{secrets.token_hex(6)}", folders=[str(rundir.path) for rundir in rundirs],
+        name=job_name(home, rundirs), folders=[str(rundir.path) for rundir in rundirs],
         cluster=request.cluster, max_requeues=request.max_requeues, signal_delay_s=request.signal_delay_s,
         code=str(code) if code else None, created=time.time(), after=after,
     )  # fmt: skip
     write_atomic(path(home, submission.name), json.dumps(asdict(submission), indent=1))
     return submission
+
+
+def job_name(home: Path, rundirs: Sequence[RunDir]) -> str:
+    """A new name of a job, in which squeue shows the name of the sweep, or of the run: ``runner-lora.r-308af34d``."""
+    is_sweep = home != rundirs[0].path
+    readable = home.name if is_sweep else naming.short_name(rundirs[0].read_manifest()) or home.name
+    plain = re.sub(r"[^A-Za-z0-9._+]+", "-", readable).strip("-")[:LONGEST_NAME]
+    return "-".join(filter(None, ["runner", plain, secrets.token_hex(4)]))
 
 
 def note(home: Path, submission: Submission, job_id: str) -> None:
