@@ -82,17 +82,20 @@ def test_numbers_are_pefts(bits: int | None, rows: int):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("rows", [200, 20], ids=["many rows", "few rows"])
-def test_numbers_are_pefts_where_a_is_frozen_and_no_input_is_kept(bits: int | None, rows: int):
-    model = adapted(bits=bits)
+@pytest.mark.parametrize(
+    ("bits", "rows", "dtype"),
+    [(None, 200, torch.float32), (None, 20, torch.float32), (4, 200, torch.float32), (None, 200, torch.bfloat16)],
+)
+def test_numbers_are_pefts_where_a_is_frozen_and_no_input_is_kept(bits: int | None, rows: int, dtype: torch.dtype):
+    model = adapted(dtype, bits=bits)
     freezing.freeze_a(model)
     expected = step(model, rows)
     lora_linear.fuse(model)
-    torch.testing.assert_close(step(model, rows), expected, atol=1e-6, rtol=1e-4)
+    tolerance = {"atol": 1e-6, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 5e-2}
+    torch.testing.assert_close(step(model, rows), expected, **tolerance)
     assert all(".lora_B." in name for name in expected[1])
     layer, kept = model.get_decoder().layers[0].mlp.gate_proj, []
-    inputs = torch.randn(rows, layer.in_features)
+    inputs = torch.randn(rows, layer.in_features, dtype=dtype)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
         layer(inputs)
     assert inputs.shape not in kept
@@ -315,6 +318,17 @@ def test_compiled_it_breaks_no_graph(bits: int | None, backend: str, dtype: torc
         layer.compile(fullgraph=True, backend=backend)
     tolerance = {"atol": 1e-5, "rtol": 1e-3} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 5e-2}
     torch.testing.assert_close(step(model), expected, **tolerance)
+
+
+@pytest.mark.slow
+def test_compiled_with_a_frozen_it_breaks_no_graph():
+    model = adapted(torch.bfloat16)
+    freezing.freeze_a(model)
+    lora_linear.fuse(model)
+    expected = step(model)
+    torch._dynamo.reset()
+    model.base_model.model.model.layers[1].compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(model), expected, atol=1e-2, rtol=5e-2)
 
 
 def layers_of_one_input(model: Any) -> list[tuple[str, ...]]:
