@@ -94,8 +94,8 @@ def test_prompt_and_completion_may_be_messages():
 def test_contents_may_be_lists_of_text_parts():
     parts = [{"type": "text", "text": "Two and "}, {"type": "text", "text": "two?"}]
     assert option("messages")({"messages": [{"role": "user", "content": parts}, EXCHANGE[1]]}) == EXCHANGE
-    with pytest.raises(DataError, match="only text can be trained on"):
-        option("messages")({"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+    with pytest.raises(DataError, match="neither text nor images; only these can be trained on"):
+        option("messages")({"messages": [{"role": "user", "content": [{"type": "audio"}]}]})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,11 @@ import sys
 import threading
 from typing import ClassVar
 
+import datasets
 import pytest
+from fixtures import pictures
+
+from runner.data import hub_rows
 
 
 class _Answers(http.server.BaseHTTPRequestHandler):
@@ -68,3 +72,12 @@ def test_an_unreachable_hub_is_an_error_within_seconds():
     (said,) = ask_hub("http://127.0.0.1:9", "some/thing")
     assert "the Hub cannot be reached" in said
     assert "HF_HUB_OFFLINE=1" in said
+
+
+def test_images_stay_as_the_files_have_them(tmp_path):
+    content = pictures.square(tmp_path / "a.png", "red").read_bytes()
+    given = datasets.Dataset.from_dict({"image": [{"bytes": content}], "images": [[{"bytes": content}]], "text": ["x"]})
+    typed = given.cast_column("image", datasets.Image()).cast_column("images", datasets.Sequence(datasets.Image()))
+    for rows in (typed, typed.to_iterable_dataset()):
+        ((_, row),) = hub_rows.rows_of(hub_rows.undecoded(rows), "some/images", "train")
+        assert row == {"image": {"bytes": content}, "images": [{"bytes": content}], "text": "x"}

@@ -39,7 +39,7 @@ def test_counts_and_words_under_such_keys_are_allowed(name):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("functions", [{"name": "add"}]), ("history", [["a", "b"]]), ("images", ["a.png"]),
+        ("functions", [{"name": "add"}]), ("history", [["a", "b"]]), ("videos", ["a.mp4"]),
         ("reasoning_content", "Easy."), ("enable_thinking", False), ("label", False), ("kto_tag", False),
         ("system_prompt", "Be brief."), ("wieght", 2), ("mask", [0, 1]), ("completion_mask", [0, 1]),
     ],

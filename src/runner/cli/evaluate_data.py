@@ -10,7 +10,7 @@ from typing import Any
 
 from runner.config import check, command_line, compose, user_code
 from runner.config.bind import TARGET
-from runner.data import tokenization
+from runner.data import tokenization, vision
 from runner.data.batches import Batches
 from runner.data.encoding import Recipe
 from runner.errors import ConfigError, Fault, first_line
@@ -90,7 +90,7 @@ def batches(run: Trained, data: dict[str, Any], *, are_other: bool) -> tuple[Bat
     every_row = Batches(
         rows, packing=settings.packing, max_length=settings.max_length,
         rows_per_batch=options.train.rows_at_a_time, accumulation=1, seed=options.seed, shuffle=False,
-        pad_id=run.tokenizer.pad_token_id,
+        pad_id=run.tokenizer.pad_token_id, vision=vision.of(run.tokenizer),
     )  # fmt: skip
     return every_row, _details(source.name, source.digest, source.uri, report), source.name
 

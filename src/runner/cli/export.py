@@ -84,7 +84,15 @@ def _export(run: Trained, order: _Order, args: Args, source: Path, about: dict[s
             origin.note(aside, source)
         notes = {**(about or {}), **(check.notes() if check else {})}
         (aside / "README.md").write_text(
-            model_card.text(run.rundir, order.kinds, base, notes, is_chat=run.is_chat, head=run.options.task.head)
+            model_card.text(
+                run.rundir,
+                order.kinds,
+                base,
+                notes,
+                is_chat=run.is_chat,
+                head=run.options.task.head,
+                reads_images=run.reads_images,
+            )
         )
     for name, note in notes.items():
         terminal.print_line(f"{name:<8} {note}")
@@ -148,11 +156,14 @@ def _order(args: Args, run: Trained, rest: list[str]) -> _Order:
     if args["--gguf"] and run.scores:
         problem = "llama.cpp has no score heads, and the model of this run has one"
         faults.append(Fault("--gguf", problem, "leave it out; --merged writes the whole model"))
+    if args["--gguf"] and run.reads_images:
+        problem = "llama.cpp has what reads images in a file of its own, which is not written here"
+        faults.append(Fault("--gguf", problem, "leave it out; --merged writes the whole model"))
     gguf_only = args["--gguf"] and not args["--merged"]
     kinds: list[model_card.Kind] = [] if gguf_only else ["model" if whole else "adapter"]
     kinds += ["gguf"] if args["--gguf"] else []
     command: list[str] = []
-    if args["--gguf"] and not run.scores:
+    if args["--gguf"] and not run.scores and not run.reads_images:
         try:
             command = gguf_export.find()
         except ConfigError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le
@@ -16,6 +17,8 @@ from runner.cli import serving
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.cli.local_server import LAST_PORT
 from runner.config import schema
+from runner.data import images
+from runner.data.images import Reference
 from runner.errors import ConfigError, DataError, Fault, RunnerError, refuse
 from runner.train import trained_model
 from runner.train.run_summary import NOTHING
@@ -28,6 +31,7 @@ chat template of the run.
 
   python -m runner generate outputs/2026-01-31/12-00-00 "What is a sweep?"
   python -m runner generate first --compare "What is a sweep?"     base and fine-tuned model side by side
+  python -m runner generate first --image a.png "What is this?"    a question about an image
   cat question.txt | python -m runner generate first -
   python -m runner generate first                                  a chat: /reset clears it, /quit or Ctrl-D ends it
   python -m runner generate first --serve                          OpenAI's API on this machine, until Ctrl-C
@@ -36,6 +40,7 @@ chat template of the run.
 After -- a PROMPT may begin with -.""",
     Option("--compare", "the base model as well; the weights are loaded once"),
     Option("--system TEXT", "a system prompt; default: data.system_prompt of the run"),
+    Option("--image FILE", "an image for the model to look at, before the PROMPT"),
     Option("--max-new-tokens N", "maximum tokens of an answer", schema.Count, 256),
     Option("--temperature T", "0: greedy decoding; above 0: sampling", schema.NotNegative, 0.0),
     Option("--seed N", "seed of the sampling", schema.Seed),
@@ -72,6 +77,8 @@ def main(argv: list[str]) -> int:
     prompt = sys.stdin.read() if others == ["-"] else others[0] if others else None
     if prompt is not None and not prompt.strip():
         raise ConfigError(Fault("PROMPT", "is empty", "give a text, or no PROMPT for a chat"))
+    if args["--image"]:
+        settings = replace(settings, image=_image(run, args["--image"], prompt))
     if settings.system is not None and not run.is_chat:
         raise ConfigError(Fault("--system", "has no effect: this run continues plain text", "leave it out"))
     if settings.system is None and run.is_chat:
@@ -90,7 +97,7 @@ def _without_effect(args: Args, others: list[str]) -> Iterator[Fault]:
     remedy = "leave it out: each request has its own"
     if others:
         yield Fault("PROMPT", "has no effect with --serve", remedy, " ".join(others))
-    for option in ("--compare", "--system", "--max-new-tokens", "--temperature", "--seed"):
+    for option in ("--compare", "--image", "--system", "--max-new-tokens", "--temperature", "--seed"):
         default = next(each.default for each in VERB.options if each.names[-1] == option)
         if args[option] not in (None, False, default):
             yield Fault(option, "has no effect with --serve", remedy)
@@ -104,6 +111,8 @@ class Settings:
     max_new_tokens: int
     temperature: float
     seed: int
+    image: Reference | None = None
+    """An image before the prompt."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +194,9 @@ def _generate(run: Trained, model: Any, settings: Settings, messages: list[Turn]
     from runner.data import chat_template
     from runner.train import text_generation
 
+    pictures = [settings.image] if settings.image is not None else []
+    if pictures:
+        messages = [*messages[:-1], {**messages[-1], "content": images.MARK + messages[-1]["content"]}]
     text = prompt_text(run, messages)
     limit = _max_new_tokens(model, len(run.tokenizer(text, add_special_tokens=False)["input_ids"]))
     streamer = TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
@@ -198,8 +210,25 @@ def _generate(run: Trained, model: Any, settings: Settings, messages: list[Turn]
         temperature=settings.temperature,
         stop=stop,
         streamer=streamer,
+        pictures=pictures,
     )
     return answer
+
+
+def _image(run: Trained, path: str, prompt: str | None) -> Reference:
+    """The image of ``--image``.
+
+    Raises:
+        ConfigError: the model reads text alone, or there is no PROMPT.
+        DataError: there is no such image.
+    """
+    if not run.reads_images:
+        raise ConfigError(Fault("--image", "has no effect: the model reads text alone", "leave it out", path))
+    if prompt is None:
+        raise ConfigError(Fault("--image", "needs a PROMPT, which is asked about it", 'add one: "What is this?"', path))
+    reference = images.settled({"path": path}, Path.cwd())
+    images.opened(reference)
+    return reference
 
 
 def _max_new_tokens(model: Any, prompt_tokens: int) -> int:

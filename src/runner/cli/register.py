@@ -55,6 +55,9 @@ def main(argv: list[str]) -> int:
     args = VERB.read(argv)
     run, rest = trained_run(VERB, args)
     alias = args["--alias"]
+    if run.reads_images:
+        problem = "the model of this run reads images, and a registered model is asked by texts alone"
+        raise ConfigError(Fault("register", problem, "export it, and serve it with transformers or vLLM"))
     if faults := list(_faults(rest, alias)):
         raise ConfigError(*faults)
     (name,) = rest

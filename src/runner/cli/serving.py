@@ -57,6 +57,9 @@ def serve(run: Trained, port: int | None) -> int:
 
     from runner.train import trained_model
 
+    if run.reads_images:
+        problem = "serves models that read text alone, and the model of this run reads images"
+        raise ConfigError(Fault("--serve", problem, "export it with --merged, and serve the folder with vLLM"))
     on_gpu = torch.cuda.is_available()
     chosen, name = engine(on_gpu=on_gpu), model_name(run)
     with local_server.port(port, FIRST_PORT) as number, tempfile.TemporaryDirectory(prefix="runner-") as folder:

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from runner.data import images
 from runner.data.collator import Batch, collate
 from runner.data.data_order import DataOrder
 from runner.data.examples import Answers
 from runner.data.packing import IGNORED, Rows, SourcePart
 from runner.data.shared_prompts import shared_lengths
+from runner.data.vision import Vision
 
 PADDED_TO = 8
 """Padded lengths are multiples of this: faster on tensor cores, and fewer different shapes."""
@@ -59,12 +61,13 @@ class Batches:
         epochs: float | None = None,
         answers: Answers | None = None,
         max_repeats: float = math.inf,
+        vision: Vision | None = None,
     ) -> None:
         self.rows, self.packs = rows, rows.packs if packing else rows.packs.apart(rows.unit)
         self.packing, self.max_length, self.pad_id = packing, max_length, pad_id
         self.rows_per_batch, self.rank, self.world = rows_per_batch, rank, world
         self.per_micro_batch = rows_per_batch * world
-        self.answers = answers
+        self.answers, self.vision = answers, vision
         self.sizes = self.packs.numbers(rows.lengths_of)  # tokens of each pack
         self.pack_length = rows.unit * max_length
         assert packing is False or self.sizes.max() <= self.pack_length, "a pack is longer than its row"
@@ -120,6 +123,8 @@ class Batches:
         length = self._padded(max((int(self._computed_lengths(rows).sum()) for rows in members), default=0))
         batch = collate(self.rows, members, shape=(count, length), longest=self.max_length, pad_id=self.pad_id,
                         end_to_end=self.end_to_end, shared=self.shared)  # fmt: skip
+        if self.vision is not None:
+            batch |= self.vision.tensors([images.of_rows(self.rows.images, row) for row in rows], batch["input_ids"])
         return {**batch, "packed": self.packing or self.end_to_end}
 
     def rows_of(self, pack: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from runner.data import images, vision
 from runner.data.conversation import NO_OPTIONS, Message
 from runner.data.examples import Features
 from runner.data.packing import IGNORED
@@ -49,11 +50,11 @@ def encode(
         ConfigError: the tokenizer has no chat template, or the turns cannot be located in the rendered text.
         DataError: the template rejects this conversation, or leaves out a part of it.
     """
-    template = of(tokenizer)
+    template, reader = of(tokenizer), vision.of(tokenizer)
     usual = [float(train_on == "all" or message["role"] == "assistant") for message in messages]
     own = [float(message.get("weight", usual[i])) for i, message in enumerate(messages)]
     template.renderer.check(options)
-    if train_on == "all" and weight == 1 and own == usual and is_plain(messages, options):
+    if train_on == "all" and weight == 1 and own == usual and reader is None and is_plain(messages, options):
         ids = template.tokenize(template.renderer.render(messages))[0]
         return {"input_ids": ids, "labels": list(ids)}
     find = template.find_marked if template.has_markers else template.find_turns
@@ -71,7 +72,10 @@ def encode(
     features: Features = {"input_ids": ids, "labels": labels}
     if any(each not in (0.0, 1.0) for each in (weight, *own)):
         features["weights"] = weights
-    return {**features, "reasoning_lost": len(lost)} if lost else features
+    features = {**features, "reasoning_lost": len(lost)} if lost else features
+    if reader is None:
+        return features
+    return reader.expanded(features, [image for image in images.of_messages(messages) if image is not None])
 
 
 def prompt(messages: list[Message], tokenizer: Tokenizer, options: Mapping[str, Any] = NO_OPTIONS) -> str:

@@ -24,6 +24,7 @@ A batch is a dict:
 - ``weights``: (trained,) float32, the weight of each label in the order of ``trained_at``; only if the data have any.
 - ``sources``, ``source_at`` and ``source_of``, if the rows are those of a mixture: the names of its sources, and int64,
   which of them each label is of, (trained,) in the order of ``trained_at``, and each document, (documents,).
+- ``pixel_values`` and what else the processor makes of the images (``vision.TENSORS``), if there are any.
 - The numbers of each document, by name (``Rows.values``): (documents,) float32. Those of each label
   (``Rows.of_labels``): (trained, …) in the order of ``trained_at``.
 """

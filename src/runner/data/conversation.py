@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from runner.data import tool_calls
-from runner.data.examples import Example
+from runner.data import images, tool_calls
+from runner.data.examples import Example, chat
 from runner.data.training_keys import (
     OPTIONS,
     REASONING,
@@ -24,7 +24,7 @@ from runner.errors import DataError, Fault, quoted, suggest
 
 Message = dict[str, Any]
 """``{"role": …, "content": …}``; also ``tool_calls``, ``reasoning_content``, ``name`` and ``tool_call_id`` where the
-row has them, and ``weight`` if the turn has its own weight in the loss."""
+row has them, ``images`` (see ``images``), and ``weight`` if the turn has its own weight in the loss."""
 
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_NAMES = {"developer": "system", "observation": "tool", "tool_response": "tool", "function": "tool"}
@@ -62,8 +62,9 @@ def read(turns: Sequence[Row], role: str, content: str, ignore: Collection[str] 
 
 
 def example(row: Row, messages: list[Message], ignore: Collection[str] = ()) -> Example:
-    """The messages, with the tools, the weight and the options of the chat template that the row has (``ROW_KEYS``)."""
+    """The messages, with what the row has beside them: tools, weight, options of the chat template, images."""
     kept = {**template_options(row, ignore)}
+    images.give(messages, images.of_row(row, ignore))
     weight = weight_of(row, WEIGHTS, "the row", ignore)
     if weight not in (None, 1.0):
         kept["weight"] = weight
@@ -87,11 +88,15 @@ def template_options(row: Row, ignore: Collection[str] = ()) -> dict[str, Any]:
 
 
 def without_weight(example: Example) -> dict[str, Any]:
-    """``tools`` and ``chat_template_kwargs`` of a conversation, for rows that cannot have a weight.
+    """``tools`` and ``chat_template_kwargs`` of a conversation, for rows that cannot have a weight or images.
 
     Raises:
-        DataError: it has one.
+        DataError: it has one of them.
     """
+    talk = chat(example)
+    if talk is not None and images.of_messages(talk.messages):
+        problem = "the row has an image, which is not used in this format"
+        raise DataError(Fault("data.format", problem, images.LEAVE_OUT))
     kept = dict(example) if isinstance(example, dict) else {}
     if "weight" in kept:
         remedy = "leave the weight out: +data.format.ignore=[weight]"
@@ -196,7 +201,7 @@ def _message(number: int, turn: Row, role: str, content: str, ignore: Collection
     else:
         name, value = OTHER_NAMES.get(name, name), turn.get(content)
         value = "" if name == "assistant" and value is None else value
-        message = {"role": name, **_body(value, f"the content of {what}")}
+        message = {"role": name, **_body(value, f"the content of {what}", ignore)}
     if len(turn) > 2 or content not in turn:
         message |= _carried(turn, what, {role, content, *ignore})
     if message["role"] != "assistant" and (extra := message.keys() & CARRIES):
@@ -243,15 +248,21 @@ def no_json(value: object) -> NoReturn:
     raise DataError(Fault("", problem, "write it as text or a number"))
 
 
-def _body(value: object, what: str) -> Message:
-    """Content, reasoning and calls of a message: a text, or a list of parts (those of OpenAI or LLaMA-Factory)."""
+def _body(value: object, what: str, ignore: Collection[str]) -> Message:
+    """Content, images, reasoning and calls of a message: a text, or a list of parts (as of OpenAI or LLaMA-Factory)."""
     if not isinstance(value, list):
         return {"content": text_of(value, what)}
     body: Message = {"content": ""}
     for number, part in enumerate(value, start=1):
         kind, here = part.get("type") if isinstance(part, Mapping) else None, f"part {number} of {what}"
+        if kind in images.PARTS and images.is_ignored(ignore):
+            continue
+        if kind in images.PARTS:
+            body["content"] += images.MARK
+            body["images"] = [*body.get("images", ()), images.of_part(part, here)]
+            continue
         if kind not in ("text", "reasoning", "thinking", "tool_call"):
-            problem = f"{what} has parts that are not text; only text can be trained on"
+            problem = f"{what} has parts that are neither text nor images; only these can be trained on"
             raise DataError(Fault("", problem, "leave the row out, or write its text as a string"))
         if key_and_word := next(unused(part, TURN_WORDS, (kind,), ()), None):
             problem = f"{here} has {quoted(key_and_word[0])}, which is not used"

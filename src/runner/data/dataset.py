@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config import user_code, user_function
 from runner.config.schema import DataSettings
-from runner.data import column_files, streaming
+from runner.data import column_files, images, streaming, vision
 from runner.data.encoding import Recipe
 from runner.data.examples import Encoder, Format
 from runner.data.packing import Rows
@@ -87,18 +87,33 @@ def load(
     try:
         folder = cache_dir("data") / key
         with locked(folder.with_suffix(".lock")):
-            entry = _read(folder)
-            if entry is None:
+            entry, pictures = _read(folder)
+            if entry is None or pictures is None:
                 _write(folder, lambda into: make(_at_hand(source, settings, into, trains), recipe, into))
-                entry = _read(folder)
+                entry, pictures = _read(folder)
     except OSError as error:
         problem = f"the cache of tokenised data cannot be written: {error.strerror or error} ({error.filename or key})"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free disk space, or move the cache with RUNNER_CACHE=DIR" if full else "set RUNNER_CACHE=DIR"
         raise DataError(Fault("", problem, remedy)) from error
     assert entry is not None, "an entry that was just written can be read"
-    return Splits(**vars(entry), name=source.name, digest=source.digest, uri=source.uri, revision=source.revision,
+    digest = source.digest
+    if pictures:
+        digest = hashlib.sha256(f"{digest} {pictures}".encode()).hexdigest()[:32]
+    return Splits(**vars(entry), name=source.name, digest=digest, uri=source.uri, revision=source.revision,
                   is_streamed=source.is_streamed)  # fmt: skip
+
+
+def _images(entry: Tokenised) -> str | None:
+    """A hash of all images of the rows; empty if there are none, None if one has changed since it was tokenised."""
+    digests: list[str] = []
+    for rows in (entry.train, entry.eval):
+        for row in range(len(rows) if rows.images is not None else 0):
+            listed = images.of_rows(rows.images, row)
+            if not all(map(images.is_unchanged, listed)):
+                return None
+            digests += [image["sha256"] for image in listed]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else ""
 
 
 def _at_hand(source: Source, settings: DataSettings, folder: Path, trains: bool) -> Source:
@@ -109,6 +124,7 @@ def _cache_key(source: Source, tokenizer: Any, settings: DataSettings, identity:
     form = identity.get("format") or {}
     function = form.get("function")
     parts = {
+        **({"place": source.uri} if vision.of(tokenizer) is not None else {}),  # relative paths of images begin there
         "code": CODE_VERSION,
         "data": source.digest,
         "identity": user_code.detached(identity),
@@ -126,6 +142,7 @@ def _fingerprint(tokenizer: Any) -> str:
         fast.no_padding(), fast.no_truncation()  # state of the last call, which to_str would include
     tables = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
     marks = [type(tokenizer).__name__, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)]
+    marks += list(filter(None, [vision.fingerprint(tokenizer)]))
     return hashlib.sha256(json.dumps([tables, *marks]).encode()).hexdigest()
 
 
@@ -141,15 +158,16 @@ def _write(folder: Path, make: Callable[[Path], Tokenised]) -> None:
         (temporary / "report.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False))
 
 
-def _read(folder: Path) -> Tokenised | None:
-    """Read a cache entry; None if it is missing or damaged."""
+def _read(folder: Path) -> tuple[Tokenised | None, str | None]:
+    """Read a cache entry, None if it is missing or damaged; and what ``_images`` gives."""
     if not folder.exists():
-        return None
+        return None, None
     try:
         meta = json.loads((folder / "report.json").read_text())
         report = DataReport(**meta["report"])
         train = Rows.load(folder, "train") if report.train_rows else Rows.of([])
-        return Tokenised(train, Rows.load(folder, "eval"), report, meta["samples"], meta["settled"])
+        entry = Tokenised(train, Rows.load(folder, "eval"), report, meta["samples"], meta["settled"])
+        return entry, _images(entry)
     except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
         log.warning("the cache of tokenised data is damaged, tokenising again: %s (%s)", folder, error)
-        return None
+        return None, None

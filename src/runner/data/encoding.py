@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runner.config.schema import DataSettings
-from runner.data import splits
+from runner.data import splits, vision
 from runner.data.column_files import DTYPES, Column, aside, open_columns
 from runner.data.examples import Encoder, Features, Format
 from runner.data.packing import IGNORED, VALUE
@@ -35,8 +36,9 @@ CHUNK = 1000
 PAYS_FROM = 20_000
 """Examples from which several processes are faster than one."""
 MOST_PROCESSES = 32
-WORKING = {"row_lengths": "i", "unit_lengths": "i", "record_lengths": "i"}
-"""Columns that are not kept: tokens of each row, tokens of each unit before truncating, bytes of each record."""
+WORKING = {"row_lengths": "i", "unit_lengths": "i", "record_lengths": "i", "images_lengths": "i"}
+"""Columns that are not kept: tokens of each row, tokens of each unit before truncating, bytes of each record and of
+what is known of its images."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Recipe:
         values = {f"{VALUE}{name}": "f" for name in self.task.values}
         records = {"records": "B"} if self.task.answers and self.task.answers.of_prompts else {}
         places = {"places": "q"} if self.settings.order_by is not None else {}
+        pictures = {"images": "B"} if vision.of(self.tokenizer) is not None else {}
         return {
             "ids": "i",
             "labels": "i",
@@ -68,6 +71,7 @@ class Recipe:
             **places,
             **values,
             **records,
+            **pictures,
         }
 
 
@@ -86,7 +90,8 @@ def encode(examples: Index, recipe: Recipe, counts: Counter[str], folder: Path |
         DataError: a row cannot be encoded.
     """
     columns = {**open_columns(recipe.codes, folder, prefix), **open_columns(WORKING, aside(folder), prefix)}
-    processes = _processes(len(examples)) if folder is not None else 1
+    is_vision = vision.of(recipe.tokenizer) is not None  # torch's threads, which a processor may use, end with a fork
+    processes = _processes(len(examples)) if folder is not None and not is_vision else 1
     if processes == 1 or folder is None:
         is_weighted = _stream(splits.items(examples, recipe.format_fn), recipe, columns, counts)
     else:
@@ -96,16 +101,20 @@ def encode(examples: Index, recipe: Recipe, counts: Counter[str], folder: Path |
 
 def _stream(examples: Iterable[Item], recipe: Recipe, columns: Mapping[str, Column], counts: Counter[str]) -> bool:
     """Encode examples; returns whether a label has another weight than 1."""
-    task, is_weighted = recipe.task, False
+    task, is_weighted, reader = recipe.task, False, vision.of(recipe.tokenizer)
     for item in examples:
         try:
-            features = task.encode(item.example, recipe.tokenizer, recipe.settings.max_length)
+            example = item.example if reader is None else reader.settled(item.example, item.folder)
+            features = task.encode(example, recipe.tokenizer, recipe.settings.max_length)
         except DataError as error:
             raise DataError(*splits.at_place(item.place, error)) from error
         if not task.weights and any("weights" in feature for feature in features):
             problem = f"{item.place}: has a weight, which task={task.name} does not use"
             raise DataError(Fault("task", problem, "leave the weight out: +data.format.ignore=[weight]", task.name))
         counts["masked_out"] += not features
+        if reader is not None:
+            counts["images"] += sum(len(feature.get("images", ())) for feature in features)
+            counts["image_tokens"] += sum(feature.get("image_tokens", 0) for feature in features)
         counts["reasoning_lost"] += sum(feature.get("reasoning_lost", 0) for feature in features)
         assert len(features) % task.unit == 0, f"{task.name}: {len(features)} sequences are not whole units"
         for start in range(0, len(features), task.unit):
@@ -122,7 +131,9 @@ def _add_unit(
     counts["longest"] = max(counts["longest"], longest)
     columns["unit_lengths"].append(longest)
     if longest > limit:
-        is_dropped = recipe.settings.overlong == "drop" or not task.truncates or has_record
+        has_images = any(feature.get("images") for feature in unit)  # a cut could leave a part of an image
+        is_dropped = recipe.settings.overlong == "drop" or not task.truncates or has_record or has_images
+        counts["dropped_with_images"] += has_images
         counts["dropped" if is_dropped else "truncated"] += 1
         if is_dropped:
             return False
@@ -145,6 +156,9 @@ def _add_unit(
         if has_record:
             record = feature["record"].encode("utf-8", "surrogatepass")
             numbers |= {"records": record, "record_lengths": [len(record)]}
+        if "images" in columns:
+            listed = json.dumps(feature.get("images", [])).encode()
+            numbers |= {"images": listed, "images_lengths": [len(listed)]}
         for name, added in numbers.items():
             columns[name].extend(added)
         is_weighted |= any(w != 1 for w, label in zip(weights, labels, strict=True) if label != IGNORED)

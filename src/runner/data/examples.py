@@ -17,8 +17,9 @@ Format = Callable[[Mapping[str, Any]], Example | None]
 """A row → its example; None: the row is left out."""
 Features = dict[str, Any]
 """One token sequence: lists ``input_ids`` and ``labels`` of equal length, not shifted; label -100: no loss.
-``weights``, if there are any: those of the labels. Further keys are numbers of the sequence, see ``Encoder.values``,
-and with ``Encoder.answers`` a text ``record``."""
+``weights``, if there are any: those of the labels. With a model that reads images ``images``, see ``data.images``, and
+``image_tokens``, how many of the tokens stand for them. Further keys are numbers of the sequence, see
+``Encoder.values``, and with ``Encoder.answers`` a text ``record``."""
 
 
 class Chat(NamedTuple):

@@ -12,12 +12,14 @@ from typing import Any
 
 from runner.config import bind, user_function
 from runner.config.schema import Text
-from runner.data import conversation, row_shape, training_keys
+from runner.data import conversation, images, row_shape, training_keys
 from runner.data.conversation import with_system
 from runner.data.examples import Example, Format
 from runner.data.training_keys import ROW_KEYS, Row, refuse_unused
 from runner.errors import DataError, Fault, RunnerError, quoted
 
+USED = (*ROW_KEYS, *images.KEYS)
+"""Keys of a row that each format of conversations uses besides these."""
 SYSTEM = {"system": training_keys.SYSTEM}
 """The parameter of a format that names the key of the system prompt."""
 
@@ -30,7 +32,7 @@ def messages(row: Row, *, messages: Text, role: Text, content: Text, ignore: lis
     row_shape.refuse_richer(row, "messages")
     turns = row_shape.turns(row, "messages", "messages", messages, (role, content))
     left_out = ignore or []
-    refuse_unused(row, turns, {messages, *ROW_KEYS}, keys={role, content}, ignore=left_out)
+    refuse_unused(row, turns, {messages, *USED}, keys={role, content}, ignore=left_out)
     return conversation.example(row, conversation.checked(conversation.read(turns, role, content, left_out)), left_out)
 
 
@@ -52,7 +54,7 @@ def sharegpt(
     row_shape.refuse_richer(row, "sharegpt")
     turns = row_shape.turns(row, "sharegpt", "conversations", conversations, (speaker, value))
     left_out = ignore or []
-    used = {conversations, system, *ROW_KEYS}
+    used = {conversations, system, *USED}
     refuse_unused(row, turns, used, keys={speaker, value}, ignore=_with_system(left_out, system), offers=SYSTEM)
     named = [{**turn, speaker: _role(turn[speaker], roles)} for turn in turns]
     talk = with_system(row, system, conversation.read(named, speaker, value, left_out))
@@ -71,7 +73,7 @@ def alpaca(
     answer = row_shape.text(row, "alpaca", "output", output)
     extra = row_shape.text(row, "alpaca", "input", input) if row.get(input) is not None else ""
     offers = SYSTEM if extra else {**SYSTEM, "input": ("context",)}
-    used = {instruction, input, output, system, *ROW_KEYS}
+    used = {instruction, input, output, system, *USED}
     refuse_unused(row, (), used, ignore=_with_system(ignore or [], system), offers=offers)
     question = f"{question}\n\n{extra}" if extra.strip() else question
     exchange = [
@@ -88,7 +90,7 @@ def like_alpaca(row: Row, *, instruction: str, output: str, **_: object) -> int:
 def prompt_completion(row: Row, *, prompt: Text, completion: Text, ignore: list[Text] | None = None) -> Example:
     """A prompt and its completion, each a text or a list of messages."""
     left_out = ignore or []
-    refuse_unused(row, (), {prompt, completion, *ROW_KEYS}, ignore=left_out)
+    refuse_unused(row, (), {prompt, completion, *USED}, ignore=left_out)
     question = row_shape.text_or_messages(row, "prompt_completion", "prompt", prompt, "user", left_out)
     answer = row_shape.text_or_messages(row, "prompt_completion", "completion", completion, "assistant", left_out)
     return conversation.example(row, conversation.checked([*question, *answer]), left_out)
@@ -151,7 +153,7 @@ def checked(result: Any, key: str, name: str) -> Example:
     if isinstance(result, str):
         return conversation.text_of(result, f"what {name} returns")
     if isinstance(result, dict) and isinstance(result.get("messages"), list):
-        refuse_unused(result, (), {"messages", *ROW_KEYS}, ignore=None)
+        refuse_unused(result, (), {"messages", *USED}, ignore=None)
         messages = checked(result["messages"], key, name)
         assert isinstance(messages, list)
         return conversation.example(result, messages)
@@ -159,7 +161,7 @@ def checked(result: Any, key: str, name: str) -> Example:
         problem = f"gave {type(result).__name__}, which is neither a text nor a list of messages"
         raise DataError(Fault(key, problem, 'return [{"role": …, "content": …}, …] or a str', name))
     refuse_unused({}, result, (), keys={"role", "content"}, ignore=None)
-    return conversation.checked(conversation.read(result, "role", "content"))
+    return conversation.example({}, conversation.checked(conversation.read(result, "role", "content")))
 
 
 def check_custom(*, function: str, _code_: list[str] | None = None) -> Iterator[Fault]:

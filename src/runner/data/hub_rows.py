@@ -42,9 +42,22 @@ def load_split(path: str, name: str | None, split: str, commit: str | None, stre
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(path, name, split=split, revision=commit, streaming=streaming)
+        return undecoded(datasets.load_dataset(path, name, split=split, revision=commit, streaming=streaming))
     except Exception as error:
         raise _hub_error(path, error) from error
+
+
+def undecoded(rows: Any) -> Any:
+    """A split with its images as the files have them, ``{"bytes", "path"}``: the processor of a model reads them."""
+    import datasets
+
+    as_files = datasets.Image(decode=False)
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, as_files)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            rows = rows.cast_column(name, datasets.Sequence(as_files))
+    return rows
 
 
 def streamed(path: str, name: str | None, split: str, commit: str | None) -> Iterator[tuple[Place, Row]]:

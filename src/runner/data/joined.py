@@ -57,6 +57,7 @@ def join(parts: Mapping[str, tuple[Rows, float]]) -> Rows:
         records=_texts([each.records for each in rows]),
         trained=np.concatenate([each.labels_per_row for each in rows], dtype=np.int32, casting="unsafe"),
         places=_places(rows),
+        images=_texts([each.images for each in rows]),
         parts=tuple(SourcePart(name, len(each), weight) for name, (each, weight) in parts.items()),
     )
 

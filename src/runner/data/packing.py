@@ -19,6 +19,8 @@ VALUE = "value-"
 """In the file names of ``Rows.values``."""
 RECORD_COLUMNS = ("records", "record_offsets")
 """In the file names of ``Rows.records``."""
+IMAGE_COLUMNS = ("images", "image_offsets")
+"""In the file names of ``Rows.images``."""
 PACKS_AT_ONCE = 2**13
 """Packs whose rows are looked at together; without packing of short rows, a pack may have hundreds."""
 
@@ -101,6 +103,8 @@ class Rows:
     """What a teacher gives each label but the first token's, row by row: (labels, …) by name; not saved."""
     places: np.ndarray | None = None
     """The place of each row in the order of ``data.order_by``, (rows,) int64; None: shuffled."""
+    images: Texts | None = None
+    """Where the images of each row are, as JSON (``images.Reference``); None: the model reads text alone."""
 
     @classmethod
     def of(cls, documents: Sequence[tuple[np.ndarray, np.ndarray]], **values: Sequence[float]) -> Rows:
@@ -190,23 +194,28 @@ class Rows:
         prompts, trained = (np.load(folder / f"{name}.{each}.npy", mmap_mode="r") for each in ("prompts", "trained"))
         file = folder / f"{name}.places.npy"
         places = np.load(file, mmap_mode="r") if file.exists() else None
-        others = [prompts, trained, *values.values(), *(each for each in (records, places) if each is not None)]
+        images = None
+        if (folder / f"{name}.images.npy").exists():
+            images = Texts(*(np.load(folder / f"{name}.{each}.npy", mmap_mode="r") for each in IMAGE_COLUMNS))
+        others = [prompts, trained, *values.values(), *(x for x in (records, places, images) if x is not None)]
         lengths = [len(offsets) - 1, len(rows), int(packs[-1]), *map(len, others)]
         tokens = [len(ids), len(labels), offsets[-1], *([] if weights is None else [len(weights)])]
         if len(set(map(int, tokens))) > 1 or len(set(lengths)) > 1:
             raise ValueError(f"the columns of {name} have inconsistent lengths")
         return cls(ids, labels, offsets, Packs(rows, packs), int(unit), values, weights, records, prompts, trained,
-                   places=places)  # fmt: skip
+                   places=places, images=images)  # fmt: skip
 
     def _columns(self) -> dict[str, np.ndarray]:
         packs = {"pack_rows": self.packs.rows, "pack_offsets": self.packs.offsets, "unit": np.array(self.unit)}
         values = {f"{VALUE}{name}": numbers for name, numbers in self.values.items()}
         weights = {} if self.weights is None else {"weights": self.weights}
-        texts = (
-            dict(zip(RECORD_COLUMNS, (self.records.characters, self.records.offsets), strict=True))
-            if self.records
-            else {}
-        )
+        named = ((RECORD_COLUMNS, self.records), (IMAGE_COLUMNS, self.images))
+        texts = {
+            column: array
+            for names, each in named
+            if each
+            for column, array in zip(names, (each.characters, each.offsets), strict=True)
+        }
         prompts = np.zeros(len(self), np.uint64) if self.prompts is None else self.prompts
         of_rows = {"offsets": self.offsets, "prompts": prompts, "trained": self.labels_per_row}
         of_rows |= {} if self.places is None else {"places": self.places}

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from runner.data import images
 from runner.data.conversation import NO_OPTIONS, Message
 from runner.data.skeleton import placeholders
 from runner.data.training_keys import REASONING
@@ -30,6 +31,7 @@ class Renderer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises ConfigError if the tokenizer has no chat template."""
         self.tokenizer, self.text = tokenizer, template_text(tokenizer)
+        self.reads_images = getattr(tokenizer, "processor", None) is not None
 
     def render(
         self,
@@ -71,13 +73,24 @@ class Renderer:
                 raise DataError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path))
 
     def plain(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """The messages as the template reads them: without weights, and reasoning under the template's own key."""
+        """The messages as the template reads them: without weights, and reasoning under the template's own key.
+
+        The templates of models that read images get every content as a list of parts.
+
+        Raises:
+            DataError: a message has an image, and the model reads text alone.
+        """
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         for message in plain:
             if "reasoning_content" in message:
                 message[self.reasoning_key] = message.pop("reasoning_content")
             if "tool_calls" in message and not message["content"]:
                 message["content"] = self.no_content
+            if self.reads_images:
+                message["content"] = _parts(message["content"] or "")
+            elif message.get("images"):
+                raise self._no_images()
+            message.pop("images", None)
         return plain
 
     @functools.cached_property
@@ -102,9 +115,10 @@ class Renderer:
         """Whether the template writes the third placeholder, which is in this answer, into a short exchange."""
         question, usual = placeholders(("user", "assistant"))
         with contextlib.suppress(DataError), self._limits():
-            return "\ue0002\ue001" in self.tokenizer.apply_chat_template(
-                [question, {**usual, **answer}], tokenize=False
-            )
+            exchange = [question, {**usual, **answer}]
+            if self.reads_images:
+                exchange = [{**turn, "content": _parts(turn["content"] or "")} for turn in exchange]
+            return "\ue0002\ue001" in self.tokenizer.apply_chat_template(exchange, tokenize=False)
         return False
 
     @contextlib.contextmanager
@@ -123,6 +137,11 @@ class Renderer:
         except Exception as error:  # a template is a program: it may fail in any way
             problem = f"the model's chat template rejects this conversation: {error or type(error).__name__}"
             raise DataError(Fault("", problem, "correct the row, or remove it")) from error
+
+    def _no_images(self) -> DataError:
+        problem = "the row has images, and this model reads text alone"
+        remedy = f"use a model that reads images, such as SmolVLM or LLaVA; or {images.LEAVE_OUT}"
+        return DataError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path))
 
     def left_out(self, kind: str, number: int = -1) -> DataError:
         """The error of a template that does not write a part of a conversation."""
@@ -147,6 +166,12 @@ class Renderer:
         problem = f"cannot locate the turns in the text rendered by the model's chat template: {reason}"
         remedy = "train on every token with task.train_on=all, or use a model whose template has {% generation %} marks"
         return ConfigError(Fault("model.path", problem, remedy, self.tokenizer.name_or_path))
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """A content as a list of parts: texts, and images where it has their mark."""
+    pieces = re.split(f"({images.MARK})", content)
+    return [{"type": "image"} if piece == images.MARK else {"type": "text", "text": piece} for piece in pieces if piece]
 
 
 def template_text(tokenizer: Tokenizer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ class Item(NamedTuple):
     prompt: int
     """Hash of its prompt."""
     place_in_order: int
+    folder: str = ""
+    """That of its file; empty if it is from none."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def items(examples: Index, format_fn: Format) -> Iterator[Item]:
             if (example := format_fn(row)) is None:
                 problem, remedy = "gave None for a row that it kept before", "let it depend on the row alone"
                 raise DataError(*at_place(place, DataError(Fault("data.format", problem, remedy))))
-            yield Item(number, str(place), example, *upcoming[1:])
+            folder = os.path.dirname(getattr(place, "file", ""))
+            yield Item(number, str(place), example, upcoming[1], upcoming[2], folder)
             upcoming = next(wanted, None)
 
 
@@ -213,12 +217,13 @@ def at_place(place: object, error: DataError) -> list[Fault]:
 
 
 def _prompt(example: Example) -> str:
-    """The text that must not be in both splits: the first user message, or the whole plain text."""
+    """The text that must not be in both splits: the first user message with its images, or the whole plain text."""
     if isinstance(example, dict):
         return _prompt(example["prompt"] if "prompt" in example else example["messages"])
     if isinstance(example, str):
         return example
-    return next((turn["content"] for turn in example if turn["role"] == "user"), example[0]["content"])
+    first = next((turn for turn in example if turn["role"] == "user"), example[0])
+    return f"{first['content']} {json.dumps(first['images'])}" if first.get("images") else str(first["content"])
 
 
 def _hash(text: str) -> int:

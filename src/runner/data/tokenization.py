@@ -19,7 +19,7 @@ from runner.config.schema import DataSettings
 from runner.data import column_files, encoding, row_options, splits
 from runner.data.encoding import Encoded, Recipe
 from runner.data.examples import Encoder
-from runner.data.packing import RECORD_COLUMNS, VALUE, Rows, one_by_one, pack_in_order, pack_units
+from runner.data.packing import IMAGE_COLUMNS, RECORD_COLUMNS, VALUE, Rows, one_by_one, pack_in_order, pack_units
 from runner.data.row_options import WithSystemPrompt
 from runner.data.splits import Index
 from runner.data.texts import Texts
@@ -62,6 +62,12 @@ class DataReport:
     """Rows removed because no token within ``data.max_length`` has a label."""
     reasoning_lost: int = 0
     """Answers that are not trained because the chat template leaves out their reasoning."""
+    images: int = 0
+    """Images of the rows, before rows are dropped."""
+    image_tokens: int = 0
+    """Tokens that stand for them."""
+    dropped_with_images: int = 0
+    """Of ``dropped``, the rows with images: these are never truncated."""
     longest: int = 0
     """Tokens of the longest row, before truncating or dropping."""
     longest_of_95_percent: int = 0
@@ -193,7 +199,15 @@ def _to_rows(encoded: Encoded, settings: DataSettings, task: Encoder, folder: Pa
         prompts=columns["prompts"],
         trained=columns["trained"],
         places=places,
+        images=_images(columns, folder, split),
     )
+
+
+def _images(columns: Mapping[str, np.ndarray], folder: Path | None, split: str) -> Texts | None:
+    if "images" not in columns:
+        return None
+    ends = _offsets(columns["images_lengths"], folder, f"{split}.{IMAGE_COLUMNS[1]}")
+    return Texts(columns["images"], ends)
 
 
 def _offsets(lengths: np.ndarray, folder: Path | None, name: str) -> np.ndarray:
@@ -214,9 +228,11 @@ def _no_rows(split: str, items: int, counts: Counter[str], settings: DataSetting
     kind = "training" if split == "train" else "evaluation"
     if counts["dropped"] and counts["dropped"] >= counts["masked_out"]:
         problem = f"every {kind} row is longer than this limit (the longest row has {counts['longest']} tokens)"
-        remedy = "increase the limit" + ", or truncate the rows with data.overlong=truncate" * (
-            settings.overlong == "drop"
-        )
+        can_cut = settings.overlong == "drop" and not counts["dropped_with_images"]
+        remedy = "increase the limit" + ", or truncate the rows with data.overlong=truncate" * can_cut
+        if counts["dropped_with_images"]:
+            each = counts["image_tokens"] / counts["images"]
+            problem += f"; an image takes {each:.0f} tokens on average, and rows with images are never cut"
         return DataError(Fault("data.max_length", problem, remedy, settings.max_length))
     problem = f"none of the {items} {kind} rows has a label: all tokens are masked"
     if counts["truncated"]:

@@ -182,9 +182,11 @@ class TurnFinder:
 
 
 def is_plain(messages: Sequence[Message], options: Mapping[str, Any]) -> bool:
-    """Whether the conversation is roles and contents alone."""
+    """Whether the conversation is roles and texts alone."""
     return not options and not any(
-        message.keys() & CARRIES or (message["role"] == "assistant" and "</think>" in message["content"])
+        message.keys() & CARRIES
+        or message.get("images")
+        or (message["role"] == "assistant" and "</think>" in message["content"])
         for message in messages
     )
 

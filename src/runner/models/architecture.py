@@ -12,6 +12,7 @@ from typing import Any
 from runner import imports
 from runner.errors import ConfigError, Fault, RunnerError, first_line, refuse
 from runner.models import hub, model_folder, quantized_files, rope
+from runner.models.kernels import compat, vision
 from runner.models.sources import ModelSource
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ def read(source: ModelSource) -> Any:
     if source.trust_remote_code and getattr(config, "auto_map", None):
         log.warning("model.trust_remote_code=true: Python code from the model %s runs on this machine", source.name)
     refuse(quantized_files.faults(config, source.path))
+    vision.check_family(config, source.path)
+    if vision.reads_images(config):
+        compat.check_vision("model.path", source.path)
     quantized_files.prepare(config)
     rope.configure(config, source.rope_scaling, source.max_position_embeddings)
     return config

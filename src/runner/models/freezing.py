@@ -6,16 +6,16 @@ A score head is always trained, because it may be new.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError, Fault, refuse
-from runner.models.kernels import compilation, score_head
+from runner.models.kernels import base_model, compilation, score_head, vision
 
 if TYPE_CHECKING:
     from torch import nn
 
-NAMES, LAYERS = "lora.trainable", "lora.trainable_layers"
+NAMES, LAYERS, VISION = "lora.trainable", "lora.trainable_layers", "lora.train_vision"
 SHOWN = 6
 """Names that a message lists."""
 
@@ -73,8 +73,43 @@ def freeze_a(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def faults(trainable: str | list[str] | None, trainable_layers: int | None) -> Iterator[Fault]:
+def check_vision(model: nn.Module, train_vision: bool) -> None:
+    """Check that a model whose reading of images is to be trained reads any.
+
+    Raises:
+        ConfigError: it reads text alone.
+    """
+    if train_vision and not vision.others(model):
+        raise ConfigError(Fault(VISION, "has no effect: the model reads text alone", "set it to false", "true"))
+
+
+def freeze_vision(model: nn.Module, train_vision: bool) -> None:
+    """Freeze what reads images (vision tower and projector), unless it is to be trained."""
+    for name in [] if train_vision else vision.others(model):
+        base_model.of(model).get_submodule(name).requires_grad_(False)
+
+
+def without_vision(model: nn.Module, method: str, fields: Collection[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Options of PEFT that leave out what reads images; as they are if they leave out modules themselves.
+
+    ``fields``: those of the method's configuration.
+
+    Raises:
+        ConfigError: its virtual tokens are embeddings, and such a model finds images by the ids of tokens.
+    """
+    names = [] if options.get("exclude_modules") else vision.others(model)
+    if names and "num_virtual_tokens" in fields:
+        raise ConfigError(Fault("lora.method", "does not work on models that read images", "use lora=lora", method))
+    return {**options, "exclude_modules": vision.pattern(names)} if names and "exclude_modules" in fields else options
+
+
+def faults(
+    trainable: str | list[str] | None, trainable_layers: int | None, train_vision: bool = False
+) -> Iterator[Fault]:
     """Values that are wrong for every model; the keys are those of ``lora=none``."""
+    if train_vision and (trainable is not None or trainable_layers is not None):
+        problem = "has no effect with lora.trainable or lora.trainable_layers, which choose all that is trained"
+        yield Fault("train_vision", problem, "set it to false, and name its parameters in lora.trainable", "true")
     if trainable is not None and trainable_layers is not None:
         remedy = "set one of them to null; layers have names too, such as '\\.layers\\.29\\.'"
         yield Fault("trainable_layers", "cannot be combined with lora.trainable", remedy, trainable_layers)

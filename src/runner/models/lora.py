@@ -36,12 +36,16 @@ def none(
     *,
     trainable: Text | Annotated[list[Text], Len(1)] | None = None,
     trainable_layers: Annotated[int, Ge(-1024), Le(1024), Must(bool, "other than 0")] | None = None,
+    train_vision: bool = False,
 ) -> nn.Module:
     """Full fine-tuning: all parameters are trainable, or those of ``freezing``.
+
+    ``train_vision``: also those that read images.
 
     Raises:
         ConfigError: the weights are quantized, or the model does not have the chosen parameters.
     """
+    freezing.check_vision(model, train_vision)
     if _quant(model) is not None:
         raise ConfigError(_full_on_quantized())
     if trainable is not None:
@@ -50,6 +54,7 @@ def none(
         freezing.train_layers(model, trainable_layers)
     else:
         model.requires_grad_(True)
+        freezing.freeze_vision(model, train_vision)
     return model
 
 
@@ -68,6 +73,7 @@ def lora(
     target_parameters: Literal["experts"] | Annotated[list[Text], Len(1)] | None = None,
     start: Text | None = None,
     freeze_a: bool = False,
+    train_vision: bool = False,
 ) -> nn.Module:
     """LoRA (https://arxiv.org/abs/2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), PiSSA (2404.02948).
 
@@ -82,6 +88,7 @@ def lora(
         model,
         method="lora",
         start=start,
+        train_vision=train_vision,
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -98,10 +105,13 @@ def lora(
     return adapted
 
 
-def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options: Any) -> nn.Module:
+def peft(
+    model: nn.Module, *, method: Text, start: Text | None = None, train_vision: bool = False, **options: Any
+) -> nn.Module:
     """An adapter of any PEFT method; ``method`` is PEFT's name, ``options`` are fields of its configuration class.
 
     ``start``: the adapter whose weights it begins with (see ``config.pinned_weights``); it must have the same shape.
+    ``train_vision``: the part of a model that reads images is adapted, too.
 
     Raises:
         ConfigError: faults of ``check_peft``, target modules that do not exist, an error raised by PEFT, or an adapter
@@ -112,7 +122,10 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
 
     _refuse(check_peft(method=method, **options))
     _refuse(_model_faults(model, method, options))
+    freezing.check_vision(model, train_vision)
     config_class = peft_options.config_class(method)
+    if not train_vision:
+        options = freezing.without_vision(model, method, config_class.__dataclass_fields__, options)
     all_linear = options.get("target_modules") == ALL_LINEAR and not options.get("exclude_modules")
     routers = experts.routers(model) if all_linear else {}
     options = {**options, **routers, **_with_head(model, options)}
@@ -132,6 +145,7 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
     _refuse(_effect_faults(adapted, options))
     _refuse(_head_faults(adapted, method))
     new_tokens.in_float32(adapted)
+    freezing.freeze_vision(adapted, train_vision)  # bias=all trains biases everywhere
     if subtracts:
         adapter.keep_initial(adapted)
     if start:
@@ -139,8 +153,10 @@ def peft(model: nn.Module, *, method: Text, start: Text | None = None, **options
     return adapted
 
 
-def check_none(*, trainable: str | list[str] | None = None, trainable_layers: int | None = None) -> Iterator[Fault]:
-    return freezing.faults(trainable, trainable_layers)
+def check_none(
+    *, trainable: str | list[str] | None = None, trainable_layers: int | None = None, train_vision: bool = False
+) -> Iterator[Fault]:
+    return freezing.faults(trainable, trainable_layers, train_vision)
 
 
 def check_lora(
@@ -159,7 +175,7 @@ def _start_faults(start: str | None, init: Any) -> Iterator[Fault]:
         yield Fault("init_lora_weights", problem, "set lora.init_lora_weights=true", init)
 
 
-def check_peft(*, method: str, start: str | None = None, **options: Any) -> Iterator[Fault]:
+def check_peft(*, method: str, start: str | None = None, train_vision: bool = False, **options: Any) -> Iterator[Fault]:
     """Check a method and its options against PEFT's configuration class (imports PEFT)."""
     yield from _start_faults(start, options.get("init_lora_weights", True))
     yield from peft_options.faults(method, options)

@@ -22,7 +22,7 @@ from runner.models import (
     tokenizer_files,
 )
 from runner.models.dtypes import dtype_argument, dtype_for
-from runner.models.kernels import base_model, long_rope, score_head
+from runner.models.kernels import base_model, long_rope, score_head, vision
 from runner.models.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _without_weights(source: ModelSource, device: torch.device | str, layers: in
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     with architecture.loading_errors(source), torch.device("meta"):
-        model = auto_class(source.head).from_config(
+        model = auto_class(config, source.head).from_config(
             config,
             trust_remote_code=source.trust_remote_code,
             attn_implementation=_attention(source),
@@ -111,7 +111,7 @@ def _read(
     dtype = dtype_for(source.dtype, device)
     given = quantized_files.weights(config, folder, dtype)
     with architecture.loading_errors(source):
-        cls = auto_class(source.head)
+        cls = auto_class(config, source.head)
         if "state_dict" in given:  # the classes of transformers that choose another one need a folder
             cls = _get_model_class(config, cls._model_mapping)
         model, info = cls.from_pretrained(
@@ -130,12 +130,14 @@ def _read(
     return model, sorted(info["missing_keys"])
 
 
-def auto_class(head: ScoreHead | None) -> Any:
-    """The class of transformers that loads a model with this head."""
+def auto_class(config: Any, head: ScoreHead | None) -> Any:
+    """The class of transformers that loads a model of this configuration with this head."""
     with imports.uncollected():
         import transformers.modeling_utils  # noqa: F401 - the classes below import it when they load
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
+    if head is None and vision.reads_images(config):
+        return AutoModelForImageTextToText
     return AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
 
 
@@ -153,6 +155,8 @@ def _quantization(source: ModelSource, config: Any, quant: Quant, device: torch.
     if wanted is not None and quantized_files.method(config):
         quantized_files.set_compute_dtype(config, wanted)
         return None
+    if wanted is not None and vision.reads_images(config):
+        wanted.llm_int8_skip_modules = [*vision.others(_without_weights(source, device, 1)), "lm_head"]
     if wanted is not None and source.head is not None:
         names = _without_weights(source, device, 1).head_names
         wanted.llm_int8_skip_modules = [name.rpartition(".")[2] for name in names]
@@ -206,7 +210,7 @@ def save(model: nn.Module, tokenizer: Any, folder: Path, *, writes: bool = True)
                 score_head.configuration(model).save_pretrained(temporary)
         else:
             save_whole(model, temporary, state)
-        tokenizer.save_pretrained(temporary)
+        tokenizer_files.save(tokenizer, temporary)
 
 
 def save_whole(model: Any, folder: Path, state: dict[str, Any]) -> None:
@@ -239,6 +243,9 @@ def _annotate(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
     model.name_or_path = model.config._name_or_path = source.path
     model.config._commit_hash = source.revision
     model.quant = quant
+    for name in vision.others(model):
+        for module in model.get_submodule(name).modules():
+            module.stays_plain = True
     model.is_reconfigured = bool(source.rope_scaling or source.max_position_embeddings)
     rope.check_used(model, source.rope_scaling)
     if not quant.plain and not parameters.describe(model)["quantized"]:

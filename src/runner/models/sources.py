@@ -142,7 +142,7 @@ def random(
         "seed": seed,
     }
     key = "random-" + hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
-    make = functools.partial(_make_once, key, functools.partial(tiny.write, **shape))
+    make = functools.partial(make_once, key, functools.partial(tiny.write, **shape))
     name, origin = f"random-{hidden_size}x{layers}", "random weights of model=tiny"
     source = ModelSource(key, None, dtype, attention, False, name, make, origin)
     return _changed(source, chat_template, rope_scaling, None, new_tokens)
@@ -208,12 +208,13 @@ def _from_gguf(file: Path, dtype: Precision, attention: Attention) -> ModelSourc
         gguf_import.check(file)
         with file.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        return _make_once(f"{file.stem}-{digest[:16]}", functools.partial(gguf_import.convert, file))
+        return make_once(f"{file.stem}-{digest[:16]}", functools.partial(gguf_import.convert, file))
 
     return ModelSource(str(file.resolve()), None, dtype, attention, False, file.stem, make)
 
 
-def _make_once(name: str, write: Callable[[Path], None]) -> Path:
+def make_once(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder of this name in the cache; ``write`` fills it if it does not exist yet."""
     folder = cache_dir(compat.model_cache()) / name
     with locked(folder.with_name(f".{name}.lock")):
         if not folder.is_dir():

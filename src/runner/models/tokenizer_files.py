@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from pathlib import Path
 from typing import Any
 
 from runner import imports
-from runner.errors import ConfigError, Fault, refuse
+from runner.errors import ConfigError, Fault, first_line, refuse
 from runner.models import architecture
+from runner.models.kernels import vision
 from runner.models.sources import ModelSource
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
 """Candidates, in this order, for a tokenizer without a padding token; none of them occurs in ordinary text."""
 REMEDY = "use the model's original tokenizer files"
+OF_PROCESSOR = "copy the files of the original model (preprocessor_config.json, processor_config.json)"
 
 
 def load(source: ModelSource) -> Any:
     """The model's tokenizer, with a padding token, and with the new tokens and the chat template of ``source``.
+
+    Of a model that reads images it has the attribute ``processor``, whose tokenizer it is.
 
     If it has none, an existing special token of its vocabulary is used, so the embeddings need no resizing. The last
     choice is the end-of-text token: this is safe because padding is excluded from the loss by position, not by id.
@@ -28,15 +33,23 @@ def load(source: ModelSource) -> Any:
     with imports.uncollected():
         from transformers import AutoTokenizer
 
+    config = architecture.read(source)
+    processor = _processor(source) if vision.reads_images(config) else None
     with architecture.loading_errors(source, "its tokenizer", REMEDY):
-        result = AutoTokenizer.from_pretrained(
-            architecture.folder_of(source, weights=False), trust_remote_code=source.trust_remote_code
-        )
+        if processor is not None:
+            result = processor.tokenizer
+            result.processor, result.chat_template = processor, processor.chat_template or result.chat_template
+        else:
+            result = AutoTokenizer.from_pretrained(
+                architecture.folder_of(source, weights=False), trust_remote_code=source.trust_remote_code
+            )
         vocabulary = result.get_vocab()
         if not result("Some text, 12 tokens.")["input_ids"]:
             raise ValueError("it gives no tokens for a text")
         if source.chat_template is not None:
             result.chat_template = source.chat_template
+            if processor is not None:
+                processor.chat_template = source.chat_template
         if not isinstance(result.chat_template, str | dict | None):
             raise ValueError("its chat_template is not a text")
     if source.new_tokens:
@@ -49,12 +62,36 @@ def load(source: ModelSource) -> Any:
     if result.pad_token_id is None:
         problem, remedy = "its tokenizer has neither pad_token nor eos_token", "set pad_token in tokenizer_config.json"
         raise ConfigError(Fault("model.path", problem, remedy, source.path))
-    embeddings = getattr(architecture.read(source).get_text_config(), "vocab_size", None)
+    embeddings = getattr(config.get_text_config(), "vocab_size", None)
     highest = max(vocabulary.values(), default=0)
     if embeddings is not None and highest >= embeddings:
         problem = f"its tokenizer has token ids up to {highest}, but the model has {embeddings} embeddings"
         raise ConfigError(Fault("model.path", problem, REMEDY, source.path))
     return result
+
+
+def save(tokenizer: Any, folder: Path) -> None:
+    """Write the files of a tokenizer, and of the processor that it belongs to."""
+    getattr(tokenizer, "processor", tokenizer).save_pretrained(folder)
+
+
+def _processor(source: ModelSource) -> Any:
+    """The processor of a model that reads images.
+
+    Raises:
+        ConfigError: its files are missing or damaged, or it needs a package that is not installed.
+    """
+    from transformers import AutoProcessor
+
+    folder = architecture.folder_of(source, weights=False)
+    with architecture.loading_errors(source, "its processor of images", OF_PROCESSOR):
+        try:
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+        except ImportError as error:
+            missing = [name for name in ("torchvision", "num2words") if name in str(error).lower()]
+            problem = f"its processor of images needs {' and '.join(missing) or first_line(error)}"
+            remedy = "install what models with videos need: uv sync --extra vision"
+            raise ConfigError(Fault("model.path", problem, remedy, source.path)) from error
 
 
 def _add(tokenizer: Any, tokens: Sequence[str], vocabulary: Container[str]) -> None:

@@ -73,23 +73,28 @@ def text(
     *,
     is_chat: bool,
     head: ScoreHead | None = None,
+    reads_images: bool = False,
 ) -> str:
     """The card as Markdown, without absolute paths, because it is published with the model.
 
     ``base``: path or Hub id of the base model. ``notes``: additional facts about this export, name → text.
     ``is_chat``: the model answers messages, instead of continuing a text. ``head``: it scores them instead.
+    ``reads_images``: it takes images beside text.
     """
     manifest, cfg = rundir.read_manifest(), read_config(rundir)
     base = (hub.published(base) or (base,))[0]
     base_name = str((manifest.get("model") or {}).get("name") or LOCAL.sub(r"\1", base))
     name = naming.label(manifest, rundir.path)
     parts = [
-        _front_matter(kinds, base, head),
+        _front_matter(kinds, base, head, reads_images),
         f"# {name}",
         f"Fine-tuned from `{base_name}` ({_source(manifest, base)}) with `runner`, a fine-tuning experiment runner.",
         "## Usage",
         *_base_sentence(kinds, base, base_name, cfg["model"]),
-        *_loading(kinds, _base_code(base, base_name, cfg["model"], rundir), is_chat, head),
+        *map(
+            _with_processor if reads_images else str,
+            _loading(kinds, _base_code(base, base_name, cfg["model"], rundir), is_chat, head),
+        ),
         "## Evaluation",
         "\n".join(_metrics(rundir)),
         "## Training data",
@@ -112,11 +117,20 @@ def description(card: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST].rpartition("\n")[0]
 
 
-def _front_matter(kinds: tuple[Kind, ...], base: str, head: ScoreHead | None) -> str:
+def _with_processor(code: str) -> str:
+    """The code for a model that reads images: its classes, and a question with an image."""
+    code = code.replace("AutoModelForCausalLM", "AutoModelForImageTextToText").replace("AutoTokenizer", "AutoProcessor")
+    content = '[{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}]'
+    code = code.replace("add_generation_prompt=True,", "add_generation_prompt=True, tokenize=True,")
+    return code.replace("tokenizer", "processor").replace('"Hello!"', content)
+
+
+def _front_matter(kinds: tuple[Kind, ...], base: str, head: ScoreHead | None, reads_images: bool) -> str:
     library = {"adapter": "peft", "model": "transformers"}.get(kinds[0])
     published = [] if _is_local(base) else [f"base_model: {json.dumps(base)}"]
     lines = ["---", *published, *([f"library_name: {library}"] if library else [])]
     tag = "pipeline_tag: text-generation" if head is None else "pipeline_tag: text-classification"
+    tag = "pipeline_tag: image-text-to-text" if reads_images else tag
     return "\n".join([*lines, tag, *(["tags: [lora]"] if library == "peft" else []), "---"])
 
 

@@ -49,6 +49,8 @@ def sft(
 
         talk = chat(example)
         assert talk is not None
+        if any(turn.get("images") for turn in talk.messages):
+            return None  # samples are generated from texts
         turns = enumerate(talk.messages)
         answers = (i for i, turn in turns if turn["role"] == "assistant" and turn.get("weight", 1) and turn["content"])
         if not (answer := next(answers, 0)):
@@ -71,10 +73,14 @@ def sft(
         }
 
     if loss_type == "nll" and not label_smoothing and not z_loss:
-        return Task("sft", True, encode, prompt, token_loss, token_metrics, weights=True, measures=OF_TOKENS)
+        return Task(
+            "sft", True, encode, prompt, token_loss, token_metrics, weights=True, measures=OF_TOKENS, images=True
+        )
     measures: Measures = {**OF_TOKENS, "objective": "minimize"}
     trained = ("loss", "objective")
-    return Task("sft", True, encode, prompt, loss, metrics, weights=True, train_metrics=trained, measures=measures)
+    return Task(
+        "sft", True, encode, prompt, loss, metrics, weights=True, train_metrics=trained, measures=measures, images=True
+    )
 
 
 def check_sft(

@@ -105,6 +105,8 @@ class Task:
     """The metrics that the summary at the end shows beside the loss, before and after training."""
     teacher: Teacher | None = None
     """The model that this one learns from."""
+    images: bool = False
+    """Whether the task trains models that read images: ``loss`` gives the model all that ``batch`` has for it."""
 
     @property
     def needs_labels(self) -> bool:

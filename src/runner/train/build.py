@@ -16,6 +16,7 @@ import torch
 from runner import terminal
 from runner.config import bind
 from runner.config.schema import divisors
+from runner.data import vision
 from runner.data.batches import Batches
 from runner.errors import ConfigError, Fault
 from runner.files import write_atomic
@@ -98,6 +99,8 @@ def resolve_compile(inputs: Inputs, expected: peak.Expected, began: str | None =
     reason = compilation.obstacle(inputs.device, expected.layers, graph_breaks=breaks, in_shards=in_shards)
     if not reason and inputs.settings.memory == "offload":
         reason = "train.memory=offload moves the inputs of layers that are not compiled"
+    if not reason and vision.of(inputs.tokenizer) is not None:
+        reason = "the model reads images"
     if not reason and began == "none":
         reason = "the run began without compilation"
     if not reason and began is None and estimate.training_seconds(inputs, expected)[0] < compilation.PAYS_FROM_S:

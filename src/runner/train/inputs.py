@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from runner.config.schema import TrainSettings
-from runner.data import dataset, mixture
+from runner.data import dataset, mixture, vision
 from runner.data.batches import Batches
+from runner.errors import refuse
 from runner.models import architecture, tokenizer_files
 from runner.models.kernels import compilation
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
-from runner.train import answers, callbacks, devices, eva, profiling, teacher
+from runner.train import answers, callbacks, devices, eva, image_rows, profiling, teacher
 from runner.train.distributed.ranks import ALONE, Ranks
 from runner.train.memory import peak, usage
 from runner.train.options import DataSet, Options
@@ -65,6 +66,8 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     source = architecture.resolve(options.model)
     options = options.on(source)
     tokenizer = tokenizer_files.load(source)
+    if vision.of(tokenizer) is not None:
+        refuse(image_rows.faults(options, source.name))
     of_teacher = teacher.of(options, source, tokenizer)
     splits, batches, evaluation = load_data(options, source, tokenizer, ranks.rank, options.parallel.processes)
     options = options.settled(splits.settled)
@@ -80,6 +83,7 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     notes += answers.note(questions, tokenizer)
     if options.begins_from_data:
         notes.append(("adapter", f"begins with directions of the data (EVA): up to {eva.MOST_PASSES} forward passes"))
+    notes += image_rows.notes(options, splits.report) if vision.of(tokenizer) is not None else []
     usage.begin(device)
     return Inputs(
         options,
@@ -124,6 +128,7 @@ def load_data(
         rows_per_batch=settings.rows_at_a_time,
         seed=options.seed,
         pad_id=tokenizer.pad_token_id,
+        vision=vision.of(tokenizer),
         rank=rank,
         world=world,
     )

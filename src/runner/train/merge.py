@@ -71,7 +71,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
         ConfigError: PEFT cannot merge the adapter.
     """
     from runner.data import chat_template
-    from runner.models import pretrained
+    from runner.models import pretrained, tokenizer_files
     from runner.tasks import sampling
 
     device = _device(run)
@@ -91,7 +91,7 @@ def write(run: Trained, folder: Path, dtype: str | None) -> Check:
             sampling.end_tokens(model, chat_template.end_of_turn(run.tokenizer)) or None
         )
     pretrained.save_whole(model, folder, model.state_dict())
-    run.tokenizer.save_pretrained(folder)
+    tokenizer_files.save(run.tokenizer, folder)
     del model
     read = _logits(_read(run, folder, device), rows)
     _check_difference(_worst(merged, read), TOLERANCE if stored == "float32" else float("inf"), "writing")
@@ -125,7 +125,7 @@ def _merged(model: Any) -> Any:
         raise ConfigError(Fault("--merged", problem, "export the adapter unmerged: remove --merged")) from error
 
 
-def _difference(run: Trained, model: Any, rows: list[list[int]], expected: list[Any]) -> Difference:
+def _difference(run: Trained, model: Any, rows: list[dict[str, Any]], expected: list[Any]) -> Difference:
     """Difference of the merged ``model`` from ``expected``, the float32 logits of base + adapter."""
     in_float32 = _worst(expected, _logits(model, rows))
     if in_float32 <= TOLERANCE:
@@ -152,8 +152,8 @@ def _check_difference(difference: float, allowed: float, doing: str) -> None:
         raise TrainingError(Fault("--merged", problem, remedy))
 
 
-def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
-    """Logits (T, V) of each row, on the CPU, in the dtype of the computation."""
+def _logits(model: Any, rows: list[dict[str, Any]]) -> list[Any]:
+    """Logits (T, V) of each row, on the CPU, in the dtype of the computation; rows: arguments of the model."""
     import torch
 
     from runner.models.kernels import base_model
@@ -164,35 +164,50 @@ def _logits(model: Any, rows: list[list[int]]) -> list[Any]:
     is_taken = "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     options = {"use_cache": False} if is_taken else {}  # an encoder of transformers 4 has no such argument
     with torch.no_grad():
-        batches = (torch.tensor([row], device=device) for row in rows)
-        return [model(input_ids=ids, **options).logits[0].cpu() for ids in batches]
+        batches = ({name: value.to(device) for name, value in row.items()} for row in rows)
+        return [model(**batch, **options).logits[0].cpu() for batch in batches]
 
 
 def _read(run: Trained, folder: Path, device: torch.device) -> Any:
     """Load the written model with plain transformers, in float32."""
-    from runner.models import pretrained
+    from runner.models import architecture, pretrained
     from runner.models.dtypes import dtype_argument
     from runner.models.kernels import score_head
 
     head = run.result.head
-    model = pretrained.auto_class(head).from_pretrained(folder, **dtype_argument(_torch_dtype("float32"))).to(device)
+    auto_class = pretrained.auto_class(architecture.read(run.result), head)
+    model = auto_class.from_pretrained(folder, **dtype_argument(_torch_dtype("float32"))).to(device)
     if head is not None:
         score_head.install(model, head)
     return model
 
 
-def _rows(run: Trained) -> tuple[list[list[int]], str]:
-    """(a few rows of tokens, their description): held-out rows if the run's data is available."""
+def _rows(run: Trained) -> tuple[list[dict[str, Any]], str]:
+    """(arguments of the model for a few rows, their description): held-out rows if the run's data is available.
+
+    Rows with images have these, too, and are not cut.
+    """
+    from runner.data import images, vision
     from runner.train import inputs
 
     try:
         held_out = inputs.load_data(run.options, run.result, run.tokenizer)[0].eval
-        rows = [held_out[number][0][:LONGEST].tolist() for number in range(min(ROWS, len(held_out)))]
+        rows, reader = [], vision.of(run.tokenizer)
+        for number in range(min(ROWS, len(held_out))):
+            shown = images.of_rows(held_out.images, number)
+            row = _arguments(held_out[number][0][: None if shown else LONGEST].tolist())
+            rows.append(row if reader is None else {**row, **reader.tensors([shown], row["input_ids"])})
         return rows, f"{len(rows)} held-out rows"
     except RunnerError:  # data moved or changed: use the prompts saved in the run folder
         texts = [sample["prompt"] for sample in _samples(run)][:ROWS]
     where = f"{len(texts)} prompts of the run" if texts else "a fixed sentence: the run's data is not available"
-    return [_tokens(run, text) for text in texts or [FALLBACK_TEXT]], where
+    return [_arguments(_tokens(run, text)) for text in texts or [FALLBACK_TEXT]], where
+
+
+def _arguments(ids: list[int]) -> dict[str, Any]:
+    import torch
+
+    return {"input_ids": torch.tensor([ids])}
 
 
 def _samples(run: Trained) -> list[dict[str, str]]:

@@ -176,6 +176,11 @@ class Options:
         return bound_companion("state_values", self._cfg["optim"])
 
     @property
+    def trains_vision(self) -> bool:
+        """Whether what reads images is trained, too."""
+        return bool(self._cfg["lora"].get("train_vision"))
+
+    @property
     def average(self) -> str:
         """The option that averages the trained weights; empty if none does."""
         if self.train.ema is not None:

@@ -95,7 +95,10 @@ def few_held_out(splits: Splits) -> list[str]:
 def too_long(options: Options, data: DataReport) -> str:
     """How many rows are truncated or dropped, and which ``data.max_length`` would change that."""
     limit, longest, most = options.data.max_length, data.longest, data.longest_of_95_percent
-    counts = f"{data.truncated} truncated" if data.truncated else f"{data.dropped} dropped"
+    named = {"truncated": data.truncated, "dropped": data.dropped}
+    counts = ", ".join(f"{count} {word}" for word, count in named.items() if count)
+    if data.dropped_with_images:
+        counts += f" ({data.dropped_with_images} with images, which are never cut)"
     five = f", at most 5 % at {most}" if limit < most < longest else ""
     return f"{counts} at data.max_length={limit} (none at {longest}{five})"
 

@@ -90,6 +90,13 @@ class Trained:
         return self.options.task.head is not None
 
     @property
+    def reads_images(self) -> bool:
+        """Whether the model reads images beside text."""
+        from runner.models.kernels import vision
+
+        return vision.reads_images(architecture.read(self.result))
+
+    @property
     def is_chat(self) -> bool:
         """Whether the model answers messages; otherwise it continues a text."""
         return self.options.task.chats

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigError, Fault
-from runner.models.kernels import base_model, compat, isolation, long_rope, score_head, varlen_attention
+from runner.models.kernels import base_model, compat, isolation, long_rope, score_head, varlen_attention, vision
 
 
 def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]:
@@ -24,13 +24,15 @@ def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]
     ``input_ids`` and ``position_ids`` are (B, T). They are (1, B * T) for attention by document, and for
     FlashAttention, which detects documents in a single row only (transformers#39121). Padding is at the end of a row,
     so causal attention never includes it. Unpacked rows have the model's own positions, which need not begin at 0
-    (RoBERTa), except that longrope needs to know where the padding begins.
+    (RoBERTa), except that longrope needs to know where the padding begins. Images are in unpacked rows alone.
     """
     ids, positions = batch["input_ids"], batch["position_ids"]
     if score_head.is_encoder(model):
         return {"input_ids": ids, "attention_mask": _own_tokens(batch)}
     if not packed:
-        return {"input_ids": ids, "use_cache": False, **({"position_ids": positions} if long_rope.uses(model) else {})}
+        pictures = {name: batch[name] for name in vision.ARGUMENTS if name in batch}
+        own = {"position_ids": positions} if long_rope.uses(model) else {}
+        return {"input_ids": ids, "use_cache": False, **own, **pictures}
     if varlen_attention.uses(model):
         return varlen_attention.inputs(batch)
     if "flash" in str(model.config._attn_implementation):

@@ -82,6 +82,17 @@ def check_optimizer(groups: list[dict[str, Any]]) -> None:
         raise ConfigError(Fault("optim", problem, "install bitsandbytes >= 0.50, or use optim=adamw"))
 
 
+def check_vision(key: str, path: str) -> None:
+    """Check that transformers has processors that work without torchvision, and models with one language model (5.0).
+
+    Raises:
+        ConfigError: it is older.
+    """
+    if not at_least("transformers", "5"):
+        problem = f"reads images, and transformers {importlib.metadata.version('transformers')} is too old for this"
+        raise ConfigError(Fault(key, problem, "install transformers >= 5, or use a model for text", path))
+
+
 def check_quantization(device: Any) -> None:
     """Check that transformers loads weights of bitsandbytes onto the device (4.53).
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.models.kernels import base_model, compat, isolation
+from runner.models.kernels import base_model, compat, isolation, vision
 
 NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -66,6 +66,8 @@ def obstacle(model: Any) -> str:
     base = base_model.of(model)
     if base_model.has_virtual_tokens(model):
         return "the adapter puts virtual tokens before each row"
+    if vision.reads_images(base.config):
+        return f"{type(base).__name__} reads images, and its rows are computed one by one"
     if not compat.can_change_attention(base):
         return "attention by document needs transformers >= 4.54"
     if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):

@@ -61,6 +61,7 @@ class Int8(Quant):
     graph_breaks: str = "8-bit layers of bitsandbytes cause graph breaks"
     rounds_activations: bool = True
     unpacks: bool = True
+    spares: bool = True
 
     def library_config(self, device: torch.device | str) -> Any:
         from transformers import BitsAndBytesConfig
@@ -104,6 +105,7 @@ class FourBit(Quant):
     compute_dtype: Precision
     methods: tuple[str, ...] = METHODS
     unpacks: bool = True
+    spares: bool = True
 
     @property
     def name(self) -> str:

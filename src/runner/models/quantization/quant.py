@@ -56,6 +56,9 @@ class Quant(Protocol):
 
         return isinstance(layer, nn.Linear)
 
+    spares: bool = False
+    """Whether ``library_config`` can be told what stays as it is, by ``llm_int8_skip_modules``."""
+
     @abstractmethod
     def holds(self, layer: nn.Module) -> bool:
         """Whether the weight of this layer of a loaded model is quantized; it has ``in_features``, ``out_features``."""
@@ -64,7 +67,8 @@ class Quant(Protocol):
     def quantizes(self, layer: nn.Module) -> bool:
         """Whether the weight of this layer is quantized (``holds``), or would be: ``selects``, without weights."""
         is_empty = any(weight.is_meta for weight in layer.parameters(recurse=False))
-        return self.selects(layer) if is_empty else self.holds(layer)
+        is_wanted = not getattr(layer, "stays_plain", False)  # as what reads the images of a model does
+        return self.selects(layer) and is_wanted if is_empty else self.holds(layer)
 
     @abstractmethod
     def bytes_of(self, rows: int, columns: int) -> float:
