@@ -200,6 +200,7 @@ def test_plain_peft_measures_the_loss_of_the_run(run: RunDir) -> None:
     assert loss_of_plain_peft(run, model) == pytest.approx(evaluations(run)[-1]["eval/loss"], abs=1e-5)
 
 
+@versions.transformers_5
 def test_a_merged_export_keeps_its_head(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForSequenceClassification
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import two_models
+from fixtures import two_models, versions
 from fixtures.two_models import QUESTIONS
 
 from runner.tasks import sampling
@@ -33,6 +33,7 @@ def test_an_answer_depends_on_its_prompt_and_its_seed_alone(models: Any) -> None
     assert greedy[0] == int(logits.argmax())
 
 
+@versions.begun_cache
 def test_answers_to_a_prompt_that_is_computed_once_are_those_to_its_copies(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
