@@ -73,6 +73,7 @@ CASES = {
 OURS: dict[str, list[str]] = {
     "ours": ["compile=regional"],
     "ours-eager": ["compile=none"],
+    "ours-auto": ["compile=regional", "model.dtype=auto"],  # full fine-tuning as it is by default: float32, autocast
     "ours-balanced": ["compile=regional", "train.memory=balanced"],
     "ours-documents": ["compile=none", "data.packing=false"],
 }
@@ -146,12 +147,13 @@ def rows_of(case: Case, side: str) -> int:
 # The two sides
 
 
-def made_model(case: Case) -> Any:
+def made_model(case: Case, dtype: Any = None) -> Any:
     """The base model, made on the device, with the same random weights in every process."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    device, dtype = where()
+    device, usual = where()
+    dtype = dtype or usual
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**case.shape), dtype=dtype, attn_implementation="sdpa")
@@ -189,13 +191,17 @@ def train_ours(case: Case, side: str, steps: int) -> dict[str, Any]:
     import torch
 
     from runner.models import pretrained
+    from runner.models.dtypes import dtype_for
     from runner.models.kernels import compilation
     from runner.tracking.rundir import RunDir
     from runner.train import build, loop, throughput
     from runner.train.checkpoint import Progress
     from runner.train.parts import Hooks
 
-    pretrained.load = lambda source, quant, _: adopted(made_model(case), source, quant)  # type: ignore[assignment]
+    def load(source: Any, quant: Any, device: Any) -> Any:
+        return adopted(made_model(case, dtype_for(source.dtype, device)), source, quant)
+
+    pretrained.load = load  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
         cfg = composed(case, side, steps, Path(name))
         made = inputs(cfg, case, side, steps)
