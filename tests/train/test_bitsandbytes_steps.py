@@ -7,6 +7,7 @@ from typing import Any
 import bitsandbytes.optim.optimizer as library
 import pytest
 import torch
+from fixtures import versions
 from torch import nn
 
 from runner.train import bitsandbytes_steps, optim
@@ -46,6 +47,7 @@ def test_a_step_does_not_wait(option: str, waits: list[Any]) -> None:
     assert not any(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
 
 
+@versions.optimizers_on_cpu
 def test_a_paged_optimizer_waits_once_and_pages_what_is_loaded(
     waits: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
