@@ -42,9 +42,10 @@ def said_of(rows: Path, *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (("data.packing=true",), "data.packing=True: the rows of a model that reads images are computed one by one"),
+        (("data.packing=true",), "data.packing=True: with a model that reads images, each row has a row of the batch"),
         (("task=pretrain",), "task=pretrain: task=pretrain does not train models that read images"),
         ((*TWO, "parallel=fsdp"), "parallel=fsdp: FSDP does not shard models that read images"),
+        (("lora.init_lora_weights=eva",), "lora.init_lora_weights=eva: looks at rows without their images"),
         (("compile=regional",), "compile: is not proven for models that read images"),
         (("model.attention=by_document",), "model.attention=by_document: is not proven"),
         (("train.metrics=[exact_match]",), "train.metrics=['exact_match']: the model would answer prompts without"),
@@ -63,6 +64,13 @@ def test_a_model_for_text_has_no_vision_tower_to_train(cache: Path) -> None:
         Options(composed("model=tiny", "data.train_rows=8", "lora.train_vision=true", "tracking=offline"))
     )
     with pytest.raises(ConfigError, match=r"lora\.train_vision=true: has no effect: the model reads text alone"):
+        estimate.expect(given)
+
+
+def test_virtual_tokens_have_no_id_by_which_images_are_found(rows: Path) -> None:
+    more = ("lora=peft", "lora.method=prompt_tuning", "+lora.num_virtual_tokens=4")
+    given = inputs.inputs(Options(composed(*WORDS, f"data.path={rows}", *more)))
+    with pytest.raises(ConfigError, match=r"lora\.method=prompt_tuning: does not work on models that read images"):
         estimate.expect(given)
 
 

@@ -104,7 +104,7 @@ def without_vision(model: nn.Module, method: str, fields: Collection[str], optio
 
 
 def faults(
-    trainable: str | list[str] | None, trainable_layers: int | None, train_vision: bool = False
+    trainable: str | list[str] | None = None, trainable_layers: int | None = None, train_vision: bool = False
 ) -> Iterator[Fault]:
     """Values that are wrong for every model; the keys are those of ``lora=none``."""
     if train_vision and (trainable is not None or trainable_layers is not None):

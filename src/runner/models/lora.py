@@ -38,9 +38,7 @@ def none(
     trainable_layers: Annotated[int, Ge(-1024), Le(1024), Must(bool, "other than 0")] | None = None,
     train_vision: bool = False,
 ) -> nn.Module:
-    """Full fine-tuning: all parameters are trainable, or those of ``freezing``.
-
-    ``train_vision``: also those that read images.
+    """Full fine-tuning: all parameters (what reads images with ``train_vision`` only), or those of ``freezing``.
 
     Raises:
         ConfigError: the weights are quantized, or the model does not have the chosen parameters.
@@ -153,10 +151,8 @@ def peft(
     return adapted
 
 
-def check_none(
-    *, trainable: str | list[str] | None = None, trainable_layers: int | None = None, train_vision: bool = False
-) -> Iterator[Fault]:
-    return freezing.faults(trainable, trainable_layers, train_vision)
+def check_none(**values: Any) -> Iterator[Fault]:
+    return freezing.faults(**values)
 
 
 def check_lora(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from runner.data.tokenization import DataReport
     from runner.train.options import Options
 
-CUT = "the rows of a model that reads images are computed one by one, with padding between them"
+CUT = "with a model that reads images, each row has a row of the batch of its own, with padding behind it"
 
 ATTENTIONS = ("auto", "sdpa", "eager")
 

@@ -67,7 +67,7 @@ def obstacle(model: Any) -> str:
     if base_model.has_virtual_tokens(model):
         return "the adapter puts virtual tokens before each row"
     if vision.reads_images(base.config):
-        return f"{type(base).__name__} reads images, and its rows are computed one by one"
+        return f"{type(base).__name__} reads images: attention by document is not proven for it"
     if not compat.can_change_attention(base):
         return "attention by document needs transformers >= 4.54"
     if base.config._attn_implementation != "sdpa" or not getattr(base, "_supports_attention_backend", False):
