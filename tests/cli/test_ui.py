@@ -126,6 +126,7 @@ def test_arguments_that_ui_cannot_use_are_refused(tmp_path: Path, capfd: pytest.
         (["--port", "high"], "must be a whole number"),
         (["--port=70000"], "must be a whole number"),
         (["--prot", "1"], "did you mean '--port'"),
+        (["--backend-store-uri", "sqlite:///x.db"], "no such option\n    → write uri=…"),
         (["some"], "unexpected argument of ui"),
         ([f"uri=http://127.0.0.1:{port}"], "does not answer like an MLflow server"),
         (["uri=ftp://somewhere"], "is not a URI scheme supported by MLflow"),

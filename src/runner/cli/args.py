@@ -63,6 +63,13 @@ MODEL_PATH = Option("model.path=FOLDER", "the base model, if it was moved since 
 URI = Option("uri=URI", "the MLflow store with runs whose folders are not on this machine")
 
 
+OF_MLFLOW = {
+    **dict.fromkeys(("--backend-store-uri", "--tracking-uri", "--registry-store-uri"), ("uri=…",)),
+    "--experiment-name": ("--experiment",),
+}
+"""Options of MLflow's commands → what a verb that has it calls it."""
+
+
 @dataclass(frozen=True)
 class Args:
     """The arguments of a verb."""
@@ -114,7 +121,8 @@ class Verb:
         for word in list(words):
             name, has_value, text = word.partition("=")
             if name.startswith("-") and word != "-":
-                faults.append(Fault(word, "no such option", suggest(name, [*names, "--help"]) or self.usage))
+                remedy = next((f"write {key}" for key in OF_MLFLOW.get(name, ()) if key.rstrip("=…") in names), "")
+                faults.append(Fault(word, "no such option", remedy or suggest(name, [*names, "--help"]) or self.usage))
             elif has_value and name in names:
                 words.remove(word)
                 given.setdefault(names[name], []).append(text)
