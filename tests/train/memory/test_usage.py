@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,24 @@ def test_libraries_do_not_count_nor_what_a_process_has_made_itself() -> None:
     assert 100 * 2**20 < libraries < peak, "torch's alone"
     before, block = usage.libraries_mapped(), torch.ones(2**26)
     assert usage.libraries_mapped() - before < 0.1 * block.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_libraries_are_read_again_only_when_more_of_them_may_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings: list[int] = []
+    monkeypatch.setattr(usage, "_peak", usage._Peak())
+    monkeypatch.setattr(usage, "libraries_mapped", lambda: readings.append(0) or 100)
+    first = usage.peak_of_process()
+    block = torch.ones(2**24)  # 64 MiB beside the files
+    assert usage.peak_of_process() >= first
+    assert len(readings) == 1
+    (tmp_path / "file").write_bytes(bytes(block.nbytes // 4))
+    with (tmp_path / "file").open() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert not any(mapped[:: mmap.PAGESIZE])
+        usage.peak_of_process()
+    assert len(readings) == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -20,9 +20,11 @@ LIBRARY = re.compile(
 
 
 def held_already(device: torch.device) -> int:
-    """Bytes of device memory that this process uses now (CPU: without ``libraries_mapped``)."""
+    """Bytes of device memory that this process uses now (CPU: without the pages of files, such as libraries)."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
+    if "RssAnon" in (known := _status()):
+        return known["RssAnon"] + known.get("RssShmem", 0)
     import psutil
 
     return int(psutil.Process().memory_info().rss) - libraries_mapped()
@@ -79,14 +81,16 @@ def peak_of_process() -> int:
 class _Peak:
     """Caches the largest ``libraries_mapped`` so far, since the kernel may evict library pages.
 
-    Reading it takes the kernel 40 ms: it is read again only when the peak has changed by more than 2 MiB.
+    Reading it takes the kernel 40 ms: it is read again only when the resident pages of files (without /proc: the peak)
+    have changed by more than 2 MiB.
     """
 
-    resident = libraries = 0
+    of_files = libraries = 0
 
     def less_libraries(self, resident: int) -> int:
-        if abs(resident - self.resident) > 2 * 2**20:
-            self.resident, self.libraries = resident, max(self.libraries, libraries_mapped())
+        of_files = _status().get("RssFile", resident)
+        if abs(of_files - self.of_files) > 2 * 2**20:
+            self.of_files, self.libraries = of_files, max(self.libraries, libraries_mapped())
         return resident - self.libraries
 
 
@@ -95,13 +99,18 @@ _peak = _Peak()
 
 def _high_water_mark() -> int:
     """Peak resident bytes. On Linux from VmHWM: getrusage survives exec, so a child would report its parent's peak."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if "VmHWM" in (known := _status()):
+        return known["VmHWM"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status() -> dict[str, int]:
+    """Resident bytes of this process by kind, and their peak, from the kernel's own counters; empty without /proc."""
+    with contextlib.suppress(OSError):
+        found = re.findall(r"^(VmHWM|Rss\w+):\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return {name: int(kilobytes) * 1024 for name, kilobytes in found}
+    return {}
 
 
 def libraries_mapped() -> int:
