@@ -82,6 +82,15 @@ def test_a_second_attempt_reads_what_the_first_computed(
     assert all(torch.equal(each, first[name]) for name, each in begin(again, batches, file).items())
 
 
+def test_of_documents_that_are_scored_all_tokens_count(cache: Path) -> None:
+    """They have one label each, at their last token."""
+    long = ("data.max_length=2000", "model.max_position_embeddings=2048")
+    _, model, batches = made("task=reward", "data=chitchat_pairs", *long)
+    (batch,) = batches.step(0)
+    assert batch["trained"] == batch["documents"]
+    assert len(eva._of_batch(model, batch).positions) == sum(end - start for _, start, end in batch["spans"])
+
+
 def test_what_cannot_be_decomposed_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(said: str, *words: str) -> None:
         _, model, batches = made(*words)

@@ -25,7 +25,7 @@ from runner.data.batches import Batches
 from runner.data.collator import Batch
 from runner.errors import ConfigError, Fault
 from runner.files import write_atomic
-from runner.models.kernels import attention, base_model
+from runner.models.kernels import attention, base_model, score_head
 from runner.tasks.cross_entropy import MODEL_INPUTS
 from runner.train.distributed.ranks import Ranks
 from runner.train.distributed.wrap import on_device
@@ -144,7 +144,7 @@ def _of_batch(model: Any, batch: Batch) -> _Given:
     arguments = attention.inputs(batch, batch["packed"], model)
     inputs = {name: arguments[name] for name in MODEL_INPUTS if arguments.get(name) is not None}
     positions = batch["trained_at"]
-    if not len(positions):  # labels of whole documents, or prompts: all of their tokens
+    if not len(positions) or list(score_head.modules(model)):  # prompts, or documents with one label: all their tokens
         spans = [torch.arange(int(start), int(end)) for _, start, end in batch["spans"]]
         positions = torch.cat(spans).to(batch["input_ids"].device)
     return _Given(inputs, positions)
