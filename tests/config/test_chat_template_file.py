@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, composed, prepared
+from transformers import AutoTokenizer
 
 from runner.errors import ConfigError
 from runner.tracking import manifest
@@ -23,7 +24,7 @@ def test_the_text_of_the_template_is_part_of_the_run(tmp_path: Path, cache: Path
     file.write_text("{{ broken")
     assert manifest.read_config(rundir)["model"]["chat_template"] == TEMPLATE
     assert worker.work(rundir) == 0
-    assert (rundir.model / "chat_template.jinja").read_text() == TEMPLATE
+    assert AutoTokenizer.from_pretrained(rundir.model).chat_template == TEMPLATE
     file.write_text(TEMPLATE + " ")
     other = composed(*TINY, f"model.chat_template={file}", "train.max_steps=1")
     assert manifest.signature(other) != rundir.read_manifest()["signature"]
