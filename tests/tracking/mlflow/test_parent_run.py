@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import until
+from fixtures import versions
 from fixtures.mirrored_runs import assert_mirrored, finish, fork, outputs, the_run
 from fixtures.mirrored_sweeps import add_jobs, children_of, client_of, make_sweep, only_parents, parent_of, statuses
 from fixtures.web_servers import Web, web
@@ -234,6 +235,7 @@ def test_a_deleted_parent_is_restored_by_who_works_on_the_sweep(outputs: Path) -
     assert len(children_of(sweep)) == 1
 
 
+@versions.mlflow_3
 def test_a_parent_that_is_gone_for_good_is_made_anew(outputs: Path) -> None:
     sweep = make_sweep(outputs, 3)
     parent_run.open_sweep(sweep, queued=True)
@@ -305,6 +307,7 @@ def test_sync_leaves_jobs_of_slurm_to_slurm(outputs: Path) -> None:
     assert (statuses(sweep), parent_of(sweep).info.status) == (["RUNNING", "KILLED"], "RUNNING")
 
 
+@versions.mlflow_3
 def test_the_mirror_of_one_job_keeps_the_parent(outputs: Path) -> None:
     """As under Slurm: each job has its own mirror, and nobody made the runs before."""
     sweep = make_sweep(outputs, 2)

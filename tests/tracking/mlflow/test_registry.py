@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fixtures import versions
 from fixtures.lost_answers import Cutting
 from fixtures.mirrored_runs import Server
 
@@ -11,6 +12,7 @@ from runner.tracking.mlflow import registry, store
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
+@versions.mlflow_3
 def test_a_lost_answer_doubles_neither_versions_nor_models(server: Server, times: int) -> None:
     """The server does what it is asked, but its answer is lost; MLflow's client asks a second time by itself."""
     paths = "/registered-models/create", "/model-versions/create", "/mlflow/logged-models"

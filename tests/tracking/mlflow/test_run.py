@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
+from fixtures import versions
 from fixtures.lost_answers import Cutting
 from fixtures.mirrored_runs import REPORT, Server, assert_mirrored, finish, history, make_run, outputs, the_run
 
@@ -146,6 +147,7 @@ def test_deleted_runs_and_experiments_are_reported_and_not_created_again(outputs
 @pytest.mark.parametrize(
     ("log_model", "adapter", "kept"), [("adapter", True, 1), ("adapter", False, 0), (True, False, 1), (False, True, 0)]
 )
+@versions.mlflow_3
 def test_the_model_is_kept_when_it_is_asked_for(outputs: Path, log_model: Any, adapter: bool, kept: int) -> None:
     rundir = finish(make_run(outputs, log_model=log_model))
     if not adapter:
@@ -198,6 +200,7 @@ def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) ->
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
+@versions.mlflow_3
 def test_a_lost_answer_doubles_neither_runs_nor_models(tmp_path: Path, server: Server, times: int) -> None:
     """The server does what it is asked, but its answer is lost; MLflow's client asks a second time by itself."""
     proxy = Cutting(server.running(), "/runs/create", "/mlflow/logged-models", times=times)
