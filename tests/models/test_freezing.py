@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, composed, option, prepared
-from peft.optimizers import create_lorafa_optimizer
+from fixtures import versions
 from safetensors.torch import load_file
 
 from runner.cli import main
@@ -39,7 +39,10 @@ def test_the_last_or_the_first_layers_are_trained(count: int, chosen: list[int])
     assert parameters.describe(model)["trainable"] == counted
 
 
+@versions.peft_16
 def test_lora_fa_trains_what_pefts_own_optimizer_trains():
+    from peft.optimizers import create_lorafa_optimizer
+
     source = architecture.resolve(option("model", "tiny")())
     model, expected = (option("lora", "lora")(pretrained.load(source, none.none(), "cpu")) for _ in range(2))
     create_lorafa_optimizer(expected, r=8, lora_alpha=16, lr=1e-3)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import option
+from fixtures import versions
 from fixtures.model_folders import change_config, folder, ids, local, source
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +20,7 @@ from runner.errors import ConfigError
 from runner.models import architecture, packed_files, pretrained
 from runner.models.quantization import none
 
+pytestmark = versions.transformers_5
 GROUP = 16
 AWQ_PACKS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which output is in the lowest, second, … four bits of a word: ``order_map`` of AutoAWQ's ``WQLinear_GEMM``."""

