@@ -177,6 +177,7 @@ def test_artifacts_that_cannot_be_stored_leave_no_run_running(outputs: Path) -> 
     assert "runner.mirrored" in the_run(rundir).data.tags
 
 
+@versions.mlflow_3
 def test_a_server_takes_what_a_database_takes(tmp_path: Path, server: Server) -> None:
     rundir = make_run(tmp_path, uri=server.running().uri)
     config = yaml.safe_load(rundir.config.read_text())
@@ -215,6 +216,7 @@ def test_a_lost_answer_doubles_neither_runs_nor_models(tmp_path: Path, server: S
     assert [(model.model_id, str(model.status)) for model in models] == [(run.data.tags["runner.model_id"], "READY")]
 
 
+@versions.mlflow_3
 def test_sync_closes_a_double_that_appears_later(tmp_path: Path, server: Server) -> None:
     """As when a slow server handles a request after its client has given up."""
     rundir = finish(make_run(tmp_path, uri=server.running().uri))
