@@ -27,8 +27,8 @@ from runner.models.sources import ModelSource
         ({"model_type": "nobody-knows"}, "cannot be loaded"),
         ({"vocab_size": 100}, "its tokenizer has token ids up to 258, but the model has 100 embeddings"),
         (
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "its weights are quantized (gptq); only those of",
+            {"quantization_config": {"quant_method": "hqq", "bits": 4}},
+            "its weights are quantized (hqq); only those of",
         ),
         (
             {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}},
