@@ -15,7 +15,6 @@ from conftest import TINY, prepared, until
 from fixtures.searches import RATES, WORDS, completed, mlflow_runs, play, runner, started, study_of
 from optuna.trial import TrialState
 
-from runner.files import copy_of
 from runner.sweep import search, space, trials
 from runner.tracking import machine, metrics_log
 from runner.tracking.rundir import RunDir
@@ -184,8 +183,8 @@ def test_a_search_that_cannot_go_on_lets_what_runs_save(tmp_path: Path, cache: P
     driver = started(*words, cwd=tmp_path)
     sweep = SweepDir(tmp_path / "outputs" / "sweeps" / "it")
     until(lambda: len(sweep.rundirs()) == 2 and all(rundir.read_state().step >= 1 for rundir in sweep.rundirs()))
-    for file in (copy_of(sweep.manifest), sweep.manifest):
-        file.write_text("no longer JSON")
+    with (sweep.path / "search.journal").open("a") as journal:
+        journal.write("no longer JSON\n")
     first, second = sorted((tmp_path / "outputs" / "sweeps" / "it").glob("00*"))
     RunDir(first).prune_request.write_text("given up")
     assert driver.wait() == 1

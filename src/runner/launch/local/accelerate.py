@@ -112,8 +112,8 @@ def run(rundir: RunDir, processes: int, mirrored: bool = False) -> int:
             if rank_0 is not None and rank_0.exitcode > 0:  # not killed: rank 0 has written the run's state
                 return int(rank_0.exitcode)
             return _exit_code(rundir, before, signals)
-        except SignalException:  # a version of torch that handles signals itself
-            return _exit_code(rundir, before, signals)
+        except SignalException as error:  # a version of torch that handles signals itself, and tells the ranks
+            return _exit_code(rundir, before, signals or [error.sigval])
 
 
 def _rank(path: str, processes: int, mirrored: bool) -> int:
