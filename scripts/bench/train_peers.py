@@ -105,7 +105,8 @@ def adapted(rows: dict[str, Any], compute: Any, *, has_score: bool = False) -> A
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    options = {"none": None, "8bit": {"load_in_8bit": True}, "4bit": {**four, "bnb_4bit_compute_dtype": compute}}
+    four["bnb_4bit_compute_dtype"] = compute
+    options = {"none": None, "int8 (bitsandbytes)": {"load_in_8bit": True}, "nf4 (bitsandbytes)": four}
     chosen = options[rows["quant"]]
     quantized = BitsAndBytesConfig(**chosen) if chosen else None
     of_head = {"num_labels": 1, "pad_token_id": rows["pad"]} if has_score else {}
