@@ -42,7 +42,7 @@ def said_of(rows: Path, *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (("data.packing=true",), "data.packing=True: with a model that reads images, each row has a row of the batch"),
+        (("data.packing=true",), "data.packing=True: rows of a model that reads images are not packed"),
         (("task=pretrain",), "task=pretrain: task=pretrain does not train models that read images"),
         ((*TWO, "parallel=fsdp"), "parallel=fsdp: FSDP does not shard models that read images"),
         (("lora.init_lora_weights=eva",), "lora.init_lora_weights=eva: looks at rows without their images"),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from runner.data.tokenization import DataReport
     from runner.train.options import Options
 
-CUT = "with a model that reads images, each row has a row of the batch of its own, with padding behind it"
+CUT = "rows of a model that reads images are not packed: each is a padded row of the batch"
 
 ATTENTIONS = ("auto", "sdpa", "eager")
 
@@ -20,8 +20,8 @@ ATTENTIONS = ("auto", "sdpa", "eager")
 def faults(options: Options, name: str) -> Iterator[Fault]:
     """Options that are not proven, or have no effect, with a model that reads images; ``name``: that of the model.
 
-    Each row has a row of the batch of its own: the attention by document and the packing of text runs are not proven
-    equal for these models, whose positions and masks depend on their images.
+    Each row is a padded row of the batch: the attention by document and the packing of text runs are not proven equal
+    for these models, whose positions and masks depend on their images.
     """
     task, parallel = options.task, options.parallel
     if not task.images:
@@ -40,7 +40,7 @@ def faults(options: Options, name: str) -> Iterator[Fault]:
         problem = f"is not proven for models that read images, as {name} does"
         yield Fault("model.attention", problem, f"use one of {', '.join(ATTENTIONS)}", options.model.attention)
     if not options.quant.plain and not options.quant.spares:
-        problem = f"would quantize what reads images, too, and {name} loses too much by it"
+        problem = f"would also quantize the vision tower of {name}, which is not proven"
         yield Fault("quant", problem, "use quant=4bit, 8bit or none", options.quant.name)
     if options.begins_from_data:
         problem = "looks at rows without their images"

@@ -1,7 +1,7 @@
 """Models that read images: which families are supported, and which part of such a model is its language model.
 
 A family is supported when tests have shown that the loss of a batch equals that of the plain transformers model on what
-its processor gives, and its gradients reach the language model alone: ``tests/models/kernels/test_vision.py``.
+its processor gives, and its gradients reach the language model alone: ``tests/models/kernels/test_kernels_vision.py``.
 """
 
 from __future__ import annotations
