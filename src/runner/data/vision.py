@@ -1,9 +1,9 @@
 """Images for a model that reads them, through its own processor: their tokens in a row, and their tensors in a batch.
 
 A processor writes several tokens for the one that a chat template writes for an image; how many depends on the size of
-the image alone in all ``FAMILIES``. A row keeps these tokens and where its images are; pixels are computed when a batch
-is made, in the thread that prepares the next step: those of a data set would need a thousand times the memory of its
-files.
+the image alone in all supported families. A row keeps these tokens and where its images are; pixels are computed when a
+batch is made, in the thread that prepares the next step: those of a data set would need a thousand times the memory of
+its files.
 """
 
 from __future__ import annotations

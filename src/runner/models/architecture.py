@@ -11,8 +11,8 @@ from typing import Any
 
 from runner import imports
 from runner.errors import ConfigError, Fault, RunnerError, first_line, refuse
-from runner.models import hub, model_folder, quantized_files, rope
-from runner.models.kernels import compat, vision
+from runner.models import hub, model_folder, quantized_files, rope, vision
+from runner.models.kernels import base_model, compat
 from runner.models.sources import ModelSource
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def read(source: ModelSource) -> Any:
         log.warning("model.trust_remote_code=true: Python code from the model %s runs on this machine", source.name)
     refuse(quantized_files.faults(config, source.path))
     vision.check_family(config, source.path)
-    if vision.reads_images(config):
+    if base_model.reads_images(config):
         compat.check_vision("model.path", source.path)
     quantized_files.prepare(config)
     rope.configure(config, source.rope_scaling, source.max_position_embeddings)

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError, Fault, refuse
-from runner.models.kernels import base_model, compilation, score_head, vision
+from runner.models import vision
+from runner.models.kernels import base_model, compilation, score_head
 
 if TYPE_CHECKING:
     from torch import nn

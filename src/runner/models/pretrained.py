@@ -20,9 +20,10 @@ from runner.models import (
     rope,
     shards,
     tokenizer_files,
+    vision,
 )
 from runner.models.dtypes import dtype_argument, dtype_for
-from runner.models.kernels import base_model, long_rope, score_head, vision
+from runner.models.kernels import base_model, long_rope, score_head
 from runner.models.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def auto_class(config: Any, head: ScoreHead | None) -> Any:
         import transformers.modeling_utils  # noqa: F401 - the classes below import it when they load
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
-    if head is None and vision.reads_images(config):
+    if head is None and base_model.reads_images(config):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
 
@@ -155,7 +156,7 @@ def _quantization(source: ModelSource, config: Any, quant: Quant, device: torch.
     if wanted is not None and quantized_files.method(config):
         quantized_files.set_compute_dtype(config, wanted)
         return None
-    if wanted is not None and vision.reads_images(config):
+    if wanted is not None and base_model.reads_images(config):
         wanted.llm_int8_skip_modules = [*vision.others(_without_weights(source, device, 1)), "lm_head"]
     if wanted is not None and source.head is not None:
         names = _without_weights(source, device, 1).head_names

@@ -9,7 +9,7 @@ from typing import Any
 from runner import imports
 from runner.errors import ConfigError, Fault, first_line, refuse
 from runner.models import architecture
-from runner.models.kernels import vision
+from runner.models.kernels import base_model
 from runner.models.sources import ModelSource
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
@@ -34,7 +34,7 @@ def load(source: ModelSource) -> Any:
         from transformers import AutoTokenizer
 
     config = architecture.read(source)
-    processor = _processor(source) if vision.reads_images(config) else None
+    processor = _processor(source) if base_model.reads_images(config) else None
     with architecture.loading_errors(source, "its tokenizer", REMEDY):
         if processor is not None:
             result = processor.tokenizer

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from runner.data.packing import IGNORED
-from runner.models.kernels import base_model, lm_head, varlen_attention, vision
+from runner.models.kernels import base_model, lm_head, varlen_attention
 from runner.tasks import logit_losses
 from runner.tasks.logit_losses import PLAIN, Shaping
 
-MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", *varlen_attention.ARGUMENTS, *vision.ARGUMENTS)
+MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", *varlen_attention.ARGUMENTS, *base_model.IMAGE_ARGUMENTS)
 HEAD_POSITIONS, CPU_HEAD_POSITIONS = 2048, 1024
 """Positions per chunk if the loss computes the LM head. Small chunks are slow: each one reads the head's weight again
 and, on a CPU, packs it again (at 128 positions this takes a third of the matrix product's time)."""
@@ -100,7 +100,7 @@ def _cut(batch: Mapping[str, Any]) -> Iterator[tuple[dict[str, Tensor], Tensor, 
     """(inputs, labels, ``trained_at`` if it is known) of every forward pass."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
     labels = batch["labels"].reshape(inputs["input_ids"].shape)
-    has_images = any(name in inputs for name in vision.ARGUMENTS)  # their tensors have no dimension of rows
+    has_images = any(name in inputs for name in base_model.IMAGE_ARGUMENTS)  # their tensors have no dimension of rows
     if torch.is_grad_enabled() or len(labels) == 1 or has_images:
         yield inputs, labels, batch.get("trained_at")
         return

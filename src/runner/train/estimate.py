@@ -15,7 +15,7 @@ from runner.data import boundaries
 from runner.errors import LESS_MEMORY, ConfigError, Fault, typed_line
 from runner.models import parameters, pretrained
 from runner.models.dtypes import dtype_for
-from runner.models.kernels import compilation, lora_linear, varlen_attention, vision
+from runner.models.kernels import base_model, compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
 from runner.train import layout, throughput
 from runner.train.memory import optimizer_state, peak, rehearsals, usage
@@ -137,7 +137,7 @@ def check_fits(expected: Expected) -> None:
 def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tuple[int | None, str]:
     """(peak activation bytes of the largest step, simulated with fake tensors; why they are unknown)."""
     options = inputs.options
-    if vision.reads_images(model.config):
+    if base_model.reads_images(model.config):
         return None, "what the model makes of images is not simulated"
     by_document = _attends_by_document(inputs, model, autocast)
     batches = _laid(inputs, model, autocast)

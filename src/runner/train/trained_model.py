@@ -12,6 +12,7 @@ from runner import terminal
 from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault, first_line
 from runner.models import architecture, model_folder, new_tokens, tokenizer_files
+from runner.models.kernels import base_model
 from runner.tracking import run_status
 from runner.tracking.rundir import RunDir
 from runner.train.options import Options
@@ -92,9 +93,7 @@ class Trained:
     @property
     def reads_images(self) -> bool:
         """Whether the model reads images beside text."""
-        from runner.models.kernels import vision
-
-        return vision.reads_images(architecture.read(self.result))
+        return base_model.reads_images(architecture.read(self.result))
 
     @property
     def is_chat(self) -> bool:

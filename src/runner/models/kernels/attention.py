@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigError, Fault
-from runner.models.kernels import base_model, compat, isolation, long_rope, score_head, varlen_attention, vision
+from runner.models.kernels import base_model, compat, isolation, long_rope, score_head, varlen_attention
 
 
 def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]
     if score_head.is_encoder(model):
         return {"input_ids": ids, "attention_mask": _own_tokens(batch)}
     if not packed:
-        pictures = {name: batch[name] for name in vision.ARGUMENTS if name in batch}
+        pictures = {name: batch[name] for name in base_model.IMAGE_ARGUMENTS if name in batch}
         own = {"position_ids": positions} if long_rope.uses(model) else {}
         return {"input_ids": ids, "use_cache": False, **own, **pictures}
     if varlen_attention.uses(model):

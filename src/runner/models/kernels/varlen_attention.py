@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.models.kernels import base_model, compat, isolation, vision
+from runner.models.kernels import base_model, compat, isolation
 
 NAME = "by_document"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -66,7 +66,7 @@ def obstacle(model: Any) -> str:
     base = base_model.of(model)
     if base_model.has_virtual_tokens(model):
         return "the adapter puts virtual tokens before each row"
-    if vision.reads_images(base.config):
+    if base_model.reads_images(base.config):
         return f"{type(base).__name__} reads images: attention by document is not proven for it"
     if not compat.can_change_attention(base):
         return "attention by document needs transformers >= 4.54"

@@ -1,7 +1,7 @@
 """Models that read images: which families are supported, and which part of such a model is its language model.
 
 A family is supported when tests have shown that the loss of a batch equals that of the plain transformers model on what
-its processor gives, and its gradients reach the language model alone: ``tests/models/kernels/test_kernels_vision.py``.
+its processor gives, and its gradients reach the language model alone: ``tests/models/test_models_vision.py``.
 """
 
 from __future__ import annotations
@@ -12,19 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError, Fault
 from runner.models.kernels import base_model
+from runner.models.kernels.base_model import IMAGE_FAMILIES
 
 if TYPE_CHECKING:
     from torch import nn
-
-FAMILIES = ("idefics3", "smolvlm", "llava", "qwen2_5_vl")
-"""Model types of transformers, by the name in config.json."""
-ARGUMENTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "mm_token_type_ids")
-"""Arguments of the model for the images of a batch, see ``data.vision``."""
-
-
-def reads_images(config: Any) -> bool:
-    """Whether a model with this configuration reads images here."""
-    return getattr(config, "model_type", "") in FAMILIES
 
 
 def check_family(config: Any, path: str) -> None:
@@ -39,9 +30,10 @@ def check_family(config: Any, path: str) -> None:
 
     kind = getattr(config, "model_type", "")
     pictured = getattr(modeling_auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {})
-    if kind in pictured and kind not in (*FAMILIES, *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    if kind in pictured and kind not in (*IMAGE_FAMILIES, *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         problem = f"models of the type {kind}, which read images, are not supported"
-        raise ConfigError(Fault("model.path", problem, f"use a model of one of the types {', '.join(FAMILIES)}", path))
+        remedy = f"use a model of one of the types {', '.join(IMAGE_FAMILIES)}"
+        raise ConfigError(Fault("model.path", problem, remedy, path))
 
 
 def others(model: nn.Module) -> list[str]:
@@ -50,7 +42,7 @@ def others(model: nn.Module) -> list[str]:
     Empty for a model that reads text alone. Names are those below PEFT's wrapper.
     """
     base = base_model.of(model)
-    if not reads_images(base.config):
+    if not base_model.reads_images(base.config):
         return []
     inside = [base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()]
     return list(_outside(base, "", [part for part in inside if part is not None]))
