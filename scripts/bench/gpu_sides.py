@@ -62,7 +62,7 @@ LLAMA_8B = llama(4096, 14336, 32, 32, 8, 128256, False)
 SMOLLM2 = llama(576, 1536, 30, 9, 3, 49152, True)
 TINY = llama(64, 128, 2, 4, 2, 512, True)
 CASES = {
-    "1b-full": Case(LLAMA_1B, lora=None, rows=4),
+    "1b-full": Case(LLAMA_1B, lora=None, rows=4, sides=("ours", "ours-auto", "trl", "trl-tuned")),
     "8b-lora": Case(LLAMA_8B),
     "8b-qlora": Case(LLAMA_8B, quant="4bit"),
     "short": Case(LLAMA_8B, short=True, sides=("ours", "trl-packed", "ours-documents", "trl")),

@@ -17,7 +17,7 @@ from runner.data.examples import Answers
 from runner.data.packing import IGNORED, Rows
 from runner.models import pretrained
 from runner.tasks import task
-from runner.train import estimate, inputs, layout
+from runner.train import build, estimate, inputs, layout
 from runner.train.options import Options
 
 PAIRS = (*TINY, "task=reward", "data=chitchat_pairs", "data.train_rows=24", "data.eval_rows=4", "data.max_length=1024")
@@ -44,6 +44,16 @@ def test_prompts_are_shared_where_nothing_needs_whole_sequences(pairs: inputs.In
     assert layout.laid(pairs.batches, model, "cuda", whole=False).computed_share == 1
     model.config.rope_parameters = {"rope_type": "longrope"}
     assert layout.laid(pairs.batches, model, "cpu", whole=False).computed_share == 1
+
+
+def test_the_device_that_trains_decides_not_the_one_that_loads(pairs: inputs.Inputs) -> None:
+    """A model that is to be sharded waits on the CPU, but no GPU kernel takes prompts that are shared."""
+    model = build.load_model(pairs)
+    for device, least in ((torch.device("cuda"), 1.0), (torch.device("cpu"), 0.3), (None, 0.3)):
+        (laid,) = build.resolve_attention(pairs.source, model, None, pairs.batches, device=device)
+        model.set_attn_implementation("sdpa")
+        assert laid.by_document
+        assert least <= laid.computed_share <= (1 if least == 1 else 0.99), device
 
 
 def test_answers_to_one_prompt_compute_it_once(tmp_path: Path) -> None:

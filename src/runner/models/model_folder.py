@@ -113,3 +113,10 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = (read_json(folder / INDEX) or {}).get("weight_map")
         return [folder / name for name in sorted(set(weight_map.values()))]  # type: ignore[union-attr]
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+
+
+def stored_dtypes(file: Path) -> set[str]:
+    """The dtypes of the tensors in a safetensors file, by its own names: ``BF16``, ``F32`` …; reads only the header."""
+    with file.open("rb") as handle:
+        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}

@@ -239,6 +239,14 @@ def keep_updates(source: ModelSource, device: torch.device, *, full: bool) -> tu
     return source, None
 
 
+def is_in_bfloat16(source: ModelSource) -> bool:
+    """Whether all weights in the files of the model are bfloat16, and none are made or packed when it is loaded."""
+    if source.head is not None or new_tokens.ids(source) or quantized_files.method(architecture.read(source)):
+        return False
+    files = model_folder.weight_files(architecture.folder_of(source, weights=True))
+    return bool(files) and set().union(*map(model_folder.stored_dtypes, files)) == {"BF16"}
+
+
 def _annotate(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
     """Record on the model its source (a Hub id, not the cache) and quantization, which must quantize something."""
     model.name_or_path = model.config._name_or_path = source.path

@@ -109,14 +109,17 @@ def resolve_compile(inputs: Inputs, expected: peak.Expected, began: str | None =
     return compilation.Choice(bind.bind(bind.option("compile", name), "compile"), name, reason)
 
 
-def load_model(inputs: Inputs) -> torch.nn.Module:
+def load_model(inputs: Inputs, *, full: bool = False) -> torch.nn.Module:
     """Load the model on its device, quantize it and add the adapter; initial weights depend only on the seed.
 
-    With ``parallel=fsdp`` the model stays on the CPU until it is sharded, because it may not fit on one device.
+    With ``parallel=fsdp`` the model stays on the CPU until it is sharded, because it may not fit on one device. For
+    full fine-tuning (``full``), the weights of bfloat16 files stay in bfloat16 until then: so they are mapped from the
+    files, in memory that the processes of a machine share. ``wrap`` makes float32 of them, a layer at a time.
     """
     options, device, source = inputs.options, inputs.device, inputs.source
     if options.parallel.kind == "fsdp":
-        source = replace(source, dtype="bfloat16" if dtype_for(source.dtype, device) == torch.bfloat16 else "float32")
+        is_bfloat16 = dtype_for(source.dtype, device) == torch.bfloat16 or (full and pretrained.is_in_bfloat16(source))
+        source = replace(source, dtype="bfloat16" if is_bfloat16 else "float32")
         device = torch.device("cpu")
     return initial_model(options, source, device)
 
@@ -137,10 +140,11 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     _choose_kernels(settings.deterministic, settings.tf32)
     expected = inputs.estimate or estimate.expect(inputs)
     estimate.check_fits(expected)
-    source, autocast = keep_updates(inputs.source, inputs.device, full=expected.counts["adapter"] == 0)
+    full = expected.counts["adapter"] == 0
+    source, autocast = keep_updates(inputs.source, inputs.device, full=full)
     inputs = replace(inputs, source=source)
     choice = resolve_compile(inputs, expected, began=rundir.read_manifest().get("compile"))
-    model = load_model(inputs)
+    model = load_model(inputs, full=full)
     activation_checkpointing.arrange(model, settings.memory, eager=choice.is_eager)
     batches, evaluation = resolve_attention(
         inputs.source,
@@ -149,6 +153,7 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
         inputs.batches,
         inputs.evaluation,
         whole=layout.needs_whole(settings, is_eager=choice.is_eager),
+        device=inputs.device,
     )
     if options.task.reference is not None:
         for split in (batches, evaluation):
@@ -160,7 +165,8 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     choice.option(model)
     task = router_balance.balanced(options.task, model, settings.router_aux_loss_coef)
     noisy = neftune.noisy(task, model, settings.neftune_noise_alpha, options.seed)
-    wrapped = wrap.wrap(options.parallel, model, noisy, ranks, inputs.device, autocast)
+    dtype = dtype_for(source.dtype, inputs.device) if full else None
+    wrapped = wrap.wrap(options.parallel, model, noisy, ranks, inputs.device, autocast, dtype)
     optimizer = options.optim(options.parameter_groups(model))
     decay = ema.decay_of(settings.ema, settings.swa_start, inputs.total_steps)
     average = ema.Average.of(model, options.average, decay, optimizer)
@@ -229,11 +235,16 @@ def keeping(folder: Path, ranks: Ranks) -> step_batches.Show:
 
 
 def resolve_attention(
-    source: ModelSource, model: torch.nn.Module, autocast: torch.dtype | None, *batches: Batches, whole: bool = False
+    source: ModelSource,
+    model: torch.nn.Module,
+    autocast: torch.dtype | None,
+    *batches: Batches,
+    whole: bool = False,
+    device: torch.device | None = None,
 ) -> list[Batches]:
     """Install attention by document if the model supports it; unpacked rows then need no padding.
 
-    ``whole``: as of ``layout.laid``.
+    ``whole``: as of ``layout.laid``. ``device``: where the batches are computed; by default, where the model is.
 
     Raises:
         ConfigError: model.attention=by_document, but the model does not support it; the model does not compute each
@@ -251,7 +262,7 @@ def resolve_attention(
     if source.attention in ("auto", "by_document"):
         obstacle = varlen_attention.install(model, longest, autocast)
     if not obstacle:
-        device = next(model.parameters()).device
+        device = device or next(model.parameters()).device
         return [layout.laid(split, model, device.type, whole=whole) for split in batches]
     if source.attention == "by_document":
         raise ConfigError(Fault("model.attention", obstacle, "use model.attention=auto", source.attention))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import prepared
+from conftest import composed, option, prepared
 from fixtures.ranks_of_a_run import OPTIONS, TORCHRUN, completed, environment, several, worked
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from runner.models import architecture
 from runner.models.kernels import compilation
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
+from runner.train import build, inputs
+from runner.train.distributed import wrap
+from runner.train.distributed.ranks import ALONE
+from runner.train.options import Options
 
 TIMES = ("time", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction", "train/mfu")
 DROPOUT = ("lora.lora_dropout=0.2",)
@@ -82,6 +88,54 @@ def test_weights_that_are_gathered_in_bfloat16_train_in_float32(tmp_path: Path, 
     assert of(half, "train/loss") == pytest.approx(of(whole, "train/loss"), rel=0.02)
     assert of(half, "train/loss") != of(whole, "train/loss")
     assert {str(each.dtype) for each in weights(half).values()} == {"torch.float32"}
+
+
+@pytest.mark.slow
+def test_bfloat16_files_are_widened_unit_by_unit_when_they_are_sharded(tmp_path: Path, cache: Path, monkeypatch: Any):
+    """Until then they are mapped from the file, which the processes of a machine share."""
+    files = in_bfloat16(tmp_path)
+    made = inputs.inputs(Options(composed(*OPTIONS, *FULL, *files, "parallel=fsdp", *several("fsdp")[1:])))
+    model = build.load_model(made, full=True)
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    expected = {name: each.detach().float() for name, each in model.named_parameters()}
+    wide: list[int] = []
+    real = torch.distributed.fsdp.fully_shard
+
+    def shard(module: torch.nn.Module, **options: Any) -> Any:
+        whole = [each for each in model.parameters() if not hasattr(each, "device_mesh")]
+        wide.append(sum(each.numel() for each in whole if each.dtype == torch.float32))
+        return real(module, **options)
+
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", shard)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrap.wrap(made.options.parallel, model, made.options.task, ALONE, made.device, None, torch.float32)
+        found = {name: each.full_tensor() for name, each in model.named_parameters()}  # type: ignore[attr-defined]
+    finally:
+        torch.distributed.destroy_process_group()
+    layer, others = (sum(each.numel() for name, each in expected.items() if part(name)) for part in
+                     (lambda name: "layers.0." in name, lambda name: "layers." not in name))  # fmt: skip
+    assert wide == [layer, layer, others], "of two layers and the rest, one at a time"
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.slow
+def test_shards_of_bfloat16_files_train_what_one_process_trains(tmp_path: Path, cache: Path):
+    files = in_bfloat16(tmp_path)
+    one = alone(tmp_path / "one", *OPTIONS, *FULL, *files, "train.per_device_batch_size=4")
+    two = completed(tmp_path / "two", *OPTIONS, *FULL, *files, *several("fsdp"))
+    assert of(two, "train/loss") == pytest.approx(of(one, "train/loss"), abs=1e-5)
+    assert {str(each.dtype) for each in weights(two).values()} == {"torch.float32"}
+
+
+def in_bfloat16(folder: Path) -> tuple[str, str]:
+    """Overrides for a copy of the tiny model whose files are bfloat16."""
+    path = folder / "model"
+    shutil.copytree(architecture.resolve(option("model", "tiny")()).path, path)
+    tensors = load_file(path / "model.safetensors")
+    save_file({name: each.bfloat16() for name, each in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+    return "model=local", f"model.path={path}"
 
 
 def test_ranks_that_have_no_row_left_take_part_all_the_same(tmp_path: Path, cache: Path):

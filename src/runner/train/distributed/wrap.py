@@ -56,9 +56,18 @@ def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def wrap(
-    parallel: Parallel, model: nn.Module, task: Task, ranks: Ranks, device: torch.device, autocast: torch.dtype | None
+    parallel: Parallel,
+    model: nn.Module,
+    task: Task,
+    ranks: Ranks,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    dtype: torch.dtype | None = None,
 ) -> Wrapped:
-    """Apply ``parallel`` to the model, in place; FSDP replaces its parameters."""
+    """Apply ``parallel`` to the model, in place; FSDP replaces its parameters.
+
+    ``dtype``: of the shards that train, if the model may have been loaded in a narrower one; None: as loaded.
+    """
 
     def plain(batch: Batch) -> dict[str, Tensor]:
         return task.loss(model, batch)
@@ -74,7 +83,7 @@ def wrap(
             return Wrapped(ddp, lambda last: contextlib.nullcontext() if last else ddp.no_sync(), device, autocast)
         case "fsdp":
             # Reduce gradients after each micro-batch: without it every rank would keep unsharded gradients.
-            _shard(parallel, model, ranks, device)
+            _shard(parallel, model, ranks, device, dtype)
             return Wrapped(plain, no_context, device, autocast)
 
 
@@ -116,8 +125,11 @@ def _replicated(parallel: Parallel, forward: _Forward) -> nn.parallel.Distribute
     )
 
 
-def _shard(parallel: Parallel, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Apply FSDP: each decoder layer is one unit, the rest (embeddings, head) is another."""
+def _shard(parallel: Parallel, model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Apply FSDP: each decoder layer is one unit, the rest (embeddings, head) is another.
+
+    A unit is converted to ``dtype`` just before it is sharded, so that no process holds a whole model in it.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -126,6 +138,16 @@ def _shard(parallel: Parallel, model: nn.Module, ranks: Ranks, device: torch.dev
     if parallel.param_dtype:
         policy = MixedPrecisionPolicy(getattr(torch, parallel.param_dtype), reduce_dtype=torch.float32)
     for layer in compilation.decoder_layers(model):
+        _convert(layer, device, dtype)
         fully_shard(layer, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward, mp_policy=policy)
+    _convert(model, device, dtype)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "generate")  # generate() skips the root's forward hooks
+
+
+def _convert(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Convert the narrower weights of a module that are not sharded yet, on the device that trains them."""
+    for parameter in module.parameters():
+        is_whole = not hasattr(parameter, "device_mesh")  # which the shards have, they are DTensors
+        if dtype is not None and is_whole and parameter.dtype.itemsize < dtype.itemsize:
+            parameter.data = parameter.data.to(device).to(dtype)
