@@ -17,7 +17,17 @@ PACKAGE = Path(__file__).parents[1] / "src" / "runner"
 
 FLOORS = ["config", "data models tracking", "tasks report", "train", "launch", "sweep", "cli"]
 """Packages, from the ground up: each may import those on lower floors, and the leaf modules."""
-LEAVES = ["errors", "secrets", "files", "signals", "streams", "log_handlers", "terminal", "imports"]
+LEAVES = [
+    "errors",
+    "secrets",
+    "files",
+    "signals",
+    "streams",
+    "log_handlers",
+    "terminal",
+    "imports",
+    "environment_variables",
+]
 """Modules without a package: each may import those before it."""
 ENTRY_POINTS = {"__main__", "worker", "mirror"}
 INSIDE = {

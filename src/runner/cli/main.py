@@ -10,13 +10,11 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import streams
+from runner import environment_variables, streams
 from runner.cli import jobs
 from runner.errors import HYDRAS_TRACEBACK, ConfigError, Fault, ReaderLeft, RunnerError, shows_traceback, suggest
 from runner.train.distributed import ranks
@@ -165,23 +163,14 @@ def _show_with_hydra(args: Any, argv: list[str]) -> int:
     sys.argv = ["runner", *argv]
     with command_line.opened(args) as opened:
         translate = hydra_errors.as_config_errors(opened, args)
-    with translate, _raising_hydra():
+    with (
+        translate,
+        environment_variables.kept(HYDRAS_TRACEBACK, "1"),
+    ):  # Hydra raises its errors instead of printing them
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=hydra_errors.CONFIG_NAME)(
             lambda _: None
         )()
     return 0
-
-
-@contextmanager
-def _raising_hydra() -> Iterator[None]:
-    """Inside the block, Hydra raises its exceptions instead of printing them."""
-    before = os.environ.get(HYDRAS_TRACEBACK)
-    os.environ[HYDRAS_TRACEBACK] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(HYDRAS_TRACEBACK)
-        os.environ.update({HYDRAS_TRACEBACK: before} if before is not None else {})
 
 
 def _complete_verbs() -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import os
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from typing import Any
 
+from runner import environment_variables
 from runner.errors import ConfigError, Fault
 
 WARM_POOL = "TORCH_WARM_POOL"
@@ -53,20 +53,12 @@ def model_cache() -> str:
     return "models" if at_least("transformers", "5") else "models-transformers-4"
 
 
-@contextlib.contextmanager
-def without_compile_workers() -> Iterator[None]:
+def without_compile_workers() -> contextlib.AbstractContextManager[None]:
     """For imports inside the block: torch 2.5 starts processes and a thread when Inductor is imported.
 
     They would be for nothing where nothing is compiled, and a process with threads should not be forked.
     """
-    before = os.environ.get(WARM_POOL)
-    os.environ[WARM_POOL] = "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(WARM_POOL)
-        if before is not None:
-            os.environ[WARM_POOL] = before
+    return environment_variables.kept(WARM_POOL, "0")
 
 
 def check_optimizer(groups: list[dict[str, Any]]) -> None:

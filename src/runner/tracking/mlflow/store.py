@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import environment_variables
 from runner.errors import Fault, RunnerError, TrackingError
 from runner.files import locked
 from runner.secrets import put_credentials, redact, take_credentials
@@ -71,10 +72,8 @@ def _use(uri: str) -> None:
     """
     import mlflow
 
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
-    os.environ.update({"MLFLOW_TRACKING_URI": before} if before is not None else {})
+    with environment_variables.kept("MLFLOW_TRACKING_URI"):
+        mlflow.set_tracking_uri(uri)
 
 
 def _make(database: Path) -> None:
