@@ -15,7 +15,6 @@ CHATML = (
 
 def write(folder: Path, *, seed: int, **shape: Any) -> None:
     """Write model and tokenizer to ``folder``; ``shape``: arguments of transformers' LlamaConfig."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = byte_tokenizer()
@@ -26,10 +25,17 @@ def write(folder: Path, *, seed: int, **shape: Any) -> None:
         eos_token_id=tokenizer.eos_token_id,
         **shape,
     )
+    save_random(LlamaForCausalLM, config, folder, seed)
+    tokenizer.save_pretrained(folder)
+
+
+def save_random(kind: Any, config: Any, folder: Path, seed: int) -> None:
+    """Write a model of a class of transformers to ``folder``, with the random weights of ``seed``."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        kind(config).save_pretrained(folder)
 
 
 def byte_tokenizer() -> Any:

@@ -50,7 +50,6 @@ def check_random_vision(*, dtype: Precision, seed: int, **_: Any) -> Iterator[Fa
 
 def write(folder: Path, seed: int) -> None:
     """Write model, tokenizer and processor to ``folder``."""
-    import torch
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -89,7 +88,5 @@ def write(folder: Path, seed: int) -> None:
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    tiny.save_random(Idefics3ForConditionalGeneration, config, folder, seed)
     processor.save_pretrained(folder)
