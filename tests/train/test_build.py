@@ -15,7 +15,7 @@ from runner.data.packing import Rows, pack
 from runner.errors import ConfigError
 from runner.tracking import manifest, metrics_log
 from runner.train import build, estimate, inputs, worker
-from runner.train.memory import peak, usage
+from runner.train.memory import footprint, usage
 from runner.train.options import Options
 
 WIDE = ("model.hidden_size=256", "model.intermediate_size=512")
@@ -69,13 +69,13 @@ def test_as_many_rows_as_fit(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Memory for two rows, and not for four."""
     cfg = composed(*TINY, "train.per_device_batch_size=8", "train.micro_batch_size=auto")
     monkeypatch.setattr(usage, "held_already", lambda _: 0)
-    monkeypatch.setattr(peak, "allocator_waste", lambda *_: 0)
+    monkeypatch.setattr(footprint, "allocator_waste", lambda *_: 0)
     monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, 2**40))
     plenty = build.resolve_micro_batch_size(inputs.inputs(Options(cfg)))
     assert plenty.settings.micro_batch_size == 8
     sizes = {rows: estimate.expect(inputs.compute_at_once(plenty, rows)).memory.total for rows in (2, 4)}
     assert sizes[2] < sizes[4]
-    monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, int(sizes[2] / peak.ROOM) + 1))
+    monkeypatch.setattr(usage, "of_device", lambda *_: (2**40, int(sizes[2] / footprint.ROOM) + 1))
     tight = build.resolve_micro_batch_size(inputs.inputs(Options(cfg)))
     assert (tight.settings.micro_batch_size, tight.batches.rows_per_batch, len(tight.batches.step(0))) == (2, 2, 4)
     assert tight.total_steps == plenty.total_steps

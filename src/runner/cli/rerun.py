@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-import re
-import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runner import files
-from runner.cli import worktree
+from runner.cli import rerun_keys, worktree
 from runner.cli.args import RUN, URI, Option, Verb
 from runner.config import check, pinned_weights
-from runner.config.bind import TARGET, config_dir, unknown_key
 from runner.config.command_line import opened, parse
 from runner.config.compose import Composer
-from runner.config.hydra_errors import no_option
 from runner.config.job import Job
 from runner.errors import ConfigError, Fault
 from runner.files import user_path, write_atomic
@@ -53,11 +48,6 @@ task.teacher. Any other key changes what is computed and is refused. The exit co
 are no failure.""",
 )
 
-WHERE = ("name", "outputs_dir", "hydra.run.dir")
-GROUPS = ("launcher", "tracking")
-PLACES = ("data.path", "data.eval_path", "data.format.function", "model.path", *pinned_weights.KEYS)
-"""Keys with paths of files. That they are the same files is checked, or shows at the first evaluation."""
-
 
 def main(argv: list[str]) -> int:
     """The verb; returns the exit code of the run.
@@ -71,7 +61,7 @@ def main(argv: list[str]) -> int:
     name, overrides = _split(args.words)
     original = _find(name, outputs_dir, args["uri"])
     record.refuse_unbegun(original, "there is nothing to repeat yet")
-    _refuse_changes(original, overrides)
+    rerun_keys.refuse_changes(original, overrides)
     overrides += [f"outputs_dir={outputs_dir}"] if outputs_dir is not None else []
     code = worktree.provide(original) if args["--exact"] else None
     job = _restored(original, overrides, is_exact=code is not None)
@@ -110,69 +100,19 @@ def _find(name: str, outputs_dir: str | None, uri: str | None) -> Recorded:
     return record.find(name, Path("outputs"), uri)
 
 
-def _refuse_changes(original: Recorded, overrides: list[str]) -> None:
-    """Refuse keys that change what is computed, or that have no effect on a rerun."""
-    faults = []
-    others = {_key(word): word for word in overrides if not _is_where(_key(word))}
-    ignored = {key: word for key, word in others.items() if key in ("resume", "retry", "sweep")}
-    others = {key: word for key, word in others.items() if key not in ignored}
-    for key, word in ignored.items():
-        problem = "has no effect on a rerun, which gets its own folder"
-        faults.append(Fault(key, problem, "leave it out", word.partition("=")[2]))
-    unknown = [fault for word in others.values() if (fault := _unknown(word, original.config, set(others)))]
-    faults += unknown
-    if others and not unknown:
-        recorded = [str(word) for word in original.manifest.get("overrides") or []]
-        kept = [word for word in recorded if _key(word) not in {*others, "resume", "retry"}]
-        problem = "would change what is computed; a rerun accepts only where and how it runs"
-        remedy = f"start a new run: python -m runner {shlex.join([*kept, *others.values()])}"
-        faults.append(Fault(" ".join(others.values()), problem, remedy))
-    if faults:
-        raise ConfigError(*faults)
-
-
-def _unknown(word: str, config: dict[str, Any], keys: set[str]) -> Fault | None:
-    """The fault of an override with an unknown key or option, else None. ``keys``: all overridden keys."""
-    key, _, value = word.partition("=")
-    groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
-    if word.startswith(("+", "~")) or (_group(key) in keys and key not in groups) or _group(key) == "hydra":
-        return None  # a key of another option than the run's: that option checks its own keys
-    if key in groups:
-        options = sorted(path.stem for path in (config_dir() / key).glob("*.yaml") if path.stem != "base")
-        return None if value in (*options, "null") else no_option(key, value, options)
-    node: Any = config
-    parts = key.split(".")
-    for number, part in enumerate(parts):
-        if not isinstance(node, dict) or part not in node:
-            known = [name for name in node if name != TARGET] if isinstance(node, dict) else []
-            names = [*known, *(sorted(groups) if not number else [])]
-            return replace(unknown_key(part, names, value), key=key)
-        node = node[part]
-    return None
-
-
-def _key(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0]
-
-
-def _is_where(key: str) -> bool:
-    place = re.sub(r"^data\.(sources|evals)\.[^.]+\.", "data.", key)
-    return place in (*WHERE, *GROUPS, *PLACES) or key.startswith(tuple(f"{group}." for group in GROUPS))
-
-
 def _restored(original: Recorded, overrides: list[str], *, is_exact: bool) -> Job:
     """The job with the frozen configuration and the overrides of where and how it runs.
 
     Raises:
         ConfigError: with all its faults.
     """
-    chosen = {_key(word) for word in overrides} & set(GROUPS)
-    composed = [w for w in overrides if _group(w) in chosen or _key(w) in WHERE]
+    chosen = {rerun_keys.key_of(word) for word in overrides} & set(rerun_keys.GROUPS)
+    composed = [w for w in overrides if rerun_keys.group_of(w) in chosen or rerun_keys.key_of(w) in rerun_keys.WHERE]
     args = parse(composed)
     with opened(args) as hydra:
         composer = Composer(hydra, args)
         job = composer.single()
-        values = {_key(word): composer.value_of(word) for word in overrides if word not in composed}
+        values = {rerun_keys.key_of(word): composer.value_of(word) for word in overrides if word not in composed}
     cfg = copy.deepcopy(original.config)
     cfg |= {"sweep": None, "resume": None, "retry": False, "outputs_dir": job.cfg["outputs_dir"]}
     cfg["name"] = job.cfg["name"] or f"rerun of {original.name.removeprefix('rerun of ')}"
@@ -220,21 +160,17 @@ def _set(cfg: dict[str, Any], key: str, value: Any) -> None:
     node[last] = value
 
 
-def _group(word: str) -> str:
-    return _key(word).partition(".")[0]
-
-
 def _check(job: Job) -> None:
     """Check and freeze the job like any run."""
     try:
         prepare.admit([job], is_new=False)
     except ConfigError as error:
         faults = list(error.faults)
-        if any(fault.key in PLACES for fault in faults):
+        if any(fault.key in rerun_keys.PLACES for fault in faults):
             faults.append(
                 Fault("", "the files of the run are not at these paths on this machine", "set KEY=… to their path here")
             )
-        elif not all(_group(fault.key) in GROUPS for fault in faults):
+        elif not all(rerun_keys.group_of(fault.key) in rerun_keys.GROUPS for fault in faults):
             problem = "the current code does not accept the configuration of the run"
             faults.append(Fault("", problem, "rerun --exact uses the code of the run"))
         raise ConfigError(*faults) from error
@@ -243,7 +179,7 @@ def _check(job: Job) -> None:
 def _check_exact(job: Job) -> None:
     """Check only where and how the job runs: other code will read the rest of the configuration."""
     manifest.keep_credentials(job.cfg)
-    faults = [fault for group in GROUPS for fault in check.faults_of_group(job.cfg, group)]
+    faults = [fault for group in rerun_keys.GROUPS for fault in check.faults_of_group(job.cfg, group)]
     if not faults:
         job.cfg = manifest.freeze(job.cfg)
         try:

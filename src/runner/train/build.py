@@ -54,7 +54,7 @@ from runner.train.distributed import wrap
 from runner.train.distributed.ranks import ALONE, Ranks, unanimous
 from runner.train.inputs import Inputs, compute_at_once
 from runner.train.layer_norms import LayerNorms
-from runner.train.memory import peak, usage
+from runner.train.memory import footprint, usage
 from runner.train.options import Options
 from runner.train.parts import Parts
 from runner.train.prefetch import Prefetcher
@@ -72,7 +72,7 @@ def resolve_micro_batch_size(inputs: Inputs, ranks: Ranks = ALONE) -> Inputs:
     if inputs.settings.micro_batch_size != "auto":
         return inputs
 
-    estimates: dict[int, peak.Expected] = {}
+    estimates: dict[int, footprint.Expected] = {}
 
     def largest_that_fits() -> int:
         for rows in reversed(divisors(inputs.settings.per_device_batch_size)):
@@ -86,7 +86,7 @@ def resolve_micro_batch_size(inputs: Inputs, ranks: Ranks = ALONE) -> Inputs:
     return replace(inputs, estimate=estimates.get(rows) or estimate.expect(inputs))
 
 
-def resolve_compile(inputs: Inputs, expected: peak.Expected, began: str | None = None) -> compilation.Choice:
+def resolve_compile(inputs: Inputs, expected: footprint.Expected, began: str | None = None) -> compilation.Choice:
     """Replace ``compile=auto`` by ``regional`` if the GPU supports it and training is long enough to pay for it.
 
     ``began``: the choice of an earlier attempt. It is kept if possible, because compiled code rounds differently.

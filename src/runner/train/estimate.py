@@ -18,8 +18,8 @@ from runner.models.dtypes import dtype_for
 from runner.models.kernels import base_model, compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
 from runner.train import layout, throughput
-from runner.train.memory import optimizer_state, peak, rehearsals, usage
-from runner.train.memory.peak import Expected, Needs
+from runner.train.memory import footprint, optimizer_state, peak, rehearsals, usage
+from runner.train.memory.footprint import Expected, TeacherNeeds
 
 if TYPE_CHECKING:
     from runner.data.batches import Batches
@@ -58,14 +58,14 @@ def expect(inputs: Inputs) -> Expected:
         activations += parameters.largest_matrix(model) * size  # dequantized while it is used
     gradients = counts["trainable"] * (size if full else ADAPTER_BYTES)
     held = usage.held_already(inputs.device)
-    memory = peak.MemoryEstimate(
+    memory = footprint.MemoryEstimate(
         weights=weights,
         gradients=gradients * (2 if parallel.kind == "ddp" and parallel.processes > 1 else 1),  # plus DDP's buckets
         optimizer=optimizer_state.state_bytes(
             options.optim, groups, inputs.device, trained_dtype, options.optimizer_state_values
         ),
         activations=activations,
-        libraries=held + peak.allocator_waste(inputs.device, activations or 0, gradients),
+        libraries=held + footprint.allocator_waste(inputs.device, activations or 0, gradients),
     )
     if parallel.kind == "fsdp":
         memory = memory.in_shards(parallel.processes, peak.depth(model.config), 0.5 if parallel.param_dtype else 1)
@@ -86,7 +86,7 @@ def expect(inputs: Inputs) -> Expected:
     return _beside_teacher(expected, needs, stays=inputs.teacher.spec.top_k is None)
 
 
-def _beside_teacher(expected: Expected, needs: Needs, *, stays: bool) -> Expected:
+def _beside_teacher(expected: Expected, needs: TeacherNeeds, *, stays: bool) -> Expected:
     """With a teacher in memory, which computes before the model; else it is loaded, and freed, before the model."""
     memory, forward = expected.memory, needs.forward
     if not stays:

@@ -19,7 +19,7 @@ from runner.models.sources import ModelSource
 from runner.tasks.task import Task
 from runner.train import answers, callbacks, devices, eva, image_rows, profiling, teacher
 from runner.train.distributed.ranks import ALONE, Ranks
-from runner.train.memory import peak, usage
+from runner.train.memory import footprint, usage
 from runner.train.options import DataSet, Options
 from runner.train.teacher import Teacher
 
@@ -45,7 +45,7 @@ class Inputs:
     teacher: Teacher | None = None
     """The model that this one learns from; not loaded yet."""
     callbacks: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    estimate: peak.Expected | None = None
+    estimate: footprint.Expected | None = None
     """The estimate from which ``micro_batch_size=auto`` was chosen; None if the size was set."""
 
     @property

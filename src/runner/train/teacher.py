@@ -22,7 +22,7 @@ from runner.tracking import manifest, naming, origin, provenance
 from runner.tracking.rundir import RunDir
 from runner.train import throughput, trained_model
 from runner.train.memory import peak
-from runner.train.memory.peak import Needs
+from runner.train.memory.footprint import TeacherNeeds
 from runner.train.options import Options
 from runner.train.trained_model import Trained
 
@@ -94,7 +94,7 @@ class Teacher:
     def needs(
         self, device: torch.device, length: int, share: float, batch: Shape, autocast: torch.dtype | None, *,
         by_document: bool,
-    ) -> Needs:  # fmt: skip
+    ) -> TeacherNeeds:  # fmt: skip
         """``length``: tokens of a document; ``share``: of the tokens that are trained; ``batch``: the largest one."""
         with _named():
             model, small = (pretrained.empty(self.source, self.quant, device, layers) for layers in (None, 2))
@@ -111,7 +111,7 @@ class Teacher:
                 0 if self.quant.plain else parameters.largest_matrix(model) * size
             )  # dequantized while it is used
         flops = throughput.flops_per_token(model, length, share, forward_passes=1, updates=0)
-        return Needs(weights, forward, outputs, flops, counts["total"], counts["stored"])
+        return TeacherNeeds(weights, forward, outputs, flops, counts["total"], counts["stored"])
 
 
 def of(options: Options, own: ModelSource, tokenizer: Any) -> Teacher | None:

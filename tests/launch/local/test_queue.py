@@ -18,9 +18,7 @@ import pytest
 from conftest import TINY, prepared, until
 from fixtures.queued_sweeps import SERVER, ended, noted, played_sweep, queue
 
-from runner.launch.local import queue as queues
 from runner.tracking import metrics_log
-from runner.tracking.state_file import DIED
 from runner.tracking.sweepdir import SweepDir
 
 
@@ -159,19 +157,6 @@ def test_two_queues_wait_for_each_other_without_a_slot(tmp_path: Path):
         assert codes == [0, 0, 0, 1, 0]
         assert "completed" in said
     assert attempts(sweep) == [1] * 5
-
-
-def test_a_run_that_another_queue_stopped_is_continued(tmp_path: Path):
-    """Unlike what was cancelled, has failed, or was killed by something else: it would only happen again."""
-    rundir = prepared(tmp_path / "run", *TINY)
-    job = queues.Job(0, rundir)
-    for attempt, (status, reason) in enumerate([("preempted", "stopped by SIGTERM"), ("killed", "interrupted")], 1):
-        rundir.write_state(status=status, reason=reason, attempt=attempt)
-        assert job.outcome() is None
-    by_others = DIED, "cancelled by me", "killed by SIGKILL (out of memory)", "one of the 2 ranks died"
-    for status, reason in [("failed", "no"), ("completed", ""), *(("killed", reason) for reason in by_others)]:
-        rundir.write_state(status=status, reason=reason)
-        assert job.outcome() == rundir.read_state(), reason
 
 
 def test_the_state_has_the_true_end_of_a_process(tmp_path: Path):

@@ -128,13 +128,6 @@ def test_a_model_that_cannot_be_rehearsed_raises() -> None:
         peak.rehearsed(lambda _: Looks(), 6, SHAPE, by_document=True, kept="min", autocast=None, device=CPU)
 
 
-def test_shards_hold_a_share_and_two_layers() -> None:
-    whole = peak.MemoryEstimate(weights=1000, gradients=100, optimizer=200, activations=50, libraries=7)
-    assert whole.total == 1357
-    assert whole.in_shards(4, layers=10) == peak.MemoryEstimate(450, 35, 50, 50, 7)
-    assert whole.in_shards(4, layers=10, gathered=0.5).weights == 350, "gathered in 16 bits"
-
-
 def made(kind: str, layers: int, device: str) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": layers})

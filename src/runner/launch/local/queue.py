@@ -8,26 +8,24 @@ closing the terminal kills no run.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import FrameType
-from typing import IO
 
 from runner import streams
-from runner.files import stamp
 from runner.launch.launcher import Source
 from runner.launch.local import child, exit_reason
+from runner.launch.local.queued_run import QueuedRun
 from runner.launch.local.slots import Slot
 from runner.launch.progress_table import ProgressTable
 from runner.signals import ONE_GESTURE_S, SIGNALS, signals_to
 from runner.tracking.mirror.spawn import queueing
 from runner.tracking.rundir import RunDir
-from runner.tracking.state_file import DIED, DONE, State
+from runner.tracking.state_file import DIED, DONE
 from runner.tracking.sweepdir import SweepDir
 from runner.train import outcome
 
@@ -61,66 +59,9 @@ def work_through(
         if sweep:
             stack.enter_context(queueing(sweep))  # children inherit the lock and hold it if this process is killed
         table = stack.enter_context(ProgressTable(rundirs, len(slots), source.total if source else 0))
-        queue = _Queue([Job(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, table, warm, source)
+        queue = _Queue([QueuedRun(n, rundir) for n, rundir in enumerate(rundirs)], slots, start, table, warm, source)
         stack.enter_context(signals_to(queue.on_signal))
         return queue.run()
-
-
-@dataclass
-class Job:
-    """One run in the queue."""
-
-    number: int
-    rundir: RunDir
-    known: State = field(default_factory=State)
-    """State when the run was added to the queue; later, when its process was forked."""
-    old_cancel: tuple[int, ...] = ()
-    """``stamp`` of a cancel request from before the run was added to the queue; it is ignored."""
-    lock: IO[str] | None = None
-    slot: Slot | None = None
-    code: int | None = None
-
-    def __post_init__(self) -> None:
-        self.known, self.old_cancel = self.rundir.read_state(), stamp(self.rundir.cancel_request)
-
-    def acquire(self) -> bool:
-        """Lock the run for this queue; False if another queue or a worker holds it."""
-        try:
-            self.lock = self.rundir.queue_lock.open("a")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            return False
-        except OSError:  # full disk, or the folder was removed: the worker reports it
-            self.release()
-        if self.rundir.is_alive():
-            self.release()
-            return False
-        return True
-
-    def release(self) -> None:
-        if self.lock:
-            self.lock.close()
-        self.lock = None
-
-    def is_cancelled(self) -> bool:
-        return stamp(self.rundir.cancel_request) not in ((), self.old_cancel)
-
-    def forget_cancel(self) -> None:
-        """Remove a cancel request from before the run was added: the worker would obey it."""
-        if not self.is_cancelled():
-            with contextlib.suppress(OSError):
-                self.rundir.cancel_request.unlink(missing_ok=True)
-
-    def outcome(self) -> State | None:
-        """State of a run that another process has finished since it was added; None if it still has to be trained."""
-        state, known = self.rundir.read_state(), self.known
-        another_attempt = state.attempt != known.attempt
-        if another_attempt and not state.reason.startswith("cancelled") and outcome.exit_code(state) in (75, 130):
-            return None  # the other queue was stopped, this one was not
-        if state.status == "completed" or (state.status != "pending" and another_attempt):
-            return state
-        return state if state.status in ("failed", "preempted", "pruned") and state.updated != known.updated else None
 
 
 class _Stopped(BaseException):
@@ -129,13 +70,13 @@ class _Stopped(BaseException):
 
 class _Queue:
     def __init__(
-        self, jobs: list[Job], slots: list[Slot], start: Start, table: ProgressTable, warm: Callable[[], None],
+        self, jobs: list[QueuedRun], slots: list[Slot], start: Start, table: ProgressTable, warm: Callable[[], None],
         source: Source | None,
     ) -> None:  # fmt: skip
         self.jobs, self.start, self.table, self.warm, self.source = jobs, start, table, warm, source
         self.waiting, self.free = deque(jobs), deque(slots)
-        self.running: dict[int, Job] = {}
-        self.elsewhere: list[Job] = []
+        self.running: dict[int, QueuedRun] = {}
+        self.elsewhere: list[QueuedRun] = []
         self.stop_code: int | None = None
         self.is_warm = self.is_warming = self.is_killed = False
         self.oom_kills = exit_reason.oom_kills()
@@ -168,7 +109,7 @@ class _Queue:
         """Add the next run of the source; False if there is none at the moment."""
         if not self.source or (rundir := self.source.next()) is None:
             return False
-        job = Job(self.table.add(rundir), rundir)
+        job = QueuedRun(self.table.add(rundir), rundir)
         self.jobs.append(job)
         self.waiting.append(job)
         return True
@@ -184,7 +125,7 @@ class _Queue:
         elif not self.is_settled(job):
             self.fork(job)
 
-    def is_settled(self, job: Job) -> bool:
+    def is_settled(self, job: QueuedRun) -> bool:
         """Whether a locked run needs no process: it was cancelled, or another process has finished it."""
         if job.is_cancelled():
             with contextlib.suppress(OSError):
@@ -210,7 +151,7 @@ class _Queue:
                 job.release()
                 self.waiting.appendleft(job)
 
-    def fork(self, job: Job) -> None:
+    def fork(self, job: QueuedRun) -> None:
         if not self.import_libraries():
             job.release()
             return
@@ -253,7 +194,7 @@ class _Queue:
             self.free.append(job.slot)
             self.close(job, code)
 
-    def close(self, job: Job, code: int) -> None:
+    def close(self, job: QueuedRun, code: int) -> None:
         """Record how a process has ended; writes state.json if the process could not."""
         state = job.rundir.read_state()
         if not job.rundir.manifest.exists():
@@ -277,7 +218,7 @@ class _Queue:
         self.oom_kills += out_of_memory
         return exit_reason.by_signal(-code, out_of_memory=out_of_memory)
 
-    def end(self, job: Job, code: int, status: str, reason: str = "") -> None:
+    def end(self, job: QueuedRun, code: int, status: str, reason: str = "") -> None:
         job.code = code
         job.release()
         self.table.ended(job.number, status, reason)

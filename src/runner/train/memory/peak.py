@@ -1,10 +1,9 @@
-"""Estimate the peak memory of training before any weights are loaded."""
+"""Simulate a training step on fake tensors, before any weights are loaded: its peak memory."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,49 +16,11 @@ from runner.config.schema import Memory
 from runner.data.batches import Shape
 from runner.models.kernels import activation_checkpointing, base_model, compilation, lm_head, varlen_attention
 from runner.tasks import cross_entropy
-from runner.train.memory import heap
 
 LAYERS = 6, 8
 """Numbers of decoder layers simulated for a deeper model; the difference is the memory of one more layer.
 
 Fewer layers give a wrong result: in a shallow model the peak may be at another point of the step."""
-HEAP_HOLES, FEWER_HEAP_HOLES = 0.7, 0.2
-"""Fragmentation of glibc's heap, as a fraction of activations and gradients. The lower value is for activations with
-the settings of ``memory/heap``. Gradients are allocated while activations are freed, but rarely fit their blocks."""
-ROUNDED = 0.05
-"""Fraction of activations and gradients that the CUDA allocator rounds up or cannot use."""
-CUBLAS_BYTES = 64 * 2**20
-"""Workspace of cuBLAS."""
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Estimated peak memory of training, in bytes by part."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int | None
-    """Everything allocated between a forward pass and the end of its backward pass, including logits; None: unknown."""
-    libraries: int
-    """Memory that this process uses already, plus memory that the allocator wastes."""
-
-    @property
-    def total(self) -> int:
-        """The sum of the parts that are known."""
-        return sum(part for part in asdict(self).values() if part is not None)
-
-    def in_shards(self, count: int, layers: int, gathered: float = 1) -> MemoryEstimate:
-        """The estimate for one of ``count`` FSDP processes: its shard, plus two unsharded layers (current and next).
-
-        ``gathered``: bytes of a gathered weight for each byte of a shard.
-        """
-        return replace(
-            self,
-            weights=self.weights // count + int(2 * self.weights * gathered) // layers,
-            gradients=self.gradients // count + self.gradients // layers,
-            optimizer=self.optimizer // count,
-        )
 
 
 def rehearsed(
@@ -104,13 +65,6 @@ def rehearsed(
     at_turn = small.at_turn + more * (larger.at_turn - small.at_turn)
     in_all = small.in_all + more * (larger.in_all - small.in_all)
     return max(int(at_turn), int(in_all), 0)
-
-
-def allocator_waste(device: torch.device, activations: int, gradients: int) -> int:
-    """Bytes that the allocator wastes, given the bytes of activations and gradients."""
-    if device.type == "cuda":
-        return int(ROUNDED * (activations + gradients)) + CUBLAS_BYTES
-    return int((FEWER_HEAP_HOLES if heap.is_glibc() else HEAP_HOLES) * activations + HEAP_HOLES * gradients)
 
 
 class Ledger(TorchDispatchMode):
@@ -258,48 +212,3 @@ def depth(config: Any) -> int:
     """Number of decoder layers."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return max(int(text.num_hidden_layers), 1)
-
-
-ROOM = 0.95
-"""Fraction of the free memory that micro_batch_size=auto may use."""
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the teacher of a distillation needs, in bytes."""
-
-    weights: int
-    forward: int | None
-    """Activations in a forward pass of the largest batch; None: unknown."""
-    outputs: int
-    """Its last hidden states, and the logits that exist at the same time."""
-    flops_per_token: float
-    parameters: int
-    stored: str
-
-
-@dataclass(frozen=True)
-class Expected:
-    """Estimated parameters, memory and FLOPs of a training run, and the memory of its device."""
-
-    counts: dict[str, Any]
-    """Parameter counts of ``models/parameters.describe``."""
-    memory: MemoryEstimate
-    held_bytes: int
-    """Device memory that this process uses already."""
-    total_bytes: int
-    """Device memory for this process, used or free."""
-    free_bytes: int
-    flops_per_token: float
-    layers: int
-    """Number of decoder layers that can be compiled one by one; 0 if none are found."""
-    unknown: str = ""
-    """Why the activations are unknown; empty if they are known."""
-    teacher: Needs | None = None
-    share: float = 1.0
-    """The tokens that are computed, as a part of all tokens, see ``Batches.computed_share``."""
-
-    @property
-    def fits(self) -> bool:
-        """Whether the estimate fits into ``ROOM`` of the free memory; not if it is unknown."""
-        return not self.unknown and self.memory.total - self.held_bytes <= ROOM * self.free_bytes
