@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from runner.errors import ConfigError
-from runner.models import architecture, packed_files, pretrained
+from runner.models import architecture, packed_files, parameters, pretrained
 from runner.models.quantization import none
 
 pytestmark = versions.transformers_5
@@ -80,6 +80,10 @@ def test_files_are_read_trained_and_saved_as_plain_weights(given: dict[str, Any]
     for name, weight in expected.items():
         assert torch.equal(model.state_dict()[name], weight), name
     assert not hasattr(model.config, "quantization_config")
+    said = f"float32, dequantized from {given['quant_method']} ({given['bits']} bits)"
+    for each in (model, pretrained.empty(local(folder, dtype="float32"), none.none())):
+        counts = parameters.describe(each)
+        assert (counts["stored"], counts["quantized_bytes"]) == (said, 0)
     assert model.generation_config.max_new_tokens == 77
     pretrained.save_whole(model, folder / "whole", model.state_dict())
     logits = model(input_ids=ids()).logits

@@ -47,6 +47,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     experts_quantized = count(lambda weight: weight.expert and weight.quantized)
     experts_trained = count(lambda weight: weight.expert and (weight.adapted or weight.trainable))
     stored = _stored(getattr(model, "quant", None), counts, experts_quantized)
+    if files := getattr(model, "dequantized_from", ""):
+        stored += f", dequantized from {files}"
     return {**counts, "stored": stored, "about_experts": _about_experts(counts, experts_trained)}
 
 

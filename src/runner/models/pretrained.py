@@ -48,7 +48,7 @@ def empty(
     quant.library_config(device)
     model = _without_weights(source, device, layers)
     new_tokens.resize(model, new_tokens.ids(source))
-    return _annotate(model, source, quant)
+    return _annotate(model, source, quant, quantized_files.dequantized_from(_configured(source)))
 
 
 def _without_weights(source: ModelSource, device: torch.device | str, layers: int | None) -> Any:
@@ -80,10 +80,11 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
             quantized.
     """
     config = _configured(source)
-    is_scored = score_head.is_scored(config)
+    is_scored, stored = score_head.is_scored(config), quantized_files.dequantized_from(config)
     folder = architecture.folder_of(source, weights=True)
     model_folder.check(folder)
-    model, missing = _read(source, config, folder, quant, device)
+    quantization = _quantization(source, config, quant, device)
+    model, missing = _read(source, config, folder, quantization, device, dtype_for(source.dtype, device))
     if source.head is not None:
         missing = _fill_head(model, source, missing, is_new=not is_scored)
     if missing:
@@ -99,17 +100,31 @@ def load(source: ModelSource, quant: Quant, device: torch.device | str) -> nn.Mo
     _refuse_damaged(model, source)
     new_tokens.resize(model, new_tokens.ids(source))
     long_rope.install(model)
-    return _annotate(model, source, quant)
+    return _annotate(model, source, quant, stored)
+
+
+def mapped(source: ModelSource) -> nn.Module:
+    """The unquantized model on the CPU, in the dtype of its files: weights are read from there when they are used."""
+    import torch
+
+    config = _configured(source)
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    model: nn.Module = _read(source, config, architecture.folder_of(source, weights=True), None, "cpu", dtype)[0]
+    return model
 
 
 def _read(
-    source: ModelSource, config: Any, folder: Path, quant: Quant, device: torch.device | str
+    source: ModelSource,
+    config: Any,
+    folder: Path,
+    quantization: Any,
+    device: torch.device | str,
+    dtype: torch.dtype,
 ) -> tuple[Any, list[str]]:
     """(model with the weights of the folder, names of the weights that the folder lacks)."""
     from transformers import GenerationConfig
     from transformers.models.auto.auto_factory import _get_model_class
 
-    dtype = dtype_for(source.dtype, device)
     given = quantized_files.weights(config, folder, dtype)
     with architecture.loading_errors(source):
         cls = auto_class(config, source.head)
@@ -120,7 +135,7 @@ def _read(
             config=config,
             **dtype_argument(dtype),
             attn_implementation=_attention(source),
-            quantization_config=_quantization(source, config, quant, device),
+            quantization_config=quantization,
             device_map={"": str(device)},
             use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
@@ -247,11 +262,14 @@ def is_in_bfloat16(source: ModelSource) -> bool:
     return bool(files) and set().union(*map(model_folder.stored_dtypes, files)) == {"BF16"}
 
 
-def _annotate(model: Any, source: ModelSource, quant: Quant) -> nn.Module:
-    """Record on the model its source (a Hub id, not the cache) and quantization, which must quantize something."""
+def _annotate(model: Any, source: ModelSource, quant: Quant, stored: str) -> nn.Module:
+    """Record on the model its source (a Hub id, not the cache) and quantization, which must quantize something.
+
+    ``stored``: how its files are quantized, if it is dequantized when it is loaded.
+    """
     model.name_or_path = model.config._name_or_path = source.path
     model.config._commit_hash = source.revision
-    model.quant = quant
+    model.quant, model.dequantized_from = quant, stored
     for name in vision.others(model):
         for module in model.get_submodule(name).modules():
             module.stays_plain = True

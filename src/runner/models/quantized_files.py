@@ -33,6 +33,14 @@ def method(config: Any) -> str:
     return str(given.get("quant_method") or ("unknown" if given else ""))
 
 
+def dequantized_from(config: Any) -> str:
+    """How the files are quantized whose weights are dequantized when they are loaded: ``gptq (4 bits)``; else empty."""
+    name = method(config)
+    if not name or name == BITSANDBYTES:
+        return ""
+    return f"{name} ({_given(config).get('bits', 4)} bits)" if name in packed_files.METHODS else name
+
+
 def faults(config: Any, path: str) -> Iterator[Fault]:
     """Why files that are quantized cannot be used for training."""
     name = method(config)
