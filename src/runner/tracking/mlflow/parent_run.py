@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runner")
 
-Publish = Callable[["MlflowClient", "Run", SweepDir, Sequence[RunDir], Sequence[State]], None]
-"""Writes the results of an ended sweep to its parent run: (client, parent run, sweep, run folders, their states)."""
+Publish = Callable[["MlflowClient", "Run", SweepDir, Sequence[RunDir], Sequence[State], bool], None]
+"""Writes the results of a sweep to its parent run: (client, parent run, sweep, run folders, their states, ended)."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def update_parent(
         states: the states of all runs; None: read them.
         queued: whether a queue or scheduler will start the pending runs; None: find out.
         restore: restore a deleted parent run.
-        publish: called if no run of the sweep is running or pending.
+        publish: writes the results to the parent run.
         notifies: send the message about the end of the sweep, if this is the update that ends it.
 
     Returns:
@@ -142,8 +142,8 @@ def update_parent(
             status = _send_counts(client, run.info.run_id, sweep, rundirs, states, queued)
             if notifies and status != "RUNNING" and run.info.status == "RUNNING" and not is_held(sweep.search_lock):
                 notify(sweep, status, states)
-            if status != "RUNNING" and publish:
-                publish(client, run, sweep, rundirs, states)
+            if publish:
+                publish(client, run, sweep, rundirs, states, status != "RUNNING")
             return ""
     except Exception as error:
         if not _is_gone(error):
