@@ -190,6 +190,8 @@ def test_jobs_of_slurm_waiting_at_work_and_cancelled(slurm: None, capsys: pytest
     assert "no log yet, the run is queued" in said_of("logs", "seeds/seed=2", capsys=capsys)[2]
     until(lambda: one.read_state().step >= 3)
     job = one.read_manifest()["slurm"]["job_id"]
+    assert lookup.resolve(job, Path("elsewhere")) == one, "Slurm knows where its output is"
+    assert lookup.resolve(job.partition("_")[0], Path("elsewhere")) == sweep
     assert re.search(rf"seed=1 +running .* job {job} on n\d", said_of("status", "seeds", capsys=capsys)[1])
 
     subprocess.run(["scancel", two.read_manifest()["slurm"]["job_id"]], check=True)

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from pathlib import Path
 from runner import terminal
 from runner.errors import ConfigError, DamagedError, Fault, suggest
 from runner.files import user_path
+from runner.tracking import slurm_client
 from runner.tracking.naming import short_name
 from runner.tracking.rundir import RunDir
-from runner.tracking.sweepdir import SweepDir, sweep_of
+from runner.tracking.sweepdir import SweepDir, slurm_room, sweep_of
 
+JOB_ID = re.compile(r"\d+(_\d+)?")
+"""A Slurm job, or a task of a job array."""
 SHORTEST_ID = 4
 """Minimum characters of an MLflow run id prefix: shorter words are more likely part of a name."""
 SHOWN, WIDEST = 8, 48
@@ -34,8 +38,8 @@ def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
     """The run or sweep that ``word`` names.
 
     ``word`` may be a folder (relative to the current directory or to ``outputs_dir``, or its last component only), a
-    unique prefix of an MLflow id, a Slurm job id, a name, SWEEP/LABEL, or some parts of a label
-    (``quant=4bit,lora.r=8``).
+    unique prefix of an MLflow id, a Slurm job id (of any folder, if Slurm still knows it), a name, SWEEP/LABEL, or some
+    parts of a label (``quant=4bit,lora.r=8``).
 
     Raises:
         ConfigError: no match (with the nearest names), or several matches (with all of them).
@@ -53,9 +57,26 @@ def resolve(word: str, outputs_dir: Path) -> RunDir | SweepDir:
     if matches:
         remedy = f"name one of these folders:{_listed(matches)}"
         raise ConfigError(Fault("", f"'{word}' is the name of {len(matches)} runs", remedy))
+    if found := JOB_ID.fullmatch(word) and _of_slurm_job(word):
+        return found
     raise ConfigError(
         Fault("", f"there is no run or sweep '{word}' below {outputs_dir}", _nearest(word, entries, outputs_dir))
     )
+
+
+def _of_slurm_job(word: str) -> RunDir | SweepDir | None:
+    """The run or sweep of a job whose folder Slurm knows; None if it does not."""
+    if (room := slurm_client.output_folder(word)) is None:
+        return None
+    if room.name == slurm_room(room).name and (home := _folder(str(room.parent), room)):
+        entries = list(_entries(home.path, word))
+        matches = [entry.what for entry in entries if word in entry.names]
+        if not matches and any(name.startswith(f"{word}_") for entry in entries for name in entry.names):
+            matches = [home]  # an array
+        if matches:
+            return matches[0]
+    problem = f"the Slurm job {word} belongs to no run: its output is in {room}"
+    raise ConfigError(Fault("", problem, "name a run, or the job id of one"))
 
 
 def resolve_run(word: str, outputs_dir: Path) -> RunDir:
@@ -216,6 +237,8 @@ def _nearest(word: str, entries: list[_Entry], outputs_dir: Path) -> str:
     names = {name for entry in entries for name in (*entry.names, terminal.nearest(entry.what.path))}
     if hint := suggest(word, names) or suggest(word, {part for name in names for part in name.split(",")}):
         return hint
+    if JOB_ID.fullmatch(word):
+        return "Slurm knows no such job either; of an older one set outputs_dir=FOLDER, or name its run"
     forms = f"a folder, a name or the beginning of an MLflow run id ({SHORTEST_ID} characters or more)"
     return f"RUN is {forms}; the latest:{_listed(entries)}"
 

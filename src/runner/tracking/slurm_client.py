@@ -6,11 +6,14 @@ reset), so a job is identified by its id and its random name.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from runner.errors import LaunchError
@@ -97,6 +100,20 @@ def named(name: str) -> list[str]:
     sacct = ["sacct", "--noheader", "--parsable2", "--allocations", f"--name={name}", "--starttime=now-30days"]
     lines = lines or slurm_commands.lines([*sacct, "--format=JobID"], or_none=True)
     return sorted({line.partition("_")[0] for line in lines})
+
+
+def output_folder(id: str) -> Path | None:
+    """The folder of the output of a job of any program, from the controller or accounting; None if neither knows it."""
+    if slurm_commands.silence():
+        return None
+    shown = "".join(slurm_commands.lines(["scontrol", "--oneliner", "show", "job", id], or_none=True))
+    if found := re.search(r"\bStdOut=(.+?)(?= \w+=|$)", shown):
+        return Path(found[1]).parent
+    sacct = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={id}", "--format=SubmitLine"]
+    for line in slurm_commands.lines(sacct, or_none=True):
+        with contextlib.suppress(ValueError):  # a quotation mark that is not closed
+            return Path(shlex.split(line)[-1]).parent  # submitit's script is beside the output
+    return None
 
 
 def fate(id: str, restarts: int) -> Fate:
