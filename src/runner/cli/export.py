@@ -16,9 +16,10 @@ from runner import terminal
 from runner.cli.args import MODEL_PATH, RUN, Args, Option, Verb, trained_run
 from runner.errors import ConfigError, Fault
 from runner.files import user_path, written_aside
-from runner.models import averaging, gguf_export, hub
+from runner.models import averaging, gguf_export, hub, loftq_base
 from runner.report import model_card
 from runner.tracking import lookup, naming, origin
+from runner.tracking.mlflow import pyfunc_model
 from runner.tracking.rundir import RunDir
 from runner.train import merge, trained_model
 from runner.train.trained_model import Trained
@@ -153,6 +154,9 @@ def _order(args: Args, run: Trained, rest: list[str]) -> _Order:
     if args["--dtype"] and not (whole or args["--gguf"]):
         remedy = "add --merged, or leave it out: an adapter keeps its dtype"
         faults.append(Fault("--dtype", "has no effect on an adapter", remedy, args["--dtype"]))
+    if (times := loftq_base.iterations_of(run.rundir.model)) > 1 and not whole and not args["--gguf"]:
+        problem = f"{times} iterations of LoftQ quantized the base of this adapter anew, so it fits no published model"
+        faults.append(Fault("export", problem, "add --merged"))
     if args["--gguf"] and run.scores:
         problem = "llama.cpp has no score heads, and the model of this run has one"
         faults.append(Fault("--gguf", problem, "leave it out; --merged writes the whole model"))
@@ -235,5 +239,5 @@ def _write(run: Trained, order: _Order, aside: Path) -> Check | None:
 
 def _copy(run: Trained, aside: Path) -> None:
     for path in sorted(run.rundir.model.iterdir()):
-        if path.is_file() and path.name != "README.md":
+        if path.is_file() and path.name not in ("README.md", *pyfunc_model.FILES):
             shutil.copy2(path, aside / path.name)

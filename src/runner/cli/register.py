@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 import shlex
@@ -19,7 +18,7 @@ from runner.cli.args import MODEL_PATH, RUN, Option, Verb, trained_run
 from runner.errors import ConfigError, Fault, RunnerError, TrackingError
 from runner.report import model_card
 from runner.secrets import take_credentials
-from runner.tracking.mlflow import registry, store, upload
+from runner.tracking.mlflow import pyfunc_model, registry, store, upload
 from runner.train import merge, trained_model
 from runner.train.trained_model import Trained
 
@@ -41,7 +40,6 @@ full precision, and answers texts with its chat template. A reward model or a cl
     MODEL_PATH,
 )
 
-PINNED = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "jinja2")
 ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]{1,255}", re.IGNORECASE)
 
 
@@ -176,46 +174,23 @@ def _pack(run: Trained, folder: Path, packed: Path, mlflow_run: Run, model_id: s
     """Write the model in MLflow's folder layout to ``packed``, and remove ``folder``."""
     import mlflow
     from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    params = [
-        ParamSpec("max_new_tokens", DataType.long, 256),
-        ParamSpec("temperature", DataType.double, 0.0),
-        ParamSpec("system", DataType.string, ""),
-    ]
-    text = output = Schema([ColSpec(DataType.string)])
-    if head := run.options.task.head:
-        params = params[-1:]
-        output = Schema([ColSpec(DataType.double, name) for name in head.outputs])
-        if _takes_pairs(run):
-            text = Schema([ColSpec(DataType.string, name) for name in ("prompt", "answer")])
+    head = run.options.task.head
+    signed = pyfunc_model.signature(head.outputs if head else (), takes_pairs=_takes_pairs(run))
     ids: dict[str, Any] = {"run_id": mlflow_run.info.run_id, **({"model_id": model_id} if model_id else {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about missing type hints; the signature is given here
         mlflow.pyfunc.save_model(
             path=str(packed),
-            python_model=str(Path(__file__).with_name("served.py")),
+            python_model=str(pyfunc_model.SERVED),
             artifacts={"model": str(folder)},
             model_config={"is_chat": run.is_chat, "problem": head.problem if head else None},
-            signature=ModelSignature(text, output, ParamSchema(params)),
-            pip_requirements=requirements(),
+            signature=ModelSignature.from_dict(signed),
+            pip_requirements=pyfunc_model.requirements(),
             mlflow_model=Model(**ids),
             metadata={"runner.signature": run.rundir.read_manifest().get("signature")},
         )
     shutil.rmtree(folder)  # it was copied: keep one copy on disk during the upload
-
-
-def requirements() -> list[str]:
-    """pip requirements to serve the model: the versions installed here."""
-    return [f"{package}=={version}" for package in PINNED if (version := _version(package))]
-
-
-def _version(package: str) -> str:
-    """The installed version without its local part (+cu128), which package indexes do not have; empty if missing."""
-    try:
-        return importlib.metadata.version(package).partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _record(run: Trained, name: str, version: str, alias: str | None) -> None:

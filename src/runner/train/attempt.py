@@ -81,7 +81,7 @@ def load(rundir: RunDir, options: Options, ranks: Ranks) -> Loaded:
 def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str, Any]:
     """Train to the last step, save the model and the samples; return the numbers of the summary (rank 0)."""
     from runner.models import pretrained
-    from runner.train import loop, text_generation
+    from runner.train import loop, mlmodel, text_generation
 
     inputs, parts, progress, probed = loaded
     leads, folder = parts.ranks.rank == 0, rundir.identity()
@@ -104,6 +104,8 @@ def train(rundir: RunDir, loaded: Loaded, stop: Stop, clock: Clock) -> dict[str,
     with stop.at_once(), clock.parts.timing("saving"):  # the last step is saved
         parts.checkpoints.restore_result(parts.model, progress)
         pretrained.save(parts.model, inputs.tokenizer, rundir.model, writes=leads)
+        if leads:
+            mlmodel.write(rundir, inputs)
     with stop.at_once(), clock.parts.timing("samples"):
         _answer(rundir, ask, samples, "after", writes=leads)
     watching.call("end", progress.step)

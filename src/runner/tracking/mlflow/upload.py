@@ -135,7 +135,8 @@ def send_model(client: MlflowClient, run: Run, name: str, kind: str, params: Map
         return
     from mlflow.entities import LoggedModelOutput
 
-    about = f"Its files: artifacts/model of run {run.info.run_id}. `python -m runner register` makes it loadable here."
+    about = f"`mlflow.pyfunc.load_model('runs:/{run.info.run_id}/model')` loads it where its base model is. "
+    about += "`python -m runner register` makes the whole model loadable here."
     tags = {"mlflow.note.content": about, "runner.run_id": run.info.run_id}
     if not (models := _models(client, run)):
         try:

@@ -1,11 +1,13 @@
 """A trained model as an MLflow pyfunc model: texts in, answers out, or scores.
 
-MLflow copies this file into the model's folder, so it must not import this package: only mlflow, torch and transformers
-are installed where the model is served.
+MLflow, or the runner, copies this file into the model's folder, so it must not import this package: only mlflow, torch
+and transformers are installed where the model is served, and PEFT for an adapter.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -18,7 +20,10 @@ class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Stops a warning of MLflow at every load about missing type hints (see ``predict``)."""
 
     def load_context(self, context: Any) -> None:
-        """Load model and tokenizer from the artifact ``model``: float32 on a CPU, the stored dtype on a GPU."""
+        """Load model and tokenizer from the artifact ``model``: float32 on a CPU, the stored dtype on a GPU.
+
+        An adapter is put on its base model, which ``adapter_config.json`` names.
+        """
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -26,8 +31,34 @@ class Answers(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.is_chat, self.problem = bool(context.model_config["is_chat"]), context.model_config.get("problem")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         auto = AutoModelForSequenceClassification if self.problem else AutoModelForCausalLM
+        if Path(folder, "adapter_config.json").is_file():
+            self.model = self._adapted(auto, Path(folder), context.model_config.get("quantization"), on_gpu)
+            return
         model = auto.from_pretrained(folder)
         self.model = (model if on_gpu else model.float()).to("cuda" if on_gpu else "cpu").eval()
+
+    def _adapted(self, auto: Any, folder: Path, quantization: dict[str, Any] | None, on_gpu: bool) -> Any:
+        """The base model with the adapter in ``folder``; ``quantization``: how the base is stored, if not as it is."""
+        from peft import PeftModel
+        from transformers import AutoConfig, BitsAndBytesConfig
+
+        about = json.loads(Path(folder, "adapter_config.json").read_text())
+        base = str(about["base_model_name_or_path"])
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            problem = f"the base model of this adapter is not here: {base}. Put it there, or register the run"
+            raise FileNotFoundError(f"{problem} (python -m runner register RUN NAME), which writes the whole model")
+        options: dict[str, Any] = {"revision": about["revision"]} if about.get("revision") else {}
+        if Path(folder, "config.json").is_file():  # of another head or other positions than the base has
+            options["config"] = AutoConfig.from_pretrained(folder)
+        if quantization:
+            options["quantization_config"] = BitsAndBytesConfig(**quantization)
+            options["device_map"] = {"": "cuda" if on_gpu else "cpu"}
+        model = auto.from_pretrained(base, **options)
+        model = model if on_gpu or quantization else model.float()
+        if len(self.tokenizer) > model.config.get_text_config().vocab_size:  # new tokens
+            model.resize_token_embeddings(len(self.tokenizer))
+        adapted = PeftModel.from_pretrained(model, folder)
+        return (adapted if quantization else adapted.to("cuda" if on_gpu else "cpu")).eval()
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
         """One answer per text. ``model_input``: a DataFrame (its first column), a list of texts, or one text.

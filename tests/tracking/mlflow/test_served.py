@@ -14,7 +14,7 @@ from fixtures import two_models, versions
 from fixtures.trained_runs import asked_plainly
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from runner.cli import served
+from runner.tracking.mlflow import served
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def test_it_imports_nothing_of_this_package() -> None:
     nodes = list(ast.walk(ast.parse(Path(served.__file__).read_text())))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in imported} == {"__future__", "mlflow", "pandas", "torch", "transformers",
-                                                            "typing"}  # fmt: skip
+    assert {name.partition(".")[0] for name in imported} == {"__future__", "json", "mlflow", "pandas", "pathlib",
+                                                            "peft", "torch", "transformers", "typing"}  # fmt: skip
 
 
 def test_answers_are_those_of_transformers(folder: Path) -> None:
