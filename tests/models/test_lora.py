@@ -115,7 +115,7 @@ def test_methods_offered_on_quantized_weights_train_there(source: ModelSource, m
         ("peft", {"method": "ia3", "target_module": ["q_proj"]}, "did you mean 'target_modules'?"),
         ("peft", {"method": "vera", "r": "8"}, "lora.r=8: must be a whole number"),
         ("peft", {"method": "ia3", "feedforward_modules": ["x"], "target_modules": ["y"]}, "subset"),
-        ("peft", {"method": "lora", "init_lora_weights": "eva"}, "eva with lora=lora"),
+        ("peft", {"method": "lora", "init_lora_weights": "eva"}, "eva and loftq with lora=lora"),
         ("peft", {"method": "lora", "corda_config": {}}, "is not supported by this train loop"),
         ("peft", {"method": "lora", "task_type": "SEQ_CLS"}, "is set by the runner"),
     ],

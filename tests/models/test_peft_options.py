@@ -42,7 +42,7 @@ def test_every_method_of_peft_is_supported_or_refused_with_a_reason() -> None:
         ("lora", {"task_type": "CAUSAL_LM"}, "task_type=CAUSAL_LM: is set by the runner"),
         ("lora", {"loftq_config": {}}, "is not supported by this train loop"),
         ("lora", {"init_lora_weights": "eva"}, "it needs passes over the data before training"),
-        ("lora", {"init_lora_weights": "loftq"}, "its adapter is wrong for any but the 4-bit weights"),
+        ("lora", {"init_lora_weights": "loftq"}, "without the scale of the adapter"),
         ("lora", {"r": "many"}, "r=many: must be a whole number"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, prepared
 
+from runner.models import loftq_base
 from runner.report import columns, leaderboard, model_card, results
 from runner.report.columns import Goal
 from runner.tracking.mlflow import tags
@@ -74,3 +75,17 @@ def test_the_card_of_an_adapter_says_where_its_base_is(
     compile(code, "card", "exec")
     loading = {"model=smollm2": "gguf_file='SmolLM2-135M-Instruct.Q4_1.gguf'", "model=llama": "'owner/name'"}
     assert loading.get(words[0], "replace by the path") in code
+
+
+def test_the_card_of_loftq_loads_the_base_in_its_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loftq_base, "read", lambda _: ({}, loftq_base.About(1, "nf4", True, "bfloat16")))
+    for words, loaded in ((("model=smollm2",), '"base"'), (("model=llama",), "'owner/name'")):
+        rundir = prepared(tmp_path / words[0], *words, "quant=4bit", "lora.init_lora_weights=loftq")
+        rundir.model.mkdir()
+        (rundir.model / loftq_base.FILE).touch()
+        base = "/cache/models--owner--name/snapshots/" + "0" * 40
+        code = model_card.text(rundir, ("adapter",), base, {}, is_chat=True).partition("```python\n")[2]
+        code = code.partition("```")[0]
+        compile(code, "card", "exec")
+        assert "quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4'" in code
+        assert f"base = AutoModelForCausalLM.from_pretrained({loaded}, quantization_config=quantized)" in code

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -124,29 +125,31 @@ def test_the_parent_shows_the_leaderboard_and_follows_when_runs_are_added(copied
     assert parent().data.tags["mlflow.note.content"] == "mine", "what somebody wrote stays"
 
 
-def test_a_running_sweep_shows_its_best_run_so_far(copied: Path):
+def test_a_running_sweep_shows_its_best_run_so_far(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    """In one write for each run that ends."""
     sweep = SweepDir(copied / "outputs" / "sweeps" / "small")
     noted = sweep.read()["mlflow"]
-    client = store.connect(noted["uri"])
+    client, sent = store.connect(noted["uri"]), []
     runs = sorted(sweep.rundirs(), key=lambda rundir: rundir.read_state().summary["eval/loss"])
-    states = [rundir.read_state() for rundir in runs]
+    states, label = zip(*((run.read_state(), run.read_manifest()["label"]) for run in runs), strict=True)
     for tag in ("runner.best_run", publish.STAMP, publish.COUNTED):
         client.delete_tag(noted["parent_run_id"], tag)
+    log_batch = client.log_batch
 
-    def seen(completed: set[int]) -> tuple[str | None, str | None]:
+    def spy(*args: Any, **batch: Any) -> None:
+        sent.append({point.key: point.value for point in batch["metrics"]})
+        log_batch(*args, **batch)
+
+    monkeypatch.setattr(client, "log_batch", spy)
+
+    def seen(*completed: int) -> tuple[str | None, str | None]:
         """(the best run, of how many) when these runs are completed and the others run."""
         now = [replace(state, status="completed" if i in completed else "running") for i, state in enumerate(states)]
-        run = client.get_run(noted["parent_run_id"])
-        publish.send(client, run, sweep, runs, now, False)
+        publish.send(client, client.get_run(noted["parent_run_id"]), sweep, runs, now, False)
         tags = client.get_run(noted["parent_run_id"]).data.tags
         return tags.get("runner.best_run"), tags.get(publish.COUNTED)
 
-    label = [rundir.read_manifest()["label"] for rundir in runs]
-    assert seen(set()) == (None, None)
-    assert seen({2}) == (label[2], "1")
-    writes = len(client.get_metric_history(noted["parent_run_id"], "best/eval/loss"))
-    assert seen({1, 2}) == (label[1], "2")
-    assert seen({1, 2}) == (label[1], "2")
-    points = client.get_metric_history(noted["parent_run_id"], "best/eval/loss")
-    assert len(points) == writes + 1, "one write for each run that ends"
-    assert points[-1].value == states[1].summary["eval/loss"]
+    assert seen() == (None, None)
+    assert seen(2) == (label[2], "1")
+    assert seen(1, 2) == seen(1, 2) == (label[1], "2")
+    assert [each["best/eval/loss"] for each in sent] == [states[2].summary["eval/loss"], states[1].summary["eval/loss"]]

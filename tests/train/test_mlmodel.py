@@ -37,9 +37,7 @@ def test_a_run_is_loaded_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     moved = shutil.copytree(run.model, tmp_path / "moved")
     about = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps({**about, "base_model_name_or_path": "/gone/base"}))
-    with pytest.raises(
-        FileNotFoundError, match=r"not here: /gone/base.*register the run"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"not here: /gone/base.*register the run"):
         mlflow.pyfunc.load_model(str(moved))
 
 

@@ -24,6 +24,7 @@ OPTIONS = [
     "lora=none optim=apollo optim.rank=8 optim.update_proj_gap=3",
     "lora=none lora.trainable_layers=-1",
     "lora=lora_fa lora.init_lora_weights=eva",
+    "quant=4bit lora.init_lora_weights=loftq lora.loftq_iter=2",
     "train.layer_norms=true train.profile=2 train.profile_start=3",
     "train.swa_start=0.3",
     "train.ema=0.9 train.metric_for_best_model=eval/loss train.save_total_limit=1",

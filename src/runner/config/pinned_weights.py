@@ -18,6 +18,8 @@ TEACHER = "task", "teacher"
 KEYS = tuple(map(".".join, (START, TEACHER)))
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of a PEFT adapter."""
+LOFTQ = "loftq.safetensors"
+"""Beside an adapter that began with LoftQ: the base that it belongs to (``models.loftq_base``)."""
 _FROZEN = re.compile(r"(.+)@([0-9a-f]{32})", re.DOTALL)
 
 

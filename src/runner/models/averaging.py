@@ -41,7 +41,7 @@ def average(folders: Sequence[Path], target: Path) -> str:
     configs = [model_folder.read_json(folder / pinned_weights.ADAPTER) for folder in folders]
     refuse(_faults(folders, configs))
     shutil.copytree(folders[0], target)
-    for path in sorted(target.glob(WEIGHTS)):
+    for path in sorted(set(target.glob(WEIGHTS)) - {target / pinned_weights.LOFTQ}):
         files = [safe_open(folder / path.name, "pt") for folder in folders]
         refuse(_shape_faults(folders, files))
         tensors = {name: _mean(name, [file.get_tensor(name) for file in files]) for name in files[0].keys()}  # noqa: SIM118
@@ -68,8 +68,16 @@ def _faults(folders: Sequence[Path], configs: Sequence[Mapping[str, Any] | None]
             if differing:
                 shown = ", ".join(differing)
                 yield Fault("--average", f"the adapters differ in {shown}", "name runs that are equal in these", folder)
+            elif _base_of(folder) != _base_of(folders[0]):
+                yield Fault("--average", "the adapters belong to different bases (LoftQ)", "name others", folder)
         elif files != names[0]:
             yield Fault("--average", "the models have different files of weights", "name runs of one model", folder)
+
+
+def _base_of(folder: Path) -> bytes:
+    """What tells the base of an adapter that began with LoftQ; the same options on the same model give the same."""
+    file = folder / pinned_weights.LOFTQ
+    return file.read_bytes() if file.is_file() else b""
 
 
 def _unsuited(config: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from runner.config.bind import bind, bind_target
 from runner.config.bounds import Must
 from runner.config.schema import Count, Fraction, Positive, Text
 from runner.errors import ConfigError, Fault, first_line, refuse, suggest
-from runner.models import adapter, experts, freezing, new_tokens, peft_options, warm_start
+from runner.models import adapter, experts, freezing, loftq_base, new_tokens, peft_options, warm_start
 from runner.models.kernels import compilation, score_head
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
 
 ALL_LINEAR = "all-linear"
-Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva"]
+Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
 FROM_DATA = "eva"
 """The initialisation that ``train.eva`` computes from the training data, when the model is loaded."""
 
@@ -68,6 +68,7 @@ def lora(
     use_dora: bool,
     use_rslora: bool,
     init_lora_weights: Init,
+    loftq_iter: Count = 1,
     target_parameters: Literal["experts"] | Annotated[list[Text], Len(1)] | None = None,
     start: Text | None = None,
     freeze_a: bool = False,
@@ -95,7 +96,7 @@ def lora(
         bias=bias,
         use_dora=use_dora,
         use_rslora=use_rslora,
-        init_lora_weights=True if init_lora_weights == FROM_DATA else init_lora_weights,
+        init_lora_weights=True if init_lora_weights in (FROM_DATA, loftq_base.INIT) else init_lora_weights,
         **({"target_parameters": parameters} if parameters else {}),
     )
     if freeze_a:
@@ -156,13 +157,20 @@ def check_none(**values: Any) -> Iterator[Fault]:
 
 
 def check_lora(
-    *, init_lora_weights: Init, r: int, target_parameters: Any = None, start: str | None = None, **others: Any
+    *,
+    init_lora_weights: Init,
+    r: int,
+    loftq_iter: int = 1,
+    target_parameters: Any = None,
+    start: str | None = None,
+    **others: Any,
 ) -> Iterator[Fault]:
     yield from _start_faults(start, init_lora_weights)
     if target_parameters is not None:
         yield from experts.faults(init_lora_weights, target_parameters, **others)
     if init_lora_weights == "orthogonal" and r % 2:
         yield Fault("r", "must be even with init_lora_weights=orthogonal", f"set it to {r + 1}", r)
+    yield from loftq_base.faults(init_lora_weights, loftq_iter, uses_dora=bool(others.get("use_dora")))
 
 
 def _start_faults(start: str | None, init: Any) -> Iterator[Fault]:
@@ -181,6 +189,7 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Check the options ``lora`` and ``quant`` together."""
     yield from _virtual_token_faults(cfg)
     quant: Quant = bind(cfg["quant"], "quant")()
+    yield from loftq_base.quant_faults(cfg["lora"].get("init_lora_weights"), quant)
     if quant.plain:
         return
     if bind_target(cfg["lora"]) is none:

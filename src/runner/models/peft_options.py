@@ -39,7 +39,7 @@ PROMPTS = ("p_tuning", "prefix_tuning", "prompt_tuning")
 OF_DATA = "it needs passes over the data before training"
 UNSUITED_INITS = {
     "eva": OF_DATA, "corda": OF_DATA, "lora_ga": OF_DATA,
-    "loftq": "PEFT computes it on GPUs alone, and its adapter is wrong for any but the 4-bit weights",
+    "loftq": "PEFT computes it on GPUs alone, and without the scale of the adapter",
 }  # fmt: skip
 """Initialisations that would not work as intended, with the reason."""
 
@@ -99,7 +99,7 @@ def _option_faults(method: str, options: Mapping[str, Any]) -> Iterator[Fault]:
         elif name == "init_lora_weights" and value in UNSUITED_INITS:
             problem = f"is not supported: {UNSUITED_INITS[str(value)]}"
             remedy = "use true, gaussian, orthogonal, pissa, pissa_niter_16 or olora"
-            yield Fault(name, problem, f"{remedy}, or eva with lora=lora", value)
+            yield Fault(name, problem, f"{remedy}, or eva and loftq with lora=lora", value)
         elif name != "init_lora_weights" and (problem := mismatch(value, types[name])):
             yield Fault(name, problem, f"see PEFT's {cls.__name__}.{name}", value)
 

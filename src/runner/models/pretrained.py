@@ -114,12 +114,7 @@ def mapped(source: ModelSource) -> nn.Module:
 
 
 def _read(
-    source: ModelSource,
-    config: Any,
-    folder: Path,
-    quantization: Any,
-    device: torch.device | str,
-    dtype: torch.dtype,
+    source: ModelSource, config: Any, folder: Path, quantization: Any, device: torch.device | str, dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
     """(model with the weights of the folder, names of the weights that the folder lacks)."""
     from transformers import GenerationConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault, refuse
-from runner.models import adapter, hub, model_folder, new_tokens
+from runner.models import adapter, hub, loftq_base, model_folder, new_tokens
 from runner.models.kernels import base_model
 
 FREE = {
@@ -38,13 +38,15 @@ def begin_with(model: Any, text: str) -> None:
         problem = f"{weights} {problem}" if problem else f"{folder / pinned_weights.ADAPTER} {model_folder.NOT_JSON}"
         raise ConfigError(Fault("lora.start", problem, "restore the file, or train that run again"))
     config = model.peft_config["default"]
-    refuse([*_kind_faults(config, saved), *_position_faults(model, folder)])
+    refuse([*_kind_faults(config, saved), *_position_faults(model, folder), *loftq_base.start_faults(model, folder)])
     refuse(_shape_faults(model, weights))
     if not any(parameter.is_meta for parameter in model.parameters()):
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
         set_peft_model_state_dict(model, load_file(weights))
+        if (folder / loftq_base.FILE).is_file():
+            loftq_base.keep(model, folder / loftq_base.FILE)
 
 
 def _kind_faults(config: Any, saved: Mapping[str, Any]) -> Iterator[Fault]:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from runner.models import hub
+from runner.models import hub, loftq_base
 from runner.models.kernels import compat
 from runner.models.kernels.score_head import ScoreHead
 from runner.secrets import redact, redact_tree
@@ -43,6 +43,16 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")"""
 OF_PROBLEM = {"single_label_classification": ".softmax(-1)", "multi_label_classification": ".sigmoid()"}
 CONFIGURED = """config = AutoConfig.from_pretrained(folder)  # with positions, head and padding token of this model
 """
+QUANTIZED = """from transformers import BitsAndBytesConfig
+
+# The adapter corrects the error of 4-bit weights (LoftQ): on other weights it would add that error."""
+UNPACKED = """
+# transformers does not quantize GGUF files: write the weights to a folder first
+del base.config.quantization_config
+plain = AutoModelForCausalLM.from_config(base.config)
+plain.load_state_dict(base.state_dict())
+plain.save_pretrained("base")
+base = AutoModelForCausalLM.from_pretrained("base")"""
 RESIZED = """
 tokenizer = AutoTokenizer.from_pretrained(folder)  # with the new tokens
 base.resize_token_embeddings(max(len(tokenizer), base.config.vocab_size))"""
@@ -172,6 +182,10 @@ def _base_code(base: str, name: str, model: Mapping[str, Any], rundir: RunDir) -
     code = f"base = AutoModelForCausalLM.from_pretrained({(name if where else base)!r}){where}"
     if "package" in model:
         code = PACKAGED.format(package=model["package"], file=model["file"])
+    if stored := loftq_base.library_code(rundir.model):
+        code = f"{QUANTIZED}\nquantized = {stored}\n{code}{UNPACKED * ('package' in model)}"
+        end = code.rindex(")")
+        code = code[:end] + ", quantization_config=quantized" + code[end:]
     if (rundir.model / "config.json").is_file():
         end = code.rindex(")")
         code = CONFIGURED + code[:end] + ", config=config" + code[end:]

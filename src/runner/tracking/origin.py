@@ -83,8 +83,10 @@ def keep_start(cfg: Mapping[str, Any], rundir: RunDir) -> None:
         return
     source = pinned_weights.adapter_in(Path(pinned_weights.split(text)[0]))
     rundir.start.mkdir(parents=True, exist_ok=True)
-    for name in (pinned_weights.ADAPTER, pinned_weights.WEIGHTS):
+    for name in (pinned_weights.ADAPTER, pinned_weights.WEIGHTS, pinned_weights.LOFTQ):
         (rundir.start / name).unlink(missing_ok=True)
+        if name == pinned_weights.LOFTQ and not (source / name).is_file():
+            continue
         try:
             os.link(source / name, rundir.start / name)
         except OSError:  # another file system, or one without links

@@ -66,6 +66,11 @@ class RunDir:
         return self.path / "eva.safetensors"
 
     @property
+    def loftq(self) -> Path:
+        """What an adapter with ``lora.init_lora_weights=loftq`` began with, and the base that it belongs to."""
+        return self.path / "loftq.safetensors"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

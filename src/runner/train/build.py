@@ -32,6 +32,7 @@ from runner.models.kernels import (
     varlen_attention,
 )
 from runner.models.pretrained import keep_updates
+from runner.models.quantization import loftq
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
 from runner.train import (
@@ -109,7 +110,9 @@ def resolve_compile(inputs: Inputs, expected: footprint.Expected, began: str | N
     return compilation.Choice(bind.bind(bind.option("compile", name), "compile"), name, reason)
 
 
-def load_model(inputs: Inputs, *, full: bool = False) -> torch.nn.Module:
+def load_model(
+    inputs: Inputs, first: Path | None = None, ranks: Ranks = ALONE, *, full: bool = False
+) -> torch.nn.Module:
     """Load the model on its device, quantize it and add the adapter; initial weights depend only on the seed.
 
     With ``parallel=fsdp`` the model stays on the CPU until it is sharded, because it may not fit on one device. For
@@ -121,16 +124,23 @@ def load_model(inputs: Inputs, *, full: bool = False) -> torch.nn.Module:
         is_bfloat16 = dtype_for(source.dtype, device) == torch.bfloat16 or (full and pretrained.is_in_bfloat16(source))
         source = replace(source, dtype="bfloat16" if is_bfloat16 else "float32")
         device = torch.device("cpu")
-    return initial_model(options, source, device)
+    return initial_model(options, source, device, first, ranks)
 
 
-def initial_model(options: Options, source: ModelSource, device: torch.device) -> torch.nn.Module:
-    """The model that training starts from, with its adapter."""
+def initial_model(
+    options: Options, source: ModelSource, device: torch.device, first: Path | None, ranks: Ranks = ALONE
+) -> torch.nn.Module:
+    """The model that training starts from, with its adapter. ``first``: what LoftQ gives it; written if missing."""
     torch.manual_seed(options.seed)
     base = pretrained.load(source, options.quant, device)
     torch.manual_seed(options.seed)
     model = options.lora(base)
     lora_linear.fuse(model)
+    if options.loftq_iter:
+        assert first is not None
+        compute = partial(loftq.compute, model, source, options.loftq_iter, first, terminal.progress("LoftQ: layer"))
+        unanimous(ranks, compute if ranks.rank == 0 else lambda: None)
+        loftq.begin(model, source, first)
     return model
 
 
@@ -144,7 +154,7 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     source, autocast = keep_updates(inputs.source, inputs.device, full=full)
     inputs = replace(inputs, source=source)
     choice = resolve_compile(inputs, expected, began=rundir.read_manifest().get("compile"))
-    model = load_model(inputs, full=full)
+    model = load_model(inputs, rundir.loftq, ranks, full=full)
     activation_checkpointing.arrange(model, settings.memory, eager=choice.is_eager)
     batches, evaluation = resolve_attention(
         inputs.source,

@@ -83,6 +83,9 @@ def inputs(options: Options, ranks: Ranks = ALONE) -> Inputs:
     notes += answers.note(questions, tokenizer)
     if options.begins_from_data:
         notes.append(("adapter", f"begins with directions of the data (EVA): up to {eva.MOST_PASSES} forward passes"))
+    if options.loftq_iter:
+        iterations = f"{options.loftq_iter} iteration{'s' * (options.loftq_iter > 1)}"
+        notes.append(("adapter", f"begins as what {options.quant.name} loses of the weights (LoftQ, {iterations})"))
     notes += image_rows.notes(options, splits.report) if vision.of(tokenizer) is not None else []
     usage.begin(device)
     return Inputs(

@@ -17,7 +17,7 @@ from runner.data import formats
 from runner.data.examples import Format
 from runner.data.mixture import ALONE, Mixture
 from runner.errors import ConfigError, Fault, refuse
-from runner.models import architecture, lora, quantized_files, sources
+from runner.models import architecture, loftq_base, lora, quantized_files, sources
 from runner.models.quantization.quant import Quant
 from runner.models.sources import ModelSource
 from runner.tasks.task import Task
@@ -122,6 +122,10 @@ class Options:
             raise ConfigError(Fault("quant", problem, "use quant=none", self.quant.name))
         if not (node := quantized_files.option(config)):
             return self
+        if self.loftq_iter:
+            problem = f"needs the unquantized weights, and the files of {source.name} have 4 or 8 bits"
+            remedy = "use the original model with quant=4bit, or set it to true"
+            raise ConfigError(Fault("lora.init_lora_weights", problem, remedy, loftq_base.INIT))
         cfg = {**self._cfg, "quant": node}
         refuse([*lora.check_combination(cfg), *parallel.check_combination(cfg)])
         return Options(cfg)
@@ -198,6 +202,12 @@ class Options:
     def begins_from_data(self) -> bool:
         """Whether the first weights of the adapter are computed from the training data, see ``eva``."""
         return bool(self._cfg["lora"].get("init_lora_weights") == lora.FROM_DATA)
+
+    @property
+    def loftq_iter(self) -> int:
+        """The iterations of LoftQ that the adapter begins with; 0: it begins otherwise."""
+        node = self._cfg["lora"]
+        return int(node.get("loftq_iter", 1)) if node.get("init_lora_weights") == loftq_base.INIT else 0
 
     @property
     def is_larger_better(self) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runner import terminal
 from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault, first_line
-from runner.models import architecture, model_folder, new_tokens, tokenizer_files
+from runner.models import architecture, loftq_base, model_folder, new_tokens, tokenizer_files
 from runner.models.kernels import base_model
 from runner.tracking import run_status
 from runner.tracking.rundir import RunDir
@@ -147,9 +147,10 @@ def without_adapter(model: Any) -> Iterator[Any]:
 
 
 def has_base_inside(model: Any) -> bool:
-    """Whether disabling the adapter gives the base model; not with trained biases (``lora.bias``)."""
+    """Whether disabling the adapter gives the base model; not with trained biases, nor weights quantized anew."""
     configs = getattr(model, "peft_config", {}).values()
-    return bool(configs) and all(getattr(config, "bias", "none") == "none" for config in configs)
+    is_base = all(getattr(config, "bias", "none") == "none" for config in configs)
+    return bool(configs) and is_base and not getattr(model, "is_requantized", False)
 
 
 def quiet() -> None:
@@ -171,6 +172,10 @@ def _adapted(base: Any, trained: Trained) -> Any:
     weights = trained.rundir.model / ADAPTER_WEIGHTS
     if problem := model_folder.damage(weights) if weights.is_file() else "does not exist":
         raise ConfigError(Fault("", f"{weights} {problem}", "train the run again, or restore the file"))
+    if trained.options.loftq_iter or (trained.rundir.model / loftq_base.FILE).is_file():
+        from runner.models.quantization import loftq
+
+        loftq.settle(base, trained.base, trained.rundir.model / loftq_base.FILE)
     try:
         return PeftModel.from_pretrained(base, str(trained.rundir.model)).eval()
     except (RuntimeError, ValueError, KeyError) as error:

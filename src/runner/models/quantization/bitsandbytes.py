@@ -105,6 +105,7 @@ class FourBit(Quant):
     compute_dtype: Precision
     methods: tuple[str, ...] = METHODS
     unpacks: bool = True
+    packs: bool = True
     spares: bool = True
 
     @property
@@ -156,6 +157,14 @@ class FourBit(Quant):
 
         dense = dequantize_4bit(weight, state).to(dtype)
         return dense if out is None else out.copy_(dense)
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Any]:
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(
+            weight.contiguous(), blocksize=BLOCK, compress_statistics=self.double, quant_type=self.kind
+        )
+        return packed, state
 
 
 def _selects(layer: nn.Module) -> bool:

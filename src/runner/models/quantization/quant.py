@@ -70,6 +70,13 @@ class Quant(Protocol):
         is_wanted = not getattr(layer, "stays_plain", False)  # as what reads the images of a model does
         return self.selects(layer) and is_wanted if is_empty else self.holds(layer)
 
+    packs: bool = False
+    """Whether ``pack`` quantizes a weight: then LoftQ works."""
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Any]:
+        """(the quantized weight, what ``unpack`` needs beside it) of a dense weight (rows, columns)."""
+        raise AssertionError(f"{self.name} packs no weight of shape {tuple(weight.shape)}")
+
     @abstractmethod
     def bytes_of(self, rows: int, columns: int) -> float:
         """Bytes of a quantized weight of this shape, including its scales."""

@@ -1,0 +1,184 @@
+"""LoftQ: the adapter begins as what 4-bit weights lose (https://arxiv.org/abs/2310.08659, algorithm 1).
+
+W ≈ Q + B·A: quantize W − B·A to Q, then let B·A be the best product of rank r for W − Q, alternately. After one
+iteration Q is the plain 4-bit weight, so the adapter fits every 4-bit base of the same kind. After more, no program
+gets Q by quantizing the model: it is ``quantize(W − B'·A')`` with the factors of the iteration before. These are kept
+in ``loftq_base.FILE`` beside the adapter, and the base gets its Q again wherever the runner loads the adapter.
+
+PEFT 0.21 computes it on GPUs alone, and ignores the scale of the adapter (``loftq_init``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import ConfigError, Fault
+from runner.files import write_atomic
+from runner.models import loftq_base, pretrained
+from runner.models.loftq_base import About
+from runner.models.quantization.bitsandbytes import four_bit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from runner.models.sources import ModelSource
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of a layer."""
+log = logging.getLogger("runner")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Of one weight (rows, columns): W ≈ Q + b·a and Q = quantize(W − before_b·before_a), all float32."""
+
+    b: Tensor
+    """(rows, r)."""
+    a: Tensor
+    """(r, columns)."""
+    before_b: Tensor
+    before_a: Tensor
+
+
+def factors(weight: Tensor, rounded: Callable[[Tensor], Tensor], rank: int, iterations: int) -> Factors:
+    """Algorithm 1. ``rounded``: a weight (rows, columns) → its values after quantization, in float32."""
+    import torch
+
+    rows, columns = weight.shape
+    b, a = weight.new_zeros(rows, rank, dtype=torch.float32), weight.new_zeros(rank, columns, dtype=torch.float32)
+    for _ in range(iterations):
+        before_b, before_a = b, a
+        rest = weight.float() - rounded(without(weight, b, a))
+        u, s, vh = torch.linalg.svd(rest, full_matrices=False)
+        b, a = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * vh[:rank]
+    return Factors(b, a, before_b, before_a)
+
+
+def without(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """W − b·a in float32, computed in float64: any number of threads gives the same values to quantize."""
+    return (weight.double() - b.double() @ a.double()).float()
+
+
+def compute(model: Any, source: ModelSource, iterations: int, file: Path, progress: Callable[[int, int], None]) -> None:
+    """Write the factors of every 4-bit layer that ``model`` adapts to ``file``, unless it is there.
+
+    The unquantized weights stay in the files of the model; one at a time is read. ``progress``: called with (layers
+    done, all layers).
+    """
+    from safetensors.torch import save
+
+    if file.is_file():
+        return
+    plain, layers, about = pretrained.mapped(source), list(_adapted(model)), None
+    found: dict[str, Tensor] = {}
+    for done, (name, layer) in enumerate(layers):
+        progress(done, len(layers))
+        weight, base = _dense(plain, name), layer.get_base_layer()
+        about = about or About(iterations, *loftq_base.kind(model.quant), _name_of(base.weight.quant_state.dtype))
+        rounded = _rounding(model.quant, about.torch_dtype)
+        of_layer = factors(weight.to(base.weight.device), rounded, layer.r["default"], iterations)
+        found |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in vars(of_layer).items()}
+    if about is None:
+        problem = "has no effect: none of the adapted layers has 4-bit weights"
+        raise ConfigError(
+            Fault("lora.init_lora_weights", problem, "choose other lora.target_modules, or true", loftq_base.INIT)
+        )
+    write_atomic(file, save(found, metadata={"loftq": json.dumps(vars(about))}))
+    log.info(f"the adapter begins as what {model.quant.name} loses of {len(layers)} weights (LoftQ)")
+
+
+def begin(model: Any, source: ModelSource, file: Path) -> None:
+    """Give the adapter of ``model`` its first values, and its base the Q that they belong to, from ``file``."""
+    import torch
+
+    tensors, about = loftq_base.read(file)
+    requantize(model, source, tensors, about)
+    with torch.no_grad():
+        for name, layer in _adapted(model):
+            root = layer.scaling["default"] ** 0.5  # the layer adds scaling · B·A
+            layer.lora_A["default"].weight.copy_(tensors[f"{name}.a"] / root)
+            layer.lora_B["default"].weight.copy_(tensors[f"{name}.b"] / root)
+    loftq_base.keep(model, file)
+
+
+def settle(base: Any, source: ModelSource, file: Path) -> None:
+    """Give the layers of a base model the weights Q that the adapter beside ``file`` was trained on.
+
+    4-bit weights are quantized again after several iterations; unquantized ones become the values of Q.
+
+    Raises:
+        ConfigError: the file is damaged, or the weights are stored in another way.
+    """
+    tensors, about = loftq_base.read(file)
+    if not base.quant.plain:
+        loftq_base.refuse_other(base.quant, about)
+        requantize(base, source, tensors, about)
+        return
+    import torch
+
+    quant = four_bit(kind=about.kind, double=about.double, compute_dtype="auto")
+    with torch.no_grad():
+        for name in _names(tensors):
+            module = base.get_submodule(name)
+            b, a = (tensors[f"{name}.before_{part}"].to(module.weight.device) for part in "ba")
+            dense = _rounding(quant, about.torch_dtype)(without(_dense(base, name), b, a))
+            module.weight.copy_(dense.t() if _is_turned(module) else dense)
+
+
+def requantize(model: Any, source: ModelSource, tensors: Mapping[str, Tensor], about: About) -> None:
+    """After several iterations: replace the 4-bit weights of the layers in ``tensors`` by Q, in place."""
+    if about.iterations == 1:
+        return
+    plain, inner = pretrained.mapped(source), getattr(model, "get_base_model", lambda: model)()
+    for name in _names(tensors):
+        module: Any = inner.get_submodule(name)
+        module = getattr(module, "base_layer", module)
+        b, a = (tensors[f"{name}.before_{part}"].to(module.weight.device) for part in "ba")
+        dense = without(_dense(plain, name).to(module.weight.device), b, a)
+        module.weight.data, state = model.quant.pack(dense.to(about.torch_dtype))
+        module.weight.quant_state = module.quant_state = state
+    inner.is_requantized = True
+
+
+def _names(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name.removesuffix(".before_a") for name in tensors if name.endswith(".before_a")]
+
+
+def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name in the base model, LoRA layer) of each layer with 4-bit weights that the model adapts."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and model.quant.holds(module.get_base_layer()):
+            yield name.removeprefix(PREFIX), module
+
+
+def _rounding(quant: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def rounded(weight: Tensor) -> Tensor:
+        packed, state = quant.pack(weight.to(dtype))
+        dense: Tensor = quant.unpack(packed, state, dtype)
+        return dense.float()
+
+    return rounded
+
+
+def _dense(plain: Any, name: str) -> Tensor:
+    """The unquantized weight (outputs, inputs) of a layer."""
+    module: nn.Module = plain.get_submodule(name)
+    weight: Any = module.weight
+    return (weight.t() if _is_turned(module) else weight).detach()  # type: ignore[no-any-return]
+
+
+def _is_turned(module: nn.Module) -> bool:
+    """GPT-2's layers have weights (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
