@@ -131,8 +131,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         "slurm": ("need a Slurm", "scripts/slurm-lab/up, then uv run pytest -m slurm"),
         "browser": ("need Chromium", "apt-get install chromium"),
         "gpu": ("need a GPU", "uv run pytest -m gpu, on a machine that has one"),
+        "extras": ("need more packages", "uv run --all-extras --group peers --with trackio pytest -m extras"),
     }
-    counts = {"slow": config.stash.get(LEFT_OUT, 0), **{need: skipped[need] for need in ("slurm", "browser", "gpu")}}
+    counts = {need: skipped[need] for need in ways} | {"slow": config.stash.get(LEFT_OUT, 0)}
     for need, count in counts.items():
         if count:
             what, way = ways[need]
@@ -140,7 +141,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _need(report: Any) -> str:
-    """What a skipped test needs, from its reason."""
+    """What a skipped test needs, from its mark or its reason."""
+    if "extras" in report.keywords:
+        return "extras"
     reason = str(report.longrepr).lower()
     return next((need for word, need in NEEDS.items() if word in reason), "")
 

@@ -22,6 +22,7 @@ def test_tasks_without_lm_eval_say_what_to_install(capsys: pytest.CaptureFixture
     assert (code, "runner[eval]" in err) == (2, True)
 
 
+@pytest.mark.extras
 def test_tasks_of_lm_eval_from_a_local_file(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     pytest.importorskip("lm_eval", reason="lm-eval is an extra: uv sync --extra eval")
     run = trained("first")

@@ -87,6 +87,7 @@ def answers(tokenizer: Any, name: str) -> list[str] | None:
     return [*texts, tokenizer.decode(run)] if run else texts
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("name", TALKS)
 @pytest.mark.parametrize("file", templates(), ids=lambda file: file.stem[: -len("_training")])
 def test_answers_are_those_between_the_marks(file: Path, name: str) -> None:
@@ -105,6 +106,7 @@ def test_answers_are_those_between_the_marks(file: Path, name: str) -> None:
         assert after.strip() in ("", "<eos>", "<|end|>")  # of gpt-oss: an earlier answer ends otherwise than the last
 
 
+@pytest.mark.extras
 def test_there_are_templates() -> None:
     if importlib.util.find_spec("trl") is None:
         pytest.skip("TRL is not installed")

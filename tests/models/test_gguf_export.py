@@ -17,6 +17,7 @@ from runner.cli import main
 from runner.models import gguf_export
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec(gguf_export.PACKAGE) is None,

@@ -141,6 +141,7 @@ def test_fp8_is_dequantized(folder: Path) -> None:
     dequantized_as_transformers_does(folder, transformers.FineGrainedFP8Config(dequantize=True))
 
 
+@pytest.mark.extras
 def test_compressed_tensors_are_dequantized(folder: Path) -> None:
     pytest.importorskip("compressed_tensors")
     stored = {}

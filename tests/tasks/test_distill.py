@@ -127,6 +127,7 @@ def test_the_divergence_is_that_of_trl(models: Any, beta: float) -> None:
     assert metrics["divergence"] == metrics["loss"] == pytest.approx(OF_TRL[beta], abs=1e-6)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("beta", OF_TRL)
 def test_the_numbers_of_trl_are_those_of_the_installed_trl(models: Any, beta: float) -> None:

@@ -75,6 +75,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, cache: Path) -
     killed_runs.assert_same_end(whole, killed)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_the_loss_is_that_of_an_installed_trl(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trl = pytest.importorskip("trl")
@@ -106,6 +107,7 @@ def test_the_loss_is_that_of_an_installed_trl(tmp_path: Path, cache: Path, monke
         assert ours == pytest.approx(theirs, rel=1e-5), loss_type
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["cpo", "simpo", "orpo"])
 def test_the_losses_without_a_reference_are_those_of_an_installed_trl(loss_type: str) -> None:

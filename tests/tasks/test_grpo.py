@@ -89,6 +89,7 @@ def test_the_loss_is_that_of_trl_for_any_cut(models: Any, loss_type: str) -> Non
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
 def test_the_numbers_of_trl_are_those_of_the_installed_trl(models: Any, tmp_path: Path, loss_type: str) -> None:

@@ -81,6 +81,7 @@ def test_the_loss_is_that_of_trl(models: Any, loss_type: str) -> None:
     assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"])
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", OF_TRL)
 def test_the_numbers_of_trl_are_those_of_the_installed_trl(models: Any, tmp_path: Path, loss_type: str) -> None:

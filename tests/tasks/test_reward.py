@@ -72,6 +72,7 @@ def test_the_loss_is_that_of_trl(loaded: Any, center: float, margin: float) -> N
     assert metrics["min_reward"] <= metrics["mean_reward"] <= metrics["max_reward"]
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_the_numbers_are_those_of_the_installed_trl(loaded: Any, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")

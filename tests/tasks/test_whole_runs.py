@@ -143,6 +143,7 @@ def test_grpo_in_4_bits_is_the_same_for_any_cut(tmp_path: Path, cache: Path) -> 
         assert whole == pytest.approx(cut, abs=1e-4), name
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_grpo_on_problems_of_gsm8k(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2 answers real problems: rewards are those of its answers, and a resumed run gives the same ones."""

@@ -184,6 +184,7 @@ def test_a_model_without_weights_is_fused_where_the_model_with_weights_is(quant:
     assert lora_linear.fuse(without_weights(quant, target_modules=targets)) == lora_linear.fuse(loaded)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [200, 20], ids=["many rows", "few rows"])
 def test_torchao_through_the_protocol_alone(rows: int):

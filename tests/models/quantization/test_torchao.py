@@ -44,6 +44,7 @@ def quantized(source: ModelSource, kind: str) -> object:
     return pretrained.load(source, option("quant", "torchao", kind=kind)(), "cpu")
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_fused_as_peft_does_and_is_loaded_again(source: ModelSource, kind: str, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -71,6 +72,7 @@ def _tokenizer(source: ModelSource) -> object:
     return AutoTokenizer.from_pretrained(source.path)
 
 
+@pytest.mark.extras
 def test_a_run_and_its_merged_export(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
     monkeypatch.chdir(tmp_path)

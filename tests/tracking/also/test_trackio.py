@@ -15,7 +15,10 @@ from fixtures.mirrored_runs import finish, make_run, outputs
 
 from runner.tracking import metrics_log
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs trackio")
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs trackio"),
+]
 SHOWN = """
 import sys
 from trackio.sqlite_storage import SQLiteStorage
