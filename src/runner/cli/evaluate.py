@@ -191,7 +191,7 @@ def _give_reference(run: Trained, batches: Batches, wrapped: Wrapped) -> Start:
     task = run.options.task
     assert task.reference is not None
     source, _ = keep_updates(run.base, wrapped.device, full=not run.is_adapter)
-    model = build.initial_model(run.options, source, wrapped.device, run.rundir.loftq)
+    model = build.initial_model(run.options, source, run.options.quant, wrapped.device, run.rundir.loftq)
     build.resolve_attention(source, model, wrapped.autocast, batches)
     build.resolve_lm_head(model, wrapped.autocast, "none")
     start = reference.Start(model, task.reference, wrapped, ALONE, run.options.start)

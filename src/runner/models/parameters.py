@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
 
 KINDS = ("embedding", "linear", "head", "adapter", "other")
+PACKED = "packed_weights"
+"""Name of a parameter with copies of the bytes of quantized weights, see ``train/distributed/packed_weights``."""
 NEARLY_ALL = 0.95
 """Fraction of the layers' weights from which quantizing them counts as quantizing all."""
 
@@ -83,6 +85,8 @@ def _weights(model: Any) -> Iterator[_Weight]:
     parts_of_head = {id(module) for head in heads for module in head.modules()}
     adapted = _adapted(model)
     for name, parameter in model.named_parameters():
+        if name.endswith(f".{PACKED}"):
+            continue
         module = model.get_submodule(name.rpartition(".")[0])
         quantized, kind = False, _kind(model, name, module, id(module) in parts_of_head)
         if quant is not None and parameter.dim() > 1 and kind != "adapter":

@@ -33,6 +33,7 @@ from runner.models.kernels import (
 )
 from runner.models.pretrained import keep_updates
 from runner.models.quantization import loftq
+from runner.models.quantization.quant import Quant
 from runner.models.sources import ModelSource
 from runner.tracking.rundir import RunDir
 from runner.train import (
@@ -119,20 +120,20 @@ def load_model(
     full fine-tuning (``full``), the weights of bfloat16 files stay in bfloat16 until then: so they are mapped from the
     files, in memory that the processes of a machine share. ``wrap`` makes float32 of them, a layer at a time.
     """
-    options, device, source = inputs.options, inputs.device, inputs.source
+    options, device, source, quant = inputs.options, inputs.device, inputs.source, inputs.options.quant
     if options.parallel.kind == "fsdp":
         is_bfloat16 = dtype_for(source.dtype, device) == torch.bfloat16 or (full and pretrained.is_in_bfloat16(source))
         source = replace(source, dtype="bfloat16" if is_bfloat16 else "float32")
-        device = torch.device("cpu")
-    return initial_model(options, source, device, first, ranks)
+        quant, device = quant.on(device), torch.device("cpu")
+    return initial_model(options, source, quant, device, first, ranks)
 
 
 def initial_model(
-    options: Options, source: ModelSource, device: torch.device, first: Path | None, ranks: Ranks = ALONE
+    options: Options, source: ModelSource, quant: Quant, device: torch.device, first: Path | None, ranks: Ranks = ALONE
 ) -> torch.nn.Module:
     """The model that training starts from, with its adapter. ``first``: what LoftQ gives it; written if missing."""
     torch.manual_seed(options.seed)
-    base = pretrained.load(source, options.quant, device)
+    base = pretrained.load(source, quant, device)
     torch.manual_seed(options.seed)
     model = options.lora(base)
     lora_linear.fuse(model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from conftest import composed, node
 from fixtures.ranks_of_a_run import OPTIONS, several
+from fixtures.versions import byte_shards
 
 from runner.config.bind import bind
 from runner.errors import ConfigError
@@ -40,11 +43,11 @@ def test_what_contradicts_the_launcher_is_refused(chosen: str, given: dict[str, 
 
 @pytest.mark.parametrize(
     "option",
-    ["quant=4bit", "optim=adamw_8bit", "optim=paged_adamw_8bit", "optim=lion", "optim=muon", "compile=default"],
+    ["quant=8bit", "optim=adamw_8bit", "optim=paged_adamw_8bit", "optim=lion", "optim=muon", "compile=default"],
 )
 def test_what_cannot_be_sharded_is_refused(option: str):
     with pytest.raises(
-        ConfigError, match=r"parallel=fsdp: .*(shard|gathers weights layer by layer|does not support quantized weights)"
+        ConfigError, match=r"parallel=fsdp: .*(shard|gathers weights layer by layer|does not shard weights in int8)"
     ):
         composed(*OPTIONS, *several("fsdp"), option)
     composed(*OPTIONS, *several("ddp"), option)
@@ -55,3 +58,21 @@ def test_weights_in_bfloat16_are_gathered_as_they_are():
     assert bind(composed(*words)["parallel"], "parallel")().param_dtype == "bfloat16"
     with pytest.raises(ConfigError, match=r"parallel.param_dtype=bfloat16: has no effect with model.dtype=bfloat16"):
         composed(*words, "model.dtype=bfloat16")
+
+
+@byte_shards
+def test_weights_in_4_bits_are_sharded(monkeypatch: pytest.MonkeyPatch):
+    cfg = composed(*OPTIONS, *several("fsdp"), "quant=4bit")
+
+    def faults(**changes: Any) -> list[str]:
+        return [f"{each.key}: {each.problem}; {each.remedy}" for each in parallel.check_combination({**cfg, **changes})]
+
+    assert faults() == faults(quant=node("quant", "fp4")) == faults(compile=node("compile", "regional")) == []
+    (fault,) = faults(parallel={**cfg["parallel"], "param_dtype": "bfloat16"})
+    assert fault.startswith("parallel.param_dtype: has no effect on weights in nf4 (bitsandbytes)")
+    monkeypatch.setattr(parallel, "SHARDS_BYTES", "99.1")
+    (fault,) = faults()
+    assert fault.startswith(
+        "parallel: parallel=fsdp with weights in nf4 (bitsandbytes) needs torch 99.1; install torch"
+    )
+    assert fault.endswith("or use parallel=ddp")

@@ -27,6 +27,13 @@ from runner.train.options import Options
 TIMES = ("time", "train/tokens_per_second", "train/step_seconds", "train/data_wait_fraction", "train/mfu")
 DROPOUT = ("lora.lora_dropout=0.2",)
 FULL = ("lora=none", "optim.learning_rate=1e-3")
+TRAINED = {
+    "adapter, packed": (),
+    "adapter, padded": ("data.packing=false",),
+    "full, packed": FULL,
+    "full, averaged, with noise": (*FULL, "train.ema=0.5", "train.neftune_noise_alpha=20"),
+    "4 bits": ("quant=4bit",),
+}
 
 
 def alone(folder: Path, *overrides: str) -> RunDir:
@@ -61,23 +68,20 @@ def outcome(rundir: RunDir) -> tuple[Any, ...]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize(
-    "options",
-    [(), ("data.packing=false",), FULL, (*FULL, "train.ema=0.5", "train.neftune_noise_alpha=20")],
-    ids=["adapter, packed", "adapter, padded", "full, packed", "full, averaged, with noise"],
-)
-def test_two_processes_train_what_one_trains(tmp_path: Path, cache: Path, kind: str, options: tuple[str, ...]):
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_processes_train_what_one_trains(tmp_path: Path, cache: Path, kind: str, name: str):
+    options = TRAINED[name]
     one = alone(tmp_path / "one", *OPTIONS, *options, "train.per_device_batch_size=4")
     two = completed(tmp_path / "two", *OPTIONS, *options, *several(kind))
-    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/token_accuracy"):
-        assert of(two, name) == pytest.approx(of(one, name), abs=1e-5), name
+    for metric in ("train/loss", "train/grad_norm", "eval/loss", "eval/token_accuracy"):
+        assert of(two, metric) == pytest.approx(of(one, metric), abs=1e-5), metric
     assert of(two, "train/tokens") == of(one, "train/tokens")
     assert of(two, "train/epoch") == of(one, "train/epoch")
     found, expected = weights(two), weights(one)
     assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].shape == tensor.shape
-        assert float((found[name] - tensor).abs().max()) < 1e-3, name
+    for each, tensor in expected.items():
+        assert found[each].shape == tensor.shape
+        assert float((found[each] - tensor).abs().max()) < 1e-3, each
     assert of(one, "train/loss")[-1] < of(one, "train/loss")[0]
 
 
@@ -232,6 +236,9 @@ class _Layers(torch.nn.Module):
 # Stopped, killed, continued
 
 
+KINDS = {
+    "ddp": several("ddp"), "fsdp": several("fsdp"), "fsdp, 4 bits": (*several("fsdp"), "quant=4bit"),
+}  # fmt: skip
 DISTURBED = (*OPTIONS, *DROPOUT, "train.save_steps=2", "train.sample_prompts=1")
 
 
@@ -239,17 +246,19 @@ DISTURBED = (*OPTIONS, *DROPOUT, "train.save_steps=2", "train.sample_prompts=1")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[str], tuple[Any, ...]]:
     """Kind → the outcome of the run that nothing stops."""
     return functools.cache(
-        lambda kind: outcome(completed(tmp_path_factory.mktemp(kind) / "whole", *DISTURBED, *several(kind)))
+        lambda kind: outcome(completed(tmp_path_factory.mktemp("whole") / "run", *DISTURBED, *KINDS[kind]))
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("end", ["die", "term"])
+@pytest.mark.parametrize(
+    ("kind", "end"),
+    [("ddp", "die"), ("ddp", "term"), ("fsdp", "term"), ("fsdp, 4 bits", "die")],
+)
 def test_a_run_that_was_stopped_or_killed_ends_with_the_same_weights(
     tmp_path: Path, undisturbed: Callable[[str], tuple[Any, ...]], kind: str, end: str
 ):
-    rundir = prepared(tmp_path / "halves", *DISTURBED, *several(kind))
+    rundir = prepared(tmp_path / "halves", *DISTURBED, *KINDS[kind])
     code, said = worked(rundir, end, "3", "1")
     state = rundir.read_state()
     if end == "die":

@@ -6,13 +6,13 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.errors import ConfigError, Fault
 from runner.models.dtypes import Precision, dtype_faults, dtype_for
 from runner.models.kernels import compat
-from runner.models.quantization.quant import Quant
+from runner.models.quantization.quant import Place, Places, Quant
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,7 @@ class FourBit(Quant):
     unpacks: bool = True
     packs: bool = True
     spares: bool = True
+    shards: bool = True
 
     @property
     def name(self) -> str:
@@ -138,6 +139,9 @@ class FourBit(Quant):
         blocks = rows * columns / BLOCK
         return rows * columns / 2 + (blocks * (1 + 4 / NESTED_BLOCK) if self.double else blocks * 4)
 
+    def on(self, device: torch.device | str) -> FourBit:
+        return replace(self, compute_dtype=_name_of(self.compute_dtype, device))
+
     def after_load(self, model: nn.Module) -> None:
         """Let training follow an evaluation.
 
@@ -151,6 +155,14 @@ class FourBit(Quant):
 
     def state(self, layer: Any) -> Any:
         return layer.weight.quant_state
+
+    def places(self, layer: Any) -> Places:
+        weight, state = layer.weight, layer.weight.quant_state
+        sharded, small = [Place(weight, "data"), Place(state, "absmax")], [Place(state, "code")]
+        if state.nested:
+            sharded.append(Place(state.state2, "absmax"))
+            small += [Place(state.state2, "code"), Place(state, "offset")]
+        return Places(sharded, small)
 
     def unpack(self, weight: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -186,8 +198,8 @@ def _keep_scales(module: Any) -> None:
     module.weight.CB = module.weight.SCB = None
 
 
-def _name_of(name: Precision, device: torch.device | str) -> str:
-    return str(dtype_for(name, device)).removeprefix("torch.")
+def _name_of(name: Precision, device: torch.device | str) -> Precision:
+    return "bfloat16" if str(dtype_for(name, device)) == "torch.bfloat16" else "float32"
 
 
 def _library_faults() -> Iterator[Fault]:

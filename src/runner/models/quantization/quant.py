@@ -11,11 +11,34 @@ anyway, and a float32 head costs memory (1 GiB for Llama-3's vocabulary) for not
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+class Place(NamedTuple):
+    """An attribute of an object of a quantization library that is a tensor."""
+
+    owner: Any
+    name: str
+
+    def get(self) -> Tensor:
+        tensor: Tensor = getattr(self.owner, self.name)
+        return tensor.detach()
+
+    def put(self, tensor: Tensor) -> None:
+        setattr(self.owner, self.name, tensor)
+
+
+class Places(NamedTuple):
+    """All tensors of a quantized weight."""
+
+    sharded: list[Place]
+    """Those that grow with the weight: its bytes and scales."""
+    small: list[Place]
+    """Tables, of at most a few KiB."""
 
 
 class Quant(Protocol):
@@ -31,7 +54,9 @@ class Quant(Protocol):
         ...
 
     plain: bool = False
-    """Whether all weights stay as they are: full fine-tuning, every adapter and FSDP work."""
+    """Whether all weights stay as they are: full fine-tuning and every adapter work."""
+    shards: bool = False
+    """Whether FSDP can shard the quantized weights: ``places`` names their tensors."""
     methods: tuple[str, ...] = ("lora",)
     """The PEFT methods that work on these weights, by PEFT's names."""
     graph_breaks: str = ""
@@ -82,6 +107,10 @@ class Quant(Protocol):
         """Bytes of a quantized weight of this shape, including its scales."""
         ...
 
+    def on(self, device: torch.device | str) -> Quant:  # noqa: ARG002
+        """For a model that will compute on ``device``, and may be loaded elsewhere: with what ``auto`` means there."""
+        return self
+
     def after_load(self, model: nn.Module) -> None:  # noqa: ARG002
         """Prepare a loaded model for training, in place."""
         return
@@ -89,6 +118,10 @@ class Quant(Protocol):
     def state(self, layer: Any) -> Any:  # noqa: ARG002
         """What ``unpack`` needs besides the layer's weight: scales, for example."""
         return None
+
+    def places(self, layer: Any) -> Places:  # noqa: ARG002
+        """Where the tensors of the layer's quantized weight are."""
+        raise AssertionError(f"{self.name}: the weights are not sharded")
 
     def unpack(self, weight: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The dense weight (rows, columns) in ``dtype``, written to ``out`` if given. The default casts the weight."""

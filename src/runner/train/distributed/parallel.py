@@ -16,6 +16,10 @@ from runner.config.schema import Count
 from runner.errors import ConfigError, Fault
 from runner.models import lora
 from runner.models.kernels import compat, compilation
+from runner.models.quantization.quant import Quant
+
+SHARDS_BYTES = "2.12"
+"""The torch whose FSDP shards parameters that are no floats (https://github.com/pytorch/pytorch/pull/178075)."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,7 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         return
     if not compat.at_least("torch", "2.6"):
         yield Fault("parallel", "parallel=fsdp needs torch 2.6", "install torch >= 2.6, or use parallel=ddp", "fsdp")
-    if not bind(cfg["quant"], "quant")().plain:
-        remedy = "use parallel=ddp (quantized weights are small), or quant=none"
-        yield Fault("parallel", "parallel=fsdp does not support quantized weights", remedy, "fsdp")
+    yield from _quant_faults(bind(cfg["quant"], "quant")(), cfg["parallel"].get("param_dtype"))
     if cfg["parallel"].get("param_dtype") and cfg["model"].get("dtype") == "bfloat16":
         problem = "has no effect with model.dtype=bfloat16: the weights are gathered as they are stored"
         yield Fault("parallel.param_dtype", problem, "set it to null, or model.dtype=auto", "bfloat16")
@@ -104,3 +106,20 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
         name = str(cfg["optim"].get("name") or optim.__name__)
         remedy = "use optim=adamw, or parallel=ddp"
         yield Fault("parallel", f"parallel=fsdp cannot shard the state of the optimizer {name}", remedy, "fsdp")
+
+
+def _quant_faults(quant: Quant, param_dtype: str | None) -> Iterator[Fault]:
+    if quant.plain:
+        return
+    if not quant.shards:
+        remedy = "use quant=4bit, or parallel=ddp (quantized weights are small)"
+        yield Fault("parallel", f"parallel=fsdp does not shard weights in {quant.name}", remedy, "fsdp")
+    elif not compat.at_least("torch", SHARDS_BYTES):
+        problem, remedy = (
+            f"parallel=fsdp with weights in {quant.name} needs torch {SHARDS_BYTES}",
+            "or use parallel=ddp",
+        )
+        yield Fault("parallel", problem, f"install torch >= {SHARDS_BYTES}, {remedy}", "fsdp")
+    if param_dtype:
+        problem = f"has no effect on weights in {quant.name}: they are gathered as they are stored"
+        yield Fault("parallel.param_dtype", problem, "set it to null", param_dtype)

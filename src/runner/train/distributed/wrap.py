@@ -15,6 +15,7 @@ from runner.data.collator import Batch
 from runner.models import shards
 from runner.models.kernels import compilation
 from runner.tasks.task import Task
+from runner.train.distributed import packed_weights
 from runner.train.distributed.parallel import Parallel
 from runner.train.distributed.ranks import Ranks
 
@@ -128,20 +129,31 @@ def _replicated(parallel: Parallel, forward: _Forward) -> nn.parallel.Distribute
 def _shard(parallel: Parallel, model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype | None) -> None:
     """Apply FSDP: each decoder layer is one unit, the rest (embeddings, head) is another.
 
-    A unit is converted to ``dtype`` just before it is sharded, so that no process holds a whole model in it.
+    A unit is converted to ``dtype`` just before it is sharded, so that no process holds a whole model in it. Quantized
+    weights outside of the decoder layers stay whole on each rank.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (ranks.world,))
-    policy = MixedPrecisionPolicy()
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy()}
     if parallel.param_dtype:
-        policy = MixedPrecisionPolicy(getattr(torch, parallel.param_dtype), reduce_dtype=torch.float32)
+        options["mp_policy"] = MixedPrecisionPolicy(getattr(torch, parallel.param_dtype), reduce_dtype=torch.float32)
+    quant: Any = getattr(model, "quant", None)
+    packed = packed_weights.of(model) if quant is not None and quant.shards else {}
+    if packed:
+        options["ignored_params"] = set(packed.values())
+        packed_weights.to(device, quant, list(packed))
     for layer in compilation.decoder_layers(model):
         _convert(layer, device, dtype)
-        fully_shard(layer, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward, mp_policy=policy)
+        modules = [module for module in layer.modules() if packed.pop(module, None) is not None]
+        views = packed_weights.pack(layer, quant, modules, ranks.world) if modules else []
+        fully_shard(layer, reshard_after_forward=parallel.reshard_after_forward, **options)
+        if views:
+            packed_weights.show(layer, views)
+    packed_weights.to(device, quant, list(packed), whole=True)
     _convert(model, device, dtype)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, **options)
     register_fsdp_forward_method(model, "generate")  # generate() skips the root's forward hooks
 
 
