@@ -79,6 +79,16 @@ def test_a_missing_or_broken_image_is_refused_with_its_line(made: Any, tmp_path:
         load(rows, made.tokenizer)
 
 
+def test_an_answer_with_an_image_is_refused_with_its_line(made: Any, tmp_path: Path) -> None:
+    rows = pictures.colour_rows(tmp_path, 4)
+    lines = rows.read_text().splitlines()
+    answer = {"role": "assistant", "content": [{"type": "image", "path": "0.png"}]}
+    lines[1] = json.dumps({"messages": [{"role": "user", "content": "Draw."}, answer]})
+    rows.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: message 2 is an answer with an image"):
+        load(rows, made.tokenizer)
+
+
 def test_a_model_for_text_refuses_images_with_the_line_and_the_way_out(tmp_path: Path, cache: Path) -> None:
     rows = pictures.colour_rows(tmp_path, 4)
     with pytest.raises(

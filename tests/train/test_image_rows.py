@@ -79,8 +79,10 @@ def test_the_plan_says_what_images_are(rows: Path) -> None:
     (text,) = (text for label, text in given.notes if label == "images")
     assert text.startswith("24, 168 tokens stand for them (7 each); vision tower frozen")
     expected = estimate.expect(given)
-    assert expected.unknown == "what the model makes of images is not simulated"
-    assert not expected.fits
+    assert not expected.unknown
+    pixels = 8 * 3 * 32 * 32 * 4  # of a batch, in float32
+    assert expected.memory.activations > pixels
+    assert estimate.expect(given).memory.activations == expected.memory.activations, "remembered"
 
 
 def test_four_bits_are_for_the_language_model(rows: Path) -> None:

@@ -12,7 +12,9 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from runner.data import images
 from runner.data.examples import Example, Features, chat
@@ -20,7 +22,10 @@ from runner.data.images import Reference
 from runner.data.packing import IGNORED
 from runner.errors import ConfigError, DataError, Fault, RunnerError, first_line
 
-TENSORS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "mm_token_type_ids")
+if TYPE_CHECKING:
+    from runner.data.batches import Batches
+
+TENSORS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "mm_token_type_ids")
 """What a batch has of its images, by the names of the model's arguments; their shapes are those of the processor."""
 NESTED = ("Idefics3", "SmolVLM")
 """Beginnings of the names of image processors whose tensors have a dimension of rows: (B, images, …). The others have
@@ -45,6 +50,25 @@ def fingerprint(tokenizer: Any) -> str:
         return ""
     own = {key: value for key, value in vars(processor).items() if isinstance(value, int | str | bool | None)}
     return json.dumps([type(processor).__name__, own, str(processor.image_processor.to_dict())], sort_keys=True)
+
+
+def largest(batches: Batches) -> dict[str, Any]:
+    """``input_ids`` (B, T) and ``TENSORS`` of as many rows as a batch has, those with the most tokens of images.
+
+    T is that of ``Batches.largest``. Both together are at least as large as those of any batch.
+    """
+    from torch.nn import functional as F
+
+    rows, vision = batches.rows, batches.vision
+    assert vision is not None
+    counts = np.add.reduceat(rows.ids == vision.token_id, rows.offsets[:-1], dtype=np.int64)
+    most = np.argsort(batches.packs.numbers(counts.__getitem__), kind="stable")[-batches.rows_per_batch :]
+    batch = batches.of(most.tolist())
+    more = (0, max(batches.largest.length - batch["input_ids"].shape[1], 0))
+    found = {name: batch[name] for name in TENSORS if name in batch}
+    if "mm_token_type_ids" in found:
+        found["mm_token_type_ids"] = F.pad(found["mm_token_type_ids"], more)
+    return {"input_ids": F.pad(batch["input_ids"], more, value=batches.pad_id), **found}
 
 
 class Vision:

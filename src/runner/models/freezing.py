@@ -86,8 +86,10 @@ def check_vision(model: nn.Module, train_vision: bool) -> None:
 
 def freeze_vision(model: nn.Module, train_vision: bool) -> None:
     """Freeze what reads images (vision tower and projector), unless it is to be trained."""
-    for name in [] if train_vision else vision.others(model):
-        base_model.of(model).get_submodule(name).requires_grad_(False)
+    names = [] if train_vision else vision.others(model)
+    for name, parameter in base_model.of(model).named_parameters() if names else ():
+        if vision.is_below(name, names):
+            parameter.requires_grad_(False)
 
 
 def without_vision(model: nn.Module, method: str, fields: Collection[str], options: dict[str, Any]) -> dict[str, Any]:

@@ -265,8 +265,9 @@ def _annotate(model: Any, source: ModelSource, quant: Quant, stored: str) -> nn.
     model.name_or_path = model.config._name_or_path = source.path
     model.config._commit_hash = source.revision
     model.quant, model.dequantized_from = quant, stored
-    for name in vision.others(model):
-        for module in model.get_submodule(name).modules():
+    others = vision.others(model)
+    for name, module in model.named_modules() if others else ():
+        if vision.is_below(name, others):
             module.stays_plain = True
     model.is_reconfigured = bool(source.rope_scaling or source.max_position_embeddings)
     rope.check_used(model, source.rope_scaling)

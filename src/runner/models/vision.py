@@ -39,6 +39,8 @@ def check_family(config: Any, path: str) -> None:
 def others(model: nn.Module) -> list[str]:
     """The names of the largest modules outside the language model, its embeddings and its head: the vision tower …
 
+    A parameter that is in none of them, such as that of LLaVA-NeXT between lines of patches, is named itself.
+
     Empty for a model that reads text alone. Names are those below PEFT's wrapper.
     """
     base = base_model.of(model)
@@ -60,6 +62,8 @@ def pattern(modules: list[str]) -> str:
 
 def _outside(module: Any, name: str, inside: list[Any]) -> Iterator[str]:
     parts = {id(part) for top in inside for part in top.modules()}
+    for own, _ in module.named_parameters(recurse=False):
+        yield f"{name}.{own}".lstrip(".")
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}".lstrip(".")
         held = [id(part) for part in child.modules()]

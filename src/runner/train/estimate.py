@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from dataclasses import replace
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from runner.data import boundaries
+from runner.data import boundaries, vision
 from runner.errors import LESS_MEMORY, ConfigError, Fault, typed_line
 from runner.models import parameters, pretrained
 from runner.models.dtypes import dtype_for
-from runner.models.kernels import base_model, compilation, lora_linear, varlen_attention
+from runner.models.kernels import compilation, lora_linear, varlen_attention
 from runner.models.pretrained import keep_updates
 from runner.train import layout, throughput
 from runner.train.memory import footprint, optimizer_state, peak, rehearsals, usage
@@ -137,8 +138,6 @@ def check_fits(expected: Expected) -> None:
 def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tuple[int | None, str]:
     """(peak activation bytes of the largest step, simulated with fake tensors; why they are unknown)."""
     options = inputs.options
-    if base_model.reads_images(model.config):
-        return None, "what the model makes of images is not simulated"
     by_document = _attends_by_document(inputs, model, autocast)
     batches = _laid(inputs, model, autocast)
 
@@ -160,7 +159,9 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
     config = str(model.config.to_dict())
     dtype = dtype_for(source.dtype, inputs.device)
     layers = {**options.layers, "config": config, "dtype": dtype, "attention": source.attention}
-    rehearse = partial(peak.rehearsed, make, peak.depth(model.config), alike=_alike(model), **step)
+    images = vision.largest(batches) if batches.vision is not None else {}
+    rehearse = partial(peak.rehearsed, make, peak.depth(model.config), alike=_alike(model), images=images, **step)
+    layers["images"] = {name: _described(tensor) for name, tensor in images.items()}
     if not source.trust_remote_code:  # the key does not contain the code of the model's folder
         rehearse = partial(rehearsals.remembered, {**layers, **step}, rehearse)
     try:
@@ -170,6 +171,12 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
     except Exception as error:
         log.debug("the step cannot be simulated", exc_info=error)
         return None, f"a step of this model cannot be simulated ({typed_line(error)})"
+
+
+def _described(tensor: torch.Tensor) -> str:
+    """The shape of a tensor, and a hash of its values if they are integers."""
+    values = "" if tensor.is_floating_point() else hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return f"{tuple(tensor.shape)} {values}"
 
 
 def _alike(model: nn.Module) -> bool:

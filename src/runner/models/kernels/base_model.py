@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-IMAGE_FAMILIES = ("idefics3", "smolvlm", "llava", "qwen2_5_vl")
+IMAGE_FAMILIES = ("idefics3", "smolvlm", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
 """Models that read images here: their types in config.json, see ``models.vision``."""
-IMAGE_ARGUMENTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "mm_token_type_ids")
+IMAGE_ARGUMENTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "mm_token_type_ids")
 """Their arguments for the images of a batch, see ``data.vision``."""
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from runner.config.schema import Memory
 from runner.data.batches import Shape
 from runner.models.kernels import activation_checkpointing, base_model, compilation, lm_head, varlen_attention
 from runner.tasks import cross_entropy
+from runner.train.memory.known_values import KnownValues
 
 LAYERS = 6, 8
 """Numbers of decoder layers simulated for a deeper model; the difference is the memory of one more layer.
@@ -35,6 +37,7 @@ def rehearsed(
     accumulates: bool = False,
     head_in_loss: bool = True,
     alike: bool = True,
+    images: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> int:
     """Peak bytes of one training step without weights and gradients, simulated with fake tensors.
 
@@ -47,6 +50,7 @@ def rehearsed(
         accumulates: gradients of earlier micro-batches exist when the step begins.
         head_in_loss: the loss computes the logits if it can, see ``models/kernels/lm_head``.
         alike: all layers train the same parameters; if not, all of them are simulated, which takes longer.
+        images: what a model that reads images is given, in place of ids of ``shape``, see ``data.vision.largest``.
 
     Raises:
         Exception: of any kind, if the model reads tensor values or cannot be created with fewer layers.
@@ -56,15 +60,15 @@ def rehearsed(
         model = make(count)
         if head_in_loss:
             lm_head.adopt(model)
-        return _peaks(model, shape, by_document, kept, autocast, device, accumulates)
+        return _peaks(model, shape, by_document, kept, autocast, device, accumulates, images)
 
     if layers <= LAYERS[1] or not alike:
-        return max(peaks(layers).in_all, 0)
+        return max(*peaks(layers), 0)
     small, larger = map(peaks, LAYERS)
     more = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
     at_turn = small.at_turn + more * (larger.at_turn - small.at_turn)
     in_all = small.in_all + more * (larger.in_all - small.in_all)
-    return max(int(at_turn), int(in_all), 0)
+    return max(larger.before, int(at_turn), int(in_all), 0)
 
 
 class Ledger(TorchDispatchMode):
@@ -76,9 +80,9 @@ class Ledger(TorchDispatchMode):
         self.kind = device and device.type
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def enter(self, tensor: Tensor) -> None:
+    def enter(self, tensor: Tensor, *, anywhere: bool = False) -> None:
         storage = tensor.untyped_storage()
-        is_here = self.kind in (None, tensor.device.type)
+        is_here = anywhere or self.kind in (None, tensor.device.type)
         if is_here and storage._cdata not in self._known:  # a weak reference keeps the address from being reused
             self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             self.live += storage.nbytes()
@@ -103,6 +107,8 @@ class Ledger(TorchDispatchMode):
 class _Peaks(NamedTuple):
     """Peak bytes without weights and gradients."""
 
+    before: int
+    """Before the first decoder layer: that of the encoder of images, if there is one."""
     at_turn: int
     """Before the backward pass leaves the last layer."""
     in_all: int
@@ -117,6 +123,7 @@ def _peaks(
     autocast: torch.dtype | None,
     device: torch.device,
     accumulates: bool,
+    images: Mapping[str, Tensor],
 ) -> _Peaks:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -124,8 +131,10 @@ def _peaks(
         varlen_attention.adopt(model)
     activation_checkpointing.arrange(model, kept)
     computing = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+    before: list[int] = []
     begun: list[int] = []
-    with FakeTensorMode(), torch.device(device), Ledger(device) as ledger:
+    knowing = KnownValues(device) if images else contextlib.nullcontext()
+    with FakeTensorMode(), torch.device(device), knowing, Ledger(device) as ledger:
         weights = _enter_weights(model, device, ledger)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
@@ -137,12 +146,20 @@ def _peaks(
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: begun.append(ledger.peak))
 
+        def enter_first(*_: object) -> None:
+            if not before:  # it is computed again in the backward pass, if its activations were not kept
+                before.append(ledger.peak)
+                ledger.peak = ledger.live
+
+        for tensor in images.values():
+            ledger.enter(tensor, anywhere=True)
+        compilation.decoder_layers(model)[0].register_forward_pre_hook(enter_first)
         compilation.decoder_layers(model)[-1].register_forward_pre_hook(watch, with_kwargs=True)
         with computing:
-            total = cross_entropy.rehearsal(model.train(), *_rehearsal_arguments(model, shape))
+            total = cross_entropy.rehearsal(model.train(), *_rehearsal_arguments(model, shape, images))
         total.backward()  # type: ignore[no-untyped-call]
     turn = begun[0] if begun else ledger.peak  # nothing is trained below the last layer
-    return _Peaks(turn - weights - gradients, ledger.peak - weights - gradients)
+    return _Peaks(*(each - weights - gradients for each in (before[0], turn, ledger.peak)))
 
 
 def of_forward_pass(
@@ -175,8 +192,12 @@ def _enter_weights(model: Any, device: torch.device, ledger: Ledger) -> int:
     return ledger.live
 
 
-def _rehearsal_arguments(model: Any, shape: Shape) -> tuple[dict[str, Tensor], Tensor]:
+def _rehearsal_arguments(
+    model: Any, shape: Shape, images: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[dict[str, Tensor], Tensor]:
     """(model inputs, positions with logits (count,) of each row) for ``cross_entropy.rehearsal``."""
+    if images:
+        return dict(images), torch.zeros(-(-shape.trained // shape.rows), dtype=torch.int64)
     if varlen_attention.uses(model):
         ids = torch.zeros(1, shape.tokens, dtype=torch.int64)
         ends = torch.zeros(shape.rows + 1, dtype=torch.int32)
