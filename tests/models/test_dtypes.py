@@ -33,6 +33,10 @@ def test_auto_is_bfloat16_only_where_the_cpu_is_fast_in_it(
         assert auto == (torch.bfloat16 if "amx" in flags else torch.float32)
         assert dtypes.dtype_for("bfloat16", "cpu") == torch.bfloat16
         assert ("30 to 60 times slower" in caplog.text) == (flags == "")
+        caplog.clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert dtypes.dtype_for("bfloat16", "cpu") == torch.bfloat16
+        assert "slower" not in caplog.text, "a model that is only loaded there, for a GPU"
     finally:
         dtypes._cpu_flags.cache_clear()
 

@@ -35,7 +35,8 @@ def dtype_for(name: Precision, device: torch.device | str) -> torch.dtype:
     fast = _is_fast_in_bfloat16(device)
     if name == "auto":
         return torch.bfloat16 if fast else torch.float32
-    if name == "bfloat16" and not fast and not (device.type == "cpu" and "avx512_bf16" in cpu_flags()):
+    computes = device.type != "cpu" or not torch.cuda.is_available()  # else: FSDP loads on the CPU, for GPUs
+    if name == "bfloat16" and computes and not fast and not (device.type == "cpu" and "avx512_bf16" in cpu_flags()):
         log.warning(
             "dtype=bfloat16: this %s has no bfloat16 instructions; expect steps 30 to 60 times slower than in float32. "
             "Use dtype=auto.",

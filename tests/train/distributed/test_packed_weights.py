@@ -41,17 +41,18 @@ def loaded(quant: Any, memory: Any = "speed") -> Any:
     return model
 
 
-def sharded(model: Any, rank: ranks.Ranks = ranks.ALONE, **changes: Any) -> list[Any]:
+def sharded(model: Any, rank: ranks.Ranks = ranks.ALONE, device: str = "cpu", **changes: Any) -> list[Any]:
     """Shard the model; returns the quantized weights of its layers."""
     weights = list(packed_weights.of(model).values())
     settled = parallel.fsdp(processes=rank.world, **{"reshard_after_forward": True, **changes})
-    wrap._shard(settled, model, rank, torch.device("cpu"), None)
+    wrap._shard(settled, model, rank, torch.device(device), None)
     return weights
 
 
 def trained(model: Any, whole: Any = lambda gradient: gradient) -> list[torch.Tensor]:
     """The loss of a batch, and its gradients."""
-    ids = torch.randint(0, 255, (2, 32), generator=torch.Generator().manual_seed(1))
+    device = model.get_input_embeddings().weight.device
+    ids = torch.randint(0, 255, (2, 32), generator=torch.Generator().manual_seed(1)).to(device)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return [loss.detach(), *(whole(p.grad) for p in model.parameters() if p.grad is not None)]
@@ -101,6 +102,26 @@ def test_a_quantized_weight_outside_of_the_layers_stays_whole(group: None, cache
     assert weights[-1] is model.outside.weight
     assert torch.equal(model.outside(x), before)
     assert held(weights[:-1]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_is_loaded_on_the_cpu_is_sharded_on_a_gpu(tmp_path: Path, cache: Path) -> None:
+    quant = option("quant", "4bit")()
+    expected = trained(loaded(quant).to("cuda"))
+    model = loaded(quant)
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method=store, rank=0, world_size=1)
+    try:
+        weights = sharded(model, device="cuda")
+        for _ in range(2):
+            found = trained(model, lambda gradient: gradient.full_tensor())
+            assert {each.device.type for each in weights} == {"cuda"}
+            assert held(weights) == 0
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+            model.zero_grad()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 SHARES = """
