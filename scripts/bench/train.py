@@ -8,7 +8,7 @@ or one pack of 1024 tokens a step, so that the losses have to agree; a side whos
 code 1. Useful tokens count, padding does not; the steady state is what follows the first ``--warm-up`` steps. Of the
 overrides `quant` goes to all sides. The share of the GEMM rate is that of the matrix products alone in the time of a
 step: those of all linear layers of the base, forward and for the gradient of their inputs, and of the head on trained
-tokens, at their own shapes, measured between the rounds.
+tokens, at their own shapes, by MKL or by oneDNN, whichever is faster, measured between the rounds.
 
 DPO: `--sides ours-dpo,trl-dpo-cached,trl-dpo` on pairs of the same problems (the solution, and that of the next one),
 four pairs a step. runner computes the reference before the first step, as trl-dpo-cached does; trl-dpo, as shipped,

@@ -110,11 +110,14 @@ def prompts_of(batches: Any, steps: int) -> Rows:
 def time_products(folder: Path, clock: str) -> None:
     """Seconds that the matrix products of a step take for each useful token, in float32 (bfloat16 on a GPU).
 
-    By ``batching``, and with ``-ours`` after it for runner, which computes the prompt of a pair once.
+    By MKL or by oneDNN, whichever is faster here. By ``batching``, and with ``-ours`` after it for
+    runner, which computes the prompt of a pair once.
     ``clock``: cpu counts seconds of the processor.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from runner.models.kernels import cpu_products
 
     rows, now = (
         json.loads((folder / "rows.json").read_text()),
@@ -132,11 +135,12 @@ def time_products(folder: Path, clock: str) -> None:
         weight, x = torch.randn(shape, **where), torch.randn(count, shape[1], **where)
         grad, times = torch.randn(count, shape[0], **where), []
         for _ in range(7):
-            began = now()
-            x @ weight.t(), grad @ weight
-            if on_gpu:
-                torch.cuda.synchronize()
-            times.append(now() - began)
+            for product in (torch.nn.functional.linear, cpu_products.product):
+                began = now()
+                product(x, weight), product(grad, weight.t())
+                if on_gpu:
+                    torch.cuda.synchronize()
+                times.append(now() - began)
         return min(times)
 
     per_token = {}

@@ -1,6 +1,7 @@
 """Fine-tuning experiments that compose, launch, track and compare themselves."""
 
 import os
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -8,3 +9,9 @@ PACKAGE = Path(__file__).parent
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 """PyTorch asks Linux for huge pages for large CPU tensors: 6 % less time per step. Read at its first tensor."""
+
+ONEDNN_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""Environment variables: the compiled products that PyTorch and oneDNN keep. Read when PyTorch is loaded."""
+if "torch" not in sys.modules:
+    for name in ONEDNN_CACHES:
+        os.environ.setdefault(name, "24")

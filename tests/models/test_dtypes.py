@@ -11,6 +11,7 @@ import torch
 from fixtures.model_folders import folder, local, source
 
 from runner.models import dtypes, pretrained
+from runner.models.kernels import processor
 from runner.models.quantization import none
 
 
@@ -25,9 +26,9 @@ def test_auto_is_bfloat16_only_where_the_cpu_is_fast_in_it(
 ) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor: 0\nflags\t\t: fpu sse2 {flags}\n")
-    monkeypatch.setattr(dtypes, "CPU_INFO", info)
+    monkeypatch.setattr(processor, "CPU_INFO", info)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    dtypes._cpu_flags.cache_clear()
+    processor._words.cache_clear()
     try:
         auto = dtypes.dtype_for("auto", "cpu")
         assert auto == (torch.bfloat16 if "amx" in flags else torch.float32)
@@ -38,7 +39,7 @@ def test_auto_is_bfloat16_only_where_the_cpu_is_fast_in_it(
         assert dtypes.dtype_for("bfloat16", "cpu") == torch.bfloat16
         assert "slower" not in caplog.text, "a model that is only loaded there, for a GPU"
     finally:
-        dtypes._cpu_flags.cache_clear()
+        processor._words.cache_clear()
 
 
 @pytest.mark.parametrize(("capability", "says"), [((7, 5), True), ((8, 0), False)])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.data.packing import IGNORED
-from runner.models.kernels import base_model, lm_head, varlen_attention
+from runner.models.kernels import base_model, cpu_products, lm_head, varlen_attention
 from runner.tasks import logit_losses
 from runner.tasks.logit_losses import PLAIN, Shaping
 
@@ -227,11 +227,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight, bias = weight.to(dtype), bias.to(dtype) if bias is not None else None
             chunked = (tensor.chunk(chunks) for tensor in (hidden, targets, ctx.grad))
             for states, labels, grad in zip(*chunked, strict=True):
-                logits = nn.functional.linear(states.to(dtype), weight, bias)
+                logits = cpu_products.linear(states.to(dtype), weight, bias)
                 losses.append(logit_losses.cross_entropy_(logits, labels, shaping, needs_grad=needs_grad))
                 shaping = shaping.after(labels)
                 if needs_grad:
-                    grad.copy_(logits @ weight)  # `logits` contains its gradient by now
+                    grad.copy_(cpu_products.product(logits, weight.t()))  # `logits` contains its gradient by now
         loss, *more = (torch.cat(parts) for parts in zip(*losses, strict=True))
         ctx.mark_non_differentiable(*more)
         return loss, *more

@@ -21,7 +21,7 @@ from torch import nn
 
 from runner.files import cache_dir, write_atomic
 from runner.models import parameters
-from runner.models.kernels import compilation
+from runner.models.kernels import compilation, cpu_products
 from runner.train import devices
 
 PEAK_TFLOPS = {
@@ -169,6 +169,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) 
             if devices.matches(name, known):
                 return (half if dtype != torch.float32 else half / 2 if tf32 else single) * 1e12
     key = f"{name}/{torch.get_num_threads()}/{dtype}{'/tf32' if tf32 else ''}/{torch.__version__}"
+    key += "/onednn" if device.type == "cpu" and cpu_products.is_used() else ""
     file = cache_dir("meters") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     cached = 0.0
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured yet, or damaged
@@ -240,7 +241,10 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int, *, seco
     until = time.perf_counter() + seconds
     while best == math.inf or time.perf_counter() < until:
         start = time.perf_counter()
-        torch.mm(a, b, out=result)
+        if device.type == "cpu":
+            cpu_products.product(a, b)
+        else:
+            torch.mm(a, b, out=result)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from runner.models.kernels import buffers
+from runner.models.kernels.cpu_products import product
 
 if TYPE_CHECKING:
     from runner.models.quantization.quant import Quant
@@ -58,7 +59,7 @@ class MergedProduct(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[4] else x @ a.t(), weight, a, b)
         ctx.quant, ctx.state, ctx.scale = quant, state, scale
         merged = buffers.take("weight", (len(b), a.shape[1]), x)
-        return x @ _unpack_into(merged, weight, quant, state).addmm_(b, a, alpha=scale).t()
+        return product(x, _unpack_into(merged, weight, quant, state).addmm_(b, a, alpha=scale))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, Tensor, None]:
@@ -69,7 +70,7 @@ class MergedProduct(torch.autograd.Function):
             wide = buffers.take("weight", (len(b), inputs + rank), grad)  # [W + scale · B A, scale · B]
             _unpack_into(wide[:, :inputs], weight, ctx.quant, ctx.state).addmm_(b, a, alpha=ctx.scale)
             wide[:, inputs:] = b * ctx.scale
-            dx, reduced = (grad @ wide).split([inputs, rank], 1)  # (n, K), (n, r)
+            dx, reduced = product(grad, wide.t()).split([inputs, rank], 1)  # (n, K), (n, r)
         else:
             reduced = (grad @ b).mul_(ctx.scale)
         trains_a = ctx.needs_input_grad[4]
