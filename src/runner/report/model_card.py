@@ -9,70 +9,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from runner.models import hub, loftq_base
-from runner.models.kernels import compat
 from runner.models.kernels.score_head import ScoreHead
+from runner.report import usage_code
+from runner.report.usage_code import Base, Use
 from runner.secrets import redact, redact_tree
 from runner.tracking import metrics_log, naming, origin
 from runner.tracking.manifest import RUN_TIME_KEYS, read_config
 from runner.tracking.rundir import RunDir
 
 Kind = Literal["adapter", "model", "gguf"]
-
-LOAD = {
-    "adapter": """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # the folder of this card
-{base}
-model = PeftModel.from_pretrained(base, folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)""",
-    "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # the folder of this card
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(folder)""",
-}
-SCORES = """
-scores = model.eval()(**inputs).logits[0]{function}
-print(dict(zip(model.config.id2label.values(), scores.tolist())))"""
-SCORED_CHAT = """
-messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi, how are you?"}]
-inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")"""
-SCORED_TEXT = """
-inputs = tokenizer("Once upon a time", return_tensors="pt")"""
-OF_PROBLEM = {"single_label_classification": ".softmax(-1)", "multi_label_classification": ".sigmoid()"}
-CONFIGURED = """config = AutoConfig.from_pretrained(folder)  # with positions, head and padding token of this model
-"""
-QUANTIZED = """from transformers import BitsAndBytesConfig
-
-# The adapter corrects the error of 4-bit weights (LoftQ): on other weights it would add that error."""
-UNPACKED = """
-# transformers does not quantize GGUF files: write the weights to a folder first
-del base.config.quantization_config
-plain = AutoModelForCausalLM.from_config(base.config)
-plain.load_state_dict(base.state_dict())
-plain.save_pretrained("base")
-base = AutoModelForCausalLM.from_pretrained("base")"""
-RESIZED = """
-tokenizer = AutoTokenizer.from_pretrained(folder)  # with the new tokens
-base.resize_token_embeddings(max(len(tokenizer), base.config.vocab_size))"""
-PACKAGED = """from importlib.util import find_spec
-package = find_spec({package!r}).submodule_search_locations[0]
-base = AutoModelForCausalLM.from_pretrained(package, gguf_file={file!r})"""
 LOCAL = re.compile(r"(?:file://)?(?<![\w:/.<])/(?:[\w.@+~-]+/)+([\w.@+~-]+)")
 """An absolute path; the card contains only its last part."""
-DTYPE = 'dtype="auto"'
-"""In the code of the card, which names the argument as the installed transformers does."""
 LONGEST = 5000
 """Longest description of a model version that MLflow's databases take."""
-ASK = """
-messages = [{"role": "user", "content": "Hello!"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=100)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
-CONTINUE = """
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))"""
 
 
 def text(
@@ -101,10 +50,7 @@ def text(
         f"Fine-tuned from `{base_name}` ({_source(manifest, base)}) with `runner`, a fine-tuning experiment runner.",
         "## Usage",
         *_base_sentence(kinds, base, base_name, cfg["model"]),
-        *map(
-            _with_processor if reads_images else str,
-            _loading(kinds, _base_code(base, base_name, cfg["model"], rundir), is_chat, head),
-        ),
+        *_usage(kinds, Use(is_chat, head, reads_images), _base(base, base_name, cfg["model"], rundir)),
         "## Evaluation",
         "\n".join(_metrics(rundir)),
         "## Training data",
@@ -117,22 +63,13 @@ def text(
         "</details>",
         "The licences of the base model and of the training data apply to this model.",
     ]
-    written = "\n\n".join(parts).replace(DTYPE, f'{compat.dtype_keyword()}="auto"')
-    return LOCAL.sub(r"…/\1", written) + "\n"
+    return LOCAL.sub(r"…/\1", "\n\n".join(parts)) + "\n"
 
 
 def description(card: str) -> str:
     """The card without front matter and full configuration, at most LONGEST characters, for MLflow's registry."""
     text = re.sub(r"(?s)\A---\n.*?\n---\n+|<details>.*?</details>\n+", "", card)
     return text if len(text) <= LONGEST else text[:LONGEST].rpartition("\n")[0]
-
-
-def _with_processor(code: str) -> str:
-    """The code for a model that reads images: its classes, and a question with an image."""
-    code = code.replace("AutoModelForCausalLM", "AutoModelForImageTextToText").replace("AutoTokenizer", "AutoProcessor")
-    content = '[{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}]'
-    code = code.replace("add_generation_prompt=True,", "add_generation_prompt=True, tokenize=True,")
-    return code.replace("tokenizer", "processor").replace('"Hello!"', content)
 
 
 def _front_matter(kinds: tuple[Kind, ...], base: str, head: ScoreHead | None, reads_images: bool) -> str:
@@ -176,36 +113,26 @@ def _base_sentence(kinds: tuple[Kind, ...], base: str, name: str, model: Mapping
     )
 
 
-def _base_code(base: str, name: str, model: Mapping[str, Any], rundir: RunDir) -> str:
-    """The lines of Python that load the base model, with the configuration in the adapter's folder if there is one."""
-    where = "  # replace by the path of this base model" if _is_local(base) and "package" not in model else ""
-    code = f"base = AutoModelForCausalLM.from_pretrained({(name if where else base)!r}){where}"
-    if "package" in model:
-        code = PACKAGED.format(package=model["package"], file=model["file"])
-    if stored := loftq_base.library_code(rundir.model):
-        code = f"{QUANTIZED}\nquantized = {stored}\n{code}{UNPACKED * ('package' in model)}"
-        end = code.rindex(")")
-        code = code[:end] + ", quantization_config=quantized" + code[end:]
-    if (rundir.model / "config.json").is_file():
-        end = code.rindex(")")
-        code = CONFIGURED + code[:end] + ", config=config" + code[end:]
-    return code + RESIZED * bool(model.get("new_tokens"))
+def _base(base: str, name: str, model: Mapping[str, Any], rundir: RunDir) -> Base:
+    """How the base model is loaded, with the configuration in the adapter's folder if there is one."""
+    package = (model["package"], model["file"]) if "package" in model else None
+    is_local = _is_local(base) and package is None
+    return Base(
+        name if is_local else base,
+        is_local,
+        package,
+        quantization=loftq_base.library_code(rundir.model),
+        is_configured=(rundir.model / "config.json").is_file(),
+        is_resized=bool(model.get("new_tokens")),
+    )
 
 
-def _loading(kinds: tuple[Kind, ...], base_code: str, is_chat: bool, head: ScoreHead | None) -> Iterator[str]:
-    use = ASK if is_chat else CONTINUE
-    if head is not None:
-        use = (SCORED_CHAT if is_chat else SCORED_TEXT) + SCORES.format(function=OF_PROBLEM.get(head.problem, ""))
+def _usage(kinds: tuple[Kind, ...], use: Use, base: Base) -> Iterator[str]:
     for kind in kinds:
         if kind == "gguf":
             yield "Load the .gguf file with llama.cpp, or a program based on llama.cpp:\n\n    llama-cli -m FILE.gguf"
         else:
-            code = LOAD[kind].format(base=base_code)
-            if head is not None:
-                code = code.replace("AutoModelForCausalLM", "AutoModelForSequenceClassification")
-            if kind == "adapter" and "config=config" in code:
-                code = code.replace("import Auto", "import AutoConfig, Auto", 1)
-            yield "```python\n" + code + "\n" + use + "\n```"
+            yield f"```python\n{usage_code.model(use) if kind == 'model' else usage_code.adapter(use, base)}\n```"
 
 
 def _metrics(rundir: RunDir) -> Iterator[str]:
