@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from runner import terminal
 from runner.errors import DamagedError, Fault, RunnerError, TrackingError, refuse
@@ -17,9 +19,10 @@ from runner.tracking.manifest import credentials_into_environment
 from runner.tracking.metrics_log import read
 from runner.tracking.mirror.backlog import is_complete
 from runner.tracking.mirror.follow import close_if_dead, only_one
-from runner.tracking.mlflow import parent_run, rest, store
+from runner.tracking.mlflow import batch, parent_run, rest, store
 from runner.tracking.mlflow.parent_run import Publish
 from runner.tracking.mlflow.run import ENDED, MlflowRun
+from runner.tracking.mlflow.upload import chunks
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir, home_of, sweep_of
@@ -28,6 +31,7 @@ from runner.tracking.trackers import check_mlflow
 UNBEGUN, MIRRORED, ELSEWHERE = "not started yet", "its own upload process is running", "in another store: "
 """Reasons to upload nothing that are not errors."""
 PROBE_S = 10.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,10 @@ def sync(folders: Iterable[Path], uri: str | None = None, publish: Publish | Non
         # If a sweep is in another store, its runs belong below its parent run there.
         runs = [run for run in runs if not stores[run.path] and not stores[home_of(run)]]
     problems = {sweep: parent_run.try_open(sweep, uri, offline=True, restore=False) for sweep in sweeps}
-    results = [_sync(rundir, uri, silent) for rundir in runs]
+    shown, results = terminal.progress("uploading runs to MLflow:"), list[SyncResult]()
+    for rundirs in chunks(runs, batch.RUNS):
+        results += _sync_many(rundirs, uri, silent)
+        shown(len(results), len(runs))
     return [*skipped, *results, *(_sync_parent(sweep, problems[sweep], publish) for sweep in sweeps)]
 
 
@@ -126,10 +133,35 @@ def _sync_parent(sweep: SweepDir, problem: str, publish: Publish | None) -> Sync
     return SyncResult(sweep.path, "sweep", 0, url, problem)
 
 
-def _sync(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResult:
-    """Upload one run; a damaged folder, or one of another user, is a problem of this run only."""
+@dataclass
+class _Begun:
+    """A run whose upload lock is held."""
+
+    run: MlflowRun
+    state: State
+    was_complete: bool
+
+
+def _sync_many(rundirs: Sequence[RunDir], uri: str | None, silent: dict[str, str]) -> list[SyncResult]:
+    """Upload some runs with few commits; a problem of a run, such as a damaged folder, is of this run only.
+
+    ``silent``: URI of each store that does not answer → its error; extended here.
+    """
+    with contextlib.ExitStack() as locks:
+        begun = [_tried(rundir, functools.partial(_begin, rundir, uri, locks)) for rundir in rundirs]
+        known = [each.run for each in begun if isinstance(each, _Begun) and each.run.uri not in silent]
+        if len(known) > 1:
+            batch.update(known)
+        return [
+            _tried(each.run.rundir, functools.partial(_end, each, uri, silent)) if isinstance(each, _Begun) else each
+            for each in begun
+        ]
+
+
+def _tried(rundir: RunDir, act: Callable[[], T]) -> T | SyncResult:
+    """The value of ``act``; a result if the folder is damaged or belongs to another user."""
     try:
-        return _upload(rundir, uri, silent)
+        return act()
     except DamagedError as error:
         return SyncResult(rundir.path, "damaged", 0, None, str(error))
     except OSError as error:
@@ -145,33 +177,38 @@ def _owner(folder: Path) -> str:
     return ""
 
 
-def _upload(rundir: RunDir, uri: str | None, silent: dict[str, str]) -> SyncResult:
-    """``silent``: URI of each store that does not answer → its error; extended here."""
-    with only_one(rundir.mirror_lock, wait=False) as is_locked:
-        state = rundir.read_state()
-        if not is_locked or (state.status == "pending" and not state.attempt):
-            return SyncResult(rundir.path, state.status, 0, None, UNBEGUN if is_locked else MIRRORED)
-        recovery.restore_manifest(rundir)
-        try:
-            run = MlflowRun.of(rundir, uri)
-        except RunnerError as error:
-            return SyncResult(rundir.path, state.status, 0, None, str(error))
-        # Whether a Slurm job was requeued only Slurm can answer: ``status`` queries it and updates the state.
-        state = state if state.scheduler_id else close_if_dead(rundir)
-        was_complete, run.also = is_complete(rundir), dict.fromkeys(run.tracking.also, "")
-        problem = silent.get(run.uri) or run.try_update(closes_doubles=True)
-        if problem and not store.answers(run.uri):
-            silent[run.uri] = problem
-        if not problem and state.status == "running" and not rundir.is_alive():
-            problem = _unverified(state)
-        if uri and problem:  # mirror.json describes the run's own store, which was not touched
-            return SyncResult(rundir.path, state.status, max(0, len(read(rundir)) - run.sent), None, problem)
-        if state.status in ENDED and not was_complete:
-            Sending(rundir, run.tracking, run.config, run.also).send(state)
-        unsent = run.report(problem)
-        problem = problem or "; ".join(f"{name}: {text}" for name, text in run.also.items() if text)
-        url = (rundir.read_manifest().get("mlflow") or {}).get("url")
-        return SyncResult(rundir.path, state.status, unsent, url, problem)
+def _begin(rundir: RunDir, uri: str | None, locks: contextlib.ExitStack) -> _Begun | SyncResult:
+    """Lock the run; a result if there is nothing to upload."""
+    is_locked, state = locks.enter_context(only_one(rundir.mirror_lock, wait=False)), rundir.read_state()
+    if not is_locked or (state.status == "pending" and not state.attempt):
+        return SyncResult(rundir.path, state.status, 0, None, UNBEGUN if is_locked else MIRRORED)
+    recovery.restore_manifest(rundir)
+    try:
+        run = MlflowRun.of(rundir, uri)
+    except RunnerError as error:
+        return SyncResult(rundir.path, state.status, 0, None, str(error))
+    # Whether a Slurm job was requeued only Slurm can answer: ``status`` queries it and updates the state.
+    state = state if state.scheduler_id else close_if_dead(rundir)
+    run.also = dict.fromkeys(run.tracking.also, "")
+    return _Begun(run, state, is_complete(rundir))
+
+
+def _end(begun: _Begun, uri: str | None, silent: dict[str, str]) -> SyncResult:
+    """Upload what is missing yet, and say what could not be uploaded."""
+    run, state, rundir = begun.run, begun.state, begun.run.rundir
+    problem = silent.get(run.uri) or run.try_update(closes_doubles=True)
+    if problem and not store.answers(run.uri):
+        silent[run.uri] = problem
+    if not problem and state.status == "running" and not rundir.is_alive():
+        problem = _unverified(state)
+    if uri and problem:  # mirror.json describes the run's own store, which was not touched
+        return SyncResult(rundir.path, state.status, max(0, len(read(rundir)) - run.sent), None, problem)
+    if state.status in ENDED and not begun.was_complete:
+        Sending(rundir, run.tracking, run.config, run.also).send(state)
+    unsent = run.report(problem)
+    problem = problem or "; ".join(f"{name}: {text}" for name, text in run.also.items() if text)
+    url = (rundir.read_manifest().get("mlflow") or {}).get("url")
+    return SyncResult(rundir.path, state.status, unsent, url, problem)
 
 
 def _unverified(state: State) -> str:

@@ -28,7 +28,7 @@ from runner.tracking import sweep_manifest, webhook
 from runner.tracking.machine import user
 from runner.tracking.manifest import read_config
 from runner.tracking.mlflow import store, upload
-from runner.tracking.mlflow.run import artifacts_dir, home, note, parent_of, where
+from runner.tracking.mlflow.place import artifacts_dir, home, note, parent_of, where
 from runner.tracking.mlflow.tags import KIND_TAG, PARENT_TAG, of_user, source_name
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import State

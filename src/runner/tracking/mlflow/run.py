@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.config.bind import bind
-from runner.errors import DamagedError
 from runner.files import write_atomic
-from runner.secrets import take_credentials
-from runner.tracking import environment, manifest
+from runner.tracking import manifest
 from runner.tracking.metrics_log import (
     BEST,
     SECONDS,
@@ -28,11 +27,12 @@ from runner.tracking.metrics_log import (
     tail,
 )
 from runner.tracking.mlflow import store, tags, upload
+from runner.tracking.mlflow.outbox import Outbox
+from runner.tracking.mlflow.place import Seen, artifacts_dir, home, note, noted, parent_of
 from runner.tracking.naming import short_name
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import DIED, FINAL, State
-from runner.tracking.sweepdir import sweep_of
-from runner.tracking.trackers import Tracking, store_uri
+from runner.tracking.trackers import Tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,7 +47,7 @@ UPLOADED_TAG = "runner.mirrored"
 """Set last: ``updated`` of the final state, once everything up to it is uploaded."""
 
 
-@dataclass
+@dataclass(eq=False)
 class MlflowRun:
     """A run folder, its MLflow store, and the progress of the upload."""
 
@@ -65,6 +65,11 @@ class MlflowRun:
     """File → (its inode, number of bytes already uploaded)."""
     sent: int = 0
     """Number of records of metrics.jsonl that are in MLflow."""
+    state: State = field(default_factory=State)
+    """The state at the last ``send_rows``."""
+    outbox: Outbox = field(default_factory=Outbox)
+    parent: dict[str, str] | None = None
+    """{parent_run_id}, or empty, while the id of the run is not in the manifest yet; else None."""
     uploaded: float = 0.0
     """``updated`` of the final state, once everything is uploaded; 0 while the run continues."""
     also: dict[str, str] = field(default_factory=dict)
@@ -81,10 +86,22 @@ class MlflowRun:
 
     def update(self) -> None:
         """Upload everything in the folder that MLflow does not have yet."""
+        self.send_rows()
+        try:
+            self.send_files()
+        except BaseException:
+            self.send_end(is_complete=False)
+            raise
+        self.send_end()
+
+    def send_rows(self, seen: Seen | None = None) -> None:
+        """Create the run if it is missing, and send params, tags and metrics; collect the files that are missing."""
         state, client = self.rundir.read_state(), store.connect(self.uri)
-        run = self.run = self.run or self._open(client, state, self.rundir.read_manifest())
-        manifest, ended = self.rundir.read_manifest(), state.status in ENDED
-        if not ended:
+        run = self.run = self.run or self._open(client, state, self.rundir.read_manifest(), seen or Seen())
+        self.state, manifest = state, self.rundir.read_manifest()
+        if self.parent is not None:
+            manifest["mlflow"] = noted(manifest.get("mlflow") or {}, self.uri, run, **self.parent)
+        if state.status not in ENDED:
             self._send_status(client, run, state)
         upload.send_tags(client, run, tags.of_run(self.rundir, manifest, state))
         upload.send_dataset(client, run, manifest.get("data") or {})
@@ -92,13 +109,38 @@ class MlflowRun:
             self._send_records(client, run, path)
         self._send_evaluations(client, run)
         self._send_answers(client, run)
+        if self._lacks_results():
+            self._send_results(client, run, state)
+
+    def send_files(self) -> None:
+        """After ``send_rows``: note the id of the run in its folder, and send its files; the database is not used."""
+        assert self.run is not None
+        if self.parent is not None:
+            note(self.rundir, self.uri, self.run, **self.parent)
+            self.parent = None
+        self.outbox.send(store.connect(self.uri), self.run)
+
+    def send_end(self, *, is_complete: bool = True) -> None:
+        """After ``send_files``: the model, the mark that the run is complete if it is, and the status."""
+        run, state, client = self.run, self.state, store.connect(self.uri)
+        assert run is not None
         try:
-            if ended and run.data.tags.get(UPLOADED_TAG) != str(state.updated):
-                self._send_results(client, run)
+            if is_complete and self._lacks_results():
+                if kind := self._model_kind():
+                    self._send_model(client, run, kind)
                 upload.send_tags(client, run, {UPLOADED_TAG: str(state.updated)})
         finally:  # even if the upload of the model fails, the run does not stay RUNNING
             self._send_status(client, run, state)
-        self.uploaded = state.updated if ended else 0.0
+        self.uploaded = state.updated if state.status in ENDED and is_complete else 0.0
+
+    def forget(self) -> None:
+        """Compare everything with MLflow again at the next update."""
+        self.run, self.parent, self.positions, self.outbox = None, None, {}, Outbox()
+
+    def size(self) -> int:
+        """Bytes of the records of the run."""
+        files = (self.rundir.metrics, self.rundir.system, self.rundir.evaluations)
+        return sum(path.stat().st_size for path in files if path.exists())
 
     def try_update(self, *, closes_doubles: bool = False) -> str:
         """Like ``update``, but returns the error message; empty on success. ``closes_doubles``: see there."""
@@ -107,7 +149,7 @@ class MlflowRun:
             if closes_doubles:
                 self.close_doubles()
         except Exception as error:  # MLflow stores raise many exception types; none may end the upload process
-            self.run, self.positions = None, {}  # compare everything with MLflow again
+            self.forget()
             return store.explained(error, self.uri)
         return ""
 
@@ -128,33 +170,36 @@ class MlflowRun:
         if self.rundir.path.exists():
             report = {"sent": self.sent, "unsent": unsent, "problem": problem, "uploaded": self.uploaded}
             report |= {name: value for name, value in (("also", self.also), ("webhook", self.webhook)) if value}
-            write_atomic(self.rundir.mirror_report, json.dumps(report))
+            write_atomic(self.rundir.mirror_report, json.dumps(report), is_durable=False)
         return unsent
 
-    def _open(self, client: MlflowClient, state: State, manifest: dict[str, Any]) -> Run:
+    def _open(self, client: MlflowClient, state: State, manifest: dict[str, Any], seen: Seen) -> Run:
         """Find or create the run, and send what does not change: params, config, manifest, environment."""
-        parent = parent_of(self.rundir, self.uri)
-        artifacts = artifacts_dir(self.uri, self.config["outputs_dir"])
-        experiment = store.experiment_id(client, self.tracking.experiment, artifacts)
-        identity = str(manifest.get("id") or self.rundir.path)
-        run = store.find_run(client, experiment, identity, (manifest.get("mlflow") or {}).get("run_id"))
+        name = self.tracking.experiment
+        if name not in seen.experiments:
+            artifacts = artifacts_dir(self.uri, self.config["outputs_dir"])
+            seen.experiments[name] = store.experiment_id(client, name, artifacts)
+        experiment, identity = seen.experiments[name], str(manifest.get("id") or self.rundir.path)
+        run, self.known = None, defaultdict(set)
+        if identity not in seen.unknown:
+            run = store.find_run(client, experiment, identity, (manifest.get("mlflow") or {}).get("run_id"))
+            self.known = upload.known_steps(client, run) if run else self.known
         if run is None:
-            name = self.tracking.run_name or short_name(manifest) or self.rundir.path.name
-            started = state.started or (state.updated if state.status in ENDED else time.time())
-            initial = {**tags.of_user(self.tracking), **tags.of_run(self.rundir, manifest, state)}
-            initial[tags.PARENT_TAG] = parent.get("parent_run_id")
-            run = store.create_run(client, experiment, identity, name, started, initial)
-        note(self.rundir, self.uri, run, **parent)
+            run = self._create(client, experiment, state, manifest)
+        self.parent, self.status = parent_of(self.rundir, self.uri), run.info.status
         upload.send_params(client, run, self.config, manifest.get("choices"))
-        for path in (self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff):
-            if path.exists():
-                client.log_artifact(run.info.run_id, str(path))
-        if self.rundir.code.is_dir():
-            client.log_artifacts(run.info.run_id, str(self.rundir.code), self.rundir.code.name)
+        self.outbox.add(self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff, self.rundir.code)
         environment = {"versions": manifest.get("versions") or {}, "packages": self.packages}
-        client.log_text(run.info.run_id, json.dumps(environment, indent=1), "environment.json")
-        self.known, self.status = upload.known_steps(client, run), run.info.status
+        self.outbox.texts["environment.json"] = json.dumps(environment, indent=1)
         return run
+
+    def _create(self, client: MlflowClient, experiment: str, state: State, manifest: dict[str, Any]) -> Run:
+        identity = str(manifest.get("id") or self.rundir.path)
+        name = self.tracking.run_name or short_name(manifest) or self.rundir.path.name
+        started = state.started or (state.updated if state.status in ENDED else time.time())
+        initial = {**tags.of_user(self.tracking), **tags.of_run(self.rundir, manifest, state)}
+        initial[tags.PARENT_TAG] = parent_of(self.rundir, self.uri).get("parent_run_id")
+        return store.create_run(client, experiment, identity, name, started, initial)
 
     def _send_records(self, client: MlflowClient, run: Run, path: Path) -> None:
         if not path.exists():
@@ -175,7 +220,7 @@ class MlflowRun:
         if position is None or self.positions.get(path) == position:
             return
         upload.send_evaluations(client, run, read_evaluations(self.rundir))
-        client.log_artifact(run.info.run_id, str(path))
+        self.outbox.add(path)
         self.positions[path] = position
 
     def _send_answers(self, client: MlflowClient, run: Run) -> None:
@@ -184,7 +229,7 @@ class MlflowRun:
             for path in sorted(folder.glob("step-*.json")):
                 position = (path.stat().st_ino, path.stat().st_size)
                 if self.positions.get(path) != position:
-                    upload.send_table(client, run, json.loads(path.read_text()), f"{folder.name}/{path.name}")
+                    self._send_table(client, run, path, f"{folder.name}/{path.name}")
                     self.positions[path] = position
 
     def _send_status(self, client: MlflowClient, run: Run, state: State) -> None:
@@ -196,24 +241,35 @@ class MlflowRun:
         upload.set_status(client, run, STATUS[state.status], ended_at if state.status in ENDED else None)
         self.status = STATUS[state.status]
 
-    def _send_results(self, client: MlflowClient, run: Run) -> None:
-        """Send the results of a finished run: log, manifest, samples as a table, and the model (``log_model``)."""
-        for path in (self.rundir.manifest, self.rundir.log):
-            if path.exists():
-                client.log_artifact(run.info.run_id, str(path))
-        if self.rundir.profile.is_dir():
-            client.log_artifacts(run.info.run_id, str(self.rundir.profile), self.rundir.profile.name)
+    def _lacks_results(self) -> bool:
+        """Whether the run has ended, and MLflow does not have all of it."""
+        is_marked = self.run is not None and self.run.data.tags.get(UPLOADED_TAG) == str(self.state.updated)
+        return self.state.status in ENDED and not is_marked
+
+    def _send_results(self, client: MlflowClient, run: Run, state: State) -> None:
+        """The results of a finished run: summary, samples as a table, log, manifest and model (``log_model``)."""
+        self.outbox.add(self.rundir.manifest, self.rundir.log, self.rundir.profile)
         with contextlib.suppress(OSError, ValueError):  # lost or damaged: the worker reports it
-            upload.send_table(client, run, json.loads(self.rundir.samples.read_text()), self.rundir.samples.name)
-        self._send_summary(client, run)
+            self._send_table(client, run, self.rundir.samples, self.rundir.samples.name)
+        self._send_summary(client, run, state)
         self.close_doubles()
+        if self._model_kind():
+            self.outbox.add(self.rundir.model)
+
+    def _send_table(self, client: MlflowClient, run: Run, path: Path, name: str) -> None:
+        self.outbox.texts[name] = upload.table(json.loads(path.read_text()))
+        upload.send_table_tag(client, run, name)
+
+    def _model_kind(self) -> str:
+        """adapter or model, if it is uploaded; empty if not."""
         log_model, is_adapter = self.tracking.log_model, (self.rundir.model / "adapter_config.json").exists()
-        if self.rundir.model.is_dir() and (log_model is True or (log_model == "adapter" and is_adapter)):
-            client.log_artifacts(run.info.run_id, str(self.rundir.model), self.rundir.model.name)
-            model = self.rundir.read_manifest().get("model") or {}
-            params = {"base": str(model.get("path")), "revision": str(model.get("revision"))}
-            kind, step = "adapter" if is_adapter else "model", self.rundir.read_state().model_step
-            upload.send_model(client, run, str(model.get("name") or "model"), kind, params, step)
+        is_wanted = self.rundir.model.is_dir() and (log_model is True or (log_model == "adapter" and is_adapter))
+        return ("adapter" if is_adapter else "model") if is_wanted else ""
+
+    def _send_model(self, client: MlflowClient, run: Run, kind: str) -> None:
+        model = self.rundir.read_manifest().get("model") or {}
+        params = {"base": str(model.get("path")), "revision": str(model.get("revision"))}
+        upload.send_model(client, run, str(model.get("name") or "model"), kind, params, self.state.model_step)
 
     def close_doubles(self) -> None:
         """Close runs and models that a repeated request created besides those of this run."""
@@ -223,61 +279,14 @@ class MlflowRun:
             if hasattr(client, "search_logged_models"):  # added in MLflow 3
                 upload.delete_double_models(client, self.run)
 
-    def _send_summary(self, client: MlflowClient, run: Run) -> None:
+    def _send_summary(self, client: MlflowClient, run: Run, state: State) -> None:
         """Send the metrics that no record contains and ``compare`` uses: best eval loss and training seconds."""
         from mlflow.entities import Metric
 
-        state = self.rundir.read_state()
         records = read(self.rundir)
-        is_complete = not lost_of(self.rundir.read_state(), records, self.config)
-        best = last_values(records).get(BEST) if is_complete else None
+        best = last_values(records).get(BEST) if not lost_of(state, records, self.config) else None
         summary = {BEST: best, SECONDS: state.seconds or None}
         now_ms = int(state.updated * 1000)
         points = [Metric(name, value, now_ms, state.step) for name, value in summary.items() if value is not None]
         if points:
             client.log_batch(run.info.run_id, metrics=points)
-
-
-def home(rundir: RunDir, tracking: Tracking, outputs_dir: str | Path) -> str:
-    """URI of the store of a run: the configured one; with ``tracking=offline`` the one it was uploaded to, if any,
-    else the one of the environment (``MLFLOW_TRACKING_URI``).
-    """
-    if tracking.kind == "offline":
-        with contextlib.suppress(OSError, ValueError):  # a damaged manifest is reported elsewhere
-            recorded = str((rundir.read_manifest().get("mlflow") or {}).get("uri") or "")
-            if recorded and store.is_there(recorded):
-                return recorded
-        if uri := environment.store_uri():
-            return manifest.credentials_into_environment(uri)
-    return store_uri(tracking, outputs_dir)
-
-
-def artifacts_dir(uri: str, outputs_dir: str | Path) -> Path | None:
-    """Artifact folder of the embedded store; None if a server decides."""
-    return None if store.is_server(uri) else Path(outputs_dir, "mlartifacts")
-
-
-def note(rundir: RunDir, uri: str, run: Run, **more: Any) -> None:
-    """Record the ids of the MLflow run in the manifest; a recorded parent run in another store is removed."""
-    recorded = rundir.read_manifest().get("mlflow") or {}
-    ids = where(uri, run)
-    same_store = recorded if recorded.get("uri", ids["uri"]) == ids["uri"] else {}
-    if (updated := {**same_store, **ids, **more}) != recorded:
-        rundir.update_manifest(mlflow=updated)
-
-
-def parent_of(rundir: RunDir, uri: str) -> dict[str, str]:
-    """{parent_run_id} of a run whose sweep has a parent run in this store; else empty."""
-    sweep, recorded = sweep_of(rundir), dict[str, Any]()
-    with contextlib.suppress(DamagedError):  # sync reports it
-        recorded = (sweep.read().get("mlflow") or {}) if sweep else {}
-    is_here = recorded.get("parent_run_id") and recorded.get("uri") == take_credentials(uri)[0]
-    return {"parent_run_id": str(recorded["parent_run_id"])} if is_here else {}
-
-
-def where(uri: str, run: Run) -> dict[str, Any]:
-    """Entry for the manifest: {run_id, experiment_id, uri, url}; ``url``: page of the run on a server, else None."""
-    uri, _, _ = take_credentials(uri)
-    run_id, experiment = run.info.run_id, run.info.experiment_id
-    url = f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if store.is_server(uri) else None
-    return {"run_id": run_id, "experiment_id": experiment, "uri": uri, "url": url}

@@ -106,6 +106,13 @@ def read_sqlite(database: Path, queries: Sequence[str], values: Sequence[Any] = 
         return [connection.execute(query, list(values)).fetchall() for query in queries]
 
 
+def known_identities(uri: str, identities: Sequence[str]) -> set[str]:
+    """Those of the ids (``id`` of the manifest) that a run of this sqlite database has, deleted or not."""
+    marks = ",".join("?" * len(identities))
+    query = f"SELECT value FROM tags WHERE key = '{ID_TAG}' AND value IN ({marks})"
+    return {value for (value,) in read_sqlite(Path(uri.removeprefix("sqlite:///")), [query], identities)[0]}
+
+
 def is_there(uri: str) -> bool:
     """False for a sqlite database whose file does not exist; True for all other stores."""
     return not uri.startswith("sqlite:") or Path(uri.removeprefix("sqlite:///")).exists()

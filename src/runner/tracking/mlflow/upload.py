@@ -177,14 +177,24 @@ TABLES_TAG, MOST_TABLES = "mlflow.loggedArtifacts", 100
 """The tag by which MLflow's pages find tables; it has a longest length."""
 
 
-def send_table(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Upload rows as an MLflow table. MLflow's ``log_table`` would append the same rows again at every resume."""
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as an MLflow table in JSON. MLflow's ``log_table`` would append the same rows again at every resume."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
-    client.log_text(run.info.run_id, json.dumps(table, ensure_ascii=False), name)
+    content = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
+    return json.dumps(content, ensure_ascii=False)
+
+
+def send_table_tag(client: MlflowClient, run: Run, name: str) -> None:
+    """Make MLflow's pages show the artifact ``name`` as a table."""
     tables = [each for each in json.loads(run.data.tags.get(TABLES_TAG) or "[]") if each.get("path") != name]
     tables = [*tables, {"path": name, "type": "table"}][-MOST_TABLES:]
     send_tags(client, run, {TABLES_TAG: json.dumps(tables)})
+
+
+def send_table(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Upload rows as an MLflow table."""
+    client.log_text(run.info.run_id, table(rows), name)
+    send_table_tag(client, run, name)
 
 
 def set_status(client: MlflowClient, run: Run, status: str, ended: float | None) -> None:
