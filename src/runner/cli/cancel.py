@@ -8,11 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from runner.cli.args import Args, Verb
 from runner.errors import RunnerError
-from runner.files import write_atomic
+from runner.files import at_once, write_atomic
 from runner.tracking import lock_holders, lookup, run_status
 from runner.tracking.machine import user
 from runner.tracking.mirror import backlog
@@ -98,8 +99,7 @@ class _Cancellation:
         deadline = time.monotonic() + WAIT_S
         while True:
             runs = run_status.of([run.rundir for run in self.runs])
-            for run in self._without_worker(runs):
-                run_status.write(run, "killed", _reason(run))
+            at_once(partial(run_status.write, run, "killed", _reason(run)) for run in self._without_worker(runs))
             for run in runs:  # after the waiting runs: else their queue starts the next one
                 self._stop(run)
             runs = run_status.of([run.rundir for run in runs])
@@ -124,7 +124,7 @@ class _Cancellation:
                 self.problems[run.rundir.path] = run.reason or f"it runs on {run.state.host}: cancel it there"
                 continue
             try:
-                write_atomic(run.rundir.cancel_request, _reason(run))
+                write_atomic(run.rundir.cancel_request, _reason(run), is_durable=False)
             except OSError as error:
                 self.problems[run.rundir.path] = f"its folder cannot be written ({error.strerror})"
 

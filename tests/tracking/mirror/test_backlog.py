@@ -56,3 +56,13 @@ def test_a_run_without_a_store_is_never_uploaded_by_itself(tmp_path: Path) -> No
     assert not backlog.is_behind(rundir)
     rundir.update_manifest(mlflow={"run_id": "0" * 32})
     assert backlog.is_wanted(rundir), "sync has brought it to MLflow: what comes after belongs there, too"
+
+
+def test_a_thousand_runs_are_one_command(tmp_path: Path) -> None:
+    """Each command imports MLflow."""
+    folders = [tmp_path / f"sweeps/many/{number:04d}-seed={number}" for number in range(1000)]
+    assert [len(batch) for batch in backlog.commands(folders)] == [1000]
+    many = list(backlog.commands(folders * 10))
+    assert max(sum(map(len, batch)) + len(batch) for batch in many) <= backlog.LONGEST_COMMAND
+    assert [folder for batch in many for folder in batch] == list(map(str, folders * 10))
+    assert list(backlog.commands([])) == []

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from runner.errors import DamagedError
@@ -14,8 +14,10 @@ from runner.files import is_held
 from runner.tracking.rundir import RunDir
 from runner.tracking.sweepdir import sweep_of
 
-FOLDERS_AT_ONCE = 200
-"""Folders per command line; far below the limit of any system."""
+UPLOADING = "uploading runs to MLflow:"
+"""Beginning of the lines in which ``sync`` shows its progress."""
+LONGEST_COMMAND = 200_000
+"""Characters of a command line with folders: some thousand of them; far below the limit of any system (1 MiB)."""
 
 
 def is_wanted(rundir: RunDir) -> bool:
@@ -67,15 +69,43 @@ def upload_ended(ended: Sequence[RunDir]) -> int:
 
 
 def upload(folders: Sequence[Path]) -> list[str]:
-    """Upload runs and sweeps with ``runner sync`` (some seconds, mostly importing MLflow); returns error messages."""
+    """Upload runs and sweeps with ``runner sync`` (some seconds, mostly importing MLflow); returns error messages.
+
+    Its progress is shown on stderr.
+    """
     problems: list[str] = []
-    for first in range(0, len(folders), FOLDERS_AT_ONCE):
-        batch = map(str, folders[first : first + FOLDERS_AT_ONCE])
+    for batch in commands(folders):
         command = [sys.executable, "-P", "-m", "runner", "sync", *batch]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if result.returncode:
-            problems += result.stderr.strip().splitlines()
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            lines = [line for line in map(str.strip, process.stderr) if line and not _show(line)]
+        if process.returncode:
+            problems += lines
     return problems
+
+
+def commands(folders: Iterable[Path]) -> Iterator[list[str]]:
+    """The folders in as few command lines as possible: each imports MLflow."""
+    batch: list[str] = []
+    length = 0
+    for folder in map(str, folders):
+        length += len(folder) + 1
+        if batch and length > LONGEST_COMMAND:
+            yield batch
+            batch, length = [], len(folder) + 1
+        batch.append(folder)
+    if batch:
+        yield batch
+
+
+def _show(line: str) -> bool:
+    """Show a line about the progress; False if it is another line."""
+    is_progress = line.startswith(UPLOADING)
+    if is_progress:
+        print(f"  {line}", file=sys.stderr, flush=True)
+    return is_progress
 
 
 def _is_uploading(rundir: RunDir) -> bool:

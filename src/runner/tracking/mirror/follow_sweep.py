@@ -31,13 +31,15 @@ from runner.tracking.mirror.follow import (
     say,
 )
 from runner.tracking.mirror.spawn import read_report
-from runner.tracking.mlflow import parent_run, store
+from runner.tracking.mlflow import batch, parent_run, store
 from runner.tracking.mlflow.parent_run import Publish
 from runner.tracking.mlflow.run import ENDED, MlflowRun
 from runner.tracking.rundir import RunDir
 from runner.tracking.state_file import State
 from runner.tracking.sweepdir import SweepDir
 
+MOST_ACTIVE = 200
+"""Ended runs that are uploaded at the same time: each holds a file open."""
 SCAN_S = 1.0
 """Between two scans for started or ended runs; a scan compares time stamps only: 5 ms for a thousand runs."""
 
@@ -144,6 +146,8 @@ class _Mirror:
                 continue
             with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged folder: sync reports the error
                 state = self.states[path] = rundir.read_state()
+                if state.status in ENDED and len(self.active) >= MOST_ACTIVE:
+                    continue
                 if not _needs_upload(rundir, state) or self._follow(rundir):
                     self.stamps[path] = current
 
@@ -173,6 +177,7 @@ class _Mirror:
             self._record_answer(parent_run.try_open(self.sweep, queued=self.sweep.is_worked_on()))
             self.opened = not self.problem
         count = len(self.active)
+        self._upload_ended()
         for path, each in list(self.active.items()):
             may_upload = self.opened and time.monotonic() >= self.silent_until
             if each.follower.ended and not may_upload:
@@ -190,6 +195,16 @@ class _Mirror:
                 del self.active[path]
                 self.stamps.pop(path, None)  # the run may have been started again meanwhile
         return len(self.active) < count
+
+    def _upload_ended(self) -> None:
+        """Upload runs that had ended when they were found, such as those of a cancelled sweep, with few commits."""
+        runs = [
+            each.follower.run
+            for each in self.active.values()
+            if each.follower.state.status in ENDED and each.follower.run.run is None and not each.follower.failures
+        ]
+        if len(runs) > 1 and self.opened and time.monotonic() >= self.silent_until:
+            batch.update(runs)
 
     def _record_answer(self, problem: str) -> None:
         """Record the result of the last call of the store; pause further calls after an error."""

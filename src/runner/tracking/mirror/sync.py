@@ -17,7 +17,7 @@ from runner.tracking.also.sending import Sending
 from runner.tracking.lookup import find_runs
 from runner.tracking.manifest import credentials_into_environment
 from runner.tracking.metrics_log import read
-from runner.tracking.mirror.backlog import is_complete
+from runner.tracking.mirror.backlog import UPLOADING, is_complete
 from runner.tracking.mirror.follow import close_if_dead, only_one
 from runner.tracking.mlflow import batch, parent_run, rest, store
 from runner.tracking.mlflow.parent_run import Publish
@@ -30,7 +30,7 @@ from runner.tracking.trackers import check_mlflow
 
 UNBEGUN, MIRRORED, ELSEWHERE = "not started yet", "its own upload process is running", "in another store: "
 """Reasons to upload nothing that are not errors."""
-PROBE_S = 10.0
+PROBE_S, PROGRESS_S = 10.0, 2.0
 T = TypeVar("T")
 
 
@@ -73,7 +73,7 @@ def sync(folders: Iterable[Path], uri: str | None = None, publish: Publish | Non
         # If a sweep is in another store, its runs belong below its parent run there.
         runs = [run for run in runs if not stores[run.path] and not stores[home_of(run)]]
     problems = {sweep: parent_run.try_open(sweep, uri, offline=True, restore=False) for sweep in sweeps}
-    shown, results = terminal.progress("uploading runs to MLflow:"), list[SyncResult]()
+    shown, results = terminal.progress(UPLOADING, PROGRESS_S), list[SyncResult]()
     for rundirs in chunks(runs, batch.RUNS):
         results += _sync_many(rundirs, uri, silent)
         shown(len(results), len(runs))
