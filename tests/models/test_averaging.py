@@ -85,6 +85,10 @@ def test_what_has_no_average_is_refused(tmp_path: Path):
         with pytest.raises(ConfigError, match=problem):
             averaging.average(folders, tmp_path / "mean")
         assert not (tmp_path / "mean").exists()
+    (plain[1] / "loftq.safetensors").write_bytes(b"another base")
+    with pytest.raises(ConfigError, match="the adapters belong to different bases"):
+        averaging.average(plain, tmp_path / "mean")
+    (plain[1] / "loftq.safetensors").unlink()
     config = json.loads((plain[1] / "adapter_config.json").read_text())
     (plain[1] / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "another"}))
     with pytest.raises(ConfigError, match="the adapters differ in base_model_name_or_path"):

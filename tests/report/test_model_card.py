@@ -78,7 +78,7 @@ def test_the_card_of_an_adapter_says_where_its_base_is(
 
 
 def test_the_card_of_loftq_loads_the_base_in_its_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loftq_base, "read", lambda _: ({}, loftq_base.About(1, "nf4", True, "bfloat16")))
+    monkeypatch.setattr(loftq_base, "read", lambda _: ({}, loftq_base.About(1, "nf4", True, "bfloat16", [])))
     for words, loaded in ((("model=smollm2",), '"base"'), (("model=llama",), "'owner/name'")):
         rundir = prepared(tmp_path / words[0], *words, "quant=4bit", "lora.init_lora_weights=loftq")
         rundir.model.mkdir()

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runner.config import pinned_weights
-from runner.models import hub
+from runner.models import hub, loftq_base
 
 
 def subtracts_initial(init: Any) -> bool:
@@ -62,8 +60,7 @@ def save(model: Any, folder: Path, tensors: dict[str, Any]) -> None:
     config.save_pretrained(str(folder))
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if file := getattr(model, "loftq_file", None):
-        shutil.copyfile(file, folder / pinned_weights.LOFTQ)
+    loftq_base.write_beside(model, folder)
     model.create_or_update_model_card(str(folder))
 
 

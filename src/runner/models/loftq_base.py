@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.config import pinned_weights
 from runner.errors import ConfigError, Fault
+from runner.files import write_atomic
 from runner.models import model_folder
 
 if TYPE_CHECKING:
@@ -24,17 +25,20 @@ if TYPE_CHECKING:
 INIT = "loftq"
 """The value of ``lora.init_lora_weights``."""
 FILE = pinned_weights.LOFTQ
-"""For each layer the factors of the last two iterations, without the scale of the adapter; and how Q is stored."""
+"""How Q is stored and, after several iterations, ``LAYER.before_b`` and ``LAYER.before_a`` (``quantization.loftq``)."""
 
 
 @dataclass(frozen=True)
 class About:
-    """How Q was made: its iterations, bitsandbytes' kind, double quantization, the dtype that was quantized."""
+    """How Q was made: its iterations, bitsandbytes' kind, double quantization, the dtype that was quantized; of which
+    layers.
+    """
 
     iterations: int
     kind: Literal["nf4", "fp4"]
     double: bool
     dtype: str
+    layers: list[str]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -78,9 +82,22 @@ def read(file: Path) -> tuple[dict[str, Tensor], About]:
     raise ConfigError(Fault("", f"{file} {problem}: it says which base the adapter has", "restore it, or train again"))
 
 
+def write(file: Path, tensors: Mapping[str, Tensor], about: About) -> None:
+    from safetensors.torch import save
+
+    write_atomic(file, save(dict(tensors), metadata={"loftq": json.dumps(vars(about))}))
+
+
 def keep(model: Any, file: Path) -> None:
-    """Let ``adapter.save`` write the file beside the adapter."""
+    """Let ``write_beside`` know the file of the adapter of ``model``."""
     model.loftq_file = file
+
+
+def write_beside(model: Any, folder: Path) -> None:
+    """Write what tells the base beside the adapter in ``folder``, if it began with LoftQ; not what it began with."""
+    if file := getattr(model, "loftq_file", None):
+        tensors, about = read(file)
+        write(folder / FILE, {name: each for name, each in tensors.items() if ".before_" in name}, about)
 
 
 def library_options(folder: Path) -> dict[str, Any]:

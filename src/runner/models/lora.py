@@ -16,7 +16,7 @@ from runner import imports
 from runner.config.bind import bind, bind_target
 from runner.config.bounds import Must
 from runner.config.schema import Count, Fraction, Positive, Text
-from runner.errors import ConfigError, Fault, first_line, refuse, suggest
+from runner.errors import ConfigError, Fault, refuse, suggest
 from runner.models import adapter, experts, freezing, loftq_base, new_tokens, peft_options, warm_start
 from runner.models.kernels import compilation, score_head
 
@@ -140,7 +140,7 @@ def peft(
         with adapter.fixed_seed() if subtracts else contextlib.nullcontext():
             adapted = get_peft_model(model, config, revision=revision, low_cpu_mem_usage=meta)
     except peft_options.WRONG as error:
-        raise ConfigError(_peft_fault(method, error)) from error
+        raise ConfigError(peft_options.refusal(method, error)) from error
     _refuse(_effect_faults(adapted, options))
     _refuse(_head_faults(adapted, method))
     new_tokens.in_float32(adapted)
@@ -294,14 +294,6 @@ def _head_faults(model: Any, method: str) -> Iterator[Fault]:
 def _full_on_quantized() -> Fault:
     remedy = "train an adapter (lora=lora), or load the weights without quantization (quant=none)"
     return Fault("lora", "full fine-tuning does not support quantized weights", remedy, "none")
-
-
-def _peft_fault(method: str, error: Exception) -> Fault:
-    text = first_line(error)
-    if "target_modules" in text and "specify" in text:
-        problem = f"PEFT has no default target modules of {method} for this model"
-        return Fault("lora.target_modules", problem, f"set '+lora.target_modules={ALL_LINEAR}'")
-    return Fault("lora", f"PEFT cannot apply {method} to this model: {text}", "use other options, or lora=lora", method)
 
 
 def _quant(model: nn.Module) -> Quant | None:

@@ -110,3 +110,12 @@ def _construction_faults(method: str, options: Mapping[str, Any]) -> Iterator[Fa
         config_class(method)(task_type="CAUSAL_LM", **options)
     except WRONG as error:
         yield Fault("", f"{method}: {first_line(error)}", "set the options that PEFT requires: '+lora.name=value'")
+
+
+def refusal(method: str, error: Exception) -> Fault:
+    """The fault of an error that PEFT raises when it adapts a model."""
+    text = first_line(error)
+    if "target_modules" in text and "specify" in text:
+        problem = f"PEFT has no default target modules of {method} for this model"
+        return Fault("lora.target_modules", problem, "set '+lora.target_modules=all-linear'")
+    return Fault("lora", f"PEFT cannot apply {method} to this model: {text}", "use other options, or lora=lora", method)

@@ -10,7 +10,6 @@ PEFT 0.21 computes it on GPUs alone, and ignores the scale of the adapter (``lof
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError, Fault
-from runner.files import write_atomic
 from runner.models import loftq_base, pretrained
 from runner.models.loftq_base import About
 from runner.models.quantization.bitsandbytes import four_bit
@@ -71,25 +69,23 @@ def compute(model: Any, source: ModelSource, iterations: int, file: Path, progre
     The unquantized weights stay in the files of the model; one at a time is read. ``progress``: called with (layers
     done, all layers).
     """
-    from safetensors.torch import save
-
     if file.is_file():
         return
-    plain, layers, about = pretrained.mapped(source), list(_adapted(model)), None
-    found: dict[str, Tensor] = {}
-    for done, (name, layer) in enumerate(layers):
-        progress(done, len(layers))
-        weight, base = _dense(plain, name), layer.get_base_layer()
-        about = about or About(iterations, *loftq_base.kind(model.quant), _name_of(base.weight.quant_state.dtype))
-        rounded = _rounding(model.quant, about.torch_dtype)
-        of_layer = factors(weight.to(base.weight.device), rounded, layer.r["default"], iterations)
-        found |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in vars(of_layer).items()}
-    if about is None:
+    if not (layers := dict(_adapted(model))):
         problem = "has no effect: none of the adapted layers has 4-bit weights"
-        raise ConfigError(
-            Fault("lora.init_lora_weights", problem, "choose other lora.target_modules, or true", loftq_base.INIT)
-        )
-    write_atomic(file, save(found, metadata={"loftq": json.dumps(vars(about))}))
+        remedy = "choose other lora.target_modules, or set it to true"
+        raise ConfigError(Fault("lora.init_lora_weights", problem, remedy, loftq_base.INIT))
+    plain, first = pretrained.mapped(source), next(iter(layers.values())).get_base_layer()
+    dtype = str(first.weight.quant_state.dtype).removeprefix("torch.")
+    about = About(iterations, *loftq_base.kind(model.quant), dtype, list(layers))
+    found: dict[str, Tensor] = {}
+    for done, (name, layer) in enumerate(layers.items()):
+        progress(done, len(layers))
+        weight = _dense(plain, name).to(first.weight.device)
+        of_layer = factors(weight, _rounding(model.quant, about.torch_dtype), layer.r["default"], iterations)
+        parts = {part: tensor for part, tensor in vars(of_layer).items() if iterations > 1 or part in ("a", "b")}
+        found |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
+    loftq_base.write(file, found, about)
     log.info(f"the adapter begins as what {model.quant.name} loses of {len(layers)} weights (LoftQ)")
 
 
@@ -124,30 +120,33 @@ def settle(base: Any, source: ModelSource, file: Path) -> None:
 
     quant = four_bit(kind=about.kind, double=about.double, compute_dtype="auto")
     with torch.no_grad():
-        for name in _names(tensors):
+        for name in about.layers:
             module = base.get_submodule(name)
-            b, a = (tensors[f"{name}.before_{part}"].to(module.weight.device) for part in "ba")
-            dense = _rounding(quant, about.torch_dtype)(without(_dense(base, name), b, a))
+            dense = _rounding(quant, about.torch_dtype)(_quantized(base, name, tensors, module.weight.device))
             module.weight.copy_(dense.t() if _is_turned(module) else dense)
 
 
 def requantize(model: Any, source: ModelSource, tensors: Mapping[str, Tensor], about: About) -> None:
-    """After several iterations: replace the 4-bit weights of the layers in ``tensors`` by Q, in place."""
+    """After several iterations: replace the 4-bit weights of the layers by Q, in place."""
     if about.iterations == 1:
         return
     plain, inner = pretrained.mapped(source), getattr(model, "get_base_model", lambda: model)()
-    for name in _names(tensors):
+    for name in about.layers:
         module: Any = inner.get_submodule(name)
         module = getattr(module, "base_layer", module)
-        b, a = (tensors[f"{name}.before_{part}"].to(module.weight.device) for part in "ba")
-        dense = without(_dense(plain, name).to(module.weight.device), b, a)
+        dense = _quantized(plain, name, tensors, module.weight.device)
         module.weight.data, state = model.quant.pack(dense.to(about.torch_dtype))
         module.weight.quant_state = module.quant_state = state
     inner.is_requantized = True
 
 
-def _names(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name.removesuffix(".before_a") for name in tensors if name.endswith(".before_a")]
+def _quantized(plain: Any, name: str, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """What was quantized to Q in the last iteration: W − B'·A', and W in the first."""
+    weight = _dense(plain, name).to(device)
+    if f"{name}.before_b" not in tensors:
+        return weight
+    b, a = (tensors[f"{name}.before_{part}"].to(device) for part in "ba")
+    return without(weight, b, a)
 
 
 def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
@@ -178,7 +177,3 @@ def _dense(plain: Any, name: str) -> Tensor:
 def _is_turned(module: nn.Module) -> bool:
     """GPT-2's layers have weights (inputs, outputs)."""
     return type(module).__name__ == "Conv1D"
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
