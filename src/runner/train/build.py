@@ -116,16 +116,16 @@ def load_model(
 ) -> torch.nn.Module:
     """Load the model on its device, quantize it and add the adapter; initial weights depend only on the seed.
 
-    With ``parallel=fsdp`` the model stays on the CPU until it is sharded, because it may not fit on one device. For
-    full fine-tuning (``full``), the weights of bfloat16 files stay in bfloat16 until then: so they are mapped from the
-    files, in memory that the processes of a machine share. ``wrap`` makes float32 of them, a layer at a time.
+    With ``parallel=fsdp`` the model stays on the CPU until it is sharded: it may not fit on one device. For ``full``
+    fine-tuning, bfloat16 weights stay mapped from their files until then, so that processes share the memory.
     """
-    options, device, source, quant = inputs.options, inputs.device, inputs.source, inputs.options.quant
-    if options.parallel.kind == "fsdp":
-        is_bfloat16 = dtype_for(source.dtype, device) == torch.bfloat16 or (full and pretrained.is_in_bfloat16(source))
-        source = replace(source, dtype="bfloat16" if is_bfloat16 else "float32")
-        quant, device = quant.on(device), torch.device("cpu")
-    return initial_model(options, source, quant, device, first, ranks)
+    options, device, source = inputs.options, inputs.device, inputs.source
+    if options.parallel.kind != "fsdp":
+        return initial_model(options, source, options.quant, device, first, ranks)
+    is_bfloat16 = dtype_for(source.dtype, device) == torch.bfloat16 or (full and pretrained.is_in_bfloat16(source))
+    source = replace(source, dtype="bfloat16" if is_bfloat16 else "float32")
+    with options.quant.loading_for(device) as quant:
+        return initial_model(options, source, quant, torch.device("cpu"), first, ranks)
 
 
 def initial_model(

@@ -184,3 +184,25 @@ def test_binding_imports_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_is_loaded_for_another_device_is_quantized_there(source: ModelSource, monkeypatch: pytest.MonkeyPatch):
+    """Here the other device is the CPU, too: the weights come back as they would be without it."""
+    import bitsandbytes as bnb
+
+    quant, original, devices = option("quant", "4bit")(), bnb.nn.Params4bit._quantize, list[Any]()
+
+    def watched(weight: Any, device: Any) -> Any:
+        devices.append(device)
+        return original(weight, device)
+
+    monkeypatch.setattr(bnb.nn.Params4bit, "_quantize", watched)
+    with quant.loading_for(torch.device("cpu", 0)) as settled:
+        model = pretrained.load(source, settled, "cpu")
+    assert devices == [torch.device("cpu", 0)] * 14
+    assert bnb.nn.Params4bit._quantize is watched
+    assert settled.compute_dtype == str(dtypes.dtype_for("auto", "cpu")).removeprefix("torch.")
+    expected = dict(pretrained.load(source, quant, "cpu").named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name])
+        assert parameter.device == torch.device("cpu")

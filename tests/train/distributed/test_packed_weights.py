@@ -107,9 +107,10 @@ def test_a_quantized_weight_outside_of_the_layers_stays_whole(group: None, cache
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_what_is_loaded_on_the_cpu_is_sharded_on_a_gpu(tmp_path: Path, cache: Path) -> None:
-    quant = option("quant", "4bit")()
-    expected = trained(loaded(quant).to("cuda"))
-    model = loaded(quant)
+    with option("quant", "4bit", compute_dtype="float32")().loading_for(torch.device("cuda")) as quant:
+        expected = trained(loaded(quant).to("cuda"))
+        model = loaded(quant)
+    assert {weight.device.type for weight in packed_weights.of(model).values()} == {"cpu"}
     store = f"file://{tmp_path}/store"
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method=store, rank=0, world_size=1)
     try:

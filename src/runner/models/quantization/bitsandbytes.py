@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -139,8 +140,10 @@ class FourBit(Quant):
         blocks = rows * columns / BLOCK
         return rows * columns / 2 + (blocks * (1 + 4 / NESTED_BLOCK) if self.double else blocks * 4)
 
-    def on(self, device: torch.device | str) -> FourBit:
-        return replace(self, compute_dtype=_name_of(self.compute_dtype, device))
+    @contextlib.contextmanager
+    def loading_for(self, device: torch.device) -> Iterator[FourBit]:
+        with _quantizing_on(device):
+            yield replace(self, compute_dtype=_name_of(self.compute_dtype, device))
 
     def after_load(self, model: nn.Module) -> None:
         """Let training follow an evaluation.
@@ -185,6 +188,29 @@ def _selects(layer: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return type(layer) in (nn.Linear, Conv1D)
+
+
+@contextlib.contextmanager
+def _quantizing_on(device: torch.device) -> Iterator[None]:
+    """Quantize weights that are loaded into the memory of the CPU on ``device``, one at a time.
+
+    A thread of a CPU quantizes about ten million weights a second: 70 billion would take two hours.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    quantize = Params4bit._quantize
+
+    def on_device(weight: Any, wanted: torch.device) -> Any:
+        quantize(weight, device)
+        weight.data = weight.data.to(wanted)
+        weight.quant_state.to(wanted)
+        return weight
+
+    Params4bit._quantize = on_device
+    try:
+        yield
+    finally:
+        Params4bit._quantize = quantize
 
 
 def _keep_scales(module: Any) -> None:

@@ -10,7 +10,9 @@ anyway, and a float32 head costs memory (1 GiB for Llama-3's vocabulary) for not
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -107,9 +109,13 @@ class Quant(Protocol):
         """Bytes of a quantized weight of this shape, including its scales."""
         ...
 
-    def on(self, device: torch.device | str) -> Quant:  # noqa: ARG002
-        """For a model that will compute on ``device``, and may be loaded elsewhere: with what ``auto`` means there."""
-        return self
+    @contextlib.contextmanager
+    def loading_for(self, device: torch.device) -> Iterator[Quant]:  # noqa: ARG002
+        """Inside the block a model is loaded on the CPU that will compute on ``device``.
+
+        Gives the quantization to load it with: ``auto`` means there what it means on ``device``.
+        """
+        yield self
 
     def after_load(self, model: nn.Module) -> None:  # noqa: ARG002
         """Prepare a loaded model for training, in place."""
