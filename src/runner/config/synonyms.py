@@ -163,6 +163,7 @@ OPTIONS = {
     "lora=qlora": "write quant=4bit lora=lora, or experiment=qlora",
     **{f"{group}={name}": "write lora=lora_fa" for group in ("lora", "optim") for name in ("lorafa", "lora-fa")},
     "lora=full": "write lora=none: all weights are trained", "lora=false": "write lora=none",
+    "lora=loftq": "write quant=4bit lora.init_lora_weights=loftq", "lora=eva": "write lora.init_lora_weights=eva",
     "lora=true": "write lora=lora", "lora=olora": "write lora=lora lora.init_lora_weights=olora",
     **{f"lora={name}": PEFT.format(word=name) for name in ("ia3", "vera", "oft", "boft", "loha", "lokr", "hra")},
     **{f"lora={name}": f"write lora=peft lora.method={name} +lora.num_virtual_tokens=16 data.packing=false"

@@ -37,6 +37,15 @@ def of_paper(weight: Tensor, rank: int, iterations: int, kind: str, double: bool
     return q, product
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_the_best_product_is_that_of_the_singular_values(scale: float) -> None:
+    matrix = scale * torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    b, a = loftq.low_rank(matrix, 5)
+    torch.testing.assert_close((b @ a).double(), u[:, :5] * s[:5] @ vh[:5], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))  # each has the root of the singular value
+
+
 def begun(tmp_path: Path, *words: str) -> tuple[Inputs, Any]:
     """The inputs of a run, and its model before the first step."""
     given = inputs.inputs(Options(composed(*TINY, *LOFTQ, *words)))

@@ -53,9 +53,21 @@ def factors(weight: Tensor, rounded: Callable[[Tensor], Tensor], rank: int, iter
     for _ in range(iterations):
         before_b, before_a = b, a
         rest = weight.float() - rounded(without(weight, b, a))
-        u, s, vh = torch.linalg.svd(rest, full_matrices=False)
-        b, a = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * vh[:rank]
+        b, a = low_rank(rest, rank) if rows <= columns else (each.t() for each in reversed(low_rank(rest.t(), rank)))
     return Factors(b, a, before_b, before_a)
+
+
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(b (rows, r), a (r, columns)) of the best product of this rank, from the singular values; rows <= columns.
+
+    By the eigenvectors of matrix·matrixᵀ in float64: for wide matrices in half the time of an SVD, as exact in float32.
+    """
+    import torch
+
+    wide = matrix.double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.t())
+    u, s = vectors[:, -rank:], squares[-rank:].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    return (u * s.sqrt()).float(), ((u.t() @ wide) / s.sqrt()[:, None]).float()
 
 
 def without(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
