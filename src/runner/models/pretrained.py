@@ -23,7 +23,7 @@ from runner.models import (
     vision,
 )
 from runner.models.dtypes import dtype_argument, dtype_for
-from runner.models.kernels import base_model, long_rope, score_head
+from runner.models.kernels import base_model, compat, long_rope, score_head
 from runner.models.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def _read(
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
         )
+        compat.forget_device_map(model)
         if "state_dict" in given and model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, sorted(info["missing_keys"])

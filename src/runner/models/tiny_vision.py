@@ -45,7 +45,9 @@ def random_vision(
 def check_random_vision(*, dtype: Precision, seed: int, **_: Any) -> Iterator[Fault]:
     yield from dtype_faults("dtype", dtype)
     if not compat.at_least("transformers", "5"):
-        yield Fault("seed", "model=tiny_vision needs transformers 5", "install it, or use model=tiny", seed)
+        yield Fault(
+            "seed", "model=tiny_vision needs transformers 5", "install transformers >= 5, or use model=tiny", seed
+        )
 
 
 def write(folder: Path, seed: int) -> None:

@@ -22,7 +22,7 @@ def test_the_input_of_each_layer_waits_there_and_nothing_else(monkeypatch: pytes
 
     def watched(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
         device, copy = to_cpu(tensor)
-        saved.append(copy)
+        saved.extend([copy] * bool(copy.numel()))  # torch 2.5 also keeps an empty tensor for each layer
         return device, copy
 
     monkeypatch.setattr(offloading, "to_cpu", watched)

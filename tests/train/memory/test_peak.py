@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, composed, no_hooks
+from fixtures import versions
 from fixtures.own_memory import CPU, nothing_from_others
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -52,6 +53,7 @@ def test_a_ledger_counts_one_device() -> None:
     assert ledger.peak == kept[0].nbytes
 
 
+@versions.fake_gpu
 def test_inputs_of_layers_in_the_memory_of_the_cpu_take_none_of_the_gpu() -> None:
     def made(layers: int) -> Any:
         config = transformers.LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": layers})

@@ -43,6 +43,12 @@ def can_change_attention(model: Any) -> bool:
     return hasattr(model, "set_attn_implementation")
 
 
+def forget_device_map(model: Any) -> None:
+    """Forget that a model is on one device: PEFT 0.14 takes any map with a CPU for weights that are moved to a GPU."""
+    if len(getattr(model, "hf_device_map", {})) == 1:
+        del model.hf_device_map
+
+
 def dtype_keyword() -> str:
     """The argument of ``from_pretrained`` for the dtype; transformers 4.56 renamed it."""
     return "dtype" if at_least("transformers", "4.56") else "torch_dtype"

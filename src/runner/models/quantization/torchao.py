@@ -40,7 +40,9 @@ class Torchao(Quant):
 
     def library_config(self, device: torch.device | str) -> Any:  # noqa: ARG002
         if not compat.at_least("transformers", "5"):
-            raise ConfigError(Fault("quant", "quant=torchao needs transformers 5", "install it, or use quant=8bit"))
+            raise ConfigError(
+                Fault("quant", "quant=torchao needs transformers 5", "install transformers >= 5, or use 8bit")
+            )
         if importlib.util.find_spec("torchao") is None:
             problem, remedy = "quant=torchao needs torchao, which is not installed", "uv pip install torchao"
             raise ConfigError(Fault("quant", problem, remedy))
