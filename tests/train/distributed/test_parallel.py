@@ -69,7 +69,7 @@ def test_weights_in_4_bits_are_sharded(monkeypatch: pytest.MonkeyPatch):
 
     assert faults() == faults(quant=node("quant", "fp4")) == faults(compile=node("compile", "regional")) == []
     (fault,) = faults(parallel={**cfg["parallel"], "param_dtype": "bfloat16"})
-    assert fault.startswith("parallel.param_dtype: has no effect on weights in nf4 (bitsandbytes)")
+    assert fault.startswith("parallel.param_dtype: has no effect with weights in nf4 (bitsandbytes)")
     monkeypatch.setattr(parallel, "SHARDS_BYTES", "99.1")
     (fault,) = faults()
     assert fault.startswith(

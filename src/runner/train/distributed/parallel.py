@@ -18,6 +18,8 @@ from runner.models import lora
 from runner.models.kernels import compat, compilation
 from runner.models.quantization.quant import Quant
 
+SHARDS = "2.6"
+"""The first torch whose FSDP2 is used."""
 SHARDS_BYTES = "2.12"
 """The torch whose FSDP shards parameters that are no floats (https://github.com/pytorch/pytorch/pull/178075)."""
 
@@ -89,8 +91,6 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
     """Faults of ``parallel`` in combination with other groups; works before ``resolve`` too."""
     if bind_target(cfg["parallel"]) is not fsdp:
         return
-    if not compat.at_least("torch", "2.6"):
-        yield Fault("parallel", "parallel=fsdp needs torch 2.6", "install torch >= 2.6, or use parallel=ddp", "fsdp")
     yield from _quant_faults(bind(cfg["quant"], "quant")(), cfg["parallel"].get("param_dtype"))
     if cfg["parallel"].get("param_dtype") and cfg["model"].get("dtype") == "bfloat16":
         problem = "has no effect with model.dtype=bfloat16: the weights are gathered as they are stored"
@@ -109,17 +109,14 @@ def check_combination(cfg: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def _quant_faults(quant: Quant, param_dtype: str | None) -> Iterator[Fault]:
-    if quant.plain:
-        return
-    if not quant.shards:
+    stored = "" if quant.plain else f" with weights in {quant.name}"
+    needed = SHARDS_BYTES if quant.shards else SHARDS
+    if not quant.plain and not quant.shards:
         remedy = "use quant=4bit, or parallel=ddp (quantized weights are small)"
         yield Fault("parallel", f"parallel=fsdp does not shard weights in {quant.name}", remedy, "fsdp")
-    elif not compat.at_least("torch", SHARDS_BYTES):
-        problem, remedy = (
-            f"parallel=fsdp with weights in {quant.name} needs torch {SHARDS_BYTES}",
-            "or use parallel=ddp",
-        )
-        yield Fault("parallel", problem, f"install torch >= {SHARDS_BYTES}, {remedy}", "fsdp")
-    if param_dtype:
-        problem = f"has no effect on weights in {quant.name}: they are gathered as they are stored"
+    elif not compat.at_least("torch", needed):
+        problem = f"parallel=fsdp{stored} needs torch {needed}"
+        yield Fault("parallel", problem, f"install torch >= {needed}, or use parallel=ddp", "fsdp")
+    if stored and param_dtype:
+        problem = f"has no effect{stored}: they are gathered as they are stored"
         yield Fault("parallel.param_dtype", problem, "set it to null", param_dtype)
