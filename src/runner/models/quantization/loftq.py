@@ -81,6 +81,8 @@ def compute(model: Any, source: ModelSource, iterations: int, file: Path, progre
     The unquantized weights stay in the files of the model; one at a time is read. ``progress``: called with (layers
     done, all layers).
     """
+    import torch
+
     if file.is_file():
         return
     if not (layers := dict(_adapted(model))):
@@ -91,9 +93,11 @@ def compute(model: Any, source: ModelSource, iterations: int, file: Path, progre
     dtype = str(first.weight.quant_state.dtype).removeprefix("torch.")
     about = About(iterations, *loftq_base.kind(model.quant), dtype, list(layers))
     found: dict[str, Tensor] = {}
+    # A sharded model is still on the CPU, where the vectors of a large matrix take minutes.
+    device = torch.device("cuda") if torch.cuda.is_available() else first.weight.device
     for done, (name, layer) in enumerate(layers.items()):
         progress(done, len(layers))
-        weight = _dense(plain, name).to(first.weight.device)
+        weight = _dense(plain, name).to(device)
         of_layer = factors(weight, _rounding(model.quant, about.torch_dtype), layer.r["default"], iterations)
         parts = {part: tensor for part, tensor in vars(of_layer).items() if iterations > 1 or part in ("a", "b")}
         found |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
