@@ -15,7 +15,7 @@ from PIL import Image
 from runner.data.vision import largest
 from runner.errors import ConfigError
 from runner.models import lora, pretrained, vision
-from runner.models.kernels import activation_checkpointing, buffers, lm_head
+from runner.models.kernels import activation_checkpointing, attention, base_model, buffers, lm_head
 from runner.models.kernels.base_model import IMAGE_FAMILIES
 from runner.models.quantization import none
 from runner.tasks import cross_entropy
@@ -97,6 +97,19 @@ def test_rows_and_losses_are_those_of_transformers(made: Any) -> None:
         assert sum(int(each["count"]) for each in sums) == report.eval_trained_tokens
 
 
+@torch.no_grad()
+def test_packed_rows_have_the_losses_that_they_have_alone(made: Any) -> None:
+    alone, _ = pictures.tokenised(made.folder / "rows.jsonl", made.tokenizer)
+    packed, _ = pictures.tokenised(made.folder / "rows.jsonl", made.tokenizer, packing=True)
+    assert len(packed.packs) < len(alone.packs), "several rows share a pack"
+    (batch,) = pictures.batches_of(packed, made.tokenizer, 3, packing=True).one_pass()
+    assert batch["packed"]
+    loss = token_loss(made.model, batch)["loss"]
+    each = [token_loss(made.model, row) for row in pictures.batches_of(alone, made.tokenizer, 1).one_pass()]
+    assert float(loss) == pytest.approx(sum(float(row["loss"]) for row in each), rel=1e-5)
+    attention.check_isolation(made.model, None, 64)  # of documents without images, too
+
+
 def test_no_token_of_an_image_is_trained(made: Any) -> None:
     rows, _ = pictures.tokenised(made.folder / "rows.jsonl", made.tokenizer)
     answers = ["none"], ["red"], ["red and blue"], ["blue, red, blue", "another", "both"]
@@ -136,10 +149,12 @@ def test_full_fine_tuning_leaves_the_vision_tower_frozen(made: Any) -> None:
         assert all(vision.is_below(name, vision.others(model)) for name in frozen)
 
 
-@pytest.mark.parametrize("trains", [False, True])
-def test_a_simulated_step_needs_the_memory_of_a_real_one(made: Any, trains: bool) -> None:
-    rows, _ = pictures.tokenised(made.folder / "rows.jsonl", made.tokenizer)
-    batches = pictures.batches_of(rows, made.tokenizer, 2)
+@pytest.mark.parametrize(
+    ("trains", "packing"), [pytest.param(False, False, marks=pytest.mark.slow), (True, True)], ids=["rows", "packs"]
+)
+def test_a_simulated_step_needs_the_memory_of_a_real_one(made: Any, trains: bool, packing: bool) -> None:
+    rows, _ = pictures.tokenised(made.folder / "rows.jsonl", made.tokenizer, packing=packing)
+    batches = pictures.batches_of(rows, made.tokenizer, 2, packing=packing)
     given, shape = largest(batches), batches.largest
 
     def adapted(model: torch.nn.Module) -> torch.nn.Module:
@@ -153,17 +168,21 @@ def test_a_simulated_step_needs_the_memory_of_a_real_one(made: Any, trains: bool
     lm_head.adopt(model)
     activation_checkpointing.arrange(model, "speed")
     with peak.Ledger() as ledger:
-        for tensor in (*model.parameters(), *given.values()):
+        for tensor in (*model.parameters(), *(each for each in given.values() if isinstance(each, torch.Tensor))):
             ledger.enter(tensor)
-        cross_entropy.rehearsal(model, given, torch.zeros(-(-shape.trained // 2), dtype=torch.int64)).backward()
+        inputs = attention.inputs(given, packing, model)
+        inputs = {name: inputs[name] for name in cross_entropy.MODEL_INPUTS if name in inputs}
+        cross_entropy.rehearsal(model, inputs, torch.zeros(-(-shape.trained // 2), dtype=torch.int64)).backward()
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     real = ledger.peak - sum(parameter.nbytes for parameter in model.parameters()) - trained
     print(f"simulated {expected}, measured {real}")
     reused = sum(storage.nbytes() for storage in buffers._BUFFERS.named.values())  # in no estimate
     assert -0.02 * expected < real - expected < 0.02 * expected + reused
+    without = {name: value for name, value in given.items() if name not in base_model.IMAGE_ARGUMENTS}
+    without["input_ids"] = given["input_ids"] * 0
     text = peak.rehearsed(
         lambda layers: adapted(pretrained.empty(made.source, none.none(), CPU, layers)), 2, shape,
-        by_document=False, kept="speed", autocast=None, device=CPU, images={"input_ids": given["input_ids"] * 0},
+        by_document=False, kept="speed", autocast=None, device=CPU, images=without,
     )  # fmt: skip
     assert expected > text + 0.9 * given["pixel_values"].nbytes
 

@@ -42,7 +42,6 @@ def said_of(rows: Path, *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (("data.packing=true",), "data.packing=True: rows of a model that reads images are not packed"),
         (("task=pretrain",), "task=pretrain: task=pretrain does not train models that read images"),
         ((*TWO, "parallel=fsdp"), "parallel=fsdp: FSDP does not shard models that read images"),
         (("lora.init_lora_weights=eva",), "lora.init_lora_weights=eva: looks at rows without their images"),
@@ -75,7 +74,7 @@ def test_virtual_tokens_have_no_id_by_which_images_are_found(rows: Path) -> None
 
 
 def test_the_plan_says_what_images_are(rows: Path) -> None:
-    given = inputs.inputs(Options(composed(*WORDS, f"data.path={rows}")))
+    given = inputs.inputs(Options(composed(*WORDS, f"data.path={rows}", "data.packing=true")))
     (text,) = (text for label, text in given.notes if label == "images")
     assert text.startswith("24, 168 tokens stand for them (7 each); vision tower frozen")
     expected = estimate.expect(given)
@@ -114,7 +113,14 @@ def test_a_run_learns_what_is_in_the_images(rows: Path, tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(rows: Path, tmp_path: Path) -> None:
-    words = (*WORDS, f"data.path={rows}", "train.max_steps=4", "optim.learning_rate=1e-2", "lora.lora_dropout=0.1")
+    words = (
+        *WORDS,
+        f"data.path={rows}",
+        "data.packing=true",
+        "train.max_steps=4",
+        "optim.learning_rate=1e-2",
+        "lora.lora_dropout=0.1",
+    )
     whole, killed = (prepared(tmp_path / name, *words) for name in ("whole", "killed"))
     assert killed_runs.work(whole) == 0
     killed_runs.kill_and_finish(killed, "train/loss", [3])

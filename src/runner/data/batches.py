@@ -124,7 +124,8 @@ class Batches:
         batch = collate(self.rows, members, shape=(count, length), longest=self.max_length, pad_id=self.pad_id,
                         end_to_end=self.end_to_end, shared=self.shared)  # fmt: skip
         if self.vision is not None:
-            batch |= self.vision.tensors([images.of_rows(self.rows.images, row) for row in rows], batch["input_ids"])
+            listed = [[each for row in rows for each in images.of_rows(self.rows.images, row)] for rows in members]
+            batch |= self.vision.tensors(listed, batch["input_ids"])
         return {**batch, "packed": self.packing or self.end_to_end}
 
     def rows_of(self, pack: int) -> np.ndarray:

@@ -53,9 +53,10 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def largest(batches: Batches) -> dict[str, Any]:
-    """``input_ids`` (B, T) and ``TENSORS`` of as many rows as a batch has, those with the most tokens of images.
+    """What a model is given of as many packs as a batch has, those with the most tokens of images.
 
-    T is that of ``Batches.largest``. Both together are at least as large as those of any batch.
+    ``input_ids`` (B, T) and ``TENSORS``, with ``position_ids`` and ``spans``, see ``collator``. T is that of
+    ``Batches.largest``: no batch has more tokens, and none more images.
     """
     from torch.nn import functional as F
 
@@ -65,10 +66,11 @@ def largest(batches: Batches) -> dict[str, Any]:
     most = np.argsort(batches.packs.numbers(counts.__getitem__), kind="stable")[-batches.rows_per_batch :]
     batch = batches.of(most.tolist())
     more = (0, max(batches.largest.length - batch["input_ids"].shape[1], 0))
-    found = {name: batch[name] for name in TENSORS if name in batch}
-    if "mm_token_type_ids" in found:
-        found["mm_token_type_ids"] = F.pad(found["mm_token_type_ids"], more)
-    return {"input_ids": F.pad(batch["input_ids"], more, value=batches.pad_id), **found}
+    found = {name: batch[name] for name in (*TENSORS, "position_ids", "spans", "packed") if name in batch}
+    padded: dict[str, Any] = {
+        name: F.pad(found[name], more) for name in ("position_ids", "mm_token_type_ids") if name in found
+    }
+    return {"input_ids": F.pad(batch["input_ids"], more, value=batches.pad_id), **found, **padded}
 
 
 class Vision:
@@ -143,7 +145,7 @@ class Vision:
     def tensors(self, rows: Sequence[Sequence[Reference]], ids: Any) -> dict[str, Any]:
         """The tensors of the images of a batch (``TENSORS``), float32 and int64; none without images.
 
-        ``rows``: the images of each row of the batch. ``ids``: its tokens, (B, T).
+        ``rows``: the images of each row of the batch, in the order of their tokens. ``ids``: its tokens, (B, T).
 
         Raises:
             DataError: an image has changed since the rows were tokenised.

@@ -100,8 +100,9 @@ def _cut(batch: Mapping[str, Any]) -> Iterator[tuple[dict[str, Tensor], Tensor, 
     """(inputs, labels, ``trained_at`` if it is known) of every forward pass."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
     labels = batch["labels"].reshape(inputs["input_ids"].shape)
-    has_images = any(name in inputs for name in base_model.IMAGE_ARGUMENTS)  # their tensors have no dimension of rows
-    if torch.is_grad_enabled() or len(labels) == 1 or has_images:
+    is_whole = any(name in inputs for name in base_model.IMAGE_ARGUMENTS)  # their tensors have no dimension of rows
+    is_whole |= "position_ids" in inputs and inputs["position_ids"].dim() > 2  # nor have these, see grid_positions
+    if torch.is_grad_enabled() or len(labels) == 1 or is_whole:
         yield inputs, labels, batch.get("trained_at")
         return
     rows = max(1, EVAL_POSITIONS // labels.shape[1])

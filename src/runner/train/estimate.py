@@ -161,7 +161,7 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
     layers = {**options.layers, "config": config, "dtype": dtype, "attention": source.attention}
     images = vision.largest(batches) if batches.vision is not None else {}
     rehearse = partial(peak.rehearsed, make, peak.depth(model.config), alike=_alike(model), images=images, **step)
-    layers["images"] = {name: _described(tensor) for name, tensor in images.items()}
+    layers["images"] = {name: _described(value) for name, value in images.items()}
     if not source.trust_remote_code:  # the key does not contain the code of the model's folder
         rehearse = partial(rehearsals.remembered, {**layers, **step}, rehearse)
     try:
@@ -173,10 +173,12 @@ def _rehearsed(inputs: Inputs, model: Any, autocast: torch.dtype | None) -> tupl
         return None, f"a step of this model cannot be simulated ({typed_line(error)})"
 
 
-def _described(tensor: torch.Tensor) -> str:
-    """The shape of a tensor, and a hash of its values if they are integers."""
-    values = "" if tensor.is_floating_point() else hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-    return f"{tuple(tensor.shape)} {values}"
+def _described(value: Any) -> str:
+    """The shape of a tensor, and a hash of its values if they are integers; another value as it is."""
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    values = "" if value.is_floating_point() else hashlib.sha256(value.numpy().tobytes()).hexdigest()
+    return f"{tuple(value.shape)} {values}"
 
 
 def _alike(model: nn.Module) -> bool:

@@ -12,23 +12,18 @@ if TYPE_CHECKING:
     from runner.data.tokenization import DataReport
     from runner.train.options import Options
 
-CUT = "rows of a model that reads images are not packed: each is a padded row of the batch"
-
 ATTENTIONS = ("auto", "sdpa", "eager")
 
 
 def faults(options: Options, name: str) -> Iterator[Fault]:
     """Options that are not proven, or have no effect, with a model that reads images; ``name``: that of the model.
 
-    Each row is a padded row of the batch: the attention by document and the packing of text runs are not proven equal
-    for these models, whose positions and masks depend on their images.
+    Packed rows are separated by a mask: attention by document is not proven for these models.
     """
     task, parallel = options.task, options.parallel
     if not task.images:
         problem = f"task={task.name} does not train models that read images, as {name} does"
         yield Fault("task", problem, "use task=sft, or a model for text", task.name)
-    if options.data.packing:
-        yield Fault("data.packing", CUT, "set data.packing=false", True)
     if parallel.kind == "fsdp":
         yield Fault("parallel", f"FSDP does not shard models that read images, as {name} does", "use ddp", "fsdp")
     if parallel.kind == "ddp" and options.trains_vision and not parallel.find_unused_parameters:
@@ -57,4 +52,4 @@ def notes(options: Options, report: DataReport) -> list[tuple[str, str]]:
     vision = "trained" if options.trains_vision else "frozen"
     each = report.image_tokens / report.images
     text = f"{report.images}, {report.image_tokens} tokens stand for them ({each:.0f} each); vision tower {vision}"
-    return [("images", f"{text}\n{CUT}")]
+    return [("images", text)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runner.errors import ConfigError, Fault
-from runner.models.kernels import base_model, compat, isolation, long_rope, score_head, varlen_attention
+from runner.models.kernels import base_model, compat, grid_positions, isolation, long_rope, score_head, varlen_attention
 
 
 def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]:
@@ -24,20 +24,23 @@ def inputs(batch: Mapping[str, Any], packed: bool, model: Any) -> dict[str, Any]
     ``input_ids`` and ``position_ids`` are (B, T). They are (1, B * T) for attention by document, and for
     FlashAttention, which detects documents in a single row only (transformers#39121). Padding is at the end of a row,
     so causal attention never includes it. Unpacked rows have the model's own positions, which need not begin at 0
-    (RoBERTa), except that longrope needs to know where the padding begins. Images are in unpacked rows alone.
+    (RoBERTa), except that longrope needs to know where the padding begins. Images are computed in the order of their
+    tokens, whatever row they are in.
     """
     ids, positions = batch["input_ids"], batch["position_ids"]
     if score_head.is_encoder(model):
         return {"input_ids": ids, "attention_mask": _own_tokens(batch)}
+    pictures = {name: batch[name] for name in base_model.IMAGE_ARGUMENTS if name in batch}
     if not packed:
-        pictures = {name: batch[name] for name in base_model.IMAGE_ARGUMENTS if name in batch}
         own = {"position_ids": positions} if long_rope.uses(model) else {}
         return {"input_ids": ids, "use_cache": False, **own, **pictures}
     if varlen_attention.uses(model):
         return varlen_attention.inputs(batch)
     if "flash" in str(model.config._attn_implementation):
         return {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1), "use_cache": False}
-    arguments = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    if grid_positions.uses(model):
+        positions, _ = grid_positions.packed(batch, model), pictures.pop("mm_token_type_ids", None)
+    arguments = {"input_ids": ids, "position_ids": positions, "use_cache": False, **pictures}
     return arguments if compat.masks_by_position() else {**arguments, "attention_mask": _mask(positions, model)}
 
 

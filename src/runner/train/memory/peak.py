@@ -15,7 +15,14 @@ from torch.utils._pytree import tree_iter
 
 from runner.config.schema import Memory
 from runner.data.batches import Shape
-from runner.models.kernels import activation_checkpointing, base_model, compilation, lm_head, varlen_attention
+from runner.models.kernels import (
+    activation_checkpointing,
+    attention,
+    base_model,
+    compilation,
+    lm_head,
+    varlen_attention,
+)
 from runner.tasks import cross_entropy
 from runner.train.memory.known_values import KnownValues
 
@@ -37,7 +44,7 @@ def rehearsed(
     accumulates: bool = False,
     head_in_loss: bool = True,
     alike: bool = True,
-    images: Mapping[str, Tensor] = MappingProxyType({}),
+    images: Mapping[str, Any] = MappingProxyType({}),
 ) -> int:
     """Peak bytes of one training step without weights and gradients, simulated with fake tensors.
 
@@ -123,7 +130,7 @@ def _peaks(
     autocast: torch.dtype | None,
     device: torch.device,
     accumulates: bool,
-    images: Mapping[str, Tensor],
+    images: Mapping[str, Any],
 ) -> _Peaks:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -151,8 +158,9 @@ def _peaks(
                 before.append(ledger.peak)
                 ledger.peak = ledger.live
 
-        for tensor in images.values():
-            ledger.enter(tensor, anywhere=True)
+        for value in images.values():
+            if isinstance(value, Tensor):
+                ledger.enter(value, anywhere=True)
         compilation.decoder_layers(model)[0].register_forward_pre_hook(enter_first)
         compilation.decoder_layers(model)[-1].register_forward_pre_hook(watch, with_kwargs=True)
         with computing:
@@ -193,23 +201,25 @@ def _enter_weights(model: Any, device: torch.device, ledger: Ledger) -> int:
 
 
 def _rehearsal_arguments(
-    model: Any, shape: Shape, images: Mapping[str, Tensor] = MappingProxyType({})
+    model: Any, shape: Shape, images: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(model inputs, positions with logits (count,) of each row) for ``cross_entropy.rehearsal``."""
     if images:
-        return dict(images), torch.zeros(-(-shape.trained // shape.rows), dtype=torch.int64)
+        given = attention.inputs(images, images["packed"], model)
+        given = {name: given[name] for name in cross_entropy.MODEL_INPUTS if name in given}
+        return given, torch.zeros(-(-shape.trained // shape.rows), dtype=torch.int64)
     if varlen_attention.uses(model):
         ids = torch.zeros(1, shape.tokens, dtype=torch.int64)
         ends = torch.zeros(shape.rows + 1, dtype=torch.int32)
-        attention = varlen_attention.arguments(ends, shape.length)
+        more = varlen_attention.arguments(ends, shape.length)
         positions = shape.trained
     else:
         ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
-        attention = {"attention_mask": torch.zeros(shape.rows, 1, shape.length, shape.length, dtype=model.dtype)}
+        more = {"attention_mask": torch.zeros(shape.rows, 1, shape.length, shape.length, dtype=model.dtype)}
         positions = -(-shape.trained // shape.rows)
     if base_model.has_virtual_tokens(model):
         return {"input_ids": ids}, torch.zeros(positions, dtype=torch.int64)
-    return {"input_ids": ids, "position_ids": ids, **attention}, torch.zeros(positions, dtype=torch.int64)
+    return {"input_ids": ids, "position_ids": ids, **more}, torch.zeros(positions, dtype=torch.int64)
 
 
 def give_storage(model: nn.Module, device: torch.device) -> None:
