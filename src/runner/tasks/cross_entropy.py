@@ -153,7 +153,8 @@ def _losses(last: Tensor, targets: Tensor, linear: nn.Linear | None, shaping: Sh
     if linear is not None and not linear.weight.requires_grad:
         loss, correct, *more = _LinearCrossEntropy.apply(last, linear.weight, linear.bias, targets, shaping)
     else:
-        loss, correct, *more = _CrossEntropy.apply(last if linear is None else linear(last), targets, shaping)
+        logits = last if linear is None else cpu_products.linear(linear, last)
+        loss, correct, *more = _CrossEntropy.apply(logits, targets, shaping)
     nll, extra = more or (loss, torch.zeros_like(loss))
     return TokenLosses(nll, correct, loss, extra)
 
@@ -228,7 +229,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight, bias = weight.to(dtype), bias.to(dtype) if bias is not None else None
             chunked = (tensor.chunk(chunks) for tensor in (hidden, targets, ctx.grad))
             for states, labels, grad in zip(*chunked, strict=True):
-                logits = cpu_products.linear(states.to(dtype), weight, bias)
+                logits = cpu_products.product(states.to(dtype), weight)
+                logits = logits if bias is None else logits.add_(bias)
                 losses.append(logit_losses.cross_entropy_(logits, labels, shaping, needs_grad=needs_grad))
                 shaping = shaping.after(labels)
                 if needs_grad:

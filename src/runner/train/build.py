@@ -26,6 +26,7 @@ from runner.models.kernels import (
     activation_checkpointing,
     attention,
     compilation,
+    cpu_products,
     lm_head,
     lora_linear,
     score_head,
@@ -157,19 +158,15 @@ def parts(inputs: Inputs, rundir: RunDir, ranks: Ranks = ALONE) -> Parts:
     choice = resolve_compile(inputs, expected, began=rundir.read_manifest().get("compile"))
     model = load_model(inputs, rundir.loftq, ranks, full=full)
     activation_checkpointing.arrange(model, settings.memory, eager=choice.is_eager)
-    batches, evaluation = resolve_attention(
-        inputs.source,
-        model,
-        autocast,
-        inputs.batches,
-        inputs.evaluation,
-        whole=layout.needs_whole(settings, is_eager=choice.is_eager),
-        device=inputs.device,
-    )
+    whole = layout.needs_whole(settings, is_eager=choice.is_eager)
+    given = inputs.batches, inputs.evaluation
+    batches, evaluation = resolve_attention(inputs.source, model, autocast, *given, whole=whole, device=inputs.device)
     if options.task.reference is not None:
         for split in (batches, evaluation):
             reference.unknown(split)
     resolve_lm_head(model, autocast, options.parallel.kind)
+    if choice.is_eager:
+        cpu_products.install(model)
     if options.begins_from_data:
         watch = terminal.progress("EVA: forward pass") if ranks.rank == 0 else _silent
         eva.begin(model, batches, autocast, ranks, rundir.eva, watch)

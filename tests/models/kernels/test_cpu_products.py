@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -56,3 +57,24 @@ def test_large_products_are_those_of_onednn_where_it_is_used() -> None:
 def test_it_is_not_used_where_a_cache_has_no_limit(limits: tuple[str, str], are: bool) -> None:
     assert cpu_products.are_limited(dict(zip(cpu_products.ONEDNN_CACHES, limits, strict=True))) == are
     assert not cpu_products.are_limited({})
+
+
+def test_a_linear_layer_has_the_gradients_of_pytorch() -> None:
+    layer, x = torch.nn.Linear(300, 260), torch.randn(2, 128, 300, requires_grad=True)
+    grad, found = torch.randn(2, 128, 260), []
+    for forward in (functools.partial(cpu_products.linear, layer), layer):
+        out = forward(x)
+        found.append([out, *torch.autograd.grad(out, [x, layer.weight, layer.bias], grad)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    layer.weight.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(cpu_products.linear(layer, x), x, grad)[0], found[0][1])
+
+
+def test_layers_without_adapter_are_replaced_where_it_is_used() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    assert cpu_products.install(model) == 2 * cpu_products.is_used()
+    assert torch.equal(model(x), expected), "small products are not oneDNN's"
+    assert not cpu_products.install(model), "nothing is replaced twice"

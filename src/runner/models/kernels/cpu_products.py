@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runner import ONEDNN_CACHES
-from runner.models.kernels import processor
+from runner.models.kernels import lm_head, processor
 
 FEWEST = 2**24
 """Multiplications from which oneDNN computes a product: smaller ones do not pay for the compilation."""
@@ -24,19 +25,58 @@ MOST_CACHED = 64
 """The largest limit of the caches with which oneDNN is used."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (n, K) times weightᵀ (K, N) + bias (N,) → (n, N), as ``product``."""
-    return product(x, weight) if bias is None else nn.functional.linear(x, weight, bias)
+def install(model: nn.Module) -> int:
+    """Let ``linear`` compute the model's plain linear layers, but for the LM head, if oneDNN is used here.
+
+    Those are the layers without an adapter: all in full fine-tuning, and below adapters that PEFT computes. Returns
+    their number.
+    """
+    if not is_used():
+        return 0
+    head = lm_head.of(model)
+    layers = [each for each in model.modules() if type(each) is nn.Linear and each is not head]
+    layers = [each for each in layers if "forward" not in vars(each) and type(each.weight) is nn.Parameter]
+    for layer in layers:
+        layer.forward = functools.partial(linear, layer)
+    return len(layers)
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The output (…, N) of a linear layer, differentiable."""
+    rows, weight = x.reshape(-1, x.shape[-1]), layer.weight
+    if not _suits(rows, weight) or torch.is_autocast_enabled(x.device.type):
+        return nn.functional.linear(x, weight, layer.bias)
+    out: Tensor = _Linear.apply(rows, weight)
+    out = out if layer.bias is None else out + layer.bias
+    return out.reshape(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    """x (n, K) times weightᵀ (K, N)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        return dx, None if x is None else product(grad.t(), x.t())
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (n, K) times weightᵀ (K, N) → (n, N). oneDNN's has no gradient: call it inside of autograd functions."""
+    return _by_onednn(x, weight) if _suits(x, weight) else x @ weight.t()
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes this product: it is large, in float32, on a CPU and neither compiled nor simulated."""
     count = x.shape[0] * weight.shape[0] * weight.shape[1]
-    if count < FEWEST or type(x) is not Tensor or torch.compiler.is_compiling():
-        return x @ weight.t()
-    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or not is_used():
-        return x @ weight.t()
-    return _by_onednn(x, weight)
+    if count < FEWEST or {type(x), type(weight)} - {Tensor, nn.Parameter} or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and is_used()
 
 
 @functools.cache
