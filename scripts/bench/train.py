@@ -10,6 +10,8 @@ overrides `quant` goes to all sides. The share of the GEMM rate is that of the m
 step: those of all linear layers of the base, forward and for the gradient of their inputs, and of the head on trained
 tokens, at their own shapes, by MKL or by oneDNN, whichever is faster, measured between the rounds.
 
+All weights: `--sides ours-full,trl-full`; the products include those of the gradients of weights.
+
 DPO: `--sides ours-dpo,trl-dpo-cached,trl-dpo` on pairs of the same problems (the solution, and that of the next one),
 four pairs a step. runner computes the reference before the first step, as trl-dpo-cached does; trl-dpo, as shipped,
 computes it in each step. The first step contains what comes before it. The tokens of both answers with their prompt
@@ -92,7 +94,7 @@ class Bench:
             products = json.loads((self.folder / "gemm.json").read_text())
             for side in self.sides:
                 result = self.run(side, number)
-                named = batching(side) + "-ours" * (side in OURS)
+                named = batching(side) + "-full" * train_sides.is_full(side) + "-ours" * (side in OURS)
                 result["share"] = products.get(named, 0.0) * result["tokens_per_second"]
                 results[side].append(result)
                 rate, peak = result["tokens_per_second"], result["peak_gib"]

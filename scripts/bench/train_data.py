@@ -43,6 +43,7 @@ def write_rows(folder: Path, sides: list[str], steps: int, overrides: list[str])
     from runner.train.options import Options
 
     written: dict[str, Any] = {"tokens": {}, "computed": {}, "trained": {}, "quant": "none"}
+    written["full"] = any(train_sides.is_full(side) for side in sides)
     first = {"packed": "ours-packed", "pairs": "ours-dpo", "rewards": "ours-reward", "prompts": "ours-grpo"}
     for name in {batching(side) for side in sides}:
         options = train_sides.ours(folder, first.get(name, "ours"), steps)
@@ -131,13 +132,15 @@ def time_products(folder: Path, clock: str) -> None:
     shapes = Counter((module.out_features, module.in_features) for module in linear)
     head = tuple(model.get_output_embeddings().weight.shape)
 
-    def seconds(count: int, shape: tuple[int, ...]) -> float:
+    def seconds(count: int, shape: tuple[int, ...], full: bool) -> float:
         weight, x = torch.randn(shape, **where), torch.randn(count, shape[1], **where)
         grad, times = torch.randn(count, shape[0], **where), []
         for _ in range(7):
             for product in (torch.nn.functional.linear, cpu_products.product):
                 began = now()
                 product(x, weight), product(grad, weight.t())
+                if full:  # the gradient of the weight
+                    product(grad.t(), x.t())
                 if on_gpu:
                     torch.cuda.synchronize()
                 times.append(now() - began)
@@ -146,7 +149,8 @@ def time_products(folder: Path, clock: str) -> None:
     per_token = {}
     for name, tokens in rows["tokens"].items():
         step, trained = round(statistics.mean(tokens)), round(statistics.mean(rows["trained"][name]))
-        for side, computed in {"": step, "-ours": round(statistics.mean(rows["computed"][name]))}.items():
-            of_layers = sum(times * seconds(computed, shape) for shape, times in shapes.items())
-            per_token[name + side] = (of_layers + seconds(trained, head)) / step
+        sides = {"": step, "-ours": round(statistics.mean(rows["computed"][name]))}
+        for full, (side, computed) in itertools.product({False, rows["full"]}, sides.items()):
+            of_layers = sum(times * seconds(computed, shape, full) for shape, times in shapes.items())
+            per_token[name + "-full" * full + side] = (of_layers + seconds(trained, head, full)) / step
     (folder / "gemm.json").write_text(json.dumps(per_token))

@@ -45,7 +45,7 @@ def train_with_trl(folder: Path, side: str, steps: int) -> None:
 
     rows, options, form = json.loads((folder / "rows.json").read_text()), TRL[side], batching(side)
     compute = torch.float32 if options.get("bf16") is False else torch.bfloat16
-    model = adapted(rows, compute, has_score=form == "rewards")
+    model = adapted(rows, compute, has_score=form == "rewards", full=train_sides.is_full(side))
     times: list[float] = []
     cpu: list[float] = []
 
@@ -98,8 +98,9 @@ def write_result(
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def adapted(rows: dict[str, Any], compute: Any, *, has_score: bool = False) -> Any:
-    """The model as PEFT adapts it, quantized by bitsandbytes if chosen; ``has_score``: with runner's new score head."""
+def adapted(rows: dict[str, Any], compute: Any, *, has_score: bool = False, full: bool = False) -> Any:
+    """The model as PEFT adapts it, quantized by bitsandbytes if chosen; ``has_score``: with runner's new score head;
+    ``full``: without an adapter."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
@@ -116,6 +117,8 @@ def adapted(rows: dict[str, Any], compute: Any, *, has_score: bool = False) -> A
         from runner.models.kernels import score_head
 
         score_head.initialise(model, ["score.weight"], score_head.ScoreHead(("reward",), "regression"))
+    if full:
+        return model
     torch.manual_seed(0)
     kind = "SEQ_CLS" if has_score else "CAUSAL_LM"
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type=kind)

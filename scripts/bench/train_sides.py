@@ -19,6 +19,7 @@ TRL: dict[str, dict[str, Any]] = {
     "trl-packed": {**PACKED, "gradient_checkpointing": False},
     "trl-packed-float32": {**PACKED, **FLOAT32},
     "trl-compiled": {**PACKED, "gradient_checkpointing": False, "torch_compile": True},
+    "trl-full": {**PADDED, **FLOAT32},
     "trl-dpo": {**PADDED, **FLOAT32},
     "trl-dpo-cached": {**PADDED, **FLOAT32, "precompute_ref_log_probs": True},
     "trl-reward": {**PADDED, **FLOAT32},
@@ -42,6 +43,7 @@ OURS = {
     "ours-bfloat16": [*DOCUMENTS, "model.dtype=bfloat16"],
     "ours-packed-bfloat16": [*PACKS, "model.dtype=bfloat16"],
     "ours-packed-bfloat16-compiled": [*PACKS, "model.dtype=bfloat16", "compile=regional"],
+    "ours-full": [*DOCUMENTS, "lora=none"],
     "ours-dpo": [*DOCUMENTS, "task=dpo"],
     "ours-reward": [*DOCUMENTS, "task=reward"],
     "ours-grpo": [
@@ -78,6 +80,11 @@ def batching(side: str) -> str:
     return "packed" if "packed" in side or side == "trl-compiled" else "documents"
 
 
-def kind(side: str) -> tuple[str, bool]:
+def is_full(side: str) -> bool:
+    """Whether a side trains all weights, and no adapter."""
+    return side.endswith("-full")
+
+
+def kind(side: str) -> tuple[str, bool, bool]:
     """What sides have in common whose losses can be compared: TRL computes in bfloat16 unless told otherwise."""
-    return batching(side), TRL[side].get("bf16", True) if side in TRL else "bfloat16" in side
+    return batching(side), is_full(side), TRL[side].get("bf16", True) if side in TRL else "bfloat16" in side
