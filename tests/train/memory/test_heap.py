@@ -86,7 +86,7 @@ def test_the_package_asks_for_huge_pages_before_torch_is_imported() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=env) == "1\n"
 
 
-@pytest.mark.parametrize(("before", "limits"), [("", "24 24"), ("sys.modules['torch'] = sys; ", "None None")])
+@pytest.mark.parametrize(("before", "limits"), [("", "64 64"), ("sys.modules['torch'] = sys; ", "None None")])
 def test_the_package_limits_the_caches_of_onednn_unless_torch_has_read_the_limits(before: str, limits: str) -> None:
     code = f"import os, sys; {before}import runner; print(*map(os.environ.get, runner.ONEDNN_CACHES))"
     env = {name: value for name, value in os.environ.items() if name not in ONEDNN_CACHES}

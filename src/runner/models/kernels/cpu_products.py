@@ -34,7 +34,7 @@ def install(model: nn.Module) -> int:
     if not is_used():
         return 0
     head = lm_head.of(model)
-    layers = [each for each in model.modules() if type(each) is nn.Linear and each is not head]
+    layers: list[Any] = [each for each in model.modules() if type(each) is nn.Linear and each is not head]
     layers = [each for each in layers if "forward" not in vars(each) and type(each.weight) is nn.Parameter]
     for layer in layers:
         layer.forward = functools.partial(linear, layer)
