@@ -46,3 +46,12 @@ def test_the_size_of_what_a_mask_selects_is_known(weight: Tensor) -> None:
     rows = rows.detach().clone()
     rows[IDS == 5] = 0.0
     assert rows.shape == (1, 4, 3)
+
+
+def test_on_a_gpu_values_are_known_too() -> None:
+    gpu = torch.device("cuda")  # its tensors are fake: there need not be one
+    with FakeTensorMode(), gpu, KnownValues(gpu):
+        rows = torch.nn.functional.embedding(IDS, torch.empty(8, 3))
+        assert rows.device.type == "cuda"
+        assert rows[IDS == 5].shape == (2, 3)
+        assert torch.arange(3, device=gpu).tolist() == [0, 1, 2]
