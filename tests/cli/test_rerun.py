@@ -225,7 +225,7 @@ def test_a_run_of_another_clone_from_mlflow_alone(tmp_path: Path):
     uri, short = f"sqlite:///{tmp_path}/there/mlflow.db", original.mlflow_id[:8]
     shutil.rmtree("there/original")
 
-    as_it_is = runner(ours, "rerun", short, f"uri={uri}", "hydra.run.dir=plain")
+    as_it_is = runner(ours, "rerun", short, f"uri={uri}", "hydra.run.dir=plain", "tracking=offline")
     assert as_it_is.returncode == 0, as_it_is.stderr
     assert re.search(r"src/runner/train/halved\.py  \+0 -1\n", as_it_is.stderr)
     assert re.search(r"src/runner/train/optim\.py  \+\d+ -\d+\n", as_it_is.stderr)

@@ -58,15 +58,15 @@ def test_where_float64_does_not_fit_a_part_of_the_largest_logit_is_allowed(
 def test_the_merged_default_model_has_the_logits_of_plain_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """In float64, from the float32 weights in both folders: float32 itself rounds logits of 40 by nearly 1e-4."""
     folder = tmp_path / "run"
-    assert main.run(["train.max_steps=3", "data.train_rows=60", "data.eval_rows=4", "data.max_length=64",
-                    "train.sample_prompts=0", "tracking=offline",
-                    "optim.learning_rate=0.002", f"hydra.run.dir={folder}"]) == 0  # fmt: skip
+    assert main.run(["train.max_steps=1", "train.per_device_batch_size=2", "data.train_rows=20", "data.eval_rows=2",
+                    "data.max_length=64", "train.sample_prompts=0", "train.eval_steps=null", "tracking=offline",
+                    "optim.learning_rate=0.01", f"hydra.run.dir={folder}"]) == 0  # fmt: skip
     code, out, err = said(capsys, "export", str(folder), str(tmp_path / "merged"), "--merged")
     assert (code, "logits differ by" in out) == (0, True), err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.float32
-    assert asked_plainly(merged, tokenizer, "What is the capital of France?", 12)
+    assert asked_plainly(merged, tokenizer, "What is the capital of France?", 3)
     unmerged = AutoPeftModelForCausalLM.from_pretrained(folder / "model", **versions.FLOAT32)
     text = "My favourite film is the one that I saw with my sister when we were little."
     ids = tokenizer(text)["input_ids"]
