@@ -43,3 +43,25 @@ print(gc.get_freeze_count() - before)
         for code in (few, many)
     ]
     assert frozen[0] == 0 < frozen[1]
+
+
+def test_what_creates_many_objects_is_seldom_interrupted_by_the_collector():
+    began: list[int] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        began.extend([1] * (phase == "start"))
+
+    before = gc.get_threshold()
+    gc.callbacks.append(note)
+    try:
+        with imports.seldom_collected():
+            kept = [[] for _ in range(40_000)]
+            collections = len(began)
+        assert (len(kept), collections) == (40_000, 0)
+        assert gc.get_threshold() == before
+        gc.set_threshold(0)
+        with imports.seldom_collected():
+            assert gc.get_threshold()[0] == 0, "switched off, it stays so"
+    finally:
+        gc.callbacks.remove(note)
+        gc.set_threshold(*before)

@@ -120,3 +120,11 @@ def test_an_interpolation_without_a_target_is_refused():
 
 def test_suggest_is_silent_when_nothing_is_near():
     assert suggest("zzz", ["alpha", "beta"]) == ""
+
+
+def test_the_keys_of_all_groups_are_read_once_however_many_are_misspelt(monkeypatch: pytest.MonkeyPatch):
+    assert bind.keys_named("warmup_steps") == ["schedule.warmup_steps"]
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: pytest.fail("a file is read again"))
+    assert bind.keys_named("warmup_steps") == ["schedule.warmup_steps"]
+    assert "optim.learning_rate" in bind.keys_named("learning_rate")
+    assert bind.keys_named("no_such_key") == []

@@ -114,9 +114,18 @@ def _of_other_group(fault: Fault, group: str) -> Fault:
 
 def keys_named(name: str) -> list[str]:
     """The keys of this name in all groups: ``warmup_steps`` → ``schedule.warmup_steps``."""
-    pattern, folder = re.compile(rf"^{re.escape(name)}:", re.MULTILINE), config_dir()
-    files = [file for file in folder.rglob("*.yaml") if pattern.search(file.read_text(encoding="utf-8"))]
-    return sorted({".".join([*file.parent.relative_to(folder).parts, name]) for file in files})
+    return list(_keys_by_name(config_dir()).get(name, []))
+
+
+@functools.cache
+def _keys_by_name(folder: Path) -> dict[str, list[str]]:
+    """Name → its keys in all groups. Each file is read once in a process, however many keys are misspelt."""
+    found: dict[str, set[str]] = {}
+    for file in folder.rglob("*.yaml"):
+        group = file.parent.relative_to(folder).parts
+        for name in re.findall(r"^(\w+):", file.read_text(encoding="utf-8"), re.MULTILINE):
+            found.setdefault(name, set()).add(".".join([*group, name]))
+    return {name: sorted(keys) for name, keys in found.items()}
 
 
 def bound_companion(prefix: str, node: Mapping[str, Any]) -> Callable[..., Any] | None:

@@ -27,6 +27,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from runner import imports
 from runner.config import data_nodes, overrides, user_code
 from runner.config.bind import copied, is_final, to_plain
 from runner.config.hydra_errors import CONFIG_NAME, as_config_errors, is_choice
@@ -158,7 +159,7 @@ class Composer:
 
     def jobs(self, batch: Sequence[Sequence[str]], first: int = 0) -> list[Job]:
         """One job for each list of overrides; ``first`` is the number of the first one."""
-        with as_config_errors(self.hydra, self.args):
+        with as_config_errors(self.hydra, self.args), imports.seldom_collected():
             jobs = [self._job(list(each), RunMode.MULTIRUN, number) for number, each in enumerate(batch, first)]
         self._refuse_differing(jobs)
         return jobs
