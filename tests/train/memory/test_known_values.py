@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fixtures import pictures
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from runner.train.memory.known_values import KnownValues
 
+pytestmark = pictures.needs_transformers_5
 IDS = torch.tensor([[5, 1, 5, 2]])
 
 
