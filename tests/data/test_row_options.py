@@ -192,6 +192,20 @@ def test_a_column_without_an_order_is_refused(values: list[Any], problem: str, t
         read(file, "data.order_by=level")
 
 
+@pytest.mark.parametrize(
+    ("given", "typecode"),
+    [([3, 1, 2], "q"), ([0.3, 0.1, 0.2], "d"), (["c", "a", "b"], ""), ([2, 0.5, 1], ""), ([2**70, 1, 2**60], "")],
+)
+def test_numbers_of_one_kind_take_eight_bytes_each_and_all_have_one_order(given: list[Any], typecode: str):
+    values = row_options.Values()
+    for value in given:
+        values.append(value)
+    assert list(values.content) == given
+    assert getattr(values.content, "typecode", "") == typecode
+    assert row_options.ranks(values.content, "x").tolist() == [2, 0, 1]
+    assert row_options.ranks(values.content, "-x").tolist() == [0, 2, 1]
+
+
 def test_a_run_in_order_resumes_exactly(tmp_path: Path, cache: Path):
     from fixtures.stopped_runs import preempted_run
 

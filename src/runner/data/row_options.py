@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from runner.data.examples import Example, Format
 from runner.errors import DataError, Fault, quoted, suggest
 
 Row = Mapping[str, Any]
+TYPECODES = {int: "q", float: "d"}
 WHERE, ORDER_BY, SYSTEM_PROMPT = "data.where", "data.order_by", "data.system_prompt"
 SHOWN = 20
 """Columns that a message lists."""
@@ -64,7 +66,24 @@ class Filter:
         return column
 
 
-def ranks(values: list[Any], order_by: str) -> np.ndarray:
+class Values:
+    """The values of a column; integers or floats alone take eight bytes each, instead of the 32 of a list."""
+
+    def __init__(self) -> None:
+        self.content: list[Any] | array[Any] = []
+
+    def append(self, value: Any) -> None:
+        if not self.content and type(value) in TYPECODES:
+            self.content = array(TYPECODES[type(value)])
+        if isinstance(self.content, array) and self.content.typecode != TYPECODES.get(type(value)):
+            self.content = list(self.content)
+        try:
+            self.content.append(value)
+        except OverflowError:  # an integer of more than eight bytes
+            self.content = [*self.content, value]
+
+
+def ranks(values: Sequence[Any], order_by: str) -> np.ndarray:
     """The place of each row in the order of a column, (rows,) int64; equal values have equal places.
 
     ``order_by``: the column; with ``-`` in front, the largest value comes first.
@@ -72,9 +91,10 @@ def ranks(values: list[Any], order_by: str) -> np.ndarray:
     Raises:
         DataError: the values are not all numbers or all texts, or all of them are equal.
     """
-    is_number = [isinstance(value, int | float) and not isinstance(value, bool) for value in values]
-    if not all(is_number) and not all(isinstance(value, str) for value in values):
-        other = next(value for value, number in zip(values, is_number, strict=True) if number != is_number[0])
+    alone = [] if isinstance(values, array) else values
+    is_number = [isinstance(value, int | float) and not isinstance(value, bool) for value in alone]
+    if not all(is_number) and not all(isinstance(value, str) for value in alone):
+        other = next(value for value, number in zip(alone, is_number, strict=True) if number != is_number[0])
         problem = f"has numbers and other values, such as {quoted(values[0])} and {quoted(other)}"
         raise DataError(Fault(ORDER_BY, problem, "order by a column of numbers, or of texts", order_by))
     different, places = np.unique(np.array(values), return_inverse=True)

@@ -108,7 +108,7 @@ def index(
     """
     columns = column_files.open_columns({"numbers": "q", "keys": "Q", "prompts": "Q"}, folder, prefix)
     numbers, keys, prompts = columns.values()
-    values, faults, before = list[Any](), list[Fault](), counts["left_out"]
+    values, faults, before = row_options.Values(), list[Fault](), counts["left_out"]
     rows = row_options.Filter(where) if where is not None else None
     for number, (place, row) in enumerate(records):
         counts["rows_read"] += 1
@@ -120,7 +120,8 @@ def index(
             if example is None:
                 counts["left_out"] += 1
                 continue
-            values += [row_options.order_value(row, order_by)] if order_by is not None else []
+            if order_by is not None:
+                values.append(row_options.order_value(row, order_by))
             key = _hash(json.dumps(example, default=no_json))
         except DataError as error:
             faults += at_place(place, error)
@@ -137,7 +138,7 @@ def index(
     if rows is not None:
         rows.refuse_unseen()
     zeros = np.broadcast_to(np.zeros(1, dtype=np.int64), len(keys))
-    places = row_options.ranks(values, order_by) if order_by is not None else zeros
+    places = row_options.ranks(values.content, order_by) if order_by is not None else zeros
     arrays = {**{name: column.finish() for name, column in columns.items()}, "places": places}
     if not deduplicate:
         return Index(records, arrays, np.ones(len(places), dtype=bool))
