@@ -115,15 +115,13 @@ def time_products(folder: Path, clock: str) -> None:
     runner, which computes the prompt of a pair once.
     ``clock``: cpu counts seconds of the processor.
     """
+    from runner.models.kernels import cpu_products  # before torch is imported: it limits oneDNN's caches
+
+    rows = json.loads((folder / "rows.json").read_text())
+    now = time.process_time if clock == "cpu" else time.perf_counter
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from runner.models.kernels import cpu_products
-
-    rows, now = (
-        json.loads((folder / "rows.json").read_text()),
-        time.process_time if clock == "cpu" else time.perf_counter,
-    )
     on_gpu = torch.cuda.is_available()
     where: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {"dtype": torch.float32}
     with torch.device("meta"):
