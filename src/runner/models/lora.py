@@ -6,7 +6,6 @@ Adapters are float32 for any dtype of the base (PEFT's default): small updates a
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,8 +15,8 @@ from runner import imports
 from runner.config.bind import bind, bind_target
 from runner.config.bounds import Must
 from runner.config.schema import Count, Fraction, Positive, Text
-from runner.errors import ConfigError, Fault, refuse, suggest
-from runner.models import adapter, experts, freezing, loftq_base, new_tokens, peft_options, warm_start
+from runner.errors import ConfigError, Fault, refuse
+from runner.models import adapter, experts, freezing, loftq_base, new_tokens, peft_options, target_modules, warm_start
 from runner.models.kernels import compilation, score_head
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
     from runner.models.quantization.quant import Quant
 
-ALL_LINEAR = "all-linear"
 Init = Literal[True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
 FROM_DATA = "eva"
 """The initialisation that ``train.eva`` computes from the training data, when the model is loaded."""
@@ -125,7 +123,7 @@ def peft(
     config_class = peft_options.config_class(method)
     if not train_vision:
         options = freezing.without_vision(model, method, config_class.__dataclass_fields__, options)
-    all_linear = options.get("target_modules") == ALL_LINEAR and not options.get("exclude_modules")
+    all_linear = options.get("target_modules") == target_modules.ALL_LINEAR and not options.get("exclude_modules")
     routers = experts.routers(model) if all_linear else {}
     options = {**options, **routers, **_with_head(model, options)}
     options |= new_tokens.options(model, config_class.__dataclass_fields__, options)
@@ -231,19 +229,7 @@ def check_on_quantized(
 def _model_faults(model: nn.Module, method: str, options: dict[str, Any]) -> Iterator[Fault]:
     if quant := _quant(model):
         yield from check_on_quantized(quant, method=method, **options)
-    for key in ("target_modules", "modules_to_save", "exclude_modules"):
-        patterns = options.get(key)
-        if not patterns or patterns == ALL_LINEAR:
-            continue
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            try:
-                matched = _matches(model, pattern, is_regex=isinstance(patterns, str))
-            except re.error as error:
-                problem = f"is not a valid regular expression: {error}"
-                yield Fault(key, problem, "correct it, or use a list of module names", pattern)
-                continue
-            if not matched:
-                yield _no_match(model, key, pattern)
+    yield from target_modules.faults(model, options)
     yield from experts.faults_on(model, options.get("target_parameters") or ())
 
 
@@ -256,23 +242,6 @@ def _with_head(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
 
 def _task_type(model: nn.Module) -> str:
     return "SEQ_CLS" if hasattr(model, "head_names") else "CAUSAL_LM"
-
-
-def _matches(model: nn.Module, pattern: str, *, is_regex: bool) -> bool:
-    """Match module names as PEFT does: a string is a regular expression for the full name, a list contains suffixes."""
-    names = [name for name, _ in model.named_modules()]
-    if is_regex:
-        return any(re.fullmatch(pattern, name) for name in names)
-    return any(name == pattern or name.endswith(f".{pattern}") for name in names)
-
-
-def _no_match(model: nn.Module, key: str, pattern: str) -> Fault:
-    modules = list(model.named_modules())
-    linear = sorted({name.rpartition(".")[2] for name, module in modules if hasattr(module, "in_features")})
-    others = {name.rpartition(".")[2] for name, _ in modules}
-    near = suggest(pattern, [*linear, *sorted(others)])
-    remedy = f"{near} linear modules: {', '.join(linear)}; or {ALL_LINEAR}".strip()
-    return Fault(key, "matches no module of this model", remedy, pattern)
 
 
 def _effect_faults(model: Any, options: dict[str, Any]) -> Iterator[Fault]:
