@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def test_a_killed_process_loses_nothing_and_doubles_nothing(
     for rundir, status in zip(rundirs, ("FINISHED", "FINISHED", "KILLED"), strict=True):
         assert "runner.mirrored" in assert_mirrored(rundir, status).data.tags
     assert in_mlflow(outputs) == 3
+
+
+def test_a_copy_of_a_folder_is_the_same_run(outputs: Path) -> None:
+    rundir = make_run(outputs, "run")
+    rundir.write_state(status="killed")
+    copy = RunDir(Path(shutil.copytree(rundir.path, outputs / "copy")))
+    batch.update(map(MlflowRun.of, (rundir, copy)))
+    assert in_mlflow(outputs) == 1
+    assert copy.read_manifest()["mlflow"] == rundir.read_manifest()["mlflow"]
 
 
 def test_what_fails_is_left_to_the_upload_of_one_run(outputs: Path) -> None:

@@ -186,6 +186,7 @@ class MlflowRun:
             self.known = upload.known_steps(client, run) if run else self.known
         if run is None:
             run = self._create(client, experiment, state, manifest)
+            seen.unknown.discard(identity)  # a copy of the folder is the same run
         self.parent, self.status = parent_of(self.rundir, self.uri), run.info.status
         upload.send_params(client, run, self.config, manifest.get("choices"))
         self.outbox.add(self.rundir.config, self.rundir.manifest, self.rundir.dirty_diff, self.rundir.code)
