@@ -49,6 +49,7 @@ def test_prompts_are_shared_where_nothing_needs_whole_sequences(pairs: inputs.In
 def test_the_device_that_trains_decides_not_the_one_that_loads(pairs: inputs.Inputs) -> None:
     """A model that is to be sharded waits on the CPU, but no GPU kernel takes prompts that are shared."""
     model = build.load_model(pairs)
+    versions.needs_by_document(model)
     for device, least in ((torch.device("cuda"), 1.0), (torch.device("cpu"), 0.3), (None, 0.3)):
         (laid,) = build.resolve_attention(pairs.source, model, None, pairs.batches, device=device)
         model.set_attn_implementation("sdpa")
