@@ -142,7 +142,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _need(report: Any) -> str:
     """What a skipped test needs, from its mark or its reason."""
-    if "extras" in report.keywords:
+    if "extras" in getattr(report, "keywords", ()):  # a module that was skipped whole has none
         return "extras"
     reason = str(report.longrepr).lower()
     return next((need for word, need in NEEDS.items() if word in reason), "")
