@@ -10,7 +10,7 @@ from conftest import prepared
 from fixtures import versions
 from fixtures.stopped_runs import SHORT
 
-from runner.models.kernels import compilation
+from runner.models.kernels import compilation, cpu_products
 from runner.train import run_facts, worker
 
 
@@ -43,6 +43,19 @@ def test_graph_breaks_are_logged_and_counted(tmp_path: Path, cache: Path, monkey
     assert summary["compile/graph_breaks"] == 1
     assert 0 <= summary["compile/graphs_after_first_step"] < compilation.graphs()
     assert rundir.log.read_text().count("WARNING runner: graph break: ") == 1
+
+
+def test_a_run_that_goes_on_with_another_library_for_its_products_is_warned(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rundir = prepared(tmp_path / "run", *SHORT)
+    assert worker.work(rundir) == 0
+    began = rundir.read_manifest()["hardware"]["products"]
+    run_facts.warn_of_products(rundir)
+    assert "products" not in caplog.text
+    monkeypatch.setattr(cpu_products, "is_used", lambda: began == "MKL")
+    run_facts.warn_of_products(rundir)
+    assert f"computed by {cpu_products.library()}, and the run began with {began}" in caplog.text
 
 
 @versions.late_graphs

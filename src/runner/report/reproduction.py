@@ -95,7 +95,7 @@ def _here(original: Recorded, cfg: dict[str, Any], code: Path | None) -> Recorde
 
 def _hardware(then: dict[str, Any]) -> dict[str, Any]:
     """The hardware of this machine, with the device that the worker will use if the original recorded its device."""
-    hardware = {**provenance.machine(), **{key: value for key, value in then.items() if key == "threads"}}
+    hardware = {**provenance.machine(), **{key: value for key, value in then.items() if key in ("threads", "products")}}
     if "device" in then:
         gpus = machine.gpu_names()
         kind = "cuda" if gpus else "cpu"

@@ -134,6 +134,8 @@ def _begin(rundir: RunDir, loaded: Loaded) -> None:
     inputs, parts, progress, _ = loaded
     metrics_log.rewind(rundir, progress.step, progress.evaluated)
     run_summary.warn_of_losses(rundir, inputs, progress)
+    if progress.step:
+        run_facts.warn_of_products(rundir)
     rundir.update_manifest(**run_facts.manifest(inputs, parts, rundir))
     if progress.step:
         log.info(f"resumed at step {progress.step}/{inputs.total_steps}")

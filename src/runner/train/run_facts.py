@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from runner.models.kernels import compilation
+from runner.models.kernels import compilation, cpu_products
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 
@@ -57,7 +57,20 @@ def _hardware(rundir: RunDir, inputs: Inputs) -> dict[str, Any]:
 
     submitted = dict(rundir.read_manifest().get("hardware", {}))
     name = torch.cuda.get_device_name(inputs.device) if inputs.device.type == "cuda" else submitted.get("cpu")
-    return {**submitted, "device": str(inputs.device), "device_name": name, "threads": torch.get_num_threads()}
+    products = {"products": cpu_products.library()} if inputs.device.type == "cpu" else {}
+    facts = {"device": str(inputs.device), "device_name": name, "threads": torch.get_num_threads(), **products}
+    return {**submitted, **facts}
+
+
+def warn_of_products(rundir: RunDir) -> None:
+    """Warn if the run began with another library for its products: it is no longer the run that nothing stopped."""
+    then, now = (rundir.read_manifest().get("hardware") or {}).get("products"), cpu_products.library()
+    if then and then != now:
+        log.warning(
+            f"large float32 products are computed by {now}, and the run began with {then}: the last digits differ from "
+            "those of a run that was not stopped (oneDNN computes them on AMD's processors with AVX-512 if runner is "
+            "imported before torch and LRU_CACHE_CAPACITY is not set)"
+        )
 
 
 def numbers(rundir: RunDir, parts: Parts, progress: Progress, seconds: float) -> dict[str, Any]:

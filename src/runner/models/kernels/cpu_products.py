@@ -87,6 +87,11 @@ def is_used() -> bool:
     return processor.is_amd() and "avx512f" in processor.flags() and are_limited(os.environ) and _is_right()
 
 
+def library() -> str:
+    """What computes large float32 products in this process: their last digits depend on it."""
+    return "oneDNN" if is_used() else "MKL"
+
+
 def are_limited(environment: Mapping[str, str]) -> bool:
     """Whether both caches of compiled products are limited."""
     limits = [environment.get(name, "") for name in ONEDNN_CACHES]
