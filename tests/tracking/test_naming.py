@@ -38,3 +38,8 @@ def test_a_run_is_also_found_by_its_name_in_mlflow(tmp_path: Path):
     name = default_name(overrides)
     rundir.update_manifest(id="x", name=name, overrides=overrides, choices={"model": "tiny"})
     assert lookup.resolve("tiny,seed=1", tmp_path) == lookup.resolve(name, tmp_path) == rundir
+
+
+def test_a_long_name_is_cut_without_a_comma_at_its_end():
+    assert default_name(["a=" + "x" * 117, "b=2"]) == "a=" + "x" * 117
+    assert default_name(["a=" + "x" * 116, "b=2"]) == "a=" + "x" * 116 + ",b"

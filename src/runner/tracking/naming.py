@@ -27,12 +27,17 @@ def short_name(manifest: Mapping[str, Any]) -> str:
     for key, _, value in (word.partition("=") for word in _naming(overrides)):
         value = re.sub(r"[^\s=,:\[\]{}]*/", "", value)
         parts.append(value if key in groups else f"{key.rpartition('.')[2].lstrip('+')}={value}")
-    return redact(",".join(parts))[:120] or name
+    return _cut(parts) or name
 
 
 def default_name(overrides: Sequence[str]) -> str:
     """The name of a run that the user did not name: its overrides."""
-    return redact(",".join(_naming(overrides)))[:120] or "defaults"
+    return _cut(_naming(overrides)) or "defaults"
+
+
+def _cut(words: Sequence[str]) -> str:
+    """The first 120 characters of the words, without secrets."""
+    return redact(",".join(words))[:120].rstrip(",")
 
 
 def _naming(overrides: Sequence[str]) -> list[str]:
