@@ -297,7 +297,7 @@ def adopted(model: Any, source: Any, quant: Any) -> Any:
     from runner.models import pretrained
 
     quant.after_load(model)
-    return pretrained._annotate(model, source, quant)
+    return pretrained._annotate(model, source, quant, "")
 
 
 def train_with_trl(case: Case, side: str, steps: int) -> dict[str, Any]:

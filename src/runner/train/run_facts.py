@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from runner.models.kernels import compilation, cpu_products
+from runner.models.kernels import compilation
 from runner.tracking import metrics_log
 from runner.tracking.rundir import RunDir
 
@@ -55,6 +55,8 @@ def _hardware(rundir: RunDir, inputs: Inputs) -> dict[str, Any]:
     """Hardware recorded by the submitter, plus the worker's device."""
     import torch
 
+    from runner.models.kernels import cpu_products
+
     submitted = dict(rundir.read_manifest().get("hardware", {}))
     name = torch.cuda.get_device_name(inputs.device) if inputs.device.type == "cuda" else submitted.get("cpu")
     products = {"products": cpu_products.library()} if inputs.device.type == "cpu" else {}
@@ -64,6 +66,8 @@ def _hardware(rundir: RunDir, inputs: Inputs) -> dict[str, Any]:
 
 def warn_of_products(rundir: RunDir) -> None:
     """Warn if the run began with another library for its products: it is no longer the run that nothing stopped."""
+    from runner.models.kernels import cpu_products
+
     then, now = (rundir.read_manifest().get("hardware") or {}).get("products"), cpu_products.library()
     if then and then != now:
         log.warning(
