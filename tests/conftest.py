@@ -225,10 +225,10 @@ def slurm(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     cancel_jobs(tmp_path)
 
 
-def until(is_true: Callable[[], Any]) -> Any:
+def until(is_true: Callable[[], Any], every_s: float = 0.05) -> Any:
     """Wait for this, and return it: as long as it takes on a busy machine; pytest's own limit ends what never comes."""
     while not (value := is_true()):
-        time.sleep(0.05)
+        time.sleep(every_s)
     return value
 
 

@@ -76,7 +76,7 @@ def wait_for_step(rundir: RunDir, step: int, process: subprocess.Popen[str]) -> 
         state = rundir.read_state()
         return state.status == "running" and state.step >= step
 
-    until(is_there)
+    until(is_there, every_s=0.002)  # a tiny model makes 30 steps in 0.2 s
 
 
 @pytest.mark.parametrize(
